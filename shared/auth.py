@@ -1,0 +1,148 @@
+"""Who calls, and for which user: the caller of the call under way.
+
+`current_caller()` holds inside a servicer's method and in every task that it starts.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from shared.errors import ConfigurationError, InvalidInput, PermissionDenied, Unauthenticated
+from shared.settings import Settings
+
+Metadata = Iterable[tuple[str, str | bytes]]
+
+
+class CallerKind(StrEnum):
+    """What a caller may act for."""
+
+    # OUTBOX_AUTH=off: whoever reaches the loopback listener. May act for any user.
+    LOCAL = "local"
+    # A key of one user. May act for that user alone.
+    USER = "user"
+    # A key of another backend. May act for any user.
+    SERVICE = "service"
+    # A key of an operator. May act for any user.
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who made a call. `user_id` is set for kind USER, and for no other."""
+
+    user_id: str | None
+    kind: CallerKind
+
+
+class Authenticator(Protocol):
+    """Finds out who calls."""
+
+    async def authenticate(self, metadata: Metadata) -> Caller:
+        """Return the caller that the call's metadata prove.
+
+        Raises:
+            Unauthenticated: they prove none.
+        """
+
+
+class LocalAuthenticator:
+    """OUTBOX_AUTH=off: everybody is the LOCAL caller."""
+
+    _caller = Caller(user_id=None, kind=CallerKind.LOCAL)
+
+    async def authenticate(self, metadata: Metadata) -> Caller:  # noqa: ARG002 - nothing is asked
+        """Return the LOCAL caller."""
+        return self._caller
+
+
+def authenticator_for(settings: Settings, listen: str) -> Authenticator:
+    """Return what OUTBOX_AUTH asks for, for a server on the address `listen`.
+
+    Raises:
+        ConfigurationError: `off` beyond loopback, or `keys`, which are not served yet.
+    """
+    if settings.auth == "keys":
+        raise ConfigurationError(
+            "OUTBOX_AUTH=keys: API keys are not served yet; "
+            "set OUTBOX_AUTH=off on a loopback listener"
+        )
+    if not is_loopback(listen):
+        raise ConfigurationError(
+            f"OUTBOX_AUTH=off is accepted only by a server that listens on loopback, and {listen} "
+            "is reachable from elsewhere; listen on 127.0.0.1 or [::1], or set OUTBOX_AUTH=keys"
+        )
+    return LocalAuthenticator()
+
+
+def is_loopback(listen: str) -> bool:
+    """Say whether only this machine reaches `listen` (`host:port`, or `unix:path`)."""
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may mean any address tomorrow
+
+
+_current: ContextVar[Caller] = ContextVar("outbox_caller")
+
+
+def set_current_caller(caller: Caller) -> None:
+    """Make `caller` the one of the call under way; the server does this for every call."""
+    _current.set(caller)
+
+
+def current_caller() -> Caller:
+    """Return the caller of the call under way.
+
+    Raises:
+        Unauthenticated: there is none, outside of a call.
+    """
+    try:
+        return _current.get()
+    except LookupError:
+        raise Unauthenticated("there is no caller outside of a call") from None
+
+
+def effective_user(caller: Caller, requested_user_id: str) -> str | None:
+    """Return the user to act for: the one asked for, or the caller's own where none is ("").
+
+    None: the caller may act for any user and named none.
+
+    Raises:
+        PermissionDenied: the caller is a user and asked for another (USER_MISMATCH).
+    """
+    if caller.kind is not CallerKind.USER:
+        return requested_user_id or None
+    if requested_user_id and requested_user_id != caller.user_id:
+        raise PermissionDenied(
+            "the API key belongs to another user than user_id",
+            reason="USER_MISMATCH",
+            metadata={"user_id": requested_user_id},
+        )
+    return caller.user_id
+
+
+def require_user(caller: Caller, requested_user_id: str) -> str:
+    """Return the user to act for, where a call makes no sense without one.
+
+    Raises:
+        PermissionDenied: the caller is a user and asked for another (USER_MISMATCH).
+        InvalidInput: the caller may act for any user and named none (USER_ID_REQUIRED).
+    """
+    user_id = effective_user(caller, requested_user_id)
+    if user_id is None:
+        raise InvalidInput.field(
+            "user_id",
+            "say for which user; only a user's own API key can leave it out",
+            reason="USER_ID_REQUIRED",
+        )
+    return user_id

@@ -1,0 +1,74 @@
+"""The way to PostgreSQL: engine, migrations, and conversions that every storage module needs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from shared.settings import Settings
+
+_CONNECT_TIMEOUT_S = 5
+# A statement that takes longer than this is stuck; a long intake is many statements.
+_STATEMENT_TIMEOUT_MS = 60_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+def driver_url(url: str) -> str:
+    """Return the URL with the driver that Outbox uses: psycopg 3."""
+    return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+
+
+def create_engine(settings: Settings) -> AsyncEngine:
+    """Return the engine of one process: a bounded pool, every wait with an end."""
+    return create_async_engine(
+        driver_url(settings.database_url),
+        pool_size=settings.database_pool,
+        max_overflow=0,
+        pool_timeout=10,
+        pool_pre_ping=False,
+        connect_args={
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC",
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 10_000,
+        },
+    )
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """One transaction on one pooled connection: committed at the end, or rolled back."""
+    async with engine.begin() as connection:
+        yield connection
+
+
+def unix_ms(time: datetime) -> int:
+    """Return the time in whole ms since 1970, rounded up: nothing is due a part of a ms early."""
+    return -((_EPOCH - time) // _MILLISECOND)
+
+
+def from_unix_ms(milliseconds: int) -> datetime:
+    """Return the UTC time of `milliseconds` since 1970."""
+    return _EPOCH + timedelta(milliseconds=milliseconds)
+
+
+def _config(url: str) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(files("shared").joinpath("migrations")))
+    config.set_main_option("sqlalchemy.url", driver_url(url).replace("%", "%%"))
+    return config
+
+
+def migrate(url: str) -> None:
+    """Bring the schema up to date; safe to run from many processes at once."""
+    command.upgrade(_config(url), "head")

@@ -1,0 +1,84 @@
+"""Logging: one JSON document a line, or text for people, always on stderr, without secrets."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Final, TextIO
+
+import structlog
+
+from shared.settings import Settings
+
+_HIDDEN: Final = "[hidden]"
+# Fields whose value is never written, whatever it is.
+_SECRET_FIELD: Final = re.compile(
+    r"password|passwd|secret|token|authorization|api_?key|encryption_?key", re.IGNORECASE
+)
+# The password in a URL, wherever it turns up: a setting, a driver's message, a trace.
+_URL_PASSWORD: Final = re.compile(r"(://[^\s:/@\"']*:)[^\s@\"']+(?=@)")
+
+
+def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
+    """Set up structlog, and the standard library's logging with it, once a process.
+
+    Both write to `stream` (stderr) as OUTBOX_LOG_LEVEL and OUTBOX_LOG_FORMAT say.
+    """
+    out = stream or sys.stderr
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    prepare: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+        # Traces without the locals of their frames, in both formats: locals hold secrets.
+        structlog.processors.format_exc_info,
+        hide_secret_fields,
+    ]
+    renderer: Any
+    if settings.log_format == "json":
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+    else:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=out.isatty(),
+            timestamp_key="time",
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+    structlog.configure(
+        processors=[*prepare, renderer, hide_url_passwords],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=out),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *prepare],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                renderer,
+                hide_url_passwords,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    # What libraries say at level debug is about themselves, and may quote what they were given.
+    root.setLevel(max(level, logging.INFO))
+    logging.captureWarnings(capture=True)
+
+
+def hide_secret_fields(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Hide the value of every field whose name says that it is a secret."""
+    for name in event:
+        if _SECRET_FIELD.search(name):
+            event[name] = _HIDDEN
+    return event
+
+
+def hide_url_passwords(_logger: object, _method: str, line: Any) -> str:
+    """Hide the password of every URL in `line`, which is rendered."""
+    return _URL_PASSWORD.sub(rf"\1{_HIDDEN}", line) if "://" in line else line

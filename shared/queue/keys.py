@@ -1,0 +1,39 @@
+"""Names of what lives in Redis, and how a job is written there."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class JobRef(NamedTuple):
+    """A job and the number of one attempt at it: what is claimed, sent and settled."""
+
+    job_id: int
+    attempt: int
+
+
+def member_of(job: JobRef) -> str:
+    """Return the sorted-set member of a job.
+
+    Members of one score sort as text, so the id is padded to twelve digits: jobs due at the same
+    time are sent in the order of their ids. The attempt makes a claim a compare-and-swap: a stale
+    member can be claimed, and is then refused by PostgreSQL.
+    """
+    return f"{job.job_id:012d}:{job.attempt}"
+
+
+def job_of(member: str) -> JobRef:
+    """Return the job that `member_of` wrote."""
+    job_id, _, attempt = member.partition(":")
+    return JobRef(int(job_id), int(attempt))
+
+
+class ShardKeys:
+    """The keys of one shard. The hash tag keeps them, and all of its senders, in one slot."""
+
+    def __init__(self, shard: int) -> None:
+        prefix = f"outbox:{{{shard}}}:"
+        self.ready = prefix + "ready"
+        self.generation = prefix + "generation"
+        self.rebuild = prefix + "rebuild"
+        self.wake = prefix + "wake"

@@ -1,0 +1,105 @@
+-- Takes jobs that may be sent now, oldest look first, and reserves their slots by a lease.
+--
+-- KEYS[1] ready       the shard's senders by next look (ms)
+-- KEYS[2] generation  exists while the shard is whole; gone with a lost Redis
+-- ARGV[1] want        most jobs to take
+-- ARGV[2] lease       ms that the caller holds each of them
+-- ARGV[3] window      ms of the trailing window
+-- ARGV[4] low         a head with fewer waiting jobs than this asks for a load, if there are more
+-- ARGV[5] patience    ms after which a load that was asked for is asked for again
+--
+-- Returns {'LOST'}, or {'OK', ms until the next look or -1, claims, loads}:
+--   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it
+--   loads   senders whose head the caller must load
+--
+-- A sender that is not eligible is not in reach here: its score in `ready` is later. So the cost
+-- follows the jobs taken, never the jobs that wait.
+--!include keys
+--!include time
+--!include look
+
+local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
+
+if redis.call('EXISTS', KEYS[2]) == 0 then return { 'LOST' } end
+
+local claims, loads, taken = {}, {}, 0
+
+-- A lease that ran out: nobody knows whether it was sent, so its slot counts from the last instant
+-- at which its holder may have ended, and the head is loaded again, for the job may wait once more.
+local function expire_leases(s)
+    local leases = lease_of(s.id)
+    local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', NOW, 'WITHSCORES')
+    for i = 1, #expired, 2 do
+        redis.call('ZREM', leases, expired[i])
+        redis.call('ZADD', window_of(s.id), expired[i + 1], expired[i])
+        s.last_end = math.max(s.last_end, tonumber(expired[i + 1]))
+    end
+    if #expired > 0 then
+        redis.call('HSET', settings_of(s.id), 'end', s.last_end)
+        -- A load under way may have read PostgreSQL too early for it.
+        redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
+        s.loading = NOW
+    end
+end
+
+local function take(s)
+    local leases, due = lease_of(s.id), due_of(s.id)
+    local in_flight = redis.call('ZCARD', leases)
+    while taken < want and places(s, in_flight) > 0 do
+        local allowed = allowed_at(s, in_flight, window)
+        if allowed > NOW then return end
+        local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
+        if not first[1] then return end
+        redis.call('ZREM', due, first[1])
+        redis.call('ZADD', leases, NOW + lease, first[1])
+        in_flight = in_flight + 1
+        taken = taken + 1
+        claims[#claims + 1] = s.id
+        claims[#claims + 1] = first[1]
+        claims[#claims + 1] = NOW - math.max(allowed, tonumber(first[2]))
+    end
+end
+
+local function visit(sender)
+    local s = read_sender(sender)
+    if not s then
+        -- Its settings are gone, and its history perhaps too: nothing is sent before a load.
+        loads[#loads + 1] = sender
+        redis.call('ZADD', READY, NOW + patience, sender)
+        return
+    end
+    redis.call('ZREMRANGEBYSCORE', window_of(sender), '-inf', NOW - math.max(window, s.gap))
+    expire_leases(s)
+    if s.active then take(s) end
+    if s.horizon < math.huge and redis.call('ZCARD', due_of(sender)) < low then
+        s.loading = s.loading or NOW
+    end
+    if s.loading and s.loading <= NOW then
+        s.loading = NOW + patience
+        redis.call('HSET', settings_of(sender), 'loading', s.loading)
+        loads[#loads + 1] = sender
+    end
+    schedule_look(s, window)
+end
+
+-- Every visit takes a job or moves the sender's look past NOW; the bound is for what neither does,
+-- such as many expired leases at once.
+local visits = 0
+while taken < want and visits < want + 64 do
+    local senders = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, want - taken)
+    if #senders == 0 then break end
+    for _, sender in ipairs(senders) do
+        visits = visits + 1
+        if taken < want then visit(sender) end
+    end
+end
+
+local look = first_look()
+if taken < want then
+    -- The caller has room left and will sleep until `look`.
+    redis.call('SET', ASLEEP, look or 'inf')
+else
+    wake_sleepers()
+end
+return { 'OK', look and math.max(0, look - NOW) or -1, claims, loads }

@@ -1,0 +1,11 @@
+-- The only place where a script builds a key. Every key of a shard carries the shard's hash tag, so
+-- that a sender lives in one slot of a cluster; KEYS[1] is always the shard's `ready`.
+local prefix = string.match(KEYS[1], '^(.-%}):') .. ':'
+local READY = KEYS[1]
+local ASLEEP = prefix .. 'asleep'
+local WAKE = prefix .. 'wake' -- a channel
+
+local function due_of(sender) return prefix .. 'due:' .. sender end
+local function lease_of(sender) return prefix .. 'lease:' .. sender end
+local function window_of(sender) return prefix .. 'window:' .. sender end
+local function settings_of(sender) return prefix .. 'sender:' .. sender end

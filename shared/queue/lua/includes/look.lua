@@ -1,0 +1,89 @@
+-- When a sender is to be looked at next, worked out exactly, and put into `ready`.
+
+-- A sender that nothing waits for is forgotten when its history is: memory follows active senders.
+local IDLE_MARGIN = 60000
+
+local function number_or(value, default)
+    if value then return tonumber(value) end
+    return default
+end
+
+local function read_sender(sender)
+    local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
+        'horizon', 'loading')
+    if not f[1] then return nil end
+    return {
+        id = sender,
+        limit = tonumber(f[1]),
+        gap = tonumber(f[2]),
+        flight = tonumber(f[3]),
+        active = f[4] == '1',
+        last_end = number_or(f[5], 0),
+        horizon = f[6] == 'inf' and math.huge or tonumber(f[6]),
+        -- Set while a load is wanted: when to ask for it again.
+        loading = number_or(f[7], nil),
+    }
+end
+
+-- How many more jobs may be in flight at once. With a gap, one send at a time: the gap runs from
+-- the end of one to the start of the next.
+local function places(s, in_flight)
+    local most = s.gap > 0 and 1 or s.flight
+    return math.min(most, s.limit) - in_flight
+end
+
+-- The instant from which gap and window allow one more send, given `in_flight` reservations.
+-- The window has room when the n-th newest end, n = limit - in_flight, has left it.
+local function allowed_at(s, in_flight, window)
+    local at = s.gap > 0 and s.last_end + s.gap or 0
+    local rank = s.limit - in_flight
+    local oldest = redis.call('ZRANGE', window_of(s.id), -rank, -rank, 'WITHSCORES')
+    if oldest[2] then at = math.max(at, tonumber(oldest[2]) + window) end
+    return at
+end
+
+-- Puts the sender into `ready` at the next instant at which a look can find something to do.
+local function schedule_look(s, window)
+    local look = math.huge
+    local leases = lease_of(s.id)
+    local in_flight = redis.call('ZCARD', leases)
+    if in_flight > 0 then
+        -- If nobody settles them, the first lease to run out is the next thing to happen.
+        look = tonumber(redis.call('ZRANGE', leases, 0, 0, 'WITHSCORES')[2])
+    end
+    local first = redis.call('ZRANGE', due_of(s.id), 0, 0, 'WITHSCORES')[2]
+    if s.loading then
+        -- A load was asked for: look when it is overdue, for who was asked may have died.
+        look = math.min(look, s.loading)
+    end
+    if s.active and first and places(s, in_flight) > 0 then
+        look = math.min(look, math.max(tonumber(first), allowed_at(s, in_flight, window)))
+    end
+    if look < math.huge then
+        redis.call('ZADD', READY, look, s.id)
+        return
+    end
+    redis.call('ZREM', READY, s.id)
+    if in_flight == 0 and not first then
+        local keep = math.max(window, s.gap) + IDLE_MARGIN
+        redis.call('PEXPIRE', settings_of(s.id), keep)
+        redis.call('PEXPIRE', window_of(s.id), keep + IDLE_MARGIN)
+    end
+end
+
+local function first_look()
+    local first = redis.call('ZRANGE', READY, 0, 0, 'WITHSCORES')[2]
+    return first and tonumber(first) or nil
+end
+
+-- Wakes the dispatchers that sleep, if there is now something to do earlier than they know.
+-- `asleep` holds until when; nobody asleep costs one GET and no message.
+local function wake_sleepers()
+    local asleep = redis.call('GET', ASLEEP)
+    if not asleep then return end
+    local look = first_look()
+    if look and (asleep == 'inf' or look < tonumber(asleep)) then
+        redis.call('DEL', ASLEEP)
+        redis.call('PUBLISH', WAKE, '1')
+    end
+end

@@ -1,0 +1,70 @@
+-- Replaces the head of one sender by what PostgreSQL said. Where Redis does not know the sender,
+-- its limiter's history is restored as well.
+--
+-- KEYS[1] ready
+-- ARGV[1] sender
+-- ARGV[2] epoch    as begin_load returned it; '' if Redis did not know the sender
+-- ARGV[3] window   ms of the trailing window
+-- ARGV[4] limit, ARGV[5] gap (ms), ARGV[6] flight, ARGV[7] state (1 active)
+-- ARGV[8] horizon  due ms of the last job loaded, or 'inf' if no more wait
+-- ARGV[9] n        jobs that follow, as member, due ms
+-- ARGV    then m, the ends that follow, as member, ms since it ended, 1 if it takes a slot
+-- ARGV    then k, the leases that follow, as member, ms left
+--
+-- Returns 1, or 0 if the epoch has moved: somebody committed or lost something meanwhile; the
+-- caller reads PostgreSQL again.
+--!include keys
+--!include time
+--!include look
+
+local id, window, horizon = ARGV[1], tonumber(ARGV[3]), ARGV[8]
+local settings = settings_of(id)
+local epoch = redis.call('HGET', settings, 'epoch') or ''
+if epoch ~= ARGV[2] then return 0 end
+
+local position = 9
+local function next_arg()
+    local value = ARGV[position]
+    position = position + 1
+    return value
+end
+
+local function replace_head()
+    local due, leases = due_of(id), lease_of(id)
+    redis.call('DEL', due)
+    for _ = 1, tonumber(next_arg()) do
+        local member, at = next_arg(), next_arg()
+        -- Claimed, and not yet marked in PostgreSQL when it was read.
+        if not redis.call('ZSCORE', leases, member) then redis.call('ZADD', due, at, member) end
+    end
+end
+
+local fresh = ARGV[2] == ''
+if fresh then
+    redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
+    -- An epoch that no earlier life of this sender can have had.
+    redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000))
+    local jobs = tonumber(ARGV[9])
+    position = 10 + jobs * 2
+    local last_end = 0
+    for _ = 1, tonumber(next_arg()) do
+        local member, ended, counted = next_arg(), NOW_UP - tonumber(next_arg()), next_arg()
+        if counted == '1' then redis.call('ZADD', window_of(id), ended, member) end
+        last_end = math.max(last_end, ended)
+    end
+    for _ = 1, tonumber(next_arg()) do
+        local member, left = next_arg(), tonumber(next_arg())
+        redis.call('ZADD', lease_of(id), NOW_UP + left, member)
+    end
+    redis.call('HSET', settings, 'end', last_end)
+    position = 9
+end
+replace_head()
+redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
+    'horizon', horizon)
+redis.call('HDEL', settings, 'loading')
+redis.call('PERSIST', settings)
+redis.call('PERSIST', window_of(id))
+schedule_look(read_sender(id), window)
+wake_sleepers()
+return 1

@@ -1,0 +1,219 @@
+"""The queue: one method a Lua step, its result unpacked at once into a frozen dataclass."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+
+from shared.queue.keys import JobRef, ShardKeys, job_of, member_of
+from shared.queue.scripts import read_script
+
+# The first 128 waiting jobs of a sender; up to that size a sorted set stays a compact listpack.
+HEAD_SIZE = 128
+# A head that is a quarter full is loaded again while the rest of it is being sent.
+LOW_WATER = 32
+_LOAD_PATIENCE = timedelta(seconds=5)
+_REBUILD_LOCK = timedelta(seconds=30)
+_SCRIPTS = ("claim", "confirm", "settle", "begin_load", "load_head", "finish_rebuild")
+
+
+class SlotUse(StrEnum):
+    """What an ended claim means for the limits of its sender."""
+
+    # Its body was begun: it takes a slot of the window, and the gap runs from its end.
+    COUNTED = "COUNTED"
+    # SMTP was tried and no body was begun: the gap runs from its end.
+    BEGUN = "BEGUN"
+    # SMTP never heard of it.
+    UNUSED = "UNUSED"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job that the caller holds until its lease runs out."""
+
+    sender_id: int
+    job: JobRef
+    # Since the earliest instant at which due time, gap and window allowed it.
+    waited: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """What a look at a shard found."""
+
+    # The shard is empty after a loss of Redis: rebuild it.
+    lost: bool = False
+    claims: tuple[Claim, ...] = ()
+    # Senders whose head must be loaded.
+    loads: tuple[int, ...] = ()
+    # When something may be claimed next; None: not before somebody adds something.
+    next_look: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How one claim ended."""
+
+    sender_id: int
+    job: JobRef
+    use: SlotUse
+    # Since the end of the send, by the monotonic clock of whoever sent.
+    age: timedelta = timedelta(0)
+    # The job waits again, under the number of its next attempt, until then (Unix ms).
+    next_job: JobRef | None = None
+    next_due_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PastEnd:
+    """An attempt that ended within the window: the limiter's history."""
+
+    job: JobRef
+    age: timedelta
+    counted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeldLease:
+    """A job that some dispatcher is sending."""
+
+    job: JobRef
+    left: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What PostgreSQL knows of one sender: live settings and its first waiting jobs."""
+
+    sender_id: int
+    hourly_limit: int
+    gap: timedelta
+    max_in_flight: int
+    active: bool
+    # In the order of (due, id), with the due time in Unix ms.
+    jobs: tuple[tuple[JobRef, int], ...]
+    # More wait behind the last of `jobs`.
+    more: bool
+    ends: tuple[PastEnd, ...] = ()
+    leases: tuple[HeldLease, ...] = field(default=())
+
+
+def _ms(duration: timedelta) -> int:
+    return max(0, duration // timedelta(milliseconds=1))
+
+
+class Queue:
+    """One shard of the queue.
+
+    Raises redis-py's errors when Redis is gone; nothing is retried here, for a claim that was
+    retried could be taken twice.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        shard: int,
+        *,
+        window: timedelta,
+        lease: timedelta,
+        includes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.keys = ShardKeys(shard)
+        self.shard = shard
+        self._redis = redis
+        self._window = _ms(window)
+        self._lease = _ms(lease)
+        self._scripts: dict[str, AsyncScript] = {
+            name: redis.register_script(read_script(name, dict(includes or {})))
+            for name in _SCRIPTS
+        }
+
+    async def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
+        return await self._scripts[name](keys=[*keys], args=[*args])
+
+    async def claim(self, want: int) -> Claimed:
+        """Take up to `want` jobs that may be sent now, each held for one lease."""
+        answer = await self._run(
+            "claim",
+            (self.keys.ready, self.keys.generation),
+            (want, self._lease, self._window, LOW_WATER, _ms(_LOAD_PATIENCE)),
+        )
+        if answer[0] == "LOST":
+            return Claimed(lost=True)
+        _, look, claims, loads = answer
+        return Claimed(
+            claims=tuple(
+                Claim(int(claims[i]), job_of(claims[i + 1]), timedelta(milliseconds=claims[i + 2]))
+                for i in range(0, len(claims), 3)
+            ),
+            loads=tuple(int(sender) for sender in loads),
+            next_look=None if look < 0 else timedelta(milliseconds=look),
+        )
+
+    async def confirm(self, claims: Sequence[Claim]) -> list[bool]:
+        """Say of each claim whether it still holds (see confirm.lua for the race)."""
+        args = [part for claim in claims for part in (claim.sender_id, member_of(claim.job))]
+        return [held == 1 for held in await self._run("confirm", (self.keys.ready,), args)]
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
+        """End claims. Returns the senders that Redis does not know: load their heads."""
+        args: list[Any] = [self._window]
+        for s in settlements:
+            next_member = "" if s.next_job is None else member_of(s.next_job)
+            args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age))
+            args += (next_member, s.next_due_ms)
+        return [int(sender) for sender in await self._run("settle", (self.keys.ready,), args)]
+
+    async def begin_load(self, sender_ids: Sequence[int], *, committed: bool) -> dict[int, str]:
+        """Return the epoch of each sender, '' for one that Redis does not know.
+
+        `committed`: the caller has just committed something that the load must see, so that a
+        load under way, which may have read too early, is refused.
+        """
+        epochs = await self._run("begin_load", (self.keys.ready,), (int(committed), *sender_ids))
+        return dict(zip(sender_ids, epochs, strict=True))
+
+    async def load_heads(self, heads: Sequence[Head], epochs: Mapping[int, str]) -> list[int]:
+        """Apply heads that were read after `begin_load`. Returns the senders to read again."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for head in heads:
+                await self._scripts["load_head"](
+                    keys=[self.keys.ready],
+                    args=self._head_args(head, epochs[head.sender_id]),
+                    client=pipeline,
+                )
+            applied = await pipeline.execute()
+        return [head.sender_id for head, ok in zip(heads, applied, strict=True) if not ok]
+
+    def _head_args(self, head: Head, epoch: str) -> list[Any]:
+        horizon = head.jobs[-1][1] if head.more and head.jobs else "inf"
+        args: list[Any] = [head.sender_id, epoch, self._window, head.hourly_limit, _ms(head.gap)]
+        args += (head.max_in_flight, 1 if head.active else 2, horizon, len(head.jobs))
+        for job, due_ms in head.jobs:
+            args += (member_of(job), due_ms)
+        args.append(len(head.ends))
+        for end in head.ends:
+            args += (member_of(end.job), _ms(end.age), int(end.counted))
+        args.append(len(head.leases))
+        for lease in head.leases:
+            args += (member_of(lease.job), _ms(lease.left))
+        return args
+
+    async def begin_rebuild(self) -> str | None:
+        """Return the token of a rebuild, or None while another one is under way."""
+        token = secrets.token_hex(8)
+        taken = await self._redis.set(self.keys.rebuild, token, nx=True, px=_ms(_REBUILD_LOCK))
+        return token if taken else None
+
+    async def finish_rebuild(self, token: str) -> bool:
+        """Declare the shard whole; False if Redis was lost again meanwhile."""
+        keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)
+        return bool(await self._run("finish_rebuild", keys, (token,)))

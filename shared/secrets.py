@@ -1,0 +1,83 @@
+"""SMTP passwords at rest: Fernet tokens under the keys of OUTBOX_ENCRYPTION_KEYS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+from shared.errors import ConfigurationError, FailedPrecondition
+from shared.settings import Settings
+
+_HOW_TO_MAKE_A_KEY = "make a key with `outbox keys generate-encryption-key`"
+
+
+def generate_key() -> str:
+    """Return a new key for OUTBOX_ENCRYPTION_KEYS: 32 random bytes, base64url."""
+    return Fernet.generate_key().decode()
+
+
+class SecretBox:
+    """Encrypts with the first key; decrypts with any, so that keys can be rotated."""
+
+    def __init__(self, keys: Sequence[str] = ()) -> None:
+        """Take the keys, the newest first; with none, every use is refused.
+
+        Raises:
+            ConfigurationError: a key is malformed; the text says which one, and not what it is.
+        """
+        fernets = [_fernet(number, key) for number, key in enumerate(keys, start=1)]
+        self._fernet = MultiFernet(fernets) if fernets else None
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> SecretBox:
+        """Take the keys of OUTBOX_ENCRYPTION_KEYS.
+
+        Raises:
+            ConfigurationError: one of them is malformed.
+        """
+        keys = settings.encryption_keys.get_secret_value().split(",")
+        return cls([key.strip() for key in keys if key.strip()])
+
+    def encrypt(self, text: str) -> bytes:
+        """Return the Fernet token of `text`.
+
+        Raises:
+            FailedPrecondition: there is no key (ENCRYPTION_NOT_CONFIGURED).
+        """
+        return self._configured().encrypt(text.encode())
+
+    def decrypt(self, token: bytes) -> str:
+        """Return the text that `encrypt` was given.
+
+        Raises:
+            FailedPrecondition: there is no key (ENCRYPTION_NOT_CONFIGURED), or none of them made
+                this token (DECRYPTION_FAILED).
+        """
+        try:
+            return self._configured().decrypt(token).decode()
+        except InvalidToken:
+            raise FailedPrecondition(
+                "no key of OUTBOX_ENCRYPTION_KEYS decrypts what is stored; "
+                "add the key that it was encrypted with, or store the password again",
+                reason="DECRYPTION_FAILED",
+            ) from None
+
+    def _configured(self) -> MultiFernet:
+        if self._fernet is None:
+            raise FailedPrecondition(
+                f"passwords are stored encrypted only, and OUTBOX_ENCRYPTION_KEYS is not set; "
+                f"{_HOW_TO_MAKE_A_KEY}",
+                reason="ENCRYPTION_NOT_CONFIGURED",
+            )
+        return self._fernet
+
+
+def _fernet(number: int, key: str) -> Fernet:
+    try:
+        return Fernet(key)
+    except ValueError:
+        raise ConfigurationError(
+            f"OUTBOX_ENCRYPTION_KEYS: key {number} is no Fernet key (32 bytes in base64url); "
+            f"{_HOW_TO_MAKE_A_KEY}"
+        ) from None

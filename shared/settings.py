@@ -1,0 +1,163 @@
+"""The one typed settings class: every `OUTBOX_*` variable, its default and its bounds.
+
+Nothing else reads the environment. An instance is frozen and is passed down by constructors.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from shared.errors import ConfigurationError
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+
+
+def parse_duration(text: str) -> timedelta:
+    """Return the duration that `250ms`, `2s`, `1.5h` or `1h30m` says; a bare `0` is zero.
+
+    Raises:
+        ValueError: the text is no duration.
+    """
+    text = text.strip()
+    if text == "0":
+        return timedelta(0)
+    if not text or _DURATION.sub("", text):
+        raise ValueError(f"{text!r} is no duration; write 250ms, 2s, 5m or 1h")
+    return timedelta(
+        seconds=sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
+    )
+
+
+def format_duration(value: timedelta) -> str:
+    """Return the shortest text that `parse_duration` reads back as `value`."""
+    milliseconds = round(value / timedelta(milliseconds=1))
+    for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
+        if milliseconds and milliseconds % size == 0:
+            return f"{milliseconds // size}{unit}"
+    return f"{milliseconds}ms"
+
+
+def _duration(value: Any) -> Any:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+def _durations(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(parse_duration(part) for part in value.split(",") if part.strip())
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_duration)]
+Durations = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_durations)]
+_ZERO = timedelta(0)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+class Settings(BaseSettings):
+    """What the operator may set. Durations read `250ms`, `2s`, `1h`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OUTBOX_", env_file=".env", extra="ignore", frozen=True
+    )
+
+    database_url: str = Field(
+        "postgresql://outbox@127.0.0.1:5432/outbox",
+        description="PostgreSQL 14 or later: postgresql://user:password@host:port/database",
+    )
+    database_pool: int = Field(10, ge=2, le=200, description="connections of one process")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis 6.2+ or Valkey 7.2+: redis://host:port/0"
+    )
+    shards: int = Field(
+        1, ge=1, le=4096, description="shards of the queue; the same for every process"
+    )
+    scheduler_listen: str = Field("127.0.0.1:50051", description="host:port of the scheduler")
+    dispatcher_listen: str = Field("127.0.0.1:50052", description="host:port of the dispatcher")
+    stats_listen: str = Field("127.0.0.1:50053", description="host:port of the stats service")
+    auth: Literal["keys", "off"] = Field(
+        "keys", description="`off` is accepted only by a server that listens on loopback"
+    )
+    tls_certificate: str = Field("", description="PEM file of the servers' certificate chain")
+    tls_key: str = Field("", description="PEM file of the servers' private key")
+    smtp_url: str = Field(
+        "smtp://127.0.0.1:1025",
+        description="relay of senders that name none: smtp://[user:password@]host:port, "
+        "smtps:// for TLS from the start, smtp+starttls:// for STARTTLS",
+    )
+    smtp_override: bool = Field(
+        False, description="send everything to OUTBOX_SMTP_URL, whatever relay a sender names"
+    )
+    smtp_timeout: Duration = Field(
+        timedelta(seconds=20), gt=_ZERO, description="limit of each phase of an SMTP session"
+    )
+    smtp_pool: int = Field(20, ge=1, le=1000, description="connections of one process to a relay")
+    smtp_idle: Duration = Field(
+        timedelta(seconds=30), gt=_ZERO, description="a kept connection idle for longer is closed"
+    )
+    dispatcher_concurrency: int = Field(
+        5, ge=1, le=1000, description="sends in flight in one dispatcher"
+    )
+    default_hourly_limit: int = Field(
+        200, ge=1, le=1_000_000, description="hourly_limit of senders that name none"
+    )
+    rate_window: Duration = Field(
+        timedelta(hours=1),
+        ge=_MILLISECOND,
+        le=timedelta(days=7),
+        description="the trailing window of hourly_limit; shorter only in tests",
+    )
+    min_gap: Duration = Field(
+        timedelta(seconds=2), ge=_ZERO, le=timedelta(days=1), description="floor of every gap"
+    )
+    retry_backoff: Durations = Field(
+        (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125)),
+        description="waits before the second, third, ... attempt; any length",
+    )
+    lease: Duration = Field(
+        timedelta(seconds=60),
+        ge=timedelta(milliseconds=100),
+        le=timedelta(hours=1),
+        description="how long a dispatcher holds a job",
+    )
+    uncertain_policy: Literal["resend", "hold"] = Field(
+        "resend", description="what becomes of a mail whose server died before it replied"
+    )
+    encryption_keys: SecretStr = Field(
+        SecretStr(""),
+        description="Fernet keys for SMTP passwords, comma-separated, the newest first",
+    )
+    shutdown_grace: Duration = Field(
+        timedelta(seconds=30), gt=_ZERO, description="how long a SIGTERM waits for work in flight"
+    )
+    max_message_bytes: int = Field(
+        10 * 1024 * 1024, ge=1024, le=100 * 1024 * 1024, description="largest mail, in bytes"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+    log_format: Literal["json", "console"] = Field(
+        "json", description="one JSON document a line, or text for people"
+    )
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment and `.env`; `overrides` win.
+
+    Raises:
+        ConfigurationError: a variable is wrong; the text names it and says what it takes.
+    """
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        lines = []
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            takes = Settings.model_fields[name].description if name in Settings.model_fields else ""
+            lines.append(f"OUTBOX_{name.upper()}: {detail['msg']} ({takes})")
+        raise ConfigurationError("; ".join(lines)) from None

@@ -1,0 +1,82 @@
+"""The enumerations that protos, tables and code share; the numbers are those of `outbox.v1`."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class JobState(IntEnum):
+    """Where an e-mail job is (docs/states.md has the diagram)."""
+
+    SCHEDULED = 1
+    SENDING = 2
+    SENT = 3
+    FAILED = 4
+    UNCERTAIN = 5
+    CANCELLED = 6
+    SUPPRESSED = 7
+    EXPIRED = 8
+
+
+FINAL_STATES = frozenset(
+    {
+        JobState.SENT,
+        JobState.FAILED,
+        JobState.UNCERTAIN,
+        JobState.CANCELLED,
+        JobState.SUPPRESSED,
+        JobState.EXPIRED,
+    }
+)
+
+
+class SenderState(IntEnum):
+    """Whether a sender sends."""
+
+    ACTIVE = 1
+    PAUSED = 2
+
+
+class BatchState(IntEnum):
+    """What a caller decided about a batch. That nothing waits any more is counted, not stored."""
+
+    ACTIVE = 1
+    CANCELLED = 2
+
+
+class SmtpSecurity(IntEnum):
+    """How the connection to an SMTP endpoint is protected."""
+
+    NONE = 1
+    STARTTLS = 2
+    TLS = 3
+
+
+class DuplicatePolicy(IntEnum):
+    """What becomes of a second row with the same address."""
+
+    KEEP_FIRST = 1
+    KEEP_ALL = 2
+
+
+class BatchMode(IntEnum):
+    """What one bad row does to its batch."""
+
+    PERMISSIVE = 1
+    STRICT = 2
+
+
+class AttemptOutcome(IntEnum):
+    """How one try to hand a job to SMTP ended."""
+
+    SENT = 1
+    # 4xx: may succeed later.
+    TEMPORARY_FAILURE = 2
+    # 5xx, or a mail that cannot be built: will never succeed.
+    PERMANENT_FAILURE = 3
+    # Refused, time-out, TLS, 421, AUTH: the endpoint, not the mail.
+    CONNECTION_FAILURE = 4
+    # The connection died between the end of the body and the reply.
+    IN_DOUBT = 5
+    # The dispatcher died, or its lease ran out, before it recorded an outcome.
+    LEASE_EXPIRED = 6

@@ -1,0 +1,173 @@
+"""One PostgreSQL and one Redis a run, real ones, and what isolates the tests from one another.
+
+By default the embedded pair; `OUTBOX_TEST_STORES=debian` takes Debian's PostgreSQL 15 and Redis
+7.0. A server that is missing fails the tests that want it. Nothing starts before it is wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis as redis_py
+from psycopg import sql
+from redis.asyncio import Redis
+
+from deploy.local.inbox import Inbox
+from deploy.local.postgres import SUPERUSER, PostgresServer
+from deploy.local.valkey import ValkeyServer
+
+TEMPLATE = "outbox_template"
+DATABASE = "outbox_test"
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The run's servers. A test that stops one starts it again."""
+
+    postgres: PostgresServer
+    redis: ValkeyServer
+
+    def administrate(self, statement: sql.Composed) -> None:
+        """Run a statement as the superuser, outside a transaction."""
+        url = self.postgres.url("postgres", SUPERUSER)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(statement)
+
+    def clone(self, database: str) -> str:
+        """Make a database with the whole schema and no rows; return its URL."""
+        self.administrate(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER outbox").format(
+                sql.Identifier(database), sql.Identifier(TEMPLATE)
+            )
+        )
+        return self.postgres.url(database)
+
+
+def _choose_stores(kind: str, folder: Path) -> Stores:
+    postgres, redis = folder / "postgres", folder / "redis"
+    if kind == "embedded":
+        return Stores(PostgresServer(postgres, durable=False), ValkeyServer(redis))
+    return Stores(
+        PostgresServer(
+            postgres,
+            durable=False,
+            binaries=Path("/usr/lib/postgresql/15/bin"),
+            system_user="postgres",
+        ),
+        ValkeyServer(redis, binary=Path("/usr/bin/redis-server")),
+    )
+
+
+def _build_schema(url: str) -> None:
+    # Imported here, since unit tests should not wait for SQLAlchemy.
+    from sqlalchemy import create_engine, inspect  # noqa: PLC0415
+    from sqlalchemy.pool import NullPool  # noqa: PLC0415
+
+    from shared.models import Base  # noqa: PLC0415
+
+    # Until the first migration is written: then `migrate(url)` is all that stands here.
+    if any((Path(__file__).parents[1] / "shared/migrations/versions").glob("[!_]*.py")):
+        from shared.database import migrate  # noqa: PLC0415
+
+        migrate(url)
+        return
+    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
+    Base.metadata.create_all(engine)
+    assert inspect(engine).get_table_names()
+
+
+@pytest.fixture(scope="session")
+def stores() -> Iterator[Stores]:
+    """Start both servers, with the schema in a template database."""
+    kind = os.environ.get("OUTBOX_TEST_STORES", "embedded")
+    if kind not in ("embedded", "debian"):
+        raise ValueError(f"OUTBOX_TEST_STORES={kind}: it takes embedded or debian")
+    # Not pytest's own folder: nobody but its owner may enter that, and PostgreSQL refuses root.
+    folder = Path(tempfile.mkdtemp(prefix="outbox-test-"))
+    chosen = _choose_stores(kind, folder)
+
+    async def start() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(chosen.postgres.start())
+            group.create_task(chosen.redis.start())
+        await chosen.postgres.ensure_database(TEMPLATE)
+
+    async def stop() -> None:
+        await chosen.postgres.stop()
+        await chosen.redis.stop()
+
+    # A loop of its own, which is not made the thread's loop: each test has another one.
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        try:
+            runner.run(start())
+            _build_schema(chosen.postgres.url(TEMPLATE))
+            yield chosen
+        finally:
+            runner.run(stop())
+            shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def _run_database(stores: Stores) -> str:
+    return stores.clone(DATABASE)
+
+
+@pytest.fixture
+def database_url(_run_database: str) -> str:
+    """The run's database, migrated, without any row."""
+    from shared.models import Base  # noqa: PLC0415 - unit tests load no SQLAlchemy
+
+    tables = [sql.Identifier(table.name) for table in reversed(Base.metadata.sorted_tables)]
+    # Twenty times as fast as TRUNCATE, which writes new files.
+    clear = sql.SQL(";").join(sql.SQL("DELETE FROM {}").format(table) for table in tables)
+    with psycopg.connect(_run_database, autocommit=True) as connection:
+        # A test that left a transaction open fails the next one, with words, instead of hanging.
+        connection.execute("SET lock_timeout = '5s'")
+        connection.execute(clear)
+    return _run_database
+
+
+@pytest.fixture
+def new_database(stores: Stores) -> Iterator[Callable[[], str]]:
+    """Return a function that makes a migrated database of the test's own, and its URL."""
+    names: list[str] = []
+    numbers = itertools.count(1)
+
+    def create() -> str:
+        names.append(f"outbox_own_{next(numbers)}")
+        return stores.clone(names[-1])
+
+    yield create
+    for name in names:
+        stores.administrate(sql.SQL("DROP DATABASE {} (FORCE)").format(sql.Identifier(name)))
+
+
+@pytest.fixture
+def redis_url(stores: Stores) -> str:
+    """The run's Redis, empty."""
+    with redis_py.Redis.from_url(stores.redis.url) as client:
+        client.flushall()
+    return stores.redis.url
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    """A client of the run's Redis, which is empty."""
+    async with Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+async def inbox(tmp_path: Path) -> AsyncIterator[Inbox]:
+    """An SMTP server of the test's own, which takes every mail."""
+    async with Inbox(tmp_path / "inbox") as server:
+        yield server

@@ -1,0 +1,36 @@
+"""Waiting on a condition: the only place of the tests with a sleep."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, overload
+
+T = TypeVar("T")
+
+_PAUSE = 0.01
+
+
+@overload
+async def eventually(condition: Callable[[], Awaitable[T]], deadline: float = 10.0) -> T: ...
+@overload
+async def eventually(condition: Callable[[], T], deadline: float = 10.0) -> T: ...
+async def eventually(condition: Callable[[], Any], deadline: float = 10.0) -> Any:
+    """Return the condition's value, sync or async, once it is true in the sense of `if`.
+
+    Raises:
+        AssertionError: it was not within `deadline` seconds; the text shows its last value.
+    """
+    end = time.monotonic() + deadline
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > end:
+            name = getattr(condition, "__qualname__", repr(condition))
+            raise AssertionError(f"{name} was still {value!r} after {deadline:g} s")
+        await asyncio.sleep(_PAUSE)

@@ -1,0 +1,386 @@
+"""The servers of `outbox up` and `outbox demo`: started, stopped, and killed in every way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from redis.asyncio import Redis
+
+from deploy.local.child import Child, LocalServerError, processes_in, run_to_end, stop_orphans
+from deploy.local.ports import free_port
+from deploy.local.postgres import PostgresServer
+from deploy.local.stack import FolderInUseError, Servers
+from deploy.local.system_user import user_for_postgres
+from deploy.local.valkey import ValkeyServer
+from deploy.local.wheels import postgres_binaries
+from tests.eventually import eventually
+
+HOLDER = """
+import asyncio, json, sys
+from pathlib import Path
+from urllib.parse import urlsplit
+from deploy.local.stack import Servers
+
+async def main():
+    async with Servers(Path(sys.argv[1])) as servers:
+        print(json.dumps([servers.database_url, servers.redis_url, servers.smtp_url]), flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def empty_folder() -> Iterator[Path]:
+    """A folder that PostgreSQL's user may reach; pytest's own is closed to it."""
+    path = Path(tempfile.mkdtemp(prefix="outbox-stack-")).resolve()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def shared_folder() -> Iterator[Path]:
+    """The folder of all tests that need no fresh one: making one takes most of a second."""
+    path = Path(tempfile.mkdtemp(prefix="outbox-stack-")).resolve()
+
+    async def start_once() -> None:
+        async with Servers(path, inbox=False):
+            pass
+
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        runner.run(start_once())
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def folder(shared_folder: Path) -> Iterator[Path]:
+    """A folder in which the servers have been started before."""
+    yield shared_folder
+    assert not left_running(shared_folder)
+
+
+@asynccontextmanager
+async def holder(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
+    """Hold the servers in a process of its own; yields it and its three URLs."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLDER, str(folder), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(60):
+            yield process, json.loads(await process.stdout.readline())
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+        await eventually(lambda: not left_running(folder))
+
+
+def execute(url: str, statement: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        cursor = connection.execute(statement.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+def keep(url: str) -> str:
+    """Commit a row; return what is in it."""
+    value = uuid.uuid4().hex
+    execute(url, "CREATE TABLE IF NOT EXISTS kept (value text)")
+    execute(url, f"INSERT INTO kept VALUES ('{value}')")
+    return value
+
+
+def kept(url: str) -> set[object]:
+    return {value for (value,) in execute(url, "SELECT value FROM kept")}
+
+
+def left_running(folder: Path) -> set[int]:
+    return {
+        *processes_in(folder / "postgres", "postgres"),
+        *processes_in(folder / "valkey", "valkey-server"),
+    }
+
+
+async def test_all_servers_answer_while_the_context_is_open_and_none_afterwards(
+    empty_folder: Path,
+) -> None:
+    async with Servers(empty_folder, durable=False) as servers:
+        assert execute(servers.database_url, "SELECT current_user, current_database()") == [
+            ("outbox", "outbox")
+        ]
+        assert execute(
+            servers.database_url, "SELECT usesuper FROM pg_user WHERE usename = user"
+        ) == [(False,)]
+        async with Redis.from_url(servers.redis_url) as redis:
+            assert await redis.ping()
+        assert servers.smtp_url == f"smtp://127.0.0.1:{servers.inbox.port if servers.inbox else 0}"
+        assert len(left_running(empty_folder)) > 2
+
+    assert not left_running(empty_folder)
+
+
+def listening() -> dict[int, list[str]]:
+    """Return the hexadecimal addresses at which somebody listens, by port."""
+    found: dict[int, list[str]] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, _, state, *_ = line.split()
+            address, port = local.split(":")
+            if state == "0A":
+                found.setdefault(int(port, 16), []).append(address)
+    return found
+
+
+async def test_they_listen_on_loopback_alone(folder: Path) -> None:
+    async with Servers(folder, durable=False) as servers:
+        for url in (servers.database_url, servers.redis_url, servers.smtp_url):
+            assert listening()[urlsplit(url).port or 0] == ["0100007F"]
+
+
+async def test_a_second_start_finds_the_data_and_takes_about_a_second(folder: Path) -> None:
+    async with Servers(folder) as servers:
+        value = keep(servers.database_url)
+
+    began = time.monotonic()
+    async with Servers(folder) as servers:
+        took = time.monotonic() - began
+        assert value in kept(servers.database_url)
+
+    assert took < 4, "measured: 0.15 s; the bound leaves room for a busy machine"
+
+
+async def test_given_ports_are_taken(folder: Path) -> None:
+    ports = free_port(), free_port(), free_port()
+    async with Servers(
+        folder, postgres_port=ports[0], redis_port=ports[1], smtp_port=ports[2], durable=False
+    ) as servers:
+        assert servers.database_url == f"postgresql://outbox@127.0.0.1:{ports[0]}/outbox"
+        assert servers.redis_url == f"redis://127.0.0.1:{ports[1]}/0"
+        assert servers.smtp_url == f"smtp://127.0.0.1:{ports[2]}"
+
+
+@pytest.mark.parametrize("taken", ["postgres_port", "redis_port", "smtp_port"])
+async def test_a_port_that_is_taken_is_said_and_leaves_nothing_running(
+    folder: Path, taken: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as squatter:
+        ports = {taken: squatter.getsockname()[1]}
+        with pytest.raises(LocalServerError, match=r"(?i)address already in use"):
+            async with Servers(folder, durable=False, **ports):
+                pass
+
+    assert not left_running(folder)
+    async with Servers(folder, durable=False):
+        pass
+
+
+async def test_another_server_on_the_port_is_not_taken_for_ours(
+    folder: Path, empty_folder: Path
+) -> None:
+    async with Servers(folder, durable=False) as one:
+        with pytest.raises(LocalServerError, match=r"(?i)address already in use"):
+            await PostgresServer(empty_folder / "postgres", port=one.postgres.port).start()
+        with pytest.raises(LocalServerError, match=r"(?i)address already in use"):
+            await ValkeyServer(empty_folder / "valkey", port=one.valkey.port).start()
+
+    assert not left_running(empty_folder)
+
+
+async def test_kill_9_of_the_holder_leaves_nothing_running_and_the_next_start_works(
+    folder: Path,
+) -> None:
+    async with holder(folder) as (process, (database_url, *_)):
+        value = keep(database_url)
+        assert left_running(folder)
+        process.kill()
+        await process.wait()
+
+        await eventually(lambda: not left_running(folder))
+
+    async with Servers(folder) as servers:
+        assert value in kept(servers.database_url)
+
+
+async def test_a_next_start_need_not_wait_for_what_a_killed_holder_left(folder: Path) -> None:
+    async with holder(folder) as (process, (database_url, *_)):
+        open_transaction = psycopg.connect(database_url)
+        open_transaction.execute("CREATE TABLE not_kept ()")
+        value = keep(database_url)
+        process.kill()
+        await process.wait()
+
+        async with Servers(folder) as servers:
+            assert value in kept(servers.database_url)
+            assert execute(servers.database_url, "SELECT to_regclass('not_kept')") == [(None,)]
+        open_transaction.close()
+
+
+async def test_a_second_holder_is_refused_and_the_first_goes_on(folder: Path) -> None:
+    async with holder(folder) as (process, (database_url, *_)):
+        with pytest.raises(FolderInUseError, match=f"{folder} is in use by process {process.pid}"):
+            await Servers(folder).__aenter__()
+
+        assert execute(database_url, "SELECT 1") == [(1,)]
+
+
+async def test_the_servers_do_not_hear_the_terminals_interrupt(folder: Path) -> None:
+    async with Servers(folder, durable=False) as servers:
+        for server in (servers.postgres, servers.valkey):
+            assert os.getsid(server.child.pid) == server.child.pid
+
+
+async def test_an_orphan_that_outlived_its_holder_is_ended(folder: Path) -> None:
+    data = folder / "postgres"
+    postgres = PostgresServer(data, durable=False)
+    await postgres.start()
+    await postgres.stop()
+    # As if its holder had died where nothing tells a child of it.
+    options = f"-p {free_port()} -c unix_socket_directories="
+    starter = Child(
+        "pg_ctl",
+        [postgres_binaries() / "pg_ctl", "-D", data, "-w", "-o", options, "start"],
+        log=folder / "log",
+        cwd=data,
+        user=user_for_postgres(),
+    )
+    await run_to_end(starter, 30)
+    orphans = set(processes_in(data, "postgres"))
+    assert orphans
+
+    await postgres.start()
+
+    assert not orphans & set(processes_in(data, "postgres"))
+    await postgres.stop()
+    assert not processes_in(data, "postgres")
+
+
+async def test_a_stale_pid_file_that_names_a_strangers_process_is_no_hindrance(
+    folder: Path,
+) -> None:
+    postgres = PostgresServer(folder / "postgres", durable=False)
+    await postgres.start()
+    pid_file = postgres.folder / "postmaster.pid"
+    lines = pid_file.read_text().splitlines()
+    await postgres.kill()
+    stranger = Child(
+        "stranger", ["sleep", "60"], log=folder / "log", cwd=folder, user=user_for_postgres()
+    )
+    stranger.start()
+    pid_file.write_text("\n".join([str(stranger.pid), *lines[1:]]) + "\n")
+
+    await postgres.start()
+
+    assert stranger.running
+    await stranger.stop()
+    await postgres.stop()
+
+
+async def test_a_folder_that_was_being_made_when_it_was_killed_is_made_anew(
+    empty_folder: Path,
+) -> None:
+    half = empty_folder / "postgres.new"
+    half.mkdir(parents=True)
+    (half / "PG_VERSION").write_text("18\n")
+
+    async with Servers(empty_folder, durable=False, inbox=False) as servers:
+        assert execute(servers.database_url, "SELECT 1") == [(1,)]
+
+    assert not half.exists()
+
+
+async def test_a_folder_with_other_things_in_it_is_left_alone(empty_folder: Path) -> None:
+    (empty_folder / "postgres").mkdir()
+    (empty_folder / "postgres" / "mine").write_text("precious")
+
+    with pytest.raises(LocalServerError, match="is no data folder of PostgreSQL"):
+        await Servers(empty_folder, durable=False).__aenter__()
+
+    assert (empty_folder / "postgres" / "mine").read_text() == "precious"
+    assert not left_running(empty_folder)
+
+
+async def test_a_store_that_was_killed_starts_again_on_its_port(folder: Path) -> None:
+    async with Servers(folder, durable=False, inbox=False) as servers:
+        before = servers.database_url, servers.redis_url
+        value = keep(servers.database_url)
+        async with Redis.from_url(servers.redis_url) as redis:
+            await redis.set("forgotten", 1)
+
+        await servers.postgres.kill()
+        await servers.valkey.kill()
+        assert not left_running(folder)
+        await servers.postgres.start()
+        await servers.valkey.start()
+
+        assert (servers.database_url, servers.redis_url) == before
+        assert value in kept(servers.database_url)
+        async with Redis.from_url(servers.redis_url) as redis:
+            assert await redis.get("forgotten") is None
+
+
+@pytest.mark.parametrize("victim", ["PostgreSQL", "Valkey"])
+async def test_a_server_that_ends_by_itself_is_noticed(folder: Path, victim: str) -> None:
+    async with Servers(folder, durable=False, inbox=False) as servers:
+        watch = asyncio.create_task(servers.watch())
+        store = servers.postgres if victim == "PostgreSQL" else servers.valkey
+        store.child.signal(signal.SIGKILL)
+
+        with pytest.raises(LocalServerError, match=f"{victim} ended by itself"):
+            async with asyncio.timeout(10):
+                await watch
+
+
+async def test_a_server_that_ignores_its_signals_is_killed_in_the_end(tmp_path: Path) -> None:
+    deaf = Child(
+        "deaf",
+        ["sh", "-c", "trap '' TERM; echo deaf; sleep 60"],
+        log=tmp_path / "log",
+        cwd=tmp_path,
+    )
+    deaf.start()
+    await eventually(lambda: "deaf" in (tmp_path / "log").read_text())
+
+    await deaf.stop((signal.SIGTERM, 0.1))
+
+    assert await deaf.wait() == -signal.SIGKILL
+
+
+async def test_a_child_that_never_becomes_ready_is_given_up_with_its_last_words(
+    tmp_path: Path,
+) -> None:
+    child = Child(
+        "slow", ["sh", "-c", "echo hm; exec sleep 60"], log=tmp_path / "log", cwd=tmp_path
+    )
+
+    async def never() -> bool:
+        return False
+
+    child.start()
+    await eventually(lambda: "hm" in (tmp_path / "log").read_text())
+    with pytest.raises(LocalServerError, match=r"(?s)slow was not ready after 0\.1 s.*hm"):
+        await child.until_ready(never, 0.1)
+
+    assert child.running
+    await child.stop()
+    with pytest.raises(LocalServerError, match=r"(?s)slow did not start.*hm"):
+        await child.until_ready(never, 10)
+
+
+async def test_nothing_to_end_is_no_error(folder: Path) -> None:
+    await stop_orphans(folder, "postgres", ())

@@ -1,0 +1,553 @@
+"""A real server on a free port, and real clients: grpc.aio, grpcurl, buf curl."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from outbox.v1 import (
+    batch_pb2,
+    batch_service_pb2,
+    batch_service_pb2_grpc,
+    stats_pb2,
+    stats_service_pb2,
+    stats_service_pb2_grpc,
+)
+
+from shared.auth import CallerKind, current_caller
+from shared.errors import ConfigurationError, FieldViolation, InvalidInput, Unavailable
+from shared.grpc_server import GrpcServer, ServiceBinding
+from shared.settings import Settings, load_settings
+
+STATS = "outbox.v1.StatsService"
+BATCHES = "outbox.v1.BatchService"
+BIN = Path(sys.executable).parent
+GRACE = timedelta(seconds=5)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+Detail = TypeVar("Detail", bound=Message)
+
+
+class Stats(stats_service_pb2_grpc.StatsServiceServicer):
+    """Does what a test says; the methods that it does not have are the generated ones."""
+
+    def __init__(self) -> None:
+        self.behaviour: Callable[[], Awaitable[None]] = self.nothing
+        self.answer: Any = None
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+        self.ended: asyncio.Future[type[BaseException] | None] = asyncio.Future()
+
+    async def GetSenderStats(  # noqa: N802 - the proto's name
+        self, request: stats_service_pb2.GetSenderStatsRequest, context: Any
+    ) -> stats_pb2.SenderStats:
+        del context
+        await self.observed()
+        return self.answer or stats_pb2.SenderStats(sender_id=request.sender_id)
+
+    async def WatchSenderStats(  # noqa: N802 - the proto's name
+        self, request: stats_service_pb2.WatchSenderStatsRequest, context: Any
+    ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
+        del request, context
+        yield stats_service_pb2.WatchSenderStatsResponse()
+        await self.observed()
+
+    async def observed(self) -> None:
+        self.entered.set()
+        try:
+            await self.behaviour()
+        except BaseException as error:
+            self.ended.set_result(type(error))
+            raise
+        self.ended.set_result(None)
+
+    async def nothing(self) -> None:
+        """Return at once."""
+
+    async def wait(self) -> None:
+        await self.release.wait()
+
+
+class Batches(batch_service_pb2_grpc.BatchServiceServicer):
+    """Remembers whether an upload looked whole."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.ended: asyncio.Future[str] = asyncio.Future()
+
+    async def UploadBatch(  # noqa: N802 - the proto's name
+        self, request_iterator: AsyncIterator[batch_service_pb2.UploadBatchRequest], context: Any
+    ) -> batch_service_pb2.ScheduleBatchResponse:
+        del context
+        try:
+            async for _ in request_iterator:
+                self.begun.set()
+        except BaseException as error:
+            self.ended.set_result(type(error).__name__)
+            raise
+        self.ended.set_result("whole")
+        return batch_service_pb2.ScheduleBatchResponse(batch=batch_pb2.Batch(batch_id="1"))
+
+
+class Stack:
+    """A server, its servicers and a channel to it."""
+
+    def __init__(self, settings: Settings) -> None:
+        # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
+        self.stats = Stats()  # type: ignore[abstract]
+        self.batches = Batches()  # type: ignore[abstract]
+        self.server = GrpcServer(
+            settings,
+            "127.0.0.1:0",
+            [
+                ServiceBinding(
+                    STATS,
+                    lambda server: stats_service_pb2_grpc.add_StatsServiceServicer_to_server(
+                        self.stats, server
+                    ),
+                ),
+                ServiceBinding(
+                    BATCHES,
+                    lambda server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
+                        self.batches, server
+                    ),
+                ),
+            ],
+        )
+
+    def connect(self, channel: grpc.aio.Channel) -> None:
+        self.channel: Any = channel  # for calls that the stubs do not know
+        self.stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+        self.upload: Any = channel.stream_unary(f"/{BATCHES}/UploadBatch")
+        self.health = health_pb2_grpc.HealthStub(channel)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    async def call(self, timeout: float | None = 10) -> stats_pb2.SenderStats:  # noqa: ASYNC109
+        request = stats_service_pb2.GetSenderStatsRequest(sender_id="7")
+        return await self.stub.GetSenderStats(request, timeout=timeout)
+
+    async def state(self, service: str = "") -> int:
+        request = health_pb2.HealthCheckRequest(service=service)
+        answer = await self.health.Check(request, timeout=10)
+        state: int = answer.status
+        return state
+
+    async def refused(self, call: Awaitable[Any]) -> Status:
+        """Return the status with its details that `call` ends with."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async with asyncio.timeout(10):
+                await call
+        status = rpc_status.from_call(caught.value)
+        assert isinstance(status, Status), f"no details: {caught.value}"
+        return status
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Stack]:
+    stack = Stack(settings)
+    await stack.server.start()
+    async with grpc.aio.insecure_channel(stack.address) as channel:
+        stack.connect(channel)
+        yield stack
+        stack.stats.release.set()
+    await stack.server.drain_and_stop(GRACE)
+
+
+@pytest_asyncio.fixture
+async def stack() -> AsyncIterator[Stack]:
+    async with running(load_settings(auth="off")) as stack:
+        yield stack
+
+
+def detail(status: Status, kind: type[Detail]) -> Detail:
+    message = kind()
+    assert any(packed.Unpack(message) for packed in status.details), status
+    return message
+
+
+def reason(status: Status) -> tuple[str, str]:
+    info = detail(status, error_details_pb2.ErrorInfo)
+    assert info.domain == "outbox"
+    code = next(code.name for code in grpc.StatusCode if code.value[0] == status.code)
+    return code, info.reason
+
+
+# Errors
+
+
+async def test_an_error_of_ours_arrives_with_its_details(stack: Stack) -> None:
+    async def fail() -> None:
+        raise InvalidInput.field("sender_id", "is no number", metadata={"sender_id": "x"})
+
+    stack.stats.behaviour = fail
+    status = await stack.refused(stack.call())
+    assert reason(status) == ("INVALID_ARGUMENT", "INVALID_INPUT")
+    assert status.message == "sender_id: is no number"
+    assert detail(status, error_details_pb2.ErrorInfo).metadata["sender_id"] == "x"
+    violation = detail(status, error_details_pb2.BadRequest).field_violations[0]
+    assert (violation.field, violation.description) == ("sender_id", "is no number")
+
+
+async def test_an_error_in_a_stream_arrives_after_its_messages(stack: Stack) -> None:
+    async def fail() -> None:
+        raise Unavailable("gone", retry_after=timedelta(seconds=3))
+
+    stack.stats.behaviour = fail
+    watch = stack.stub.WatchSenderStats(stats_service_pb2.WatchSenderStatsRequest())
+    assert await watch.read() is not grpc.aio.EOF
+    status = await stack.refused(watch.read())
+    assert reason(status) == ("UNAVAILABLE", "UNAVAILABLE")
+    assert detail(status, error_details_pb2.RetryInfo).retry_delay.seconds == 3
+
+
+async def test_an_unknown_error_tells_an_incident_and_nothing_else(
+    stack: Stack, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def fail() -> None:
+        raise KeyError("the secret text")
+
+    stack.stats.behaviour = fail
+    status = await stack.refused(stack.call())
+    assert reason(status) == ("INTERNAL", "INTERNAL")
+    assert "secret text" not in str(status)
+    incident = detail(status, error_details_pb2.ErrorInfo).metadata["incident"]
+    logged = "".join(capsys.readouterr())
+    assert incident in logged
+    assert "the secret text" in logged
+
+
+async def test_an_answer_of_another_type_leaks_nothing(stack: Stack) -> None:
+    stack.stats.answer = "the secret text"
+    status = await stack.refused(stack.call())
+    assert reason(status) == ("INTERNAL", "INTERNAL")
+    assert "str" not in status.message
+
+
+async def test_an_error_of_many_fields_still_reaches_the_client(stack: Stack) -> None:
+    async def fail() -> None:
+        raise InvalidInput(
+            "\u6f22" * 5_000,
+            violations=[FieldViolation(f"rows[{n}]", "\u6f22" * 200) for n in range(5_000)],
+            metadata={"columns": "\u6f22" * 10_000},
+        )
+
+    stack.stats.behaviour = fail
+    status = await stack.refused(stack.call())
+    assert reason(status) == ("INVALID_ARGUMENT", "INVALID_INPUT")
+    assert detail(status, error_details_pb2.BadRequest).field_violations[0].field == "rows[0]"
+
+
+@pytest.mark.parametrize("method", ["ForecastBatch", "AuditSender", "QuerySenderSeries"])
+async def test_a_method_that_is_not_served_yet_says_so(stack: Stack, method: str) -> None:
+    status = await stack.refused(stack.channel.unary_unary(f"/{STATS}/{method}")(b""))
+    assert reason(status) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
+    assert method in status.message
+
+
+async def test_a_stream_that_is_not_served_yet_says_so(stack: Stack) -> None:
+    watch = stack.channel.unary_stream(f"/{BATCHES}/WatchBatch")(b"")
+    assert reason(await stack.refused(watch.read())) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
+
+
+async def test_a_method_that_does_not_exist_says_so_to_every_kind_of_call(stack: Stack) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b""
+
+    channel, name = stack.channel, f"/{STATS}/Nonsense"
+    for call in (
+        channel.unary_unary(name)(b""),
+        channel.stream_unary(name)(chunks()),
+        channel.unary_stream(name)(b"").read(),
+        channel.stream_stream(name)(chunks()).read(),
+    ):
+        assert reason(await stack.refused(call)) == ("UNIMPLEMENTED", "METHOD_NOT_FOUND")
+
+
+async def test_bytes_that_are_no_message_are_the_callers_error(stack: Stack) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"\xff\xff"
+
+    for call in (
+        stack.channel.unary_unary(f"/{STATS}/GetSenderStats")(b"\xff\xff"),
+        stack.channel.unary_stream(f"/{STATS}/WatchSenderStats")(b"\xff\xff").read(),
+        stack.upload(chunks()),
+    ):
+        status = await stack.refused(call)
+        assert reason(status) == ("INVALID_ARGUMENT", "MALFORMED_MESSAGE")
+
+
+# Deadlines and callers
+
+
+async def test_a_servicer_learns_the_caller(stack: Stack) -> None:
+    kinds: list[CallerKind] = []
+
+    async def ask() -> None:
+        kinds.append(current_caller().kind)
+
+    stack.stats.behaviour = ask
+    await stack.call()
+    assert kinds == [CallerKind.LOCAL]
+
+
+async def test_the_callers_deadline_ends_the_work(stack: Stack) -> None:
+    stack.stats.behaviour = stack.stats.wait
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stack.call(timeout=0.1)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    async with asyncio.timeout(5):
+        assert await stack.stats.ended is asyncio.CancelledError
+
+
+async def test_a_unary_call_without_a_deadline_gets_the_default_one(stack: Stack) -> None:
+    stack.server._calls._default_deadline = 0.1
+    stack.stats.behaviour = stack.stats.wait
+    status = await stack.refused(stack.call(timeout=None))
+    assert reason(status) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+
+
+async def test_a_stream_has_no_default_deadline(stack: Stack) -> None:
+    stack.server._calls._default_deadline = 0.0
+    watch = stack.stub.WatchSenderStats(stats_service_pb2.WatchSenderStatsRequest())
+    assert [answer async for answer in watch] == [stats_service_pb2.WatchSenderStatsResponse()]
+
+
+async def test_a_caller_that_goes_away_ends_the_work(stack: Stack) -> None:
+    stack.stats.behaviour = stack.stats.wait
+    watch = stack.stub.WatchSenderStats(stats_service_pb2.WatchSenderStatsRequest())
+    await watch.read()
+    await stack.stats.entered.wait()
+    watch.cancel()
+    async with asyncio.timeout(5):
+        assert await stack.stats.ended is asyncio.CancelledError
+
+
+# Uploads
+
+
+def chunk(size: int) -> bytes:
+    return batch_service_pb2.UploadBatchRequest(chunk=b"a" * size).SerializeToString()
+
+
+async def test_a_whole_upload_is_whole(stack: Stack) -> None:
+    call = stack.upload()
+    for _ in range(3):
+        await call.write(chunk(64 * 1024))
+    await call.done_writing()
+    answer = batch_service_pb2.ScheduleBatchResponse.FromString(await call)
+    assert answer.batch.batch_id == "1"
+    assert await stack.batches.ended == "whole"
+
+
+async def test_a_cancelled_upload_never_looks_whole(stack: Stack) -> None:
+    call = stack.upload()
+    await call.write(chunk(1000))
+    await stack.batches.begun.wait()
+    call.cancel()
+    async with asyncio.timeout(5):
+        assert await stack.batches.ended != "whole"
+
+
+async def test_an_upload_with_a_message_over_the_limit_never_looks_whole(stack: Stack) -> None:
+    call = stack.upload()
+    await call.write(chunk(1000))
+    await stack.batches.begun.wait()
+    await call.write(chunk(6 * 1024 * 1024))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in str(caught.value.details())
+    async with asyncio.timeout(5):
+        assert await stack.batches.ended != "whole"
+
+
+async def test_an_upload_of_a_client_that_is_killed_never_looks_whole(stack: Stack) -> None:
+    client = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        f"""
+import grpc, threading
+def chunks():
+    yield {chunk(1000)!r}
+    threading.Event().wait()
+grpc.insecure_channel("{stack.address}").stream_unary("/{BATCHES}/UploadBatch")(chunks())
+""",
+    )
+    async with asyncio.timeout(20):
+        await stack.batches.begun.wait()
+        client.kill()
+        await client.wait()
+        assert await stack.batches.ended != "whole"
+
+
+async def test_a_csv_of_4_mib_fits_into_a_unary_call(stack: Stack) -> None:
+    call = stack.upload()
+    await call.write(chunk(4 * 1024 * 1024 + 10_000))
+    await call.done_writing()
+    await call
+    assert await stack.batches.ended == "whole"
+
+
+# Health and reflection
+
+
+async def test_health_starts_with_not_serving_for_every_name(stack: Stack) -> None:
+    for name in ("", STATS, BATCHES):
+        assert await stack.state(name) == NOT_SERVING
+    stack.server.set_serving(True)
+    for name in ("", STATS, BATCHES):
+        assert await stack.state(name) == SERVING
+
+
+async def test_health_of_another_service_is_not_found(stack: Stack) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stack.state("outbox.v1.Nonsense")
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_watcher_of_health_hears_of_every_change(stack: Stack) -> None:
+    watch = stack.health.Watch(health_pb2.HealthCheckRequest(service=STATS))
+    assert (await watch.read()).status == NOT_SERVING
+    for serving in (True, False, True):
+        stack.server.set_serving(serving)
+        async with asyncio.timeout(5):
+            assert (await watch.read()).status == (SERVING if serving else NOT_SERVING)
+
+
+async def tool(*command: str) -> tuple[int, str]:
+    """Run a real client and return its exit code and what it wrote."""
+    process = await asyncio.create_subprocess_exec(
+        BIN / command[0], *command[1:], stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(30):
+        written, _ = await process.communicate()
+    return process.returncode or 0, written.decode()
+
+
+async def test_grpcurl_lists_describes_and_calls(stack: Stack) -> None:
+    code, listed = await tool("grpcurl", "-plaintext", stack.address, "list")
+    assert code == 0
+    assert set(listed.split()) == {
+        STATS,
+        BATCHES,
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1.ServerReflection",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    code, described = await tool("grpcurl", "-plaintext", stack.address, "describe", STATS)
+    assert "rpc GetSenderStats" in described
+    code, answer = await tool(
+        *("grpcurl", "-plaintext", "-d", '{"sender_id": "7"}'),
+        *(stack.address, f"{STATS}/GetSenderStats"),
+    )
+    assert (code, json.loads(answer)["sender_id"]) == (0, "7")
+
+
+@pytest.mark.parametrize("protocol", ["grpc-v1", "grpc-v1alpha"])
+async def test_buf_curl_finds_the_methods_by_both_reflections(stack: Stack, protocol: str) -> None:
+    code, listed = await tool(
+        *("buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge"),
+        *("--reflect-protocol", protocol, "--list-methods", f"http://{stack.address}"),
+    )
+    assert code == 0
+    assert f"{STATS}/GetSenderStats" in listed.split()
+
+
+# The drain
+
+
+async def test_a_drain_says_not_serving_and_finishes_the_calls_under_way() -> None:
+    async with running(load_settings(auth="off")) as stack:
+        stack.server.set_serving(True)
+        stack.stats.behaviour = stack.stats.wait
+        call = asyncio.create_task(stack.call())
+        await stack.stats.entered.wait()
+        drain = asyncio.create_task(stack.server.drain_and_stop(GRACE))
+        watch = stack.health.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == NOT_SERVING
+        assert reason(await stack.refused(watch.read())) == ("UNAVAILABLE", "SHUTTING_DOWN")
+        assert await stack.state(STATS) == NOT_SERVING
+        stack.server.set_serving(True)
+        assert await stack.state(STATS) == NOT_SERVING
+        assert not drain.done()
+        stack.stats.release.set()
+        assert (await call).sender_id == "7"
+        await drain
+
+
+async def test_a_drain_ends_the_watches_at_once() -> None:
+    async with running(load_settings(auth="off")) as stack:
+        stack.server.set_serving(True)
+        stack.stats.behaviour = stack.stats.wait
+        watch = stack.stub.WatchSenderStats(stats_service_pb2.WatchSenderStatsRequest())
+        health = stack.health.Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        assert (await health.read()).status == SERVING
+        await stack.stats.entered.wait()
+        begun = time.monotonic()
+        await stack.server.drain_and_stop(timedelta(seconds=60))
+        assert time.monotonic() - begun < 3
+        assert reason(await stack.refused(watch.read())) == ("UNAVAILABLE", "SHUTTING_DOWN")
+
+
+async def test_a_drain_takes_no_longer_than_its_grace() -> None:
+    async with running(load_settings(auth="off")) as stack:
+        stack.stats.behaviour = stack.stats.wait
+        call = asyncio.create_task(stack.call())
+        await stack.stats.entered.wait()
+        begun = time.monotonic()
+        await stack.server.drain_and_stop(timedelta(seconds=0.5))
+        assert 0.4 < time.monotonic() - begun < 3
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+        assert await stack.stats.ended is asyncio.CancelledError
+
+
+# The start
+
+
+async def test_auth_off_beyond_loopback_and_keys_stop_the_start() -> None:
+    with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=off is accepted only"):
+        GrpcServer(load_settings(auth="off"), "0.0.0.0:0", [])
+    with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=keys: API keys are not served yet"):
+        GrpcServer(load_settings(auth="keys"), "127.0.0.1:0", [])
+
+
+@pytest.mark.parametrize("listen", ["", "50051", "127.0.0.1", "127.0.0.1:99999", "::1:5", "a b:1"])
+async def test_an_address_that_is_none_stops_the_start(listen: str) -> None:
+    settings = load_settings(auth="off", stats_listen=listen)
+    with pytest.raises(ConfigurationError, match="OUTBOX_STATS_LISTEN"):
+        GrpcServer(settings, listen, [])
+
+
+async def test_a_taken_port_stops_the_start() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = load_settings(auth="off", dispatcher_listen=listen)
+        with pytest.raises(ConfigurationError, match=f"OUTBOX_DISPATCHER_LISTEN: {listen}"):
+            await GrpcServer(settings, listen, []).start()
+
+
+async def test_two_servers_never_share_a_port(stack: Stack) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be bound"):
+        await GrpcServer(load_settings(auth="off"), stack.address, []).start()

@@ -1,0 +1,205 @@
+"""`run_service` in processes of their own, ended by real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+
+import pytest
+
+from shared.process import serve_until_stopped
+
+PROLOGUE = """
+import asyncio, sys, time
+from datetime import timedelta
+from shared.errors import ConfigurationError
+from shared.grpc_server import GrpcServer
+from shared.logs import configure_logging
+from shared.process import run_service, serve_until_stopped
+from shared.settings import load_settings
+
+configure_logging(load_settings())
+"""
+EPILOGUE = "\nsys.exit(run_service(main))\n"
+
+
+@asynccontextmanager
+async def process(main: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a program around `main`; kill it at the end if it still lives."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        PROLOGUE + main + EPILOGUE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(30):
+            yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.communicate()
+
+
+async def line(child: asyncio.subprocess.Process) -> str:
+    assert child.stdout is not None
+    return (await child.stdout.readline()).decode().strip()
+
+
+async def errors(child: asyncio.subprocess.Process) -> str:
+    assert child.stderr is not None
+    return (await child.stderr.read()).decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_stops_a_serving_process_with_code_0(number: signal.Signals) -> None:
+    main = """
+async def main(stop):
+    settings = load_settings(auth="off")
+    server = GrpcServer(settings, "127.0.0.1:0", [])
+    async def work():
+        print(type(asyncio.get_running_loop()).__module__, server.port, flush=True)
+        await stop.wait()
+        print("worked", server.serving, flush=True)
+    await serve_until_stopped(server, stop, timedelta(seconds=5), [work])
+    print("stopped", flush=True)
+"""
+    async with process(main) as child:
+        assert (await line(child)).startswith("uvloop")
+        child.send_signal(number)
+        assert await line(child) == "worked False"
+        assert await line(child) == "stopped"
+        assert await child.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("hang", ["await asyncio.Event().wait()", "time.sleep(60)"])
+async def test_a_second_signal_ends_a_process_that_does_not_stop(
+    hang: str, number: signal.Signals
+) -> None:
+    main = f"""
+async def main(stop):
+    print("ready", flush=True)
+    await stop.wait()
+    print("stopping", flush=True)
+    {hang}
+"""
+    async with process(main) as child:
+        assert await line(child) == "ready"
+        child.send_signal(number)
+        assert await line(child) == "stopping"
+        child.send_signal(number)
+        assert await child.wait() == -number
+
+
+async def test_a_wrong_setting_is_one_line_and_code_2() -> None:
+    main = """
+async def main(stop):
+    async with asyncio.TaskGroup() as group:
+        group.create_task(start())
+
+async def start():
+    raise ConfigurationError("OUTBOX_X: wrong\\nand again")
+"""
+    async with process(main) as child:
+        assert await errors(child) == "OUTBOX_X: wrong and again\n"
+        assert await child.wait() == 2
+
+
+async def test_an_unknown_error_is_logged_with_its_trace_and_code_1() -> None:
+    main = """
+async def main(stop):
+    raise ValueError("boom")
+"""
+    async with process(main) as child:
+        logged = await errors(child)
+        assert "ValueError: boom" in logged
+        assert "Traceback" in logged
+        assert await child.wait() == 1
+
+
+async def test_what_fails_before_logging_is_set_up_is_on_stderr_too() -> None:
+    main = """
+import structlog
+structlog.reset_defaults()
+
+async def main(stop):
+    raise ValueError("boom")
+"""
+    async with process(main) as child:
+        assert "ValueError: boom" in await errors(child)
+        assert await line(child) == ""
+
+
+class Server:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    async def start(self) -> None:
+        self.told.append("start")
+
+    def begin_drain(self) -> None:
+        self.told.append("drain")
+
+    async def drain_and_stop(self, grace: timedelta) -> None:
+        self.told.append("stop now" if not grace else "stop")
+
+
+async def test_the_server_drains_first_and_stops_after_the_work() -> None:
+    server, stop = Server(), asyncio.Event()
+
+    async def work() -> None:
+        server.told.append("work")
+        await stop.wait()
+        server.told.append("worked")
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve_until_stopped(server, stop, timedelta(seconds=5), [work]))
+        stop.set()
+    assert server.told[0] == "start"
+    assert server.told[-1] == "stop"
+    assert server.told.index("drain") < server.told.index("stop")
+    assert server.told.index("worked") < server.told.index("stop")
+
+
+async def test_work_that_does_not_end_is_cancelled_after_the_grace() -> None:
+    server, stop = Server(), asyncio.Event()
+    cancelled = asyncio.Event()
+
+    async def work() -> None:
+        stop.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    await serve_until_stopped(server, stop, timedelta(milliseconds=50), [work])
+    assert cancelled.is_set()
+    assert server.told == ["start", "drain", "stop now"]
+
+
+async def test_work_that_fails_stops_the_server_and_the_rest() -> None:
+    server, stop = Server(), asyncio.Event()
+    cancelled = asyncio.Event()
+
+    async def fail() -> None:
+        raise ValueError("boom")
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve_until_stopped(server, stop, timedelta(seconds=5), [work, fail])
+    assert [str(error) for error in caught.value.exceptions] == ["boom"]
+    assert cancelled.is_set()
+    assert server.told == ["start", "stop now"]

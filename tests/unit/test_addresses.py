@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+from email_validator import EmailNotValidError, validate_email
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from services.scheduler.addresses import BadAddress, address_key, check_address
+
+LABELS = st.sampled_from(
+    ["example", "a", "x-y", "-x", "x-", "xn--bcher-kva", "ab--c", "1", "A", "a" * 63, "a" * 64, ""]
+)
+LAST_LABELS = st.sampled_from(
+    ["com", "COM", "c", "c1", "1", "test", "TEST", "local", "localhost", "invalid", "onion", "arpa"]
+)
+LOCALS = st.sampled_from(
+    ["ann", "Ann", "Info", "POSTMASTER", "info", ".a", "a.", "a..b", "a+b", "o'neil", "a" * 65, "ü"]
+) | st.text(alphabet="aZ0.!#$%&'*+-/=?^_`{|}~\"@ (", max_size=8)
+NEARLY = st.builds(
+    lambda local, labels, last: f"{local}@{'.'.join([*labels, last])}",
+    LOCALS,
+    st.lists(LABELS, max_size=5),
+    LAST_LABELS,
+)
+
+
+def reason(text: str) -> str:
+    with pytest.raises(BadAddress) as caught:
+        check_address(text)
+    assert len(caught.value.message) < 400
+    return caught.value.reason
+
+
+@settings(max_examples=1500)
+@given(NEARLY)
+@example("a" * 190 + "@" + "b" * 60 + ".com")
+@example("a" * 189 + "@" + "b" * 60 + ".com")
+@example("a@" + "b." * 125 + "com")
+@example("Webmaster@EXAMPLE.com")
+@example("a@example.com\n")
+def test_what_is_accepted_fast_is_what_the_library_accepts(text: str) -> None:
+    try:
+        expected = validate_email(text, check_deliverability=False).normalized
+    except EmailNotValidError:
+        reason(text)
+    else:
+        assert check_address(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("ann@example.com", "ann@example.com"),
+        ("  ann@example.com\t", "ann@example.com"),
+        ("\u00a0ann@example.com\u00a0", "ann@example.com"),
+        ("Ann.Smith@EXAMPLE.Com", "Ann.Smith@example.com"),
+        ("ann@BÜCHER.example", "ann@bücher.example"),
+        ("ann@xn--bcher-kva.example", "ann@bücher.example"),
+        ("jürgen@example.com", "jürgen@example.com"),
+    ],
+)
+def test_an_address_comes_back_as_it_will_be_used(text: str, address: str) -> None:
+    assert check_address(text) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "EMAIL_MISSING"),
+        (" \t ", "EMAIL_MISSING"),
+        ("a@example.com, b@example.com", "TWO_ADDRESSES"),
+        ("a@example.com;b@example.com", "TWO_ADDRESSES"),
+        ("a@example.com b@example.com", "TWO_ADDRESSES"),
+        ("A <a@example.com>, B <b@example.com>", "TWO_ADDRESSES"),
+        ("a@example.com\r\nBcc: b@example.com", "CONTROL_CHARACTER"),
+        ("a@example.com\n", "CONTROL_CHARACTER"),
+        ("a\0@example.com", "CONTROL_CHARACTER"),
+        ("a@example.com\x85", "CONTROL_CHARACTER"),
+        ("ann", "ADDRESS_INVALID"),
+        ("a@b@example.com", "ADDRESS_INVALID"),
+        ("ann@localhost", "ADDRESS_INVALID"),
+        ("mailto:ann@example.com", "ADDRESS_INVALID"),
+        ('"a b"@example.com', "ADDRESS_INVALID"),
+        ("ann@[127.0.0.1]", "ADDRESS_INVALID"),
+        pytest.param("x" * 200_000, "ADDRESS_INVALID", id="long"),
+        pytest.param("é" * 200_000 + "@example.com", "ADDRESS_INVALID", id="long, not ASCII"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_a_reason(text: str, expected: str) -> None:
+    assert reason(text) == expected
+
+
+def test_a_name_with_an_address_says_what_to_write() -> None:
+    with pytest.raises(BadAddress, match=r"write only 'ann@example\.com'") as caught:
+        check_address("Ann Smith <ann@example.com>")
+    assert caught.value.reason == "ADDRESS_INVALID"
+
+
+def test_addresses_are_compared_without_case() -> None:
+    assert address_key("Ann@example.com") == address_key("aNN@example.com")
+    assert address_key("STRASSE@example.com") == address_key("straße@example.com")
+    assert address_key("ann@example.com") != address_key("anna@example.com")

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+from shared.health import follow_dependencies
+
+SHORT = timedelta(milliseconds=20)
+
+
+class Recorder:
+    """Notes what health is told, and lets a test wait for it."""
+
+    def __init__(self) -> None:
+        self.told: asyncio.Queue[bool] = asyncio.Queue()
+
+    def set_serving(self, serving: bool) -> None:
+        self.told.put_nowait(serving)
+
+    async def until(self, serving: bool) -> None:
+        async with asyncio.timeout(5):
+            while await self.told.get() is not serving:
+                pass
+
+
+async def test_health_follows_what_a_dependency_answers() -> None:
+    recorder, stop = Recorder(), asyncio.Event()
+    broken = asyncio.Event()
+
+    async def check() -> None:
+        if broken.is_set():
+            raise ConnectionError
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(follow_dependencies(recorder, {"x": check}, stop, interval=SHORT))
+        await recorder.until(serving=True)
+        broken.set()
+        await recorder.until(serving=False)
+        broken.clear()
+        await recorder.until(serving=True)
+        stop.set()
+
+
+async def test_a_dependency_that_hangs_is_gone() -> None:
+    recorder, stop = Recorder(), asyncio.Event()
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def well() -> None:
+        """Answer."""
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(
+            follow_dependencies(recorder, {"x": hang, "y": well}, stop, interval=SHORT, limit=SHORT)
+        )
+        await recorder.until(serving=False)
+        stop.set()

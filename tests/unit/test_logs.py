@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+import structlog
+
+from shared.logs import configure_logging
+from shared.settings import load_settings
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(capture=False)
+    structlog.reset_defaults()
+
+
+def configured(log_format: Literal["json", "console"] = "json", level: str = "info") -> io.StringIO:
+    out = io.StringIO()
+    configure_logging(load_settings(log_format=log_format, log_level=level), out)
+    return out
+
+
+def documents(out: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_json_is_one_document_a_line_from_structlog_and_from_logging() -> None:
+    out = configured()
+    structlog.get_logger().info("batch accepted", rows=3)
+    logging.getLogger("alembic").warning("two\nlines %s", 1)
+    ours, theirs = documents(out)
+    assert (ours["event"], ours["rows"], ours["level"]) == ("batch accepted", 3, "info")
+    assert (theirs["event"], theirs["logger"]) == ("two\nlines 1", "alembic")
+    assert theirs["time"].endswith("Z")
+
+
+def test_what_is_below_the_level_is_not_written() -> None:
+    out = configured(level="warning")
+    structlog.get_logger().info("x")
+    logging.getLogger("y").info("y")
+    assert out.getvalue() == ""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_no_secret_is_written(log_format: Literal["json", "console"]) -> None:
+    out = configured(log_format)
+    log = structlog.get_logger()
+    log.info("x", smtp_password="hunter2", authorization="Bearer hunter2", api_key="hunter2")
+    log.info("x", url="postgresql://outbox:hunter2@db/outbox")
+    logging.getLogger("driver").error("cannot reach %s", "redis://:hunter2@queue:6379/0")
+    secret = "hunter2"  # a trace shows the lines of the source: not this one
+    try:
+        fail(secret)
+    except ValueError:
+        log.exception("failed")
+    text = out.getvalue()
+    assert "hunter2" not in text
+    assert "ValueError" in text
+    assert "postgresql://outbox:[hidden]@db/outbox" in text
+
+
+def test_the_console_is_for_people() -> None:
+    out = configured("console")
+    structlog.get_logger().info("listening", port=5)
+    assert "listening" in out.getvalue()
+    assert "port=5" in out.getvalue()
+
+
+def fail(password: str) -> None:
+    raise ValueError(f"smtp://me:{password}@relay is gone")

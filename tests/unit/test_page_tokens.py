@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import InvalidInput
+from shared.page_tokens import decode, digest_filters, encode, page_size
+
+FILTERS = digest_filters("u1", "7", 3)
+positions = st.lists(st.integers() | st.text(max_size=50), min_size=1, max_size=4).map(tuple)
+
+
+@given(position=positions)
+def test_a_token_leads_back_to_its_position(position: tuple[int | str, ...]) -> None:
+    token = encode("jobs", FILTERS, position)
+    assert decode(token, "jobs", FILTERS) == position
+    assert "=" not in token
+
+
+def test_no_token_is_the_first_page() -> None:
+    assert decode("", "jobs", FILTERS) is None
+
+
+@given(position=positions, at=st.integers(min_value=0), other=st.characters())
+def test_a_token_with_one_other_character_is_refused(
+    position: tuple[int | str, ...], at: int, other: str
+) -> None:
+    token = encode("jobs", FILTERS, position)
+    at %= len(token)
+    damaged = token[:at] + other + token[at + 1 :]
+    if damaged != token:
+        refused(damaged)
+
+
+@pytest.mark.parametrize("token", ["x", "hello", "\u2713", "AAAA", "=" * 8, "A" * 100_000])
+def test_what_is_no_token_of_ours_is_refused(token: str) -> None:
+    refused(token)
+
+
+def test_a_token_of_other_filters_is_refused() -> None:
+    refused(encode("jobs", digest_filters("u2", "7", 3), (1,)))
+
+
+def test_a_token_of_another_list_is_refused() -> None:
+    refused(encode("batches", FILTERS, (1,)))
+
+
+def test_a_longer_or_shorter_token_is_refused() -> None:
+    token = encode("jobs", FILTERS, (1, "a"))
+    for damaged in (token + "A", token + "=", token + "\n", token[:-1], token[1:]):
+        refused(damaged)
+
+
+def test_filters_that_only_look_alike_have_other_digests() -> None:
+    assert digest_filters("1", "23") != digest_filters("12", "3")
+    assert digest_filters("1") != digest_filters(1)
+    assert digest_filters(None) != digest_filters("")
+
+
+@pytest.mark.parametrize(("requested", "used"), [(0, 50), (1, 1), (1000, 1000), (1001, 1000)])
+def test_an_unset_page_size_is_50_and_a_large_one_1000(requested: int, used: int) -> None:
+    assert page_size(requested) == used
+
+
+def test_a_negative_page_size_is_refused() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        page_size(-1)
+    assert caught.value.reason == "PAGE_SIZE_INVALID"
+    assert caught.value.violations[0].field == "page_size"
+
+
+def refused(token: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        decode(token, "jobs", FILTERS)
+    assert caught.value.reason == "PAGE_TOKEN_INVALID"
+    assert caught.value.violations[0].field == "page_token"

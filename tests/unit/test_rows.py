@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from services.scheduler.csv_reader import read_csv
+from services.scheduler.rows import (
+    Block,
+    CsvPlan,
+    JobRow,
+    RecipientPlan,
+    RowRejection,
+    read_blocks,
+)
+from shared.templates import BatchTemplate, decode_variables
+
+PLAIN = BatchTemplate.compile("s", "Dear {{ name }}", None)
+
+
+def read(text: str, template: BatchTemplate = PLAIN, zone: str = "UTC") -> Block:
+    table = read_csv(iter([text.encode()]))
+    blocks = list(read_blocks(table.rows(), CsvPlan(table, template, zone)))
+    assert len(blocks) == 1
+    return blocks[0]
+
+
+def rejection(text: str, template: BatchTemplate = PLAIN) -> RowRejection:
+    block = read(text, template)
+    assert not block.rows
+    (only,) = block.rejections
+    return only
+
+
+def read_recipient(
+    email: str, columns: dict[str, str], template: BatchTemplate = PLAIN
+) -> JobRow | RowRejection:
+    return RecipientPlan(template).read(1, (email, columns))
+
+
+def test_a_good_row_keeps_only_what_the_templates_use() -> None:
+    block = read("Name,To,city\nAnn, Ann@EXAMPLE.com ,Köln\n")
+    assert block.rows == [JobRow(1, "Ann@example.com", "ann@example.com", None, '["Ann"]')]
+    assert block.rejections == []
+
+
+def test_variables_are_stored_in_the_order_of_the_plans_names() -> None:
+    template = BatchTemplate.compile("{{ z }}", '{{ b | default: "" }}{{ a }}', None)
+    table = read_csv(iter([b'email,a,z\nann@example.com,"1 ""x""\n",2\n']))
+    plan = CsvPlan(table, template)
+    ((row,), _) = next(read_blocks(table.rows(), plan))
+    assert plan.variable_names == ("a", "z")
+    assert decode_variables(plan.variable_names, row.variables) == {"a": '1 "x"\n', "z": "2"}
+
+
+def test_a_batch_without_variables_stores_none() -> None:
+    template = BatchTemplate.compile("s", "b", "h")
+    assert read("email\nann@example.com\n", template).rows[0].variables is None
+
+
+def test_the_address_is_a_variable_whatever_its_column_is_called() -> None:
+    template = BatchTemplate.compile("s", "for {{ email }}", "h")
+    assert read("recipient\nann@example.com\n", template).rows[0].variables == '["ann@example.com"]'
+    row = read_recipient("ann@example.com", {}, BatchTemplate.compile("s", "for {{ email }}", "h"))
+    assert isinstance(row, JobRow)
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "reason", "message"),
+    [
+        ("ann@example.com", "", "RAGGED_ROW", "the row has 1 cells, not 2"),
+        ("ann@example.com,Ann,x", "", "RAGGED_ROW", "the row has 3 cells, not 2"),
+        (",Ann", "email", "EMAIL_MISSING", "there is no address"),
+        ("ann,Ann", "email", "ADDRESS_INVALID", "@-sign"),
+        ('"a@b.com, c@d.com",Ann', "email", "TWO_ADDRESSES", "more than one"),
+        ('"a@b.com\nBcc: c@d.com",Ann', "email", "CONTROL_CHARACTER", "U+000A"),
+    ],
+)
+def test_a_bad_row_is_rejected_with_column_and_reason(
+    line: str, column: str, reason: str, message: str
+) -> None:
+    found = rejection(f"email,name\n{line}\n")
+    assert found[:3] == (1, column, reason)
+    assert message in found.message
+
+
+def test_empty_cells_beyond_the_header_are_tolerated() -> None:
+    assert len(read("email,name\nann@example.com,Ann,,\n").rows) == 1
+    assert len(read("email,name,,\nann@example.com,Ann\n").rows) == 1
+
+
+def test_the_first_problem_is_told() -> None:
+    text = "email,send_at,timezone\nann,never,Mars\n"
+    assert rejection(text).reason == "ADDRESS_INVALID"
+    assert rejection(text.replace("ann", "a@example.com")).reason == "SEND_AT_INVALID"
+    good = "email,send_at,timezone\nann@example.com,2026-11-24 09:00,UTC\n"
+    assert rejection(good).reason == "COLUMN_MISSING"
+
+
+def test_a_row_has_its_own_time() -> None:
+    template = BatchTemplate.compile("s", "b", "h")
+    block = read(
+        "email,send_at,timezone\n"
+        "a@example.com,2026-11-24 09:00,Europe/Berlin\n"
+        "b@example.com,2026-11-24T09:00:00+02:00,\n"
+        "c@example.com,2026-11-24 09:00,\n"
+        "d@example.com, ,\n"
+        "e@example.com,2026-02-30 09:00,\n"
+        "f@example.com,,Mars/Phobos\n",
+        template,
+        zone="America/New_York",
+    )
+    assert [row.send_at for row in block.rows] == [
+        datetime(2026, 11, 24, 8, tzinfo=UTC),
+        datetime(2026, 11, 24, 7, tzinfo=UTC),
+        datetime(2026, 11, 24, 14, tzinfo=UTC),
+        None,
+    ]
+    assert [found[:3] for found in block.rejections] == [
+        (5, "send_at", "SEND_AT_INVALID"),
+        (6, "timezone", "UNKNOWN_TIME_ZONE"),
+    ]
+
+
+def test_a_missing_column_rejects_every_row_and_names_the_variable() -> None:
+    block = read("email,FirstName\na@example.com,A\nb@example.com,B\n")
+    assert [(found.row_number, found.column, found.reason) for found in block.rejections] == [
+        (1, "name", "COLUMN_MISSING"),
+        (2, "name", "COLUMN_MISSING"),
+    ]
+    assert "{{ name }}" in block.rejections[0].message
+    camel = BatchTemplate.compile("s", "{{ FirstName }}", None)
+    assert "write {{ firstname }}" in rejection("email,FirstName\na@example.com,A\n", camel).message
+
+
+def test_an_empty_cell_is_not_missing() -> None:
+    assert read("email,name\na@example.com,\n").rows[0].variables == '[""]'
+
+
+def test_a_line_break_in_a_subject_rejects_the_row() -> None:
+    own = BatchTemplate.compile(None, "b", "h")
+    text = 'email,subject\na@example.com,"x\r\nBcc: b@example.com"\n'
+    assert rejection(text, own)[1:3] == ("subject", "SUBJECT_LINE_BREAK")
+    shared = BatchTemplate.compile("Hi {{ name }} there", "b", "h")
+    text = 'email,name\na@example.com,"x\ny"\n'
+    assert rejection(text, shared)[1:3] == ("name", "SUBJECT_LINE_BREAK")
+    # At its ends it is trimmed, and a filter may take it away: both are fine.
+    assert read(
+        'email,name\na@example.com,"x\n"\n', BatchTemplate.compile("{{ name }}", "b", "h")
+    ).rows
+    squished = BatchTemplate.compile("Hi {{ name | squish }} there", "b", "h")
+    assert read(text, squished).rows
+    decoded = BatchTemplate.compile("Hi {{ name | url_decode }} there", "b", "h")
+    found = rejection("email,name\na@example.com,x%0Ay\n", decoded)
+    assert found[1:3] == ("subject", "SUBJECT_LINE_BREAK")
+
+
+def test_a_row_without_a_subject_of_its_own_is_rejected() -> None:
+    found = rejection("email\na@example.com\n", BatchTemplate.compile(None, "b", "h"))
+    assert found[1:3] == ("subject", "COLUMN_MISSING")
+
+
+def test_a_row_with_neither_text_nor_html_is_rejected() -> None:
+    own = BatchTemplate.compile("s", None, None)
+    block = read("email,body,html\na@example.com,,\nb@example.com,x,\nc@example.com,,y\n", own)
+    assert [row.variables for row in block.rows] == ['["x",""]', '["","y"]']
+    assert [found[:3] for found in block.rejections] == [(1, "", "NO_CONTENT")]
+    assert rejection("email\na@example.com\n", own).reason == "NO_CONTENT"
+
+
+def test_blocks_have_the_size_that_was_asked_for() -> None:
+    lines = [f"user{n}@example.com" if n % 3 else "bad" for n in range(10)]
+    table = read_csv(iter([("email\n" + "\n".join(lines)).encode()]))
+    plan = CsvPlan(table, BatchTemplate.compile("s", "b", "h"))
+    blocks = list(read_blocks(table.rows(), plan, block_size=4))
+    assert [len(block.rows) + len(block.rejections) for block in blocks] == [4, 4, 2]
+    numbers = [row[0] for block in blocks for part in block for row in sorted(part)]
+    assert sorted(numbers) == list(range(1, 11))
+
+
+def test_rows_of_a_caller_are_read_like_those_of_a_csv() -> None:
+    row = read_recipient("Ann@EXAMPLE.com", {"Name": "Ann", "send_at": "2026-11-24 09:00"})
+    at = datetime(2026, 11, 24, 9, tzinfo=UTC)
+    assert row == JobRow(1, "Ann@example.com", "ann@example.com", at, '[null,"Ann"]')
+
+
+@pytest.mark.parametrize(
+    ("email", "columns", "reason"),
+    [
+        ("ann", {"name": "Ann"}, "ADDRESS_INVALID"),
+        ("", {"name": "Ann"}, "EMAIL_MISSING"),
+        ("a@example.com", {}, "COLUMN_MISSING"),
+        ("a@example.com", {"name": "Ann", "E-Mail": "b@example.com"}, "DUPLICATE_COLUMN"),
+        ("a@example.com", {"name": "Ann", "Name": "Bob"}, "DUPLICATE_COLUMN"),
+        ("a@example.com", {"name": "Ann", "send_at": "soon"}, "SEND_AT_INVALID"),
+        ("a@example.com", {"name": "Ann", "timezone": "Mars"}, "UNKNOWN_TIME_ZONE"),
+    ],
+)
+def test_a_bad_row_of_a_caller_is_rejected(
+    email: str, columns: dict[str, str], reason: str
+) -> None:
+    found = read_recipient(email, columns)
+    assert isinstance(found, RowRejection)
+    assert found.reason == reason
+
+
+def test_columns_may_differ_from_row_to_row() -> None:
+    template = BatchTemplate.compile("s", '{{ name | default: "you" }}', "h")
+    plan = RecipientPlan(template)
+    rows = [("a@example.com", {"name": "A"}), ("b@example.com", {"x": "y"})]
+    ((first, second), _) = next(read_blocks(enumerate(rows, 1), plan))
+    assert decode_variables(plan.variable_names, first.variables) == {"name": "A"}
+    assert decode_variables(plan.variable_names, second.variables) == {}
