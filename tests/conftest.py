@@ -68,21 +68,9 @@ def _choose_stores(kind: str, folder: Path) -> Stores:
 
 
 def _build_schema(url: str) -> None:
-    # Imported here, since unit tests should not wait for SQLAlchemy.
-    from sqlalchemy import create_engine, inspect  # noqa: PLC0415
-    from sqlalchemy.pool import NullPool  # noqa: PLC0415
+    from shared.database import migrate  # noqa: PLC0415 - unit tests load no SQLAlchemy
 
-    from shared.models import Base  # noqa: PLC0415
-
-    # Until the first migration is written: then `migrate(url)` is all that stands here.
-    if any((Path(__file__).parents[1] / "shared/migrations/versions").glob("[!_]*.py")):
-        from shared.database import migrate  # noqa: PLC0415
-
-        migrate(url)
-        return
-    engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
-    Base.metadata.create_all(engine)
-    assert inspect(engine).get_table_names()
+    migrate(url)
 
 
 @pytest.fixture(scope="session")

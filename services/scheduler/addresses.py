@@ -29,7 +29,7 @@ _AROUND = " \t\u00a0\u200b\ufeff"
 _SHOWN = 80
 
 
-class BadAddress(ValueError):  # noqa: N818 - a verdict on a cell, not a failure of ours
+class BadAddress(ValueError):
     """No address to send to.
 
     `reason`: EMAIL_MISSING, TWO_ADDRESSES, CONTROL_CHARACTER or ADDRESS_INVALID.

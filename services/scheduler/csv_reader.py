@@ -63,7 +63,7 @@ class CsvTable:
         return self._rows
 
 
-class _BadText(Exception):  # noqa: N818 - told as InvalidInput
+class _BadText(Exception):
     """The text ends here: `problem` is to be told with the row."""
 
     def __init__(self, reason: str, problem: str, offset: int) -> None:

@@ -22,7 +22,7 @@ _ZERO = timedelta(0)
 _SHOWN = 40
 
 
-class BadSendTime(ValueError):  # noqa: N818 - a verdict on a cell, not a failure of ours
+class BadSendTime(ValueError):
     """No instant.
 
     `column` is `send_at` or `timezone`; `reason` is SEND_AT_INVALID, UNKNOWN_TIME_ZONE,

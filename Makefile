@@ -1,0 +1,47 @@
+# Every target does its own set-up: the environment lives in .venv.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+PROTOS := $(shell find protos third_party -name '*.proto')
+STUBS := shared/pb/outbox.binpb
+
+.PHONY: help
+help: ## Print this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.venv/packages: requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+$(STUBS): .venv/packages hatch_build.py $(PROTOS)
+	$(BIN)/python hatch_build.py
+
+$(READY): .venv/packages $(STUBS) pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: protos
+protos: $(STUBS) ## Generate the protobuf and gRPC code
+
+.PHONY: setup
+setup: $(READY) ## Make the environment in .venv
+
+.PHONY: test
+test: $(READY) ## Run all tests on real servers
+	$(BIN)/pytest
+
+.PHONY: lint
+lint: $(READY) ## Check style, types, protos and the walls between rooms
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint '$(STUBS)#format=binpb' --path outbox
+	$(BIN)/buf format --diff --exit-code protos
+
+.PHONY: lock
+lock: ## Resolve the dependencies again (needs uv)
+	uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --universal \
+	  --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock

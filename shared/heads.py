@@ -1,0 +1,284 @@
+"""Loads the heads of senders from PostgreSQL into Redis.
+
+One operation serves intake, refill, pause and resume, a rebuild of a lost Redis, and healing. Its
+order is what makes it right: first the epoch, then one snapshot of PostgreSQL, then the head is
+applied if the epoch has not moved. Whoever commits rows raises the epoch afterwards, so a load that
+read too early is refused and reads again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    and_,
+    delete,
+    extract,
+    func,
+    lateral,
+    literal,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from shared.database import unix_ms
+from shared.models import Attempt, EmailJob, HeadMarker, Sender
+from shared.queue.keys import JobRef
+from shared.queue.queue import HEAD_SIZE, Head, HeldLease, PastEnd, Queue
+from shared.settings import Settings
+from shared.states import JobState, SenderState
+
+# Loads that lose the race against commits are read again; each race was somebody's progress.
+_TRIES = 20
+# Senders a statement and a pipeline: bounds memory during a rebuild.
+_CHUNK = 200
+# A marker this old was left behind by a process that died between its commit and its load.
+MARKER_AGE = timedelta(seconds=5)
+
+_log = structlog.get_logger(__name__)
+
+
+def _array(column: Any, *order: Any) -> Any:
+    return func.array_agg(aggregate_order_by(column, *order))
+
+
+def _age_ms(time: ColumnElement[Any]) -> ColumnElement[Any]:
+    return func.floor(extract("epoch", func.clock_timestamp() - time) * 1000)
+
+
+def _heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
+    waiting = (
+        select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
+        .where(EmailJob.sender_id == Sender.id, EmailJob.state == JobState.SCHEDULED)
+        .order_by(EmailJob.scheduled_at, EmailJob.id)
+        .limit(HEAD_SIZE + 1)
+        .correlate(Sender)
+        .subquery()
+    )
+    order = (waiting.c.scheduled_at, waiting.c.id)
+    jobs = lateral(
+        select(
+            _array(waiting.c.id, *order).label("ids"),
+            _array(waiting.c.attempt, *order).label("attempts"),
+            _array(waiting.c.scheduled_at, *order).label("dues"),
+        )
+    )
+    markers = lateral(
+        select(func.array_agg(HeadMarker.id).label("markers"))
+        .where(HeadMarker.sender_id == Sender.id)
+        .correlate(Sender)
+    )
+    return (
+        select(
+            Sender.id,
+            Sender.hourly_limit,
+            Sender.min_gap_ms,
+            Sender.max_in_flight,
+            and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
+            jobs.c.ids,
+            jobs.c.attempts,
+            jobs.c.dues,
+            markers.c.markers,
+        )
+        .join(jobs, true())
+        .join(markers, true())
+        .where(Sender.id.in_(sender_ids))
+    )
+
+
+def _history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any]:
+    """Return ends within `reach`, and leases, of senders that Redis has forgotten."""
+    ends = select(
+        Attempt.sender_id,
+        Attempt.email_job_id,
+        Attempt.attempt,
+        _age_ms(Attempt.ended_at).label("ms"),
+        Attempt.counted,
+        literal(False).label("leased"),
+    ).where(
+        Attempt.sender_id.in_(sender_ids),
+        Attempt.ended_at > func.clock_timestamp() - reach,
+    )
+    leases = select(
+        EmailJob.sender_id,
+        EmailJob.id,
+        EmailJob.attempt,
+        -_age_ms(EmailJob.lease_until),
+        literal(True),
+        literal(True),
+    ).where(EmailJob.sender_id.in_(sender_ids), EmailJob.state == JobState.SENDING)
+    return ends.union_all(leases)  # type: ignore[return-value]
+
+
+class HeadLoader:
+    """Loads heads; used by whoever changed what a head depends on, or found one used up."""
+
+    def __init__(self, engine: AsyncEngine, queues: Sequence[Queue], settings: Settings) -> None:
+        self._engine = engine
+        self._queues = queues
+        self._window = settings.rate_window
+        self._floor = settings.min_gap
+
+    def queue_of(self, sender_id: int) -> Queue:
+        """Return the shard that a sender lives in."""
+        return self._queues[sender_id % len(self._queues)]
+
+    async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
+        """Load the heads of these senders and delete the markers that asked for it.
+
+        `committed`: the caller has just committed what the load must see (a batch, a pause).
+
+        Raises:
+            redis.exceptions.RedisError: Redis is gone; the markers stay, so a later load follows.
+            sqlalchemy.exc.DBAPIError: PostgreSQL is gone.
+        """
+        by_queue: dict[Queue, list[int]] = {}
+        for sender_id in dict.fromkeys(sender_ids):
+            by_queue.setdefault(self.queue_of(sender_id), []).append(sender_id)
+        for queue, ids in by_queue.items():
+            for start in range(0, len(ids), _CHUNK):
+                await self._load_chunk(queue, ids[start : start + _CHUNK], committed=committed)
+
+    async def _load_chunk(self, queue: Queue, sender_ids: list[int], *, committed: bool) -> None:
+        again = sender_ids
+        for _ in range(_TRIES):
+            epochs = await queue.begin_load(again, committed=committed)
+            async with self._engine.connect() as connection:
+                heads, markers = await self._read(connection, epochs)
+            again = await queue.load_heads(heads, epochs)
+            done = [
+                marker
+                for sender_id, ids in markers.items()
+                if sender_id not in again
+                for marker in ids
+            ]
+            if done:
+                async with self._engine.begin() as connection:
+                    await connection.execute(delete(HeadMarker).where(HeadMarker.id.in_(done)))
+            if not again:
+                return
+            committed = False
+        _log.warning("heads_kept_moving", senders=again)
+
+    async def _read(
+        self, connection: AsyncConnection, epochs: Mapping[int, str]
+    ) -> tuple[list[Head], dict[int, list[int]]]:
+        rows = (await connection.execute(_heads_statement(list(epochs)))).all()
+        ends: dict[int, list[PastEnd]] = {}
+        leases: dict[int, list[HeldLease]] = {}
+        fresh = [sender_id for sender_id, epoch in epochs.items() if not epoch]
+        if fresh:
+            # After the heads, never before: a job that is marked SENDING in between is then in
+            # both, and the lease wins; the other way round it would be in neither.
+            reach = max(
+                [self._window, *(self._gap(row.min_gap_ms) for row in rows if row.id in fresh)]
+            )
+            for row in await connection.execute(_history_statement(fresh, reach)):
+                job = JobRef(row.email_job_id, row.attempt)
+                span = timedelta(milliseconds=int(row.ms))
+                if row.leased:
+                    leases.setdefault(row.sender_id, []).append(HeldLease(job, span))
+                else:
+                    ends.setdefault(row.sender_id, []).append(PastEnd(job, span, row.counted))
+        heads = [
+            self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
+            for row in rows
+        ]
+        return heads, {row.id: row.markers or [] for row in rows}
+
+    def _gap(self, min_gap_ms: int | None) -> timedelta:
+        return max(self._floor, timedelta(milliseconds=min_gap_ms or 0))
+
+    def _head(
+        self, row: Row[Any], ends: tuple[PastEnd, ...], leases: tuple[HeldLease, ...]
+    ) -> Head:
+        jobs = tuple(
+            (JobRef(job_id, attempt + 1), unix_ms(due))
+            for job_id, attempt, due in zip(
+                row.ids or (), row.attempts or (), row.dues or (), strict=True
+            )
+        )
+        return Head(
+            sender_id=row.id,
+            hourly_limit=row.hourly_limit,
+            gap=self._gap(row.min_gap_ms),
+            max_in_flight=row.max_in_flight,
+            active=row.active,
+            jobs=jobs[:HEAD_SIZE],
+            more=len(jobs) > HEAD_SIZE,
+            ends=ends,
+            leases=leases,
+        )
+
+    async def load_abandoned(self) -> list[int]:
+        """Load the heads of senders whose marker has grown old: somebody died before its load."""
+        async with self._engine.connect() as connection:
+            rows = await connection.execute(
+                select(HeadMarker.sender_id)
+                .where(HeadMarker.created_at < func.clock_timestamp() - MARKER_AGE)
+                .distinct()
+                .limit(_CHUNK)
+            )
+            senders = list(rows.scalars())
+        await self.load(senders, committed=True)
+        return senders
+
+    async def rebuild(self, queue: Queue) -> bool:
+        """Fill a lost shard from PostgreSQL. Returns whether it is whole now.
+
+        False: another process is at it, or Redis was lost again meanwhile; look again.
+        """
+        token = await queue.begin_rebuild()
+        if token is None:
+            return False
+        async with self._engine.connect() as connection:
+            senders = await connection.execute(self._concerned(queue.shard))
+            ids = list(senders.scalars())
+        await self.load(ids, committed=False)
+        whole = await queue.finish_rebuild(token)
+        _log.info("queue_rebuilt", shard=queue.shard, senders=len(ids), whole=whole)
+        return whole
+
+    def _concerned(self, shard: int) -> Select[Any]:
+        """Senders with a waiting job or a lease; a sender with only a history comes when used."""
+        some_job = (
+            select(EmailJob.id)
+            .where(EmailJob.sender_id == Sender.id, EmailJob.state == JobState.SCHEDULED)
+            .limit(1)
+            .correlate(Sender)
+            .exists()
+        )
+        sending = select(EmailJob.sender_id).where(EmailJob.state == JobState.SENDING)
+        return (
+            select(Sender.id)
+            .where(Sender.id % len(self._queues) == shard)
+            .where(some_job | Sender.id.in_(sending))
+            .order_by(Sender.id)
+        )
+
+
+async def load_soon(
+    loader: HeadLoader, sender_ids: Iterable[int], *, limit: timedelta = timedelta(seconds=3)
+) -> bool:
+    """Load after a commit, within `limit`; False if Redis is gone or slow.
+
+    The commit stands either way, and its marker brings the load later.
+    """
+    from redis.exceptions import RedisError  # noqa: PLC0415 - the driver stays inside shared.queue
+
+    try:
+        async with asyncio.timeout(limit.total_seconds()):
+            await loader.load(sender_ids, committed=True)
+    except (RedisError, TimeoutError) as error:
+        _log.warning("load_postponed", senders=list(sender_ids), error=type(error).__name__)
+        return False
+    return True
