@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 from sqlalchemy import (
     ColumnElement,
+    SQLColumnExpression,
     Row,
     Select,
     and_,
@@ -51,7 +52,7 @@ def _array(column: Any, *order: Any) -> Any:
     return func.array_agg(aggregate_order_by(column, *order))
 
 
-def _age_ms(time: ColumnElement[Any]) -> ColumnElement[Any]:
+def _age_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     return func.floor(extract("epoch", func.clock_timestamp() - time) * 1000)
 
 

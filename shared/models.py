@@ -209,10 +209,10 @@ class Attempt(Base):
 
 
 class HeadMarker(Base):
-    """Says that a sender's head must be loaded again. Written in the transaction that changed what
+    """Says that a sender's head must be loaded again.
 
-    the head depends on, and deleted after the load: who finds one that has grown old knows that
-    somebody died in between.
+    Written in the transaction that changed what the head depends on, and deleted after the load:
+    who finds one that has grown old knows that somebody died in between.
     """
 
     __tablename__ = "head_markers"

@@ -1,0 +1,1 @@
+"""Sends what is due: claims, marks, sends by SMTP, settles; retries and recovers."""

@@ -1,0 +1,148 @@
+"""Turns a marked job into an envelope and an endpoint; what a batch shares is built once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import unquote, urlsplit
+
+from shared.message_ids import message_id_for
+
+from services.dispatcher.message import MessageBuilder, MessageError
+from services.dispatcher.smtp import Endpoint, Envelope
+from services.dispatcher.storage import BatchContent, MarkedJob
+from shared.errors import ConfigurationError, InvalidInput, OutboxError
+from shared.secrets import SecretBox
+from shared.settings import Settings
+from shared.states import SmtpSecurity
+from shared.templates import BatchTemplate, RenderError, decode_variables
+
+# Batches whose templates are kept parsed.
+_KEPT_BATCHES = 500
+_SCHEMES = {
+    "smtp": (SmtpSecurity.NONE, 25),
+    "smtps": (SmtpSecurity.TLS, 465),
+    "smtp+starttls": (SmtpSecurity.STARTTLS, 587),
+}
+
+
+class CompositionError(Exception):
+    """No mail can be built for this job, now or later; the text says why."""
+
+
+def relay_of(url: str) -> Endpoint:
+    """Return the endpoint that OUTBOX_SMTP_URL names.
+
+    Raises:
+        ConfigurationError: the URL is none of smtp://, smtps://, smtp+starttls://.
+    """
+    try:
+        parts = urlsplit(url)
+        security, port = _SCHEMES[parts.scheme]
+        host, given_port = parts.hostname, parts.port
+    except (KeyError, ValueError):
+        host, given_port, security, port = None, None, SmtpSecurity.NONE, 0
+    if not host:
+        raise ConfigurationError(
+            f"OUTBOX_SMTP_URL: {urlsplit(url).scheme or url!r} is not smtp://host:port, "
+            "smtps://host:port or smtp+starttls://host:port"
+        )
+    return Endpoint(
+        host=host,
+        port=given_port or port,
+        security=security,
+        username=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchMail:
+    content: BatchContent
+    endpoint: Endpoint
+    builder: MessageBuilder
+
+
+ReadBatches = Callable[[Sequence[int]], Awaitable[dict[int, BatchContent]]]
+
+
+class Composer:
+    """Builds mails; reads each batch once, and again after its sender has changed."""
+
+    def __init__(
+        self, settings: Settings, secrets: SecretBox, read: ReadBatches, installation_id: str
+    ) -> None:
+        self._relay = relay_of(settings.smtp_url)
+        self._override = settings.smtp_override
+        self._secrets = secrets
+        self._read = read
+        self._installation_id = installation_id
+        self._batches: OrderedDict[int, _BatchMail | CompositionError] = OrderedDict()
+        self._revisions: dict[int, int] = {}
+
+    async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
+        """Make sure that the batches of these jobs are known, with their senders as of now."""
+        missing = {
+            job.batch_id
+            for job in jobs
+            if self._revisions.get(job.batch_id, 0) < job.sender_revision
+        }
+        if not missing:
+            return
+        for batch_id, content in (await self._read(sorted(missing))).items():
+            self._batches[batch_id] = self._batch_mail(content)
+            self._batches.move_to_end(batch_id)
+            self._revisions[batch_id] = content.sender_revision
+        while len(self._batches) > _KEPT_BATCHES:
+            forgotten, _ = self._batches.popitem(last=False)
+            del self._revisions[forgotten]
+
+    def _batch_mail(self, content: BatchContent) -> _BatchMail | CompositionError:
+        try:
+            template = BatchTemplate.compile(content.subject, content.body, content.html)
+            builder = MessageBuilder(content.email, content.display_name, template)
+            return _BatchMail(content, self._endpoint(content), builder)
+        except (InvalidInput, MessageError, OutboxError) as error:
+            return CompositionError(str(error))
+
+    def _endpoint(self, content: BatchContent) -> Endpoint:
+        if self._override or content.smtp_host is None or content.smtp_port is None:
+            return self._relay
+        password = content.smtp_password
+        return Endpoint(
+            host=content.smtp_host,
+            port=content.smtp_port,
+            security=content.smtp_security or SmtpSecurity.STARTTLS,
+            username=content.smtp_username or "",
+            password="" if password is None else self._secrets.decrypt(password),
+        )
+
+    def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
+        """Return where the mail goes and what it is; `prepare` came before.
+
+        Raises:
+            CompositionError: no mail can be built.
+        """
+        batch = self._batches.get(job.batch_id)
+        if batch is None:
+            raise CompositionError(f"batch {job.batch_id} is gone")
+        if isinstance(batch, CompositionError):
+            raise batch
+        self._batches.move_to_end(job.batch_id)
+        content = batch.content
+        values = decode_variables(content.variable_names, job.variables)
+        try:
+            message = batch.builder.build(
+                job.recipient,
+                values,
+                message_id_for(job.job.job_id, content.email, self._installation_id),
+                datetime.now(UTC),
+            )
+        except (MessageError, RenderError) as error:
+            raise CompositionError(f"{error.reason}: {error.message}") from None
+        envelope = Envelope(
+            batch.builder.sender, message.recipient, message.data, message.needs_smtputf8
+        )
+        return batch.endpoint, envelope

@@ -1,0 +1,263 @@
+"""The send path: claim (Redis), mark and load (PostgreSQL), confirm (Redis), SMTP, settle.
+
+docs/send-path.md has it as a diagram, with what happens if everything stops after each step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.composer import Composer, CompositionError
+from services.dispatcher.progress import Progress
+from services.dispatcher.retry import decide
+from services.dispatcher.settler import Ended, Refused, Settler, Unsent
+from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
+from services.dispatcher.storage import AttemptRecord, MarkedJob
+from services.dispatcher.wake import WakeListener
+from shared.heads import HeadLoader
+from shared.queue.queue import Claim, Queue, SlotUse
+from shared.settings import Settings
+from shared.states import AttemptOutcome
+
+# A lost Redis tells nobody: whoever sleeps looks at least this often whether it is still whole.
+HEARTBEAT = timedelta(seconds=1)
+_RETRY = timedelta(milliseconds=500)
+_log = structlog.get_logger(__name__)
+
+
+class Dispatcher:
+    """Sends what may be sent, at most `concurrency` mails at once over all shards."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        queues: Sequence[Queue],
+        listeners: Sequence[WakeListener],
+        composer: Composer,
+        pool: SmtpPool,
+        progress: Progress,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._loader = loader
+        self._queues = queues
+        self._listeners = listeners
+        self._composer = composer
+        self._pool = pool
+        self._progress = progress
+        self._free = settings.dispatcher_concurrency
+        self._room = asyncio.Event()
+        self._room.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = asyncio.Event()
+        self._settler = Settler(engine, loader, self._recorded)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._draining.is_set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many jobs are claimed and not yet recorded."""
+        return self._settings.dispatcher_concurrency - self._free
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Dispatch until `stop`, then drain: finish what is in its body, give back the rest."""
+        settler = asyncio.create_task(self._settler.run())
+        loops = [
+            asyncio.create_task(self._dispatch(queue, listener))
+            for queue, listener in zip(self._queues, self._listeners, strict=True)
+        ]
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([stopped, settler, *loops], return_when=asyncio.FIRST_COMPLETED)
+            await self.drain()
+            await asyncio.gather(*loops)
+            self._settler.close()
+            await settler
+        finally:
+            for task in (stopped, settler, *loops, *self._tasks):
+                task.cancel()
+            self._pool.close()
+
+    async def drain(self) -> int:
+        """Take no more jobs; returns, when nothing is in flight, how many were given back."""
+        self._draining.set()
+        self._room.set()
+        for listener in self._listeners:
+            listener.wake()
+        await self._idle.wait()
+        return self._settler.given_back_count
+
+    # One loop a shard ------------------------------------------------------------------------
+
+    async def _dispatch(self, queue: Queue, listener: WakeListener) -> None:
+        while not self.draining:
+            await self._room.wait()
+            if self.draining:
+                return
+            listener.clear()
+            try:
+                pause = await self._look(queue)
+            except (RedisError, DBAPIError, OSError, TimeoutError) as error:
+                _log.warning("look_failed", shard=queue.shard, error=type(error).__name__)
+                pause = _RETRY
+            if pause > timedelta(0):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(listener.wait(), pause.total_seconds())
+
+    async def _look(self, queue: Queue) -> timedelta:
+        """Claim once and start what was claimed; returns how long to sleep."""
+        want, self._free = self._free, 0
+        self._room.clear()
+        self._idle.clear()
+        taken = 0
+        try:
+            asked = time.monotonic()
+            claimed = await queue.claim(want)
+            taken = len(claimed.claims)
+        finally:
+            self._return_room(want - taken)
+        if claimed.lost:
+            whole = await self._loader.rebuild(queue)
+            return timedelta(0) if whole else _RETRY
+        if claimed.loads:
+            self._spawn(self._load(claimed.loads))
+        if taken:
+            deadline = asked + self._settings.lease.total_seconds()
+            await self._start(queue, claimed.claims, deadline)
+        if taken == want:
+            return timedelta(0)
+        return HEARTBEAT if claimed.next_look is None else min(claimed.next_look, HEARTBEAT)
+
+    async def _load(self, sender_ids: Sequence[int]) -> None:
+        try:
+            await self._loader.load(sender_ids, committed=False)
+        except (RedisError, DBAPIError, OSError, TimeoutError) as error:
+            # It is asked for again, by whoever looks at the sender when it is overdue.
+            _log.warning("load_failed", senders=len(sender_ids), error=type(error).__name__)
+
+    async def _start(self, queue: Queue, claims: Sequence[Claim], deadline: float) -> None:
+        """Mark, load and confirm a group of claims, and begin to send each."""
+        marked: list[MarkedJob] = []
+        try:
+            async with self._engine.begin() as connection:
+                marked = await storage.mark_sending(
+                    connection, [claim.job for claim in claims], self._settings.lease
+                )
+        except BaseException:
+            # Not known whether it was committed. Nothing was sent: if it was, the lease runs out.
+            for claim in claims:
+                self._settler.add(Refused(claim))
+            raise
+        by_job = {job.job: job for job in marked}
+        for claim in claims:
+            if claim.job not in by_job:
+                self._settler.add(Refused(claim))
+        ours = [claim for claim in claims if claim.job in by_job]
+        try:
+            await self._composer.prepare(marked)
+            held = await queue.confirm(ours) if ours else []
+        except BaseException:
+            for job in marked:
+                self._settler.add(Unsent(job))
+            raise
+        for claim, holds in zip(ours, held, strict=True):
+            if holds:
+                self._spawn(self._send(by_job[claim.job], deadline))
+            else:
+                self._settler.add(Unsent(by_job[claim.job], held=False))
+
+    # One task a mail -------------------------------------------------------------------------
+
+    async def _send(self, job: MarkedJob, deadline: float) -> None:
+        started = time.monotonic()
+        try:
+            endpoint, envelope = self._composer.compose(job)
+            result = await self._pool.send(
+                endpoint, envelope, deadline=deadline, may_begin=lambda: not self.draining
+            )
+        except GivenBackError:
+            self._settler.add(Unsent(job))
+            return
+        except CompositionError as error:
+            result = _not_built(error, started)
+        except Exception:
+            # A fault of ours must not hold the job for ever, nor pass for a fault of the mail.
+            _log.exception("send_failed", job=job.job.job_id)
+            result = SendResult(
+                AttemptOutcome.TEMPORARY_FAILURE,
+                body_begun=False,
+                started=started,
+                ended=time.monotonic(),
+                message="internal error of the dispatcher",
+            )
+        self._settle(job, result)
+
+    def _settle(self, job: MarkedJob, result: SendResult) -> None:
+        verdict = decide(
+            result.outcome,
+            job.failures,
+            backoff=self._settings.retry_backoff,
+            policy=self._settings.uncertain_policy,
+            chance=random.random(),  # noqa: S311 - jitter
+        )
+        self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
+        record = AttemptRecord(
+            job=job.job,
+            sender_id=job.sender_id,
+            state=verdict.state,
+            failures=verdict.failures,
+            outcome=result.outcome,
+            counted=result.body_begun,
+            started=result.started,
+            ended=result.ended,
+            retry_after=verdict.retry_after,
+            smtp_code=result.smtp_code,
+            enhanced_code=result.enhanced_code,
+            message=result.message,
+        )
+        self._settler.add(Ended(record, SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN))
+
+    # Room ------------------------------------------------------------------------------------
+
+    def _recorded(self, count: int) -> None:
+        self._return_room(count)
+
+    def _return_room(self, count: int) -> None:
+        self._free += count
+        if self._free:
+            self._room.set()
+        if self.in_flight == 0:
+            self._idle.set()
+
+    def _spawn(self, coroutine: object) -> None:
+        task = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _not_built(error: CompositionError, started: float) -> SendResult:
+    return SendResult(
+        AttemptOutcome.PERMANENT_FAILURE,
+        body_begun=False,
+        started=started,
+        ended=time.monotonic(),
+        message=str(error)[:500].replace("\x00", ""),
+    )

@@ -1,0 +1,68 @@
+"""Finds what somebody left behind: leases that ran out, and heads that were never loaded."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.dispatcher import storage
+from shared.heads import MARKER_AGE, HeadLoader
+from shared.settings import Settings
+from shared.states import JobState
+
+_RETRY = timedelta(seconds=1)
+# A lease's end is looked for a moment later, so that one look finds it.
+_SLACK = timedelta(milliseconds=20)
+_log = structlog.get_logger(__name__)
+
+
+class Recovery:
+    """Runs in every dispatcher; several at once do no harm (SKIP LOCKED)."""
+
+    def __init__(self, settings: Settings, engine: AsyncEngine, loader: HeadLoader) -> None:
+        self._lease = settings.lease
+        self._next_state = (
+            JobState.UNCERTAIN if settings.uncertain_policy == "hold" else JobState.SCHEDULED
+        )
+        self._engine = engine
+        self._loader = loader
+
+    async def run(self) -> None:
+        """Recover until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(self.recover_leases))
+            group.create_task(self._repeat(self._load_abandoned))
+
+    async def _repeat(self, step: object) -> None:
+        while True:
+            try:
+                pause = await step()  # type: ignore[operator]
+            except (RedisError, DBAPIError, OSError, TimeoutError) as error:
+                _log.warning("recovery_failed", error=type(error).__name__)
+                pause = _RETRY
+            await asyncio.sleep(pause.total_seconds())
+
+    async def recover_leases(self) -> timedelta:
+        """End attempts whose lease ran out; returns when the next one can run out.
+
+        With no lease in sight that is a whole lease from now: one that is taken later lasts longer.
+        """
+        async with self._engine.begin() as connection:
+            senders = await storage.recover_expired(connection, self._lease, self._next_state)
+        if senders:
+            _log.warning("leases_expired", senders=senders)
+            await self._loader.load(senders, committed=True)
+        async with self._engine.connect() as connection:
+            left = await storage.next_expiry(connection)
+        return self._lease if left is None else min(self._lease, max(left, timedelta(0)) + _SLACK)
+
+    async def _load_abandoned(self) -> timedelta:
+        senders = await self._loader.load_abandoned()
+        if senders:
+            _log.info("abandoned_heads_loaded", senders=senders)
+        return MARKER_AGE

@@ -1,0 +1,170 @@
+"""Records outcomes by groups: what ends while one group is being written is the next group.
+
+First PostgreSQL, the truth; then Redis. If the process dies in between, the leases in Redis run
+out, their slots count until then, and the sender's head is loaded again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import structlog
+from redis.exceptions import RedisError
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.storage import AttemptRecord, MarkedJob
+from shared.heads import HeadLoader
+from shared.queue.keys import JobRef
+from shared.queue.queue import Claim, Settlement, SlotUse
+from shared.states import JobState
+
+_RETRY_S = 0.2
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An attempt that was made."""
+
+    record: AttemptRecord
+    use: SlotUse
+
+
+@dataclass(frozen=True, slots=True)
+class Unsent:
+    """A marked job whose body was not begun: it goes back. `held`: Redis still has its lease."""
+
+    marked: MarkedJob
+    held: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A claim that PostgreSQL did not know: cancelled, or sent by an earlier claim."""
+
+    claim: Claim
+
+
+Outcome = Ended | Unsent | Refused
+
+
+class Settler:
+    """Takes outcomes and writes them; `on_recorded(n)` says that n jobs are off our hands."""
+
+    def __init__(
+        self, engine: AsyncEngine, loader: HeadLoader, on_recorded: Callable[[int], None]
+    ) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._on_recorded = on_recorded
+        self._pending: list[Outcome] = []
+        self._arrived = asyncio.Event()
+        self._closed = False
+        self.given_back_count = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Hand over one outcome; it is written soon, and kept until it is."""
+        self._pending.append(outcome)
+        self._arrived.set()
+
+    def close(self) -> None:
+        """End `run` once everything is written."""
+        self._closed = True
+        self._arrived.set()
+
+    async def run(self) -> None:
+        """Write until closed. Errors of either store are waited out, for nothing may be lost."""
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            group, self._pending = self._pending, []
+            if group:
+                dues = await self._until_it_works(lambda g=group: self._record(g), "PostgreSQL")
+                self._on_recorded(len(group))
+                await self._release(group, dues)
+            if self._closed and not self._pending:
+                return
+
+    async def _record(self, group: list[Outcome]) -> dict[JobRef, int]:
+        ended = [o.record for o in group if isinstance(o, Ended)]
+        unsent = [o.marked for o in group if isinstance(o, Unsent)]
+        dues: dict[JobRef, int] = {}
+        if not ended and not unsent:
+            return dues
+        async with self._engine.begin() as connection:
+            if ended:
+                moved = await storage.settle(connection, ended, time.monotonic())
+                dues |= {r.job: moved[r.job.job_id] for r in ended if r.job.job_id in moved}
+            if unsent:
+                moved = await storage.give_back(connection, unsent)
+                dues |= {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
+                self.given_back_count += len(moved)
+        return dues
+
+    async def _release(self, group: list[Outcome], dues: dict[JobRef, int]) -> None:
+        by_queue: dict[int, list[Settlement]] = {}
+        stale: set[int] = set()
+        now = time.monotonic()
+        for outcome in group:
+            settlement = _settlement(outcome, dues, now)
+            shard = self._loader.queue_of(settlement.sender_id).shard
+            by_queue.setdefault(shard, []).append(settlement)
+            waits_unknown = (
+                isinstance(outcome, Ended)
+                and outcome.record.state is JobState.SCHEDULED
+                and outcome.record.job not in dues
+            ) or (isinstance(outcome, Unsent) and not outcome.held)
+            if waits_unknown:
+                # PostgreSQL alone knows where it waits now.
+                stale.add(settlement.sender_id)
+        try:
+            for settlements in by_queue.values():
+                queue = self._loader.queue_of(settlements[0].sender_id)
+                stale.update(await queue.settle(settlements))
+            if stale:
+                await self._loader.load(stale, committed=True)
+        except (RedisError, DBAPIError, OSError) as error:
+            # The leases run out by themselves, and a lost Redis is rebuilt from what was recorded.
+            _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
+
+    async def _until_it_works(self, write: Callable[[], object], what: str) -> dict[JobRef, int]:
+        failing = False
+        while True:
+            try:
+                return await write()  # type: ignore[misc, no-any-return]
+            except (DBAPIError, OSError, TimeoutError) as error:
+                if not failing:
+                    _log.warning("outcomes_wait", store=what, error=type(error).__name__)
+                failing = True
+                await asyncio.sleep(_RETRY_S)
+
+
+def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settlement:
+    if isinstance(outcome, Refused):
+        return Settlement(outcome.claim.sender_id, outcome.claim.job, SlotUse.UNUSED)
+    if isinstance(outcome, Unsent):
+        job = outcome.marked.job
+        due = dues.get(job) if outcome.held else None
+        return Settlement(
+            outcome.marked.sender_id,
+            job,
+            SlotUse.UNUSED,
+            next_job=None if due is None else job,
+            next_due_ms=due or 0,
+        )
+    record = outcome.record
+    due = dues.get(record.job) if record.state is JobState.SCHEDULED else None
+    return Settlement(
+        record.sender_id,
+        record.job,
+        outcome.use,
+        age=timedelta(seconds=max(0.0, now - record.ended)),
+        next_job=None if due is None else JobRef(record.job.job_id, record.job.attempt + 1),
+        next_due_ms=due or 0,
+    )

@@ -1,0 +1,46 @@
+"""Wakes a sleeping dispatcher when something earlier arrives."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+_RETRY_S = 0.5
+_log = structlog.get_logger(__name__)
+
+
+class WakeListener:
+    """Listens on a shard's channel; a missed message costs at most a heartbeat."""
+
+    def __init__(self, redis: Redis, channel: str) -> None:
+        self._redis = redis
+        self._channel = channel
+        self._event = asyncio.Event()
+
+    def clear(self) -> None:
+        """Forget what came before the look that follows."""
+        self._event.clear()
+
+    def wake(self) -> None:
+        """Wake the dispatcher from within the process."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait until somebody wakes us."""
+        await self._event.wait()
+
+    async def run(self) -> None:
+        """Listen until cancelled; a lost connection is made again."""
+        while True:
+            with suppress(RedisError, OSError):
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    await pubsub.subscribe(self._channel)
+                    # What was published while nobody listened is made up for by one look.
+                    self._event.set()
+                    async for _ in pubsub.listen():
+                        self._event.set()
+            await asyncio.sleep(_RETRY_S)

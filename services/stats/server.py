@@ -1,0 +1,57 @@
+"""The wiring of the stats process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
+
+from services.stats import storage
+from services.stats.folding import fold_until_stopped
+from services.stats.servicers import StatsServicer
+from shared.database import create_engine
+from shared.grpc_server import GrpcServer, ServiceBinding
+from shared.health import follow_dependencies
+from shared.process import serve_until_stopped
+from shared.settings import Settings
+
+
+async def serve(
+    settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
+) -> None:
+    """Serve until `stop` is set; `ready` is told the port once it is bound.
+
+    Starts without PostgreSQL too: health says NOT_SERVING until it is there.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or the address is taken.
+    """
+    engine = create_engine(settings)
+    # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
+    servicer = StatsServicer(engine, settings.rate_window)  # type: ignore[abstract]
+    service = ServiceBinding(
+        stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
+        partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
+    )
+    server = GrpcServer(settings, settings.stats_listen, [service])
+    dependencies = {"postgresql": partial(storage.ping, engine)}
+
+    async def tell_port() -> None:
+        if ready is not None:
+            ready(server.port)
+
+    try:
+        await serve_until_stopped(
+            server,
+            stop,
+            settings.shutdown_grace,
+            [
+                tell_port,
+                partial(follow_dependencies, server, dependencies, stop),
+                partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
+            ],
+        )
+    finally:
+        await engine.dispose()

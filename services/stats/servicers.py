@@ -1,0 +1,94 @@
+"""StatsService: from protos to the domain and back."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, Final
+
+import grpc
+from outbox.v1 import stats_pb2, stats_service_pb2, stats_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.stats import storage
+from shared import page_tokens
+from shared.auth import current_caller, effective_user, require_user
+from shared.proto_mapping import id_text, not_found, parse_id, to_job_counts, to_timestamp
+
+_PAGES: Final = "user_stats"
+
+
+class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
+    """Answers from PostgreSQL alone. The methods that it does not have answer UNIMPLEMENTED."""
+
+    def __init__(self, engine: AsyncEngine, window: timedelta) -> None:
+        self._engine = engine
+        self._window = window
+
+    async def GetSenderStats(  # noqa: N802 - the proto's name
+        self,
+        request: stats_service_pb2.GetSenderStatsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+    ) -> stats_pb2.SenderStats:
+        """Return the counts of one sender."""
+        user_id = effective_user(current_caller(), request.user_id)
+        sender_id = parse_id(request.sender_id, "sender_id")
+        async with storage.snapshot(self._engine) as connection:
+            found = await storage.read_sender(connection, sender_id, user_id, self._window)
+        if found is None:
+            raise not_found("sender_id", request.sender_id)
+        return _sender_stats(found)
+
+    async def GetUserStats(  # noqa: N802 - the proto's name
+        self,
+        request: stats_service_pb2.GetUserStatsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+    ) -> stats_pb2.UserStats:
+        """Return the counts of one user, and of one page of its senders."""
+        user_id = require_user(current_caller(), request.user_id)
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(user_id)
+        position = page_tokens.decode(request.page_token, _PAGES, filters)
+        after = int(position[0]) if position else 0
+        async with storage.snapshot(self._engine) as connection:
+            found = await storage.read_user(connection, user_id, after, size)
+        token = ""
+        if found.more:
+            token = page_tokens.encode(_PAGES, filters, (found.senders[-1].sender_id,))
+        return _user_stats(user_id, found, token)
+
+
+def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:
+    return stats_pb2.SenderStats(
+        sender_id=id_text(stats.sender_id),
+        counts=to_job_counts(stats.counts),
+        hours=[
+            stats_pb2.HourCounts(
+                start_time=to_timestamp(hour.start), sent_count=hour.sent, failed_count=hour.failed
+            )
+            for hour in stats.hours
+        ],
+        waiting_count=stats.counts.scheduled,
+        next_send_time=None if stats.next_due is None else to_timestamp(stats.next_due),
+        window_used_count=stats.window_used,
+        hourly_limit=stats.hourly_limit,
+        read_time=to_timestamp(stats.read_at),
+    )
+
+
+def _user_stats(
+    user_id: str, stats: storage.UserStats, next_page_token: str
+) -> stats_pb2.UserStats:
+    return stats_pb2.UserStats(
+        user_id=user_id,
+        counts=to_job_counts(stats.counts),
+        senders=[
+            stats_pb2.SenderCounts(
+                sender_id=id_text(sender.sender_id),
+                email=sender.email,
+                counts=to_job_counts(sender.counts),
+            )
+            for sender in stats.senders
+        ],
+        next_page_token=next_page_token,
+        read_time=to_timestamp(stats.read_at),
+    )
