@@ -32,7 +32,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from shared.models import BatchCount, CountDelta, EmailJob, Sender, SenderCount
 from shared.states import JobState
 
-
 # A key, a state, and how many jobs.
 _Counts: TypeAlias = Select[int, int, int]
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
+from typing import TypeVar
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from shared.settings import Settings
 
+T = TypeVar("T")
+
 _CONNECT_TIMEOUT_S = 5
+_RETRY_S = 0.5
 # A statement that takes longer than this is stuck; a long intake is many statements.
 _STATEMENT_TIMEOUT_MS = 60_000
+_log = structlog.get_logger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+
+# What a call raises when PostgreSQL is gone, slow, full, or took back a transaction: a later try
+# may succeed. Anything else is a fault of ours.
+DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
 
 
 def driver_url(url: str) -> str:
@@ -74,3 +87,17 @@ def _config(url: str) -> Config:
 def migrate(url: str) -> None:
     """Bring the schema up to date; safe to run from many processes at once."""
     command.upgrade(_config(url), "head")
+
+
+async def until_reachable(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Return what `ask` returns, in a transaction of its own, once PostgreSQL answers.
+
+    A service that starts beside its database must not fail because it was the faster one.
+    """
+    while True:
+        try:
+            async with engine.begin() as connection:
+                return await ask(connection)
+        except DATABASE_ERRORS as error:
+            _log.warning("postgresql_unreachable", error=type(error).__name__)
+            await asyncio.sleep(_RETRY_S)

@@ -16,13 +16,14 @@ from typing import Any
 import structlog
 from sqlalchemy import (
     ColumnElement,
-    SQLColumnExpression,
     Row,
     Select,
+    SQLColumnExpression,
     and_,
     delete,
     extract,
     func,
+    insert,
     lateral,
     literal,
     select,
@@ -265,6 +266,13 @@ class HeadLoader:
             .where(some_job | Sender.id.in_(sending))
             .order_by(Sender.id)
         )
+
+
+async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
+    """Ask, within the caller's transaction, for a load of these heads, should the caller die."""
+    await connection.execute(
+        insert(HeadMarker), [{"sender_id": sender_id} for sender_id in sender_ids]
+    )
 
 
 async def load_soon(

@@ -43,6 +43,19 @@ class Base(DeclarativeBase):
     )
 
 
+class Installation(Base):
+    """One row: what tells this installation from every other, in the Message-IDs of its mails."""
+
+    __tablename__ = "installation"
+
+    only: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    installation_id: Mapped[str] = mapped_column(
+        Text, server_default=text("substr(md5(gen_random_uuid()::text), 1, 12)")
+    )
+
+    __table_args__ = (CheckConstraint("only", name="one_row"),)
+
+
 class Sender(Base):
     """A From address with its SMTP endpoint and limits; belongs to one user."""
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
@@ -25,7 +24,9 @@ from services.dispatcher.settler import Ended, Refused, Settler, Unsent
 from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from services.dispatcher.wake import WakeListener
+from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader
+from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.queue import Claim, Queue, SlotUse
 from shared.settings import Settings
 from shared.states import AttemptOutcome
@@ -41,6 +42,7 @@ class Dispatcher:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         engine: AsyncEngine,
         loader: HeadLoader,
@@ -110,12 +112,10 @@ class Dispatcher:
     async def _dispatch(self, queue: Queue, listener: WakeListener) -> None:
         while not self.draining:
             await self._room.wait()
-            if self.draining:
-                return
             listener.clear()
             try:
                 pause = await self._look(queue)
-            except (RedisError, DBAPIError, OSError, TimeoutError) as error:
+            except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
                 _log.warning("look_failed", shard=queue.shard, error=type(error).__name__)
                 pause = _RETRY
             if pause > timedelta(0):
@@ -149,7 +149,7 @@ class Dispatcher:
     async def _load(self, sender_ids: Sequence[int]) -> None:
         try:
             await self._loader.load(sender_ids, committed=False)
-        except (RedisError, DBAPIError, OSError, TimeoutError) as error:
+        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # It is asked for again, by whoever looks at the sender when it is overdue.
             _log.warning("load_failed", senders=len(sender_ids), error=type(error).__name__)
 
@@ -162,9 +162,9 @@ class Dispatcher:
                     connection, [claim.job for claim in claims], self._settings.lease
                 )
         except BaseException:
-            # Not known whether it was committed. Nothing was sent: if it was, the lease runs out.
+            # Nothing was sent. If it was committed all the same, that attempt's lease runs out.
             for claim in claims:
-                self._settler.add(Refused(claim))
+                self._settler.add(Refused(claim, waits=True))
             raise
         by_job = {job.job: job for job in marked}
         for claim in claims:
@@ -198,7 +198,7 @@ class Dispatcher:
             return
         except CompositionError as error:
             result = _not_built(error, started)
-        except Exception:
+        except Exception:  # noqa: BLE001 - see below
             # A fault of ours must not hold the job for ever, nor pass for a fault of the mail.
             _log.exception("send_failed", job=job.job.job_id)
             result = SendResult(
@@ -247,8 +247,8 @@ class Dispatcher:
         if self.in_flight == 0:
             self._idle.set()
 
-    def _spawn(self, coroutine: object) -> None:
-        task = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -31,7 +31,6 @@ _ATOM = r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~]+"
 _PLAIN_PHRASE = re.compile(f"{_ATOM}(?: {_ATOM})*")
 _NOT_PRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
 _SAFE_MESSAGE_ID = re.compile(r"<[!-;=?-~]+@[!-;=?-~]+>")
-_SAFE_ID = re.compile(r"[A-Za-z0-9-]+")
 # Text that needs an encoding although it is ASCII: no transport keeps these as they are.
 _NOT_SEVEN_BIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 # UTF-8: the bytes of a character after its first.
@@ -85,18 +84,6 @@ def wire_address(address: str) -> str:
     return checked.ascii_email or checked.normalized
 
 
-def message_id_for(job_id: int, sender_email: str, installation_id: str) -> str:
-    """Return the Message-ID of a job: the same for all its attempts, and nobody else's.
-
-    Job ids of two installations may be equal, so `installation_id` (letters, digits, hyphens) is
-    part of it.
-    """
-    if not _SAFE_ID.fullmatch(installation_id):
-        raise ValueError(f"{installation_id!r}: an installation id is letters, digits and hyphens")
-    domain = wire_address(sender_email).rpartition("@")[2]
-    return f"<outbox.{job_id}.{installation_id}@{domain}>"
-
-
 def format_date(moment: datetime) -> str:
     """Return an aware time as RFC 5322, 3.3 has it, in UTC."""
     utc = moment.astimezone(UTC)
@@ -139,7 +126,7 @@ class MessageBuilder:
     def build(
         self, recipient: str, values: Mapping[str, str], message_id: str, date: datetime
     ) -> Message:
-        """Return the mail for one row; `date` is aware, `message_id` comes from `message_id_for`.
+        """Return the mail for one row; `date` is aware, `message_id` from `shared.message_ids`.
 
         Raises:
             MessageError: ADDRESS_INVALID or HEADER_INVALID.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import structlog
-from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
+from shared.database import DATABASE_ERRORS
 from shared.heads import MARKER_AGE, HeadLoader
+from shared.queue.connection import QUEUE_ERRORS
 from shared.settings import Settings
 from shared.states import JobState
 
@@ -38,11 +39,11 @@ class Recovery:
             group.create_task(self._repeat(self.recover_leases))
             group.create_task(self._repeat(self._load_abandoned))
 
-    async def _repeat(self, step: object) -> None:
+    async def _repeat(self, step: Callable[[], Awaitable[timedelta]]) -> None:
         while True:
             try:
-                pause = await step()  # type: ignore[operator]
-            except (RedisError, DBAPIError, OSError, TimeoutError) as error:
+                pause = await step()
+            except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
                 _log.warning("recovery_failed", error=type(error).__name__)
                 pause = _RETRY
             await asyncio.sleep(pause.total_seconds())

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import structlog
-from redis.exceptions import RedisError
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
 from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.heads import HeadLoader
+from shared.database import DATABASE_ERRORS
+from shared.heads import HeadLoader, mark_stale
+from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
 from shared.queue.queue import Claim, Settlement, SlotUse
 from shared.states import JobState
@@ -46,9 +46,13 @@ class Unsent:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A claim that PostgreSQL did not know: cancelled, or sent by an earlier claim."""
+    """A claim that came to nothing: cancelled, sent by an earlier claim, or PostgreSQL failed.
+
+    `waits`: as far as we know the job still waits, so Redis gets it back.
+    """
 
     claim: Claim
+    waits: bool = False
 
 
 Outcome = Ended | Unsent | Refused
@@ -85,7 +89,7 @@ class Settler:
             self._arrived.clear()
             group, self._pending = self._pending, []
             if group:
-                dues = await self._until_it_works(lambda g=group: self._record(g), "PostgreSQL")
+                dues = await self._until_recorded(group)
                 self._on_recorded(len(group))
                 await self._release(group, dues)
             if self._closed and not self._pending:
@@ -105,6 +109,10 @@ class Settler:
                 moved = await storage.give_back(connection, unsent)
                 dues |= {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
                 self.given_back_count += len(moved)
+            # Where these wait now, only PostgreSQL knows; the marker outlives us.
+            stale = {_sender_of(o) for o in group if _is_stale(o, dues)}
+            if stale:
+                await mark_stale(connection, sorted(stale))
         return dues
 
     async def _release(self, group: list[Outcome], dues: dict[JobRef, int]) -> None:
@@ -115,13 +123,7 @@ class Settler:
             settlement = _settlement(outcome, dues, now)
             shard = self._loader.queue_of(settlement.sender_id).shard
             by_queue.setdefault(shard, []).append(settlement)
-            waits_unknown = (
-                isinstance(outcome, Ended)
-                and outcome.record.state is JobState.SCHEDULED
-                and outcome.record.job not in dues
-            ) or (isinstance(outcome, Unsent) and not outcome.held)
-            if waits_unknown:
-                # PostgreSQL alone knows where it waits now.
+            if _is_stale(outcome, dues):
                 stale.add(settlement.sender_id)
         try:
             for settlements in by_queue.values():
@@ -129,25 +131,42 @@ class Settler:
                 stale.update(await queue.settle(settlements))
             if stale:
                 await self._loader.load(stale, committed=True)
-        except (RedisError, DBAPIError, OSError) as error:
+        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # The leases run out by themselves, and a lost Redis is rebuilt from what was recorded.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
 
-    async def _until_it_works(self, write: Callable[[], object], what: str) -> dict[JobRef, int]:
+    async def _until_recorded(self, group: list[Outcome]) -> dict[JobRef, int]:
         failing = False
         while True:
             try:
-                return await write()  # type: ignore[misc, no-any-return]
-            except (DBAPIError, OSError, TimeoutError) as error:
+                return await self._record(group)
+            except DATABASE_ERRORS as error:
                 if not failing:
-                    _log.warning("outcomes_wait", store=what, error=type(error).__name__)
+                    _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)
                 failing = True
                 await asyncio.sleep(_RETRY_S)
 
 
+def _is_stale(outcome: Outcome, dues: dict[JobRef, int]) -> bool:
+    """Whether only PostgreSQL knows where the job waits now."""
+    if isinstance(outcome, Ended):
+        return outcome.record.state is JobState.SCHEDULED and outcome.record.job not in dues
+    return isinstance(outcome, Unsent) and not outcome.held
+
+
+def _sender_of(outcome: Outcome) -> int:
+    if isinstance(outcome, Ended):
+        return outcome.record.sender_id
+    return (outcome.marked if isinstance(outcome, Unsent) else outcome.claim).sender_id
+
+
 def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settlement:
     if isinstance(outcome, Refused):
-        return Settlement(outcome.claim.sender_id, outcome.claim.job, SlotUse.UNUSED)
+        job = outcome.claim.job
+        # Due time 0: the first of its head again. If it waits no more, the next claim finds out.
+        return Settlement(
+            outcome.claim.sender_id, job, SlotUse.UNUSED, next_job=job if outcome.waits else None
+        )
     if isinstance(outcome, Unsent):
         job = outcome.marked.job
         due = dues.get(job) if outcome.held else None

@@ -111,7 +111,7 @@ class _Session:
         if reply.code != _START_INPUT:
             raise SMTPResponseException(reply.code, reply.message)
 
-    async def finish(self, data: bytes, timeout: float) -> tuple[int, str]:
+    async def finish(self, data: bytes, limit: float) -> tuple[int, str]:
         """Send the body and return the server's reply."""
         if data.startswith(b".") or b"\n." in data:
             data = _LINE_DOT.sub(b"..", data)
@@ -119,7 +119,7 @@ class _Session:
         if protocol is None:
             raise aiosmtplib.SMTPServerDisconnected("Connection lost")
         protocol.write(data + b".\r\n")
-        reply = await protocol.read_response(timeout=timeout)
+        reply = await protocol.read_response(timeout=limit)
         return reply.code, reply.message
 
     def close(self) -> None:
@@ -255,14 +255,12 @@ class _Attempt:
         self.reusable: _Session | None = None
 
     async def run(self, envelope: Envelope, deadline: float, limit: float) -> SendResult:
-        if not self._may_begin():
-            raise GivenBackError
+        self._check()
         self._started = time.monotonic()
         try:
             session = await self._begin(envelope, min(3 * limit, deadline - self._started))
-            if not self._may_begin():
-                # Nothing may follow 354 but a body, so the connection is lost.
-                raise GivenBackError
+            # Nothing may follow 354 but a body: a no here costs the connection.
+            self._check()
             self._body_begun = True
             left = min(limit, deadline - time.monotonic())
             code, text = await session.finish(envelope.data, max(left, 0.0))
@@ -278,6 +276,10 @@ class _Attempt:
             self.reusable = session
             return self._result(AttemptOutcome.SENT, code, text)
         return await self._refused(code, text)
+
+    def _check(self) -> None:
+        if not self._may_begin():
+            raise GivenBackError
 
     async def _begin(self, envelope: Envelope, limit: float) -> _Session:
         """Return a session that waits for the body.
@@ -353,5 +355,10 @@ class _Attempt:
             ended=time.monotonic(),
             smtp_code=code,
             enhanced_code=enhanced.group(1) if enhanced else None,
-            message=text.replace("\x00", "")[:_MAX_TEXT],
+            message=_plain(text),
         )
+
+
+def _plain(text: str) -> str:
+    """Return what PostgreSQL takes of a server's answer, which may be any bytes."""
+    return text[:_MAX_TEXT].replace("\x00", "").encode("utf-8", "replace").decode()

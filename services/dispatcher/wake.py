@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+
+from shared.queue.connection import QUEUE_ERRORS
 
 _RETRY_S = 0.5
-_log = structlog.get_logger(__name__)
 
 
 class WakeListener:
@@ -36,7 +35,7 @@ class WakeListener:
     async def run(self) -> None:
         """Listen until cancelled; a lost connection is made again."""
         while True:
-            with suppress(RedisError, OSError):
+            with suppress(*QUEUE_ERRORS):
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
                     await pubsub.subscribe(self._channel)
                     # What was published while nobody listened is made up for by one look.

@@ -15,9 +15,9 @@ from services.dispatcher.message import (
     MessageBuilder,
     MessageError,
     format_date,
-    message_id_for,
     wire_address,
 )
+from shared.message_ids import message_id_for
 from shared.templates import BatchTemplate, RenderError
 
 NOW = datetime(2026, 11, 24, 9, 5, 3, tzinfo=UTC)

@@ -116,6 +116,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("sender_id", "hour", "state", name=op.f("pk_sender_hour_counts")),
     )
     op.create_table(
+        "installation",
+        sa.Column("only", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column(
+            "installation_id",
+            sa.Text(),
+            server_default=sa.text("substr(md5(gen_random_uuid()::text), 1, 12)"),
+            nullable=False,
+        ),
+        sa.CheckConstraint("only", name=op.f("ck_installation_one_row")),
+        sa.PrimaryKeyConstraint("only", name=op.f("pk_installation")),
+    )
+    op.create_table(
         "senders",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("user_id", sa.Text(), nullable=False),

@@ -1,0 +1,150 @@
+"""Wires the dispatcher together, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from functools import partial
+
+from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
+from redis.asyncio import Redis
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.composer import Composer
+from services.dispatcher.dispatcher import Dispatcher
+from services.dispatcher.progress import Progress
+from services.dispatcher.recovery import Recovery
+from services.dispatcher.servicers import DispatcherServicer
+from services.dispatcher.smtp import SmtpPool
+from services.dispatcher.storage import BatchContent
+from services.dispatcher.wake import WakeListener
+from shared.database import create_engine, until_reachable
+from shared.grpc_server import GrpcServer, ServiceBinding
+from shared.heads import HeadLoader
+from shared.health import follow_dependencies
+from shared.message_ids import installation_id
+from shared.process import serve_until_stopped
+from shared.queue.connection import connect, open_queues
+from shared.secrets import SecretBox
+from shared.settings import Settings
+
+
+async def serve(
+    settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
+) -> None:
+    """Run a dispatcher until `stop`; `ready` is told its port."""
+    async with AsyncExitStack() as stack:
+        engine = create_engine(settings)
+        stack.push_async_callback(engine.dispose)
+        redis, listening = connect(settings), connect(settings, listening=True)
+        stack.push_async_callback(redis.aclose)
+        stack.push_async_callback(listening.aclose)
+
+        queues = open_queues(redis, settings)
+        loader = HeadLoader(engine, queues, settings)
+        listeners = [WakeListener(listening, queue.keys.wake) for queue in queues]
+        pool = SmtpPool(
+            size=settings.smtp_pool,
+            timeout=settings.smtp_timeout.total_seconds(),
+            idle=settings.smtp_idle.total_seconds(),
+            local_hostname=socket.getfqdn(),
+        )
+        composer = Composer(
+            settings,
+            SecretBox.from_settings(settings),
+            partial(_read_batches, engine),
+            await until_reachable(engine, installation_id),
+        )
+        progress = Progress()
+        dispatcher = Dispatcher(
+            settings=settings,
+            engine=engine,
+            loader=loader,
+            queues=queues,
+            listeners=listeners,
+            composer=composer,
+            pool=pool,
+            progress=progress,
+        )
+        dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        servicer = DispatcherServicer(
+            dispatcher_id, settings.dispatcher_concurrency, dispatcher, pool, progress
+        )
+        server = GrpcServer(
+            settings,
+            settings.dispatcher_listen,
+            [
+                ServiceBinding(
+                    "outbox.v1.DispatcherService",
+                    partial(add_DispatcherServiceServicer_to_server, servicer),
+                )
+            ],
+        )
+        recovery = Recovery(settings, engine, loader)
+        beside = [*(listener.run for listener in listeners), recovery.run]
+
+        async def announce() -> None:
+            if ready is not None:
+                ready(server.port)
+
+        await serve_until_stopped(
+            server,
+            stop,
+            settings.shutdown_grace,
+            [
+                announce,
+                partial(dispatcher.run, stop),
+                partial(_keep_pool, pool, settings.smtp_idle, stop),
+                partial(
+                    follow_dependencies,
+                    server,
+                    {"postgresql": partial(_ask, engine), "redis": partial(_ping, redis)},
+                    stop,
+                ),
+                *(partial(_until, stop, part) for part in beside),
+            ],
+        )
+
+
+async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, BatchContent]:
+    async with engine.connect() as connection:
+        return await storage.read_batches(connection, batch_ids)
+
+
+async def _ask(engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+
+
+async def _ping(redis: Redis) -> None:
+    await redis.ping()
+
+
+async def _keep_pool(pool: SmtpPool, idle: timedelta, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        pool.close_idle()
+        try:
+            await asyncio.wait_for(stop.wait(), idle.total_seconds() / 2)
+        except TimeoutError:
+            continue
+
+
+async def _until(stop: asyncio.Event, part: Callable[[], object]) -> None:
+    """Run what never ends by itself until `stop`."""
+    task = asyncio.ensure_future(part())  # type: ignore[arg-type, var-annotated]
+    waiting = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+    finally:
+        for each in (task, waiting):
+            each.cancel()
+        await asyncio.gather(task, waiting, return_exceptions=True)

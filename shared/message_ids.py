@@ -1,0 +1,34 @@
+"""The Message-ID of a job: the dispatcher writes it, the scheduler shows it."""
+
+from __future__ import annotations
+
+import re
+
+import idna
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from shared.models import Installation
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9-]+")
+
+
+def message_id_for(job_id: int, sender_email: str, installation_id: str) -> str:
+    """Return the Message-ID of a job: the same for all its attempts, and nobody else's.
+
+    Job ids of two installations may be equal, so `installation_id` (letters, digits, hyphens) is
+    part of it. RFC 5322, 3.6.4.
+    """
+    if not _SAFE_ID.fullmatch(installation_id):
+        raise ValueError(f"{installation_id!r}: an installation id is letters, digits and hyphens")
+    domain = sender_email.rpartition("@")[2]
+    if not domain.isascii():
+        domain = idna.encode(domain, uts46=True).decode("ascii")
+    return f"<outbox.{job_id}.{installation_id}@{domain}>"
+
+
+async def installation_id(connection: AsyncConnection) -> str:
+    """Return what tells this installation from every other; made at the first call."""
+    await connection.execute(insert(Installation).on_conflict_do_nothing())
+    return (await connection.execute(select(Installation.installation_id))).scalar_one()

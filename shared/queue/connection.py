@@ -1,0 +1,46 @@
+"""The way to Redis: every call has an end, and none is repeated behind our back."""
+
+from __future__ import annotations
+
+import socket
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from shared.queue.queue import Queue
+from shared.settings import Settings
+
+_CALL_LIMIT_S = 5.0
+_CONNECT_LIMIT_S = 2.0
+# A listener waits without end, so the kernel has to find out that the other side is gone.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
+
+# What a call raises when Redis is gone, slow or full.
+QUEUE_ERRORS = (RedisError, OSError)
+
+
+def connect(settings: Settings, *, listening: bool = False) -> Redis:
+    """Return a client; `listening`: for subscriptions, which may be silent for ever.
+
+    A claim must not be repeated by the client: the first one may have been carried out.
+    """
+    return Redis.from_url(
+        settings.redis_url,
+        decode_responses=True,
+        socket_timeout=None if listening else _CALL_LIMIT_S,
+        socket_connect_timeout=_CONNECT_LIMIT_S,
+        socket_keepalive=True,
+        socket_keepalive_options=_KEEPALIVE,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=None if listening else 100,
+    )
+
+
+def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
+    """Return the shards of the queue, in their order."""
+    return [
+        Queue(redis, shard, window=settings.rate_window, lease=settings.lease)
+        for shard in range(settings.shards)
+    ]

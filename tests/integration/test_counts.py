@@ -1,0 +1,421 @@
+"""Counts against a recount of the rows, on a real PostgreSQL, while everything happens at once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+import pytest
+import pytest_asyncio
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.stats import storage
+from shared.counts import JobCounts, batch_counts, sender_counts, user_counts
+from shared.database import create_engine, transaction
+from shared.settings import load_settings
+from shared.states import FINAL_STATES, JobState
+
+WINDOW = timedelta(hours=1)
+HOUR = timedelta(hours=1)
+
+# What the other services write (a claim and a retry write no delta).
+INTAKE = """
+WITH jobs AS (
+    INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient)
+    SELECT %(batch)s, %(sender)s, now() + number * interval '1 second', number, 'a@x.test'
+    FROM generate_series(1, %(n)s) AS number
+)
+INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)
+VALUES (%(sender)s, %(batch)s, date_trunc('hour', now()), 1, %(n)s)
+"""
+CLAIM = """
+UPDATE email_jobs SET state = 2, attempt = attempt + 1, lease_until = now() + interval '1 minute'
+WHERE id IN (SELECT id FROM email_jobs WHERE state = 1 ORDER BY random() LIMIT %(n)s
+             FOR UPDATE SKIP LOCKED)
+"""
+RETRY = """
+UPDATE email_jobs SET state = 1, lease_until = NULL
+WHERE id IN (SELECT id FROM email_jobs WHERE state = 2 ORDER BY random() LIMIT %(n)s
+             FOR UPDATE SKIP LOCKED)
+"""
+# A settlement (from SENDING) or a cancel (from SCHEDULED), at some time of the last 30 hours.
+END = """
+WITH ended AS (
+    UPDATE email_jobs SET state = %(state)s, lease_until = NULL,
+        finished_at = now() - random() * interval '30 hours'
+    WHERE id IN (SELECT id FROM email_jobs WHERE state = %(before)s ORDER BY random() LIMIT %(n)s
+                 FOR UPDATE SKIP LOCKED)
+    RETURNING sender_id, batch_id, date_trunc('hour', finished_at) AS hour
+), sums AS (
+    SELECT sender_id, batch_id, hour, count(*) AS n FROM ended GROUP BY 1, 2, 3
+)
+INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)
+SELECT sender_id, batch_id, hour, 1, -n FROM sums
+UNION ALL SELECT sender_id, batch_id, hour, %(state)s, n FROM sums
+"""
+WAITING_ENDS = (JobState.CANCELLED, JobState.SUPPRESSED, JobState.EXPIRED)
+
+
+@dataclass(frozen=True)
+class World:
+    """Two users, three senders, two batches a sender."""
+
+    url: str
+    engine: AsyncEngine
+    owner: dict[int, str]
+    batches: dict[int, int]
+
+    async def connect(self) -> psycopg.AsyncConnection[Any]:
+        return await psycopg.AsyncConnection.connect(
+            self.url, autocommit=True, options="-c timezone=UTC"
+        )
+
+    async def do(self, *statements: str, **values: Any) -> None:
+        async with await self.connect() as connection, connection.transaction():
+            for statement in statements:
+                await connection.execute(statement, values)
+
+    async def intake(self, batch: int, n: int) -> None:
+        await self.do(INTAKE, batch=batch, sender=self.batches[batch], n=n)
+
+    async def unfolded(self) -> int:
+        async with self.engine.connect() as connection:
+            return await scalar(connection, "SELECT count(*) FROM count_deltas")
+
+    async def fold_all(self) -> None:
+        while await storage.fold_once(self.engine):
+            pass
+
+    async def check(self) -> JobCounts:
+        """Compare every count with a recount of the same moment; return the counts of `anna`."""
+        async with storage.snapshot(self.engine) as connection:
+            by_sender = await sender_counts(connection, self.owner)
+            assert by_sender == await recount(connection, "sender_id", self.owner)
+            by_batch = await batch_counts(connection, self.batches)
+            assert by_batch == await recount(connection, "batch_id", self.batches)
+            for sender in self.owner:
+                await check_hours(connection, sender)
+            users = {user: await user_counts(connection, user) for user in ("anna", "bert")}
+        for user, counts in users.items():
+            for state in JobState:
+                parts = [by_sender[sender] for sender, owner in self.owner.items() if owner == user]
+                assert counts[state] == sum(part[state] for part in parts)
+        return users["anna"]
+
+
+async def scalar(connection: AsyncConnection, statement: str, **values: Any) -> int:
+    number: int = (await connection.execute(text(statement), values)).scalar_one()
+    return number
+
+
+async def recount(connection: AsyncConnection, column: str, keys: Any) -> dict[int, JobCounts]:
+    rows = await connection.execute(
+        text(f"SELECT {column}, state, count(*) FROM email_jobs GROUP BY 1, 2")
+    )
+    found: dict[int, dict[str, int]] = {key: {} for key in keys}
+    for key, state, n in rows:
+        found[key][JobState(state).name.lower()] = n
+    return {key: JobCounts(**counts) for key, counts in found.items()}
+
+
+async def check_hours(connection: AsyncConnection, sender: int) -> None:
+    stats = await storage.read_sender(connection, sender, None, WINDOW)
+    assert stats is not None
+    now = stats.read_at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+    assert [hour.start for hour in stats.hours] == [now - n * HOUR for n in reversed(range(24))]
+    rows = await connection.execute(
+        text(
+            "SELECT date_trunc('hour', finished_at), count(*) FILTER (WHERE state = 3),"
+            " count(*) FILTER (WHERE state = 4) FROM email_jobs WHERE sender_id = :sender"
+            " AND state IN (3, 4) AND finished_at >= :first GROUP BY 1"
+        ),
+        {"sender": sender, "first": stats.hours[0].start},
+    )
+    expected = {start: (sent, failed) for start, sent, failed in rows}
+    found = {hour.start: (hour.sent, hour.failed) for hour in stats.hours}
+    assert {start: both for start, both in found.items() if any(both)} == expected
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str) -> AsyncIterator[World]:
+    engine = create_engine(load_settings(database_url=database_url))
+    owner: dict[int, str] = {}
+    batches: dict[int, int] = {}
+    async with transaction(engine) as connection:
+        for user in ("anna", "anna", "bert"):
+            sender = await scalar(
+                connection,
+                "INSERT INTO senders (user_id, email, hourly_limit)"
+                " VALUES (:user, 'a@x.test', 100) RETURNING id",
+                user=user,
+            )
+            owner[sender] = user
+            for number in range(2):
+                batch = await scalar(
+                    connection,
+                    "INSERT INTO batches (user_id, sender_id, request_id, request_hash, start_at,"
+                    " duplicates, mode) VALUES (:user, :sender, :request, '', now(), 1, 1)"
+                    " RETURNING id",
+                    user=user,
+                    sender=sender,
+                    request=f"{sender}-{number}",
+                )
+                batches[batch] = sender
+    yield World(database_url, engine, owner, batches)
+    await engine.dispose()
+
+
+async def write(world: World, seed: int, steps: int) -> None:
+    """Take random steps; each is a transaction, some take several at once."""
+    chance = random.Random(seed)
+    async with await world.connect() as connection:
+        for _ in range(steps):
+            async with connection.transaction():
+                for _ in range(chance.randint(1, 2)):
+                    n = chance.randint(1, 9)
+                    match chance.choice(("intake", "claim", "claim", "retry", "end", "end", "cut")):
+                        case "intake":
+                            batch, sender = chance.choice(list(world.batches.items()))
+                            values = {"batch": batch, "sender": sender, "n": 2 * n}
+                            await connection.execute(INTAKE, values)
+                        case "claim":
+                            await connection.execute(CLAIM, {"n": n})
+                        case "retry":
+                            await connection.execute(RETRY, {"n": n // 3})
+                        case "end":
+                            state = chance.choice((3, 3, 3, 4, 5))
+                            await connection.execute(END, {"before": 2, "state": state, "n": n})
+                        case _:
+                            state = int(chance.choice(WAITING_ENDS))
+                            await connection.execute(
+                                END, {"before": 1, "state": state, "n": n // 3}
+                            )
+
+
+async def test_counts_equal_a_recount_at_any_moment(world: World) -> None:
+    writing = True
+    checks = 0
+
+    async def fold(limit: int) -> int:
+        folded = 0
+        while writing:
+            async with transaction(world.engine) as connection:
+                folded += await storage.fold(connection, limit)
+        return folded
+
+    async def check() -> None:
+        nonlocal checks
+        while writing:
+            await world.check()
+            checks += 1
+
+    async with asyncio.TaskGroup() as group:
+        folds = [group.create_task(fold(limit)) for limit in (3, 1000)]
+        group.create_task(check())
+        writers = [group.create_task(write(world, seed, 80)) for seed in range(4)]
+        await asyncio.wait(writers)
+        writing = False
+
+    assert checks >= 5
+    assert all(task.result() > 0 for task in folds)
+    await world.check()
+    await world.fold_all()
+    assert await world.unfolded() == 0
+    counts = await world.check()
+    assert counts.total
+    assert all(counts[state] for state in FINAL_STATES), "the test reaches every state"
+
+
+async def test_scheduled_and_sending_are_told_apart_without_a_delta(world: World) -> None:
+    batch = next(iter(world.batches))
+    await world.intake(batch, 10)
+    await world.fold_all()
+    await world.do(CLAIM, n=4)
+    assert await world.check() == JobCounts(scheduled=6, sending=4)
+    await world.do(RETRY, n=1)
+    counts = await world.check()
+    assert counts == JobCounts(scheduled=7, sending=3)
+    assert (counts.open, counts.total, counts[JobState.SENDING]) == (10, 10, 3)
+    assert await world.unfolded() == 0
+
+
+async def test_what_has_no_jobs_counts_zero(world: World) -> None:
+    async with world.engine.connect() as connection:
+        assert await batch_counts(connection, [987654321]) == {987654321: JobCounts()}
+        assert await sender_counts(connection, []) == {}
+        assert await user_counts(connection, "nobody") == JobCounts()
+
+
+async def test_a_fold_before_its_commit_is_seen_by_nobody(world: World) -> None:
+    batch = next(iter(world.batches))
+    await world.intake(batch, 10)
+    async with transaction(world.engine) as connection:
+        assert await storage.fold(connection) == 1
+        assert await world.unfolded() == 1
+        assert await world.check() == JobCounts(scheduled=10)
+    assert await world.unfolded() == 0
+    assert await world.check() == JobCounts(scheduled=10)
+
+
+async def test_a_fold_takes_no_more_deltas_than_its_limit_and_the_oldest_first(
+    world: World,
+) -> None:
+    first, second, *_ = world.batches
+    await world.intake(first, 1)
+    await world.intake(second, 2)
+    async with transaction(world.engine) as connection:
+        assert await storage.fold(connection, 1) == 1
+        folded = await connection.execute(text("SELECT batch_id, n FROM batch_counts"))
+        assert [tuple(row) for row in folded] == [(first, 1)]
+        assert await storage.fold(connection, 5) == 1
+        assert await storage.fold(connection, 5) == 0
+    await world.check()
+
+
+async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
+    world: World,
+) -> None:
+    first, *_, last = world.batches
+    await world.intake(first, 10)
+    await world.intake(last, 20)
+    async with asyncio.timeout(10), transaction(world.engine) as one:
+        assert await storage.fold(one, 1) == 1
+        async with transaction(world.engine) as other:
+            assert await storage.fold(other, 5) == 1
+        await world.check()
+    await world.check()
+    assert await world.unfolded() == 0
+
+
+async def test_folds_at_once_over_the_same_rows_do_not_block_each_other_for_ever(
+    world: World,
+) -> None:
+    chance = random.Random(7)
+    async with await world.connect() as connection:
+        for _ in range(1500):
+            batch, sender = chance.choice(list(world.batches.items()))
+            hour = datetime(2026, 1, 1, chance.randint(0, 23), tzinfo=UTC)
+            await connection.execute(
+                "INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+                " VALUES (%s, %s, %s, %s, 1)",
+                (sender, batch, hour, chance.choice([1, 3, 4, 6])),
+            )
+
+    async def fold() -> int:
+        folded = 0
+        while await world.unfolded():
+            async with transaction(world.engine) as connection:
+                folded += await storage.fold(connection, 25)
+        return folded
+
+    async with asyncio.TaskGroup() as group:
+        folds = [group.create_task(fold()) for _ in range(4)]
+    assert sum(task.result() for task in folds) == 1500
+    async with world.engine.connect() as reader:
+        for table in ("sender_counts", "batch_counts"):
+            assert await scalar(reader, f"SELECT sum(n)::bigint FROM {table}") == 1500
+
+
+async def test_a_fold_whose_connection_is_cut_before_its_commit_changes_nothing(
+    world: World,
+) -> None:
+    batch = next(iter(world.batches))
+    await world.intake(batch, 10)
+
+    async def fold_and_be_cut() -> None:
+        async with transaction(world.engine) as connection:
+            assert await storage.fold(connection) == 1
+            pid = await scalar(connection, "SELECT pg_backend_pid()")
+            await world.do("SELECT pg_terminate_backend(%(pid)s, 5000)", pid=pid)
+
+    with pytest.raises(DBAPIError):
+        await fold_and_be_cut()
+    assert await world.unfolded() == 1
+    assert await world.check() == JobCounts(scheduled=10)
+    await world.fold_all()
+    assert await world.check() == JobCounts(scheduled=10)
+
+
+FOLDER = """
+import asyncio, sys
+from services.stats.storage import fold
+from shared.database import create_engine, transaction
+from shared.settings import load_settings
+
+async def main():
+    engine = create_engine(load_settings(database_url=sys.argv[1]))
+    while True:
+        async with transaction(engine) as connection:
+            print(await fold(connection, 1), flush=True)
+            sys.stdin.readline()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
+    world: World,
+) -> None:
+    for batch in world.batches:
+        await world.intake(batch, 5)
+        await world.do(CLAIM, n=3)
+        await world.do(END, before=2, state=3, n=3)
+    before = await world.unfolded()
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        FOLDER,
+        world.url,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        async with asyncio.timeout(30):
+            for _ in range(3):
+                assert await child.stdout.readline() == b"1\n"
+                await world.check()
+                child.stdin.write(b"\n")
+            assert await child.stdout.readline() == b"1\n"
+    finally:
+        child.kill()
+        await child.communicate()
+    assert await world.unfolded() == before - 3
+    await world.check()
+    async with asyncio.timeout(10):
+        await world.fold_all()
+    assert await world.unfolded() == 0
+    await world.check()
+
+
+async def test_counts_do_not_read_the_jobs_but_for_those_in_sending(world: World) -> None:
+    batch, sender = next(iter(world.batches.items()))
+    await world.intake(batch, 20_000)
+    await world.do(CLAIM, n=5)
+    await world.do("ANALYZE email_jobs")
+
+    async def jobs_read(read: Callable[[AsyncConnection], Awaitable[object]]) -> int:
+        looked_at = (
+            "SELECT coalesce(seq_tup_read, 0) + coalesce(idx_tup_fetch, 0)"
+            " FROM pg_stat_xact_user_tables WHERE relname = 'email_jobs'"
+        )
+        async with storage.snapshot(world.engine) as connection:
+            # The plan that a prepared statement may get, made without its values.
+            await connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
+            before = await scalar(connection, looked_at)
+            await read(connection)
+            return await scalar(connection, looked_at) - before
+
+    assert await jobs_read(lambda c: batch_counts(c, [batch])) == 5
+    assert await jobs_read(lambda c: sender_counts(c, [sender])) == 5
+    assert await jobs_read(lambda c: user_counts(c, "anna")) == 5
+    assert await jobs_read(lambda c: storage.read_sender(c, sender, None, WINDOW)) <= 20
