@@ -39,8 +39,15 @@ def driver_url(url: str) -> str:
     return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
-def create_engine(settings: Settings) -> AsyncEngine:
-    """Return the engine of one process: a bounded pool, every wait with an end."""
+def create_engine(settings: Settings, *, lookups_only: bool = False) -> AsyncEngine:
+    """Return the engine of one process: a bounded pool, every wait with an end.
+
+    `lookups_only`: every statement finds its rows by keys. Its plans must not change with what
+    the statistics say of a table that was filled a moment ago.
+    """
+    options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC -c jit=off"
+    if lookups_only:
+        options += " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
     return create_async_engine(
         driver_url(settings.database_url),
         pool_size=settings.database_pool,
@@ -51,7 +58,7 @@ def create_engine(settings: Settings) -> AsyncEngine:
         hide_parameters=True,
         connect_args={
             "connect_timeout": _CONNECT_TIMEOUT_S,
-            "options": f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC",
+            "options": options,
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,

@@ -91,6 +91,7 @@ def _heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
             jobs.c.dues,
             markers.c.markers,
         )
+        .select_from(Sender)
         .join(jobs, true())
         .join(markers, true())
         .where(Sender.id.in_(sender_ids))

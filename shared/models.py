@@ -48,12 +48,12 @@ class Installation(Base):
 
     __tablename__ = "installation"
 
-    only: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
     installation_id: Mapped[str] = mapped_column(
         Text, server_default=text("substr(md5(gen_random_uuid()::text), 1, 12)")
     )
 
-    __table_args__ = (CheckConstraint("only", name="one_row"),)
+    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
 
 
 class Sender(Base):

@@ -6,10 +6,11 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
 from redis.asyncio import Redis
@@ -41,7 +42,7 @@ async def serve(
 ) -> None:
     """Run a dispatcher until `stop`; `ready` is told its port."""
     async with AsyncExitStack() as stack:
-        engine = create_engine(settings)
+        engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
         redis, listening = connect(settings), connect(settings, listening=True)
         stack.push_async_callback(redis.aclose)
@@ -136,9 +137,9 @@ async def _keep_pool(pool: SmtpPool, idle: timedelta, stop: asyncio.Event) -> No
             continue
 
 
-async def _until(stop: asyncio.Event, part: Callable[[], object]) -> None:
+async def _until(stop: asyncio.Event, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run what never ends by itself until `stop`."""
-    task = asyncio.ensure_future(part())  # type: ignore[arg-type, var-annotated]
+    task = asyncio.create_task(part())
     waiting = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)

@@ -107,6 +107,19 @@ _claim = (
     .render_derived()
 )
 
+# A scalar subquery and no join: on a table that was filled a moment ago the planner would begin
+# with the senders and pass over all of their waiting jobs.
+_active_revision = (
+    select(Sender.revision)
+    .where(
+        Sender.id == EmailJob.sender_id,
+        Sender.state == SenderState.ACTIVE,
+        Sender.deleted_at.is_(None),
+    )
+    .correlate(EmailJob)
+    .scalar_subquery()
+)
+
 _MARK = (
     update(EmailJob)
     .values(
@@ -118,9 +131,7 @@ _MARK = (
         EmailJob.id == _claim.c.id,
         EmailJob.state == JobState.SCHEDULED,
         EmailJob.attempt == _claim.c.attempt - 1,
-        Sender.id == EmailJob.sender_id,
-        Sender.state == SenderState.ACTIVE,
-        Sender.deleted_at.is_(None),
+        _active_revision.is_not(None),
     )
     .returning(
         EmailJob.id,
@@ -131,7 +142,7 @@ _MARK = (
         EmailJob.recipient,
         EmailJob.variables,
         EmailJob.lease_until,
-        Sender.revision,
+        _active_revision.label("revision"),
     )
 )
 
@@ -332,7 +343,9 @@ def _settle_statement() -> Any:
                 _outcome.c.code,
                 _outcome.c.enhanced,
                 _outcome.c.message,
-            ).join(moved, moved.c.id == _outcome.c.id),
+            )
+            .select_from(_outcome)
+            .join(moved, moved.c.id == _outcome.c.id),
         )
         .cte("logged")
     )
@@ -478,7 +491,9 @@ async def recover_expired(
                 cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
                 literal(True),
                 literal("the dispatcher recorded no outcome before its lease ran out"),
-            ).join(expired, expired.c.id == moved.c.id),
+            )
+            .select_from(moved)
+            .join(expired, expired.c.id == moved.c.id),
         )
         .cte("logged")
     )

@@ -23,6 +23,8 @@ from shared.templates import (
 )
 
 _BLOCK_SIZE = 5_000
+# A cell may be long: memory follows the characters of a block, not its rows.
+_BLOCK_CHARACTERS = 4 * 1024 * 1024
 _ABSENT = -1
 # The names of columns of a caller's own rows, remembered: they repeat from row to row.
 _MAX_REMEMBERED_NAMES = 10_000
@@ -66,7 +68,9 @@ class RowPlan(Protocol[Raw_contra]):
 def read_blocks(
     rows: Iterable[tuple[int, Raw_contra]], plan: RowPlan[Raw_contra], block_size: int = _BLOCK_SIZE
 ) -> Iterator[Block]:
-    """Check `rows` (number, raw row) and yield them `block_size` at a time, the last block fewer.
+    """Check `rows` (number, raw row) and yield them `block_size` at a time, or fewer.
+
+    The last block has fewer, and so has one of long variables.
 
     Raises:
         InvalidInput: what `rows` raises.
@@ -74,15 +78,17 @@ def read_blocks(
     good: list[JobRow] = []
     bad: list[RowRejection] = []
     read = plan.read
+    characters = 0
     for number, raw in rows:
         row = read(number, raw)
         if isinstance(row, JobRow):
             good.append(row)
+            characters += len(row.variables or "")
         else:
             bad.append(row)
-        if len(good) + len(bad) >= block_size:
+        if len(good) + len(bad) >= block_size or characters >= _BLOCK_CHARACTERS:
             yield Block(good, bad)
-            good, bad = [], []
+            good, bad, characters = [], [], 0
     if good or bad:
         yield Block(good, bad)
 

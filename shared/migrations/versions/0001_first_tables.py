@@ -117,15 +117,15 @@ def upgrade() -> None:
     )
     op.create_table(
         "installation",
-        sa.Column("only", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("singleton", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column(
             "installation_id",
             sa.Text(),
             server_default=sa.text("substr(md5(gen_random_uuid()::text), 1, 12)"),
             nullable=False,
         ),
-        sa.CheckConstraint("only", name=op.f("ck_installation_one_row")),
-        sa.PrimaryKeyConstraint("only", name=op.f("pk_installation")),
+        sa.CheckConstraint("singleton", name=op.f("ck_installation_one_row")),
+        sa.PrimaryKeyConstraint("singleton", name=op.f("pk_installation")),
     )
     op.create_table(
         "senders",

@@ -1,0 +1,106 @@
+"""What a caller decides about a batch, checked. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from services.scheduler import bounds
+from services.scheduler.send_times import BadSendTime, check_time_zone
+from shared.errors import FieldViolation, InvalidInput
+from shared.states import BatchMode, DuplicatePolicy
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """The options of a batch; `subject`, `body` and `html` None: the rows' own.
+
+    `start_time` None: now.
+    """
+
+    request_id: str
+    sender_id: int
+    subject: str | None = None
+    body: str | None = None
+    html: str | None = None
+    start_time: datetime | None = None
+    spacing_ms: int = 0
+    duplicates: DuplicatePolicy = DuplicatePolicy.KEEP_FIRST
+    mode: BatchMode = BatchMode.PERMISSIVE
+    time_zone: str = "UTC"
+
+    def canonical(self) -> bytes:
+        """Return the same bytes for the same options: what an unset field means is written out."""
+        return json.dumps(
+            [
+                self.sender_id,
+                self.subject,
+                self.body,
+                self.html,
+                self.start_time.isoformat() if self.start_time else None,
+                self.spacing_ms,
+                int(self.duplicates),
+                int(self.mode),
+                self.time_zone,
+            ]
+        ).encode()
+
+    @property
+    def template_bytes(self) -> int:
+        """The size of the templates together."""
+        return sum(len((text or "").encode()) for text in (self.subject, self.body, self.html))
+
+
+def check_options(options: BatchOptions, field: str = "options") -> BatchOptions:
+    """Return `options`; `field` is where the request has them.
+
+    Templates are looked at when they are parsed, all but what no database takes.
+
+    Raises:
+        InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
+            UNKNOWN_TIME_ZONE.
+    """
+    if not options.request_id:
+        raise InvalidInput.field(
+            f"{field}.request_id",
+            "must be set, to another text for each batch: it makes the call safe to repeat",
+            reason="REQUEST_ID_REQUIRED",
+        )
+    bounds.REQUEST_ID.check(f"{field}.request_id", options.request_id)
+    for name in ("subject", "body", "html"):
+        nul = (getattr(options, name) or "").find("\0")
+        if nul >= 0:
+            raise InvalidInput.field(
+                f"{field}.{name}",
+                f"character {nul + 1} is a NUL, which no mail can contain",
+                reason="TEMPLATE_INVALID",
+            )
+    if not 0 <= options.spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
+        raise InvalidInput.field(
+            f"{field}.spacing", "takes 0 s to 7 days", reason="SPACING_INVALID"
+        )
+    bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
+    try:
+        check_time_zone(options.time_zone)
+    except BadSendTime as error:
+        raise InvalidInput.field(
+            f"{field}.time_zone", error.message, reason=error.reason
+        ) from None
+    return options
+
+
+def under_options(error: InvalidInput, field: str = "options") -> InvalidInput:
+    """Return the error of a template with the place that it has in the request."""
+    return InvalidInput(
+        f"{field}.{error.message}",
+        reason=error.reason,
+        violations=[
+            FieldViolation(f"{field}.{violation.field}", violation.description)
+            for violation in error.violations
+        ],
+        metadata=error.metadata,
+    )

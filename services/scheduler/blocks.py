@@ -1,0 +1,116 @@
+"""Reads a payload block by block, in a thread: parsed, checked, without duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+from services.scheduler.batch_options import BatchOptions, under_options
+from services.scheduler.duplicates import DuplicateFinder
+from services.scheduler.payloads import Payload
+from services.scheduler.rows import JobRow, RowPlan, RowRejection, read_blocks
+from shared.errors import InvalidInput
+from shared.states import DuplicatePolicy
+from shared.templates import BatchTemplate
+
+# No character takes more bytes in UTF-8.
+_MOST_BYTES = 4
+
+
+class ReadBlock(NamedTuple):
+    """Some rows, in their order; `duplicates` of them were left out."""
+
+    rows: list[JobRow]
+    rejections: list[RowRejection]
+    duplicates: int
+
+
+class BlockReader:
+    """The blocks of one payload. One call at a time, each in any thread."""
+
+    def __init__(self, payload: Payload, options: BatchOptions, max_message_bytes: int) -> None:
+        self._payload = payload
+        self._options = options
+        self._room = max_message_bytes - options.template_bytes
+        self._names: tuple[str, ...] = ()
+        self._blocks = self._read()
+        payload.hash_first(options.canonical())
+
+    @property
+    def variable_names(self) -> tuple[str, ...]:
+        """What `JobRow.variables` holds, in its order; known after the first block."""
+        return self._names
+
+    def next(self) -> ReadBlock | None:
+        """Return the next block; None after the last.
+
+        Raises:
+            InvalidInput: a template does not parse, or the payload is no CSV.
+        """
+        return next(self._blocks, None)
+
+    def drain(self) -> bytes:
+        """Read what is left, and return the digest of options and payload."""
+        self._payload.drain()
+        return self._payload.digest()
+
+    def digest(self) -> bytes:
+        """Return the digest of options and payload; right after the last block."""
+        return self._payload.digest()
+
+    def interrupt(self) -> None:
+        """Make a call in another thread that waits for its caller fail."""
+        self._payload.close()
+
+    def close(self) -> None:
+        """Free what the reading took."""
+        self._blocks.close()
+
+    def _read(self) -> Generator[ReadBlock, None, None]:
+        options = self._options
+        try:
+            template = BatchTemplate.compile(options.subject, options.body, options.html)
+        except InvalidInput as error:
+            raise under_options(error) from None
+        opened = self._payload.open(template, options.time_zone)
+        self._names = opened.variable_names
+        plan = _Sized(opened.plan, self._room)
+        keep_first = options.duplicates is DuplicatePolicy.KEEP_FIRST
+        with DuplicateFinder() if keep_first else nullcontext() as finder:
+            for rows, rejections in read_blocks(opened.rows, plan):
+                kept = rows if finder is None else _first_ones(rows, finder)
+                yield ReadBlock(kept, rejections, len(rows) - len(kept))
+
+
+def _first_ones(rows: list[JobRow], finder: DuplicateFinder) -> list[JobRow]:
+    marks = finder.new_in_block([row.address_key for row in rows])
+    if all(marks):
+        return rows
+    return [row for row, new in zip(rows, marks, strict=True) if new]
+
+
+class _Sized:
+    """A plan that also rejects rows of which no mail of a permitted size can be made."""
+
+    def __init__(self, plan: RowPlan[Any], room: int) -> None:
+        self._read = plan.read
+        self._room = room
+        # A text of fewer characters fits, whatever they are.
+        self._safe = room // _MOST_BYTES
+
+    def read(self, number: int, raw: Any) -> JobRow | RowRejection:
+        row = self._read(number, raw)
+        if (
+            isinstance(row, JobRow)
+            and len(row.variables or "") > self._safe
+            and len((row.variables or "").encode()) > self._room
+        ):
+            return RowRejection(
+                number,
+                "",
+                "MESSAGE_TOO_LARGE",
+                "the row and the templates together are over the size limit of a mail "
+                "(OUTBOX_MAX_MESSAGE_BYTES)",
+            )
+        return row

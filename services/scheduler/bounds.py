@@ -1,0 +1,65 @@
+"""What the fields of requests may be: every bound of the scheduler, in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from shared.errors import InvalidInput
+
+MIB: Final = 1024 * 1024
+
+# The `csv` of ScheduleBatch, and a chunk of UploadBatch.
+MAX_CSV_BYTES: Final = 4 * MIB
+MAX_CHUNK_BYTES: Final = 4 * MIB
+# Rejections in an answer, and in the error of a refused batch.
+MAX_SHOWN_REJECTIONS: Final = 100
+MAX_SPACING: Final = timedelta(days=7)
+MAX_GAP: Final = timedelta(days=1)
+MAX_HOURLY_LIMIT: Final = 1_000_000
+MAX_IN_FLIGHT: Final = 1_000
+DEFAULT_MAX_IN_FLIGHT: Final = 5
+MAX_PORT: Final = 65_535
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+@dataclass(frozen=True, slots=True)
+class TextBounds:
+    """How long a text may be, in characters, and the reason of the error if it is not right."""
+
+    most: int
+    reason: str
+    least: int = 0
+
+    def check(self, field: str, text: str) -> str:
+        """Return `text`; `field` is where the request has it.
+
+        Raises:
+            InvalidInput: it is too short or too long, or holds a control character.
+        """
+        if not self.least <= len(text) <= self.most:
+            wanted = f"{self.least} to {self.most}" if self.least else f"at most {self.most}"
+            raise InvalidInput.field(
+                field, f"takes {wanted} characters, and has {len(text)}", reason=self.reason
+            )
+        control = _CONTROL.search(text)
+        if control:
+            raise InvalidInput.field(
+                field,
+                f"contains a control character (U+{ord(control[0]):04X})",
+                reason=self.reason,
+            )
+        return text
+
+
+USER_ID: Final = TextBounds(128, "USER_ID_INVALID", least=1)
+REQUEST_ID: Final = TextBounds(128, "REQUEST_ID_INVALID", least=1)
+DISPLAY_NAME: Final = TextBounds(200, "DISPLAY_NAME_INVALID")
+SUPPRESSION_REASON: Final = TextBounds(500, "SUPPRESSION_REASON_INVALID")
+SMTP_HOST: Final = TextBounds(253, "SMTP_ENDPOINT_INVALID", least=1)
+SMTP_USERNAME: Final = TextBounds(320, "SMTP_ENDPOINT_INVALID")
+SMTP_PASSWORD: Final = TextBounds(1_024, "SMTP_ENDPOINT_INVALID")
+TIME_ZONE: Final = TextBounds(64, "UNKNOWN_TIME_ZONE")

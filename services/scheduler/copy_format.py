@@ -1,0 +1,74 @@
+"""Rows as COPY's text format takes them (PostgreSQL's documentation of COPY, "Text Format")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+
+from services.scheduler.rows import JobRow, RowRejection
+
+_MILLISECOND = timedelta(milliseconds=1)
+_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": ""})
+
+
+class Schedule:
+    """When each accepted row is due: its own time, or its place times the spacing after the start.
+
+    `last_due`: when the last of them is; None: there was none yet.
+    """
+
+    def __init__(self, start: datetime, accepted_at: datetime, spacing_ms: int) -> None:
+        self._start = start
+        self._accepted_at = accepted_at
+        self._spacing = spacing_ms * _MILLISECOND
+        self._place = 0
+        self.last_due: datetime | None = None
+
+    def times(self, rows: Sequence[JobRow]) -> Iterable[str]:
+        """Return when the next rows are due, as SQL takes it.
+
+        Raises:
+            OverflowError: a time is beyond the year 9999.
+        """
+        if not self._spacing and not any(row.send_at for row in rows):
+            self._note(self._start)
+            return [self._start.isoformat()] * len(rows)
+        times = []
+        for row in rows:
+            if row.send_at is None:
+                due = self._start + self._place * self._spacing
+            else:
+                due = max(row.send_at, self._accepted_at)
+            self._place += 1
+            self._note(due)
+            times.append(due.isoformat())
+        return times
+
+    def _note(self, due: datetime) -> None:
+        if self.last_due is None or due > self.last_due:
+            self.last_due = due
+
+
+def format_jobs(
+    rows: Sequence[JobRow], times: Iterable[str], batch_id: int, sender_id: int
+) -> bytes:
+    """Return (batch_id, sender_id, scheduled_at, row_number, recipient, variables) of each row."""
+    head = f"{batch_id}\t{sender_id}\t"
+    lines = []
+    for row, time in zip(rows, times, strict=True):
+        # Variables are JSON, which has no raw control characters.
+        variables = "\\N" if row.variables is None else row.variables.replace("\\", "\\\\")
+        recipient = row.recipient
+        if "\\" in recipient:
+            recipient = recipient.replace("\\", "\\\\")
+        lines.append(f"{head}{time}\t{row.row_number}\t{recipient}\t{variables}\n")
+    return "".join(lines).encode()
+
+
+def format_rejections(rejections: Sequence[RowRejection], batch_id: int) -> bytes:
+    """Return (batch_id, row_number, column_name, reason, detail) of each rejection."""
+    return "".join(
+        f"{batch_id}\t{rejection.row_number}\t{rejection.column.translate(_ESCAPES)}"
+        f"\t{rejection.reason}\t{rejection.message.translate(_ESCAPES)}\n"
+        for rejection in rejections
+    ).encode("utf-8", "replace")

@@ -1,0 +1,151 @@
+"""What a sender may be: each field checked, defaults filled in. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from services.scheduler import bounds
+from services.scheduler.addresses import BadAddress, check_address
+from shared.errors import InvalidInput
+from shared.settings import format_duration
+from shared.states import SmtpSecurity
+
+_MILLISECOND: Final = timedelta(milliseconds=1)
+_TLS_PORT: Final = 465
+_SUBMISSION_PORT: Final = 587
+# Underscores occur in the names of containers.
+_LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a sender's mail is handed in. The password is in clear, and goes to SecretBox only."""
+
+    host: str
+    port: int
+    security: SmtpSecurity
+    username: str
+    password: str
+
+
+def check_sender_address(field: str, text: str) -> str:
+    """Return the address as it will be used.
+
+    Raises:
+        InvalidInput: ADDRESS_INVALID.
+    """
+    try:
+        return check_address(text)
+    except BadAddress as error:
+        raise InvalidInput.field(field, error.message, reason="ADDRESS_INVALID") from None
+
+
+def check_hourly_limit(field: str, limit: int | None, default: int) -> int:
+    """Return the limit, the operator's default for None.
+
+    Raises:
+        InvalidInput: HOURLY_LIMIT_INVALID.
+    """
+    if limit is None:
+        return default
+    if not 1 <= limit <= bounds.MAX_HOURLY_LIMIT:
+        raise InvalidInput.field(
+            field,
+            f"takes 1 to {bounds.MAX_HOURLY_LIMIT} mails an hour, and is {limit}; "
+            "to send nothing, pause the sender",
+            reason="HOURLY_LIMIT_INVALID",
+        )
+    return limit
+
+
+def check_min_gap(field: str, gap_ms: int | None, floor: timedelta) -> int | None:
+    """Return the gap in ms; None stands for the operator's floor, whatever it becomes.
+
+    Raises:
+        InvalidInput: GAP_BELOW_FLOOR, with both in its metadata; MIN_GAP_INVALID: over a day.
+    """
+    if gap_ms is None:
+        return None
+    if gap_ms > bounds.MAX_GAP // _MILLISECOND:
+        raise InvalidInput.field(
+            field, f"takes at most 1 day, and is {gap_ms} ms", reason="MIN_GAP_INVALID"
+        )
+    if gap_ms * _MILLISECOND < floor:
+        lowest = format_duration(floor)
+        asked = f"-{format_duration(-gap_ms * _MILLISECOND)}" if gap_ms < 0 else ""
+        asked = asked or format_duration(gap_ms * _MILLISECOND)
+        raise InvalidInput.field(
+            field,
+            f"{asked} is below {lowest}, the least gap that the operator allows (OUTBOX_MIN_GAP)",
+            reason="GAP_BELOW_FLOOR",
+            metadata={"min_gap": asked, "floor": lowest},
+        )
+    return gap_ms
+
+
+def check_max_in_flight(field: str, most: int | None) -> int:
+    """Return how many sends may be in flight at once, 5 for None.
+
+    Raises:
+        InvalidInput: MAX_IN_FLIGHT_INVALID.
+    """
+    if most is None:
+        return bounds.DEFAULT_MAX_IN_FLIGHT
+    if not 1 <= most <= bounds.MAX_IN_FLIGHT:
+        raise InvalidInput.field(
+            field,
+            f"takes 1 to {bounds.MAX_IN_FLIGHT}, and is {most}",
+            reason="MAX_IN_FLIGHT_INVALID",
+        )
+    return most
+
+
+def check_endpoint(
+    field: str, host: str, port: int, security: int, username: str, password: str
+) -> Endpoint:
+    """Return the endpoint, with the usual port (0) and security (0) where they are not said.
+
+    Raises:
+        InvalidInput: SMTP_ENDPOINT_INVALID.
+    """
+    _check_host(f"{field}.host", host)
+    if not 0 <= port <= bounds.MAX_PORT:
+        raise _invalid(f"{field}.port", f"takes 1 to {bounds.MAX_PORT}, and is {port}")
+    try:
+        chosen = SmtpSecurity(security) if security else None
+    except ValueError:
+        raise _invalid(f"{field}.security", f"{security} is no SmtpSecurity") from None
+    if chosen is None:
+        chosen = SmtpSecurity.TLS if port == _TLS_PORT else SmtpSecurity.STARTTLS
+    if not port:
+        port = _TLS_PORT if chosen is SmtpSecurity.TLS else _SUBMISSION_PORT
+    bounds.SMTP_USERNAME.check(f"{field}.username", username)
+    bounds.SMTP_PASSWORD.check(f"{field}.password", password)
+    if password and not username:
+        raise _invalid(f"{field}.username", "a password needs a user name")
+    if password and chosen is SmtpSecurity.NONE:
+        raise _invalid(
+            f"{field}.security", "a password is sent over TLS only: take STARTTLS or TLS"
+        )
+    return Endpoint(host, port, chosen, username, password)
+
+
+def _check_host(field: str, host: str) -> None:
+    bounds.SMTP_HOST.check(field, host)
+    if _HOST_NAME.fullmatch(host):
+        return
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        raise _invalid(
+            field, f"{host!r} is no host name or IP address; a port goes into `port`"
+        ) from None
+
+
+def _invalid(field: str, description: str) -> InvalidInput:
+    return InvalidInput.field(field, description, reason="SMTP_ENDPOINT_INVALID")

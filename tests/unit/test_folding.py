@@ -1,0 +1,67 @@
+"""The loop that folds: when it goes on, when it waits, what it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import timedelta
+
+from services.stats.folding import Pauses, fold_until_stopped
+from tests.eventually import eventually
+
+MOMENT = timedelta(milliseconds=1)
+LONG = timedelta(hours=1)
+
+
+class Deltas:
+    """Folds what the test says, an error where it says one; 0 once that is used up."""
+
+    def __init__(self, *answers: int | Exception) -> None:
+        self.answers = list(answers)
+        self.calls = 0
+
+    async def fold(self) -> int:
+        self.calls += 1
+        answer = self.answers.pop(0) if self.answers else 0
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+async def run(deltas: Deltas, calls: int, pauses: Pauses) -> None:
+    """Run until `fold` was called so often, then stop; check that it was not called again."""
+    stop = asyncio.Event()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        group.create_task(fold_until_stopped(deltas.fold, stop, pauses))
+        await eventually(lambda: deltas.calls >= calls)
+        stop.set()
+        at_the_stop = deltas.calls
+    assert deltas.calls == at_the_stop
+
+
+async def test_it_folds_without_a_pause_until_nothing_is_left() -> None:
+    deltas = Deltas(10_000, 10_000, 3)
+    await run(deltas, 4, Pauses(busy=LONG, idle=LONG, failing=LONG))
+    assert deltas.calls == 4
+
+
+async def test_after_deltas_it_pauses_for_the_busy_time() -> None:
+    started = time.monotonic()
+    # Three rounds, each with a last call that finds nothing; two pauses between them.
+    await run(Deltas(3, 0, 2, 0, 1), 6, Pauses(busy=20 * MOMENT, idle=LONG, failing=LONG))
+    assert time.monotonic() - started >= 2 * 0.020
+
+
+async def test_where_nothing_is_left_the_pauses_grow_up_to_the_idle_time() -> None:
+    started = time.monotonic()
+    await run(Deltas(), 6, Pauses(busy=5 * MOMENT, idle=20 * MOMENT, failing=LONG))
+    assert time.monotonic() - started >= 0.010 + 4 * 0.020
+
+
+async def test_an_error_is_survived_and_tried_again_after_a_pause() -> None:
+    deltas = Deltas(OSError("gone"), ValueError("odd"), OSError("gone"), 5)
+    await run(deltas, 5, Pauses(busy=MOMENT, idle=LONG, failing=2 * MOMENT))
+
+
+async def test_a_stop_ends_a_pause() -> None:
+    await run(Deltas(OSError("gone")), 1, Pauses(busy=LONG, idle=LONG, failing=LONG))
