@@ -39,11 +39,14 @@ def driver_url(url: str) -> str:
     return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
-def create_engine(settings: Settings, *, lookups_only: bool = False) -> AsyncEngine:
+def create_engine(
+    settings: Settings, *, lookups_only: bool = False, single_statements: bool = False
+) -> AsyncEngine:
     """Return the engine of one process: a bounded pool, every wait with an end.
 
     `lookups_only`: every statement finds its rows by keys. Its plans must not change with what
     the statistics say of a table that was filled a moment ago.
+    `single_statements`: each statement is its own transaction, in one round trip and not four.
     """
     options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC -c jit=off"
     if lookups_only:
@@ -56,6 +59,8 @@ def create_engine(settings: Settings, *, lookups_only: bool = False) -> AsyncEng
         pool_pre_ping=False,
         # Bound values are mail addresses and more: they stay out of error texts.
         hide_parameters=True,
+        isolation_level="AUTOCOMMIT" if single_statements else "READ COMMITTED",
+        pool_reset_on_return=None if single_statements else "rollback",
         connect_args={
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "options": options,

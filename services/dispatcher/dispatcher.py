@@ -44,7 +44,8 @@ class Dispatcher:
         self,
         *,
         settings: Settings,
-        engine: AsyncEngine,
+        statements: AsyncEngine,
+        transactions: AsyncEngine,
         loader: HeadLoader,
         queues: Sequence[Queue],
         listeners: Sequence[WakeListener],
@@ -53,7 +54,7 @@ class Dispatcher:
         progress: Progress,
     ) -> None:
         self._settings = settings
-        self._engine = engine
+        self._statements = statements
         self._loader = loader
         self._queues = queues
         self._listeners = listeners
@@ -66,7 +67,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = asyncio.Event()
-        self._settler = Settler(engine, loader, self._recorded)
+        self._settler = Settler(statements, transactions, loader, self._recorded)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -157,7 +158,7 @@ class Dispatcher:
         """Mark, load and confirm a group of claims, and begin to send each."""
         marked: list[MarkedJob] = []
         try:
-            async with self._engine.begin() as connection:
+            async with self._statements.connect() as connection:
                 marked = await storage.mark_sending(
                     connection, [claim.job for claim in claims], self._settings.lease
                 )

@@ -44,6 +44,8 @@ async def serve(
     async with AsyncExitStack() as stack:
         engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
+        statements = create_engine(settings, lookups_only=True, single_statements=True)
+        stack.push_async_callback(statements.dispose)
         redis, listening = connect(settings), connect(settings, listening=True)
         stack.push_async_callback(redis.aclose)
         stack.push_async_callback(listening.aclose)
@@ -60,13 +62,14 @@ async def serve(
         composer = Composer(
             settings,
             SecretBox.from_settings(settings),
-            partial(_read_batches, engine),
+            partial(_read_batches, statements),
             await until_reachable(engine, installation_id),
         )
         progress = Progress()
         dispatcher = Dispatcher(
             settings=settings,
-            engine=engine,
+            statements=statements,
+            transactions=engine,
             loader=loader,
             queues=queues,
             listeners=listeners,
@@ -106,7 +109,7 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": partial(_ask, engine), "redis": partial(_ping, redis)},
+                    {"postgresql": partial(_ask, statements), "redis": partial(_ping, redis)},
                     stop,
                 ),
                 *(partial(_until, stop, part) for part in beside),

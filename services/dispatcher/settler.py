@@ -62,9 +62,14 @@ class Settler:
     """Takes outcomes and writes them; `on_recorded(n)` says that n jobs are off our hands."""
 
     def __init__(
-        self, engine: AsyncEngine, loader: HeadLoader, on_recorded: Callable[[int], None]
+        self,
+        statements: AsyncEngine,
+        transactions: AsyncEngine,
+        loader: HeadLoader,
+        on_recorded: Callable[[int], None],
     ) -> None:
-        self._engine = engine
+        self._statements = statements
+        self._transactions = transactions
         self._loader = loader
         self._on_recorded = on_recorded
         self._pending: list[Outcome] = []
@@ -99,20 +104,19 @@ class Settler:
         ended = [o.record for o in group if isinstance(o, Ended)]
         unsent = [o.marked for o in group if isinstance(o, Unsent)]
         dues: dict[JobRef, int] = {}
-        if not ended and not unsent:
-            return dues
-        async with self._engine.begin() as connection:
-            if ended:
+        if ended:
+            async with self._statements.connect() as connection:
                 moved = await storage.settle(connection, ended, time.monotonic())
-                dues |= {r.job: moved[r.job.job_id] for r in ended if r.job.job_id in moved}
-            if unsent:
+            dues |= {r.job: moved[r.job.job_id] for r in ended if r.job.job_id in moved}
+        stale = {_sender_of(o) for o in group if _is_stale(o, dues)}
+        if unsent or stale:
+            async with self._transactions.begin() as connection:
                 moved = await storage.give_back(connection, unsent)
                 dues |= {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
-                self.given_back_count += len(moved)
-            # Where these wait now, only PostgreSQL knows; the marker outlives us.
-            stale = {_sender_of(o) for o in group if _is_stale(o, dues)}
-            if stale:
-                await mark_stale(connection, sorted(stale))
+                # Where these wait now, only PostgreSQL knows; the marker outlives us.
+                if stale:
+                    await mark_stale(connection, sorted(stale))
+            self.given_back_count += len(moved)
         return dues
 
     async def _release(self, group: list[Outcome], dues: dict[JobRef, int]) -> None:

@@ -37,7 +37,7 @@ from shared.models import (
 )
 from shared.states import JobState
 
-# Deltas moved by one transaction: some 50 ms, so that nobody waits for a row of a rollup for long.
+# Deltas moved by one transaction: under 0.1 s, so that another fold never waits for long.
 FOLD_LIMIT: Final = 10_000
 
 _HOUR: Final = timedelta(hours=1)

@@ -1,0 +1,285 @@
+"""Takes a batch in, whole or not at all, once per `request_id`.
+
+A thread parses and checks the next block of rows while the loop stores the one before, in one
+transaction. It is opened when the first block is there, so that a slow upload of few rows holds no
+connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
+
+from services.scheduler import bounds
+from services.scheduler.batch_options import BatchOptions
+from services.scheduler.blocks import BlockReader, ReadBlock
+from services.scheduler.copy_format import Schedule, format_jobs, format_rejections
+from services.scheduler.payloads import Payload
+from services.scheduler.rows import RowRejection
+from services.scheduler.storage.intake import (
+    BegunBatch,
+    IntakeCounts,
+    IntakeSender,
+    IntakeStore,
+    IntakeTransaction,
+    KnownRequest,
+)
+from shared.errors import AlreadyExists, FieldViolation, InvalidInput
+from shared.proto_mapping import id_text, not_found
+from shared.states import BatchMode
+
+T = TypeVar("T")
+
+# Uploads whose rows are being read; a thread waits for its caller most of the time.
+_THREADS: Final = 64
+_QUEUE_UNREACHABLE: Final = (
+    "The queue is not reachable at the moment: the batch is accepted, and sending starts as soon "
+    "as the queue is back."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What came of an intake."""
+
+    batch_id: int
+    user_id: str
+    # The first of them.
+    rejections: Sequence[RowRejection] = ()
+    replayed: bool = False
+    notices: Sequence[str] = ()
+
+
+class Intake:
+    """Takes batches in. `load` loads the head of a sender, and says whether it could."""
+
+    def __init__(
+        self,
+        store: IntakeStore,
+        load: Callable[[int], Awaitable[bool]],
+        *,
+        max_message_bytes: int,
+        most_open: int,
+    ) -> None:
+        """At most `most_open` transactions at a time: other calls need connections too."""
+        self._store = store
+        self._load = load
+        self._max_message_bytes = max_message_bytes
+        self._places = asyncio.Semaphore(most_open)
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="intake")
+
+    def close(self) -> None:
+        """Free the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def accept(
+        self, options: BatchOptions, payload: Payload, user_id: str | None
+    ) -> Acceptance:
+        """Store the batch and load its sender's head.
+
+        Raises:
+            NotFound: SENDER_NOT_FOUND.
+            AlreadyExists: REQUEST_ID_REUSED.
+            InvalidInput: what is wrong with the payload or a template; ROW_REJECTED,
+                NO_ROW_ACCEPTED, SPACING_INVALID.
+            Unavailable: UPLOAD_STALLED.
+        """
+        reader = BlockReader(payload, options, self._max_message_bytes)
+        steps = _Steps(reader, self._threads)
+        try:
+            return await self._accept(options, steps, user_id)
+        finally:
+            await steps.end()
+
+    async def _accept(
+        self, options: BatchOptions, steps: _Steps, user_id: str | None
+    ) -> Acceptance:
+        sender = await self._store.find_sender(options.sender_id, user_id)
+        if sender is None:
+            raise _no_sender(options)
+        known = await self._store.find_request(sender.user_id, options.request_id)
+        if known is None:
+            if sender.deleted:
+                raise _no_sender(options)
+            done = await self._store_batch(options, steps, sender)
+            if done is not None:
+                if not await self._load(sender.sender_id):
+                    done = replace(done, notices=[*done.notices, _QUEUE_UNREACHABLE])
+                return done
+            # Another call with the same request_id came first.
+            known = await self._store.find_request(sender.user_id, options.request_id)
+        return await _replay(known, options, steps, sender)
+
+    async def _store_batch(
+        self, options: BatchOptions, steps: _Steps, sender: IntakeSender
+    ) -> Acceptance | None:
+        """Store the batch; None: there is one of this `request_id`."""
+        block = await steps.next()
+        async with self._places, self._store.begin() as transaction:
+            begun = await transaction.insert_batch(
+                options, sender.user_id, steps.reader.variable_names
+            )
+            if begun is None:
+                return None
+            filling = _Filling(transaction, begun, options, sender.user_id, steps)
+            while block is not None:
+                steps.prefetch()
+                await filling.add(block)
+                block = await steps.next()
+            filling.check()
+            if not await transaction.finish(
+                begun, sender.sender_id, filling.counts, steps.reader.digest()
+            ):
+                raise _no_sender(options)
+        return Acceptance(begun.batch_id, sender.user_id, filling.rejections)
+
+
+async def _replay(
+    known: KnownRequest | None, options: BatchOptions, steps: _Steps, sender: IntakeSender
+) -> Acceptance:
+    digest = await steps.run(steps.reader.drain)
+    if known is None or known.request_hash != digest:
+        raise AlreadyExists(
+            f"request_id {options.request_id!r} was used for another batch; "
+            "take a new one for each batch",
+            reason="REQUEST_ID_REUSED",
+            metadata={"request_id": options.request_id},
+        )
+    return Acceptance(known.batch_id, sender.user_id, replayed=True)
+
+
+def _no_sender(options: BatchOptions) -> Exception:
+    return not_found("sender_id", id_text(options.sender_id))
+
+
+class _Steps:
+    """Runs the steps of one reader in threads, one at a time, the next block in advance."""
+
+    def __init__(self, reader: BlockReader, threads: ThreadPoolExecutor) -> None:
+        self.reader = reader
+        self._threads = threads
+        self._running: asyncio.Future[object] | None = None
+        self._ahead: asyncio.Future[ReadBlock | None] | None = None
+
+    def prefetch(self) -> None:
+        """Begin to read the next block."""
+        self._ahead = self._begin(self.reader.next)
+
+    async def next(self) -> ReadBlock | None:
+        """Return the next block; None after the last."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            ahead = self._begin(self.reader.next)
+        # A cancelled wait must not make us forget a thread that runs.
+        return await asyncio.shield(ahead)
+
+    async def run(self, step: Callable[[], T]) -> T:
+        """Run a step that is not the next block."""
+        return await asyncio.shield(self._begin(step))
+
+    async def end(self) -> None:
+        """End the thread that may still run, and free what the reading took."""
+        running = self._running
+        if running is not None and not running.done():
+            self.reader.interrupt()
+            await asyncio.wait([running])
+        if running is not None and not running.cancelled():
+            running.exception()  # seen, or asyncio complains
+        self.reader.close()
+
+    def _begin(self, step: Callable[[], T]) -> asyncio.Future[T]:
+        future = asyncio.get_running_loop().run_in_executor(self._threads, step)
+        self._running = future  # type: ignore[assignment]
+        return future
+
+
+@dataclass(slots=True)
+class _Filling:
+    """Stores one block after the other, and knows what came of the rows so far."""
+
+    transaction: IntakeTransaction
+    begun: BegunBatch
+    options: BatchOptions
+    user_id: str
+    steps: _Steps
+    counts: IntakeCounts = field(default_factory=IntakeCounts)
+    rejections: list[RowRejection] = field(default_factory=list)
+    schedule: Schedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(
+            self.begun.start_at, self.begun.accepted_at, self.options.spacing_ms
+        )
+
+    async def add(self, block: ReadBlock) -> None:
+        """Store one block.
+
+        Raises:
+            InvalidInput: the batch is refused.
+        """
+        room = bounds.MAX_SHOWN_REJECTIONS - len(self.rejections)
+        self.rejections += block.rejections[:room]
+        if self.options.mode is BatchMode.STRICT and self.rejections:
+            # Nothing will be stored; only more rejections are of use.
+            if len(self.rejections) >= bounds.MAX_SHOWN_REJECTIONS:
+                self.check()
+            return
+        rows = block.rows
+        gone = await self.transaction.suppressed(self.user_id, [row.address_key for row in rows])
+        if gone:
+            rows = [row for row in rows if row.address_key not in gone]
+        if rows:
+            try:
+                times = self.schedule.times(rows)
+            except OverflowError:
+                raise InvalidInput.field(
+                    "options.spacing",
+                    "the last mails would be due after the year 9999",
+                    reason="SPACING_INVALID",
+                ) from None
+            await self.transaction.copy_jobs(
+                format_jobs(rows, times, self.begun.batch_id, self.options.sender_id)
+            )
+        if block.rejections:
+            await self.transaction.copy_rejections(
+                format_rejections(block.rejections, self.begun.batch_id)
+            )
+        self.counts = IntakeCounts(
+            accepted=self.counts.accepted + len(rows),
+            rejected=self.counts.rejected + len(block.rejections),
+            duplicate=self.counts.duplicate + block.duplicates,
+            suppressed=self.counts.suppressed + len(block.rows) - len(rows),
+        )
+
+    def check(self) -> None:
+        """Look at the whole.
+
+        Raises:
+            InvalidInput: ROW_REJECTED, NO_ROW_ACCEPTED.
+        """
+        if not self.rejections:
+            return
+        if self.options.mode is BatchMode.STRICT:
+            raise _refused("a row was rejected, and the mode is STRICT", "ROW_REJECTED", self)
+        counts = self.counts
+        if not counts.accepted + counts.duplicate + counts.suppressed:
+            raise _refused("every row was rejected", "NO_ROW_ACCEPTED", self)
+
+
+def _refused(why: str, reason: str, filling: _Filling) -> InvalidInput:
+    first = filling.rejections[0]
+    violations = [
+        FieldViolation(
+            f"rows[{rejection.row_number}]{'.' if rejection.column else ''}{rejection.column}",
+            f"{rejection.reason}: {rejection.message}",
+        )
+        for rejection in filling.rejections
+    ]
+    return InvalidInput(
+        f"{why}; the first: row {first.row_number}: {first.message}",
+        reason=reason,
+        violations=violations,
+    )

@@ -1,0 +1,1 @@
+"""All SQL of the scheduler, a module a group of tables."""

@@ -1,0 +1,52 @@
+"""What all statements share: whose rows they see, and what happens when two of them collide."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol, Self, TypeVar
+
+import psycopg
+from sqlalchemy import ColumnExpressionArgument, SQLColumnExpression
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from shared.database import transaction
+
+T = TypeVar("T")
+
+_TRIES: Final = 5
+_PAUSE_S: Final = 0.02
+_CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+
+
+class _Narrowable(Protocol):
+    def where(self, *whereclause: ColumnExpressionArgument[bool]) -> Self: ...
+
+
+S = TypeVar("S", bound=_Narrowable)
+
+
+def owned_by(statement: S, owner: SQLColumnExpression[Any], user_id: str | None) -> S:
+    """Return the statement, narrowed to rows whose `owner` is this user; None: of any user.
+
+    The only place that decides what a caller sees: every statement of a call goes through it.
+    """
+    return statement if user_id is None else statement.where(owner == user_id)
+
+
+async def in_transaction(
+    engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]
+) -> T:
+    """Run `work` in a transaction of its own; once more, a few times, after a deadlock."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            async with transaction(engine) as connection:
+                return await work(connection)
+        except DBAPIError as error:
+            if not tries_left or not isinstance(error.orig, _CONFLICTS):
+                raise
+        # Two that collided would collide again if they came back together.
+        await asyncio.sleep(_PAUSE_S * random.random())  # noqa: S311 - no secret
+    raise AssertionError("unreachable")

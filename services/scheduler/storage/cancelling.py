@@ -1,0 +1,99 @@
+"""Ends waiting jobs, with the counts and the marker that belong to it, in one statement."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    SmallInteger,
+    cast,
+    func,
+    insert,
+    literal,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from shared.counts import in_state
+from shared.models import CountDelta, EmailJob, HeadMarker
+from shared.states import JobState
+
+_DELTA: Final = ("sender_id", "batch_id", "hour", "state", "n")
+
+
+async def cancel_waiting(
+    connection: AsyncConnection,
+    which: ColumnElement[bool],
+    state: JobState = JobState.CANCELLED,
+    limit: int | None = None,
+) -> int:
+    """Move the waiting jobs that `which` names to a final state; return how many there were.
+
+    A job that a dispatcher is marking SENDING at this moment is waited for, and then left alone:
+    it is no longer SCHEDULED. `limit`: at most so many.
+    """
+    moved: int = (await connection.execute(_statement(which, state, limit))).scalar_one()
+    return moved
+
+
+def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -> Any:
+    # Locked in the order of ids, as settlements are, so that they wait for one another and do not
+    # deadlock.
+    waiting = (
+        select(EmailJob.id)
+        .where(which, in_state(JobState.SCHEDULED))
+        .order_by(EmailJob.id)
+        .limit(limit)
+        .with_for_update()
+        .cte("waiting")
+    )
+    # One time for the rows and their deltas: a recount by hours gives the same.
+    now = func.statement_timestamp()
+    moved = (
+        update(EmailJob)
+        .where(EmailJob.id == waiting.c.id)
+        .values(state=state, finished_at=now)
+        .returning(EmailJob.sender_id, EmailJob.batch_id)
+        .cte("moved")
+    )
+    groups = (
+        select(
+            moved.c.sender_id, moved.c.batch_id, cast(func.count(), BigInteger).label("n")
+        )
+        .group_by(moved.c.sender_id, moved.c.batch_id)
+        .cte("groups")
+    )
+    hour = func.date_trunc("hour", now)
+    deltas = (
+        insert(CountDelta)
+        .from_select(
+            _DELTA,
+            union_all(
+                *(
+                    select(
+                        groups.c.sender_id,
+                        groups.c.batch_id,
+                        hour,
+                        literal(int(of), SmallInteger),
+                        sign * groups.c.n,
+                    )
+                    for of, sign in ((JobState.SCHEDULED, -1), (state, 1))
+                )
+            ),
+        )
+        .cte("deltas")
+    )
+    markers = (
+        insert(HeadMarker)
+        .from_select(("sender_id",), select(groups.c.sender_id).distinct())
+        .cte("markers")
+    )
+    return (
+        select(cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger))
+        .select_from(groups)
+        .add_cte(deltas, markers)
+    )

@@ -1,0 +1,213 @@
+"""The one transaction of an intake: the batch row first, then its jobs by COPY, then the counts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy import Text, any_, bindparam, exists, func, insert, literal, select, update
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.scheduler.batch_options import BatchOptions
+from services.scheduler.storage.access import owned_by
+from shared.database import transaction
+from shared.models import Batch, CountDelta, HeadMarker, Sender, Suppression
+from shared.states import JobState
+
+_COPY_JOBS: Final = (
+    "COPY email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, variables) "
+    "FROM STDIN"
+)
+_COPY_REJECTIONS: Final = (
+    "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeSender:
+    """What an intake asks of its sender."""
+
+    sender_id: int
+    user_id: str
+    deleted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRequest:
+    """A batch that was accepted under the same `request_id`."""
+
+    batch_id: int
+    request_hash: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BegunBatch:
+    """A batch whose row is written, and not committed."""
+
+    batch_id: int
+    start_at: datetime
+    accepted_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeCounts:
+    """What became of the rows."""
+
+    accepted: int = 0
+    rejected: int = 0
+    duplicate: int = 0
+    suppressed: int = 0
+
+
+class IntakeStore:
+    """What an intake reads before it begins, and the way to its transaction."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def find_sender(self, sender_id: int, user_id: str | None) -> IntakeSender | None:
+        """Return the sender, a deleted one too; None: there is none, or not for this user."""
+        statement = owned_by(
+            select(Sender.id, Sender.user_id, Sender.deleted_at).where(Sender.id == sender_id),
+            Sender.user_id,
+            user_id,
+        )
+        async with self._engine.connect() as connection:
+            row = (await connection.execute(statement)).one_or_none()
+        return None if row is None else IntakeSender(row.id, row.user_id, bool(row.deleted_at))
+
+    async def find_request(self, user_id: str, request_id: str) -> KnownRequest | None:
+        """Return the batch that this request of the user's has made."""
+        statement = owned_by(
+            select(Batch.id, Batch.request_hash).where(Batch.request_id == request_id),
+            Batch.user_id,
+            user_id,
+        )
+        async with self._engine.connect() as connection:
+            row = (await connection.execute(statement)).one_or_none()
+        return None if row is None else KnownRequest(row.id, row.request_hash)
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[IntakeTransaction]:
+        """Open the transaction: committed at the end, or rolled back."""
+        async with transaction(self._engine) as connection:
+            raw = await connection.get_raw_connection()
+            driver: psycopg.AsyncConnection[Any] = raw.driver_connection
+            try:
+                yield IntakeTransaction(connection, driver)
+            except psycopg.OperationalError:
+                # The pool does not see what happens below it.
+                if driver.closed:
+                    await connection.invalidate()
+                raise
+
+
+class IntakeTransaction:
+    """An open intake."""
+
+    def __init__(
+        self, connection: AsyncConnection, driver: psycopg.AsyncConnection[Any]
+    ) -> None:
+        self._connection = connection
+        # COPY is below SQLAlchemy; it runs in the same transaction.
+        self._driver = driver
+
+    async def insert_batch(
+        self, options: BatchOptions, user_id: str, variable_names: Sequence[str]
+    ) -> BegunBatch | None:
+        """Write the batch's row; None: there is one of this `request_id`.
+
+        While another intake of the same `request_id` is open, this waits for its end.
+        """
+        statement = (
+            insert_or_ignore(Batch)
+            .values(
+                user_id=user_id,
+                sender_id=options.sender_id,
+                request_id=options.request_id,
+                request_hash=b"",
+                subject=options.subject,
+                body=options.body,
+                html=options.html,
+                variable_names=list(variable_names),
+                start_at=func.greatest(options.start_time, func.now()),
+                spacing_ms=options.spacing_ms,
+                duplicates=options.duplicates,
+                mode=options.mode,
+            )
+            .on_conflict_do_nothing(index_elements=["user_id", "request_id"])
+            .returning(Batch.id, Batch.start_at, Batch.created_at)
+        )
+        row = (await self._connection.execute(statement)).one_or_none()
+        return None if row is None else BegunBatch(row.id, row.start_at, row.created_at)
+
+    async def suppressed(self, user_id: str, addresses: Sequence[str]) -> set[str]:
+        """Return which of these case-folded addresses the user has suppressed."""
+        some = select(exists().where(Suppression.user_id == user_id))
+        if not (await self._connection.execute(some)).scalar_one():
+            return set()
+        found = await self._connection.execute(
+            select(Suppression.address).where(
+                Suppression.user_id == user_id,
+                Suppression.address == any_(bindparam("addresses", type_=ARRAY(Text))),
+            ),
+            {"addresses": list(addresses)},
+        )
+        return set(found.scalars())
+
+    async def copy_jobs(self, data: bytes) -> None:
+        """Write jobs, formatted by `copy_format`."""
+        await self._copy(_COPY_JOBS, data)
+
+    async def copy_rejections(self, data: bytes) -> None:
+        """Write rejections, formatted by `copy_format`."""
+        await self._copy(_COPY_REJECTIONS, data)
+
+    async def _copy(self, statement: str, data: bytes) -> None:
+        async with self._driver.cursor() as cursor, cursor.copy(statement) as copy:
+            await copy.write(data)
+
+    async def finish(
+        self, begun: BegunBatch, sender_id: int, counts: IntakeCounts, request_hash: bytes
+    ) -> bool:
+        """Write what is known at the end; False: the sender was deleted meanwhile.
+
+        The sender's row stays locked until the commit, so that DeleteSender finds these jobs. Not
+        before: an upload may take minutes, and a pause must not wait for it.
+        """
+        locked = (
+            select(Sender.id)
+            .where(Sender.id == sender_id, Sender.deleted_at.is_(None))
+            .with_for_update(read=True)
+        )
+        if (await self._connection.execute(locked)).one_or_none() is None:
+            return False
+        await self._connection.execute(
+            update(Batch)
+            .where(Batch.id == begun.batch_id)
+            .values(
+                request_hash=request_hash,
+                accepted_count=counts.accepted,
+                rejected_count=counts.rejected,
+                duplicate_count=counts.duplicate,
+                suppressed_count=counts.suppressed,
+            )
+        )
+        if counts.accepted:
+            await self._connection.execute(
+                insert(CountDelta).values(
+                    sender_id=sender_id,
+                    batch_id=begun.batch_id,
+                    hour=func.date_trunc("hour", func.now()),
+                    state=literal(int(JobState.SCHEDULED)),
+                    n=counts.accepted,
+                )
+            )
+            await self._connection.execute(insert(HeadMarker).values(sender_id=sender_id))
+        return True
