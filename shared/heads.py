@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from shared.counts import in_state
 from shared.database import unix_ms
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
 from shared.queue.keys import JobRef
@@ -60,7 +61,7 @@ def _age_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
 def _heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
     waiting = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
-        .where(EmailJob.sender_id == Sender.id, EmailJob.state == JobState.SCHEDULED)
+        .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
         .order_by(EmailJob.scheduled_at, EmailJob.id)
         .limit(HEAD_SIZE + 1)
         .correlate(Sender)
@@ -109,7 +110,7 @@ def _history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[An
         literal(False).label("leased"),
     ).where(
         Attempt.sender_id.in_(sender_ids),
-        Attempt.ended_at > func.clock_timestamp() - reach,
+        Attempt.ended_at > func.statement_timestamp() - reach,
     )
     leases = select(
         EmailJob.sender_id,
@@ -118,7 +119,7 @@ def _history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[An
         -_age_ms(EmailJob.lease_until),
         literal(True),
         literal(True),
-    ).where(EmailJob.sender_id.in_(sender_ids), EmailJob.state == JobState.SENDING)
+    ).where(EmailJob.sender_id.in_(sender_ids), in_state(JobState.SENDING))
     return ends.union_all(leases)  # type: ignore[return-value]
 
 
@@ -227,7 +228,7 @@ class HeadLoader:
         async with self._engine.connect() as connection:
             rows = await connection.execute(
                 select(HeadMarker.sender_id)
-                .where(HeadMarker.created_at < func.clock_timestamp() - MARKER_AGE)
+                .where(HeadMarker.created_at < func.statement_timestamp() - MARKER_AGE)
                 .distinct()
                 .limit(_CHUNK)
             )
@@ -255,12 +256,12 @@ class HeadLoader:
         """Senders with a waiting job or a lease; a sender with only a history comes when used."""
         some_job = (
             select(EmailJob.id)
-            .where(EmailJob.sender_id == Sender.id, EmailJob.state == JobState.SCHEDULED)
+            .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
             .limit(1)
             .correlate(Sender)
             .exists()
         )
-        sending = select(EmailJob.sender_id).where(EmailJob.state == JobState.SENDING)
+        sending = select(EmailJob.sender_id).where(in_state(JobState.SENDING))
         return (
             select(Sender.id)
             .where(Sender.id % len(self._queues) == shard)

@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from shared.counts import in_state
 from shared.database import unix_ms
 from shared.models import Attempt, Batch, CountDelta, EmailJob, Sender
 from shared.queue.keys import JobRef
@@ -444,7 +445,7 @@ async def recover_expired(
     """
     expired = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.lease_until)
-        .where(EmailJob.state == JobState.SENDING, EmailJob.lease_until < func.clock_timestamp())
+        .where(in_state(JobState.SENDING), EmailJob.lease_until < func.statement_timestamp())
         .order_by(EmailJob.lease_until)
         .limit(_RECOVERED_AT_ONCE)
         .with_for_update(skip_locked=True)
@@ -505,5 +506,5 @@ async def recover_expired(
 async def next_expiry(connection: AsyncConnection) -> timedelta | None:
     """Return how long until the first lease runs out; None if nobody holds one."""
     left = extract("epoch", func.min(EmailJob.lease_until) - func.clock_timestamp())
-    seconds = await connection.scalar(select(left).where(EmailJob.state == JobState.SENDING))
+    seconds = await connection.scalar(select(left).where(in_state(JobState.SENDING)))
     return None if seconds is None else timedelta(seconds=float(seconds))

@@ -87,9 +87,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
     try:
         check_time_zone(options.time_zone)
     except BadSendTime as error:
-        raise InvalidInput.field(
-            f"{field}.time_zone", error.message, reason=error.reason
-        ) from None
+        raise InvalidInput.field(f"{field}.time_zone", error.message, reason=error.reason) from None
     return options
 
 

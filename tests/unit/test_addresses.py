@@ -31,7 +31,7 @@ def reason(text: str) -> str:
     return caught.value.reason
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(NEARLY)
 @example("a" * 190 + "@" + "b" * 60 + ".com")
 @example("a" * 189 + "@" + "b" * 60 + ".com")
@@ -40,7 +40,8 @@ def reason(text: str) -> str:
 @example("a@example.com\n")
 def test_what_is_accepted_fast_is_what_the_library_accepts(text: str) -> None:
     try:
-        expected = validate_email(text, check_deliverability=False).normalized
+        # Blanks around an address are trimmed before anybody judges it.
+        expected = validate_email(text.strip(" "), check_deliverability=False).normalized
     except EmailNotValidError:
         reason(text)
     else:

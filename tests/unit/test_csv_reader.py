@@ -50,11 +50,7 @@ def test_rows_come_with_their_numbers_and_cells() -> None:
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
-@pytest.mark.parametrize("last_line_ends", [True, False])
-@pytest.mark.parametrize("size", [1, 2, 3, 65536])
-def test_every_dialect_of_spreadsheets_is_read(
-    separator: str, end: str, encoding: str, last_line_ends: bool, size: int
-) -> None:
+def test_every_dialect_of_spreadsheets_is_read(separator: str, end: str, encoding: str) -> None:
     text = end.join(
         [
             separator.join(["email", "Größe, x; y | z" if separator == "\t" else "Größe"]),
@@ -63,13 +59,15 @@ def test_every_dialect_of_spreadsheets_is_read(
             separator.join(["bob@example.com", "名"]),
         ]
     )
-    data = (text + end * last_line_ends).encode(encoding)
-    if encoding == "utf-16-be":
-        data = b"\xfe\xff" + data
-    assert rows(data, size) == [
-        (1, ["ann@example.com", f'one{end}two "x" {separator} 🎉']),
-        (3, ["bob@example.com", "名"]),
-    ]
+    for last_end in ("", end):
+        data = (text + last_end).encode(encoding)
+        if encoding == "utf-16-be":
+            data = b"\xfe\xff" + data
+        for size in (1, 2, 3, 65536):
+            assert rows(data, size) == [
+                (1, ["ann@example.com", f'one{end}two "x" {separator} 🎉']),
+                (3, ["bob@example.com", "名"]),
+            ]
 
 
 CELLS = st.text(alphabet='a,;|"\t\r\n é🎉', max_size=6)
@@ -169,6 +167,8 @@ def test_bytes_that_are_no_utf8_are_refused_with_their_place() -> None:
     assert bom.metadata["offset"] == str(3 + len(head) + 8)
     assert "in the header" in refusal(b"email,na\xffme\na,b\n").message
     assert refusal(head + b"c,\xc3").reason == "CSV_NOT_UTF8"
+    half = refusal(head + b"c,\xe2\x82x\n")
+    assert f"row 2: the bytes E2 82 at byte {len(head) + 2}" in half.message
     assert refusal(b"\xff\xfe" + "email\na".encode("utf-16-le") + b"\x00").reason == "CSV_NOT_UTF8"
 
 
@@ -191,8 +191,9 @@ def test_a_quote_that_is_never_closed_is_refused_with_its_row() -> None:
 def test_an_endless_cell_is_refused_before_it_fills_the_memory() -> None:
     def endless(start: bytes) -> Iterator[bytes]:
         yield start
-        for _ in range(1000):
+        for _ in range(300):
             yield b"x" * 65536
+        pytest.fail("it was read to its end")
 
     for start in (b"email,name\na,", b'email,name\na,"', b"email", b'email,name\na,"\n'):
         with pytest.raises(InvalidInput) as caught:

@@ -54,9 +54,12 @@ VALUES = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_would_not_end_is_stopped_at_once(name: str) -> None:
     start = time.monotonic()
-    with pytest.raises((RenderError, InvalidInput)) as caught:
+    reason = ""
+    try:
         BatchTemplate.compile("s", BOMBS[name], None).render(VALUES)
-    assert caught.value.reason in {"TEMPLATE_LIMIT", "TEMPLATE_INVALID", "TEMPLATE_RENDER_FAILED"}
+    except (RenderError, InvalidInput) as error:
+        reason = error.reason
+    assert reason in {"TEMPLATE_LIMIT", "TEMPLATE_INVALID"}
     # Two orders of magnitude above what they take here; unguarded ones take minutes.
     assert time.monotonic() - start < 10
 

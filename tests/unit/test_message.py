@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import base64
 import email.header
 import email.utils
+import re
 from datetime import UTC, datetime, timedelta, timezone
 from email import policy
 from email.message import EmailMessage
@@ -34,7 +36,11 @@ def parse(data: bytes) -> EmailMessage:
         assert len(line) <= 998
         assert b"\n" not in line
         assert b"\r" not in line
+    assert not set(range(32)).difference(b"\r\n\t").intersection(data)
     head = data.partition(b"\r\n\r\n")[0]
+    assert all(line.strip() for line in head.split(b"\r\n"))
+    for word in re.findall(rb"=\?utf-8\?b\?([^?]*)\?=", head):
+        base64.b64decode(word).decode("utf-8")
     assert all(len(line) <= 78 for line in head.split(b"\r\n") if not line.startswith(b"To:"))
     message = BytesParser(policy=policy.default).parsebytes(data)
     assert isinstance(message, EmailMessage)
@@ -50,7 +56,7 @@ def build(subject: str, body: str | None, html: str | None, to: str = "ann@examp
 
 def content(part: EmailMessage) -> str:
     if part["Content-Transfer-Encoding"] != "7bit":
-        assert all(len(line) <= 76 for line in part.get_payload().splitlines())
+        assert all(len(line) <= 76 for line in str(part.get_payload()).splitlines())
     payload = part.get_payload(decode=True)
     assert isinstance(payload, bytes)
     return payload.decode("utf-8")
@@ -86,7 +92,7 @@ def test_text_and_html_are_alternatives_and_the_html_comes_last() -> None:
     assert [part.get_content() for part in message.iter_parts()] == ["text", "<p>html</p>"]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(body=TEXT | AWKWARD, html=TEXT | AWKWARD)
 @example(body="trailing blank \nand tab\t\n ", html="é trailing blank \nand tab\t\n ")
 @example(body=".\n..\n.x", html="é\n.\n..\n.é")
@@ -106,11 +112,12 @@ def test_every_text_arrives_as_it_was_but_for_its_line_ends(body: str, html: str
             assert arrived in {lines(text), lines(text) + "\n"}
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(TEXT | AWKWARD)
 @example("=?utf-8?q?hidden?=")
 @example("word " * 60)
 @example("a" * 900)
+@example("a" * 66 + " " * 90 + "b")
 @example("two  blanks " * 20)
 @example("名" * 200)
 def test_every_subject_arrives_as_it_was(subject: str) -> None:
@@ -130,7 +137,7 @@ def test_every_subject_arrives_as_it_was(subject: str) -> None:
     assert len(message.get_all("Subject", [])) == 1
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(name=TEXT)
 @example('Quoted "name" \\ here')
 @example("Müller, Söhne & Co. KG, Abteilung für außerordentlich lange Namen")

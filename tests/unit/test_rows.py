@@ -174,7 +174,7 @@ def test_blocks_have_the_size_that_was_asked_for() -> None:
     plan = CsvPlan(table, BatchTemplate.compile("s", "b", "h"))
     blocks = list(read_blocks(table.rows(), plan, block_size=4))
     assert [len(block.rows) + len(block.rejections) for block in blocks] == [4, 4, 2]
-    numbers = [row[0] for block in blocks for part in block for row in sorted(part)]
+    numbers = [row.row_number for block in blocks for row in (*block.rows, *block.rejections)]
     assert sorted(numbers) == list(range(1, 11))
 
 

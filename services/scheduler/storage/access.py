@@ -36,9 +36,7 @@ def owned_by(statement: S, owner: SQLColumnExpression[Any], user_id: str | None)
     return statement if user_id is None else statement.where(owner == user_id)
 
 
-async def in_transaction(
-    engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]
-) -> T:
+async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
     """Run `work` in a transaction of its own; once more, a few times, after a deadlock."""
     for tries_left in reversed(range(_TRIES)):
         try:

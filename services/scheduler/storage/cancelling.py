@@ -61,9 +61,7 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
         .cte("moved")
     )
     groups = (
-        select(
-            moved.c.sender_id, moved.c.batch_id, cast(func.count(), BigInteger).label("n")
-        )
+        select(moved.c.sender_id, moved.c.batch_id, cast(func.count(), BigInteger).label("n"))
         .group_by(moved.c.sender_id, moved.c.batch_id)
         .cte("groups")
     )

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import psycopg
 from sqlalchemy import Text, any_, bindparam, exists, func, insert, literal, select, update
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -111,9 +111,7 @@ class IntakeStore:
 class IntakeTransaction:
     """An open intake."""
 
-    def __init__(
-        self, connection: AsyncConnection, driver: psycopg.AsyncConnection[Any]
-    ) -> None:
+    def __init__(self, connection: AsyncConnection, driver: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
         # COPY is below SQLAlchemy; it runs in the same transaction.
         self._driver = driver
@@ -136,7 +134,9 @@ class IntakeTransaction:
                 body=options.body,
                 html=options.html,
                 variable_names=list(variable_names),
-                start_at=func.greatest(options.start_time, func.now()),
+                start_at=func.greatest(
+                    literal(options.start_time, TIMESTAMP(timezone=True)), func.now()
+                ),
                 spacing_ms=options.spacing_ms,
                 duplicates=options.duplicates,
                 mode=options.mode,

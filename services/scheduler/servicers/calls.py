@@ -1,0 +1,37 @@
+"""What all methods do first: find out for which user they act."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import grpc
+
+from services.scheduler import bounds
+from shared.auth import current_caller, effective_user, require_user
+
+# grpcio's class is generic in its stubs alone.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+def acting_user(requested: str, field: str = "user_id") -> str | None:
+    """Return the user to act for; None: whichever, the caller may act for all.
+
+    Raises:
+        PermissionDenied: USER_MISMATCH.
+        InvalidInput: USER_ID_INVALID.
+    """
+    if requested:
+        bounds.USER_ID.check(field, requested)
+    return effective_user(current_caller(), requested)
+
+
+def named_user(requested: str) -> str:
+    """Return the user to act for, where there must be one.
+
+    Raises:
+        PermissionDenied: USER_MISMATCH.
+        InvalidInput: USER_ID_INVALID, USER_ID_REQUIRED.
+    """
+    if requested:
+        bounds.USER_ID.check("user_id", requested)
+    return require_user(current_caller(), requested)

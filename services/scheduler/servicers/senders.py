@@ -1,0 +1,282 @@
+"""SenderService."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.scheduler import bounds, senders
+from services.scheduler.servicers.calls import Context, acting_user, named_user
+from services.scheduler.servicers.sender_mapping import to_sender
+from services.scheduler.storage import senders as storage
+from services.scheduler.storage.access import in_transaction
+from shared import page_tokens
+from shared.errors import FailedPrecondition, InvalidInput
+from shared.heads import HeadLoader, load_soon
+from shared.proto_mapping import from_duration, not_found, parse_id
+from shared.secrets import SecretBox
+from shared.settings import Settings
+from shared.states import SenderState
+
+_PAGES: Final = "senders"
+_Columns = Mapping[str, Any]
+
+
+class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
+    """Keeps senders. The methods that it does not have answer UNIMPLEMENTED."""
+
+    def __init__(
+        self, engine: AsyncEngine, loader: HeadLoader, secrets: SecretBox, settings: Settings
+    ) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._secrets = secrets
+        self._settings = settings
+        self._columns: dict[str, Callable[[sender_pb2.Sender], _Columns]] = {
+            "email": self._email,
+            "display_name": self._display_name,
+            "smtp": self._smtp,
+            "hourly_limit": self._hourly_limit,
+            "min_gap": self._min_gap,
+            "max_in_flight": self._max_in_flight,
+            "sending_hours": self._sending_hours,
+        }
+
+    async def CreateSender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.CreateSenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_pb2.Sender:
+        """Create a sender."""
+        user_id = named_user(request.user_id)
+        values = self._values(request.sender, self._columns)
+        created = await in_transaction(
+            self._engine,
+            lambda connection: storage.insert_sender(connection, user_id, values),
+        )
+        return self._answer(created)
+
+    async def GetSender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.GetSenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_pb2.Sender:
+        """Return one sender."""
+        user_id = acting_user(request.user_id)
+        sender_id = parse_id(request.sender_id, "sender_id")
+        async with self._engine.connect() as connection:
+            found = await storage.read_sender(connection, sender_id, user_id)
+        return self._answer_if_there(found, request.sender_id)
+
+    async def ListSenders(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.ListSendersRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_service_pb2.ListSendersResponse:
+        """Return one page of a user's senders."""
+        user_id = named_user(request.user_id)
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(user_id, request.state)
+        position = page_tokens.decode(request.page_token, _PAGES, filters)
+        state = _state_filter(request.state)
+        after = int(position[0]) if position else 0
+        async with self._engine.connect() as connection:
+            found = await storage.list_senders(connection, user_id, state, after, size + 1)
+        token = ""
+        if len(found) > size:
+            token = page_tokens.encode(_PAGES, filters, (found[size - 1].sender_id,))
+        return sender_service_pb2.ListSendersResponse(
+            senders=[self._answer(sender) for sender in found[:size]], next_page_token=token
+        )
+
+    async def UpdateSender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.UpdateSenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_pb2.Sender:
+        """Change some fields of a sender."""
+        user_id = acting_user(request.user_id)
+        sender_id = parse_id(request.sender.sender_id, "sender.sender_id")
+        mask = request.update_mask if request.HasField("update_mask") else None
+        values = self._values(request.sender, self._masked(request.sender, mask))
+        if not values:
+            async with self._engine.connect() as connection:
+                found = await storage.read_sender(connection, sender_id, user_id)
+            return self._answer_if_there(found, request.sender.sender_id)
+        updated = await in_transaction(
+            self._engine,
+            lambda connection: storage.update_sender(connection, sender_id, user_id, values),
+        )
+        answer = self._answer_if_there(updated, request.sender.sender_id)
+        await load_soon(self._loader, [sender_id])
+        return answer
+
+    async def DeleteSender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.DeleteSenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> Empty:
+        """Delete a sender; its history stays."""
+        user_id = acting_user(request.user_id)
+        sender_id = parse_id(request.sender_id, "sender_id")
+        deletion = await in_transaction(
+            self._engine,
+            lambda connection: storage.delete_sender(
+                connection, sender_id, user_id, force=request.force
+            ),
+        )
+        if deletion is None:
+            raise not_found("sender_id", request.sender_id)
+        if not deletion.deleted:
+            raise FailedPrecondition(
+                "jobs of this sender wait or are being sent; cancel them, wait for their end, or "
+                "set `force`",
+                reason="SENDER_HAS_OPEN_JOBS",
+                metadata={"sender_id": request.sender_id},
+            )
+        await load_soon(self._loader, [sender_id])
+        return Empty()
+
+    async def PauseSender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.PauseSenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_pb2.Sender:
+        """Stop a sender."""
+        return await self._set_state(request.sender_id, request.user_id, SenderState.PAUSED)
+
+    async def ResumeSender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.ResumeSenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_pb2.Sender:
+        """Let a sender go on."""
+        return await self._set_state(request.sender_id, request.user_id, SenderState.ACTIVE)
+
+    async def _set_state(
+        self, id_in_request: str, requested_user: str, state: SenderState
+    ) -> sender_pb2.Sender:
+        user_id = acting_user(requested_user)
+        sender_id = parse_id(id_in_request, "sender_id")
+        found, changed = await in_transaction(
+            self._engine,
+            lambda connection: storage.set_state(connection, sender_id, user_id, state),
+        )
+        answer = self._answer_if_there(found, id_in_request)
+        if changed:
+            await load_soon(self._loader, [sender_id])
+        return answer
+
+    def _answer(self, record: storage.SenderRecord) -> sender_pb2.Sender:
+        return to_sender(record, self._settings.min_gap)
+
+    def _answer_if_there(
+        self, record: storage.SenderRecord | None, id_in_request: str
+    ) -> sender_pb2.Sender:
+        if record is None:
+            raise not_found("sender_id", id_in_request)
+        return self._answer(record)
+
+    def _masked(self, sender: sender_pb2.Sender, mask: FieldMask | None) -> Iterable[str]:
+        """Return the fields to change: those of the mask, without one those that are set."""
+        if mask is None or not mask.paths:
+            return [
+                name
+                for name in self._columns
+                if (
+                    sender.HasField(name)  # type: ignore[arg-type]  # a name of ours
+                    if sender.DESCRIPTOR.fields_by_name[name].has_presence
+                    else getattr(sender, name)
+                )
+            ]
+        if list(mask.paths) == ["*"]:
+            return self._columns
+        for path in mask.paths:
+            if path not in self._columns:
+                raise InvalidInput.field(
+                    "update_mask",
+                    f"{path[:80]!r} is no field that can be changed; those are "
+                    f"{', '.join(self._columns)}, or * for all of them",
+                    reason="UPDATE_MASK_INVALID",
+                )
+        return dict.fromkeys(mask.paths)
+
+    def _values(self, sender: sender_pb2.Sender, fields: Iterable[str]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name in fields:
+            values.update(self._columns[name](sender))
+        return values
+
+    def _email(self, sender: sender_pb2.Sender) -> _Columns:
+        return {"email": senders.check_sender_address("sender.email", sender.email)}
+
+    def _display_name(self, sender: sender_pb2.Sender) -> _Columns:
+        name = bounds.DISPLAY_NAME.check("sender.display_name", sender.display_name)
+        return {"display_name": name}
+
+    def _smtp(self, sender: sender_pb2.Sender) -> _Columns:
+        if not sender.HasField("smtp"):
+            columns = ("host", "port", "security", "username", "password")
+            return {f"smtp_{column}": None for column in columns}
+        asked = sender.smtp
+        endpoint = senders.check_endpoint(
+            "sender.smtp",
+            asked.host,
+            asked.port,
+            asked.security,
+            asked.username,
+            asked.password,
+        )
+        password = endpoint.password
+        return {
+            "smtp_host": endpoint.host,
+            "smtp_port": endpoint.port,
+            "smtp_security": endpoint.security,
+            "smtp_username": endpoint.username or None,
+            "smtp_password": self._secrets.encrypt(password) if password else None,
+        }
+
+    def _hourly_limit(self, sender: sender_pb2.Sender) -> _Columns:
+        limit = sender.hourly_limit if sender.HasField("hourly_limit") else None
+        default = self._settings.default_hourly_limit
+        return {"hourly_limit": senders.check_hourly_limit("sender.hourly_limit", limit, default)}
+
+    def _min_gap(self, sender: sender_pb2.Sender) -> _Columns:
+        gap = whole_ms(sender.min_gap, "sender.min_gap") if sender.HasField("min_gap") else None
+        return {"min_gap_ms": senders.check_min_gap("sender.min_gap", gap, self._settings.min_gap)}
+
+    def _max_in_flight(self, sender: sender_pb2.Sender) -> _Columns:
+        most = sender.max_in_flight if sender.HasField("max_in_flight") else None
+        return {"max_in_flight": senders.check_max_in_flight("sender.max_in_flight", most)}
+
+    def _sending_hours(self, sender: sender_pb2.Sender) -> _Columns:
+        if sender.HasField("sending_hours"):
+            raise InvalidInput.field(
+                "sender.sending_hours", "is not served yet", reason="NOT_IMPLEMENTED"
+            )
+        return {}
+
+
+def _state_filter(state: int) -> SenderState | None:
+    if not state:
+        return None
+    try:
+        return SenderState(state)
+    except ValueError:
+        raise InvalidInput.field("state", f"{state} is no SenderState") from None
+
+
+def whole_ms(duration: Duration, field: str) -> int:
+    """Return the duration in ms, a finer one rounded up.
+
+    Raises:
+        InvalidInput: it is no duration.
+    """
+    from_duration(duration, field)
+    return -(-(duration.seconds * 1_000_000_000 + duration.nanos) // 1_000_000)

@@ -1,0 +1,173 @@
+"""The tables of batches and of their rejections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import func, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.scheduler.rows import RowRejection
+from services.scheduler.storage.access import owned_by
+from shared.counts import JobCounts, batch_counts
+from shared.models import Batch, BatchRejection
+from shared.states import BatchMode, BatchState, DuplicatePolicy
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """A batch as it is stored, with its counts; in lists without `body` and `html`."""
+
+    batch_id: int
+    user_id: str
+    sender_id: int
+    request_id: str
+    subject: str | None
+    body: str | None
+    html: str | None
+    start_at: datetime
+    spacing_ms: int
+    duplicates: DuplicatePolicy
+    mode: BatchMode
+    expire_after_ms: int | None
+    state: BatchState
+    accepted_count: int
+    rejected_count: int
+    duplicate_count: int
+    suppressed_count: int
+    created_at: datetime
+    cancelled_at: datetime | None
+    last_due_at: datetime | None
+    counts: JobCounts
+
+
+_LISTED: Final = (
+    Batch.id,
+    Batch.user_id,
+    Batch.sender_id,
+    Batch.request_id,
+    Batch.subject,
+    Batch.start_at,
+    Batch.spacing_ms,
+    Batch.duplicates,
+    Batch.mode,
+    Batch.expire_after_ms,
+    Batch.state,
+    Batch.accepted_count,
+    Batch.rejected_count,
+    Batch.duplicate_count,
+    Batch.suppressed_count,
+    Batch.created_at,
+    Batch.cancelled_at,
+    Batch.last_due_at,
+)
+
+
+def _record(row: Any, counts: JobCounts, body: str | None, html: str | None) -> BatchRecord:
+    return BatchRecord(
+        batch_id=row.id,
+        user_id=row.user_id,
+        sender_id=row.sender_id,
+        request_id=row.request_id,
+        subject=row.subject,
+        body=body,
+        html=html,
+        start_at=row.start_at,
+        spacing_ms=row.spacing_ms,
+        duplicates=DuplicatePolicy(row.duplicates),
+        mode=BatchMode(row.mode),
+        expire_after_ms=row.expire_after_ms,
+        state=BatchState(row.state),
+        accepted_count=row.accepted_count,
+        rejected_count=row.rejected_count,
+        duplicate_count=row.duplicate_count,
+        suppressed_count=row.suppressed_count,
+        created_at=row.created_at,
+        cancelled_at=row.cancelled_at,
+        last_due_at=row.last_due_at,
+        counts=counts,
+    )
+
+
+async def read_batch(
+    connection: AsyncConnection, batch_id: int, user_id: str | None
+) -> BatchRecord | None:
+    """Return a batch; None: there is none, or not for this user."""
+    statement = owned_by(
+        select(*_LISTED, Batch.body, Batch.html).where(Batch.id == batch_id),
+        Batch.user_id,
+        user_id,
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    counts = await batch_counts(connection, [batch_id])
+    return _record(row, counts[batch_id], row.body, row.html)
+
+
+async def list_batches(
+    connection: AsyncConnection,
+    user_id: str | None,
+    sender_id: int | None,
+    before_id: int | None,
+    limit: int,
+) -> Sequence[BatchRecord]:
+    """Return the first `limit` batches before `before_id`, the newest first."""
+    statement = owned_by(
+        select(*_LISTED).order_by(Batch.id.desc()).limit(limit), Batch.user_id, user_id
+    )
+    if sender_id is not None:
+        statement = statement.where(Batch.sender_id == sender_id)
+    if before_id is not None:
+        statement = statement.where(Batch.id < before_id)
+    rows = (await connection.execute(statement)).all()
+    counts = await batch_counts(connection, [row.id for row in rows])
+    return [_record(row, counts[row.id], None, None) for row in rows]
+
+
+async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str | None) -> bool:
+    """Return whether there is such a batch for this user."""
+    statement = owned_by(select(Batch.id).where(Batch.id == batch_id), Batch.user_id, user_id)
+    return (await connection.execute(statement)).one_or_none() is not None
+
+
+async def list_rejections(
+    connection: AsyncConnection, batch_id: int, after_row: int, limit: int
+) -> Sequence[RowRejection]:
+    """Return the first `limit` rejections after the row `after_row`; ask `batch_exists` first."""
+    rows = await connection.execute(
+        select(
+            BatchRejection.row_number,
+            BatchRejection.column_name,
+            BatchRejection.reason,
+            BatchRejection.detail,
+        )
+        .where(BatchRejection.batch_id == batch_id, BatchRejection.row_number > after_row)
+        .order_by(BatchRejection.row_number)
+        .limit(limit)
+    )
+    return [RowRejection(*row) for row in rows]
+
+
+async def mark_cancelled(
+    connection: AsyncConnection, batch_id: int, user_id: str | None
+) -> int | None:
+    """Make a batch CANCELLED, and keep the time of the first call; return its sender.
+
+    None: there is none, or not for this user. Its jobs are another matter.
+    """
+    statement = owned_by(
+        update(Batch)
+        .where(Batch.id == batch_id)
+        .values(
+            state=BatchState.CANCELLED,
+            cancelled_at=func.coalesce(Batch.cancelled_at, func.now()),
+        )
+        .returning(Batch.sender_id),
+        Batch.user_id,
+        user_id,
+    )
+    return (await connection.execute(statement)).scalar_one_or_none()
