@@ -126,11 +126,14 @@ class Batch(Base):
     suppressed_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
     cancelled_at: Mapped[datetime | None] = mapped_column(_TIME)
+    # When the last of its jobs was first due, for forecasts; NULL: it has none.
+    last_due_at: Mapped[datetime | None] = mapped_column(_TIME)
 
     __table_args__ = (
         CheckConstraint("state IN (1, 2)", name="state_known"),
         CheckConstraint("spacing_ms >= 0", name="spacing_not_negative"),
         Index(None, "user_id", "request_id", unique=True),
+        Index(None, "user_id", "id"),
         Index(None, "sender_id", "id"),
     )
 

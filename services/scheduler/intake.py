@@ -131,7 +131,11 @@ class Intake:
                 block = await steps.next()
             filling.check()
             if not await transaction.finish(
-                begun, sender.sender_id, filling.counts, steps.reader.digest()
+                begun,
+                sender.sender_id,
+                filling.counts,
+                filling.schedule.last_due,
+                steps.reader.digest(),
             ):
                 raise _no_sender(options)
         return Acceptance(begun.batch_id, sender.user_id, filling.rejections)

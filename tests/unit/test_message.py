@@ -79,6 +79,14 @@ def test_a_text_mail_has_the_headers_and_nothing_else() -> None:
     assert message.get_content() == "Dear Ann\r\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("plain", "7bit"), ("Grüße aus Köln, bis bald", "quoted-printable"), ("名前", "base64")],
+)
+def test_a_text_goes_in_the_shortest_encoding(text: str, encoding: str) -> None:
+    assert parse(build("s", text, None))["Content-Transfer-Encoding"] == encoding
+
+
 def test_an_html_mail_is_one_part() -> None:
     message = parse(build("Hello", None, "<p>Dear Ann</p>"))
     assert message.get_content_type() == "text/html"

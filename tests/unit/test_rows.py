@@ -174,7 +174,8 @@ def test_blocks_have_the_size_that_was_asked_for() -> None:
     plan = CsvPlan(table, BatchTemplate.compile("s", "b", "h"))
     blocks = list(read_blocks(table.rows(), plan, block_size=4))
     assert [len(block.rows) + len(block.rejections) for block in blocks] == [4, 4, 2]
-    numbers = [row.row_number for block in blocks for row in (*block.rows, *block.rejections)]
+    numbers = [row.row_number for block in blocks for row in block.rows]
+    numbers += [found.row_number for block in blocks for found in block.rejections]
     assert sorted(numbers) == list(range(1, 11))
 
 

@@ -1,13 +1,15 @@
-"""What all methods do first: find out for which user they act."""
+"""What all methods do first: find out for which user they act, and read their fields."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 
 from services.scheduler import bounds
 from shared.auth import current_caller, effective_user, require_user
+from shared.proto_mapping import from_duration
 
 # grpcio's class is generic in its stubs alone.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -35,3 +37,13 @@ def named_user(requested: str) -> str:
     if requested:
         bounds.USER_ID.check("user_id", requested)
     return require_user(current_caller(), requested)
+
+
+def whole_ms(duration: Duration, field: str) -> int:
+    """Return the duration in ms, a finer one rounded up.
+
+    Raises:
+        InvalidInput: it is no duration.
+    """
+    from_duration(duration, field)
+    return -(-(duration.seconds * 1_000_000_000 + duration.nanos) // 1_000_000)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.scheduler import bounds, senders
-from services.scheduler.servicers.calls import Context, acting_user, named_user
+from services.scheduler.servicers.calls import Context, acting_user, named_user, whole_ms
 from services.scheduler.servicers.sender_mapping import to_sender
 from services.scheduler.storage import senders as storage
 from services.scheduler.storage.access import in_transaction
 from shared import page_tokens
 from shared.errors import FailedPrecondition, InvalidInput
 from shared.heads import HeadLoader, load_soon
-from shared.proto_mapping import from_duration, not_found, parse_id
+from shared.proto_mapping import not_found, parse_id
 from shared.secrets import SecretBox
 from shared.settings import Settings
 from shared.states import SenderState
@@ -270,13 +269,3 @@ def _state_filter(state: int) -> SenderState | None:
         return SenderState(state)
     except ValueError:
         raise InvalidInput.field("state", f"{state} is no SenderState") from None
-
-
-def whole_ms(duration: Duration, field: str) -> int:
-    """Return the duration in ms, a finer one rounded up.
-
-    Raises:
-        InvalidInput: it is no duration.
-    """
-    from_duration(duration, field)
-    return -(-(duration.seconds * 1_000_000_000 + duration.nanos) // 1_000_000)

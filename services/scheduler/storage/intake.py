@@ -174,7 +174,12 @@ class IntakeTransaction:
             await copy.write(data)
 
     async def finish(
-        self, begun: BegunBatch, sender_id: int, counts: IntakeCounts, request_hash: bytes
+        self,
+        begun: BegunBatch,
+        sender_id: int,
+        counts: IntakeCounts,
+        last_due: datetime | None,
+        request_hash: bytes,
     ) -> bool:
         """Write what is known at the end; False: the sender was deleted meanwhile.
 
@@ -193,6 +198,7 @@ class IntakeTransaction:
             .where(Batch.id == begun.batch_id)
             .values(
                 request_hash=request_hash,
+                last_due_at=last_due,
                 accepted_count=counts.accepted,
                 rejected_count=counts.rejected,
                 duplicate_count=counts.duplicate,

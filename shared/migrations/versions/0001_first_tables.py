@@ -213,12 +213,14 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("cancelled_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("last_due_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint("spacing_ms >= 0", name=op.f("ck_batches_spacing_not_negative")),
         sa.CheckConstraint("state IN (1, 2)", name=op.f("ck_batches_state_known")),
         sa.ForeignKeyConstraint(["sender_id"], ["senders.id"], name=op.f("fk_batches_sender_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
     )
     op.create_index(op.f("ix_batches_sender_id_id"), "batches", ["sender_id", "id"], unique=False)
+    op.create_index(op.f("ix_batches_user_id_id"), "batches", ["user_id", "id"], unique=False)
     op.create_index(
         op.f("ix_batches_user_id_request_id"), "batches", ["user_id", "request_id"], unique=True
     )

@@ -1,0 +1,101 @@
+"""The wiring of the scheduler process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
+
+from outbox.v1 import (
+    batch_service_pb2_grpc,
+    sender_service_pb2_grpc,
+)
+from redis.asyncio import Redis
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.scheduler.forecasts import Forecaster
+from services.scheduler.intake import Intake
+from services.scheduler.servicers.batches import BatchServicer
+from services.scheduler.servicers.senders import SenderServicer
+from services.scheduler.storage.intake import IntakeStore
+from shared.database import create_engine
+from shared.grpc_server import GrpcServer, ServiceBinding
+from shared.heads import HeadLoader, load_soon
+from shared.health import follow_dependencies
+from shared.models import Sender
+from shared.process import serve_until_stopped
+from shared.queue.connection import connect, open_queues
+from shared.secrets import SecretBox
+from shared.settings import Settings
+
+
+async def serve(
+    settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
+) -> None:
+    """Serve until `stop` is set; `ready` is told the port once it is bound.
+
+    Starts without PostgreSQL and Redis too: health says NOT_SERVING until PostgreSQL is there.
+    Without Redis it serves: batches are accepted, and sent later.
+
+    Raises:
+        ConfigurationError: a setting is wrong, or the address is taken.
+    """
+    async with AsyncExitStack() as stack:
+        engine = create_engine(settings)
+        stack.push_async_callback(engine.dispose)
+        redis = connect(settings)
+        stack.push_async_callback(redis.aclose)
+        loader = HeadLoader(engine, open_queues(redis, settings), settings)
+        intake = Intake(
+            IntakeStore(engine),
+            lambda sender_id: load_soon(loader, [sender_id]),
+            max_message_bytes=settings.max_message_bytes,
+            most_open=max(settings.database_pool // 2, 1),
+        )
+        stack.callback(intake.close)
+        server = GrpcServer(
+            settings, settings.scheduler_listen, _services(settings, engine, loader, intake)
+        )
+
+        async def tell_port() -> None:
+            if ready is not None:
+                ready(server.port)
+
+        await serve_until_stopped(
+            server,
+            stop,
+            settings.shutdown_grace,
+            [
+                tell_port,
+                partial(follow_dependencies, server, {"postgresql": partial(_ping, engine)}, stop),
+            ],
+        )
+
+
+def _services(
+    settings: Settings, engine: AsyncEngine, loader: HeadLoader, intake: Intake
+) -> list[ServiceBinding]:
+    # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
+    senders = SenderServicer(  # type: ignore[abstract]
+        engine, loader, SecretBox.from_settings(settings), settings
+    )
+    forecaster = Forecaster(settings.min_gap, settings.rate_window)
+    batches = BatchServicer(engine, loader, intake, forecaster)  # type: ignore[abstract]
+    return [
+        ServiceBinding(
+            "outbox.v1.SenderService",
+            partial(sender_service_pb2_grpc.add_SenderServiceServicer_to_server, senders),
+        ),
+        ServiceBinding(
+            "outbox.v1.BatchService",
+            partial(batch_service_pb2_grpc.add_BatchServiceServicer_to_server, batches),
+        ),
+    ]
+
+
+async def _ping(engine: AsyncEngine) -> None:
+    """Ask for something that only a migrated database has."""
+    async with engine.connect() as connection:
+        await connection.execute(select(Sender.id).limit(1))

@@ -1,0 +1,136 @@
+"""Batches, their options and rejections: from protos and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from outbox.v1 import batch_pb2
+
+from services.scheduler.batch_options import BatchOptions, check_options
+from services.scheduler.rows import RowRejection
+from services.scheduler.servicers.calls import whole_ms
+from services.scheduler.storage.batches import BatchRecord
+from shared.errors import InvalidInput
+from shared.proto_mapping import (
+    from_timestamp,
+    id_text,
+    parse_id,
+    to_duration,
+    to_job_counts,
+    to_timestamp,
+)
+from shared.states import BatchMode, BatchState, DuplicatePolicy
+
+_DUPLICATES: Final = {
+    DuplicatePolicy.KEEP_FIRST: batch_pb2.DUPLICATE_POLICY_KEEP_FIRST,
+    DuplicatePolicy.KEEP_ALL: batch_pb2.DUPLICATE_POLICY_KEEP_ALL,
+}
+_MODES: Final = {
+    BatchMode.PERMISSIVE: batch_pb2.BATCH_MODE_PERMISSIVE,
+    BatchMode.STRICT: batch_pb2.BATCH_MODE_STRICT,
+}
+
+
+def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
+    """Return the options, checked; what is unset has its default.
+
+    Raises:
+        InvalidInput: one of them is wrong.
+        NotFound: SENDER_NOT_FOUND, for a text that is no id.
+    """
+    for later in ("expire_after", "spread_until"):
+        if options.HasField(later):  # type: ignore[arg-type]  # a field's name
+            raise InvalidInput.field(
+                f"options.{later}", "is not served yet", reason="NOT_IMPLEMENTED"
+            )
+    spacing = whole_ms(options.spacing, "options.spacing") if options.HasField("spacing") else 0
+    return check_options(
+        BatchOptions(
+            request_id=options.request_id,
+            sender_id=parse_id(options.sender_id, "options.sender_id"),
+            subject=options.subject if options.HasField("subject") else None,
+            body=options.body if options.HasField("body") else None,
+            html=options.html if options.HasField("html") else None,
+            start_time=_start_time(options),
+            spacing_ms=spacing,
+            duplicates=_duplicates(options.duplicates),
+            mode=_mode(options.mode),
+            time_zone=options.time_zone or "UTC",
+        )
+    )
+
+
+def _start_time(options: batch_pb2.BatchOptions) -> datetime | None:
+    if not options.HasField("start_time"):
+        return None
+    return from_timestamp(options.start_time, "options.start_time")
+
+
+def _duplicates(number: int) -> DuplicatePolicy:
+    try:
+        return DuplicatePolicy(number or DuplicatePolicy.KEEP_FIRST)
+    except ValueError:
+        raise InvalidInput.field("options.duplicates", f"{number} is no DuplicatePolicy") from None
+
+
+def _mode(number: int) -> BatchMode:
+    try:
+        return BatchMode(number or BatchMode.PERMISSIVE)
+    except ValueError:
+        raise InvalidInput.field("options.mode", f"{number} is no BatchMode") from None
+
+
+def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2.Batch:
+    """Return the batch as callers see it; `forecast` is when its last mail will be sent."""
+    batch = batch_pb2.Batch(
+        batch_id=id_text(record.batch_id),
+        user_id=record.user_id,
+        sender_id=id_text(record.sender_id),
+        request_id=record.request_id,
+        subject=record.subject,
+        body=record.body,
+        html=record.html,
+        start_time=to_timestamp(record.start_at),
+        spacing=to_duration(timedelta(milliseconds=record.spacing_ms)),
+        duplicates=_DUPLICATES[record.duplicates],
+        mode=_MODES[record.mode],
+        state=_state(record),
+        accepted_count=record.accepted_count,
+        rejected_count=record.rejected_count,
+        duplicate_count=record.duplicate_count,
+        suppressed_count=record.suppressed_count,
+        counts=to_job_counts(record.counts),
+        create_time=to_timestamp(record.created_at),
+        cancel_time=_timestamp(record.cancelled_at),
+        forecast_end_time=_timestamp(forecast),
+    )
+    if record.expire_after_ms is not None:
+        batch.expire_after.CopyFrom(to_duration(timedelta(milliseconds=record.expire_after_ms)))
+    return batch
+
+
+def _state(record: BatchRecord) -> batch_pb2.BatchState:
+    if record.state is BatchState.CANCELLED:
+        return batch_pb2.BATCH_STATE_CANCELLED
+    # Never stored: it would have to be written by whoever ends the last job.
+    return batch_pb2.BATCH_STATE_ACTIVE if record.counts.open else batch_pb2.BATCH_STATE_DONE
+
+
+def _timestamp(time: datetime | None) -> Timestamp | None:
+    return None if time is None else to_timestamp(time)
+
+
+def to_rejections(rejections: Iterable[RowRejection]) -> list[batch_pb2.Rejection]:
+    """Return rejections as callers see them."""
+    return [
+        batch_pb2.Rejection(
+            row_number=rejection.row_number,
+            column=rejection.column,
+            reason=rejection.reason,
+            message=rejection.message,
+        )
+        for rejection in rejections
+    ]

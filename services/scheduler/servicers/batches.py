@@ -1,0 +1,207 @@
+"""BatchService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Final
+
+from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.scheduler import bounds
+from services.scheduler.forecasts import Forecaster
+from services.scheduler.intake import Acceptance, Intake
+from services.scheduler.payloads import (
+    CsvPayload,
+    Payload,
+    RowsPayload,
+    StreamedChunks,
+    WholeFile,
+)
+from services.scheduler.servicers.batch_mapping import from_options, to_batch, to_rejections
+from services.scheduler.servicers.calls import Context, acting_user, named_user
+from services.scheduler.storage import batches as storage
+from services.scheduler.storage.cancelling import cancel_batch
+from shared import page_tokens
+from shared.errors import InvalidInput, ResourceExhausted
+from shared.heads import HeadLoader, load_soon
+from shared.proto_mapping import not_found, parse_id, to_timestamp
+
+_BATCH_PAGES: Final = "batches"
+_REJECTION_PAGES: Final = "rejections"
+
+
+class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
+    """Takes batches in, shows and cancels them. What it does not have answers UNIMPLEMENTED."""
+
+    def __init__(
+        self, engine: AsyncEngine, loader: HeadLoader, intake: Intake, forecaster: Forecaster
+    ) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._intake = intake
+        self._forecaster = forecaster
+
+    async def ScheduleBatch(  # noqa: N802 - the proto's name
+        self,
+        request: batch_service_pb2.ScheduleBatchRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> batch_service_pb2.ScheduleBatchResponse:
+        """Accept a batch from one message."""
+        user_id = acting_user(request.options.user_id, "options.user_id")
+        options = from_options(request.options)
+        accepted = await self._intake.accept(options, _payload(request), user_id)
+        return await self._answer(accepted)
+
+    async def UploadBatch(  # noqa: N802 - the proto's name
+        self,
+        request_iterator: AsyncIterator[batch_service_pb2.UploadBatchRequest],
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> batch_service_pb2.ScheduleBatchResponse:
+        """Accept a batch from a CSV in chunks."""
+        messages = aiter(request_iterator)
+        first = await anext(messages, None)
+        if first is None or first.WhichOneof("part") != "options":
+            raise _out_of_order("the first message must hold the options")
+        user_id = acting_user(first.options.user_id, "options.user_id")
+        options = from_options(first.options)
+        payload = CsvPayload(StreamedChunks(_chunks(messages)))
+        return await self._answer(await self._intake.accept(options, payload, user_id))
+
+    async def GetBatch(  # noqa: N802 - the proto's name
+        self,
+        request: batch_service_pb2.GetBatchRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> batch_pb2.Batch:
+        """Return one batch."""
+        user_id = acting_user(request.user_id)
+        batch_id = parse_id(request.batch_id, "batch_id")
+        return await self._read(batch_id, user_id)
+
+    async def ListBatches(  # noqa: N802 - the proto's name
+        self,
+        request: batch_service_pb2.ListBatchesRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> batch_service_pb2.ListBatchesResponse:
+        """Return one page of batches, the newest first."""
+        sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
+        user_id = acting_user(request.user_id) if sender_id else named_user(request.user_id)
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(user_id, sender_id)
+        position = page_tokens.decode(request.page_token, _BATCH_PAGES, filters)
+        before = int(position[0]) if position else None
+        async with self._engine.connect() as connection:
+            found = await storage.list_batches(connection, user_id, sender_id, before, size + 1)
+        token = ""
+        if len(found) > size:
+            token = page_tokens.encode(_BATCH_PAGES, filters, (found[size - 1].batch_id,))
+        return batch_service_pb2.ListBatchesResponse(
+            batches=[to_batch(batch) for batch in found[:size]], next_page_token=token
+        )
+
+    async def ListRejections(  # noqa: N802 - the proto's name
+        self,
+        request: batch_service_pb2.ListRejectionsRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> batch_service_pb2.ListRejectionsResponse:
+        """Return one page of a batch's rejections."""
+        user_id = acting_user(request.user_id)
+        batch_id = parse_id(request.batch_id, "batch_id")
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(user_id, batch_id)
+        position = page_tokens.decode(request.page_token, _REJECTION_PAGES, filters)
+        after = int(position[0]) if position else 0
+        async with self._engine.connect() as connection:
+            if not await storage.batch_exists(connection, batch_id, user_id):
+                raise not_found("batch_id", request.batch_id)
+            found = await storage.list_rejections(connection, batch_id, after, size + 1)
+        token = ""
+        if len(found) > size:
+            token = page_tokens.encode(_REJECTION_PAGES, filters, (found[size - 1].row_number,))
+        return batch_service_pb2.ListRejectionsResponse(
+            rejections=to_rejections(found[:size]), next_page_token=token
+        )
+
+    async def CancelBatch(  # noqa: N802 - the proto's name
+        self,
+        request: batch_service_pb2.CancelBatchRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> batch_service_pb2.CancelBatchResponse:
+        """Cancel what waits of a batch."""
+        user_id = acting_user(request.user_id)
+        batch_id = parse_id(request.batch_id, "batch_id")
+        cancelled = await cancel_batch(self._engine, batch_id, user_id)
+        if cancelled is None:
+            raise not_found("batch_id", request.batch_id)
+        if cancelled.jobs:
+            await load_soon(self._loader, [cancelled.sender_id])
+        batch = await self._read(batch_id, user_id)
+        counts = batch.counts
+        return batch_service_pb2.CancelBatchResponse(
+            batch=batch,
+            cancelled_count=cancelled.jobs,
+            too_late_count=batch.accepted_count
+            - (counts.cancelled_count + counts.suppressed_count + counts.expired_count),
+        )
+
+    async def _read(self, batch_id: int, user_id: str | None) -> batch_pb2.Batch:
+        async with self._engine.connect() as connection:
+            found = await storage.read_batch(connection, batch_id, user_id)
+            if found is None:
+                raise not_found("batch_id", str(batch_id))
+            forecast = await self._forecaster.forecast(connection, found)
+        return to_batch(found, forecast.end)
+
+    async def _answer(self, accepted: Acceptance) -> batch_service_pb2.ScheduleBatchResponse:
+        async with self._engine.connect() as connection:
+            found = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
+            if found is None:
+                raise AssertionError("a batch that was accepted is never deleted")
+            rejections = accepted.rejections or await storage.list_rejections(
+                connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
+            )
+            forecast = await self._forecaster.forecast(connection, found)
+        return batch_service_pb2.ScheduleBatchResponse(
+            batch=to_batch(found, forecast.end),
+            rejections=to_rejections(rejections),
+            replayed=accepted.replayed,
+            forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
+            notices=[*forecast.notices, *accepted.notices],
+        )
+
+
+def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
+    match request.WhichOneof("payload"):
+        case "csv":
+            if len(request.csv) > bounds.MAX_CSV_BYTES:
+                raise ResourceExhausted(
+                    f"csv: takes at most {bounds.MAX_CSV_BYTES // bounds.MIB} MiB; "
+                    "send more by UploadBatch",
+                    reason="CSV_TOO_LARGE",
+                )
+            return CsvPayload(WholeFile(request.csv))
+        case "recipients" if request.recipients.rows:
+            rows = request.recipients.rows
+            return RowsPayload((row.email, dict(row.columns)) for row in rows)
+    raise InvalidInput(
+        "there are no recipients: give `csv`, or at least one of `recipients.rows`",
+        reason="PAYLOAD_REQUIRED",
+    )
+
+
+async def _chunks(
+    messages: AsyncIterator[batch_service_pb2.UploadBatchRequest],
+) -> AsyncIterator[bytes]:
+    async for message in messages:
+        if message.WhichOneof("part") != "chunk":
+            raise _out_of_order("every message after the first must hold a chunk")
+        if len(message.chunk) > bounds.MAX_CHUNK_BYTES:
+            raise ResourceExhausted(
+                f"chunk: takes at most {bounds.MAX_CHUNK_BYTES // bounds.MIB} MiB",
+                reason="CHUNK_TOO_LARGE",
+            )
+        yield message.chunk
+
+
+def _out_of_order(message: str) -> InvalidInput:
+    return InvalidInput(message, reason="UPLOAD_OUT_OF_ORDER")
