@@ -92,6 +92,7 @@ class Dispatcher:
             await asyncio.wait([stopped, settler, *loops], return_when=asyncio.FIRST_COMPLETED)
             await self.drain()
             await asyncio.gather(*loops)
+            await self._idle.wait()
             self._settler.close()
             await settler
         finally:
@@ -113,6 +114,8 @@ class Dispatcher:
     async def _dispatch(self, queue: Queue, listener: WakeListener) -> None:
         while not self.draining:
             await self._room.wait()
+            if self._draining.is_set():
+                return
             listener.clear()
             try:
                 pause = await self._look(queue)

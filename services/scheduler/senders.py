@@ -106,7 +106,7 @@ def check_max_in_flight(field: str, most: int | None) -> int:
 
 
 def check_endpoint(
-    field: str, host: str, port: int, security: int, username: str, password: str
+    field: str, host: str, port: int, *, security: int, username: str, password: str
 ) -> Endpoint:
     """Return the endpoint, with the usual port (0) and security (0) where they are not said.
 

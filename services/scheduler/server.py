@@ -7,11 +7,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-from outbox.v1 import (
-    batch_service_pb2_grpc,
-    sender_service_pb2_grpc,
-)
-from redis.asyncio import Redis
+from outbox.v1 import batch_service_pb2_grpc, sender_service_pb2_grpc
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 

@@ -81,7 +81,11 @@ def test_a_text_mail_has_the_headers_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     ("text", "encoding"),
-    [("plain", "7bit"), ("Grüße aus Köln, bis bald", "quoted-printable"), ("名前", "base64")],
+    [
+        ("plain", "7bit"),
+        ("Viele Grüße aus der schönen Stadt am Rhein", "quoted-printable"),
+        ("名前", "base64"),
+    ],
 )
 def test_a_text_goes_in_the_shortest_encoding(text: str, encoding: str) -> None:
     assert parse(build("s", text, None))["Content-Transfer-Encoding"] == encoding

@@ -42,7 +42,7 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
         NotFound: SENDER_NOT_FOUND, for a text that is no id.
     """
     for later in ("expire_after", "spread_until"):
-        if options.HasField(later):  # type: ignore[arg-type]  # a field's name
+        if options.HasField(later):
             raise InvalidInput.field(
                 f"options.{later}", "is not served yet", reason="NOT_IMPLEMENTED"
             )
@@ -112,7 +112,7 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
     return batch
 
 
-def _state(record: BatchRecord) -> batch_pb2.BatchState:
+def _state(record: BatchRecord) -> batch_pb2.BatchState.ValueType:
     if record.state is BatchState.CANCELLED:
         return batch_pb2.BATCH_STATE_CANCELLED
     # Never stored: it would have to be written by whoever ends the last job.

@@ -228,9 +228,9 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             "sender.smtp",
             asked.host,
             asked.port,
-            asked.security,
-            asked.username,
-            asked.password,
+            security=asked.security,
+            username=asked.username,
+            password=asked.password,
         )
         password = endpoint.password
         return {

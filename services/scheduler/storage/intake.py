@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import psycopg
 from sqlalchemy import Text, any_, bindparam, exists, func, insert, literal, select, update
@@ -98,7 +98,7 @@ class IntakeStore:
         """Open the transaction: committed at the end, or rolled back."""
         async with transaction(self._engine) as connection:
             raw = await connection.get_raw_connection()
-            driver: psycopg.AsyncConnection[Any] = raw.driver_connection
+            driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
                 yield IntakeTransaction(connection, driver)
             except psycopg.OperationalError:
