@@ -1,0 +1,82 @@
+"""The `outbox` command: the list of its commands, and nothing that any of them needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Annotated
+
+import typer
+
+from cli.lazy import Entry, LazyGroup
+
+_SYSTEM = "The whole system on this machine"
+_CLIENT = "Client: one group a service, one command a method"
+_SERVICES = "Services, one process each"
+
+
+class OutboxGroup(LazyGroup):
+    """The command's list of commands."""
+
+    entries = {
+        "demo": Entry(
+            "cli.demo", "Show it all in about a minute: a CSV becomes paced mail.", _SYSTEM
+        ),
+        "up": Entry("cli.up", "Keep the whole system running on this machine.", _SYSTEM),
+        "schedule": Entry("cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT),
+        "senders": Entry("cli.senders", "Create, show, change, pause and delete senders.", _CLIENT),
+        "batches": Entry("cli.batches", "Show and cancel batches.", _CLIENT),
+        "jobs": Entry("cli.jobs", "Show and cancel e-mail jobs.", _CLIENT),
+        "suppressions": Entry(
+            "cli.suppressions", "Keep the addresses that mail must never go to.", _CLIENT
+        ),
+        "keys": Entry("cli.keys", "Make keys.", _CLIENT),
+        "scheduler": Entry("cli.scheduler", "Run the scheduler.", _SERVICES),
+        "dispatcher": Entry(
+            "cli.dispatcher", "Run a dispatcher; or ask one: status, drain.", _SERVICES
+        ),
+        "stats": Entry(
+            "cli.stats", "Run the stats service; or ask it: sender, user.", _SERVICES
+        ),
+        "migrate": Entry("cli.migrate", "Bring the database's schema up to date.", _SERVICES),
+    }
+
+
+app = typer.Typer(
+    cls=OutboxGroup,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    # A trace is for whoever mends it: plain, without the locals, which may hold secrets.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"outbox {importlib.metadata.version('outbox')}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Exit codes: 0 ok, 1 failed, 2 usage.\n\n"
+    "Client commands find the stack of `outbox up` through .outbox/ of the current folder, "
+    "others through OUTBOX_SCHEDULER_LISTEN, OUTBOX_STATS_LISTEN, OUTBOX_DISPATCHER_LISTEN, "
+    "or --server."
+)
+def _outbox(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Schedules e-mail: gRPC in, SMTP out, never faster than a sender's limits, nothing lost.
+
+    [bold]outbox demo[/bold] shows it all; [bold]outbox up[/bold] keeps it running.
+    """
+
+
+def main() -> None:
+    """Run the command line; the console script's entry."""
+    app(prog_name="outbox")
