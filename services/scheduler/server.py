@@ -7,14 +7,19 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 
-from outbox.v1 import batch_service_pb2_grpc, sender_service_pb2_grpc
+from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
+from outbox.v1.email_job_service_pb2_grpc import add_EmailJobServiceServicer_to_server
+from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_server
+from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceServicer_to_server
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.scheduler.forecasts import Forecaster
 from services.scheduler.intake import Intake
 from services.scheduler.servicers.batches import BatchServicer
+from services.scheduler.servicers.email_jobs import EmailJobServicer
 from services.scheduler.servicers.senders import SenderServicer
+from services.scheduler.servicers.suppressions import SuppressionServicer
 from services.scheduler.storage.intake import IntakeStore
 from shared.database import create_engine
 from shared.grpc_server import GrpcServer, ServiceBinding
@@ -39,7 +44,7 @@ async def serve(
         ConfigurationError: a setting is wrong, or the address is taken.
     """
     async with AsyncExitStack() as stack:
-        engine = create_engine(settings)
+        engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
         redis = connect(settings)
         stack.push_async_callback(redis.aclose)
@@ -79,14 +84,21 @@ def _services(
     )
     forecaster = Forecaster(settings.min_gap, settings.rate_window)
     batches = BatchServicer(engine, loader, intake, forecaster)  # type: ignore[abstract]
+    jobs = EmailJobServicer(engine, loader)  # type: ignore[abstract]
+    suppressions = SuppressionServicer(engine, loader)
     return [
         ServiceBinding(
-            "outbox.v1.SenderService",
-            partial(sender_service_pb2_grpc.add_SenderServiceServicer_to_server, senders),
+            "outbox.v1.SenderService", partial(add_SenderServiceServicer_to_server, senders)
         ),
         ServiceBinding(
-            "outbox.v1.BatchService",
-            partial(batch_service_pb2_grpc.add_BatchServiceServicer_to_server, batches),
+            "outbox.v1.BatchService", partial(add_BatchServiceServicer_to_server, batches)
+        ),
+        ServiceBinding(
+            "outbox.v1.EmailJobService", partial(add_EmailJobServiceServicer_to_server, jobs)
+        ),
+        ServiceBinding(
+            "outbox.v1.SuppressionService",
+            partial(add_SuppressionServiceServicer_to_server, suppressions),
         ),
     ]
 

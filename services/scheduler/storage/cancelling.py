@@ -30,19 +30,27 @@ _CHUNK: Final = 20_000
 _DELTA: Final = ("sender_id", "batch_id", "hour", "state", "n")
 
 
-async def cancel_waiting(
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How many jobs were moved to a final state, and whose heads have changed by that."""
+
+    jobs: int
+    sender_ids: tuple[int, ...]
+
+
+async def end_waiting(
     connection: AsyncConnection,
     which: ColumnElement[bool],
-    state: JobState = JobState.CANCELLED,
+    state: JobState,
     limit: int | None = None,
-) -> int:
-    """Move the waiting jobs that `which` names to a final state; return how many there were.
+) -> Moved:
+    """Move the waiting jobs that `which` names to a final state; `limit`: at most so many.
 
     A job that a dispatcher is marking SENDING at this moment is waited for, and then left alone:
-    it is no longer SCHEDULED. `limit`: at most so many.
+    it is no longer SCHEDULED.
     """
-    moved: int = (await connection.execute(_statement(which, state, limit))).scalar_one()
-    return moved
+    row = (await connection.execute(_statement(which, state, limit))).one()
+    return Moved(row.jobs, tuple(row.senders or ()))
 
 
 def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -> Any:
@@ -96,7 +104,10 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
         .cte("markers")
     )
     return (
-        select(cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger))
+        select(
+            cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
+            func.array_agg(groups.c.sender_id.distinct()).label("senders"),
+        )
         .select_from(groups)
         .add_cte(deltas, markers)
     )
@@ -127,7 +138,8 @@ async def cancel_batch(
             if sender_id is None:
                 return None, 0
             which = EmailJob.batch_id == batch_id
-            return sender_id, await cancel_waiting(connection, which, limit=_CHUNK)
+            moved = await end_waiting(connection, which, JobState.CANCELLED, limit=_CHUNK)
+            return sender_id, moved.jobs
 
         sender_id, moved = await in_transaction(engine, step)
         if sender_id is None:

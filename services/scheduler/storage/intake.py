@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
 import psycopg
-from sqlalchemy import Text, any_, bindparam, exists, func, insert, literal, select, update
+from sqlalchemy import Text, any_, bindparam, delete, exists, func, insert, literal, select, update
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.batch_options import BatchOptions
 from services.scheduler.storage.access import owned_by
+from services.scheduler.storage.suppressions import lock_suppressions
 from shared.database import transaction
-from shared.models import Batch, CountDelta, HeadMarker, Sender, Suppression
+from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender, Suppression
 from shared.states import JobState
 
+# A suppression is written a moment before it can be seen.
+_SLACK: Final = timedelta(minutes=1)
 _COPY_JOBS: Final = (
     "COPY email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, variables) "
     "FROM STDIN"
@@ -176,16 +179,22 @@ class IntakeTransaction:
     async def finish(
         self,
         begun: BegunBatch,
-        sender_id: int,
+        sender: IntakeSender,
         counts: IntakeCounts,
         last_due: datetime | None,
         request_hash: bytes,
     ) -> bool:
         """Write what is known at the end; False: the sender was deleted meanwhile.
 
-        The sender's row stays locked until the commit, so that DeleteSender finds these jobs. Not
-        before: an upload may take minutes, and a pause must not wait for it.
+        The locks are taken here and not at the begin: an upload may take minutes, and neither a
+        pause nor a suppression must wait for it.
         """
+        sender_id = sender.sender_id
+        missed = await self._drop_suppressed(begun, sender.user_id)
+        counts = replace(
+            counts, accepted=counts.accepted - missed, suppressed=counts.suppressed + missed
+        )
+        # Until the commit, so that DeleteSender finds these jobs.
         locked = (
             select(Sender.id)
             .where(Sender.id == sender_id, Sender.deleted_at.is_(None))
@@ -217,3 +226,17 @@ class IntakeTransaction:
             )
             await self._connection.execute(insert(HeadMarker).values(sender_id=sender_id))
         return True
+
+    async def _drop_suppressed(self, begun: BegunBatch, user_id: str) -> int:
+        """Drop rows to addresses that were suppressed after we had looked; return how many."""
+        await lock_suppressions(self._connection, user_id, shared=True)
+        new = (Suppression.user_id == user_id, Suppression.created_at > begun.accepted_at - _SLACK)
+        if not (await self._connection.execute(select(exists().where(*new)))).scalar_one():
+            return 0
+        dropped = await self._connection.execute(
+            delete(EmailJob).where(
+                EmailJob.batch_id == begun.batch_id,
+                func.lower(EmailJob.recipient).in_(select(Suppression.address).where(*new)),
+            )
+        )
+        return dropped.rowcount

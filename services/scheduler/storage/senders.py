@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.limits import WindowUse
 from services.scheduler.storage.access import owned_by
-from services.scheduler.storage.cancelling import cancel_waiting
+from services.scheduler.storage.cancelling import end_waiting
 from shared.counts import in_state, sender_counts
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
 from shared.states import JobState, SenderState, SmtpSecurity
@@ -178,7 +178,8 @@ async def delete_sender(
         return None
     cancelled = 0
     if force:
-        cancelled = await cancel_waiting(connection, EmailJob.sender_id == sender_id)
+        which = EmailJob.sender_id == sender_id
+        cancelled = (await end_waiting(connection, which, JobState.CANCELLED)).jobs
     elif await _has_open_jobs(connection, sender_id):
         return Deletion(deleted=False)
     await update_sender(connection, sender_id, user_id, {"deleted_at": func.now()})

@@ -81,6 +81,19 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 1"),
     )
     op.create_index(
+        "ix_email_jobs_trouble",
+        "email_jobs",
+        ["batch_id", "id"],
+        unique=False,
+        postgresql_where=sa.text("state IN (4, 5)"),
+    )
+    op.create_index(
+        "ix_email_jobs_recipient",
+        "email_jobs",
+        [sa.text("hashtext(lower(recipient))")],
+        unique=False,
+    )
+    op.create_index(
         "ix_email_jobs_lease",
         "email_jobs",
         ["lease_until"],

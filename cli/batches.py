@@ -1,0 +1,98 @@
+"""`outbox batches`: BatchService, but for `outbox schedule`, which uploads."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from outbox.v1 import batch_service_pb2 as pb
+from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
+
+from cli.client import TIMEOUT_S, Server, connection
+from cli.options import PageSize, PageToken, User
+from cli.output import Output, OutputFormat, show, show_list
+
+_COLUMNS = (
+    "batch_id",
+    "sender_id",
+    "state",
+    "accepted_count",
+    "rejected_count",
+    "counts.scheduled_count",
+    "counts.sent_count",
+    "counts.failed_count",
+    "create_time",
+    "subject",
+)
+REJECTION_COLUMNS = ("row_number", "column", "reason", "message")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and cancel batches.")
+
+BatchId = Annotated[str, typer.Argument(metavar="BATCH_ID")]
+
+
+@app.command()
+def get(
+    batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Show one batch, with its exact counts."""
+    with connection("scheduler", server) as channel:
+        batch = BatchServiceStub(channel).GetBatch(
+            pb.GetBatchRequest(batch_id=batch_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(batch, output)
+
+
+@app.command(name="list")
+def list_(
+    *,
+    user: User = "",
+    sender: Annotated[
+        str, typer.Option("--sender", metavar="ID", help="Only batches of this sender.")
+    ] = "",
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List batches, the newest first.
+
+    $ outbox batches list --user demo
+    """
+    request = pb.ListBatchesRequest(
+        user_id=user, sender_id=sender, page_size=page_size, page_token=page_token
+    )
+    with connection("scheduler", server) as channel:
+        page = BatchServiceStub(channel).ListBatches(request, timeout=TIMEOUT_S)
+    show_list(page, "batches", _COLUMNS, output, what="batches")
+
+
+@app.command()
+def rejections(
+    batch_id: BatchId,
+    *,
+    user: User = "",
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List the rows of a batch that were not accepted, and why."""
+    request = pb.ListRejectionsRequest(
+        batch_id=batch_id, user_id=user, page_size=page_size, page_token=page_token
+    )
+    with connection("scheduler", server) as channel:
+        page = BatchServiceStub(channel).ListRejections(request, timeout=TIMEOUT_S)
+    show_list(page, "rejections", REJECTION_COLUMNS, output, what="rejections")
+
+
+@app.command()
+def cancel(
+    batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Cancel what still waits of a batch; says how many it was too late for."""
+    with connection("scheduler", server) as channel:
+        answer = BatchServiceStub(channel).CancelBatch(
+            pb.CancelBatchRequest(batch_id=batch_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(answer, output)

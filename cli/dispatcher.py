@@ -1,0 +1,55 @@
+"""`outbox dispatcher`: one process; and DispatcherService."""
+
+from __future__ import annotations
+
+import typer
+from outbox.v1 import dispatcher_service_pb2 as pb
+from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceStub
+
+from cli.client import TIMEOUT_S, Server, connection, read_endpoints
+from cli.output import Output, OutputFormat, note, print_rows, show, value_at
+from cli.service import run
+
+# A drain ends when the sends in flight have: an SMTP server may take its time-outs for that.
+_DRAIN_TIMEOUT_S = 300.0
+_ENDPOINT_COLUMNS = ("host", "port", "connection_count", "last_error", "last_error_time")
+
+app = typer.Typer(invoke_without_command=True, add_completion=False)
+
+
+@app.callback()
+def dispatcher(ctx: typer.Context) -> None:
+    """Run a dispatcher: it sends what is due. With a command: ask one that runs.
+
+    Without a command it reads OUTBOX_*, listens on OUTBOX_DISPATCHER_LISTEN
+    (127.0.0.1:50052), and wants the schema that `outbox migrate` makes.
+    SIGTERM and Ctrl-C drain it. As many as you like may run.
+    """
+    if ctx.invoked_subcommand is None:
+        run("dispatcher")
+
+
+@app.command()
+def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """Show what a dispatcher does now; of several, --server says which."""
+    with connection("dispatcher", server) as channel:
+        found = DispatcherServiceStub(channel).GetDispatcherStatus(
+            pb.GetDispatcherStatusRequest(), timeout=TIMEOUT_S
+        )
+    show(found, output, without=("endpoints",))
+    if output is OutputFormat.TABLE and found.endpoints:
+        print_rows(
+            _ENDPOINT_COLUMNS,
+            ([value_at(one, path) for path in _ENDPOINT_COLUMNS] for one in found.endpoints),
+        )
+    others = [] if server else (read_endpoints() or {}).get("dispatchers", [])[1:]
+    if others:
+        note(f"there are more: --server {', '.join(others)}")
+
+
+@app.command()
+def drain(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """Let a dispatcher finish what is in flight and take no more, for as long as it lives."""
+    with connection("dispatcher", server) as channel:
+        answer = DispatcherServiceStub(channel).Drain(pb.DrainRequest(), timeout=_DRAIN_TIMEOUT_S)
+    show(answer, output)

@@ -1,0 +1,131 @@
+"""`outbox jobs`: EmailJobService."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from outbox.v1 import email_job_service_pb2 as pb
+from outbox.v1.email_job_pb2 import JobState
+from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
+
+from cli.client import TIMEOUT_S, Server, connection
+from cli.options import PageSize, PageToken, User, enum_reader
+from cli.output import Output, OutputFormat, show, show_list
+
+_COLUMNS = (
+    "email_job_id",
+    "recipient",
+    "state",
+    "schedule_time",
+    "send_time",
+    "attempt_count",
+    "last_error",
+)
+_ATTEMPT_COLUMNS = (
+    "attempt_number",
+    "start_time",
+    "end_time",
+    "outcome",
+    "smtp_code",
+    "enhanced_code",
+    "message",
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and cancel e-mail jobs.")
+
+JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID")]
+
+
+@app.command()
+def get(
+    email_job_id: JobId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show one e-mail job."""
+    with connection("scheduler", server) as channel:
+        job = EmailJobServiceStub(channel).GetEmailJob(
+            pb.GetEmailJobRequest(email_job_id=email_job_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(job, output)
+
+
+@app.command(name="list")
+def list_(
+    *,
+    user: User = "",
+    sender: Annotated[
+        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
+    ] = "",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")
+    ] = "",
+    state: Annotated[
+        int | None,
+        typer.Option(
+            "--state",
+            parser=enum_reader(JobState, "JOB_STATE_"),
+            metavar="STATE",
+            help="Only jobs in this state: scheduled, sent, failed, ...",
+        ),
+    ] = None,
+    recipient: Annotated[
+        str, typer.Option("--recipient", metavar="ADDRESS", help="Only jobs to this address.")
+    ] = "",
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List jobs in the order in which they were accepted.
+
+    $ outbox jobs list --user demo --state failed
+    """
+    request = pb.ListEmailJobsRequest(
+        user_id=user,
+        sender_id=sender,
+        batch_id=batch,
+        state=JobState.ValueType(state or 0),
+        recipient=recipient,
+        page_size=page_size,
+        page_token=page_token,
+    )
+    with connection("scheduler", server) as channel:
+        page = EmailJobServiceStub(channel).ListEmailJobs(request, timeout=TIMEOUT_S)
+    show_list(page, "email_jobs", _COLUMNS, output, what="jobs")
+
+
+@app.command()
+def cancel(
+    email_job_id: JobId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Cancel a job that waits; an error says that it was too late."""
+    with connection("scheduler", server) as channel:
+        job = EmailJobServiceStub(channel).CancelEmailJob(
+            pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(job, output)
+
+
+@app.command()
+def attempts(
+    email_job_id: JobId,
+    *,
+    user: User = "",
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List the ended attempts of a job, the first first."""
+    request = pb.ListAttemptsRequest(
+        email_job_id=email_job_id, user_id=user, page_size=page_size, page_token=page_token
+    )
+    with connection("scheduler", server) as channel:
+        page = EmailJobServiceStub(channel).ListAttempts(request, timeout=TIMEOUT_S)
+    show_list(page, "attempts", _ATTEMPT_COLUMNS, output, what="attempts")

@@ -1,0 +1,114 @@
+"""Options that several commands have, and what they read: durations, times, enums, texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from shared.settings import parse_duration
+
+User = Annotated[
+    str,
+    typer.Option("--user", metavar="ID", help="Whose; needed where the call may act for several."),
+]
+PageSize = Annotated[
+    int, typer.Option("--page-size", min=0, max=1000, help="The most in one answer; 0: 50.")
+]
+PageToken = Annotated[str, typer.Option("--page-token", help="Where the page before ended.")]
+
+
+def read_duration(text: str) -> timedelta:
+    """Return the duration of an option.
+
+    Raises:
+        typer.BadParameter: the text is none.
+    """
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def read_time(text: str) -> datetime:
+    """Return the time that RFC 3339, `now` or `in 10m` says.
+
+    Raises:
+        typer.BadParameter: the text is none, or has no offset.
+    """
+    wanted = text.strip()
+    if wanted.lower() == "now":
+        return datetime.now(UTC)
+    if wanted.lower().startswith("in "):
+        return datetime.now(UTC) + read_duration(wanted[3:])
+    try:
+        time = datetime.fromisoformat(wanted)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{error}; write 2026-12-24T18:00:00+01:00, `in 10m` or `now`"
+        ) from None
+    if time.tzinfo is None:
+        raise typer.BadParameter(f"{wanted} has no offset; add Z for UTC, or one such as +01:00")
+    return time
+
+
+DurationOption = Annotated[timedelta | None, typer.Option(parser=read_duration)]
+
+
+def to_duration(value: timedelta | None) -> Duration | None:
+    """Return a message field; None: unset."""
+    if value is None:
+        return None
+    duration = Duration()
+    duration.FromTimedelta(value)
+    return duration
+
+
+def to_timestamp(value: datetime | None) -> Timestamp | None:
+    """Return a message field; None: unset."""
+    if value is None:
+        return None
+    timestamp = Timestamp()
+    timestamp.FromDatetime(value)
+    return timestamp
+
+
+def enum_reader(enum: Any, prefix: str) -> Callable[[str], int]:
+    """Return what reads the values of a protobuf enum, without their prefix, in any case."""
+    names = [name.removeprefix(prefix) for name in enum.keys()[1:]]
+
+    def read(text: str) -> int:
+        name = text.strip().upper().replace("-", "_")
+        if name not in names:
+            known = ", ".join(one.lower().replace("_", "-") for one in names)
+            raise typer.BadParameter(f"{text!r} is none of {known}")
+        value: int = enum.Value(prefix + name)
+        return value
+
+    # What typer shows as the option's kind.
+    read.__name__ = "|".join(one.lower().replace("_", "-") for one in names)
+    return read
+
+
+def text_or_file(text: str | None, file: Path | None, flags: str) -> str | None:
+    """Return the text, or the file's; None: neither was given. `flags` name both.
+
+    Raises:
+        typer.BadParameter: both were given, or the file cannot be read as UTF-8.
+    """
+    if file is None:
+        return text
+    if text is not None:
+        raise typer.BadParameter(f"{flags}: give one of them")
+    try:
+        if str(file) == "-":
+            return sys.stdin.read()
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error}") from None

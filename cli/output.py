@@ -1,0 +1,180 @@
+"""What commands print: one JSON document or a table on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC
+from enum import StrEnum
+from typing import Annotated, Any, Final
+
+import typer
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.settings import format_duration
+
+# Whoever reads from a pipe has no width: nothing is wrapped or cut there.
+_PIPE_WIDTH: Final = 10_000
+
+
+class OutputFormat(StrEnum):
+    """What stdout gets."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Output = Annotated[
+    OutputFormat,
+    typer.Option(
+        "--output",
+        "-o",
+        help="json: one document on stdout, and nothing else there.",
+    ),
+]
+
+
+def stdout() -> Console:
+    """Return a console on stdout that takes no text for markup."""
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def stderr() -> Console:
+    """Return a console on stderr that takes no text for markup."""
+    return Console(stderr=True, markup=False, highlight=False, emoji=False)
+
+
+def note(text: str) -> None:
+    """Say something beside the answer: one line on stderr."""
+    sys.stderr.write(f"{printable(text)}\n")
+    sys.stderr.flush()
+
+
+def print_json(document: Any) -> None:
+    """Print one document on stdout."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def to_document(message: Message) -> dict[str, Any]:
+    """Return a message as proto JSON with the original field names, zeros and empty lists too."""
+    document: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return document
+
+
+def show(message: Message, output: OutputFormat, *, without: Sequence[str] = ()) -> None:
+    """Print one message; the table has a row for every field that is set but those `without`."""
+    if output is OutputFormat.JSON:
+        print_json(to_document(message))
+        return
+    rows = list(_fields(message, without))
+    if rows:
+        print_rows(("field", "value"), rows)
+
+
+def show_list(
+    response: Message, field: str, columns: Sequence[str], output: OutputFormat, *, what: str
+) -> None:
+    """Print one page of a list; `columns` are paths in the items, such as `counts.sent_count`."""
+    if output is OutputFormat.JSON:
+        print_json(to_document(response))
+        return
+    items = getattr(response, field)
+    if items:
+        names = [path.rpartition(".")[2] for path in columns]
+        print_rows(names, ([value_at(item, path) for path in columns] for item in items))
+    else:
+        note(f"no {what}")
+    more = getattr(response, "next_page_token", "")
+    if more:
+        note(f"there are more: --page-token {more}")
+
+
+def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    stdout().print(table)
+
+
+def value_at(message: Message, path: str) -> str:
+    """Return the field at a path, as a table shows it; empty if it is unset."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        message = getattr(message, parent)
+    return _value(message, message.DESCRIPTOR.fields_by_name[last])
+
+
+def printable(text: str) -> str:
+    """Return `text` with what steers a terminal made visible: servers we talk to wrote parts."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
+    )
+
+
+def _fields(message: Message, without: Sequence[str], prefix: str = "") -> Iterable[list[str]]:
+    for field in message.DESCRIPTOR.fields:
+        if field.name in without:
+            continue
+        if _is_plain_message(field):
+            if message.HasField(field.name):
+                yield from _fields(getattr(message, field.name), (), f"{prefix}{field.name}.")
+            continue
+        value = _value(message, field)
+        if value:
+            yield [f"{prefix}{field.name}", value]
+
+
+def _is_plain_message(field: Any) -> bool:
+    return (
+        field.message_type is not None
+        and not field.is_repeated
+        and field.message_type.full_name
+        not in ("google.protobuf.Timestamp", "google.protobuf.Duration")
+    )
+
+
+def _value(message: Message, field: Any) -> str:
+    value = getattr(message, field.name)
+    if field.is_repeated:
+        return ", ".join(_scalar(item, field) for item in value)
+    if field.has_presence and not message.HasField(field.name):
+        return ""
+    return _scalar(value, field)
+
+
+def _scalar(value: Any, field: Any) -> str:
+    if isinstance(value, Timestamp):
+        return value.ToDatetime(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    if isinstance(value, Duration):
+        return format_duration(value.ToTimedelta())
+    if isinstance(value, Message):
+        return ", ".join(f"{name}={text}" for name, text in _fields(value, ()))
+    if field.enum_type is not None:
+        return _enum_name(value, field)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return printable(str(value))
+
+
+def _enum_name(value: int, field: Any) -> str:
+    names = field.enum_type.values_by_number
+    if not value:
+        return ""
+    # JOB_STATE_SENT is SENT: the zero value has the prefix of all.
+    prefix = names[0].name.removesuffix("UNSPECIFIED")
+    return names[value].name.removeprefix(prefix) if value in names else str(value)

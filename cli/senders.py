@@ -1,0 +1,284 @@
+"""`outbox senders`: SenderService."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1 import sender_service_pb2 as pb
+from outbox.v1.sender_pb2 import Sender, SenderState, SmtpEndpoint, SmtpSecurity
+from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
+
+from cli.client import TIMEOUT_S, Server, connection
+from cli.options import (
+    PageSize,
+    PageToken,
+    User,
+    enum_reader,
+    read_duration,
+    text_or_file,
+    to_duration,
+)
+from cli.output import Output, OutputFormat, note, show, show_list
+
+_COLUMNS = (
+    "sender_id",
+    "user_id",
+    "email",
+    "state",
+    "hourly_limit",
+    "effective_min_gap",
+    "effective_hourly_limit",
+    "binding_limit",
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Create, show, change, pause and delete senders.",
+)
+
+SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
+DisplayName = Annotated[
+    str | None, typer.Option("--display-name", help="The name in From beside the address.")
+]
+HourlyLimit = Annotated[
+    int | None,
+    typer.Option("--hourly-limit", help="The most mails in any trailing hour: 1 to 1000000."),
+]
+MinGap = Annotated[
+    timedelta | None,
+    typer.Option(
+        "--min-gap",
+        parser=read_duration,
+        metavar="DURATION",
+        help="From the end of a send to the start of the next, such as 2s.",
+    ),
+]
+MaxInFlight = Annotated[
+    int | None,
+    typer.Option("--max-in-flight", help="Sends at once; matters only without a gap."),
+]
+SmtpHost = Annotated[
+    str | None, typer.Option("--smtp-host", help="Where the mail is handed in; unset: the relay.")
+]
+SmtpPort = Annotated[int, typer.Option("--smtp-port", help="0: 465 with tls, else 587.")]
+Security = Annotated[
+    int | None,
+    typer.Option(
+        "--smtp-security",
+        parser=enum_reader(SmtpSecurity, "SMTP_SECURITY_"),
+        metavar="none|starttls|tls",
+        help="Unset: tls for port 465, else starttls.",
+    ),
+]
+SmtpUsername = Annotated[str, typer.Option("--smtp-username", help="To sign in with.")]
+# Never the password itself: every user of the machine sees the arguments of a process.
+SmtpPasswordFile = Annotated[
+    Path | None,
+    typer.Option("--smtp-password-file", help="A file with the password alone; -: stdin."),
+]
+
+
+@app.command()
+def create(
+    email: Annotated[str, typer.Option("--email", help="The address in From.")],
+    *,
+    user: User = "",
+    display_name: DisplayName = None,
+    hourly_limit: HourlyLimit = None,
+    min_gap: MinGap = None,
+    max_in_flight: MaxInFlight = None,
+    smtp_host: SmtpHost = None,
+    smtp_port: SmtpPort = 0,
+    smtp_security: Security = None,
+    smtp_username: SmtpUsername = "",
+    smtp_password_file: SmtpPasswordFile = None,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Create a sender.
+
+    $ outbox senders create --user demo --email news@example.com --hourly-limit 200 --min-gap 2s
+    """
+    sender = Sender(
+        email=email,
+        display_name=display_name or "",
+        hourly_limit=hourly_limit,
+        min_gap=to_duration(min_gap),
+        max_in_flight=max_in_flight,
+        smtp=_endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
+    )
+    with connection("scheduler", server) as channel:
+        made = SenderServiceStub(channel).CreateSender(
+            pb.CreateSenderRequest(user_id=user, sender=sender), timeout=TIMEOUT_S
+        )
+    show(made, output)
+
+
+@app.command()
+def get(
+    sender_id: SenderId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show one sender."""
+    with connection("scheduler", server) as channel:
+        found = SenderServiceStub(channel).GetSender(
+            pb.GetSenderRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(found, output)
+
+
+@app.command(name="list")
+def list_(
+    *,
+    user: User = "",
+    state: Annotated[
+        int | None,
+        typer.Option(
+            "--state",
+            parser=enum_reader(SenderState, "SENDER_STATE_"),
+            metavar="active|paused",
+            help="Only senders in this state.",
+        ),
+    ] = None,
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List the senders of a user, the oldest first.
+
+    $ outbox senders list --user demo
+    """
+    request = pb.ListSendersRequest(
+        user_id=user,
+        state=SenderState.ValueType(state or 0),
+        page_size=page_size,
+        page_token=page_token,
+    )
+    with connection("scheduler", server) as channel:
+        page = SenderServiceStub(channel).ListSenders(request, timeout=TIMEOUT_S)
+    show_list(page, "senders", _COLUMNS, output, what="senders")
+
+
+@app.command()
+def update(
+    sender_id: SenderId,
+    *,
+    user: User = "",
+    email: Annotated[str | None, typer.Option("--email", help="The address in From.")] = None,
+    display_name: DisplayName = None,
+    hourly_limit: HourlyLimit = None,
+    min_gap: MinGap = None,
+    max_in_flight: MaxInFlight = None,
+    smtp_host: SmtpHost = None,
+    smtp_port: SmtpPort = 0,
+    smtp_security: Security = None,
+    smtp_username: SmtpUsername = "",
+    smtp_password_file: SmtpPasswordFile = None,
+    unset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unset", metavar="FIELD", help="Back to its default: min_gap, say. Repeatable."
+        ),
+    ] = None,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Change what is named, and nothing else; it holds from the next send on.
+
+    $ outbox senders update SENDER_ID --hourly-limit 100 --unset min_gap
+    """
+    values = {
+        "email": email,
+        "display_name": display_name,
+        "hourly_limit": hourly_limit,
+        "min_gap": to_duration(min_gap),
+        "max_in_flight": max_in_flight,
+        "smtp": _endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    paths = [*given, *(name.replace("-", "_") for name in unset or ())]
+    if not paths:
+        raise typer.BadParameter("name something to change, or --unset it")
+    request = pb.UpdateSenderRequest(
+        sender=Sender(sender_id=sender_id, **given),  # type: ignore[arg-type]  # by name
+        update_mask=FieldMask(paths=paths),
+        user_id=user,
+    )
+    with connection("scheduler", server) as channel:
+        changed = SenderServiceStub(channel).UpdateSender(request, timeout=TIMEOUT_S)
+    show(changed, output)
+
+
+@app.command()
+def delete(
+    sender_id: SenderId,
+    user: User = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Cancel what still waits; else that is an error.")
+    ] = False,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Delete a sender. Its jobs and batches stay readable."""
+    with connection("scheduler", server) as channel:
+        answer = SenderServiceStub(channel).DeleteSender(
+            pb.DeleteSenderRequest(sender_id=sender_id, user_id=user, force=force),
+            timeout=TIMEOUT_S,
+        )
+    show(answer, output)
+    note(f"sender {sender_id} is deleted")
+
+
+@app.command()
+def pause(
+    sender_id: SenderId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Begin nothing more from this sender until it is resumed."""
+    with connection("scheduler", server) as channel:
+        paused = SenderServiceStub(channel).PauseSender(
+            pb.PauseSenderRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(paused, output)
+
+
+@app.command()
+def resume(
+    sender_id: SenderId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Let a paused sender go on where it stopped, within its limits."""
+    with connection("scheduler", server) as channel:
+        resumed = SenderServiceStub(channel).ResumeSender(
+            pb.ResumeSenderRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(resumed, output)
+
+
+def _endpoint(
+    host: str | None, port: int, security: int | None, username: str, password_file: Path | None
+) -> SmtpEndpoint | None:
+    if host is None:
+        if port or security is not None or username or password_file:
+            raise typer.BadParameter("an SMTP endpoint is written whole: name its --smtp-host too")
+        return None
+    password = text_or_file(None, password_file, "--smtp-password-file") or ""
+    return SmtpEndpoint(
+        host=host,
+        port=port,
+        security=SmtpSecurity.ValueType(security or 0),
+        username=username,
+        password=password.rstrip("\r\n"),
+    )

@@ -1,0 +1,83 @@
+"""`outbox stats`: one process; and StatsService."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from outbox.v1 import stats_service_pb2 as pb
+from outbox.v1.stats_service_pb2_grpc import StatsServiceStub
+
+from cli.client import TIMEOUT_S, Server, connection
+from cli.options import PageSize, PageToken, User
+from cli.output import Output, OutputFormat, note, print_rows, show, value_at
+from cli.service import run
+
+_HOUR_COLUMNS = ("start_time", "sent_count", "failed_count")
+_SENDER_COLUMNS = (
+    "sender_id",
+    "email",
+    "counts.scheduled_count",
+    "counts.sending_count",
+    "counts.sent_count",
+    "counts.failed_count",
+)
+
+app = typer.Typer(invoke_without_command=True, add_completion=False)
+
+
+@app.callback()
+def stats(ctx: typer.Context) -> None:
+    """Run the stats service: it counts. With a command: ask the one that runs.
+
+    Without a command it reads OUTBOX_*, listens on OUTBOX_STATS_LISTEN
+    (127.0.0.1:50053), and wants the schema that `outbox migrate` makes.
+    SIGTERM and Ctrl-C stop it.
+    """
+    if ctx.invoked_subcommand is None:
+        run("stats")
+
+
+@app.command()
+def sender(
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show the exact counts of a sender, its window, and its last 24 hours."""
+    with connection("stats", server) as channel:
+        found = StatsServiceStub(channel).GetSenderStats(
+            pb.GetSenderStatsRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+        )
+    show(found, output, without=("hours",))
+    if output is OutputFormat.TABLE:
+        busy = [hour for hour in found.hours if hour.sent_count or hour.failed_count]
+        if busy:
+            rows = ([value_at(hour, path) for path in _HOUR_COLUMNS] for hour in busy)
+            print_rows(_HOUR_COLUMNS, rows)
+
+
+@app.command()
+def user(
+    user_id: Annotated[str, typer.Argument(metavar="USER_ID")],
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show the exact counts of a user, in all and by sender.
+
+    $ outbox stats user demo
+    """
+    request = pb.GetUserStatsRequest(user_id=user_id, page_size=page_size, page_token=page_token)
+    with connection("stats", server) as channel:
+        found = StatsServiceStub(channel).GetUserStats(request, timeout=TIMEOUT_S)
+    show(found, output, without=("senders", "next_page_token"))
+    if output is OutputFormat.TABLE and found.senders:
+        names = [path.rpartition(".")[2] for path in _SENDER_COLUMNS]
+        print_rows(
+            names, ([value_at(one, path) for path in _SENDER_COLUMNS] for one in found.senders)
+        )
+        if found.next_page_token:
+            note(f"there are more: --page-token {found.next_page_token}")

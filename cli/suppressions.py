@@ -1,0 +1,77 @@
+"""`outbox suppressions`: SuppressionService."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from outbox.v1 import suppression_service_pb2 as pb
+from outbox.v1.suppression_pb2 import Suppression
+from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
+
+from cli.client import TIMEOUT_S, Server, connection
+from cli.options import PageSize, PageToken, User
+from cli.output import Output, OutputFormat, note, show, show_list
+
+_COLUMNS = ("email", "reason", "create_time")
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Keep the addresses that mail must never go to.",
+)
+
+Email = Annotated[str, typer.Argument(metavar="ADDRESS")]
+
+
+@app.command()
+def create(
+    email: Email,
+    *,
+    user: User = "",
+    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")] = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Suppress an address: no mail of this user goes there any more.
+
+    $ outbox suppressions create ann@example.com --user demo --reason unsubscribed
+    """
+    request = pb.CreateSuppressionRequest(
+        user_id=user, suppression=Suppression(email=email, reason=reason)
+    )
+    with connection("scheduler", server) as channel:
+        made = SuppressionServiceStub(channel).CreateSuppression(request, timeout=TIMEOUT_S)
+    show(made, output)
+
+
+@app.command()
+def delete(
+    email: Email, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Let mail go to an address again."""
+    with connection("scheduler", server) as channel:
+        answer = SuppressionServiceStub(channel).DeleteSuppression(
+            pb.DeleteSuppressionRequest(user_id=user, email=email), timeout=TIMEOUT_S
+        )
+    show(answer, output)
+    note(f"{email} is suppressed no longer")
+
+
+@app.command(name="list")
+def list_(
+    *,
+    user: User = "",
+    page_size: PageSize = 0,
+    page_token: PageToken = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List the suppressed addresses of a user.
+
+    $ outbox suppressions list --user demo
+    """
+    request = pb.ListSuppressionsRequest(user_id=user, page_size=page_size, page_token=page_token)
+    with connection("scheduler", server) as channel:
+        page = SuppressionServiceStub(channel).ListSuppressions(request, timeout=TIMEOUT_S)
+    show_list(page, "suppressions", _COLUMNS, output, what="suppressions")

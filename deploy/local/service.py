@@ -1,0 +1,139 @@
+"""One of Outbox's own services as a child process of the embedded stack."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deploy.local.child import Child, LocalServerError, _die_with_parent
+from shared.settings import Settings, format_duration
+
+# Python alone takes a second to import a service, and several when the machine is busy.
+_START_LIMIT_S: Final = 60.0
+_BESIDE_GRACE_S: Final = 3.0
+_CHANNEL: Final = (
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 50),
+    # The process that was there before it was killed had the same address.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+_PLACE: Final = {"PATH": os.defpath, "LC_ALL": "C.UTF-8"}
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Return the OUTBOX_* variables that say what is set in `settings`, and no default."""
+    return {
+        f"OUTBOX_{name.upper()}": _as_text(getattr(settings, name))
+        for name in settings.model_fields_set
+    }
+
+
+class Service:
+    """`python -m services.NAME` at an address, with the environment given and nothing else."""
+
+    def __init__(
+        self,
+        title: str,
+        name: str,
+        address: str,
+        environment: Mapping[str, str],
+        *,
+        folder: Path,
+        log: Path,
+        grace: timedelta,
+    ) -> None:
+        """`title` is for people; `grace` is how long the service itself takes to drain."""
+        self.title = title
+        self.address = address
+        self.child: Child = _ServiceChild(
+            title,
+            [sys.executable, "-m", f"services.{name}"],
+            environment={**_PLACE, **environment, f"OUTBOX_{name.upper()}_LISTEN": address},
+            log=log,
+            cwd=folder,
+        )
+        self._grace_s = grace.total_seconds()
+
+    async def start(self) -> None:
+        """Start; returns when health says SERVING.
+
+        Raises:
+            LocalServerError: it did not; nothing is left running, the text quotes its log.
+        """
+        self.child.start()
+        try:
+            await self.child.until_ready(self._serving, _START_LIMIT_S)
+        except BaseException:
+            await self.child.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Drain and stop, within the grace and a little more."""
+        await self.child.stop((signal.SIGTERM, self._grace_s + _BESIDE_GRACE_S))
+
+    async def _serving(self) -> bool:
+        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(), wait_for_ready=True
+            )
+            try:
+                async for answer in watch:
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return True
+            except grpc.aio.AioRpcError:
+                pass
+        return False
+
+
+class _ServiceChild(Child):
+    """A Child with variables in its environment; the other servers get none."""
+
+    def __init__(self, *words: Any, environment: Mapping[str, str], **options: Any) -> None:
+        super().__init__(*words, **options)
+        self._environment = dict(environment)
+
+    def start(self) -> None:
+        """Start the process; returns before it is ready."""
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(  # noqa: S603 - our own command line
+                self._argv,
+                cwd=self._cwd,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(self._death_signal),  # noqa: PLW1509
+            )
+
+
+def describe_end(code: int) -> str:
+    """Return how a process ended, for people; negative codes are signals."""
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with {code}"
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, timedelta):
+        milliseconds = value / timedelta(milliseconds=1)
+        return format_duration(value) if milliseconds.is_integer() else f"{milliseconds:f}ms"
+    if isinstance(value, tuple):
+        return ",".join(_as_text(part) for part in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value.get_secret_value() if hasattr(value, "get_secret_value") else value)
+
+
+__all__ = ["LocalServerError", "Service", "describe_end", "environment_of"]

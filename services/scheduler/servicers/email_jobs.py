@@ -1,0 +1,168 @@
+"""EmailJobService."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.scheduler.addresses import BadAddress, check_address
+from services.scheduler.servicers.calls import Context, acting_user, named_user
+from services.scheduler.servicers.job_mapping import to_attempt, to_job
+from services.scheduler.storage import email_jobs as storage
+from services.scheduler.storage.access import in_transaction
+from services.scheduler.storage.cancelling import end_waiting
+from services.scheduler.storage.email_jobs import JobFilter, JobRecord
+from shared import page_tokens
+from shared.errors import FailedPrecondition, InvalidInput, NotFound
+from shared.heads import HeadLoader, load_soon
+from shared.message_ids import installation_id
+from shared.proto_mapping import not_found, parse_id
+from shared.states import JobState
+
+_JOB_PAGES: Final = "email_jobs"
+_ATTEMPT_PAGES: Final = "attempts"
+# How often a job may come back from a failed attempt while we try to cancel it.
+_TRIES: Final = 5
+
+
+class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
+    """Shows and cancels jobs. The methods that it does not have answer UNIMPLEMENTED."""
+
+    def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._installation_id: str | None = None
+
+    async def GetEmailJob(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.GetEmailJobRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_pb2.EmailJob:
+        """Return one job."""
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
+        async with self._engine.connect() as connection:
+            found = await storage.read_job(connection, job_id, user_id)
+        if found is None:
+            raise not_found("email_job_id", request.email_job_id)
+        return to_job(found, await self._installation())
+
+    async def ListEmailJobs(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.ListEmailJobsRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_service_pb2.ListEmailJobsResponse:
+        """Return one page of jobs, in the order of their acceptance."""
+        narrowed = bool(request.sender_id or request.batch_id)
+        user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(
+            user_id, request.sender_id, request.batch_id, request.state, request.recipient
+        )
+        position = page_tokens.decode(request.page_token, _JOB_PAGES, filters)
+        after = (int(position[0]), int(position[1])) if position else (0, 0)
+        which = _filter(request, user_id)
+        if which is None:
+            return email_job_service_pb2.ListEmailJobsResponse()
+        async with self._engine.connect() as connection:
+            found = await storage.list_jobs(connection, which, after, size + 1)
+        token = ""
+        if len(found) > size:
+            last = found[size - 1]
+            token = page_tokens.encode(_JOB_PAGES, filters, (last.batch_id, last.job_id))
+        installation = await self._installation()
+        return email_job_service_pb2.ListEmailJobsResponse(
+            email_jobs=[to_job(job, installation) for job in found[:size]], next_page_token=token
+        )
+
+    async def CancelEmailJob(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.CancelEmailJobRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_pb2.EmailJob:
+        """Cancel a job that waits."""
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
+
+        async def cancel(connection: AsyncConnection) -> tuple[int, JobRecord | None]:
+            moved = await end_waiting(
+                connection, storage.is_job_of(job_id, user_id), JobState.CANCELLED
+            )
+            return moved.jobs, await storage.read_job(connection, job_id, user_id)
+
+        state = JobState.SCHEDULED
+        for _ in range(_TRIES):
+            moved, job = await in_transaction(self._engine, cancel)
+            if job is None:
+                raise not_found("email_job_id", request.email_job_id)
+            if moved:
+                await load_soon(self._loader, [job.sender_id])
+            state = job.state
+            if state is JobState.CANCELLED:
+                return to_job(job, await self._installation())
+            if state is not JobState.SCHEDULED:
+                break
+        raise FailedPrecondition(
+            f"it is too late to cancel this job: it is {state.name}",
+            reason="TOO_LATE_TO_CANCEL",
+            metadata={"email_job_id": request.email_job_id, "state": state.name},
+        )
+
+    async def ListAttempts(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.ListAttemptsRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_service_pb2.ListAttemptsResponse:
+        """Return one page of a job's attempts, the first first."""
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(user_id, job_id)
+        position = page_tokens.decode(request.page_token, _ATTEMPT_PAGES, filters)
+        after = int(position[0]) if position else 0
+        async with self._engine.connect() as connection:
+            if not await storage.job_exists(connection, job_id, user_id):
+                raise not_found("email_job_id", request.email_job_id)
+            found = await storage.list_attempts(connection, job_id, after, size + 1)
+        token = ""
+        if len(found) > size:
+            token = page_tokens.encode(_ATTEMPT_PAGES, filters, (found[size - 1].number,))
+        return email_job_service_pb2.ListAttemptsResponse(
+            attempts=[to_attempt(request.email_job_id, attempt) for attempt in found[:size]],
+            next_page_token=token,
+        )
+
+    async def _installation(self) -> str:
+        """Return what the Message-IDs of this installation have in common; it never changes."""
+        if self._installation_id is None:
+            self._installation_id = await in_transaction(self._engine, installation_id)
+        return self._installation_id
+
+
+def _filter(
+    request: email_job_service_pb2.ListEmailJobsRequest, user_id: str | None
+) -> JobFilter | None:
+    """Return the filter; None: no job can match it."""
+    recipient = None
+    if request.recipient:
+        try:
+            # As it is stored: its domain in lower case, as Unicode.
+            recipient = check_address(request.recipient)
+        except BadAddress:
+            return None
+    try:
+        state = JobState(request.state) if request.state else None
+    except ValueError:
+        raise InvalidInput.field("state", f"{request.state} is no JobState") from None
+    try:
+        return JobFilter(
+            user_id=user_id,
+            sender_id=parse_id(request.sender_id, "sender_id") if request.sender_id else None,
+            batch_id=parse_id(request.batch_id, "batch_id") if request.batch_id else None,
+            state=state,
+            recipient=recipient,
+        )
+    except NotFound:
+        return None

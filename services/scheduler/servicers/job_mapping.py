@@ -1,0 +1,59 @@
+"""From stored jobs and attempts to the protos."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from outbox.v1 import email_job_pb2
+
+from services.scheduler.storage.email_jobs import AttemptRecord, JobRecord
+from shared.message_ids import message_id_for
+from shared.proto_mapping import id_text, to_timestamp
+from shared.states import AttemptOutcome, JobState
+
+_STATES: Final = {
+    state: email_job_pb2.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState
+}
+_OUTCOMES: Final = {
+    outcome: email_job_pb2.AttemptOutcome.Value(f"ATTEMPT_OUTCOME_{outcome.name}")
+    for outcome in AttemptOutcome
+}
+
+
+def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
+    """Return the job as callers see it."""
+    job = email_job_pb2.EmailJob(
+        email_job_id=id_text(record.job_id),
+        batch_id=id_text(record.batch_id),
+        sender_id=id_text(record.sender_id),
+        user_id=record.user_id,
+        recipient=record.recipient,
+        row_number=record.row_number,
+        state=_STATES[record.state],
+        schedule_time=to_timestamp(record.scheduled_at),
+        attempt_count=record.attempts,
+        message_id=message_id_for(record.job_id, record.sender_email, installation_id),
+    )
+    if record.finished_at is not None:
+        job.finish_time.CopyFrom(to_timestamp(record.finished_at))
+        if record.state is JobState.SENT:
+            job.send_time.CopyFrom(to_timestamp(record.finished_at))
+    if record.last_outcome is not None:
+        job.last_outcome = _OUTCOMES[record.last_outcome]
+        if record.last_outcome is not AttemptOutcome.SENT:
+            job.last_error = record.last_message or ""
+    return job
+
+
+def to_attempt(job_id: str, record: AttemptRecord) -> email_job_pb2.Attempt:
+    """Return the attempt as callers see it."""
+    return email_job_pb2.Attempt(
+        email_job_id=job_id,
+        attempt_number=record.number,
+        start_time=to_timestamp(record.started_at),
+        end_time=to_timestamp(record.ended_at),
+        outcome=_OUTCOMES[record.outcome],
+        smtp_code=record.smtp_code,
+        enhanced_code=record.enhanced_code or "",
+        message=record.message or "",
+    )

@@ -1,0 +1,105 @@
+"""SuppressionService."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from google.protobuf.empty_pb2 import Empty
+from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.scheduler import bounds
+from services.scheduler.addresses import BadAddress, address_key, check_address
+from services.scheduler.senders import check_sender_address
+from services.scheduler.servicers.calls import Context, named_user
+from services.scheduler.storage import suppressions as storage
+from services.scheduler.storage.access import in_transaction
+from shared import page_tokens
+from shared.errors import NotFound
+from shared.heads import HeadLoader, load_soon
+from shared.proto_mapping import to_timestamp
+
+_PAGES: Final = "suppressions"
+
+
+class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
+    """Keeps the addresses that a user's mail must never go to."""
+
+    def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
+        self._engine = engine
+        self._loader = loader
+
+    async def CreateSuppression(  # noqa: N802 - the proto's name
+        self,
+        request: suppression_service_pb2.CreateSuppressionRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> suppression_pb2.Suppression:
+        """Suppress an address, and end the jobs to it that wait."""
+        user_id = named_user(request.user_id)
+        asked = request.suppression
+        address = address_key(check_sender_address("suppression.email", asked.email))
+        reason = bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason)
+        created, moved = await in_transaction(
+            self._engine,
+            lambda connection: storage.insert_suppression(connection, user_id, address, reason),
+        )
+        if moved.sender_ids:
+            await load_soon(self._loader, moved.sender_ids)
+        return _to_suppression(created)
+
+    async def DeleteSuppression(  # noqa: N802 - the proto's name
+        self,
+        request: suppression_service_pb2.DeleteSuppressionRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> Empty:
+        """Let mail go to an address again."""
+        user_id = named_user(request.user_id)
+        try:
+            address = address_key(check_address(request.email))
+        except BadAddress:
+            # What is no address was never suppressed.
+            raise _not_found(request.email) from None
+        deleted = await in_transaction(
+            self._engine,
+            lambda connection: storage.delete_suppression(connection, user_id, address),
+        )
+        if not deleted:
+            raise _not_found(request.email)
+        return Empty()
+
+    async def ListSuppressions(  # noqa: N802 - the proto's name
+        self,
+        request: suppression_service_pb2.ListSuppressionsRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> suppression_service_pb2.ListSuppressionsResponse:
+        """Return one page of a user's suppressions."""
+        user_id = named_user(request.user_id)
+        size = page_tokens.page_size(request.page_size)
+        filters = page_tokens.digest_filters(user_id)
+        position = page_tokens.decode(request.page_token, _PAGES, filters)
+        after = str(position[0]) if position else ""
+        async with self._engine.connect() as connection:
+            found = await storage.list_suppressions(connection, user_id, after, size + 1)
+        token = ""
+        if len(found) > size:
+            token = page_tokens.encode(_PAGES, filters, (found[size - 1].address,))
+        return suppression_service_pb2.ListSuppressionsResponse(
+            suppressions=[_to_suppression(one) for one in found[:size]], next_page_token=token
+        )
+
+
+def _to_suppression(record: storage.SuppressionRecord) -> suppression_pb2.Suppression:
+    return suppression_pb2.Suppression(
+        user_id=record.user_id,
+        email=record.address,
+        reason=record.reason,
+        create_time=to_timestamp(record.created_at),
+    )
+
+
+def _not_found(email: str) -> NotFound:
+    return NotFound(
+        "this address is not suppressed",
+        reason="SUPPRESSION_NOT_FOUND",
+        metadata={"email": email},
+    )

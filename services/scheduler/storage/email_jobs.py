@@ -1,0 +1,237 @@
+"""The tables of e-mail jobs and attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Row, Select, Subquery, case, func, lateral, select, true
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.scheduler.addresses import address_key
+from services.scheduler.storage.access import owned_by
+from shared.counts import in_state
+from shared.models import Attempt, Batch, EmailJob, Sender
+from shared.states import AttemptOutcome, JobState
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """A job, with what its batch, its sender and its last recorded attempt say of it."""
+
+    job_id: int
+    batch_id: int
+    sender_id: int
+    user_id: str
+    sender_email: str
+    recipient: str
+    row_number: int
+    state: JobState
+    scheduled_at: datetime
+    finished_at: datetime | None
+    attempts: int
+    last_outcome: AttemptOutcome | None
+    last_message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt that has ended."""
+
+    number: int
+    started_at: datetime
+    ended_at: datetime
+    outcome: AttemptOutcome
+    smtp_code: int | None
+    enhanced_code: str | None
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs are listed; None: whichever. `recipient` in any case of letters."""
+
+    user_id: str | None
+    sender_id: int | None = None
+    batch_id: int | None = None
+    state: JobState | None = None
+    recipient: str | None = None
+
+
+_JOB: Final = (
+    EmailJob.id,
+    EmailJob.batch_id,
+    EmailJob.sender_id,
+    EmailJob.recipient,
+    EmailJob.row_number,
+    EmailJob.state,
+    EmailJob.scheduled_at,
+    EmailJob.finished_at,
+    EmailJob.attempt,
+)
+
+
+def is_to(address: str) -> ColumnElement[bool]:
+    """Return the condition that a job goes to `address`, in any case of letters.
+
+    PostgreSQL's lower() knows no letters beyond ASCII under the locale C: of an address with such
+    letters, the spelling given and the one in lower case are found.
+    """
+    spellings = [func.lower(spelling) for spelling in {address, address_key(address)}]
+    lowered = func.lower(EmailJob.recipient)
+    hashed = func.hashtext(lowered).in_([func.hashtext(spelling) for spelling in spellings])
+    return hashed & lowered.in_(spellings)
+
+
+def _described(jobs: Subquery) -> Select[Any]:
+    """Return the whole of the jobs in `jobs`, which has their owner too."""
+    last = lateral(
+        select(Attempt.outcome, Attempt.message)
+        .where(Attempt.email_job_id == jobs.c.id)
+        .order_by(Attempt.attempt.desc())
+        .limit(1)
+    )
+    return (
+        select(
+            *jobs.c,
+            Sender.email,
+            last.c.outcome.label("last_outcome"),
+            last.c.message.label("last_message"),
+        )
+        .join(Sender, Sender.id == jobs.c.sender_id)
+        .join(last, true(), isouter=True)
+    )
+
+
+def _record(row: Row[Any]) -> JobRecord:
+    return JobRecord(
+        job_id=row.id,
+        batch_id=row.batch_id,
+        sender_id=row.sender_id,
+        user_id=row.user_id,
+        sender_email=row.email,
+        recipient=row.recipient,
+        row_number=row.row_number,
+        state=JobState(row.state),
+        scheduled_at=row.scheduled_at,
+        finished_at=row.finished_at,
+        attempts=row.attempt,
+        last_outcome=None if row.last_outcome is None else AttemptOutcome(row.last_outcome),
+        last_message=row.last_message,
+    )
+
+
+async def read_job(
+    connection: AsyncConnection, job_id: int, user_id: str | None
+) -> JobRecord | None:
+    """Return a job; None: there is none, or not for this user."""
+    job = owned_by(
+        select(*_JOB, Batch.user_id)
+        .join(Batch, Batch.id == EmailJob.batch_id)
+        .where(EmailJob.id == job_id),
+        Batch.user_id,
+        user_id,
+    ).subquery("job")
+    row = (await connection.execute(_described(job))).one_or_none()
+    return None if row is None else _record(row)
+
+
+def _owned_batches(which: JobFilter) -> Select[int, str]:
+    statement: Select[Any] = owned_by(select(Batch.id, Batch.user_id), Batch.user_id, which.user_id)
+    if which.sender_id is not None:
+        statement = statement.where(Batch.sender_id == which.sender_id)
+    if which.batch_id is not None:
+        statement = statement.where(Batch.id == which.batch_id)
+    return statement
+
+
+def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[Any]:
+    """Return jobs by walking the batches, the oldest first, no further than `limit` jobs need.
+
+    Each batch is read from its own index and gives up to `limit` jobs: a plan that sorted all jobs
+    of a user would cost as many as there are.
+    """
+    batches = _owned_batches(which).where(Batch.id >= after[0]).order_by(Batch.id).subquery("owned")
+    jobs = select(*_JOB).where(
+        EmailJob.batch_id == batches.c.id,
+        EmailJob.id > case((batches.c.id == after[0], after[1]), else_=0),
+    )
+    if which.state is not None:
+        jobs = jobs.where(in_state(which.state))
+    part = lateral(jobs.order_by(EmailJob.id).limit(limit), "part")
+    return select(*part.c, batches.c.user_id).join(part, true()).order_by(batches.c.id, part.c.id)
+
+
+def _by_recipient(which: JobFilter, after: tuple[int, int], recipient: str) -> Select[Any]:
+    """Return jobs to one address: few, found by their own index."""
+    batches = _owned_batches(which).subquery("owned")
+    jobs = (
+        select(*_JOB, batches.c.user_id)
+        .join(batches, batches.c.id == EmailJob.batch_id)
+        .where(
+            is_to(recipient),
+            (EmailJob.batch_id > after[0])
+            | ((EmailJob.batch_id == after[0]) & (EmailJob.id > after[1])),
+        )
+        .order_by(EmailJob.batch_id, EmailJob.id)
+    )
+    return jobs if which.state is None else jobs.where(in_state(which.state))
+
+
+async def list_jobs(
+    connection: AsyncConnection, which: JobFilter, after: tuple[int, int], limit: int
+) -> Sequence[JobRecord]:
+    """Return the first `limit` jobs after (batch, job), in this order: that of their acceptance."""
+    if which.recipient is None:
+        found = _by_batch(which, after, limit)
+    else:
+        found = _by_recipient(which, after, which.recipient)
+    page = found.limit(limit).subquery("page")
+    statement = _described(page).order_by(page.c.batch_id, page.c.id)
+    return [_record(row) for row in await connection.execute(statement)]
+
+
+def is_job_of(job_id: int, user_id: str | None) -> ColumnElement[bool]:
+    """Return the condition for one job of this user's."""
+    batch = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
+    return (EmailJob.id == job_id) & batch.correlate(EmailJob).exists()
+
+
+async def job_exists(connection: AsyncConnection, job_id: int, user_id: str | None) -> bool:
+    """Return whether there is such a job for this user."""
+    found = await connection.execute(select(EmailJob.id).where(is_job_of(job_id, user_id)))
+    return found.one_or_none() is not None
+
+
+async def list_attempts(
+    connection: AsyncConnection, job_id: int, after: int, limit: int
+) -> Sequence[AttemptRecord]:
+    """Return the first `limit` attempts after number `after`; ask `job_exists` first."""
+    rows = await connection.execute(
+        select(
+            Attempt.attempt,
+            Attempt.started_at,
+            Attempt.ended_at,
+            Attempt.outcome,
+            Attempt.smtp_code,
+            Attempt.enhanced_code,
+            Attempt.message,
+        )
+        .where(Attempt.email_job_id == job_id, Attempt.attempt > after)
+        .order_by(Attempt.attempt)
+        .limit(limit)
+    )
+    return [
+        AttemptRecord(
+            number=row.attempt,
+            started_at=row.started_at,
+            ended_at=row.ended_at,
+            outcome=AttemptOutcome(row.outcome),
+            smtp_code=row.smtp_code,
+            enhanced_code=row.enhanced_code,
+            message=row.message,
+        )
+        for row in rows
+    ]

@@ -1,0 +1,107 @@
+"""The table of suppressions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.scheduler.storage.access import owned_by
+from services.scheduler.storage.cancelling import Moved, end_waiting
+from services.scheduler.storage.email_jobs import is_to
+from shared.models import Batch, EmailJob, Suppression
+from shared.states import JobState
+
+# Any number: the first half of the keys of our advisory locks on a user's suppressions.
+_LOCK_SPACE: Final = 0x5355
+
+
+@dataclass(frozen=True, slots=True)
+class SuppressionRecord:
+    """A suppression as it is stored."""
+
+    user_id: str
+    address: str
+    reason: str
+    created_at: datetime
+
+
+_COLUMNS: Final = (
+    Suppression.user_id,
+    Suppression.address,
+    Suppression.reason,
+    Suppression.created_at,
+)
+
+
+async def lock_suppressions(
+    connection: AsyncConnection, user_id: str, *, shared: bool = False
+) -> None:
+    """Lock the user's suppressions against new ones, until the end of the transaction.
+
+    A new suppression takes the lock alone, and then ends the waiting jobs that it can see. An
+    intake takes it with others, right before its commit, and then looks for suppressions that it
+    has missed. So one of the two sees the other.
+    """
+    lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
+    await connection.execute(select(lock(_LOCK_SPACE, func.hashtext(user_id))))
+
+
+async def insert_suppression(
+    connection: AsyncConnection, user_id: str, address: str, reason: str
+) -> tuple[SuppressionRecord, Moved]:
+    """Suppress a case-folded address and end the jobs to it that wait; keep what there is."""
+    await lock_suppressions(connection, user_id)
+    await connection.execute(
+        insert(Suppression)
+        .values(
+            user_id=user_id,
+            address=address,
+            reason=reason,
+            # Not now(), the begin of the transaction: that could be long before the lock.
+            created_at=func.clock_timestamp(),
+        )
+        .on_conflict_do_nothing()
+    )
+    row = (
+        await connection.execute(
+            owned_by(
+                select(*_COLUMNS).where(Suppression.address == address),
+                Suppression.user_id,
+                user_id,
+            )
+        )
+    ).one()
+    owned = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
+    moved = await end_waiting(
+        connection, is_to(address) & owned.correlate(EmailJob).exists(), JobState.SUPPRESSED
+    )
+    return SuppressionRecord(*row), moved
+
+
+async def delete_suppression(connection: AsyncConnection, user_id: str, address: str) -> bool:
+    """Take a suppression away; False: there was none."""
+    statement = owned_by(
+        delete(Suppression).where(Suppression.address == address), Suppression.user_id, user_id
+    )
+    return (await connection.execute(statement)).rowcount > 0
+
+
+async def list_suppressions(
+    connection: AsyncConnection, user_id: str, after: str, limit: int
+) -> Sequence[SuppressionRecord]:
+    """Return the user's first `limit` suppressions after the address `after`."""
+    statement = owned_by(
+        select(*_COLUMNS)
+        .where(Suppression.address > after)
+        .order_by(Suppression.address)
+        .limit(limit),
+        Suppression.user_id,
+        user_id,
+    )
+    return [SuppressionRecord(*row) for row in await connection.execute(statement)]
