@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -14,14 +15,14 @@ import typer
 
 from cli.client import ENDPOINTS
 from cli.foreground import run
-from cli.lazy import CommandFailed
 from cli.output import Output, OutputFormat, note, print_json
 from deploy.local.supervisor import LocalSystem
-from shared.errors import OutboxError
 from shared.settings import Settings, load_settings
 
 # Set by `up` itself, whatever the environment says.
-_OWN: Final = ("database_url", "redis_url", "auth", "tls_certificate", "tls_key")
+_OWN: Final = frozenset(
+    ("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key")
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -68,7 +69,7 @@ async def _hold(
     (folder / ".gitignore").write_text("*\n")
     system = LocalSystem(folder, settings, dispatchers=dispatchers, smtp_url=smtp, say=_say)
     note("starting ...")
-    async with _starting(system):
+    async with system:
         found = endpoints_of(system)
         _write(found)
         try:
@@ -97,3 +98,87 @@ def endpoints_of(system: LocalSystem) -> dict[str, Any]:
         "logs": str(system.folder / "logs"),
         "pid": os.getpid(),
     }
+
+
+def _write(found: dict[str, Any]) -> None:
+    # Renamed when it is whole: a client that reads meanwhile sees all of it or nothing.
+    fresh = ENDPOINTS.with_suffix(".new")
+    fresh.write_text(json.dumps(found, indent=2) + "\n")
+    fresh.rename(ENDPOINTS)
+
+
+def _say(text: str) -> None:
+    note(f"outbox up: {text}")
+
+
+def _tell_of_unused(settings: Settings, smtp: str | None) -> None:
+    for name in sorted(settings.model_fields_set.intersection(_OWN)):
+        hint = "; name the relay with --smtp" if name == "smtp_url" and smtp is None else ""
+        note(f"OUTBOX_{name.upper()} is not used by `outbox up`{hint}")
+
+
+def _welcome(found: dict[str, Any], smtp: str | None) -> str:
+    lines = [
+        "",
+        f"scheduler   {found['scheduler']}",
+        f"stats       {found['stats']}",
+        *(f"dispatcher  {address}" for address in found["dispatchers"]),
+        f"postgresql  {found['database_url']}",
+        f"redis       {found['redis_url']}",
+        f"mail        everything goes to {_without_password(smtp)}"
+        if smtp
+        else f"inbox       {found['smtp_url']}, mails in {found['inbox']}",
+        f"logs        {found['logs']}",
+        "",
+        "In another terminal, in this folder:",
+        "",
+        *(f"  {line}" for line in _examples(found)),
+        "",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _examples(found: dict[str, Any]) -> list[str]:
+    """Return lines for a shell, each of which works when it is pasted after those before it."""
+    grpcurl, outbox = _command("grpcurl"), _command("outbox")
+    sender = {"user_id": "demo", "sender": {"email": "news@example.com"}}
+    options = {
+        "request_id": "first",
+        "sender_id": "SENDER",
+        "subject": "Hello {{ name }}",
+        "body": "Good to see you, {{ name }}.",
+    }
+    rows = [
+        {"email": "ann@example.com", "columns": {"name": "Ann"}},
+        {"email": "ben@example.com", "columns": {"name": "Ben"}},
+    ]
+    # The shell puts the sender's id in: the quotes of the document end before it.
+    stats = _quoted({"sender_id": "SENDER"}).replace("SENDER", "'$sender'")
+    batch = _quoted({"options": options, "recipients": {"rows": rows}}).replace(
+        "SENDER", "'$sender'"
+    )
+    scheduler, service = found["scheduler"], "outbox.v1.SenderService/CreateSender"
+    find_id = r"""sed -n 's/.*"sender_id": "\(.*\)".*/\1/p'"""
+    return [
+        f"{grpcurl} -plaintext {scheduler} list",
+        f"sender=$({grpcurl} -plaintext -d {_quoted(sender)} {scheduler} {service} | {find_id})",
+        f"{grpcurl} -plaintext -d {batch} {scheduler} outbox.v1.BatchService/ScheduleBatch",
+        f"{grpcurl} -plaintext -d {stats} {found['stats']} outbox.v1.StatsService/GetSenderStats",
+        f"{outbox} jobs list --sender $sender",
+    ]
+
+
+def _quoted(document: dict[str, Any]) -> str:
+    return shlex.quote(json.dumps(document))
+
+
+def _command(name: str) -> str:
+    """Return how the shell calls a command that lies beside this Python, as short as it gets."""
+    path = Path(sys.executable).with_name(name)
+    if not path.exists():
+        return name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _without_password(url: str | None) -> str:
+    return re.sub(r"(://[^:@/]*):.*@", r"\1:***@", url or "")

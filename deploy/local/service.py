@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.local.child import Child, LocalServerError, _die_with_parent
+from deploy.local.child import Child, _die_with_parent
 from shared.settings import Settings, format_duration
 
 # Python alone takes a second to import a service, and several when the machine is busy.
@@ -54,15 +54,18 @@ class Service:
     ) -> None:
         """`title` is for people; `grace` is how long the service itself takes to drain."""
         self.title = title
+        self.name = name
         self.address = address
-        self.child: Child = _ServiceChild(
-            title,
-            [sys.executable, "-m", f"services.{name}"],
-            environment={**_PLACE, **environment, f"OUTBOX_{name.upper()}_LISTEN": address},
-            log=log,
-            cwd=folder,
-        )
+        self._variables = {**_PLACE, **environment}
+        self._folder = folder
+        self._log = log
         self._grace_s = grace.total_seconds()
+        self.child = self._child_at(address)
+
+    def move(self, address: str) -> None:
+        """Listen elsewhere from the next start on; it must not run now."""
+        self.address = address
+        self.child = self._child_at(address)
 
     async def start(self) -> None:
         """Start; returns when health says SERVING.
@@ -80,6 +83,15 @@ class Service:
     async def stop(self) -> None:
         """Drain and stop, within the grace and a little more."""
         await self.child.stop((signal.SIGTERM, self._grace_s + _BESIDE_GRACE_S))
+
+    def _child_at(self, address: str) -> Child:
+        return _ServiceChild(
+            self.title,
+            [sys.executable, "-m", f"services.{self.name}"],
+            environment={**self._variables, f"OUTBOX_{self.name.upper()}_LISTEN": address},
+            log=self._log,
+            cwd=self._folder,
+        )
 
     async def _serving(self) -> bool:
         async with grpc.aio.insecure_channel(self.address, options=_CHANNEL) as channel:
@@ -134,6 +146,3 @@ def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value.get_secret_value() if hasattr(value, "get_secret_value") else value)
-
-
-__all__ = ["LocalServerError", "Service", "describe_end", "environment_of"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 from deploy.local.child import Child, LocalServerError
 from deploy.local.encryption_key import key_in
@@ -22,7 +22,20 @@ _GRACE: Final = timedelta(seconds=5)
 # A service that cannot start shall not take the machine with it.
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
-_DEFAULT_PORTS: Final = {"postgres": 5432, "redis": 6379, "smtp": 1025}
+_SERVER_PORTS: Final = {"postgres": 5432, "redis": 6379, "smtp": 1025}
+_SERVICE_PORTS: Final = {"scheduler": 50051, "dispatcher": 50052, "stats": 50053}
+_PORT_TRIES: Final = 5
+
+
+class _Kept(Protocol):
+    """A server or service that can be started again."""
+
+    @property
+    def child(self) -> Child:
+        """Its process."""
+
+    async def start(self) -> None:
+        """Start it; returns when it is ready."""
 
 
 class LocalSystem:
@@ -46,9 +59,10 @@ class LocalSystem:
         `smtp_url` gets all mail, in place of the inbox. `default_ports`: each port is the usual
         one where that is free; else all are any free ones.
         """
-        ports = dict.fromkeys(_DEFAULT_PORTS) if not default_ports else {
-            name: free_port(port) if free_port(port) == port else None
-            for name, port in _DEFAULT_PORTS.items()
+        # None is a free one, and another one if somebody else takes it meanwhile.
+        ports = {
+            name: port if default_ports and free_port(port) == port else None
+            for name, port in _SERVER_PORTS.items()
         }
         self.servers = Servers(
             folder,
@@ -58,9 +72,6 @@ class LocalSystem:
             inbox=smtp_url is None,
         )
         self.folder = self.servers.folder
-        self.scheduler = ""
-        self.stats = ""
-        self.dispatchers: list[str] = []
         self._settings = settings
         self._wanted_dispatchers = dispatchers
         self._smtp_url = smtp_url
@@ -85,9 +96,13 @@ class LocalSystem:
             await asyncio.to_thread(migrate, self.servers.database_url)
             self._services = self._plan()
             stack.push_async_callback(self._stop_services)
-            async with asyncio.TaskGroup() as group:
-                for service in self._services:
-                    group.create_task(service.start())
+            started = await asyncio.gather(
+                *(self._first_start(service) for service in self._services),
+                return_exceptions=True,
+            )
+            for outcome in started:
+                if outcome is not None:
+                    raise outcome
             self._open = stack.pop_all()
         return self
 
@@ -95,27 +110,38 @@ class LocalSystem:
         """Stop the dispatchers, then the other services, then the servers."""
         await self._open.aclose()
 
+    @property
+    def scheduler(self) -> str:
+        """The scheduler's address."""
+        return self._addresses("scheduler")[0]
+
+    @property
+    def stats(self) -> str:
+        """The stats service's address."""
+        return self._addresses("stats")[0]
+
+    @property
+    def dispatchers(self) -> list[str]:
+        """The dispatchers' addresses."""
+        return self._addresses("dispatcher")
+
     async def watch(self) -> None:
         """Start again what ends by itself, and say so; returns never."""
         postgres, valkey = self.servers.postgres, self.servers.valkey
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep("PostgreSQL", lambda: postgres.child, postgres.start))
-            group.create_task(self._keep("Valkey", lambda: valkey.child, valkey.start))
+            group.create_task(self._keep("PostgreSQL", postgres))
+            group.create_task(self._keep("Valkey", valkey))
             for service in self._services:
-                group.create_task(
-                    self._keep(service.title, lambda one=service: one.child, service.start)
-                )
+                group.create_task(self._keep(service.title, service))
 
-    async def _keep(
-        self, title: str, child: Callable[[], Child], start: Callable[[], Awaitable[None]]
-    ) -> None:
+    async def _keep(self, title: str, kept: _Kept) -> None:
         while True:
-            code = await child().wait()
+            code = await kept.child.wait()
             self._say(f"{title} {describe_end(code)}; starting it again")
             pause = _FIRST_PAUSE_S
             while True:
                 try:
-                    await start()
+                    await kept.start()
                     break
                 except LocalServerError as error:
                     self._say(str(error))
@@ -123,29 +149,38 @@ class LocalSystem:
                     pause = min(pause * 2, _LONGEST_PAUSE_S)
             self._say(f"{title} is running again")
 
+    async def _first_start(self, service: Service) -> None:
+        for tries_left in reversed(range(_PORT_TRIES)):
+            try:
+                await service.start()
+            except LocalServerError as error:
+                given = f"{service.name}_listen" in self._settings.model_fields_set
+                if given or not tries_left or "cannot be bound" not in str(error):
+                    raise
+                # Somebody took the port between our look and the start.
+                service.move(f"{LOOPBACK}:{free_port()}")
+            else:
+                return
+
     def _plan(self) -> list[Service]:
         environment = self._environment()
-        self.scheduler = self._address("scheduler", 50051)
-        self.stats = self._address("stats", 50053)
-        self.dispatchers = [
-            self._address("dispatcher", 50052) if number == 0 else f"{LOOPBACK}:{free_port()}"
-            for number in range(self._wanted_dispatchers)
+        several = self._wanted_dispatchers > 1
+        titles = [("scheduler", "scheduler", 1), ("stats", "stats", 1)]
+        titles += [
+            (f"dispatcher-{number}" if several else "dispatcher", "dispatcher", number)
+            for number in range(1, self._wanted_dispatchers + 1)
         ]
-        named = [("scheduler", "scheduler", self.scheduler), ("stats", "stats", self.stats)]
-        for number, address in enumerate(self.dispatchers, start=1):
-            title = "dispatcher" if len(self.dispatchers) == 1 else f"dispatcher-{number}"
-            named.append((title, "dispatcher", address))
         return [
             Service(
                 title,
                 name,
-                address,
+                self._address(name, number),
                 environment,
                 folder=self.folder,
                 log=self.folder / "logs" / f"{title}.log",
                 grace=self._grace(),
             )
-            for title, name, address in named
+            for title, name, number in titles
         ]
 
     def _environment(self) -> dict[str, str]:
@@ -168,17 +203,19 @@ class LocalSystem:
         given = "shutdown_grace" in self._settings.model_fields_set
         return self._settings.shutdown_grace if given else _GRACE
 
-    def _address(self, name: str, usual_port: int) -> str:
-        if not self._default_ports:
+    def _addresses(self, name: str) -> list[str]:
+        return [service.address for service in self._services if service.name == name]
+
+    def _address(self, name: str, number: int) -> str:
+        if not self._default_ports or number > 1:
             return f"{LOOPBACK}:{free_port()}"
         field = f"{name}_listen"
         if field in self._settings.model_fields_set:
             return str(getattr(self._settings, field))
-        return f"{LOOPBACK}:{free_port(usual_port)}"
+        return f"{LOOPBACK}:{free_port(_SERVICE_PORTS[name])}"
 
     async def _stop_services(self) -> None:
         # What sends first: the others may still be asked while it ends.
-        first = [one for one in self._services if one.title.startswith("dispatcher")]
-        rest = [one for one in self._services if one not in first]
-        for group in (first, rest):
+        for sends in (True, False):
+            group = [one for one in self._services if (one.name == "dispatcher") == sends]
             await asyncio.gather(*(service.stop() for service in group))

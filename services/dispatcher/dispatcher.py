@@ -68,7 +68,9 @@ class Dispatcher:
         self._idle.set()
         self._draining = asyncio.Event()
         self._settler = Settler(statements, transactions, loader, self._recorded)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._group: asyncio.TaskGroup | None = None
+        # A store failed us: the next look waits a little.
+        self._troubled = False
 
     @property
     def draining(self) -> bool:
@@ -81,24 +83,30 @@ class Dispatcher:
         return self._settings.dispatcher_concurrency - self._free
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Dispatch until `stop`, then drain: finish what is in its body, give back the rest."""
-        settler = asyncio.create_task(self._settler.run())
-        loops = [
-            asyncio.create_task(self._dispatch(queue, listener))
-            for queue, listener in zip(self._queues, self._listeners, strict=True)
-        ]
-        stopped = asyncio.create_task(stop.wait())
+        """Dispatch until `stop` or `drain`: finish what is in its body, give back the rest.
+
+        A fault of ours anywhere ends all of it: the process starts again, from what is recorded.
+        """
         try:
-            await asyncio.wait([stopped, settler, *loops], return_when=asyncio.FIRST_COMPLETED)
-            await self.drain()
-            await asyncio.gather(*loops)
-            await self._idle.wait()
-            self._settler.close()
-            await settler
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                stopping = group.create_task(self._drain_at(stop))
+                settler = group.create_task(self._settler.run())
+                loops = [
+                    group.create_task(self._dispatch(queue, listener))
+                    for queue, listener in zip(self._queues, self._listeners, strict=True)
+                ]
+                await asyncio.gather(*loops)
+                await self._idle.wait()
+                self._settler.close()
+                await settler
+                stopping.cancel()
         finally:
-            for task in (stopped, settler, *loops, *self._tasks):
-                task.cancel()
             self._pool.close()
+
+    async def _drain_at(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        await self.drain()
 
     async def drain(self) -> int:
         """Take no more jobs; returns, when nothing is in flight, how many were given back."""
@@ -122,6 +130,8 @@ class Dispatcher:
             except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
                 _log.warning("look_failed", shard=queue.shard, error=type(error).__name__)
                 pause = _RETRY
+            if self._troubled:
+                self._troubled, pause = False, _RETRY
             if pause > timedelta(0):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(listener.wait(), pause.total_seconds())
@@ -145,7 +155,8 @@ class Dispatcher:
             self._spawn(self._load(claimed.loads))
         if taken:
             deadline = asked + self._settings.lease.total_seconds()
-            await self._start(queue, claimed.claims, deadline)
+            # Not awaited: what becomes eligible meanwhile must not wait for these to be marked.
+            self._spawn(self._start_or_return(queue, claimed.claims, deadline))
         if taken == want:
             return timedelta(0)
         return HEARTBEAT if claimed.next_look is None else min(claimed.next_look, HEARTBEAT)
@@ -156,6 +167,15 @@ class Dispatcher:
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # It is asked for again, by whoever looks at the sender when it is overdue.
             _log.warning("load_failed", senders=len(sender_ids), error=type(error).__name__)
+
+    async def _start_or_return(
+        self, queue: Queue, claims: Sequence[Claim], deadline: float
+    ) -> None:
+        try:
+            await self._start(queue, claims, deadline)
+        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
+            _log.warning("start_failed", jobs=len(claims), error=type(error).__name__)
+            self._troubled = True
 
     async def _start(self, queue: Queue, claims: Sequence[Claim], deadline: float) -> None:
         """Mark, load and confirm a group of claims, and begin to send each."""
@@ -252,9 +272,9 @@ class Dispatcher:
             self._idle.set()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if self._group is None:
+            raise RuntimeError("the dispatcher does not run")
+        self._group.create_task(coroutine)
 
 
 def _not_built(error: CompositionError, started: float) -> SendResult:

@@ -79,7 +79,12 @@ async def serve(
         )
         dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         servicer = DispatcherServicer(
-            dispatcher_id, settings.dispatcher_concurrency, dispatcher, pool, progress
+            dispatcher_id=dispatcher_id,
+            concurrency=settings.dispatcher_concurrency,
+            dispatcher=dispatcher,
+            pool=pool,
+            progress=progress,
+            on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - the server comes later
         )
         server = GrpcServer(
             settings,

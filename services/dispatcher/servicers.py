@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -21,17 +22,20 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
 
     def __init__(
         self,
+        *,
         dispatcher_id: str,
         concurrency: int,
         dispatcher: Dispatcher,
         pool: SmtpPool,
         progress: Progress,
+        on_drain: Callable[[], None],
     ) -> None:
         self._id = dispatcher_id
         self._concurrency = concurrency
         self._dispatcher = dispatcher
         self._pool = pool
         self._progress = progress
+        self._on_drain = on_drain
 
     async def GetDispatcherStatus(  # noqa: N802 - the proto's name
         self,
@@ -49,6 +53,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
     ) -> dispatcher_service_pb2.DrainResponse:
         """Take no more jobs; answer when nothing is in flight."""
         _require_operator()
+        self._on_drain()
         given_back = await self._dispatcher.drain()
         return dispatcher_service_pb2.DrainResponse(
             status=self._status(), given_back_count=given_back

@@ -36,6 +36,8 @@ class Moved:
 
     jobs: int
     sender_ids: tuple[int, ...]
+    # The last of them; 0: there was none.
+    last_id: int
 
 
 async def end_waiting(
@@ -44,13 +46,13 @@ async def end_waiting(
     state: JobState,
     limit: int | None = None,
 ) -> Moved:
-    """Move the waiting jobs that `which` names to a final state; `limit`: at most so many.
+    """Move the waiting jobs that `which` names to a final state; `limit`: the first so many.
 
     A job that a dispatcher is marking SENDING at this moment is waited for, and then left alone:
     it is no longer SCHEDULED.
     """
     row = (await connection.execute(_statement(which, state, limit))).one()
-    return Moved(row.jobs, tuple(row.senders or ()))
+    return Moved(row.jobs, tuple(row.senders or ()), row.last_id)
 
 
 def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -> Any:
@@ -70,11 +72,16 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
         update(EmailJob)
         .where(EmailJob.id == waiting.c.id)
         .values(state=state, finished_at=now)
-        .returning(EmailJob.sender_id, EmailJob.batch_id)
+        .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id)
         .cte("moved")
     )
     groups = (
-        select(moved.c.sender_id, moved.c.batch_id, cast(func.count(), BigInteger).label("n"))
+        select(
+            moved.c.sender_id,
+            moved.c.batch_id,
+            cast(func.count(), BigInteger).label("n"),
+            func.max(moved.c.id).label("last_id"),
+        )
         .group_by(moved.c.sender_id, moved.c.batch_id)
         .cte("groups")
     )
@@ -107,6 +114,7 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
             func.array_agg(groups.c.sender_id.distinct()).label("senders"),
+            func.coalesce(func.max(groups.c.last_id), 0).label("last_id"),
         )
         .select_from(groups)
         .add_cte(deltas, markers)
@@ -130,20 +138,21 @@ async def cancel_batch(
     then have cancelled nothing. What is committed is CANCELLED for good; a call that was cut off
     is simply made again.
     """
-    jobs = 0
+    jobs = after = 0
     while True:
 
-        async def step(connection: AsyncConnection) -> tuple[int | None, int]:
+        async def step(connection: AsyncConnection, after: int = after) -> tuple[int | None, Moved]:
             sender_id = await mark_cancelled(connection, batch_id, user_id)
             if sender_id is None:
-                return None, 0
-            which = EmailJob.batch_id == batch_id
-            moved = await end_waiting(connection, which, JobState.CANCELLED, limit=_CHUNK)
-            return sender_id, moved.jobs
+                return None, Moved(0, (), 0)
+            # From the last one on: those before would be looked at in each transaction again.
+            which = (EmailJob.batch_id == batch_id) & (EmailJob.id > after)
+            return sender_id, await end_waiting(connection, which, JobState.CANCELLED, _CHUNK)
 
         sender_id, moved = await in_transaction(engine, step)
         if sender_id is None:
             return None
-        jobs += moved
-        if moved < _CHUNK:
+        jobs += moved.jobs
+        after = moved.last_id
+        if moved.jobs < _CHUNK:
             return CancelledBatch(sender_id, jobs)

@@ -139,7 +139,7 @@ async def read_job(
 
 
 def _owned_batches(which: JobFilter) -> Select[int, str]:
-    statement: Select[Any] = owned_by(select(Batch.id, Batch.user_id), Batch.user_id, which.user_id)
+    statement = owned_by(select(Batch.id, Batch.user_id), Batch.user_id, which.user_id)
     if which.sender_id is not None:
         statement = statement.where(Batch.sender_id == which.sender_id)
     if which.batch_id is not None:

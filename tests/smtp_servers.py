@@ -1,0 +1,334 @@
+"""An SMTP server that does, in each phase of a session, what the test tells it to."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import ipaddress
+import re
+import ssl
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final, Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+_LINE_LIMIT: Final = 64 * 1024 * 1024
+_MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S+)\s*$")
+_WELL: Final = {
+    "greeting": "220 scripted.test ESMTP",
+    "starttls": "220 2.0.0 go ahead",
+    "auth": "235 2.7.0 welcome",
+    "mail": "250 2.1.0 sender ok",
+    "rcpt": "250 2.1.5 recipient ok",
+    "data": "354 go ahead",
+    "body": "250 2.0.0 taken",
+    "rset": "250 2.0.0 reset",
+    "quit": "221 2.0.0 bye",
+}
+
+
+@dataclass(frozen=True)
+class Say:
+    """Answer this; the text has no line end."""
+
+    text: str | bytes
+
+
+@dataclass(frozen=True)
+class Close:
+    """Close the connection without a word."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Say nothing until the event is set; one that nobody sets is a server that hangs."""
+
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class Well:
+    """Answer as a server does to which nothing is wrong."""
+
+
+Step = Say | Close | Wait | Well
+# What happens in a phase: some steps, one after the other.
+Action = Step | tuple[Step, ...]
+
+
+@dataclass
+class Taken:
+    """A mail whose body came to its end. Times are seconds since 1970."""
+
+    mail_from: str
+    rcpt_to: str
+    # As it came, dots still doubled, without the final dot.
+    data: bytes
+    # At MAIL FROM; and when the body had ended.
+    started_at: float
+    received_at: float
+    # The server has answered 250.
+    answered: bool = False
+
+    @property
+    def message_id(self) -> str:
+        found = _MESSAGE_ID.search(self.data)
+        return found[1].decode() if found else ""
+
+
+class ScriptedServer:
+    """Takes every mail on loopback, but for what `plan` says of a phase.
+
+    Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, rset, quit. A list in the plan is
+    used up, one action a time that the phase is come to; anything else holds for ever. `visits`
+    counts how often each phase was come to, `waiting` how many sessions wait in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        extensions: Sequence[str] = ("8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES"),
+        tls: ssl.SSLContext | None = None,
+        implicit_tls: bool = False,
+        byte_by_byte: bool = False,
+        **plan: Action | list[Action],
+    ) -> None:
+        self.plan = plan
+        self.visits: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()
+        self.taken: list[Taken] = []
+        # Bytes of bodies, also of those that did not come to their end.
+        self.body_bytes = 0
+        self.commands: list[str] = []
+        self.connections = 0
+        self.open: set[asyncio.StreamWriter] = set()
+        self._extensions = extensions
+        self._tls = tls
+        self._implicit_tls = implicit_tls
+        self._byte_by_byte = byte_by_byte
+        self._server: asyncio.Server | None = None
+        self._port: int | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def port(self) -> int:
+        assert self._port is not None
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"smtp://127.0.0.1:{self.port}"
+
+    def count(self, message_id: str) -> int:
+        """Return how many copies of a mail were taken."""
+        return sum(mail.message_id == message_id for mail in self.taken)
+
+    async def start(self) -> None:
+        """Listen; after a `stop` on the same port again."""
+        self._server = await asyncio.start_server(
+            self._connected,
+            "127.0.0.1",
+            self._port or 0,
+            limit=_LINE_LIMIT,
+            ssl=self._tls if self._implicit_tls else None,
+        )
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop listening and cut every connection."""
+        if self._server is None:
+            return
+        self._server.close()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+        self._server = None
+
+    def cut(self) -> None:
+        """Cut every connection, as a server does that has had enough of idle clients."""
+        for writer in tuple(self.open):
+            writer.transport.abort()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self.open.add(writer)
+        self.connections += 1
+        try:
+            await _Session(self, reader, writer).run()
+        except (OSError, EOFError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            self.open.discard(writer)
+            writer.transport.abort()
+
+    def _action(self, phase: str) -> tuple[Step, ...]:
+        action = self.plan.get(phase, Well())
+        if isinstance(action, list):
+            action = action.pop(0) if action else Well()
+        return action if isinstance(action, tuple) else (action,)
+
+
+class _Session:
+    def __init__(
+        self, server: ScriptedServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._server = server
+        self._reader = reader
+        self._writer = writer
+        self._began = 0.0
+        self._from = ""
+        self._to = ""
+
+    async def run(self) -> None:
+        await self._do("greeting")
+        while line := await self._reader.readline():
+            command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+            self._server.commands.append(command)
+            await self._obey(command)
+
+    async def _obey(self, command: str) -> None:
+        verb = command.partition(" ")[0].upper()
+        if verb == "MAIL":
+            self._began = time.time()
+            self._from = command[command.index("<") + 1 : command.index(">")]
+        elif verb == "RCPT":
+            self._to = command[command.index("<") + 1 : command.index(">")]
+        phase = "ehlo" if verb == "HELO" else verb.lower()
+        if phase not in {*_WELL, "ehlo"}:
+            await self._say(b"502 5.5.1 no such command")
+            return
+        answer = await self._do(phase)
+        if phase == "starttls" and answer == "220":
+            await self._writer.start_tls(self._server._tls)  # type: ignore[arg-type]
+        elif phase == "data" and answer == "354":
+            await self._take_body()
+        elif phase == "quit":
+            raise EOFError
+
+    async def _take_body(self) -> None:
+        lines: list[bytes] = []
+        while (line := await self._reader.readline()) != b".\r\n":
+            self._server.body_bytes += len(line)
+            if not line.endswith(b"\n"):
+                raise EOFError
+            lines.append(line)
+        mail = Taken(self._from, self._to, b"".join(lines), self._began, time.time())
+        self._server.taken.append(mail)
+        mail.answered = await self._do("body") == "250"
+
+    async def _do(self, phase: str) -> str:
+        """Carry out the plan of a phase; return the first three characters of what was said."""
+        self._server.visits[phase] += 1
+        said = ""
+        for step in self._server._action(phase):
+            if isinstance(step, Close):
+                raise EOFError
+            if isinstance(step, Wait):
+                await self._wait(phase, step.event)
+                continue
+            text = step.text if isinstance(step, Say) else self._well(phase)
+            data = text.encode() if isinstance(text, str) else text
+            said = data[:3].decode("ascii", "replace")
+            await self._say(data)
+        return said
+
+    async def _wait(self, phase: str, event: asyncio.Event) -> None:
+        """Wait for the event, or for the other side to give up."""
+        self._server.waiting[phase] += 1
+        closed = asyncio.create_task(_until_closed(self._writer))
+        waiting = asyncio.create_task(event.wait())
+        try:
+            await asyncio.wait([closed, waiting], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._server.waiting[phase] -= 1
+            for task in (closed, waiting):
+                task.cancel()
+        if not event.is_set():
+            raise EOFError
+
+    def _well(self, phase: str) -> str:
+        if phase != "ehlo":
+            return _WELL[phase]
+        offered = list(self._server._extensions)
+        secure = self._writer.get_extra_info("ssl_object") is not None
+        if self._server._tls and not secure:
+            offered.append("STARTTLS")
+        lines = ["scripted.test", *offered]
+        return "\r\n".join(
+            f"250{' ' if line is lines[-1] else '-'}{line}" for line in lines
+        )
+
+    async def _say(self, data: bytes) -> None:
+        data += b"\r\n"
+        if not self._server._byte_by_byte:
+            self._writer.write(data)
+            await self._writer.drain()
+            return
+        for i in range(len(data)):
+            self._writer.write(data[i : i + 1])
+            await self._writer.drain()
+            await asyncio.sleep(0)
+
+
+async def _until_closed(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+def plain_login(user: str, password: str) -> str:
+    """Return what AUTH PLAIN says on the wire (RFC 4616)."""
+    return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
+
+
+def self_signed(folder: Path, *, host: str = "127.0.0.1") -> tuple[ssl.SSLContext, Path]:
+    """Return a server's context with a new certificate for an address, and the certificate."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    public, private = folder / f"{host}.crt", folder / f"{host}.key"
+    public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(public, private)
+    return context, public
