@@ -28,6 +28,10 @@ protos: $(STUBS) ## Generate the protobuf and gRPC code
 .PHONY: setup
 setup: $(READY) ## Make the environment in .venv
 
+.PHONY: demo
+demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is checked
+	$(BIN)/outbox demo
+
 .PHONY: test
 test: $(READY) ## Run all tests on real servers
 	$(BIN)/pytest
@@ -40,6 +44,10 @@ lint: $(READY) ## Check style, types, protos and the walls between rooms
 	$(BIN)/lint-imports
 	$(BIN)/buf lint '$(STUBS)#format=binpb' --path outbox
 	$(BIN)/buf format --diff --exit-code protos
+
+.PHONY: bench
+bench: $(READY) ## Measure intake, dispatch and lateness (needs postfix's smtp-sink)
+	$(BIN)/python -m bench
 
 .PHONY: lock
 lock: ## Resolve the dependencies again (needs uv)

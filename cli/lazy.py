@@ -56,7 +56,15 @@ class LazyGroup(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name is None or stub is None:
             return name, stub, rest
-        command = command_of(importlib.import_module(self.entries[name].module).app)
+        try:
+            module = importlib.import_module(self.entries[name].module)
+        except ModuleNotFoundError as error:
+            if error.name != "aiosmtpd":
+                raise
+            raise CommandFailed(
+                "the embedded stack is not installed: pip install 'outbox[local]'"
+            ) from None
+        command = command_of(module.app)
         command.name = name
         return name, command, rest
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import ipaddress
 import re
 import ssl
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Self
+from typing import Any, Final, Self, cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -56,11 +55,18 @@ class Wait:
 
 
 @dataclass(frozen=True)
+class StopReading:
+    """Take not a byte more from the network until the event is set."""
+
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
 class Well:
     """Answer as a server does to which nothing is wrong."""
 
 
-Step = Say | Close | Wait | Well
+Step = Say | Close | Wait | StopReading | Well
 # What happens in a phase: some steps, one after the other.
 Action = Step | tuple[Step, ...]
 
@@ -88,21 +94,22 @@ class Taken:
 class ScriptedServer:
     """Takes every mail on loopback, but for what `plan` says of a phase.
 
-    Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, rset, quit. A list in the plan is
-    used up, one action a time that the phase is come to; anything else holds for ever. `visits`
+    Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, rset, quit. A list in the plan
+    is used up, one action a time that the phase is come to; anything else holds for ever. `visits`
     counts how often each phase was come to, `waiting` how many sessions wait in it.
     """
 
     def __init__(
         self,
+        plan: Mapping[str, Any] | None = None,
         *,
         extensions: Sequence[str] = ("8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES"),
         tls: ssl.SSLContext | None = None,
         implicit_tls: bool = False,
         byte_by_byte: bool = False,
-        **plan: Action | list[Action],
     ) -> None:
-        self.plan = plan
+        # An Action, or a list of them, by phase.
+        self.plan = dict(plan or {})
         self.visits: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
         self.taken: list[Taken] = []
@@ -216,7 +223,7 @@ class _Session:
             self._to = command[command.index("<") + 1 : command.index(">")]
         phase = "ehlo" if verb == "HELO" else verb.lower()
         if phase not in {*_WELL, "ehlo"}:
-            await self._say(b"502 5.5.1 no such command")
+            await self._say("502 5.5.1 no such command")
             return
         answer = await self._do(phase)
         if phase == "starttls" and answer == "220":
@@ -242,21 +249,32 @@ class _Session:
         self._server.visits[phase] += 1
         said = ""
         for step in self._server._action(phase):
-            if isinstance(step, Close):
-                raise EOFError
-            if isinstance(step, Wait):
-                await self._wait(phase, step.event)
-                continue
-            text = step.text if isinstance(step, Say) else self._well(phase)
-            data = text.encode() if isinstance(text, str) else text
-            said = data[:3].decode("ascii", "replace")
-            await self._say(data)
+            match step:
+                case Say(text):
+                    said = await self._say(text)
+                case Well():
+                    said = await self._say(self._well(phase))
+                case Wait(event):
+                    await self._wait(phase, event)
+                case StopReading(event):
+                    await self._stop_reading(phase, event)
+                case Close():
+                    raise EOFError
         return said
+
+    async def _stop_reading(self, phase: str, event: asyncio.Event) -> None:
+        transport = cast(asyncio.Transport, self._writer.transport)
+        transport.pause_reading()
+        self._server.waiting[phase] += 1
+        await event.wait()
+        self._server.waiting[phase] -= 1
+        transport.resume_reading()
 
     async def _wait(self, phase: str, event: asyncio.Event) -> None:
         """Wait for the event, or for the other side to give up."""
         self._server.waiting[phase] += 1
-        closed = asyncio.create_task(_until_closed(self._writer))
+        # A client has nothing to say while it waits for an answer: this ends at its close alone.
+        closed = asyncio.create_task(self._reader.read(1))
         waiting = asyncio.create_task(event.wait())
         try:
             await asyncio.wait([closed, waiting], return_when=asyncio.FIRST_COMPLETED)
@@ -264,6 +282,7 @@ class _Session:
             self._server.waiting[phase] -= 1
             for task in (closed, waiting):
                 task.cancel()
+            await asyncio.gather(closed, waiting, return_exceptions=True)
         if not event.is_set():
             raise EOFError
 
@@ -275,25 +294,18 @@ class _Session:
         if self._server._tls and not secure:
             offered.append("STARTTLS")
         lines = ["scripted.test", *offered]
-        return "\r\n".join(
-            f"250{' ' if line is lines[-1] else '-'}{line}" for line in lines
-        )
+        return "\r\n".join(f"250{' ' if line is lines[-1] else '-'}{line}" for line in lines)
 
-    async def _say(self, data: bytes) -> None:
-        data += b"\r\n"
-        if not self._server._byte_by_byte:
-            self._writer.write(data)
+    async def _say(self, text: str | bytes) -> str:
+        data = (text.encode() if isinstance(text, str) else text) + b"\r\n"
+        pieces = [data]
+        if self._server._byte_by_byte:
+            pieces = [data[i : i + 1] for i in range(len(data))]
+        for piece in pieces:
+            self._writer.write(piece)
             await self._writer.drain()
-            return
-        for i in range(len(data)):
-            self._writer.write(data[i : i + 1])
-            await self._writer.drain()
-            await asyncio.sleep(0)
-
-
-async def _until_closed(writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+            await asyncio.sleep(0)  # one piece a turn of the loop
+        return data[:3].decode("ascii", "replace")
 
 
 def plain_login(user: str, password: str) -> str:

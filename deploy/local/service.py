@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from shared.settings import Settings, format_duration
 
 # Python alone takes a second to import a service, and several when the machine is busy.
 _START_LIMIT_S: Final = 60.0
+_CHECK_LIMIT_S: Final = 1.0
 _BESIDE_GRACE_S: Final = 3.0
 _CHANNEL: Final = (
     ("grpc.initial_reconnect_backoff_ms", 20),
@@ -94,17 +96,19 @@ class Service:
         )
 
     async def _serving(self) -> bool:
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(
-                health_pb2.HealthCheckRequest(), wait_for_ready=True
+        # Not grpc.aio: its thread would be inside grpc whenever a later child is forked.
+        return await asyncio.to_thread(_serves, self.address)
+
+
+def _serves(address: str) -> bool:
+    with grpc.insecure_channel(address, options=_CHANNEL) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), wait_for_ready=True, timeout=_CHECK_LIMIT_S
             )
-            try:
-                async for answer in watch:
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                        return True
-            except grpc.aio.AioRpcError:
-                pass
-        return False
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 class _ServiceChild(Child):

@@ -41,7 +41,8 @@ class _Kept(Protocol):
 class LocalSystem:
     """Servers and services in one folder, running while the context is open.
 
-    `watch` starts again what ends by itself. All of them die with this process, even at kill -9.
+    What ends by itself is started again, and `say` is told. All of them die with this process,
+    even at kill -9.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LocalSystem:
         self._default_ports = default_ports
         self._say = say
         self._services: list[Service] = []
+        self._keepers: asyncio.Task[None] | None = None
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -103,6 +105,8 @@ class LocalSystem:
             for outcome in started:
                 if outcome is not None:
                     raise outcome
+            self._keepers = asyncio.create_task(self._keep_all())
+            stack.push_async_callback(_cancel, self._keepers)
             self._open = stack.pop_all()
         return self
 
@@ -126,7 +130,11 @@ class LocalSystem:
         return self._addresses("dispatcher")
 
     async def watch(self) -> None:
-        """Start again what ends by itself, and say so; returns never."""
+        """Return never, while what ends by itself is started again."""
+        if self._keepers is not None:
+            await asyncio.shield(self._keepers)
+
+    async def _keep_all(self) -> None:
         postgres, valkey = self.servers.postgres, self.servers.valkey
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep("PostgreSQL", postgres))
@@ -219,3 +227,8 @@ class LocalSystem:
         for sends in (True, False):
             group = [one for one in self._services if (one.name == "dispatcher") == sends]
             await asyncio.gather(*(service.stop() for service in group))
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})

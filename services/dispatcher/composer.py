@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import unquote, urlsplit
 
-from shared.message_ids import message_id_for
-
 from services.dispatcher.message import MessageBuilder, MessageError
 from services.dispatcher.smtp import Endpoint, Envelope
 from services.dispatcher.storage import BatchContent, MarkedJob
 from shared.errors import ConfigurationError, InvalidInput, OutboxError
+from shared.message_ids import message_id_for
 from shared.secrets import SecretBox
 from shared.settings import Settings
 from shared.states import SmtpSecurity
 from shared.templates import BatchTemplate, RenderError, decode_variables
 
-# Batches whose templates are kept parsed.
+# Batches whose templates are kept parsed; more where more mails may be under way at once.
 _KEPT_BATCHES = 500
 _SCHEMES = {
     "smtp": (SmtpSecurity.NONE, 25),
@@ -45,9 +44,10 @@ def relay_of(url: str) -> Endpoint:
     except (KeyError, ValueError):
         host, given_port, security, port = None, None, SmtpSecurity.NONE, 0
     if not host:
+        # Without what was given: it may hold a password.
         raise ConfigurationError(
-            f"OUTBOX_SMTP_URL: {urlsplit(url).scheme or url!r} is not smtp://host:port, "
-            "smtps://host:port or smtp+starttls://host:port"
+            "OUTBOX_SMTP_URL: it takes smtp://host:port, smtps://host:port or "
+            "smtp+starttls://host:port, with user:password@ before the host where needed"
         )
     return Endpoint(
         host=host,
@@ -78,24 +78,28 @@ class Composer:
         self._override = settings.smtp_override
         self._secrets = secrets
         self._read = read
+        self._kept = max(_KEPT_BATCHES, settings.dispatcher_concurrency)
         self._installation_id = installation_id
         self._batches: OrderedDict[int, _BatchMail | CompositionError] = OrderedDict()
         self._revisions: dict[int, int] = {}
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
         """Make sure that the batches of these jobs are known, with their senders as of now."""
-        missing = {
-            job.batch_id
-            for job in jobs
-            if self._revisions.get(job.batch_id, 0) < job.sender_revision
-        }
-        if not missing:
-            return
-        for batch_id, content in (await self._read(sorted(missing))).items():
-            self._batches[batch_id] = self._batch_mail(content)
-            self._batches.move_to_end(batch_id)
-            self._revisions[batch_id] = content.sender_revision
-        while len(self._batches) > _KEPT_BATCHES:
+        revisions = {job.batch_id: job.sender_revision for job in jobs}
+        missing = sorted(
+            batch_id
+            for batch_id, revision in revisions.items()
+            if self._revisions.get(batch_id, 0) < revision
+        )
+        if missing:
+            for batch_id, content in (await self._read(missing)).items():
+                self._batches[batch_id] = self._batch_mail(content)
+                self._revisions[batch_id] = content.sender_revision
+        # Those of this group are the last to be forgotten: their mails are built next.
+        for batch_id in revisions:
+            if batch_id in self._batches:
+                self._batches.move_to_end(batch_id)
+        while len(self._batches) > self._kept:
             forgotten, _ = self._batches.popitem(last=False)
             del self._revisions[forgotten]
 
@@ -130,7 +134,6 @@ class Composer:
             raise CompositionError(f"batch {job.batch_id} is gone")
         if isinstance(batch, CompositionError):
             raise batch
-        self._batches.move_to_end(job.batch_id)
         content = batch.content
         values = decode_variables(content.variable_names, job.variables)
         try:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import aiosmtplib
 from aiosmtplib.errors import SMTPException, SMTPResponseException
@@ -23,10 +24,9 @@ _LINE_DOT = re.compile(rb"(?m)^\.")
 _SERVICE_CLOSING = 421
 # Authentication required: the endpoint's settings are wrong, not the mail.
 _AUTH_REQUIRED = 530
-_COMPLETED = 250
-# RFC 5321, 4.2.3: not local, will be forwarded.
-_FORWARDED = 251
-_START_INPUT = 354
+# RFC 5321, 4.2.1: what the first digit says holds for every code, known or not.
+_COMPLETED = range(200, 300)
+_START_INPUT = range(354, 355)
 _TRANSIENT, _PERMANENT, _REPLIES_END = 400, 500, 600
 _MAX_TEXT = 500
 
@@ -93,7 +93,9 @@ class _Session:
         if self.client.is_ehlo_or_helo_needed:
             try:
                 await self.client.ehlo()
-            except aiosmtplib.SMTPHeloError:
+            except aiosmtplib.SMTPHeloError as error:
+                if error.code == _SERVICE_CLOSING:
+                    raise
                 await self.client.helo()
         self.ready = True
 
@@ -113,9 +115,9 @@ class _Session:
         await self._say(_COMPLETED, b"RCPT", b"TO:" + recipient)
         await self._say(_START_INPUT, b"DATA")
 
-    async def _say(self, expected: int, *command: bytes) -> None:
+    async def _say(self, expected: range, *command: bytes) -> None:
         reply = await self.client.execute_command(*command)
-        if reply.code != expected and (expected, reply.code) != (_COMPLETED, _FORWARDED):
+        if reply.code not in expected:
             raise SMTPResponseException(reply.code, reply.message)
 
     async def finish(self, data: bytes, limit: float) -> tuple[int, str]:
@@ -130,6 +132,11 @@ class _Session:
         return reply.code, reply.message
 
     def close(self) -> None:
+        # Not client.close() alone: it goes on sending what is not sent yet, a body that was given
+        # up, to whoever is slow enough to take it hours later.
+        if self.client.transport is not None:
+            # No isinstance: uvloop's transports are none of asyncio's.
+            cast(asyncio.WriteTransport, self.client.transport).abort()
         self.client.close()
 
 
@@ -258,12 +265,14 @@ class _Attempt:
         self._session: _Session | None = None
         self._ready = True
         self._started = 0.0
+        self._deadline = 0.0
         self._body_begun = False
         self.reusable: _Session | None = None
 
     async def run(self, envelope: Envelope, deadline: float, limit: float) -> SendResult:
         self._check()
         self._started = time.monotonic()
+        self._deadline = deadline
         try:
             session = await self._begin(envelope, min(3 * limit, deadline - self._started))
             # Nothing may follow 354 but a body: a no here costs the connection.
@@ -279,7 +288,7 @@ class _Attempt:
         except BaseException:
             self._drop()
             raise
-        if code == _COMPLETED:
+        if code in _COMPLETED:
             self.reusable = session
             return self._result(AttemptOutcome.SENT, code, text)
         return await self._refused(code, text)
@@ -322,7 +331,9 @@ class _Attempt:
         closing = code == _SERVICE_CLOSING or not _TRANSIENT <= code < _REPLIES_END
         if session is not None and not closing and session.client.is_connected:
             try:
-                await session.client.rset()
+                # An outcome that is known must not be lost with the lease.
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    await session.client.rset()
                 self.reusable = session
             except (SMTPException, OSError):
                 self._drop()

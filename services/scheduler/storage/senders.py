@@ -141,9 +141,13 @@ async def update_sender(
 async def set_state(
     connection: AsyncConnection, sender_id: int, user_id: str | None, state: SenderState
 ) -> tuple[SenderRecord | None, bool]:
-    """Pause or resume a sender; return it, and whether that changed anything."""
+    """Pause or resume a sender; return it, and whether that changed anything.
+
+    The lock is the one of an UPDATE and no stronger (FOR NO KEY UPDATE): an open intake holds the
+    row by its foreign key, for as long as its upload takes.
+    """
     statement = owned_by(
-        select(Sender.state).where(Sender.id == sender_id, _THERE).with_for_update(),
+        select(Sender.state).where(Sender.id == sender_id, _THERE).with_for_update(key_share=True),
         Sender.user_id,
         user_id,
     )
@@ -170,7 +174,7 @@ async def delete_sender(
     jobs are there when we look for them, or it finds the sender gone.
     """
     locked = owned_by(
-        select(Sender.id).where(Sender.id == sender_id, _THERE).with_for_update(),
+        select(Sender.id).where(Sender.id == sender_id, _THERE).with_for_update(key_share=True),
         Sender.user_id,
         user_id,
     )

@@ -1,0 +1,191 @@
+"""`outbox demo`: the main job on a private stack, checked against the promises."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Final
+
+import grpc
+import typer
+from outbox.v1.sender_pb2 import Sender
+
+from cli.client import Address, describe
+from cli.demo_report import SenderReport, report_on, to_document
+from cli.demo_run import Demo, Scheduled
+from cli.foreground import run
+from cli.lazy import EXIT_FAILED, CommandFailed
+from cli.output import Output, OutputFormat, note, print_json, print_rows
+from deploy.local.record import read_record
+from deploy.local.supervisor import LocalSystem
+from shared.settings import Settings, format_duration, load_settings
+
+_WINDOW: Final = timedelta(seconds=20)
+_LIMIT: Final = 8
+# Of another length, a limit that small would make a demo of hours.
+_LONGEST_WINDOW: Final = timedelta(minutes=2)
+_UNSUBSCRIBED: Final = "unsubscribed@example.org"
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def demo(
+    csv: Annotated[
+        Path | None, typer.Argument(metavar="[CSV]", help="Recipients; unset: a bundled list.")
+    ] = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show it all in about a minute: a CSV becomes paced mail.
+
+    Starts the whole stack in a private folder, schedules the CSV from two
+    senders at the real gap of 2 s, shows progress, checks what arrived in
+    the inbox against the promises, and stops everything. One sender has a
+    limit so small that you see it wait; to see that within a minute, the
+    window is 20 s here and not an hour. The mails are kept.
+
+    No mail leaves this machine. Exit code 1 if a promise was broken.
+    """
+    content, bundled = _read(csv)
+    settings = load_settings()
+    if "rate_window" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"rate_window": _WINDOW})
+    folder = Path(tempfile.mkdtemp(prefix="outbox-demo-"))
+    began = time.monotonic()
+    reports = None
+    try:
+        reports = run(
+            lambda: _play(folder, settings, content, bundled=bundled),
+            lambda: note("stopping ..."),
+        )
+    finally:
+        broken = reports is None or any(report.broken for report in reports)
+        _clear(folder, keep_logs=broken)
+    if reports is None:
+        raise CommandFailed("interrupted")
+    seconds = time.monotonic() - began
+    window_s = settings.rate_window.total_seconds()
+    if output is OutputFormat.JSON:
+        inbox = str(folder / "inbox")
+        print_json(to_document(reports, window_s=window_s, seconds=seconds, inbox=inbox))
+    else:
+        _print_summary(reports, settings, seconds, folder)
+    if broken:
+        raise typer.Exit(EXIT_FAILED)
+
+
+async def _play(
+    folder: Path, settings: Settings, csv: bytes, *, bundled: bool
+) -> list[SenderReport]:
+    note("starting PostgreSQL, Valkey, an inbox, and our services: two dispatchers ...")
+    system = LocalSystem(folder, settings, dispatchers=2, default_ports=False, say=note)
+    async with (
+        system,
+        grpc.aio.insecure_channel(system.scheduler) as scheduler,
+        grpc.aio.insecure_channel(system.stats) as stats,
+    ):
+        demo = Demo(scheduler, stats)
+        try:
+            return await _main_job(demo, system, settings, csv, bundled=bundled)
+        except grpc.aio.AioRpcError as error:
+            address = Address(system.scheduler, "the demo's own stack")
+            raise CommandFailed(describe(error, address)) from None
+
+
+async def _main_job(
+    demo: Demo, system: LocalSystem, settings: Settings, csv: bytes, *, bundled: bool
+) -> list[SenderReport]:
+    window_s = settings.rate_window.total_seconds()
+    small = settings.rate_window <= _LONGEST_WINDOW
+    if bundled:
+        await demo.suppress(_UNSUBSCRIBED)
+    scheduled = [
+        await demo.schedule(Sender(email="news@outbox.example", display_name="Outbox News"), csv),
+        await demo.schedule(
+            Sender(
+                email="bills@outbox.example",
+                display_name="Outbox Bills",
+                hourly_limit=_LIMIT if small else None,
+            ),
+            csv,
+        ),
+    ]
+    _tell(scheduled, settings)
+    await demo.follow(scheduled, window_s)
+    mails = read_record(system.servers.record)
+    return [report_on(await demo.expected(one), mails, window_s) for one in scheduled]
+
+
+def _tell(scheduled: list[Scheduled], settings: Settings) -> None:
+    window = format_duration(settings.rate_window)
+    for one in scheduled:
+        batch, sender = one.batch, one.sender
+        gap = format_duration(sender.effective_min_gap.ToTimedelta())
+        note(
+            f"{sender.email}: {batch.accepted_count} mails accepted, {batch.rejected_count} rows "
+            f"rejected, {batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed; "
+            f"at most {sender.hourly_limit} in any {window}, {gap} between them"
+        )
+    if settings.rate_window != timedelta(hours=1):
+        note(f"the window is {window} here, and not 1h, so that you see a limit at work")
+    for rejection in scheduled[0].answer.rejections[:5]:
+        note(f"  row {rejection.row_number}: {rejection.message} ({rejection.reason})")
+
+
+def _read(csv: Path | None) -> tuple[bytes, bool]:
+    if csv is None:
+        return files("cli").joinpath("demo.csv").read_bytes(), True
+    try:
+        return csv.read_bytes(), False
+    except OSError as error:
+        raise CommandFailed(f"{csv} cannot be read: {error.strerror}") from None
+
+
+def _clear(folder: Path, *, keep_logs: bool) -> None:
+    """Remove what the stack left but the mails, and the logs where they may explain something."""
+    kept = {"inbox", "logs"} if keep_logs else {"inbox"}
+    for path in folder.iterdir():
+        if path.name in kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _print_summary(
+    reports: list[SenderReport], settings: Settings, seconds: float, folder: Path
+) -> None:
+    window = format_duration(settings.rate_window)
+    names = ("sender", "accepted", "rejected", "sent", "failed", "lost", "sent twice")
+    limits = ("least gap", "must be", f"most in {window}", "limit")
+    rows = []
+    for report in reports:
+        expected, gap = report.expected, report.least_gap_s
+        counts = (
+            expected.accepted,
+            expected.rejected,
+            expected.sent,
+            expected.failed,
+            report.lost,
+            report.duplicates,
+        )
+        seen = ("" if gap is None else f"{gap:.3f} s", f"{expected.min_gap_s:g} s")
+        window_seen = (str(report.most_in_window), str(expected.hourly_limit))
+        rows.append([expected.email, *map(str, counts), *seen, *window_seen])
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print_rows((*names, *limits), rows)
+    lines = [line for report in reports for line in report.broken]
+    verdict = "\n".join(f"BROKEN: {line}" for line in lines) or (
+        "Every accepted mail arrived, once, and no limit was broken: seen from the inbox's side."
+    )
+    where = f"The mails are in {folder / 'inbox'} (a Maildir)"
+    logs = f"; logs in {folder / 'logs'}" if lines else ""
+    sys.stdout.write(f"\n{verdict}\n{where}{logs}. It took {seconds:.0f} s.\n")
+    sys.stdout.flush()

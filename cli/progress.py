@@ -1,0 +1,84 @@
+"""Progress on stderr: bars on a terminal, now and then a plain line anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Final, Self
+
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+
+from cli.output import note, stderr
+
+_LINE_EVERY_S: Final = 5.0
+
+
+@contextmanager
+def byte_progress(title: str, size: int | None) -> Iterator[Callable[[int], None]]:
+    """Show how far an upload of `size` bytes (None: unknown) is; yields what counts them."""
+    console = stderr()
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(title, total=size)
+        yield lambda count: progress.advance(task, count)
+
+
+class JobProgress:
+    """How many jobs of each batch have ended, by title."""
+
+    def __init__(self, totals: Mapping[str, int]) -> None:
+        console = stderr()
+        self._totals = dict(totals)
+        self._plain = not console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[remark]}", markup=False),
+            console=console,
+            disable=self._plain,
+        )
+        self._tasks = {
+            title: self._progress.add_task(title, total=total, remark="")
+            for title, total in totals.items()
+        }
+        self._printed: dict[str, tuple[int, float]] = {}
+
+    def update(self, title: str, ended: int, remark: str = "") -> None:
+        """Show that `ended` jobs of a batch have ended, and a remark on it."""
+        self._progress.update(self._tasks[title], completed=ended, remark=remark)
+        if not self._plain:
+            return
+        now = time.monotonic()
+        before, at = self._printed.get(title, (-1, 0.0))
+        total = self._totals[title]
+        if ended != before and (ended >= total or now - at >= _LINE_EVERY_S):
+            self._printed[title] = (ended, now)
+            note(f"{title}: {ended} of {total}{f', {remark}' if remark else ''}")
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the last state on the screen."""
+        self._progress.stop()

@@ -1,0 +1,226 @@
+"""`outbox schedule`: UploadBatch, and following the batch to its end."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import typer
+from outbox.v1 import batch_service_pb2 as pb
+from outbox.v1.batch_pb2 import Batch, BatchMode, BatchOptions, DuplicatePolicy
+from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
+
+from cli.batches import REJECTION_COLUMNS
+from cli.client import UPLOAD_TIMEOUT_S, Server, connection
+from cli.follow import follow_to_end
+from cli.lazy import EXIT_FAILED, CommandFailed
+from cli.options import (
+    User,
+    enum_reader,
+    read_duration,
+    read_time,
+    text_or_file,
+    to_duration,
+    to_timestamp,
+)
+from cli.output import Output, OutputFormat, note, print_json, print_rows, to_document, value_at
+from cli.progress import byte_progress
+
+_CHUNK_BYTES = 64 * 1024
+_SHOWN_REJECTIONS = 10
+_SUMMARY = (
+    "batch_id",
+    "state",
+    "accepted_count",
+    "rejected_count",
+    "duplicate_count",
+    "suppressed_count",
+    "start_time",
+)
+_SENT_SUMMARY = ("counts.sent_count", "counts.failed_count", "counts.uncertain_count")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def schedule(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV with a header; -: stdin.")],
+    *,
+    sender: Annotated[str, typer.Option("--sender", metavar="ID", help="Who sends it.")],
+    user: User = "",
+    subject: Annotated[
+        str | None, typer.Option("--subject", help="A Liquid template: 'Hello {{ first_name }}'.")
+    ] = None,
+    body: Annotated[str | None, typer.Option("--body", help="The plain text, a template.")] = None,
+    body_file: Annotated[
+        Path | None, typer.Option("--body-file", help="The same, from a file.")
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", help="The HTML, a template.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html-file", help="The same, from a file.")
+    ] = None,
+    start_time: Annotated[
+        datetime | None,
+        typer.Option(
+            "--start-time",
+            parser=read_time,
+            metavar="TIME",
+            help="Of the first mail: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
+        ),
+    ] = None,
+    spacing: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--spacing",
+            parser=read_duration,
+            metavar="DURATION",
+            help="Between consecutive mails, such as 5s.",
+        ),
+    ] = None,
+    duplicates: Annotated[
+        int | None,
+        typer.Option(
+            "--duplicates",
+            parser=enum_reader(DuplicatePolicy, "DUPLICATE_POLICY_"),
+            metavar="keep-first|keep-all",
+            help="Of rows with the same address; unset: keep-first.",
+        ),
+    ] = None,
+    mode: Annotated[
+        int | None,
+        typer.Option(
+            "--mode",
+            parser=enum_reader(BatchMode, "BATCH_MODE_"),
+            metavar="permissive|strict",
+            help="strict: one bad row refuses all; unset: permissive.",
+        ),
+    ] = None,
+    expire_after: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--expire-after",
+            parser=read_duration,
+            metavar="DURATION",
+            help="How long after it was due a mail may still go.",
+        ),
+    ] = None,
+    spread_until: Annotated[
+        datetime | None,
+        typer.Option(
+            "--spread-until",
+            parser=read_time,
+            metavar="TIME",
+            help="Spread evenly until then, in place of --spacing.",
+        ),
+    ] = None,
+    time_zone: Annotated[
+        str | None,
+        typer.Option("--time-zone", help="Of send_at without an offset, such as Europe/Berlin."),
+    ] = None,
+    request: Annotated[
+        str | None,
+        typer.Option(
+            "--request",
+            metavar="ID",
+            help="Makes it safe to repeat; unset: a new one, which is printed.",
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the batch to its end; failed mail is exit 1.")
+    ] = False,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Upload a CSV of recipients as a batch, of any size.
+
+    A column `email` is needed; every column is a variable of the templates.
+    Columns subject, body, html, send_at and timezone mean what they say.
+
+    $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}'
+      --body 'Good to see you.' --start-time 'in 10m' --wait
+    """
+    options = BatchOptions(
+        request_id=request or str(uuid.uuid4()),
+        user_id=user,
+        sender_id=sender,
+        subject=subject,
+        body=text_or_file(body, body_file, "--body, --body-file"),
+        html=text_or_file(html, html_file, "--html, --html-file"),
+        start_time=to_timestamp(start_time),
+        spacing=to_duration(spacing),
+        duplicates=DuplicatePolicy.ValueType(duplicates or 0),
+        mode=BatchMode.ValueType(mode or 0),
+        expire_after=to_duration(expire_after),
+        spread_until=to_timestamp(spread_until),
+        time_zone=time_zone or "",
+    )
+    if request is None:
+        note(f"request_id {options.request_id}: repeated with --request, it counts once")
+    with connection("scheduler", server) as channel:
+        batches = BatchServiceStub(channel)
+        with _opened(file) as (source, size), byte_progress("uploading", size) as advance:
+            answer = batches.UploadBatch(
+                _messages(options, source, advance), timeout=UPLOAD_TIMEOUT_S
+            )
+        if output is OutputFormat.TABLE:
+            _print_answer(answer)
+        if wait:
+            answer.batch.CopyFrom(follow_to_end(batches, answer.batch, user))
+            if output is OutputFormat.TABLE:
+                print_rows(("field", "value"), _rows_of(answer.batch, ("state", *_SENT_SUMMARY)))
+    if output is OutputFormat.JSON:
+        print_json(to_document(answer))
+    if wait and (answer.batch.counts.failed_count or answer.batch.counts.uncertain_count):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[BinaryIO, int | None]]:
+    """Open the CSV; with its size, None where nobody knows it, as of a pipe."""
+    if str(file) == "-":
+        yield sys.stdin.buffer, None
+        return
+    try:
+        source = file.open("rb")
+    except OSError as error:
+        raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
+    with source:
+        status = os.fstat(source.fileno())
+        yield source, status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _messages(
+    options: BatchOptions, source: BinaryIO, advance: Callable[[int], None]
+) -> Iterator[pb.UploadBatchRequest]:
+    yield pb.UploadBatchRequest(options=options)
+    while chunk := source.read(_CHUNK_BYTES):
+        yield pb.UploadBatchRequest(chunk=chunk)
+        advance(len(chunk))
+
+
+def _print_answer(answer: pb.ScheduleBatchResponse) -> None:
+    print_rows(("field", "value"), _rows_of(answer.batch, _SUMMARY))
+    if answer.rejections:
+        shown = answer.rejections[:_SHOWN_REJECTIONS]
+        rows = ([value_at(one, path) for path in REJECTION_COLUMNS] for one in shown)
+        print_rows(REJECTION_COLUMNS, rows)
+        if answer.batch.rejected_count > len(shown):
+            note(f"all of them: outbox batches rejections {answer.batch.batch_id}")
+    if answer.replayed:
+        note("an earlier call with this request_id made the batch; nothing was changed")
+    for notice in answer.notices:
+        note(notice)
+    end = value_at(answer, "forecast_end_time")
+    if end:
+        note(f"the last mail is forecast for {end}")
+
+
+def _rows_of(batch: Batch, paths: Sequence[str]) -> list[list[str]]:
+    return [[path.rpartition(".")[2], value_at(batch, path)] for path in paths]

@@ -1,0 +1,335 @@
+"""What happens to an intake when something dies, or changes, in the middle of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+import pytest_asyncio
+from outbox.v1 import sender_pb2
+from outbox.v1.batch_service_pb2 import ScheduleBatchResponse, UploadBatchRequest
+from outbox.v1.sender_service_pb2 import DeleteSenderRequest, PauseSenderRequest
+from outbox.v1.suppression_pb2 import Suppression
+from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
+
+from deploy.local.ports import free_port
+from tests.conftest import Stores
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+
+TABLES = ("batches", "batch_rejections", "email_jobs", "count_deltas", "head_markers")
+_OPEN_INTAKES = (
+    "SELECT count(*) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND state LIKE 'idle in transaction%%'"
+)
+BLOCK = 5_000
+
+
+@pytest_asyncio.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
+    return await scheduler.sender()
+
+
+class Upload:
+    """An upload that a test feeds by hand."""
+
+    def __init__(self, scheduler: Scheduler, sender: sender_pb2.Sender, **options: str) -> None:
+        self._messages: asyncio.Queue[UploadBatchRequest | None] = asyncio.Queue()
+        self._messages.put_nowait(UploadBatchRequest(options=options_for(sender, **options)))
+        self.call = scheduler.batches.UploadBatch(self._send())
+        self._row = 0
+        self.send("email,n\n")
+
+    async def _send(self) -> AsyncIterator[UploadBatchRequest]:
+        while (message := await self._messages.get()) is not None:
+            yield message
+
+    def send(self, text: str) -> None:
+        self._messages.put_nowait(UploadBatchRequest(chunk=text.encode()))
+
+    def send_rows(self, count: int) -> None:
+        rows = range(self._row, self._row + count)
+        self._row += count
+        self.send("".join(f"user{i}@b.org,{i}\n" for i in rows))
+
+    async def end(self) -> ScheduleBatchResponse:
+        self._messages.put_nowait(None)
+        async with asyncio.timeout(20):
+            return await self.call
+
+
+def stored(scheduler: Scheduler) -> int:
+    return sum(scheduler.value(f"SELECT count(*) FROM {table}") for table in TABLES)
+
+
+async def opened(scheduler: Scheduler) -> None:
+    """Wait until an intake has opened its transaction, and waits for more."""
+    await eventually(lambda: scheduler.value(_OPEN_INTAKES) == 1)
+
+
+async def closed(scheduler: Scheduler) -> None:
+    await eventually(lambda: scheduler.value(_OPEN_INTAKES) == 0)
+
+
+async def test_a_slow_upload_of_few_rows_holds_no_transaction_open(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender)
+    upload.send_rows(BLOCK - 1)
+    await scheduler.schedule(sender)  # a round trip later
+    assert scheduler.value(_OPEN_INTAKES) == 0
+    upload.send_rows(1)
+    await opened(scheduler)
+    assert (await upload.end()).batch.accepted_count == BLOCK
+
+
+async def test_a_client_that_cancels_leaves_nothing(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender, request_id="once")
+    upload.send_rows(3 * BLOCK)
+    await opened(scheduler)
+    upload.call.cancel()
+    await closed(scheduler)
+    assert stored(scheduler) == 0
+    answer = await scheduler.schedule(sender, request_id="once")
+    assert not answer.replayed
+
+
+_KILLED_CLIENT = """
+import asyncio, sys
+import grpc
+from outbox.v1 import batch_pb2, batch_service_pb2_grpc
+from outbox.v1.batch_service_pb2 import UploadBatchRequest
+
+async def messages():
+    options = batch_pb2.BatchOptions(
+        request_id="once", sender_id=sys.argv[2], subject="Hello", body="Good day"
+    )
+    yield UploadBatchRequest(options=options)
+    rows = "".join(f"user{i}@b.org\\n" for i in range(15_000))
+    yield UploadBatchRequest(chunk=f"email\\n{rows}".encode())
+    await asyncio.Event().wait()
+
+async def main():
+    async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
+        await batch_service_pb2_grpc.BatchServiceStub(channel).UploadBatch(messages())
+
+asyncio.run(main())
+"""
+
+
+async def test_a_client_that_is_killed_leaves_nothing(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _KILLED_CLIENT, scheduler.address, sender.sender_id
+    )
+    await opened(scheduler)
+    client.kill()
+    await client.wait()
+    await closed(scheduler)
+    assert stored(scheduler) == 0
+
+
+async def test_a_scheduler_that_is_killed_leaves_nothing(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "services.scheduler",
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path.cwd()),
+            "OUTBOX_DATABASE_URL": database_url,
+            "OUTBOX_REDIS_URL": redis_url,
+            "OUTBOX_SCHEDULER_LISTEN": f"127.0.0.1:{port}",
+            "OUTBOX_AUTH": "off",
+        },
+        stderr=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with running_scheduler(database_url, redis_url) as other:
+            address = f"127.0.0.1:{port}"
+            async with grpc.aio.insecure_channel(address) as channel:
+                async with asyncio.timeout(20):
+                    await channel.channel_ready()
+                doomed = Scheduler(channel, other.settings, address)
+                sender = await doomed.sender()
+                upload = Upload(doomed, sender, request_id="once")
+                upload.send_rows(3 * BLOCK)
+                await opened(other)
+                process.kill()
+                assert (await broken(upload)) in ("UNAVAILABLE", "CANCELLED")
+            await closed(other)
+            assert stored(other) == 0
+            assert not (await other.schedule(sender, request_id="once")).replayed
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def broken(upload: Upload) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await upload.end()
+    return caught.value.code().name
+
+
+async def test_a_request_that_waits_for_a_failed_one_takes_its_place(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    first = Upload(scheduler, sender, request_id="once")
+    first.send_rows(BLOCK)
+    await opened(scheduler)
+    second = asyncio.ensure_future(scheduler.schedule(sender, request_id="once"))
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    await eventually(lambda: scheduler.value(waiting) == 1)
+    first.call.cancel()
+    answer = await second
+    assert (answer.replayed, answer.batch.accepted_count) == (False, 1)
+
+
+async def test_a_pause_does_not_wait_for_an_upload(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender)
+    upload.send_rows(BLOCK)
+    await opened(scheduler)
+    pause = PauseSenderRequest(sender_id=sender.sender_id)
+    await scheduler.senders.PauseSender(pause, timeout=5)
+    assert (await upload.end()).batch.accepted_count == BLOCK
+
+
+async def test_a_sender_that_is_deleted_during_an_upload_gets_no_jobs(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender)
+    upload.send_rows(BLOCK)
+    await opened(scheduler)
+    await scheduler.senders.DeleteSender(DeleteSenderRequest(sender_id=sender.sender_id))
+    refusal = await refusal_of(upload.end())
+    assert (refusal.code, refusal.reason) == ("NOT_FOUND", "SENDER_NOT_FOUND")
+    assert scheduler.value("SELECT count(*) FROM email_jobs") == 0
+
+
+async def test_an_address_that_is_suppressed_during_an_upload_gets_no_mail(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender)
+    upload.send_rows(BLOCK)
+    await opened(scheduler)
+    for number in (7, BLOCK + 7):  # one that was stored already, one that comes
+        await scheduler.suppressions.CreateSuppression(
+            CreateSuppressionRequest(
+                user_id="ann", suppression=Suppression(email=f"USER{number}@b.org")
+            )
+        )
+    upload.send_rows(BLOCK)
+    batch = (await upload.end()).batch
+    assert (batch.accepted_count, batch.suppressed_count) == (2 * BLOCK - 2, 2)
+    assert batch.counts.scheduled_count == 2 * BLOCK - 2
+    assert scheduler.value("SELECT count(*) FROM email_jobs") == 2 * BLOCK - 2
+
+
+async def test_rows_that_are_wrong_late_refuse_the_whole_upload(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender)
+    upload.send_rows(2 * BLOCK)
+    upload.send("bad\0row,x\n")
+    refusal = await refusal_of(upload.end())
+    assert refusal.reason == "CSV_NUL"
+    assert f"row {2 * BLOCK + 1}" in refusal.message
+    assert stored(scheduler) == 0
+
+
+async def test_a_batch_is_accepted_while_redis_is_gone(
+    scheduler: Scheduler, sender: sender_pb2.Sender, stores: Stores
+) -> None:
+    await stores.redis.stop()
+    try:
+        answer = await scheduler.schedule(sender)
+    finally:
+        await stores.redis.start()
+    assert answer.batch.accepted_count == 1
+    assert any("queue is not reachable" in notice for notice in answer.notices)
+    # What tells a dispatcher to load it later.
+    assert scheduler.value("SELECT count(*) FROM head_markers") == 1
+
+
+async def test_a_lost_connection_to_postgresql_refuses_the_batch_and_the_next_one_is_fine(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender)
+    upload.send_rows(BLOCK)
+    await opened(scheduler)
+    with psycopg.connect(scheduler.settings.database_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND state = 'idle in transaction'"
+        )
+    upload.send_rows(BLOCK)
+    refusal = await refusal_of(upload.end())
+    assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+    assert stored(scheduler) == 0
+    assert (await scheduler.schedule(sender)).batch.accepted_count == 1
+
+
+def test_memory_does_not_grow_with_an_upload(database_url: str, redis_url: str) -> None:
+    grown = _grown_kib(database_url, redis_url)
+    # 100,000 rows are 8 MB; ten times as many as fit in the first blocks.
+    assert grown < 12 * 1024
+
+
+def _grown_kib(database_url: str, redis_url: str) -> int:
+    async def run() -> int:
+        async with running_scheduler(database_url, redis_url) as scheduler:
+            sender = await scheduler.sender()
+
+            def rows(count: int) -> Iterator[bytes]:
+                yield b"email,first,last,company\n"
+                for start in range(0, count, 1_000):
+                    yield "".join(
+                        f"user{i}@example.org,First{i},Last{i},A Company of {i}\n"
+                        for i in range(start, start + 1_000)
+                    ).encode()
+
+            async def upload(count: int) -> None:
+                async def messages() -> AsyncIterator[UploadBatchRequest]:
+                    yield UploadBatchRequest(
+                        options=options_for(sender, body="{{ first }} {{ last }} {{ company }}")
+                    )
+                    for chunk in rows(count):
+                        yield UploadBatchRequest(chunk=chunk)
+
+                answer = await scheduler.batches.UploadBatch(messages())
+                assert answer.batch.accepted_count == count
+
+            await upload(20_000)
+            before = _peak_kib()
+            await upload(120_000)
+            return _peak_kib() - before
+
+    return asyncio.run(run())
+
+
+def _peak_kib() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0])

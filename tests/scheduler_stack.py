@@ -1,0 +1,153 @@
+"""A scheduler in this process, on a free port, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from outbox.v1 import (
+    batch_pb2,
+    batch_service_pb2,
+    batch_service_pb2_grpc,
+    email_job_service_pb2_grpc,
+    sender_pb2,
+    sender_service_pb2,
+    sender_service_pb2_grpc,
+    suppression_service_pb2_grpc,
+)
+
+from services.scheduler.server import serve
+from shared.settings import Settings, load_settings
+
+_request_ids = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How a call was refused."""
+
+    code: str
+    reason: str
+    message: str
+    metadata: Mapping[str, str]
+    # Descriptions by field.
+    violations: Mapping[str, str] = field(default_factory=dict)
+
+
+async def refusal_of(call: Awaitable[Any]) -> Refusal:
+    """Return how `call` is refused; it fails the test if it is not."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(20):
+            await call
+    status = rpc_status.from_call(caught.value)
+    assert status is not None, f"no details: {caught.value}"
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    violations: dict[str, str] = {}
+    for detail in status.details:
+        request = error_details_pb2.BadRequest()
+        if detail.Unpack(request):
+            violations = {each.field: each.description for each in request.field_violations}
+    code = caught.value.code().name
+    return Refusal(code, info.reason, status.message, dict(info.metadata), violations)
+
+
+class Scheduler:
+    """Stubs of all four services, and the tables behind them."""
+
+    def __init__(self, channel: grpc.aio.Channel, settings: Settings, address: str) -> None:
+        self.settings = settings
+        self.address = address
+        self.senders = sender_service_pb2_grpc.SenderServiceStub(channel)
+        self.batches = batch_service_pb2_grpc.BatchServiceStub(channel)
+        self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
+        self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
+
+    async def sender(self, user_id: str = "ann", **fields: Any) -> sender_pb2.Sender:
+        """Create a sender."""
+        fields = {"email": "news@example.com", **fields}
+        request = sender_service_pb2.CreateSenderRequest(
+            user_id=user_id, sender=sender_pb2.Sender(**fields)
+        )
+        return await self.senders.CreateSender(request)
+
+    async def schedule(
+        self,
+        sender: sender_pb2.Sender,
+        csv: str | bytes = "email\na@b.org\n",
+        **options: Any,
+    ) -> batch_service_pb2.ScheduleBatchResponse:
+        """Schedule a CSV for a sender."""
+        return await self.batches.ScheduleBatch(
+            batch_service_pb2.ScheduleBatchRequest(
+                options=options_for(sender, **options),
+                csv=csv.encode() if isinstance(csv, str) else csv,
+            )
+        )
+
+    def rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """Ask PostgreSQL, beside the scheduler."""
+        with psycopg.connect(self.settings.database_url, autocommit=True) as connection:
+            return connection.execute(statement.encode(), parameters).fetchall()
+
+    def execute(self, statement: str, *parameters: Any) -> None:
+        """Change what PostgreSQL has, beside the scheduler."""
+        with psycopg.connect(self.settings.database_url, autocommit=True) as connection:
+            connection.execute(statement.encode(), parameters)
+
+    def value(self, statement: str, *parameters: Any) -> Any:
+        """Return the one value that PostgreSQL answers."""
+        ((value,),) = self.rows(statement, *parameters)
+        return value
+
+
+def options_for(sender: sender_pb2.Sender, **options: Any) -> batch_pb2.BatchOptions:
+    """Return options that are right, but for what a test changes."""
+    options = {
+        "request_id": f"request-{next(_request_ids)}",
+        "sender_id": sender.sender_id,
+        "subject": "Hello",
+        "body": "Good day",
+        **options,
+    }
+    return batch_pb2.BatchOptions(
+        **{name: value for name, value in options.items() if value is not None}
+    )
+
+
+@asynccontextmanager
+async def running_scheduler(
+    database_url: str, redis_url: str, **settings: Any
+) -> AsyncIterator[Scheduler]:
+    """Run a scheduler; `settings` beside the usual ones."""
+    loaded = load_settings(
+        database_url=database_url,
+        redis_url=redis_url,
+        scheduler_listen="127.0.0.1:0",
+        auth="off",
+        shutdown_grace="5s",
+        **settings,
+    )
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    server = asyncio.create_task(serve(loaded, stop, ready=port.set_result))
+    waited: list[asyncio.Future[Any]] = [server, port]
+    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    if server.done():
+        await server
+    try:
+        address = f"127.0.0.1:{await port}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Scheduler(channel, loaded, address)
+    finally:
+        stop.set()
+        await server

@@ -1,0 +1,628 @@
+"""BatchService, over a real channel, on real stores."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from outbox.v1 import batch_pb2, sender_pb2
+from outbox.v1.batch_service_pb2 import (
+    CancelBatchRequest,
+    GetBatchRequest,
+    ListBatchesRequest,
+    ListRejectionsRequest,
+    ScheduleBatchRequest,
+    ScheduleBatchResponse,
+    UploadBatchRequest,
+    WatchBatchRequest,
+)
+from outbox.v1.sender_service_pb2 import PauseSenderRequest
+
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+
+STRICT = batch_pb2.BATCH_MODE_STRICT
+KEEP_ALL = batch_pb2.DUPLICATE_POLICY_KEEP_ALL
+TABLES = ("batches", "batch_rejections", "email_jobs", "count_deltas", "head_markers")
+
+
+@pytest_asyncio.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url, max_message_bytes=4096) as running:
+        yield running
+
+
+@pytest_asyncio.fixture
+async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
+    return await scheduler.sender()
+
+
+def nothing_is_stored(scheduler: Scheduler) -> bool:
+    return all(scheduler.value(f"SELECT count(*) FROM {table}") == 0 for table in TABLES)
+
+
+async def upload(
+    scheduler: Scheduler, options: batch_pb2.BatchOptions, chunks: Iterable[bytes]
+) -> ScheduleBatchResponse:
+    async def messages() -> AsyncIterator[UploadBatchRequest]:
+        yield UploadBatchRequest(options=options)
+        for chunk in chunks:
+            yield UploadBatchRequest(chunk=chunk)
+
+    return await scheduler.batches.UploadBatch(messages())
+
+
+def timestamp(time: datetime) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromDatetime(time)
+    return stamp
+
+
+# What is accepted
+
+
+async def test_a_csv_becomes_jobs_with_only_the_columns_that_are_used(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = 'E-Mail;First Name;Unused\nann@b.org;"Ann ""\\"" Lee";x\nBOB@B.org;Bob\tR;y\n'
+    answer = await scheduler.schedule(
+        sender, csv, subject="Hi {{ first_name }}", body="To {{ email }}"
+    )
+    batch = answer.batch
+    assert (batch.accepted_count, batch.rejected_count) == (2, 0)
+    assert batch.counts.scheduled_count == 2
+    assert batch.state == batch_pb2.BATCH_STATE_ACTIVE
+    assert (batch.subject, batch.body, batch.HasField("html")) == (
+        "Hi {{ first_name }}",
+        "To {{ email }}",
+        False,
+    )
+    assert scheduler.value("SELECT variable_names FROM batches") == ["email", "first_name"]
+    stored = scheduler.rows("SELECT recipient, variables, row_number FROM email_jobs ORDER BY id")
+    assert [
+        (recipient, json.loads(variables), number) for recipient, variables, number in stored
+    ] == [
+        ("ann@b.org", ["ann@b.org", 'Ann "\\" Lee'], 1),
+        ("BOB@b.org", ["BOB@B.org", "Bob\tR"], 2),
+    ]
+    deltas = scheduler.rows("SELECT sender_id, batch_id, state, n FROM count_deltas")
+    assert deltas == [(int(sender.sender_id), int(batch.batch_id), 1, 2)]
+    # The head was loaded, and with it the marker went.
+    assert scheduler.value("SELECT count(*) FROM head_markers") == 0
+
+
+async def test_rows_of_the_callers_own_become_jobs(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    recipients = batch_pb2.Recipients(
+        rows=[
+            batch_pb2.Recipient(email="ann@b.org", columns={"First Name": "Ann"}),
+            batch_pb2.Recipient(email="bob@b.org", columns={"other": "x"}),
+            batch_pb2.Recipient(email="cid@b.org", columns={"first_name": "Cid", "to": "x@y.org"}),
+        ]
+    )
+    answer = await scheduler.batches.ScheduleBatch(
+        ScheduleBatchRequest(
+            options=options_for(sender, subject="Hi {{ first_name }}"), recipients=recipients
+        )
+    )
+    assert (answer.batch.accepted_count, answer.batch.rejected_count) == (1, 2)
+    assert [(row.row_number, row.column, row.reason) for row in answer.rejections] == [
+        (2, "first_name", "COLUMN_MISSING"),
+        (3, "to", "DUPLICATE_COLUMN"),
+    ]
+
+
+async def test_an_upload_in_single_bytes_is_the_same_batch(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = "email,name\nann@b.org,Zoë\nbob@b.org,李\n"
+    options = options_for(sender, subject="Hi {{ name }}")
+    chunks = [csv.encode()[i : i + 1] for i in range(len(csv.encode()))]
+    first = await upload(scheduler, options, chunks)
+    assert first.batch.accepted_count == 2
+    again = await scheduler.batches.ScheduleBatch(
+        ScheduleBatchRequest(options=options, csv=csv.encode())
+    )
+    assert (again.replayed, again.batch.batch_id) == (True, first.batch.batch_id)
+
+
+async def test_a_mail_is_due_by_its_place_or_by_its_own_time(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    start = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
+    csv = "email,send_at\na@b.org,\nb@b.org,2099-01-01 00:00\nbad,\nc@b.org,\nd@b.org,2001-01-01\n"
+    csv = csv.replace("2001-01-01", "2001-01-01 00:00")
+    answer = await scheduler.schedule(
+        sender,
+        csv,
+        start_time=timestamp(start),
+        spacing=Duration(seconds=90),
+        time_zone="Europe/Berlin",
+    )
+    assert answer.batch.start_time.ToDatetime(UTC) == start
+    assert answer.batch.spacing.ToTimedelta() == timedelta(seconds=90)
+    due = dict(scheduler.rows("SELECT recipient, scheduled_at FROM email_jobs"))
+    assert due["a@b.org"] == start
+    assert due["b@b.org"] == datetime(2098, 12, 31, 23, tzinfo=UTC)
+    # Rejected rows take no place; those with a time of their own do.
+    assert due["c@b.org"] == start + 2 * timedelta(seconds=90)
+    # In the past: at once, but not ahead of what waits already.
+    assert due["d@b.org"] == answer.batch.create_time.ToDatetime(UTC)
+
+
+async def test_a_start_in_the_past_is_now(scheduler: Scheduler, sender: sender_pb2.Sender) -> None:
+    answer = await scheduler.schedule(
+        sender, start_time=timestamp(datetime(2001, 1, 1, tzinfo=UTC))
+    )
+    assert answer.batch.start_time == answer.batch.create_time
+
+
+async def test_duplicates_and_suppressed_addresses_are_counted_and_are_no_rejections(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    for user_id, address in (("ann", "bob@b.org"), ("bob", "cid@b.org")):
+        scheduler.execute(
+            "INSERT INTO suppressions (user_id, address) VALUES (%s, %s)", user_id, address
+        )
+    csv = "email\nann@b.org\nANN@B.ORG\nBob@b.org\ncid@b.org\n"
+    answer = await scheduler.schedule(sender, csv, mode=STRICT)
+    batch = answer.batch
+    assert (batch.accepted_count, batch.duplicate_count, batch.suppressed_count) == (2, 1, 1)
+    assert batch.rejected_count == 0
+    all_of_them = await scheduler.schedule(sender, csv, duplicates=KEEP_ALL)
+    assert (all_of_them.batch.accepted_count, all_of_them.batch.duplicate_count) == (3, 0)
+
+
+async def test_a_batch_whose_rows_are_all_suppressed_is_done(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    scheduler.execute("INSERT INTO suppressions (user_id, address) VALUES ('ann', 'a@b.org')")
+    answer = await scheduler.schedule(sender)
+    assert answer.batch.suppressed_count == 1
+    assert answer.batch.state == batch_pb2.BATCH_STATE_DONE
+    assert not answer.HasField("forecast_end_time")
+
+
+async def test_a_cell_of_200_kb_is_no_error(database_url: str, redis_url: str) -> None:
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        csv = f"email,story\na@b.org,{'x' * 200_000}\n"
+        answer = await scheduler.schedule(sender, csv, body="{{ story }}", mode=STRICT)
+        assert answer.batch.accepted_count == 1
+
+
+async def test_the_answer_says_when_the_last_mail_goes_and_what_binds(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender(hourly_limit=5_000)
+    csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(31))
+    answer = await scheduler.schedule(sender, csv)
+    took = answer.forecast_end_time.ToDatetime(UTC) - answer.batch.create_time.ToDatetime(UTC)
+    assert timedelta(seconds=60) <= took < timedelta(seconds=70)
+    (notice,) = answer.notices
+    assert "The gap of 2s binds" in notice
+    assert "1800" in notice
+    # The second one waits for the first.
+    second = await scheduler.schedule(sender, csv)
+    took = second.forecast_end_time.ToDatetime(UTC) - second.batch.create_time.ToDatetime(UTC)
+    assert took >= timedelta(seconds=122)
+
+
+async def test_a_batch_of_a_paused_sender_is_accepted_and_the_answer_says_so(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    await scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
+    answer = await scheduler.schedule(sender)
+    assert any("paused" in notice for notice in answer.notices)
+    assert not answer.HasField("forecast_end_time")
+
+
+# What is refused
+
+
+CSV = "email,name,send_at,timezone\n"
+
+
+@pytest.mark.parametrize(
+    ("csv", "reason", "told"),
+    [
+        (b"", "CSV_EMPTY", ""),
+        (b"\n \n", "CSV_EMPTY", ""),
+        (b"email,name\n", "CSV_NO_ROWS", ""),
+        (b"Name;Mail address\nAnn;a@b.org\n", "CSV_NO_EMAIL_COLUMN", "'Name', 'Mail address'"),
+        (b"email,Name,name\na@b.org,x,y\n", "CSV_DUPLICATE_COLUMN", "name"),
+        (b"email,name\na@b.org,Zo\xeb\n", "CSV_NOT_UTF8", "byte 21"),
+        (b"email,name\na@b.org,A\0nn\n", "CSV_NUL", "byte 20"),
+        (b'email,name\na@b.org,"Ann\n', "CSV_UNCLOSED_QUOTE", "row 1"),
+    ],
+)
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_file_that_is_no_csv_is_refused_and_nothing_is_stored(
+    scheduler: Scheduler,
+    sender: sender_pb2.Sender,
+    csv: bytes,
+    reason: str,
+    told: str,
+    *,
+    streamed: bool,
+) -> None:
+    call = (
+        upload(scheduler, options_for(sender), [csv] if csv else [])
+        if streamed
+        else scheduler.schedule(sender, csv)
+    )
+    refusal = await refusal_of(call)
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+    assert told in refusal.message
+    assert nothing_is_stored(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "reason"),
+    [
+        (",Ann,,", "email", "EMAIL_MISSING"),
+        ("ann,Ann,,", "email", "ADDRESS_INVALID"),
+        ('"a@b.org, c@d.org",Ann,,', "email", "TWO_ADDRESSES"),
+        ("a@b.org c@d.org,Ann,,", "email", "TWO_ADDRESSES"),
+        ('"a@b.org\r\nBcc: c@d.org",Ann,,', "email", "CONTROL_CHARACTER"),
+        ('a@b.org,"Ann\r\nBcc: c@d.org",,', "name", "SUBJECT_LINE_BREAK"),
+        ("a@b.org,Ann", "", "RAGGED_ROW"),
+        ("a@b.org,Ann,,,more", "", "RAGGED_ROW"),
+        ("a@b.org,Ann,2026-02-30 10:00,", "send_at", "SEND_AT_INVALID"),
+        ("a@b.org,Ann,tomorrow,", "send_at", "SEND_AT_INVALID"),
+        ("a@b.org,Ann,2027-03-28 10:00,Mars/Olympus", "timezone", "UNKNOWN_TIME_ZONE"),
+        (
+            "a@b.org,Ann,2027-03-28 02:30,Europe/Berlin",
+            "send_at",
+            "LOCAL_TIME_DOES_NOT_EXIST",
+        ),
+        ("a@b.org,Ann,2027-10-31 02:30,Europe/Berlin", "send_at", "LOCAL_TIME_AMBIGUOUS"),
+        (f"a@b.org,{'x' * 4096},,", "", "MESSAGE_TOO_LARGE"),
+    ],
+)
+async def test_a_wrong_row_is_rejected_or_refuses_a_strict_batch(
+    scheduler: Scheduler, sender: sender_pb2.Sender, row: str, column: str, reason: str
+) -> None:
+    csv = f"{CSV}good@b.org,Good,,\n{row}\nfine@b.org,Fine,,\n"
+    subject = "Hi {{ name }}"
+    refusal = await refusal_of(scheduler.schedule(sender, csv, subject=subject, mode=STRICT))
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "ROW_REJECTED")
+    ((field, description),) = refusal.violations.items()
+    assert field == (f"rows[2].{column}" if column else "rows[2]")
+    assert description.startswith(f"{reason}: ")
+    assert nothing_is_stored(scheduler)
+
+    answer = await scheduler.schedule(sender, csv, subject=subject)
+    assert (answer.batch.accepted_count, answer.batch.rejected_count) == (2, 1)
+    (rejection,) = answer.rejections
+    assert (rejection.row_number, rejection.column, rejection.reason) == (2, column, reason)
+    assert rejection.message == description.removeprefix(f"{reason}: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "reason"),
+    [
+        ({"request_id": ""}, "request_id", "REQUEST_ID_REQUIRED"),
+        ({"request_id": "x" * 129}, "request_id", "REQUEST_ID_INVALID"),
+        ({"request_id": "a\0b"}, "request_id", "REQUEST_ID_INVALID"),
+        ({"sender_id": ""}, "sender_id", "SENDER_ID_REQUIRED"),
+        ({"subject": "Hi {{ name"}, "subject", "TEMPLATE_INVALID"),
+        ({"body": "one\ntwo {% if %}"}, "body", "TEMPLATE_INVALID"),
+        ({"html": "<p>{{ name | nonsense }}</p>"}, "html", "TEMPLATE_INVALID"),
+        ({"body": "a\0b"}, "body", "TEMPLATE_INVALID"),
+        ({"body": "x" * (256 * 1024 + 1)}, "body", "TEMPLATE_TOO_LARGE"),
+        ({"subject": "Hi\nBcc: c@d.org"}, "subject", "SUBJECT_LINE_BREAK"),
+        ({"spacing": Duration(seconds=-1)}, "spacing", "SPACING_INVALID"),
+        ({"spacing": Duration(seconds=7 * 86_400 + 1)}, "spacing", "SPACING_INVALID"),
+        ({"time_zone": "Mars/Olympus"}, "time_zone", "UNKNOWN_TIME_ZONE"),
+        ({"start_time": Timestamp(seconds=2**60)}, "start_time", "INVALID_INPUT"),
+        ({"expire_after": Duration(seconds=60)}, "expire_after", "NOT_IMPLEMENTED"),
+        ({"spread_until": Timestamp(seconds=1)}, "spread_until", "NOT_IMPLEMENTED"),
+        ({"user_id": "a\0b"}, "user_id", "USER_ID_INVALID"),
+    ],
+)
+async def test_a_wrong_option_is_named_and_nothing_is_stored(
+    scheduler: Scheduler,
+    sender: sender_pb2.Sender,
+    options: dict[str, Any],
+    where: str,
+    reason: str,
+) -> None:
+    refusal = await refusal_of(scheduler.schedule(sender, **options))
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+    assert list(refusal.violations) == [f"options.{where}"]
+    assert nothing_is_stored(scheduler)
+
+
+async def test_a_template_that_does_not_parse_says_where(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    refusal = await refusal_of(scheduler.schedule(sender, body="one\ntwo {{ name | nonsense }}"))
+    assert "line 2, column" in refusal.message
+
+
+async def test_times_beyond_the_calendar_are_refused(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    start = timestamp(datetime(9999, 12, 31, tzinfo=UTC))
+    csv = "email\na@b.org\nb@b.org\n"
+    refusal = await refusal_of(
+        scheduler.schedule(sender, csv, start_time=start, spacing=Duration(seconds=86_400))
+    )
+    assert refusal.reason == "SPACING_INVALID"
+    assert nothing_is_stored(scheduler)
+
+
+async def test_a_batch_of_which_no_row_is_good_is_refused(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    refusal = await refusal_of(scheduler.schedule(sender, "email\nx\n\ny\n"))
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "NO_ROW_ACCEPTED")
+    assert list(refusal.violations) == ["rows[1].email", "rows[3].email"]
+    assert nothing_is_stored(scheduler)
+
+
+async def test_a_batch_without_recipients_is_refused(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    for payload in ({}, {"recipients": batch_pb2.Recipients()}):
+        request = ScheduleBatchRequest(options=options_for(sender), **payload)  # type: ignore[arg-type]
+        refusal = await refusal_of(scheduler.batches.ScheduleBatch(request))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "PAYLOAD_REQUIRED")
+
+
+async def test_a_csv_over_4_mib_is_sent_by_upload(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = b"email,x\na@b.org," + b"x" * 4 * 1024 * 1024 + b"\n"
+    refusal = await refusal_of(scheduler.schedule(sender, csv))
+    assert (refusal.code, refusal.reason) == ("RESOURCE_EXHAUSTED", "CSV_TOO_LARGE")
+    answer = await upload(
+        scheduler, options_for(sender), [csv[i : i + 65_536] for i in range(0, len(csv), 65_536)]
+    )
+    assert answer.batch.accepted_count == 1
+
+
+async def test_an_upload_out_of_order_is_refused(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    options = UploadBatchRequest(options=options_for(sender))
+    chunk = UploadBatchRequest(chunk=b"email\na@b.org\n")
+    for parts in ([], [chunk], [options, chunk, options], [options, UploadBatchRequest()]):
+
+        async def messages(
+            parts: list[UploadBatchRequest] = parts,
+        ) -> AsyncIterator[UploadBatchRequest]:
+            for part in parts:
+                yield part
+
+        refusal = await refusal_of(scheduler.batches.UploadBatch(messages()))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "UPLOAD_OUT_OF_ORDER")
+    assert nothing_is_stored(scheduler)
+
+
+async def test_an_unknown_sender_is_not_found(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    for options in ({"sender_id": "999999"}, {"sender_id": "x"}, {"user_id": "bob"}):
+        refusal = await refusal_of(scheduler.schedule(sender, **options))
+        assert (refusal.code, refusal.reason) == ("NOT_FOUND", "SENDER_NOT_FOUND")
+    assert nothing_is_stored(scheduler)
+
+
+async def test_a_strict_batch_names_the_first_rejections(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = "email\n" + "a@b.org\n" + "x\n" * 20_000
+    refusal = await refusal_of(scheduler.schedule(sender, csv, mode=STRICT))
+    # As many as fit into the trailers of a call.
+    assert len(refusal.violations) > 10
+    assert list(refusal.violations)[:2] == ["rows[2].email", "rows[3].email"]
+    assert nothing_is_stored(scheduler)
+
+
+# Once per request_id
+
+
+async def test_the_same_request_again_gives_the_same_batch(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = "email,name\na@b.org,Ann\nx,y\n"
+    first = await scheduler.schedule(sender, csv, request_id="once")
+    again = await scheduler.schedule(
+        sender,
+        csv,
+        request_id="once",
+        # What is said is the same as what is left out.
+        user_id="ann",
+        mode=batch_pb2.BATCH_MODE_PERMISSIVE,
+        spacing=Duration(),
+        time_zone="UTC",
+    )
+    assert (first.replayed, again.replayed) == (False, True)
+    assert again.rejections == first.rejections
+    assert again.batch.batch_id == first.batch.batch_id
+    assert scheduler.value("SELECT count(*) FROM email_jobs") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"csv": "email\nb@b.org\n"},
+        {"csv": "email\na@b.org"},
+        {"subject": "Other"},
+        {"body": None, "html": "Good day"},
+        {"spacing": Duration(seconds=1)},
+        {"start_time": Timestamp(seconds=4_000_000_000)},
+        {"mode": STRICT},
+        {"duplicates": KEEP_ALL},
+        {"time_zone": "Europe/Berlin"},
+        {"csv": b"\xff"},
+    ],
+)
+async def test_another_batch_under_a_used_request_id_is_an_error(
+    scheduler: Scheduler, sender: sender_pb2.Sender, change: dict[str, Any]
+) -> None:
+    first = await scheduler.schedule(sender, request_id="once")
+    refusal = await refusal_of(scheduler.schedule(sender, **{"request_id": "once", **change}))
+    assert (refusal.code, refusal.reason) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
+    assert scheduler.rows("SELECT id FROM batches") == [(int(first.batch.batch_id),)]
+
+
+async def test_users_have_request_ids_of_their_own(scheduler: Scheduler) -> None:
+    first = await scheduler.schedule(await scheduler.sender("ann"), request_id="once")
+    second = await scheduler.schedule(await scheduler.sender("bob"), request_id="once")
+    assert first.batch.batch_id != second.batch.batch_id
+    other_sender = await scheduler.sender("ann")
+    refusal = await refusal_of(scheduler.schedule(other_sender, request_id="once"))
+    assert refusal.reason == "REQUEST_ID_REUSED"
+
+
+async def test_ten_equal_requests_at_once_make_one_batch(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(7_000))
+    calls = [scheduler.schedule(sender, csv, request_id="once") for _ in range(10)]
+    answers = await asyncio.gather(*calls)
+    assert [answer.replayed for answer in answers].count(False) == 1
+    assert len({answer.batch.batch_id for answer in answers}) == 1
+    assert scheduler.value("SELECT count(*) FROM email_jobs") == 7_000
+
+
+async def test_of_different_requests_at_once_under_one_id_one_wins(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    calls = [
+        scheduler.schedule(sender, f"email\nu{i}@b.org\n", request_id="once") for i in range(5)
+    ]
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    won = [answer for answer in answers if isinstance(answer, ScheduleBatchResponse)]
+    assert len(won) == 1
+    assert scheduler.value("SELECT count(*) FROM batches") == 1
+
+
+# Reading and cancelling
+
+
+async def test_a_batch_of_another_user_looks_like_none(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    batch = (await scheduler.schedule(sender, "email\na@b.org\nx\n")).batch.batch_id
+    for batch_id in (batch, "999999", "x"):
+        for call in (
+            scheduler.batches.GetBatch(GetBatchRequest(batch_id=batch_id, user_id="bob")),
+            scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=batch_id, user_id="bob")),
+            scheduler.batches.ListRejections(
+                ListRejectionsRequest(batch_id=batch_id, user_id="bob")
+            ),
+        ):
+            refusal = await refusal_of(call)
+            assert (refusal.code, refusal.reason) == ("NOT_FOUND", "BATCH_NOT_FOUND")
+            assert refusal.message == f"there is no batch {batch_id!r}"
+    listed = await scheduler.batches.ListBatches(ListBatchesRequest(user_id="bob"))
+    assert list(listed.batches) == []
+    listed = await scheduler.batches.ListBatches(
+        ListBatchesRequest(user_id="bob", sender_id=sender.sender_id)
+    )
+    assert list(listed.batches) == []
+    assert scheduler.value("SELECT state FROM batches") == 1
+
+
+async def test_batches_come_in_pages_the_newest_first(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    other = await scheduler.sender()
+    made = [(await scheduler.schedule(sender, html="<p>")).batch.batch_id for _ in range(3)]
+    await scheduler.schedule(other)
+    refusal = await refusal_of(scheduler.batches.ListBatches(ListBatchesRequest()))
+    assert refusal.reason == "USER_ID_REQUIRED"
+    seen, token = [], ""
+    for _ in range(2):
+        page = await scheduler.batches.ListBatches(
+            ListBatchesRequest(sender_id=sender.sender_id, page_size=2, page_token=token)
+        )
+        seen += [batch.batch_id for batch in page.batches]
+        token = page.next_page_token
+        for batch in page.batches:
+            assert not batch.HasField("html")
+            assert batch.counts.scheduled_count == 1
+    assert (seen, token) == (made[::-1], "")
+    everything = await scheduler.batches.ListBatches(ListBatchesRequest(user_id="ann"))
+    assert len(everything.batches) == 4
+
+
+async def test_rejections_come_in_pages_in_the_order_of_the_rows(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = "email,\u00dcber Name\na@b.org,x\n" + "".join(f'x{i}\\\t"a"\n' for i in range(120))
+    answer = await scheduler.schedule(sender, csv)
+    assert (answer.batch.rejected_count, len(answer.rejections)) == (120, 100)
+    seen, token = [], ""
+    for _ in range(3):
+        page = await scheduler.batches.ListRejections(
+            ListRejectionsRequest(batch_id=answer.batch.batch_id, page_size=50, page_token=token)
+        )
+        seen += list(page.rejections)
+        token = page.next_page_token
+    assert token == ""
+    assert seen[:100] == list(answer.rejections)
+    assert [rejection.row_number for rejection in seen] == list(range(2, 122))
+
+
+async def test_cancelling_a_batch_says_how_many_it_was_too_late_for(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(6))
+    batch = (await scheduler.schedule(sender, csv)).batch
+    first, second, third = scheduler.rows("SELECT id FROM email_jobs ORDER BY id LIMIT 3")
+    scheduler.execute("UPDATE email_jobs SET state = 2, lease_until = now() WHERE id = %s", *first)
+    for (job,), state in ((second, 3), (third, 7)):
+        scheduler.execute(
+            "UPDATE email_jobs SET state = %s, finished_at = now() WHERE id = %s", state, job
+        )
+        for of, n in ((1, -1), (state, 1)):
+            scheduler.execute(
+                "INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+                " VALUES (%s, %s, date_trunc('hour', now()), %s, %s)",
+                int(sender.sender_id),
+                int(batch.batch_id),
+                of,
+                n,
+            )
+    request = CancelBatchRequest(batch_id=batch.batch_id)
+    answer = await scheduler.batches.CancelBatch(request)
+    assert (answer.cancelled_count, answer.too_late_count) == (3, 2)
+    assert answer.batch.state == batch_pb2.BATCH_STATE_CANCELLED
+    counts = answer.batch.counts
+    assert (counts.cancelled_count, counts.sending_count, counts.sent_count) == (3, 1, 1)
+    assert counts.scheduled_count == 0
+    again = await scheduler.batches.CancelBatch(request)
+    assert (again.cancelled_count, again.too_late_count) == (0, 2)
+    assert again.batch.cancel_time == answer.batch.cancel_time
+    await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
+
+
+async def test_a_batch_is_done_when_its_last_job_is(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    batch = (await scheduler.schedule(sender)).batch
+    scheduler.execute("UPDATE email_jobs SET state = 3, finished_at = now()")
+    scheduler.execute(
+        "INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+        " SELECT sender_id, batch_id, hour, s, d"
+        " FROM count_deltas, (VALUES (1, -1), (3, 1)) v(s, d)"
+    )
+    now = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=batch.batch_id))
+    assert now.state == batch_pb2.BATCH_STATE_DONE
+    assert not now.HasField("forecast_end_time")
+
+
+async def test_watch_is_not_served_yet(scheduler: Scheduler) -> None:
+    watch = scheduler.batches.WatchBatch(WatchBatchRequest(batch_id="1"))
+    assert (await refusal_of(watch.read())).code == "UNIMPLEMENTED"

@@ -1,0 +1,273 @@
+"""What a mail is made of, and where it goes; the reader of batches is injected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from services.dispatcher import composer as composer_module
+from services.dispatcher.composer import Composer, CompositionError, relay_of
+from services.dispatcher.smtp import Endpoint
+from services.dispatcher.storage import BatchContent, MarkedJob
+from shared.errors import ConfigurationError
+from shared.queue.keys import JobRef
+from shared.secrets import SecretBox, generate_key
+from shared.settings import load_settings
+from shared.states import SmtpSecurity
+
+BATCH = BatchContent(
+    batch_id=1,
+    subject="Hello {{ name }}",
+    body="Dear {{ name }}",
+    html=None,
+    variable_names=("name",),
+    sender_revision=1,
+    email="shop@shop.test",
+    display_name="",
+    smtp_host=None,
+    smtp_port=None,
+    smtp_security=None,
+    smtp_username=None,
+    smtp_password=None,
+)
+RELAY = Endpoint("relay.test", 25, SmtpSecurity.NONE)
+
+
+def job(number: int = 1, *, batch: int = 1, revision: int = 1, **changes: Any) -> MarkedJob:
+    marked = MarkedJob(
+        job=JobRef(number, 1),
+        sender_id=7,
+        batch_id=batch,
+        failures=0,
+        recipient="ann@x.test",
+        variables='["Ann"]',
+        lease_until=datetime(2026, 11, 24, tzinfo=UTC),
+        sender_revision=revision,
+    )
+    return replace(marked, **changes)
+
+
+class Reader:
+    """Batches as PostgreSQL has them, and what was asked for."""
+
+    def __init__(self, *batches: BatchContent) -> None:
+        self.batches = {batch.batch_id: batch for batch in batches}
+        self.asked: list[list[int]] = []
+
+    async def __call__(self, batch_ids: Sequence[int]) -> dict[int, BatchContent]:
+        self.asked.append(list(batch_ids))
+        return {
+            batch_id: self.batches[batch_id] for batch_id in batch_ids if batch_id in self.batches
+        }
+
+
+def composer_of(reader: Reader, secrets: SecretBox | None = None, **settings: Any) -> Composer:
+    settings = {"smtp_url": "smtp://relay.test"} | settings
+    return Composer(load_settings(**settings), secrets or SecretBox(), reader, "inst")
+
+
+async def test_a_mail_has_its_row_its_addresses_and_a_message_id_of_its_own() -> None:
+    composer = composer_of(Reader(BATCH))
+    await composer.prepare([job(41)])
+
+    endpoint, envelope = composer.compose(job(41))
+
+    assert endpoint == RELAY
+    assert (envelope.mail_from, envelope.rcpt_to) == ("shop@shop.test", "ann@x.test")
+    assert not envelope.needs_smtputf8
+    assert b"\r\nSubject: Hello Ann\r\n" in envelope.data
+    assert b"\r\nMessage-ID: <outbox.41.inst@shop.test>\r\n" in envelope.data
+    assert envelope.data.endswith(b"\r\n\r\nDear Ann\r\n")
+
+
+async def test_the_message_id_is_the_same_for_every_attempt() -> None:
+    composer = composer_of(Reader(BATCH))
+    await composer.prepare([job(41)])
+
+    mails = [composer.compose(job(41, job=JobRef(41, n)))[1].data for n in (1, 2, 3)]
+
+    assert all(b"<outbox.41.inst@shop.test>" in mail for mail in mails)
+
+
+async def test_a_batch_is_read_once_and_again_when_its_sender_has_changed() -> None:
+    reader = Reader(BATCH)
+    composer = composer_of(reader)
+    for number in range(3):
+        await composer.prepare([job(number), job(number + 10)])
+    assert reader.asked == [[1]]
+
+    reader.batches[1] = replace(BATCH, sender_revision=2, email="new@shop.test")
+    await composer.prepare([job(4, revision=2)])
+    await composer.prepare([job(5, revision=2), job(6, revision=1)])
+
+    assert reader.asked == [[1], [1]]
+    assert composer.compose(job(4, revision=2))[1].mail_from == "new@shop.test"
+
+
+async def test_the_batches_of_one_group_are_read_together() -> None:
+    reader = Reader(BATCH, replace(BATCH, batch_id=2, body="Two"))
+    composer = composer_of(reader)
+
+    await composer.prepare([job(1, batch=2), job(2, batch=1), job(3, batch=2)])
+
+    assert reader.asked == [[1, 2]]
+    assert composer.compose(job(1, batch=2))[1].data.endswith(b"Two\r\n")
+
+
+async def test_no_batch_of_a_group_is_forgotten_before_its_mails_are_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    composer = composer_of(
+        Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20))), dispatcher_concurrency=2
+    )
+    for n in range(1, 5):
+        await composer.prepare([job(n, batch=n)])
+
+    # Batch 1 is known, and the oldest; 5 is new: there is room for both.
+    group = [job(1, batch=1), job(5, batch=5)]
+    await composer.prepare(group)
+
+    for each in group:
+        composer.compose(each)
+
+
+async def test_a_group_of_more_batches_than_are_kept_is_sent_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    group = [job(n, batch=n) for n in range(1, 11)]
+    composer = composer_of(
+        Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20))), dispatcher_concurrency=10
+    )
+
+    await composer.prepare(group)
+
+    for each in group:
+        composer.compose(each)
+
+
+async def test_the_batches_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 40)))
+    composer = composer_of(reader, dispatcher_concurrency=2)
+    for n in range(1, 40):
+        await composer.prepare([job(n, batch=n)])
+
+    assert len(composer._batches) == 4
+    # What was forgotten is read again.
+    await composer.prepare([job(1, batch=1)])
+    assert reader.asked[-1] == [1]
+    composer.compose(job(1, batch=1))
+
+
+async def test_a_row_that_cannot_be_a_mail_says_why() -> None:
+    # One of the row's own subject.
+    composer = composer_of(Reader(replace(BATCH, subject=None, variable_names=("subject", "name"))))
+    await composer.prepare([job()])
+
+    with pytest.raises(CompositionError, match=r"^SUBJECT_LINE_BREAK: "):
+        composer.compose(job(variables='["a\\nBcc: all@x.test","Ann"]'))
+    with pytest.raises(CompositionError, match=r"^ADDRESS_INVALID: "):
+        composer.compose(job(recipient="a@x.test>\r\nRCPT TO:<b@x.test", variables='["s","n"]'))
+    assert composer.compose(job(variables='["Fine","Ann"]'))
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"body": "{% if %}"}, "body"),
+        ({"email": "no address"}, "no mail address"),
+        (
+            {"smtp_host": "own.test", "smtp_port": 25, "smtp_password": b"token"},
+            "OUTBOX_ENCRYPTION_KEYS",
+        ),
+    ],
+)
+async def test_a_batch_that_cannot_be_built_fails_its_mails_and_no_others(
+    change: dict[str, Any], text: str
+) -> None:
+    composer = composer_of(Reader(replace(BATCH, **change), replace(BATCH, batch_id=2)))
+    await composer.prepare([job(1), job(2, batch=2)])
+
+    with pytest.raises(CompositionError, match=text):
+        composer.compose(job(1))
+    composer.compose(job(2, batch=2))
+
+
+async def test_a_batch_that_is_gone_is_an_error_of_its_mails() -> None:
+    composer = composer_of(Reader())
+    await composer.prepare([job()])
+
+    with pytest.raises(CompositionError, match="batch 1 is gone"):
+        composer.compose(job())
+
+
+OWN = replace(BATCH, smtp_host="own.test", smtp_port=2525, smtp_security=None, smtp_username="anna")
+
+
+async def test_a_sender_with_a_relay_of_its_own_uses_it_and_starttls_by_default() -> None:
+    secrets = SecretBox([generate_key()])
+    own = replace(OWN, smtp_password=secrets.encrypt("s3cret"))
+    composer = composer_of(Reader(own), secrets)
+    await composer.prepare([job()])
+
+    endpoint, _ = composer.compose(job())
+
+    assert endpoint == Endpoint("own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret")
+    assert "s3cret" not in repr(endpoint)
+
+
+async def test_override_sends_everything_to_the_relay() -> None:
+    composer = composer_of(Reader(OWN), smtp_override=True)
+    await composer.prepare([job()])
+
+    assert composer.compose(job())[0] == RELAY
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("smtp://mail.test", Endpoint("mail.test", 25, SmtpSecurity.NONE)),
+        ("smtp://mail.test:1025", Endpoint("mail.test", 1025, SmtpSecurity.NONE)),
+        ("smtps://mail.test", Endpoint("mail.test", 465, SmtpSecurity.TLS)),
+        ("smtp+starttls://mail.test", Endpoint("mail.test", 587, SmtpSecurity.STARTTLS)),
+        ("SMTP://Mail.Test/", Endpoint("mail.test", 25, SmtpSecurity.NONE)),
+        ("smtp://[::1]:1025", Endpoint("::1", 1025, SmtpSecurity.NONE)),
+        (
+            "smtps://anna%40x.test:p%3As%2Fs@mail.test:4650",
+            Endpoint("mail.test", 4650, SmtpSecurity.TLS, "anna@x.test", "p:s/s"),
+        ),
+    ],
+)
+def test_a_relay_is_read_from_its_url(url: str, endpoint: Endpoint) -> None:
+    assert relay_of(url) == endpoint
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "mail.test:25",
+        "http://mail.test",
+        "smtp://",
+        "smtp://:25",
+        "smtp://mail.test:0x",
+        "smtp://mail.test:70000",
+        "smtp://[::1",
+        "smtp:mail.test",
+        "//anna:s3cret@mail.test",
+        "anna:s3cret@mail.test",
+        "smtp://anna:s3cret@[::1",
+        "smtp://anna:s3cret@mail.test:70000",
+    ],
+)
+def test_a_wrong_url_is_told_by_its_variable_and_without_its_password(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^OUTBOX_SMTP_URL: .*smtp://host:port") as caught:
+        relay_of(url)
+
+    assert "s3cret" not in str(caught.value)
