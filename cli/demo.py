@@ -21,6 +21,7 @@ from cli.demo_run import Demo, Scheduled
 from cli.foreground import run
 from cli.lazy import EXIT_FAILED, CommandFailed
 from cli.output import Output, OutputFormat, note, print_json, print_rows
+from deploy.local.child import LocalServerError
 from deploy.local.record import read_record
 from deploy.local.supervisor import LocalSystem
 from shared.settings import Settings, format_duration, load_settings
@@ -58,14 +59,18 @@ def demo(
     folder = Path(tempfile.mkdtemp(prefix="outbox-demo-"))
     began = time.monotonic()
     reports = None
+    explained = False
     try:
         reports = run(
             lambda: _play(folder, settings, content, bundled=bundled),
             lambda: note("stopping ..."),
         )
+    except LocalServerError:
+        explained = True  # by the logs, which its text names
+        raise
     finally:
         broken = reports is None or any(report.broken for report in reports)
-        _clear(folder, keep_logs=broken)
+        _clear(folder, keep_logs=explained or (broken and reports is not None))
     if reports is None:
         raise CommandFailed("interrupted")
     seconds = time.monotonic() - began
@@ -156,6 +161,8 @@ def _clear(folder: Path, *, keep_logs: bool) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+    if not keep_logs and not any((folder / "inbox" / "new").glob("*")):
+        shutil.rmtree(folder)
 
 
 def _print_summary(

@@ -59,7 +59,7 @@ class LazyGroup(TyperGroup):
         try:
             module = importlib.import_module(self.entries[name].module)
         except ModuleNotFoundError as error:
-            if error.name != "aiosmtpd":
+            if (error.name or "").partition(".")[0] != "aiosmtpd":
                 raise
             raise CommandFailed(
                 "the embedded stack is not installed: pip install 'outbox[local]'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,9 +64,17 @@ async def refusal_of(call: Awaitable[Any]) -> Refusal:
 class Scheduler:
     """Stubs of all four services, and the tables behind them."""
 
-    def __init__(self, channel: grpc.aio.Channel, settings: Settings, address: str) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        settings: Settings,
+        address: str,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`stop` begins the scheduler's end; it is over when `running_scheduler` is."""
         self.settings = settings
         self.address = address
+        self.stop = stop
         self.senders = sender_service_pb2_grpc.SenderServiceStub(channel)
         self.batches = batch_service_pb2_grpc.BatchServiceStub(channel)
         self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
@@ -134,8 +142,7 @@ async def running_scheduler(
         redis_url=redis_url,
         scheduler_listen="127.0.0.1:0",
         auth="off",
-        shutdown_grace="5s",
-        **settings,
+        **{"shutdown_grace": "5s", **settings},
     )
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -147,7 +154,7 @@ async def running_scheduler(
     try:
         address = f"127.0.0.1:{await port}"
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Scheduler(channel, loaded, address)
+            yield Scheduler(channel, loaded, address, stop.set)
     finally:
         stop.set()
         await server

@@ -93,8 +93,10 @@ class Composer:
         )
         if missing:
             for batch_id, content in (await self._read(missing)).items():
-                self._batches[batch_id] = self._batch_mail(content)
-                self._revisions[batch_id] = content.sender_revision
+                # Two groups may read at once, and the older reading may be the later one.
+                if content.sender_revision > self._revisions.get(batch_id, 0):
+                    self._batches[batch_id] = self._batch_mail(content)
+                    self._revisions[batch_id] = content.sender_revision
         # Those of this group are the last to be forgotten: their mails are built next.
         for batch_id in revisions:
             if batch_id in self._batches:

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
 from shared.database import DATABASE_ERRORS
-from shared.heads import MARKER_AGE, HeadLoader
+from shared.heads import MARKER_AGE, HeadLoader, mark_stale
 from shared.queue.connection import QUEUE_ERRORS
 from shared.settings import Settings
 from shared.states import JobState
@@ -55,6 +55,9 @@ class Recovery:
         """
         async with self._engine.begin() as connection:
             senders = await storage.recover_expired(connection, self._lease, self._next_state)
+            if senders:
+                # Redis may be away, or we may die, before the load that follows.
+                await mark_stale(connection, senders)
         if senders:
             _log.warning("leases_expired", senders=senders)
             await self._loader.load(senders, committed=True)

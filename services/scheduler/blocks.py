@@ -38,6 +38,11 @@ class BlockReader:
         payload.hash_first(options.canonical())
 
     @property
+    def waits(self) -> bool:
+        """Whether reading may wait for the caller."""
+        return self._payload.arrives
+
+    @property
     def variable_names(self) -> tuple[str, ...]:
         """What `JobRow.variables` holds, in its order; known after the first block."""
         return self._names

@@ -35,6 +35,8 @@ T = TypeVar("T")
 
 # Uploads whose rows are being read; a thread waits for its caller most of the time.
 _THREADS: Final = 64
+# Batches of one message that are read: this is work, so more threads would not be faster.
+_WORKERS: Final = 4
 _QUEUE_UNREACHABLE: Final = (
     "The queue is not reachable at the moment: the batch is accepted, and sending starts as soon "
     "as the queue is back."
@@ -64,16 +66,24 @@ class Intake:
         max_message_bytes: int,
         most_open: int,
     ) -> None:
-        """At most `most_open` transactions at a time: other calls need connections too."""
+        """At most `most_open` transactions at a time: other calls need connections too.
+
+        As many uploads and as many batches of one message: those must not wait for slow uploads.
+        """
         self._store = store
         self._load = load
         self._max_message_bytes = max_message_bytes
-        self._places = asyncio.Semaphore(most_open)
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="intake")
+        each = max(most_open // 2, 1)
+        self._places = {waits: asyncio.Semaphore(each) for waits in (False, True)}
+        self._threads = {
+            waits: ThreadPoolExecutor(count, thread_name_prefix=f"intake-{name}")
+            for waits, count, name in ((False, _WORKERS, "batch"), (True, _THREADS, "upload"))
+        }
 
     def close(self) -> None:
         """Free the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
 
     async def accept(
         self, options: BatchOptions, payload: Payload, user_id: str | None
@@ -85,10 +95,10 @@ class Intake:
             AlreadyExists: REQUEST_ID_REUSED.
             InvalidInput: what is wrong with the payload or a template; ROW_REJECTED,
                 NO_ROW_ACCEPTED, SPACING_INVALID.
-            Unavailable: UPLOAD_STALLED.
+            Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS.
         """
         reader = BlockReader(payload, options, self._max_message_bytes)
-        steps = _Steps(reader, self._threads)
+        steps = _Steps(reader, self._threads[reader.waits])
         try:
             return await self._accept(options, steps, user_id)
         finally:
@@ -97,10 +107,7 @@ class Intake:
     async def _accept(
         self, options: BatchOptions, steps: _Steps, user_id: str | None
     ) -> Acceptance:
-        sender = await self._store.find_sender(options.sender_id, user_id)
-        if sender is None:
-            raise _no_sender(options)
-        known = await self._store.find_request(sender.user_id, options.request_id)
+        sender, known = await self._look_up(options, user_id)
         if known is None:
             if sender.deleted:
                 raise _no_sender(options)
@@ -110,15 +117,23 @@ class Intake:
                     done = replace(done, notices=[*done.notices, _QUEUE_UNREACHABLE])
                 return done
             # Another call with the same request_id came first.
-            known = await self._store.find_request(sender.user_id, options.request_id)
+            sender, known = await self._look_up(options, user_id)
         return await _replay(known, options, steps, sender)
+
+    async def _look_up(
+        self, options: BatchOptions, user_id: str | None
+    ) -> tuple[IntakeSender, KnownRequest | None]:
+        found = await self._store.look_up(options.sender_id, options.request_id, user_id)
+        if found is None:
+            raise _no_sender(options)
+        return found
 
     async def _store_batch(
         self, options: BatchOptions, steps: _Steps, sender: IntakeSender
     ) -> Acceptance | None:
         """Store the batch; None: there is one of this `request_id`."""
         block = await steps.next()
-        async with self._places, self._store.begin() as transaction:
+        async with self._places[steps.reader.waits], self._store.begin() as transaction:
             begun = await transaction.insert_batch(
                 options, sender.user_id, steps.reader.variable_names
             )

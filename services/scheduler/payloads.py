@@ -31,6 +31,10 @@ class OpenedRows(NamedTuple):
 class Payload(Protocol):
     """Recipients, to be read once. All but `close` is called in a thread."""
 
+    @property
+    def arrives(self) -> bool:
+        """Whether reading may wait for the caller."""
+
     def hash_first(self, prefix: bytes) -> None:
         """Let the digest begin with `prefix`."""
 
@@ -55,6 +59,7 @@ class CsvPayload:
     """A CSV file, in chunks."""
 
     def __init__(self, chunks: StreamedChunks | WholeFile) -> None:
+        self.arrives = isinstance(chunks, StreamedChunks)
         self._source = chunks
         self._digest = hashlib.sha256(b"csv\0")
         self._chunks = self._hashed()
@@ -90,6 +95,8 @@ class CsvPayload:
 
 class RowsPayload:
     """Rows that the caller made: addresses, and the other columns by name."""
+
+    arrives = False
 
     def __init__(self, rows: Iterable[tuple[str, Mapping[str, str]]]) -> None:
         self._source = rows

@@ -53,7 +53,7 @@ async def serve(
             IntakeStore(engine),
             lambda sender_id: load_soon(loader, [sender_id]),
             max_message_bytes=settings.max_message_bytes,
-            most_open=max(settings.database_pool // 2, 1),
+            most_open=settings.database_pool * 2 // 3,
         )
         stack.callback(intake.close)
         server = GrpcServer(

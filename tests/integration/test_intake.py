@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -19,6 +20,8 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from deploy.local.ports import free_port
+from services.scheduler.payloads import StreamedChunks
+from shared.errors import Unavailable
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
@@ -176,7 +179,7 @@ async def test_a_scheduler_that_is_killed_leaves_nothing(
                 upload.send_rows(3 * BLOCK)
                 await opened(other)
                 process.kill()
-                assert (await broken(upload)) in ("UNAVAILABLE", "CANCELLED")
+                assert (await broken(upload.end())) in ("UNAVAILABLE", "CANCELLED")
             await closed(other)
             assert stored(other) == 0
             assert not (await other.schedule(sender, request_id="once")).replayed
@@ -186,9 +189,9 @@ async def test_a_scheduler_that_is_killed_leaves_nothing(
         await process.wait()
 
 
-async def broken(upload: Upload) -> str:
+async def broken(call: Awaitable[ScheduleBatchResponse]) -> str:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await upload.end()
+        await call
     return caught.value.code().name
 
 
@@ -333,3 +336,54 @@ def _grown_kib(database_url: str, redis_url: str) -> int:
 def _peak_kib() -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0])
+
+
+async def test_calls_that_are_cut_off_in_a_statement_leave_a_good_connection(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    pause = PauseSenderRequest(sender_id=sender.sender_id)
+    with psycopg.connect(scheduler.settings.database_url) as connection:
+        connection.execute("SELECT FROM senders FOR UPDATE")
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await scheduler.senders.PauseSender(pause, timeout=0.2)
+    for _ in range(2 * scheduler.settings.database_pool):
+        await scheduler.schedule(sender)
+
+
+async def test_a_scheduler_that_stops_ends_an_upload_that_stands_still(
+    database_url: str, redis_url: str
+) -> None:
+    async with asyncio.timeout(15):
+        async with running_scheduler(database_url, redis_url, shutdown_grace="500ms") as scheduler:
+            upload = Upload(scheduler, await scheduler.sender())
+            upload.send_rows(BLOCK)
+            await opened(scheduler)
+            scheduler.stop()
+            assert await broken(upload.call) in ("UNAVAILABLE", "CANCELLED")
+    assert stored(scheduler) == 0
+
+
+async def test_an_upload_that_stands_still_for_too_long_is_given_up() -> None:
+    async def silence() -> AsyncIterator[bytes]:
+        yield b"email\n"
+        await asyncio.Event().wait()
+
+    chunks = StreamedChunks(silence(), timedelta(milliseconds=50))
+    with pytest.raises(Unavailable) as caught:
+        await asyncio.to_thread(list, chunks)
+    assert caught.value.reason == "UPLOAD_STALLED"
+
+
+async def test_uploads_that_stand_still_do_not_hold_up_a_batch_of_one_message(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    uploads = [Upload(scheduler, sender) for _ in range(scheduler.settings.database_pool)]
+    for upload in uploads:
+        upload.send_rows(BLOCK)
+    await eventually(lambda: scheduler.value(_OPEN_INTAKES) >= 2)
+    async with asyncio.timeout(10):
+        assert (await scheduler.schedule(sender)).batch.accepted_count == 1
+    for upload in uploads:
+        upload.call.cancel()
+    await closed(scheduler)

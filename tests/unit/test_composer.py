@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from services.dispatcher import composer as composer_module
-from services.dispatcher.composer import Composer, CompositionError, relay_of
+from services.dispatcher.composer import Composer, CompositionError, ReadBatches, relay_of
 from services.dispatcher.smtp import Endpoint
 from services.dispatcher.storage import BatchContent, MarkedJob
 from shared.errors import ConfigurationError
@@ -65,7 +66,9 @@ class Reader:
         }
 
 
-def composer_of(reader: Reader, secrets: SecretBox | None = None, **settings: Any) -> Composer:
+def composer_of(
+    reader: ReadBatches, secrets: SecretBox | None = None, **settings: Any
+) -> Composer:
     settings = {"smtp_url": "smtp://relay.test"} | settings
     return Composer(load_settings(**settings), secrets or SecretBox(), reader, "inst")
 
@@ -106,6 +109,28 @@ async def test_a_batch_is_read_once_and_again_when_its_sender_has_changed() -> N
 
     assert reader.asked == [[1], [1]]
     assert composer.compose(job(4, revision=2))[1].mail_from == "new@shop.test"
+
+
+async def test_a_reading_that_is_late_does_not_bring_back_what_was_changed() -> None:
+    gate, reading = asyncio.Event(), asyncio.Event()
+    newer = Reader(replace(BATCH, sender_revision=2, email="new@shop.test"))
+
+    async def read(batch_ids: Sequence[int]) -> dict[int, BatchContent]:
+        if not reading.is_set():
+            reading.set()
+            await gate.wait()
+            return {1: BATCH}
+        return await newer(batch_ids)
+
+    composer = composer_of(read)
+    late = asyncio.create_task(composer.prepare([job(1)]))
+    await reading.wait()
+    await composer.prepare([job(2, revision=2)])
+    gate.set()
+    await late
+
+    for each in (job(1), job(2, revision=2)):
+        assert composer.compose(each)[1].mail_from == "new@shop.test"
 
 
 async def test_the_batches_of_one_group_are_read_together() -> None:

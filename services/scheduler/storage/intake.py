@@ -9,20 +9,36 @@ from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
 import psycopg
-from sqlalchemy import Text, any_, bindparam, delete, exists, func, insert, literal, select, update
+from sqlalchemy import (
+    Text,
+    and_,
+    any_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.batch_options import BatchOptions
 from services.scheduler.storage.access import owned_by
 from services.scheduler.storage.suppressions import lock_suppressions
 from shared.database import transaction
+from shared.errors import Unavailable
 from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender, Suppression
 from shared.states import JobState
 
 # A suppression is written a moment before it can be seen.
 _SLACK: Final = timedelta(minutes=1)
+# How long a call waits for another one with its request_id; below the usual deadline of a call.
+_LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
     "COPY email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, variables) "
     "FROM STDIN"
@@ -74,27 +90,27 @@ class IntakeStore:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
-    async def find_sender(self, sender_id: int, user_id: str | None) -> IntakeSender | None:
-        """Return the sender, a deleted one too; None: there is none, or not for this user."""
+    async def look_up(
+        self, sender_id: int, request_id: str, user_id: str | None
+    ) -> tuple[IntakeSender, KnownRequest | None] | None:
+        """Return the sender, a deleted one too, and the batch that this request has made.
+
+        None: there is no such sender, or not for this user.
+        """
+        request = and_(Batch.user_id == Sender.user_id, Batch.request_id == request_id)
         statement = owned_by(
-            select(Sender.id, Sender.user_id, Sender.deleted_at).where(Sender.id == sender_id),
+            select(Sender.user_id, Sender.deleted_at, Batch.id, Batch.request_hash)
+            .join(Batch, request, isouter=True)
+            .where(Sender.id == sender_id),
             Sender.user_id,
             user_id,
         )
         async with self._engine.connect() as connection:
             row = (await connection.execute(statement)).one_or_none()
-        return None if row is None else IntakeSender(row.id, row.user_id, bool(row.deleted_at))
-
-    async def find_request(self, user_id: str, request_id: str) -> KnownRequest | None:
-        """Return the batch that this request of the user's has made."""
-        statement = owned_by(
-            select(Batch.id, Batch.request_hash).where(Batch.request_id == request_id),
-            Batch.user_id,
-            user_id,
-        )
-        async with self._engine.connect() as connection:
-            row = (await connection.execute(statement)).one_or_none()
-        return None if row is None else KnownRequest(row.id, row.request_hash)
+        if row is None:
+            return None
+        known = None if row.id is None else KnownRequest(row.id, row.request_hash)
+        return IntakeSender(sender_id, row.user_id, row.deleted_at is not None), known
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[IntakeTransaction]:
@@ -125,6 +141,9 @@ class IntakeTransaction:
         """Write the batch's row; None: there is one of this `request_id`.
 
         While another intake of the same `request_id` is open, this waits for its end.
+
+        Raises:
+            Unavailable: REQUEST_IN_PROGRESS: it waited for too long.
         """
         statement = (
             insert_or_ignore(Batch)
@@ -147,8 +166,23 @@ class IntakeTransaction:
             .on_conflict_do_nothing(index_elements=["user_id", "request_id"])
             .returning(Batch.id, Batch.start_at, Batch.created_at)
         )
-        row = (await self._connection.execute(statement)).one_or_none()
+        await self._limit_locks(_LOCK_LIMIT)
+        try:
+            row = (await self._connection.execute(statement)).one_or_none()
+        except DBAPIError as error:
+            if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                raise
+            raise Unavailable(
+                "another call with this request_id is under way; call again for its outcome",
+                reason="REQUEST_IN_PROGRESS",
+                metadata={"request_id": options.request_id},
+            ) from None
+        await self._limit_locks("0")
         return None if row is None else BegunBatch(row.id, row.start_at, row.created_at)
+
+    async def _limit_locks(self, limit: str) -> None:
+        setting = func.set_config("lock_timeout", limit, True)
+        await self._connection.execute(select(setting))
 
     async def suppressed(self, user_id: str, addresses: Sequence[str]) -> set[str]:
         """Return which of these case-folded addresses the user has suppressed."""

@@ -186,7 +186,9 @@ async def delete_sender(
         cancelled = (await end_waiting(connection, which, JobState.CANCELLED)).jobs
     elif await _has_open_jobs(connection, sender_id):
         return Deletion(deleted=False)
-    await update_sender(connection, sender_id, user_id, {"deleted_at": func.now()})
+    # Nothing will be sent for it any more: its password is of no use but to a thief.
+    values = {"deleted_at": func.now(), "smtp_password": None}
+    await update_sender(connection, sender_id, user_id, values)
     return Deletion(deleted=True, cancelled=cancelled)
 
 

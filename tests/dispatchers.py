@@ -1,0 +1,170 @@
+"""Dispatchers for tests: in this process, or as processes that can be killed and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
+
+from deploy.local.ports import free_port
+from services.dispatcher.server import serve
+from shared.settings import Settings, load_settings
+
+SERVICE = "outbox.v1.DispatcherService"
+_ROOT = Path(__file__).parent.parent
+
+
+def options(
+    database_url: str, redis_url: str, smtp_url: str, **changes: str | int
+) -> dict[str, str]:
+    """Return settings by name, as text: time is short, and nothing limits a sender."""
+    defaults = {
+        "database_url": database_url,
+        "redis_url": redis_url,
+        "smtp_url": smtp_url,
+        "auth": "off",
+        "dispatcher_listen": "127.0.0.1:0",
+        "dispatcher_concurrency": "5",
+        "min_gap": "0",
+        "retry_backoff": "100ms,200ms",
+        "lease": "10s",
+        "smtp_timeout": "5s",
+        "shutdown_grace": "5s",
+        "log_level": "warning",
+    }
+    return defaults | {name: str(value) for name, value in changes.items()}
+
+
+def settings_of(values: Mapping[str, str]) -> Settings:
+    """Return the settings that a process would have."""
+    return load_settings(**values)
+
+
+class Client:
+    """Talks to one dispatcher."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub = dispatcher_service_pb2_grpc.DispatcherServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
+
+    async def status(self) -> dispatcher_pb2.DispatcherStatus:
+        return await self.stub.GetDispatcherStatus(
+            dispatcher_service_pb2.GetDispatcherStatusRequest()
+        )
+
+    async def drain(self, timeout: float = 30.0) -> dispatcher_service_pb2.DrainResponse:
+        return await self.stub.Drain(dispatcher_service_pb2.DrainRequest(), timeout=timeout)
+
+    async def serving(self) -> bool:
+        """Return whether its health says SERVING."""
+        try:
+            answer = await self._health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class Running(Client):
+    """A dispatcher of this process."""
+
+    def __init__(self, channel: grpc.aio.Channel, stop: asyncio.Event) -> None:
+        super().__init__(channel)
+        self.stopping = stop
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Running]:
+    """Run a dispatcher in this process; on leaving it is asked to stop, and has stopped."""
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(settings, stop, ready=port.set_result))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
+            try:
+                yield Running(channel, stop)
+            finally:
+                stop.set()
+
+
+class DispatcherProcess:
+    """`python -m services.dispatcher`, killed at the end of its block if it still lives."""
+
+    def __init__(self, values: Mapping[str, str], log: Path) -> None:
+        self.listen = f"127.0.0.1:{free_port()}"
+        self._log = log
+        given = {**values, "dispatcher_listen": self.listen}
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")},
+            **{f"OUTBOX_{name.upper()}": value for name, value in given.items()},
+        }
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def process(self) -> asyncio.subprocess.Process:
+        assert self._process is not None
+        return self._process
+
+    async def start(self) -> None:
+        """Start it; returns before it is ready."""
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "services.dispatcher",
+                env=self._environment,
+                cwd=_ROOT,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    async def kill(self) -> None:
+        """End it with kill -9; returns when it is gone."""
+        self.process.kill()
+        await self.process.wait()
+
+    def pause(self) -> None:
+        """Stop it as a debugger or an overcommitted host does (SIGSTOP)."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on after a `pause`."""
+        self.process.send_signal(signal.SIGCONT)
+
+    async def terminate(self) -> int:
+        """Ask it to end; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return await self.process.wait()
+
+    def log(self) -> str:
+        """Return what it has written."""
+        return self._log.read_text()
+
+    async def serving(self) -> bool:
+        """Return whether its health says SERVING."""
+        async with grpc.aio.insecure_channel(self.listen) as channel:
+            return await Client(channel).serving()
+
+    async def not_serving(self) -> bool:
+        """Return whether its health says anything else, or nothing."""
+        return not await self.serving()
+
+
+@asynccontextmanager
+async def process(values: Mapping[str, str], log: Path) -> AsyncIterator[DispatcherProcess]:
+    """Run a dispatcher as a process of its own."""
+    child = DispatcherProcess(values, log)
+    await child.start()
+    try:
+        yield child
+    finally:
+        if child.process.returncode is None:
+            await child.kill()

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.integration.queue.shard import Shard
+
+
+@pytest.fixture
+async def bare_shard(redis_url: str) -> AsyncIterator[Shard]:
+    """A shard as a lost Redis leaves it: nothing in it but the test's clock."""
+    async with Redis.from_url(redis_url, decode_responses=True) as client:
+        shard = Shard(client)
+        await shard.at(0)
+        yield shard
+
+
+@pytest.fixture
+async def shard(bare_shard: Shard) -> Shard:
+    """A whole shard without senders."""
+    await bare_shard.whole()
+    return bare_shard

@@ -1,0 +1,165 @@
+"""One shard on a real Redis whose clock stands still, with what is in it laid open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from redis.asyncio import Redis
+
+from shared.queue.keys import JobRef, member_of
+from shared.queue.queue import Claim, Claimed, Head, Queue, Settlement, SlotUse
+
+WINDOW = timedelta(hours=1)
+LEASE = timedelta(seconds=60)
+WINDOW_MS = 3_600_000
+LEASE_MS = 60_000
+PATIENCE_MS = 5_000
+START_MS = 1_800_000_000_000
+
+# Takes the place of includes/time.lua, and rounds as that does. In us, so that a test can end a
+# send within a millisecond.
+CLOCK = """
+local time = tonumber(redis.call('GET', prefix .. 'test:now'))
+local NOW = math.floor(time / 1000)
+local NOW_UP = math.ceil(time / 1000)
+"""
+# What most tests say of a sender; a test names what it is about.
+SENDER = Head(
+    sender_id=7,
+    hourly_limit=100,
+    gap=timedelta(seconds=2),
+    max_in_flight=5,
+    active=True,
+    jobs=(),
+    more=False,
+)
+
+
+def milliseconds(number: float) -> timedelta:
+    return timedelta(milliseconds=number)
+
+
+def jobs(*pairs: tuple[int, int], attempt: int = 1) -> tuple[tuple[JobRef, int], ...]:
+    """Return jobs of a head from (id, ms after START)."""
+    return tuple((JobRef(job_id, attempt), START_MS + due) for job_id, due in pairs)
+
+
+def members(*ids: int, attempt: int = 1) -> list[str]:
+    return [member_of(JobRef(job_id, attempt)) for job_id in ids]
+
+
+@dataclass(frozen=True)
+class SenderState:
+    """All that Redis holds of one sender."""
+
+    due: dict[str, int]
+    leases: dict[str, int]
+    window: dict[str, int]
+    settings: dict[str, str]
+    # Whether the key is there and will go by itself.
+    settings_expire: bool
+    window_expires: bool
+
+
+class Shard:
+    """A queue, the clock that its scripts read, and a view of its keys."""
+
+    def __init__(
+        self, redis: Redis, number: int = 0, *, window: timedelta = WINDOW, lease: timedelta = LEASE
+    ) -> None:
+        self.redis = redis
+        self.queue = Queue(redis, number, window=window, lease=lease, includes={"time": CLOCK})
+        self.prefix = f"outbox:{{{number}}}:"
+        self.now_us = START_MS * 1000
+
+    @property
+    def now(self) -> int:
+        """The time in whole ms after START."""
+        return self.now_us // 1000 - START_MS
+
+    async def at(self, ms_after_start: float) -> None:
+        """Set the clock."""
+        self.now_us = START_MS * 1000 + round(ms_after_start * 1000)
+        await self.redis.set(self.prefix + "test:now", self.now_us)
+
+    async def whole(self) -> None:
+        """Declare the shard whole, as a rebuild does."""
+        token = await self.queue.begin_rebuild()
+        assert token is not None
+        assert await self.queue.finish_rebuild(token)
+
+    async def load(self, *heads: Head, committed: bool = False) -> None:
+        """Load heads that nobody else loads."""
+        epochs = await self.queue.begin_load([h.sender_id for h in heads], committed=committed)
+        assert await self.queue.load_heads(heads, epochs) == []
+
+    async def claim(self, want: int = 100) -> Claimed:
+        claimed = await self.queue.claim(want)
+        assert not claimed.lost
+        return claimed
+
+    async def claimed(self, want: int = 100) -> list[int]:
+        """Claim; return the ids of the jobs."""
+        return [claim.job.job_id for claim in (await self.claim(want)).claims]
+
+    async def settle(
+        self,
+        claim: Claim,
+        use: SlotUse = SlotUse.COUNTED,
+        *,
+        age: float = 0,
+        retry_at: int | None = None,
+        give_back: bool = False,
+    ) -> list[int]:
+        """Settle one claim; `retry_at`, in ms after START, is when its job is due again."""
+        settlement = Settlement(claim.sender_id, claim.job, use, age=milliseconds(age))
+        if retry_at is not None:
+            attempt = claim.job.attempt + (not give_back)
+            settlement = replace(
+                settlement,
+                next_job=JobRef(claim.job.job_id, attempt),
+                next_due_ms=START_MS + retry_at,
+            )
+        return await self.queue.settle([settlement])
+
+    async def ready(self) -> dict[int, int]:
+        """When each sender is looked at next, in ms after START."""
+        found = await self.redis.zrange(self.prefix + "ready", 0, -1, withscores=True)
+        return {int(sender): int(look) - START_MS for sender, look in found}
+
+    async def sender(self, sender_id: int = SENDER.sender_id) -> SenderState:
+        (state,) = await self.senders([sender_id])
+        return state
+
+    async def senders(self, sender_ids: Iterable[int]) -> list[SenderState]:
+        """All that Redis holds of these senders; times in ms after START."""
+        ids = list(sender_ids)
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            for sender_id in ids:
+                for kind in ("due", "lease", "window"):
+                    key = f"{self.prefix}{kind}:{sender_id}"
+                    pipeline.zrange(key, 0, -1, withscores=True)
+                pipeline.hgetall(f"{self.prefix}sender:{sender_id}")
+                pipeline.pttl(f"{self.prefix}sender:{sender_id}")
+                pipeline.pttl(f"{self.prefix}window:{sender_id}")
+            answers = await pipeline.execute()
+        return [_state(answers[i : i + 6]) for i in range(0, len(answers), 6)]
+
+
+def _state(answers: Sequence[Any]) -> SenderState:
+    due, leases, window, settings, settings_ttl, window_ttl = answers
+    return SenderState(
+        _after_start(due),
+        _after_start(leases),
+        _after_start(window),
+        settings,
+        settings_ttl > 0,
+        window_ttl > 0,
+    )
+
+
+def _after_start(pairs: Sequence[tuple[str, float]]) -> dict[str, int]:
+    return {member: int(time) - START_MS for member, time in pairs}

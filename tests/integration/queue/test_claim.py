@@ -1,0 +1,350 @@
+"""claim.lua: what may be sent now, oldest look first, at a cost that waiting jobs have no part in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.queue.keys import JobRef
+from shared.queue.queue import Claim, Claimed, HeldLease, PastEnd, Queue, Settlement, SlotUse
+from tests.integration.queue.shard import (
+    LEASE,
+    LEASE_MS,
+    PATIENCE_MS,
+    SENDER,
+    START_MS,
+    WINDOW,
+    WINDOW_MS,
+    Shard,
+    jobs,
+    members,
+    milliseconds,
+)
+
+NO_GAP = replace(SENDER, gap=timedelta(0))
+
+
+async def test_an_empty_shard_has_nothing_and_no_next_look(shard: Shard) -> None:
+    assert await shard.queue.claim(5) == Claimed()
+
+
+async def test_without_its_generation_a_shard_is_lost_and_nothing_is_claimed(
+    bare_shard: Shard,
+) -> None:
+    await bare_shard.load(replace(SENDER, jobs=jobs((1, 0))))
+
+    assert await bare_shard.queue.claim(5) == Claimed(lost=True)
+    assert (await bare_shard.sender()).leases == {}
+
+    await bare_shard.whole()
+    assert await bare_shard.claimed() == [1]
+
+
+async def test_a_claim_is_a_lease_and_its_job_waits_no_more(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
+    await shard.at(250)
+
+    claimed = await shard.claim()
+
+    assert claimed.claims == (Claim(SENDER.sender_id, JobRef(1, 1), milliseconds(250)),)
+    state = await shard.sender()
+    assert state.leases == dict.fromkeys(members(1), 250 + LEASE_MS)
+    assert state.due == dict.fromkeys(members(2), 0)
+    assert await shard.claimed() == []
+
+
+async def test_a_job_is_not_claimed_before_it_is_due(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 1000))))
+
+    await shard.at(999)
+    assert await shard.queue.claim(5) == Claimed(next_look=milliseconds(1))
+    await shard.at(999.999)
+    assert await shard.claimed() == []
+    await shard.at(1000)
+    assert await shard.claimed() == [1]
+
+
+async def test_jobs_of_a_sender_come_by_due_time_and_then_by_id(shard: Shard) -> None:
+    head = jobs((9, 0), (1_000_000_000, 0), (10, 5), (2, 7), (11, 7))
+    await shard.load(replace(NO_GAP, max_in_flight=9, jobs=head))
+    await shard.at(10)
+
+    assert await shard.claimed() == [9, 1_000_000_000, 10, 2, 11]
+
+
+async def test_senders_come_by_their_next_look_and_then_by_their_key(shard: Shard) -> None:
+    for sender_id, due in ((7, 30), (10, 10), (9, 20), (12, 10)):
+        await shard.load(replace(SENDER, sender_id=sender_id, jobs=jobs((sender_id, due))))
+    await shard.at(100)
+
+    assert await shard.claimed(3) == [10, 12, 9]
+    assert await shard.claimed(3) == [7]
+
+
+async def test_no_more_is_claimed_than_wanted(shard: Shard) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs(*((n, 0) for n in range(1, 9)))))
+
+    claimed = await shard.claim(2)
+    assert [claim.job.job_id for claim in claimed.claims] == [1, 2]
+    assert claimed.next_look == timedelta(0)
+
+
+async def test_with_a_gap_one_send_is_in_flight_and_the_next_begins_a_gap_after_its_end(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
+    (first,) = (await shard.claim()).claims
+    await shard.at(500.4)
+    assert await shard.claimed() == []
+    # It ended at 400.4, so at 401 in whole ms: a gap is never short by a part of one.
+    await shard.settle(first, age=100)
+
+    await shard.at(2400.9)
+    assert (await shard.claim()).next_look == milliseconds(1)
+    await shard.at(2401)
+    assert (await shard.claim()).claims == (
+        Claim(SENDER.sender_id, JobRef(2, 1), timedelta(0)),
+    ), "lateness counts from the instant at which the limits allowed it"
+
+
+async def test_without_a_gap_as_many_are_in_flight_as_the_sender_takes(shard: Shard) -> None:
+    await shard.load(replace(NO_GAP, max_in_flight=3, jobs=jobs(*((n, 0) for n in range(1, 9)))))
+
+    claimed = await shard.claim()
+    assert [claim.job.job_id for claim in claimed.claims] == [1, 2, 3]
+    assert claimed.next_look == LEASE
+    await shard.settle(claimed.claims[1])
+    assert await shard.claimed() == [4]
+
+
+async def test_the_window_holds_ends_and_reservations_together(shard: Shard) -> None:
+    ends = tuple(
+        PastEnd(JobRef(100 + n, 1), milliseconds(age), counted=True)
+        for n, age in enumerate((WINDOW_MS - 1, 3000, 2000))
+    )
+    head = replace(NO_GAP, hourly_limit=4, ends=ends, jobs=jobs(*((n, 0) for n in range(1, 9))))
+    await shard.load(head)
+
+    (first,) = (await shard.claim()).claims
+    # The lease is the fourth: there is room again when the oldest end leaves.
+    assert await shard.ready() == {7: 1}
+    await shard.at(1)
+    (second,) = (await shard.claim()).claims
+    assert [first.job.job_id, second.job.job_id] == [1, 2]
+
+    await shard.settle(first)
+    await shard.settle(second, SlotUse.UNUSED)
+    assert await shard.claimed() == [3]
+    assert (await shard.claim()).next_look == milliseconds(LEASE_MS)
+
+
+async def test_an_end_leaves_the_window_exactly_one_window_later(shard: Shard) -> None:
+    await shard.load(replace(NO_GAP, hourly_limit=1, jobs=jobs((1, 0), (2, 0))))
+    (claim,) = (await shard.claim()).claims
+    await shard.at(700)
+    await shard.settle(claim)
+
+    await shard.at(WINDOW_MS + 699.999)
+    assert await shard.claimed() == []
+    await shard.at(WINDOW_MS + 700)
+    assert await shard.claimed() == [2]
+
+
+async def test_a_lower_limit_and_a_longer_gap_hold_from_the_next_claim_on(shard: Shard) -> None:
+    head = replace(NO_GAP, jobs=jobs(*((n, 0) for n in range(1, 9))))
+    await shard.load(head)
+    claims = (await shard.claim(3)).claims
+    for changed in (
+        replace(head, hourly_limit=3),
+        replace(head, gap=timedelta(seconds=9)),
+        replace(head, max_in_flight=3),
+        replace(head, active=False),
+    ):
+        await shard.load(changed, committed=True)
+        assert await shard.claimed() == []
+    for claim in claims:
+        await shard.settle(claim)
+    await shard.load(replace(head, gap=timedelta(seconds=9)), committed=True)
+    assert await shard.ready() == {7: 9000}
+    await shard.load(replace(head, hourly_limit=3), committed=True)
+    assert await shard.ready() == {7: WINDOW_MS}
+    await shard.load(head, committed=True)
+    assert await shard.claimed() == [4, 5, 6, 7, 8]
+
+
+async def test_a_paused_sender_is_not_looked_at_and_goes_on_where_it_stopped(
+    shard: Shard,
+) -> None:
+    head = replace(SENDER, jobs=jobs((1, 0), (2, 50)))
+    await shard.load(replace(head, active=False))
+    await shard.at(100)
+
+    assert await shard.queue.claim(5) == Claimed()
+    await shard.load(head, committed=True)
+    assert await shard.claimed() == [1]
+
+
+async def test_a_lease_that_ran_out_takes_a_slot_at_its_deadline_and_asks_for_a_load(
+    shard: Shard,
+) -> None:
+    head = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0)))
+    await shard.load(head)
+    await shard.claim()
+    await shard.at(LEASE_MS - 1)
+    assert await shard.queue.claim(5) == Claimed(next_look=milliseconds(1))
+    epoch = (await shard.sender()).settings["epoch"]
+
+    # Nobody looks for a while: what counts is the deadline, the last instant of its holder.
+    await shard.at(LEASE_MS + 500)
+    claimed = await shard.claim()
+
+    assert claimed.loads == (7,)
+    assert claimed.claims == ()
+    state = await shard.sender()
+    assert state.leases == {}
+    assert list(state.window.values()) == [LEASE_MS]
+    assert int(state.settings["end"]) == START_MS + LEASE_MS
+    assert int(state.settings["epoch"]) == int(epoch) + 1, "a load under way has read too early"
+    assert await shard.ready() == {7: LEASE_MS + 2000}
+
+
+async def test_a_load_that_was_asked_for_is_asked_for_again_when_it_is_overdue(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    await shard.claim()
+    await shard.at(LEASE_MS)
+    assert (await shard.claim()).loads == (7,)
+
+    await shard.at(LEASE_MS + PATIENCE_MS - 1)
+    assert await shard.queue.claim(5) == Claimed(next_look=milliseconds(1))
+    await shard.at(LEASE_MS + PATIENCE_MS)
+    assert (await shard.claim()).loads == (7,)
+    await shard.load(SENDER)
+    assert await shard.ready() == {}
+
+
+async def test_a_head_that_runs_low_asks_for_a_load_once_if_more_wait_behind_it(
+    shard: Shard,
+) -> None:
+    head = replace(NO_GAP, max_in_flight=50, jobs=jobs(*((n, 0) for n in range(1, 41))), more=True)
+    await shard.load(head)
+
+    assert (await shard.claim(8)).loads == ()
+    assert (await shard.claim(1)).loads == (7,)
+    assert (await shard.claim(1)).loads == ()
+
+    await shard.load(replace(head, more=False, jobs=head.jobs[10:]))
+    assert (await shard.claim(9)).loads == (), "nothing waits behind this one"
+
+
+async def test_a_sender_whose_settings_are_gone_sends_nothing_until_it_is_loaded(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    await shard.redis.delete("outbox:{0}:sender:7")
+
+    claimed = await shard.claim()
+    assert claimed == Claimed(loads=(7,), next_look=milliseconds(PATIENCE_MS))
+    assert (await shard.claim()).loads == ()
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    assert await shard.claimed() == [1]
+
+
+async def test_a_lease_of_before_a_loss_blocks_the_gap_until_it_ends(shard: Shard) -> None:
+    lease = HeldLease(JobRef(1, 1), milliseconds(900))
+    await shard.load(replace(SENDER, leases=(lease,), jobs=jobs((2, 0))))
+
+    assert (await shard.claim()).next_look == milliseconds(900)
+    await shard.at(900)
+    assert (await shard.claim()).loads == (7,)
+    assert await shard.ready() == {7: 2900}
+
+
+async def calls(redis: Redis) -> dict[str, int]:
+    info = await redis.info("commandstats")
+    return {name: stats["calls"] for name, stats in info.items()}
+
+
+@pytest.mark.parametrize("waiting", [1, 128])
+@pytest.mark.parametrize("blocked", ["gap", "window", "paused", "lease"])
+async def test_a_blocked_sender_costs_nothing(shard: Shard, blocked: str, waiting: int) -> None:
+    ends = (PastEnd(JobRef(999, 1), milliseconds(1), counted=True),)
+    head = replace(SENDER, ends=ends, jobs=jobs(*((n, 0) for n in range(1, 1 + waiting))))
+    match blocked:
+        case "window":
+            head = replace(head, gap=timedelta(0), hourly_limit=1)
+        case "paused":
+            head = replace(head, active=False)
+        case "lease":
+            lease = HeldLease(JobRef(998, 1), milliseconds(5000))
+            head = replace(head, leases=(lease,))
+    await shard.load(*(replace(head, sender_id=n) for n in range(20)))
+    await shard.load(replace(SENDER, sender_id=99, jobs=jobs((999_999, 0))))
+    await shard.redis.config_resetstat()
+
+    assert await shard.claimed() == [999_999]
+
+    found = await calls(shard.redis)
+    # Of all the commands of the claim, none is about a blocked sender.
+    assert found["cmdstat_hmget"] == 1
+    assert found["cmdstat_zrem"] <= 2
+    assert sum(found.values()) <= 30, found
+
+
+async def test_a_claim_of_many_jobs_costs_the_same_for_each_whatever_waits(shard: Shard) -> None:
+    counts = []
+    for waiting in (64, 128):
+        head = jobs(*((n, 0) for n in range(1, 1 + waiting)))
+        await shard.load(replace(NO_GAP, sender_id=waiting, max_in_flight=20, jobs=head))
+        await shard.redis.config_resetstat()
+        assert len(await shard.claimed(20)) == 20
+        counts.append(await calls(shard.redis))
+    # One reads what the other did, that somebody is asleep; the rest is the same.
+    for found in counts:
+        for name in ("cmdstat_config|resetstat", "cmdstat_script|load", "cmdstat_info"):
+            found.pop(name, None)
+    assert counts[0] == counts[1]
+
+
+async def test_many_senders_without_settings_do_not_hold_up_a_claim(shard: Shard) -> None:
+    strangers = {str(n): START_MS - 1 for n in range(1000, 1500)}
+    await shard.redis.zadd("outbox:{0}:ready", strangers)
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+
+    asked: list[int] = []
+    found: list[int] = []
+    for _ in range(20):
+        claimed = await shard.claim(5)
+        asked += claimed.loads
+        found += [claim.job.job_id for claim in claimed.claims]
+        if claimed.next_look:
+            break
+    assert sorted(asked) == list(range(1000, 1500))
+    assert found == [1]
+
+
+async def test_the_clock_is_that_of_redis(redis_url: str) -> None:
+    async with Redis.from_url(redis_url, decode_responses=True) as redis:
+        queue = Queue(redis, 0, window=WINDOW, lease=LEASE)
+        token = await queue.begin_rebuild()
+        assert token is not None
+        assert await queue.finish_rebuild(token)
+        seconds, _ = await redis.time()
+        now = seconds * 1000
+        head = replace(SENDER, jobs=((JobRef(1, 1), now), (JobRef(2, 1), now + 3_600_000)))
+        assert await queue.load_heads([head], {7: ""}) == []
+
+        claimed = await queue.claim(5)
+
+        (claim,) = claimed.claims
+        assert timedelta(0) <= claim.waited < timedelta(seconds=10)
+        assert claimed.next_look is not None
+        assert timedelta(seconds=50) < claimed.next_look <= LEASE
+        await queue.settle([Settlement(claim.sender_id, claim.job, SlotUse.COUNTED)])
+        look = (await redis.zscore(queue.keys.ready, "7")) or 0
+        assert look == now + 3_600_000
+

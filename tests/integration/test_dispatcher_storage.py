@@ -1,0 +1,598 @@
+"""Every statement of the dispatcher on a real PostgreSQL, also against others of its kind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.recovery import Recovery
+from services.dispatcher.storage import AttemptRecord, MarkedJob
+from shared.database import create_engine
+from shared.queue.connection import QUEUE_ERRORS
+from shared.queue.keys import JobRef
+from shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
+from tests.dispatchers import options, settings_of
+from tests.eventually import eventually
+from tests.world import World
+
+LEASE = timedelta(minutes=1)
+OVER = timedelta(milliseconds=-1)  # a lease that ran out before it began
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))
+    async with World(settings) as world:
+        yield world
+
+
+@pytest_asyncio.fixture
+async def statements(world: World) -> AsyncIterator[AsyncEngine]:
+    """As the dispatcher has it: every statement its own transaction."""
+    engine = create_engine(world.settings, lookups_only=True, single_statements=True)
+    yield engine
+    await engine.dispose()
+
+
+@pytest_asyncio.fixture
+async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    async with statements.connect() as connection:
+        yield connection
+
+
+def refs(jobs: Sequence[int], attempt: int = 1) -> list[JobRef]:
+    return [JobRef(job, attempt) for job in jobs]
+
+
+async def mark(
+    connection: AsyncConnection, jobs: Sequence[int], attempt: int = 1, lease: timedelta = LEASE
+) -> dict[int, MarkedJob]:
+    marked = await storage.mark_sending(connection, refs(jobs, attempt), lease)
+    return {each.job.job_id: each for each in marked}
+
+
+def record_of(marked: MarkedJob, state: JobState = JobState.SENT, **changes: Any) -> AttemptRecord:
+    now = time.monotonic()
+    record = AttemptRecord(
+        job=marked.job,
+        sender_id=marked.sender_id,
+        state=state,
+        failures=marked.failures,
+        outcome=AttemptOutcome.SENT,
+        counted=True,
+        started=now - 0.2,
+        ended=now - 0.1,
+        smtp_code=250,
+        enhanced_code="2.0.0",
+        message="taken",
+    )
+    return replace(record, **changes)
+
+
+async def settle(
+    connection: AsyncConnection, records: Sequence[AttemptRecord]
+) -> dict[int, int]:
+    return await storage.settle(connection, records, time.monotonic())
+
+
+async def whole_row(world: World, job: int) -> Any:
+    return (await world.job(job), await world.attempts(job))
+
+
+# Mark ----------------------------------------------------------------------------------------
+
+
+async def test_a_marked_job_is_sending_and_comes_with_what_its_mail_needs(
+    world: World, connection: AsyncConnection
+) -> None:
+    sender = await world.sender()
+    [job, other] = await world.schedule(sender, 2, load=False)
+    await world.sql(
+        "UPDATE email_jobs SET variables = '[\"Ann\"]', failures = 2, attempt = 2 WHERE id = %s", job
+    )
+    before = datetime.now(UTC)
+    [marked] = await storage.mark_sending(connection, [JobRef(job, 3)], LEASE)
+
+    row = await world.job(job)
+    assert (row.state, row.attempt, row.finished_at) == (JobState.SENDING, 3, None)
+    assert before + LEASE <= row.lease_until <= datetime.now(UTC) + LEASE
+    assert marked == MarkedJob(
+        job=JobRef(job, 3),
+        sender_id=sender,
+        batch_id=row.batch_id,
+        failures=2,
+        recipient="r1@y.test",
+        variables='["Ann"]',
+        lease_until=row.lease_until,
+        sender_revision=1,
+    )
+    assert (await world.job(other)).state == JobState.SCHEDULED
+    await world.check_counts()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "UPDATE email_jobs SET state = 6, finished_at = now() WHERE id = %s",
+        "UPDATE email_jobs SET state = 3, attempt = 1, finished_at = now() WHERE id = %s",
+        "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() WHERE id = %s",
+        "UPDATE email_jobs SET attempt = 1 WHERE id = %s",
+        "UPDATE email_jobs SET attempt = 5 WHERE id = %s",
+        "DELETE FROM email_jobs WHERE id = %s",
+    ],
+    ids=["cancelled", "sent", "with another", "a newer attempt", "much newer", "gone"],
+)
+async def test_a_job_that_is_not_ours_is_not_marked(
+    world: World, connection: AsyncConnection, spoil: str
+) -> None:
+    sender = await world.sender()
+    [job, good] = await world.schedule(sender, 2, load=False)
+    await world.sql(spoil, job)
+    before = await world.sql("SELECT * FROM email_jobs WHERE id = %s", job)
+
+    assert set(await mark(connection, [job, good])) == {good}
+    assert await world.sql("SELECT * FROM email_jobs WHERE id = %s", job) == before
+
+
+@pytest.mark.parametrize(
+    "change", [{"state": SenderState.PAUSED}, {"deleted_at": datetime(2026, 1, 1, tzinfo=UTC)}]
+)
+async def test_a_sender_that_is_paused_or_gone_sends_nothing_that_was_claimed_before(
+    world: World, connection: AsyncConnection, change: dict[str, Any]
+) -> None:
+    stopped, other = await world.sender(), await world.sender()
+    [job] = await world.schedule(stopped, load=False)
+    [good] = await world.schedule(other, load=False)
+    await world.change(stopped, load=False, **change)
+
+    assert set(await mark(connection, [job, good])) == {good}
+    assert (await world.job(job)).attempt == 0
+
+
+async def test_a_mark_brings_the_revision_of_its_sender(
+    world: World, connection: AsyncConnection
+) -> None:
+    sender = await world.sender()
+    [job] = await world.schedule(sender, load=False)
+    await world.change(sender, load=False, hourly_limit=5)
+
+    assert (await mark(connection, [job]))[job].sender_revision == 2
+
+
+async def test_nothing_is_marked_twice(world: World, connection: AsyncConnection) -> None:
+    jobs = await world.schedule(await world.sender(), 3, load=False)
+
+    assert set(await mark(connection, jobs)) == set(jobs)
+    assert await mark(connection, jobs) == {}
+    assert await mark(connection, jobs, attempt=2) == {}
+
+
+# Two at once ---------------------------------------------------------------------------------
+
+
+async def blocked(world: World) -> bool:
+    """Whether somebody waits for a lock in PostgreSQL."""
+    rows = await world.sql(
+        "SELECT count(*) AS n FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return bool(rows[0].n)
+
+
+async def test_of_two_that_mark_overlapping_groups_each_gets_its_own(
+    world: World, statements: AsyncEngine
+) -> None:
+    jobs = await world.schedule(await world.sender(), 6, load=False)
+    async with world.engine.begin() as first, statements.connect() as second:
+        ours = await mark(first, jobs[:4])
+        marking = asyncio.create_task(mark(second, jobs[2:]))
+        await eventually(lambda: blocked(world))
+        await first.commit()
+        theirs = await marking
+
+    assert set(ours) == set(jobs[:4])
+    assert set(theirs) == set(jobs[4:])
+    await world.check_counts()
+
+
+async def test_a_cancel_that_commits_while_a_mark_waits_for_it_wins(
+    world: World, statements: AsyncEngine
+) -> None:
+    jobs = await world.schedule(await world.sender(), 3, load=False)
+    async with await world.connect() as caller, statements.connect() as dispatcher:
+        async with caller.transaction():
+            assert await world.cancel(jobs[:2], caller) == 2
+            marking = asyncio.create_task(mark(dispatcher, jobs))
+            await eventually(lambda: blocked(world))
+        marked = await marking
+
+    assert set(marked) == {jobs[2]}
+    assert await world.in_state(JobState.CANCELLED) == set(jobs[:2])
+    await world.check_counts()
+
+
+async def test_a_cancel_that_is_taken_back_while_a_mark_waits_for_it_changes_nothing(
+    world: World, statements: AsyncEngine
+) -> None:
+    jobs = await world.schedule(await world.sender(), 2, load=False)
+    async with await world.connect() as caller, statements.connect() as dispatcher:
+        async with caller.transaction(force_rollback=True):
+            await world.cancel(jobs, caller)
+            marking = asyncio.create_task(mark(dispatcher, jobs))
+            await eventually(lambda: blocked(world))
+        assert set(await marking) == set(jobs)
+
+
+async def test_of_two_settlements_of_overlapping_groups_each_job_has_one(
+    world: World, statements: AsyncEngine
+) -> None:
+    jobs = await world.schedule(await world.sender(), 6, load=False)
+    async with statements.connect() as connection:
+        marked = await mark(connection, jobs)
+    records = [record_of(marked[job]) for job in jobs]
+    async with world.engine.begin() as first, statements.connect() as second:
+        ours = await settle(first, records[:4])
+        settling = asyncio.create_task(settle(second, records[2:]))
+        await eventually(lambda: blocked(world))
+        await first.commit()
+        theirs = await settling
+
+    assert set(ours) == set(jobs[:4])
+    assert set(theirs) == set(jobs[4:])
+    assert all([len(await world.attempts(job)) == 1 for job in jobs])
+    await world.check_counts()
+
+
+# Settle --------------------------------------------------------------------------------------
+
+
+async def test_a_settlement_records_job_attempt_and_counts(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    marked = (await mark(connection, [job]))[job]
+    before = time.time()
+    moved = await settle(connection, [record_of(marked)])
+
+    row = await world.job(job)
+    [attempt] = await world.attempts(job)
+    assert set(moved) == {job}
+    assert (row.state, row.attempt, row.lease_until) == (JobState.SENT, 1, None)
+    assert row.finished_at.timestamp() == attempt.ended_at
+    # It ended 0.1 s before it was recorded, and began 0.1 s before that.
+    assert before - 0.11 <= attempt.ended_at <= time.time() - 0.09
+    assert attempt.ended_at - attempt.started_at == pytest.approx(0.1, abs=0.003)
+    assert (attempt.outcome, attempt.counted) == (AttemptOutcome.SENT, True)
+    assert (attempt.smtp_code, attempt.enhanced_code) == (250, "2.0.0")
+    await world.check_counts()
+
+
+@pytest.mark.parametrize("state", [JobState.SENT, JobState.FAILED, JobState.UNCERTAIN])
+async def test_every_final_state_is_counted(
+    world: World, connection: AsyncConnection, state: JobState
+) -> None:
+    senders = [await world.sender(), await world.sender()]
+    jobs = [job for each in senders for job in await world.schedule(each, 3, load=False)]
+    marked = await mark(connection, jobs)
+    await settle(connection, [record_of(marked[job], state) for job in jobs[1:]])
+
+    assert await world.states() == {state: 5, JobState.SENDING: 1}
+    await world.check_counts()
+
+
+async def test_a_job_that_is_to_be_tried_again_waits_from_the_end_of_its_attempt(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    marked = (await mark(connection, [job]))[job]
+    record = record_of(
+        marked,
+        JobState.SCHEDULED,
+        failures=1,
+        outcome=AttemptOutcome.TEMPORARY_FAILURE,
+        retry_after=timedelta(seconds=5),
+        counted=False,
+        smtp_code=450,
+        enhanced_code=None,
+        message=None,
+    )
+    dues = await settle(connection, [record])
+
+    row = await world.job(job)
+    [attempt] = await world.attempts(job)
+    assert (row.state, row.attempt, row.failures) == (JobState.SCHEDULED, 1, 1)
+    assert (row.lease_until, row.finished_at) == (None, None)
+    assert row.scheduled_at.timestamp() == pytest.approx(attempt.ended_at + 5, abs=0.001)
+    # What Redis is told is never earlier.
+    assert 0 <= dues[job] / 1000 - row.scheduled_at.timestamp() < 0.001
+    assert attempt.outcome is AttemptOutcome.TEMPORARY_FAILURE
+    await world.check_counts()
+
+
+async def test_settling_again_changes_nothing(world: World, connection: AsyncConnection) -> None:
+    """A try whose answer was lost is repeated."""
+    [job] = await world.schedule(await world.sender(), load=False)
+    record = record_of((await mark(connection, [job]))[job])
+    await settle(connection, [record])
+    before = await whole_row(world, job)
+
+    assert await settle(connection, [record]) == {}
+    assert await whole_row(world, job) == before
+    await world.check_counts()
+
+
+async def test_a_job_that_was_cancelled_meanwhile_stays_cancelled(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    marked = (await mark(connection, [job]))[job]
+    await storage.give_back(connection, [marked])
+    await world.cancel([job])
+    before = await whole_row(world, job)
+
+    assert await settle(connection, [record_of(marked)]) == {}
+    assert await storage.give_back(connection, [marked]) == {}
+    assert await whole_row(world, job) == before
+
+
+# Fencing -------------------------------------------------------------------------------------
+
+
+async def recover(world: World, next_state: JobState = JobState.SCHEDULED) -> list[int]:
+    async with world.engine.begin() as connection:
+        return await storage.recover_expired(connection, LEASE, next_state)
+
+
+async def test_who_lost_the_lease_cannot_overwrite_a_newer_attempt(
+    world: World, connection: AsyncConnection
+) -> None:
+    jobs = await world.schedule(await world.sender(), 4, load=False)
+    old = await mark(connection, jobs, lease=OVER)
+    await recover(world)
+    new = await mark(connection, jobs[:3], attempt=2)
+    await settle(connection, [record_of(new[jobs[0]])])
+    await storage.give_back(connection, [new[jobs[1]]])
+    # Sent by the newer one; given back by it; in its hands; waiting: none is the older one's.
+    before = [await whole_row(world, job) for job in jobs]
+
+    failed = [record_of(old[job], JobState.FAILED) for job in jobs]
+    retried = [
+        record_of(old[job], JobState.SCHEDULED, retry_after=timedelta(0)) for job in jobs
+    ]
+    assert await settle(connection, failed) == {}
+    assert await settle(connection, retried) == {}
+    assert await storage.give_back(connection, list(old.values())) == {}
+    assert [await whole_row(world, job) for job in jobs] == before
+    await world.check_counts()
+
+
+async def test_a_job_given_back_waits_where_it_was_and_no_attempt_is_used_up(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    before = await whole_row(world, job)
+    marked = (await mark(connection, [job]))[job]
+
+    dues = await storage.give_back(connection, [marked])
+
+    assert await whole_row(world, job) == before
+    assert set(dues) == {job}
+    assert set(await mark(connection, [job])) == {job}
+    await world.check_counts()
+
+
+async def test_a_job_is_given_back_by_the_lease_that_took_it_and_by_no_other(
+    world: World, connection: AsyncConnection
+) -> None:
+    """The number of an attempt that was given back is used again, so it is no fence here."""
+    [job] = await world.schedule(await world.sender(), load=False)
+    first = (await mark(connection, [job]))[job]
+    await storage.give_back(connection, [first])
+    second = (await mark(connection, [job]))[job]
+    assert first.job == second.job
+    before = await whole_row(world, job)
+
+    assert await storage.give_back(connection, [first]) == {}
+    assert await whole_row(world, job) == before
+    assert set(await storage.give_back(connection, [second])) == {job}
+
+
+# Recovery ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("next_state", [JobState.SCHEDULED, JobState.UNCERTAIN])
+async def test_an_expired_lease_is_an_attempt_that_takes_a_slot(
+    world: World, connection: AsyncConnection, next_state: JobState
+) -> None:
+    sender, other = await world.sender(), await world.sender()
+    [job, held] = await world.schedule(sender, 2, load=False)
+    [fine] = await world.schedule(other, load=False)
+    await mark(connection, [job], lease=OVER)
+    await mark(connection, [held, fine])
+    was = await world.job(job)
+
+    assert await recover(world, next_state) == [sender]
+
+    row = await world.job(job)
+    [attempt] = await world.attempts(job)
+    assert (row.state, row.attempt, row.failures) == (next_state, 1, 0)
+    assert row.scheduled_at == was.scheduled_at
+    assert row.lease_until is None
+    final = next_state is JobState.UNCERTAIN
+    assert row.finished_at == (was.lease_until if final else None)
+    # Nobody knows when it ended, if at all: the last possible instant counts.
+    assert attempt.ended_at == was.lease_until.timestamp()
+    assert attempt.ended_at - attempt.started_at == pytest.approx(LEASE.total_seconds())
+    assert (attempt.outcome, attempt.counted) == (AttemptOutcome.LEASE_EXPIRED, True)
+    assert await world.in_state(JobState.SENDING) == {held, fine}
+    await world.check_counts()
+    assert await recover(world, next_state) == []
+
+
+async def test_a_recovered_job_is_marked_as_its_next_attempt(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    await mark(connection, [job], lease=OVER)
+    await recover(world)
+
+    assert await mark(connection, [job], attempt=1) == {}
+    assert set(await mark(connection, [job], attempt=2)) == {job}
+
+
+async def test_two_recoveries_at_once_end_each_attempt_once(
+    world: World, connection: AsyncConnection
+) -> None:
+    senders = [await world.sender() for _ in range(2)]
+    jobs = [job for each in senders for job in await world.schedule(each, 3, load=False)]
+    await mark(connection, jobs, lease=OVER)
+    async with world.engine.begin() as first:
+        found = await storage.recover_expired(first, LEASE, JobState.SCHEDULED)
+        assert await recover(world) == []
+
+    assert sorted(found) == senders
+    assert all([len(await world.attempts(job)) == 1 for job in jobs])
+    await world.check_counts()
+
+
+async def test_a_recovery_and_a_settlement_at_once_record_one_outcome(
+    world: World, statements: AsyncEngine
+) -> None:
+    jobs = await world.schedule(await world.sender(), 2, load=False)
+    async with statements.connect() as connection:
+        marked = await mark(connection, jobs, lease=OVER)
+        async with world.engine.begin() as settling:
+            await settle(settling, [record_of(marked[jobs[0]])])
+            # It does not wait for what is being settled.
+            await recover(world)
+        assert await settle(connection, [record_of(marked[jobs[1]])]) == {}
+
+    assert [a.outcome for a in await world.attempts(jobs[0])] == [AttemptOutcome.SENT]
+    assert [a.outcome for a in await world.attempts(jobs[1])] == [AttemptOutcome.LEASE_EXPIRED]
+    await world.check_counts()
+
+
+async def test_next_expiry_is_that_of_the_first_lease(
+    world: World, connection: AsyncConnection
+) -> None:
+    jobs = await world.schedule(await world.sender(), 2, load=False)
+    assert await storage.next_expiry(connection) is None
+
+    await mark(connection, jobs[:1], lease=timedelta(seconds=50))
+    await mark(connection, jobs[1:], lease=timedelta(seconds=20))
+
+    left = await storage.next_expiry(connection)
+    assert left is not None
+    assert timedelta(seconds=10) < left <= timedelta(seconds=20)
+
+
+@pytest.fixture
+def recovery_of(world: World) -> Callable[..., Recovery]:
+    def build(policy: str = "resend") -> Recovery:
+        settings = settings_of(
+            options(
+                world.settings.database_url,
+                world.settings.redis_url,
+                world.settings.smtp_url,
+                uncertain_policy=policy,
+                lease="1s",
+            )
+        )
+        return Recovery(settings, world.engine, world.loader)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("policy", "state"), [("resend", JobState.SCHEDULED), ("hold", JobState.UNCERTAIN)]
+)
+async def test_the_policy_decides_about_jobs_whose_lease_ran_out(
+    world: World,
+    connection: AsyncConnection,
+    recovery_of: Callable[..., Recovery],
+    policy: str,
+    state: JobState,
+) -> None:
+    sender = await world.sender()
+    [job] = await world.schedule(sender, load=False)
+    await mark(connection, [job], lease=OVER)
+
+    pause = await recovery_of(policy).recover_leases()
+
+    assert pause == timedelta(seconds=1)
+    assert (await world.job(job)).state == state
+    key = world.loader.queue_of(sender).keys.ready.replace("ready", f"due:{sender}")
+    due = await world.redis.zrange(key, 0, -1)
+    assert due == ([f"{job:012d}:2"] if state is JobState.SCHEDULED else [])
+
+
+async def test_a_recovered_job_is_not_forgotten_if_redis_is_away_at_that_moment(
+    world: World, connection: AsyncConnection
+) -> None:
+    """The marker, of the same transaction, brings the load later."""
+    sender = await world.sender()
+    [job] = await world.schedule(sender, load=False)
+    await world.sql("DELETE FROM head_markers")
+    await mark(connection, [job], lease=OVER)
+    away = settings_of(
+        options(world.settings.database_url, "redis://127.0.0.1:1/0", world.settings.smtp_url)
+    )
+    async with World(away) as elsewhere:
+        with pytest.raises(QUEUE_ERRORS):
+            await Recovery(away, elsewhere.engine, elsewhere.loader).recover_leases()
+
+    assert (await world.job(job)).state == JobState.SCHEDULED
+    assert [row.sender_id for row in await world.sql("SELECT * FROM head_markers")] == [sender]
+
+
+# Batches -------------------------------------------------------------------------------------
+
+
+async def test_a_batch_comes_with_its_sender_as_it_is_now(
+    world: World, connection: AsyncConnection
+) -> None:
+    plain = await world.sender()
+    own = await world.sender(
+        smtp_host="own.test",
+        smtp_port=2525,
+        smtp_security=SmtpSecurity.TLS,
+        smtp_username="anna",
+        smtp_password=b"token",
+    )
+    batches = [
+        (await world.job((await world.schedule(each, load=False))[0])).batch_id
+        for each in (plain, own)
+    ]
+    await world.change(own, load=False, display_name="Anna")
+
+    found = await storage.read_batches(connection, [*batches, 999_999_999])
+
+    assert set(found) == set(batches)
+    first, second = (found[batch] for batch in batches)
+    assert (first.email, first.smtp_host, first.sender_revision) == (f"s{plain}@x.test", None, 1)
+    assert (second.smtp_host, second.smtp_port) == ("own.test", 2525)
+    assert (second.smtp_security, second.smtp_password) == (SmtpSecurity.TLS, b"token")
+    assert (second.display_name, second.sender_revision) == ("Anna", 2)
+
+
+async def test_many_jobs_are_one_statement(world: World, connection: AsyncConnection) -> None:
+    jobs = await world.schedule(await world.sender(), 1_000, load=False)
+    marked = await mark(connection, jobs)
+    moved = await settle(connection, [record_of(marked[job]) for job in jobs])
+
+    assert set(moved) == set(jobs)
+    # One row down and one up, though a thousand jobs moved (two more if an hour ended meanwhile).
+    deltas = await world.sql("SELECT count(*) AS n FROM count_deltas WHERE n <> 1000 OR state <> 1")
+    assert deltas[0].n in (2, 4)
+    await world.check_counts()
+
+

@@ -1,0 +1,273 @@
+"""The command line where it needs no server: help, usage, addresses, texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import socket
+import stat
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import typer
+from outbox.v1.email_job_pb2 import EmailJob, JobState
+from outbox.v1.email_job_service_pb2 import ListEmailJobsResponse
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from cli import output
+from cli.client import find_address
+from cli.demo_report import Expected, report_on, to_document
+from cli.main import OutboxGroup, app
+from cli.options import read_time
+from deploy.local.encryption_key import key_in
+from deploy.local.record import ReceivedMail
+from deploy.local.service import environment_of
+from shared.secrets import SecretBox
+from shared.settings import Settings, load_settings
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stack of ours in this folder, and no OUTBOX_* of whoever runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"OUTBOX_{name.upper()}", raising=False)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_list_of_commands_loads_neither_grpc_nor_pydantic_nor_sqlalchemy() -> None:
+    program = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from cli.main import app\n"
+        "result = CliRunner().invoke(app, ['--help'])\n"
+        "assert result.exit_code == 0, result.output\n"
+        "heavy = {'grpc', 'pydantic', 'sqlalchemy', 'redis', 'google.protobuf'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True)
+    assert ended.returncode == 0, ended.stderr.decode()
+
+
+@pytest.mark.parametrize("name", OutboxGroup.entries)
+def test_every_command_of_the_list_has_a_help_of_its_own(name: str) -> None:
+    shown = runner.invoke(app, [name, "--help"])
+    assert shown.exit_code == 0
+    assert f"Usage: outbox {name}" in shown.output.replace("Usage: root", "Usage: outbox")
+    group = get_command(importlib.import_module(OutboxGroup.entries[name].module).app)
+    for command in getattr(group, "commands", {}):
+        assert runner.invoke(app, [name, command, "--help"]).exit_code == 0
+
+
+def test_the_version_is_the_package_s() -> None:
+    shown = runner.invoke(app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, "outbox 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sender"],
+        ["senders", "get"],
+        ["senders", "create", "--email", "a@b.de", "--min-gap", "2 parsecs"],
+        ["senders", "create", "--email", "a@b.de", "--smtp-port", "25"],
+        ["senders", "update", "1"],
+        ["senders", "list", "--state", "asleep"],
+        ["jobs", "list", "--page-size", "-1"],
+        ["schedule", "x.csv", "--sender", "1", "--start-time", "2026-12-24T18:00:00"],
+        ["schedule", "x.csv", "--sender", "1", "--body", "a", "--body-file", "b"],
+        ["up", "--dispatchers", "0"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2_with_nothing_on_stdout(words: list[str]) -> None:
+    refused = runner.invoke(app, words)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+
+
+def test_a_wrong_variable_is_exit_code_2_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUTBOX_MIN_GAP", "soon")
+    refused = runner.invoke(app, ["senders", "list"])
+    assert refused.exit_code == 2
+    assert "OUTBOX_MIN_GAP" in refused.stderr
+
+
+def test_no_answer_says_which_address_was_asked_and_what_to_do() -> None:
+    address = f"127.0.0.1:{closed_port()}"
+    failed = runner.invoke(app, ["senders", "get", "1", "--server", address])
+    assert (failed.exit_code, failed.stdout) == (1, "")
+    assert failed.stderr == (
+        f"outbox: no answer at {address} (--server): start `outbox up` in this folder, "
+        "or name another address with --server\n"
+    )
+
+
+def test_a_service_is_found_by_server_then_variable_then_stack_then_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert find_address("stats", None).target == "127.0.0.1:50053"
+    Path(".outbox").mkdir()
+    stack = {"scheduler": "127.0.0.1:1", "stats": "127.0.0.1:2", "dispatchers": ["127.0.0.1:3"]}
+    Path(".outbox/endpoints.json").write_text(json.dumps(stack))
+    found = {name: find_address(name, None).target for name in ("scheduler", "dispatcher", "stats")}
+    assert found == {
+        "scheduler": "127.0.0.1:1",
+        "dispatcher": "127.0.0.1:3",
+        "stats": "127.0.0.1:2",
+    }
+    monkeypatch.setenv("OUTBOX_STATS_LISTEN", "0.0.0.0:9")
+    assert find_address("stats", None).target == "127.0.0.1:9"
+    assert find_address("stats", "example.com:7").target == "example.com:7"
+
+
+def test_a_broken_file_of_the_stack_is_named() -> None:
+    Path(".outbox").mkdir()
+    Path(".outbox/endpoints.json").write_text("{")
+    failed = runner.invoke(app, ["stats", "user", "u"])
+    assert failed.exit_code == 1
+    assert ".outbox/endpoints.json cannot be read" in failed.stderr
+
+
+def test_a_csv_that_is_not_there_fails_before_anything_is_asked() -> None:
+    failed = runner.invoke(app, ["schedule", "nope.csv", "--sender", "1", "--request", "r"])
+    assert failed.exit_code == 1
+    assert failed.stderr == "outbox: nope.csv cannot be read: No such file or directory\n"
+
+
+def test_an_encryption_key_is_one_that_the_services_take() -> None:
+    made = runner.invoke(app, ["keys", "generate-encryption-key"])
+    box = SecretBox([made.stdout.strip()])
+    assert box.decrypt(box.encrypt("secret")) == "secret"
+    document = json.loads(
+        runner.invoke(app, ["keys", "generate-encryption-key", "-o", "json"]).stdout
+    )
+    assert SecretBox([document["encryption_key"]])
+
+
+def test_the_key_of_a_stack_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+    key = key_in(tmp_path)
+    assert key_in(tmp_path) == key
+    assert stat.S_IMODE((tmp_path / "encryption_key").stat().st_mode) == 0o600
+
+
+def test_times_are_rfc_3339_or_now_or_from_now() -> None:
+    assert read_time("2026-12-24T18:00:00+01:00") == datetime(2026, 12, 24, 17, tzinfo=UTC)
+    assert read_time("2026-12-24T17:00:00Z") == datetime(2026, 12, 24, 17, tzinfo=UTC)
+    for text, later in (("now", timedelta(0)), ("in 10m", timedelta(minutes=10))):
+        distance = read_time(text) - datetime.now(UTC) - later
+        assert abs(distance) < timedelta(seconds=5)
+    with pytest.raises(typer.BadParameter, match="no offset"):
+        read_time("2026-12-24T18:00:00")
+
+
+def test_services_are_told_what_is_set_and_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "OUTBOX_MIN_GAP": "250ms",
+        "OUTBOX_RETRY_BACKOFF": "1s,90s",
+        "OUTBOX_SMTP_OVERRIDE": "true",
+        "OUTBOX_ENCRYPTION_KEYS": "secret",
+        "OUTBOX_SMTP_POOL": "7",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = environment_of(load_settings())
+    assert told == variables | {"OUTBOX_RETRY_BACKOFF": "1s,90s"}
+
+
+def test_json_is_proto_json_with_the_original_names_and_zeros(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = EmailJob(email_job_id="7", state=JobState.JOB_STATE_SENT)
+    output.show(job, output.OutputFormat.JSON)
+    document = json.loads(capsys.readouterr().out)
+    assert document["email_job_id"] == "7"
+    assert (document["state"], document["attempt_count"]) == ("JOB_STATE_SENT", 0)
+
+
+def test_a_table_is_not_cut_in_a_pipe_and_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long = "x" * 300
+    page = ListEmailJobsResponse(
+        email_jobs=[EmailJob(recipient=long, last_error="550 \x1b[2J[red]no[/red]")],
+        next_page_token="more",
+    )
+    output.show_list(
+        page, "email_jobs", ("recipient", "last_error"), output.OutputFormat.TABLE, what="jobs"
+    )
+    printed = capsys.readouterr()
+    assert f"{long}   550 \\x1b[2J[red]no[/red]" in printed.out
+    assert "\x1b" not in printed.out
+    assert printed.err == "there are more: --page-token more\n"
+
+
+def mail(number: int, started_at: float, received_at: float) -> ReceivedMail:
+    return ReceivedMail(started_at, received_at, "a@b.de", ("x@y.de",), f"<{number}>", 1, "")
+
+
+def expected(names: int) -> Expected:
+    return Expected(
+        sender_id="1",
+        email="a@b.de",
+        hourly_limit=2,
+        min_gap_s=1.0,
+        accepted=names,
+        rejected=0,
+        sent=names,
+        failed=0,
+        message_ids=frozenset(f"<{number}>" for number in range(names)),
+    )
+
+
+def test_the_demo_s_report_is_clean_where_every_promise_held() -> None:
+    mails = [mail(0, 0.0, 0.5), mail(1, 1.5, 2.0), mail(2, 10.5, 11.0)]
+    report = report_on(expected(3), mails, 10.0)
+    assert (report.broken, report.lost, report.duplicates) == ([], 0, 0)
+    document = to_document([report], window_s=10.0, seconds=1.0, inbox="x")
+    assert (document["least_gap_s"], document["most_in_window"]) == (1.0, 2)
+
+
+def test_the_demo_s_report_names_each_broken_promise() -> None:
+    mails = [mail(0, 0.0, 0.5), mail(1, 1.0, 2.0), mail(1, 8.0, 9.0)]
+    report = report_on(expected(3), mails, 10.0)
+    assert (report.lost, report.duplicates, report.least_gap_s, report.most_in_window) == (
+        1,
+        1,
+        0.5,
+        3,
+    )
+    assert len(report.broken) == 4
+
+
+def test_a_job_that_nobody_can_name_counts_as_lost() -> None:
+    nameless = dataclasses.replace(expected(2), accepted=3)
+    report = report_on(nameless, [mail(0, 0.0, 0.5), mail(1, 1.5, 2.0)], 10.0)
+    assert report.lost == 1
+
+
+def test_without_the_embedded_servers_up_says_what_to_install() -> None:
+    program = (
+        "import sys\n"
+        "sys.modules['aiosmtpd'] = None\n"
+        "from cli.main import main\n"
+        "sys.argv = ['outbox', 'up']\n"
+        "main()\n"
+    )
+    failed = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert failed.stderr == (
+        "outbox: the embedded stack is not installed: pip install 'outbox[local]'\n"
+    )

@@ -1,0 +1,508 @@
+"""A whole dispatcher on real stores, its mails taken by real SMTP servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from email import policy
+from pathlib import Path
+
+import grpc
+import pytest
+from outbox.v1 import dispatcher_pb2
+
+from deploy.local.inbox import Inbox
+from deploy.local.ports import free_port
+from services.dispatcher import dispatcher as dispatcher_module
+from shared.states import AttemptOutcome, JobState, SenderState
+from tests.dispatchers import Running, options, process, running, settings_of
+from tests.eventually import eventually
+from tests.smtp_servers import Close, Say, ScriptedServer, Wait, Well
+from tests.world import World, jobs_in
+
+Configure = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str) -> Configure:
+    def build(smtp_url: str, **changes: str | int) -> dict[str, str]:
+        return options(database_url, redis_url, smtp_url, **changes)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look is worked out, or somebody wakes the dispatcher: nothing here is found by chance."""
+    monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))
+
+
+@asynccontextmanager
+async def working(values: dict[str, str]) -> AsyncIterator[tuple[World, Running]]:
+    settings = settings_of(values)
+    async with World(settings) as world, running(settings) as dispatcher:
+        yield world, dispatcher
+
+
+# Sending -------------------------------------------------------------------------------------
+
+
+async def test_every_mail_arrives_once(configure: Configure, inbox: Inbox) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        senders = [await world.sender(display_name="Ännä") for _ in range(3)]
+        jobs = [job for sender in senders for job in await world.schedule(sender, 20)]
+        await eventually(world.done)
+
+        assert await world.states() == {JobState.SENT: 60}
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        await world.check_counts()
+        for job in jobs:
+            [attempt] = await world.attempts(job)
+            assert (attempt.outcome, attempt.counted) == (AttemptOutcome.SENT, True)
+            assert (attempt.smtp_code, attempt.enhanced_code) == (250, "2.0.0")
+    mail = email.message_from_bytes(
+        (inbox.maildir / "new" / inbox.mails[0].file).read_bytes(), policy=policy.default
+    )
+    assert mail["Subject"] == "Mail"
+    assert mail["From"].addresses[0].display_name == "Ännä"
+    assert mail.get_content() == "Hello\r\n"
+
+
+async def test_an_attempt_is_never_recorded_as_over_before_it_was(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        jobs = await world.schedule(await world.sender(), 10)
+        await eventually(world.done)
+        seen = {next(iter(jobs_in([mail]))): mail for mail in inbox.mails}
+        for job in jobs:
+            [attempt] = await world.attempts(job)
+            # An end is never early; a start may be late by the way to PostgreSQL.
+            assert seen[job].received_at <= attempt.ended_at
+            assert attempt.started_at <= seen[job].started_at + 0.05
+
+
+async def test_no_mail_is_sent_before_it_is_due(configure: Configure, inbox: Inbox) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        spacing = timedelta(milliseconds=40)
+        jobs = await world.schedule(
+            await world.sender(), 8, due=timedelta(milliseconds=100), spacing=spacing
+        )
+        due = {job: (await world.job(job)).scheduled_at.timestamp() for job in jobs}
+        await eventually(world.done)
+
+        assert len(inbox.mails) == 8
+        for mail in inbox.mails:
+            [job] = jobs_in([mail])
+            assert mail.started_at >= due[job]
+
+
+async def test_a_mail_that_cannot_be_built_fails_alone(configure: Configure, inbox: Inbox) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        bad, good = await world.schedule(await world.sender(), 2, due=timedelta(seconds=0.2))
+        await world.sql("UPDATE email_jobs SET recipient = 'a@b@c' WHERE id = %s", bad)
+        await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == {good: 1}
+        [attempt] = await world.attempts(bad)
+        assert attempt.outcome is AttemptOutcome.PERMANENT_FAILURE
+        assert not attempt.counted
+        assert (attempt.message or "").startswith("ADDRESS_INVALID: ")
+        assert (await world.job(bad)).state == JobState.FAILED
+        await world.check_counts()
+
+
+# Retries -------------------------------------------------------------------------------------
+
+
+async def test_a_4xx_is_tried_again_by_the_ladder(configure: Configure) -> None:
+    plan = {"rcpt": [Say("450 4.2.1 mailbox busy"), Say("451 4.3.0 disk full")]}
+    async with ScriptedServer(plan) as server, working(configure(server.url)) as (world, _):
+        [job] = await world.schedule(await world.sender())
+        await eventually(world.done)
+
+        first, second, third = await world.attempts(job)
+        assert (first.outcome, first.smtp_code, first.enhanced_code, first.message) == (
+            AttemptOutcome.TEMPORARY_FAILURE,
+            450,
+            "4.2.1",
+            "4.2.1 mailbox busy",
+        )
+        assert (second.smtp_code, second.enhanced_code) == (451, "4.3.0")
+        assert (third.outcome, third.smtp_code) == (AttemptOutcome.SENT, 250)
+        assert [a.counted for a in (first, second, third)] == [False, False, True]
+        # 100 ms and 200 ms, with a tenth of jitter at most, and what a busy machine adds.
+        assert 0.1 <= second.started_at - first.ended_at < 0.8
+        assert 0.2 <= third.started_at - second.ended_at < 0.9
+        assert (await world.job(job)).failures == 2
+        assert len(server.taken) == 1
+        await world.check_counts()
+
+
+async def test_a_ladder_has_an_end(configure: Configure) -> None:
+    async with (
+        ScriptedServer({"body": Say("450 4.7.1 greylisted")}) as server,
+        working(configure(server.url, retry_backoff="20ms,30ms")) as (world, _),
+    ):
+        [job] = await world.schedule(await world.sender())
+        await eventually(world.done)
+
+        assert (await world.job(job)).state == JobState.FAILED
+        attempts = await world.attempts(job)
+        assert [a.attempt for a in attempts] == [1, 2, 3]
+        # Their bodies were begun, so that each took a slot.
+        assert all(a.counted for a in attempts)
+        await world.check_counts()
+
+
+async def test_a_5xx_fails_at_once_and_says_why(configure: Configure) -> None:
+    plan = {"rcpt": [Well(), Say("550-5.1.1 no such\r\n550 5.1.1 mailbox")]}
+    async with ScriptedServer(plan) as server, working(configure(server.url)) as (world, _):
+        good, bad, also_good = await world.schedule(await world.sender(max_in_flight=1), 3)
+        await eventually(world.done)
+
+        assert await world.in_state(JobState.FAILED) == {bad}
+        [attempt] = await world.attempts(bad)
+        assert (attempt.outcome, attempt.smtp_code) == (AttemptOutcome.PERMANENT_FAILURE, 550)
+        assert (attempt.enhanced_code, attempt.message) == ("5.1.1", "5.1.1 no such\n5.1.1 mailbox")
+        assert set(jobs_in(server.taken)) == {good, also_good}
+        await world.check_counts()
+
+
+async def test_a_server_that_comes_back_gets_what_waited_for_it(configure: Configure) -> None:
+    server = ScriptedServer()
+    await server.start()
+    await server.stop()
+    values = configure(server.url, retry_backoff=",".join(["100ms"] * 50))
+    async with working(values) as (world, dispatcher):
+        [job] = await world.schedule(await world.sender())
+        await eventually(lambda: world.attempts(job))
+        status = await dispatcher.status()
+        assert status.endpoints[0].port == server.port
+        assert "refused" in status.endpoints[0].last_error.lower()
+        await server.start()
+        await eventually(world.done)
+
+        attempts = await world.attempts(job)
+        assert {a.outcome for a in attempts[:-1]} == {AttemptOutcome.CONNECTION_FAILURE}
+        assert attempts[-1].outcome is AttemptOutcome.SENT
+        assert jobs_in(server.taken) == {job: 1}
+        await server.stop()
+
+
+async def test_a_mail_in_doubt_is_sent_again_under_the_same_message_id(
+    configure: Configure,
+) -> None:
+    async with ScriptedServer({"body": [Close()]}) as server:
+        async with working(configure(server.url)) as (world, _):
+            [job] = await world.schedule(await world.sender())
+            await eventually(world.done)
+
+            outcomes = [a.outcome for a in await world.attempts(job)]
+            assert outcomes == [AttemptOutcome.IN_DOUBT, AttemptOutcome.SENT]
+            await world.check_counts()
+        first, copy = server.taken
+        assert first.message_id
+        assert first.message_id == copy.message_id
+
+
+async def test_a_mail_in_doubt_is_held_if_the_operator_wants_it_so(configure: Configure) -> None:
+    async with ScriptedServer({"body": [Close()]}) as server:
+        values = configure(server.url, uncertain_policy="hold", retry_backoff="1ms")
+        async with working(values) as (world, _):
+            sender = await world.sender(max_in_flight=1)
+            doubtful, *others = await world.schedule(sender, 4)
+            await eventually(world.done)
+
+            assert await world.in_state(JobState.UNCERTAIN) == {doubtful}
+            assert await world.in_state(JobState.SENT) == set(others)
+            await world.check_counts()
+        assert jobs_in(server.taken) == dict.fromkeys([doubtful, *others], 1)
+
+
+async def test_a_failure_of_ours_is_neither_the_end_nor_the_mails_fault(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        broken, good = await world.schedule(await world.sender(), 2, due=timedelta(seconds=0.2))
+        await world.sql("UPDATE email_jobs SET variables = 'no JSON' WHERE id = %s", broken)
+        await eventually(lambda: world.attempts(broken))
+        await world.sql("UPDATE email_jobs SET variables = NULL WHERE id = %s", broken)
+        await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == {broken: 1, good: 1}
+        attempt = (await world.attempts(broken))[0]
+        assert attempt.outcome is AttemptOutcome.TEMPORARY_FAILURE
+        assert attempt.message == "internal error of the dispatcher"
+
+
+# Between the claim and the mark --------------------------------------------------------------
+
+
+async def test_a_job_that_is_cancelled_after_its_claim_is_never_sent(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        sender = await world.sender()
+        async with await world.connect() as caller:
+            async with caller.transaction():
+                # The job's rows are held, so that its mark waits for the cancel.
+                jobs = await world.schedule(sender, 2, load=False)
+                assert await world.cancel(jobs[:1], caller) == 1
+                await world.loader.load([sender], committed=True)
+                await eventually(lambda: claimed(world, sender, 2))
+            await eventually(world.done)
+
+        assert await world.in_state(JobState.CANCELLED) == {jobs[0]}
+        assert jobs_in(inbox.mails) == {jobs[1]: 1}
+        assert await world.attempts(jobs[0]) == []
+        await eventually(lambda: claimed(world, sender, 0))
+        await world.check_counts()
+
+
+async def test_a_sender_that_is_paused_after_the_claim_sends_nothing_until_it_is_resumed(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        sender = await world.sender()
+        async with await world.connect() as holder:
+            async with holder.transaction():
+                await holder.execute("LOCK TABLE email_jobs IN SHARE ROW EXCLUSIVE MODE")
+                # Written by this transaction alone: all others wait, the dispatcher's mark too.
+                held = asyncio.create_task(world.schedule(sender, 2))
+                await eventually(lambda: blocked(world))
+            jobs = await held
+            await eventually(world.done)
+            async with holder.transaction():
+                more = await world.schedule(sender, 2, load=False)
+                await holder.execute("LOCK TABLE email_jobs IN SHARE ROW EXCLUSIVE MODE")
+                await world.loader.load([sender], committed=True)
+                await eventually(lambda: claimed(world, sender, 2))
+                await world.change(sender, load=False, state=SenderState.PAUSED)
+            await eventually(lambda: claimed(world, sender, 0))
+        await world.loader.load([sender], committed=True)
+
+        assert await world.in_state(JobState.SCHEDULED) == set(more)
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        await world.change(sender, state=SenderState.ACTIVE)
+        await eventually(world.done)
+        assert jobs_in(inbox.mails) == dict.fromkeys([*jobs, *more], 1)
+        assert [(await world.job(job)).attempt for job in more] == [1, 1]
+
+
+async def claimed(world: World, sender: int, n: int) -> bool:
+    return await world.leases_in_redis(sender) == n
+
+
+async def blocked(world: World) -> bool:
+    rows = await world.sql(
+        "SELECT count(*) AS n FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    return bool(rows[0].n)
+
+
+# Waking --------------------------------------------------------------------------------------
+
+
+async def asleep(world: World) -> bool:
+    keys = world.queues[0].keys
+    return bool(await world.redis.exists(keys.ready.replace("ready", "asleep")))
+
+
+async def test_a_mail_for_now_wakes_a_dispatcher_that_sleeps_until_later(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        sender = await world.sender()
+        await world.schedule(sender, due=timedelta(hours=1))
+        await eventually(lambda: asleep(world))
+        [job] = await world.schedule(sender)
+        # Neither the next look nor the heartbeat comes within the hour.
+        await eventually(lambda: inbox.mails)
+
+        assert jobs_in(inbox.mails) == {job: 1}
+
+
+async def test_a_sender_that_is_resumed_wakes_a_dispatcher_that_has_nothing_to_do(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url)) as (world, _):
+        sender = await world.sender(state=SenderState.PAUSED)
+        await world.schedule(sender, 3)
+        await eventually(lambda: asleep(world))
+        assert inbox.mails == []
+        await world.change(sender, state=SenderState.ACTIVE)
+        await eventually(world.done)
+
+        assert len(inbox.mails) == 3
+
+
+# Drain and status ----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def four_in_flight() -> AsyncIterator[tuple[ScriptedServer, asyncio.Event, asyncio.Event]]:
+    """Take mails so that two are in their body, and two wait for a recipient's answer."""
+    before, after = asyncio.Event(), asyncio.Event()
+    plan = {
+        "rcpt": [Well(), Well(), (Wait(before), Well()), (Wait(before), Well())],
+        "body": (Wait(after), Well()),
+    }
+    async with ScriptedServer(plan) as server:
+        yield server, before, after
+
+
+def begun(server: ScriptedServer) -> bool:
+    return server.waiting["rcpt"] == 2 and server.waiting["body"] == 2
+
+
+async def check_drained(world: World, server: ScriptedServer) -> None:
+    """What was in its body is sent, the rest waits and has used up no attempt."""
+    sent = set(jobs_in(server.taken))
+    assert await world.states() == {JobState.SENT: 2, JobState.SCHEDULED: 4}
+    assert await world.in_state(JobState.SENT) == sent
+    waiting = await world.in_state(JobState.SCHEDULED)
+    assert {(await world.job(job)).attempt for job in waiting} == {0}
+    assert not any([await world.attempts(job) for job in waiting])
+    await world.check_counts()
+
+
+async def test_drain_finishes_what_is_in_its_body_and_gives_back_the_rest(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with four_in_flight() as (server, before, after):
+        values = configure(server.url, dispatcher_concurrency=4)
+        async with working(values) as (world, dispatcher):
+            sender = await world.sender()
+            jobs = await world.schedule(sender, 6)
+            await eventually(lambda: begun(server))
+            status = await dispatcher.status()
+            assert (status.in_flight_count, status.concurrency) == (4, 4)
+            draining = asyncio.create_task(dispatcher.drain())
+            await eventually(lambda: is_draining(dispatcher))
+            before.set()
+            await eventually(lambda: server.waiting["rcpt"] == 0)
+            assert not draining.done()
+            after.set()
+            answer = await draining
+
+            assert answer.given_back_count == 2
+            assert answer.status.state == dispatcher_pb2.DISPATCHER_STATE_DRAINING
+            assert answer.status.in_flight_count == 0
+            assert answer.status.rates.sent_count == 2
+            await check_drained(world, server)
+            # It says so, goes on answering, and can be asked again.
+            assert not await dispatcher.serving()
+            assert (await dispatcher.drain()).given_back_count == 2
+            # Another one takes over at once: no lease was left behind.
+            async with running(settings_of(configure(inbox.url))):
+                await eventually(world.done)
+            assert set(jobs_in(inbox.mails)) == set(jobs) - set(jobs_in(server.taken))
+
+
+async def is_draining(dispatcher: Running) -> bool:
+    state = (await dispatcher.status()).state
+    return bool(state == dispatcher_pb2.DISPATCHER_STATE_DRAINING)
+
+
+async def test_a_deadline_of_the_caller_does_not_end_the_draining(configure: Configure) -> None:
+    async with four_in_flight() as (server, before, after):
+        values = configure(server.url, dispatcher_concurrency=4)
+        async with working(values) as (world, dispatcher):
+            await world.schedule(await world.sender(), 6)
+            await eventually(lambda: begun(server))
+            with pytest.raises(grpc.aio.AioRpcError), contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await dispatcher.drain(timeout=0.1)
+            before.set()
+            after.set()
+            await eventually(lambda: is_idle(dispatcher))
+
+            assert await is_draining(dispatcher)
+            await check_drained(world, server)
+
+
+async def is_idle(dispatcher: Running) -> bool:
+    return (await dispatcher.status()).in_flight_count == 0
+
+
+async def test_sigterm_finishes_what_is_in_its_body_and_gives_back_the_rest(
+    configure: Configure, tmp_path: Path
+) -> None:
+    async with four_in_flight() as (server, before, after):
+        values = configure(server.url, dispatcher_concurrency=4)
+        async with World(settings_of(values)) as world:
+            await world.schedule(await world.sender(), 6)
+            async with process(values, tmp_path / "log") as child:
+                await eventually(lambda: begun(server))
+                ending = asyncio.create_task(child.terminate())
+                await eventually(child.not_serving)
+                before.set()
+                await eventually(lambda: server.waiting["rcpt"] == 0)
+                after.set()
+                assert await ending == 0
+                assert "Traceback" not in child.log()
+            await check_drained(world, server)
+            key = world.queues[0].keys.ready.replace("ready", "lease:*")
+            assert await world.redis.keys(key) == []
+
+
+async def test_status_tells_of_rates_and_endpoints(configure: Configure, inbox: Inbox) -> None:
+    async with working(configure(inbox.url, dispatcher_concurrency=7)) as (world, dispatcher):
+        port = free_port()
+        await world.schedule(await world.sender(), 9)
+        failing = await world.sender(smtp_host="127.0.0.1", smtp_port=port, smtp_security=1)
+        await world.schedule(failing)
+        await eventually(world.done)
+        await eventually(lambda: is_idle(dispatcher))
+        status = await dispatcher.status()
+
+        assert status.state == dispatcher_pb2.DISPATCHER_STATE_SERVING
+        assert status.dispatcher_id
+        assert (status.in_flight_count, status.concurrency) == (0, 7)
+        # The one that is refused is tried three times.
+        assert (status.rates.sent_count, status.rates.attempt_count) == (9, 12)
+        assert 0 < status.rates.sent_per_second < status.rates.attempts_per_second
+        assert status.uptime.ToTimedelta() > timedelta(0)
+        ends = {end.port: end for end in status.endpoints}
+        assert set(ends) == {inbox.port, port}
+        assert ends[inbox.port].host == "127.0.0.1"
+        assert 1 <= ends[inbox.port].connection_count <= 7
+        assert ends[inbox.port].last_error == ""
+        assert not ends[inbox.port].HasField("last_error_time")
+        assert ends[port].connection_count == 0
+        assert ends[port].last_error
+        assert ends[port].HasField("last_error_time")
+        assert await dispatcher.serving()
+
+
+async def test_a_fault_in_the_record_of_outcomes_ends_the_process_and_hangs_nobody(
+    new_database: Callable[[], str],
+    redis_url: str,
+    inbox: Inbox,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whoever watches the process starts it again; a process that hangs would be thought alive."""
+    caplog.set_level(logging.CRITICAL)
+    settings = settings_of(options(new_database(), redis_url, inbox.url))
+    async with World(settings) as world:
+        await world.sql("ALTER TABLE attempts RENAME COLUMN message TO words")
+        await world.schedule(await world.sender())
+        with pytest.raises(ExceptionGroup) as caught:
+            async with asyncio.timeout(10), running(settings):
+                await asyncio.Event().wait()
+
+    assert "attempts" in str(leaves(caught.value)[0])
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for member in error.exceptions for leaf in leaves(member)]
+    return [error]
+

@@ -1,0 +1,300 @@
+"""Senders, batches and jobs in PostgreSQL, written as the scheduler writes them, and what is there."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, LiteralString, Protocol, Self, cast
+
+import psycopg
+from psycopg.rows import namedtuple_row
+
+from shared.audit import least_gap, most_in_window
+from shared.counts import batch_counts, sender_counts
+from shared.database import create_engine
+from shared.heads import HeadLoader
+from shared.queue.connection import connect, open_queues
+from shared.settings import Settings
+from shared.states import AttemptOutcome, JobState
+
+# One transaction, as at an intake: the batch, its jobs, what they add to the counts, the marker.
+_INTAKE: LiteralString = """
+WITH batch AS (
+    INSERT INTO batches (user_id, sender_id, request_id, request_hash, subject, body, start_at,
+                         duplicates, mode, accepted_count)
+    SELECT user_id, id, %(request)s, '\\x00', 'Mail', 'Hello', now(), 1, 1, %(n)s
+    FROM senders WHERE id = %(sender)s
+    RETURNING id, sender_id
+), jobs AS (
+    INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient)
+    SELECT batch.id, sender_id, clock_timestamp() + %(due)s + (number - 1) * %(spacing)s::interval,
+           number, 'r' || number || '@y.test'
+    FROM batch, generate_series(1, %(n)s) AS number
+    RETURNING id
+), counted AS (
+    INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)
+    SELECT sender_id, id, date_trunc('hour', now()), 1, %(n)s FROM batch
+), marked AS (
+    INSERT INTO head_markers (sender_id) VALUES (%(sender)s)
+)
+SELECT id FROM jobs ORDER BY id
+"""
+_CANCEL: LiteralString = """
+WITH ended AS (
+    UPDATE email_jobs SET state = 6, finished_at = now()
+    WHERE id = ANY(%s) AND state = 1
+    RETURNING sender_id, batch_id, date_trunc('hour', finished_at) AS hour
+), sums AS (
+    SELECT sender_id, batch_id, hour, count(*) AS n FROM ended GROUP BY 1, 2, 3
+), counted AS (
+    INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)
+    SELECT sender_id, batch_id, hour, 1, -n FROM sums
+    UNION ALL SELECT sender_id, batch_id, hour, 6, n FROM sums
+)
+SELECT count(*) AS n FROM ended
+"""
+_JOB_IN_MESSAGE_ID = re.compile(r"<outbox\.(\d+)\.")
+
+
+class Mail(Protocol):
+    """What any SMTP server of the tests says of a mail that it took."""
+
+    @property
+    def mail_from(self) -> str: ...
+    @property
+    def started_at(self) -> float: ...
+    @property
+    def received_at(self) -> float: ...
+    @property
+    def message_id(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class AttemptRow:
+    attempt: int
+    outcome: AttemptOutcome
+    counted: bool
+    started_at: float
+    ended_at: float
+    smtp_code: int | None
+    enhanced_code: str | None
+    message: str | None
+
+
+class World:
+    """An installation without a scheduler: its PostgreSQL, its Redis, and a loader of heads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = create_engine(settings, lookups_only=True)
+        self.redis = connect(settings)
+        self.queues = open_queues(self.redis, settings)
+        self.loader = HeadLoader(self.engine, self.queues, settings)
+        self._numbers = itertools.count(1)
+        self._stack = AsyncExitStack()
+        self._connection: psycopg.AsyncConnection[Any]
+
+    async def __aenter__(self) -> Self:
+        self._connection = await self.connect()
+        self._stack.push_async_callback(self._connection.close)
+        self._stack.push_async_callback(self.engine.dispose)
+        self._stack.push_async_callback(self.redis.aclose)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def connect(self) -> psycopg.AsyncConnection[Any]:
+        """Return another connection, with autocommit."""
+        return await psycopg.AsyncConnection.connect(
+            self.settings.database_url,
+            autocommit=True,
+            options="-c timezone=UTC",
+            row_factory=namedtuple_row,
+        )
+
+    async def sql(self, statement: str, *values: Any) -> list[Any]:
+        """Run a statement in a transaction of its own; return its rows, if it has any."""
+        cursor = await self._connection.execute(cast(LiteralString, statement), values or None)
+        return await cursor.fetchall() if cursor.description else []
+
+    # What callers do -------------------------------------------------------------------------
+
+    async def sender(self, *, limit: int = 100_000, gap_ms: int | None = None, **more: Any) -> int:
+        """Add a sender, `s<id>@x.test`."""
+        columns = {"hourly_limit": limit, "min_gap_ms": gap_ms, "max_in_flight": 5} | more
+        rows = await self.sql(
+            f"INSERT INTO senders (user_id, email, {', '.join(columns)})"
+            f" VALUES ('anna', 'new', {', '.join(['%s'] * len(columns))}) RETURNING id",
+            *columns.values(),
+        )
+        sender = int(rows[0].id)
+        await self.sql("UPDATE senders SET email = %s WHERE id = %s", address_of(sender), sender)
+        return sender
+
+    async def schedule(
+        self,
+        sender: int,
+        n: int = 1,
+        *,
+        due: timedelta = timedelta(0),
+        spacing: timedelta = timedelta(0),
+        load: bool = True,
+    ) -> list[int]:
+        """Accept a batch of `n` mails; `load`: tell Redis, as the scheduler does after a commit."""
+        cursor = await self._connection.execute(
+            _INTAKE,
+            {
+                "request": f"r{next(self._numbers)}",
+                "n": n,
+                "sender": sender,
+                "due": due,
+                "spacing": spacing,
+            },
+        )
+        jobs = [int(row.id) for row in await cursor.fetchall()]
+        if load:
+            await self.loader.load([sender], committed=True)
+        return jobs
+
+    async def change(self, sender: int, *, load: bool = True, **columns: Any) -> None:
+        """Change a sender: pause, resume, another limit."""
+        names = ", ".join(f"{name} = %s" for name in columns)
+        await self.sql(
+            f"WITH marked AS (INSERT INTO head_markers (sender_id) VALUES (%s))"
+            f" UPDATE senders SET {names}, revision = revision + 1 WHERE id = %s",
+            sender,
+            *columns.values(),
+            sender,
+        )
+        if load:
+            await self.loader.load([sender], committed=True)
+
+    async def cancel(
+        self, jobs: Sequence[int], connection: psycopg.AsyncConnection[Any] | None = None
+    ) -> int:
+        """Cancel the waiting ones of these jobs; return how many those were."""
+        cursor = await (connection or self._connection).execute(_CANCEL, [list(jobs)])
+        row = await cursor.fetchone()
+        return int(row.n) if row else 0
+
+    # What is there ---------------------------------------------------------------------------
+
+    async def states(self, *senders: int) -> Counter[JobState]:
+        """Return how many jobs are in each state."""
+        rows = await self.sql(
+            "SELECT state, count(*) AS n FROM email_jobs"
+            " WHERE cardinality(%s::bigint[]) = 0 OR sender_id = ANY(%s) GROUP BY 1",
+            list(senders),
+            list(senders),
+        )
+        return Counter({JobState(row.state): row.n for row in rows})
+
+    async def in_state(self, *states: JobState) -> set[int]:
+        """Return the jobs in these states."""
+        rows = await self.sql("SELECT id FROM email_jobs WHERE state = ANY(%s)", list(states))
+        return {row.id for row in rows}
+
+    async def done(self, *senders: int) -> bool:
+        """Return whether every job is in a final state."""
+        states = await self.states(*senders)
+        return not states[JobState.SCHEDULED] and not states[JobState.SENDING]
+
+    async def job(self, job: int) -> Any:
+        """Return the row of a job."""
+        return (await self.sql("SELECT * FROM email_jobs WHERE id = %s", job))[0]
+
+    async def attempts(self, job: int) -> list[AttemptRow]:
+        """Return the attempts at a job, by number; times are seconds since 1970."""
+        rows = await self.sql(
+            "SELECT * FROM attempts WHERE email_job_id = %s ORDER BY attempt", job
+        )
+        return [
+            AttemptRow(
+                row.attempt,
+                AttemptOutcome(row.outcome),
+                row.counted,
+                row.started_at.timestamp(),
+                row.ended_at.timestamp(),
+                row.smtp_code,
+                row.enhanced_code,
+                row.message,
+            )
+            for row in rows
+        ]
+
+    async def leases_in_redis(self, sender: int) -> int:
+        """Return how many claims of a sender Redis knows of."""
+        key = self.loader.queue_of(sender).keys.ready.replace("ready", f"lease:{sender}")
+        return int(await self.redis.zcard(key))
+
+    async def check_counts(self) -> None:
+        """Compare every count with a recount of the rows, also by the hour of each final state."""
+        recount: dict[str, dict[int, Counter[JobState]]] = {
+            "sender_id": defaultdict(Counter),
+            "batch_id": defaultdict(Counter),
+        }
+        for key, found in recount.items():
+            for row in await self.sql(
+                f"SELECT {key} AS id, state, count(*) AS n FROM email_jobs GROUP BY 1, 2"
+            ):
+                found[row.id][JobState(row.state)] = row.n
+        async with self.engine.connect() as connection:
+            senders = await sender_counts(connection, recount["sender_id"])
+            batches = await batch_counts(connection, recount["batch_id"])
+        for counted, rows in ((senders, "sender_id"), (batches, "batch_id")):
+            for key, counts in counted.items():
+                assert {state: counts[state] for state in JobState} == {
+                    state: recount[rows][key][state] for state in JobState
+                }, f"{rows} {key}"
+        off = await self.sql(
+            """
+            SELECT batch_id, hour, state, counted.n AS counted, recount.n AS recount FROM (
+                SELECT sender_id, batch_id, hour, state, sum(n) AS n FROM count_deltas
+                WHERE state <> 1 GROUP BY 1, 2, 3, 4
+            ) AS counted FULL JOIN (
+                SELECT sender_id, batch_id, date_trunc('hour', finished_at) AS hour, state,
+                       count(*) AS n
+                FROM email_jobs WHERE finished_at IS NOT NULL GROUP BY 1, 2, 3, 4
+            ) AS recount USING (sender_id, batch_id, hour, state)
+            WHERE counted.n IS DISTINCT FROM recount.n
+            """
+        )
+        assert off == []
+
+
+def address_of(sender: int) -> str:
+    """Return the From address of a sender that `World.sender` added."""
+    return f"s{sender}@x.test"
+
+
+def jobs_in(mails: Iterable[Mail]) -> Counter[int]:
+    """Return how often the mail of each job came."""
+    found: Counter[int] = Counter()
+    for mail in mails:
+        match = _JOB_IN_MESSAGE_ID.match(mail.message_id)
+        assert match, mail.message_id
+        found[int(match[1])] += 1
+    return found
+
+
+def mails_of(mails: Iterable[Mail], sender: int) -> list[Mail]:
+    """Return the mails of one sender."""
+    return [mail for mail in mails if mail.mail_from == address_of(sender)]
+
+
+def gap_of(mails: Iterable[Mail], sender: int) -> float:
+    """Return the least gap of a sender in seconds, as the SMTP side saw it; inf: there is none."""
+    gap = least_gap((mail.started_at, mail.received_at) for mail in mails_of(mails, sender))
+    return float("inf") if gap is None else gap
+
+
+def most_of(mails: Iterable[Mail], sender: int, window: timedelta) -> int:
+    """Return the most mails of a sender in any trailing window, as the SMTP side saw it."""
+    ends = [mail.received_at for mail in mails_of(mails, sender)]
+    return most_in_window(ends, window.total_seconds())
