@@ -27,12 +27,15 @@ local claims, loads, taken = {}, {}, 0
 
 -- A lease that ran out: nobody knows whether it was sent, so its slot counts from the last instant
 -- at which its holder may have ended, and the head is loaded again, for the job may wait once more.
+-- The slot is assumed: the same attempt may be claimed again, and what that one sends has its own.
 local function expire_leases(s)
     local leases = lease_of(s.id)
     local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', NOW, 'WITHSCORES')
     for i = 1, #expired, 2 do
         redis.call('ZREM', leases, expired[i])
-        redis.call('ZADD', window_of(s.id), expired[i + 1], expired[i])
+        local slot = assumed(expired[i])
+        while redis.call('ZSCORE', window_of(s.id), slot) do slot = assumed(slot) end
+        redis.call('ZADD', window_of(s.id), expired[i + 1], slot)
         s.last_end = math.max(s.last_end, tonumber(expired[i + 1]))
     end
     if #expired > 0 then
@@ -97,8 +100,11 @@ end
 
 local look = first_look()
 if taken < want then
-    -- The caller has room left and will sleep until `look`.
-    redis.call('SET', ASLEEP, look or 'inf')
+    -- The caller has room left and will sleep until `look`; another may sleep for longer.
+    local asleep = redis.call('GET', ASLEEP)
+    if not asleep or asleep ~= 'inf' and (not look or look > tonumber(asleep)) then
+        redis.call('SET', ASLEEP, look or 'inf')
+    end
 else
     wake_sleepers()
 end

@@ -17,6 +17,8 @@
 --!include time
 --!include look
 
+-- ms until a load that brought nothing is asked for again.
+local SOON = 100
 local id, window, horizon = ARGV[1], tonumber(ARGV[3]), ARGV[8]
 local settings = settings_of(id)
 local epoch = redis.call('HGET', settings, 'epoch') or ''
@@ -62,7 +64,12 @@ end
 replace_head()
 redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
     'horizon', horizon)
-redis.call('HDEL', settings, 'loading')
+if horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
+    -- All that was read is under lease and not yet marked in PostgreSQL; more waits behind it.
+    redis.call('HSET', settings, 'loading', NOW + SOON)
+else
+    redis.call('HDEL', settings, 'loading')
+end
 redis.call('PERSIST', settings)
 redis.call('PERSIST', window_of(id))
 schedule_look(read_sender(id), window)

@@ -31,13 +31,11 @@ for i = 2, #ARGV, 6 do
     local s = sender_of(id)
     if s then
         local ended = NOW_UP - tonumber(ARGV[i + 3])
-        local held = redis.call('ZREM', lease_of(id), member) == 1
-        if kind == 'COUNTED' then
-            redis.call('ZADD', window_of(id), ended, member)
-        elseif not held then
-            -- The lease had run out, so the slot was counted; now its holder says that it was not.
-            redis.call('ZREM', window_of(id), member)
-        end
+        -- The lease had run out, so the slot was assumed to be used; now its holder says what is.
+        local late = redis.call('ZREM', window_of(id), assumed(member)) == 1
+        -- Late, and it did not even begin: then the lease is that of a later claim, which stays.
+        if not (late and kind == 'UNUSED') then redis.call('ZREM', lease_of(id), member) end
+        if kind == 'COUNTED' then redis.call('ZADD', window_of(id), ended, member) end
         if kind ~= 'UNUSED' and ended > s.last_end then
             s.last_end = ended
             redis.call('HSET', settings_of(id), 'end', ended)
@@ -46,7 +44,9 @@ for i = 2, #ARGV, 6 do
             -- A load that read PostgreSQL before this must not wipe it out.
             redis.call('HINCRBY', settings_of(id), 'epoch', 1)
             redis.call('PERSIST', settings_of(id))
-            if tonumber(ARGV[i + 5]) <= s.horizon then
+            redis.call('PERSIST', window_of(id))
+            local leased = redis.call('ZSCORE', lease_of(id), ARGV[i + 4])
+            if not leased and tonumber(ARGV[i + 5]) <= s.horizon then
                 redis.call('ZADD', due_of(id), ARGV[i + 5], ARGV[i + 4])
             end
         end

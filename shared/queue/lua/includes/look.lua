@@ -77,7 +77,7 @@ local function first_look()
 end
 
 -- Wakes the dispatchers that sleep, if there is now something to do earlier than they know.
--- `asleep` holds until when; nobody asleep costs one GET and no message.
+-- `asleep` holds until when the last of them does; nobody asleep costs one GET and no message.
 local function wake_sleepers()
     local asleep = redis.call('GET', ASLEEP)
     if not asleep then return end

@@ -1,0 +1,45 @@
+"""begin_load.lua: the epoch that a load must still find."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tests.integration.queue.shard import SENDER, START_MS, Shard
+
+FIRST_EPOCH = str(START_MS * 1000)
+
+
+async def test_a_sender_that_redis_does_not_know_has_no_epoch(shard: Shard) -> None:
+    assert await shard.queue.begin_load([7, 8], committed=True) == {7: "", 8: ""}
+    assert await shard.redis.keys("outbox:{0}:sender:*") == []
+
+
+async def test_the_epoch_is_raised_by_a_commit_and_by_nothing_else(shard: Shard) -> None:
+    await shard.load(SENDER)
+
+    assert await shard.queue.begin_load([7], committed=False) == {7: FIRST_EPOCH}
+    raised = await shard.queue.begin_load([7], committed=True)
+    assert raised == {7: str(int(FIRST_EPOCH) + 1)}
+    assert await shard.queue.begin_load([7], committed=False) == raised
+
+
+async def test_epochs_of_many_senders_come_in_their_order(shard: Shard) -> None:
+    await shard.load(replace(SENDER, sender_id=9))
+    await shard.at(5)
+    await shard.load(replace(SENDER, sender_id=8))
+
+    assert await shard.queue.begin_load([8, 7, 9], committed=False) == {
+        8: str(START_MS * 1000 + 5000),
+        7: "",
+        9: FIRST_EPOCH,
+    }
+
+
+async def test_no_life_of_a_sender_repeats_an_epoch(shard: Shard) -> None:
+    await shard.load(SENDER)
+    old = await shard.queue.begin_load([7], committed=True)
+    await shard.redis.flushall()
+    await shard.at(1)
+    await shard.load(SENDER)
+
+    assert await shard.queue.load_heads([SENDER], old) == [7]

@@ -1,0 +1,39 @@
+"""confirm.lua: does a claim still hold, after its job was marked and before SMTP hears of it?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
+
+HEAD = replace(SENDER, gap=timedelta(0), jobs=jobs((1, 0), (2, 0), (3, 0)))
+
+
+async def test_each_claim_is_answered_in_its_place(shard: Shard) -> None:
+    await shard.load(HEAD)
+    claims = (await shard.claim()).claims
+    await shard.settle(claims[1])
+
+    assert await shard.queue.confirm(claims) == [True, False, True]
+
+
+async def test_a_claim_of_before_a_loss_of_redis_is_gone(shard: Shard) -> None:
+    await shard.load(HEAD)
+    claims = (await shard.claim(2)).claims
+    await shard.redis.flushall()
+    await shard.at(1)
+    await shard.load(HEAD)
+    await shard.whole()
+
+    assert await shard.queue.confirm(claims) == [False, False]
+
+
+async def test_a_claim_whose_lease_was_found_to_have_run_out_is_gone(shard: Shard) -> None:
+    await shard.load(HEAD)
+    claims = (await shard.claim(1)).claims
+    await shard.at(LEASE_MS)
+    assert await shard.queue.confirm(claims) == [True]
+    await shard.claim()
+
+    assert await shard.queue.confirm(claims) == [False]

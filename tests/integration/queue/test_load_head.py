@@ -1,0 +1,251 @@
+"""load_head.lua: what PostgreSQL said takes the place of the head, if it is still true."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from shared.queue.keys import JobRef
+from shared.queue.queue import HeldLease, PastEnd, SlotUse
+from tests.integration.queue.shard import (
+    LEASE_MS,
+    SENDER,
+    START_MS,
+    WINDOW_MS,
+    Shard,
+    jobs,
+    members,
+    milliseconds,
+)
+
+NO_GAP = replace(SENDER, gap=timedelta(0))
+
+
+async def test_a_load_replaces_the_head_and_the_settings(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 10))))
+
+    await shard.load(
+        replace(SENDER, hourly_limit=3, gap=milliseconds(70), max_in_flight=2, jobs=jobs((3, 20)))
+    )
+
+    state = await shard.sender()
+    assert state.due == dict.fromkeys(members(3), 20)
+    settings = {name: state.settings[name] for name in ("limit", "gap", "flight", "state")}
+    assert settings == {"limit": "3", "gap": "70", "flight": "2", "state": "1"}
+    assert await shard.ready() == {7: 20}
+
+
+async def test_the_horizon_is_the_last_job_loaded_if_more_wait_and_else_none(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 10)), more=True))
+    assert int((await shard.sender()).settings["horizon"]) == START_MS + 10
+
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 10))))
+    assert (await shard.sender()).settings["horizon"] == "inf"
+
+
+async def test_a_load_that_read_before_a_commit_is_refused_and_changes_nothing(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    early = await shard.queue.begin_load([7], committed=False)
+    await shard.queue.begin_load([7], committed=True)
+    before = (await shard.sender(), await shard.ready())
+
+    assert await shard.queue.load_heads([replace(SENDER, active=False)], early) == [7]
+    assert (await shard.sender(), await shard.ready()) == before
+
+
+async def test_of_two_first_loads_the_second_is_refused(shard: Shard) -> None:
+    epochs = await shard.queue.begin_load([7], committed=True)
+    assert await shard.queue.load_heads([replace(SENDER, jobs=jobs((1, 0)))], epochs) == []
+
+    assert await shard.queue.load_heads([SENDER], epochs) == [7]
+    assert (await shard.sender()).due == dict.fromkeys(members(1), 0)
+
+
+async def test_a_load_of_before_a_loss_of_redis_is_refused(shard: Shard) -> None:
+    await shard.load(SENDER)
+    epochs = await shard.queue.begin_load([7], committed=False)
+    await shard.redis.flushall()
+    await shard.at(1)
+
+    assert await shard.queue.load_heads([SENDER], epochs) == [7], "its history is not known"
+
+
+async def test_each_sender_of_a_load_is_refused_by_itself(shard: Shard) -> None:
+    heads = [replace(SENDER, sender_id=n, jobs=jobs((n, 0))) for n in (1, 2, 3)]
+    await shard.load(*heads)
+    epochs = await shard.queue.begin_load([1, 2, 3], committed=False)
+    await shard.queue.begin_load([2], committed=True)
+
+    assert await shard.queue.load_heads(heads, epochs) == [2]
+    assert await shard.queue.load_heads([], {}) == []
+
+
+async def test_a_job_under_lease_is_not_put_back(shard: Shard) -> None:
+    head = replace(SENDER, jobs=jobs((1, 0), (2, 0)))
+    await shard.load(head)
+    assert await shard.claimed() == [1]
+
+    # PostgreSQL was read before the claim was marked there.
+    await shard.load(head)
+
+    assert (await shard.sender()).due == dict.fromkeys(members(2), 0)
+
+
+async def test_where_all_that_was_loaded_is_under_lease_a_load_is_asked_for_soon(
+    shard: Shard,
+) -> None:
+    head = replace(NO_GAP, max_in_flight=200, hourly_limit=1000)
+    head = replace(head, jobs=jobs(*((n, 0) for n in range(1, 129))), more=True)
+    await shard.load(head)
+    claimed = await shard.claim(200)
+    assert (len(claimed.claims), claimed.loads) == (128, (7,))
+
+    # Not one of them is marked yet, so the load finds the same jobs again.
+    await shard.load(head)
+    for claim in claimed.claims:
+        await shard.settle(claim)
+
+    look = (await shard.ready())[7]
+    assert 0 < look < 1000, "neither forgotten nor asked for again and again"
+    await shard.at(look)
+    assert (await shard.claim()).loads == (7,)
+    await shard.load(replace(head, jobs=jobs((129, 0)), more=False))
+    assert await shard.claimed() == [129]
+
+
+async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
+    await shard.at(1000.5)
+    ends = (
+        PastEnd(JobRef(1, 1), milliseconds(3_000_000), counted=True),
+        PastEnd(JobRef(2, 3), milliseconds(400), counted=True),
+        # Only the gap knows of this one.
+        PastEnd(JobRef(3, 1), milliseconds(100), counted=False),
+    )
+    leases = (HeldLease(JobRef(4, 2), milliseconds(5000)),)
+    await shard.load(replace(NO_GAP, ends=ends, leases=leases, jobs=jobs((5, 0))))
+
+    state = await shard.sender()
+    # Rounded up: nothing has ended earlier than it did.
+    assert state.window == {"000000000001:1": 1001 - 3_000_000, "000000000002:3": 601}
+    assert state.leases == {"000000000004:2": 6001}
+    assert int(state.settings["end"]) == START_MS + 901
+
+
+async def test_a_first_load_puts_no_job_both_under_lease_and_in_the_head(shard: Shard) -> None:
+    lease = HeldLease(JobRef(1, 1), milliseconds(5000))
+    await shard.load(replace(NO_GAP, leases=(lease,), jobs=jobs((1, 0), (2, 0))))
+
+    assert await shard.claimed() == [2]
+
+
+async def test_a_lease_that_had_run_out_before_a_first_load_is_found_at_once(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(NO_GAP, leases=(HeldLease(JobRef(1, 1), timedelta(0)),)))
+
+    assert (await shard.claim()).loads == (7,)
+    assert len((await shard.sender()).window) == 1
+
+
+async def test_what_is_left_of_an_earlier_life_does_not_survive_a_first_load(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 0), (3, 0))))
+    first, _ = (await shard.claim(2)).claims
+    await shard.settle(first)
+    await shard.redis.delete("outbox:{0}:sender:7")
+
+    await shard.load(replace(NO_GAP, jobs=jobs((4, 0))))
+
+    state = await shard.sender()
+    assert (list(state.due), state.leases, state.window) == (members(4), {}, {})
+
+
+async def test_a_later_load_leaves_history_and_leases_as_they_are(shard: Shard) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 0))))
+    first, second = (await shard.claim(2)).claims
+    await shard.settle(first)
+    before = await shard.sender()
+
+    ends = (PastEnd(JobRef(9, 1), milliseconds(1), counted=True),)
+    leases = (HeldLease(JobRef(8, 1), milliseconds(9)),)
+    await shard.load(replace(NO_GAP, ends=ends, leases=leases, jobs=jobs((3, 0))))
+
+    after = await shard.sender()
+    assert (after.window, after.leases) == (before.window, before.leases)
+    assert await shard.queue.confirm([second]) == [True]
+
+
+async def test_a_load_answers_the_wish_for_one(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    await shard.claim()
+    await shard.at(LEASE_MS)
+    assert (await shard.claim()).loads == (7,)
+
+    await shard.load(SENDER)
+
+    assert "loading" not in (await shard.sender()).settings
+
+
+# Memory --------------------------------------------------------------------------------------
+
+
+async def test_a_full_head_stays_a_listpack(shard: Shard) -> None:
+    # Ids and times as large as they get.
+    head = [(JobRef(10**12 - n, 12), START_MS + 10**11 + n) for n in range(128)]
+    await shard.load(replace(SENDER, jobs=tuple(head), more=True))
+
+    assert await shard.redis.object("encoding", "outbox:{0}:due:7") == "listpack"
+    assert await shard.redis.memory_usage("outbox:{0}:due:7", samples=0) < 128 * 33
+
+
+async def test_a_sender_that_waits_for_nothing_is_forgotten_after_its_history(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    state = await shard.sender()
+    assert (state.settings_expire, state.window_expires) == (False, False)
+    (claim,) = (await shard.claim()).claims
+    assert not (await shard.sender()).settings_expire, "it has a send in flight"
+
+    await shard.settle(claim)
+
+    assert await shard.ready() == {}
+    settings = await shard.redis.pttl("outbox:{0}:sender:7")
+    window = await shard.redis.pttl("outbox:{0}:window:7")
+    assert WINDOW_MS < settings < window <= WINDOW_MS + 120_000, "the history goes last"
+
+
+async def test_a_sender_with_a_gap_longer_than_the_window_is_remembered_for_its_gap(
+    shard: Shard,
+) -> None:
+    head = replace(SENDER, gap=timedelta(hours=5), jobs=jobs((1, 0)))
+    await shard.load(head)
+    (claim,) = (await shard.claim()).claims
+    await shard.settle(claim)
+
+    assert await shard.redis.pttl("outbox:{0}:sender:7") > 5 * WINDOW_MS
+    await shard.load(replace(head, jobs=jobs((2, 0))))
+    assert await shard.ready() == {7: 5 * WINDOW_MS}
+
+
+@pytest.mark.parametrize("how", ["load", "retry"])
+async def test_a_sender_that_is_used_again_is_kept(shard: Shard, how: str) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    (claim,) = (await shard.claim()).claims
+    await shard.settle(claim)
+    assert (await shard.sender()).settings_expire
+
+    if how == "load":
+        await shard.load(replace(SENDER, jobs=jobs((2, 0))))
+    else:
+        await shard.settle(claim, SlotUse.COUNTED, retry_at=9000)
+
+    state = await shard.sender()
+    assert (state.settings_expire, state.window_expires) == (False, False)

@@ -1,0 +1,248 @@
+"""settle.lua: a lease becomes a slot of the window, or goes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from shared.queue.keys import JobRef
+from shared.queue.queue import Claim, Settlement, SlotUse
+from tests.integration.queue.shard import (
+    LEASE_MS,
+    SENDER,
+    START_MS,
+    WINDOW_MS,
+    Shard,
+    jobs,
+    members,
+)
+
+NO_GAP = replace(SENDER, gap=timedelta(0))
+
+
+async def claim_one(shard: Shard) -> Claim:
+    (claim,) = (await shard.claim(1)).claims
+    return claim
+
+
+async def test_counted_takes_a_slot_at_the_true_end_rounded_up(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
+    claim = await claim_one(shard)
+    await shard.at(1000.2)
+
+    assert await shard.settle(claim, age=300) == []
+
+    state = await shard.sender()
+    assert state.leases == {}
+    assert state.window == dict.fromkeys(members(1), 701)
+    assert int(state.settings["end"]) == START_MS + 701
+    assert await shard.ready() == {7: 2701}
+
+
+async def test_begun_takes_no_slot_and_begins_the_gap(shard: Shard) -> None:
+    await shard.load(replace(SENDER, hourly_limit=1, jobs=jobs((1, 0), (2, 0))))
+    claim = await claim_one(shard)
+    await shard.at(1000)
+
+    await shard.settle(claim, SlotUse.BEGUN, age=300)
+
+    state = await shard.sender()
+    assert (state.leases, state.window) == ({}, {})
+    assert await shard.ready() == {7: 2700}
+
+
+async def test_unused_leaves_no_trace(shard: Shard) -> None:
+    await shard.load(replace(SENDER, hourly_limit=1, jobs=jobs((1, 0), (2, 0))))
+    claim = await claim_one(shard)
+    await shard.at(1000)
+
+    await shard.settle(claim, SlotUse.UNUSED)
+
+    state = await shard.sender()
+    assert (state.leases, state.window, state.settings["end"]) == ({}, {}, "0")
+    assert await shard.claimed() == [2]
+
+
+async def test_an_earlier_end_that_is_settled_later_does_not_shorten_the_gap(
+    shard: Shard,
+) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 0), (3, 0))))
+    claims = (await shard.claim(2)).claims
+    await shard.at(1000)
+    await shard.settle(claims[0], age=100)
+    await shard.settle(claims[1], age=400)
+
+    await shard.load(replace(SENDER, jobs=jobs((3, 0))))
+    assert await shard.ready() == {7: 2900}
+
+
+async def test_many_claims_of_many_senders_are_settled_at_once(shard: Shard) -> None:
+    for sender_id in (1, 2, 3):
+        head = jobs((sender_id * 10, 0), (sender_id * 10 + 1, 0))
+        await shard.load(replace(NO_GAP, sender_id=sender_id, jobs=head))
+    claims = (await shard.claim()).claims
+    await shard.redis.delete("outbox:{0}:sender:3")
+
+    unknown = await shard.queue.settle(
+        [Settlement(claim.sender_id, claim.job, SlotUse.COUNTED) for claim in claims]
+    )
+
+    assert unknown == [3], "each sender that is to be loaded comes once"
+    for sender in await shard.senders([1, 2]):
+        assert sender.leases == {}
+        assert len(sender.window) == 2
+
+
+async def test_nothing_to_settle_is_no_error(shard: Shard) -> None:
+    assert await shard.queue.settle([]) == []
+
+
+async def test_a_retry_waits_under_its_next_attempt_and_raises_the_epoch(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    claim = await claim_one(shard)
+    stale = await shard.queue.begin_load([7], committed=False)
+
+    await shard.settle(claim, SlotUse.BEGUN, retry_at=5000)
+
+    assert (await shard.sender()).due == dict.fromkeys(members(1, attempt=2), 5000)
+    assert await shard.queue.load_heads([SENDER], stale) == [7], "it read before the retry"
+    await shard.at(5000)
+    assert (await shard.claim()).claims[0].job == JobRef(1, 2)
+
+
+async def test_a_retry_up_to_the_horizon_is_written_and_one_beyond_it_is_not(
+    shard: Shard,
+) -> None:
+    head = jobs(*((n, 0) for n in range(1, 40)), (40, 5000))
+    await shard.load(replace(NO_GAP, jobs=head, more=True))
+    claims = (await shard.claim(2)).claims
+
+    await shard.settle(claims[0], retry_at=5000)
+    await shard.settle(claims[1], retry_at=5001)
+
+    waiting = (await shard.sender()).due
+    assert members(1, attempt=2)[0] in waiting
+    assert members(2, attempt=2)[0] not in waiting, "it comes with a later load, in its order"
+
+
+async def test_what_was_given_back_waits_under_the_same_attempt(shard: Shard) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
+    claim = await claim_one(shard)
+
+    await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
+
+    assert await claim_one(shard) == claim
+
+
+@pytest.mark.parametrize("use", list(SlotUse))
+async def test_a_claim_settled_twice_is_as_if_settled_once(shard: Shard, use: SlotUse) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
+    claim = await claim_one(shard)
+    await shard.settle(claim, use)
+    once = (await shard.sender(), await shard.ready())
+
+    await shard.settle(claim, use)
+
+    assert (await shard.sender(), await shard.ready()) == once
+
+
+# After the lease ran out ---------------------------------------------------------------------
+
+
+async def late_claim(shard: Shard, *, limit: int = 1) -> Claim:
+    """A claim whose lease ran out; the load that this asked for found the job waiting again."""
+    head = replace(NO_GAP, hourly_limit=limit, jobs=jobs((1, 0)))
+    await shard.load(head)
+    claim = await claim_one(shard)
+    await shard.at(LEASE_MS)
+    assert (await shard.claim(1)).loads == (7,)
+    await shard.load(replace(head, jobs=jobs((1, 0), (2, 0))))
+    return claim
+
+
+async def test_a_late_counted_is_stamped_with_its_true_end(shard: Shard) -> None:
+    claim = await late_claim(shard)
+    assert await shard.ready() == {7: LEASE_MS + WINDOW_MS}
+
+    await shard.at(LEASE_MS + 100)
+    await shard.settle(claim, age=600)
+
+    state = await shard.sender()
+    assert state.window == dict.fromkeys(members(1), LEASE_MS - 500)
+    assert await shard.ready() == {7: LEASE_MS - 500 + WINDOW_MS}
+
+
+@pytest.mark.parametrize("use", [SlotUse.BEGUN, SlotUse.UNUSED])
+async def test_a_late_claim_that_sent_nothing_gives_its_slot_back(
+    shard: Shard, use: SlotUse
+) -> None:
+    claim = await late_claim(shard)
+
+    await shard.settle(claim, use)
+
+    assert (await shard.sender()).window == {}
+    assert await shard.claimed() == [1]
+
+
+async def test_whoever_comes_too_late_does_not_take_the_slot_of_who_sent_the_job_since(
+    shard: Shard,
+) -> None:
+    # Stopped between its claim and its mark; the same attempt was claimed by another and sent.
+    stopped = await late_claim(shard, limit=2)
+    again = await claim_one(shard)
+    assert again.job == stopped.job
+    await shard.settle(again)
+
+    await shard.settle(stopped, SlotUse.UNUSED)
+
+    assert (await shard.sender()).window == dict.fromkeys(members(1), LEASE_MS)
+
+
+async def test_whoever_comes_too_late_does_not_end_the_lease_of_who_has_the_job_now(
+    shard: Shard,
+) -> None:
+    stopped = await late_claim(shard, limit=2)
+    again = await claim_one(shard)
+    assert again.job == stopped.job
+
+    await shard.settle(stopped, SlotUse.UNUSED)
+
+    assert await shard.queue.confirm([again]) == [True]
+    await shard.settle(again)
+    assert (await shard.sender()).window == dict.fromkeys(members(1), LEASE_MS)
+
+
+async def test_two_leases_of_one_attempt_that_ran_out_are_two_slots(shard: Shard) -> None:
+    stopped = await late_claim(shard, limit=2)
+    assert (await claim_one(shard)).job == stopped.job
+    await shard.at(2 * LEASE_MS)
+    assert await shard.claimed(1) == []
+    assert len((await shard.sender()).window) == 2
+
+    await shard.settle(stopped, SlotUse.UNUSED)
+
+    assert len((await shard.sender()).window) == 1, "the other may have sent it"
+
+
+async def test_a_job_under_lease_is_not_put_back_by_whoever_comes_too_late(shard: Shard) -> None:
+    stopped = await late_claim(shard, limit=3)
+    again = await claim_one(shard)
+    assert again.job == stopped.job
+
+    await shard.settle(stopped, SlotUse.UNUSED, retry_at=0, give_back=True)
+
+    assert await shard.claimed() == [2]
+
+
+async def test_a_late_retry_keeps_the_keys_of_a_sender_that_had_become_idle(shard: Shard) -> None:
+    claim = await late_claim(shard, limit=5)
+    await shard.load(NO_GAP)
+    state = await shard.sender()
+    assert (state.settings_expire, state.window_expires) == (True, True)
+
+    await shard.settle(claim, SlotUse.COUNTED, retry_at=100_000)
+
+    state = await shard.sender()
+    assert (state.settings_expire, state.window_expires) == (False, False)

@@ -1,0 +1,151 @@
+"""Wake-ups: who sleeps is told of what comes earlier than it knows, and of nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+import pytest_asyncio
+from redis.asyncio.client import PubSub
+
+from shared.queue.queue import SlotUse
+from tests.integration.queue.shard import SENDER, Shard, jobs
+
+NO_GAP = replace(SENDER, gap=timedelta(0))
+
+
+class Ear:
+    """Listens on the shard's channel."""
+
+    def __init__(self, pubsub: PubSub, shard: Shard) -> None:
+        self._pubsub = pubsub
+        self._shard = shard
+
+    async def heard(self) -> int:
+        """How many messages came since the last time, none of them left out."""
+        await self._shard.redis.publish(self._shard.queue.keys.wake, "end")
+        messages = 0
+        async with asyncio.timeout(5):
+            async for message in self._pubsub.listen():
+                if message["data"] == "end":
+                    return messages
+                messages += 1
+        raise AssertionError
+
+
+@pytest_asyncio.fixture
+async def ear(shard: Shard) -> AsyncIterator[Ear]:
+    async with shard.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe(shard.queue.keys.wake)
+        yield Ear(pubsub, shard)
+
+
+async def test_where_nobody_sleeps_nobody_is_told(shard: Shard, ear: Ear) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 0))))
+    assert await ear.heard() == 0
+
+
+async def test_whoever_sleeps_without_end_is_told_of_anything(shard: Shard, ear: Ear) -> None:
+    await shard.claim()
+    await shard.load(replace(SENDER, jobs=jobs((1, 999_999))))
+    assert await ear.heard() == 1
+
+
+@pytest.mark.parametrize(("due", "told"), [(99, 1), (100, 0), (101, 0)])
+async def test_whoever_sleeps_until_a_look_is_told_of_what_is_earlier(
+    shard: Shard, ear: Ear, due: int, told: int
+) -> None:
+    await shard.load(replace(SENDER, jobs=jobs((1, 100))))
+    await shard.claim()
+
+    await shard.load(replace(SENDER, sender_id=8, jobs=jobs((2, due))))
+
+    assert await ear.heard() == told
+
+
+async def test_one_message_wakes_all_and_the_next_waits_for_a_new_sleeper(
+    shard: Shard, ear: Ear
+) -> None:
+    await shard.claim()
+    await shard.load(replace(SENDER, jobs=jobs((1, 100))))
+    await shard.load(replace(SENDER, sender_id=8, jobs=jobs((2, 50))))
+    assert await ear.heard() == 1
+    await shard.claim()
+    await shard.load(replace(SENDER, sender_id=9, jobs=jobs((3, 10))))
+    assert await ear.heard() == 1
+
+
+async def test_a_settle_that_frees_a_place_tells(shard: Shard, ear: Ear) -> None:
+    await shard.load(replace(NO_GAP, max_in_flight=1, jobs=jobs((1, 0), (2, 0))))
+    (claim,) = (await shard.claim()).claims
+    assert await ear.heard() == 0
+
+    await shard.settle(claim)
+
+    assert await ear.heard() == 1
+    assert await shard.claimed() == [2]
+
+
+async def test_a_settle_after_which_nothing_waits_tells_nobody(shard: Shard, ear: Ear) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
+    (claim,) = (await shard.claim()).claims
+    await shard.settle(claim)
+    assert await ear.heard() == 0
+
+
+async def test_a_retry_tells_of_its_time(shard: Shard, ear: Ear) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
+    (claim,) = (await shard.claim()).claims
+    await shard.settle(claim, SlotUse.BEGUN, retry_at=5000)
+    assert await ear.heard() == 1
+
+
+async def test_a_pause_tells_nobody_and_a_resume_does(shard: Shard, ear: Ear) -> None:
+    head = replace(SENDER, jobs=jobs((1, 100)))
+    await shard.load(head)
+    await shard.claim()
+    await shard.load(replace(head, active=False), committed=True)
+    assert await ear.heard() == 0
+    await shard.claim()
+    await shard.load(head, committed=True)
+    assert await ear.heard() == 1
+
+
+async def test_whoever_is_full_tells_the_sleepers_what_it_leaves(shard: Shard, ear: Ear) -> None:
+    await shard.claim()
+    for sender_id in (1, 2):
+        await shard.load(replace(SENDER, sender_id=sender_id, jobs=jobs((sender_id, 0))))
+    assert await ear.heard() == 1
+    # Two wake; the first has room for one job alone, when the other sleeps again.
+    await shard.redis.set("outbox:{0}:asleep", "inf")
+
+    assert await shard.claimed(1) == [1]
+
+    assert await ear.heard() == 1
+
+
+async def test_a_short_sleeper_does_not_make_the_long_one_forgotten(shard: Shard, ear: Ear) -> None:
+    # One dispatcher sleeps without end.
+    await shard.claim()
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 100), (3, 100))))
+    assert await ear.heard() == 1
+    await shard.redis.set("outbox:{0}:asleep", "inf")
+    # Another takes what is due now, and knows what comes next.
+    assert await shard.claimed(2) == [1]
+    assert await ear.heard() == 0
+    # When that comes it has room for half of it.
+    await shard.at(100)
+    assert await shard.claimed(1) == [2]
+
+    assert await ear.heard() == 1, "the first has room, and would sleep on"
+
+
+async def test_the_end_of_a_rebuild_tells(bare_shard: Shard) -> None:
+    async with bare_shard.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+        await pubsub.subscribe(bare_shard.queue.keys.wake)
+        ear = Ear(pubsub, bare_shard)
+        await bare_shard.whole()
+        assert await ear.heard() == 1
