@@ -132,9 +132,9 @@ def _tell(scheduled: list[Scheduled], settings: Settings) -> None:
         batch, sender = one.batch, one.sender
         gap = format_duration(sender.effective_min_gap.ToTimedelta())
         note(
-            f"{sender.email}: {batch.accepted_count} mails accepted, {batch.rejected_count} rows "
-            f"rejected, {batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed; "
-            f"at most {sender.hourly_limit} in any {window}, {gap} between them"
+            f"{sender.email}: {batch.accepted_count} accepted, {batch.rejected_count} rejected, "
+            f"{batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed; at most "
+            f"{sender.hourly_limit} in any {window}, and {gap} from one to the next"
         )
     if settings.rate_window != timedelta(hours=1):
         note(f"the window is {window} here, and not 1h, so that you see a limit at work")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
 
 import typer
 
@@ -24,7 +25,18 @@ _OWN: Final = frozenset(
     ("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key")
 )
 
+_SCHEMES: Final = ("smtp", "smtps", "smtp+starttls")
+
 app = typer.Typer(add_completion=False)
+
+
+def _relay(text: str) -> str:
+    """Return the URL of a relay; a wrong one is found here, before anything starts."""
+    url = urlsplit(text)
+    if url.scheme not in _SCHEMES or not url.hostname:
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise typer.BadParameter(f"write [user:password@]host:port after one of {known}")
+    return text
 
 
 @app.command()
@@ -36,6 +48,7 @@ def up(
         str | None,
         typer.Option(
             "--smtp",
+            parser=_relay,
             metavar="URL",
             help="Send everything to this relay (smtp://user:password@host:port, smtps://, "
             "smtp+starttls://), in place of the development inbox.",

@@ -50,7 +50,7 @@ class Installation(Base):
 
     singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
     installation_id: Mapped[str] = mapped_column(
-        Text, server_default=text("substr(md5(gen_random_uuid()::text), 1, 12)")
+        Text, server_default=text("substr(md5((gen_random_uuid())::text), 1, 12)")
     )
 
     __table_args__ = (CheckConstraint("singleton", name="one_row"),)

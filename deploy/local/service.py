@@ -69,6 +69,11 @@ class Service:
         self.address = address
         self.child = self._child_at(address)
 
+    def begin_log(self) -> None:
+        """Keep what was logged so far beside, as `.log.1`, so that logs do not grow for ever."""
+        if self._log.exists():
+            self._log.replace(self._log.with_name(f"{self._log.name}.1"))
+
     async def start(self) -> None:
         """Start; returns when health says SERVING.
 

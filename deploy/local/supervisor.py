@@ -97,6 +97,8 @@ class LocalSystem:
             migrate = (await imported).migrate
             await asyncio.to_thread(migrate, self.servers.database_url)
             self._services = self._plan()
+            for service in self._services:
+                service.begin_log()
             stack.push_async_callback(self._stop_services)
             started = await asyncio.gather(
                 *(self._first_start(service) for service in self._services),

@@ -78,9 +78,7 @@ def record_of(marked: MarkedJob, state: JobState = JobState.SENT, **changes: Any
     return replace(record, **changes)
 
 
-async def settle(
-    connection: AsyncConnection, records: Sequence[AttemptRecord]
-) -> dict[int, int]:
+async def settle(connection: AsyncConnection, records: Sequence[AttemptRecord]) -> dict[int, int]:
     return await storage.settle(connection, records, time.monotonic())
 
 
@@ -97,7 +95,8 @@ async def test_a_marked_job_is_sending_and_comes_with_what_its_mail_needs(
     sender = await world.sender()
     [job, other] = await world.schedule(sender, 2, load=False)
     await world.sql(
-        "UPDATE email_jobs SET variables = '[\"Ann\"]', failures = 2, attempt = 2 WHERE id = %s", job
+        "UPDATE email_jobs SET variables = '[\"Ann\"]', failures = 2, attempt = 2 WHERE id = %s",
+        job,
     )
     before = datetime.now(UTC)
     [marked] = await storage.mark_sending(connection, [JobRef(job, 3)], LEASE)
@@ -365,9 +364,7 @@ async def test_who_lost_the_lease_cannot_overwrite_a_newer_attempt(
     before = [await whole_row(world, job) for job in jobs]
 
     failed = [record_of(old[job], JobState.FAILED) for job in jobs]
-    retried = [
-        record_of(old[job], JobState.SCHEDULED, retry_after=timedelta(0)) for job in jobs
-    ]
+    retried = [record_of(old[job], JobState.SCHEDULED, retry_after=timedelta(0)) for job in jobs]
     assert await settle(connection, failed) == {}
     assert await settle(connection, retried) == {}
     assert await storage.give_back(connection, list(old.values())) == {}
@@ -594,5 +591,3 @@ async def test_many_jobs_are_one_statement(world: World, connection: AsyncConnec
     deltas = await world.sql("SELECT count(*) AS n FROM count_deltas WHERE n <> 1000 OR state <> 1")
     assert deltas[0].n in (2, 4)
     await world.check_counts()
-
-

@@ -89,6 +89,7 @@ def test_the_version_is_the_package_s() -> None:
         ["schedule", "x.csv", "--sender", "1", "--start-time", "2026-12-24T18:00:00"],
         ["schedule", "x.csv", "--sender", "1", "--body", "a", "--body-file", "b"],
         ["up", "--dispatchers", "0"],
+        ["up", "--smtp", "relay:25"],
     ],
 )
 def test_wrong_usage_is_exit_code_2_with_nothing_on_stdout(words: list[str]) -> None:

@@ -99,7 +99,7 @@ def test_migrate_makes_the_schema_and_may_be_run_again(stores: Stores, tmp_path:
             assert (process.returncode, out) == (0, "")
             assert "is up to date" in err
         with psycopg.connect(url) as connection:
-            connection.execute("SELECT sender_id FROM senders")
+            connection.execute("SELECT id FROM senders")
     finally:
         stores.administrate(sql.SQL("DROP DATABASE {} (FORCE)").format(name))
 

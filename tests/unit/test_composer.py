@@ -66,9 +66,7 @@ class Reader:
         }
 
 
-def composer_of(
-    reader: ReadBatches, secrets: SecretBox | None = None, **settings: Any
-) -> Composer:
+def composer_of(reader: ReadBatches, secrets: SecretBox | None = None, **settings: Any) -> Composer:
     settings = {"smtp_url": "smtp://relay.test"} | settings
     return Composer(load_settings(**settings), secrets or SecretBox(), reader, "inst")
 

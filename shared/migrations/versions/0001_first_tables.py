@@ -134,7 +134,7 @@ def upgrade() -> None:
         sa.Column(
             "installation_id",
             sa.Text(),
-            server_default=sa.text("substr(md5(gen_random_uuid()::text), 1, 12)"),
+            server_default=sa.text("substr(md5((gen_random_uuid())::text), 1, 12)"),
             nullable=False,
         ),
         sa.CheckConstraint("singleton", name=op.f("ck_installation_one_row")),

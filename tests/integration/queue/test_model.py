@@ -1,0 +1,501 @@
+"""The Lua scripts decide as the model does, and what they decide keeps the promises.
+
+Random senders, limits, gaps, times; dispatchers that are stopped or die anywhere; loads that are
+overtaken; losses of Redis. After every step Redis holds what the model holds, and every send that
+begins is held against what was really sent before. At the end everything that waits gets sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.asyncio import Redis
+
+import shared.queue.queue
+from shared.queue.keys import JobRef, member_of
+from shared.queue.queue import Claim, Head, Settlement, SlotUse
+from shared.states import JobState
+from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
+from tests.integration.queue.world import Send, SenderRow, World
+from tests.integration.queue_model import INFINITY, HeadModel, QueueModel
+
+WINDOW = 10_000
+LEASE = 3_000
+LOW = 2
+# load_head.lua
+SOON = 100
+# As texts they sort the other way round.
+SENDERS = (9, 10)
+
+senders = st.sampled_from(SENDERS)
+# Which of several: taken modulo their number.
+picks = st.integers(0, 7)
+chances = st.booleans()
+rows = st.builds(
+    SenderRow,
+    limit=st.sampled_from([1, 2, 3, 9]),
+    gap=st.sampled_from([0, 0, 70, 900]),
+    flight=st.integers(1, 6),
+    active=st.sampled_from([True, True, True, False]),
+)
+
+
+@dataclass
+class Load:
+    """A load under way: PostgreSQL was read, Redis is not yet told."""
+
+    sender_id: int
+    epoch: str
+    head: Head
+    model: HeadModel
+    marked: bool
+
+
+@dataclass
+class Holding:
+    """A claim in the hands of a dispatcher."""
+
+    claim: Claim
+    claimed: int
+    deadline: int
+    gap: int
+    # PostgreSQL's, once it is marked there.
+    lease_until: int = 0
+    send: Send | None = None
+    # What Redis is to be told, once it is over; and when it ended.
+    settlement: Settlement | None = None
+    ended: int = 0
+
+
+@dataclass
+class Limits:
+    """When which limit came into force, of one sender."""
+
+    changes: list[tuple[int, int]] = field(default_factory=list)
+
+    def highest_since(self, time: int) -> int:
+        before = [limit for at, limit in self.changes if at <= time][-1:]
+        return max(before + [limit for at, limit in self.changes if at > time])
+
+
+class QueueMachine(RuleBasedStateMachine):
+    def __init__(self, runner: asyncio.Runner, redis: Redis) -> None:
+        super().__init__()
+        self.runner = runner
+        window, lease = milliseconds(WINDOW), milliseconds(LEASE)
+        self.shard = Shard(redis, window=window, lease=lease)
+        self.queue = self.shard.queue
+        self.model = QueueModel(
+            window=WINDOW, lease=LEASE, low=LOW, patience=PATIENCE_MS, soon=SOON
+        )
+        self.world = World(window=WINDOW, lease=LEASE * 1000)
+        self.loads: list[Load] = []
+        self.holdings: list[Holding] = []
+        self.limits = {sender_id: Limits() for sender_id in SENDERS}
+        self.broken = False
+
+    def do(self, step: Coroutine[Any, Any, None]) -> None:
+        self.broken = True
+        self.runner.run(step)
+        self.broken = False
+
+    @property
+    def now(self) -> int:
+        return self.shard.now_us
+
+    @property
+    def now_ms(self) -> int:
+        return self.now // 1000
+
+    @property
+    def now_up(self) -> int:
+        return -(-self.now // 1000)
+
+    # Steps -----------------------------------------------------------------------------------
+
+    @initialize(row=rows, other=rows)
+    def start(self, row: SenderRow, other: SenderRow) -> None:
+        self.world.senders = dict(zip(SENDERS, (row, other), strict=True))
+        self.do(self._start())
+
+    async def _start(self) -> None:
+        await self.shard.redis.flushall()
+        await self.shard.at(0)
+        await self._rebuild()
+
+    @rule(
+        sender_id=senders,
+        dues=st.lists(st.sampled_from([-700, 0, 1, 400, 2000, 15_000]), min_size=1, max_size=6),
+        dies=chances,
+        waits=chances,
+    )
+    def intake(self, sender_id: int, dues: list[int], dies: bool, waits: bool) -> None:
+        self.world.add_jobs(sender_id, [self.now_ms + due for due in dues])
+        self.world.markers.add(sender_id)
+        if not dies:
+            self.do(self._load(sender_id, committed=True, waits=waits))
+
+    @rule(want=st.integers(1, 5), waits=chances)
+    def claim(self, want: int, waits: bool) -> None:
+        self.do(self._claim(want, waits=waits))
+
+    @precondition(lambda self: self._with(marked=False))
+    @rule(pick=picks, fails=st.sampled_from([False, False, False, True]))
+    def mark(self, pick: int, fails: bool) -> None:
+        choice = self._with(marked=False)
+        self.do(self._mark(choice[pick % len(choice)], fails=fails))
+
+    @precondition(lambda self: self._with(marked=True))
+    @rule(
+        pick=picks,
+        use=st.sampled_from(SlotUse),
+        retry=st.sampled_from([None, None, 0, 300, 20_000]),
+        age=st.integers(0, 5_000_000),
+        waits=chances,
+    )
+    def end(self, pick: int, use: SlotUse, retry: int | None, age: int, waits: bool) -> None:
+        choice = self._with(marked=True)
+        self.do(self._end(choice[pick % len(choice)], use, retry, age, waits=waits))
+
+    @precondition(lambda self: any(h.settlement for h in self.holdings))
+    @rule(pick=picks)
+    def release(self, pick: int) -> None:
+        choice = [h for h in self.holdings if h.settlement]
+        self.do(self._release(choice[pick % len(choice)]))
+
+    @precondition(lambda self: self.holdings)
+    @rule(pick=picks)
+    def die(self, pick: int) -> None:
+        holding = self.holdings.pop(pick % len(self.holdings))
+        if holding.send and holding.send.ended is None:
+            # It may have been sent, at the last instant.
+            holding.send.ended = holding.deadline
+
+    @precondition(lambda self: self.loads)
+    @rule(pick=picks, dies=st.sampled_from([False, False, False, True]))
+    def finish_load(self, pick: int, dies: bool) -> None:
+        load = self.loads.pop(pick % len(self.loads))
+        if not dies:
+            self.do(self._apply(load))
+
+    @rule(us=st.integers(0, 6_000_000) | st.sampled_from([0, 1, 999, 70_000, 900_000]))
+    def advance(self, us: int) -> None:
+        self.do(self._advance(self.now + us))
+
+    @precondition(lambda self: self.model.first_look)
+    @rule(early=st.integers(-1, 1))
+    def advance_to_the_next_look(self, early: int) -> None:
+        self.do(self._advance((self.model.first_look or 0) * 1000 - early))
+
+    @rule(waits=chances)
+    def recover(self, waits: bool) -> None:
+        for sender_id in sorted(self.world.recover(self.now)):
+            self.do(self._load(sender_id, committed=True, waits=waits))
+
+    @rule(sender_id=senders, row=rows, waits=chances)
+    def change(self, sender_id: int, row: SenderRow, waits: bool) -> None:
+        self.world.senders[sender_id] = row
+        self.world.markers.add(sender_id)
+        self.do(self._load(sender_id, committed=True, waits=waits))
+
+    @precondition(lambda self: any(self.world.in_state(JobState.SCHEDULED)))
+    @rule(pick=picks)
+    def cancel(self, pick: int) -> None:
+        waiting = list(self.world.in_state(JobState.SCHEDULED))
+        job = waiting[pick % len(waiting)]
+        job.state = JobState.CANCELLED
+        self.do(self._load(job.sender_id, committed=True))
+
+    @rule(sender_id=senders)
+    def load_abandoned(self, sender_id: int) -> None:
+        if sender_id in self.world.markers:
+            self.do(self._load(sender_id, committed=True))
+
+    @precondition(lambda self: len(self.world.jobs) > 3)
+    @rule(pick=picks, sender_id=senders)
+    def lose(self, pick: int, sender_id: int) -> None:
+        if pick == 0:
+            self.do(self._flush())
+        elif pick == 1 and sender_id in self.model.ready:
+            self.do(self._lose_settings(sender_id))
+
+    # How they are done -----------------------------------------------------------------------
+
+    def _with(self, *, marked: bool) -> list[Holding]:
+        return [h for h in self.holdings if not h.settlement and bool(h.send) is marked]
+
+    async def _advance(self, time: int) -> None:
+        await self.shard.at(max(0, time, self.now) / 1000 - START_MS)
+
+    async def _load(self, sender_id: int, *, committed: bool, waits: bool = False) -> None:
+        epochs = await self.queue.begin_load([sender_id], committed=committed)
+        epoch = self.model.begin_load(sender_id, committed=committed)
+        assert epochs == {sender_id: epoch}
+        head, model = self.world.read_head(sender_id, self.now, fresh=not epoch)
+        load = Load(sender_id, epoch, head, model, sender_id in self.world.markers)
+        if waits:
+            self.loads.append(load)
+        else:
+            await self._apply(load)
+
+    async def _apply(self, load: Load) -> None:
+        again = await self.queue.load_heads([load.head], {load.sender_id: load.epoch})
+        applied = self.model.load_head(
+            self.now_ms, self.now_up, load.sender_id, load.epoch, load.model
+        )
+        assert again == ([] if applied else [load.sender_id])
+        if not applied:
+            await self._load(load.sender_id, committed=False)
+            return
+        if load.marked:
+            self.world.markers.discard(load.sender_id)
+        self.limits[load.sender_id].changes.append((self.now, load.model.limit))
+
+    async def _claim(self, want: int, *, waits: bool = False) -> None:
+        claimed = await self.queue.claim(want)
+        expected = self.model.claim(self.now_ms, want)
+        assert claimed.lost is (expected is None)
+        if expected is None:
+            await self._rebuild()
+            return
+        claims, loads = expected
+        found = [
+            (claim.sender_id, member_of(claim.job), claim.waited // timedelta(milliseconds=1))
+            for claim in claimed.claims
+        ]
+        assert (found, list(claimed.loads)) == (claims, loads)
+        look = self.model.first_look
+        assert claimed.next_look == (
+            None if look is None else milliseconds(max(0, look - self.now_ms))
+        )
+        for claim in claimed.claims:
+            gap = self.model.senders[claim.sender_id].gap
+            deadline = (self.now_ms + LEASE) * 1000
+            self.holdings.append(Holding(claim, self.now, deadline, gap))
+        for sender_id in loads:
+            await self._load(sender_id, committed=False, waits=waits)
+
+    async def _mark(self, holding: Holding, *, fails: bool = False) -> None:
+        claim = holding.claim
+        unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED)
+        if fails:
+            holding.settlement = Settlement(
+                claim.sender_id, claim.job, SlotUse.UNUSED, next_job=claim.job
+            )
+        elif not self.world.mark(claim.job, self.now):
+            holding.settlement = unused
+        if holding.settlement:
+            await self._release(holding)
+            return
+        holding.lease_until = self.now + self.world.lease
+        (held,) = await self.queue.confirm([claim])
+        assert held is self.model.confirm(claim.sender_id, member_of(claim.job))
+        if not held:
+            assert self.world.give_back(claim.job, holding.lease_until)
+            holding.settlement = unused
+            await self._release(holding)
+            await self._load(claim.sender_id, committed=True)
+        elif self.now < holding.deadline:
+            limit = self.limits[claim.sender_id].highest_since(holding.claimed)
+            send = Send(claim.job.job_id, holding.claimed, holding.deadline, holding.gap)
+            self.world.begin_send(claim.sender_id, send, self.now, limit)
+            holding.send = send
+        else:
+            await self._give_back(holding)
+
+    async def _give_back(self, holding: Holding) -> None:
+        claim = holding.claim
+        ours = self.world.give_back(claim.job, holding.lease_until)
+        holding.settlement = Settlement(
+            claim.sender_id,
+            claim.job,
+            SlotUse.UNUSED,
+            next_job=claim.job if ours else None,
+            next_due_ms=self.world.jobs[claim.job.job_id].due,
+        )
+        await self._release(holding)
+
+    async def _end(
+        self, holding: Holding, use: SlotUse, retry: int | None, age: int, *, waits: bool = False
+    ) -> None:
+        send, claim = holding.send, holding.claim
+        assert send is not None
+        if use is SlotUse.UNUSED:
+            self.world.sends[claim.sender_id].remove(send)
+            await self._give_back(holding)
+            return
+        # When it began to send is not kept: at its claim at the earliest.
+        ended = max(holding.claimed, min(self.now - age, holding.deadline))
+        send.ended, send.counted = ended, use is SlotUse.COUNTED
+        retry_at = None if retry is None else -(-ended // 1000) + retry
+        ours = self.world.settle(claim.job, ended, counted=send.counted, retry_at=retry_at)
+        again = JobRef(claim.job.job_id, claim.job.attempt + 1)
+        holding.ended = ended
+        holding.settlement = Settlement(
+            claim.sender_id,
+            claim.job,
+            use,
+            next_job=again if ours and retry_at is not None else None,
+            next_due_ms=retry_at or 0,
+        )
+        if not waits:
+            await self._release(holding)
+        if retry_at is not None and not ours:
+            await self._load(claim.sender_id, committed=True)
+
+    async def _release(self, holding: Holding) -> None:
+        self.holdings.remove(holding)
+        settlement = holding.settlement
+        assert settlement is not None
+        used = settlement.use is not SlotUse.UNUSED
+        age = (self.now - holding.ended) // 1000 if used else 0
+        told = Settlement(
+            settlement.sender_id,
+            settlement.job,
+            settlement.use,
+            milliseconds(age),
+            settlement.next_job,
+            settlement.next_due_ms,
+        )
+        unknown = await self.queue.settle([told])
+        retry = told.next_job and (member_of(told.next_job), told.next_due_ms)
+        known = self.model.settle(
+            self.now_up - age, told.sender_id, member_of(told.job), told.use.value, retry
+        )
+        assert unknown == ([] if known else [told.sender_id])
+        if not known:
+            await self._load(told.sender_id, committed=True)
+
+    async def _flush(self) -> None:
+        await self.shard.redis.flushall()
+        await self.shard.at(self.now / 1000 - START_MS)
+        self.model.lose()
+
+    async def _lose_settings(self, sender_id: int) -> None:
+        await self.shard.redis.delete(f"{self.shard.prefix}sender:{sender_id}")
+        self.model.lose({sender_id: None})
+
+    async def _rebuild(self) -> None:
+        token = await self.queue.begin_rebuild()
+        assert token is not None
+        for sender_id in SENDERS:
+            await self._load(sender_id, committed=False)
+        assert await self.queue.finish_rebuild(token)
+        self.model.whole = True
+
+    # What must hold after each step ----------------------------------------------------------
+
+    @invariant()
+    def redis_holds_what_the_model_holds(self) -> None:
+        if self.world.senders:
+            self.do(self._compare())
+
+    async def _compare(self) -> None:
+        ready = await self.shard.ready()
+        assert {s: look + START_MS for s, look in ready.items()} == self.model.ready
+        known = [s for s in SENDERS if s in self.model.senders]
+        for sender_id, found in zip(known, await self.shard.senders(known), strict=True):
+            expected = self.model.senders[sender_id]
+            assert after_start(expected.due) == found.due
+            assert after_start(expected.leases) == found.leases
+            oldest = self.shard.now - WINDOW
+            assert after_start(expected.slots, oldest) == after_start(found.window, oldest, start=0)
+            assert found.settings["epoch"] == str(expected.epoch)
+            assert found.settings["end"] == str(expected.last_end)
+            assert float(found.settings["horizon"]) == expected.horizon
+            assert found.settings_expire is expected.idle
+            if found.window:
+                assert found.window_expires is expected.idle
+
+    @invariant()
+    def nothing_waits_twice(self) -> None:
+        for s in self.model.senders.values():
+            assert not s.due.keys() & s.leases.keys()
+
+    # The end ---------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if not self.broken and self.world.senders:
+            self.do(self._drain())
+
+    async def _drain(self) -> None:
+        """Go on as a good dispatcher would: everything that waits gets sent."""
+        while self.loads:
+            await self._apply(self.loads.pop())
+        for sender_id, row in self.world.senders.items():
+            if not row.active:
+                row.active = True
+                await self._load(sender_id, committed=True)
+        for _ in range(100 + 10 * len(self.world.jobs)):
+            for sender_id in sorted(self.world.markers | self.world.recover(self.now)):
+                await self._load(sender_id, committed=True)
+            await self._claim(5)
+            while self.holdings:
+                await self._go_on(self.holdings[0])
+            leases = [job.lease_until // 1000 for job in self.world.in_state(JobState.SENDING)]
+            if not leases and not any(self.world.in_state(JobState.SCHEDULED)):
+                return
+            looks = [*leases, *self.model.ready.values()]
+            assert looks, "jobs wait, and nobody will ever look"
+            await self._advance((min(looks) + bool(leases)) * 1000)
+        raise AssertionError("jobs wait, and looking does not help")
+
+    async def _go_on(self, holding: Holding) -> None:
+        if holding.settlement:
+            await self._release(holding)
+        elif holding.send is None:
+            await self._mark(holding)
+        else:
+            await self._end(holding, SlotUse.COUNTED, None, 0)
+
+
+def after_start(
+    times: dict[str, int], after: float = -INFINITY, *, start: int = START_MS
+) -> dict[str, int]:
+    return {member: time - start for member, time in times.items() if time - start > after}
+
+
+@pytest.fixture
+def low_water(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of four asks for a load when one is left."""
+    monkeypatch.setattr(shared.queue.queue, "LOW_WATER", LOW)
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        yield runner
+
+
+@pytest.mark.usefixtures("low_water")
+def test_the_scripts_decide_as_the_model_and_keep_the_promises(
+    redis_url: str, runner: asyncio.Runner
+) -> None:
+    redis = Redis.from_url(redis_url, decode_responses=True)
+    try:
+        run_state_machine_as_test(
+            lambda: QueueMachine(runner, redis),
+            settings=settings(
+                max_examples=100,
+                stateful_step_count=50,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        runner.run(redis.aclose())

@@ -1,0 +1,191 @@
+"""What stands around the queue, in memory: PostgreSQL's rows, and what was really sent when.
+
+Pure. The rows change by the rules of the services' statements; the sends are the truth that the
+limits are held against. Times are in us since 1970, but for due times (Unix ms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+from shared.queue.keys import JobRef, member_of
+from shared.queue.queue import Head, HeldLease, PastEnd
+from shared.states import JobState
+from tests.integration.queue_model import HeadModel
+
+# Small, so that a head is soon used up.
+HEAD_SIZE = 4
+
+
+@dataclass
+class SenderRow:
+    limit: int
+    gap: int
+    flight: int
+    active: bool
+
+
+@dataclass
+class JobRow:
+    job_id: int
+    sender_id: int
+    due: int
+    state: JobState = JobState.SCHEDULED
+    attempt: int = 0
+    lease_until: int = 0
+
+
+@dataclass(frozen=True)
+class AttemptRow:
+    sender_id: int
+    job: JobRef
+    ended: int
+    counted: bool
+
+
+@dataclass
+class Send:
+    """One hand-over to SMTP, from its claim on."""
+
+    job_id: int
+    claimed: int
+    deadline: int
+    gap: int
+    # None: under way, until the deadline at the latest.
+    ended: int | None = None
+    counted: bool = True
+
+    @property
+    def last_end(self) -> int:
+        return self.deadline if self.ended is None else self.ended
+
+
+@dataclass
+class World:
+    window: int
+    lease: int
+    senders: dict[int, SenderRow] = field(default_factory=dict)
+    jobs: dict[int, JobRow] = field(default_factory=dict)
+    attempts: list[AttemptRow] = field(default_factory=list)
+    # Senders whose load is wanted, should whoever committed die.
+    markers: set[int] = field(default_factory=set)
+    sends: dict[int, list[Send]] = field(default_factory=dict)
+
+    # PostgreSQL ------------------------------------------------------------------------------
+
+    def add_jobs(self, sender_id: int, dues: list[int]) -> None:
+        for due in dues:
+            job_id = len(self.jobs) + 1
+            self.jobs[job_id] = JobRow(job_id, sender_id, due)
+
+    def in_state(self, state: JobState, sender_id: int | None = None) -> Iterator[JobRow]:
+        for job in self.jobs.values():
+            if job.state is state and sender_id in (None, job.sender_id):
+                yield job
+
+    def read_head(self, sender_id: int, now: int, *, fresh: bool) -> tuple[Head, HeadModel]:
+        """Return what a load reads, for the queue and for its model."""
+        row = self.senders[sender_id]
+        waiting = sorted(
+            self.in_state(JobState.SCHEDULED, sender_id), key=lambda job: (job.due, job.job_id)
+        )
+        head = tuple((JobRef(j.job_id, j.attempt + 1), j.due) for j in waiting[:HEAD_SIZE])
+        more = len(waiting) > HEAD_SIZE
+        ends = [
+            (a.job, (now - a.ended) // 1000, a.counted)
+            for a in self.attempts
+            if fresh and a.sender_id == sender_id and now - a.ended < self.window * 1000
+        ]
+        leases = [
+            (JobRef(j.job_id, j.attempt), max(0, -((now - j.lease_until) // 1000)))
+            for j in self.in_state(JobState.SENDING, sender_id)
+            if fresh
+        ]
+        return (
+            Head(
+                sender_id,
+                row.limit,
+                timedelta(milliseconds=row.gap),
+                row.flight,
+                row.active,
+                head,
+                more,
+                tuple(PastEnd(job, timedelta(milliseconds=age), c) for job, age, c in ends),
+                tuple(HeldLease(job, timedelta(milliseconds=left)) for job, left in leases),
+            ),
+            HeadModel(
+                row.limit,
+                row.gap,
+                row.flight,
+                row.active,
+                [(member_of(job), due) for job, due in head],
+                more,
+                # An end in the future (a lease that ran out) has no age below 0.
+                [(member_of(job), max(0, age), c) for job, age, c in ends],
+                [(member_of(job), left) for job, left in leases],
+            ),
+        )
+
+    def mark(self, job: JobRef, now: int) -> bool:
+        row = self.jobs[job.job_id]
+        if (
+            row.state is not JobState.SCHEDULED
+            or row.attempt != job.attempt - 1
+            or not self.senders[row.sender_id].active
+        ):
+            return False
+        row.state, row.attempt, row.lease_until = JobState.SENDING, job.attempt, now + self.lease
+        return True
+
+    def give_back(self, job: JobRef, lease_until: int) -> bool:
+        row = self.jobs[job.job_id]
+        if not self._holds(job) or row.lease_until != lease_until:
+            return False
+        row.state, row.attempt = JobState.SCHEDULED, row.attempt - 1
+        return True
+
+    def settle(self, job: JobRef, ended: int, *, counted: bool, retry_at: int | None) -> bool:
+        row = self.jobs[job.job_id]
+        if not self._holds(job):
+            return False
+        self.attempts.append(AttemptRow(row.sender_id, job, ended, counted))
+        if retry_at is None:
+            row.state = JobState.SENT
+        else:
+            row.state, row.due = JobState.SCHEDULED, retry_at
+        return True
+
+    def recover(self, now: int) -> set[int]:
+        """End the attempts whose lease ran out; return the senders concerned."""
+        concerned = set()
+        for row in self.in_state(JobState.SENDING):
+            if row.lease_until < now:
+                row.state = JobState.SCHEDULED
+                job = JobRef(row.job_id, row.attempt)
+                self.attempts.append(AttemptRow(row.sender_id, job, row.lease_until, True))
+                concerned.add(row.sender_id)
+        return concerned
+
+    def _holds(self, job: JobRef) -> bool:
+        row = self.jobs[job.job_id]
+        return row.state is JobState.SENDING and row.attempt == job.attempt
+
+    # What was really sent --------------------------------------------------------------------
+
+    def begin_send(self, sender_id: int, send: Send, now: int, limit: int) -> None:
+        """Note the start of a send, and hold the promises against it.
+
+        `limit` is the highest in force since it was claimed.
+        """
+        others = self.sends.setdefault(sender_id, [])
+        for other in others:
+            if other.claimed <= send.claimed and send.gap:
+                assert send.claimed - other.last_end >= send.gap * 1000, "the gap is too short"
+            if other.job_id == send.job_id:
+                assert other.last_end <= now, "two send the same job"
+        since = now - self.window * 1000
+        used = sum(other.counted and other.last_end > since for other in others)
+        assert used < limit, "the window holds more than the limit"
+        others.append(send)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+from shared.database import driver_url, migrate
+from shared.models import Base
+
+
+def test_the_migrated_schema_is_what_the_models_say(database_url: str) -> None:
+    engine = create_engine(driver_url(database_url), poolclass=NullPool)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True}
+        )
+        assert compare_metadata(context, Base.metadata) == []
+
+
+def test_every_check_of_the_models_is_in_the_schema(database_url: str) -> None:
+    engine = create_engine(driver_url(database_url), poolclass=NullPool)
+    with engine.connect() as connection:
+        found = set(
+            connection.scalars(text("SELECT conname FROM pg_constraint WHERE contype = 'c'"))
+        )
+    expected = {
+        f"ck_{table.name}_{constraint.name}".replace(f"ck_{table.name}_ck_", "ck_")
+        for table in Base.metadata.tables.values()
+        for constraint in table.constraints
+        if type(constraint).__name__ == "CheckConstraint"
+    }
+    assert expected <= found
+
+
+def test_two_migrators_at_once_are_as_good_as_one(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    engine = create_engine(driver_url(url), poolclass=NullPool)
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    # Processes: alembic works with globals, and so do real migrators.
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        list(processes.map(migrate, [url, url]))
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM senders")) == 0
