@@ -38,7 +38,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def demo(
     csv: Annotated[
-        Path | None, typer.Argument(metavar="[CSV]", help="Recipients; unset: a bundled list.")
+        Path | None, typer.Argument(metavar="CSV", help="Recipients; unset: a bundled list.")
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:

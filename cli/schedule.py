@@ -138,12 +138,12 @@ def schedule(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Upload a CSV of recipients as a batch, of any size.
+    r"""Upload a CSV of recipients as a batch, of any size.
 
     A column `email` is needed; every column is a variable of the templates.
     Columns subject, body, html, send_at and timezone mean what they say.
 
-    $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}'
+    $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}' \
       --body 'Good to see you.' --start-time 'in 10m' --wait
     """
     options = BatchOptions(
