@@ -56,7 +56,9 @@ def create_engine(
         pool_size=settings.database_pool,
         max_overflow=0,
         pool_timeout=10,
-        pool_pre_ping=False,
+        # A connection that PostgreSQL's restart cut must not be what a caller finds out with. A
+        # process of single statements repeats what failed, and saves the round trip.
+        pool_pre_ping=not single_statements,
         # Bound values are mail addresses and more: they stay out of error texts.
         hide_parameters=True,
         isolation_level="AUTOCOMMIT" if single_statements else "READ COMMITTED",

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -48,6 +48,7 @@ class Child:
         log: Path,
         cwd: Path,
         user: pwd.struct_passwd | None = None,
+        environment: Mapping[str, str] = _ENVIRONMENT,
         death_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.name = name
@@ -55,6 +56,7 @@ class Child:
         self._log = log
         self._cwd = cwd
         self._user = user
+        self._environment = dict(environment)
         self._death_signal = death_signal
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,7 +79,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command line
                 self._argv,
                 cwd=self._cwd,
-                env=_ENVIRONMENT,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

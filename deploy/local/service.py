@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -15,7 +14,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.local.child import Child, _die_with_parent
+from deploy.local.child import Child
 from shared.settings import Settings, format_duration
 
 # Python alone takes a second to import a service, and several when the machine is busy.
@@ -92,7 +91,7 @@ class Service:
         await self.child.stop((signal.SIGTERM, self._grace_s + _BESIDE_GRACE_S))
 
     def _child_at(self, address: str) -> Child:
-        return _ServiceChild(
+        return Child(
             self.title,
             [sys.executable, "-m", f"services.{self.name}"],
             environment={**self._variables, f"OUTBOX_{self.name.upper()}_LISTEN": address},
@@ -114,29 +113,6 @@ def _serves(address: str) -> bool:
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-class _ServiceChild(Child):
-    """A Child with variables in its environment; the other servers get none."""
-
-    def __init__(self, *words: Any, environment: Mapping[str, str], **options: Any) -> None:
-        super().__init__(*words, **options)
-        self._environment = dict(environment)
-
-    def start(self) -> None:
-        """Start the process; returns before it is ready."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as output:
-            self._process = subprocess.Popen(  # noqa: S603 - our own command line
-                self._argv,
-                cwd=self._cwd,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=_die_with_parent(self._death_signal),  # noqa: PLW1509
-            )
 
 
 def describe_end(code: int) -> str:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -491,7 +491,7 @@ def test_the_scripts_decide_as_the_model_and_keep_the_promises(
         run_state_machine_as_test(
             lambda: QueueMachine(runner, redis),
             settings=settings(
-                max_examples=100,
+                max_examples=100, phases=[Phase.generate],
                 stateful_step_count=50,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

@@ -1,0 +1,185 @@
+"""Redis is disposable: it is lost, in whole, at once and under load, and no promise is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import pytest
+
+from deploy.local.inbox import Inbox
+from services.dispatcher import dispatcher as dispatcher_module
+from services.dispatcher import recovery as recovery_module
+from shared.queue.queue import HEAD_SIZE
+from shared.states import JobState
+from tests.dispatchers import options, running, settings_of
+from tests.eventually import eventually
+from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.world import World, gap_of, jobs_in, mails_of, most_of
+
+Configure = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
+    def build(smtp_url: str = inbox.url, **changes: str | int) -> dict[str, str]:
+        return options(database_url, redis_url, smtp_url, **changes)
+
+    return build
+
+
+async def test_an_empty_redis_and_a_full_postgresql_go_to_work(
+    configure: Configure, inbox: Inbox
+) -> None:
+    settings = settings_of(configure(dispatcher_concurrency=20))
+    async with World(settings) as world:
+        # More than a head holds, and more senders than one.
+        senders = [await world.sender(), await world.sender()]
+        jobs = await world.schedule(senders[0], 2 * HEAD_SIZE + 10, load=False)
+        jobs += await world.schedule(senders[1], 3, load=False)
+        async with running(settings):
+            await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        assert list(jobs_in(mails_of(inbox.mails, senders[1]))) == jobs[-3:]
+
+
+async def test_an_empty_redis_learns_what_was_sent_before(
+    configure: Configure, inbox: Inbox
+) -> None:
+    settings = settings_of(configure(min_gap="300ms"))
+    async with World(settings) as world:
+        limited, spaced = await world.sender(limit=2), await world.sender()
+        await world.schedule(limited, 2)
+        await world.schedule(spaced, 1)
+        async with running(settings):
+            await eventually(world.done)
+        await world.schedule(limited, 3, load=False)
+        await world.schedule(spaced, 2, load=False)
+        await world.redis.flushall()
+        async with running(settings):
+            await eventually(lambda: world.done(spaced))
+
+        # Its limit of an hour is used up, though Redis had forgotten that.
+        assert len(mails_of(inbox.mails, limited)) == 2
+        assert gap_of(inbox.mails, spaced) >= 0.3
+
+
+@pytest.mark.parametrize("dispatchers", [1, 2])
+async def test_flushall_under_load_breaks_no_promise(
+    configure: Configure, inbox: Inbox, dispatchers: int
+) -> None:
+    settings = settings_of(configure(rate_window="1s", min_gap="20ms", lease="2s"))
+    window = timedelta(seconds=1)
+    async with World(settings) as world, AsyncExitStack() as stack:
+        for _ in range(dispatchers):
+            await stack.enter_async_context(running(settings))
+        limits = {await world.sender(limit=n): n for n in (5, 10, 1_000, 1_000, 1_000)}
+        jobs = [job for each in limits for job in await world.schedule(each, 20)]
+        for share in (10, 25, 40, 60):
+            await eventually(lambda share=share: len(inbox.mails) >= share)
+            await world.redis.flushall()
+        await eventually(world.done, 20)
+
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        for sender, limit in limits.items():
+            assert gap_of(inbox.mails, sender) >= 0.02
+            assert most_of(inbox.mails, sender, window) <= limit
+        await world.check_counts()
+
+
+async def test_flushall_without_a_gap_sends_nothing_twice_and_loses_nothing(
+    configure: Configure, inbox: Inbox
+) -> None:
+    settings = settings_of(configure(dispatcher_concurrency=20))
+    async with World(settings) as world, running(settings), running(settings):
+        senders = [await world.sender(max_in_flight=10) for _ in range(5)]
+        jobs = [job for each in senders for job in await world.schedule(each, 200)]
+        for share in (50, 300, 600):
+            await eventually(lambda share=share: len(inbox.mails) >= share)
+            await world.redis.flushall()
+        await eventually(world.done, 20)
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        assert await world.sql("SELECT * FROM attempts WHERE outcome <> 1") == []
+
+
+async def test_a_mail_that_is_being_sent_when_redis_is_lost_still_counts(
+    configure: Configure,
+) -> None:
+    held = Wait()
+    async with ScriptedServer({"body": [(held, Well())]}) as server:
+        settings = settings_of(configure(server.url, min_gap="100ms"))
+        async with World(settings) as world, running(settings), running(settings):
+            sender, control = await world.sender(limit=2), await world.sender()
+            first, _, third = await world.schedule(sender, 3)
+            await eventually(lambda: server.waiting["body"] == 1)
+            await world.redis.flushall()
+            # Redis works again, and the sender still has its one mail in flight.
+            await world.schedule(control, 3)
+            await eventually(lambda: world.done(control))
+            assert len(mails_of(server.taken, sender)) == 1
+            held.event.set()
+            await eventually(lambda: len(mails_of(server.taken, sender)) == 2)
+            await world.schedule(control, 3)
+            await eventually(lambda: world.done(control))
+
+            assert await world.in_state(JobState.SCHEDULED) == {third}
+            assert jobs_in(mails_of(server.taken, sender))[first] == 1
+            # The held mail's own reply came after it was taken: its attempt says when it ended.
+            [attempt] = await world.attempts(first)
+            assert mails_of(server.taken, sender)[1].started_at - attempt.ended_at >= 0.095
+
+
+async def test_a_lost_redis_is_noticed_by_a_dispatcher_that_sleeps(
+    configure: Configure, inbox: Inbox
+) -> None:
+    settings = settings_of(configure())
+    async with World(settings) as world, running(settings):
+        sender = await world.sender()
+        [later] = await world.schedule(sender, due=timedelta(seconds=1.5))
+        await world.redis.flushall()
+        await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == {later: 1}
+
+
+async def test_a_head_that_nobody_loaded_is_found_by_its_marker(
+    configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler that died between its commit and its load."""
+    monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))
+    monkeypatch.setattr(recovery_module, "MARKER_AGE", timedelta(milliseconds=50))
+    settings = settings_of(configure())
+    async with World(settings) as world, running(settings):
+        sender = await world.sender()
+        await world.schedule(sender)
+        await eventually(world.done)
+        [job] = await world.schedule(sender, load=False)
+        # As if it had died some seconds ago.
+        await world.sql("UPDATE head_markers SET created_at = now() - interval '10 s'")
+        await eventually(world.done)
+
+        assert jobs_in(inbox.mails)[job] == 1
+        await eventually(lambda: no_markers(world))
+
+
+async def no_markers(world: World) -> bool:
+    return not await world.sql("SELECT * FROM head_markers")
+
+
+async def test_redis_memory_follows_the_senders_and_not_the_jobs(configure: Configure) -> None:
+    settings = settings_of(configure())
+    async with World(settings) as world:
+        sender = await world.sender()
+        await world.schedule(sender, HEAD_SIZE)
+        before = await memory(world)
+        await world.schedule(sender, 5_000, due=timedelta(hours=1))
+        assert await memory(world) <= before + 200
+
+
+async def memory(world: World) -> int:
+    keys = await world.redis.keys("*")
+    return sum([int(await world.redis.memory_usage(key) or 0) for key in keys])
