@@ -36,12 +36,19 @@ demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is
 test: $(READY) ## Run all tests on real servers
 	$(BIN)/pytest
 
+.PHONY: test-debian
+test-debian: $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
+	OUTBOX_TEST_STORES=debian $(BIN)/pytest -m 'not embedded'
+
 .PHONY: lint
 lint: $(READY) ## Check style, types, protos and the walls between rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m shared.queue.scripts build/lua
+	@command -v luacheck >/dev/null || { echo "lint needs luacheck: apt-get install lua-check"; exit 1; }
+	luacheck --quiet --std lua51 --read-globals redis KEYS ARGV --ignore 211 --max-line-length 100 build/lua
 	$(BIN)/buf lint '$(STUBS)#format=binpb' --path outbox
 	$(BIN)/buf format --diff --exit-code protos
 

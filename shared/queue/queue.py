@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 
 from shared.queue.keys import JobRef, ShardKeys, job_of, member_of
-from shared.queue.scripts import read_script
+from shared.queue.scripts import SCRIPTS, read_script
 
 # The first 128 waiting jobs of a sender; up to that size a sorted set stays a compact listpack.
 HEAD_SIZE = 128
@@ -21,7 +21,6 @@ HEAD_SIZE = 128
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
 _REBUILD_LOCK = timedelta(seconds=30)
-_SCRIPTS = ("claim", "confirm", "settle", "begin_load", "load_head", "finish_rebuild")
 
 
 class SlotUse(StrEnum):
@@ -132,8 +131,7 @@ class Queue:
         self._window = _ms(window)
         self._lease = _ms(lease)
         self._scripts: dict[str, AsyncScript] = {
-            name: redis.register_script(read_script(name, dict(includes or {})))
-            for name in _SCRIPTS
+            name: redis.register_script(read_script(name, dict(includes or {}))) for name in SCRIPTS
         }
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:

@@ -36,6 +36,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from deploy.local.stack import Servers
 
+pytestmark = pytest.mark.embedded
+
 async def main():
     async with Servers(Path(sys.argv[1])) as servers:
         print(json.dumps([servers.database_url, servers.redis_url, servers.smtp_url]), flush=True)

@@ -141,7 +141,8 @@ async def test_a_blocked_sender_delays_nobody_and_causes_no_work(
         assert steps < 1_000
         assert len(mails_of(inbox.mails, blocked)) == first
         waiting = [
-            mail.started_at - (await world.job(next(iter(jobs_in([mail]))))).scheduled_at.timestamp()
+            mail.started_at
+            - (await world.job(next(iter(jobs_in([mail]))))).scheduled_at.timestamp()
             for sender in others
             for mail in mails_of(inbox.mails, sender)
         ]
@@ -203,9 +204,7 @@ async def test_another_limit_holds_from_the_next_claim_on(
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_another_gap_holds_from_the_next_claim_on(
-    configure: Configure, inbox: Inbox
-) -> None:
+async def test_another_gap_holds_from_the_next_claim_on(configure: Configure, inbox: Inbox) -> None:
     async with working(configure(min_gap="20ms")) as world:
         sender = await world.sender(gap_ms=600_000)
         jobs = await world.schedule(sender, 8)
