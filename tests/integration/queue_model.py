@@ -117,14 +117,20 @@ class QueueModel:
             self.ready[sender_id] = now + self.patience
             return
         self._expire(s, now)
+        limited = not s.active or s.gap > 0 or not s.due
         while s.active and len(claims) < want and s.places > 0 and s.first is not None:
             due, member = s.first
             allowed = s.allowed_at(self.window)
             if max(due, allowed) > now:
+                limited = True
                 break
             del s.due[member]
             s.leases[member] = now + self.lease
             claims.append((sender_id, member, now - max(due, allowed)))
+            limited = limited or not s.due and s.places > 0 and len(claims) < want
+        # For how long it is known since when a job that is kept for want of room was allowed.
+        keep = max(self.window, s.gap) * (1 if limited else 2)
+        s.slots = {member: end for member, end in s.slots.items() if end > now - keep}
         if s.horizon < INFINITY and len(s.due) < self.low and s.loading is None:
             s.loading = now
         if s.loading is not None and s.loading <= now:

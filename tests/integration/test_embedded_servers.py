@@ -30,13 +30,13 @@ from deploy.local.valkey import ValkeyServer
 from deploy.local.wheels import postgres_binaries
 from tests.eventually import eventually
 
+pytestmark = pytest.mark.embedded
+
 HOLDER = """
 import asyncio, json, sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from deploy.local.stack import Servers
-
-pytestmark = pytest.mark.embedded
 
 async def main():
     async with Servers(Path(sys.argv[1])) as servers:

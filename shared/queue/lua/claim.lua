@@ -46,14 +46,15 @@ local function expire_leases(s)
     end
 end
 
+-- Returns whether its limits are what keeps the next job, and not want of room.
 local function take(s)
     local leases, due = lease_of(s.id), due_of(s.id)
     local in_flight = redis.call('ZCARD', leases)
     while taken < want and places(s, in_flight) > 0 do
         local allowed = allowed_at(s, in_flight, window)
-        if allowed > NOW then return end
+        if allowed > NOW then return true end
         local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
-        if not first[1] then return end
+        if not first[1] then return true end
         redis.call('ZREM', due, first[1])
         redis.call('ZADD', leases, NOW + lease, first[1])
         in_flight = in_flight + 1
@@ -62,6 +63,7 @@ local function take(s)
         claims[#claims + 1] = first[1]
         claims[#claims + 1] = NOW - math.max(allowed, tonumber(first[2]))
     end
+    return s.gap > 0
 end
 
 local function visit(sender)
@@ -72,9 +74,12 @@ local function visit(sender)
         redis.call('ZADD', READY, NOW + patience, sender)
         return
     end
-    redis.call('ZREMRANGEBYSCORE', window_of(sender), '-inf', NOW - math.max(window, s.gap))
     expire_leases(s)
-    if s.active then take(s) end
+    local limited = not s.active or take(s)
+    -- Only now, for a job is late since an end left the window; and where one is kept for want of
+    -- room, that is still to be asked.
+    local keep = math.max(window, s.gap) * (limited and 1 or 2)
+    redis.call('ZREMRANGEBYSCORE', window_of(sender), '-inf', NOW - keep)
     if s.horizon < math.huge and redis.call('ZCARD', due_of(sender)) < low then
         s.loading = s.loading or NOW
     end

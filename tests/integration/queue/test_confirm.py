@@ -37,3 +37,12 @@ async def test_a_claim_whose_lease_was_found_to_have_run_out_is_gone(shard: Shar
     await shard.claim()
 
     assert await shard.queue.confirm(claims) == [False]
+
+
+async def test_a_claim_of_a_sender_whose_settings_are_gone_is_gone(shard: Shard) -> None:
+    # A first load that read PostgreSQL before the mark would forget its lease.
+    await shard.load(HEAD)
+    claims = (await shard.claim(1)).claims
+    await shard.redis.delete("outbox:{0}:sender:7")
+
+    assert await shard.queue.confirm(claims) == [False]

@@ -491,8 +491,8 @@ def test_the_scripts_decide_as_the_model_and_keep_the_promises(
         run_state_machine_as_test(
             lambda: QueueMachine(runner, redis),
             settings=settings(
-                max_examples=100,
-                phases=[Phase.generate],
+                max_examples=int(__import__("os").environ.get("N","100")),
+                phases=[Phase.generate, Phase.shrink],
                 stateful_step_count=50,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),

@@ -1,0 +1,357 @@
+"""Dispatchers that are killed with -9, or stopped for longer than their lease, at every step."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from deploy.local.inbox import Inbox
+from shared.states import AttemptOutcome, JobState
+from tests.dispatchers import Client, DispatcherProcess, options, process, running, settings_of
+from tests.eventually import eventually
+from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.world import World, gap_of, jobs_in
+
+Configure = Callable[..., dict[str, str]]
+Start = Callable[[dict[str, str]], Any]
+LEASE_EXPIRED, SENT = AttemptOutcome.LEASE_EXPIRED, AttemptOutcome.SENT
+CONCURRENCY = 5
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str) -> Configure:
+    def build(smtp_url: str, **changes: str | int) -> dict[str, str]:
+        given: dict[str, Any] = {
+            "lease": "1s",
+            "smtp_timeout": "800ms",
+            "dispatcher_concurrency": CONCURRENCY,
+        }
+        return options(database_url, redis_url, smtp_url, **given | changes)
+
+    return build
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Return what runs a dispatcher as a process, its log in the test's folder."""
+
+    def run(values: dict[str, str]) -> Any:
+        return process(values, tmp_path / "dispatcher.log")
+
+    return run
+
+
+async def outcomes(world: World, job: int) -> list[AttemptOutcome]:
+    return [attempt.outcome for attempt in await world.attempts(job)]
+
+
+# Under load ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["resend", "hold"])
+async def test_kill_9_under_load_loses_nothing_and_doubles_only_what_was_in_doubt(
+    configure: Configure, start: Start, inbox: Inbox, policy: str
+) -> None:
+    values = configure(inbox.url, uncertain_policy=policy)
+    kills = 2
+    async with World(settings_of(values)) as world:
+        senders = [await world.sender(max_in_flight=4) for _ in range(4)]
+        jobs = [job for each in senders for job in await world.schedule(each, 150)]
+        for n in range(1, kills + 1):
+            async with start(values) as child:
+                await eventually(lambda n=n: len(inbox.mails) >= 80 * n)
+                await child.kill()
+        async with running(settings_of(values)):
+            await eventually(world.done, 20)
+
+        arrived = jobs_in(inbox.mails)
+        sent = await world.in_state(JobState.SENT)
+        uncertain = await world.in_state(JobState.UNCERTAIN)
+        assert sent | uncertain == set(jobs)
+        # Every mail that is SENT arrived; one that is UNCERTAIN may have.
+        assert sent <= set(arrived) <= sent | uncertain
+        doubles = {job: n for job, n in arrived.items() if n > 1}
+        # Those that were marked and had no outcome: at most the concurrency, each time.
+        expired = await world.sql("SELECT email_job_id AS id FROM attempts WHERE outcome = 6")
+        assert len(expired) <= kills * CONCURRENCY
+        if policy == "hold":
+            assert doubles == {}
+            assert {row.id for row in expired} == uncertain
+        else:
+            assert uncertain == set()
+            assert set(doubles) <= {row.id for row in expired}
+        await world.check_counts()
+
+
+# How the statements of a dispatcher begin.
+MARK, SETTLE = "UPDATE email_jobs", "WITH moved AS"
+
+# At every step -------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def table_held(world: World, table: str) -> AsyncIterator[None]:
+    """Hold a table, so that every statement of a dispatcher that writes to it waits."""
+    async with await world.connect() as holder, holder.transaction():
+        await holder.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE".encode())
+        yield
+
+
+async def waits(world: World, statement: str) -> bool:
+    """Whether a statement that begins like this waits for a lock."""
+    rows = await world.sql(
+        "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()"
+        " AND wait_event_type = 'Lock' AND starts_with(query, %s)",
+        statement,
+    )
+    return bool(rows[0].n)
+
+
+async def cut_blocked(world: World) -> None:
+    """End the statements that wait: what a dead client asked for is then never carried out."""
+    await world.sql(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+async def test_killed_between_claim_and_mark(
+    configure: Configure, start: Start, inbox: Inbox, carried_out: bool
+) -> None:
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world:
+        sender = await world.sender()
+        [job] = await world.schedule(sender)
+        async with table_held(world, "email_jobs"), start(values) as child:
+            await eventually(lambda: waits(world, MARK))
+            assert await world.leases_in_redis(sender) == 1
+            await child.kill()
+            if not carried_out:
+                await cut_blocked(world)
+        async with running(settings_of(values)):
+            await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == {job: 1}
+        # The mark of a dead process holds the job for a lease, and not longer.
+        assert await outcomes(world, job) == ([LEASE_EXPIRED, SENT] if carried_out else [SENT])
+        await world.check_counts()
+
+
+@pytest.mark.parametrize("policy", ["resend", "hold"])
+@pytest.mark.parametrize("phase", ["rcpt", "data", "body"])
+async def test_killed_in_the_middle_of_smtp(
+    configure: Configure, start: Start, phase: str, policy: str
+) -> None:
+    async with ScriptedServer({phase: [Wait()]}) as server:
+        values = configure(server.url, uncertain_policy=policy)
+        async with World(settings_of(values)) as world:
+            [job] = await world.schedule(await world.sender())
+            async with start(values) as child:
+                await eventually(lambda: server.waiting[phase] == 1)
+                await child.kill()
+            async with running(settings_of(values)):
+                await eventually(world.done)
+
+            if policy == "hold":
+                assert await world.states() == {JobState.UNCERTAIN: 1}
+                assert await outcomes(world, job) == [LEASE_EXPIRED]
+                assert len(server.taken) == (phase == "body")
+            else:
+                assert await world.states() == {JobState.SENT: 1}
+                assert await outcomes(world, job) == [LEASE_EXPIRED, SENT]
+                # A copy only of what was in doubt, under the same Message-ID.
+                assert jobs_in(server.taken) == {job: 2 if phase == "body" else 1}
+            await world.check_counts()
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+async def test_killed_between_smtp_and_the_record_of_the_outcome(
+    configure: Configure, start: Start, inbox: Inbox, carried_out: bool
+) -> None:
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world:
+        [job] = await world.schedule(await world.sender())
+        async with table_held(world, "attempts"), start(values) as child:
+            await eventually(lambda: waits(world, SETTLE))
+            assert len(inbox.mails) == 1
+            await child.kill()
+            if not carried_out:
+                await cut_blocked(world)
+        async with running(settings_of(values)):
+            await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == {job: 1 if carried_out else 2}
+        assert await outcomes(world, job) == ([SENT] if carried_out else [LEASE_EXPIRED, SENT])
+        await world.check_counts()
+
+
+async def test_killed_between_the_record_in_postgresql_and_redis(
+    configure: Configure, start: Start, inbox: Inbox
+) -> None:
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world:
+        # No more than one at a time, and two an hour.
+        sender = await world.sender(limit=2, max_in_flight=1)
+        control = await world.sender()
+        first, second, third = await world.schedule(sender, 3)
+        async with start(values) as child, redis_writes_held(world) as hold:
+            async with table_held(world, "attempts"):
+                await eventually(lambda: waits(world, SETTLE))
+                await hold()
+            await eventually(lambda: is_sent(world, first))
+            await child.kill()
+        assert await world.leases_in_redis(sender) == 1
+        async with running(settings_of(values)):
+            await eventually(lambda: is_sent(world, second))
+            await world.schedule(control, 5)
+            await eventually(lambda: world.done(control))
+
+            # Its lease ran out in Redis alone, and its slot counts.
+            assert await outcomes(world, first) == [SENT]
+            assert await world.in_state(JobState.SCHEDULED) == {third}
+            assert jobs_in(inbox.mails)[first] == 1
+            await world.check_counts()
+
+
+@asynccontextmanager
+async def redis_writes_held(world: World) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+    """Yield what makes Redis take no writes, scripts included, until the end of the block."""
+
+    async def hold() -> Any:
+        return await world.redis.execute_command("CLIENT", "PAUSE", 60_000, "WRITE")
+
+    try:
+        yield hold
+    finally:
+        await world.redis.execute_command("CLIENT", "UNPAUSE")
+
+
+async def is_sent(world: World, job: int) -> bool:
+    return bool((await world.job(job)).state == JobState.SENT)
+
+
+# Stopped for longer than the lease -----------------------------------------------------------
+
+
+async def nothing_in_flight(child: DispatcherProcess) -> bool:
+    async with grpc.aio.insecure_channel(child.listen) as channel:
+        return (await Client(channel).status()).in_flight_count == 0
+
+
+@pytest.mark.parametrize("phase", ["rcpt", "data"])
+async def test_who_slept_through_its_lease_before_the_body_sends_nothing(
+    configure: Configure, start: Start, phase: str
+) -> None:
+    held = Wait()
+    async with ScriptedServer({phase: [(held, Well())]}) as server:
+        values = configure(server.url)
+        async with World(settings_of(values)) as world, start(values) as sleeper:
+            [job] = await world.schedule(await world.sender())
+            await eventually(lambda: server.waiting[phase] == 1)
+            sleeper.pause()
+            async with running(settings_of(values)):
+                await eventually(world.done)
+                before = await world.attempts(job)
+                held.event.set()
+                await eventually(lambda: server.waiting[phase] == 0)
+                sleeper.go_on()
+                await eventually(lambda: nothing_in_flight(sleeper))
+
+            assert jobs_in(server.taken) == {job: 1}
+            assert server.body_bytes == len(server.taken[0].data)
+            assert [a.outcome for a in before] == [LEASE_EXPIRED, SENT]
+            assert await world.attempts(job) == before
+            assert (await world.job(job)).state == JobState.SENT
+            await world.check_counts()
+
+
+@pytest.mark.parametrize(
+    ("policy", "state", "expected"),
+    [
+        ("resend", JobState.SENT, [LEASE_EXPIRED, SENT]),
+        ("hold", JobState.UNCERTAIN, [LEASE_EXPIRED]),
+    ],
+)
+async def test_who_slept_through_its_lease_after_the_body_overwrites_nothing(
+    configure: Configure,
+    start: Start,
+    policy: str,
+    state: JobState,
+    expected: list[AttemptOutcome],
+) -> None:
+    held = Wait()
+    async with ScriptedServer({"body": [(held, Well())]}) as server:
+        values = configure(server.url, uncertain_policy=policy)
+        async with World(settings_of(values)) as world, start(values) as sleeper:
+            [job] = await world.schedule(await world.sender())
+            await eventually(lambda: server.waiting["body"] == 1)
+            sleeper.pause()
+            async with running(settings_of(values)):
+                await eventually(world.done)
+                before = (await world.job(job), await world.attempts(job))
+                held.event.set()
+                await eventually(lambda: server.waiting["body"] == 0)
+                sleeper.go_on()
+                await eventually(lambda: nothing_in_flight(sleeper))
+
+            assert await outcomes(world, job) == expected
+            assert (await world.job(job)).state == state
+            assert (await world.job(job), await world.attempts(job)) == before
+            assert jobs_in(server.taken) == {job: len(expected)}
+            await world.check_counts()
+
+
+async def test_who_slept_through_its_lease_in_its_mark_gives_the_job_up(
+    configure: Configure, start: Start, inbox: Inbox
+) -> None:
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world, start(values) as sleeper:
+        await eventually(sleeper.serving)
+        sender = await world.sender()
+        [job] = await world.schedule(sender, load=False)
+        async with table_held(world, "email_jobs"):
+            await world.loader.load([sender], committed=True)
+            await eventually(lambda: waits(world, MARK))
+            sleeper.pause()
+        async with running(settings_of(values)):
+            await eventually(world.done)
+            before = await world.attempts(job)
+            sleeper.go_on()
+            await eventually(lambda: nothing_in_flight(sleeper))
+
+        assert [a.outcome for a in before] == [LEASE_EXPIRED, SENT]
+        assert await world.attempts(job) == before
+        assert jobs_in(inbox.mails) == {job: 1}
+        await world.check_counts()
+
+
+async def test_a_sleeper_among_others_breaks_neither_gap_nor_record(
+    configure: Configure, start: Start, inbox: Inbox
+) -> None:
+    values = configure(inbox.url, min_gap="20ms")
+    async with World(settings_of(values)) as world, start(values) as sleeper:
+        await eventually(sleeper.serving)
+        async with running(settings_of(values)):
+            senders = [await world.sender() for _ in range(6)]
+            jobs = [job for each in senders for job in await world.schedule(each, 60)]
+            await eventually(lambda: len(inbox.mails) >= 60)
+            sleeper.pause()
+            # Whatever it holds is recovered and sent by the other one.
+            await eventually(world.done, 20)
+            sleeper.go_on()
+            await eventually(lambda: nothing_in_flight(sleeper))
+
+        arrived = jobs_in(inbox.mails)
+        expired = await world.sql("SELECT email_job_id AS id FROM attempts WHERE outcome = 6")
+        assert set(arrived) == set(jobs)
+        assert {job for job, n in arrived.items() if n > 1} <= {row.id for row in expired}
+        assert len(expired) <= CONCURRENCY
+        assert all(gap_of(inbox.mails, sender) >= 0.02 for sender in senders)
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        await world.check_counts()
