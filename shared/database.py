@@ -51,6 +51,9 @@ def create_engine(
     options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC -c jit=off"
     if lookups_only:
         options += " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
+        # And in the order of the index: a bitmap of a sender's jobs, sorted for the first 128 of
+        # them, takes 0.5 s at a million.
+        options += " -c enable_bitmapscan=off"
     return create_async_engine(
         driver_url(settings.database_url),
         pool_size=settings.database_pool,

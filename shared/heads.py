@@ -36,7 +36,7 @@ from shared.counts import in_state
 from shared.database import unix_ms
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
 from shared.queue.keys import JobRef
-from shared.queue.queue import HEAD_SIZE, Head, HeldLease, PastEnd, Queue
+from shared.queue.queue import HEAD_SIZE, Head, HeldLease, PastEnd, Queue, brings_history
 from shared.settings import Settings
 from shared.states import JobState, SenderState
 
@@ -123,6 +123,19 @@ def _history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[An
     return ends.union_all(leases)  # type: ignore[return-value]
 
 
+def _no_head(sender_id: int) -> Head:
+    """Return the head of a sender that PostgreSQL does not know: nobody looks at it any more."""
+    return Head(
+        sender_id=sender_id,
+        hourly_limit=1,
+        gap=timedelta(0),
+        max_in_flight=1,
+        active=False,
+        jobs=(),
+        more=False,
+    )
+
+
 class HeadLoader:
     """Loads heads; used by whoever changed what a head depends on, or found one used up."""
 
@@ -157,6 +170,10 @@ class HeadLoader:
         for _ in range(_TRIES):
             epochs = await queue.begin_load(again, committed=committed)
             async with self._engine.connect() as connection:
+                if any(map(brings_history, epochs.values())):
+                    # Heads and history of one moment: a job that begins to wait again between the
+                    # two statements would be in neither.
+                    await connection.execution_options(isolation_level="REPEATABLE READ")
                 heads, markers = await self._read(connection, epochs)
             again = await queue.load_heads(heads, epochs)
             done = [
@@ -179,10 +196,8 @@ class HeadLoader:
         rows = (await connection.execute(_heads_statement(list(epochs)))).all()
         ends: dict[int, list[PastEnd]] = {}
         leases: dict[int, list[HeldLease]] = {}
-        fresh = [sender_id for sender_id, epoch in epochs.items() if not epoch]
+        fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
         if fresh:
-            # After the heads, never before: a job that is marked SENDING in between is then in
-            # both, and the lease wins; the other way round it would be in neither.
             reach = max(
                 [self._window, *(self._gap(row.min_gap_ms) for row in rows if row.id in fresh)]
             )
@@ -197,6 +212,8 @@ class HeadLoader:
             self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
             for row in rows
         ]
+        known = {row.id for row in rows}
+        heads += [_no_head(sender_id) for sender_id in epochs if sender_id not in known]
         return heads, {row.id: row.markers or [] for row in rows}
 
     def _gap(self, min_gap_ms: int | None) -> timedelta:
@@ -247,7 +264,11 @@ class HeadLoader:
         async with self._engine.connect() as connection:
             senders = await connection.execute(self._concerned(queue.shard))
             ids = list(senders.scalars())
-        await self.load(ids, committed=False)
+        for start in range(0, len(ids), _CHUNK):
+            await self.load(ids[start : start + _CHUNK], committed=False)
+            if not await queue.keep_rebuild(token):
+                _log.warning("rebuild_overtaken", shard=queue.shard)
+                return False
         whole = await queue.finish_rebuild(token)
         _log.info("queue_rebuilt", shard=queue.shard, senders=len(ids), whole=whole)
         return whole

@@ -60,8 +60,8 @@ class Client:
             dispatcher_service_pb2.GetDispatcherStatusRequest()
         )
 
-    async def drain(self, timeout: float = 30.0) -> dispatcher_service_pb2.DrainResponse:
-        return await self.stub.Drain(dispatcher_service_pb2.DrainRequest(), timeout=timeout)
+    async def drain(self, within: float = 30.0) -> dispatcher_service_pb2.DrainResponse:
+        return await self.stub.Drain(dispatcher_service_pb2.DrainRequest(), timeout=within)
 
     async def serving(self) -> bool:
         """Return whether its health says SERVING."""

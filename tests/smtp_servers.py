@@ -116,6 +116,8 @@ class ScriptedServer:
         # Bytes of bodies, also of those that did not come to their end.
         self.body_bytes = 0
         self.commands: list[str] = []
+        # When each MAIL FROM came, also of mails that were refused: seconds since 1970.
+        self.began: list[float] = []
         self.connections = 0
         self.open: set[asyncio.StreamWriter] = set()
         self._extensions = extensions
@@ -218,6 +220,7 @@ class _Session:
         verb = command.partition(" ")[0].upper()
         if verb == "MAIL":
             self._began = time.time()
+            self._server.began.append(self._began)
             self._from = command[command.index("<") + 1 : command.index(">")]
         elif verb == "RCPT":
             self._to = command[command.index("<") + 1 : command.index(">")]

@@ -1,15 +1,15 @@
-"""Senders, batches and jobs in PostgreSQL, written as the scheduler writes them, and what is there."""
+"""Senders, batches and jobs in PostgreSQL, written as the scheduler writes them."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, LiteralString, Protocol, Self, cast
+from typing import Any, Final, Protocol, Self
 
 import psycopg
 from psycopg.rows import namedtuple_row
@@ -23,7 +23,7 @@ from shared.settings import Settings
 from shared.states import AttemptOutcome, JobState
 
 # One transaction, as at an intake: the batch, its jobs, what they add to the counts, the marker.
-_INTAKE: LiteralString = """
+_INTAKE: Final = """
 WITH batch AS (
     INSERT INTO batches (user_id, sender_id, request_id, request_hash, subject, body, start_at,
                          duplicates, mode, accepted_count)
@@ -44,7 +44,7 @@ WITH batch AS (
 )
 SELECT id FROM jobs ORDER BY id
 """
-_CANCEL: LiteralString = """
+_CANCEL: Final = """
 WITH ended AS (
     UPDATE email_jobs SET state = 6, finished_at = now()
     WHERE id = ANY(%s) AND state = 1
@@ -101,12 +101,12 @@ class World:
 
     async def __aenter__(self) -> Self:
         self._connection = await self.connect()
-        self._stack.push_async_callback(self._connection.close)
         self._stack.push_async_callback(self.engine.dispose)
         self._stack.push_async_callback(self.redis.aclose)
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self._connection.close()
         await self._stack.aclose()
 
     async def connect(self) -> psycopg.AsyncConnection[Any]:
@@ -120,7 +120,9 @@ class World:
 
     async def sql(self, statement: str, *values: Any) -> list[Any]:
         """Run a statement in a transaction of its own; return its rows, if it has any."""
-        cursor = await self._connection.execute(cast(LiteralString, statement), values or None)
+        if self._connection.closed:
+            self._connection = await self.connect()
+        cursor = await self._connection.execute(statement, values or None)
         return await cursor.fetchall() if cursor.description else []
 
     # What callers do -------------------------------------------------------------------------
@@ -161,6 +163,13 @@ class World:
         if load:
             await self.loader.load([sender], committed=True)
         return jobs
+
+    async def due_now(self, sender: int) -> None:
+        """Make the waiting jobs of a sender due, in the order of their ids."""
+        await self.sql(
+            "UPDATE email_jobs SET scheduled_at = now() WHERE sender_id = %s AND state = 1", sender
+        )
+        await self.loader.load([sender], committed=True)
 
     async def change(self, sender: int, *, load: bool = True, **columns: Any) -> None:
         """Change a sender: pause, resume, another limit."""
@@ -247,11 +256,11 @@ class World:
         async with self.engine.connect() as connection:
             senders = await sender_counts(connection, recount["sender_id"])
             batches = await batch_counts(connection, recount["batch_id"])
-        for counted, rows in ((senders, "sender_id"), (batches, "batch_id")):
-            for key, counts in counted.items():
+        for name, counted in (("sender_id", senders), ("batch_id", batches)):
+            for owner, counts in counted.items():
                 assert {state: counts[state] for state in JobState} == {
-                    state: recount[rows][key][state] for state in JobState
-                }, f"{rows} {key}"
+                    state: recount[name][owner][state] for state in JobState
+                }, f"{name} {owner}"
         off = await self.sql(
             """
             SELECT batch_id, hour, state, counted.n AS counted, recount.n AS recount FROM (
@@ -271,6 +280,11 @@ class World:
 def address_of(sender: int) -> str:
     """Return the From address of a sender that `World.sender` added."""
     return f"s{sender}@x.test"
+
+
+def at_least(n: int, mails: Sized) -> bool:
+    """Return whether so many have come."""
+    return len(mails) >= n
 
 
 def jobs_in(mails: Iterable[Mail]) -> Counter[int]:

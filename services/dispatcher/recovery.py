@@ -46,6 +46,11 @@ class Recovery:
             except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
                 _log.warning("recovery_failed", error=type(error).__name__)
                 pause = _RETRY
+            # Python 3.11's wait_for, by which redis-py writes, loses a cancellation that comes
+            # together with its result; whoever cancelled us would wait for ever.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
             await asyncio.sleep(pause.total_seconds())
 
     async def recover_leases(self) -> timedelta:

@@ -11,7 +11,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Final, TypeVar
+
+import structlog
 
 from services.scheduler import bounds
 from services.scheduler.batch_options import BatchOptions
@@ -37,10 +40,15 @@ T = TypeVar("T")
 _THREADS: Final = 64
 # Batches of one message that are read: this is work, so more threads would not be faster.
 _WORKERS: Final = 4
+# A rollback takes a moment; one that takes longer must not hold up the end of the process.
+_END_LIMIT: Final = timedelta(seconds=5)
 _QUEUE_UNREACHABLE: Final = (
     "The queue is not reachable at the moment: the batch is accepted, and sending starts as soon "
     "as the queue is back."
 )
+
+
+_log = structlog.get_logger("outbox.intake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,9 @@ class Intake:
         self._store = store
         self._load = load
         self._max_message_bytes = max_message_bytes
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         each = max(most_open // 2, 1)
         self._places = {waits: asyncio.Semaphore(each) for waits in (False, True)}
         self._threads = {
@@ -80,8 +91,13 @@ class Intake:
             for waits, count, name in ((False, _WORKERS, "batch"), (True, _THREADS, "upload"))
         }
 
-    def close(self) -> None:
-        """Free the threads."""
+    async def close(self) -> None:
+        """Wait until intakes that were cut off have rolled back, and free the threads."""
+        try:
+            async with asyncio.timeout(_END_LIMIT.total_seconds()):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("an intake does not end", under_way=self._under_way)
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -99,10 +115,15 @@ class Intake:
         """
         reader = BlockReader(payload, options, self._max_message_bytes)
         steps = _Steps(reader, self._threads[reader.waits])
+        self._under_way += 1
+        self._idle.clear()
         try:
             return await self._accept(options, steps, user_id)
         finally:
             await steps.end()
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
 
     async def _accept(
         self, options: BatchOptions, steps: _Steps, user_id: str | None

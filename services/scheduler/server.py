@@ -55,7 +55,7 @@ async def serve(
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
         )
-        stack.callback(intake.close)
+        stack.push_async_callback(intake.close)
         server = GrpcServer(
             settings, settings.scheduler_listen, _services(settings, engine, loader, intake)
         )

@@ -20,7 +20,8 @@ HEAD_SIZE = 128
 # A head that is a quarter full is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
-_REBUILD_LOCK = timedelta(seconds=30)
+# Longer than one part of a rebuild takes; how long a dead rebuilder keeps others from it.
+_REBUILD_LOCK = timedelta(seconds=10)
 
 
 class SlotUse(StrEnum):
@@ -105,6 +106,11 @@ class Head:
     leases: tuple[HeldLease, ...] = field(default=())
 
 
+def brings_history(epoch: str) -> bool:
+    """Whether a load of this epoch is of a sender whose history Redis does not know."""
+    return epoch.startswith("new:")
+
+
 def _ms(duration: timedelta) -> int:
     return max(0, duration // timedelta(milliseconds=1))
 
@@ -171,7 +177,7 @@ class Queue:
         return [int(sender) for sender in await self._run("settle", (self.keys.ready,), args)]
 
     async def begin_load(self, sender_ids: Sequence[int], *, committed: bool) -> dict[int, str]:
-        """Return the epoch of each sender, '' for one that Redis does not know.
+        """Return the epoch of each sender (see `brings_history`).
 
         `committed`: the caller has just committed something that the load must see, so that a
         load under way, which may have read too early, is refused.
@@ -210,6 +216,11 @@ class Queue:
         token = secrets.token_hex(8)
         taken = await self._redis.set(self.keys.rebuild, token, nx=True, px=_ms(_REBUILD_LOCK))
         return token if taken else None
+
+    async def keep_rebuild(self, token: str) -> bool:
+        """Keep the lock for the next part; False if Redis was lost again, or the lock was."""
+        args = (token, _ms(_REBUILD_LOCK))
+        return bool(await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), args))
 
     async def finish_rebuild(self, token: str) -> bool:
         """Declare the shard whole; False if Redis was lost again meanwhile."""

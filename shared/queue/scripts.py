@@ -7,7 +7,15 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-SCRIPTS = ("claim", "confirm", "settle", "begin_load", "load_head", "finish_rebuild")
+SCRIPTS = (
+    "claim",
+    "confirm",
+    "settle",
+    "begin_load",
+    "load_head",
+    "keep_rebuild",
+    "finish_rebuild",
+)
 _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 
 

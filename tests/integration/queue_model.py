@@ -6,7 +6,7 @@ for among all instants, and the next sender among all senders. Times are Unix ms
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 INFINITY = float("inf")
@@ -78,6 +78,8 @@ class QueueModel:
         self.soon = soon
         self.whole = False
         self.senders: dict[int, SenderModel] = {}
+        # Of senders that are not known, and that somebody loads.
+        self.new_epochs: dict[int, int] = {}
         self.ready: dict[int, int] = {}
 
     @property
@@ -127,7 +129,7 @@ class QueueModel:
             del s.due[member]
             s.leases[member] = now + self.lease
             claims.append((sender_id, member, now - max(due, allowed)))
-            limited = limited or not s.due and s.places > 0 and len(claims) < want
+            limited = limited or (not s.due and s.places > 0 and len(claims) < want)
         # For how long it is known since when a job that is kept for want of room was allowed.
         keep = max(self.window, s.gap) * (1 if limited else 2)
         s.slots = {member: end for member, end in s.slots.items() if end > now - keep}
@@ -185,22 +187,29 @@ class QueueModel:
 
     # load ------------------------------------------------------------------------------------
 
-    def begin_load(self, sender_id: int, *, committed: bool) -> str:
-        """Return the epoch, '' for a sender that is not known."""
+    def begin_load(self, now: int, sender_id: int, *, committed: bool) -> str:
+        """Return the epoch that the load must still find."""
         s = self.senders.get(sender_id)
-        if s is None:
-            return ""
-        s.epoch += committed
-        return str(s.epoch)
+        if s is not None:
+            s.epoch += committed
+        elif sender_id in self.new_epochs:
+            self.new_epochs[sender_id] += committed
+        else:
+            self.new_epochs[sender_id] = now * 1000
+        return self._epoch(sender_id)
+
+    def _epoch(self, sender_id: int) -> str:
+        s = self.senders.get(sender_id)
+        return f"new:{self.new_epochs.get(sender_id)}" if s is None else str(s.epoch)
 
     def load_head(self, now: int, now_up: int, sender_id: int, epoch: str, head: HeadModel) -> bool:
         """Replace the head of a sender; False: its epoch has moved."""
-        s = self.senders.get(sender_id)
-        if (str(s.epoch) if s else "") != epoch:
+        if self._epoch(sender_id) != epoch:
             return False
+        s = self.senders.get(sender_id)
         if s is None:
-            s = SenderModel(epoch=now * 1000)
-            self.senders[sender_id] = s
+            s = self.senders[sender_id] = SenderModel(epoch=now * 1000)
+            self.new_epochs.pop(sender_id)
             s.slots = {member: now_up - age for member, age, counted in head.ends if counted}
             s.last_end = max((now_up - age for _, age, _ in head.ends), default=0)
             s.leases = {member: now_up + left for member, left in head.leases}
@@ -211,13 +220,17 @@ class QueueModel:
         self._look(sender_id)
         return True
 
-    def lose(self, sender_ids: Mapping[int, object] | None = None) -> None:
-        """Lose everything, or the settings of some senders."""
-        for sender_id in list(self.senders if sender_ids is None else sender_ids):
-            self.senders.pop(sender_id, None)
-        if sender_ids is None:
-            self.ready.clear()
-            self.whole = False
+    def lose(self, sender_id: int) -> None:
+        """Lose the settings of a sender."""
+        self.senders.pop(sender_id, None)
+        self.new_epochs.pop(sender_id, None)
+
+    def lose_all(self) -> None:
+        """Lose everything."""
+        self.senders.clear()
+        self.new_epochs.clear()
+        self.ready.clear()
+        self.whole = False
 
     def _look(self, sender_id: int) -> None:
         s = self.senders[sender_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from services.dispatcher import storage
 from services.dispatcher.recovery import Recovery
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from shared.database import create_engine
+from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
 from shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
@@ -549,6 +551,29 @@ async def test_a_recovered_job_is_not_forgotten_if_redis_is_away_at_that_moment(
 
     assert (await world.job(job)).state == JobState.SCHEDULED
     assert [row.sender_id for row in await world.sql("SELECT * FROM head_markers")] == [sender]
+
+
+class Losing(HeadLoader):
+    """Loses a cancellation, as redis-py does on Python 3.11 if it comes with an answer."""
+
+    begun: asyncio.Event
+
+    async def load_abandoned(self) -> list[int]:
+        self.begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return []
+
+
+async def test_a_recovery_ends_although_its_cancellation_was_lost(world: World) -> None:
+    loader = Losing(world.engine, world.queues, world.settings)
+    loader.begun = asyncio.Event()
+    recovering = asyncio.create_task(Recovery(world.settings, world.engine, loader).run())
+    await loader.begun.wait()
+    recovering.cancel()
+    async with asyncio.timeout(1):
+        with pytest.raises(asyncio.CancelledError):
+            await recovering
 
 
 # Batches -------------------------------------------------------------------------------------

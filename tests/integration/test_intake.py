@@ -8,12 +8,13 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
 import pytest
 import pytest_asyncio
-from outbox.v1 import sender_pb2
+from outbox.v1 import batch_pb2, sender_pb2
 from outbox.v1.batch_service_pb2 import ScheduleBatchResponse, UploadBatchRequest
 from outbox.v1.sender_service_pb2 import DeleteSenderRequest, PauseSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
@@ -31,6 +32,7 @@ _OPEN_INTAKES = (
     "SELECT count(*) FROM pg_stat_activity"
     " WHERE datname = current_database() AND state LIKE 'idle in transaction%%'"
 )
+_WAIT_FOR_LOCKS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 BLOCK = 5_000
 
 
@@ -48,7 +50,7 @@ async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
 class Upload:
     """An upload that a test feeds by hand."""
 
-    def __init__(self, scheduler: Scheduler, sender: sender_pb2.Sender, **options: str) -> None:
+    def __init__(self, scheduler: Scheduler, sender: sender_pb2.Sender, **options: Any) -> None:
         self._messages: asyncio.Queue[UploadBatchRequest | None] = asyncio.Queue()
         self._messages.put_nowait(UploadBatchRequest(options=options_for(sender, **options)))
         self.call = scheduler.batches.UploadBatch(self._send())
@@ -202,8 +204,7 @@ async def test_a_request_that_waits_for_a_failed_one_takes_its_place(
     first.send_rows(BLOCK)
     await opened(scheduler)
     second = asyncio.ensure_future(scheduler.schedule(sender, request_id="once"))
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-    await eventually(lambda: scheduler.value(waiting) == 1)
+    await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 1)
     first.call.cancel()
     answer = await second
     assert (answer.replayed, answer.batch.accepted_count) == (False, 1)
@@ -251,6 +252,43 @@ async def test_an_address_that_is_suppressed_during_an_upload_gets_no_mail(
     assert scheduler.value("SELECT count(*) FROM email_jobs") == 2 * BLOCK - 2
 
 
+async def test_an_address_that_is_suppressed_right_before_the_commit_gets_no_mail(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    with psycopg.connect(scheduler.settings.database_url) as connection:
+        # Stops the intake after its last look at the suppressions.
+        connection.execute("SELECT FROM senders FOR NO KEY UPDATE")
+        accepting = asyncio.ensure_future(scheduler.schedule(sender))
+        await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 1)
+        suppressing = asyncio.ensure_future(
+            scheduler.suppressions.CreateSuppression(
+                CreateSuppressionRequest(user_id="ann", suppression=Suppression(email="a@b.org"))
+            )
+        )
+        await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 2)
+    await accepting
+    await suppressing
+    assert scheduler.rows("SELECT state FROM email_jobs") == [(7,)]
+
+
+async def test_a_sender_is_not_deleted_right_before_the_commit_of_its_jobs(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    with psycopg.connect(scheduler.settings.database_url) as connection:
+        # Stops the intake after its last look at the sender.
+        connection.execute("LOCK TABLE count_deltas IN SHARE MODE")
+        accepting = asyncio.ensure_future(scheduler.schedule(sender))
+        await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 1)
+        deleting = asyncio.ensure_future(
+            refusal_of(
+                scheduler.senders.DeleteSender(DeleteSenderRequest(sender_id=sender.sender_id))
+            )
+        )
+        await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 2)
+    await accepting
+    assert (await deleting).reason == "SENDER_HAS_OPEN_JOBS"
+
+
 async def test_rows_that_are_wrong_late_refuse_the_whole_upload(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
@@ -261,6 +299,15 @@ async def test_rows_that_are_wrong_late_refuse_the_whole_upload(
     assert refusal.reason == "CSV_NUL"
     assert f"row {2 * BLOCK + 1}" in refusal.message
     assert stored(scheduler) == 0
+
+
+async def test_a_refusal_does_not_wait_for_the_next_chunk(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    upload = Upload(scheduler, sender, mode=batch_pb2.BATCH_MODE_STRICT)
+    upload.send("bad,x\n" * BLOCK)
+    refusal = await refusal_of(upload.call)
+    assert refusal.reason == "ROW_REJECTED"
 
 
 async def test_a_batch_is_accepted_while_redis_is_gone(

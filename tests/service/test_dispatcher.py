@@ -38,7 +38,7 @@ def configure(database_url: str, redis_url: str) -> Configure:
 
 @pytest.fixture(autouse=True)
 def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look is worked out, or somebody wakes the dispatcher: nothing here is found by chance."""
+    """Every look is worked out, or somebody wakes the dispatcher: nothing is found by chance."""
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))
 
 
@@ -104,8 +104,10 @@ async def test_no_mail_is_sent_before_it_is_due(configure: Configure, inbox: Inb
 
 async def test_a_mail_that_cannot_be_built_fails_alone(configure: Configure, inbox: Inbox) -> None:
     async with working(configure(inbox.url)) as (world, _):
-        bad, good = await world.schedule(await world.sender(), 2, due=timedelta(seconds=0.2))
+        sender = await world.sender()
+        bad, good = await world.schedule(sender, 2, due=timedelta(hours=1))
         await world.sql("UPDATE email_jobs SET recipient = 'a@b@c' WHERE id = %s", bad)
+        await world.due_now(sender)
         await eventually(world.done)
 
         assert jobs_in(inbox.mails) == {good: 1}
@@ -229,8 +231,10 @@ async def test_a_failure_of_ours_is_neither_the_end_nor_the_mails_fault(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with working(configure(inbox.url)) as (world, _):
-        broken, good = await world.schedule(await world.sender(), 2, due=timedelta(seconds=0.2))
+        sender = await world.sender()
+        broken, good = await world.schedule(sender, 2, due=timedelta(hours=1))
         await world.sql("UPDATE email_jobs SET variables = 'no JSON' WHERE id = %s", broken)
+        await world.due_now(sender)
         await eventually(lambda: world.attempts(broken))
         await world.sql("UPDATE email_jobs SET variables = NULL WHERE id = %s", broken)
         await eventually(world.done)
@@ -416,7 +420,7 @@ async def test_a_deadline_of_the_caller_does_not_end_the_draining(configure: Con
             await eventually(lambda: begun(server))
             with pytest.raises(grpc.aio.AioRpcError), contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
-                    await dispatcher.drain(timeout=0.1)
+                    await dispatcher.drain(within=0.1)
             before.set()
             after.set()
             await eventually(lambda: is_idle(dispatcher))

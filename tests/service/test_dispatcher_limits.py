@@ -1,4 +1,4 @@
-"""Gap and window, proven from what the SMTP side saw; and what a limit costs those it does not hold.
+"""Gap and window, proven from what the SMTP side saw; and what they cost those they do not hold.
 
 Time is compressed: an "hour" of a second or two, gaps of some ms.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,17 @@ from services.dispatcher import dispatcher as dispatcher_module
 from shared.states import JobState, SenderState
 from tests.dispatchers import options, process, running, settings_of
 from tests.eventually import eventually
+from tests.smtp_servers import Say, ScriptedServer
 from tests.world import World, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
-WINDOW = timedelta(seconds=1.5)
+WINDOW = timedelta(seconds=1)
 
 
 @pytest.fixture
 def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
-    def build(**changes: str | int) -> dict[str, str]:
-        return options(database_url, redis_url, inbox.url, **changes)
+    def build(smtp_url: str = inbox.url, **changes: str | int) -> dict[str, str]:
+        return options(database_url, redis_url, smtp_url, **changes)
 
     return build
 
@@ -51,18 +53,25 @@ async def working(values: dict[str, str]) -> AsyncIterator[World]:
 async def test_no_gap_is_too_short_and_no_window_too_full(
     configure: Configure, inbox: Inbox, tmp_path: Path, dispatchers: int
 ) -> None:
-    values = configure(min_gap="100ms", rate_window="1500ms", retry_backoff="10ms")
+    values = configure(min_gap="80ms", rate_window="1s")
     async with World(settings_of(values)) as world, AsyncExitStack() as stack:
-        for n in range(dispatchers):
-            await stack.enter_async_context(process(values, tmp_path / f"log{n}"))
+        if dispatchers == 1:
+            await stack.enter_async_context(running(settings_of(values)))
+        else:
+            children = [
+                await stack.enter_async_context(process(values, tmp_path / f"log{n}"))
+                for n in range(dispatchers)
+            ]
+            for child in children:
+                await eventually(child.serving, 20)
         # Limit, gap and number of mails: bound by the window, by the gap, by both.
         plans = {
-            await world.sender(limit=3): (3, 0.1, 7),
-            await world.sender(limit=5): (5, 0.1, 11),
-            await world.sender(limit=10): (10, 0.1, 14),
-            await world.sender(limit=4, gap_ms=250): (4, 0.25, 9),
-            await world.sender(limit=100): (100, 0.1, 20),
-            await world.sender(limit=1): (1, 0.1, 3),
+            await world.sender(limit=3): (3, 0.08, 9),
+            await world.sender(limit=5): (5, 0.08, 14),
+            await world.sender(limit=10): (10, 0.08, 22),
+            await world.sender(limit=4, gap_ms=200): (4, 0.2, 9),
+            await world.sender(limit=100): (100, 0.08, 25),
+            await world.sender(limit=1): (1, 0.08, 3),
         }
         jobs = [
             job for sender, (_, _, n) in plans.items() for job in await world.schedule(sender, n)
@@ -86,7 +95,6 @@ async def test_without_a_gap_the_window_holds_for_mails_that_are_sent_at_once(
     configure: Configure, inbox: Inbox, dispatchers: int
 ) -> None:
     values = configure(rate_window="1s", dispatcher_concurrency=10)
-    window = timedelta(seconds=1)
     async with World(settings_of(values)) as world, AsyncExitStack() as stack:
         for _ in range(dispatchers):
             await stack.enter_async_context(running(settings_of(values)))
@@ -97,23 +105,21 @@ async def test_without_a_gap_the_window_holds_for_mails_that_are_sent_at_once(
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
         for sender, limit in limits.items():
             # Never more, and no slot was left unused either.
-            assert most_of(inbox.mails, sender, window) == limit
+            assert most_of(inbox.mails, sender, WINDOW) == limit
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_a_failed_attempt_keeps_its_gap_and_takes_no_slot(
-    configure: Configure, inbox: Inbox
-) -> None:
-    values = configure(min_gap="100ms", retry_backoff="1ms,1ms")
-    async with working(values) as world:
-        sender = await world.sender(limit=2)
-        bad, *good = await world.schedule(sender, 3, due=timedelta(seconds=0.2))
-        await world.sql("UPDATE email_jobs SET recipient = 'no address' WHERE id = %s", bad)
-        await eventually(world.done)
+async def test_a_refused_mail_keeps_its_gap_and_takes_no_slot(configure: Configure) -> None:
+    async with ScriptedServer({"rcpt": [Say("550 5.1.1 nobody"), Say("450 4.2.1 busy")]}) as server:
+        values = configure(smtp_url=server.url, min_gap="100ms", retry_backoff="1ms")
+        async with working(values) as world:
+            # Neither of the two refusals takes one of its two slots.
+            _, *good = await world.schedule(await world.sender(limit=2), 3)
+            await eventually(world.done)
 
-        assert jobs_in(inbox.mails) == dict.fromkeys(good, 1)
-        ended = (await world.attempts(bad))[0].ended_at
-        assert mails_of(inbox.mails, sender)[0].started_at - ended >= 0.1
+        assert jobs_in(server.taken) == dict.fromkeys(good, 1)
+        assert len(server.began) == 4
+        assert min(b - a for a, b in pairwise(server.began)) >= 0.1
 
 
 # Blocked mail costs nothing ------------------------------------------------------------------

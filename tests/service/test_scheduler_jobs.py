@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from outbox.v1 import email_job_pb2, sender_pb2, suppression_pb2
+from outbox.v1 import batch_pb2, email_job_pb2, sender_pb2, suppression_pb2
 from outbox.v1.batch_service_pb2 import GetBatchRequest
 from outbox.v1.email_job_service_pb2 import (
     CancelEmailJobRequest,
@@ -28,6 +28,8 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher.storage import mark_sending
+from services.scheduler.storage.cancelling import cancel_batch
+from services.stats.storage import fold_once
 from shared.database import create_engine, transaction
 from shared.heads import HeadLoader
 from shared.message_ids import installation_id, message_id_for
@@ -174,8 +176,9 @@ async def test_a_job_tells_of_its_last_attempt_and_lists_all(
     assert rest.next_page_token == ""
 
 
+@pytest.mark.parametrize("folded", [False, True])
 async def test_jobs_are_listed_by_every_filter_in_the_order_of_acceptance(
-    scheduler: Scheduler, sender: sender_pb2.Sender
+    scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine, *, folded: bool
 ) -> None:
     other, foreign = await scheduler.sender(), await scheduler.sender("bob")
     first = await make_jobs(scheduler, sender, 3)
@@ -183,9 +186,20 @@ async def test_jobs_are_listed_by_every_filter_in_the_order_of_acceptance(
     third = await make_jobs(scheduler, sender, 2)
     theirs = await make_jobs(scheduler, foreign, 3)
     scheduler.execute(
-        "UPDATE email_jobs SET state = 4, finished_at = now() WHERE id = %s", int(first[1])
+        "WITH moved AS (UPDATE email_jobs SET state = 4, finished_at = now() WHERE id = %s"
+        " RETURNING sender_id, batch_id) INSERT INTO count_deltas (sender_id, batch_id, hour,"
+        " state, n) SELECT sender_id, batch_id, date_trunc('hour', now()), s, d"
+        " FROM moved, (VALUES (1, -1), (4, 1)) v(s, d)",
+        int(first[1]),
     )
+    if folded:
+        await fold_once(engine)
     (batch,) = scheduler.rows("SELECT batch_id FROM email_jobs WHERE id = %s", int(third[0]))[0]
+
+    # Ids of batches that come in at the same time interleave.
+    late = str(int(theirs[-1]) + 1_000)
+    scheduler.execute("UPDATE email_jobs SET id = %s WHERE id = %s", int(late), int(first[2]))
+    first[2] = late
 
     async def ids(**filters: Any) -> list[str]:
         return [job.email_job_id for job in await list_all(scheduler, **filters)]
@@ -209,6 +223,15 @@ async def test_jobs_are_listed_by_every_filter_in_the_order_of_acceptance(
         {"sender_id": other.sender_id, "batch_id": str(batch)},
     ):
         assert await ids(**nothing) == []
+
+
+async def test_jobs_to_one_address_in_one_batch_come_in_pages(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    keep_all = batch_pb2.DUPLICATE_POLICY_KEEP_ALL
+    await scheduler.schedule(sender, "email\na@b.org\nA@b.org\na@B.org\n", duplicates=keep_all)
+    seen = await list_all(scheduler, 1, user_id="ann", recipient="a@b.org")
+    assert [job.recipient for job in seen] == ["a@b.org", "A@b.org", "a@b.org"]
 
 
 async def test_jobs_of_nobody_in_particular_are_not_listed(scheduler: Scheduler) -> None:
@@ -303,6 +326,17 @@ async def test_of_a_cancel_and_a_claim_at_once_exactly_one_wins(
     batch = scheduler.value("SELECT id FROM batches")
     counts = (await scheduler.batches.GetBatch(GetBatchRequest(batch_id=str(batch)))).counts
     assert (counts.sending_count, counts.cancelled_count) == (won["claim"], won["cancel"])
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 6, 7])
+async def test_a_batch_is_cancelled_in_several_transactions_without_a_rest(
+    scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine, chunk: int
+) -> None:
+    await make_jobs(scheduler, sender, 6)
+    cancelled = await cancel_batch(engine, scheduler.value("SELECT id FROM batches"), "ann", chunk)
+    assert cancelled is not None
+    assert cancelled.jobs == 6
+    assert scheduler.rows("SELECT DISTINCT state FROM email_jobs") == [(6,)]
 
 
 async def test_a_job_of_another_user_looks_like_none(

@@ -28,6 +28,7 @@ from shared.heads import HeadLoader
 from shared.queue.connection import connect, open_queues
 from shared.queue.queue import Queue
 from shared.secrets import SecretBox, generate_key
+from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -269,6 +270,21 @@ async def test_a_paused_sender_stops_and_goes_on_where_it_stopped(
     await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 
+async def test_a_change_while_redis_is_gone_is_loaded_later(
+    scheduler: Scheduler, stores: Stores
+) -> None:
+    sender = await scheduler.sender()
+    await stores.redis.stop()
+    try:
+        pause = PauseSenderRequest(sender_id=sender.sender_id)
+        paused = await scheduler.senders.PauseSender(pause)
+    finally:
+        await stores.redis.start()
+    assert paused.state == sender_pb2.SENDER_STATE_PAUSED
+    # What tells a dispatcher to load it.
+    assert scheduler.rows("SELECT sender_id FROM head_markers") == [(int(sender.sender_id),)]
+
+
 async def test_a_sender_of_another_user_looks_like_none(scheduler: Scheduler) -> None:
     sender = await scheduler.sender("ann")
     foreign, unknown = sender.sender_id, "999999999"
@@ -356,11 +372,13 @@ async def test_a_sender_with_open_jobs_is_not_deleted(scheduler: Scheduler) -> N
 async def test_a_forced_deletion_cancels_what_waits_and_keeps_the_history(
     scheduler: Scheduler, queue: Queue
 ) -> None:
-    sender = await scheduler.sender()
+    smtp = endpoint(username="ann", password="open sesame")
+    sender = await scheduler.sender(smtp=smtp)
     answer = await scheduler.schedule(sender, "email\na@b.org\nb@b.org\n", request_id="once")
     request = DeleteSenderRequest(sender_id=sender.sender_id, force=True)
     await scheduler.senders.DeleteSender(request)
     assert (await queue.claim(10)).claims == ()
+    assert scheduler.value("SELECT smtp_password FROM senders") is None
     assert (
         scheduler.rows("SELECT state, finished_at IS NOT NULL FROM email_jobs") == [(6, True)] * 2
     )

@@ -130,11 +130,11 @@ class CancelledBatch:
 
 
 async def cancel_batch(
-    engine: AsyncEngine, batch_id: int, user_id: str | None
+    engine: AsyncEngine, batch_id: int, user_id: str | None, chunk: int = _CHUNK
 ) -> CancelledBatch | None:
     """Cancel what waits of a batch; None: there is none, or not for this user.
 
-    A transaction for each 20,000 jobs: one for a million would outlive the call's deadline, and
+    A transaction for each `chunk` of jobs: one for a million would outlive the call's deadline, and
     then have cancelled nothing. What is committed is CANCELLED for good; a call that was cut off
     is simply made again.
     """
@@ -147,12 +147,12 @@ async def cancel_batch(
                 return None, Moved(0, (), 0)
             # From the last one on: those before would be looked at in each transaction again.
             which = (EmailJob.batch_id == batch_id) & (EmailJob.id > after)
-            return sender_id, await end_waiting(connection, which, JobState.CANCELLED, _CHUNK)
+            return sender_id, await end_waiting(connection, which, JobState.CANCELLED, chunk)
 
         sender_id, moved = await in_transaction(engine, step)
         if sender_id is None:
             return None
         jobs += moved.jobs
         after = moved.last_id
-        if moved.jobs < _CHUNK:
+        if moved.jobs < chunk:
             return CancelledBatch(sender_id, jobs)

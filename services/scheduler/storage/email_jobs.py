@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, Select, Subquery, case, func, lateral, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Row,
+    Select,
+    Subquery,
+    case,
+    exists,
+    func,
+    lateral,
+    select,
+    true,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.addresses import address_key
 from services.scheduler.storage.access import owned_by
 from shared.counts import in_state
-from shared.models import Attempt, Batch, EmailJob, Sender
+from shared.models import Attempt, Batch, BatchCount, CountDelta, EmailJob, Sender
 from shared.states import AttemptOutcome, JobState
 
 
@@ -143,8 +154,28 @@ def _owned_batches(which: JobFilter) -> Select[int, str]:
     if which.sender_id is not None:
         statement = statement.where(Batch.sender_id == which.sender_id)
     if which.batch_id is not None:
-        statement = statement.where(Batch.id == which.batch_id)
-    return statement
+        return statement.where(Batch.id == which.batch_id)
+    return statement if which.state is None else statement.where(_may_have(which.state))
+
+
+def _may_have(state: JobState) -> ColumnElement[bool]:
+    """Return the condition that a batch has jobs in this state, or had a moment ago.
+
+    By its counts: without it, a list of what waits would read all that ever was sent.
+    """
+    # Those being sent are counted as waiting.
+    counted = int(JobState.SCHEDULED if state is JobState.SENDING else state)
+    folded = exists().where(
+        BatchCount.batch_id == Batch.id, BatchCount.state == counted, BatchCount.n > 0
+    )
+    # If the sum of both is positive, one of them is.
+    unfolded = (
+        select(CountDelta.batch_id)
+        .where(CountDelta.state == counted)
+        .group_by(CountDelta.batch_id)
+        .having(func.sum(CountDelta.n) > 0)
+    )
+    return folded | Batch.id.in_(unfolded)
 
 
 def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[Any]:

@@ -4,16 +4,23 @@
 -- ARGV[1] raise    1: the caller has just committed something that a load under way cannot have
 --                  read, so the epoch is raised and that load will be refused; 0: only read it
 -- ARGV    then senders
--- Returns an array of epochs, '' for a sender that Redis does not know
+-- Returns an array of epochs, with 'new:' before that of a sender that Redis does not know
 --!include keys
+--!include time
+--!include epoch
 
+-- ms for which the epoch of a sender that is not known is kept; later its load is refused.
+local NEW_MS = 60000
 local epochs = {}
 for i = 2, #ARGV do
     local key = settings_of(ARGV[i])
-    if ARGV[1] == '1' and redis.call('EXISTS', key) == 1 then
+    if redis.call('EXISTS', key) == 0 then
+        -- One that no earlier life of this sender can have had.
+        redis.call('HSET', key, 'epoch', string.format('%.0f', NOW * 1000))
+        redis.call('PEXPIRE', key, NEW_MS)
+    elseif ARGV[1] == '1' then
         redis.call('HINCRBY', key, 'epoch', 1)
     end
-    -- Read back as text: a Lua number keeps only 14 of its digits.
-    epochs[#epochs + 1] = redis.call('HGET', key, 'epoch') or ''
+    epochs[#epochs + 1] = epoch_of(ARGV[i])
 end
 return epochs

@@ -10,7 +10,7 @@
 local held = {}
 for i = 1, #ARGV, 2 do
     -- A sender whose settings are gone is about to be loaded anew, its leases from what was marked.
-    local known = redis.call('EXISTS', settings_of(ARGV[i])) == 1
+    local known = redis.call('HEXISTS', settings_of(ARGV[i]), 'limit') == 1
     held[#held + 1] = known and redis.call('ZSCORE', lease_of(ARGV[i]), ARGV[i + 1]) and 1 or 0
 end
 return held

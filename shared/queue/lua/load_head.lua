@@ -3,7 +3,7 @@
 --
 -- KEYS[1] ready
 -- ARGV[1] sender
--- ARGV[2] epoch    as begin_load returned it; '' if Redis did not know the sender
+-- ARGV[2] epoch    as begin_load returned it
 -- ARGV[3] window   ms of the trailing window
 -- ARGV[4] limit, ARGV[5] gap (ms), ARGV[6] flight, ARGV[7] state (1 active)
 -- ARGV[8] horizon  due ms of the last job loaded, or 'inf' if no more wait
@@ -15,14 +15,14 @@
 -- caller reads PostgreSQL again.
 --!include keys
 --!include time
+--!include epoch
 --!include look
 
 -- ms until a load that brought nothing is asked for again.
 local SOON = 100
 local id, window, horizon = ARGV[1], tonumber(ARGV[3]), ARGV[8]
 local settings = settings_of(id)
-local epoch = redis.call('HGET', settings, 'epoch') or ''
-if epoch ~= ARGV[2] then return 0 end
+if epoch_of(id) ~= ARGV[2] then return 0 end
 
 local position = 9
 local function next_arg()
@@ -41,10 +41,8 @@ local function replace_head()
     end
 end
 
-local fresh = ARGV[2] == ''
-if fresh then
+if is_new(ARGV[2]) then
     redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
-    -- An epoch that no earlier life of this sender can have had.
     redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000))
     local jobs = tonumber(ARGV[9])
     position = 10 + jobs * 2

@@ -51,6 +51,12 @@ def members(*ids: int, attempt: int = 1) -> list[str]:
     return [member_of(JobRef(job_id, attempt)) for job_id in ids]
 
 
+async def scores(redis: Redis, key: str) -> dict[str, int]:
+    """Return a sorted set, in its order; every score of ours is a whole ms."""
+    found: Any = await redis.zrange(key, 0, -1, withscores=True)
+    return {member: int(score) for member, score in found}
+
+
 @dataclass(frozen=True)
 class SenderState:
     """All that Redis holds of one sender."""
@@ -127,8 +133,8 @@ class Shard:
 
     async def ready(self) -> dict[int, int]:
         """When each sender is looked at next, in ms after START."""
-        found = await self.redis.zrange(self.prefix + "ready", 0, -1, withscores=True)
-        return {int(sender): int(look) - START_MS for sender, look in found}
+        found = await scores(self.redis, self.prefix + "ready")
+        return {int(sender): look - START_MS for sender, look in found.items()}
 
     async def sender(self, sender_id: int = SENDER.sender_id) -> SenderState:
         (state,) = await self.senders([sender_id])

@@ -153,6 +153,38 @@ async def test_an_end_leaves_the_window_exactly_one_window_later(shard: Shard) -
     assert await shard.claimed() == [2]
 
 
+@pytest.mark.parametrize("gap", [0, 2000])
+async def test_a_job_that_the_window_kept_is_late_only_since_it_had_room(
+    shard: Shard, gap: int
+) -> None:
+    ends = tuple(
+        PastEnd(JobRef(100 + age, 1), milliseconds(WINDOW_MS - age), counted=True)
+        for age in (1000, 1400)
+    )
+    head = replace(SENDER, gap=milliseconds(gap), hourly_limit=2, ends=ends)
+    await shard.load(replace(head, jobs=jobs((1, -500_000), (2, -500_000))))
+    await shard.at(1500)
+
+    (claim,) = (await shard.claim(1)).claims
+    assert claim.waited == milliseconds(500)
+
+
+async def test_a_job_that_the_caller_had_no_room_for_is_late_since_it_was_allowed(
+    shard: Shard,
+) -> None:
+    ends = tuple(
+        PastEnd(JobRef(100 + age, 1), milliseconds(WINDOW_MS - age), counted=True)
+        for age in (1000, 1400)
+    )
+    head = replace(NO_GAP, hourly_limit=2, ends=ends)
+    await shard.load(replace(head, jobs=jobs((1, -500_000), (2, -500_000))))
+    await shard.at(1500)
+
+    waited = [(await shard.claim(1)).claims[0].waited for _ in range(2)]
+
+    assert waited == [milliseconds(500), milliseconds(100)]
+
+
 async def test_a_lower_limit_and_a_longer_gap_hold_from_the_next_claim_on(shard: Shard) -> None:
     head = replace(NO_GAP, jobs=jobs(*((n, 0) for n in range(1, 9))))
     await shard.load(head)
@@ -329,7 +361,8 @@ async def test_the_clock_is_that_of_redis(redis_url: str) -> None:
         seconds, _ = await redis.time()
         now = seconds * 1000
         head = replace(SENDER, jobs=((JobRef(1, 1), now), (JobRef(2, 1), now + 3_600_000)))
-        assert await queue.load_heads([head], {7: ""}) == []
+        epochs = await queue.begin_load([7], committed=True)
+        assert await queue.load_heads([head], epochs) == []
 
         claimed = await queue.claim(5)
 

@@ -44,5 +44,7 @@ async def test_a_claim_of_a_sender_whose_settings_are_gone_is_gone(shard: Shard)
     await shard.load(HEAD)
     claims = (await shard.claim(1)).claims
     await shard.redis.delete("outbox:{0}:sender:7")
+    assert await shard.queue.confirm(claims) == [False]
 
+    await shard.queue.begin_load([7], committed=False)
     assert await shard.queue.confirm(claims) == [False]

@@ -1,4 +1,4 @@
-"""finish_rebuild.lua and the lock of a rebuild: a shard is whole if nothing was lost meanwhile."""
+"""keep_rebuild.lua and finish_rebuild.lua: a shard is whole if nothing was lost meanwhile."""
 
 from __future__ import annotations
 
@@ -46,4 +46,33 @@ async def test_a_rebuild_does_not_finish_that_of_another(bare_shard: Shard) -> N
 async def test_a_rebuild_that_died_frees_its_lock_by_itself(bare_shard: Shard) -> None:
     assert await bare_shard.queue.begin_rebuild() is not None
 
-    assert 0 < await bare_shard.redis.pttl(bare_shard.queue.keys.rebuild) <= 30_000
+    assert 0 < await bare_shard.redis.pttl(bare_shard.queue.keys.rebuild) <= 10_000
+
+
+async def test_a_rebuild_that_goes_on_keeps_its_lock(bare_shard: Shard) -> None:
+    queue, redis = bare_shard.queue, bare_shard.redis
+    token = await queue.begin_rebuild()
+    assert token is not None
+    await redis.pexpire(queue.keys.rebuild, 5000)
+
+    assert await queue.keep_rebuild(token)
+
+    assert await redis.pttl(queue.keys.rebuild) > 5000
+    assert await queue.finish_rebuild(token)
+
+
+async def test_a_rebuild_that_lost_its_lock_does_not_take_that_of_another(
+    bare_shard: Shard,
+) -> None:
+    queue, redis = bare_shard.queue, bare_shard.redis
+    first = await queue.begin_rebuild()
+    assert first is not None
+    await redis.delete(queue.keys.rebuild)
+    assert not await queue.keep_rebuild(first)
+    second = await queue.begin_rebuild()
+    assert second is not None
+    await redis.pexpire(queue.keys.rebuild, 5000)
+
+    assert not await queue.keep_rebuild(first)
+    assert await redis.pttl(queue.keys.rebuild) <= 5000
+    assert await queue.finish_rebuild(second)

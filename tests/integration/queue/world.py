@@ -6,6 +6,7 @@ limits are held against. Times are in us since 1970, but for due times (Unix ms)
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -69,8 +70,9 @@ class World:
     senders: dict[int, SenderRow] = field(default_factory=dict)
     jobs: dict[int, JobRow] = field(default_factory=dict)
     attempts: list[AttemptRow] = field(default_factory=list)
-    # Senders whose load is wanted, should whoever committed die.
-    markers: set[int] = field(default_factory=set)
+    # Loads that are wanted, should whoever committed die: number and sender.
+    markers: dict[int, int] = field(default_factory=dict)
+    marker_ids: Iterator[int] = field(default_factory=itertools.count)
     sends: dict[int, list[Send]] = field(default_factory=dict)
 
     # PostgreSQL ------------------------------------------------------------------------------
@@ -79,6 +81,9 @@ class World:
         for due in dues:
             job_id = len(self.jobs) + 1
             self.jobs[job_id] = JobRow(job_id, sender_id, due)
+
+    def mark_stale(self, sender_id: int) -> None:
+        self.markers[next(self.marker_ids)] = sender_id
 
     def in_state(self, state: JobState, sender_id: int | None = None) -> Iterator[JobRow]:
         for job in self.jobs.values():

@@ -1,0 +1,87 @@
+"""PostgreSQL and Redis killed with -9 under load, and started again; the dispatcher goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import psycopg
+import pytest
+
+from deploy.local.inbox import Inbox
+from shared.states import JobState
+from tests.conftest import Stores
+from tests.dispatchers import Running, options, running, settings_of
+from tests.eventually import eventually
+from tests.world import World, at_least, gap_of, jobs_in, most_of
+
+Configure = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
+    def build(**changes: str | int) -> dict[str, str]:
+        return options(database_url, redis_url, inbox.url, **changes)
+
+    return build
+
+
+async def done(world: World) -> bool:
+    """As World.done, while PostgreSQL may be away."""
+    try:
+        return await world.done()
+    except psycopg.OperationalError:
+        return False
+
+
+async def test_a_postgresql_that_is_killed_under_load_costs_time_and_nothing_else(
+    configure: Configure, inbox: Inbox, stores: Stores
+) -> None:
+    settings = settings_of(configure(lease="5s", dispatcher_concurrency=10))
+    async with World(settings) as world, running(settings) as dispatcher:
+        senders = [await world.sender() for _ in range(3)]
+        jobs = [job for each in senders for job in await world.schedule(each, 200)]
+        await eventually(lambda: len(inbox.mails) >= 100)
+        await stores.postgres.kill()
+        try:
+            # What is in flight comes to its end, and nothing more is begun.
+            await eventually(lambda: not_serving(dispatcher))
+        finally:
+            await stores.postgres.start()
+        await eventually(lambda: done(world), 30)
+
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        arrived = jobs_in(inbox.mails)
+        assert set(arrived) == set(jobs)
+        # Marked by a statement whose answer never came, or sent with no outcome in time.
+        expired = await world.sql("SELECT email_job_id AS id FROM attempts WHERE outcome = 6")
+        assert {job for job, n in arrived.items() if n > 1} <= {row.id for row in expired}
+        assert len(expired) <= 10
+        await world.check_counts()
+        await eventually(dispatcher.serving)
+
+
+async def not_serving(dispatcher: Running) -> bool:
+    return not await dispatcher.serving()
+
+
+async def test_a_redis_that_is_killed_under_load_costs_time_and_nothing_else(
+    configure: Configure, inbox: Inbox, stores: Stores
+) -> None:
+    settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))
+    async with World(settings) as world, running(settings):
+        limits = {await world.sender(limit=n): n for n in (7, 20, 1_000, 1_000)}
+        jobs = [job for each in limits for job in await world.schedule(each, 14)]
+        for share in (12, 25):
+            await eventually(partial(at_least, share, inbox.mails))
+            await stores.redis.kill()
+            await stores.redis.start()
+        await eventually(world.done, 30)
+
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        for sender, limit in limits.items():
+            assert gap_of(inbox.mails, sender) >= 0.02
+            assert most_of(inbox.mails, sender, timedelta(seconds=1)) <= limit
+        await world.check_counts()

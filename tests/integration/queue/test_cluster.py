@@ -1,0 +1,92 @@
+"""Every script keeps to the keys of its shard: a cluster runs it, told to check each access.
+
+With `#!lua` before it a script may touch no key of another slot; without, a node lets it have all
+that happens to live there. One server with all slots is a cluster that can show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from deploy.local.child import Child
+from deploy.local.ports import LOOPBACK, free_port
+from deploy.local.valkey import ValkeyServer
+from shared.queue.queue import Settlement, SlotUse
+from tests.conftest import Stores
+from tests.eventually import eventually
+from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
+
+
+class ClusterServer(ValkeyServer):
+    """A cluster of one, with all slots."""
+
+    async def _run(self, binary: Path, port: int) -> None:
+        argv: list[str | Path] = [binary, "--port", str(port), "--bind", LOOPBACK]
+        argv += ["--dir", self.folder, "--save", "", "--appendonly", "no"]
+        argv += ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
+        self._child = Child("Valkey", argv, log=self._log, cwd=self.folder)
+        self._child.start()
+        await self._child.until_ready(self._answers, 30.0)
+
+
+@pytest_asyncio.fixture
+async def cluster(stores: Stores, tmp_path: Path) -> AsyncIterator[Redis]:
+    server = ClusterServer(tmp_path / "cluster", binary=stores.redis._binary)
+    await server.start()
+    try:
+        async with Redis.from_url(server.url, decode_responses=True) as redis:
+            command: Any = redis.execute_command
+            await command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+
+            async def whole() -> bool:
+                return "cluster_state:ok" in str(await command("CLUSTER", "INFO"))
+
+            await eventually(whole)
+            yield redis
+    finally:
+        await server.kill()
+
+
+def strict(shard: Shard) -> Shard:
+    """Put `#!lua` before every script."""
+    scripts = shard.queue._scripts
+    for name, script in scripts.items():
+        source = script.script
+        assert isinstance(source, str)
+        scripts[name] = shard.redis.register_script("#!lua\n" + source)
+    return shard
+
+
+async def test_no_script_touches_a_key_outside_of_its_shard(cluster: Redis) -> None:
+    stray = "return redis.call('SET', 'outbox:{1}:x', '1')"
+    with pytest.raises(ResponseError, match="slot"):
+        await cluster.eval("#!lua\n" + stray, 1, "outbox:{0}:ready")
+    shards = [strict(Shard(cluster, number)) for number in (0, 1)]
+    command: Any = cluster.execute_command
+    assert len({await command("CLUSTER", "KEYSLOT", shard.prefix) for shard in shards}) == 2
+    for number, shard in enumerate(shards):
+        await shard.at(0)
+        assert (await shard.queue.claim(1)).lost
+        await shard.whole()
+        senders = [10 + number, 20 + number]
+        head = replace(SENDER, gap=timedelta(0), jobs=jobs((1, 0), (2, 0), (3, 0)))
+        await shard.load(*(replace(head, sender_id=n) for n in senders), committed=True)
+        claims = (await shard.claim(4)).claims
+        assert await shard.queue.confirm(claims) == [True] * 4
+        await shard.settle(claims[0])
+        await shard.settle(claims[1], retry_at=5)
+        await shard.queue.settle([Settlement(99, claims[0].job, SlotUse.UNUSED)])
+        await shard.at(LEASE_MS)
+        assert len((await shard.claim()).loads) == 2
+
+    found: Any = await cluster.keys()
+    assert {key.partition("}")[0] for key in found} == {"outbox:{0", "outbox:{1"}
