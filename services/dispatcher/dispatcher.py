@@ -199,18 +199,19 @@ class Dispatcher:
             await self._composer.prepare(marked)
             held = await queue.confirm(ours) if ours else []
         except BaseException:
-            for job in marked:
-                self._settler.add(Unsent(job))
+            for claim in ours:
+                self._settler.add(Unsent(claim, by_job[claim.job]))
             raise
         for claim, holds in zip(ours, held, strict=True):
+            job = by_job[claim.job]
             if holds:
-                self._spawn(self._send(by_job[claim.job], deadline))
+                self._spawn(self._send(claim, job, deadline))
             else:
-                self._settler.add(Unsent(by_job[claim.job], held=False))
+                self._settler.add(Unsent(claim, job, held=False))
 
     # One task a mail -------------------------------------------------------------------------
 
-    async def _send(self, job: MarkedJob, deadline: float) -> None:
+    async def _send(self, claim: Claim, job: MarkedJob, deadline: float) -> None:
         started = time.monotonic()
         try:
             endpoint, envelope = self._composer.compose(job)
@@ -218,7 +219,7 @@ class Dispatcher:
                 endpoint, envelope, deadline=deadline, may_begin=lambda: not self.draining
             )
         except GivenBackError:
-            self._settler.add(Unsent(job))
+            self._settler.add(Unsent(claim, job))
             return
         except CompositionError as error:
             result = _not_built(error, started)

@@ -40,6 +40,7 @@ class Ended:
 class Unsent:
     """A marked job whose body was not begun: it goes back. `held`: Redis still has its lease."""
 
+    claim: Claim
     marked: MarkedJob
     held: bool = True
 
@@ -161,25 +162,25 @@ def _is_stale(outcome: Outcome, dues: dict[JobRef, int]) -> bool:
 def _sender_of(outcome: Outcome) -> int:
     if isinstance(outcome, Ended):
         return outcome.record.sender_id
-    return (outcome.marked if isinstance(outcome, Unsent) else outcome.claim).sender_id
+    return outcome.claim.sender_id
 
 
 def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settlement:
-    if isinstance(outcome, Refused):
-        job = outcome.claim.job
-        # Due time 0: the first of its head again. If it waits no more, the next claim finds out.
+    if not isinstance(outcome, Ended):
+        claim = outcome.claim
+        due: int | None
+        if isinstance(outcome, Unsent):
+            due = dues.get(claim.job) if outcome.held else None
+        else:
+            # The first of its head again. If it waits no more, the next claim finds out.
+            due = 0 if outcome.waits else None
         return Settlement(
-            outcome.claim.sender_id, job, SlotUse.UNUSED, next_job=job if outcome.waits else None
-        )
-    if isinstance(outcome, Unsent):
-        job = outcome.marked.job
-        due = dues.get(job) if outcome.held else None
-        return Settlement(
-            outcome.marked.sender_id,
-            job,
+            claim.sender_id,
+            claim.job,
             SlotUse.UNUSED,
-            next_job=None if due is None else job,
+            next_job=None if due is None else claim.job,
             next_due_ms=due or 0,
+            lease_ms=claim.lease_ms,
         )
     record = outcome.record
     due = dues.get(record.job) if record.state is JobState.SCHEDULED else None

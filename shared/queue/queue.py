@@ -43,6 +43,9 @@ class Claim:
     job: JobRef
     # Since the earliest instant at which due time, gap and window allowed it.
     waited: timedelta
+    # When its lease runs out, in Unix ms of Redis' clock: tells it from another claim of the same
+    # attempt, which there may be after a loss of Redis.
+    lease_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ class Settlement:
     # The job waits again, under the number of its next attempt, until then (Unix ms).
     next_job: JobRef | None = None
     next_due_ms: int = 0
+    # Of the claim, where its slot is UNUSED: it frees no other's lease.
+    lease_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +160,13 @@ class Queue:
         _, look, claims, loads = answer
         return Claimed(
             claims=tuple(
-                Claim(int(claims[i]), job_of(claims[i + 1]), timedelta(milliseconds=claims[i + 2]))
-                for i in range(0, len(claims), 3)
+                Claim(
+                    int(claims[i]),
+                    job_of(claims[i + 1]),
+                    timedelta(milliseconds=claims[i + 2]),
+                    claims[i + 3],
+                )
+                for i in range(0, len(claims), 4)
             ),
             loads=tuple(int(sender) for sender in loads),
             next_look=None if look < 0 else timedelta(milliseconds=look),
@@ -164,7 +174,9 @@ class Queue:
 
     async def confirm(self, claims: Sequence[Claim]) -> list[bool]:
         """Say of each claim whether it still holds (see confirm.lua for the race)."""
-        args = [part for claim in claims for part in (claim.sender_id, member_of(claim.job))]
+        args: list[Any] = [self._window]
+        for claim in claims:
+            args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
         return [held == 1 for held in await self._run("confirm", (self.keys.ready,), args)]
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
@@ -172,7 +184,7 @@ class Queue:
         args: list[Any] = [self._window]
         for s in settlements:
             next_member = "" if s.next_job is None else member_of(s.next_job)
-            args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age))
+            args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age), s.lease_ms)
             args += (next_member, s.next_due_ms)
         return [int(sender) for sender in await self._run("settle", (self.keys.ready,), args)]
 

@@ -92,6 +92,8 @@ class QueueModel:
     def claim(self, now: int, want: int) -> tuple[list[tuple[int, str, int]], list[int]] | None:
         """Return the claims (sender, member, ms since allowed) and loads; None: the shard is lost.
 
+        Each is held for one lease from now on.
+
         Senders that share an instant come in the order of their ids as texts.
         """
         if not self.whole:
@@ -160,15 +162,20 @@ class QueueModel:
         sender_id: int,
         member: str,
         kind: str,
+        *,
         retry: tuple[str, int] | None = None,
+        lease: int = 0,
     ) -> bool:
-        """End one claim; `ended` is rounded up. Returns whether the sender is known."""
+        """End one claim; `ended` is rounded up. Returns whether the sender is known.
+
+        `lease`: when that of this claim runs out; an UNUSED one frees no other.
+        """
         s = self.senders.get(sender_id)
         if s is None:
             return False
-        late = s.slots.pop(member + "?", None) is not None
-        if not (late and kind == "UNUSED"):
-            s.leases.pop(member, None)
+        for held, name in ((s.leases, member), (s.slots, member + "?")):
+            if kind != "UNUSED" or held.get(name) == lease:
+                held.pop(name, None)
         if kind == "COUNTED":
             s.slots[member] = ended
         if kind != "UNUSED":
@@ -180,10 +187,15 @@ class QueueModel:
         self._look(sender_id)
         return True
 
-    def confirm(self, sender_id: int, member: str) -> bool:
-        """Say whether a claim still holds."""
+    def confirm(self, sender_id: int, member: str, lease: int) -> bool:
+        """Say whether a claim still holds; if so, under its own lease."""
         s = self.senders.get(sender_id)
-        return s is not None and member in s.leases
+        if s is None or member not in s.leases:
+            return False
+        if s.leases[member] != lease:
+            s.leases[member] = lease
+            self._look(sender_id)
+        return True
 
     # load ------------------------------------------------------------------------------------
 

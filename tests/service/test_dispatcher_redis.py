@@ -186,9 +186,6 @@ async def memory(world: World) -> int:
     return sum([int(await world.redis.memory_usage(key) or 0) for key in keys])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a claim that is refused frees the lease of the other claim of its job"
-)
 async def test_a_job_that_is_claimed_twice_around_a_loss_holds_its_senders_slot(
     configure: Configure,
 ) -> None:

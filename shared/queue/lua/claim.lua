@@ -9,7 +9,8 @@
 -- ARGV[5] patience    ms after which a load that was asked for is asked for again
 --
 -- Returns {'LOST'}, or {'OK', ms until the next look or -1, claims, loads}:
---   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it
+--   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
+--           when its lease runs out
 --   loads   senders whose head the caller must load
 --
 -- A sender that is not eligible is not in reach here: its score in `ready` is later. So the cost
@@ -62,6 +63,7 @@ local function take(s)
         claims[#claims + 1] = s.id
         claims[#claims + 1] = first[1]
         claims[#claims + 1] = NOW - math.max(allowed, tonumber(first[2]))
+        claims[#claims + 1] = NOW + lease
     end
     return s.gap > 0
 end

@@ -2,10 +2,11 @@
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
--- ARGV    then, for each claim: sender, member, kind, age, next member, next due
+-- ARGV    then, for each claim: sender, member, kind, age, lease, next member, next due
 --   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP never heard of it)
 --   age          ms since the send ended, measured by the caller's monotonic clock
+--   lease        of an UNUSED one: when its lease runs out, as claim.lua said
 --   next member  '' or the job's next attempt, with its due time in ms
 --
 -- Returns the senders whose head must be loaded (Redis knows them no more).
@@ -26,28 +27,36 @@ local function sender_of(id)
     return s
 end
 
-for i = 2, #ARGV, 6 do
+-- The same attempt may have been claimed again, after a loss of Redis or after the lease ran out:
+-- one that did not even begin frees nothing but what its own lease has left.
+local function release(key, member, lease)
+    if not lease or tonumber(redis.call('ZSCORE', key, member) or 0) == lease then
+        redis.call('ZREM', key, member)
+    end
+end
+
+for i = 2, #ARGV, 7 do
     local id, member, kind = ARGV[i], ARGV[i + 1], ARGV[i + 2]
     local s = sender_of(id)
     if s then
         local ended = NOW_UP - tonumber(ARGV[i + 3])
+        local lease = kind == 'UNUSED' and tonumber(ARGV[i + 4])
+        release(lease_of(id), member, lease)
         -- The lease had run out, so the slot was assumed to be used; now its holder says what is.
-        local late = redis.call('ZREM', window_of(id), assumed(member)) == 1
-        -- Late, and it did not even begin: then the lease is that of a later claim, which stays.
-        if not (late and kind == 'UNUSED') then redis.call('ZREM', lease_of(id), member) end
+        release(window_of(id), assumed(member), lease)
         if kind == 'COUNTED' then redis.call('ZADD', window_of(id), ended, member) end
         if kind ~= 'UNUSED' and ended > s.last_end then
             s.last_end = ended
             redis.call('HSET', settings_of(id), 'end', ended)
         end
-        if ARGV[i + 4] ~= '' then
+        if ARGV[i + 5] ~= '' then
             -- A load that read PostgreSQL before this must not wipe it out.
             redis.call('HINCRBY', settings_of(id), 'epoch', 1)
             redis.call('PERSIST', settings_of(id))
             redis.call('PERSIST', window_of(id))
-            local leased = redis.call('ZSCORE', lease_of(id), ARGV[i + 4])
-            if not leased and tonumber(ARGV[i + 5]) <= s.horizon then
-                redis.call('ZADD', due_of(id), ARGV[i + 5], ARGV[i + 4])
+            local leased = redis.call('ZSCORE', lease_of(id), ARGV[i + 5])
+            if not leased and tonumber(ARGV[i + 6]) <= s.horizon then
+                redis.call('ZADD', due_of(id), ARGV[i + 6], ARGV[i + 5])
             end
         end
     end

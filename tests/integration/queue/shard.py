@@ -121,7 +121,9 @@ class Shard:
         give_back: bool = False,
     ) -> list[int]:
         """Settle one claim; `retry_at`, in ms after START, is when its job is due again."""
-        settlement = Settlement(claim.sender_id, claim.job, use, age=milliseconds(age))
+        settlement = Settlement(
+            claim.sender_id, claim.job, use, age=milliseconds(age), lease_ms=claim.lease_ms
+        )
         if retry_at is not None:
             attempt = claim.job.attempt + (not give_back)
             settlement = replace(

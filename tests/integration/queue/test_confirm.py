@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
+from shared.queue.queue import SlotUse
+from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs, members
 
 HEAD = replace(SENDER, gap=timedelta(0), jobs=jobs((1, 0), (2, 0), (3, 0)))
 
@@ -27,6 +28,26 @@ async def test_a_claim_of_before_a_loss_of_redis_is_gone(shard: Shard) -> None:
     await shard.whole()
 
     assert await shard.queue.confirm(claims) == [False, False]
+
+
+async def test_a_job_that_was_claimed_again_since_a_loss_is_held_by_whoever_marked_it(
+    shard: Shard,
+) -> None:
+    await shard.load(HEAD)
+    (marked,) = (await shard.claim(1)).claims
+    await shard.redis.flushall()
+    await shard.at(1)
+    await shard.load(HEAD)
+    await shard.whole()
+    (refused,) = (await shard.claim(1)).claims
+    assert refused.job == marked.job
+
+    assert await shard.queue.confirm([marked]) == [True]
+    await shard.settle(refused, SlotUse.UNUSED)
+
+    assert (await shard.sender()).leases == dict.fromkeys(members(1), LEASE_MS)
+    await shard.settle(marked, SlotUse.UNUSED)
+    assert (await shard.sender()).leases == {}
 
 
 async def test_a_claim_whose_lease_was_found_to_have_run_out_is_gone(shard: Shard) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -290,18 +290,17 @@ class QueueMachine(RuleBasedStateMachine):
         )
         for claim in claimed.claims:
             gap = self.model.senders[claim.sender_id].gap
-            deadline = (self.now_ms + LEASE) * 1000
+            deadline = claim.lease_ms * 1000
+            assert claim.lease_ms == self.now_ms + LEASE
             self.holdings.append(Holding(claim, self.now, deadline, gap))
         for sender_id in loads:
             await self._load(sender_id, committed=False, waits=waits)
 
     async def _mark(self, holding: Holding, *, fails: bool = False) -> None:
         claim = holding.claim
-        unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED)
+        unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
         if fails:
-            holding.settlement = Settlement(
-                claim.sender_id, claim.job, SlotUse.UNUSED, next_job=claim.job
-            )
+            holding.settlement = replace(unused, next_job=claim.job)
         elif not self.world.mark(claim.job, self.now):
             holding.settlement = unused
         if holding.settlement:
@@ -309,7 +308,7 @@ class QueueMachine(RuleBasedStateMachine):
             return
         holding.lease_until = self.now + self.world.lease
         (held,) = await self.queue.confirm([claim])
-        assert held is self.model.confirm(claim.sender_id, member_of(claim.job))
+        assert held is self.model.confirm(claim.sender_id, member_of(claim.job), claim.lease_ms)
         if not held:
             assert self.world.give_back(claim.job, holding.lease_until)
             holding.settlement = unused
@@ -332,6 +331,7 @@ class QueueMachine(RuleBasedStateMachine):
             SlotUse.UNUSED,
             next_job=claim.job if ours else None,
             next_due_ms=self.world.jobs[claim.job.job_id].due,
+            lease_ms=claim.lease_ms,
         )
         await self._release(holding)
 
@@ -369,18 +369,16 @@ class QueueMachine(RuleBasedStateMachine):
         assert settlement is not None
         used = settlement.use is not SlotUse.UNUSED
         age = (self.now - holding.ended) // 1000 if used else 0
-        told = Settlement(
-            settlement.sender_id,
-            settlement.job,
-            settlement.use,
-            milliseconds(age),
-            settlement.next_job,
-            settlement.next_due_ms,
-        )
+        told = replace(settlement, age=milliseconds(age))
         unknown = await self.queue.settle([told])
         retry = told.next_job and (member_of(told.next_job), told.next_due_ms)
         known = self.model.settle(
-            self.now_up - age, told.sender_id, member_of(told.job), told.use.value, retry
+            self.now_up - age,
+            told.sender_id,
+            member_of(told.job),
+            told.use.value,
+            retry=retry,
+            lease=told.lease_ms,
         )
         assert unknown == ([] if known else [told.sender_id])
         if not known:
@@ -388,12 +386,14 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def _flush(self) -> None:
         await self.shard.redis.flushall()
-        await self.shard.at(self.now / 1000 - START_MS)
+        # It takes longer to come back than the clock needs to tell two lives apart.
+        await self.shard.at(self.now / 1000 - START_MS + 1)
         self.model.lose_all()
 
     async def _lose_settings(self, sender_id: int) -> None:
         await self.shard.redis.delete(f"{self.shard.prefix}sender:{sender_id}")
         self.model.lose(sender_id)
+        await self._advance(self.now + 1000)
 
     async def _rebuild(self) -> None:
         token = await self.queue.begin_rebuild()
