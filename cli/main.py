@@ -23,6 +23,7 @@ class OutboxGroup(LazyGroup):
             "cli.demo", "Show it all in about a minute: a CSV becomes paced mail.", _SYSTEM
         ),
         "up": Entry("cli.up", "Keep the whole system running on this machine.", _SYSTEM),
+        "audit": Entry("cli.audit", "Check all that was ever sent against the promises.", _SYSTEM),
         "schedule": Entry("cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT),
         "senders": Entry("cli.senders", "Create, show, change, pause and delete senders.", _CLIENT),
         "batches": Entry("cli.batches", "Show and cancel batches.", _CLIENT),

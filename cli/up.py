@@ -18,7 +18,7 @@ from cli.client import ENDPOINTS
 from cli.foreground import run
 from cli.output import Output, OutputFormat, note, print_json
 from deploy.local.supervisor import LocalSystem
-from shared.settings import Settings, load_settings
+from shared.settings import Settings, format_duration, load_settings
 
 # Set by `up` itself, whatever the environment says.
 _OWN: Final = frozenset(
@@ -83,7 +83,7 @@ async def _hold(
     system = LocalSystem(folder, settings, dispatchers=dispatchers, smtp_url=smtp, say=_say)
     note("starting ...")
     async with system:
-        found = endpoints_of(system)
+        found = endpoints_of(system, settings)
         _write(found)
         try:
             if output is OutputFormat.JSON:
@@ -97,7 +97,7 @@ async def _hold(
             ENDPOINTS.unlink(missing_ok=True)
 
 
-def endpoints_of(system: LocalSystem) -> dict[str, Any]:
+def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
     """Return where everything is: what client commands read, and what `up` prints."""
     servers = system.servers
     return {
@@ -109,6 +109,11 @@ def endpoints_of(system: LocalSystem) -> dict[str, Any]:
         "smtp_url": servers.smtp_url if servers.inbox else None,
         "inbox": str(servers.maildir) if servers.inbox else None,
         "logs": str(system.folder / "logs"),
+        # What an audit compares with.
+        "settings": {
+            name: format_duration(getattr(settings, name))
+            for name in ("rate_window", "min_gap", "lease")
+        },
         "pid": os.getpid(),
     }
 

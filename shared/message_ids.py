@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from shared.models import Installation
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9-]+")
+_OURS = re.compile(r"<outbox\.(\d{1,19})\.([A-Za-z0-9-]+)@[^>]*>")
 
 
 def message_id_for(job_id: int, sender_email: str, installation_id: str) -> str:
@@ -26,6 +27,12 @@ def message_id_for(job_id: int, sender_email: str, installation_id: str) -> str:
     if not domain.isascii():
         domain = idna.encode(domain, uts46=True).decode("ascii")
     return f"<outbox.{job_id}.{installation_id}@{domain}>"
+
+
+def job_of_message_id(message_id: str, installation_id: str) -> int | None:
+    """Return the job that a Message-ID names; None: it is not one of this installation's."""
+    found = _OURS.fullmatch(message_id)
+    return int(found[1]) if found and found[2] == installation_id else None
 
 
 async def installation_id(connection: AsyncConnection) -> str:

@@ -12,7 +12,6 @@ import functools
 import itertools
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -24,11 +23,10 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from deploy.local.child import LocalServerError
 from deploy.local.ports import LOOPBACK
-from deploy.local.record import ReceivedMail, RecordFile
+from deploy.local.record import MESSAGE_ID, ReceivedMail, RecordFile
 
 DEFAULT_SIZE_LIMIT: Final = 64 * 1024 * 1024
 _HOSTNAME: Final = "inbox.localhost"
-_MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S[^\r\n]*?)\s*$")
 _END_OF_HEADERS: Final = b"\r\n\r\n"
 
 
@@ -121,7 +119,7 @@ class Inbox:
         received_at = time.time()
         content = envelope.original_content or b""
         headers = content[: content.find(_END_OF_HEADERS) + 2] or content
-        message_id = _MESSAGE_ID.search(headers)
+        message_id = MESSAGE_ID.search(headers)
         file = f"{received_at:.6f}".replace(".", ".M") + f"P{os.getpid()}Q{next(self._serial)}"
         name = f"{file}.{_HOSTNAME}"
         mail = ReceivedMail(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from shared.audit import least_gap, most_in_window
+
+# In the headers alone; a folded one has its value on the next line.
+MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S[^\r\n]*?)\s*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +63,45 @@ def read_record(path: Path) -> list[ReceivedMail]:
     May be called while the inbox writes: a last line without its end is left out.
     """
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        return list(iterate_record(path))
     except FileNotFoundError:
         return []
-    found = (json.loads(line) for line in lines)
-    return [ReceivedMail(**mail | {"rcpt_tos": tuple(mail["rcpt_tos"])}) for mail in found]
+
+
+def iterate_record(path: Path) -> Iterator[ReceivedMail]:
+    """Return the mails of a record, however long, in the order of their arrival.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no record.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return  # it is being written
+            try:
+                mail = json.loads(line)
+                yield ReceivedMail(**mail | {"rcpt_tos": tuple(mail["rcpt_tos"])})
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number} is not a mail's record") from None
+
+
+def message_ids_in(maildir: Path) -> Iterator[str]:
+    """Return the Message-ID of every mail in `new` and `cur`; empty for one that has none.
+
+    Raises:
+        FileNotFoundError: there is no Maildir.
+    """
+    for folder in (maildir / "new", maildir / "cur"):
+        for entry in os.scandir(folder):
+            headers = bytearray()
+            with Path(entry.path).open("rb") as file:
+                for line in file:
+                    if not line.strip():
+                        break
+                    headers += line
+            found = MESSAGE_ID.search(headers)
+            yield found[1].decode("utf-8", "replace") if found else ""
 
 
 def by_sender(mails: Iterable[ReceivedMail]) -> dict[str, list[ReceivedMail]]:

@@ -296,6 +296,9 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         assert up.ask("batches", "cancel", batch_id)["too_late_count"] == "1"
         assert up.ask("suppressions", "list", "--user", "u")["suppressions"][0]["reason"] == "asked"
         assert up.ask("suppressions", "delete", "cy@example.org", "--user", "u") == {}
+        found = up.ask("audit")
+        assert (found["broken"], found["seen"], found["judged_by"]) == ([], 1, "smtp side")
+        assert found["compared_with"]["min_gap"] == "200ms"
         bad = up.outbox("senders", "create", "--user", "u", "--email", "x@y.de", "--min-gap", "1ms")
         assert (bad.returncode, "GAP_BELOW_FLOOR" in bad.stderr) == (1, True)
         assert bad.stderr.count("\n") == 1

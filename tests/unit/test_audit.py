@@ -1,8 +1,20 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from shared.audit import least_gap, most_in_window, sent_twice
+from shared.audit import (
+    Copies,
+    JobTrace,
+    Replay,
+    contradiction_of,
+    delivery_of,
+    least_gap,
+    most_in_window,
+    sent_twice,
+)
+from shared.states import JobState
 
 
 def test_the_least_gap_runs_from_an_end_to_the_next_start() -> None:
@@ -57,3 +69,115 @@ def test_ends_at_the_same_instant_all_count() -> None:
 def test_only_what_came_more_than_once_was_sent_twice() -> None:
     assert sent_twice(["<a@x>", "<b@x>", "<a@x>", "<a@x>"]) == {"<a@x>": 3}
     assert sent_twice(["<a@x>", "<b@x>"]) == {}
+
+
+def trace(
+    state: JobState,
+    *,
+    attempt: int = 1,
+    recorded: int = 1,
+    sent: int = 0,
+    doubtful: int = 0,
+    began_after_end: bool = False,
+) -> JobTrace:
+    return JobTrace(7, state, attempt, recorded, sent, doubtful, began_after_end)
+
+
+def test_a_replay_finds_what_the_lists_as_a_whole_say() -> None:
+    chance = random.Random(1)
+    for _ in range(200):
+        sends = sorted(
+            (
+                (end - chance.uniform(0, 2), end)
+                for end in (chance.uniform(0, 40) for _ in "x" * 20)
+            ),
+            key=lambda send: send[1],
+        )
+        replay = Replay(5, limit=3)
+        for start, end in sends:
+            replay.add(start, end)
+        gap = least_gap(sends)
+        assert replay.most_in_window == most_in_window((end for _, end in sends), 5)
+        assert replay.overshoot() == max(0, replay.most_in_window - 3)
+        assert gap is not None
+        assert replay.least_gap is not None
+        # Where sends overlap, both say so; else they are equal.
+        assert (replay.least_gap == gap) or (replay.least_gap < 0 and gap < 0)
+
+
+def test_what_was_sent_before_a_change_is_not_judged_but_is_in_later_windows() -> None:
+    replay = Replay(10, limit=2, since=3)
+    for second in (0, 1, 2):
+        replay.add(second, second + 0.5)
+    assert (replay.judged, replay.least_gap, replay.overshoot()) == (0, None, 0)
+    replay.add(3, 3.5)
+    assert (replay.sends, replay.judged, replay.least_gap, replay.overshoot()) == (4, 1, 0.5, 2)
+
+
+def test_an_overshoot_that_the_slack_explains_is_none() -> None:
+    replay = Replay(10, limit=1)
+    replay.add(0, 1)
+    replay.add(10, 10.95)
+    assert replay.overshoot() == 1
+    assert replay.overshoot(0.1) == 0
+    assert replay.overshoot(0.01) == 1
+
+
+def test_copies_are_counted_by_job_and_compared_by_message_id() -> None:
+    copies = Copies(9)
+    for job_id, message_id in (
+        (2, "<outbox.2.abc@x.test>"),
+        (2, "<outbox.2.abc@x.test>"),
+        (3, "<outbox.3.abc@x.test>"),
+        (4, "<outbox.4.abc@x.test>"),
+        (4, "<outbox.4.abc@y.test>"),
+        (10, "<outbox.10.abc@x.test>"),
+    ):
+        copies.add(job_id, message_id)
+    assert [copies.of(job_id) for job_id in (1, 2, 3, 4, 10)] == [0, 2, 1, 2, 0]
+    assert list(copies.jobs()) == [2, 3, 4]
+    assert copies.renamed == {4}
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (trace(JobState.SENT, sent=1), None),
+        (trace(JobState.SENT, sent=1, doubtful=1, attempt=2, recorded=2), None),
+        (trace(JobState.SENT, doubtful=1), None),
+        (trace(JobState.SENT), "it is SENT, and no attempt sent it"),
+        (trace(JobState.SCHEDULED, sent=1), "it was sent, and is SCHEDULED"),
+        (trace(JobState.CANCELLED, sent=1), "it was sent, and is CANCELLED"),
+        (trace(JobState.FAILED, recorded=2), "it has attempt 2, and counts 1"),
+        (trace(JobState.SENDING, attempt=2), None),
+        (
+            trace(JobState.SENT, sent=1, began_after_end=True),
+            "an attempt began after it was SENT",
+        ),
+    ],
+)
+def test_a_job_that_says_two_things_is_found(job: JobTrace, said: str | None) -> None:
+    assert contradiction_of(job) == said
+
+
+@pytest.mark.parametrize(
+    ("job", "copies", "found"),
+    [
+        (trace(JobState.SENT, sent=1), 1, (False, 0, 0)),
+        (trace(JobState.SENT, sent=1), 0, (True, 0, 0)),
+        (trace(JobState.SENT, sent=1), 2, (False, 1, 1)),
+        (trace(JobState.SENT, sent=1, doubtful=1), 2, (False, 1, 0)),
+        (trace(JobState.SENT, sent=1, doubtful=1), 3, (False, 2, 1)),
+        (trace(JobState.SENT, sent=2), 2, (False, 1, 1)),
+        (trace(JobState.UNCERTAIN, doubtful=1), 0, (False, 0, 0)),
+        (trace(JobState.CANCELLED), 1, (False, 0, 1)),
+        (trace(JobState.SENDING), 1, (False, 0, 0)),
+        (trace(JobState.SENT, sent=1), None, (False, 0, 0)),
+        (trace(JobState.SENT, sent=2), None, (False, 1, 1)),
+    ],
+)
+def test_copies_are_explained_by_sends_and_doubts(
+    job: JobTrace, copies: int | None, found: tuple[bool, int, int]
+) -> None:
+    delivery = delivery_of(job, copies)
+    assert (delivery.lost, delivery.duplicates, delivery.unexplained) == found

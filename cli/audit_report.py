@@ -1,0 +1,180 @@
+"""What an audit's findings mean: which promises were broken, as a document and for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from cli.audit_run import Findings
+from cli.audit_sql import AuditedSender
+from shared.audit import Replay
+from shared.settings import Settings, format_duration
+from shared.states import JobState
+
+# An outcome is recorded when the statement arrives, so an end may look later than it was.
+RECORDING_SLACK_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class SenderVerdict:
+    """One sender against the limits that it has now."""
+
+    sender: AuditedSender
+    min_gap_s: float
+    replay: Replay
+    slack_s: float
+
+    @property
+    def overshoot(self) -> int:
+        """By how many mails its limit was exceeded."""
+        return self.replay.overshoot(self.slack_s)
+
+    @property
+    def gap_broken(self) -> bool:
+        """Whether a gap was shorter than it must be."""
+        gap = self.replay.least_gap
+        return gap is not None and self.min_gap_s > 0 and gap < self.min_gap_s - self.slack_s
+
+    @property
+    def margin(self) -> float:
+        """How far it stayed from its limits, as a share of them; what is broken is below 0."""
+        window = 1 - self.replay.most_in_window / self.sender.hourly_limit
+        gap = self.replay.least_gap
+        if gap is None or not self.min_gap_s:
+            return window
+        return min(window, gap / self.min_gap_s - 1)
+
+    def broken(self, window: str) -> Iterator[str]:
+        """Return what was broken, a line each."""
+        sender, replay = self.sender, self.replay
+        if self.gap_broken:
+            yield (
+                f"{sender.email} (sender {sender.sender_id}): a gap of {replay.least_gap:.3f} s, "
+                f"less than {self.min_gap_s:g} s"
+            )
+        if self.overshoot:
+            yield (
+                f"{sender.email} (sender {sender.sender_id}): {replay.most_in_window} mails within "
+                f"{window}, more than {sender.hourly_limit}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """An audit's answer."""
+
+    findings: Findings
+    settings: Settings
+
+    @property
+    def by_smtp_side(self) -> bool:
+        """Whether gap and window are judged by the times of the SMTP side."""
+        return self.findings.seen is not None
+
+    @property
+    def senders(self) -> list[SenderVerdict]:
+        """Every sender that has sent, the one that came closest to its limits first."""
+        findings = self.findings
+        replays = findings.recorded if findings.seen is None else findings.seen
+        slack = 0.0 if self.by_smtp_side else RECORDING_SLACK_S
+        verdicts = [
+            SenderVerdict(sender, self._gap_s(sender), replays[sender_id], slack)
+            for sender_id, sender in findings.senders.items()
+            if sender_id in replays
+        ]
+        return sorted(verdicts, key=lambda verdict: verdict.margin)
+
+    @property
+    def lost(self) -> int:
+        """Accepted jobs that are gone, stuck, or SENT and never seen by the SMTP side."""
+        totals = self.findings.totals
+        return totals.missing + totals.stuck + self.findings.jobs.lost
+
+    @property
+    def compared_with(self) -> str:
+        """Which settings the sends were compared with."""
+        window = format_duration(self.settings.rate_window)
+        floor = format_duration(self.settings.min_gap)
+        return (
+            f"each sender's hourly_limit in any {window} (OUTBOX_RATE_WINDOW) and its min_gap, at "
+            f"least {floor} (OUTBOX_MIN_GAP), as they are now; what a sender sent before its last "
+            "change is not judged"
+        )
+
+    @property
+    def broken(self) -> list[str]:
+        """The promises that were broken, a line each; empty: all were kept."""
+        findings, jobs, totals = self.findings, self.findings.jobs, self.findings.totals
+        found = (
+            (totals.missing, "accepted jobs have no row"),
+            (totals.stuck, "jobs are SENDING long after their lease: does a dispatcher run?"),
+            (jobs.lost, "jobs were sent, and the SMTP side never saw them"),
+            (jobs.unexplained, "mails were sent once more, and no attempt was in doubt"),
+            (jobs.renamed, "jobs have copies with different Message-IDs"),
+            (jobs.unknown, "jobs were sent that PostgreSQL does not know"),
+            (jobs.contradictions, "jobs say two things that cannot both be true"),
+            (findings.stats_mismatch, "counts differ from a recount"),
+        )
+        lines = [f"{number} {text}" for number, text in found if number]
+        window = format_duration(self.settings.rate_window)
+        for verdict in self.senders:
+            lines += verdict.broken(window)
+        return lines + [f"for example: {text}" for text in jobs.examples]
+
+    def _gap_s(self, sender: AuditedSender) -> float:
+        own = timedelta(milliseconds=sender.min_gap_ms or 0)
+        return max(self.settings.min_gap, own).total_seconds()
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures that `outbox drill` has in its document too."""
+        senders, jobs, by_state = self.senders, self.findings.jobs, self.findings.totals.by_state
+        gaps = [one.replay.least_gap for one in senders if one.replay.least_gap is not None]
+        states = (JobState.SENT, JobState.FAILED, JobState.UNCERTAIN)
+        return {
+            "accepted": self.findings.totals.accepted,
+            **{state.name.lower(): by_state.get(state, 0) for state in states},
+            "lost": self.lost,
+            "duplicates": jobs.duplicates,
+            "duplicates_unexplained": jobs.unexplained,
+            "in_doubt": self.findings.totals.in_doubt,
+            "overshoot": sum(one.overshoot for one in senders),
+            "least_gap_s": round(min(gaps), 6) if gaps else None,
+            "most_in_window": max((one.replay.most_in_window for one in senders), default=0),
+            "message_ids_changed": jobs.renamed,
+            "contradictions": jobs.contradictions,
+            "stats_mismatch": self.findings.stats_mismatch,
+        }
+
+    def document(self) -> dict[str, Any]:
+        """Return the one document of `-o json`."""
+        by_state = self.findings.totals.by_state
+        return {
+            **self.figures(),
+            "states": {state.name.lower(): by_state.get(state, 0) for state in JobState},
+            "seen": self.findings.jobs.seen,
+            "judged_by": "smtp side" if self.by_smtp_side else "postgresql",
+            "compared_with": {
+                "rate_window": format_duration(self.settings.rate_window),
+                "min_gap": format_duration(self.settings.min_gap),
+                "slack_s": 0.0 if self.by_smtp_side else RECORDING_SLACK_S,
+            },
+            "senders": [_sender(verdict) for verdict in self.senders],
+            "broken": self.broken,
+        }
+
+
+def _sender(verdict: SenderVerdict) -> dict[str, Any]:
+    sender, replay = verdict.sender, verdict.replay
+    return {
+        "sender_id": str(sender.sender_id),
+        "email": sender.email,
+        "sends": replay.sends,
+        # Fewer: the others were sent before its last change.
+        "judged": replay.judged,
+        "hourly_limit": sender.hourly_limit,
+        "most_in_window": replay.most_in_window,
+        "min_gap_s": verdict.min_gap_s,
+        "least_gap_s": None if replay.least_gap is None else round(replay.least_gap, 6),
+    }

@@ -1,0 +1,233 @@
+"""All SQL of `outbox audit`: one snapshot, and large tables row by row, by server-side cursors."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, TypeAlias
+
+from sqlalchemy import (
+    ColumnElement,
+    Double,
+    Select,
+    and_,
+    case,
+    cast,
+    extract,
+    func,
+    select,
+    text,
+    union_all,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from shared.audit import JobTrace
+from shared.counts import in_state
+from shared.models import (
+    Attempt,
+    Batch,
+    BatchCount,
+    CountDelta,
+    EmailJob,
+    Installation,
+    Sender,
+    SenderCount,
+    SenderHourCount,
+)
+from shared.states import AttemptOutcome, JobState
+
+_Statement: TypeAlias = Select[*tuple[Any, ...]]
+
+_ROWS_AT_ONCE: Final = 2_000
+_DOUBTFUL: Final = (AttemptOutcome.IN_DOUBT, AttemptOutcome.LEASE_EXPIRED)
+# A lease that ran out is taken back within moments by any dispatcher that runs.
+_STUCK_AFTER: Final = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedSender:
+    """A sender, a deleted one too, with its limits of now."""
+
+    sender_id: int
+    email: str
+    hourly_limit: int
+    min_gap_ms: int | None
+    # When it was last changed; None: it is as it was made.
+    changed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a recount of the rows comes to."""
+
+    by_state: dict[JobState, int]
+    # What the batches say they accepted, and how much of that has no row.
+    accepted: int
+    missing: int
+    # SENDING, though the lease ran out long ago.
+    stuck: int
+    in_doubt: int
+    highest_job_id: int
+
+
+@asynccontextmanager
+async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """One read-only transaction, all of whose statements see the same moment."""
+    async with engine.connect() as connection:
+        await connection.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
+        # An audit of a large installation takes its time; nobody waits for it.
+        await connection.execute(text("SET LOCAL statement_timeout = 0"))
+        yield connection
+
+
+async def installation_id(connection: AsyncConnection) -> str | None:
+    """Return what the Message-IDs of this installation have in them; None: it has sent none."""
+    return await connection.scalar(select(Installation.installation_id))
+
+
+async def read_senders(connection: AsyncConnection) -> dict[int, AuditedSender]:
+    """Return every sender by its id."""
+    changed = case((Sender.revision > 1, Sender.updated_at))
+    rows = await connection.execute(
+        select(
+            Sender.id,
+            Sender.email,
+            Sender.hourly_limit,
+            Sender.min_gap_ms,
+            changed.label("changed_at"),
+        )
+    )
+    return {row.id: AuditedSender(*row) for row in rows}
+
+
+async def read_totals(connection: AsyncConnection) -> Totals:
+    """Count everything again, by the rows."""
+    by_state = await connection.execute(
+        select(EmailJob.state, func.count()).group_by(EmailJob.state)
+    )
+    rows = select(EmailJob.batch_id, func.count().label("n")).group_by(EmailJob.batch_id).subquery()
+    short = Batch.accepted_count - func.coalesce(rows.c.n, 0)
+    accepted, missing = (
+        await connection.execute(
+            select(
+                func.coalesce(func.sum(Batch.accepted_count), 0),
+                func.coalesce(func.sum(func.greatest(short, 0)), 0),
+            ).join_from(Batch, rows, rows.c.batch_id == Batch.id, isouter=True)
+        )
+    ).one()
+    stuck = select(func.count()).where(
+        in_state(JobState.SENDING),
+        EmailJob.lease_until < func.statement_timestamp() - _STUCK_AFTER,
+    )
+    in_doubt = select(func.count()).where(Attempt.outcome.in_(_DOUBTFUL))
+    return Totals(
+        by_state={JobState(state): n for state, n in by_state},
+        accepted=int(accepted),
+        missing=int(missing),
+        stuck=await connection.scalar(stuck) or 0,
+        in_doubt=await connection.scalar(in_doubt) or 0,
+        highest_job_id=await connection.scalar(select(func.max(EmailJob.id))) or 0,
+    )
+
+
+def _seconds(time: Any) -> ColumnElement[float]:
+    return cast(extract("epoch", time), Double)
+
+
+async def stream_sends(connection: AsyncConnection) -> AsyncIterator[tuple[int, float, float]]:
+    """Return (sender, start, end) of every send, a sender after the other, by the ends.
+
+    Without those whose lease ran out: when they were sent, if at all, nobody knows.
+    """
+    statement = (
+        select(Attempt.sender_id, _seconds(Attempt.started_at), _seconds(Attempt.ended_at))
+        .where(Attempt.counted, Attempt.outcome != AttemptOutcome.LEASE_EXPIRED)
+        .order_by(Attempt.sender_id, Attempt.ended_at)
+    )
+    async for row in await _stream(connection, statement):
+        yield row[0], row[1], row[2]
+
+
+async def stream_jobs(connection: AsyncConnection) -> AsyncIterator[tuple[JobTrace, int]]:
+    """Return every job and its sender, by the ids of the jobs."""
+    of_job = Attempt.email_job_id == EmailJob.id
+    statement = (
+        select(
+            EmailJob.id,
+            EmailJob.sender_id,
+            EmailJob.state,
+            EmailJob.attempt,
+            func.coalesce(func.max(Attempt.attempt), 0),
+            func.count().filter(Attempt.outcome == AttemptOutcome.SENT),
+            func.count().filter(Attempt.outcome.in_(_DOUBTFUL)),
+            func.coalesce(func.bool_or(Attempt.started_at > EmailJob.finished_at), False),
+        )
+        .join_from(EmailJob, Attempt, of_job, isouter=True)
+        .group_by(EmailJob.id)
+        .order_by(EmailJob.id)
+    )
+    async for job_id, sender_id, state, *numbers in await _stream(connection, statement):
+        yield JobTrace(job_id, JobState(state), *numbers), sender_id
+
+
+async def _stream(connection: AsyncConnection, statement: _Statement) -> Any:
+    return await connection.stream(statement, execution_options={"yield_per": _ROWS_AT_ONCE})
+
+
+async def stats_mismatch(connection: AsyncConnection) -> int:
+    """Return how many counts differ from a recount: by sender, by batch, by hour of the end."""
+    final = EmailJob.state > JobState.SENDING
+    open_or_final = case((final, EmailJob.state), else_=int(JobState.SCHEDULED))
+    hour = func.date_trunc("hour", EmailJob.finished_at)
+    ended = CountDelta.state != int(JobState.SCHEDULED)
+    comparisons = (
+        _compare(
+            select(SenderCount.sender_id, SenderCount.state, SenderCount.n),
+            select(CountDelta.sender_id, CountDelta.state, CountDelta.n),
+            select(EmailJob.sender_id, open_or_final.label("state"), func.count().label("n")),
+        ),
+        _compare(
+            select(BatchCount.batch_id, BatchCount.state, BatchCount.n),
+            select(CountDelta.batch_id, CountDelta.state, CountDelta.n),
+            select(EmailJob.batch_id, open_or_final.label("state"), func.count().label("n")),
+        ),
+        _compare(
+            select(
+                SenderHourCount.sender_id,
+                SenderHourCount.hour,
+                SenderHourCount.state,
+                SenderHourCount.n,
+            ),
+            select(CountDelta.sender_id, CountDelta.hour, CountDelta.state, CountDelta.n).where(
+                ended
+            ),
+            select(
+                EmailJob.sender_id, hour.label("hour"), EmailJob.state, func.count().label("n")
+            ).where(final),
+        ),
+    )
+    return sum([await connection.scalar(one) or 0 for one in comparisons])
+
+
+def _compare(folded: _Statement, unfolded: _Statement, recount: Select[Any]) -> Select[Any]:
+    """Return the statement that counts the keys whose sums differ; the last column is the sum."""
+    *keys, _ = [column.name for column in folded.selected_columns]
+    parts = union_all(folded, unfolded).subquery()
+    counted = (
+        select(*(parts.c[key] for key in keys), func.sum(parts.c.n).label("n"))
+        .group_by(*(parts.c[key] for key in keys))
+        .subquery("counted")
+    )
+    *groups, _ = recount.selected_columns
+    found = recount.group_by(*groups).subquery("found")
+    same = and_(*(counted.c[key] == found.c[key] for key in keys))
+    both = counted.join(found, same, full=True)
+    return (
+        select(func.count())
+        .select_from(both)
+        .where(func.coalesce(counted.c.n, 0) != func.coalesce(found.c.n, 0))
+    )

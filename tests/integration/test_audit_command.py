@@ -1,0 +1,255 @@
+"""`outbox audit` over a real PostgreSQL, with one promise broken at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cli.audit_report import Report
+from cli.audit_run import SmtpSide, audit
+from cli.main import app
+from deploy.local.record import ReceivedMail
+from shared.message_ids import installation_id, message_id_for
+from shared.settings import Settings, load_settings
+from shared.states import AttemptOutcome, JobState
+from tests.world import World, address_of
+
+GAP = timedelta(seconds=2)
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str) -> Settings:
+    return load_settings(
+        database_url=database_url, redis_url=redis_url, rate_window="10s", min_gap="2s", lease="1s"
+    )
+
+
+class Past:
+    """An installation that has sent: every job at its time, and what the other side saw."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world = world
+        self.record = folder / "record.jsonl"
+        self.mails: list[ReceivedMail] = []
+        self._began = time.time() - 3600
+        self._installation = ""
+
+    async def prepare(self) -> None:
+        async with self.world.engine.begin() as connection:
+            self._installation = await installation_id(connection)
+
+    async def sent(self, sender: int, *seconds: float) -> list[int]:
+        """Let a sender have sent a mail at each of these seconds, within 0.1 s each."""
+        jobs = await self.world.schedule(sender, len(seconds), load=False)
+        for job, second in zip(jobs, seconds, strict=True):
+            await self.attempt(job, second, AttemptOutcome.SENT)
+            await self.end(job, second, JobState.SENT)
+            self.arrived(sender, job, second)
+        return jobs
+
+    async def attempt(self, job: int, second: float, outcome: AttemptOutcome) -> None:
+        await self.world.sql(
+            "UPDATE email_jobs SET attempt = attempt + 1 WHERE id = %s AND state = 1", job
+        )
+        await self.world.sql(
+            "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+            " counted) SELECT id, greatest(attempt, (SELECT max(attempt) + 1 FROM attempts"
+            " WHERE email_job_id = id)), sender_id, to_timestamp(%s), to_timestamp(%s), %s, true"
+            " FROM email_jobs WHERE id = %s",
+            self._began + second,
+            self._began + second + 0.1,
+            int(outcome),
+            job,
+        )
+
+    async def end(self, job: int, second: float, state: JobState) -> None:
+        await self.world.sql(
+            "WITH ended AS (UPDATE email_jobs SET state = %s, finished_at = to_timestamp(%s)"
+            " WHERE id = %s RETURNING *) INSERT INTO count_deltas (sender_id, batch_id, hour,"
+            " state, n) SELECT sender_id, batch_id, date_trunc('hour', finished_at), way.state,"
+            " way.n FROM ended, (VALUES (1, -1), (%s, 1)) AS way (state, n)",
+            int(state),
+            self._began + second + 0.1,
+            job,
+            int(state),
+        )
+
+    def arrived(self, sender: int, job: int, second: float, domain: str | None = None) -> None:
+        address = address_of(sender)
+        name = message_id_for(job, f"s@{domain}" if domain else address, self._installation)
+        self.mails.append(
+            ReceivedMail(
+                started_at=self._began + second + 0.01,
+                received_at=self._began + second + 0.09,
+                mail_from=address,
+                rcpt_tos=("r@y.test",),
+                message_id=name,
+                bytes=1,
+                file=f"m{len(self.mails)}",
+            )
+        )
+
+    async def audit(self, settings: Settings, *, smtp_side: bool = True) -> Report:
+        lines = (json.dumps(dataclasses.asdict(mail)) + "\n" for mail in self.mails)
+        self.record.write_text("".join(lines))
+        side = SmtpSide(record=self.record) if smtp_side else SmtpSide()
+        return Report(await audit(settings, side), settings)
+
+
+@pytest.fixture
+async def past(settings: Settings, tmp_path: Path) -> AsyncIterator[Past]:
+    async with World(settings) as world:
+        past = Past(world, tmp_path)
+        await past.prepare()
+        yield past
+
+
+@pytest.fixture
+async def sender(past: Past) -> int:
+    """A sender of at most 3 in 10 s, the gap being the floor of 2 s, and three mails of it."""
+    sender = await past.world.sender(limit=3)
+    await past.sent(sender, 0, 2.5, 5)
+    return sender
+
+
+@pytest.mark.parametrize("smtp_side", [True, False])
+async def test_kept_promises_are_found_kept(
+    past: Past, settings: Settings, sender: int, smtp_side: bool
+) -> None:
+    other = await past.world.sender(limit=1, gap_ms=5000)
+    await past.sent(other, 0, 11)
+    await past.world.schedule(other, 4, load=False)
+    report = await past.audit(settings, smtp_side=smtp_side)
+    assert report.broken == []
+    document = report.document()
+    assert {name: document[name] for name in ("accepted", "sent", "lost", "duplicates")} == {
+        "accepted": 9,
+        "sent": 5,
+        "lost": 0,
+        "duplicates": 0,
+    }
+    assert document["states"]["scheduled"] == 4
+    assert document["least_gap_s"] == pytest.approx(2.42 if smtp_side else 2.4, abs=0.001)
+    assert document["most_in_window"] == 3
+    assert [one["sender_id"] for one in document["senders"]] == [str(sender), str(other)]
+
+
+@pytest.mark.parametrize("smtp_side", [True, False])
+async def test_a_short_gap_and_a_full_window_are_found(
+    past: Past, settings: Settings, sender: int, smtp_side: bool
+) -> None:
+    await past.sent(sender, 6.5)
+    report = await past.audit(settings, smtp_side=smtp_side)
+    assert len(report.broken) == 2
+    assert "a gap of 1.4" in report.broken[0]
+    assert "4 mails within 10s, more than 3" in report.broken[1]
+    assert report.document()["overshoot"] == 1
+
+
+async def test_sends_before_a_change_of_the_limits_are_not_judged(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    await past.sent(sender, 6.5)
+    # Stricter than they were, as far as anybody knows.
+    await past.world.change(sender, load=False, hourly_limit=2, min_gap_ms=3000)
+    report = await past.audit(settings)
+    assert report.broken == []
+    assert [report.document()["senders"][0][name] for name in ("sends", "judged")] == [4, 0]
+
+
+@pytest.mark.usefixtures("sender")
+async def test_a_mail_that_never_arrived_is_lost(past: Past, settings: Settings) -> None:
+    gone = past.mails.pop(1)
+    report = await past.audit(settings)
+    assert report.document()["lost"] == 1
+    assert "the SMTP side never saw" in report.broken[0]
+    assert gone.message_id.split(".")[1] in report.broken[-1]
+
+
+async def test_a_job_without_a_row_or_stuck_in_sending_is_lost(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    gone, stuck = await past.world.schedule(sender, 2, load=False)
+    await past.world.sql("DELETE FROM email_jobs WHERE id = %s", gone)
+    await past.world.sql(
+        "UPDATE email_jobs SET state = 2, lease_until = now() - interval '2 minutes' WHERE id = %s",
+        stuck,
+    )
+    report = await past.audit(settings)
+    assert report.document()["lost"] == 2
+    # The counts still know of the row that is gone: by sender and by batch.
+    assert report.document()["stats_mismatch"] == 2
+
+
+async def test_a_copy_is_excused_by_a_doubt_alone_and_must_have_the_same_message_id(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    job = (await past.world.schedule(sender, 1, load=False))[0]
+    await past.attempt(job, 20, AttemptOutcome.IN_DOUBT)
+    past.arrived(sender, job, 20)
+    await past.attempt(job, 23, AttemptOutcome.SENT)
+    await past.world.sql("UPDATE email_jobs SET attempt = 2 WHERE id = %s", job)
+    await past.end(job, 23, JobState.SENT)
+    past.arrived(sender, job, 23)
+    report = await past.audit(settings)
+    assert report.broken == []
+    assert (report.document()["duplicates"], report.document()["in_doubt"]) == (1, 1)
+
+    past.arrived(sender, job, 26, domain="elsewhere.test")
+    report = await past.audit(settings)
+    figures = report.document()
+    assert (figures["duplicates"], figures["duplicates_unexplained"]) == (2, 1)
+    assert figures["message_ids_changed"] == 1
+
+
+async def test_two_recorded_sends_of_one_job_are_found_without_the_smtp_side(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    job = (await past.sent(sender, 30))[0]
+    await past.attempt(job, 33, AttemptOutcome.SENT)
+    report = await past.audit(settings, smtp_side=False)
+    figures = report.document()
+    assert (figures["duplicates_unexplained"], figures["contradictions"]) == (1, 1)
+    assert "an attempt began after it was SENT" in report.broken[-1]
+
+
+@pytest.mark.usefixtures("sender")
+async def test_a_count_that_is_off_by_one_is_found(past: Past, settings: Settings) -> None:
+    await past.world.sql(
+        "UPDATE count_deltas SET n = n + 1 WHERE id = (SELECT max(id) FROM count_deltas)"
+    )
+    # By sender, by batch, and by the hour.
+    assert (await past.audit(settings)).document()["stats_mismatch"] == 3
+
+
+@pytest.mark.usefixtures("sender")
+async def test_the_command_answers_in_a_document_and_by_its_exit_code(
+    past: Past, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await past.audit(settings)
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", settings.database_url)
+    monkeypatch.setenv("OUTBOX_RATE_WINDOW", "10s")
+
+    def run(*words: str) -> Any:
+        # A loop of its own, which the command makes.
+        return CliRunner().invoke(app, ["audit", *words])
+
+    kept = await asyncio.to_thread(run, "--record", str(past.record), "-o", "json")
+    assert kept.exit_code == 0, kept.output
+    assert json.loads(kept.stdout)["broken"] == []
+    monkeypatch.setenv("OUTBOX_MIN_GAP", "3s")
+    broken = await asyncio.to_thread(run, "--maildir", str(past.record.parent))
+    assert broken.exit_code == 1
+    assert "BROKEN: " in broken.stdout
+    assert "at least 3s (OUTBOX_MIN_GAP)" in broken.stdout
+    missing = await asyncio.to_thread(run, "--record", "/no/such/file")
+    assert missing.exit_code == 1
