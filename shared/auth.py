@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from shared.bounds import USER_ID
 from shared.errors import ConfigurationError, InvalidInput, PermissionDenied, Unauthenticated
 from shared.settings import Settings
 
@@ -112,14 +113,17 @@ def current_caller() -> Caller:
         raise Unauthenticated("there is no caller outside of a call") from None
 
 
-def effective_user(caller: Caller, requested_user_id: str) -> str | None:
+def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id") -> str | None:
     """Return the user to act for: the one asked for, or the caller's own where none is ("").
 
     None: the caller may act for any user and named none.
 
     Raises:
         PermissionDenied: the caller is a user and asked for another (USER_MISMATCH).
+        InvalidInput: what is asked for can be no user's id (USER_ID_INVALID, of `field`).
     """
+    if requested_user_id:
+        USER_ID.check(field, requested_user_id)
     if caller.kind is not CallerKind.USER:
         return requested_user_id or None
     if requested_user_id and requested_user_id != caller.user_id:
@@ -136,7 +140,8 @@ def require_user(caller: Caller, requested_user_id: str) -> str:
 
     Raises:
         PermissionDenied: the caller is a user and asked for another (USER_MISMATCH).
-        InvalidInput: the caller may act for any user and named none (USER_ID_REQUIRED).
+        InvalidInput: the caller may act for any user and named none (USER_ID_REQUIRED), or what
+            it named can be no user's id (USER_ID_INVALID).
     """
     user_id = effective_user(caller, requested_user_id)
     if user_id is None:

@@ -74,6 +74,15 @@ class InvalidInput(OutboxError):
             metadata=metadata,
         )
 
+    def about(self, field: str) -> InvalidInput:
+        """Return the same error with the field that it is about."""
+        return InvalidInput(
+            self.message,
+            reason=self.reason,
+            violations=[FieldViolation(field, self.message)],
+            metadata=self.metadata,
+        )
+
 
 class NotFound(OutboxError):
     """There is no such thing, or it belongs to another user: the caller cannot tell (NOT_FOUND)."""

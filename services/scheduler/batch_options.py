@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from services.scheduler import bounds
 from services.scheduler.send_times import BadSendTime, check_time_zone
+from shared import bounds
 from shared.errors import FieldViolation, InvalidInput
 from shared.states import BatchMode, DuplicatePolicy
 

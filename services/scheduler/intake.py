@@ -16,7 +16,6 @@ from typing import Final, TypeVar
 
 import structlog
 
-from services.scheduler import bounds
 from services.scheduler.batch_options import BatchOptions
 from services.scheduler.blocks import BlockReader, ReadBlock
 from services.scheduler.copy_format import Schedule, format_jobs, format_rejections
@@ -30,6 +29,7 @@ from services.scheduler.storage.intake import (
     IntakeTransaction,
     KnownRequest,
 )
+from shared import bounds
 from shared.errors import AlreadyExists, FieldViolation, InvalidInput
 from shared.proto_mapping import id_text, not_found
 from shared.states import BatchMode

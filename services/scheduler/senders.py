@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from services.scheduler import bounds
 from services.scheduler.addresses import BadAddress, check_address
+from shared import bounds
 from shared.errors import InvalidInput
 from shared.settings import format_duration
 from shared.states import SmtpSecurity

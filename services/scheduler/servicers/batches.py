@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler import bounds
 from services.scheduler.forecasts import Forecaster
 from services.scheduler.intake import Acceptance, Intake
 from services.scheduler.payloads import (
@@ -22,7 +22,7 @@ from services.scheduler.servicers.batch_mapping import from_options, to_batch, t
 from services.scheduler.servicers.calls import Context, acting_user, named_user
 from services.scheduler.storage import batches as storage
 from services.scheduler.storage.cancelling import cancel_batch
-from shared import page_tokens
+from shared import bounds, page_tokens
 from shared.errors import InvalidInput, ResourceExhausted
 from shared.heads import HeadLoader, load_soon
 from shared.proto_mapping import not_found, parse_id, to_timestamp
@@ -50,7 +50,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Accept a batch from one message."""
         user_id = acting_user(request.options.user_id, "options.user_id")
         options = from_options(request.options)
-        accepted = await self._intake.accept(options, _payload(request), user_id)
+        payload = _payload(request)
+        with _about(request.WhichOneof("payload") or "payload"):
+            accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
     async def UploadBatch(  # noqa: N802 - the proto's name
@@ -62,11 +64,13 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         messages = aiter(request_iterator)
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "options":
-            raise _out_of_order("the first message must hold the options")
+            raise _out_of_order("options", "the first message must hold the options")
         user_id = acting_user(first.options.user_id, "options.user_id")
         options = from_options(first.options)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
-        return await self._answer(await self._intake.accept(options, payload, user_id))
+        with _about("chunk"):
+            accepted = await self._intake.accept(options, payload, user_id)
+        return await self._answer(accepted)
 
     async def GetBatch(  # noqa: N802 - the proto's name
         self,
@@ -170,6 +174,17 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         )
 
 
+@contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Name the field in errors of what it holds, which know a row or a byte and no request."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.violations:
+            raise
+        raise error.about(field) from None
+
+
 def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
     match request.WhichOneof("payload"):
         case "csv":
@@ -183,7 +198,8 @@ def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
         case "recipients" if request.recipients.rows:
             rows = request.recipients.rows
             return RowsPayload((row.email, dict(row.columns)) for row in rows)
-    raise InvalidInput(
+    raise InvalidInput.field(
+        "payload",
         "there are no recipients: give `csv`, or at least one of `recipients.rows`",
         reason="PAYLOAD_REQUIRED",
     )
@@ -194,7 +210,7 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     async for message in messages:
         if message.WhichOneof("part") != "chunk":
-            raise _out_of_order("every message after the first must hold a chunk")
+            raise _out_of_order("chunk", "every message after the first must hold a chunk")
         if len(message.chunk) > bounds.MAX_CHUNK_BYTES:
             raise ResourceExhausted(
                 f"chunk: takes at most {bounds.MAX_CHUNK_BYTES // bounds.MIB} MiB",
@@ -203,5 +219,5 @@ async def _chunks(
         yield message.chunk
 
 
-def _out_of_order(message: str) -> InvalidInput:
-    return InvalidInput(message, reason="UPLOAD_OUT_OF_ORDER")
+def _out_of_order(field: str, message: str) -> InvalidInput:
+    return InvalidInput.field(field, message, reason="UPLOAD_OUT_OF_ORDER")

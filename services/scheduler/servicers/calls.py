@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from services.scheduler import bounds
 from shared.auth import current_caller, effective_user, require_user
 from shared.proto_mapping import from_duration
 
@@ -22,9 +21,7 @@ def acting_user(requested: str, field: str = "user_id") -> str | None:
         PermissionDenied: USER_MISMATCH.
         InvalidInput: USER_ID_INVALID.
     """
-    if requested:
-        bounds.USER_ID.check(field, requested)
-    return effective_user(current_caller(), requested)
+    return effective_user(current_caller(), requested, field)
 
 
 def named_user(requested: str) -> str:
@@ -34,8 +31,6 @@ def named_user(requested: str) -> str:
         PermissionDenied: USER_MISMATCH.
         InvalidInput: USER_ID_INVALID, USER_ID_REQUIRED.
     """
-    if requested:
-        bounds.USER_ID.check("user_id", requested)
     return require_user(current_caller(), requested)
 
 

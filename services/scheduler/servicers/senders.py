@@ -10,12 +10,12 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler import bounds, senders
+from services.scheduler import senders
 from services.scheduler.servicers.calls import Context, acting_user, named_user, whole_ms
 from services.scheduler.servicers.sender_mapping import to_sender
 from services.scheduler.storage import senders as storage
 from services.scheduler.storage.access import in_transaction
-from shared import page_tokens
+from shared import bounds, page_tokens
 from shared.errors import FailedPrecondition, InvalidInput
 from shared.heads import HeadLoader, load_soon
 from shared.proto_mapping import not_found, parse_id

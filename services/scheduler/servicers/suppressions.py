@@ -8,13 +8,12 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler import bounds
 from services.scheduler.addresses import BadAddress, address_key, check_address
 from services.scheduler.senders import check_sender_address
 from services.scheduler.servicers.calls import Context, named_user
 from services.scheduler.storage import suppressions as storage
 from services.scheduler.storage.access import in_transaction
-from shared import page_tokens
+from shared import bounds, page_tokens
 from shared.errors import NotFound
 from shared.heads import HeadLoader, load_soon
 from shared.proto_mapping import to_timestamp

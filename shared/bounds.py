@@ -1,4 +1,4 @@
-"""What the fields of requests may be: every bound of the scheduler, in one place."""
+"""What the fields of requests may be: every bound of every service, in one place."""
 
 from __future__ import annotations
 

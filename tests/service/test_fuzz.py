@@ -1,0 +1,266 @@
+"""Hostile values in every field of every method: a clear answer, in time, and nothing changed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import psycopg
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import MethodDescriptor
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from outbox.v1 import (  # noqa: F401 - importing them is what makes the services known
+    batch_service_pb2,
+    dispatcher_service_pb2,
+    email_job_service_pb2,
+    sender_service_pb2,
+    stats_service_pb2,
+    suppression_service_pb2,
+)
+from psycopg import sql
+
+from services.stats.server import serve as serve_stats
+from shared.models import Base
+from shared.settings import load_settings
+from tests.hostile import Requests
+from tests.scheduler_stack import Scheduler, running_scheduler
+
+CALLS: Final = 10_000
+SEED: Final = 1
+AT_ONCE: Final = 20
+# A call that takes longer hangs.
+LIMIT_S: Final = 20
+SCHEDULER: Final = ("SenderService", "BatchService", "EmailJobService", "SuppressionService")
+
+# Counts are folded meanwhile, and a marker goes when its head is loaded.
+MOVING: Final = (
+    "count_deltas",
+    "batch_counts",
+    "sender_counts",
+    "sender_hour_counts",
+    "head_markers",
+)
+# What a caller who asks for nonsense may be told.
+ANSWERS: Final = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+
+def methods(*services: str) -> Iterator[MethodDescriptor]:
+    pool = descriptor_pool.Default()
+    for service in services:
+        yield from pool.FindServiceByName(f"outbox.v1.{service}").methods
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, to be made once or again: encoded messages, which may be none."""
+
+    method: MethodDescriptor
+    messages: tuple[bytes, ...]
+
+    def __str__(self) -> str:
+        return f"{self.method.full_name} {self.messages!r:.2000}"
+
+    async def make(self, channel: grpc.aio.Channel) -> grpc.aio.AioRpcError | None:
+        """Return how it was refused, or None. A stream is read to its third message."""
+        path = f"/{self.method.containing_service.full_name}/{self.method.name}"
+        try:
+            if self.method.server_streaming:
+                read: Any = channel.unary_stream(path)
+                stream = read(self.messages[0], timeout=LIMIT_S)
+                for _ in range(3):
+                    # Nothing may ever change, so the second message may never come.
+                    async with asyncio.timeout(0.2):
+                        if await stream.read() is grpc.aio.EOF:
+                            break
+                stream.cancel()
+            elif self.method.client_streaming:
+                upload: Any = channel.stream_unary(path)
+                await upload(iter(self.messages), timeout=LIMIT_S)
+            else:
+                unary: Any = channel.unary_unary(path)
+                await unary(self.messages[0], timeout=LIMIT_S)
+        except TimeoutError:
+            stream.cancel()
+        except grpc.aio.AioRpcError as error:
+            return error
+        return None
+
+
+@asynccontextmanager
+async def stats_server(database_url: str, redis_url: str) -> AsyncIterator[grpc.aio.Channel]:
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    settings = load_settings(
+        database_url=database_url, redis_url=redis_url, stats_listen="127.0.0.1:0", auth="off"
+    )
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve_stats(settings, stop, ready=port.set_result))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
+            yield channel
+        stop.set()
+
+
+async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
+    """Make a small world; return, by field name, what is right."""
+    first, second = await scheduler.sender(), await scheduler.sender("bob")
+    batches = [
+        await scheduler.schedule(each, "email,name\na@b.org,Ann\nc@d.org,Bo\n")
+        for each in (first, second)
+    ]
+    found = scheduler.rows("SELECT id FROM email_jobs WHERE sender_id = %s", int(first.sender_id))
+    jobs = [str(row[0]) for row in found]
+    return {
+        "user_id": ["ann", "ann", "ann", "bob"],
+        "sender_id": [first.sender_id, first.sender_id, second.sender_id],
+        "batch_id": [each.batch.batch_id for each in batches],
+        "email_job_id": jobs,
+        "email_job_ids": jobs,
+        "email": ["a@b.org", "news@example.com"],
+        "recipient": ["a@b.org"],
+        "request_id": [f"request {n}" for n in range(50)],
+        "subject": ["Hello {{ name }}", "Hello"],
+        "body": ["Dear {{ name | default: 'friend' }}"],
+        "html": ["<p>{{ name }}</p>"],
+        "csv": [b"email,name\na@b.org,Ann\n", b"email\nx@y.org\n"],
+        "chunk": [b"email,name\na@b.org,Ann\n", b"x@y.org,Eve\n"],
+        "time_zone": ["Europe/Berlin", "UTC"],
+        "key": ["name", "email", "city"],
+        "host": ["127.0.0.1"],
+        "port": [1],
+        "page_size": [1, 50],
+        "page_token": [""],
+        "resume_token": [""],
+        "hourly_limit": [10, 200],
+        "max_in_flight": [1, 5],
+        "display_name": ["The Shop"],
+        "recipient_count": [1, 1_000],
+    }
+
+
+class Fingerprint:
+    """What all tables hold."""
+
+    def __init__(self, database_url: str) -> None:
+        self._url = database_url
+
+    async def take(self) -> dict[str, Any]:
+        async with await psycopg.AsyncConnection.connect(self._url, autocommit=True) as connection:
+            found = {}
+            for table in Base.metadata.sorted_tables:
+                if table.name in MOVING:
+                    continue
+                text = sql.SQL(
+                    "SELECT count(*), md5(string_agg(t::text, '|' ORDER BY t::text)) FROM {} t"
+                ).format(sql.Identifier(table.name))
+                found[table.name] = await (await connection.execute(text)).fetchone()
+            return found
+
+
+def complaint_of(error: grpc.aio.AioRpcError) -> str | None:
+    """Return what is wrong with an answer, or None."""
+    if error.code() not in ANSWERS:
+        return "not an answer"
+    status = rpc_status.from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    if status is None or not status.details[0].Unpack(info) or not info.reason:
+        return "no reason"
+    # What is no message at all has no fields.
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT and info.reason != "MALFORMED_MESSAGE":
+        request = error_details_pb2.BadRequest()
+        if not any(detail.Unpack(request) for detail in status.details):
+            return "which field?"
+        if not all(each.field and each.description for each in request.field_violations):
+            return "a violation that says nothing"
+    return None
+
+
+async def test_hostile_requests_get_a_clear_answer_and_change_nothing(
+    database_url: str, redis_url: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        scheduler = await stack.enter_async_context(running_scheduler(database_url, redis_url))
+        channels = {
+            "stats": await stack.enter_async_context(stats_server(database_url, redis_url)),
+            "scheduler": await stack.enter_async_context(
+                grpc.aio.insecure_channel(scheduler.address)
+            ),
+        }
+        requests = Requests(SEED)
+        fingerprint = Fingerprint(database_url)
+        served = [(method, "scheduler") for method in methods(*SCHEDULER)]
+        served += [(method, "stats") for method in methods("StatsService")]
+        codes: Counter[tuple[str, str]] = Counter()
+        complaints: dict[str, str] = {}
+        made = 0
+        while made < CALLS:
+            # Anew, for some calls that are right end what there is.
+            requests.learn(await right_values(scheduler))
+            group = [(_call(method, requests), channels[where]) for method, where in served]
+            while group:
+                before = await fingerprint.take()
+                refused = await _make(group, codes, complaints)
+                made += len(group)
+                if len(refused) == len(group):
+                    after = await fingerprint.take()
+                    changed = [name for name, found in after.items() if found != before[name]]
+                    assert not changed, [str(call) for call, _ in group]
+                    break
+                # What was refused among what was not: once more, by itself.
+                group = refused
+        assert not complaints, "\n".join(map(": ".join, complaints.items()))
+        answered = {name for name, code in codes if code == "OK"}
+        unserved = {name for name, code in codes if code == "UNIMPLEMENTED"}
+        assert {method.name for method, _ in served} - answered - unserved == set(), codes
+
+
+def _call(method: MethodDescriptor, requests: Requests) -> Call:
+    made = [requests.message(method.input_type)]
+    if method.client_streaming:
+        made = requests.upload(method.input_type)
+    encoded = [each.SerializeToString() for each in made]
+    if requests.number(19) == 0:
+        encoded = [requests.damage(each) for each in encoded]
+    return Call(method, tuple(encoded))
+
+
+async def _make(
+    group: list[tuple[Call, grpc.aio.Channel]],
+    codes: Counter[tuple[str, str]],
+    complaints: dict[str, str],
+) -> list[tuple[Call, grpc.aio.Channel]]:
+    places = asyncio.Semaphore(AT_ONCE)
+    refused = []
+
+    async def make(call: Call, channel: grpc.aio.Channel) -> None:
+        async with places:
+            error = await call.make(channel)
+        complaint = error and complaint_of(error)
+        if error and complaint:
+            said = re.sub("[0-9a-f]{16}", "...", error.details() or "")
+            about = f"{complaint} {error.code().name} {call.method.full_name}: {said}"
+            complaints.setdefault(about, str(call))
+        codes[call.method.name, error.code().name if error else "OK"] += 1
+        if error:
+            refused.append((call, channel))
+
+    async with asyncio.TaskGroup() as tasks:
+        for call, channel in group:
+            tasks.create_task(make(call, channel))
+    return refused
