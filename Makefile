@@ -52,6 +52,10 @@ lint: $(READY) ## Check style, types, protos and the walls between rooms
 	$(BIN)/buf lint '$(STUBS)#format=binpb' --path outbox
 	$(BIN)/buf format --diff --exit-code protos
 
+.PHONY: docs
+docs: $(READY) ## Write the API reference, docs/api.md, from the protos
+	$(BIN)/python docs/build_api_reference.py
+
 .PHONY: bench
 bench: $(READY) ## Measure intake, dispatch and lateness (needs postfix's smtp-sink)
 	$(BIN)/python -m bench

@@ -1,0 +1,69 @@
+"""The pages say what the code does: every reason of an error, every method."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from docs.build_api_reference import build
+
+ROOT = Path(__file__).parent.parent.parent
+# How an error gets its reason: by name, or as the first argument of a row's problem.
+_REASON = re.compile(
+    r'(?:reason(?:: str)? ?= ?|_reason = |, |\(\s*)"([A-Z][A-Z0-9]+(?:_[A-Z0-9]+)+)"'
+)
+# Upper-case words in the same places that are no reasons of ours.
+_OTHERS = {"COMMAND_FAILED"}
+
+
+def reasons_in_code() -> set[str]:
+    found: set[str] = set()
+    for folder in ("services", "shared"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if "pb" not in path.parts:
+                found |= set(_REASON.findall(path.read_text(encoding="utf-8")))
+    return found - _OTHERS
+
+
+def test_every_reason_is_explained() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    missing = {reason for reason in reasons_in_code() if f"`{reason}`" not in page}
+    assert not missing, "docs/errors.md says nothing of these"
+
+
+def test_no_reason_is_explained_that_nobody_gives() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    code = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("services", "shared", "protos")
+        for suffix in ("*.py", "*.proto")
+        for path in (ROOT / folder).rglob(suffix)
+    )
+    # Reasons stand in the first column.
+    named = {
+        reason
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for reason in re.findall(r"`([A-Z0-9_]+)`", line.split("|")[1])
+    }
+    assert named
+    unknown = {
+        reason
+        for reason in named
+        if reason not in code and not reason.endswith(("_NOT_FOUND", "_REQUIRED"))
+    }
+    assert not unknown
+
+
+def test_the_api_reference_has_every_method_and_its_comment() -> None:
+    page = build()
+    protos = list((ROOT / "protos" / "outbox" / "v1").glob("*_service.proto"))
+    methods = [
+        name
+        for path in protos
+        for name in re.findall(r"rpc (\w+)\(", path.read_text(encoding="utf-8"))
+    ]
+    assert len(methods) > 30
+    for name in methods:
+        assert f"### {name}\n\n" in page
+    assert "\n\n\n\n" not in page, "something has no comment"
