@@ -5,28 +5,33 @@ from __future__ import annotations
 import re
 
 import idna
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import Installation
+from shared.models import Installation, Sender
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9-]+")
 _OURS = re.compile(r"<outbox\.(\d{1,19})\.([A-Za-z0-9-]+)@[^>]*>")
 
 
-def message_id_for(job_id: int, sender_email: str, installation_id: str) -> str:
+def message_id_for(job_id: int, address: str, installation_id: str) -> str:
     """Return the Message-ID of a job: the same for all its attempts, and nobody else's.
 
-    Job ids of two installations may be equal, so `installation_id` (letters, digits, hyphens) is
-    part of it. RFC 5322, 3.6.4.
+    `address` gives its domain; see `message_id_address`. Job ids of two installations may be
+    equal, so `installation_id` (letters, digits, hyphens) is part of it. RFC 5322, 3.6.4.
     """
     if not _SAFE_ID.fullmatch(installation_id):
         raise ValueError(f"{installation_id!r}: an installation id is letters, digits and hyphens")
-    domain = sender_email.rpartition("@")[2]
+    domain = address.rpartition("@")[2]
     if not domain.isascii():
         domain = idna.encode(domain, uts46=True).decode("ascii")
     return f"<outbox.{job_id}.{installation_id}@{domain}>"
+
+
+def message_id_address() -> ColumnElement[str]:
+    """Return, for `message_id_for`, the address of a sender that no change of it changes."""
+    return func.coalesce(Sender.first_email, Sender.email)
 
 
 def job_of_message_id(message_id: str, installation_id: str) -> int | None:

@@ -64,6 +64,9 @@ class Sender(Base):
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     user_id: Mapped[str] = mapped_column(Text)
     email: Mapped[str] = mapped_column(Text)
+    # Before it was changed for the first time: its domain is in the Message-IDs of all jobs, and
+    # that of a job must never change.
+    first_email: Mapped[str | None] = mapped_column(Text)
     display_name: Mapped[str] = mapped_column(Text, server_default="")
     # NULL: the relay of OUTBOX_SMTP_URL.
     smtp_host: Mapped[str | None] = mapped_column(Text)

@@ -142,7 +142,7 @@ class Composer:
             message = batch.builder.build(
                 job.recipient,
                 values,
-                message_id_for(job.job.job_id, content.email, self._installation_id),
+                message_id_for(job.job.job_id, content.message_id_address, self._installation_id),
                 datetime.now(UTC),
             )
         except (MessageError, RenderError) as error:

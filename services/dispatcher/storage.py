@@ -35,6 +35,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared.counts import in_state
 from shared.database import unix_ms
+from shared.message_ids import message_id_address
 from shared.models import Attempt, Batch, CountDelta, EmailJob, Sender
 from shared.queue.keys import JobRef
 from shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
@@ -67,6 +68,7 @@ class BatchContent:
     variable_names: tuple[str, ...]
     sender_revision: int
     email: str
+    message_id_address: str
     display_name: str
     smtp_host: str | None
     smtp_port: int | None
@@ -191,6 +193,7 @@ async def read_batches(
             Batch.variable_names,
             Sender.revision,
             Sender.email,
+            message_id_address().label("message_id_address"),
             Sender.display_name,
             Sender.smtp_host,
             Sender.smtp_port,
@@ -210,6 +213,7 @@ async def read_batches(
             variable_names=tuple(row.variable_names),
             sender_revision=row.revision,
             email=row.email,
+            message_id_address=row.message_id_address,
             display_name=row.display_name,
             smtp_host=row.smtp_host,
             smtp_port=row.smtp_port,

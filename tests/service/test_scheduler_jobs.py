@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import batch_pb2, email_job_pb2, sender_pb2, suppression_pb2
 from outbox.v1.batch_service_pb2 import GetBatchRequest
 from outbox.v1.email_job_service_pb2 import (
@@ -19,6 +20,7 @@ from outbox.v1.email_job_service_pb2 import (
     ListAttemptsRequest,
     ListEmailJobsRequest,
 )
+from outbox.v1.sender_service_pb2 import UpdateSenderRequest
 from outbox.v1.suppression_service_pb2 import (
     CreateSuppressionRequest,
     DeleteSuppressionRequest,
@@ -434,3 +436,20 @@ async def test_suppressions_come_in_pages_in_the_order_of_addresses(scheduler: S
         seen += [each.email for each in page.suppressions]
         token = page.next_page_token
     assert (seen, token) == (["a@b.org", "b@b.org", "c@b.org"], "")
+
+
+async def test_a_job_keeps_its_message_id_when_its_sender_changes_its_address(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    await scheduler.schedule(sender, "email\na@b.org\n")
+    job_id = str(scheduler.value("SELECT id FROM email_jobs"))
+    before = await get(scheduler, job_id)
+    for email in ("new@elsewhere.example", "newer@somewhere.example"):
+        await scheduler.senders.UpdateSender(
+            UpdateSenderRequest(
+                sender=sender_pb2.Sender(sender_id=sender.sender_id, email=email),
+                update_mask=FieldMask(paths=["email"]),
+            )
+        )
+
+    assert (await get(scheduler, job_id)).message_id == before.message_id

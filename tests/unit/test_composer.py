@@ -27,6 +27,7 @@ BATCH = BatchContent(
     html=None,
     variable_names=("name",),
     sender_revision=1,
+    message_id_address="shop@shop.test",
     email="shop@shop.test",
     display_name="",
     smtp_host=None,

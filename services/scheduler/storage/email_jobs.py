@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.scheduler.addresses import address_key
 from services.scheduler.storage.access import owned_by
 from shared.counts import in_state
+from shared.message_ids import message_id_address
 from shared.models import Attempt, Batch, BatchCount, CountDelta, EmailJob, Sender
 from shared.states import AttemptOutcome, JobState
 
@@ -36,7 +37,8 @@ class JobRecord:
     batch_id: int
     sender_id: int
     user_id: str
-    sender_email: str
+    # For its Message-ID.
+    message_id_address: str
     recipient: str
     row_number: int
     state: JobState
@@ -107,7 +109,7 @@ def _described(jobs: Subquery) -> Select[Any]:
     return (
         select(
             *jobs.c,
-            Sender.email,
+            message_id_address().label("message_id_address"),
             last.c.outcome.label("last_outcome"),
             last.c.message.label("last_message"),
         )
@@ -122,7 +124,7 @@ def _record(row: Row[Any]) -> JobRecord:
         batch_id=row.batch_id,
         sender_id=row.sender_id,
         user_id=row.user_id,
-        sender_email=row.email,
+        message_id_address=row.message_id_address,
         recipient=row.recipient,
         row_number=row.row_number,
         state=JobState(row.state),

@@ -123,6 +123,8 @@ async def update_sender(
 
     A value that is there already is a change too: the caller says what shall be.
     """
+    if "email" in values:
+        values = {**values, "first_email": func.coalesce(Sender.first_email, Sender.email)}
     statement = owned_by(
         update(Sender)
         .where(Sender.id == sender_id, _THERE)

@@ -145,6 +145,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("user_id", sa.Text(), nullable=False),
         sa.Column("email", sa.Text(), nullable=False),
+        sa.Column("first_email", sa.Text(), nullable=True),
         sa.Column("display_name", sa.Text(), server_default="", nullable=False),
         sa.Column("smtp_host", sa.Text(), nullable=True),
         sa.Column("smtp_port", sa.Integer(), nullable=True),
