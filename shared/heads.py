@@ -20,6 +20,7 @@ from sqlalchemy import (
     Select,
     SQLColumnExpression,
     and_,
+    bindparam,
     delete,
     extract,
     func,
@@ -36,7 +37,15 @@ from shared.counts import in_state
 from shared.database import unix_ms
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
 from shared.queue.keys import JobRef
-from shared.queue.queue import HEAD_SIZE, Head, HeldLease, PastEnd, Queue, brings_history
+from shared.queue.queue import (
+    HEAD_SIZE,
+    Head,
+    HeldLease,
+    PastEnd,
+    Queue,
+    QueueFullError,
+    brings_history,
+)
 from shared.settings import Settings
 from shared.states import JobState, SenderState
 
@@ -123,6 +132,37 @@ def _history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[An
     return ends.union_all(leases)  # type: ignore[return-value]
 
 
+def _concerned_statement() -> Select[Any]:
+    """Return senders by id, from the index of waiting jobs: one probe a sender, none a job."""
+
+    def next_sender(after: Any) -> Any:
+        return select(func.min(EmailJob.sender_id)).where(
+            in_state(JobState.SCHEDULED), EmailJob.sender_id > after
+        )
+
+    waiting = next_sender(bindparam("after")).with_only_columns(
+        func.min(EmailJob.sender_id).label("id")
+    )
+    walk = waiting.cte("walk", recursive=True)
+    later = select(next_sender(walk.c.id).scalar_subquery()).where(walk.c.id.is_not(None))
+    walk = walk.union_all(later)
+    sending = select(EmailJob.sender_id).where(
+        in_state(JobState.SENDING), EmailJob.sender_id > bindparam("after")
+    )
+    # The walk ends where the limit does, for nobody asks it for more.
+    first = (
+        select(walk.c.id)
+        .where(walk.c.id % bindparam("shards") == bindparam("shard"))
+        .limit(bindparam("chunk"))
+        .union(sending.where(EmailJob.sender_id % bindparam("shards") == bindparam("shard")))
+        .subquery()
+    )
+    return select(first.c.id).order_by(first.c.id).limit(bindparam("chunk"))
+
+
+_CONCERNED = _concerned_statement()
+
+
 def _no_head(sender_id: int) -> Head:
     """Return the head of a sender that PostgreSQL does not know: nobody looks at it any more."""
     return Head(
@@ -141,13 +181,13 @@ class HeadLoader:
 
     def __init__(self, engine: AsyncEngine, queues: Sequence[Queue], settings: Settings) -> None:
         self._engine = engine
-        self._queues = queues
+        self.queues = queues
         self._window = settings.rate_window
         self._floor = settings.min_gap
 
     def queue_of(self, sender_id: int) -> Queue:
         """Return the shard that a sender lives in."""
-        return self._queues[sender_id % len(self._queues)]
+        return self.queues[sender_id % len(self.queues)]
 
     async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
         """Load the heads of these senders and delete the markers that asked for it.
@@ -166,9 +206,10 @@ class HeadLoader:
                 await self._load_chunk(queue, ids[start : start + _CHUNK], committed=committed)
 
     async def _load_chunk(self, queue: Queue, sender_ids: list[int], *, committed: bool) -> None:
-        again = sender_ids
+        again, full = sender_ids, list[int]()
         for _ in range(_TRIES):
             epochs = await queue.begin_load(again, committed=committed)
+            full += [sender_id for sender_id in again if sender_id not in epochs]
             async with self._engine.connect() as connection:
                 if any(map(brings_history, epochs.values())):
                     # Heads and history of one moment: a job that begins to wait again between the
@@ -186,9 +227,12 @@ class HeadLoader:
                 async with self._engine.begin() as connection:
                     await connection.execute(delete(HeadMarker).where(HeadMarker.id.in_(done)))
             if not again:
-                return
+                break
             committed = False
-        _log.warning("heads_kept_moving", senders=again)
+        else:
+            _log.warning("heads_kept_moving", senders=again)
+        if full:
+            raise QueueFullError(f"Redis is out of memory: {len(full)} senders must wait")
 
     async def _read(
         self, connection: AsyncConnection, epochs: Mapping[int, str]
@@ -253,42 +297,42 @@ class HeadLoader:
         await self.load(senders, committed=True)
         return senders
 
-    async def rebuild(self, queue: Queue) -> bool:
-        """Fill a lost shard from PostgreSQL. Returns whether it is whole now.
+    async def rebuild(self, queue: Queue, *, pause: timedelta = timedelta(0)) -> bool:
+        """Load the senders of a shard that are lost: all of them, some, or some of their keys.
 
-        False: another process is at it, or Redis was lost again meanwhile; look again.
+        Goes through the senders for which something waits; a sender with only a history comes
+        when it is used. Returns whether the shard is whole now. False: another process is at it,
+        the last time is less than `pause` ago, or Redis was lost again meanwhile.
         """
-        token = await queue.begin_rebuild()
+        token = await queue.begin_rebuild(pause=pause)
         if token is None:
             return False
-        async with self._engine.connect() as connection:
-            senders = await connection.execute(self._concerned(queue.shard))
-            ids = list(senders.scalars())
-        for start in range(0, len(ids), _CHUNK):
-            await self.load(ids[start : start + _CHUNK], committed=False)
+        loaded, after = 0, 0
+        while senders := await self._concerned(queue.shard, after):
+            lost = await queue.find_lost(senders)
+            await self.load(lost, committed=False)
             if not await queue.keep_rebuild(token):
                 _log.warning("rebuild_overtaken", shard=queue.shard)
                 return False
+            loaded, after = loaded + len(lost), senders[-1]
         whole = await queue.finish_rebuild(token)
-        _log.info("queue_rebuilt", shard=queue.shard, senders=len(ids), whole=whole)
+        if loaded:
+            _log.warning("heads_restored", shard=queue.shard, senders=loaded, whole=whole)
         return whole
 
-    def _concerned(self, shard: int) -> Select[Any]:
-        """Senders with a waiting job or a lease; a sender with only a history comes when used."""
-        some_job = (
-            select(EmailJob.id)
-            .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
-            .limit(1)
-            .correlate(Sender)
-            .exists()
-        )
-        sending = select(EmailJob.sender_id).where(in_state(JobState.SENDING))
-        return (
-            select(Sender.id)
-            .where(Sender.id % len(self._queues) == shard)
-            .where(some_job | Sender.id.in_(sending))
-            .order_by(Sender.id)
-        )
+    async def _concerned(self, shard: int, after: int) -> list[int]:
+        """Return the next senders of a shard, by id, that have a waiting job or a lease."""
+        async with self._engine.connect() as connection:
+            found = await connection.execute(
+                _CONCERNED,
+                {
+                    "after": after,
+                    "shards": len(self.queues),
+                    "shard": shard,
+                    "chunk": _CHUNK,
+                },
+            )
+            return list(found.scalars())
 
 
 async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:

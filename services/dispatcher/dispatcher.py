@@ -69,6 +69,8 @@ class Dispatcher:
         self._draining = asyncio.Event()
         self._settler = Settler(statements, transactions, loader, self._recorded)
         self._group: asyncio.TaskGroup | None = None
+        # Shards that we are rebuilding.
+        self._rebuilding: set[int] = set()
         # A store failed us: the next look waits a little.
         self._troubled = False
 
@@ -148,9 +150,10 @@ class Dispatcher:
             taken = len(claimed.claims)
         finally:
             self._return_room(want - taken)
-        if claimed.lost:
-            whole = await self._loader.rebuild(queue)
-            return timedelta(0) if whole else _RETRY
+        if claimed.lost and queue.shard not in self._rebuilding:
+            self._rebuilding.add(queue.shard)
+            # Not awaited: what is loaded by now may be sent.
+            self._spawn(self._rebuild(queue))
         if claimed.loads:
             self._spawn(self._load(claimed.loads))
         if taken:
@@ -159,7 +162,16 @@ class Dispatcher:
             self._spawn(self._start_or_return(queue, claimed.claims, deadline))
         if taken == want:
             return timedelta(0)
-        return HEARTBEAT if claimed.next_look is None else min(claimed.next_look, HEARTBEAT)
+        most = _RETRY if claimed.lost else HEARTBEAT
+        return most if claimed.next_look is None else min(claimed.next_look, most)
+
+    async def _rebuild(self, queue: Queue) -> None:
+        try:
+            await self._loader.rebuild(queue)
+        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
+            _log.warning("rebuild_failed", shard=queue.shard, error=type(error).__name__)
+        finally:
+            self._rebuilding.discard(queue.shard)
 
     async def _load(self, sender_ids: Sequence[int]) -> None:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
+from redis.exceptions import OutOfMemoryError
 
 from shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from shared.queue.scripts import SCRIPTS, read_script
@@ -22,6 +23,10 @@ LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
 # Longer than one part of a rebuild takes; how long a dead rebuilder keeps others from it.
 _REBUILD_LOCK = timedelta(seconds=10)
+
+
+class QueueFullError(OutOfMemoryError):
+    """Redis takes no more memory: what it knows goes on, and new senders must wait."""
 
 
 class SlotUse(StrEnum):
@@ -52,7 +57,8 @@ class Claim:
 class Claimed:
     """What a look at a shard found."""
 
-    # The shard is empty after a loss of Redis: rebuild it.
+    # The shard is not whole, after a loss of Redis or a start with an old snapshot: rebuild it.
+    # What is loaded by now may be sent meanwhile.
     lost: bool = False
     claims: tuple[Claim, ...] = ()
     # Senders whose head must be loaded.
@@ -155,10 +161,9 @@ class Queue:
             (self.keys.ready, self.keys.generation),
             (want, self._lease, self._window, LOW_WATER, _ms(_LOAD_PATIENCE)),
         )
-        if answer[0] == "LOST":
-            return Claimed(lost=True)
-        _, look, claims, loads = answer
+        state, look, claims, loads = answer
         return Claimed(
+            lost=state == "LOST",
             claims=tuple(
                 Claim(
                     int(claims[i]),
@@ -192,10 +197,11 @@ class Queue:
         """Return the epoch of each sender (see `brings_history`).
 
         `committed`: the caller has just committed something that the load must see, so that a
-        load under way, which may have read too early, is refused.
+        load under way, which may have read too early, is refused. A sender that Redis has no
+        memory for is missing from the answer.
         """
         epochs = await self._run("begin_load", (self.keys.ready,), (int(committed), *sender_ids))
-        return dict(zip(sender_ids, epochs, strict=True))
+        return {each: epoch for each, epoch in zip(sender_ids, epochs, strict=True) if epoch}
 
     async def load_heads(self, heads: Sequence[Head], epochs: Mapping[int, str]) -> list[int]:
         """Apply heads that were read after `begin_load`. Returns the senders to read again."""
@@ -223,10 +229,19 @@ class Queue:
             args += (member_of(lease.job), _ms(lease.left))
         return args
 
-    async def begin_rebuild(self) -> str | None:
-        """Return the token of a rebuild, or None while another one is under way."""
+    async def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
+        """Say which of these senders, for each of which something waits, must be loaded."""
+        args = (self._window, *sender_ids)
+        return [int(lost) for lost in await self._run("find_lost", (self.keys.ready,), args)]
+
+    async def begin_rebuild(self, *, pause: timedelta = timedelta(0)) -> str | None:
+        """Return the token of a rebuild.
+
+        None while another one is under way, or if the last one ended less than `pause` ago.
+        """
         token = secrets.token_hex(8)
-        taken = await self._redis.set(self.keys.rebuild, token, nx=True, px=_ms(_REBUILD_LOCK))
+        args = (token, _ms(_REBUILD_LOCK), _ms(pause))
+        taken = await self._run("begin_rebuild", (self.keys.ready, self.keys.rebuild), args)
         return token if taken else None
 
     async def keep_rebuild(self, token: str) -> bool:

@@ -13,6 +13,8 @@ SCRIPTS = (
     "settle",
     "begin_load",
     "load_head",
+    "find_lost",
+    "begin_rebuild",
     "keep_rebuild",
     "finish_rebuild",
 )

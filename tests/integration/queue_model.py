@@ -6,7 +6,7 @@ for among all instants, and the next sender among all senders. Times are Unix ms
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 INFINITY = float("inf")
@@ -89,15 +89,13 @@ class QueueModel:
 
     # claim -----------------------------------------------------------------------------------
 
-    def claim(self, now: int, want: int) -> tuple[list[tuple[int, str, int]], list[int]] | None:
-        """Return the claims (sender, member, ms since allowed) and loads; None: the shard is lost.
+    def claim(self, now: int, want: int) -> tuple[list[tuple[int, str, int]], list[int]]:
+        """Return the claims (sender, member, ms since allowed) and loads.
 
         Each is held for one lease from now on.
 
         Senders that share an instant come in the order of their ids as texts.
         """
-        if not self.whole:
-            return None
         claims: list[tuple[int, str, int]] = []
         loads: list[int] = []
         while len(claims) < want:
@@ -232,16 +230,27 @@ class QueueModel:
         self._look(sender_id)
         return True
 
+    def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
+        """Return the senders that must be loaded; something waits for each."""
+        lost = []
+        for sender_id in sender_ids:
+            s = self.senders.get(sender_id)
+            if s is not None:
+                self._look(sender_id)
+            if s is None or (s.active and sender_id not in self.ready):
+                lost.append(sender_id)
+        return lost
+
     def lose(self, sender_id: int) -> None:
-        """Lose the settings of a sender."""
+        """Lose any of the keys of a sender: the rest of them is not believed."""
         self.senders.pop(sender_id, None)
         self.new_epochs.pop(sender_id, None)
 
-    def lose_all(self) -> None:
-        """Lose everything."""
+    def lose_all(self, ready: Mapping[int, int]) -> None:
+        """Lose everything, but for an old `ready` of a snapshot."""
         self.senders.clear()
         self.new_epochs.clear()
-        self.ready.clear()
+        self.ready = dict(ready)
         self.whole = False
 
     def _look(self, sender_id: int) -> None:

@@ -1,14 +1,15 @@
 -- Takes jobs that may be sent now, oldest look first, and reserves their slots by a lease.
 --
 -- KEYS[1] ready       the shard's senders by next look (ms)
--- KEYS[2] generation  exists while the shard is whole; gone with a lost Redis
+-- KEYS[2] generation  the life in which the shard became whole; gone with a lost Redis
 -- ARGV[1] want        most jobs to take
 -- ARGV[2] lease       ms that the caller holds each of them
 -- ARGV[3] window      ms of the trailing window
 -- ARGV[4] low         a head with fewer waiting jobs than this asks for a load, if there are more
 -- ARGV[5] patience    ms after which a load that was asked for is asked for again
 --
--- Returns {'LOST'}, or {'OK', ms until the next look or -1, claims, loads}:
+-- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads}:
+--   LOST    the shard is not whole: start a rebuild. What is loaded by now may be sent meanwhile
 --   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
 --           when its lease runs out
 --   loads   senders whose head the caller must load
@@ -17,12 +18,12 @@
 -- follows the jobs taken, never the jobs that wait.
 --!include keys
 --!include time
+--!include run
+--!include life
 --!include look
 
 local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
-
-if redis.call('EXISTS', KEYS[2]) == 0 then return { 'LOST' } end
 
 local claims, loads, taken = {}, {}, 0
 
@@ -71,7 +72,7 @@ end
 local function visit(sender)
     local s = read_sender(sender)
     if not s then
-        -- Its settings are gone, and its history perhaps too: nothing is sent before a load.
+        -- Lost in whole or in part, or of an earlier life: nothing is sent before a load.
         loads[#loads + 1] = sender
         redis.call('ZADD', READY, NOW + patience, sender)
         return
@@ -115,4 +116,5 @@ if taken < want then
 else
     wake_sleepers()
 end
-return { 'OK', look and math.max(0, look - NOW) or -1, claims, loads }
+local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'
+return { state, look and math.max(0, look - NOW) or -1, claims, loads }

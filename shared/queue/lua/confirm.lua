@@ -8,13 +8,15 @@
 -- Returns an array of 1 (held) and 0 (gone), in the order of ARGV
 --!include keys
 --!include time
+--!include run
+--!include life
 --!include look
 
 local window = tonumber(ARGV[1])
 local held = {}
 for i = 2, #ARGV, 3 do
     local id, member, until_ms = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
-    -- A sender whose settings are gone is about to be loaded anew, its leases from what was marked.
+    -- A sender whose keys are gone is about to be loaded anew, its leases from what was marked.
     local s = read_sender(id)
     local found = s and redis.call('ZSCORE', lease_of(id), member)
     if found and tonumber(found) ~= until_ms then

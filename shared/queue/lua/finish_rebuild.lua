@@ -2,14 +2,19 @@
 -- lost again in the meantime has lost the rebuild's lock as well.
 --
 -- KEYS[1] ready
--- KEYS[2] generation
--- KEYS[3] rebuild     the lock, holding the token of its owner
+-- KEYS[2] generation  the life in which the shard became whole
+-- KEYS[3] rebuild     the lock: a life and the token of its owner
 -- ARGV[1] token
 -- Returns 1, or 0: start again
 --!include keys
+--!include time
+--!include run
+--!include life
 
-if redis.call('GET', KEYS[3]) ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[1])
+if redis.call('GET', KEYS[3]) ~= LIFE .. ' ' .. ARGV[1] then return 0 end
+local before = redis.call('GET', KEYS[2])
+redis.call('SET', KEYS[2], LIFE)
+redis.call('HSET', LIFE_KEY, 'rebuilt', NOW)
 redis.call('DEL', KEYS[3])
-redis.call('PUBLISH', WAKE, '1')
+if before ~= LIFE then redis.call('PUBLISH', WAKE, '1') end
 return 1

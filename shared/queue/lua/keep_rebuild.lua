@@ -1,11 +1,15 @@
 -- Keeps the lock of a rebuild that goes on, if it is still the one under way.
 --
 -- KEYS[1] ready
--- KEYS[2] rebuild     the lock, holding the token of its owner
+-- KEYS[2] rebuild     the lock: a life and the token of its owner
 -- ARGV[1] token
 -- ARGV[2] limit       ms that the lock lasts from now on
 -- Returns 1, or 0: Redis was lost again, or the lock ran out and another has it
+--!include keys
+--!include time
+--!include run
+--!include life
 
-if redis.call('GET', KEYS[2]) ~= ARGV[1] then return 0 end
+if redis.call('GET', KEYS[2]) ~= LIFE .. ' ' .. ARGV[1] then return 0 end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1

@@ -15,6 +15,8 @@
 -- caller reads PostgreSQL again.
 --!include keys
 --!include time
+--!include run
+--!include life
 --!include epoch
 --!include look
 
@@ -43,7 +45,7 @@ end
 
 if is_new(ARGV[2]) then
     redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
-    redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000))
+    redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
     local jobs = tonumber(ARGV[9])
     position = 10 + jobs * 2
     local last_end = 0
@@ -61,7 +63,7 @@ if is_new(ARGV[2]) then
 end
 replace_head()
 redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
-    'horizon', horizon)
+    'horizon', horizon, 'parts', parts_of(id))
 if horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
     -- All that was read is under lease and not yet marked in PostgreSQL; more waits behind it.
     redis.call('HSET', settings, 'loading', NOW + SOON)

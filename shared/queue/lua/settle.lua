@@ -12,6 +12,8 @@
 -- Returns the senders whose head must be loaded (Redis knows them no more).
 --!include keys
 --!include time
+--!include run
+--!include life
 --!include look
 
 local window = tonumber(ARGV[1])

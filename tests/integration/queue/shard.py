@@ -26,6 +26,8 @@ local time = tonumber(redis.call('GET', prefix .. 'test:now'))
 local NOW = math.floor(time / 1000)
 local NOW_UP = math.ceil(time / 1000)
 """
+# Takes the place of includes/run.lua.
+RUN = "local RUN = redis.call('GET', prefix .. 'test:run') or 'first'\n"
 # What most tests say of a sender; a test names what it is about.
 SENDER = Head(
     sender_id=7,
@@ -77,7 +79,8 @@ class Shard:
         self, redis: Redis, number: int = 0, *, window: timedelta = WINDOW, lease: timedelta = LEASE
     ) -> None:
         self.redis = redis
-        self.queue = Queue(redis, number, window=window, lease=lease, includes={"time": CLOCK})
+        includes = {"time": CLOCK, "run": RUN}
+        self.queue = Queue(redis, number, window=window, lease=lease, includes=includes)
         self.prefix = f"outbox:{{{number}}}:"
         self.now_us = START_MS * 1000
 

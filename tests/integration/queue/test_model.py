@@ -1,13 +1,15 @@
 """The Lua scripts decide as the model does, and what they decide keeps the promises.
 
 Random senders, limits, gaps, times; dispatchers that are stopped or die anywhere; loads that are
-overtaken; losses of Redis. After every step Redis holds what the model holds, and every send that
-begins is held against what was really sent before. At the end everything that waits gets sent.
+overtaken; losses of Redis, of some of its keys, and starts with an old snapshot. After every step
+Redis holds what the model holds, and every send that begins is held against what was really sent
+before. At the end everything that waits gets sent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -39,6 +41,8 @@ LEASE = 3_000
 LOW = 2
 # load_head.lua
 SOON = 100
+# The keys of a sender, and its entry in `ready`.
+PARTS = ("due", "lease", "window", "sender", "ready")
 # As texts they sort the other way round.
 SENDERS = (9, 10)
 
@@ -93,9 +97,18 @@ class Limits:
         return max(before + [limit for at, limit in self.changes if at >= time])
 
 
+@dataclass
+class Snapshot:
+    """All keys as they were, with their ms to live; and the model's `ready`."""
+
+    keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    ready: dict[int, int] = field(default_factory=dict)
+
+
 class QueueMachine(RuleBasedStateMachine):
-    def __init__(self, runner: asyncio.Runner, redis: Redis) -> None:
+    def __init__(self, runner: asyncio.Runner, redis: Redis, raw: Redis) -> None:
         super().__init__()
+        self.raw = raw
         self.runner = runner
         window, lease = milliseconds(WINDOW), milliseconds(LEASE)
         self.shard = Shard(redis, window=window, lease=lease)
@@ -108,6 +121,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.holdings: list[Holding] = []
         self.limits = {sender_id: Limits() for sender_id in SENDERS}
         self.broken = False
+        self.snapshot = Snapshot()
+        self.runs = 0
+        # Something was lost that a sweep has to find.
+        self.lossy = False
 
     def do(self, step: Coroutine[Any, Any, None]) -> None:
         self.broken = True
@@ -150,9 +167,9 @@ class QueueMachine(RuleBasedStateMachine):
         if not dies:
             self.do(self._load(sender_id, committed=True, waits=waits))
 
-    @rule(want=st.integers(1, 5), waits=chances)
-    def claim(self, want: int, waits: bool) -> None:
-        self.do(self._claim(want, waits=waits))
+    @rule(want=st.integers(1, 5), waits=chances, rebuilds=chances)
+    def claim(self, want: int, waits: bool, rebuilds: bool) -> None:
+        self.do(self._claim(want, waits=waits, rebuilds=rebuilds))
 
     @precondition(lambda self: self._with(marked=False))
     @rule(pick=picks, fails=st.sampled_from([False, False, False, True]))
@@ -231,12 +248,29 @@ class QueueMachine(RuleBasedStateMachine):
         self.do(self._load(choice[pick % len(choice)], committed=True))
 
     @precondition(lambda self: len(self.world.jobs) > 3)
-    @rule(sender_id=st.sampled_from((None, *SENDERS)))
-    def lose(self, sender_id: int | None) -> None:
-        if sender_id is None:
-            self.do(self._flush())
-        elif sender_id in self.model.ready:
-            self.do(self._lose_settings(sender_id))
+    @rule(old=chances)
+    def restart(self, old: bool) -> None:
+        """Start with an old snapshot, or empty."""
+        self.do(self._restart(self.snapshot if old else Snapshot()))
+
+    @rule()
+    def save(self) -> None:
+        self.do(self._save())
+
+    @precondition(lambda self: len(self.world.jobs) > 3)
+    @rule(sender_id=senders, kinds=st.sampled_from([*PARTS, PARTS]))
+    def lose(self, sender_id: int, kinds: str | tuple[str, ...]) -> None:
+        for kind in [kinds] if isinstance(kinds, str) else kinds:
+            self.do(self._lose(sender_id, kind))
+
+    @precondition(lambda self: len(self.world.jobs) > 3)
+    @rule(key=st.sampled_from(["ready", "generation", "asleep", "rebuild", "life"]))
+    def lose_key_of_shard(self, key: str) -> None:
+        self.do(self._lose_key_of_shard(key))
+
+    @rule(waits=chances)
+    def sweep(self, waits: bool) -> None:
+        self.do(self._sweep(waits=waits))
 
     # How they are done -----------------------------------------------------------------------
 
@@ -271,14 +305,10 @@ class QueueMachine(RuleBasedStateMachine):
             self.world.markers.pop(number, None)
         self.limits[load.sender_id].changes.append((self.now, load.model.limit))
 
-    async def _claim(self, want: int, *, waits: bool = False) -> None:
+    async def _claim(self, want: int, *, waits: bool = False, rebuilds: bool = True) -> None:
         claimed = await self.queue.claim(want)
-        expected = self.model.claim(self.now_ms, want)
-        assert claimed.lost is (expected is None)
-        if expected is None:
-            await self._rebuild()
-            return
-        claims, loads = expected
+        claims, loads = self.model.claim(self.now_ms, want)
+        assert claimed.lost is not self.model.whole
         found = [
             (claim.sender_id, member_of(claim.job), claim.waited // timedelta(milliseconds=1))
             for claim in claimed.claims
@@ -295,6 +325,8 @@ class QueueMachine(RuleBasedStateMachine):
             self.holdings.append(Holding(claim, self.now, deadline, gap))
         for sender_id in loads:
             await self._load(sender_id, committed=False, waits=waits)
+        if claimed.lost and rebuilds:
+            await self._rebuild()
 
     async def _mark(self, holding: Holding, *, fails: bool = False) -> None:
         claim = holding.claim
@@ -384,24 +416,63 @@ class QueueMachine(RuleBasedStateMachine):
         if not known:
             await self._load(told.sender_id, committed=True)
 
-    async def _flush(self) -> None:
-        await self.shard.redis.flushall()
-        # It takes longer to come back than the clock needs to tell two lives apart.
-        await self.shard.at(self.now / 1000 - START_MS + 1)
-        self.model.lose_all()
+    async def _save(self) -> None:
+        self.snapshot = Snapshot({}, dict(self.model.ready))
+        for key in await self.raw.keys(self.shard.prefix + "*"):
+            name = os.fsdecode(key)
+            value = await self.raw.dump(name)
+            if "test:" not in name and value is not None:
+                self.snapshot.keys[name] = value, await self.raw.pttl(name)
 
-    async def _lose_settings(self, sender_id: int) -> None:
-        await self.shard.redis.delete(f"{self.shard.prefix}sender:{sender_id}")
-        self.model.lose(sender_id)
+    async def _restart(self, snapshot: Snapshot) -> None:
+        await self.shard.redis.flushall()
+        for key, (value, ttl) in snapshot.keys.items():
+            await self.raw.restore(key, max(0, ttl), value)
+        self.runs += 1
+        await self.shard.redis.set(self.shard.prefix + "test:run", f"run{self.runs}")
+        # It takes longer to come back than the clock needs to tell two lives apart.
         await self._advance(self.now + 1000)
+        self.model.lose_all(snapshot.ready)
+        self.lossy = True
+
+    async def _lose(self, sender_id: int, kind: str) -> None:
+        self.lossy = True
+        if kind == "ready":
+            await self.shard.redis.zrem(self.shard.prefix + "ready", sender_id)
+            self.model.ready.pop(sender_id, None)
+        elif await self.shard.redis.delete(f"{self.shard.prefix}{kind}:{sender_id}"):
+            self.model.lose(sender_id)
+            await self._advance(self.now + 1000)
+
+    async def _lose_key_of_shard(self, key: str) -> None:
+        self.lossy = True
+        await self.shard.redis.delete(self.shard.prefix + key)
+        if key == "ready":
+            self.model.ready.clear()
+        elif key == "generation":
+            self.model.whole = False
+        elif key == "life":
+            self.model.lose_all(self.model.ready)
+            await self._advance(self.now + 1000)
 
     async def _rebuild(self) -> None:
         token = await self.queue.begin_rebuild()
         assert token is not None
-        for sender_id in SENDERS:
-            await self._load(sender_id, committed=False)
+        await self._sweep()
         assert await self.queue.finish_rebuild(token)
         self.model.whole = True
+
+    async def _sweep(self, *, waits: bool = False) -> None:
+        """Load those of the senders for which something waits that are lost."""
+        concerned = {
+            job.sender_id
+            for state in (JobState.SCHEDULED, JobState.SENDING)
+            for job in self.world.in_state(state)
+        }
+        lost = await self.queue.find_lost(sorted(concerned))
+        assert lost == self.model.find_lost(sorted(concerned))
+        for sender_id in lost:
+            await self._load(sender_id, committed=False, waits=waits)
 
     # What must hold after each step ----------------------------------------------------------
 
@@ -446,6 +517,8 @@ class QueueMachine(RuleBasedStateMachine):
             if not row.active:
                 row.active = True
                 await self._load(sender_id, committed=True)
+        if self.lossy:
+            await self._sweep()
         for _ in range(100 + 10 * len(self.world.jobs)):
             for sender_id in sorted({*self.world.markers.values(), *self.world.recover(self.now)}):
                 await self._load(sender_id, committed=True)
@@ -491,11 +564,11 @@ def runner() -> Iterator[asyncio.Runner]:
 def test_the_scripts_decide_as_the_model_and_keep_the_promises(
     redis_url: str, runner: asyncio.Runner
 ) -> None:
-    redis = Redis.from_url(redis_url, decode_responses=True)
+    redis, raw = Redis.from_url(redis_url, decode_responses=True), Redis.from_url(redis_url)
 
     class Machine(QueueMachine):
         def __init__(self) -> None:
-            super().__init__(runner, redis)
+            super().__init__(runner, redis, raw)
 
     try:
         run_state_machine_as_test(
@@ -510,3 +583,4 @@ def test_the_scripts_decide_as_the_model_and_keep_the_promises(
         )
     finally:
         runner.run(redis.aclose())
+        runner.run(raw.aclose())

@@ -8,10 +8,11 @@ local function number_or(value, default)
     return default
 end
 
+-- nil: not known (see life.lua).
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
-        'horizon', 'loading')
-    if not f[1] then return nil end
+        'horizon', 'loading', 'life', 'parts')
+    if not is_known(sender, f[1], f[8], f[9]) then return nil end
     return {
         id = sender,
         limit = tonumber(f[1]),
@@ -22,6 +23,7 @@ local function read_sender(sender)
         horizon = f[6] == 'inf' and math.huge or tonumber(f[6]),
         -- Set while a load is wanted: when to ask for it again.
         loading = number_or(f[7], nil),
+        parts = tonumber(f[9]),
     }
 end
 
@@ -44,6 +46,11 @@ end
 
 -- Puts the sender into `ready` at the next instant at which a look can find something to do.
 local function schedule_look(s, window)
+    local parts = parts_of(s.id)
+    if parts ~= s.parts then
+        s.parts = parts
+        redis.call('HSET', settings_of(s.id), 'parts', parts)
+    end
     local look = math.huge
     local leases = lease_of(s.id)
     local in_flight = redis.call('ZCARD', leases)

@@ -1,0 +1,168 @@
+"""Redis comes back with what it knew some time ago: a snapshot, or a replica that takes over."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from deploy.local.inbox import Inbox
+from deploy.local.valkey import ValkeyServer
+from shared.states import JobState
+from tests.conftest import Stores
+from tests.dispatchers import options, running, settings_of
+from tests.eventually import eventually
+from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
+
+Configure = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
+    def build(smtp_url: str = inbox.url, **changes: str | int) -> dict[str, str]:
+        return options(database_url, redis_url, smtp_url, **changes)
+
+    return build
+
+
+@pytest.fixture
+async def redis_server(stores: Stores) -> AsyncIterator[ValkeyServer]:
+    """The run's Redis, which loses what it saved when the test is over."""
+    yield stores.redis
+    (stores.redis.folder / "dump.rdb").unlink(missing_ok=True)
+
+
+async def restart(server: ValkeyServer, world: World) -> None:
+    await server.kill()
+    await server.start()
+    await world.redis.connection_pool.disconnect()
+
+
+async def test_an_old_snapshot_does_not_bring_back_a_limit_that_is_used_up(
+    configure: Configure, inbox: Inbox, redis_server: ValkeyServer
+) -> None:
+    settings = settings_of(configure(min_gap="300ms"))
+    async with World(settings) as world, running(settings):
+        limited, spaced = await world.sender(limit=2), await world.sender()
+        jobs = await world.schedule(limited, 4, due=timedelta(seconds=0.3))
+        later = await world.schedule(spaced, 2, due=timedelta(hours=1))
+        # It knows of four jobs that wait, of no mail that was sent, and of a look in an hour.
+        await world.redis.save()
+        await eventually(partial(at_least, 2, inbox.mails))
+        await world.due_now(spaced)
+        await eventually(partial(at_least, 3, inbox.mails))
+        await restart(redis_server, world)
+        await eventually(lambda: world.done(spaced))
+
+        assert sorted(jobs_in(mails_of(inbox.mails, limited))) == jobs[:2]
+        assert jobs_in(mails_of(inbox.mails, spaced)) == dict.fromkeys(later, 1)
+        assert gap_of(inbox.mails, spaced) >= 0.3
+
+
+async def test_old_snapshots_under_load_break_no_promise(
+    configure: Configure, inbox: Inbox, redis_server: ValkeyServer
+) -> None:
+    settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))
+    async with World(settings) as world, running(settings), running(settings):
+        limits = {await world.sender(limit=n): n for n in (7, 20, 1_000, 1_000)}
+        jobs = [job for each in limits for job in await world.schedule(each, 20)]
+        for share in (5, 30, 55):
+            await eventually(partial(at_least, share, inbox.mails))
+            await world.redis.save()
+            await eventually(partial(at_least, share + 8, inbox.mails))
+            await restart(redis_server, world)
+        await eventually(world.done, 30)
+
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        for sender, limit in limits.items():
+            assert gap_of(inbox.mails, sender) >= 0.02
+            assert most_of(inbox.mails, sender, timedelta(seconds=1)) <= limit
+        await world.check_counts()
+
+
+async def test_a_mail_in_flight_that_an_old_snapshot_does_not_know_holds_its_slot(
+    configure: Configure, redis_server: ValkeyServer
+) -> None:
+    held = Wait()
+    async with ScriptedServer({"body": [(held, Well())]}) as server:
+        settings = settings_of(configure(server.url, min_gap="100ms"))
+        async with World(settings) as world, running(settings), running(settings):
+            sender, control = await world.sender(), await world.sender()
+            first, second = await world.schedule(sender, 2, due=timedelta(seconds=0.3))
+            await world.redis.save()
+            await eventually(lambda: server.waiting["body"] == 1)
+            await restart(redis_server, world)
+            await world.schedule(control, 3)
+            await eventually(lambda: world.done(control))
+            assert len(mails_of(server.taken, sender)) == 1
+            held.event.set()
+            await eventually(world.done)
+
+            assert jobs_in(mails_of(server.taken, sender)) == {first: 1, second: 1}
+
+
+async def test_a_lock_of_a_rebuild_that_an_old_snapshot_brings_back_keeps_nobody(
+    configure: Configure, inbox: Inbox, redis_server: ValkeyServer
+) -> None:
+    settings = settings_of(configure())
+    async with World(settings) as world:
+        sender = await world.sender()
+        jobs = await world.schedule(sender, 2, load=False)
+        assert await world.queues[0].begin_rebuild() is not None
+        await world.redis.save()
+        await restart(redis_server, world)
+        async with running(settings):
+            # The lock itself would last for 10 s.
+            await eventually(world.done, 3)
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+
+
+async def test_a_replica_that_is_behind_and_takes_over_breaks_no_promise(
+    configure: Configure, inbox: Inbox, redis_server: ValkeyServer, tmp_path: Path
+) -> None:
+    settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))
+    replica = ValkeyServer(tmp_path / "replica")
+    await replica.start()
+    try:
+        async with (
+            Redis.from_url(replica.url, decode_responses=True) as other,
+            World(settings) as world,
+            running(settings),
+            running(settings),
+        ):
+            limits = {await world.sender(limit=n): n for n in (20, 1_000, 1_000)}
+            jobs = [job for each in limits for job in await world.schedule(each, 40)]
+            await eventually(partial(at_least, 5, inbox.mails))
+            for redis in (other, world.redis):
+                await redis.config_set("repl-diskless-sync-delay", 0)
+            await other.replicaof("127.0.0.1", redis_server.port)
+            await eventually(lambda: synced(other))
+            # From here on it is behind.
+            await other.replicaof("NO", "ONE")
+            sent = len(inbox.mails)
+            await eventually(partial(at_least, sent + 8, inbox.mails))
+            # At the address of the old master, as after a failover: a replica, and then a master.
+            await restart(redis_server, world)
+            await world.redis.replicaof("127.0.0.1", replica.port)
+            await eventually(lambda: synced(world.redis))
+            await world.redis.replicaof("NO", "ONE")
+            await eventually(world.done, 20)
+
+            assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+            for sender, limit in limits.items():
+                assert gap_of(inbox.mails, sender) >= 0.02
+                assert most_of(inbox.mails, sender, timedelta(seconds=1)) <= limit
+            await world.check_counts()
+    finally:
+        await replica.stop()
+
+
+async def synced(redis: Redis) -> bool:
+    return bool((await redis.info("replication")).get("master_link_status") == "up")
