@@ -21,6 +21,8 @@ from shared.settings import load_settings
 ENDPOINTS: Final = Path(".outbox/endpoints.json")
 # Of one call; an upload of any size and a drain take their own.
 TIMEOUT_S: Final = 30.0
+# Of one that changes very many rows.
+LONG_TIMEOUT_S: Final = 300.0
 UPLOAD_TIMEOUT_S: Final = 3600.0
 _CHANNEL: Final = (
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import JobState
 from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
 
-from cli.client import TIMEOUT_S, Server, connection
+from cli.client import LONG_TIMEOUT_S, TIMEOUT_S, Server, connection
 from cli.options import PageSize, PageToken, User, enum_reader
 from cli.output import Output, OutputFormat, show, show_list
 
@@ -32,7 +33,7 @@ _ATTEMPT_COLUMNS = (
     "message",
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and cancel e-mail jobs.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and steer e-mail jobs.")
 
 JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID")]
 
@@ -109,6 +110,67 @@ def cancel(
         job = EmailJobServiceStub(channel).CancelEmailJob(
             pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user), timeout=TIMEOUT_S
         )
+    show(job, output)
+
+
+@app.command()
+def retry(
+    email_job_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[EMAIL_JOB_ID]...", show_default=False)
+    ] = None,
+    *,
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="ID", help="The failed jobs of this batch.")
+    ] = "",
+    sender: Annotated[
+        str, typer.Option("--sender", metavar="ID", help="The failed jobs of this sender.")
+    ] = "",
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Take failed jobs back: they wait again, due now. What is not FAILED is left alone.
+
+    $ outbox jobs retry --batch 17
+    """
+    request = pb.RetryEmailJobsRequest(
+        user_id=user, batch_id=batch, sender_id=sender, email_job_ids=email_job_ids or []
+    )
+    with connection("scheduler", server) as channel:
+        answer = EmailJobServiceStub(channel).RetryEmailJobs(request, timeout=LONG_TIMEOUT_S)
+    show(answer, output)
+
+
+class Resolution(StrEnum):
+    """What is known, or wanted, of a job in UNCERTAIN."""
+
+    SENT = "sent"
+    RESEND = "resend"
+
+
+@app.command()
+def resolve(
+    email_job_id: JobId,
+    resolution: Annotated[
+        Resolution,
+        typer.Argument(help="sent: the mail arrived; resend: send it again.", show_default=False),
+    ],
+    *,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Decide what becomes of a job in UNCERTAIN: nobody knows whether its mail arrived.
+
+    $ outbox jobs resolve 4711 sent
+    """
+    request = pb.ResolveUncertainRequest(
+        email_job_id=email_job_id,
+        resolution=pb.UncertainResolution.Value(f"UNCERTAIN_RESOLUTION_{resolution.name}"),
+        user_id=user,
+    )
+    with connection("scheduler", server) as channel:
+        job = EmailJobServiceStub(channel).ResolveUncertain(request, timeout=TIMEOUT_S)
     show(job, output)
 
 

@@ -21,6 +21,8 @@ MAX_GAP: Final = timedelta(days=1)
 MAX_HOURLY_LIMIT: Final = 1_000_000
 MAX_IN_FLIGHT: Final = 1_000
 DEFAULT_MAX_IN_FLIGHT: Final = 5
+# Jobs that one RetryEmailJobs names.
+MAX_RETRIED_IDS: Final = 1_000
 MAX_PORT: Final = 65_535
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")

@@ -263,14 +263,15 @@ class World:
                 }, f"{name} {owner}"
         off = await self.sql(
             """
-            SELECT batch_id, hour, state, counted.n AS counted, recount.n AS recount FROM (
-                SELECT sender_id, batch_id, hour, state, sum(n) AS n FROM count_deltas
-                WHERE state <> 1 GROUP BY 1, 2, 3, 4
+            SELECT sender_id, hour, state, counted.n AS counted, recount.n AS recount FROM (
+                SELECT sender_id, hour, state, sum(n) AS n FROM (
+                    SELECT sender_id, hour, state, n FROM count_deltas WHERE state <> 1
+                    UNION ALL SELECT sender_id, hour, state, n FROM sender_hour_counts
+                ) AS parts GROUP BY 1, 2, 3 HAVING sum(n) <> 0
             ) AS counted FULL JOIN (
-                SELECT sender_id, batch_id, date_trunc('hour', finished_at) AS hour, state,
-                       count(*) AS n
-                FROM email_jobs WHERE finished_at IS NOT NULL GROUP BY 1, 2, 3, 4
-            ) AS recount USING (sender_id, batch_id, hour, state)
+                SELECT sender_id, date_trunc('hour', finished_at) AS hour, state, count(*) AS n
+                FROM email_jobs WHERE finished_at IS NOT NULL GROUP BY 1, 2, 3
+            ) AS recount USING (sender_id, hour, state)
             WHERE counted.n IS DISTINCT FROM recount.n
             """
         )

@@ -121,9 +121,13 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     """Make a small world; return, by field name, what is right."""
     first, second = await scheduler.sender(), await scheduler.sender("bob")
     batches = [
-        await scheduler.schedule(each, "email,name\na@b.org,Ann\nc@d.org,Bo\n")
+        await scheduler.schedule(each, "email,name\na@b.org,Ann\nc@d.org,Bo\ne@f.org,Cy\n")
         for each in (first, second)
     ]
+    # One whose mail may have arrived.
+    scheduler.execute(
+        "UPDATE email_jobs SET state = 5, finished_at = now() WHERE recipient = 'e@f.org'"
+    )
     found = scheduler.rows("SELECT id FROM email_jobs WHERE sender_id = %s", int(first.sender_id))
     jobs = [str(row[0]) for row in found]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Final
 
 from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
@@ -14,21 +15,31 @@ from services.scheduler.storage import email_jobs as storage
 from services.scheduler.storage.access import in_transaction
 from services.scheduler.storage.cancelling import end_waiting
 from services.scheduler.storage.email_jobs import JobFilter, JobRecord
-from shared import page_tokens
+from services.scheduler.storage.reopening import (
+    FailedJobs,
+    lock_sendable,
+    resolve,
+    retry_failed,
+)
+from shared import bounds, page_tokens
 from shared.errors import FailedPrecondition, InvalidInput, NotFound
 from shared.heads import HeadLoader, load_soon
 from shared.message_ids import installation_id
-from shared.proto_mapping import not_found, parse_id
+from shared.proto_mapping import id_text, not_found, parse_id
 from shared.states import JobState
 
 _JOB_PAGES: Final = "email_jobs"
 _ATTEMPT_PAGES: Final = "attempts"
 # How often a job may come back from a failed attempt while we try to cancel it.
 _TRIES: Final = 5
+_RESOLUTIONS: Final = {
+    email_job_service_pb2.UNCERTAIN_RESOLUTION_SENT: JobState.SENT,
+    email_job_service_pb2.UNCERTAIN_RESOLUTION_RESEND: JobState.SCHEDULED,
+}
 
 
 class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
-    """Shows and cancels jobs. The methods that it does not have answer UNIMPLEMENTED."""
+    """Shows and steers jobs. The methods that it does not have answer UNIMPLEMENTED."""
 
     def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
         self._engine = engine
@@ -110,6 +121,66 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             metadata={"email_job_id": request.email_job_id, "state": state.name},
         )
 
+    async def RetryEmailJobs(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.RetryEmailJobsRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_service_pb2.RetryEmailJobsResponse:
+        """Take failed jobs back."""
+        narrowed = bool(request.sender_id or request.batch_id)
+        user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
+        which = _failed(request, user_id)
+        if which is None:
+            return email_job_service_pb2.RetryEmailJobsResponse()
+        retried = await retry_failed(self._engine, which)
+        if retried.jobs:
+            await load_soon(self._loader, retried.sender_ids)
+        return email_job_service_pb2.RetryEmailJobsResponse(
+            retried_count=retried.jobs, skipped_count=retried.skipped
+        )
+
+    async def ResolveUncertain(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.ResolveUncertainRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_pb2.EmailJob:
+        """Decide what becomes of a job of which nobody knows whether it was sent."""
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
+        wanted = _RESOLUTIONS.get(request.resolution)
+        if wanted is None:
+            raise InvalidInput.field(
+                "resolution",
+                "takes UNCERTAIN_RESOLUTION_SENT or UNCERTAIN_RESOLUTION_RESEND",
+                reason="RESOLUTION_INVALID",
+            )
+
+        async def decide(connection: AsyncConnection) -> tuple[bool, JobRecord]:
+            job = await storage.read_job(connection, job_id, user_id)
+            if job is None:
+                raise not_found("email_job_id", request.email_job_id)
+            resend = wanted is JobState.SCHEDULED
+            if resend and await lock_sendable(connection, job.batch_id) is None:
+                raise FailedPrecondition(
+                    "nothing more of this job's batch is sent: the batch is cancelled, or the "
+                    "sender deleted",
+                    reason="NOTHING_MORE_IS_SENT",
+                    metadata={"batch_id": id_text(job.batch_id)},
+                )
+            moved = await resolve(connection, job_id, wanted)
+            return moved, await storage.read_job(connection, job_id, user_id) or job
+
+        moved, job = await in_transaction(self._engine, decide)
+        if not moved:
+            raise FailedPrecondition(
+                f"this job is {job.state.name}, and not UNCERTAIN",
+                reason="NOT_UNCERTAIN",
+                metadata={"email_job_id": request.email_job_id, "state": job.state.name},
+            )
+        if job.state is JobState.SCHEDULED:
+            await load_soon(self._loader, [job.sender_id])
+        return to_job(job, await self._installation())
+
     async def ListAttempts(  # noqa: N802 - the proto's name
         self,
         request: email_job_service_pb2.ListAttemptsRequest,
@@ -139,6 +210,37 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         if self._installation_id is None:
             self._installation_id = await in_transaction(self._engine, installation_id)
         return self._installation_id
+
+
+def _failed(
+    request: email_job_service_pb2.RetryEmailJobsRequest, user_id: str | None
+) -> FailedJobs | None:
+    """Return which failed jobs are meant; None: there can be none."""
+    if not (request.batch_id or request.sender_id or request.email_job_ids):
+        raise InvalidInput.field(
+            "batch_id",
+            "name what shall be tried again: `batch_id`, `sender_id` or `email_job_ids`",
+            reason="FILTER_REQUIRED",
+        )
+    if len(request.email_job_ids) > bounds.MAX_RETRIED_IDS:
+        raise InvalidInput.field(
+            "email_job_ids",
+            f"takes at most {bounds.MAX_RETRIED_IDS}, and has {len(request.email_job_ids)}; "
+            "a whole batch is named by `batch_id`",
+            reason="TOO_MANY_IDS",
+        )
+    try:
+        batch_id = parse_id(request.batch_id, "batch_id") if request.batch_id else None
+        sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
+    except NotFound:
+        return None
+    ids = None
+    if request.email_job_ids:
+        ids = []
+        for text in request.email_job_ids:
+            with suppress(NotFound):
+                ids.append(parse_id(text, "email_job_ids"))
+    return FailedJobs(user_id=user_id, batch_id=batch_id, sender_id=sender_id, job_ids=ids)
 
 
 def _filter(

@@ -157,10 +157,10 @@ def _owned_batches(which: JobFilter) -> Select[int, str]:
         statement = statement.where(Batch.sender_id == which.sender_id)
     if which.batch_id is not None:
         return statement.where(Batch.id == which.batch_id)
-    return statement if which.state is None else statement.where(_may_have(which.state))
+    return statement if which.state is None else statement.where(may_have(which.state))
 
 
-def _may_have(state: JobState) -> ColumnElement[bool]:
+def may_have(state: JobState) -> ColumnElement[bool]:
     """Return the condition that a batch has jobs in this state, or had a moment ago.
 
     By its counts: without it, a list of what waits would read all that ever was sent.

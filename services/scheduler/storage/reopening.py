@@ -1,0 +1,238 @@
+"""Takes jobs out of a final state: failed ones back to waiting, uncertain ones as a caller decides.
+
+The batch is locked against its cancellation and the sender against its deletion, both until the
+commit: whatever they find afterwards is there for them to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    SmallInteger,
+    any_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    literal,
+    null,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.scheduler.storage.access import in_transaction, owned_by
+from services.scheduler.storage.email_jobs import may_have
+from shared.counts import in_state
+from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender
+from shared.states import BatchState, JobState
+
+# Jobs that one transaction takes back: some 0.5 s.
+_CHUNK: Final = 20_000
+_DELTA: Final = ("sender_id", "batch_id", "hour", "state", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class FailedJobs:
+    """Which failed jobs shall be tried again; None: whichever. At least one besides `user_id`."""
+
+    user_id: str | None
+    batch_id: int | None = None
+    sender_id: int | None = None
+    job_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """How many jobs wait again, how many matched and do not, and whose heads have changed."""
+
+    jobs: int
+    skipped: int
+    sender_ids: tuple[int, ...]
+
+
+async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHUNK) -> Retried:
+    """Take failed jobs back into SCHEDULED, due now, with a new ladder of retries.
+
+    A transaction for each `chunk` of a batch: what is committed stays, and a call that was cut off
+    is simply made again. What a cancelled batch or a deleted sender has is left alone.
+    """
+    async with engine.connect() as connection:
+        matched = (await connection.execute(_count_matching(which))).scalar_one()
+        batches = (await connection.execute(_batches_with_failures(which))).scalars().all()
+    jobs = 0
+    senders: set[int] = set()
+    for batch_id in batches:
+        after: int | None = 0
+        while after is not None:
+
+            async def step(
+                connection: AsyncConnection, batch_id: int = batch_id, after: int = after
+            ) -> _Reopened:
+                return await _retry_chunk(connection, which, batch_id, after, chunk)
+
+            moved = await in_transaction(engine, step)
+            jobs += moved.jobs
+            if moved.jobs:
+                senders.add(moved.sender_id)
+            after = moved.last_id if moved.jobs == chunk else None
+    return Retried(jobs, max(matched - jobs, 0), tuple(sorted(senders)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reopened:
+    jobs: int = 0
+    sender_id: int = 0
+    # The last of them.
+    last_id: int = 0
+
+
+async def _retry_chunk(
+    connection: AsyncConnection, which: FailedJobs, batch_id: int, after: int, chunk: int
+) -> _Reopened:
+    sender_id = await lock_sendable(connection, batch_id)
+    if sender_id is None:
+        return _Reopened()
+    failed = (EmailJob.batch_id == batch_id) & (EmailJob.id > after)
+    if which.job_ids is not None:
+        failed &= _named(which)
+    statement = _reopen(failed, JobState.FAILED, JobState.SCHEDULED, chunk)
+    row = (await connection.execute(statement)).one()
+    return _Reopened(row.jobs, sender_id, row.last_id)
+
+
+async def lock_sendable(connection: AsyncConnection, batch_id: int) -> int | None:
+    """Return the sender of a batch whose jobs may be sent, both locked until the commit.
+
+    None: the batch is cancelled, or its sender deleted. Under FOR SHARE the conditions are looked
+    at again where a cancellation had to be waited for.
+    """
+    statement = (
+        select(Batch.sender_id)
+        .join(Sender, Sender.id == Batch.sender_id)
+        .where(
+            Batch.id == batch_id,
+            Batch.state == BatchState.ACTIVE,
+            Sender.deleted_at.is_(None),
+        )
+        .with_for_update(read=True)
+    )
+    return (await connection.execute(statement)).scalar_one_or_none()
+
+
+def _owned(which: FailedJobs) -> Select[int]:
+    statement = owned_by(select(Batch.id), Batch.user_id, which.user_id)
+    if which.batch_id is not None:
+        statement = statement.where(Batch.id == which.batch_id)
+    if which.sender_id is not None:
+        statement = statement.where(Batch.sender_id == which.sender_id)
+    return statement
+
+
+def _named(which: FailedJobs) -> ColumnElement[bool]:
+    return EmailJob.id == any_(bindparam("ids", list(which.job_ids or ()), ARRAY(BigInteger)))
+
+
+def _count_matching(which: FailedJobs) -> Select[int]:
+    """Count all jobs that match, in whatever state; of a batch they are known since its intake."""
+    if which.job_ids is None:
+        batches = _owned(which).with_only_columns(Batch.accepted_count).subquery()
+        return select(cast(func.coalesce(func.sum(batches.c.accepted_count), 0), BigInteger))
+    return (
+        select(func.count())
+        .select_from(EmailJob)
+        .where(
+            _named(which),
+            _owned(which).where(Batch.id == EmailJob.batch_id).correlate(EmailJob).exists(),
+        )
+    )
+
+
+def _batches_with_failures(which: FailedJobs) -> Select[int]:
+    if which.job_ids is None:
+        return _owned(which).where(may_have(JobState.FAILED)).order_by(Batch.id)
+    of_jobs = select(EmailJob.batch_id).where(_named(which))
+    return _owned(which).where(Batch.id.in_(of_jobs)).order_by(Batch.id)
+
+
+async def resolve(connection: AsyncConnection, job_id: int, state: JobState) -> bool:
+    """Move a job out of UNCERTAIN into SENT or SCHEDULED; False: it is not in UNCERTAIN.
+
+    SENT: at the time at which its last attempt ended, which is when it became UNCERTAIN.
+    """
+    statement = _reopen(EmailJob.id == job_id, JobState.UNCERTAIN, state, 1)
+    return bool((await connection.execute(statement)).one().jobs)
+
+
+def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: int) -> Any:
+    """Move jobs out of a final state, with the counts and the markers, in one statement."""
+    waits = state is JobState.SCHEDULED
+    # In the order of ids, as settlements and cancellations lock them.
+    picked = (
+        select(EmailJob.id, EmailJob.finished_at)
+        .where(which, in_state(was))
+        .order_by(EmailJob.id)
+        .limit(limit)
+        .with_for_update()
+        .cte("picked")
+    )
+    again = {"scheduled_at": func.statement_timestamp(), "failures": 0, "finished_at": null()}
+    moved = (
+        update(EmailJob)
+        .where(EmailJob.id == picked.c.id)
+        .values(state=state, **(again if waits else {}))
+        .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id, picked.c.finished_at)
+        .cte("moved")
+    )
+    # What an hour has lost is taken from that hour: a recount by hours gives the same.
+    hour = func.date_trunc("hour", moved.c.finished_at)
+    groups = (
+        select(
+            moved.c.sender_id,
+            moved.c.batch_id,
+            hour.label("hour"),
+            cast(func.count(), BigInteger).label("n"),
+            func.max(moved.c.id).label("last_id"),
+        )
+        .group_by(moved.c.sender_id, moved.c.batch_id, hour)
+        .cte("groups")
+    )
+    deltas = (
+        insert(CountDelta)
+        .from_select(
+            _DELTA,
+            union_all(
+                *(
+                    select(
+                        groups.c.sender_id,
+                        groups.c.batch_id,
+                        groups.c.hour,
+                        literal(int(of), SmallInteger),
+                        sign * groups.c.n,
+                    )
+                    for of, sign in ((was, -1), (state, 1))
+                )
+            ),
+        )
+        .cte("deltas")
+    )
+    parts = [deltas]
+    if waits:
+        senders = select(groups.c.sender_id).distinct()
+        parts.append(insert(HeadMarker).from_select(("sender_id",), senders).cte("markers"))
+    return (
+        select(
+            cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
+            func.coalesce(func.max(groups.c.last_id), 0).label("last_id"),
+        )
+        .select_from(groups)
+        .add_cte(*parts)
+    )
