@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -38,6 +39,7 @@ from shared.message_ids import installation_id, message_id_for
 from shared.queue.connection import connect, open_queues
 from shared.queue.keys import JobRef
 from shared.queue.queue import Queue
+from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 SCHEDULED = email_job_pb2.JOB_STATE_SCHEDULED
@@ -410,6 +412,22 @@ async def test_a_suppression_keeps_its_first_reason_and_can_be_taken_away(
     await scheduler.suppressions.DeleteSuppression(request)
     refusal = await refusal_of(scheduler.suppressions.DeleteSuppression(request))
     assert refusal.reason == "SUPPRESSION_NOT_FOUND"
+
+
+async def test_a_suppression_is_not_taken_away_while_one_is_being_made(
+    scheduler: Scheduler,
+) -> None:
+    await suppress(scheduler, "a@b.org")
+    request = DeleteSuppressionRequest(user_id="ann", email="a@b.org")
+
+    async def waits() -> bool:
+        return bool(scheduler.value("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+    with psycopg.connect(scheduler.settings.database_url) as making:
+        making.execute("SELECT pg_advisory_xact_lock(%s, hashtext('ann'))", (0x5355,))
+        deletion = asyncio.ensure_future(scheduler.suppressions.DeleteSuppression(request))
+        await eventually(waits)
+    await deletion
 
 
 async def test_a_wrong_suppression_is_refused(scheduler: Scheduler) -> None:

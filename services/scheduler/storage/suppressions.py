@@ -85,7 +85,11 @@ async def insert_suppression(
 
 
 async def delete_suppression(connection: AsyncConnection, user_id: str, address: str) -> bool:
-    """Take a suppression away; False: there was none."""
+    """Take a suppression away; False: there was none.
+
+    Under the lock too: else it could go between the two statements of `insert_suppression`.
+    """
+    await lock_suppressions(connection, user_id)
     statement = owned_by(
         delete(Suppression).where(Suppression.address == address), Suppression.user_id, user_id
     )
