@@ -14,6 +14,7 @@ import typer
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from cli.channel import open_channel
 from cli.lazy import CommandFailed
 from cli.output import printable
 from shared.settings import load_settings
@@ -93,7 +94,7 @@ def connection(service: str, server: str | None) -> Iterator[grpc.Channel]:
         CommandFailed: a call failed; the text says all that the server said, in one line.
     """
     address = find_address(service, server)
-    with grpc.insecure_channel(address.target, options=_CHANNEL) as channel:
+    with open_channel(address.target, load_settings(), _CHANNEL) as channel:
         try:
             yield channel
         except grpc.RpcError as error:

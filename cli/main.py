@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
+from cli.client_files import ClientFiles, client_files
 from cli.lazy import Entry, LazyGroup
 
 _SYSTEM = "The whole system on this machine"
 _CLIENT = "Client: one group a service, one command a method"
 _SERVICES = "Services, one process each"
+_WHO = "Of client commands; stands before the command"
 
 
 class OutboxGroup(LazyGroup):
@@ -31,7 +34,7 @@ class OutboxGroup(LazyGroup):
         "suppressions": Entry(
             "cli.suppressions", "Keep the addresses that mail must never go to.", _CLIENT
         ),
-        "keys": Entry("cli.keys", "Make keys.", _CLIENT),
+        "keys": Entry("cli.keys", "Make, list and revoke API keys; encryption keys.", _SERVICES),
         "scheduler": Entry("cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
             "cli.dispatcher", "Run a dispatcher; or ask one: status, drain.", _SERVICES
@@ -64,6 +67,40 @@ def _print_version(wanted: bool) -> None:
     "or --server."
 )
 def _outbox(
+    *,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="File with the API key to show; unset: OUTBOX_API_KEY.",
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    tls_ca: Annotated[
+        str | None,
+        typer.Option(
+            "--tls-ca",
+            metavar="FILE|system",
+            help="Use TLS, and trust this CA; unset: OUTBOX_TLS_CA.",
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            help="Our certificate for mTLS; unset: OUTBOX_TLS_CLIENT_CERTIFICATE.",
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            help="The key of --tls-cert; unset: OUTBOX_TLS_CLIENT_KEY.",
+            rich_help_panel=_WHO,
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option(
@@ -75,6 +112,8 @@ def _outbox(
 
     [bold]outbox demo[/bold] shows it all; [bold]outbox up[/bold] keeps it running.
     """
+    del version  # its callback has printed it
+    client_files.set(ClientFiles(api_key_file, tls_ca, tls_cert, tls_key))
 
 
 def main() -> None:

@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from shared.bounds import USER_ID
-from shared.errors import ConfigurationError, InvalidInput, PermissionDenied, Unauthenticated
-from shared.settings import Settings
+from shared.errors import InvalidInput, PermissionDenied, Unauthenticated
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -28,8 +27,12 @@ class CallerKind(StrEnum):
     USER = "user"
     # A key of another backend. May act for any user.
     SERVICE = "service"
-    # A key of an operator. May act for any user.
+    # A key of an operator. May act for any user, and call the operator's own services.
     OPERATOR = "operator"
+
+
+# Services that tell of, and change, the whole system.
+_OPERATOR_SERVICES: Final = frozenset({"outbox.v1.DispatcherService"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ class Authenticator(Protocol):
             Unauthenticated: they prove none.
         """
 
+    async def close(self) -> None:
+        """Finish what goes on beside the calls; none follows."""
+
 
 class LocalAuthenticator:
     """OUTBOX_AUTH=off: everybody is the LOCAL caller."""
@@ -60,24 +66,8 @@ class LocalAuthenticator:
         """Return the LOCAL caller."""
         return self._caller
 
-
-def authenticator_for(settings: Settings, listen: str) -> Authenticator:
-    """Return what OUTBOX_AUTH asks for, for a server on the address `listen`.
-
-    Raises:
-        ConfigurationError: `off` beyond loopback, or `keys`, which are not served yet.
-    """
-    if settings.auth == "keys":
-        raise ConfigurationError(
-            "OUTBOX_AUTH=keys: API keys are not served yet; "
-            "set OUTBOX_AUTH=off on a loopback listener"
-        )
-    if not is_loopback(listen):
-        raise ConfigurationError(
-            f"OUTBOX_AUTH=off is accepted only by a server that listens on loopback, and {listen} "
-            "is reachable from elsewhere; listen on 127.0.0.1 or [::1], or set OUTBOX_AUTH=keys"
-        )
-    return LocalAuthenticator()
+    async def close(self) -> None:
+        """Do nothing."""
 
 
 def is_loopback(listen: str) -> bool:
@@ -111,6 +101,24 @@ def current_caller() -> Caller:
         return _current.get()
     except LookupError:
         raise Unauthenticated("there is no caller outside of a call") from None
+
+
+def check_may_call(caller: Caller, method: str) -> None:
+    """Check that `caller` may call `method` (`/outbox.v1.StatsService/GetUserStats`) at all.
+
+    Raises:
+        PermissionDenied: it is the operator's, and the caller is none (OPERATOR_REQUIRED).
+    """
+    service = method.removeprefix("/").partition("/")[0]
+    if service in _OPERATOR_SERVICES and caller.kind not in (
+        CallerKind.LOCAL,
+        CallerKind.OPERATOR,
+    ):
+        raise PermissionDenied(
+            f"only an operator's API key may call {service}",
+            reason="OPERATOR_REQUIRED",
+            metadata={"service": service},
+        )
 
 
 def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id") -> str | None:

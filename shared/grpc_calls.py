@@ -16,16 +16,17 @@ import structlog
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
-from shared.auth import Authenticator, Caller, CallerKind, set_current_caller
+from shared.auth import Authenticator, Caller, CallerKind, check_may_call, set_current_caller
 from shared.error_mapping import INTERNAL_REASON, build_status, error_info, status_of
 from shared.errors import Unavailable
 
 # Of a unary call whose caller set no deadline, in seconds.
 DEFAULT_DEADLINE: Final = 30.0
 
-_HEALTH: Final = "/grpc.health."
-# Answered in a drain too, not waited for, and not worth a line of the log at level info.
-_TOOLING: Final = (_HEALTH, "/grpc.reflection.")
+# Open to everybody who reaches the server: kubelets and proxies hold no key, and what reflection
+# tells is published. Answered in a drain too, not waited for, and not worth a line of the log at
+# level info.
+_TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
 _ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
 
 # grpcio's classes are generic in their stubs alone.
@@ -188,12 +189,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._streams.discard(limit)
 
     async def _identify(self, method: str, context: _Context) -> None:
-        """Health checks come from kubelets and proxies, which hold no key."""
-        if method.startswith(_HEALTH):
+        if method.startswith(_TOOLING):
             set_current_caller(_ANONYMOUS)
-        else:
-            metadata = context.invocation_metadata() or ()
-            set_current_caller(await self._authenticator.authenticate(metadata))
+            return
+        caller = await self._authenticator.authenticate(context.invocation_metadata() or ())
+        check_may_call(caller, method)
+        set_current_caller(caller)
 
     def _begin(self) -> None:
         self._in_flight += 1

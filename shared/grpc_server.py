@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Final
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from shared import health
-from shared.auth import authenticator_for
+from shared.api_key_store import ApiKeyStore
+from shared.auth import Authenticator, LocalAuthenticator, is_loopback
 from shared.errors import ConfigurationError
 from shared.grpc_calls import CallInterceptor
+from shared.grpc_tls import server_credentials
+from shared.key_authenticator import KeyAuthenticator
 from shared.reflection import add_reflection
 from shared.settings import Settings
 
@@ -63,8 +65,17 @@ class GrpcServer:
     Its health says NOT_SERVING until `set_serving(True)`.
     """
 
-    def __init__(self, settings: Settings, listen: str, services: Sequence[ServiceBinding]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        listen: str,
+        services: Sequence[ServiceBinding],
+        *,
+        engine: AsyncEngine | None = None,
+    ) -> None:
         """Check the settings and bind nothing yet; `listen` is `host:port`, port 0 any free one.
+
+        `engine` is where OUTBOX_AUTH=keys finds the keys.
 
         Raises:
             ConfigurationError: OUTBOX_AUTH, OUTBOX_TLS_* or the address is wrong.
@@ -74,8 +85,11 @@ class GrpcServer:
         _check_address(self._variable, listen)
         self._services = tuple(services)
         self._names = [service.name for service in services]
-        self._calls = CallInterceptor(authenticator_for(settings, listen))
-        self._credentials = _credentials(settings)
+        self._credentials = server_credentials(settings)
+        self._authenticator = _authenticator(
+            settings, self._variable, listen, engine, encrypted=self._credentials is not None
+        )
+        self._calls = CallInterceptor(self._authenticator)
         self._health = health.Health(self._names)
         self._log = structlog.get_logger("outbox.server").bind(services=self._names)
         self._draining = False
@@ -151,6 +165,7 @@ class GrpcServer:
         except TimeoutError:
             self._log.info("draining: calls are still under way")
         await self._server.stop(max(end - loop.time(), 0))
+        await self._authenticator.close()
         self._log.info("stopped")
 
 
@@ -165,23 +180,32 @@ def _check_address(variable: str, listen: str) -> None:
         )
 
 
-def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Return the credentials of OUTBOX_TLS_*; None: no TLS."""
-    certificate, key = settings.tls_certificate, settings.tls_key
-    if not certificate and not key:
-        return None
-    if not certificate or not key:
-        raise ConfigurationError("OUTBOX_TLS_CERTIFICATE and OUTBOX_TLS_KEY: set both, or neither")
-    try:
-        # grpc says only at the first handshake that a pair does not match, or that it is no PEM.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-        pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
-    except OSError as error:  # ssl.SSLError is one
+def _authenticator(
+    settings: Settings, variable: str, listen: str, engine: AsyncEngine | None, *, encrypted: bool
+) -> Authenticator:
+    """Return what OUTBOX_AUTH asks for.
+
+    Raises:
+        ConfigurationError: `off` beyond loopback, or keys that would be read on their way.
+    """
+    loopback = is_loopback(listen)
+    if settings.auth == "off":
+        if not loopback:
+            raise ConfigurationError(
+                "OUTBOX_AUTH=off is accepted only by a server that listens on loopback, and "
+                f"{listen} is reachable from elsewhere; listen on 127.0.0.1 or [::1], or set "
+                "OUTBOX_AUTH=keys"
+            )
+        return LocalAuthenticator()
+    if not (loopback or encrypted or settings.plaintext):
         raise ConfigurationError(
-            f"OUTBOX_TLS_CERTIFICATE={certificate}, OUTBOX_TLS_KEY={key}: "
-            f"no PEM certificate chain with its private key: {error}"
-        ) from error
-    return grpc.ssl_server_credentials([pair])
+            f"{variable}: {listen} is reachable from elsewhere, and API keys would be sent there "
+            "in clear; set OUTBOX_TLS_CERTIFICATE and OUTBOX_TLS_KEY, listen on 127.0.0.1 or "
+            "[::1], or set OUTBOX_PLAINTEXT=true where a proxy or mesh encrypts"
+        )
+    if engine is None:
+        raise ConfigurationError("OUTBOX_AUTH=keys: this server has no database to find keys in")
+    return KeyAuthenticator(ApiKeyStore(engine))
 
 
 def _variable_of(settings: Settings, listen: str) -> str:

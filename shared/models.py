@@ -56,6 +56,28 @@ class Installation(Base):
     __table_args__ = (CheckConstraint("singleton", name="one_row"),)
 
 
+class ApiKeyRow(Base):
+    """Who may call. Of its secret only the hash: see `shared.api_keys`."""
+
+    __tablename__ = "api_keys"
+
+    key_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    # SHA-256 of the 256 random bits that the caller holds.
+    secret_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    kind: Mapped[int] = mapped_column(SmallInteger)
+    user_id: Mapped[str | None] = mapped_column(Text)
+    name: Mapped[str] = mapped_column(Text, server_default="")
+    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    last_used_at: Mapped[datetime | None] = mapped_column(_TIME)
+    revoked_at: Mapped[datetime | None] = mapped_column(_TIME)
+
+    __table_args__ = (
+        CheckConstraint("kind BETWEEN 1 AND 3", name="kind_known"),
+        CheckConstraint("(kind = 1) = (user_id IS NOT NULL)", name="user_of_user_keys"),
+        CheckConstraint("octet_length(secret_hash) = 32", name="secret_hash_is_sha256"),
+    )
+
+
 class Sender(Base):
     """A From address with its SMTP endpoint and limits; belongs to one user."""
 

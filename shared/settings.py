@@ -83,8 +83,26 @@ class Settings(BaseSettings):
     auth: Literal["keys", "off"] = Field(
         "keys", description="`off` is accepted only by a server that listens on loopback"
     )
+    plaintext: bool = Field(
+        False,
+        description="API keys may cross a network without TLS: only where a proxy or mesh encrypts",
+    )
+    api_key: SecretStr = Field(
+        SecretStr(""), description="API key of the command line client; or `--api-key-file`"
+    )
     tls_certificate: str = Field("", description="PEM file of the servers' certificate chain")
     tls_key: str = Field("", description="PEM file of the servers' private key")
+    tls_client_ca: str = Field(
+        "", description="PEM file: servers take only clients with a certificate of this CA"
+    )
+    tls_ca: str = Field(
+        "",
+        description="clients use TLS and trust this CA: a PEM file, or `system` for the machine's",
+    )
+    tls_client_certificate: str = Field(
+        "", description="PEM file of the client's certificate chain, where servers ask for one"
+    )
+    tls_client_key: str = Field("", description="PEM file of the client's private key")
     smtp_url: str = Field(
         "smtp://127.0.0.1:1025",
         description="relay of senders that name none: smtp://[user:password@]host:port, "

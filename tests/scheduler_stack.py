@@ -141,8 +141,7 @@ async def running_scheduler(
         database_url=database_url,
         redis_url=redis_url,
         scheduler_listen="127.0.0.1:0",
-        auth="off",
-        **{"shutdown_grace": "5s", **settings},
+        **{"auth": "off", "shutdown_grace": "5s", **settings},
     )
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

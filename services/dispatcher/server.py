@@ -95,6 +95,7 @@ async def serve(
                     partial(add_DispatcherServiceServicer_to_server, servicer),
                 )
             ],
+            engine=engine,
         )
         recovery = Recovery(settings, engine, loader)
         beside = [*(listener.run for listener in listeners), recovery.run]

@@ -57,7 +57,10 @@ async def serve(
         )
         stack.push_async_callback(intake.close)
         server = GrpcServer(
-            settings, settings.scheduler_listen, _services(settings, engine, loader, intake)
+            settings,
+            settings.scheduler_listen,
+            _services(settings, engine, loader, intake),
+            engine=engine,
         )
 
         async def tell_port() -> None:

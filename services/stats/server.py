@@ -35,7 +35,7 @@ async def serve(
         stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
         partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
     )
-    server = GrpcServer(settings, settings.stats_listen, [service])
+    server = GrpcServer(settings, settings.stats_listen, [service], engine=engine)
     dependencies = {"postgresql": partial(storage.ping, engine)}
 
     async def tell_port() -> None:

@@ -526,11 +526,18 @@ async def test_a_drain_takes_no_longer_than_its_grace() -> None:
 # The start
 
 
-async def test_auth_off_beyond_loopback_and_keys_stop_the_start() -> None:
-    with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=off is accepted only"):
+async def test_auth_off_beyond_loopback_stops_the_start() -> None:
+    with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=off is accepted only") as caught:
         GrpcServer(load_settings(auth="off"), "0.0.0.0:0", [])
-    with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=keys: API keys are not served yet"):
-        GrpcServer(load_settings(auth="keys"), "127.0.0.1:0", [])
+    assert "127.0.0.1" in caught.value.message
+
+
+async def test_keys_in_clear_beyond_loopback_stop_the_start() -> None:
+    settings = load_settings(stats_listen="0.0.0.0:0")
+    with pytest.raises(
+        ConfigurationError, match=r"OUTBOX_STATS_LISTEN: 0\.0\.0\.0:0.*in clear.*OUTBOX_PLAINTEXT"
+    ):
+        GrpcServer(settings, "0.0.0.0:0", [])
 
 
 @pytest.mark.parametrize("listen", ["", "50051", "127.0.0.1", "127.0.0.1:99999", "::1:5", "a b:1"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +18,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
+from cli.main import app
+from shared.database import create_engine
 from shared.errors import ConfigurationError
 from shared.grpc_server import GrpcServer
 from shared.settings import load_settings
@@ -59,27 +65,108 @@ def make_pair(tmp_path: Path) -> Callable[[str], Pair]:
     return make
 
 
+@asynccontextmanager
+async def serving(**settings: str) -> AsyncIterator[str]:
+    server = GrpcServer(load_settings(auth="off", **settings), "127.0.0.1:0", [])
+    await server.start()
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        await server.drain_and_stop(timedelta(seconds=1))
+
+
+def content(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+async def answers(address: str, trust: str = "", own: Pair | None = None) -> bool:
+    """Say whether health answers a client on a new connection."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    if trust:
+        credentials = grpc.ssl_channel_credentials(
+            content(trust), content(own[1]) if own else None, content(own[0]) if own else None
+        )
+        opened = grpc.aio.secure_channel(address, credentials, options)
+    else:
+        opened = grpc.aio.insecure_channel(address, options)
+    async with opened as channel:
+        try:
+            await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=10
+            )
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017 - both ways are right
+            return False
+    return True
+
+
 async def test_a_client_that_trusts_the_certificate_is_served_and_plain_text_is_not(
     make_pair: Callable[[str], Pair],
 ) -> None:
     certificate, key = make_pair("one")
-    settings = load_settings(auth="off", tls_certificate=certificate, tls_key=key)
-    server = GrpcServer(settings, "127.0.0.1:0", [])
-    await server.start()
-    address = f"127.0.0.1:{server.port}"
-    trust = grpc.ssl_channel_credentials(await asyncio.to_thread(Path(certificate).read_bytes))
-    async with grpc.aio.secure_channel(address, trust) as channel:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(), timeout=10
-        )
-        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-    async with grpc.aio.insecure_channel(address) as channel:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await health_pb2_grpc.HealthStub(channel).Check(
-                health_pb2.HealthCheckRequest(), timeout=10
-            )
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    await server.drain_and_stop(timedelta(seconds=1))
+    async with serving(tls_certificate=certificate, tls_key=key) as address:
+        assert await answers(address, trust=certificate)
+        assert not await answers(address, trust=make_pair("two")[0])
+        assert not await answers(address)
+
+
+async def test_a_renewed_certificate_is_served_without_a_restart(
+    make_pair: Callable[[str], Pair],
+) -> None:
+    certificate, key = make_pair("one")
+    async with serving(tls_certificate=certificate, tls_key=key) as address:
+        old = shutil.copyfile(certificate, f"{certificate}.old")
+        renewed = make_pair("renewed")
+        # Between the two writes the files do not fit together: the old pair goes on.
+        shutil.copyfile(renewed[0], certificate)
+        assert await answers(address, trust=old)
+        assert not await answers(address, trust=certificate)
+        shutil.copyfile(renewed[1], key)
+        assert await answers(address, trust=certificate)
+        assert not await answers(address, trust=old)
+
+
+async def test_with_a_client_ca_only_its_clients_come_through(
+    make_pair: Callable[[str], Pair],
+) -> None:
+    certificate, key = make_pair("server")
+    client, stranger = make_pair("client"), make_pair("stranger")
+    async with serving(
+        tls_certificate=certificate, tls_key=key, tls_client_ca=client[0]
+    ) as address:
+        assert await answers(address, trust=certificate, own=client)
+        assert not await answers(address, trust=certificate)
+        assert not await answers(address, trust=certificate, own=stranger)
+
+
+async def test_the_command_line_speaks_tls_with_its_own_certificate(
+    make_pair: Callable[[str], Pair],
+) -> None:
+    certificate, key = make_pair("server")
+    client = make_pair("client")
+    async with serving(
+        tls_certificate=certificate, tls_key=key, tls_client_ca=client[0]
+    ) as address:
+
+        def run(*options: str, **variables: str) -> str:
+            others = {name: None for name in os.environ if name.startswith("OUTBOX_")}
+            argv = [*options, "senders", "list", "--user", "ann", "--server", address]
+            return CliRunner().invoke(app, argv, env={**others, **variables}).output
+
+        trusted = ("--tls-ca", certificate)
+        own = ("--tls-cert", client[0], "--tls-key", client[1])
+        # This server has no services; whoever comes through is told so.
+        assert "METHOD_NOT_FOUND" in await asyncio.to_thread(run, *trusted, *own)
+        variables = {
+            "OUTBOX_TLS_CA": certificate,
+            "OUTBOX_TLS_CLIENT_CERTIFICATE": client[0],
+            "OUTBOX_TLS_CLIENT_KEY": client[1],
+        }
+        assert "METHOD_NOT_FOUND" in await asyncio.to_thread(lambda: run(**variables))
+        assert f"no answer at {address}" in await asyncio.to_thread(run, *trusted)
+        assert "--tls-ca" in await asyncio.to_thread(run, *own)
+        assert "--tls-key" in await asyncio.to_thread(run, *trusted, *own[:2])
+        assert "cannot be read" in await asyncio.to_thread(run, "--tls-ca", "nowhere.crt")
 
 
 def test_a_pair_that_does_not_match_stops_the_start(make_pair: Callable[[str], Pair]) -> None:
@@ -99,6 +186,33 @@ def test_a_file_that_is_missing_or_no_pem_stops_the_start(
     (tmp_path / "text").write_text("no PEM")
     refused(str(tmp_path / "text"), key, "no PEM")
     refused(certificate, str(tmp_path / "text"), "no PEM")
+
+
+def test_a_client_ca_needs_tls_and_must_be_one(
+    make_pair: Callable[[str], Pair], tmp_path: Path
+) -> None:
+    certificate, key = make_pair("one")
+    with pytest.raises(ConfigurationError, match=r"OUTBOX_TLS_CLIENT_CA: .*over TLS only"):
+        GrpcServer(load_settings(auth="off", tls_client_ca=certificate), "127.0.0.1:0", [])
+    missing = str(tmp_path / "missing")
+    settings = load_settings(
+        auth="off", tls_certificate=certificate, tls_key=key, tls_client_ca=missing
+    )
+    with pytest.raises(ConfigurationError, match=f"OUTBOX_TLS_CLIENT_CA={missing}"):
+        GrpcServer(settings, "127.0.0.1:0", [])
+
+
+async def test_with_a_certificate_keys_are_served_beyond_loopback(
+    make_pair: Callable[[str], Pair],
+) -> None:
+    certificate, key = make_pair("one")
+    engine = create_engine(load_settings())  # nothing is asked of it
+    settings = load_settings(auth="keys", tls_certificate=certificate, tls_key=key)
+    server = GrpcServer(settings, "0.0.0.0:0", [], engine=engine)
+    await server.start()
+    assert await answers(f"127.0.0.1:{server.port}", trust=certificate)
+    await server.drain_and_stop(timedelta(seconds=1))
+    await engine.dispose()
 
 
 def refused(certificate: str, key: str, text: str) -> None:

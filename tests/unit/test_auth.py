@@ -5,14 +5,13 @@ import pytest
 from shared.auth import (
     Caller,
     CallerKind,
-    authenticator_for,
+    check_may_call,
     current_caller,
     effective_user,
     is_loopback,
     require_user,
 )
-from shared.errors import ConfigurationError, InvalidInput, PermissionDenied, Unauthenticated
-from shared.settings import load_settings
+from shared.errors import InvalidInput, PermissionDenied, Unauthenticated
 
 ANN = Caller(user_id="ann", kind=CallerKind.USER)
 BACKEND = Caller(user_id=None, kind=CallerKind.SERVICE)
@@ -49,19 +48,20 @@ def test_outside_of_a_call_nobody_is_the_caller() -> None:
 )
 def test_only_this_machine_reaches_a_loopback_address(listen: str) -> None:
     assert is_loopback(listen)
-    authenticator_for(load_settings(auth="off"), listen)
 
 
 @pytest.mark.parametrize(
     "listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "mail.example:1", "localhost.example:1", ":1"]
 )
-def test_auth_off_is_refused_beyond_loopback(listen: str) -> None:
+def test_other_addresses_are_reached_from_elsewhere(listen: str) -> None:
     assert not is_loopback(listen)
-    with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=off") as caught:
-        authenticator_for(load_settings(auth="off"), listen)
-    assert "127.0.0.1" in caught.value.message
 
 
-def test_keys_are_refused_until_they_are_served() -> None:
-    with pytest.raises(ConfigurationError, match=r"OUTBOX_AUTH=keys.*OUTBOX_AUTH=off"):
-        authenticator_for(load_settings(auth="keys"), "127.0.0.1:1")
+@pytest.mark.parametrize("caller", [ANN, BACKEND])
+def test_the_operators_services_are_for_operators(caller: Caller) -> None:
+    with pytest.raises(PermissionDenied) as caught:
+        check_may_call(caller, "/outbox.v1.DispatcherService/Drain")
+    assert caught.value.reason == "OPERATOR_REQUIRED"
+    check_may_call(caller, "/outbox.v1.BatchService/GetBatch")
+    check_may_call(Caller(None, CallerKind.OPERATOR), "/outbox.v1.DispatcherService/Drain")
+    check_may_call(LOCAL, "/outbox.v1.DispatcherService/Drain")

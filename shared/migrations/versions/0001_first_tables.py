@@ -12,6 +12,30 @@ down_revision = None
 
 def upgrade() -> None:
     op.create_table(
+        "api_keys",
+        sa.Column("key_id", sa.Text(), nullable=False),
+        sa.Column("secret_hash", sa.LargeBinary(), nullable=False),
+        sa.Column("kind", sa.SmallInteger(), nullable=False),
+        sa.Column("user_id", sa.Text(), nullable=True),
+        sa.Column("name", sa.Text(), server_default="", nullable=False),
+        sa.Column(
+            "created_at",
+            postgresql.TIMESTAMP(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.Column("last_used_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.Column("revoked_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
+        sa.CheckConstraint("kind BETWEEN 1 AND 3", name=op.f("ck_api_keys_kind_known")),
+        sa.CheckConstraint(
+            "(kind = 1) = (user_id IS NOT NULL)", name=op.f("ck_api_keys_user_of_user_keys")
+        ),
+        sa.CheckConstraint(
+            "octet_length(secret_hash) = 32", name=op.f("ck_api_keys_secret_hash_is_sha256")
+        ),
+        sa.PrimaryKeyConstraint("key_id", name=op.f("pk_api_keys")),
+    )
+    op.create_table(
         "attempts",
         sa.Column("email_job_id", sa.BigInteger(), nullable=False),
         sa.Column("attempt", sa.SmallInteger(), nullable=False),

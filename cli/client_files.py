@@ -1,0 +1,23 @@
+"""The options of `outbox` itself: files that say who calls, and whom the client trusts."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFiles:
+    """What the options name; None: the variable of the same meaning decides."""
+
+    api_key: Path | None = None
+    # A PEM file, or `system`.
+    tls_ca: str | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+
+
+_NONE: Final = ClientFiles()
+client_files: Final[ContextVar[ClientFiles]] = ContextVar("client_files", default=_NONE)

@@ -1,0 +1,55 @@
+"""Commands that ask PostgreSQL itself, as the operator: no service has to run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import psycopg
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from cli.lazy import CommandFailed
+from shared.database import create_engine
+from shared.settings import load_settings
+
+T = TypeVar("T")
+
+
+def with_engine(work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
+    """Return what `work` returns for the database of OUTBOX_DATABASE_URL.
+
+    Raises:
+        CommandFailed: it cannot be reached, or its schema is not there.
+    """
+
+    async def run() -> T:
+        engine = create_engine(load_settings())
+        try:
+            return await work(engine)
+        finally:
+            await engine.dispose()
+
+    try:
+        return asyncio.run(run())
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        text = " ".join(str(cause).split())
+        if isinstance(cause, psycopg.errors.UndefinedTable):
+            text = f"the schema is not up to date; run `outbox migrate` ({text})"
+        raise CommandFailed(f"OUTBOX_DATABASE_URL: {text}") from None
+
+
+def in_one_transaction(work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Return what `work` returns, committed.
+
+    Raises:
+        CommandFailed: the database cannot be reached, or its schema is not there.
+    """
+
+    async def run(engine: AsyncEngine) -> T:
+        async with engine.begin() as connection:
+            return await work(connection)
+
+    return with_engine(run)
