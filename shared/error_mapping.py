@@ -157,6 +157,8 @@ def _status_of_database(error: BaseException) -> Status | None:
             "CONFLICT",
             retry_after=_RETRY_AFTER,
         )
+    if state in ("57014", "55P03"):  # statement_timeout, lock_timeout
+        return _unavailable("the database took too long", "DATABASE_UNAVAILABLE")
     gone = isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError)
     # 25006: a read-only server, which is what a standby is in a failover.
     if lost or gone or state == "25006":

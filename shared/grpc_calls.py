@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final, TypeAlias
 
@@ -18,10 +18,20 @@ from grpc_status import rpc_status
 
 from shared.auth import Authenticator, Caller, CallerKind, check_may_call, set_current_caller
 from shared.error_mapping import INTERNAL_REASON, build_status, error_info, status_of
-from shared.errors import Unavailable
+from shared.errors import InvalidInput, Unavailable
+from shared.gate import Gate
 
 # Of a unary call whose caller set no deadline, in seconds.
 DEFAULT_DEADLINE: Final = 30.0
+# Of an upload: it takes as long as it takes, but a caller that drips bytes must not hold a place
+# for ever.
+UPLOAD_DEADLINE: Final = 3600.0
+# Calls of a server that has no gate of its own for a method. More at once would only wait for a
+# connection of the pool, each with a request of up to 5 MiB; those that wait have no memory yet.
+_CALLS: Final = 64
+_CALLS_WAITING: Final = 1_000
+# Server streams cost a task and a message each, and last.
+_STREAMS: Final = 1_000
 
 # Open to everybody who reaches the server: kubelets and proxies hold no key, and what reflection
 # tells is published. Answered in a drain too, not waited for, and not worth a line of the log at
@@ -42,9 +52,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, authenticator: Authenticator, *, default_deadline: float = DEFAULT_DEADLINE
+        self,
+        authenticator: Authenticator,
+        *,
+        default_deadline: float = DEFAULT_DEADLINE,
+        gates: Mapping[str, Gate] | None = None,
     ) -> None:
+        """`gates`: of methods (`/outbox.v1.BatchService/UploadBatch`) with bounds of their own."""
         self._authenticator = authenticator
+        self._gates = dict(gates or {})
+        self._calls_gate = Gate("calls", at_once=_CALLS, waiting=_CALLS_WAITING)
+        self._streams_gate = Gate("streams", at_once=_STREAMS, waiting=0)
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
         # By method: a server has few, and wraps each once.
@@ -94,16 +112,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answer(request: Any, context: _Context) -> Any:
             async def work() -> Any:
                 # Decoded and encoded here, since grpc.aio would send the text of an error.
-                message = _whole(request, context) if streaming else decode(request)
+                if streaming:
+                    message = _whole(request, context)
+                else:
+                    message = decode(await _only(request, context))
                 return encode(await behaviour(message, context))
 
-            # An upload takes as long as it takes.
-            limit = None if streaming else self._default_deadline
+            limit = UPLOAD_DEADLINE if streaming else self._default_deadline
             return await self._run(method, context, work, limit)
 
-        if streaming:
-            return grpc.stream_unary_rpc_method_handler(answer, decode, None)
-        return grpc.unary_unary_rpc_method_handler(answer, None, None)
+        # A unary request too is received like a stream, which on the wire it is: grpc.aio would
+        # take up to 5 MiB of it before we know the caller, or have a place for it.
+        return grpc.stream_unary_rpc_method_handler(answer, decode if streaming else None, None)
 
     def _surround_stream(self, method: str, handler: _Handler) -> _Handler:
         behaviour: Any = (
@@ -176,7 +196,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     if self._ending_streams:
                         limit.reschedule(0)
                 await self._identify(method, context)
-                return await work()
+                if method.startswith(_TOOLING):
+                    return await work()
+                async with self._gate_of(method, stream=stream).entered():
+                    return await work()
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -195,6 +218,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         caller = await self._authenticator.authenticate(context.invocation_metadata() or ())
         check_may_call(caller, method)
         set_current_caller(caller)
+
+    def _gate_of(self, method: str, *, stream: bool) -> Gate:
+        return self._gates.get(method) or (self._streams_gate if stream else self._calls_gate)
 
     def _begin(self) -> None:
         self._in_flight += 1
@@ -287,6 +313,19 @@ async def _whole(messages: AsyncIterator[Any], context: _Context) -> AsyncIterat
     async for message in messages:
         yield message
     await _unbroken(context.send_initial_metadata(()))
+
+
+async def _only(messages: AsyncIterator[bytes], context: _Context) -> bytes:
+    """Return the message of a unary call.
+
+    Raises:
+        InvalidInput: MALFORMED_MESSAGE: there is none.
+    """
+    async for message in messages:
+        return message
+    # As in `_whole`: the end may also be that of the caller, or a message over the size limit.
+    await _unbroken(context.send_initial_metadata(()))
+    raise InvalidInput("the call has no message", reason="MALFORMED_MESSAGE")
 
 
 async def _unbroken(sending: Awaitable[None]) -> None:

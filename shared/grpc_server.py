@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final
 
@@ -18,6 +18,7 @@ from shared import health
 from shared.api_key_store import ApiKeyStore
 from shared.auth import Authenticator, LocalAuthenticator, is_loopback
 from shared.errors import ConfigurationError
+from shared.gate import Gate
 from shared.grpc_calls import CallInterceptor
 from shared.grpc_tls import server_credentials
 from shared.key_authenticator import KeyAuthenticator
@@ -45,6 +46,12 @@ _OPTIONS: Final = (
     # Watchers are silent for long: their keepalive pings are no attack.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # What a call that waits for its place takes: this much arrives before anyone reads. grpc would
+    # raise it by what it measures, on a fast network to the size of a whole upload.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 256 * 1024),
+    # A client keeps back what is more; without a bound one connection could fill our memory.
+    ("grpc.max_concurrent_streams", 1_000),
     # Clients of a Kubernetes service see new pods only when they connect again. Streams under
     # way are not cut.
     ("grpc.max_connection_age_ms", 30 * 60_000),
@@ -57,6 +64,8 @@ class ServiceBinding:
 
     name: str
     add: Callable[[grpc.aio.Server], None]
+    # Of methods that need bounds of their own, by the method's name.
+    gates: Mapping[str, Gate] = field(default_factory=dict)
 
 
 class GrpcServer:
@@ -89,7 +98,12 @@ class GrpcServer:
         self._authenticator = _authenticator(
             settings, self._variable, listen, engine, encrypted=self._credentials is not None
         )
-        self._calls = CallInterceptor(self._authenticator)
+        gates = {
+            f"/{service.name}/{method}": gate
+            for service in services
+            for method, gate in service.gates.items()
+        }
+        self._calls = CallInterceptor(self._authenticator, gates=gates)
         self._health = health.Health(self._names)
         self._log = structlog.get_logger("outbox.server").bind(services=self._names)
         self._draining = False
@@ -210,7 +224,7 @@ def _authenticator(
 
 def _variable_of(settings: Settings, listen: str) -> str:
     """Return the name of the variable that says `listen`, for messages."""
-    for field in type(settings).model_fields:
-        if field.endswith("_listen") and getattr(settings, field) == listen:
-            return f"OUTBOX_{field.upper()}"
+    for name in type(settings).model_fields:
+        if name.endswith("_listen") and getattr(settings, name) == listen:
+            return f"OUTBOX_{name.upper()}"
     return "listen address"

@@ -31,15 +31,22 @@ from services.scheduler.storage.intake import (
 )
 from shared import bounds
 from shared.errors import AlreadyExists, FieldViolation, InvalidInput
+from shared.gate import Gate
 from shared.proto_mapping import id_text, not_found
 from shared.states import BatchMode
 
 T = TypeVar("T")
 
-# Uploads whose rows are being read; a thread waits for its caller most of the time.
-_THREADS: Final = 64
-# Batches of one message that are read: this is work, so more threads would not be faster.
-_WORKERS: Final = 4
+# Uploads under way. Each holds a block of rows (4 Mi characters at most) and the chunk that it is
+# cut from (4 MiB), the next block beside it once it is being stored; a thread waits for its caller
+# most of the time.
+_UPLOADS: Final = 16
+# Batches of one message, 5 MiB each: reading is work, so more at once would not be faster.
+_BATCHES: Final = 4
+# Calls beyond those wait before their first message is received, and hold nothing.
+_WAITING: Final = 500
+# How long for a transaction, while others are stored.
+_STORE_PATIENCE: Final = timedelta(seconds=30)
 # A rollback takes a moment; one that takes longer must not hold up the end of the process.
 _END_LIMIT: Final = timedelta(seconds=5)
 _QUEUE_UNREACHABLE: Final = (
@@ -78,6 +85,8 @@ class Intake:
 
         As many uploads and as many batches of one message: those must not wait for slow uploads.
         """
+        self.batches = Gate("batches", at_once=_BATCHES, waiting=_WAITING)
+        self.uploads = Gate("uploads", at_once=_UPLOADS, waiting=_WAITING)
         self._store = store
         self._load = load
         self._max_message_bytes = max_message_bytes
@@ -85,10 +94,13 @@ class Intake:
         self._idle = asyncio.Event()
         self._idle.set()
         each = max(most_open // 2, 1)
-        self._places = {waits: asyncio.Semaphore(each) for waits in (False, True)}
+        self._places = {
+            waits: Gate("intakes", at_once=each, waiting=_UPLOADS, patience=_STORE_PATIENCE)
+            for waits in (False, True)
+        }
         self._threads = {
             waits: ThreadPoolExecutor(count, thread_name_prefix=f"intake-{name}")
-            for waits, count, name in ((False, _WORKERS, "batch"), (True, _THREADS, "upload"))
+            for waits, count, name in ((False, _BATCHES, "batch"), (True, _UPLOADS, "upload"))
         }
 
     async def close(self) -> None:
@@ -112,6 +124,7 @@ class Intake:
             InvalidInput: what is wrong with the payload or a template; ROW_REJECTED,
                 NO_ROW_ACCEPTED, SPACING_INVALID.
             Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS.
+            ResourceExhausted: TOO_MANY_CALLS.
         """
         reader = BlockReader(payload, options, self._max_message_bytes)
         steps = _Steps(reader, self._threads[reader.waits])
@@ -154,7 +167,8 @@ class Intake:
     ) -> Acceptance | None:
         """Store the batch; None: there is one of this `request_id`."""
         block = await steps.next()
-        async with self._places[steps.reader.waits], self._store.begin() as transaction:
+        place = self._places[steps.reader.waits].entered()
+        async with place, self._store.begin() as transaction:
             begun = await transaction.insert_batch(
                 options, sender.user_id, steps.reader.variable_names
             )

@@ -94,7 +94,9 @@ def _services(
             "outbox.v1.SenderService", partial(add_SenderServiceServicer_to_server, senders)
         ),
         ServiceBinding(
-            "outbox.v1.BatchService", partial(add_BatchServiceServicer_to_server, batches)
+            "outbox.v1.BatchService",
+            partial(add_BatchServiceServicer_to_server, batches),
+            {"ScheduleBatch": intake.batches, "UploadBatch": intake.uploads},
         ),
         ServiceBinding(
             "outbox.v1.EmailJobService", partial(add_EmailJobServiceServicer_to_server, jobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -32,8 +33,10 @@ from outbox.v1 import (
 
 from shared.auth import CallerKind, current_caller
 from shared.errors import ConfigurationError, FieldViolation, InvalidInput, Unavailable
+from shared.gate import Gate
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.settings import Settings, load_settings
+from tests.eventually import eventually
 
 STATS = "outbox.v1.StatsService"
 BATCHES = "outbox.v1.BatchService"
@@ -74,9 +77,13 @@ class Stats(stats_service_pb2_grpc.StatsServiceServicer):
         try:
             await self.behaviour()
         except BaseException as error:
-            self.ended.set_result(type(error))
+            self._end(type(error))
             raise
-        self.ended.set_result(None)
+        self._end(None)
+
+    def _end(self, how: type[BaseException] | None) -> None:
+        if not self.ended.done():  # of the first call
+            self.ended.set_result(how)
 
     async def nothing(self) -> None:
         """Return at once."""
@@ -122,6 +129,10 @@ class Stack:
                     lambda server: stats_service_pb2_grpc.add_StatsServiceServicer_to_server(
                         self.stats, server
                     ),
+                    {
+                        "WatchSenderStats": Gate("streams", at_once=1, waiting=0),
+                        "GetSenderStats": Gate("calls", at_once=2, waiting=1),
+                    },
                 ),
                 ServiceBinding(
                     BATCHES,
@@ -398,6 +409,61 @@ grpc.insecure_channel("{stack.address}").stream_unary("/{BATCHES}/UploadBatch")(
         client.kill()
         await client.wait()
         assert await stack.batches.ended != "whole"
+
+
+async def test_a_unary_call_without_a_message_is_the_callers_error(stack: Stack) -> None:
+    async def nothing() -> AsyncIterator[bytes]:
+        for message in tuple[bytes]():
+            yield message
+
+    call = stack.channel.stream_unary(f"/{STATS}/GetSenderStats")
+    status = await stack.refused(call(nothing(), timeout=10))
+    assert reason(status) == ("INVALID_ARGUMENT", "MALFORMED_MESSAGE")
+
+
+async def test_a_message_over_the_size_limit_is_refused_unread(stack: Stack) -> None:
+    call = stack.channel.unary_unary(f"/{STATS}/GetSenderStats")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(b"\x12" + bytes(6 * 1024 * 1024), timeout=10)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not stack.stats.entered.is_set()
+
+
+async def test_calls_beyond_what_is_done_at_once_wait_and_the_rest_is_refused(
+    stack: Stack,
+) -> None:
+    stack.stats.behaviour = stack.stats.wait
+    inside = [asyncio.ensure_future(stack.call()) for _ in range(3)]
+    await stack.stats.entered.wait()
+    status = await stack.refused(stack.call())
+    assert reason(status) == ("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS")
+    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+    # Health is asked by who decides whether to restart us.
+    assert await stack.state() == NOT_SERVING
+    stack.stats.release.set()
+    for call in inside:
+        assert (await call).sender_id == "7"
+
+
+async def test_streams_have_a_bound_too_and_an_end_makes_room(stack: Stack) -> None:
+    request = stats_service_pb2.WatchSenderStatsRequest(sender_id="7")
+    stack.stats.behaviour = stack.stats.wait
+    first = stack.stub.WatchSenderStats(request)
+    await stack.stats.entered.wait()
+    status = await stack.refused(stack.stub.WatchSenderStats(request).read())
+    assert reason(status) == ("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS")
+    first.cancel()
+    await stack.stats.ended
+
+    async def watched() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            return isinstance(
+                await stack.stub.WatchSenderStats(request).read(),
+                stats_service_pb2.WatchSenderStatsResponse,
+            )
+        return False
+
+    await eventually(watched)
 
 
 async def test_a_csv_of_4_mib_fits_into_a_unary_call(stack: Stack) -> None:

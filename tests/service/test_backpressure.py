@@ -1,0 +1,227 @@
+"""A scheduler under pressure says so, with the time to come again, and neither grows nor hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
+
+from deploy.local.ports import free_port
+from services.scheduler import intake
+from shared.settings import load_settings
+from tests.conftest import Stores
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, options_for, running_scheduler
+
+
+async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
+    """Return code and reason of a refusal, which must say when to come again."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(20):
+            await call
+    return reasons_of(caught.value)
+
+
+def reasons_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Return code and reason; an error without RetryInfo fails the test."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"no details: {error}"
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert any(detail.Unpack(retry) for detail in status.details), error
+    assert retry.retry_delay.ToMilliseconds() > 0
+    return error.code().name, info.reason
+
+
+# PostgreSQL is full, or gone -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", ["email_jobs", "batches", "count_deltas"])
+async def test_a_full_disk_refuses_the_batch_and_a_later_try_is_fine(
+    database_url: str, redis_url: str, table: str
+) -> None:
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        scheduler.execute(
+            "CREATE FUNCTION disk_full() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " RAISE EXCEPTION 'could not extend file: No space left' USING ERRCODE = '53100';"
+            " END $$"
+        )
+        try:
+            scheduler.execute(
+                f"CREATE TRIGGER full_disk BEFORE INSERT ON {table}"
+                " FOR EACH ROW EXECUTE FUNCTION disk_full()"
+            )
+            refused = await pressed(scheduler.schedule(sender, request_id="once"))
+            refused_upload = await pressed(scheduler.batches.UploadBatch(upload(sender)))
+        finally:
+            scheduler.execute("DROP FUNCTION disk_full CASCADE")
+
+        assert refused == refused_upload == ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED")
+        assert scheduler.value("SELECT count(*) FROM email_jobs") == 0
+        assert not (await scheduler.schedule(sender, request_id="once")).replayed
+
+
+async def test_a_postgresql_without_a_connection_to_give_is_unavailable_until_it_has(
+    database_url: str, redis_url: str, stores: Stores
+) -> None:
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        with psycopg.connect(stores.postgres.url("postgres", "postgres"), autocommit=True) as admin:
+            admin.execute("ALTER ROLE outbox CONNECTION LIMIT 0")
+            try:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE usename = 'outbox'"
+                )
+                refused = await pressed(scheduler.schedule(sender))
+            finally:
+                admin.execute("ALTER ROLE outbox CONNECTION LIMIT -1")
+        assert refused == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+        assert (await scheduler.schedule(sender)).batch.accepted_count == 1
+
+
+# A flood -------------------------------------------------------------------------------------
+
+
+async def test_a_flood_into_a_database_that_stands_still_is_refused_at_once(
+    database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "_WAITING", 3)
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        with psycopg.connect(database_url) as holder:
+            holder.execute("LOCK TABLE batches IN ACCESS EXCLUSIVE MODE")
+            flood = [asyncio.ensure_future(scheduler.schedule(sender)) for _ in range(40)]
+            await eventually(lambda: sum(call.done() for call in flood) == 40 - 4 - 3)
+            refused = Counter(
+                reasons_of(error)
+                for call in flood
+                if call.done() and isinstance(error := call.exception(), grpc.aio.AioRpcError)
+            )
+            assert refused == {("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS"): 33}
+            # Others have places and connections of their own.
+            await scheduler.senders.GetSender(
+                sender_service_pb2.GetSenderRequest(sender_id=sender.sender_id), timeout=5
+            )
+        answers = await asyncio.gather(*flood, return_exceptions=True)
+        assert sum(not isinstance(answer, BaseException) for answer in answers) == 7
+        assert scheduler.value("SELECT count(*) FROM batches") == 7
+
+
+@asynccontextmanager
+async def scheduler_process(
+    database_url: str, redis_url: str, folder: Path
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    address = f"127.0.0.1:{free_port()}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "services.scheduler",
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path.cwd()),
+            "OUTBOX_DATABASE_URL": database_url,
+            "OUTBOX_REDIS_URL": redis_url,
+            "OUTBOX_SCHEDULER_LISTEN": address,
+            "OUTBOX_AUTH": "off",
+            "OUTBOX_LOG_LEVEL": "warning",
+        },
+    )
+    try:
+        yield process, address
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def peak_mib(process: asyncio.subprocess.Process) -> float:
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+# A row of half a MiB in a column that no template uses.
+ROW = b"a@b.org," + b"x" * (512 * 1024) + b"\n"
+
+
+async def upload(
+    sender: sender_pb2.Sender,
+) -> AsyncIterator[batch_service_pb2.UploadBatchRequest]:
+    yield batch_service_pb2.UploadBatchRequest(options=options_for(sender))
+    yield batch_service_pb2.UploadBatchRequest(chunk=b"email,note\n")
+    yield batch_service_pb2.UploadBatchRequest(chunk=ROW)
+
+
+@pytest.mark.parametrize(("kind", "calls"), [("uploads", 200), ("batches", 100)])
+async def test_a_flood_ends_and_does_not_grow_the_scheduler(
+    database_url: str, redis_url: str, tmp_path: Path, kind: str, calls: int
+) -> None:
+    async with AsyncExitStack() as stack:
+        process, address = await stack.enter_async_context(
+            scheduler_process(database_url, redis_url, tmp_path)
+        )
+        # Connections of their own: one alone is slowed down by its window.
+        schedulers = [
+            Scheduler(
+                await stack.enter_async_context(
+                    grpc.aio.insecure_channel(
+                        address, options=[("grpc.use_local_subchannel_pool", 1)]
+                    )
+                ),
+                load_settings(database_url=database_url),
+                address,
+            )
+            for _ in range(20)
+        ]
+        await eventually(lambda: serves(schedulers[0]))
+        sender = await schedulers[0].sender()
+        await schedulers[0].schedule(sender)
+        before = peak_mib(process)
+
+        csv = b"email,note\n" + ROW
+
+        def call(n: int) -> Awaitable[Any]:
+            scheduler = schedulers[n % 20]
+            if kind == "uploads":
+                return scheduler.batches.UploadBatch(upload(sender))
+            return scheduler.schedule(sender, csv)
+
+        async with asyncio.timeout(60):
+            answers = await asyncio.gather(*(call(n) for n in range(calls)), return_exceptions=True)
+
+        accepted = [answer for answer in answers if not isinstance(answer, BaseException)]
+        refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert len(accepted) + len(refused) == calls
+        for error in refused:
+            # A client of grpc.aio that is refused while it sends may lose the answer, and says so.
+            if not (kind == "uploads" and error.details() == "Internal error from Core"):
+                assert reasons_of(error) == ("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS")
+        assert all(answer.batch.accepted_count == 1 for answer in accepted)
+        assert schedulers[0].value("SELECT count(*) FROM email_jobs") == 1 + len(accepted)
+        assert len(accepted) >= 20
+        # Measured: 160 (200 uploads of 1 MiB where nothing bounds them: 1,770).
+        assert peak_mib(process) - before < 250
+
+
+async def serves(scheduler: Scheduler) -> bool:
+    try:
+        await scheduler.senders.ListSenders(
+            sender_service_pb2.ListSendersRequest(user_id="ann"), timeout=2
+        )
+    except grpc.aio.AioRpcError:
+        return False
+    return True
