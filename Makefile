@@ -3,8 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-PROTOS := $(shell find protos third_party -name '*.proto')
-STUBS := shared/pb/outbox.binpb
+PROTOS := $(shell find protos -name '*.proto')
+# The client's distribution owns all generated code: the stubs, and the blocking client.
+STUBS := client/src/outbox/v1/outbox.binpb
+ASYNC := $(wildcard client/src/outbox_client/_async/*.py)
 
 .PHONY: help
 help: ## Print this help
@@ -15,11 +17,13 @@ help: ## Print this help
 	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@touch $@
 
-$(STUBS): .venv/packages hatch_build.py $(PROTOS)
-	$(BIN)/python hatch_build.py
+$(STUBS): .venv/packages client/hatch_build.py $(PROTOS) $(ASYNC)
+	@rm -rf shared/pb  # where it lay before
+	$(BIN)/python client/hatch_build.py
 
-$(READY): .venv/packages $(STUBS) pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+$(READY): .venv/packages $(STUBS) pyproject.toml client/pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --editable client --editable .
 	@touch $@
 
 .PHONY: protos
@@ -63,4 +67,4 @@ bench: $(READY) ## Measure intake, dispatch and lateness (needs postfix's smtp-s
 .PHONY: lock
 lock: ## Resolve the dependencies again (needs uv)
 	uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --universal \
-	  --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock
+	  --no-emit-package outbox-client --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock

@@ -19,7 +19,7 @@ from google.protobuf.descriptor_pb2 import (
 )
 
 ROOT: Final = Path(__file__).parent.parent
-SOURCE: Final = ROOT / "shared" / "pb" / "outbox.binpb"
+SOURCE: Final = ROOT / "client" / "src" / "outbox" / "v1" / "outbox.binpb"
 TARGET: Final = ROOT / "docs" / "api.md"
 PACKAGE: Final = "outbox.v1"
 # Field numbers in descriptor.proto: what a path of a comment is made of.

@@ -7,19 +7,22 @@ has, answers both.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 import grpc
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import Default
+from google.protobuf.json_format import MessageToJson, Parse
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
-from grpc_reflection_v1 import reflection_pb2 as reflection_v1_pb2
 
-# Importing v1's module also puts its descriptor into the pool, so that tools can describe it.
-V1 = reflection_v1_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
-V1_ALPHA = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+V1_ALPHA: Final = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"].full_name
+V1: Final = V1_ALPHA.replace("v1alpha", "v1")
 
 
 def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
     """Let `server` describe `services` (full names; their descriptors are in the default pool)."""
+    _describe_v1()
     servicer = ReflectionServicer((*services, V1, V1_ALPHA))
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     method = grpc.stream_stream_rpc_method_handler(
@@ -30,3 +33,12 @@ def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(V1, {"ServerReflectionInfo": method}),)
     )
+
+
+def _describe_v1() -> None:
+    """Put v1's descriptor into the pool, so that tools can describe it: v1alpha's, renamed."""
+    alpha = FileDescriptorProto()
+    reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
+    v1 = Parse(MessageToJson(alpha).replace("v1alpha", "v1"), FileDescriptorProto())
+    # The same file again is nothing new to the pool.
+    Default().AddSerializedFile(v1.SerializeToString())

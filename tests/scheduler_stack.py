@@ -140,8 +140,12 @@ async def running_scheduler(
     loaded = load_settings(
         database_url=database_url,
         redis_url=redis_url,
-        scheduler_listen="127.0.0.1:0",
-        **{"auth": "off", "shutdown_grace": "5s", **settings},
+        **{
+            "scheduler_listen": "127.0.0.1:0",
+            "auth": "off",
+            "shutdown_grace": "5s",
+            **settings,
+        },
     )
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

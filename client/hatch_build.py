@@ -1,0 +1,148 @@
+"""Generates what is never committed: the protobuf and gRPC code, and the blocking client.
+
+Runs as hatch's build hook, and as a script for `make protos`.
+
+- `src/outbox/v1`: protoc's modules, their type stubs, and `outbox.binpb`, the descriptors with
+  their comments, for tools that want them in a file.
+- `src/outbox_client/_sync`: `_async` without its `async` and `await`, so that there is one client
+  to keep and not two.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT: Final = Path(__file__).parent
+SOURCE: Final = ROOT / "src"
+STUBS: Final = SOURCE / "outbox"
+ASYNC: Final = SOURCE / "outbox_client" / "_async"
+SYNC: Final = SOURCE / "outbox_client" / "_sync"
+
+# In this order. A dozen patterns, on code that is ours, and checked by mypy and the tests
+# afterwards: no parser is needed.
+_BLOCKING: Final = (
+    (r"\basync (def|for|with)\b", r"\1"),
+    (r"\bawait ", ""),
+    (r"\bgrpc\.aio\b", "grpc"),
+    (r"\boutbox_client\._async\b", "outbox_client._sync"),
+    (r"\boutbox_client import aio as io\b", "outbox_client import blocking as io"),
+    (r"\bAsyncClient\b", "Client"),
+    (r"\bRows\b", "BlockingRows"),
+    (r"(\w+)AsyncStub\b", r"\1Stub"),
+    (r"\bAsync(Iterator|Iterable|Generator)\b", r"\1"),
+    (r"\bAwaitable\[([^][]*(?:\[[^][]*\])?[^][]*)\]", r"\1"),
+    (r"__a(enter|exit)__", r"__\1__"),
+    (r"\baclosing\b", "closing"),
+)
+
+
+def generate() -> None:
+    """Replace all generated code.
+
+    Raises:
+        RuntimeError: protoc refused the protos; it has printed why.
+    """
+    shutil.rmtree(STUBS, ignore_errors=True)
+    shutil.rmtree(SYNC, ignore_errors=True)
+    _write_blocking_client()
+    _write_stubs(_protos())
+
+
+def _protos() -> Path:
+    """Return the folder of the protos: beside us in an sdist, one above in the repository."""
+    beside = ROOT / "protos"
+    return beside if beside.is_dir() else ROOT.parent / "protos"
+
+
+def _write_stubs(protos: Path) -> None:
+    sources = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
+    package = STUBS / "v1"
+    package.mkdir(parents=True)
+    _protoc(
+        protos,
+        [
+            f"--python_out={SOURCE}",
+            f"--grpc_python_out={SOURCE}",
+            f"--mypy_out=quiet:{SOURCE}",
+            f"--mypy_grpc_out=quiet:{SOURCE}",
+            *sources,
+        ],
+    )
+    # A JSON transcoder needs google.rpc's error details in the set, or its errors are empty.
+    details = ["google/rpc/error_details.proto", "google/rpc/status.proto"]
+    _protoc(
+        protos,
+        [
+            "--include_imports",
+            # Comments, which `buf lint` checks and API pages are made from.
+            "--include_source_info",
+            f"--descriptor_set_out={package / 'outbox.binpb'}",
+            *sources,
+            *details,
+        ],
+    )
+    for folder in (STUBS, package):
+        (folder / "__init__.py").touch()
+        (folder / "py.typed").touch()
+
+
+def _protoc(protos: Path, arguments: Sequence[str]) -> None:
+    import google.rpc
+    import grpc_tools
+    from grpc_tools import protoc
+
+    # The plugins lie beside the interpreter, which may run without its environment activated; in
+    # an isolated build they are on the PATH.
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    plugins = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
+    includes = (
+        protos,
+        Path(grpc_tools.__file__).parent / "_proto",
+        Path(next(iter(google.rpc.__path__))).parent.parent,
+    )
+    outcome = protoc.main(
+        [
+            "protoc",
+            *(f"-I{include}" for include in includes),
+            *(f"--plugin={name}={shutil.which(name, path=beside)}" for name in plugins),
+            *arguments,
+        ]
+    )
+    if outcome:
+        raise RuntimeError(f"protoc ended with {outcome}")
+
+
+def _write_blocking_client() -> None:
+    SYNC.mkdir()
+    for path in ASYNC.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for pattern, replacement in _BLOCKING:
+            text = re.sub(pattern, replacement, text)
+        note = f"# Generated from _async/{path.name} by hatch_build.py: change that.\n"
+        (SYNC / path.name).write_text(note + text, encoding="utf-8")
+
+
+class StubsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """hatch's hook: every build, an editable one too, starts from fresh generated code."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Generate before hatch collects the files."""
+        if self.target_name == "wheel":  # an sdist has the sources
+            generate()
+
+
+if __name__ == "__main__":
+    try:
+        generate()
+    except RuntimeError as error:
+        sys.exit(str(error))

@@ -1,0 +1,115 @@
+"""What the generated stubs call: a channel whose calls have a caller, a deadline and retries."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from outbox_client import aio as io
+from outbox_client.blocking import open_channel
+from outbox_client.errors import CallError, error_of
+from outbox_client.retries import BY_REQUEST_ID, READS, Attempts
+from outbox_client.settings import Connection
+
+
+class Channel:
+    """Stands in for gRPC's channel. Raises CallError for every call that fails."""
+
+    def __init__(self, address: str, connection: Connection) -> None:
+        self._connection = connection
+        self._channel = io.open_channel(address, connection)
+        # Of uploads: `io.send_all` says why. Connects when it is first used, like the other.
+        self._uploads = open_channel(address, connection)
+
+    async def close(self) -> None:
+        """Close it; calls under way are cancelled."""
+        await self._channel.close()
+        self._uploads.close()
+
+    def unary_unary(self, method: str, *coders: Any, **named: Any) -> Callable[..., Awaitable[Any]]:
+        """Return what makes the calls of a method. Those that are safe to repeat are."""
+        call = self._channel.unary_unary(method, *coders, **named)
+        by_request_id = method in BY_REQUEST_ID
+        safe = by_request_id or method in READS
+
+        async def answer(
+            request: Any, timeout: float | None = None, metadata: Any = None, **more: Any
+        ) -> Any:
+            connection = self._connection
+            limit = connection.timeout if timeout is None else timeout
+            attempts = Attempts(connection.retry, limit, safe=safe)
+            if by_request_id:
+                request = with_request_id(request)
+            try:
+                while True:
+                    try:
+                        return await call(
+                            request,
+                            timeout=attempts.remaining(),
+                            metadata=connection.metadata(metadata),
+                            **more,
+                        )
+                    except grpc.RpcError as error:
+                        pause = attempts.pause_after(error_of(error))
+                    await io.sleep(pause)
+            except CallError as error:
+                if by_request_id:
+                    error.request_id = request.options.request_id
+                raise
+
+        return answer
+
+    def unary_stream(self, method: str, *coders: Any, **named: Any) -> Callable[..., Any]:
+        """Return what opens the streams of a method: no deadline but the caller's, no retries."""
+        call = self._channel.unary_stream(method, *coders, **named)
+
+        async def answer(
+            request: Any, timeout: float | None = None, metadata: Any = None, **more: Any
+        ) -> AsyncIterator[Any]:
+            stream = call(
+                request, timeout=timeout, metadata=self._connection.metadata(metadata), **more
+            )
+            try:
+                async for message in stream:
+                    yield message
+            except grpc.RpcError as error:
+                raise error_of(error) from None
+            finally:
+                stream.cancel()
+
+        return answer
+
+    def stream_unary(
+        self, method: str, *coders: Any, **named: Any
+    ) -> Callable[..., Awaitable[Any]]:
+        """Return what uploads: one try each, since what was streamed is gone."""
+        call = self._uploads.stream_unary(method, *coders, **named)
+
+        async def answer(
+            messages: Any, timeout: float | None = None, metadata: Any = None, **_: Any
+        ) -> Any:
+            connection = self._connection
+            limit = connection.upload_timeout if timeout is None else timeout
+            try:
+                return await io.send_all(call, messages, limit, connection.metadata(metadata))
+            except grpc.RpcError as error:
+                raise error_of(error) from None
+
+        return answer
+
+    def stream_stream(self, method: str, *_: Any, **__: Any) -> Any:
+        """Refuse: Outbox has no such method."""
+        raise NotImplementedError(method)
+
+
+def with_request_id(request: Any) -> Any:
+    """Return the request, with a new `options.request_id` if it has none."""
+    if request.options.request_id:
+        return request
+    copy = type(request)()
+    copy.CopyFrom(request)
+    copy.options.request_id = str(uuid.uuid4())
+    return copy

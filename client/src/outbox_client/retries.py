@@ -1,0 +1,112 @@
+"""Which calls may be repeated, when, and how often. Knows no channel and no clock but its own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+import grpc
+from google.api import annotations_pb2
+from outbox.v1 import (
+    batch_service_pb2,
+    dispatcher_service_pb2,
+    email_job_service_pb2,
+    sender_service_pb2,
+    stats_service_pb2,
+    suppression_service_pb2,
+)
+
+from outbox_client.errors import CallError
+
+_SERVICES: Final = (
+    batch_service_pb2,
+    dispatcher_service_pb2,
+    email_job_service_pb2,
+    sender_service_pb2,
+    stats_service_pb2,
+    suppression_service_pb2,
+)
+# What a call may at least take that has no time left: gRPC reads 0 as no deadline at all.
+_LEAST_S: Final = 0.001
+
+
+def _reads() -> Iterator[str]:
+    """Yield the methods that change nothing: those that are a GET over REST."""
+    for module in _SERVICES:
+        for service in module.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                rule = method.GetOptions().Extensions[annotations_pb2.http]
+                if any(one.HasField("get") for one in (rule, *rule.additional_bindings)):
+                    yield f"/{service.full_name}/{method.name}"
+
+
+READS: Final = frozenset(_reads())
+# Counts once by its `options.request_id`, which the client fills in. UploadBatch does too, but
+# only AsyncClient.upload knows whether its source can be read again.
+BY_REQUEST_ID: Final = frozenset({"/outbox.v1.BatchService/ScheduleBatch"})
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a safe call is tried, and how long it waits in between.
+
+    The pauses grow from `first` by `factor` to `longest`, each a fifth shorter or longer by chance;
+    a longer delay that the server asks for is kept. By default 7 tries within 6.3 s.
+    """
+
+    tries: int = 7
+    first: timedelta = timedelta(milliseconds=100)
+    factor: float = 2.0
+    longest: timedelta = timedelta(seconds=5)
+
+
+NO_RETRIES: Final = RetryPolicy(tries=1)
+
+
+class Attempts:
+    """The tries of one call, and the time that they share."""
+
+    def __init__(self, policy: RetryPolicy, timeout: float | None, *, safe: bool) -> None:
+        """`timeout` is for all tries together, in seconds; None: no end."""
+        self._policy = policy
+        self._safe = safe
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._failed = 0
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left; None: no end."""
+        return None if self._end is None else max(self._end - time.monotonic(), _LEAST_S)
+
+    def pause_after(self, error: CallError) -> float:
+        """Return the seconds to wait before the next try.
+
+        Raises:
+            CallError: `error` itself: it would not help, is not safe, or there is no time left.
+        """
+        self._failed += 1
+        if not self._safe or self._failed >= self._policy.tries or not may_pass(error):
+            raise error
+        policy = self._policy
+        grown = policy.first.total_seconds() * policy.factor ** (self._failed - 1)
+        pause = min(grown, policy.longest.total_seconds()) * random.uniform(0.8, 1.2)  # noqa: S311
+        if error.retry_delay is not None:
+            pause = max(pause, error.retry_delay.total_seconds())
+        if self._end is not None and time.monotonic() + pause >= self._end:
+            raise error
+        return pause
+
+
+def may_pass(error: CallError) -> bool:
+    """Return whether the same call may succeed a little later."""
+    if error.code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.reason:
+        # Of a proxy, which is busy; or of gRPC itself, to which a message is too large for ever.
+        return "larger than max" not in error.message
+    if error.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED):
+        return error.retry_delay is not None
+    return False
