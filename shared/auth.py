@@ -83,12 +83,23 @@ def is_loopback(listen: str) -> bool:
         return False  # a name may mean any address tomorrow
 
 
-_current: ContextVar[Caller] = ContextVar("outbox_caller")
+class Call:
+    """A call under way: who makes it, and whether its statements are bound to a user yet."""
+
+    __slots__ = ("bounded", "caller")
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        # Set by `shared.ownership` alone.
+        self.bounded = False
+
+
+_current: ContextVar[Call | None] = ContextVar("outbox_call", default=None)
 
 
 def set_current_caller(caller: Caller) -> None:
     """Make `caller` the one of the call under way; the server does this for every call."""
-    _current.set(caller)
+    _current.set(Call(caller))
 
 
 def current_caller() -> Caller:
@@ -97,10 +108,15 @@ def current_caller() -> Caller:
     Raises:
         Unauthenticated: there is none, outside of a call.
     """
-    try:
-        return _current.get()
-    except LookupError:
-        raise Unauthenticated("there is no caller outside of a call") from None
+    call = _current.get()
+    if call is None:
+        raise Unauthenticated("there is no caller outside of a call")
+    return call.caller
+
+
+def call_under_way() -> Call | None:
+    """Return the call under way; None outside of one."""
+    return _current.get()
 
 
 def check_may_call(caller: Caller, method: str) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from shared.ownership import refuse_unbounded
 from shared.settings import Settings
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ def create_engine(
 
     `lookups_only`: every statement finds its rows by keys. Its plans must not change with what
     the statistics say of a table that was filled a moment ago.
+    No statement of a call runs before the call is bound to its user: `shared.ownership`.
     `single_statements`: each statement is its own transaction, in one round trip and not four.
     """
     options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC -c jit=off"
@@ -54,7 +56,7 @@ def create_engine(
         # And in the order of the index: a bitmap of a sender's jobs, sorted for the first 128 of
         # them, takes 0.5 s at a million.
         options += " -c enable_bitmapscan=off"
-    return create_async_engine(
+    engine = create_async_engine(
         driver_url(settings.database_url),
         pool_size=settings.database_pool,
         max_overflow=0,
@@ -75,6 +77,8 @@ def create_engine(
             "tcp_user_timeout": 10_000,
         },
     )
+    refuse_unbounded(engine)
+    return engine
 
 
 @asynccontextmanager

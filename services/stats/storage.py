@@ -35,6 +35,7 @@ from shared.models import (
     SenderCount,
     SenderHourCount,
 )
+from shared.ownership import owned_by
 from shared.states import JobState
 
 # Deltas moved by one transaction: under 0.1 s, so that another fold never waits for long.
@@ -201,9 +202,11 @@ async def read_sender(
 
     The connection must be a `snapshot`. `window` is the length of the trailing window.
     """
-    statement = _sender_statement(window).where(Sender.id == sender_id, Sender.deleted_at.is_(None))
-    if user_id is not None:
-        statement = statement.where(Sender.user_id == user_id)
+    statement = owned_by(
+        _sender_statement(window).where(Sender.id == sender_id, Sender.deleted_at.is_(None)),
+        Sender.user_id,
+        user_id,
+    )
     found = (await connection.execute(statement)).one_or_none()
     if found is None:
         return None
@@ -295,15 +298,16 @@ async def read_user(
     Deleted senders are among them, so that the parts add up to the whole. The connection must be
     a `snapshot`.
     """
+    statement = owned_by(
+        select(Sender.id, Sender.email)
+        .where(Sender.id > after_sender_id)
+        .order_by(Sender.id)
+        .limit(limit + 1),
+        Sender.user_id,
+        user_id,
+    )
     read_at: datetime = (await connection.execute(select(func.statement_timestamp()))).scalar_one()
-    page = (
-        await connection.execute(
-            select(Sender.id, Sender.email)
-            .where(Sender.user_id == user_id, Sender.id > after_sender_id)
-            .order_by(Sender.id)
-            .limit(limit + 1)
-        )
-    ).all()
+    page = (await connection.execute(statement)).all()
     shown = page[:limit]
     counts = await sender_counts(connection, [row.id for row in shown])
     return UserStats(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-import psycopg
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import error_details_pb2
@@ -24,13 +23,11 @@ from outbox.v1 import (  # noqa: F401 - importing them is what makes the service
     stats_service_pb2,
     suppression_service_pb2,
 )
-from psycopg import sql
 
-from services.stats.server import serve as serve_stats
-from shared.models import Base
-from shared.settings import load_settings
+from tests.fingerprint import Fingerprint
 from tests.hostile import Requests
 from tests.scheduler_stack import Scheduler, running_scheduler
+from tests.stats_stack import stats_server
 
 CALLS: Final = 10_000
 SEED: Final = 1
@@ -39,14 +36,6 @@ AT_ONCE: Final = 20
 LIMIT_S: Final = 20
 SCHEDULER: Final = ("SenderService", "BatchService", "EmailJobService", "SuppressionService")
 
-# Counts are folded meanwhile, and a marker goes when its head is loaded.
-MOVING: Final = (
-    "count_deltas",
-    "batch_counts",
-    "sender_counts",
-    "sender_hour_counts",
-    "head_markers",
-)
 # What a caller who asks for nonsense may be told.
 ANSWERS: Final = {
     grpc.StatusCode.OK,
@@ -103,20 +92,6 @@ class Call:
         return None
 
 
-@asynccontextmanager
-async def stats_server(database_url: str, redis_url: str) -> AsyncIterator[grpc.aio.Channel]:
-    stop = asyncio.Event()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    settings = load_settings(
-        database_url=database_url, redis_url=redis_url, stats_listen="127.0.0.1:0", auth="off"
-    )
-    async with asyncio.TaskGroup() as group:
-        group.create_task(serve_stats(settings, stop, ready=port.set_result))
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
-            yield channel
-        stop.set()
-
-
 async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     """Make a small world; return, by field name, what is right."""
     first, second = await scheduler.sender(), await scheduler.sender("bob")
@@ -156,25 +131,6 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
         "display_name": ["The Shop"],
         "recipient_count": [1, 1_000],
     }
-
-
-class Fingerprint:
-    """What all tables hold."""
-
-    def __init__(self, database_url: str) -> None:
-        self._url = database_url
-
-    async def take(self) -> dict[str, Any]:
-        async with await psycopg.AsyncConnection.connect(self._url, autocommit=True) as connection:
-            found = {}
-            for table in Base.metadata.sorted_tables:
-                if table.name in MOVING:
-                    continue
-                text = sql.SQL(
-                    "SELECT count(*), md5(string_agg(t::text, '|' ORDER BY t::text)) FROM {} t"
-                ).format(sql.Identifier(table.name))
-                found[table.name] = await (await connection.execute(text)).fetchone()
-            return found
 
 
 def complaint_of(error: grpc.aio.AioRpcError) -> str | None:

@@ -1,14 +1,13 @@
-"""What all statements share: whose rows they see, and what happens when two of them collide."""
+"""What happens when two transactions collide."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Final, TypeVar
 
 import psycopg
-from sqlalchemy import ColumnExpressionArgument, SQLColumnExpression
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -19,21 +18,6 @@ T = TypeVar("T")
 _TRIES: Final = 5
 _PAUSE_S: Final = 0.02
 _CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
-
-
-class _Narrowable(Protocol):
-    def where(self, *whereclause: ColumnExpressionArgument[bool]) -> Self: ...
-
-
-S = TypeVar("S", bound=_Narrowable)
-
-
-def owned_by(statement: S, owner: SQLColumnExpression[Any], user_id: str | None) -> S:
-    """Return the statement, narrowed to rows whose `owner` is this user; None: of any user.
-
-    The only place that decides what a caller sees: every statement of a call goes through it.
-    """
-    return statement if user_id is None else statement.where(owner == user_id)
 
 
 async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:

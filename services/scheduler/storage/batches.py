@@ -11,9 +11,9 @@ from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.rows import RowRejection
-from services.scheduler.storage.access import owned_by
 from shared.counts import JobCounts, batch_counts
 from shared.models import Batch, BatchRejection
+from shared.ownership import owned_by
 from shared.states import BatchMode, BatchState, DuplicatePolicy
 
 

@@ -22,10 +22,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.addresses import address_key
-from services.scheduler.storage.access import owned_by
 from shared.counts import in_state
 from shared.message_ids import message_id_address
 from shared.models import Attempt, Batch, BatchCount, CountDelta, EmailJob, Sender
+from shared.ownership import owned_by
 from shared.states import AttemptOutcome, JobState
 
 

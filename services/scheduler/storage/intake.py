@@ -28,11 +28,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.batch_options import BatchOptions
-from services.scheduler.storage.access import owned_by
 from services.scheduler.storage.suppressions import lock_suppressions
 from shared.database import transaction
 from shared.errors import Unavailable
 from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender, Suppression
+from shared.ownership import owned_by
 from shared.states import JobState
 
 # A suppression is written a moment before it can be seen.

@@ -29,10 +29,11 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.scheduler.storage.access import in_transaction, owned_by
+from services.scheduler.storage.access import in_transaction
 from services.scheduler.storage.email_jobs import may_have
 from shared.counts import in_state
 from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender
+from shared.ownership import owned_by
 from shared.states import BatchState, JobState
 
 # Jobs that one transaction takes back: some 0.5 s.

@@ -11,10 +11,10 @@ from sqlalchemy import exists, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.limits import WindowUse
-from services.scheduler.storage.access import owned_by
 from services.scheduler.storage.cancelling import end_waiting
 from shared.counts import in_state, sender_counts
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
+from shared.ownership import owned_by, owner_of
 from shared.states import JobState, SenderState, SmtpSecurity
 
 
@@ -83,7 +83,7 @@ async def insert_sender(
     connection: AsyncConnection, user_id: str, values: Mapping[str, Any]
 ) -> SenderRecord:
     """Store a new sender; `values` by the names of columns."""
-    statement = insert(Sender).values(user_id=user_id, **values).returning(*_COLUMNS)
+    statement = insert(Sender).values(user_id=owner_of(user_id), **values).returning(*_COLUMNS)
     return _record((await connection.execute(statement)).one())
 
 

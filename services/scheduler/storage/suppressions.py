@@ -11,10 +11,10 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.storage.access import owned_by
 from services.scheduler.storage.cancelling import Moved, end_waiting
 from services.scheduler.storage.email_jobs import is_to
 from shared.models import Batch, EmailJob, Suppression
+from shared.ownership import owned_by, owner_of
 from shared.states import JobState
 
 # Any number: the first half of the keys of our advisory locks on a user's suppressions.
@@ -49,7 +49,7 @@ async def lock_suppressions(
     has missed. So one of the two sees the other.
     """
     lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
-    await connection.execute(select(lock(_LOCK_SPACE, func.hashtext(user_id))))
+    await connection.execute(select(lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))))
 
 
 async def insert_suppression(

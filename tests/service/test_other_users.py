@@ -1,0 +1,344 @@
+"""Every method of every service, asked with one user's key for what another user owns.
+
+The methods come from the servers' own reflection: one that is served tomorrow is asked here too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
+from google.protobuf.message import Message
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
+from outbox.v1.dispatcher_service_pb2 import DESCRIPTOR as DISPATCHER
+
+from shared.api_key_store import insert_key
+from shared.api_keys import ApiKeyKind, make_key
+from shared.database import create_engine
+from shared.settings import load_settings
+from shared.states import JobState
+from tests.dispatchers import options, running, settings_of
+from tests.fingerprint import Fingerprint
+from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.stats_stack import stats_server
+
+# As long as the ids that there are.
+NOWHERE: Final = "987654321"
+# In every text of Ann's: it must be in no answer to Bob.
+HERS: Final = "annas-secret"
+
+# By field name, what a request needs to be right otherwise.
+RIGHT: Final[Mapping[str, Any]] = {
+    "subject": "Hello",
+    "body": "Good day",
+    "csv": b"email\na@b.org\n",
+    "chunk": b"email\na@b.org\n",
+    "email": "x@y.org",
+    "recipient_count": 1,
+    "paths": "display_name",
+    "display_name": "Taken over",
+    "resolution": 1,
+    "force": True,
+}
+IDS: Final = ("sender_id", "batch_id", "email_job_id", "email_job_ids")
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What a user owns, by the names of the fields that say which."""
+
+    sender_id: str
+    batch_id: str
+    # One for each state that a method may ask for.
+    job_ids: tuple[str, ...]
+
+    def ids(self, job: int = 0) -> dict[str, str]:
+        picked = self.job_ids[job]
+        return dict(zip(IDS, (self.sender_id, self.batch_id, picked, picked), strict=True))
+
+
+class Walk:
+    """Both servers, Ann with all that one may own, and Bob with his key."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        channels: list[grpc.aio.Channel],
+        bob: str,
+        hers: Owned,
+        his: Owned,
+    ) -> None:
+        self.scheduler = scheduler
+        self.channels = channels
+        self.metadata = _bearer(bob)
+        self.hers = hers
+        self.his = his
+        self.fingerprint = Fingerprint(scheduler.settings.database_url)
+
+    async def methods(self) -> list[tuple[MethodDescriptor, grpc.aio.Channel]]:
+        found = []
+        for channel in self.channels:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            async for answer in stub.ServerReflectionInfo(asked):
+                for service in answer.list_services_response.service:
+                    if not service.name.startswith("grpc."):
+                        known = descriptor_pool.Default().FindServiceByName(service.name)
+                        found += [(method, channel) for method in known.methods]
+        return found
+
+    async def ask(
+        self, method: MethodDescriptor, channel: grpc.aio.Channel, messages: list[Message]
+    ) -> str:
+        """Return all that Bob is told, as text."""
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        encoded = [message.SerializeToString() for message in messages]
+        answer_type = message_factory.GetMessageClass(method.output_type)
+        kwargs: Any = {"metadata": self.metadata, "timeout": 20}
+        call: Any
+        try:
+            if method.server_streaming:
+                call = channel.unary_stream(path)
+                stream = call(encoded[0], **kwargs)
+                answer = await stream.read()
+                stream.cancel()
+            elif method.client_streaming:
+                call = channel.stream_unary(path)
+                answer = await call(iter(encoded), **kwargs)
+            else:
+                call = channel.unary_unary(path)
+                answer = await call(encoded[0], **kwargs)
+        except grpc.aio.AioRpcError as error:
+            status = rpc_status.from_call(error)
+            return f"{error.code().name}: {status or error.details()}"
+        return f"OK: {answer_type.FromString(answer)}"
+
+
+def requests(
+    method: MethodDescriptor, ids: Mapping[str, str], user_id: str = ""
+) -> Iterator[list[Message]]:
+    """Yield requests that name those of `ids` that the method has a field for: one a choice."""
+    choices = max([1, *(len(one.fields) for one in method.input_type.oneofs)])
+    made = [_filled(method.input_type, ids, user_id, choice) for choice in range(choices)]
+    # The parts of an upload follow one another; otherwise each is another request.
+    yield from [made] if method.client_streaming else ([message] for message in made)
+
+
+def _filled(kind: Descriptor, ids: Mapping[str, str], user_id: str, choice: int) -> Message:
+    message: Message = message_factory.GetMessageClass(kind)()
+    for field in kind.fields:
+        oneof = field.containing_oneof
+        # A synthetic one stands for `optional`.
+        if oneof and len(oneof.fields) > 1 and list(oneof.fields).index(field) != choice:
+            continue
+        value = _value(field, ids, user_id)
+        if value is not None:
+            if field.is_repeated:
+                getattr(message, field.name).append(value)
+            else:
+                setattr(message, field.name, value)
+        elif field.message_type and _is_ours(field.message_type):
+            inner = _filled(field.message_type, ids, user_id, 0)
+            if field.is_repeated:
+                getattr(message, field.name).append(inner)
+            elif inner.ByteSize():
+                getattr(message, field.name).CopyFrom(inner)
+    return message
+
+
+def _is_ours(kind: Descriptor) -> bool:
+    ours = kind.file.package == "outbox.v1" and not kind.GetOptions().map_entry
+    return ours or kind.name == "FieldMask"
+
+
+_numbers = itertools.count(1)
+_thousands = itertools.count(500_000_001, 1_000_000)
+
+
+def _value(field: FieldDescriptor, ids: Mapping[str, str], user_id: str) -> Any:
+    if field.name == "user_id":
+        return user_id or None
+    if field.name == "request_id":
+        return f"walk-{next(_numbers)}"
+    if field.name in ids:
+        return ids[field.name]
+    return RIGHT.get(field.name)
+
+
+def _names(kind: Descriptor, seen: frozenset[str] = frozenset()) -> set[str]:
+    """Return the names of all fields of a message, to any depth."""
+    found = set()
+    for field in kind.fields:
+        found.add(field.name)
+        inner = field.message_type
+        if inner and inner.full_name not in seen and _is_ours(inner):
+            found |= _names(inner, seen | {inner.full_name})
+    return found
+
+
+async def _world(scheduler: Scheduler, user_id: str, address: str, service: str) -> Owned:
+    """Make a sender with a batch; of its jobs one failed, one is uncertain, and some wait."""
+    metadata = _bearer(service)
+    sender = await scheduler.senders.CreateSender(
+        sender_service_pb2.CreateSenderRequest(
+            user_id=user_id, sender=sender_pb2.Sender(email=address, display_name=address)
+        ),
+        metadata=metadata,
+    )
+    rows = "".join(f"{n}-{address}\n" for n in range(4))
+    accepted = await scheduler.batches.ScheduleBatch(
+        batch_service_pb2.ScheduleBatchRequest(
+            options=options_for(sender, subject=address), csv=f"email\n{rows}broken\n".encode()
+        ),
+        metadata=metadata,
+    )
+    batch_id = accepted.batch.batch_id
+    found = scheduler.rows(
+        "SELECT id FROM email_jobs WHERE batch_id = %s ORDER BY id", int(batch_id)
+    )
+    jobs = [job for (job,) in found]
+    for job, state in zip(jobs, (JobState.FAILED, JobState.UNCERTAIN), strict=False):
+        scheduler.execute(
+            "UPDATE email_jobs SET state = %s, finished_at = now(), attempt = 1 WHERE id = %s",
+            state,
+            job,
+        )
+        scheduler.execute(
+            "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+            " counted, message) VALUES (%s, 1, %s, now(), now(), 3, true, %s)",
+            job,
+            int(sender.sender_id),
+            address,
+        )
+    return Owned(sender.sender_id, batch_id, tuple(map(str, jobs[:3])))
+
+
+def _bearer(key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {key}"),)
+
+
+@pytest.fixture
+async def walk(database_url: str, redis_url: str) -> AsyncIterator[Walk]:
+    async with AsyncExitStack() as stack:
+        engine = create_engine(load_settings(database_url=database_url))
+        stack.push_async_callback(engine.dispose)
+        bob, service = make_key(), make_key()
+        async with engine.begin() as connection:
+            await insert_key(connection, bob, ApiKeyKind.USER, "bob", "")
+            await insert_key(connection, service, ApiKeyKind.SERVICE, None, "")
+        scheduler = await stack.enter_async_context(
+            running_scheduler(database_url, redis_url, auth="keys")
+        )
+        # What a first call writes is there, and no id is a part of another number.
+        scheduler.execute("INSERT INTO installation DEFAULT VALUES ON CONFLICT DO NOTHING")
+        scheduler.execute("UPDATE api_keys SET last_used_at = now()")
+        for table in ("senders", "batches", "email_jobs"):
+            scheduler.execute(f"ALTER TABLE {table} ALTER id RESTART {next(_thousands)}")
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address)),
+            await stack.enter_async_context(stats_server(database_url, redis_url, auth="keys")),
+        ]
+        hers = await _world(scheduler, "ann", f"{HERS}@example.com", service.text)
+        his = await _world(scheduler, "bob", "bob@example.com", service.text)
+        scheduler.execute(
+            "INSERT INTO suppressions (user_id, address, reason) VALUES ('ann', 'x@y.org', %s)",
+            HERS,
+        )
+        yield Walk(scheduler, channels, bob.text, hers, his)
+
+
+def forbidden_requests(
+    walk: Walk, method: MethodDescriptor
+) -> Iterator[tuple[list[str], list[Message], list[Message]]]:
+    """Yield ids of Ann's, a request of Bob's that names them, and one that names none there is."""
+    if method.name.startswith("Create"):
+        return  # the ids of what is made are the server's to give
+    named = tuple(name for name in IDS if name in _names(method.input_type))
+    # All of hers at once, and each one of hers among what is his.
+    choices = {named, *((name,) for name in named)} - {()}
+    jobs = len(walk.hers.job_ids) if any("job" in name for name in named) else 1
+    for foreign, job in itertools.product(choices, range(jobs)):
+        his = walk.his.ids(job)
+        hers = {name: walk.hers.ids(job)[name] for name in foreign}
+        nowhere: dict[str, str] = dict.fromkeys(foreign, NOWHERE)
+        ids = list(hers.values())
+        pairs = zip(requests(method, his | hers), requests(method, his | nowhere), strict=True)
+        for forbidden, missing in pairs:
+            # Otherwise it is about the other field of a oneof.
+            if any(one in str(forbidden) for one in ids):
+                yield ids, forbidden, missing
+
+
+async def test_what_another_user_owns_is_not_there(walk: Walk) -> None:
+    answers: dict[str, set[str]] = defaultdict(set)
+    before = await walk.fingerprint.take()
+    for method, channel in await walk.methods():
+        for ids, forbidden, missing in forbidden_requests(walk, method):
+            told = await walk.ask(method, channel, forbidden)
+            about = f"{method.full_name} {forbidden}: {told}"
+            assert await walk.fingerprint.take() == before, about
+            assert HERS not in told, about
+            # Not by one letter can it be told from what does not exist.
+            expected = await walk.ask(method, channel, missing)
+            for one in ids:
+                told = told.replace(one, NOWHERE)
+            assert told == expected, about
+            answers[method.name].add(told.partition(":")[0])
+    filters = {"ListSenders", "ListBatches", "ListEmailJobs", "RetryEmailJobs"}
+    for name, codes in answers.items():
+        # A filter that matches nothing is no error.
+        allowed = {"NOT_FOUND", "PERMISSION_DENIED"} | ({"OK"} if name in filters else set())
+        assert codes <= allowed or codes == {"UNIMPLEMENTED"}, f"{name}: {codes}"
+    assert {"GetSender", "UploadBatch", "ListAttempts", "GetSenderStats"} <= answers.keys()
+
+
+async def test_another_users_id_is_a_mismatch_in_every_method(walk: Walk) -> None:
+    before = await walk.fingerprint.take()
+    for method, channel in await walk.methods():
+        for messages in requests(method, walk.hers.ids(), user_id="ann"):
+            told = await walk.ask(method, channel, messages)
+            assert told.startswith("UNIMPLEMENTED") or (
+                told.startswith("PERMISSION_DENIED") and "USER_MISMATCH" in told
+            ), f"{method.full_name} {messages}: {told}"
+    assert await walk.fingerprint.take() == before
+
+
+async def test_what_is_not_named_is_the_callers_own(walk: Walk) -> None:
+    for method, channel in await walk.methods():
+        for messages in requests(method, walk.his.ids()):
+            told = await walk.ask(method, channel, messages)
+            assert HERS not in told, f"{method.full_name}: {told}"
+    assert walk.scheduler.rows("SELECT user_id, reason FROM suppressions WHERE reason <> ''") == [
+        ("ann", HERS)
+    ]
+    assert walk.scheduler.rows("SELECT state FROM senders WHERE user_id = 'ann'") == [(1,)]
+
+
+async def test_a_dispatcher_has_no_method_for_users_and_services(
+    database_url: str, redis_url: str
+) -> None:
+    engine = create_engine(load_settings(database_url=database_url))
+    keys = {ApiKeyKind.USER: make_key(), ApiKeyKind.SERVICE: make_key()}
+    async with engine.begin() as connection:
+        for kind, key in keys.items():
+            user_id = "ann" if kind is ApiKeyKind.USER else None
+            await insert_key(connection, key, kind, user_id, "")
+    await engine.dispose()
+    values = options(database_url, redis_url, "smtp://127.0.0.1:9", auth="keys")
+    async with running(settings_of(values)) as dispatcher:
+        for method in DISPATCHER.services_by_name["DispatcherService"].methods:
+            request = message_factory.GetMessageClass(method.input_type)()
+            for key in keys.values():
+                call = getattr(dispatcher.stub, method.name)
+                refusal = await refusal_of(call(request, metadata=_bearer(key.text)))
+                assert (refusal.code, refusal.reason) == ("PERMISSION_DENIED", "OPERATOR_REQUIRED")

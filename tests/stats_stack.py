@@ -1,0 +1,33 @@
+"""A stats service in this process, on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from services.stats.server import serve
+from shared.settings import load_settings
+
+
+@asynccontextmanager
+async def stats_server(
+    database_url: str, redis_url: str, **settings: Any
+) -> AsyncIterator[grpc.aio.Channel]:
+    """Run a stats service; `settings` beside the usual ones."""
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    loaded = load_settings(
+        database_url=database_url,
+        redis_url=redis_url,
+        stats_listen="127.0.0.1:0",
+        **{"auth": "off", **settings},
+    )
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve(loaded, stop, ready=port.set_result))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
+            yield channel
+        stop.set()
