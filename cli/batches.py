@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 from outbox.v1 import batch_service_pb2 as pb
-from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
 
-from cli.client import TIMEOUT_S, Server, connection
-from cli.options import PageSize, PageToken, User
+from cli.client import Server, connection, pages
+from cli.options import AllPages, PageSize, PageToken, User
 from cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = (
@@ -36,10 +35,8 @@ def get(
     batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
     """Show one batch, with its exact counts."""
-    with connection("scheduler", server) as channel:
-        batch = BatchServiceStub(channel).GetBatch(
-            pb.GetBatchRequest(batch_id=batch_id, user_id=user), timeout=TIMEOUT_S
-        )
+    with connection("scheduler", server) as client:
+        batch = client.batches.GetBatch(pb.GetBatchRequest(batch_id=batch_id, user_id=user))
     show(batch, output)
 
 
@@ -52,6 +49,7 @@ def list_(
     ] = "",
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -62,8 +60,8 @@ def list_(
     request = pb.ListBatchesRequest(
         user_id=user, sender_id=sender, page_size=page_size, page_token=page_token
     )
-    with connection("scheduler", server) as channel:
-        page = BatchServiceStub(channel).ListBatches(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        page = pages(client.batches.ListBatches, request, "batches", everything=everything)
     show_list(page, "batches", _COLUMNS, output, what="batches")
 
 
@@ -74,6 +72,7 @@ def rejections(
     user: User = "",
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -81,8 +80,8 @@ def rejections(
     request = pb.ListRejectionsRequest(
         batch_id=batch_id, user_id=user, page_size=page_size, page_token=page_token
     )
-    with connection("scheduler", server) as channel:
-        page = BatchServiceStub(channel).ListRejections(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        page = pages(client.batches.ListRejections, request, "rejections", everything=everything)
     show_list(page, "rejections", REJECTION_COLUMNS, output, what="rejections")
 
 
@@ -91,8 +90,6 @@ def cancel(
     batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
     """Cancel what still waits of a batch; says how many it was too late for."""
-    with connection("scheduler", server) as channel:
-        answer = BatchServiceStub(channel).CancelBatch(
-            pb.CancelBatchRequest(batch_id=batch_id, user_id=user), timeout=TIMEOUT_S
-        )
+    with connection("scheduler", server) as client:
+        answer = client.batches.CancelBatch(pb.CancelBatchRequest(batch_id=batch_id, user_id=user))
     show(answer, output)

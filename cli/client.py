@@ -1,37 +1,32 @@
-"""The way from a command to a service: which address, one channel, and errors as one line."""
+"""The way from a command to a service: which address, one client, and errors as one line."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
-import grpc
 import typer
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.protobuf.message import Message
+from outbox_client import CallError, Client, DeadlineExceeded, RetryPolicy, Unavailable
 
-from cli.channel import open_channel
+from cli.credentials import credentials_for
 from cli.lazy import CommandFailed
 from cli.output import printable
 from shared.settings import load_settings
 
 ENDPOINTS: Final = Path(".outbox/endpoints.json")
-# Of one call; an upload of any size and a drain take their own.
-TIMEOUT_S: Final = 30.0
-# Of one that changes very many rows.
+# Of a call that changes very many rows; what others may take is the client's default.
 LONG_TIMEOUT_S: Final = 300.0
-UPLOAD_TIMEOUT_S: Final = 3600.0
-_CHANNEL: Final = (
-    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
-    # A service that is started again is found again at once, and not after the default's 20 s.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
+_LARGEST_PAGE: Final = 1000
+# Someone waits at the terminal: 4 tries within 0.7 s, unless the server asks for more.
+_RETRY: Final = RetryPolicy(tries=4)
+
+_Request = TypeVar("_Request", bound=Message)
+_Page = TypeVar("_Page", bound=Message)
 
 Server = Annotated[
     str | None,
@@ -87,40 +82,54 @@ def read_endpoints() -> dict[str, Any] | None:
 
 
 @contextmanager
-def connection(service: str, server: str | None) -> Iterator[grpc.Channel]:
-    """One channel to a service; a call's error inside becomes a CommandFailed.
+def connection(service: str, server: str | None) -> Iterator[Client]:
+    """A client of one service; a call's error inside becomes a CommandFailed.
 
     Raises:
         CommandFailed: a call failed; the text says all that the server said, in one line.
     """
     address = find_address(service, server)
-    with open_channel(address.target, load_settings(), _CHANNEL) as channel:
+    credentials = credentials_for(address.target, load_settings())
+    addresses: dict[str, Any] = {service: address.target}
+    with Client(
+        **addresses, api_key=credentials.api_key or None, tls=credentials.tls, retry=_RETRY
+    ) as client:
         try:
-            yield channel
-        except grpc.RpcError as error:
+            yield client
+        except CallError as error:
             raise CommandFailed(describe(error, address)) from None
 
 
-def describe(error: grpc.RpcError, address: Address) -> str:
+def pages(
+    method: Callable[[_Request], _Page], request: _Request, field: str, *, everything: bool
+) -> _Page:
+    """Return one page of a list; with `everything` one that holds what all pages do."""
+    asked: Any = request
+    if everything:
+        asked.page_size = asked.page_size or _LARGEST_PAGE
+    page: Any = method(asked)
+    while everything and page.next_page_token:
+        asked.page_token = page.next_page_token
+        more: Any = method(asked)
+        getattr(page, field).extend(getattr(more, field))
+        page.next_page_token = more.next_page_token
+    answer: _Page = page
+    return answer
+
+
+def describe(error: CallError, address: Address) -> str:
     """Return one line: message, reason, field violations; or which address does not answer."""
-    code, details = error.code(), error.details() or ""
-    status = rpc_status.from_call(error)
-    if status is None and code is grpc.StatusCode.UNAVAILABLE:
-        return (
+    if isinstance(error, Unavailable) and not error.reason:
+        line = (
             f"no answer at {address.target} ({address.origin}): start `outbox up` in this folder, "
             "or name another address with --server"
         )
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"no answer in time from {address.target} ({address.origin})"
-    reason, violations = code.name, []
-    for detail in status.details if status is not None else ():
-        info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-        if detail.Unpack(info):
-            reason = info.reason
-        elif detail.Unpack(request):
-            violations = [f"{one.field}: {one.description}" for one in request.field_violations]
-    said = [text for text in violations if text not in details]
-    line = " ".join("; ".join([f"{details} ({reason})", *said]).split())
+    elif isinstance(error, DeadlineExceeded):
+        line = f"no answer in time from {address.target} ({address.origin})"
+    else:
+        line = " ".join(str(error).split())
+    if error.request_id:
+        line += f"; the batch may have been accepted: try again with --request {error.request_id}"
     return printable(line)
 
 

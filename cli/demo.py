@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Final
 
-import grpc
 import typer
 from outbox.v1.sender_pb2 import Sender
+from outbox_client import AsyncClient, CallError
 
 from cli.client import Address, describe
 from cli.demo_report import SenderReport, report_on, to_document
@@ -89,15 +89,10 @@ async def _play(
 ) -> list[SenderReport]:
     note("starting PostgreSQL, Valkey, an inbox, and our services: two dispatchers ...")
     system = LocalSystem(folder, settings, dispatchers=2, default_ports=False, say=note)
-    async with (
-        system,
-        grpc.aio.insecure_channel(system.scheduler) as scheduler,
-        grpc.aio.insecure_channel(system.stats) as stats,
-    ):
-        demo = Demo(scheduler, stats)
+    async with system, AsyncClient(system.scheduler, stats=system.stats) as client:
         try:
-            return await _main_job(demo, system, settings, csv, bundled=bundled)
-        except grpc.aio.AioRpcError as error:
+            return await _main_job(Demo(client), system, settings, csv, bundled=bundled)
+        except CallError as error:
             address = Address(system.scheduler, "the demo's own stack")
             raise CommandFailed(describe(error, address)) from None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
-from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceStub
 
-from cli.client import TIMEOUT_S, Server, connection, read_endpoints
+from cli.client import Server, connection, read_endpoints
 from cli.output import Output, OutputFormat, note, print_rows, show, value_at
 from cli.service import run
 
@@ -32,10 +31,8 @@ def dispatcher(ctx: typer.Context) -> None:
 @app.command()
 def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     """Show what a dispatcher does now; of several, --server says which."""
-    with connection("dispatcher", server) as channel:
-        found = DispatcherServiceStub(channel).GetDispatcherStatus(
-            pb.GetDispatcherStatusRequest(), timeout=TIMEOUT_S
-        )
+    with connection("dispatcher", server) as client:
+        found = client.dispatcher.GetDispatcherStatus(pb.GetDispatcherStatusRequest())
     show(found, output, without=("endpoints",))
     if output is OutputFormat.TABLE and found.endpoints:
         print_rows(
@@ -50,6 +47,6 @@ def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
 @app.command()
 def drain(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     """Let a dispatcher finish what is in flight and take no more, for as long as it lives."""
-    with connection("dispatcher", server) as channel:
-        answer = DispatcherServiceStub(channel).Drain(pb.DrainRequest(), timeout=_DRAIN_TIMEOUT_S)
+    with connection("dispatcher", server) as client:
+        answer = client.dispatcher.Drain(pb.DrainRequest(), timeout=_DRAIN_TIMEOUT_S)
     show(answer, output)

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import JobState
-from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
 
-from cli.client import LONG_TIMEOUT_S, TIMEOUT_S, Server, connection
-from cli.options import PageSize, PageToken, User, enum_reader
+from cli.client import LONG_TIMEOUT_S, Server, connection, pages
+from cli.options import AllPages, PageSize, PageToken, User, enum_reader
 from cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = (
@@ -46,9 +45,9 @@ def get(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Show one e-mail job."""
-    with connection("scheduler", server) as channel:
-        job = EmailJobServiceStub(channel).GetEmailJob(
-            pb.GetEmailJobRequest(email_job_id=email_job_id, user_id=user), timeout=TIMEOUT_S
+    with connection("scheduler", server) as client:
+        job = client.email_jobs.GetEmailJob(
+            pb.GetEmailJobRequest(email_job_id=email_job_id, user_id=user)
         )
     show(job, output)
 
@@ -77,6 +76,7 @@ def list_(
     ] = "",
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -93,8 +93,8 @@ def list_(
         page_size=page_size,
         page_token=page_token,
     )
-    with connection("scheduler", server) as channel:
-        page = EmailJobServiceStub(channel).ListEmailJobs(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        page = pages(client.email_jobs.ListEmailJobs, request, "email_jobs", everything=everything)
     show_list(page, "email_jobs", _COLUMNS, output, what="jobs")
 
 
@@ -106,9 +106,9 @@ def cancel(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Cancel a job that waits; an error says that it was too late."""
-    with connection("scheduler", server) as channel:
-        job = EmailJobServiceStub(channel).CancelEmailJob(
-            pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user), timeout=TIMEOUT_S
+    with connection("scheduler", server) as client:
+        job = client.email_jobs.CancelEmailJob(
+            pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user)
         )
     show(job, output)
 
@@ -136,8 +136,8 @@ def retry(
     request = pb.RetryEmailJobsRequest(
         user_id=user, batch_id=batch, sender_id=sender, email_job_ids=email_job_ids or []
     )
-    with connection("scheduler", server) as channel:
-        answer = EmailJobServiceStub(channel).RetryEmailJobs(request, timeout=LONG_TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        answer = client.email_jobs.RetryEmailJobs(request, timeout=LONG_TIMEOUT_S)
     show(answer, output)
 
 
@@ -169,8 +169,8 @@ def resolve(
         resolution=pb.UncertainResolution.Value(f"UNCERTAIN_RESOLUTION_{resolution.name}"),
         user_id=user,
     )
-    with connection("scheduler", server) as channel:
-        job = EmailJobServiceStub(channel).ResolveUncertain(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        job = client.email_jobs.ResolveUncertain(request)
     show(job, output)
 
 
@@ -181,6 +181,7 @@ def attempts(
     user: User = "",
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -188,6 +189,6 @@ def attempts(
     request = pb.ListAttemptsRequest(
         email_job_id=email_job_id, user_id=user, page_size=page_size, page_token=page_token
     )
-    with connection("scheduler", server) as channel:
-        page = EmailJobServiceStub(channel).ListAttempts(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        page = pages(client.email_jobs.ListAttempts, request, "attempts", everything=everything)
     show_list(page, "attempts", _ATTEMPT_COLUMNS, output, what="attempts")

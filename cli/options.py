@@ -21,6 +21,7 @@ User = Annotated[
 PageSize = Annotated[
     int, typer.Option("--page-size", min=0, max=1000, help="The most in one answer; 0: 50.")
 ]
+AllPages = Annotated[bool, typer.Option("--all", help="All pages, one after the other.")]
 PageToken = Annotated[str, typer.Option("--page-token", help="Where the page before ended.")]
 
 

@@ -98,7 +98,7 @@ def show_list(
         note(f"no {what}")
     more = getattr(response, "next_page_token", "")
     if more:
-        note(f"there are more: --page-token {more}")
+        note(f"there are more: --all, or --page-token {more}")
 
 
 def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
 
+from outbox_client import UploadProgress
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TransferSpeedColumn,
@@ -23,16 +25,37 @@ from cli.output import note, stderr
 _LINE_EVERY_S: Final = 5.0
 
 
+class UploadBar:
+    """How far an upload is; the client calls it."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.rows = 0
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, now: UploadProgress) -> None:
+        """Show it."""
+        self.rows = now.rows
+        self._progress.update(
+            self._task, completed=now.sent_bytes, total=now.total_bytes, rows=now.rows
+        )
+
+
 @contextmanager
-def byte_progress(title: str, size: int | None) -> Iterator[Callable[[int], None]]:
-    """Show how far an upload of `size` bytes (None: unknown) is; yields what counts them."""
+def upload_progress(title: str) -> Iterator[UploadBar]:
+    """Show how many bytes and rows of an upload were read."""
     console = stderr()
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[rows]} rows"),
+    )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task(title, total=size)
-        yield lambda count: progress.advance(task, count)
+        yield UploadBar(progress, progress.add_task(title, total=None, rows=0))
 
 
 class JobProgress:

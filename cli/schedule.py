@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import stat
+import codecs
+import io
+import shutil
 import sys
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -15,10 +17,11 @@ from typing import Annotated, BinaryIO
 import typer
 from outbox.v1 import batch_service_pb2 as pb
 from outbox.v1.batch_pb2 import Batch, BatchMode, BatchOptions, DuplicatePolicy
-from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
+from outbox.v1.stats_service_pb2 import ForecastBatchRequest, ForecastBatchResponse, PlannedBatch
+from outbox_client import Client, Unimplemented
 
 from cli.batches import REJECTION_COLUMNS
-from cli.client import UPLOAD_TIMEOUT_S, Server, connection
+from cli.client import Server, connection
 from cli.follow import follow_to_end
 from cli.lazy import EXIT_FAILED, CommandFailed
 from cli.options import (
@@ -30,10 +33,21 @@ from cli.options import (
     to_duration,
     to_timestamp,
 )
-from cli.output import Output, OutputFormat, note, print_json, print_rows, to_document, value_at
-from cli.progress import byte_progress
+from cli.output import (
+    Output,
+    OutputFormat,
+    note,
+    print_json,
+    print_rows,
+    show,
+    to_document,
+    value_at,
+)
+from cli.progress import upload_progress
+from cli.rejections import write_rejections
+from services.scheduler.csv_reader import CsvTable, read_csv
 
-_CHUNK_BYTES = 64 * 1024
+_READ_BYTES = 64 * 1024
 _SHOWN_REJECTIONS = 10
 _SUMMARY = (
     "batch_id",
@@ -132,6 +146,18 @@ def schedule(
             help="Makes it safe to repeat; unset: a new one, which is printed.",
         ),
     ] = None,
+    rejections: Annotated[
+        Path | None,
+        typer.Option(
+            "--rejections",
+            metavar="FILE",
+            help="Write the rows that were not accepted, with why: mend them and send that.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Read the CSV, ask the stats service when it would end."),
+    ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the batch to its end; failed mail is exit 1.")
     ] = False,
@@ -161,20 +187,23 @@ def schedule(
         spread_until=to_timestamp(spread_until),
         time_zone=time_zone or "",
     )
-    if request is None:
-        note(f"request_id {options.request_id}: repeated with --request, it counts once")
-    with connection("scheduler", server) as channel:
-        batches = BatchServiceStub(channel)
-        with _opened(file) as (source, size), byte_progress("uploading", size) as advance:
-            answer = batches.UploadBatch(
-                _messages(options, source, advance), timeout=UPLOAD_TIMEOUT_S
-            )
-        if output is OutputFormat.TABLE:
-            _print_answer(answer)
-        if wait:
-            answer.batch.CopyFrom(follow_to_end(batches, answer.batch, user))
+    with _opened(file, again=rejections is not None) as source:
+        if dry_run:
+            show(_forecast(options, source, server), output)
+            return
+        if request is None:
+            note(f"request_id {options.request_id}: repeated with --request, it counts once")
+        with connection("scheduler", server) as client, _new_file(rejections) as unsent:
+            answer = _upload(client, source, options)
+            if unsent is not None:
+                _write_rejections(client, answer.batch, source, unsent)
             if output is OutputFormat.TABLE:
-                print_rows(("field", "value"), _rows_of(answer.batch, ("state", *_SENT_SUMMARY)))
+                _print_answer(answer, rejections)
+            if wait:
+                answer.batch.CopyFrom(follow_to_end(client, answer.batch, user))
+                if output is OutputFormat.TABLE:
+                    rows = _rows_of(answer.batch, ("state", *_SENT_SUMMARY))
+                    print_rows(("field", "value"), rows)
     if output is OutputFormat.JSON:
         print_json(to_document(answer))
     if wait and (answer.batch.counts.failed_count or answer.batch.counts.uncertain_count):
@@ -182,37 +211,96 @@ def schedule(
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[BinaryIO, int | None]]:
-    """Open the CSV; with its size, None where nobody knows it, as of a pipe."""
-    if str(file) == "-":
-        yield sys.stdin.buffer, None
-        return
+def _opened(file: Path, *, again: bool) -> Iterator[BinaryIO]:
+    """Open the CSV; a pipe that is to be read `again` by way of a temporary file."""
     try:
-        source = file.open("rb")
+        opened = nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
     except OSError as error:
         raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
-    with source:
-        status = os.fstat(source.fileno())
-        yield source, status.st_size if stat.S_ISREG(status.st_mode) else None
+    with opened as source:
+        if not again or source.seekable():
+            yield source
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(source, copy)
+            copy.seek(0)
+            yield copy
 
 
-def _messages(
-    options: BatchOptions, source: BinaryIO, advance: Callable[[int], None]
-) -> Iterator[pb.UploadBatchRequest]:
-    yield pb.UploadBatchRequest(options=options)
-    while chunk := source.read(_CHUNK_BYTES):
-        yield pb.UploadBatchRequest(chunk=chunk)
-        advance(len(chunk))
+def _forecast(options: BatchOptions, source: BinaryIO, server: str | None) -> ForecastBatchResponse:
+    """Read the CSV as the scheduler does, and ask when a batch of so many rows would end."""
+    rows = sum(1 for _ in _table(source).rows())
+    planned = PlannedBatch(options=options, recipient_count=rows)
+    request = ForecastBatchRequest(user_id=options.user_id, planned_batch=planned)
+    with connection("stats", server) as client:
+        try:
+            found = client.stats.ForecastBatch(request)
+        except Unimplemented:
+            raise CommandFailed(
+                f"{rows} rows can be read; the stats service has no forecasts yet"
+            ) from None
+    note(f"{rows} rows; nothing was scheduled")
+    return found
 
 
-def _print_answer(answer: pb.ScheduleBatchResponse) -> None:
+def _upload(client: Client, source: BinaryIO, options: BatchOptions) -> pb.ScheduleBatchResponse:
+    with upload_progress("uploading") as progress:
+        answer = client.upload(source, options, progress=progress)
+    batch = answer.batch
+    note(
+        f"{progress.rows} rows read: {batch.accepted_count} accepted, {batch.rejected_count} "
+        f"rejected, {batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed"
+    )
+    return answer
+
+
+@contextmanager
+def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
+    """Make the file before anything is sent; gone again if nothing is written to it."""
+    if path is None:
+        yield None
+        return
+    try:
+        target = path.open("xb")
+    except FileExistsError:
+        raise CommandFailed(f"--rejections: {path} is there already: name a new file") from None
+    except OSError as error:
+        raise CommandFailed(f"--rejections: {path} cannot be made: {error.strerror}") from None
+    try:
+        with target:
+            yield target
+    finally:
+        if not path.stat().st_size:
+            path.unlink()
+
+
+def _write_rejections(client: Client, batch: Batch, source: BinaryIO, target: BinaryIO) -> None:
+    if not batch.rejected_count:
+        return
+    source.seek(0)
+    if source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+        target.write(codecs.BOM_UTF8)  # Excel takes a CSV without it for another encoding
+    source.seek(0)
+    request = pb.ListRejectionsRequest(batch_id=batch.batch_id, user_id=batch.user_id)
+    text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
+    write_rejections(_table(source), client.list_rejections(request), text)
+    text.detach()
+
+
+def _table(source: BinaryIO) -> CsvTable:
+    return read_csv(iter(lambda: source.read(_READ_BYTES), b""))
+
+
+def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> None:
     print_rows(("field", "value"), _rows_of(answer.batch, _SUMMARY))
     if answer.rejections:
         shown = answer.rejections[:_SHOWN_REJECTIONS]
         rows = ([value_at(one, path) for path in REJECTION_COLUMNS] for one in shown)
         print_rows(REJECTION_COLUMNS, rows)
-        if answer.batch.rejected_count > len(shown):
-            note(f"all of them: outbox batches rejections {answer.batch.batch_id}")
+        if written is not None:
+            note(f"all of them, to mend and to schedule again: {written}")
+        elif answer.batch.rejected_count > len(shown):
+            note(f"all of them: outbox batches rejections {answer.batch.batch_id} --all")
     if answer.replayed:
         note("an earlier call with this request_id made the batch; nothing was changed")
     for notice in answer.notices:

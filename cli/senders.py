@@ -10,10 +10,10 @@ import typer
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
 from outbox.v1.sender_pb2 import Sender, SenderState, SmtpEndpoint, SmtpSecurity
-from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
-from cli.client import TIMEOUT_S, Server, connection
+from cli.client import Server, connection, pages
 from cli.options import (
+    AllPages,
     PageSize,
     PageToken,
     User,
@@ -112,10 +112,8 @@ def create(
         max_in_flight=max_in_flight,
         smtp=_endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
     )
-    with connection("scheduler", server) as channel:
-        made = SenderServiceStub(channel).CreateSender(
-            pb.CreateSenderRequest(user_id=user, sender=sender), timeout=TIMEOUT_S
-        )
+    with connection("scheduler", server) as client:
+        made = client.senders.CreateSender(pb.CreateSenderRequest(user_id=user, sender=sender))
     show(made, output)
 
 
@@ -127,10 +125,8 @@ def get(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Show one sender."""
-    with connection("scheduler", server) as channel:
-        found = SenderServiceStub(channel).GetSender(
-            pb.GetSenderRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
-        )
+    with connection("scheduler", server) as client:
+        found = client.senders.GetSender(pb.GetSenderRequest(sender_id=sender_id, user_id=user))
     show(found, output)
 
 
@@ -149,6 +145,7 @@ def list_(
     ] = None,
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -162,8 +159,8 @@ def list_(
         page_size=page_size,
         page_token=page_token,
     )
-    with connection("scheduler", server) as channel:
-        page = SenderServiceStub(channel).ListSenders(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        page = pages(client.senders.ListSenders, request, "senders", everything=everything)
     show_list(page, "senders", _COLUMNS, output, what="senders")
 
 
@@ -212,8 +209,8 @@ def update(
         update_mask=FieldMask(paths=paths),
         user_id=user,
     )
-    with connection("scheduler", server) as channel:
-        changed = SenderServiceStub(channel).UpdateSender(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        changed = client.senders.UpdateSender(request)
     show(changed, output)
 
 
@@ -228,10 +225,9 @@ def delete(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Delete a sender. Its jobs and batches stay readable."""
-    with connection("scheduler", server) as channel:
-        answer = SenderServiceStub(channel).DeleteSender(
-            pb.DeleteSenderRequest(sender_id=sender_id, user_id=user, force=force),
-            timeout=TIMEOUT_S,
+    with connection("scheduler", server) as client:
+        answer = client.senders.DeleteSender(
+            pb.DeleteSenderRequest(sender_id=sender_id, user_id=user, force=force)
         )
     show(answer, output)
     note(f"sender {sender_id} is deleted")
@@ -245,9 +241,9 @@ def pause(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Begin nothing more from this sender until it is resumed."""
-    with connection("scheduler", server) as channel:
-        paused = SenderServiceStub(channel).PauseSender(
-            pb.PauseSenderRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+    with connection("scheduler", server) as client:
+        paused = client.senders.PauseSender(
+            pb.PauseSenderRequest(sender_id=sender_id, user_id=user)
         )
     show(paused, output)
 
@@ -260,9 +256,9 @@ def resume(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Let a paused sender go on where it stopped, within its limits."""
-    with connection("scheduler", server) as channel:
-        resumed = SenderServiceStub(channel).ResumeSender(
-            pb.ResumeSenderRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+    with connection("scheduler", server) as client:
+        resumed = client.senders.ResumeSender(
+            pb.ResumeSenderRequest(sender_id=sender_id, user_id=user)
         )
     show(resumed, output)
 

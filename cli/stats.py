@@ -6,10 +6,9 @@ from typing import Annotated
 
 import typer
 from outbox.v1 import stats_service_pb2 as pb
-from outbox.v1.stats_service_pb2_grpc import StatsServiceStub
 
-from cli.client import TIMEOUT_S, Server, connection
-from cli.options import PageSize, PageToken, User
+from cli.client import Server, connection, pages
+from cli.options import AllPages, PageSize, PageToken, User
 from cli.output import Output, OutputFormat, note, print_rows, show, value_at
 from cli.service import run
 
@@ -46,9 +45,9 @@ def sender(
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Show the exact counts of a sender, its window, and its last 24 hours."""
-    with connection("stats", server) as channel:
-        found = StatsServiceStub(channel).GetSenderStats(
-            pb.GetSenderStatsRequest(sender_id=sender_id, user_id=user), timeout=TIMEOUT_S
+    with connection("stats", server) as client:
+        found = client.stats.GetSenderStats(
+            pb.GetSenderStatsRequest(sender_id=sender_id, user_id=user)
         )
     show(found, output, without=("hours",))
     if output is OutputFormat.TABLE:
@@ -61,8 +60,10 @@ def sender(
 @app.command()
 def user(
     user_id: Annotated[str, typer.Argument(metavar="USER_ID")],
+    *,
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -71,8 +72,8 @@ def user(
     $ outbox stats user demo
     """
     request = pb.GetUserStatsRequest(user_id=user_id, page_size=page_size, page_token=page_token)
-    with connection("stats", server) as channel:
-        found = StatsServiceStub(channel).GetUserStats(request, timeout=TIMEOUT_S)
+    with connection("stats", server) as client:
+        found = pages(client.stats.GetUserStats, request, "senders", everything=everything)
     show(found, output, without=("senders", "next_page_token"))
     if output is OutputFormat.TABLE and found.senders:
         names = [path.rpartition(".")[2] for path in _SENDER_COLUMNS]
@@ -80,4 +81,4 @@ def user(
             names, ([value_at(one, path) for path in _SENDER_COLUMNS] for one in found.senders)
         )
         if found.next_page_token:
-            note(f"there are more: --page-token {found.next_page_token}")
+            note(f"there are more: --all, or --page-token {found.next_page_token}")

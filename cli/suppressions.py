@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
-from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
 
-from cli.client import TIMEOUT_S, Server, connection
-from cli.options import PageSize, PageToken, User
+from cli.client import Server, connection, pages
+from cli.options import AllPages, PageSize, PageToken, User
 from cli.output import Output, OutputFormat, note, show, show_list
 
 _COLUMNS = ("email", "reason", "create_time")
@@ -40,8 +39,8 @@ def create(
     request = pb.CreateSuppressionRequest(
         user_id=user, suppression=Suppression(email=email, reason=reason)
     )
-    with connection("scheduler", server) as channel:
-        made = SuppressionServiceStub(channel).CreateSuppression(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        made = client.suppressions.CreateSuppression(request)
     show(made, output)
 
 
@@ -50,9 +49,9 @@ def delete(
     email: Email, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
     """Let mail go to an address again."""
-    with connection("scheduler", server) as channel:
-        answer = SuppressionServiceStub(channel).DeleteSuppression(
-            pb.DeleteSuppressionRequest(user_id=user, email=email), timeout=TIMEOUT_S
+    with connection("scheduler", server) as client:
+        answer = client.suppressions.DeleteSuppression(
+            pb.DeleteSuppressionRequest(user_id=user, email=email)
         )
     show(answer, output)
     note(f"{email} is suppressed no longer")
@@ -64,6 +63,7 @@ def list_(
     user: User = "",
     page_size: PageSize = 0,
     page_token: PageToken = "",
+    everything: AllPages = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -72,6 +72,8 @@ def list_(
     $ outbox suppressions list --user demo
     """
     request = pb.ListSuppressionsRequest(user_id=user, page_size=page_size, page_token=page_token)
-    with connection("scheduler", server) as channel:
-        page = SuppressionServiceStub(channel).ListSuppressions(request, timeout=TIMEOUT_S)
+    with connection("scheduler", server) as client:
+        page = pages(
+            client.suppressions.ListSuppressions, request, "suppressions", everything=everything
+        )
     show_list(page, "suppressions", _COLUMNS, output, what="suppressions")

@@ -210,7 +210,7 @@ def test_a_table_is_not_cut_in_a_pipe_and_cannot_steer_the_terminal(
     printed = capsys.readouterr()
     assert f"{long}   550 \\x1b[2J[red]no[/red]" in printed.out
     assert "\x1b" not in printed.out
-    assert printed.err == "there are more: --page-token more\n"
+    assert printed.err == "there are more: --all, or --page-token more\n"
 
 
 def mail(number: int, started_at: float, received_at: float) -> ReceivedMail:

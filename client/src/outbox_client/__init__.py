@@ -3,7 +3,7 @@
 The messages are those of the contract, generated: `from outbox.v1.batch_pb2 import BatchOptions`.
 """
 
-from outbox_client._async.client import AsyncClient
+from outbox_client._async.client import AsyncClient, is_open
 from outbox_client._sync.client import Client
 from outbox_client.errors import (
     Aborted,
@@ -44,4 +44,5 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UploadProgress",
+    "is_open",
 ]
