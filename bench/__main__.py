@@ -85,7 +85,7 @@ async def _upload(
 
 
 async def intake(stack: World) -> dict[str, float]:
-    """Upload one CSV: rows a second, and the scheduler's largest size."""
+    """Upload one CSV, and cancel it: rows a second, the scheduler's largest size, seconds."""
     csv = _csv(UPLOADED, "r")
     with stack.process("scheduler") as process:
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
@@ -94,12 +94,20 @@ async def intake(stack: World) -> dict[str, float]:
             started = time.perf_counter()
             answer = await _upload(channel, _options(sender, later, timedelta(0)), csv)
             took = time.perf_counter() - started
+            started = time.perf_counter()
+            cancelled = await BatchServiceStub(channel).CancelBatch(
+                batch_service_pb2.CancelBatchRequest(batch_id=answer.batch.batch_id)
+            )
+            cancel_took = time.perf_counter() - started
+        if cancelled.cancelled_count != UPLOADED:
+            raise SystemExit(f"cancelled {cancelled.cancelled_count} of {UPLOADED}")
         if answer.batch.accepted_count != UPLOADED:
             raise SystemExit(f"accepted {answer.batch.accepted_count} of {UPLOADED}")
         return {
             "upload_rows": UPLOADED,
             "upload_rows_per_s": UPLOADED / took,
             "upload_peak_mib": peak_memory_mib(process),
+            "cancel_million_s": cancel_took,
         }
 
 

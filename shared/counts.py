@@ -3,7 +3,8 @@
 A count is what was folded plus the deltas that were not folded yet, read by one statement and so
 of one snapshot: a fold in between moves rows from the one to the other and changes no sum. A claim
 writes no delta, so state SCHEDULED stands for all open jobs there, and those in SENDING, always
-few, are counted from their rows by a partial index.
+few, are counted from their rows by a partial index. What waits of a batch whose cancellation is
+being carried out (shared/cancellations.py) is taken from SCHEDULED and given to CANCELLED.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sqlalchemy import (
     ColumnElement,
     Integer,
     Select,
+    SQLColumnExpression,
     any_,
     bindparam,
     cast,
@@ -29,9 +31,18 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import BatchCount, CountDelta, EmailJob, Sender, SenderCount
+from shared.models import (
+    BatchCancellation,
+    BatchCount,
+    CountDelta,
+    EmailJob,
+    Sender,
+    SenderCount,
+)
 from shared.states import JobState
 
+# In place of a state: waits by its row, and is CANCELLED by its batch.
+_WAITS_CANCELLED: Final = 0
 # A key, a state, and how many jobs.
 _Counts: TypeAlias = Select[int, int, int]
 
@@ -99,6 +110,9 @@ async def _read_by_key(
 def _to_counts(by_state: Mapping[int, int]) -> JobCounts:
     counts = {state.name.lower(): by_state.get(state, 0) for state in JobState}
     counts["scheduled"] -= counts["sending"]
+    moved = by_state.get(_WAITS_CANCELLED, 0)
+    counts["scheduled"] -= moved
+    counts["cancelled"] += moved
     return JobCounts(**counts)
 
 
@@ -120,9 +134,32 @@ def _sending() -> CTE:
     return jobs.cte("sending").prefix_with("MATERIALIZED")
 
 
-def _sum_up(folded: _Counts, unfolded: _Counts, sending: _Counts) -> _Counts:
-    """Return (key, state, n) from three statements with these columns."""
-    part = union_all(folded, unfolded, sending).subquery("part")
+def _being_cancelled(
+    key: SQLColumnExpression[int], which: ColumnElement[bool], sending: CTE
+) -> tuple[_Counts, _Counts, _Counts]:
+    """Return what waits of the cancelled batches that `which` names: open jobs, less SENDING."""
+    state = literal(_WAITS_CANCELLED)
+    waiting = int(JobState.SCHEDULED)
+    of_batch = BatchCancellation.batch_id
+    return (
+        select(key, state, BatchCount.n)
+        .select_from(BatchCancellation)
+        .join(BatchCount, BatchCount.batch_id == of_batch)
+        .where(which, BatchCount.state == waiting),
+        select(key, state, CountDelta.n)
+        .select_from(BatchCancellation)
+        .join(CountDelta, CountDelta.batch_id == of_batch)
+        .where(which, CountDelta.state == waiting),
+        select(key, state, literal(-1))
+        .select_from(BatchCancellation)
+        .join(sending, sending.c.batch_id == of_batch)
+        .where(which),
+    )
+
+
+def _sum_up(*parts: _Counts) -> _Counts:
+    """Return (key, state, n) from statements with these columns."""
+    part = union_all(*parts).subquery("part")
     return select(
         part.c.key, part.c.state, cast(func.sum(part.c.n), BigInteger).label("n")
     ).group_by(part.c.key, part.c.state)
@@ -141,6 +178,9 @@ def _batch_statement() -> _Counts:
         select(sending.c.batch_id, literal(int(JobState.SENDING)), literal(1)).where(
             sending.c.batch_id == wanted
         ),
+        *_being_cancelled(
+            BatchCancellation.batch_id, BatchCancellation.batch_id == wanted, sending
+        ),
     )
 
 
@@ -157,6 +197,9 @@ def _sender_statement() -> _Counts:
         select(sending.c.sender_id, literal(int(JobState.SENDING)), literal(1)).where(
             sending.c.sender_id == wanted
         ),
+        *_being_cancelled(
+            BatchCancellation.sender_id, BatchCancellation.sender_id == wanted, sending
+        ),
     )
 
 
@@ -172,6 +215,7 @@ def _user_statement() -> _Counts:
         select(everything, literal(int(JobState.SENDING)), literal(1)).where(
             sending.c.sender_id.in_(wanted)
         ),
+        *_being_cancelled(everything, BatchCancellation.sender_id.in_(wanted), sending),
     )
 
 

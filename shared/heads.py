@@ -33,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from shared.cancellations import waits_of
 from shared.counts import in_state
 from shared.database import unix_ms
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
@@ -70,7 +71,7 @@ def _age_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
 def _heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
     waiting = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
-        .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
+        .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
         .order_by(EmailJob.scheduled_at, EmailJob.id)
         .limit(HEAD_SIZE + 1)
         .correlate(Sender)

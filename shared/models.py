@@ -177,6 +177,20 @@ class BatchRejection(Base):
     detail: Mapped[str] = mapped_column(Text)
 
 
+class BatchCancellation(Base):
+    """A cancelled batch whose rows are not all CANCELLED yet (shared/cancellations.py)."""
+
+    __tablename__ = "batch_cancellations"
+
+    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    sender_id: Mapped[int] = mapped_column(BigInteger)
+    cancelled_at: Mapped[datetime] = mapped_column(_TIME)
+    # The rows up to this one have been looked at.
+    swept_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+    __table_args__ = (Index(None, "sender_id"),)
+
+
 class EmailJob(Base):
     """One mail to one recipient. Its id is its identity everywhere."""
 

@@ -38,7 +38,7 @@ from shared.database import unix_ms
 from shared.message_ids import message_id_address
 from shared.models import Attempt, Batch, CountDelta, EmailJob, Sender
 from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
+from shared.states import AttemptOutcome, BatchState, JobState, SenderState, SmtpSecurity
 
 _RECOVERED_AT_ONCE = 1_000
 
@@ -123,31 +123,49 @@ _active_revision = (
     .scalar_subquery()
 )
 
-_MARK = (
-    update(EmailJob)
-    .values(
-        state=JobState.SENDING,
-        attempt=_claim.c.attempt,
-        lease_until=func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
+
+def _mark_statement() -> Any:
+    """Mark claimed jobs, unless their batch is cancelled.
+
+    FOR SHARE: a cancellation under way is waited for, and the state is looked at again; one that
+    comes later waits for us (see shared/cancellations.py).
+    """
+    wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
+    batches = (
+        select(Batch.id)
+        .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE)
+        .with_for_update(read=True)
+        .cte("sendable")
     )
-    .where(
-        EmailJob.id == _claim.c.id,
-        EmailJob.state == JobState.SCHEDULED,
-        EmailJob.attempt == _claim.c.attempt - 1,
-        _active_revision.is_not(None),
+    return (
+        update(EmailJob)
+        .values(
+            state=JobState.SENDING,
+            attempt=_claim.c.attempt,
+            lease_until=func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
+        )
+        .where(
+            EmailJob.id == _claim.c.id,
+            EmailJob.state == JobState.SCHEDULED,
+            EmailJob.attempt == _claim.c.attempt - 1,
+            EmailJob.batch_id == batches.c.id,
+            _active_revision.is_not(None),
+        )
+        .returning(
+            EmailJob.id,
+            EmailJob.attempt,
+            EmailJob.sender_id,
+            EmailJob.batch_id,
+            EmailJob.failures,
+            EmailJob.recipient,
+            EmailJob.variables,
+            EmailJob.lease_until,
+            _active_revision.label("revision"),
+        )
     )
-    .returning(
-        EmailJob.id,
-        EmailJob.attempt,
-        EmailJob.sender_id,
-        EmailJob.batch_id,
-        EmailJob.failures,
-        EmailJob.recipient,
-        EmailJob.variables,
-        EmailJob.lease_until,
-        _active_revision.label("revision"),
-    )
-)
+
+
+_MARK = _mark_statement()
 
 
 async def mark_sending(
@@ -155,7 +173,7 @@ async def mark_sending(
 ) -> list[MarkedJob]:
     """Mark claimed jobs SENDING and load them; a job that is missing from the answer is not ours.
 
-    It was cancelled, sent by an earlier claim, or its sender was paused.
+    It or its batch was cancelled, it was sent by an earlier claim, or its sender was paused.
     """
     rows = await connection.execute(
         _MARK,

@@ -21,6 +21,7 @@ from services.scheduler.servicers.email_jobs import EmailJobServicer
 from services.scheduler.servicers.senders import SenderServicer
 from services.scheduler.servicers.suppressions import SuppressionServicer
 from services.scheduler.storage.intake import IntakeStore
+from services.scheduler.sweeping import Sweeper
 from shared.database import create_engine
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader, load_soon
@@ -56,10 +57,11 @@ async def serve(
             most_open=settings.database_pool * 2 // 3,
         )
         stack.push_async_callback(intake.close)
+        sweeper = Sweeper(engine)
         server = GrpcServer(
             settings,
             settings.scheduler_listen,
-            _services(settings, engine, loader, intake),
+            _services(settings, engine, loader, intake, sweeper),
             engine=engine,
         )
 
@@ -73,20 +75,25 @@ async def serve(
             settings.shutdown_grace,
             [
                 tell_port,
+                partial(sweeper.run, stop),
                 partial(follow_dependencies, server, {"postgresql": partial(_ping, engine)}, stop),
             ],
         )
 
 
 def _services(
-    settings: Settings, engine: AsyncEngine, loader: HeadLoader, intake: Intake
+    settings: Settings,
+    engine: AsyncEngine,
+    loader: HeadLoader,
+    intake: Intake,
+    sweeper: Sweeper,
 ) -> list[ServiceBinding]:
     # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
     senders = SenderServicer(  # type: ignore[abstract]
         engine, loader, SecretBox.from_settings(settings), settings
     )
     forecaster = Forecaster(settings.min_gap, settings.rate_window)
-    batches = BatchServicer(engine, loader, intake, forecaster)  # type: ignore[abstract]
+    batches = BatchServicer(engine, loader, intake, forecaster, sweeper)  # type: ignore[abstract]
     jobs = EmailJobServicer(engine, loader)  # type: ignore[abstract]
     suppressions = SuppressionServicer(engine, loader)
     return [

@@ -24,7 +24,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.counts import JobCounts, in_state, sender_counts, user_counts
+from shared.cancellations import waits_of
+from shared.counts import JobCounts, sender_counts, user_counts
 from shared.database import transaction
 from shared.models import (
     Attempt,
@@ -225,7 +226,7 @@ async def read_sender(
 def _sender_statement(window: timedelta) -> Select[Any]:
     next_due = (
         select(EmailJob.scheduled_at)
-        .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
+        .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
         .order_by(EmailJob.scheduled_at, EmailJob.id)
         .limit(1)
         .correlate(Sender)

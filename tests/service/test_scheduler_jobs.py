@@ -31,7 +31,6 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher.storage import mark_sending
-from services.scheduler.storage.cancelling import cancel_batch
 from services.stats.storage import fold_once
 from shared.database import create_engine, transaction
 from shared.heads import HeadLoader
@@ -330,17 +329,6 @@ async def test_of_a_cancel_and_a_claim_at_once_exactly_one_wins(
     batch = scheduler.value("SELECT id FROM batches")
     counts = (await scheduler.batches.GetBatch(GetBatchRequest(batch_id=str(batch)))).counts
     assert (counts.sending_count, counts.cancelled_count) == (won["claim"], won["cancel"])
-
-
-@pytest.mark.parametrize("chunk", [2, 3, 6, 7])
-async def test_a_batch_is_cancelled_in_several_transactions_without_a_rest(
-    scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine, chunk: int
-) -> None:
-    await make_jobs(scheduler, sender, 6)
-    cancelled = await cancel_batch(engine, scheduler.value("SELECT id FROM batches"), "ann", chunk)
-    assert cancelled is not None
-    assert cancelled.jobs == 6
-    assert scheduler.rows("SELECT DISTINCT state FROM email_jobs") == [(6,)]
 
 
 async def test_a_job_of_another_user_looks_like_none(

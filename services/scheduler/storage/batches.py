@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.rows import RowRejection
@@ -150,24 +150,3 @@ async def list_rejections(
         .limit(limit)
     )
     return [RowRejection(*row) for row in rows]
-
-
-async def mark_cancelled(
-    connection: AsyncConnection, batch_id: int, user_id: str | None
-) -> int | None:
-    """Make a batch CANCELLED, and keep the time of the first call; return its sender.
-
-    None: there is none, or not for this user. Its jobs are another matter.
-    """
-    statement = owned_by(
-        update(Batch)
-        .where(Batch.id == batch_id)
-        .values(
-            state=BatchState.CANCELLED,
-            cancelled_at=func.coalesce(Batch.cancelled_at, func.now()),
-        )
-        .returning(Batch.sender_id),
-        Batch.user_id,
-        user_id,
-    )
-    return (await connection.execute(statement)).scalar_one_or_none()

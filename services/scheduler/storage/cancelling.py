@@ -1,8 +1,13 @@
-"""Ends waiting jobs, with the counts and the marker that belong to it, in one statement."""
+"""Ends waiting jobs, with the counts and the marker that belong to it, in one statement.
+
+A whole batch is ended by one row, which its jobs' rows follow: see shared/cancellations.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -10,6 +15,7 @@ from sqlalchemy import (
     ColumnElement,
     SmallInteger,
     cast,
+    delete,
     func,
     insert,
     literal,
@@ -17,16 +23,16 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.storage.access import in_transaction
-from services.scheduler.storage.batches import mark_cancelled
-from shared.counts import in_state
-from shared.models import CountDelta, EmailJob, HeadMarker
-from shared.states import JobState
+from shared.cancellations import is_now
+from shared.counts import batch_counts, in_state
+from shared.models import Batch, BatchCancellation, CountDelta, EmailJob, HeadMarker
+from shared.ownership import owned_by
+from shared.states import BatchState, JobState
 
-# Jobs that one transaction cancels: some 0.5 s.
-_CHUNK: Final = 20_000
+# Rows that one transaction moves: some 0.3 s.
+SWEPT_AT_ONCE: Final = 20_000
 _DELTA: Final = ("sender_id", "batch_id", "hour", "state", "n")
 
 
@@ -48,30 +54,39 @@ async def end_waiting(
 ) -> Moved:
     """Move the waiting jobs that `which` names to a final state; `limit`: the first so many.
 
-    A job that a dispatcher is marking SENDING at this moment is waited for, and then left alone:
-    it is no longer SCHEDULED.
+    What its batch has cancelled already does not wait. A job that a dispatcher is marking SENDING
+    at this moment is waited for, and then left alone: it is no longer SCHEDULED.
     """
-    row = (await connection.execute(_statement(which, state, limit))).one()
+    waiting = which & is_now(JobState.SCHEDULED)
+    statement = _statement(waiting, state, func.statement_timestamp(), limit)
+    row = (await connection.execute(statement)).one()
     return Moved(row.jobs, tuple(row.senders or ()), row.last_id)
 
 
-def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -> Any:
+def _statement(
+    which: ColumnElement[bool],
+    state: JobState,
+    at: ColumnElement[datetime],
+    limit: int | None,
+    *,
+    heads: bool = True,
+) -> Any:
+    """Move jobs, with their counts; `heads`: with markers for the heads that lose them."""
     # Locked in the order of ids, as settlements are, so that they wait for one another and do not
     # deadlock.
     waiting = (
         select(EmailJob.id)
-        .where(which, in_state(JobState.SCHEDULED))
+        .where(which)
         .order_by(EmailJob.id)
         .limit(limit)
         .with_for_update()
         .cte("waiting")
     )
-    # One time for the rows and their deltas: a recount by hours gives the same.
-    now = func.statement_timestamp()
+    # `at` is one time for the rows and their deltas: a recount by hours gives the same.
     moved = (
         update(EmailJob)
         .where(EmailJob.id == waiting.c.id)
-        .values(state=state, finished_at=now)
+        .values(state=state, finished_at=at)
         .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id)
         .cte("moved")
     )
@@ -85,7 +100,7 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
         .group_by(moved.c.sender_id, moved.c.batch_id)
         .cte("groups")
     )
-    hour = func.date_trunc("hour", now)
+    hour = func.date_trunc("hour", at)
     deltas = (
         insert(CountDelta)
         .from_select(
@@ -105,11 +120,10 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
         )
         .cte("deltas")
     )
-    markers = (
-        insert(HeadMarker)
-        .from_select(("sender_id",), select(groups.c.sender_id).distinct())
-        .cte("markers")
-    )
+    parts = [deltas]
+    if heads:
+        senders = select(groups.c.sender_id).distinct()
+        parts.append(insert(HeadMarker).from_select(("sender_id",), senders).cte("markers"))
     return (
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
@@ -117,7 +131,7 @@ def _statement(which: ColumnElement[bool], state: JobState, limit: int | None) -
             func.coalesce(func.max(groups.c.last_id), 0).label("last_id"),
         )
         .select_from(groups)
-        .add_cte(deltas, markers)
+        .add_cte(*parts)
     )
 
 
@@ -130,29 +144,87 @@ class CancelledBatch:
 
 
 async def cancel_batch(
-    engine: AsyncEngine, batch_id: int, user_id: str | None, chunk: int = _CHUNK
+    connection: AsyncConnection, batch_id: int, user_id: str | None
 ) -> CancelledBatch | None:
     """Cancel what waits of a batch; None: there is none, or not for this user.
 
-    A transaction for each `chunk` of jobs: one for a million would outlive the call's deadline, and
-    then have cancelled nothing. What is committed is CANCELLED for good; a call that was cut off
-    is simply made again.
+    The lock waits for marks of the batch that are under way (they hold it FOR SHARE), and they
+    look at its state again once they have waited for ours. So what waits at the count is not
+    begun any more. Its rows are another matter: `sweep`.
     """
-    jobs = after = 0
-    while True:
+    locked = owned_by(
+        select(Batch.sender_id, Batch.state).where(Batch.id == batch_id).with_for_update(),
+        Batch.user_id,
+        user_id,
+    )
+    row = (await connection.execute(locked)).one_or_none()
+    if row is None:
+        return None
+    if row.state == BatchState.CANCELLED:
+        return CancelledBatch(row.sender_id, 0)
+    waiting = (await batch_counts(connection, [batch_id]))[batch_id].scheduled
+    now = func.now()
+    await connection.execute(
+        update(Batch)
+        .where(Batch.id == batch_id)
+        .values(state=BatchState.CANCELLED, cancelled_at=now)
+    )
+    await connection.execute(
+        insert(BatchCancellation).values(
+            batch_id=batch_id, sender_id=row.sender_id, cancelled_at=now
+        )
+    )
+    await connection.execute(insert(HeadMarker).values(sender_id=row.sender_id))
+    return CancelledBatch(row.sender_id, waiting)
 
-        async def step(connection: AsyncConnection, after: int = after) -> tuple[int | None, Moved]:
-            sender_id = await mark_cancelled(connection, batch_id, user_id)
-            if sender_id is None:
-                return None, Moved(0, (), 0)
-            # From the last one on: those before would be looked at in each transaction again.
-            which = (EmailJob.batch_id == batch_id) & (EmailJob.id > after)
-            return sender_id, await end_waiting(connection, which, JobState.CANCELLED, chunk)
 
-        sender_id, moved = await in_transaction(engine, step)
-        if sender_id is None:
-            return None
-        jobs += moved.jobs
-        after = moved.last_id
-        if moved.jobs < chunk:
-            return CancelledBatch(sender_id, jobs)
+async def unswept(connection: AsyncConnection) -> Sequence[int]:
+    """Return the cancelled batches whose rows are not all CANCELLED yet."""
+    found = select(BatchCancellation.batch_id).order_by(BatchCancellation.batch_id)
+    return (await connection.execute(found)).scalars().all()
+
+
+async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_AT_ONCE) -> bool:
+    """Move up to `limit` rows of a cancelled batch to CANCELLED; return whether more may follow.
+
+    The row of the cancellation is locked meanwhile, and left to whoever has it: the work of a
+    process that dies is free at once. What is in flight is for a later call.
+    """
+    this = BatchCancellation.batch_id == batch_id
+    locked = select(BatchCancellation.swept_to, BatchCancellation.cancelled_at).where(this)
+    found = (await connection.execute(locked.with_for_update(skip_locked=True))).one_or_none()
+    if found is None:
+        return False
+    # Before the rows: nothing of the batch begins any more, so what is not in flight now cannot
+    # come back behind our look at them.
+    in_flight = await _is_sending(connection, batch_id)
+    statement = _statement(
+        (EmailJob.batch_id == batch_id)
+        & (EmailJob.id > found.swept_to)
+        & in_state(JobState.SCHEDULED),
+        JobState.CANCELLED,
+        literal(found.cancelled_at, EmailJob.finished_at.type),
+        limit,
+        # They lost them when the batch was cancelled.
+        heads=False,
+    )
+    moved = (await connection.execute(statement)).one()
+    if moved.jobs == limit:
+        # From the last one on: those before would be looked at in each transaction again.
+        await connection.execute(
+            update(BatchCancellation).where(this).values(swept_to=moved.last_id)
+        )
+        return True
+    if in_flight:
+        return False
+    if found.swept_to:
+        # What has come back may be anywhere; now that it is over, once more from the first.
+        await connection.execute(update(BatchCancellation).where(this).values(swept_to=0))
+        return True
+    await connection.execute(delete(BatchCancellation).where(this))
+    return False
+
+
+async def _is_sending(connection: AsyncConnection, batch_id: int) -> bool:
+    # Of all jobs in flight, which are few: by their index and not by the batch's, see `counts`.
+    return bool((await batch_counts(connection, [batch_id]))[batch_id].sending)

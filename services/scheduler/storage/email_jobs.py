@@ -22,9 +22,17 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.addresses import address_key
-from shared.counts import in_state
+from shared.cancellations import finished_now, is_now, state_now
 from shared.message_ids import message_id_address
-from shared.models import Attempt, Batch, BatchCount, CountDelta, EmailJob, Sender
+from shared.models import (
+    Attempt,
+    Batch,
+    BatchCancellation,
+    BatchCount,
+    CountDelta,
+    EmailJob,
+    Sender,
+)
 from shared.ownership import owned_by
 from shared.states import AttemptOutcome, JobState
 
@@ -79,9 +87,9 @@ _JOB: Final = (
     EmailJob.sender_id,
     EmailJob.recipient,
     EmailJob.row_number,
-    EmailJob.state,
+    state_now().label("state"),
     EmailJob.scheduled_at,
-    EmailJob.finished_at,
+    finished_now().label("finished_at"),
     EmailJob.attempt,
 )
 
@@ -177,7 +185,10 @@ def may_have(state: JobState) -> ColumnElement[bool]:
         .group_by(CountDelta.batch_id)
         .having(func.sum(CountDelta.n) > 0)
     )
-    return folded | Batch.id.in_(unfolded)
+    found = folded | Batch.id.in_(unfolded)
+    if state is JobState.CANCELLED:
+        found |= Batch.id.in_(select(BatchCancellation.batch_id))
+    return found
 
 
 def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[Any]:
@@ -192,7 +203,7 @@ def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[An
         EmailJob.id > case((batches.c.id == after[0], after[1]), else_=0),
     )
     if which.state is not None:
-        jobs = jobs.where(in_state(which.state))
+        jobs = jobs.where(is_now(which.state))
     part = lateral(jobs.order_by(EmailJob.id).limit(limit), "part")
     return select(*part.c, batches.c.user_id).join(part, true()).order_by(batches.c.id, part.c.id)
 
@@ -210,7 +221,7 @@ def _by_recipient(which: JobFilter, after: tuple[int, int], recipient: str) -> S
         )
         .order_by(EmailJob.batch_id, EmailJob.id)
     )
-    return jobs if which.state is None else jobs.where(in_state(which.state))
+    return jobs if which.state is None else jobs.where(is_now(which.state))
 
 
 async def list_jobs(

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.limits import WindowUse
 from services.scheduler.storage.cancelling import end_waiting
+from shared.cancellations import waits_of
 from shared.counts import in_state, sender_counts
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
 from shared.ownership import owned_by, owner_of
@@ -196,8 +197,8 @@ async def delete_sender(
 
 async def _has_open_jobs(connection: AsyncConnection, sender_id: int) -> bool:
     open_jobs = [
-        exists().where(EmailJob.sender_id == sender_id, in_state(state))
-        for state in (JobState.SCHEDULED, JobState.SENDING)
+        exists().where(EmailJob.sender_id == sender_id, condition)
+        for condition in (waits_of(sender_id), in_state(JobState.SENDING))
     ]
     found: bool = (await connection.execute(select(open_jobs[0] | open_jobs[1]))).scalar_one()
     return found

@@ -125,6 +125,20 @@ def upgrade() -> None:
         postgresql_where=sa.text("state = 2"),
     )
     op.create_table(
+        "batch_cancellations",
+        sa.Column("batch_id", sa.BigInteger(), nullable=False),
+        sa.Column("sender_id", sa.BigInteger(), nullable=False),
+        sa.Column("cancelled_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
+        sa.Column("swept_to", sa.BigInteger(), server_default="0", nullable=False),
+        sa.PrimaryKeyConstraint("batch_id", name=op.f("pk_batch_cancellations")),
+    )
+    op.create_index(
+        op.f("ix_batch_cancellations_sender_id"),
+        "batch_cancellations",
+        ["sender_id"],
+        unique=False,
+    )
+    op.create_table(
         "head_markers",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=False), nullable=False),
         sa.Column("sender_id", sa.BigInteger(), nullable=False),
