@@ -74,7 +74,11 @@ def is_loopback(listen: str) -> bool:
     """Say whether only this machine reaches `listen` (`host:port`, or `unix:path`)."""
     if listen.startswith("unix:"):
         return True
-    host = listen.rpartition(":")[0].strip("[]")
+    return is_loopback_host(listen.rpartition(":")[0].strip("[]"))
+
+
+def is_loopback_host(host: str) -> bool:
+    """Say whether `host`, a name or an address, is this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -85,7 +85,8 @@ class Settings(BaseSettings):
     )
     plaintext: bool = Field(
         False,
-        description="API keys may cross a network without TLS: only where a proxy or mesh encrypts",
+        description="API keys and the relay's password may cross a network without TLS: only where "
+        "a proxy or mesh encrypts",
     )
     api_key: SecretStr = Field(
         SecretStr(""), description="API key of the command line client; or `--api-key-file`"
@@ -110,6 +111,11 @@ class Settings(BaseSettings):
     )
     smtp_override: bool = Field(
         False, description="send everything to OUTBOX_SMTP_URL, whatever relay a sender names"
+    )
+    smtp_allow: str = Field(
+        "",
+        description="networks and hosts inside the operator's network that senders' own relays may "
+        "be in: 10.1.0.0/16,mail.internal",
     )
     smtp_timeout: Duration = Field(
         timedelta(seconds=20), gt=_ZERO, description="limit of each phase of an SMTP session"

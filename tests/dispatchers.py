@@ -31,6 +31,7 @@ def options(
         "redis_url": redis_url,
         "smtp_url": smtp_url,
         "auth": "off",
+        "smtp_allow": "127.0.0.1",
         "dispatcher_listen": "127.0.0.1:0",
         "dispatcher_concurrency": "5",
         "min_gap": "0",

@@ -206,6 +206,9 @@ class LocalSystem:
             "OUTBOX_AUTH": "off",
             "OUTBOX_TLS_CERTIFICATE": "",
             "OUTBOX_TLS_KEY": "",
+            "OUTBOX_TLS_CLIENT_CA": "",
+            # Whoever tries it out may have a mail server on this machine.
+            "OUTBOX_SMTP_ALLOW": settings.smtp_allow or "127.0.0.0/8,::1",
             "OUTBOX_SHUTDOWN_GRACE": f"{self._grace().total_seconds()}s",
         }
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 from services.dispatcher.message import MessageBuilder, MessageError
 from services.dispatcher.smtp import Endpoint, Envelope
 from services.dispatcher.storage import BatchContent, MarkedJob
+from shared.auth import is_loopback_host
 from shared.errors import ConfigurationError, InvalidInput, OutboxError
 from shared.message_ids import message_id_for
 from shared.secrets import SecretBox
@@ -31,11 +32,12 @@ class CompositionError(Exception):
     """No mail can be built for this job, now or later; the text says why."""
 
 
-def relay_of(url: str) -> Endpoint:
+def relay_of(url: str, *, plaintext: bool = False) -> Endpoint:
     """Return the endpoint that OUTBOX_SMTP_URL names.
 
     Raises:
-        ConfigurationError: the URL is none of smtp://, smtps://, smtp+starttls://.
+        ConfigurationError: the URL is none of smtp://, smtps://, smtp+starttls://, or its password
+            would cross a network in clear, and `plaintext` (OUTBOX_PLAINTEXT) is not set.
     """
     try:
         parts = urlsplit(url)
@@ -49,12 +51,22 @@ def relay_of(url: str) -> Endpoint:
             "OUTBOX_SMTP_URL: it takes smtp://host:port, smtps://host:port or "
             "smtp+starttls://host:port, with user:password@ before the host where needed"
         )
+    if (
+        parts.password
+        and security is SmtpSecurity.NONE
+        and not (plaintext or is_loopback_host(host))
+    ):
+        raise ConfigurationError(
+            f"OUTBOX_SMTP_URL: its password would be sent to {host} in clear; take "
+            "smtp+starttls:// or smtps://, or set OUTBOX_PLAINTEXT=true"
+        )
     return Endpoint(
         host=host,
         port=given_port or port,
         security=security,
         username=unquote(parts.username or ""),
         password=unquote(parts.password or ""),
+        operators=True,
     )
 
 
@@ -74,7 +86,7 @@ class Composer:
     def __init__(
         self, settings: Settings, secrets: SecretBox, read: ReadBatches, installation_id: str
     ) -> None:
-        self._relay = relay_of(settings.smtp_url)
+        self._relay = relay_of(settings.smtp_url, plaintext=settings.plaintext)
         self._override = settings.smtp_override
         self._secrets = secrets
         self._read = read

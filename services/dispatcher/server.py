@@ -27,6 +27,7 @@ from services.dispatcher.smtp import SmtpPool
 from services.dispatcher.storage import BatchContent
 from services.dispatcher.wake import WakeListener
 from shared.database import create_engine, until_reachable
+from shared.egress import Egress
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader
 from shared.health import follow_dependencies
@@ -58,6 +59,7 @@ async def serve(
             timeout=settings.smtp_timeout.total_seconds(),
             idle=settings.smtp_idle.total_seconds(),
             local_hostname=socket.getfqdn(),
+            egress=Egress.from_settings(settings),
         )
         composer = Composer(
             settings,

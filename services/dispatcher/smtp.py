@@ -17,6 +17,7 @@ from typing import cast
 import aiosmtplib
 from aiosmtplib.errors import SMTPException, SMTPResponseException
 
+from shared.egress import Egress
 from shared.states import AttemptOutcome, SmtpSecurity
 
 _ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})\b")
@@ -40,6 +41,9 @@ class Endpoint:
     security: SmtpSecurity
     username: str = ""
     password: str = field(default="", repr=False)
+    # The operator's own relay: it may be anywhere. Every other is a user's, and checked. Part of
+    # the identity: a user who names the relay gets no connection that was opened for it.
+    operators: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,13 @@ class GivenBackError(Exception):
 class _Session:
     """One connection, and whether it has been used before."""
 
-    def __init__(self, endpoint: Endpoint, timeout: float, local_hostname: str) -> None:
+    def __init__(
+        self, endpoint: Endpoint, timeout: float, local_hostname: str, egress: Egress
+    ) -> None:
         self.idle_since = 0.0
+        self._endpoint = endpoint
+        self._timeout = timeout
+        self._egress = egress
         # Greeted, and where it is asked for encrypted and authenticated.
         self.ready = False
         self.client = aiosmtplib.SMTP(
@@ -89,7 +98,10 @@ class _Session:
         )
 
     async def open(self) -> None:
-        await self.client.connect()
+        if self._endpoint.operators:
+            await self.client.connect()
+        else:
+            await self._connect_checked()
         if self.client.is_ehlo_or_helo_needed:
             try:
                 await self.client.ehlo()
@@ -98,6 +110,24 @@ class _Session:
                     raise
                 await self.client.helo()
         self.ready = True
+
+    async def _connect_checked(self) -> None:
+        endpoint = self._endpoint
+        if endpoint.password and endpoint.security is SmtpSecurity.NONE:
+            raise OSError("the password is sent over TLS only: take STARTTLS or TLS")
+        try:
+            async with asyncio.timeout(self._timeout):
+                opened = await self._egress.connect(endpoint.host, endpoint.port)
+        except TimeoutError:
+            raise TimeoutError(
+                f"Timed out connecting to {endpoint.host} on port {endpoint.port}"
+            ) from None
+        try:
+            # The host's name still is what its certificate must have.
+            await self.client.connect(sock=opened, port=None)
+        except BaseException:
+            opened.close()
+            raise
 
     async def begin(self, envelope: Envelope) -> None:
         """Say MAIL, RCPT and DATA; returns when the server waits for the body."""
@@ -163,7 +193,10 @@ class EndpointState:
 class SmtpPool:
     """Kept-alive SMTP connections, capped per endpoint."""
 
-    def __init__(self, *, size: int, timeout: float, idle: float, local_hostname: str) -> None:
+    def __init__(
+        self, *, size: int, timeout: float, idle: float, local_hostname: str, egress: Egress
+    ) -> None:
+        self._egress = egress
         self._size = size
         self._local_hostname = local_hostname
         self._timeout = timeout
@@ -211,7 +244,7 @@ class SmtpPool:
             session.close()
             pool.open_count -= 1
         pool.open_count += 1
-        return _Session(endpoint, self._timeout, self._local_hostname), False
+        return _Session(endpoint, self._timeout, self._local_hostname, self._egress), False
 
     def _forget(self, pool: _EndpointPool) -> None:
         pool.open_count -= 1

@@ -16,6 +16,7 @@ import uvloop
 from deploy.local.inbox import Inbox
 from deploy.local.ports import free_port
 from services.dispatcher.smtp import Endpoint, Envelope, GivenBackError, SendResult, SmtpPool
+from shared.egress import Egress
 from shared.states import AttemptOutcome, SmtpSecurity
 from tests.eventually import eventually
 from tests.smtp_servers import (
@@ -41,7 +42,8 @@ OPENING = ("greeting", "ehlo", *BEFORE_THE_BODY)
 
 
 def pool_of(**settings: Any) -> SmtpPool:
-    settings = {"size": 5, "timeout": LIMIT, "idle": 30.0} | settings
+    settings = {"egress": Egress(["127.0.0.0/8"]), **settings}
+    settings = {"size": 5, "timeout": LIMIT, "idle": 30.0, **settings}
     return SmtpPool(local_hostname="client.test", **settings)
 
 
@@ -54,6 +56,11 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 def endpoint_of(server: ScriptedServer | Inbox, **changes: Any) -> Endpoint:
     return replace(Endpoint("127.0.0.1", server.port, SmtpSecurity.NONE), **changes)
+
+
+def relay_at(server: ScriptedServer, **changes: Any) -> Endpoint:
+    """The operator's: without TLS it gets its password all the same."""
+    return endpoint_of(server, operators=True, **changes)
 
 
 async def send(
@@ -621,7 +628,7 @@ AUTH = ("8BITMIME", "AUTH PLAIN")
 
 async def test_a_sender_with_a_password_logs_in_once_a_connection(pool: SmtpPool) -> None:
     async with ScriptedServer(extensions=AUTH) as server:
-        endpoint = endpoint_of(server, username="anna", password="s3cret-word")
+        endpoint = relay_at(server, username="anna", password="s3cret-word")
         for _ in range(2):
             assert (await send(pool, endpoint)).outcome is SENT
 
@@ -644,7 +651,7 @@ async def test_a_login_that_fails_is_the_endpoints_fault_and_tells_no_password(
 ) -> None:
     caplog.set_level("DEBUG")
     async with ScriptedServer({"auth": action}, extensions=extensions) as server:
-        endpoint = endpoint_of(server, username="anna", password="s3cret-word")
+        endpoint = relay_at(server, username="anna", password="s3cret-word")
         result = await send(pool, endpoint)
 
         assert (result.outcome, result.body_begun) == (CONNECTION, False)
@@ -658,6 +665,61 @@ async def test_a_login_that_fails_is_the_endpoints_fault_and_tells_no_password(
 async def test_senders_with_other_credentials_never_share_a_connection(pool: SmtpPool) -> None:
     async with ScriptedServer(extensions=AUTH) as server:
         for user in ("anna", "bert", "anna"):
-            await send(pool, endpoint_of(server, username=user, password="x"))
+            await send(pool, relay_at(server, username=user, password="x"))
 
         assert server.connections == 2
+
+
+# What a user may name
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0", "2130706433", "::ffff:127.0.0.1"])
+async def test_a_users_endpoint_never_leads_into_the_operators_network(host: str) -> None:
+    pool = pool_of(egress=Egress(), timeout=5.0)
+    async with ScriptedServer() as server:
+        result = await send(pool, endpoint_of(server, host=host))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert result.message == (
+            f"{host} leads into the operator's network, where a sender's endpoint may not; the "
+            "operator can list it in OUTBOX_SMTP_ALLOW"
+        )
+        assert server.connections == 0
+        assert open_connections(pool) == 0
+
+
+async def test_the_operators_relay_may_be_anywhere_and_shares_no_connection() -> None:
+    pool = pool_of(egress=Egress(), timeout=5.0)
+    async with ScriptedServer() as server:
+        assert (await send(pool, relay_at(server))).outcome is SENT
+        assert (await send(pool, endpoint_of(server))).outcome is CONNECTION
+        assert server.connections == 1
+    pool.close()
+
+
+async def test_a_name_is_looked_up_once_and_the_checked_address_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    look_up, answers = loop.getaddrinfo, ["127.0.0.1", "192.0.2.1"]
+
+    async def rebinding(host: Any, port: Any, **hints: Any) -> Any:
+        assert host == "rebinding.test"
+        return await look_up(answers.pop(0), port, **hints)
+
+    monkeypatch.setattr(loop, "getaddrinfo", rebinding)
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer() as server:
+        result = await send(pool, endpoint_of(server, host="rebinding.test"))
+        assert result.outcome is SENT, result.message
+        assert (server.connections, answers) == (1, ["192.0.2.1"])
+    pool.close()
+
+
+async def test_a_users_password_never_goes_in_clear(pool: SmtpPool) -> None:
+    async with ScriptedServer(extensions=AUTH) as server:
+        result = await send(pool, endpoint_of(server, username="anna", password="s3cret-word"))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert "TLS only" in (result.message or "")
+        assert server.connections == 0

@@ -36,7 +36,7 @@ BATCH = BatchContent(
     smtp_username=None,
     smtp_password=None,
 )
-RELAY = Endpoint("relay.test", 25, SmtpSecurity.NONE)
+RELAY = Endpoint("relay.test", 25, SmtpSecurity.NONE, operators=True)
 
 
 def job(number: int = 1, *, batch: int = 1, revision: int = 1, **changes: Any) -> MarkedJob:
@@ -269,7 +269,7 @@ async def test_override_sends_everything_to_the_relay() -> None:
     ],
 )
 def test_a_relay_is_read_from_its_url(url: str, endpoint: Endpoint) -> None:
-    assert relay_of(url) == endpoint
+    assert relay_of(url) == replace(endpoint, operators=True)
 
 
 @pytest.mark.parametrize(
@@ -295,3 +295,13 @@ def test_a_wrong_url_is_told_by_its_variable_and_without_its_password(url: str) 
         relay_of(url)
 
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_relays_password_in_clear_is_refused_unless_told_so() -> None:
+    url = "smtp://anna:s3cret@mail.test"
+    with pytest.raises(ConfigurationError, match=r"in clear.*OUTBOX_PLAINTEXT") as caught:
+        relay_of(url)
+    assert "s3cret" not in str(caught.value)
+    assert relay_of(url, plaintext=True).password == "s3cret"
+    assert relay_of("smtp://anna:s3cret@127.0.0.1").password == "s3cret"
+    assert relay_of("smtp+starttls://anna:s3cret@mail.test").password == "s3cret"
