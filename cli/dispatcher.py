@@ -11,7 +11,15 @@ from cli.service import run
 
 # A drain ends when the sends in flight have: an SMTP server may take its time-outs for that.
 _DRAIN_TIMEOUT_S = 300.0
-_ENDPOINT_COLUMNS = ("host", "port", "connection_count", "last_error", "last_error_time")
+_ENDPOINT_COLUMNS = (
+    "host",
+    "port",
+    "connection_count",
+    "circuit_open_time",
+    "next_probe_time",
+    "last_error",
+    "last_error_time",
+)
 
 app = typer.Typer(invoke_without_command=True, add_completion=False)
 

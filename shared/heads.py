@@ -36,6 +36,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from shared.cancellations import waits_of
 from shared.counts import in_state
 from shared.database import unix_ms
+from shared.endpoints import endpoint_of
 from shared.models import Attempt, EmailJob, HeadMarker, Sender
 from shared.queue.keys import JobRef
 from shared.queue.queue import (
@@ -91,11 +92,16 @@ def _heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
         .correlate(Sender)
     )
     return (
-        select(
+        select(  # type: ignore[return-value]
             Sender.id,
             Sender.hourly_limit,
             Sender.min_gap_ms,
             Sender.max_in_flight,
+            Sender.revision,
+            Sender.smtp_host,
+            Sender.smtp_port,
+            Sender.smtp_security,
+            Sender.smtp_username,
             and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
             jobs.c.ids,
             jobs.c.attempts,
@@ -185,6 +191,7 @@ class HeadLoader:
         self.queues = queues
         self._window = settings.rate_window
         self._floor = settings.min_gap
+        self._override = settings.smtp_override
 
     def queue_of(self, sender_id: int) -> Queue:
         """Return the shard that a sender lives in."""
@@ -281,6 +288,14 @@ class HeadLoader:
             active=row.active,
             jobs=jobs[:HEAD_SIZE],
             more=len(jobs) > HEAD_SIZE,
+            endpoint=endpoint_of(
+                row.smtp_host,
+                row.smtp_port,
+                row.smtp_security,
+                row.smtp_username,
+                override=self._override,
+            ),
+            revision=row.revision,
             ends=ends,
             leases=leases,
         )

@@ -80,3 +80,7 @@ class AttemptOutcome(IntEnum):
     IN_DOUBT = 5
     # The dispatcher died, or its lease ran out, before it recorded an outcome.
     LEASE_EXPIRED = 6
+
+
+# What counts against an endpoint: a time-out after the body is one too.
+CONNECTION_TROUBLE = frozenset({AttemptOutcome.CONNECTION_FAILURE, AttemptOutcome.IN_DOUBT})

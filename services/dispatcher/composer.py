@@ -12,6 +12,7 @@ from services.dispatcher.message import MessageBuilder, MessageError
 from services.dispatcher.smtp import Endpoint, Envelope
 from services.dispatcher.storage import BatchContent, MarkedJob
 from shared.auth import is_loopback_host
+from shared.endpoints import endpoint_of
 from shared.errors import ConfigurationError, InvalidInput, OutboxError
 from shared.message_ids import message_id_for
 from shared.secrets import SecretBox
@@ -135,6 +136,13 @@ class Composer:
             security=content.smtp_security or SmtpSecurity.STARTTLS,
             username=content.smtp_username or "",
             password="" if password is None else self._secrets.decrypt(password),
+            circuit=endpoint_of(
+                content.smtp_host,
+                content.smtp_port,
+                content.smtp_security,
+                content.smtp_username,
+                override=self._override,
+            ),
         )
 
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:

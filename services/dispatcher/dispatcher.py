@@ -29,7 +29,7 @@ from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.queue import Claim, Queue, SlotUse
 from shared.settings import Settings
-from shared.states import AttemptOutcome
+from shared.states import CONNECTION_TROUBLE, AttemptOutcome
 
 # A lost Redis tells nobody: whoever sleeps looks at least this often whether it is still whole.
 HEARTBEAT = timedelta(seconds=1)
@@ -270,7 +270,16 @@ class Dispatcher:
             enhanced_code=result.enhanced_code,
             message=result.message,
         )
-        self._settler.add(Ended(record, SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN))
+        broken = result.outcome in CONNECTION_TROUBLE
+        self._settler.add(
+            Ended(
+                record,
+                SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN,
+                # Without a code the server had no part in it.
+                answered=not broken and result.smtp_code is not None,
+                connection_error=(result.message or result.outcome.name) if broken else None,
+            )
+        )
 
     # Room ------------------------------------------------------------------------------------
 

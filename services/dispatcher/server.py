@@ -86,6 +86,7 @@ async def serve(
             dispatcher=dispatcher,
             pool=pool,
             progress=progress,
+            queues=queues,
             on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - the server comes later
         )
         server = GrpcServer(

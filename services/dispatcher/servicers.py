@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import grpc
@@ -13,6 +14,8 @@ from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.progress import Progress
 from services.dispatcher.smtp import EndpointState, SmtpPool
+from shared.queue.connection import QUEUE_ERRORS
+from shared.queue.queue import Circuit, Queue
 
 
 class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
@@ -26,6 +29,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         dispatcher: Dispatcher,
         pool: SmtpPool,
         progress: Progress,
+        queues: Sequence[Queue],
         on_drain: Callable[[], None],
     ) -> None:
         self._id = dispatcher_id
@@ -33,6 +37,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         self._dispatcher = dispatcher
         self._pool = pool
         self._progress = progress
+        self._queues = queues
         self._on_drain = on_drain
 
     async def GetDispatcherStatus(  # noqa: N802 - the proto's name
@@ -41,7 +46,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         context: grpc.aio.ServicerContext[object, object],  # noqa: ARG002
     ) -> dispatcher_pb2.DispatcherStatus:
         """Return what the dispatcher does now."""
-        return self._status()
+        return await self._status()
 
     async def Drain(  # noqa: N802 - the proto's name
         self,
@@ -52,10 +57,12 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         self._on_drain()
         given_back = await self._dispatcher.drain()
         return dispatcher_service_pb2.DrainResponse(
-            status=self._status(), given_back_count=given_back
+            status=await self._status(), given_back_count=given_back
         )
 
-    def _status(self) -> dispatcher_pb2.DispatcherStatus:
+    async def _status(self) -> dispatcher_pb2.DispatcherStatus:
+        states = self._pool.states()
+        circuits = await self._circuits({state.circuit for state in states})
         attempts, sent = self._progress.rates()
         uptime = Duration()
         uptime.FromTimedelta(timedelta(seconds=self._progress.uptime))
@@ -74,20 +81,42 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
                 sent_count=self._progress.sent_count,
                 attempt_count=self._progress.attempt_count,
             ),
-            endpoints=[_endpoint(state) for state in self._pool.states()],
+            endpoints=[_endpoint(state, circuits.get(state.circuit)) for state in states],
             uptime=uptime,
         )
 
+    async def _circuits(self, endpoints: Collection[str]) -> dict[str, Circuit]:
+        """Return the open circuits; of several shards, that which opened first."""
+        found: dict[str, Circuit] = {}
+        if not endpoints:
+            return found
+        # Without Redis the rest of the status is as true as ever.
+        with suppress(*QUEUE_ERRORS):
+            for queue in self._queues:
+                for endpoint, circuit in (
+                    await queue.circuits_of_endpoints(sorted(endpoints))
+                ).items():
+                    first = found.setdefault(endpoint, circuit)
+                    if circuit.open_since_ms < first.open_since_ms:
+                        found[endpoint] = circuit
+        return found
 
-def _endpoint(state: EndpointState) -> dispatcher_pb2.EndpointStatus:
-    last_error_time = None
-    if state.last_error_at is not None:
-        last_error_time = Timestamp()
-        last_error_time.FromDatetime(datetime.fromtimestamp(state.last_error_at, UTC))
+
+def _endpoint(state: EndpointState, circuit: Circuit | None) -> dispatcher_pb2.EndpointStatus:
     return dispatcher_pb2.EndpointStatus(
         host=state.host,
         port=state.port,
         connection_count=state.connection_count,
         last_error=state.last_error,
-        last_error_time=last_error_time,
+        last_error_time=_timestamp(state.last_error_at),
+        circuit_open_time=_timestamp(circuit.open_since_ms / 1000 if circuit else None),
+        next_probe_time=_timestamp(circuit.next_probe_ms / 1000 if circuit else None),
     )
+
+
+def _timestamp(seconds: float | None) -> Timestamp | None:
+    if seconds is None:
+        return None
+    found = Timestamp()
+    found.FromDatetime(datetime.fromtimestamp(seconds, UTC))
+    return found

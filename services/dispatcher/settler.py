@@ -34,6 +34,9 @@ class Ended:
 
     record: AttemptRecord
     use: SlotUse
+    # What it says of the endpoint, as in `Settlement`.
+    answered: bool = False
+    connection_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,4 +194,6 @@ def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settle
         age=timedelta(seconds=max(0.0, now - record.ended)),
         next_job=None if due is None else JobRef(record.job.job_id, record.job.attempt + 1),
         next_due_ms=due or 0,
+        answered=outcome.answered,
+        connection_error=outcome.connection_error,
     )

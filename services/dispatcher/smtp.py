@@ -18,6 +18,7 @@ import aiosmtplib
 from aiosmtplib.errors import SMTPException, SMTPResponseException
 
 from shared.egress import Egress
+from shared.endpoints import RELAY
 from shared.states import AttemptOutcome, SmtpSecurity
 
 _ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})\b")
@@ -44,6 +45,8 @@ class Endpoint:
     # The operator's own relay: it may be anywhere. Every other is a user's, and checked. Part of
     # the identity: a user who names the relay gets no connection that was opened for it.
     operators: bool = False
+    # Its name in Redis (`shared.endpoints`).
+    circuit: str = field(default=RELAY, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ class EndpointState:
 
     host: str
     port: int
+    circuit: str
     connection_count: int
     last_error: str
     last_error_at: float | None
@@ -273,6 +277,7 @@ class SmtpPool:
                 EndpointState(
                     endpoint.host,
                     endpoint.port,
+                    endpoint.circuit,
                     pool.open_count,
                     pool.last_error,
                     pool.last_error_at,

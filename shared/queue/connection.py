@@ -41,6 +41,12 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
 def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
     """Return the shards of the queue, in their order."""
     return [
-        Queue(redis, shard, window=settings.rate_window, lease=settings.lease)
+        Queue(
+            redis,
+            shard,
+            window=settings.rate_window,
+            lease=settings.lease,
+            ladder=settings.retry_backoff,
+        )
         for shard in range(settings.shards)
     ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import StrEnum
@@ -13,6 +14,7 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError
 
+from shared.endpoints import RELAY
 from shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from shared.queue.scripts import SCRIPTS, read_script
 
@@ -21,6 +23,12 @@ HEAD_SIZE = 128
 # A head that is a quarter full is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
+# Waits before the probes of an open circuit, where the operator's ladder is empty.
+_LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+# At most a tenth is added to a wait.
+_JITTER = 0.1
+# Of a server's answer, that is kept as the reason of a circuit.
+_MAX_REASON = 200
 # Longer than one part of a rebuild takes; how long a dead rebuilder keeps others from it.
 _REBUILD_LOCK = timedelta(seconds=10)
 
@@ -81,6 +89,26 @@ class Settlement:
     next_due_ms: int = 0
     # Of the claim, where its slot is UNUSED: it frees no other's lease.
     lease_ms: int = 0
+    # What it says of the endpoint: the server answered, whatever it said; or why the connection
+    # failed. Neither: it says nothing.
+    answered: bool = False
+    connection_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Circuit:
+    """An open circuit: what would fail as well waits, while one probe at a time is sent.
+
+    Times are Unix ms of Redis' clock.
+    """
+
+    # Whose connections failed: this sender's alone; None: several senders' of the endpoint.
+    sender_id: int | None
+    open_since_ms: int
+    # In the past: a probe is under way, or is sent as soon as the limits allow it.
+    next_probe_ms: int
+    # Of the last failure, for people; never a password.
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +143,20 @@ class Head:
     more: bool
     ends: tuple[PastEnd, ...] = ()
     leases: tuple[HeldLease, ...] = field(default=())
+    # Where its mail goes (`shared.endpoints`), and which of its changes this is.
+    endpoint: str = RELAY
+    revision: int = 1
 
 
 def brings_history(epoch: str) -> bool:
     """Whether a load of this epoch is of a sender whose history Redis does not know."""
     return epoch.startswith("new:")
+
+
+def _contact(settlement: Settlement) -> str:
+    if settlement.connection_error is not None:
+        return "!" + settlement.connection_error[:_MAX_REASON]
+    return "OK" if settlement.answered else ""
 
 
 def _ms(duration: timedelta) -> int:
@@ -140,6 +177,8 @@ class Queue:
         *,
         window: timedelta,
         lease: timedelta,
+        ladder: Sequence[timedelta] = _LADDER,
+        chance: Callable[[], float] = random.random,
         includes: Mapping[str, str] | None = None,
     ) -> None:
         self.keys = ShardKeys(shard)
@@ -147,6 +186,8 @@ class Queue:
         self._redis = redis
         self._window = _ms(window)
         self._lease = _ms(lease)
+        self._ladder = tuple(ladder) or _LADDER
+        self._chance = chance
         self._scripts: dict[str, AsyncScript] = {
             name: redis.register_script(read_script(name, dict(includes or {}))) for name in SCRIPTS
         }
@@ -186,12 +227,43 @@ class Queue:
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """End claims. Returns the senders that Redis does not know: load their heads."""
-        args: list[Any] = [self._window]
+        stretch = 1 + _JITTER * self._chance()
+        ladder = ",".join(str(_ms(wait * stretch)) for wait in self._ladder)
+        args: list[Any] = [self._window, ladder]
         for s in settlements:
             next_member = "" if s.next_job is None else member_of(s.next_job)
             args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age), s.lease_ms)
-            args += (next_member, s.next_due_ms)
+            args += (next_member, s.next_due_ms, _contact(s))
         return [int(sender) for sender in await self._run("settle", (self.keys.ready,), args)]
+
+    async def circuits_of_sender(self, sender_id: int) -> tuple[Circuit, ...]:
+        """Return the open circuits for which this sender waits; both, if there are two."""
+        (found,) = await self._circuits([("sender", str(sender_id))])
+        return found
+
+    async def circuits_of_endpoints(self, endpoints: Sequence[str]) -> dict[str, Circuit]:
+        """Return the open circuits of these endpoints.
+
+        Where the failures in a row are all of one sender, it is that sender's circuit.
+        """
+        found = await self._circuits([("endpoint", endpoint) for endpoint in endpoints])
+        return {
+            endpoint: circuits[0]
+            for endpoint, circuits in zip(endpoints, found, strict=True)
+            if circuits
+        }
+
+    async def _circuits(self, asked: Sequence[tuple[str, str]]) -> list[tuple[Circuit, ...]]:
+        answers = await self._run(
+            "circuits", (self.keys.ready,), [word for pair in asked for word in pair]
+        )
+        return [
+            tuple(
+                Circuit(int(sender) if sender else None, int(since), int(next_probe), reason)
+                for sender, since, next_probe, reason in answer
+            )
+            for answer in answers
+        ]
 
     async def begin_load(self, sender_ids: Sequence[int], *, committed: bool) -> dict[int, str]:
         """Return the epoch of each sender (see `brings_history`).
@@ -218,7 +290,8 @@ class Queue:
     def _head_args(self, head: Head, epoch: str) -> list[Any]:
         horizon = head.jobs[-1][1] if head.more and head.jobs else "inf"
         args: list[Any] = [head.sender_id, epoch, self._window, head.hourly_limit, _ms(head.gap)]
-        args += (head.max_in_flight, 1 if head.active else 2, horizon, len(head.jobs))
+        args += (head.max_in_flight, 1 if head.active else 2, horizon)
+        args += (head.endpoint, head.revision, len(head.jobs))
         for job, due_ms in head.jobs:
             args += (member_of(job), due_ms)
         args.append(len(head.ends))

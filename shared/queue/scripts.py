@@ -10,6 +10,7 @@ from pathlib import Path
 SCRIPTS = (
     "claim",
     "confirm",
+    "circuits",
     "settle",
     "begin_load",
     "load_head",

@@ -10,6 +10,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 INFINITY = float("inf")
+# Connection failures in a row that open a circuit; how often a held sender is looked at anyway.
+FAILURES = 3
+PATROL = 30_000
+
+
+@dataclass
+class CircuitModel:
+    """What the queue knows of one endpoint."""
+
+    failures: int = 0
+    # Whose failures these are.
+    senders: set[int] = field(default_factory=set)
+    open: bool = False
+    next: int = 0
+    rung: int = 0
+    probe: tuple[int, str] | None = None
+    busy_until: int = 0
+    # Since when each could send but for the circuit.
+    held: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def turn(self) -> int:
+        """When the next probe may be sent."""
+        return max(self.next, self.busy_until)
+
+    @property
+    def first(self) -> int | None:
+        """The held sender that could send for the longest time."""
+        return min(((at, str(s), s) for s, at in self.held.items()), default=(0, "", None))[2]
+
+    def admits(self, now: int) -> bool:
+        return not self.open or self.turn <= now
 
 
 @dataclass
@@ -31,11 +63,23 @@ class SenderModel:
     slots: dict[str, int] = field(default_factory=dict)
     # Nothing waits and nothing is in flight: it is forgotten when its history is.
     idle: bool = False
+    endpoint: str = ""
+    revision: int = 0
+    # Its own circuit: failures in a row, whether it is open, the next probe and who sends it.
+    troubles: int = 0
+    open: bool = False
+    probe: int = 0
+    rung: int = 0
+    prober: str | None = None
 
     @property
     def places(self) -> int:
         """How many more sends may be in flight."""
-        return min(1 if self.gap else self.flight, self.limit) - len(self.leases)
+        most = 1 if self.gap or self.open else self.flight
+        return min(most, self.limit) - len(self.leases)
+
+    def forget_troubles(self) -> None:
+        self.troubles, self.open, self.probe, self.rung, self.prober = 0, False, 0, 0, None
 
     @property
     def first(self) -> tuple[int, str] | None:
@@ -48,7 +92,7 @@ class SenderModel:
         ends = self.slots.values()
         instants = (0, *(end + window for end in ends))
         free = min(t for t in instants if sum(end + window > t for end in ends) < room)
-        return max(free, self.last_end + self.gap if self.gap else 0)
+        return max(free, self.probe, self.last_end + self.gap if self.gap else 0)
 
 
 @dataclass(frozen=True)
@@ -59,6 +103,8 @@ class HeadModel:
     gap: int
     flight: int
     active: bool
+    endpoint: str
+    revision: int
     jobs: Sequence[tuple[str, int]]
     more: bool
     # Member, ms since it ended, whether it takes a slot.
@@ -70,17 +116,28 @@ class HeadModel:
 class QueueModel:
     """One shard. Each method takes the time that the script would read from Redis."""
 
-    def __init__(self, *, window: int, lease: int, low: int, patience: int, soon: int) -> None:
+    def __init__(
+        self,
+        *,
+        window: int,
+        lease: int,
+        low: int,
+        patience: int,
+        soon: int,
+        ladder: Sequence[int],
+    ) -> None:
         self.window = window
         self.lease = lease
         self.low = low
         self.patience = patience
         self.soon = soon
+        self.ladder = ladder
         self.whole = False
         self.senders: dict[int, SenderModel] = {}
         # Of senders that are not known, and that somebody loads.
         self.new_epochs: dict[int, int] = {}
         self.ready: dict[int, int] = {}
+        self.circuits: dict[str, CircuitModel] = {}
 
     @property
     def first_look(self) -> int | None:
@@ -123,11 +180,12 @@ class QueueModel:
         while s.active and len(claims) < want and s.places > 0 and s.first is not None:
             due, member = s.first
             allowed = s.allowed_at(self.window)
-            if max(due, allowed) > now:
+            if max(due, allowed) > now or not self.circuit(s).admits(now):
                 limited = True
                 break
             del s.due[member]
             s.leases[member] = now + self.lease
+            self._begin_probe(sender_id, member, now)
             claims.append((sender_id, member, now - max(due, allowed)))
             limited = limited or (not s.due and s.places > 0 and len(claims) < want)
         # For how long it is known since when a job that is kept for want of room was allowed.
@@ -138,7 +196,7 @@ class QueueModel:
         if s.loading is not None and s.loading <= now:
             s.loading = now + self.patience
             loads.append(sender_id)
-        self._look(sender_id)
+        self._look(sender_id, now)
 
     def _expire(self, s: SenderModel, now: int) -> None:
         expired = [member for member, deadline in s.leases.items() if deadline <= now]
@@ -156,6 +214,7 @@ class QueueModel:
 
     def settle(
         self,
+        now: int,
         ended: int,
         sender_id: int,
         member: str,
@@ -163,6 +222,8 @@ class QueueModel:
         *,
         retry: tuple[str, int] | None = None,
         lease: int = 0,
+        answered: bool = False,
+        failed: bool = False,
     ) -> bool:
         """End one claim; `ended` is rounded up. Returns whether the sender is known.
 
@@ -171,6 +232,24 @@ class QueueModel:
         s = self.senders.get(sender_id)
         if s is None:
             return False
+        self._release(s, ended, member, kind, lease)
+        cleared = None
+        probed = self._end_probe(sender_id, member, lease if kind == "UNUSED" else None)
+        if answered:
+            self._answered(s)
+        elif failed:
+            cleared = self._failed(sender_id, member, now, probed=probed)
+        if retry is not None:
+            s.epoch += 1
+            if retry[1] <= s.horizon and retry[0] not in s.leases:
+                s.due[retry[0]] = retry[1]
+        self._look(sender_id, now)
+        if cleared in self.senders:
+            self.senders[cleared].forget_troubles()
+            self._look(cleared, now)
+        return True
+
+    def _release(self, s: SenderModel, ended: int, member: str, kind: str, lease: int) -> None:
         for held, name in ((s.leases, member), (s.slots, member + "?")):
             if kind != "UNUSED" or held.get(name) == lease:
                 held.pop(name, None)
@@ -178,22 +257,80 @@ class QueueModel:
             s.slots[member] = ended
         if kind != "UNUSED":
             s.last_end = max(s.last_end, ended)
-        if retry is not None:
-            s.epoch += 1
-            if retry[1] <= s.horizon and retry[0] not in s.leases:
-                s.due[retry[0]] = retry[1]
-        self._look(sender_id)
-        return True
 
-    def confirm(self, sender_id: int, member: str, lease: int) -> bool:
+    def confirm(self, now: int, sender_id: int, member: str, lease: int) -> bool:
         """Say whether a claim still holds; if so, under its own lease."""
         s = self.senders.get(sender_id)
         if s is None or member not in s.leases:
             return False
         if s.leases[member] != lease:
             s.leases[member] = lease
-            self._look(sender_id)
+            self._look(sender_id, now)
         return True
+
+    # circuits --------------------------------------------------------------------------------
+
+    def circuit(self, s: SenderModel) -> CircuitModel:
+        return self.circuits.setdefault(s.endpoint, CircuitModel())
+
+    def _appoint(self, c: CircuitModel) -> None:
+        if c.first is not None:
+            self.ready[c.first] = min(self.ready.get(c.first, c.turn), c.turn)
+
+    def _leave_held(self, c: CircuitModel, sender_id: int) -> None:
+        if c.open and c.held.pop(sender_id, None) is not None:
+            self._appoint(c)
+
+    def _begin_probe(self, sender_id: int, member: str, now: int) -> None:
+        s = self.senders[sender_id]
+        if s.open:
+            s.prober = member
+        c = self.circuit(s)
+        if c.open:
+            c.probe, c.busy_until = (sender_id, member), now + self.lease
+            c.held.pop(sender_id, None)
+            self._appoint(c)
+
+    def _end_probe(self, sender_id: int, member: str, lease: int | None) -> bool:
+        c = self.circuit(self.senders[sender_id])
+        if c.probe != (sender_id, member) or lease not in (None, c.busy_until):
+            return False
+        c.probe, c.busy_until = None, 0
+        self._appoint(c)
+        return True
+
+    def _answered(self, s: SenderModel) -> None:
+        s.forget_troubles()
+        for sender_id, at in self.circuit(s).held.items():
+            self.ready[sender_id] = min(self.ready.get(sender_id, at), at)
+        self.circuits[s.endpoint] = CircuitModel()
+
+    def _failed(self, sender_id: int, member: str, now: int, *, probed: bool) -> int | None:
+        s = self.senders[sender_id]
+        c = self.circuit(s)
+        if s.open and s.prober == member:
+            s.rung += 1
+            s.probe = now + self._rung(s.rung)
+        if c.open and probed:
+            c.rung += 1
+            c.next = now + self._rung(c.rung)
+            self._appoint(c)
+        if c.open or s.open:
+            return None
+        before = set(c.senders)
+        c.failures += 1
+        c.senders.add(sender_id)
+        s.troubles += 1
+        if c.failures >= FAILURES and len(c.senders) > 1:
+            c.open, c.rung, c.next = True, 1, now + self._rung(1)
+            s.forget_troubles()
+            return before.pop() if len(before) == 1 else None
+        if s.troubles >= FAILURES:
+            s.open, s.rung, s.probe = True, 1, now + self._rung(1)
+        return None
+
+    def _rung(self, number: int) -> int:
+        return self.ladder[min(number, len(self.ladder)) - 1]
 
     # load ------------------------------------------------------------------------------------
 
@@ -223,20 +360,24 @@ class QueueModel:
             s.slots = {member: now_up - age for member, age, counted in head.ends if counted}
             s.last_end = max((now_up - age for _, age, _ in head.ends), default=0)
             s.leases = {member: now_up + left for member, left in head.leases}
+        elif (s.endpoint, s.revision) != (head.endpoint, head.revision):
+            s.forget_troubles()
+            self._leave_held(self.circuit(s), sender_id)
+        s.endpoint, s.revision = head.endpoint, head.revision
         s.limit, s.gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
         s.due = {member: due for member, due in head.jobs if member not in s.leases}
         s.horizon = head.jobs[-1][1] if head.more else INFINITY
         s.loading = now + self.soon if head.more and not s.due else None
-        self._look(sender_id)
+        self._look(sender_id, now)
         return True
 
-    def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
+    def find_lost(self, now: int, sender_ids: Sequence[int]) -> list[int]:
         """Return the senders that must be loaded; something waits for each."""
         lost = []
         for sender_id in sender_ids:
             s = self.senders.get(sender_id)
             if s is not None:
-                self._look(sender_id)
+                self._look(sender_id, now)
             if s is None or (s.active and sender_id not in self.ready):
                 lost.append(sender_id)
         return lost
@@ -251,17 +392,27 @@ class QueueModel:
         self.senders.clear()
         self.new_epochs.clear()
         self.ready = dict(ready)
+        self.circuits.clear()
         self.whole = False
 
-    def _look(self, sender_id: int) -> None:
+    def _look(self, sender_id: int, now: int) -> None:
         s = self.senders[sender_id]
         looks: list[int] = []
         if s.leases:
             looks.append(min(s.leases.values()))
         if s.loading is not None:
             looks.append(s.loading)
+        c = self.circuit(s)
+        sends: float = INFINITY
         if s.active and s.first is not None and s.places > 0:
-            looks.append(max(s.first[0], s.allowed_at(self.window)))
+            sends = max(s.first[0], s.allowed_at(self.window))
+        if sends <= now and not c.admits(now):
+            c.held[sender_id] = int(sends)
+            looks.append(min(now + PATROL, c.turn) if c.first == sender_id else now + PATROL)
+        else:
+            self._leave_held(c, sender_id)
+            if sends < INFINITY:
+                looks.append(int(sends))
         if looks:
             self.ready[sender_id] = min(looks)
         else:

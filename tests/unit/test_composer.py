@@ -14,6 +14,7 @@ from services.dispatcher import composer as composer_module
 from services.dispatcher.composer import Composer, CompositionError, ReadBatches, relay_of
 from services.dispatcher.smtp import Endpoint
 from services.dispatcher.storage import BatchContent, MarkedJob
+from shared.endpoints import endpoint_of
 from shared.errors import ConfigurationError
 from shared.queue.keys import JobRef
 from shared.secrets import SecretBox, generate_key
@@ -243,6 +244,8 @@ async def test_a_sender_with_a_relay_of_its_own_uses_it_and_starttls_by_default(
     endpoint, _ = composer.compose(job())
 
     assert endpoint == Endpoint("own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret")
+    # As in the head that a scheduler loads, which knows no password.
+    assert endpoint.circuit == endpoint_of("OWN.test", 2525, None, "anna", override=False)
     assert "s3cret" not in repr(endpoint)
 
 

@@ -20,6 +20,7 @@
 --!include time
 --!include run
 --!include life
+--!include circuit
 --!include look
 
 local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -56,9 +57,10 @@ local function take(s)
         local allowed = allowed_at(s, in_flight, window)
         if allowed > NOW then return true end
         local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
-        if not first[1] then return true end
+        if not first[1] or not admits(circuit(s.endpoint)) then return true end
         redis.call('ZREM', due, first[1])
         redis.call('ZADD', leases, NOW + lease, first[1])
+        begin_probe(s, first[1], NOW + lease)
         in_flight = in_flight + 1
         taken = taken + 1
         claims[#claims + 1] = s.id

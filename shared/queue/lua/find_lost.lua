@@ -10,6 +10,7 @@
 --!include time
 --!include run
 --!include life
+--!include circuit
 --!include look
 
 local lost = {}

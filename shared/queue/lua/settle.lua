@@ -2,21 +2,26 @@
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
--- ARGV    then, for each claim: sender, member, kind, age, lease, next member, next due
+-- ARGV[2] ladder   ms before the first, second, ... probe of an open circuit, comma-separated;
+--                  the last repeats
+-- ARGV    then, for each claim: sender, member, kind, age, lease, next member, next due, contact
 --   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP never heard of it)
 --   age          ms since the send ended, measured by the caller's monotonic clock
 --   lease        of an UNUSED one: when its lease runs out, as claim.lua said
 --   next member  '' or the job's next attempt, with its due time in ms
+--   contact      what it says of the endpoint: '' nothing, 'OK' that it answers, or '!' and why the
+--                connection failed
 --
 -- Returns the senders whose head must be loaded (Redis knows them no more).
 --!include keys
 --!include time
 --!include run
 --!include life
+--!include circuit
 --!include look
 
-local window = tonumber(ARGV[1])
+local window, ladder = tonumber(ARGV[1]), ARGV[2]
 local touched, order, unknown = {}, {}, {}
 
 local function sender_of(id)
@@ -37,7 +42,7 @@ local function release(key, member, lease)
     end
 end
 
-for i = 2, #ARGV, 7 do
+for i = 3, #ARGV, 8 do
     local id, member, kind = ARGV[i], ARGV[i + 1], ARGV[i + 2]
     local s = sender_of(id)
     if s then
@@ -50,6 +55,13 @@ for i = 2, #ARGV, 7 do
         if kind ~= 'UNUSED' and ended > s.last_end then
             s.last_end = ended
             redis.call('HSET', settings_of(id), 'end', ended)
+        end
+        end_probe(s, member, lease)
+        if ARGV[i + 7] == 'OK' then
+            answered(s)
+        elseif ARGV[i + 7] ~= '' then
+            local cleared = failed(s, member, string.sub(ARGV[i + 7], 2), ladder)
+            if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
         end
         if ARGV[i + 5] ~= '' then
             -- A load that read PostgreSQL before this must not wipe it out.

@@ -9,6 +9,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from shared.endpoints import RELAY
 from shared.queue.keys import JobRef, member_of
 from shared.queue.queue import Claim, Claimed, Head, Queue, Settlement, SlotUse
 
@@ -17,6 +18,7 @@ LEASE = timedelta(seconds=60)
 WINDOW_MS = 3_600_000
 LEASE_MS = 60_000
 PATIENCE_MS = 5_000
+LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 START_MS = 1_800_000_000_000
 
 # Takes the place of includes/time.lua, and rounds as that does. In us, so that a test can end a
@@ -76,11 +78,24 @@ class Shard:
     """A queue, the clock that its scripts read, and a view of its keys."""
 
     def __init__(
-        self, redis: Redis, number: int = 0, *, window: timedelta = WINDOW, lease: timedelta = LEASE
+        self,
+        redis: Redis,
+        number: int = 0,
+        *,
+        window: timedelta = WINDOW,
+        lease: timedelta = LEASE,
+        ladder: Sequence[timedelta] = LADDER,
     ) -> None:
         self.redis = redis
-        includes = {"time": CLOCK, "run": RUN}
-        self.queue = Queue(redis, number, window=window, lease=lease, includes=includes)
+        self.queue = Queue(
+            redis,
+            number,
+            window=window,
+            lease=lease,
+            ladder=ladder,
+            chance=lambda: 0.0,
+            includes={"time": CLOCK, "run": RUN},
+        )
         self.prefix = f"outbox:{{{number}}}:"
         self.now_us = START_MS * 1000
 
@@ -122,10 +137,18 @@ class Shard:
         age: float = 0,
         retry_at: int | None = None,
         give_back: bool = False,
+        answered: bool = False,
+        connection_error: str | None = None,
     ) -> list[int]:
         """Settle one claim; `retry_at`, in ms after START, is when its job is due again."""
         settlement = Settlement(
-            claim.sender_id, claim.job, use, age=milliseconds(age), lease_ms=claim.lease_ms
+            claim.sender_id,
+            claim.job,
+            use,
+            age=milliseconds(age),
+            lease_ms=claim.lease_ms,
+            answered=answered,
+            connection_error=connection_error,
         )
         if retry_at is not None:
             attempt = claim.job.attempt + (not give_back)
@@ -140,6 +163,16 @@ class Shard:
         """When each sender is looked at next, in ms after START."""
         found = await scores(self.redis, self.prefix + "ready")
         return {int(sender): look - START_MS for sender, look in found.items()}
+
+    async def held(self, endpoint: str = RELAY) -> dict[int, int]:
+        """Who waits for an endpoint's circuit, and since when, in ms after START."""
+        found = await scores(self.redis, f"{self.prefix}held:{endpoint}")
+        return {int(sender): at - START_MS for sender, at in found.items()}
+
+    async def circuit(self, endpoint: str = RELAY) -> dict[str, str]:
+        """What is known of an endpoint."""
+        found: Any = await self.redis.hgetall(f"{self.prefix}circuit:{endpoint}")
+        return dict(found)
 
     async def sender(self, sender_id: int = SENDER.sender_id) -> SenderState:
         (state,) = await self.senders([sender_id])

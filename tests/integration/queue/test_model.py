@@ -13,6 +13,7 @@ import os
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from enum import Enum, auto
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from shared.queue.queue import Claim, Head, Settlement, SlotUse, brings_history
 from shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
 from tests.integration.queue.world import Send, SenderRow, World
-from tests.integration.queue_model import INFINITY, HeadModel, QueueModel
+from tests.integration.queue_model import INFINITY, CircuitModel, HeadModel, QueueModel
 
 WINDOW = 10_000
 LEASE = 3_000
@@ -43,8 +44,12 @@ LOW = 2
 SOON = 100
 # The keys of a sender, and its entry in `ready`.
 PARTS = ("due", "lease", "window", "sender", "ready")
+SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "held:relay")
+# The second wait of a probe is longer than the lease, the last one longer than a patrol.
+LADDER = (500, 4_000, 40_000)
+ENDPOINTS = ("relay", "other")
 # As texts they sort the other way round.
-SENDERS = (9, 10)
+SENDERS = (9, 10, 11)
 
 senders = st.sampled_from(SENDERS)
 # Which of several: taken modulo their number.
@@ -56,7 +61,19 @@ rows = st.builds(
     gap=st.sampled_from([0, 0, 70, 900]),
     flight=st.integers(1, 6),
     active=st.sampled_from([True, True, True, False]),
+    endpoint=st.sampled_from(ENDPOINTS[:1] * 4 + ENDPOINTS[1:]),
 )
+
+
+class Contact(Enum):
+    """What a send says of its endpoint."""
+
+    ANSWERED = auto()
+    FAILED = auto()
+    SILENT = auto()
+
+
+contacts = st.sampled_from([Contact.FAILED] * 5 + [Contact.ANSWERED, Contact.SILENT])
 
 
 @dataclass
@@ -111,10 +128,16 @@ class QueueMachine(RuleBasedStateMachine):
         self.raw = raw
         self.runner = runner
         window, lease = milliseconds(WINDOW), milliseconds(LEASE)
-        self.shard = Shard(redis, window=window, lease=lease)
+        ladder = [milliseconds(wait) for wait in LADDER]
+        self.shard = Shard(redis, window=window, lease=lease, ladder=ladder)
         self.queue = self.shard.queue
         self.model = QueueModel(
-            window=WINDOW, lease=LEASE, low=LOW, patience=PATIENCE_MS, soon=SOON
+            window=WINDOW,
+            lease=LEASE,
+            low=LOW,
+            patience=PATIENCE_MS,
+            soon=SOON,
+            ladder=LADDER,
         )
         self.world = World(window=WINDOW, lease=LEASE * 1000)
         self.loads: list[Load] = []
@@ -145,9 +168,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Steps -----------------------------------------------------------------------------------
 
-    @initialize(row=rows, other=rows)
-    def start(self, row: SenderRow, other: SenderRow) -> None:
-        self.world.senders = dict(zip(SENDERS, (row, other), strict=True))
+    @initialize(these=st.tuples(*(rows for _ in SENDERS)))
+    def start(self, these: tuple[SenderRow, ...]) -> None:
+        self.world.senders = dict(zip(SENDERS, these, strict=True))
         self.do(self._start())
 
     async def _start(self) -> None:
@@ -183,11 +206,24 @@ class QueueMachine(RuleBasedStateMachine):
         use=st.sampled_from(SlotUse),
         retry=st.sampled_from([None, None, 0, 300, 20_000]),
         age=st.integers(0, 5_000_000),
+        contact=contacts,
         waits=chances,
     )
-    def end(self, pick: int, use: SlotUse, retry: int | None, age: int, waits: bool) -> None:
+    def end(self, *, pick: int, waits: bool, **how: Any) -> None:
         choice = self._with(marked=True)
-        self.do(self._end(choice[pick % len(choice)], use, retry, age, waits=waits))
+        self.do(self._end(choice[pick % len(choice)], waits=waits, **how))
+
+    @rule(
+        who=st.sampled_from([SENDERS[:1], SENDERS[:2], SENDERS]),
+        spared=st.sampled_from([None, None, SENDERS[1]]),
+        waits=chances,
+        rounds=st.integers(2, 7),
+    )
+    def outage(self, who: tuple[int, ...], spared: int | None, waits: bool, rounds: int) -> None:
+        for sender_id in who:
+            self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
+            self.do(self._load(sender_id, committed=True))
+        self.do(self._outage(spared, waits=waits, rounds=rounds))
 
     @precondition(lambda self: any(h.settlement for h in self.holdings))
     @rule(pick=picks)
@@ -229,7 +265,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(sender_id=senders, row=rows, waits=chances)
     def change(self, sender_id: int, row: SenderRow, waits: bool) -> None:
-        self.world.senders[sender_id] = row
+        revision = self.world.senders[sender_id].revision + 1
+        self.world.senders[sender_id] = replace(row, revision=revision)
         self.world.mark_stale(sender_id)
         self.do(self._load(sender_id, committed=True, waits=waits))
 
@@ -264,7 +301,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.do(self._lose(sender_id, kind))
 
     @precondition(lambda self: len(self.world.jobs) > 3)
-    @rule(key=st.sampled_from(["ready", "generation", "asleep", "rebuild", "life"]))
+    @rule(key=st.sampled_from(SHARD_KEYS))
     def lose_key_of_shard(self, key: str) -> None:
         self.do(self._lose_key_of_shard(key))
 
@@ -273,6 +310,19 @@ class QueueMachine(RuleBasedStateMachine):
         self.do(self._sweep(waits=waits))
 
     # How they are done -----------------------------------------------------------------------
+
+    async def _outage(self, spared: int | None, *, waits: bool, rounds: int) -> None:
+        """Fail for a while, but for one sender; `waits`: look again before the next probe."""
+        for _ in range(rounds):
+            await self._claim(3)
+            for holding in tuple(self.holdings):
+                if holding.claim.sender_id == spared:
+                    await self._go_on(holding)
+                else:
+                    await self._go_on(holding, use=SlotUse.BEGUN, contact=Contact.FAILED, retry=300)
+            look = self.model.first_look or 0
+            if not waits or look < self.now_ms + LADDER[0]:
+                await self._advance(look * 1000)
 
     def _with(self, *, marked: bool) -> list[Holding]:
         return [h for h in self.holdings if not h.settlement and bool(h.send) is marked]
@@ -307,6 +357,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     async def _claim(self, want: int, *, waits: bool = False, rebuilds: bool = True) -> None:
         claimed = await self.queue.claim(want)
+        allowed = {sender_id: self._probes_allowed(sender_id) for sender_id in self.model.senders}
         claims, loads = self.model.claim(self.now_ms, want)
         assert claimed.lost is not self.model.whole
         found = [
@@ -314,6 +365,11 @@ class QueueMachine(RuleBasedStateMachine):
             for claim in claimed.claims
         ]
         assert (found, list(claimed.loads)) == (claims, loads)
+        for endpoint in ENDPOINTS:
+            at_once = [
+                allowed[s] for s, _, _ in found if self.model.senders[s].endpoint == endpoint
+            ]
+            assert len(at_once) <= min(at_once, default=0), "more than one probe at a time"
         look = self.model.first_look
         assert claimed.next_look == (
             None if look is None else milliseconds(max(0, look - self.now_ms))
@@ -328,6 +384,14 @@ class QueueMachine(RuleBasedStateMachine):
         if claimed.lost and rebuilds:
             await self._rebuild()
 
+    def _probes_allowed(self, sender_id: int) -> float:
+        """Return how many jobs may be claimed of the senders of this one's endpoint."""
+        s = self.model.senders[sender_id]
+        c = self.model.circuit(s)
+        if not c.open:
+            return INFINITY
+        return 1 if c.turn <= self.now_ms else 0
+
     async def _mark(self, holding: Holding, *, fails: bool = False) -> None:
         claim = holding.claim
         unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
@@ -340,7 +404,9 @@ class QueueMachine(RuleBasedStateMachine):
             return
         holding.lease_until = self.now + self.world.lease
         (held,) = await self.queue.confirm([claim])
-        assert held is self.model.confirm(claim.sender_id, member_of(claim.job), claim.lease_ms)
+        assert held is self.model.confirm(
+            self.now_ms, claim.sender_id, member_of(claim.job), claim.lease_ms
+        )
         if not held:
             assert self.world.give_back(claim.job, holding.lease_until)
             holding.settlement = unused
@@ -368,7 +434,14 @@ class QueueMachine(RuleBasedStateMachine):
         await self._release(holding)
 
     async def _end(
-        self, holding: Holding, use: SlotUse, retry: int | None, age: int, *, waits: bool = False
+        self,
+        holding: Holding,
+        *,
+        use: SlotUse = SlotUse.COUNTED,
+        retry: int | None = None,
+        age: int = 0,
+        contact: Contact = Contact.ANSWERED,
+        waits: bool = False,
     ) -> None:
         send, claim = holding.send, holding.claim
         assert send is not None
@@ -389,6 +462,8 @@ class QueueMachine(RuleBasedStateMachine):
             use,
             next_job=again if ours and retry_at is not None else None,
             next_due_ms=retry_at or 0,
+            answered=contact is Contact.ANSWERED,
+            connection_error="refused" if contact is Contact.FAILED else None,
         )
         if not waits:
             await self._release(holding)
@@ -405,12 +480,15 @@ class QueueMachine(RuleBasedStateMachine):
         unknown = await self.queue.settle([told])
         retry = told.next_job and (member_of(told.next_job), told.next_due_ms)
         known = self.model.settle(
+            self.now_ms,
             self.now_up - age,
             told.sender_id,
             member_of(told.job),
             told.use.value,
             retry=retry,
             lease=told.lease_ms,
+            answered=told.answered,
+            failed=told.connection_error is not None,
         )
         assert unknown == ([] if known else [told.sender_id])
         if not known:
@@ -449,6 +527,10 @@ class QueueMachine(RuleBasedStateMachine):
         await self.shard.redis.delete(self.shard.prefix + key)
         if key == "ready":
             self.model.ready.clear()
+        elif key == "circuit:relay":
+            self.model.circuits.pop("relay", None)
+        elif key == "held:relay" and "relay" in self.model.circuits:
+            self.model.circuits["relay"].held.clear()
         elif key == "generation":
             self.model.whole = False
         elif key == "life":
@@ -470,7 +552,7 @@ class QueueMachine(RuleBasedStateMachine):
             for job in self.world.in_state(state)
         }
         lost = await self.queue.find_lost(sorted(concerned))
-        assert lost == self.model.find_lost(sorted(concerned))
+        assert lost == self.model.find_lost(self.now_ms, sorted(concerned))
         for sender_id in lost:
             await self._load(sender_id, committed=False, waits=waits)
 
@@ -497,6 +579,28 @@ class QueueMachine(RuleBasedStateMachine):
             assert found.settings_expire is expected.idle
             if found.window:
                 assert found.window_expires is expected.idle
+            assert int(found.settings.get("troubles", 0)) == expected.troubles
+            assert ("open" in found.settings) is expected.open
+            assert int(found.settings.get("probe", 0)) == expected.probe
+        await self._compare_circuits()
+
+    async def _compare_circuits(self) -> None:
+        async with self.shard.redis.pipeline(transaction=False) as pipeline:
+            pipeline.get(self.shard.prefix + "test:run")
+            pipeline.hgetall(self.shard.prefix + "life")
+            for endpoint in ENDPOINTS:
+                pipeline.hgetall(f"{self.shard.prefix}circuit:{endpoint}")
+            run, life, *circuits = await pipeline.execute()
+        for endpoint, found in zip(ENDPOINTS, circuits, strict=True):
+            c = self.model.circuits.get(endpoint, CircuitModel())
+            this_life = (run or "first", found.get("life")) == (life.get("run"), life.get("id"))
+            known = found if this_life else {}
+            assert int(known.get("failures", 0)) == c.failures
+            assert ("open" in known) is c.open
+            assert int(known.get("next", 0)) == c.next
+            assert int(known.get("until", 0)) == c.busy_until
+            if c.open:
+                assert await self.shard.held(endpoint) == after_start(c.held)
 
     @invariant()
     def nothing_waits_twice(self) -> None:
@@ -533,18 +637,18 @@ class QueueMachine(RuleBasedStateMachine):
             await self._advance((min(looks) + bool(leases)) * 1000)
         raise AssertionError("jobs wait, and looking does not help")
 
-    async def _go_on(self, holding: Holding) -> None:
+    async def _go_on(self, holding: Holding, **how: Any) -> None:
         if holding.settlement:
             await self._release(holding)
         elif holding.send is None:
             await self._mark(holding)
         else:
-            await self._end(holding, SlotUse.COUNTED, None, 0)
+            await self._end(holding, **how)
 
 
 def after_start(
-    times: dict[str, int], after: float = -INFINITY, *, start: int = START_MS
-) -> dict[str, int]:
+    times: dict[Any, int], after: float = -INFINITY, *, start: int = START_MS
+) -> dict[Any, int]:
     return {member: time - start for member, time in times.items() if time - start > after}
 
 
@@ -574,7 +678,7 @@ def test_the_scripts_decide_as_the_model_and_keep_the_promises(
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=100,
+                max_examples=80,
                 phases=[Phase.generate],
                 stateful_step_count=50,
                 deadline=None,

@@ -26,6 +26,8 @@ class SenderRow:
     gap: int
     flight: int
     active: bool
+    endpoint: str = "relay"
+    revision: int = 1
 
 
 @dataclass
@@ -119,12 +121,16 @@ class World:
                 more,
                 tuple(PastEnd(job, timedelta(milliseconds=age), c) for job, age, c in ends),
                 tuple(HeldLease(job, timedelta(milliseconds=left)) for job, left in leases),
+                endpoint=row.endpoint,
+                revision=row.revision,
             ),
             HeadModel(
                 row.limit,
                 row.gap,
                 row.flight,
                 row.active,
+                row.endpoint,
+                row.revision,
                 [(member_of(job), due) for job, due in head],
                 more,
                 # An end in the future (a lease that ran out) has no age below 0.

@@ -9,6 +9,8 @@ local function due_of(sender) return prefix .. 'due:' .. sender end
 local function lease_of(sender) return prefix .. 'lease:' .. sender end
 local function window_of(sender) return prefix .. 'window:' .. sender end
 local function settings_of(sender) return prefix .. 'sender:' .. sender end
+local function circuit_of(endpoint) return prefix .. 'circuit:' .. endpoint end
+local function held_of(endpoint) return prefix .. 'held:' .. endpoint end
 
 -- The member of a slot whose holder has not said whether it was used.
 local function assumed(member) return member .. '?' end

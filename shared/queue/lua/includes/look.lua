@@ -11,7 +11,7 @@ end
 -- nil: not known (see life.lua).
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
-        'horizon', 'loading', 'life', 'parts')
+        'horizon', 'loading', 'life', 'parts', 'endpoint', 'troubles', 'open', 'probe')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
     return {
         id = sender,
@@ -24,20 +24,27 @@ local function read_sender(sender)
         -- Set while a load is wanted: when to ask for it again.
         loading = number_or(f[7], nil),
         parts = tonumber(f[9]),
+        endpoint = f[10] or '',
+        -- Its own circuit (circuit.lua): connection failures in a row; whether it is open, and then
+        -- when its next probe may be.
+        troubles = number_or(f[11], 0),
+        open = f[12] ~= false,
+        probe = number_or(f[13], 0),
     }
 end
 
 -- How many more jobs may be in flight at once. With a gap, one send at a time: the gap runs from
--- the end of one to the start of the next.
+-- the end of one to the start of the next. With an open circuit, one probe at a time.
 local function places(s, in_flight)
-    local most = s.gap > 0 and 1 or s.flight
+    local most = (s.gap > 0 or s.open) and 1 or s.flight
     return math.min(most, s.limit) - in_flight
 end
 
--- The instant from which gap and window allow one more send, given `in_flight` reservations.
+-- The instant from which gap, window and its own circuit allow one more send, given `in_flight`
+-- reservations.
 -- The window has room when the n-th newest end, n = limit - in_flight, has left it.
 local function allowed_at(s, in_flight, window)
-    local at = s.gap > 0 and s.last_end + s.gap or 0
+    local at = math.max(s.probe, s.gap > 0 and s.last_end + s.gap or 0)
     local rank = s.limit - in_flight
     local oldest = redis.call('ZRANGE', window_of(s.id), -rank, -rank, 'WITHSCORES')
     if oldest[2] then at = math.max(at, tonumber(oldest[2]) + window) end
@@ -63,9 +70,11 @@ local function schedule_look(s, window)
         -- A load was asked for: look when it is overdue, for who was asked may have died.
         look = math.min(look, s.loading)
     end
+    local sends = math.huge
     if s.active and first and places(s, in_flight) > 0 then
-        look = math.min(look, math.max(tonumber(first), allowed_at(s, in_flight, window)))
+        sends = math.max(tonumber(first), allowed_at(s, in_flight, window))
     end
+    look = math.min(look, through_circuit(s, sends))
     if look < math.huge then
         redis.call('ZADD', READY, look, s.id)
         return

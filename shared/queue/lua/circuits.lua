@@ -1,0 +1,33 @@
+-- Tells which circuits are open.
+--
+-- KEYS[1] ready
+-- ARGV    what is asked, as kind, id: `sender` for those that it waits for, `endpoint` for that of
+--         the endpoint, or of the one sender that has all of its failures
+-- Returns for each an array of circuits: sender or '', open since (ms), next probe (ms), reason
+--!include keys
+--!include time
+--!include run
+--!include life
+--!include circuit
+
+local function open_circuit(key, sender, next_field)
+    local f = redis.call('HMGET', key, 'open', next_field, 'reason', 'life')
+    return f[1] and f[4] == LIFE and { sender, f[1], f[2], f[3] or '' } or nil
+end
+
+local function of_sender(id) return open_circuit(settings_of(id), id, 'probe') end
+local function of_endpoint(id) return open_circuit(circuit_of(id), '', 'next') end
+
+local answers = {}
+for i = 1, #ARGV, 2 do
+    local id, found = ARGV[i + 1], {}
+    if ARGV[i] == 'sender' then
+        found[1] = of_endpoint(redis.call('HGET', settings_of(id), 'endpoint') or '')
+        found[#found + 1] = of_sender(id)
+    else
+        local by = redis.call('HGET', circuit_of(id), 'by')
+        found[1] = of_endpoint(id) or (by and by ~= SEVERAL and of_sender(by)) or nil
+    end
+    answers[#answers + 1] = found
+end
+return answers

@@ -1,0 +1,139 @@
+"""Circuits, with whole dispatchers: a sick endpoint costs its probes, and nobody else anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from deploy.local.inbox import Inbox
+from shared.states import AttemptOutcome, JobState, SmtpSecurity
+from tests.dispatchers import Running, options, running, settings_of
+from tests.eventually import eventually
+from tests.smtp_servers import Close, Say, ScriptedServer, Wait
+from tests.world import World, gap_of, jobs_in, mails_of, most_of
+
+Configure = Callable[..., dict[str, str]]
+# What each kind of outage does to a server; None: it is gone.
+OUTAGES: dict[str, dict[str, Any] | None] = {
+    "refuses": None,
+    "hangs": {"greeting": Wait()},
+    "421": {"greeting": Say("421 4.3.2 closing")},
+    "AUTH": {"auth": Say("535 5.7.8 who are you")},
+    "closes after the body": {"body": Close()},
+}
+GAP, WINDOW, LIMIT = 0.02, timedelta(seconds=1), 15
+FIRST_WAIT = 0.2
+MAILS = 20
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str) -> Configure:
+    def build(smtp_url: str, **changes: str | int) -> dict[str, str]:
+        given = {"retry_backoff": "200ms,300ms", "smtp_timeout": "300ms"} | changes
+        return options(database_url, redis_url, smtp_url, **given)
+
+    return build
+
+
+@asynccontextmanager
+async def working(
+    values: dict[str, str], dispatchers: int = 1
+) -> AsyncIterator[tuple[World, list[Running]]]:
+    settings = settings_of(values)
+    async with World(settings) as world, AsyncExitStack() as stack:
+        yield (
+            world,
+            [await stack.enter_async_context(running(settings)) for _ in range(dispatchers)],
+        )
+
+
+async def failed_attempts(world: World) -> list[float]:
+    """Return when each attempt began whose connection failed."""
+    rows = await world.sql(
+        "SELECT extract(epoch FROM started_at)::float8 AS at FROM attempts"
+        " WHERE outcome IN (%s, %s) ORDER BY 1",
+        int(AttemptOutcome.CONNECTION_FAILURE),
+        int(AttemptOutcome.IN_DOUBT),
+    )
+    return [row.at for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dispatchers"), [*((kind, 1) for kind in OUTAGES), ("refuses", 3), ("hangs", 3)]
+)
+async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
+    configure: Configure, inbox: Inbox, kind: str, dispatchers: int
+) -> None:
+    plan = OUTAGES[kind]
+    extensions = ("8BITMIME", "AUTH PLAIN") if kind == "AUTH" else ("8BITMIME",)
+    async with ScriptedServer(plan, extensions=extensions) as server:
+        if plan is None:
+            await server.stop()
+        login = "anna:secret@" if kind == "AUTH" else ""
+        values = configure(
+            f"smtp://{login}127.0.0.1:{server.port}", min_gap=f"{GAP}s", rate_window="1s"
+        )
+        async with working(values, dispatchers) as (world, running_ones):
+            senders = [await world.sender(limit=LIMIT) for _ in range(3)]
+            jobs = [job for sender in senders for job in await world.schedule(sender, MAILS)]
+            queue = world.loader.queue_of(senders[0])
+            await eventually(lambda: queue.circuits_of_sender(senders[0]))
+            began = len(await failed_attempts(world))
+            # One send at a time of each, and what was claimed before the third failure was known.
+            assert began <= 3 + 5 * dispatchers
+
+            # Another endpoint is well, and nobody there waits.
+            well = await world.sender(
+                smtp_host="127.0.0.1", smtp_port=inbox.port, smtp_security=int(SmtpSecurity.NONE)
+            )
+            since = time.time()
+            await world.schedule(well, 10)
+            await eventually(lambda: world.done(well))
+            assert max(mail.received_at for mail in mails_of(inbox.mails, well)) - since < 2
+
+            shown = [
+                endpoint
+                for each in running_ones
+                for endpoint in (await each.status()).endpoints
+                if endpoint.port == server.port
+            ]
+            assert shown
+            for endpoint in shown:
+                assert endpoint.HasField("circuit_open_time")
+                assert endpoint.HasField("next_probe_time")
+
+            target = began + 5
+            await eventually(lambda: _more_than(world, target), 20)
+            states = await world.states(*senders)
+            assert states[JobState.SCHEDULED] + states[JobState.SENDING] == len(jobs)
+            assert states[JobState.SENDING] <= 1
+
+            server.plan.clear()
+            if plan is None:
+                await server.start()
+            await eventually(world.done, 30)
+
+            assert await world.states(*senders) == {JobState.SENT: len(jobs)}
+            starts = await failed_attempts(world)
+            probes = starts[3 + 5 * dispatchers :]
+            assert min((b - a for a, b in pairwise(probes)), default=1) >= FIRST_WAIT * 0.9
+            if kind == "closes after the body":
+                copies = jobs_in(server.taken)
+                assert sum(copies.values()) == len(jobs) + len(starts)
+            else:
+                assert jobs_in(server.taken) == dict.fromkeys(jobs, 1)
+            for sender in senders:
+                assert gap_of(server.taken, sender) >= GAP
+                assert most_of(server.taken, sender, WINDOW) <= LIMIT
+            assert await queue.circuits_of_sender(senders[0]) == ()
+            await world.check_counts()
+
+
+async def _more_than(world: World, n: int) -> bool:
+    return len(await failed_attempts(world)) > n
