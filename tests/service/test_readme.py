@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -52,6 +53,9 @@ def test_every_setting_is_listed_with_its_default_and_meaning() -> None:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder like a clone after `make setup`, with `outbox up` running in it."""
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    (tmp_path / "client").symlink_to(ROOT / "client")
+    installed = shutil.ignore_patterns("node_modules")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=installed)
     (line,) = commands("up")
     with (tmp_path / "up.log").open("wb") as log:
         up = subprocess.Popen(line.split(), cwd=tmp_path, stdout=log, stderr=log)
@@ -79,7 +83,7 @@ def test_the_tour_runs_as_printed(folder: Path) -> None:
     assert ports.keys() == DEFAULT_PORTS.keys(), log
 
     outputs: dict[str, str] = {}
-    for command in commands("command line") + commands("grpc"):
+    for command in commands("command line") + commands("grpc") + commands("examples"):
         here = command
         # `up` takes other ports where these are taken, and says so.
         for service, port in DEFAULT_PORTS.items():
@@ -90,11 +94,14 @@ def test_the_tour_runs_as_printed(folder: Path) -> None:
             capture_output=True,
             check=False,
             text=True,
-            timeout=60,
+            timeout=120,  # npm fetches over the network
         )
         assert done.returncode == 0, f"{here}\n{done.stdout}\n{done.stderr}"
         outputs[command] = done.stdout
 
+    for command in commands("examples"):
+        assert "accepted 2" in outputs[command]
+        assert "sent 2" in outputs[command]
     jobs = next(out for command, out in outputs.items() if "jobs list" in command)
     assert jobs.count("SENT") == 2
     services = next(out for command, out in outputs.items() if command.endswith(" list"))

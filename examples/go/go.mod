@@ -1,0 +1,3 @@
+module example.com/outbox-example
+
+go 1.24

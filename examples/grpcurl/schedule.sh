@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Schedules two mails with grpcurl and waits until they are sent.
+#
+# schedule.sh [HOST:PORT of the scheduler]; GRPCURL names the program.
+set -euo pipefail
+scheduler=${1:-127.0.0.1:50051}
+grpcurl=${GRPCURL:-grpcurl}
+
+# With TLS: without -plaintext. With an API key: -H "authorization: Bearer $OUTBOX_API_KEY".
+call() { "$grpcurl" -plaintext -max-time 30 -d "$2" "$scheduler" "outbox.v1.$1"; }
+# The first value of a field; a script of yours would take jq.
+field() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" | head -n 1; }
+
+sender=$(call SenderService/CreateSender '{"user_id": "grpcurl", "sender": {"email": "grpcurl@example.com"}}' | field sender_id)
+
+# bytes are base64 in JSON.
+csv=$(printf 'email,name\nann@example.com,Ann\nbob@example.com,Bob\n' | base64 | tr -d '\n')
+# The same request_id again gives the same batch: so this call may be repeated.
+answer=$(call BatchService/ScheduleBatch "{
+  \"options\": {
+    \"request_id\": \"grpcurl-$(date +%s)-$$\", \"user_id\": \"grpcurl\", \"sender_id\": \"$sender\",
+    \"subject\": \"Hello {{ name }}\", \"body\": \"Good to see you.\"
+  },
+  \"csv\": \"$csv\"
+}")
+batch=$(field batch_id <<<"$answer")
+echo "accepted $(field accepted_count <<<"$answer")"
+
+while now=$(call BatchService/GetBatch "{\"batch_id\": \"$batch\", \"user_id\": \"grpcurl\"}"); [[ $(field state <<<"$now") == BATCH_STATE_ACTIVE ]]; do
+  sleep 0.5
+done
+echo "sent $(field sent_count <<<"$now")"

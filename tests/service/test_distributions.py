@@ -1,0 +1,85 @@
+"""Both distributions as they would be published: built, installed side by side, and used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SITE = sysconfig.get_path("purelib")
+
+
+def run(*words: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, check=False, text=True, timeout=120)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheels, the client's by way of its sdist, which must have all that it is made from."""
+    folder = tmp_path_factory.mktemp("wheels")
+    run(
+        sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT / "client"
+    )
+    (sdist,) = folder.glob("*.tar.gz")
+    wheel = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder)
+    run(sys.executable, *wheel, sdist, ROOT)
+    return {path.name.partition("-")[0]: path for path in folder.glob("*.whl")}
+
+
+def python(folder: Path, program: str) -> str:
+    """Run a program that sees what is installed in `folder` and our dependencies, not the sources.
+
+    Without `site` the editable installation of the sources is not on the path.
+    """
+    paths = f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path.append({SITE!r})\n"
+    return run(sys.executable, "-I", "-S", "-c", paths + program, cwd=folder)
+
+
+def install(folder: Path, *wheels: Path) -> None:
+    options = ("--quiet", "--no-deps", "--no-index", "--no-compile", "--target", folder)
+    run(sys.executable, "-m", "pip", "install", *options, *wheels)
+
+
+def test_no_file_belongs_to_both(wheels: dict[str, Path]) -> None:
+    names = [set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels.values()]
+    assert len(names) == 2
+    assert names[0] & names[1] == set()
+
+
+def test_the_client_works_alone(wheels: dict[str, Path], tmp_path: Path) -> None:
+    install(tmp_path, wheels["outbox_client"])
+    program = (
+        "import importlib.resources, importlib.util\n"
+        "import outbox_client, outbox.v1\n"
+        "from outbox.v1.batch_pb2 import BatchOptions\n"
+        "outbox_client.Client().close()\n"
+        "found = [importlib.util.find_spec(name) for name in ('services', 'shared', 'cli')]\n"
+        "files = importlib.resources.files('outbox.v1'), importlib.resources.files(outbox_client)\n"
+        "print(found, outbox_client.__file__)\n"
+        "print((files[0] / 'outbox.binpb').is_file(), (files[1] / 'py.typed').is_file())\n"
+    )
+    shown = python(tmp_path, program).splitlines()
+    assert shown == [
+        f"[None, None, None] {tmp_path / 'outbox_client' / '__init__.py'}",
+        "True True",
+    ]
+
+
+def test_the_command_line_works_beside_it(wheels: dict[str, Path], tmp_path: Path) -> None:
+    install(tmp_path, *wheels.values())
+    program = (
+        "import cli.schedule, services.scheduler.server\n"
+        "from cli.main import main\n"
+        "print(cli.__file__)\n"
+        "sys.argv = ['outbox', '--version']\n"
+        "main()\n"
+    )
+    shown = python(tmp_path, program).splitlines()
+    assert shown == [str(tmp_path / "cli" / "__init__.py"), "outbox 0.1.0"]
