@@ -141,6 +141,39 @@ def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
         typer.echo(key)
 
 
+@app.command(name="rotate-encryption")
+def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
+    """Encrypt all stored SMTP passwords again, under the first key of OUTBOX_ENCRYPTION_KEYS.
+
+    First put the new key before the old ones, in every service, and restart them; when this
+    is done, the old keys can go. Cut off, it is simply run again.
+
+    $ OUTBOX_ENCRYPTION_KEYS=NEW,OLD outbox keys rotate-encryption
+    """
+    from cli.rotation import rotate_all  # noqa: PLC0415 - as above
+
+    done = rotate_all()
+    if output is OutputFormat.JSON:
+        print_json(
+            {
+                "rotated_count": done.rotated,
+                "current_count": done.current,
+                "unreadable_sender_ids": [str(sender_id) for sender_id in done.unreadable],
+            }
+        )
+    else:
+        note(
+            f"{done.rotated} encrypted again, {done.current} were under the newest key already, "
+            f"{len(done.unreadable)} under a key that is not here"
+        )
+    if done.unreadable:
+        raise CommandFailed(
+            "no key of OUTBOX_ENCRYPTION_KEYS decrypts the password of sender "
+            f"{', '.join(map(str, done.unreadable[:20]))}: add its key and run this again, or "
+            "store the password again"
+        )
+
+
 def _document(key: ApiKey) -> dict[str, Any]:
     return {
         "key_id": key.key_id,

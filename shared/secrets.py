@@ -27,7 +27,10 @@ class SecretBox:
             ConfigurationError: a key is malformed; the text says which one, and not what it is.
         """
         fernets = [_fernet(number, key) for number, key in enumerate(keys, start=1)]
+        self._newest = fernets[0] if fernets else None
         self._fernet = MultiFernet(fernets) if fernets else None
+        # Different ones.
+        self.key_count = len(set(keys))
 
     @classmethod
     def from_settings(cls, settings: Settings) -> SecretBox:
@@ -57,11 +60,26 @@ class SecretBox:
         try:
             return self._configured().decrypt(token).decode()
         except InvalidToken:
-            raise FailedPrecondition(
-                "no key of OUTBOX_ENCRYPTION_KEYS decrypts what is stored; "
-                "add the key that it was encrypted with, or store the password again",
-                reason="DECRYPTION_FAILED",
-            ) from None
+            raise _undecryptable() from None
+
+    def rotate(self, token: bytes) -> bytes | None:
+        """Return the token under the newest key; None: it is under that already.
+
+        Raises:
+            FailedPrecondition: ENCRYPTION_NOT_CONFIGURED, DECRYPTION_FAILED, as `decrypt`.
+        """
+        fernet = self._configured()
+        if self._newest is not None:
+            try:
+                self._newest.decrypt(token)
+            except InvalidToken:
+                pass
+            else:
+                return None
+        try:
+            return fernet.rotate(token)
+        except InvalidToken:
+            raise _undecryptable() from None
 
     def _configured(self) -> MultiFernet:
         if self._fernet is None:
@@ -71,6 +89,14 @@ class SecretBox:
                 reason="ENCRYPTION_NOT_CONFIGURED",
             )
         return self._fernet
+
+
+def _undecryptable() -> FailedPrecondition:
+    return FailedPrecondition(
+        "no key of OUTBOX_ENCRYPTION_KEYS decrypts what is stored; "
+        "add the key that it was encrypted with, or store the password again",
+        reason="DECRYPTION_FAILED",
+    )
 
 
 def _fernet(number: int, key: str) -> Fernet:

@@ -1,0 +1,152 @@
+"""Stored passwords under a new key: all of them, in chunks, again after an interruption."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncEngine
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from shared.database import create_engine
+from shared.models import Sender
+from shared.password_rotation import rotate_chunk
+from shared.secrets import SecretBox, generate_key
+from shared.settings import load_settings
+
+OLD, NEW, LOST = generate_key(), generate_key(), generate_key()
+BOTH = SecretBox([NEW, OLD])
+
+
+@pytest.fixture
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_engine(load_settings(database_url=database_url))
+    yield engine
+    await engine.dispose()
+
+
+async def store(engine: AsyncEngine, key: str, passwords: Sequence[str | None]) -> list[int]:
+    box = SecretBox([key])
+    rows = [
+        {
+            "user_id": "ann",
+            "email": "a@x.test",
+            "hourly_limit": 1,
+            "smtp_password": None if password is None else box.encrypt(password),
+        }
+        for password in passwords
+    ]
+    async with engine.begin() as connection:
+        made = await connection.execute(insert(Sender).values(rows).returning(Sender.id))
+        return sorted(made.scalars())
+
+
+async def passwords(engine: AsyncEngine, key: str) -> dict[int, str]:
+    """Return what this key alone decrypts."""
+    box, found = SecretBox([key]), {}
+    async with engine.connect() as connection:
+        rows = (await connection.execute(select(Sender.id, Sender.smtp_password))).all()
+    for sender_id, token in rows:
+        if token is not None:
+            try:
+                found[sender_id] = box.decrypt(token)
+            except Exception:  # noqa: BLE001 - another key's
+                continue
+    return found
+
+
+async def command(database_url: str, *keys: str) -> Result:
+    variables = {name: None for name in os.environ if name.startswith("OUTBOX_")}
+    environment: dict[str, str | None] = {
+        **variables,
+        "OUTBOX_DATABASE_URL": database_url,
+        "OUTBOX_ENCRYPTION_KEYS": ",".join(keys),
+    }
+    argv = ["keys", "rotate-encryption", "-o", "json"]
+    return await asyncio.to_thread(CliRunner().invoke, app, argv, env=environment)
+
+
+async def test_every_password_is_under_the_new_key_and_says_the_same(
+    engine: AsyncEngine, database_url: str
+) -> None:
+    old = await store(engine, OLD, ["p1", None, "p2"])
+    (new,) = await store(engine, NEW, ["p3"])
+
+    done = await command(database_url, NEW, OLD)
+    assert done.exit_code == 0, done.output
+    counts = {"rotated_count": 2, "current_count": 1, "unreadable_sender_ids": []}
+    assert json.loads(done.stdout) == counts
+    assert await passwords(engine, NEW) == {old[0]: "p1", old[2]: "p2", new: "p3"}
+    assert await passwords(engine, OLD) == {}
+    async with engine.connect() as connection:
+        assert set(await connection.scalars(select(Sender.revision))) == {1}
+
+    again = await command(database_url, NEW, OLD)
+    assert json.loads(again.stdout)["rotated_count"] == 0
+
+
+async def test_a_rotation_that_was_cut_off_goes_on(engine: AsyncEngine, database_url: str) -> None:
+    ids = await store(engine, OLD, [f"p{n}" for n in range(5)])
+    async with engine.begin() as connection:
+        chunk = await rotate_chunk(connection, BOTH, 0, limit=2)
+    assert (chunk.looked_at, chunk.rotated, chunk.last_id) == (2, 2, ids[1])
+    async with engine.connect() as connection:
+        await rotate_chunk(connection, BOTH, ids[1], limit=2)
+        await connection.rollback()
+    assert len(await passwords(engine, NEW)) == 2
+
+    done = json.loads((await command(database_url, NEW, OLD)).stdout)
+    assert (done["rotated_count"], done["current_count"]) == (3, 2)
+    assert len(await passwords(engine, NEW)) == 5
+
+
+async def test_a_password_of_a_lost_key_is_named_and_stops_no_other(
+    engine: AsyncEngine, database_url: str
+) -> None:
+    (lost,) = await store(engine, LOST, ["gone"])
+    (old,) = await store(engine, OLD, ["p1"])
+
+    done = await command(database_url, NEW, OLD)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["unreadable_sender_ids"] == [str(lost)]
+    assert f"sender {lost}" in done.stderr
+    assert await passwords(engine, NEW) == {old: "p1"}
+
+
+@pytest.mark.parametrize("keys", [(), (OLD,), (OLD, ""), (OLD, OLD)])
+async def test_without_a_new_key_it_refuses(
+    engine: AsyncEngine, database_url: str, keys: tuple[str, ...]
+) -> None:
+    await store(engine, OLD, ["p1"])
+    done = await command(database_url, *keys)
+    assert done.exit_code == 2
+    assert "NEW,OLD" in done.stderr
+    assert len(await passwords(engine, OLD)) == 1
+
+
+async def test_a_password_that_is_changed_meanwhile_is_not_overwritten(
+    engine: AsyncEngine,
+) -> None:
+    (sender,) = await store(engine, OLD, ["before"])
+    async with engine.begin() as rotating:
+        await rotate_chunk(rotating, BOTH, 0)
+        # As UpdateSender does it: it waits for the rotation's end, and wins.
+        changing = asyncio.create_task(_change(engine, sender, "after"))
+        await asyncio.wait([changing], timeout=0.1)
+        assert not changing.done()
+    await changing
+    assert await passwords(engine, NEW) == {sender: "after"}
+
+
+async def _change(engine: AsyncEngine, sender_id: int, password: str) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(
+            update(Sender)
+            .where(Sender.id == sender_id)
+            .values(smtp_password=BOTH.encrypt(password))
+        )
