@@ -17,6 +17,8 @@ MAX_CHUNK_BYTES: Final = 4 * MIB
 # Rejections in an answer, and in the error of a refused batch.
 MAX_SHOWN_REJECTIONS: Final = 100
 MAX_SPACING: Final = timedelta(days=7)
+MIN_EXPIRE_AFTER: Final = timedelta(seconds=1)
+MAX_EXPIRE_AFTER: Final = timedelta(days=366)
 MAX_GAP: Final = timedelta(days=1)
 MAX_HOURLY_LIMIT: Final = 1_000_000
 MAX_IN_FLIGHT: Final = 1_000

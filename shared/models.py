@@ -201,6 +201,8 @@ class EmailJob(Base):
     sender_id: Mapped[int] = mapped_column(BigInteger)
     # When it may be sent; a retry moves it.
     scheduled_at: Mapped[datetime] = mapped_column(_TIME)
+    # From when on it must not be sent any more; NULL: it waits for as long as it takes.
+    expires_at: Mapped[datetime | None] = mapped_column(_TIME)
     # SENDING only: until when its dispatcher holds it.
     lease_until: Mapped[datetime | None] = mapped_column(_TIME)
     # When it reached its final state.

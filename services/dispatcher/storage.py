@@ -36,7 +36,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from shared.counts import in_state
 from shared.database import unix_ms
 from shared.message_ids import message_id_address
-from shared.models import Attempt, Batch, CountDelta, EmailJob, Sender
+from shared.models import Attempt, Batch, CountDelta, EmailJob, Sender, Suppression
 from shared.queue.keys import JobRef
 from shared.states import AttemptOutcome, BatchState, JobState, SenderState, SmtpSecurity
 
@@ -124,32 +124,93 @@ _active_revision = (
 )
 
 
+def _count_moves(moved: CTE) -> CTE:
+    """Append what a statement's final states change in the counts, one row a group.
+
+    `moved` has sender_id, batch_id, state and finished_at.
+    """
+    hour = func.date_trunc("hour", moved.c.finished_at)
+    groups = (
+        select(
+            moved.c.sender_id,
+            moved.c.batch_id,
+            hour.label("hour"),
+            moved.c.state,
+            func.count().label("n"),
+        )
+        .where(moved.c.state > JobState.SENDING)
+        .group_by(moved.c.sender_id, moved.c.batch_id, hour, moved.c.state)
+        .cte("groups")
+    )
+    added = select(groups.c.sender_id, groups.c.batch_id, groups.c.hour, groups.c.state, groups.c.n)
+    removed = select(
+        groups.c.sender_id,
+        groups.c.batch_id,
+        groups.c.hour,
+        cast(literal(int(JobState.SCHEDULED)), SmallInteger),
+        -groups.c.n,
+    )
+    names = ["sender_id", "batch_id", "hour", "state", "n"]
+    return insert(CountDelta).from_select(names, added.union_all(removed)).cte("counted")
+
+
 def _mark_statement() -> Any:
-    """Mark claimed jobs, unless their batch is cancelled.
+    """Mark claimed jobs, unless their batch is cancelled; end those that must not be sent any more.
 
     FOR SHARE: a cancellation under way is waited for, and the state is looked at again; one that
     comes later waits for us (see shared/cancellations.py).
     """
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
-        select(Batch.id)
+        select(Batch.id, Batch.user_id)
         .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE)
         .with_for_update(read=True)
         .cte("sendable")
     )
-    return (
-        update(EmailJob)
-        .values(
-            state=JobState.SENDING,
-            attempt=_claim.c.attempt,
-            lease_until=func.clock_timestamp() + bindparam("lease", type_=INTERVAL),
-        )
+    suppressed = (
+        select(Suppression.address)
         .where(
-            EmailJob.id == _claim.c.id,
+            Suppression.user_id == batches.c.user_id,
+            Suppression.address == func.lower(EmailJob.recipient),
+        )
+        .correlate(batches, EmailJob)
+        .exists()
+    )
+    # Neither can change while the job waits but by its attempt, which is looked at again below.
+    judged = (
+        select(
+            EmailJob.id,
+            _claim.c.attempt,
+            case(
+                (suppressed, int(JobState.SUPPRESSED)),
+                (EmailJob.expires_at <= func.statement_timestamp(), int(JobState.EXPIRED)),
+                else_=int(JobState.SENDING),
+            ).label("state"),
+        )
+        .join(_claim, _claim.c.id == EmailJob.id)
+        .join(batches, batches.c.id == EmailJob.batch_id)
+        .where(
             EmailJob.state == JobState.SCHEDULED,
             EmailJob.attempt == _claim.c.attempt - 1,
-            EmailJob.batch_id == batches.c.id,
             _active_revision.is_not(None),
+        )
+        .cte("judged")
+    )
+    sends = judged.c.state == JobState.SENDING
+    leased = func.clock_timestamp() + bindparam("lease", type_=INTERVAL)
+    moved = (
+        update(EmailJob)
+        .values(
+            state=judged.c.state,
+            # What is not sent has no attempt.
+            attempt=case((sends, judged.c.attempt), else_=EmailJob.attempt),
+            lease_until=case((sends, leased), else_=null()),
+            finished_at=case((sends, null()), else_=func.statement_timestamp()),
+        )
+        .where(
+            EmailJob.id == judged.c.id,
+            EmailJob.state == JobState.SCHEDULED,
+            EmailJob.attempt == judged.c.attempt - 1,
         )
         .returning(
             EmailJob.id,
@@ -160,9 +221,13 @@ def _mark_statement() -> Any:
             EmailJob.recipient,
             EmailJob.variables,
             EmailJob.lease_until,
+            EmailJob.state,
+            EmailJob.finished_at,
             _active_revision.label("revision"),
         )
+        .cte("moved")
     )
+    return select(moved).where(moved.c.state == JobState.SENDING).add_cte(_count_moves(moved))
 
 
 _MARK = _mark_statement()
@@ -173,7 +238,8 @@ async def mark_sending(
 ) -> list[MarkedJob]:
     """Mark claimed jobs SENDING and load them; a job that is missing from the answer is not ours.
 
-    It or its batch was cancelled, it was sent by an earlier claim, or its sender was paused.
+    It or its batch was cancelled, it was sent by an earlier claim, its sender was paused; or it
+    must not be sent any more, and is SUPPRESSED or EXPIRED now.
     """
     rows = await connection.execute(
         _MARK,
@@ -275,36 +341,6 @@ _outcome = (
     )
     .render_derived()
 )
-
-
-def _count_moves(moved: CTE) -> CTE:
-    """Append what a statement's final states change in the counts, one row a group.
-
-    `moved` has sender_id, batch_id, state and finished_at.
-    """
-    hour = func.date_trunc("hour", moved.c.finished_at)
-    groups = (
-        select(
-            moved.c.sender_id,
-            moved.c.batch_id,
-            hour.label("hour"),
-            moved.c.state,
-            func.count().label("n"),
-        )
-        .where(moved.c.state != JobState.SCHEDULED)
-        .group_by(moved.c.sender_id, moved.c.batch_id, hour, moved.c.state)
-        .cte("groups")
-    )
-    added = select(groups.c.sender_id, groups.c.batch_id, groups.c.hour, groups.c.state, groups.c.n)
-    removed = select(
-        groups.c.sender_id,
-        groups.c.batch_id,
-        groups.c.hour,
-        cast(literal(int(JobState.SCHEDULED)), SmallInteger),
-        -groups.c.n,
-    )
-    names = ["sender_id", "batch_id", "hour", "state", "n"]
-    return insert(CountDelta).from_select(names, added.union_all(removed)).cte("counted")
 
 
 def _settle_statement() -> Any:

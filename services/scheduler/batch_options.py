@@ -32,6 +32,8 @@ class BatchOptions:
     duplicates: DuplicatePolicy = DuplicatePolicy.KEEP_FIRST
     mode: BatchMode = BatchMode.PERMISSIVE
     time_zone: str = "UTC"
+    # None: a job waits for as long as it takes.
+    expire_after_ms: int | None = None
 
     def canonical(self) -> bytes:
         """Return the same bytes for the same options: what an unset field means is written out."""
@@ -46,6 +48,7 @@ class BatchOptions:
                 int(self.duplicates),
                 int(self.mode),
                 self.time_zone,
+                self.expire_after_ms,
             ]
         ).encode()
 
@@ -62,7 +65,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
 
     Raises:
         InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
-            UNKNOWN_TIME_ZONE.
+            EXPIRE_AFTER_INVALID, UNKNOWN_TIME_ZONE.
     """
     if not options.request_id:
         raise InvalidInput.field(
@@ -82,6 +85,13 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
     if not 0 <= options.spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
         raise InvalidInput.field(
             f"{field}.spacing", "takes 0 s to 7 days", reason="SPACING_INVALID"
+        )
+    shortest, longest = bounds.MIN_EXPIRE_AFTER, bounds.MAX_EXPIRE_AFTER
+    if options.expire_after_ms is not None and not (
+        shortest <= options.expire_after_ms * _MILLISECOND <= longest
+    ):
+        raise InvalidInput.field(
+            f"{field}.expire_after", "takes 1 s to 366 days", reason="EXPIRE_AFTER_INVALID"
         )
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:

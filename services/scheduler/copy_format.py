@@ -14,25 +14,34 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "
 class Schedule:
     """When each accepted row is due: its own time, or its place times the spacing after the start.
 
+    And when it expires, `expire_after_ms` after that; None: never.
+
     `last_due`: when the last of them is; None: there was none yet.
     """
 
-    def __init__(self, start: datetime, accepted_at: datetime, spacing_ms: int) -> None:
+    def __init__(
+        self,
+        start: datetime,
+        accepted_at: datetime,
+        spacing_ms: int,
+        expire_after_ms: int | None = None,
+    ) -> None:
         self._start = start
         self._accepted_at = accepted_at
         self._spacing = spacing_ms * _MILLISECOND
+        self._expire_after = None if expire_after_ms is None else expire_after_ms * _MILLISECOND
         self._place = 0
         self.last_due: datetime | None = None
 
     def times(self, rows: Sequence[JobRow]) -> Iterable[str]:
-        """Return when the next rows are due, as SQL takes it.
+        """Return (scheduled_at, expires_at) of the next rows, as COPY takes them.
 
         Raises:
             OverflowError: a time is beyond the year 9999.
         """
         if not self._spacing and not any(row.send_at for row in rows):
             self._note(self._start)
-            return [self._start.isoformat()] * len(rows)
+            return [self._format(self._start)] * len(rows)
         times = []
         for row in rows:
             if row.send_at is None:
@@ -41,8 +50,13 @@ class Schedule:
                 due = max(row.send_at, self._accepted_at)
             self._place += 1
             self._note(due)
-            times.append(due.isoformat())
+            times.append(self._format(due))
         return times
+
+    def _format(self, due: datetime) -> str:
+        if self._expire_after is None:
+            return f"{due.isoformat()}\t\\N"
+        return f"{due.isoformat()}\t{(due + self._expire_after).isoformat()}"
 
     def _note(self, due: datetime) -> None:
         if self.last_due is None or due > self.last_due:
@@ -52,7 +66,7 @@ class Schedule:
 def format_jobs(
     rows: Sequence[JobRow], times: Iterable[str], batch_id: int, sender_id: int
 ) -> bytes:
-    """Return (batch_id, sender_id, scheduled_at, row_number, recipient, variables) of each row."""
+    """Return the columns of each row: batch_id, sender_id, `times`, row_number, ..."""
     head = f"{batch_id}\t{sender_id}\t"
     lines = []
     for row, time in zip(rows, times, strict=True):

@@ -265,7 +265,10 @@ class _Filling:
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(
-            self.begun.start_at, self.begun.accepted_at, self.options.spacing_ms
+            self.begun.start_at,
+            self.begun.accepted_at,
+            self.options.spacing_ms,
+            self.options.expire_after_ms,
         )
 
     async def add(self, block: ReadBlock) -> None:

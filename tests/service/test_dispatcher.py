@@ -73,6 +73,24 @@ async def test_every_mail_arrives_once(configure: Configure, inbox: Inbox) -> No
     assert mail.get_content() == "Hello\r\n"
 
 
+async def test_what_must_not_be_sent_any_more_ends_unsent_and_holds_up_nothing(
+    configure: Configure, inbox: Inbox
+) -> None:
+    async with working(configure(inbox.url, min_gap="20ms")) as (world, _):
+        sender = await world.sender(limit=100)
+        jobs = await world.schedule(sender, 300, load=False)
+        await world.sql("UPDATE email_jobs SET expires_at = now() WHERE id = ANY(%s)", jobs[:200])
+        await world.sql(
+            "INSERT INTO suppressions (user_id, address) VALUES ('anna', 'r250@y.test')"
+        )
+        await world.loader.load([sender], committed=True)
+        await eventually(world.done, deadline=20)
+        states = await world.states()
+        assert (states[JobState.EXPIRED], states[JobState.SUPPRESSED]) == (200, 1)
+        await world.check_counts()
+    assert set(jobs_in(inbox.mails)) == set(jobs[200:]) - {jobs[249]}
+
+
 async def test_an_attempt_is_never_recorded_as_over_before_it_was(
     configure: Configure, inbox: Inbox
 ) -> None:

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import pytest_asyncio
+from google.protobuf.duration_pb2 import Duration
 from outbox.v1 import email_job_pb2, email_job_service_pb2
 from outbox.v1.batch_service_pb2 import CancelBatchRequest
 from outbox.v1.email_job_service_pb2 import (
@@ -114,6 +115,27 @@ async def test_the_failed_jobs_of_a_batch_wait_again_and_are_claimed(
     assert await world.loader.rebuild(queue)
     claimed = {claim.job for claim in (await queue.claim(10)).claims}
     assert claimed >= {JobRef(job, 2) for job in jobs[:3]}
+
+
+async def test_a_retry_expires_as_long_after_it_as_the_batch_says(
+    scheduler: Scheduler, world: World
+) -> None:
+    sender = await scheduler.sender(USER)
+    csv = "email,send_at\na@b.org,\nc@d.org,2050-01-01T00:00:00Z\n"
+    hour = Duration(seconds=3600)
+    answer = await scheduler.schedule(sender, csv, expire_after=hour)
+    assert answer.batch.expire_after == hour
+    rows = await world.sql("SELECT id, expires_at - scheduled_at AS left FROM email_jobs")
+    assert [row.left for row in rows] == [timedelta(hours=1)] * 2
+    job = rows[0].id
+    await end(world, [job], JobState.FAILED)
+    await world.sql("UPDATE email_jobs SET expires_at = now() WHERE id = %s", job)
+    assert (await retry(scheduler, email_job_ids=[str(job)], user_id=USER)).retried_count == 1
+    row = await world.job(job)
+    assert row.expires_at - row.scheduled_at == timedelta(hours=1)
+    for wrong in (Duration(), Duration(seconds=-5), Duration(seconds=367 * 86400)):
+        refusal = await refusal_of(scheduler.schedule(sender, csv, expire_after=wrong))
+        assert refusal.reason == "EXPIRE_AFTER_INVALID"
 
 
 async def test_a_retry_tells_redis_without_being_asked(scheduler: Scheduler, world: World) -> None:

@@ -41,12 +41,16 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
         InvalidInput: one of them is wrong.
         NotFound: SENDER_NOT_FOUND, for a text that is no id.
     """
-    for later in ("expire_after", "spread_until"):
-        if options.HasField(later):
-            raise InvalidInput.field(
-                f"options.{later}", "is not served yet", reason="NOT_IMPLEMENTED"
-            )
+    if options.HasField("spread_until"):
+        raise InvalidInput.field(
+            "options.spread_until", "is not served yet", reason="NOT_IMPLEMENTED"
+        )
     spacing = whole_ms(options.spacing, "options.spacing") if options.HasField("spacing") else 0
+    expire_after = (
+        whole_ms(options.expire_after, "options.expire_after")
+        if options.HasField("expire_after")
+        else None
+    )
     return check_options(
         BatchOptions(
             request_id=options.request_id,
@@ -59,6 +63,7 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             duplicates=_duplicates(options.duplicates),
             mode=_mode(options.mode),
             time_zone=options.time_zone or "UTC",
+            expire_after_ms=expire_after,
         )
     )
 

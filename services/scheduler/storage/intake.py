@@ -40,8 +40,8 @@ _SLACK: Final = timedelta(minutes=1)
 # How long a call waits for another one with its request_id; below the usual deadline of a call.
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
-    "COPY email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, variables) "
-    "FROM STDIN"
+    "COPY email_jobs (batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
+    "variables) FROM STDIN"
 )
 _COPY_REJECTIONS: Final = (
     "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
@@ -160,6 +160,7 @@ class IntakeTransaction:
                     literal(options.start_time, TIMESTAMP(timezone=True)), func.now()
                 ),
                 spacing_ms=options.spacing_ms,
+                expire_after_ms=options.expire_after_ms,
                 duplicates=options.duplicates,
                 mode=options.mode,
             )

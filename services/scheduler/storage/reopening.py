@@ -26,7 +26,7 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.storage.access import in_transaction
@@ -185,7 +185,17 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: i
         .with_for_update()
         .cte("picked")
     )
-    again = {"scheduled_at": func.statement_timestamp(), "failures": 0, "finished_at": null()}
+    now = func.statement_timestamp()
+    expire_after = (
+        select(Batch.expire_after_ms).where(Batch.id == EmailJob.batch_id).scalar_subquery()
+    )
+    again = {
+        "scheduled_at": now,
+        # As if it had been due now from the start.
+        "expires_at": now + expire_after * cast("1 millisecond", INTERVAL),
+        "failures": 0,
+        "finished_at": null(),
+    }
     moved = (
         update(EmailJob)
         .where(EmailJob.id == picked.c.id)

@@ -1,0 +1,80 @@
+"""What a job must pass at its claim: a suppression, and its expiry, after it was accepted."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+
+import pytest_asyncio
+
+from services.dispatcher.storage import MarkedJob, mark_sending
+from shared.database import create_engine, transaction
+from shared.queue.keys import JobRef
+from shared.settings import load_settings
+from shared.states import JobState
+from tests.world import World
+
+LEASE = timedelta(seconds=60)
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    settings = load_settings(database_url=database_url, redis_url=redis_url, min_gap="0")
+    async with World(settings) as world:
+        yield world
+        await world.check_counts()
+
+
+async def mark(world: World, jobs: list[int]) -> list[MarkedJob]:
+    # As the dispatcher does: one statement, and no transaction around it.
+    engine = create_engine(world.settings, lookups_only=True, single_statements=True)
+    try:
+        async with engine.connect() as connection:
+            return await mark_sending(connection, [JobRef(job, 1) for job in jobs], LEASE)
+    finally:
+        await engine.dispose()
+
+
+async def suppress(world: World, address: str, user: str = "anna") -> None:
+    """Suppress an address behind the back of the jobs that wait."""
+    await world.sql("INSERT INTO suppressions (user_id, address) VALUES (%s, %s)", user, address)
+
+
+async def test_a_job_to_a_suppressed_address_ends_at_its_claim(world: World) -> None:
+    jobs = await world.schedule(await world.sender(), 4)
+    await world.sql("UPDATE email_jobs SET recipient = 'R2@y.test' WHERE id = %s", jobs[1])
+    await suppress(world, "r1@y.test")
+    await suppress(world, "r2@y.test")
+    await suppress(world, "r3@y.test", user="bob")
+    assert [job.job.job_id for job in await mark(world, jobs)] == jobs[2:]
+    assert await world.in_state(JobState.SUPPRESSED) == set(jobs[:2])
+    row = await world.job(jobs[0])
+    assert (row.attempt, row.lease_until) == (0, None)
+    assert row.finished_at is not None
+
+
+async def test_a_job_whose_time_ran_out_expires_at_its_claim(world: World) -> None:
+    jobs = await world.schedule(await world.sender(), 3)
+    for job, left in zip(jobs, ("-1 ms", "1 hour"), strict=False):
+        await world.sql(
+            "UPDATE email_jobs SET expires_at = now() + %s::interval WHERE id = %s", left, job
+        )
+    assert [job.job.job_id for job in await mark(world, jobs)] == jobs[1:]
+    assert await world.in_state(JobState.EXPIRED) == {jobs[0]}
+    # It waits no more: a second claim of it finds nothing.
+    assert await mark(world, jobs[:1]) == []
+
+
+async def test_only_jobs_that_wait_are_judged(world: World) -> None:
+    (job,) = await world.schedule(await world.sender(), 1)
+    assert len(await mark(world, [job])) == 1
+    await suppress(world, "r1@y.test")
+    assert await mark(world, [job]) == []
+    async with transaction(world.engine) as connection:
+        assert await mark_sending(connection, [JobRef(job, 2)], LEASE) == []
+    assert await world.in_state(JobState.SENDING) == {job}
+    paused = await world.sender()
+    (other,) = await world.schedule(paused, 1)
+    await world.change(paused, state=2)
+    assert await mark(world, [other]) == []
+    assert await world.in_state(JobState.SCHEDULED) == {other}
