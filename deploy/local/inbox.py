@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from enum import Enum
 from pathlib import Path
 from typing import Final, Self
 
@@ -28,6 +29,17 @@ from deploy.local.record import MESSAGE_ID, ReceivedMail, RecordFile
 DEFAULT_SIZE_LIMIT: Final = 64 * 1024 * 1024
 _HOSTNAME: Final = "inbox.localhost"
 _END_OF_HEADERS: Final = b"\r\n\r\n"
+
+
+class Trouble(Enum):
+    """What an inbox does in place of taking a mail, while it is told to."""
+
+    # 421 at MAIL, and the end of the connection.
+    CLOSING = "421"
+    # 450 at RCPT.
+    BUSY = "450"
+    # Takes the mail, and closes the connection without an answer: nobody can know.
+    SILENT = "silent"
 
 
 class Inbox:
@@ -44,6 +56,7 @@ class Inbox:
         """Take a `port`, or None for a free one, and the largest mail in bytes."""
         self.maildir = maildir
         self.mails: list[ReceivedMail] = []
+        self.trouble: Trouble | None = None
         self._wanted_port = port
         self._port: int | None = None
         self._size_limit = size_limit
@@ -132,6 +145,8 @@ class Inbox:
             file=name,
         )
         self._store(name, content, mail)
+        if self.trouble is Trouble.SILENT:
+            connection.cut()
         return "250 2.0.0 OK"
 
     def _store(self, name: str, content: bytes, mail: ReceivedMail) -> None:
@@ -168,8 +183,18 @@ class _Connection(SMTP):
         super().connection_lost(error)
 
     async def smtp_MAIL(self, arg: str | None) -> None:  # noqa: N802
+        if self._inbox.trouble is Trouble.CLOSING:
+            await self.push("421 4.3.2 closing")
+            self.cut()
+            return
         self.mail_began_at = time.time()
         await super().smtp_MAIL(arg)
+
+    async def smtp_RCPT(self, arg: str | None) -> None:  # noqa: N802
+        if self._inbox.trouble is Trouble.BUSY:
+            await self.push("450 4.2.1 busy")
+            return
+        await super().smtp_RCPT(arg)
 
     def cut(self) -> None:
         """Close the connection without a word, as a dying server does."""

@@ -81,7 +81,7 @@ class Service:
         """
         self.child.start()
         try:
-            await self.child.until_ready(self._serving, _START_LIMIT_S)
+            await self.child.until_ready(self.serving, _START_LIMIT_S)
         except BaseException:
             await self.child.stop()
             raise
@@ -99,7 +99,8 @@ class Service:
             cwd=self._folder,
         )
 
-    async def _serving(self) -> bool:
+    async def serving(self) -> bool:
+        """Return whether health says SERVING."""
         # Not grpc.aio: its thread would be inside grpc whenever a later child is forked.
         return await asyncio.to_thread(_serves, self.address)
 

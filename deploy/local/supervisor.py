@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -51,14 +51,18 @@ class LocalSystem:
         settings: Settings,
         *,
         dispatchers: int = 1,
+        schedulers: int = 1,
+        stats: int = 1,
         smtp_url: str | None = None,
+        through: Mapping[str, str] | None = None,
         default_ports: bool = True,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, of which everything counts but addresses, and what tells the user.
 
-        `smtp_url` gets all mail, in place of the inbox. `default_ports`: each port is the usual
-        one where that is free; else all are any free ones.
+        `smtp_url` gets all mail, in place of the inbox. `through` are OUTBOX_* variables that lead
+        the services to the servers by a way of the caller's. `default_ports`: each port is the
+        usual one where that is free; else all are any free ones.
         """
         # None is a free one, and another one if somebody else takes it meanwhile.
         ports = {
@@ -74,7 +78,8 @@ class LocalSystem:
         )
         self.folder = self.servers.folder
         self._settings = settings
-        self._wanted_dispatchers = dispatchers
+        self._wanted = {"scheduler": schedulers, "stats": stats, "dispatcher": dispatchers}
+        self._through = dict(through or {})
         self._smtp_url = smtp_url
         self._default_ports = default_ports
         self._say = say
@@ -131,6 +136,11 @@ class LocalSystem:
         """The dispatchers' addresses."""
         return self._addresses("dispatcher")
 
+    @property
+    def services(self) -> list[Service]:
+        """Our own services, in the order of their starting."""
+        return list(self._services)
+
     async def watch(self) -> None:
         """Return never, while what ends by itself is started again."""
         if self._keepers is not None:
@@ -174,11 +184,10 @@ class LocalSystem:
 
     def _plan(self) -> list[Service]:
         environment = self._environment()
-        several = self._wanted_dispatchers > 1
-        titles = [("scheduler", "scheduler", 1), ("stats", "stats", 1)]
-        titles += [
-            (f"dispatcher-{number}" if several else "dispatcher", "dispatcher", number)
-            for number in range(1, self._wanted_dispatchers + 1)
+        titles = [
+            (f"{name}-{number}" if wanted > 1 else name, name, number)
+            for name, wanted in self._wanted.items()
+            for number in range(1, wanted + 1)
         ]
         return [
             Service(
@@ -210,6 +219,7 @@ class LocalSystem:
             # Whoever tries it out may have a mail server on this machine.
             "OUTBOX_SMTP_ALLOW": settings.smtp_allow or "127.0.0.0/8,::1",
             "OUTBOX_SHUTDOWN_GRACE": f"{self._grace().total_seconds()}s",
+            **self._through,
         }
 
     def _grace(self) -> timedelta:

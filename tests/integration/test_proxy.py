@@ -1,0 +1,88 @@
+"""The proxy that refuses, hangs and cuts, before a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from deploy.local.ports import LOOPBACK
+from deploy.local.proxy import TcpProxy
+from tests.conftest import Stores
+from tests.eventually import eventually
+
+
+@pytest.fixture
+async def proxy(stores: Stores, redis_url: str) -> AsyncIterator[TcpProxy]:
+    assert redis_url
+    async with TcpProxy(lambda: stores.redis.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def client(proxy: TcpProxy) -> AsyncIterator[Redis]:
+    """One connection, which is never repeated behind our back."""
+    never = Retry(NoBackoff(), 0)
+    async with Redis(
+        host=LOOPBACK, port=proxy.port, single_connection_client=True, retry=never
+    ) as client:
+        yield client
+
+
+async def test_what_is_said_goes_through_both_ways(client: Redis) -> None:
+    value = b"x" * 1_000_000
+    await client.set("a", value)
+    assert await client.get("a") == value
+
+
+async def test_it_refuses_and_heals_on_the_same_port_again_and_again(
+    proxy: TcpProxy, client: Redis
+) -> None:
+    for _ in range(3):
+        assert await client.ping()
+        proxy.refuse()
+        proxy.refuse()
+        with pytest.raises(RedisConnectionError):
+            await client.ping()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(LOOPBACK, proxy.port)
+        proxy.heal()
+        proxy.heal()
+
+
+async def test_a_cut_ends_what_there_is_and_no_more(proxy: TcpProxy, client: Redis) -> None:
+    assert await client.ping()
+    proxy.cut()
+    with pytest.raises(RedisConnectionError):
+        await client.ping()
+    assert await client.ping()
+
+
+async def test_what_a_hang_holds_back_comes_after_it(proxy: TcpProxy, client: Redis) -> None:
+    assert await client.ping()
+    proxy.hang()
+    slow = asyncio.ensure_future(client.incr("n"))
+    _, writer = await asyncio.open_connection(LOOPBACK, proxy.port)
+    done, _ = await asyncio.wait({slow}, timeout=0.1)
+    assert not done
+    proxy.heal()
+    assert await slow == 1
+    writer.close()
+
+
+async def test_a_command_of_a_client_that_gave_up_is_carried_out_late(
+    proxy: TcpProxy, client: Redis, redis: Redis
+) -> None:
+    assert await client.ping()
+    proxy.hang()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(client.incr("n"), 0.05)
+    await client.aclose()
+    assert await redis.get("n") is None
+    proxy.heal()
+    await eventually(lambda: redis.get("n"))
