@@ -44,6 +44,10 @@ test: $(READY) ## Run all tests on real servers
 test-debian: $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
 	OUTBOX_TEST_STORES=debian $(BIN)/pytest -m 'not embedded'
 
+.PHONY: drill
+drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
+	$(BIN)/outbox drill --minutes 1 --seed 1
+
 .PHONY: lint
 lint: $(READY) ## Check style, types, protos and the walls between rooms
 	$(BIN)/ruff check

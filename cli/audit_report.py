@@ -130,7 +130,9 @@ class Report:
     def figures(self) -> dict[str, Any]:
         """Return the figures that `outbox drill` has in its document too."""
         senders, jobs, by_state = self.senders, self.findings.jobs, self.findings.totals.by_state
-        gaps = [one.replay.least_gap for one in senders if one.replay.least_gap is not None]
+        # Without a gap several sends of a sender may be under way at once.
+        with_gap = [one.replay.least_gap for one in senders if one.min_gap_s > 0]
+        gaps = [gap for gap in with_gap if gap is not None]
         states = (JobState.SENT, JobState.FAILED, JobState.UNCERTAIN)
         return {
             "accepted": self.findings.totals.accepted,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -27,6 +28,9 @@ class OutboxGroup(LazyGroup):
         ),
         "up": Entry("cli.up", "Keep the whole system running on this machine.", _SYSTEM),
         "audit": Entry("cli.audit", "Check all that was ever sent against the promises.", _SYSTEM),
+        "drill": Entry(
+            "cli.drill", "Kill the parts of a private stack at random, and audit it.", _SYSTEM
+        ),
         "schedule": Entry("cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT),
         "senders": Entry("cli.senders", "Create, show, change, pause and delete senders.", _CLIENT),
         "batches": Entry("cli.batches", "Show and cancel batches.", _CLIENT),
@@ -118,4 +122,7 @@ def _outbox(
 
 def main() -> None:
     """Run the command line; the console script's entry."""
+    # grpc reads it when it is imported. Else it says, at every server that is started while a
+    # channel is open, that it skips its fork handlers; no child of ours goes on using grpc.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     app(prog_name="outbox")

@@ -1,0 +1,174 @@
+"""`outbox drill`: a private stack under load, its parts killed at random, then the audit."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from cli.audit_report import Report
+from cli.audit_run import SmtpSide, audit
+from cli.drill_report import DrillReport, renamed_recipients
+from cli.foreground import run
+from cli.lazy import EXIT_FAILED, CommandFailed
+from cli.output import Output, OutputFormat, note, print_json, print_rows
+from deploy.drill.plan import KINDS
+from deploy.drill.run import Drill
+from deploy.drill.stack import DrillStack, Size, drill_settings
+from deploy.local.child import LocalServerError
+
+_SEEDS: Final = 10_000
+
+
+class UncertainPolicy(StrEnum):
+    """What becomes of a mail that may have been sent."""
+
+    RESEND = "resend"
+    HOLD = "hold"
+
+
+app = typer.Typer(add_completion=False)
+
+
+def _read_faults(text: str) -> str:
+    """Return the names, checked: a wrong one is found before anything starts."""
+    unknown = [name for name in _split(text) if name not in KINDS]
+    if unknown:
+        raise typer.BadParameter(f"there is no fault {unknown[0]!r}; --list-faults shows them")
+    return text
+
+
+def _split(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _list_faults(wanted: bool) -> None:
+    if wanted:
+        rows = ((name, kind.text, _lasts(kind.lasts)) for name, kind in KINDS.items())
+        print_rows(("fault", "what it does", "lasts"), rows)
+        raise typer.Exit
+
+
+def _lasts(seconds: tuple[float, float]) -> str:
+    return f"{seconds[0]:.1f} to {seconds[1]:.1f} s" if seconds[1] else ""
+
+
+@app.command()
+def drill(
+    *,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.05, max=10_000, help="How long faults go on.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Same seed, same faults; unset: any.")
+    ] = None,
+    faults: Annotated[
+        str | None,
+        typer.Option(
+            "--faults",
+            callback=lambda text: text and _read_faults(text),
+            metavar="NAME,...",
+            help="These alone.",
+        ),
+    ] = None,
+    dispatchers: Annotated[int, typer.Option("--dispatchers", min=1, max=16)] = 2,
+    schedulers: Annotated[int, typer.Option("--schedulers", min=1, max=16)] = 1,
+    stats: Annotated[int, typer.Option("--stats", min=1, max=16)] = 1,
+    policy: Annotated[
+        UncertainPolicy, typer.Option("--policy", help="OUTBOX_UNCERTAIN_POLICY of it all.")
+    ] = UncertainPolicy.RESEND,
+    _list: Annotated[
+        bool,
+        typer.Option(
+            "--list-faults", is_eager=True, callback=_list_faults, help="Show all faults."
+        ),
+    ] = False,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Kill the parts of a private stack at random, under load, and audit it.
+
+    Starts everything in a folder of its own, with short windows, gaps and
+    leases; uploads batches all the while; and plays the faults of the seed:
+    kills, pauses, outages and hangs of every part. Each is shown as it
+    happens, with the time until mail went on. At the end all is healed, the
+    last job waited for, and everything compared with the promises.
+
+    Exit code 1 if a promise was broken; then the folder with logs, mails
+    and data is kept.
+
+    $ outbox drill --minutes 1 --seed 1
+    """
+    names = list(KINDS) if faults is None else _split(faults)
+    seed = secrets.randbelow(_SEEDS) if seed is None else seed
+    size = Size(dispatchers, schedulers, stats)
+    folder = Path(tempfile.mkdtemp(prefix="outbox-drill-"))
+    stack = DrillStack(folder, size, drill_settings(policy.value), _say)
+    note(f"seed {seed}; starting a stack in {folder} ...")
+    report = None
+    keep = False
+    try:
+        report = run(
+            lambda: _play(stack, seed=seed, names=names, seconds=minutes * 60),
+            lambda: note("stopping ..."),
+        )
+        keep = report is not None and bool(report.broken)
+    except LocalServerError:
+        keep = True  # its text names the logs
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder)
+    if report is None:
+        raise CommandFailed("interrupted")
+    if output is OutputFormat.JSON:
+        place = str(folder) if keep else None
+        print_json(report.document(seed=seed, minutes=minutes, policy=policy.value, folder=place))
+    else:
+        _print(report, folder, seed)
+    if report.broken:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _say(text: str) -> None:
+    # Of a server that did not start at once the logs tell more.
+    note(text.partition("; /")[0].partition("\n")[0])
+
+
+async def _play(stack: DrillStack, *, seed: int, names: list[str], seconds: float) -> DrillReport:
+    async with stack:
+        player = Drill(stack, seed=seed, names=names, seconds=seconds, say=note)
+        outcome = await player.run()
+        side = SmtpSide(record=stack.inbox.record)
+        findings = await audit(stack.audit_settings, side)
+        report = Report(findings, stack.audit_settings)
+        policy = stack.settings.uncertain_policy
+        return DrillReport(outcome, report, policy, renamed_recipients(stack.inbox.mails))
+
+
+def _print(report: DrillReport, folder: Path, seed: int) -> None:
+    document = report.document()
+    rows = [
+        (name, str(number), *_recovery(document["recovery_s"].get(name)))
+        for name, number in document["faults"].items()
+    ]
+    if rows:
+        print_rows(("fault", "times", "mail after (median)", "at most"), rows)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    plain = {name: value for name, value in document.items() if not isinstance(value, dict | list)}
+    print_rows(("what", "figure"), ((name, str(value)) for name, value in plain.items()))
+    lines = [f"BROKEN: {line}" for line in report.broken] or ["Every promise was kept."]
+    if report.broken:
+        lines.append(f"Logs, mails and data are kept in {folder}. Again: --seed {seed}")
+    sys.stdout.write("\n" + "\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def _recovery(times: dict[str, float] | None) -> tuple[str, str]:
+    return ("never", "never") if times is None else tuple(f"{t:.2f} s" for t in times.values())  # type: ignore[return-value]

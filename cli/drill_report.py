@@ -1,0 +1,84 @@
+"""What a drill proves: its audit, and what the drill itself knows beside."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cli.audit_report import Report
+from deploy.drill.run import Outcome
+from deploy.local.record import ReceivedMail
+
+
+@dataclass(frozen=True, slots=True)
+class DrillReport:
+    """An audit's report beside what the drill was answered and saw."""
+
+    outcome: Outcome
+    audit: Report
+    policy: str
+    # Recipients, each of one job alone, whose mails had different Message-IDs.
+    renamed: int
+
+    @property
+    def broken(self) -> list[str]:
+        """The promises that were broken, a line each."""
+        outcome, figures = self.outcome, self.audit.figures()
+        accepted, recorded = outcome.answered.accepted, figures["accepted"]
+        silent = sum(one.recovery_s is None for one in outcome.faults)
+        copies = figures["duplicates"] if self.policy == "hold" else 0
+        found = (
+            (outcome.open_jobs, "jobs are in no final state, and nothing moves any more"),
+            (max(0, accepted - recorded), "jobs were answered as accepted, and are not there"),
+            (max(0, recorded - accepted), "jobs are there more than were answered as accepted"),
+            (self.renamed, "recipients got different Message-IDs for one job"),
+            (silent, "faults had no mail after them for a minute"),
+            (copies, "mails came twice, though those in doubt are held"),
+            (outcome.unanswered, "upload at least was never answered"),
+        )
+        lines = [f"{int(number)} {text}" for number, text in found if number]
+        wrong = Counter(outcome.answered.wrong)
+        lines += [f"{number} answers: {text}" for text, number in wrong.items()]
+        return lines + self.audit.broken
+
+    @property
+    def recoveries(self) -> dict[str, list[float]]:
+        """Seconds from the end of each fault to the next mail, by kind."""
+        found: dict[str, list[float]] = defaultdict(list)
+        for one in self.outcome.faults:
+            if one.recovery_s is not None:
+                found[one.fault.name].append(one.recovery_s)
+        return dict(sorted(found.items()))
+
+    def document(self, **more: Any) -> dict[str, Any]:
+        """Return the one document of `-o json`."""
+        figures = self.audit.figures()
+        figures["lost"] += max(0, self.outcome.answered.accepted - figures["accepted"])
+        figures["lost"] += self.outcome.open_jobs
+        return {
+            **more,
+            **figures,
+            "accepted": self.outcome.answered.accepted,
+            "batches": len(self.outcome.answered.batches),
+            "open": self.outcome.open_jobs,
+            "cancelled": self.outcome.answered.cancelled,
+            "repeated_calls": dict(sorted(self.outcome.answered.repeated.items())),
+            "faults": dict(sorted(Counter(one.fault.name for one in self.outcome.faults).items())),
+            "recovery_s": {
+                name: {"median": round(statistics.median(times), 3), "most": round(max(times), 3)}
+                for name, times in self.recoveries.items()
+            },
+            "seconds": round(self.outcome.seconds, 1),
+            "broken": self.broken,
+        }
+
+
+def renamed_recipients(mails: Iterable[ReceivedMail]) -> int:
+    """Return how many recipients got mails with different Message-IDs."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for mail in mails:
+        found[mail.rcpt_tos[0]].add(mail.message_id)
+    return sum(len(names) > 1 for names in found.values())

@@ -1,0 +1,165 @@
+"""How each kind of fault is done to a running stack, and undone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+import psycopg
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from deploy.drill.plan import Fault
+from deploy.drill.stack import DrillStack
+from deploy.drill.waiting import until
+from deploy.local.child import Child
+from deploy.local.inbox import Trouble
+from deploy.local.postgres import SUPERUSER
+from deploy.local.proxy import TcpProxy
+from deploy.local.service import Service
+
+# A server that another fault has just killed is struck when it is there again.
+_PATIENCE_S: Final = 10.0
+_TROUBLES: Final = {
+    "smtp_silent": Trouble.SILENT,
+    "smtp_421": Trouble.CLOSING,
+    "smtp_450": Trouble.BUSY,
+}
+
+
+class Faults:
+    """Strikes one stack."""
+
+    def __init__(self, stack: DrillStack) -> None:
+        self._stack = stack
+        self._ways: Mapping[str, Callable[[Fault], Awaitable[None]]] = {
+            "redis_flush": self._flush,
+            "redis_kill": self._kill_redis,
+            "redis_snapshot": self._restore_snapshot,
+            "redis_keys": self._delete_keys,
+            "postgres_kill": self._kill_postgres,
+            "postgres_restart": self._restart_postgres,
+            "postgres_cut": self._cut_postgres,
+        }
+
+    async def strike(self, fault: Fault) -> float:
+        """Do it, wait for as long as it lasts, undo it; returns the time at which it was over."""
+        target, _, way = fault.name.partition("_")
+        if fault.name in self._ways:
+            await self._ways[fault.name](fault)
+        elif fault.name in _TROUBLES:
+            await self._trouble(_TROUBLES[fault.name], fault.lasts)
+        elif way in ("refuse", "hang"):
+            proxy = self._stack.proxies[target]
+            await self._disconnect(proxy, way, fault.lasts, cut_after=target == "smtp")
+        else:
+            await self._strike_service(self._stack.service(target, fault.number), way, fault.lasts)
+        return time.time()
+
+    async def _strike_service(self, service: Service, way: str, lasts: float) -> None:
+        if way != "pause":
+            service.child.signal(signal.SIGKILL if way == "kill" else signal.SIGTERM)
+            return
+        service.child.signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(lasts)
+        finally:
+            service.child.signal(signal.SIGCONT)
+
+    async def _disconnect(
+        self, proxy: TcpProxy, way: str, lasts: float, *, cut_after: bool
+    ) -> None:
+        if way == "refuse":
+            proxy.refuse()
+        else:
+            proxy.hang()
+        try:
+            await asyncio.sleep(lasts)
+        finally:
+            if cut_after:
+                # A body that came through now would have been sent long ago: by whom the inbox
+                # sees late, not by whom it is sent late.
+                proxy.cut()
+            proxy.heal()
+
+    async def _trouble(self, trouble: Trouble, lasts: float) -> None:
+        inbox = self._stack.inbox
+        inbox.trouble = trouble
+        try:
+            await asyncio.sleep(lasts)
+        finally:
+            inbox.trouble = None
+
+    # Redis -----------------------------------------------------------------------------------
+
+    async def _flush(self, _: Fault) -> None:
+        await self._redis(lambda client: client.flushall())
+
+    async def _kill_redis(self, _: Fault) -> None:
+        self._stack.valkey.child.signal(signal.SIGKILL)
+
+    async def _restore_snapshot(self, fault: Fault) -> None:
+        valkey = self._stack.valkey
+        before = valkey.child
+        await self._redis(lambda client: client.save())
+        try:
+            await asyncio.sleep(fault.lasts)
+            before.signal(signal.SIGKILL)
+            await until(lambda: self._runs_after(before), _PATIENCE_S)
+        finally:
+            (valkey.folder / "dump.rdb").unlink(missing_ok=True)
+
+    async def _delete_keys(self, fault: Fault) -> None:
+        chance = random.Random(fault.at)  # noqa: S311 - which keys, no secret
+
+        async def delete(client: redis.asyncio.Redis) -> None:
+            keys = sorted([key async for key in client.scan_iter(count=1000)])
+            gone = [key for key in keys if chance.random() < 0.5]  # noqa: PLR2004 - half of them
+            if gone:
+                await client.delete(*gone)
+
+        await self._redis(delete)
+
+    async def _runs_after(self, before: Child) -> bool:
+        return self._stack.valkey.child is not before and await self._asked(
+            lambda client: client.ping()
+        )
+
+    async def _redis(self, ask: Callable[[redis.asyncio.Redis], Awaitable[object]]) -> None:
+        await until(lambda: self._asked(ask), _PATIENCE_S)
+
+    async def _asked(self, ask: Callable[[redis.asyncio.Redis], Awaitable[object]]) -> bool:
+        async with redis.asyncio.Redis.from_url(self._stack.valkey.url) as client:
+            try:
+                await ask(client)
+            except (RedisError, OSError):
+                return False
+        return True
+
+    # PostgreSQL ------------------------------------------------------------------------------
+
+    async def _kill_postgres(self, _: Fault) -> None:
+        # Not the server's `kill`, which waits: it is started again as soon as it is gone.
+        self._stack.postgres.child.signal(signal.SIGKILL)
+
+    async def _restart_postgres(self, _: Fault) -> None:
+        self._stack.postgres.child.signal(signal.SIGQUIT)
+
+    async def _cut_postgres(self, _: Fault) -> None:
+        await until(self._terminated, _PATIENCE_S)
+
+    async def _terminated(self) -> bool:
+        url = self._stack.postgres.url("postgres", SUPERUSER)
+        try:
+            async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+                await connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+                )
+        except psycopg.OperationalError:
+            return False
+        return True

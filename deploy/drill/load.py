@@ -1,0 +1,209 @@
+"""The load of a drill: many senders, batches uploaded all the while, each until it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from outbox.v1.batch_pb2 import BatchOptions
+from outbox.v1.batch_service_pb2 import (
+    CancelBatchRequest,
+    ScheduleBatchResponse,
+    UploadBatchRequest,
+)
+from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
+from outbox.v1.sender_pb2 import Sender
+from outbox.v1.sender_service_pb2 import CreateSenderRequest
+from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
+
+from deploy.local.record import ReceivedMail
+
+T = TypeVar("T")
+
+USER: Final = "drill"
+WINDOW: Final = timedelta(seconds=5)
+_SENDERS: Final = 24
+# Of four senders one has no gap and several mails under way, the others are paced.
+_FAST_EVERY: Final = 4
+_PAUSE_S: Final = (0.05, 0.3)
+_ROWS: Final = (2, 12)
+# Jobs that may wait at once: as many as go within some five seconds.
+_MOST_WAITING: Final = 200
+_TRY_LIMIT_S: Final = 8.0
+_TRY_PAUSE_S: Final = (0.05, 0.3)
+_CANCELLED_SHARE: Final = 0.06
+_CHANNEL: Final = (
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
+# What a caller repeats; anything else says that the request is wrong, or the server.
+_REPEATED: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+    }
+)
+
+
+# A server's fault: repeated too, but it is one.
+_OURS: Final = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
+# What grpc.aio, and no server, says where a connection ends while a stream is being sent.
+_CUT_OFF: Final = "Internal error from Core"
+
+
+@dataclass
+class Answered:
+    """What the schedulers answered: the drill's own knowledge of what was accepted."""
+
+    # Accepted rows by batch.
+    batches: dict[str, int] = field(default_factory=dict)
+    cancelled: int = 0
+    # How often a call had to be repeated, by the code that it failed with.
+    repeated: Counter[str] = field(default_factory=Counter)
+    # Answers that no fault explains.
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def accepted(self) -> int:
+        """How many jobs were accepted."""
+        return sum(self.batches.values())
+
+
+class Load:
+    """Uploads until it is told to stop, and no more than what goes within some seconds."""
+
+    def __init__(
+        self, seed: int, addresses: Sequence[str], arrived: Sequence[ReceivedMail]
+    ) -> None:
+        """Take the schedulers' addresses, and the mails that have arrived, which become more."""
+        self._chance = random.Random(seed)  # noqa: S311 - a load, no secret
+        self._addresses = addresses
+        self._arrived = arrived
+        self._looked_at = 0
+        # By sender, as far as this side knows.
+        self._waiting: Counter[str] = Counter()
+        self.answered = Answered()
+        self._schedulers: list[grpc.aio.Channel] = []
+        # Ids by From address.
+        self._senders: dict[str, str] = {}
+        self._number = 0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Upload until `stop`, then see that everything begun is answered."""
+        self._schedulers = [
+            grpc.aio.insecure_channel(address, options=_CHANNEL) for address in self._addresses
+        ]
+        try:
+            for number in range(_SENDERS):
+                made = await self._create(number)
+                self._senders[made.email] = made.sender_id
+            async with asyncio.TaskGroup() as group:
+                while not stop.is_set():
+                    self._count_arrived()
+                    # Of two senders the one with less to do: else a slow one's work would pile up.
+                    sender = min(
+                        self._chance.sample(sorted(self._senders), 2),
+                        key=lambda one: self._waiting[one],
+                    )
+                    if self._waiting.total() < _MOST_WAITING:
+                        group.create_task(self._upload(sender))
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._chance.uniform(*_PAUSE_S)):
+                            await stop.wait()
+        finally:
+            await asyncio.gather(*(channel.close() for channel in self._schedulers))
+
+    def _count_arrived(self) -> None:
+        for mail in self._arrived[self._looked_at :]:
+            self._waiting[mail.mail_from] -= 1
+        self._looked_at = len(self._arrived)
+
+    async def _create(self, number: int) -> Sender:
+        fast = number % _FAST_EVERY == 0
+        sender = Sender(
+            email=f"s{number}@drill.example",
+            hourly_limit=8 + 2 * (number % 12),
+            min_gap=None if fast else Duration(nanos=(1 + number % 4) * 100_000_000),
+            max_in_flight=4 if fast else None,
+        )
+        request = CreateSenderRequest(user_id=USER, sender=sender)
+        return await SenderServiceStub(self._schedulers[0]).CreateSender(request, timeout=30)
+
+    async def _upload(self, sender: str) -> None:
+        chance, number = self._chance, self._number
+        self._number += 1
+        rows = chance.randint(*_ROWS)
+        start = Timestamp()
+        start.GetCurrentTime()
+        start.seconds += chance.choice((0, 0, 0, 1, 3))
+        options = BatchOptions(
+            request_id=f"drill-{number}",
+            user_id=USER,
+            sender_id=self._senders[sender],
+            subject="Drill {{ n }}",
+            body="Mail {{ n }} of a drill.",
+            start_time=start,
+        )
+        lines = (f"b{number}-{row}@rcpt.example,{number}-{row}" for row in range(rows))
+        csv = "\n".join(("email,n", *lines)).encode()
+        cancel = chance.random() < _CANCELLED_SHARE
+        self._waiting[sender] += rows
+
+        async def upload(channel: grpc.aio.Channel) -> ScheduleBatchResponse:
+            call = BatchServiceStub(channel).UploadBatch(
+                _messages(options, csv), timeout=_TRY_LIMIT_S
+            )
+            return await call
+
+        answer = await self._until_answered(upload)
+        if answer is None:
+            return
+        batch = answer.batch
+        if batch.accepted_count != rows:
+            self.answered.wrong.append(f"a batch of {rows} rows has {batch.accepted_count}")
+        self.answered.batches[batch.batch_id] = batch.accepted_count
+        if cancel:
+            self._waiting[sender] -= await self._cancel(batch.batch_id)
+
+    async def _cancel(self, batch_id: str) -> int:
+        request = CancelBatchRequest(batch_id=batch_id, user_id=USER)
+        answer = await self._until_answered(
+            lambda channel: BatchServiceStub(channel).CancelBatch(request, timeout=_TRY_LIMIT_S)
+        )
+        if answer is None:
+            return 0
+        # A repeated call finds less: the batch's own count says how many it were in all.
+        cancelled = answer.batch.counts.cancelled_count
+        self.answered.cancelled += cancelled
+        return cancelled
+
+    async def _until_answered(self, call: Callable[[grpc.aio.Channel], Awaitable[T]]) -> T | None:
+        while True:
+            try:
+                return await call(self._chance.choice(self._schedulers))
+            except grpc.aio.AioRpcError as error:
+                name = error.code().name
+                if error.code() not in _REPEATED and error.details() != _CUT_OFF:
+                    self.answered.wrong.append(f"{name}: {error.details()}")
+                    if error.code() not in _OURS:
+                        return None
+                self.answered.repeated[name] += 1
+            await asyncio.sleep(self._chance.uniform(*_TRY_PAUSE_S))
+
+
+async def _messages(options: BatchOptions, csv: bytes) -> AsyncIterator[UploadBatchRequest]:
+    yield UploadBatchRequest(options=options)
+    yield UploadBatchRequest(chunk=csv)

@@ -1,0 +1,144 @@
+"""A drill from the first upload to the last job's end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import psycopg
+
+from deploy.drill.faults import Faults
+from deploy.drill.load import Answered, Load
+from deploy.drill.plan import KINDS, Fault, plan
+from deploy.drill.stack import DrillStack
+from deploy.drill.waiting import until
+
+# After a fault mail has to go on within this; most of it is a start of Python.
+_RECOVERY_LIMIT_S: Final = 60.0
+# At the end: without any job that ends, for longer than this, none will.
+_STANDSTILL_S: Final = 60.0
+_ANSWER_LIMIT_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A fault that happened. `recovery_s` None: there was no mail for a minute after it."""
+
+    fault: Fault
+    recovery_s: float | None
+
+
+@dataclass
+class Outcome:
+    """What a drill came to, before its audit."""
+
+    answered: Answered
+    faults: list[Struck] = field(default_factory=list)
+    # Jobs in no final state when nothing moved any more.
+    open_jobs: int = 0
+    # Uploads that were never answered, also when everything was whole again.
+    unanswered: bool = False
+    seconds: float = 0.0
+
+
+class Drill:
+    """Plays a plan on a stack under load; `say` is told of each fault."""
+
+    def __init__(
+        self,
+        stack: DrillStack,
+        *,
+        seed: int,
+        names: list[str],
+        seconds: float,
+        say: Callable[[str], None],
+    ) -> None:
+        self._stack = stack
+        self._faults = Faults(stack)
+        self._plan = plan(seed, seconds, names, stack.processes)
+        self._seconds = seconds
+        self._say = say
+        self._load = Load(
+            seed,
+            [one.address for one in stack.system.services if one.name == "scheduler"],
+            stack.inbox.mails,
+        )
+        self._began = time.monotonic()
+
+    async def run(self) -> Outcome:
+        """Play the plan, heal everything, and wait for the last job's end."""
+        self._began = time.monotonic()
+        outcome = Outcome(self._load.answered)
+        stop = asyncio.Event()
+        loading = asyncio.create_task(self._load.run(stop))
+        try:
+            async with asyncio.TaskGroup() as group:
+                struck = [group.create_task(self._strike(fault)) for fault in self._plan]
+                await self._until(self._seconds)
+                stop.set()
+            outcome.faults = [one.result() for one in struck]
+            self._stack.heal()
+            done, _ = await asyncio.wait({loading}, timeout=_ANSWER_LIMIT_S)
+            outcome.unanswered = not done
+        finally:
+            loading.cancel()
+            with suppress(asyncio.CancelledError):
+                await loading
+        self._say("everything is whole again; waiting for the last job")
+        outcome.open_jobs = await self._until_final()
+        outcome.seconds = time.monotonic() - self._began
+        return outcome
+
+    async def _strike(self, fault: Fault) -> Struck:
+        await self._until(fault.at)
+        kind = KINDS[fault.name]
+        several = self._stack.processes.get(kind.strikes, 1) > 1
+        which = f" {fault.number}" if several else ""
+        lasts = f", for {fault.lasts:.1f} s" if fault.lasts else ""
+        self._say(f"{self._now():7.2f} s  {fault.name}{which}: {kind.text}{lasts}")
+        ended = await self._faults.strike(fault)
+        try:
+            await until(lambda: self._whole_after(fault, ended), _RECOVERY_LIMIT_S)
+        except TimeoutError:
+            self._say(f"{self._now():7.2f} s  {fault.name}{which}: no mail after a minute")
+            return Struck(fault, None)
+        recovery = time.time() - ended
+        self._say(f"{self._now():7.2f} s  {fault.name}{which}: over; whole after {recovery:.2f} s")
+        return Struck(fault, recovery)
+
+    async def _whole_after(self, fault: Fault, ended: float) -> bool:
+        """Whether a mail was begun after the fault, and the process that it struck is well."""
+        mails = self._stack.inbox.mails
+        if not mails or mails[-1].started_at <= ended:
+            return False
+        name = KINDS[fault.name].strikes
+        if name not in self._stack.processes:
+            return True
+        return await self._stack.service(name, fault.number).serving()
+
+    async def _until_final(self) -> int:
+        """Return how many jobs are open when all have ended, or when none ends any more."""
+        left, since = await self._open_jobs(), time.monotonic()
+        while left and time.monotonic() - since < _STANDSTILL_S:
+            await asyncio.sleep(0.2)
+            now = await self._open_jobs()
+            if now != left:
+                left, since = now, time.monotonic()
+        return left
+
+    async def _open_jobs(self) -> int:
+        url = self._stack.system.servers.database_url
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            cursor = await connection.execute("SELECT count(*) FROM email_jobs WHERE state <= 2")
+            row = await cursor.fetchone()
+        return 0 if row is None else int(row[0])
+
+    def _now(self) -> float:
+        return time.monotonic() - self._began
+
+    async def _until(self, second: float) -> None:
+        await asyncio.sleep(max(0.0, second - self._now()))

@@ -1,0 +1,150 @@
+"""The private stack of a drill: the embedded one, with a proxy before every server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Final, Literal, Self
+
+from deploy.drill.load import WINDOW
+from deploy.drill.plan import LEASE_S
+from deploy.local.inbox import Inbox
+from deploy.local.ports import LOOPBACK
+from deploy.local.postgres import PostgresServer
+from deploy.local.proxy import TcpProxy
+from deploy.local.service import Service
+from deploy.local.supervisor import LocalSystem
+from deploy.local.valkey import ValkeyServer
+from shared.settings import Settings, load_settings
+
+# An outage of seconds must not use up a ladder of seconds.
+_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, 3, 3, 3, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many of each service there are."""
+
+    dispatchers: int = 2
+    schedulers: int = 1
+    stats: int = 1
+
+
+def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
+    """Return what the services of a drill run with: all times are short."""
+    return load_settings(
+        rate_window=WINDOW,
+        # So that there are senders without a gap too; the others have their own.
+        min_gap=timedelta(0),
+        lease=timedelta(seconds=LEASE_S),
+        retry_backoff=_LADDER,
+        smtp_timeout=timedelta(seconds=2),
+        shutdown_grace=timedelta(seconds=3),
+        uncertain_policy=policy,
+        log_level="info",
+        log_format="json",
+    )
+
+
+class DrillStack:
+    """Runs while the context is open; what dies is started again."""
+
+    def __init__(
+        self, folder: Path, size: Size, settings: Settings, say: Callable[[str], None]
+    ) -> None:
+        self.settings = settings
+        self.size = size
+        self.proxies = {
+            "postgres": TcpProxy(lambda: self.postgres.port),
+            "redis": TcpProxy(lambda: self.valkey.port),
+            "smtp": TcpProxy(lambda: self.inbox.port),
+        }
+        self._folder = folder
+        self._say = say
+        self._system: LocalSystem | None = None
+        self._open = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """Start everything; every service answers SERVING afterwards.
+
+        Raises:
+            LocalServerError: a server or service did not start; nothing is left running.
+        """
+        async with AsyncExitStack() as stack:
+            for proxy in self.proxies.values():
+                await stack.enter_async_context(proxy)
+            ports = {name: proxy.port for name, proxy in self.proxies.items()}
+            self._system = LocalSystem(
+                self._folder,
+                self.settings,
+                dispatchers=self.size.dispatchers,
+                schedulers=self.size.schedulers,
+                stats=self.size.stats,
+                through={
+                    "OUTBOX_DATABASE_URL": f"postgresql://outbox@{LOOPBACK}:{ports['postgres']}/outbox",
+                    "OUTBOX_REDIS_URL": f"redis://{LOOPBACK}:{ports['redis']}/0",
+                    "OUTBOX_SMTP_URL": f"smtp://{LOOPBACK}:{ports['smtp']}",
+                },
+                default_ports=False,
+                say=self._say,
+            )
+            await stack.enter_async_context(self._system)
+            self._open = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop everything."""
+        await self._open.aclose()
+
+    @property
+    def system(self) -> LocalSystem:
+        """The servers and services."""
+        if self._system is None:
+            raise RuntimeError("the stack was not started")
+        return self._system
+
+    @property
+    def postgres(self) -> PostgresServer:
+        """PostgreSQL, not by its proxy."""
+        return self.system.servers.postgres
+
+    @property
+    def valkey(self) -> ValkeyServer:
+        """Valkey, not by its proxy."""
+        return self.system.servers.valkey
+
+    @property
+    def inbox(self) -> Inbox:
+        """The SMTP side."""
+        inbox = self.system.servers.inbox
+        if inbox is None:
+            raise RuntimeError("a drill has an inbox")
+        return inbox
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """How many of each service there are, by its name."""
+        return {
+            "dispatcher": self.size.dispatchers,
+            "scheduler": self.size.schedulers,
+            "stats": self.size.stats,
+        }
+
+    @property
+    def audit_settings(self) -> Settings:
+        """For an audit of what this stack did."""
+        url = self.system.servers.database_url
+        return self.settings.model_copy(update={"database_url": url})
+
+    def service(self, name: str, number: int) -> Service:
+        """Return a process of a service, numbered from 1."""
+        return [one for one in self.system.services if one.name == name][number - 1]
+
+    def heal(self) -> None:
+        """Undo whatever a fault may have left."""
+        for proxy in self.proxies.values():
+            proxy.heal()
+        self.inbox.trouble = None
