@@ -192,3 +192,18 @@ def attempts(
     with connection("scheduler", server) as client:
         page = pages(client.email_jobs.ListAttempts, request, "attempts", everything=everything)
     show_list(page, "attempts", _ATTEMPT_COLUMNS, output, what="attempts")
+
+
+@app.command()
+def explain(
+    email_job_id: JobId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Say why a job was not sent yet, and when it will be."""
+    with connection("scheduler", server) as client:
+        found = client.email_jobs.ExplainEmailJob(
+            pb.ExplainEmailJobRequest(email_job_id=email_job_id, user_id=user)
+        )
+    show(found, output)

@@ -8,6 +8,7 @@ import typer
 from outbox.v1 import stats_service_pb2 as pb
 
 from cli.client import Server, connection, pages
+from cli.forecast import forecast
 from cli.options import AllPages, PageSize, PageToken, User
 from cli.output import Output, OutputFormat, note, print_rows, show, value_at
 from cli.service import run
@@ -82,3 +83,6 @@ def user(
         )
         if found.next_page_token:
             note(f"there are more: --all, or --page-token {found.next_page_token}")
+
+
+app.command()(forecast)

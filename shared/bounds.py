@@ -19,6 +19,8 @@ MAX_SHOWN_REJECTIONS: Final = 100
 MAX_SPACING: Final = timedelta(days=7)
 MIN_EXPIRE_AFTER: Final = timedelta(seconds=1)
 MAX_EXPIRE_AFTER: Final = timedelta(days=366)
+# Of a batch that is only planned.
+MAX_RECIPIENTS: Final = 10_000_000
 MAX_GAP: Final = timedelta(days=1)
 MAX_HOURLY_LIMIT: Final = 1_000_000
 MAX_IN_FLIGHT: Final = 1_000

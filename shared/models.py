@@ -262,6 +262,8 @@ class Attempt(Base):
     outcome: Mapped[int] = mapped_column(SmallInteger)
     # Whether it takes a slot of the window: its body was begun, or may have been.
     counted: Mapped[bool]
+    # From the earliest instant at which the limits allowed it to its start. NULL: unknown.
+    late_ms: Mapped[int | None]
     smtp_code: Mapped[int | None] = mapped_column(SmallInteger)
     # RFC 3463, such as 5.1.1.
     enhanced_code: Mapped[str | None] = mapped_column(Text)

@@ -245,9 +245,11 @@ class Dispatcher:
                 ended=time.monotonic(),
                 message="internal error of the dispatcher",
             )
-        self._settle(job, result)
+        asked = deadline - self._settings.lease.total_seconds()
+        late = claim.waited + timedelta(seconds=result.started - asked)
+        self._settle(job, result, late)
 
-    def _settle(self, job: MarkedJob, result: SendResult) -> None:
+    def _settle(self, job: MarkedJob, result: SendResult, late: timedelta) -> None:
         verdict = decide(
             result.outcome,
             job.failures,
@@ -266,6 +268,7 @@ class Dispatcher:
             started=result.started,
             ended=result.ended,
             retry_after=verdict.retry_after,
+            late=late,
             smtp_code=result.smtp_code,
             enhanced_code=result.enhanced_code,
             message=result.message,

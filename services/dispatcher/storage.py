@@ -16,6 +16,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     ColumnElement,
+    Integer,
     SmallInteger,
     Text,
     bindparam,
@@ -41,6 +42,8 @@ from shared.queue.keys import JobRef
 from shared.states import AttemptOutcome, BatchState, JobState, SenderState, SmtpSecurity
 
 _RECOVERED_AT_ONCE = 1_000
+# 24 days: what the column holds.
+_MOST_MS = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class AttemptRecord:
     started: float
     ended: float
     retry_after: timedelta | None = None
+    # Of the start, since the earliest instant at which the limits allowed it.
+    late: timedelta | None = None
     smtp_code: int | None = None
     enhanced_code: str | None = None
     message: str | None = None
@@ -98,6 +103,10 @@ class AttemptRecord:
 
 def _array(name: str, type_: Any) -> Any:
     return bindparam(name, type_=ARRAY(type_))
+
+
+def _whole_ms(span: timedelta) -> int:
+    return min(max(span // timedelta(milliseconds=1), 0), _MOST_MS)
 
 
 def _milliseconds(value: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -320,6 +329,7 @@ _outcome = (
         _array("started_ms", BigInteger),
         _array("ended_ms", BigInteger),
         _array("retry_ms", BigInteger),
+        _array("late_ms", Integer),
         _array("codes", SmallInteger),
         _array("enhanced", Text),
         _array("messages", Text),
@@ -334,6 +344,7 @@ _outcome = (
         column("started_ms", BigInteger),
         column("ended_ms", BigInteger),
         column("retry_ms", BigInteger),
+        column("late_ms", Integer),
         column("code", SmallInteger),
         column("enhanced", Text),
         column("message", Text),
@@ -387,6 +398,7 @@ def _settle_statement() -> Any:
                 "ended_at",
                 "outcome",
                 "counted",
+                "late_ms",
                 "smtp_code",
                 "enhanced_code",
                 "message",
@@ -399,6 +411,7 @@ def _settle_statement() -> Any:
                 ended,
                 _outcome.c.outcome,
                 _outcome.c.counted,
+                _outcome.c.late_ms,
                 _outcome.c.code,
                 _outcome.c.enhanced,
                 _outcome.c.message,
@@ -440,6 +453,7 @@ async def settle(
                 None if r.retry_after is None else r.retry_after // timedelta(milliseconds=1)
                 for r in records
             ],
+            "late_ms": [None if r.late is None else _whole_ms(r.late) for r in records],
             "codes": [r.smtp_code for r in records],
             "enhanced": [r.enhanced_code for r in records],
             "messages": [r.message for r in records],

@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.limits import Limits, forecast_end
+from services.scheduler.limits import Limits
 from services.scheduler.storage.batches import BatchRecord
-from services.scheduler.storage.senders import read_pace
-from shared.states import SenderState
+from shared.forecast.backlog import Rules
+from shared.forecast.forecasts import forecast_batch
 
 _PAUSED = "The sender is paused: nothing is sent before ResumeSender."
 
@@ -25,32 +25,20 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts from what PostgreSQL knows; `floor` is OUTBOX_MIN_GAP, `window` the trailing one.
+    """Forecasts from what PostgreSQL knows."""
 
-    The other waiting jobs of the sender are taken to come first.
-    """
-
-    def __init__(self, floor: timedelta, window: timedelta) -> None:
-        self._floor = floor
-        self._window = window
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
 
     async def forecast(self, connection: AsyncConnection, batch: BatchRecord) -> Forecast:
         """Return what is to be said about a batch now; nothing if nothing of it waits."""
         jobs = batch.counts.scheduled
         if not jobs:
             return Forecast()
-        pace = await read_pace(connection, batch.sender_id, self._window)
-        limits = Limits.of(pace.hourly_limit, pace.min_gap_ms, self._floor, self._window)
+        found = await forecast_batch(connection, batch.sender_id, batch.batch_id, self._rules)
+        limiter = found.limiter
+        limits = Limits(limiter.limit, timedelta(microseconds=limiter.gap))
         notices = [notice for notice in (limits.notice(),) if notice and jobs > 1]
-        if pace.deleted or pace.state is not SenderState.ACTIVE:
-            return Forecast(notices=[*notices, _PAUSED])
-        end = forecast_end(
-            limits,
-            now=pace.now,
-            start=batch.start_at,
-            last_due=batch.last_due_at or batch.start_at,
-            jobs=jobs,
-            ahead=max(pace.open_jobs - batch.counts.open, 0),
-            used=pace.used,
-        )
-        return Forecast(end, notices)
+        if not found.active:
+            notices.append(_PAUSED)
+        return Forecast(found.end, notices)

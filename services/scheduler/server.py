@@ -14,6 +14,7 @@ from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceService
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from services.scheduler.explainer import Explainer
 from services.scheduler.forecasts import Forecaster
 from services.scheduler.intake import Intake
 from services.scheduler.servicers.batches import BatchServicer
@@ -23,6 +24,7 @@ from services.scheduler.servicers.suppressions import SuppressionServicer
 from services.scheduler.storage.intake import IntakeStore
 from services.scheduler.sweeping import Sweeper
 from shared.database import create_engine
+from shared.forecast.backlog import Rules
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader, load_soon
 from shared.health import follow_dependencies
@@ -92,9 +94,10 @@ def _services(
     senders = SenderServicer(  # type: ignore[abstract]
         engine, loader, SecretBox.from_settings(settings), settings
     )
-    forecaster = Forecaster(settings.min_gap, settings.rate_window)
+    rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
+    forecaster = Forecaster(rules)
     batches = BatchServicer(engine, loader, intake, forecaster, sweeper)  # type: ignore[abstract]
-    jobs = EmailJobServicer(engine, loader)  # type: ignore[abstract]
+    jobs = EmailJobServicer(engine, loader, Explainer(engine, loader, rules))
     suppressions = SuppressionServicer(engine, loader)
     return [
         ServiceBinding(

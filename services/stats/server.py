@@ -12,6 +12,7 @@ from services.stats import storage
 from services.stats.folding import fold_until_stopped
 from services.stats.servicers import StatsServicer
 from shared.database import create_engine
+from shared.forecast.backlog import Rules
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.health import follow_dependencies
 from shared.process import serve_until_stopped
@@ -29,8 +30,9 @@ async def serve(
         ConfigurationError: a setting is wrong, or the address is taken.
     """
     engine = create_engine(settings)
+    rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
     # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
-    servicer = StatsServicer(engine, settings.rate_window)  # type: ignore[abstract]
+    servicer = StatsServicer(engine, rules)  # type: ignore[abstract]
     service = ServiceBinding(
         stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
         partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),

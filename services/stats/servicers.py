@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, Final
 
 import grpc
@@ -10,8 +9,10 @@ from outbox.v1 import stats_pb2, stats_service_pb2, stats_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.stats import storage
+from services.stats.forecasts import forecast
 from shared import page_tokens
 from shared.auth import current_caller, effective_user, require_user
+from shared.forecast.backlog import Rules
 from shared.proto_mapping import id_text, not_found, parse_id, to_job_counts, to_timestamp
 
 _PAGES: Final = "user_stats"
@@ -20,9 +21,9 @@ _PAGES: Final = "user_stats"
 class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     """Answers from PostgreSQL alone. The methods that it does not have answer UNIMPLEMENTED."""
 
-    def __init__(self, engine: AsyncEngine, window: timedelta) -> None:
+    def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
         self._engine = engine
-        self._window = window
+        self._rules = rules
 
     async def GetSenderStats(  # noqa: N802 - the proto's name
         self,
@@ -33,7 +34,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         user_id = effective_user(current_caller(), request.user_id)
         sender_id = parse_id(request.sender_id, "sender_id")
         async with storage.snapshot(self._engine) as connection:
-            found = await storage.read_sender(connection, sender_id, user_id, self._window)
+            found = await storage.read_sender(connection, sender_id, user_id, self._rules.window)
         if found is None:
             raise not_found("sender_id", request.sender_id)
         return _sender_stats(found)
@@ -55,6 +56,15 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         if found.more:
             token = page_tokens.encode(_PAGES, filters, (found.senders[-1].sender_id,))
         return _user_stats(user_id, found, token)
+
+    async def ForecastBatch(  # noqa: N802 - the proto's name
+        self,
+        request: stats_service_pb2.ForecastBatchRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+    ) -> stats_service_pb2.ForecastBatchResponse:
+        """Return when a batch, a real or a planned one, will have been sent."""
+        user_id = effective_user(current_caller(), request.user_id)
+        return await forecast(self._engine, request, user_id, self._rules)
 
 
 def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:

@@ -29,6 +29,7 @@ from shared.counts import JobCounts, sender_counts, user_counts
 from shared.database import transaction
 from shared.models import (
     Attempt,
+    Batch,
     BatchCount,
     CountDelta,
     EmailJob,
@@ -221,6 +222,20 @@ async def read_sender(
         hourly_limit=found.hourly_limit,
         read_at=found.read_at,
     )
+
+
+async def sender_exists(connection: AsyncConnection, sender_id: int, user_id: str | None) -> bool:
+    """Return whether there is such a sender, and for this user if one is named."""
+    statement = select(Sender.id).where(Sender.id == sender_id, Sender.deleted_at.is_(None))
+    return await connection.scalar(owned_by(statement, Sender.user_id, user_id)) is not None
+
+
+async def sender_of_batch(
+    connection: AsyncConnection, batch_id: int, user_id: str | None
+) -> int | None:
+    """Return the sender of a batch; None: there is no such batch, or not for this user."""
+    statement = select(Batch.sender_id).where(Batch.id == batch_id)
+    return await connection.scalar(owned_by(statement, Batch.user_id, user_id))
 
 
 def _sender_statement(window: timedelta) -> Select[Any]:

@@ -148,6 +148,15 @@ class Head:
     revision: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class LimiterState:
+    """What the limits of a sender say now; a time that is over is not above zero."""
+
+    in_flight: int
+    gap_left: timedelta
+    window_left: timedelta
+
+
 def brings_history(epoch: str) -> bool:
     """Whether a load of this epoch is of a sender whose history Redis does not know."""
     return epoch.startswith("new:")
@@ -301,6 +310,14 @@ class Queue:
         for lease in head.leases:
             args += (member_of(lease.job), _ms(lease.left))
         return args
+
+    async def read_limiter(self, sender_id: int) -> LimiterState | None:
+        """Return what the limiter of a sender says now; None: Redis does not know the sender."""
+        found = await self._run("limiter", (self.keys.ready,), (self._window, sender_id))
+        if found is None:
+            return None
+        in_flight, gap, window = found
+        return LimiterState(in_flight, timedelta(milliseconds=gap), timedelta(milliseconds=window))
 
     async def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
         """Say which of these senders, for each of which something waits, must be loaded."""

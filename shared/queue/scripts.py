@@ -18,6 +18,7 @@ SCRIPTS = (
     "begin_rebuild",
     "keep_rebuild",
     "finish_rebuild",
+    "limiter",
 )
 _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 

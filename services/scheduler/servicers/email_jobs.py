@@ -9,8 +9,9 @@ from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.addresses import BadAddress, check_address
+from services.scheduler.explainer import Explainer
 from services.scheduler.servicers.calls import Context, acting_user, named_user
-from services.scheduler.servicers.job_mapping import to_attempt, to_job
+from services.scheduler.servicers.job_mapping import to_attempt, to_explanation, to_job
 from services.scheduler.storage import email_jobs as storage
 from services.scheduler.storage.access import in_transaction
 from services.scheduler.storage.cancelling import end_waiting
@@ -41,8 +42,9 @@ _RESOLUTIONS: Final = {
 class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     """Shows and steers jobs. The methods that it does not have answer UNIMPLEMENTED."""
 
-    def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
+    def __init__(self, engine: AsyncEngine, loader: HeadLoader, explainer: Explainer) -> None:
         self._engine = engine
+        self._explainer = explainer
         self._loader = loader
         self._installation_id: str | None = None
 
@@ -204,6 +206,19 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             attempts=[to_attempt(request.email_job_id, attempt) for attempt in found[:size]],
             next_page_token=token,
         )
+
+    async def ExplainEmailJob(  # noqa: N802 - the proto's name
+        self,
+        request: email_job_service_pb2.ExplainEmailJobRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> email_job_service_pb2.ExplainEmailJobResponse:
+        """Say what a job waits for, and when it will be sent."""
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
+        found = await self._explainer.explain(job_id, user_id)
+        if found is None:
+            raise not_found("email_job_id", request.email_job_id)
+        return to_explanation(found, await self._installation())
 
     async def _installation(self) -> str:
         """Return what the Message-IDs of this installation have in common; it never changes."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from outbox.v1 import email_job_pb2
+from outbox.v1 import email_job_pb2, email_job_service_pb2
 
+from services.scheduler.explainer import ExplainedJob
+from services.scheduler.explaining import WaitReason
 from services.scheduler.storage.email_jobs import AttemptRecord, JobRecord
 from shared.message_ids import message_id_for
 from shared.proto_mapping import id_text, to_timestamp
@@ -17,6 +19,10 @@ _STATES: Final = {
 _OUTCOMES: Final = {
     outcome: email_job_pb2.AttemptOutcome.Value(f"ATTEMPT_OUTCOME_{outcome.name}")
     for outcome in AttemptOutcome
+}
+_REASONS: Final = {
+    reason: email_job_service_pb2.WaitReason.Value(f"WAIT_REASON_{reason.name}")
+    for reason in WaitReason
 }
 
 
@@ -56,4 +62,19 @@ def to_attempt(job_id: str, record: AttemptRecord) -> email_job_pb2.Attempt:
         smtp_code=record.smtp_code,
         enhanced_code=record.enhanced_code or "",
         message=record.message or "",
+    )
+
+
+def to_explanation(
+    found: ExplainedJob, installation_id: str
+) -> email_job_service_pb2.ExplainEmailJobResponse:
+    """Return what a job waits for as callers see it."""
+    explanation, send_time = found.explanation, found.send_time
+    return email_job_service_pb2.ExplainEmailJobResponse(
+        email_job=to_job(found.job, installation_id),
+        wait_reason=_REASONS[explanation.reason],
+        wait_end_time=None if explanation.until is None else to_timestamp(explanation.until),
+        ahead_count=found.ahead,
+        estimated_send_time=None if send_time is None else to_timestamp(send_time),
+        explanation=explanation.text,
     )

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import exists, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.limits import WindowUse
 from services.scheduler.storage.cancelling import end_waiting
 from shared.cancellations import waits_of
-from shared.counts import in_state, sender_counts
-from shared.models import Attempt, EmailJob, HeadMarker, Sender
+from shared.counts import in_state
+from shared.models import EmailJob, HeadMarker, Sender
 from shared.ownership import owned_by, owner_of
 from shared.states import JobState, SenderState, SmtpSecurity
 
@@ -202,50 +201,3 @@ async def _has_open_jobs(connection: AsyncConnection, sender_id: int) -> bool:
     ]
     found: bool = (await connection.execute(select(open_jobs[0] | open_jobs[1]))).scalar_one()
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """What decides how fast a sender's jobs go."""
-
-    now: datetime
-    state: SenderState
-    deleted: bool
-    hourly_limit: int
-    min_gap_ms: int | None
-    open_jobs: int
-    used: WindowUse
-
-
-async def read_pace(connection: AsyncConnection, sender_id: int, window: timedelta) -> Pace:
-    """Return the pace of a sender, a deleted one too; whose it is must be known already."""
-    in_window = (
-        Attempt.sender_id == sender_id,
-        Attempt.counted,
-        Attempt.ended_at > func.statement_timestamp() - window,
-    )
-    sends = select(func.count()).select_from(Attempt).where(*in_window).scalar_subquery()
-    oldest = select(func.min(Attempt.ended_at)).where(*in_window).scalar_subquery()
-    row = (
-        await connection.execute(
-            select(
-                func.statement_timestamp().label("now"),
-                Sender.state,
-                Sender.deleted_at,
-                Sender.hourly_limit,
-                Sender.min_gap_ms,
-                sends.label("sends"),
-                oldest.label("oldest"),
-            ).where(Sender.id == sender_id)
-        )
-    ).one()
-    counts = await sender_counts(connection, [sender_id])
-    return Pace(
-        now=row.now,
-        state=SenderState(row.state),
-        deleted=row.deleted_at is not None,
-        hourly_limit=row.hourly_limit,
-        min_gap_ms=row.min_gap_ms,
-        open_jobs=counts[sender_id].open,
-        used=WindowUse(row.sends, row.oldest),
-    )

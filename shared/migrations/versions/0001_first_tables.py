@@ -44,6 +44,7 @@ def upgrade() -> None:
         sa.Column("ended_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("outcome", sa.SmallInteger(), nullable=False),
         sa.Column("counted", sa.Boolean(), nullable=False),
+        sa.Column("late_ms", sa.Integer(), nullable=True),
         sa.Column("smtp_code", sa.SmallInteger(), nullable=True),
         sa.Column("enhanced_code", sa.Text(), nullable=True),
         sa.Column("message", sa.Text(), nullable=True),

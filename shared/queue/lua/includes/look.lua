@@ -40,15 +40,18 @@ local function places(s, in_flight)
     return math.min(most, s.limit) - in_flight
 end
 
--- The instant from which gap, window and its own circuit allow one more send, given `in_flight`
--- reservations.
--- The window has room when the n-th newest end, n = limit - in_flight, has left it.
-local function allowed_at(s, in_flight, window)
-    local at = math.max(s.probe, s.gap > 0 and s.last_end + s.gap or 0)
+-- The instant from which the window has room for one more send, given `in_flight` reservations:
+-- when the n-th newest end, n = limit - in_flight, has left it.
+local function window_room_at(s, in_flight, window)
     local rank = s.limit - in_flight
     local oldest = redis.call('ZRANGE', window_of(s.id), -rank, -rank, 'WITHSCORES')
-    if oldest[2] then at = math.max(at, tonumber(oldest[2]) + window) end
-    return at
+    return oldest[2] and tonumber(oldest[2]) + window or 0
+end
+
+-- The instant from which gap, window and its own circuit allow one more send.
+local function allowed_at(s, in_flight, window)
+    local gap_end = s.gap > 0 and s.last_end + s.gap or 0
+    return math.max(s.probe, gap_end, window_room_at(s, in_flight, window))
 end
 
 -- Puts the sender into `ready` at the next instant at which a look can find something to do.

@@ -1,0 +1,85 @@
+"""`outbox stats forecast`: StatsService.ForecastBatch."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Annotated
+
+import typer
+from outbox.v1 import stats_service_pb2 as pb
+from outbox.v1.batch_pb2 import BatchOptions
+
+from cli.client import Server, connection
+from cli.options import User, read_duration, read_time, to_duration, to_timestamp
+from cli.output import Output, OutputFormat, show
+
+
+def forecast(
+    batch_id: Annotated[
+        str, typer.Argument(metavar="BATCH_ID", help="Leave it out to ask about a planned batch.")
+    ] = "",
+    *,
+    sender: Annotated[
+        str, typer.Option("--sender", metavar="ID", help="Who would send the planned batch.")
+    ] = "",
+    recipient_count: Annotated[
+        int, typer.Option("--recipient-count", metavar="N", help="Of the planned batch.")
+    ] = 0,
+    start_time: Annotated[
+        datetime | None,
+        typer.Option(
+            "--start-time",
+            parser=read_time,
+            metavar="TIME",
+            help="Of its first mail: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
+        ),
+    ] = None,
+    spacing: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--spacing", parser=read_duration, metavar="DURATION", help="Between its mails."
+        ),
+    ] = None,
+    spread_until: Annotated[
+        datetime | None,
+        typer.Option(
+            "--spread-until", parser=read_time, metavar="TIME", help="Spread it evenly to then."
+        ),
+    ] = None,
+    expire_after: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--expire-after",
+            parser=read_duration,
+            metavar="DURATION",
+            help="How long after it was due a mail may still be sent.",
+        ),
+    ] = None,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Say when a batch will have been sent, and what binds.
+
+    $ outbox stats forecast 17
+
+    $ outbox stats forecast --sender 3 --recipient-count 10000 --start-time 'in 1h'
+    """
+    if bool(batch_id) == bool(sender):
+        raise typer.BadParameter("name a batch, or a --sender with a --recipient-count")
+    request = pb.ForecastBatchRequest(user_id=user)
+    if batch_id:
+        request.batch_id = batch_id
+    else:
+        options = BatchOptions(
+            sender_id=sender,
+            start_time=to_timestamp(start_time),
+            spacing=to_duration(spacing),
+            spread_until=to_timestamp(spread_until),
+            expire_after=to_duration(expire_after),
+        )
+        planned = pb.PlannedBatch(options=options, recipient_count=recipient_count)
+        request.planned_batch.CopyFrom(planned)
+    with connection("stats", server) as client:
+        found = client.stats.ForecastBatch(request)
+    show(found, output)

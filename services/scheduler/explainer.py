@@ -1,0 +1,161 @@
+"""Finds out what a waiting job waits for: from PostgreSQL, and live from Redis if it is there."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.scheduler.explaining import (
+    MOST_AHEAD,
+    Explanation,
+    OpenCircuit,
+    Situation,
+    explain,
+    explain_state,
+)
+from services.scheduler.storage import email_jobs as storage
+from services.scheduler.storage.email_jobs import JobRecord
+from shared.database import from_unix_ms
+from shared.forecast.backlog import Place, Rules, SenderPace, count_ahead, from_us, read_pace
+from shared.forecast.forecasts import forecast_job
+from shared.heads import HeadLoader
+from shared.models import Batch
+from shared.queue.connection import QUEUE_ERRORS
+from shared.queue.queue import LimiterState
+from shared.states import JobState
+
+_QUEUE_LIMIT_S: Final = 1.0
+_NO_REDIS: Final = (
+    " Redis cannot be reached: nothing is sent until it is, and this is what PostgreSQL knows."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedJob:
+    """A job, what it waits for, and when it will be sent; `ahead` None: it does not wait."""
+
+    job: JobRecord
+    explanation: Explanation
+    ahead: int | None = None
+    send_time: datetime | None = None
+
+
+class Explainer:
+    """Explains jobs."""
+
+    def __init__(self, engine: AsyncEngine, loader: HeadLoader, rules: Rules) -> None:
+        self._engine = engine
+        self._loader = loader
+        self._rules = rules
+
+    async def explain(self, job_id: int, user_id: str | None) -> ExplainedJob | None:
+        """Explain a job; None: there is none, or not for this user."""
+        async with self._engine.connect() as connection:
+            # The job, its sender's past and what waits before it, of one moment.
+            await connection.execution_options(isolation_level="REPEATABLE READ")
+            job = await storage.read_job(connection, job_id, user_id)
+            if job is None:
+                return None
+            if job.state is not JobState.SCHEDULED:
+                return ExplainedJob(job, explain_state(job.state))
+            pace = await read_pace(connection, job.sender_id, self._rules)
+            place = Place(job.scheduled_at, job.job_id)
+            ahead = await count_ahead(connection, job.sender_id, place, MOST_AHEAD)
+            send_time = None
+            if ahead < MOST_AHEAD:
+                expire_after = await _expiry(connection, job.batch_id)
+                found = await forecast_job(
+                    connection,
+                    job.sender_id,
+                    pace,
+                    place=place,
+                    ahead=ahead,
+                    expire_after=expire_after,
+                )
+                send_time = found.first
+        live = await self._read_live(job.sender_id)
+        limiter = live.limiter or _of_postgresql(pace)
+        explanation = explain(_situation(job, pace, ahead, limiter, live.circuit))
+        if not live.reachable:
+            explanation = Explanation(
+                explanation.reason, explanation.until, explanation.text + _NO_REDIS
+            )
+        return ExplainedJob(job, explanation, ahead, send_time)
+
+    async def _read_live(self, sender_id: int) -> _Live:
+        queue = self._loader.queue_of(sender_id)
+        try:
+            async with asyncio.timeout(_QUEUE_LIMIT_S):
+                limiter = await queue.read_limiter(sender_id)
+                circuits = await queue.circuits_of_sender(sender_id)
+        except (*QUEUE_ERRORS, TimeoutError):
+            return _Live(reachable=False)
+        # Both may be open; the later probe decides.
+        last = max(circuits, key=lambda circuit: circuit.next_probe_ms, default=None)
+        if last is None:
+            return _Live(limiter)
+        circuit = OpenCircuit(
+            since=from_unix_ms(last.open_since_ms),
+            next_probe=from_unix_ms(last.next_probe_ms),
+            reason=last.reason,
+        )
+        return _Live(limiter, circuit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What Redis knows of a sender; `limiter` None: nothing."""
+
+    limiter: LimiterState | None = None
+    circuit: OpenCircuit | None = None
+    reachable: bool = True
+
+
+async def _expiry(connection: AsyncConnection, batch_id: int) -> timedelta | None:
+    milliseconds = await connection.scalar(
+        select(Batch.expire_after_ms).where(Batch.id == batch_id)
+    )
+    return None if milliseconds is None else timedelta(milliseconds=milliseconds)
+
+
+def _of_postgresql(pace: SenderPace) -> LimiterState:
+    """Return what the limiter says by the recorded attempts."""
+    limiter = pace.limiter
+    gap_end = limiter.gap + (limiter.last_end or 0) if limiter.gap else 0
+    window_end, slots = 0, limiter.limit
+    for sends in reversed(limiter.sent):
+        if sends.count >= slots:
+            window_end = sends.first + (sends.count - slots) * sends.step + limiter.window
+            break
+        slots -= sends.count
+    return LimiterState(
+        in_flight=0,
+        gap_left=timedelta(microseconds=gap_end - pace.now),
+        window_left=timedelta(microseconds=window_end - pace.now),
+    )
+
+
+def _situation(
+    job: JobRecord,
+    pace: SenderPace,
+    ahead: int,
+    live: LimiterState,
+    circuit: OpenCircuit | None,
+) -> Situation:
+    return Situation(
+        now=from_us(pace.now),
+        due=job.scheduled_at,
+        attempts=job.attempts,
+        sender_active=pace.active,
+        ahead=ahead,
+        in_flight=live.in_flight,
+        gap_left=live.gap_left,
+        window_left=live.window_left,
+        hourly_limit=pace.limiter.limit,
+        circuit=circuit,
+    )

@@ -1,0 +1,139 @@
+"""ForecastBatch: from protos to the forecast and back."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import Final
+
+from outbox.v1 import sender_pb2, stats_service_pb2
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.stats import storage
+from services.stats.planned import PlannedBatch, check_planned
+from shared.errors import InvalidInput
+from shared.forecast.backlog import Rules, to_us
+from shared.forecast.forecasts import Forecast, forecast_batch, forecast_planned
+from shared.forecast.simulation import Bound, Run
+from shared.proto_mapping import (
+    from_duration,
+    from_timestamp,
+    not_found,
+    parse_id,
+    to_timestamp,
+)
+
+_MICROSECOND: Final = timedelta(microseconds=1)
+_LIMITS: Final = {
+    Bound.SPACING: sender_pb2.BINDING_LIMIT_SPACING,
+    Bound.GAP: sender_pb2.BINDING_LIMIT_MIN_GAP,
+    Bound.WINDOW: sender_pb2.BINDING_LIMIT_HOURLY_LIMIT,
+    Bound.HOURS: sender_pb2.BINDING_LIMIT_SENDING_HOURS,
+}
+_REASONS: Final = {
+    None: "nothing but its due time keeps it back",
+    Bound.SPACING: "the spacing of its mails binds",
+    Bound.GAP: "the sender's gap binds",
+    Bound.WINDOW: "the sender's hourly limit binds",
+    Bound.HOURS: "the sender's sending hours bind",
+    Bound.PLACES: "what one send takes binds",
+}
+
+
+async def forecast(
+    engine: AsyncEngine,
+    request: stats_service_pb2.ForecastBatchRequest,
+    user_id: str | None,
+    rules: Rules,
+) -> stats_service_pb2.ForecastBatchResponse:
+    """Answer ForecastBatch.
+
+    Raises:
+        InvalidInput: FORECAST_SUBJECT_REQUIRED, or what is wrong with the planned batch.
+        NotFound: BATCH_NOT_FOUND, SENDER_NOT_FOUND.
+    """
+    match request.WhichOneof("subject"):
+        case "batch_id":
+            batch_id = parse_id(request.batch_id, "batch_id")
+            async with storage.snapshot(engine) as connection:
+                sender_id = await storage.sender_of_batch(connection, batch_id, user_id)
+                if sender_id is None:
+                    raise not_found("batch_id", request.batch_id)
+                return _answer(await forecast_batch(connection, sender_id, batch_id, rules))
+        case "planned_batch":
+            planned = _planned(request.planned_batch)
+            named = request.planned_batch.options.sender_id
+            sender_id = parse_id(named, "planned_batch.options.sender_id")
+            async with storage.snapshot(engine) as connection:
+                if not await storage.sender_exists(connection, sender_id, user_id):
+                    raise not_found("planned_batch.options.sender_id", named)
+                found = await forecast_planned(
+                    connection, sender_id, lambda now: _run(planned, now), rules
+                )
+            return _answer(found)
+    raise InvalidInput.field(
+        "batch_id",
+        "say what the forecast is about: set batch_id or planned_batch",
+        reason="FORECAST_SUBJECT_REQUIRED",
+    )
+
+
+def _planned(planned: stats_service_pb2.PlannedBatch) -> PlannedBatch:
+    options, field = planned.options, "planned_batch.options"
+    start = spread_until = expire_after = None
+    if options.HasField("start_time"):
+        start = from_timestamp(options.start_time, f"{field}.start_time")
+    if options.HasField("spread_until"):
+        spread_until = from_timestamp(options.spread_until, f"{field}.spread_until")
+    if options.HasField("expire_after"):
+        expire_after = from_duration(options.expire_after, f"{field}.expire_after")
+    spacing = from_duration(options.spacing, f"{field}.spacing")
+    return check_planned(
+        PlannedBatch(planned.recipient_count, start, spacing, spread_until, expire_after)
+    )
+
+
+def _run(planned: PlannedBatch, now: datetime) -> Run:
+    start = max(now, planned.start or now)
+    expire_after = planned.expire_after
+    return Run(
+        due=to_us(start),
+        count=planned.recipients,
+        step=planned.spacing_from(start) // _MICROSECOND,
+        expire_after=None if expire_after is None else expire_after // _MICROSECOND,
+    )
+
+
+def _answer(found: Forecast) -> stats_service_pb2.ForecastBatchResponse:
+    return stats_service_pb2.ForecastBatchResponse(
+        job_count=found.jobs,
+        first_send_time=to_timestamp(found.first) if found.first else None,
+        end_time=to_timestamp(found.end) if found.end else None,
+        binding_limit=_LIMITS.get(found.bound, sender_pb2.BINDING_LIMIT_UNSPECIFIED)
+        if found.bound
+        else sender_pb2.BINDING_LIMIT_UNSPECIFIED,
+        ahead_count=found.ahead,
+        expiring_count=found.expiring,
+        explanation=_explain(found),
+    )
+
+
+def _explain(found: Forecast) -> str:
+    if not found.jobs:
+        return "Nothing of the batch waits."
+    if not found.active:
+        return "The sender is paused or deleted: nothing is sent before ResumeSender."
+    if not found.within_sight:
+        return "The end is too far away to be told."
+    if found.end is None:
+        return f"All {_mails(found.jobs)} expire before the limits allow to send them."
+    text = f"The last of {_mails(found.jobs)} will be sent at {found.end:%Y-%m-%d %H:%M:%S} UTC"
+    if found.ahead:
+        text += f", after {found.ahead:,} others of the sender"
+    text += f"; {_REASONS[found.bound]}"
+    if found.expiring:
+        text += f"; {found.expiring:,} expire before"
+    return f"{text}."
+
+
+def _mails(count: int) -> str:
+    return "1 mail" if count == 1 else f"{count:,} mails"

@@ -1,0 +1,61 @@
+"""A batch that is only planned: its options, checked. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from shared import bounds
+from shared.errors import InvalidInput
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedBatch:
+    """What decides when the mails of a planned batch are due; `start` None: now."""
+
+    recipients: int
+    start: datetime | None = None
+    spacing: timedelta = timedelta(0)
+    spread_until: datetime | None = None
+    expire_after: timedelta | None = None
+
+    def spacing_from(self, start: datetime) -> timedelta:
+        """Return the time between two mails, the first of which is due at `start`."""
+        if self.spread_until is None or self.recipients == 1:
+            return self.spacing
+        return max(self.spread_until - start, timedelta(0)) / (self.recipients - 1)
+
+
+def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> PlannedBatch:
+    """Return `planned`; `field` is where the request has it.
+
+    Raises:
+        InvalidInput: RECIPIENT_COUNT_INVALID, SPACING_INVALID, SPREAD_UNTIL_INVALID,
+            EXPIRE_AFTER_INVALID.
+    """
+    if not 1 <= planned.recipients <= bounds.MAX_RECIPIENTS:
+        raise InvalidInput.field(
+            f"{field}.recipient_count",
+            f"takes 1 to {bounds.MAX_RECIPIENTS}, and is {planned.recipients}",
+            reason="RECIPIENT_COUNT_INVALID",
+        )
+    if not timedelta(0) <= planned.spacing <= bounds.MAX_SPACING:
+        raise InvalidInput.field(
+            f"{field}.options.spacing", "takes 0 s to 7 days", reason="SPACING_INVALID"
+        )
+    if planned.spread_until is not None and planned.spacing:
+        raise InvalidInput.field(
+            f"{field}.options.spread_until",
+            "excludes spacing: set one of them",
+            reason="SPREAD_UNTIL_INVALID",
+        )
+    if (
+        planned.expire_after is not None
+        and not bounds.MIN_EXPIRE_AFTER <= planned.expire_after <= bounds.MAX_EXPIRE_AFTER
+    ):
+        raise InvalidInput.field(
+            f"{field}.options.expire_after",
+            "takes 1 s to 366 days",
+            reason="EXPIRE_AFTER_INVALID",
+        )
+    return planned

@@ -1,0 +1,122 @@
+"""What a caller is told about the time of waiting mail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from shared.forecast.backlog import (
+    Place,
+    Rules,
+    SenderPace,
+    from_us,
+    read_ahead,
+    read_backlog,
+    read_pace,
+    to_us,
+)
+from shared.forecast.runs import in_order
+from shared.forecast.simulation import Bound, Limiter, Outcome, Run, simulate
+
+# What takes longer than a moment must not hold up the loop.
+_AT_ONCE: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """When mail will be sent.
+
+    `first`, `end` None: nothing will be sent, or no one can say; then `active` is False, or
+    `within_sight` is.
+    """
+
+    # What the sender may do.
+    limiter: Limiter
+    jobs: int = 0
+    first: datetime | None = None
+    end: datetime | None = None
+    # What most of the time until the end goes by; None: the due time.
+    bound: Bound | None = None
+    # Other jobs of the sender that come before the last one.
+    ahead: int = 0
+    expiring: int = 0
+    # Whether the sender sends at all.
+    active: bool = True
+    within_sight: bool = True
+
+
+async def forecast_batch(
+    connection: AsyncConnection, sender_id: int, batch_id: int, rules: Rules
+) -> Forecast:
+    """Return the forecast of what waits of a batch.
+
+    The connection must see one moment. Whose the batch is must be known already.
+    """
+    pace = await read_pace(connection, sender_id, rules)
+    runs = await read_backlog(connection, sender_id, pace.waiting, batch_id)
+    return await _forecast(pace, runs)
+
+
+async def forecast_planned(
+    connection: AsyncConnection,
+    sender_id: int,
+    plan: Callable[[datetime], Run],
+    rules: Rules,
+) -> Forecast:
+    """Return the forecast of a batch that is only planned, behind what waits already.
+
+    `plan` returns its mails as they are if it is accepted at the time that it is told.
+    """
+    pace = await read_pace(connection, sender_id, rules)
+    # Behind all that is due at the same time, for its ids are new.
+    planned = plan(from_us(pace.now))
+    others = await read_backlog(connection, sender_id, pace.waiting, None)
+    return await _forecast(pace, in_order([*others, replace(planned, mine=planned.count)]))
+
+
+async def forecast_job(
+    connection: AsyncConnection,
+    sender_id: int,
+    pace: SenderPace,
+    *,
+    place: Place,
+    ahead: int,
+    expire_after: timedelta | None,
+) -> Forecast:
+    """Return the forecast of one job that waits, with `ahead` others before it."""
+    others = await read_ahead(connection, sender_id, place, ahead)
+    expiry = None if expire_after is None else expire_after // timedelta(microseconds=1)
+    return await _forecast(pace, [*others, Run(to_us(place.due), mine=1, expire_after=expiry)])
+
+
+async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
+    jobs = sum(run.mine for run in runs)
+    if not jobs or not pace.active:
+        return Forecast(pace.limiter, jobs, active=pace.active)
+    found = await _simulate(pace.limiter, runs, pace.now)
+    try:
+        first = None if found.first is None else from_us(found.first)
+        end = None if found.end is None else from_us(found.end)
+    except OverflowError:
+        return Forecast(pace.limiter, jobs, within_sight=False)
+    return Forecast(
+        pace.limiter,
+        jobs,
+        first=first,
+        end=end,
+        bound=found.bound,
+        ahead=max(found.sends - (jobs - found.expiring), 0),
+        expiring=found.expiring,
+        within_sight=found.within_sight,
+    )
+
+
+async def _simulate(limiter: Limiter, runs: Sequence[Run], now: int) -> Outcome:
+    if len(runs) <= _AT_ONCE:
+        return simulate(limiter, runs, now)
+    return await asyncio.to_thread(simulate, limiter, runs, now)

@@ -1,0 +1,329 @@
+"""When the limits of a sender will let its waiting mail go: exact, and never a step a mail. Pure.
+
+A sender is a queue: mail goes in the order (due, id), so what is due later never delays what is due
+earlier, and the start of the k-th send is the greatest of
+
+    its due time
+    the start of the send before + the gap + what a send takes
+    the start of the send `limit` places before + the window + what a send takes
+    the next opening of the sending hours
+
+All of these are arithmetic sequences over long stretches: mails that are due at once or by a fixed
+spacing, sends a gap apart, a window that empties as it was filled. A piece is as many sends as are
+led by one of them; once a whole window has been sent as the window before it allowed, every later
+one repeats it, and all whole windows are one step. So the cost follows the number of changes, and
+not the number of mails. Times are whole microseconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final, Protocol
+
+# About half a second of work: a bound for what no real sender comes near to.
+_MOST_PIECES: Final = 200_000
+
+
+class Hours(Protocol):
+    """The sending hours of a sender."""
+
+    def opens(self, at: int) -> int | None:
+        """Return the first open instant from `at` on; None: it never opens again."""
+
+    def closes(self, at: int) -> int | None:
+        """Return when it closes, where `at` is open; None: it stays open."""
+
+
+class Bound(Enum):
+    """What decided the time of a send."""
+
+    DUE = "due"
+    SPACING = "spacing"
+    GAP = "gap"
+    WINDOW = "window"
+    HOURS = "hours"
+    # Gap 0: the places in flight.
+    PLACES = "places"
+
+
+@dataclass(frozen=True, slots=True)
+class Sends:
+    """Evenly spaced sends of the past, by their ends."""
+
+    first: int
+    count: int = 1
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limiter:
+    """What a sender may do, and what it has done."""
+
+    limit: int
+    gap: int
+    window: int
+    max_in_flight: int = 1
+    # What one send takes, from the instant at which it was allowed to its end.
+    takes: int = 0
+    hours: Hours | None = None
+    # Ends that take slots of the window now, the earliest first.
+    sent: Sequence[Sends] = ()
+    # The gap runs from it, whether or not it took a slot.
+    last_end: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Waiting mails in the order of sending, due `step` apart; `mine` of them are asked about."""
+
+    due: int
+    count: int = 1
+    step: int = 0
+    mine: int = 0
+    # How long after it was due a mail may still be sent.
+    expire_after: int | None = None
+
+    @property
+    def last_due(self) -> int:
+        """When the last of them is due."""
+        return self.due + (self.count - 1) * self.step
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What will become of the mails that were asked about."""
+
+    # Starts of the first and of the last send; None: nothing will be sent, or not within sight.
+    first: int | None = None
+    last: int | None = None
+    # Of the last one.
+    end: int | None = None
+    expiring: int = 0
+    # What the time until the last send went by, by what decided it.
+    spent: dict[Bound, int] = field(default_factory=dict)
+    # Sends before the last one, those asked about among them.
+    sends: int = 0
+    within_sight: bool = True
+
+    @property
+    def bound(self) -> Bound | None:
+        """What most of the time goes by; None: nothing but the due time."""
+        limits = {bound: span for bound, span in self.spent.items() if bound is not Bound.DUE}
+        return max(limits, key=limits.__getitem__) if any(limits.values()) else None
+
+
+def simulate(limiter: Limiter, runs: Iterable[Run], now: int) -> Outcome:
+    """Return when the mails that are `mine` will be sent, from `now` on.
+
+    `runs` are in the order of sending. Runs after the last one of mine change nothing.
+    """
+    runs = list(runs)
+    while runs and not runs[-1].mine:
+        runs.pop()
+    asked = next((run.due for run in runs if run.mine), now)
+    simulation = _Simulation(limiter, now, max(now, asked))
+    first = last = None
+    expiring = 0
+    spent: dict[Bound, int] = {}
+    sends = 0
+    for run in runs:
+        began, ended, expired = simulation.send(run)
+        if simulation.stuck:
+            return Outcome(within_sight=False, first=first)
+        if not run.mine:
+            continue
+        expiring += expired * run.mine // run.count
+        if began is not None:
+            first = began if first is None else first
+            last = ended
+            spent = dict(simulation.spent)
+            sends = simulation.sends
+    end = None if last is None else last + limiter.takes
+    return Outcome(first, last, end, expiring, spent, sends)
+
+
+class _Simulation:
+    """The state after the sends so far."""
+
+    def __init__(self, limiter: Limiter, now: int, since: int) -> None:
+        """The time from `since` on is accounted for."""
+        self._now = now
+        self._since = since
+        self._limit = limiter.limit
+        self._hours = limiter.hours
+        self._opening = now
+        self._closing: int | None = now if limiter.hours else None
+        takes = limiter.takes
+        places = max(1, min(limiter.max_in_flight, limiter.limit))
+        self._pacer = Bound.GAP if limiter.gap else Bound.PLACES
+        # From start to start.
+        self._cycle = limiter.gap + takes if limiter.gap else takes // places
+        self._period = limiter.window + takes
+        # The last `limit` starts, as [first, step, count].
+        self._recent: deque[list[int]] = deque()
+        self._recent_count = 0
+        for sends in limiter.sent:
+            self._remember(sends.first - takes, sends.step, sends.count)
+        last_end = limiter.last_end
+        self._last = now - self._cycle if last_end is None else last_end - takes
+        # Sends in a row that the window alone decided.
+        self._repeated = 0
+        self._pieces = 0
+        self.spent: dict[Bound, int] = {}
+        self.sends = 0
+        self.stuck = False
+
+    def send(self, run: Run) -> tuple[int | None, int | None, int]:
+        """Send a run; return the start of its first and last send, and how many expire."""
+        due, left, expired = run.due, run.count, 0
+        first: int | None = None
+        self._repeated = 0
+        while left and not self.stuck:
+            self._pieces += 1
+            if self._pieces > _MOST_PIECES:
+                self.stuck = True
+                break
+            start, step, bound, count = self._lead(due, run.step, left)
+            if not self._is_open(start):
+                continue
+            if run.expire_after is not None:
+                late = start - due - run.expire_after
+                if late > 0:
+                    # Those that would be too late even at this instant go first.
+                    gone = left if not run.step else min(left, -(-late // run.step))
+                    expired += gone
+                    left -= gone
+                    due += gone * run.step
+                    self._repeated = 0
+                    continue
+                if step > run.step:
+                    count = min(count, -late // (step - run.step) + 1)
+            count = self._skip_windows(run, due, left, start, bound) or self._advance(
+                start, step, bound, count
+            )
+            first = start if first is None else first
+            left -= count
+            due += count * run.step
+            self.sends += count
+        return first, None if first is None else self._last, expired
+
+    def _lead(self, due: int, spacing: int, left: int) -> tuple[int, int, Bound, int]:
+        """Return (start, step, what decides, how many) of the sends that come next."""
+        terms = [
+            (self._last + self._cycle, self._cycle, self._pacer),
+            (due, spacing, Bound.SPACING if spacing else Bound.DUE),
+            (self._now, 0, Bound.DUE),
+        ]
+        if self._hours:
+            terms.append((self._opening, 0, Bound.HOURS))
+        count = left
+        full = self._recent_count >= self._limit
+        if full:
+            first, step, _ = self._recent[0]
+            terms.append((first + self._period, step, Bound.WINDOW))
+        start, step, bound = max(
+            terms, key=lambda term: (term[0], term[2] is Bound.WINDOW, term[1])
+        )
+        if not full:
+            count = min(count, self._limit - self._recent_count)
+        elif not self._goes_on_for_ever(start, step):
+            count = min(count, self._recent[0][2])
+        if bound is not self._pacer and step < self._cycle:
+            # The next one waits for this one.
+            count = 1
+        for other, other_step, _ in terms:
+            if other_step > step:
+                count = min(count, (start - other) // (other_step - step) + 1)
+        if self._closing is not None and step:
+            count = min(count, max(1, (self._closing - 1 - start) // step + 1))
+        return start, step, bound, count
+
+    def _goes_on_for_ever(self, start: int, step: int) -> bool:
+        """Whether the window cannot bind: all of it was sent by this step, which is slow enough."""
+        if len(self._recent) > 1:
+            return False
+        first, recent_step, count = self._recent[0]
+        return (
+            step * self._limit >= self._period
+            and (recent_step == step or count == 1)
+            and first + count * step == start
+        )
+
+    def _is_open(self, start: int) -> bool:
+        """Whether it is open at `start`; if not, moves to the next opening."""
+        if self._hours is None or self._closing is None or start < self._closing:
+            return True
+        opening = self._hours.opens(start)
+        if opening is None:
+            self.stuck = True
+            return False
+        self._opening = opening
+        self._closing = self._hours.closes(opening)
+        return opening == start
+
+    def _skip_windows(self, run: Run, due: int, left: int, start: int, bound: Bound) -> int:
+        """Make all whole windows that repeat the last one in one step; return how many sends."""
+        if bound is not Bound.WINDOW or self._repeated < self._limit:
+            return 0
+        if run.step * self._limit > self._period:
+            return 0
+        windows = left // self._limit
+        if self._closing is not None:
+            windows = min(windows, (self._closing - 1 - start) // self._period)
+        if run.expire_after is not None:
+            windows = min(windows, (due + run.expire_after - start) // self._period)
+        if windows <= 0:
+            return 0
+        shift = windows * self._period
+        for sends in self._recent:
+            sends[0] += shift
+        self._account(Bound.WINDOW, self._last + shift)
+        self._last += shift
+        return windows * self._limit
+
+    def _advance(self, start: int, step: int, bound: Bound, count: int) -> int:
+        self._repeated = self._repeated + count if bound is Bound.WINDOW else 0
+        last = start + (count - 1) * step
+        self._account(bound, last)
+        self._last = last
+        self._remember(start, step, count)
+        return count
+
+    def _account(self, bound: Bound, until: int) -> None:
+        span = until - max(self._last, self._since)
+        if span > 0:
+            self.spent[bound] = self.spent.get(bound, 0) + span
+
+    def _remember(self, start: int, step: int, count: int) -> None:
+        recent = self._recent
+        if recent:
+            first, last_step, last_count = recent[-1]
+            gap = start - (first + (last_count - 1) * last_step)
+            if (last_count == 1 or gap == last_step) and (count == 1 or gap == step):
+                recent[-1] = [first, gap, last_count + count]
+                self._recent_count += count
+                self._forget()
+                return
+        recent.append([start, step, count])
+        self._recent_count += count
+        self._forget()
+
+    def _forget(self) -> None:
+        while self._recent_count > self._limit:
+            oldest = self._recent[0]
+            gone = min(oldest[2], self._recent_count - self._limit)
+            self._recent_count -= gone
+            if gone == oldest[2]:
+                self._recent.popleft()
+            else:
+                oldest[0] += gone * oldest[1]
+                oldest[2] -= gone
+
+
+def _rank(term: tuple[int, int, Bound]) -> tuple[int, bool, int]:
+    """Order terms by their start. Of equal ones the window leads: its sends repeat what was."""
+    start, step, bound = term
+    return start, bound is Bound.WINDOW, step

@@ -1,0 +1,44 @@
+"""limiter.lua: what the limits of a sender say now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+from shared.queue.keys import JobRef
+from shared.queue.queue import PastEnd, SlotUse
+from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
+
+HEAD = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0), (3, 0)))
+ID = SENDER.sender_id
+
+
+async def test_a_sender_that_redis_does_not_know_has_no_limiter(shard: Shard) -> None:
+    assert await shard.queue.read_limiter(ID) is None
+
+
+async def test_gap_and_window_are_told_apart(shard: Shard) -> None:
+    ends = [
+        PastEnd(JobRef(90 + n, 1), milliseconds(ago), True) for n, ago in ((1, 500), (2, 9_000))
+    ]
+    await shard.load(replace(HEAD, ends=tuple(ends)))
+    found = await shard.queue.read_limiter(ID)
+    assert found is not None
+    assert found.in_flight == 0
+    assert found.gap_left == milliseconds(1_500)
+    assert found.window_left == milliseconds(WINDOW_MS - 9_000)
+
+
+async def test_what_is_in_flight_takes_a_slot_and_asking_changes_nothing(shard: Shard) -> None:
+    await shard.load(HEAD)
+    (claim,) = (await shard.claim()).claims
+    found = await shard.queue.read_limiter(ID)
+    assert found is not None
+    assert (found.in_flight, found.window_left <= timedelta(0)) == (1, True)
+    before = await shard.sender(ID)
+    await shard.queue.read_limiter(ID)
+    assert await shard.sender(ID) == before
+    await shard.settle(claim, SlotUse.COUNTED)
+    found = await shard.queue.read_limiter(ID)
+    assert found is not None
+    assert (found.in_flight, found.gap_left) == (0, SENDER.gap)

@@ -1,0 +1,194 @@
+"""ExplainEmailJob: the one thing that binds now, and the time of sending."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from outbox.v1 import email_job_service_pb2 as pb
+from outbox.v1 import sender_pb2
+from outbox.v1.email_job_pb2 import JOB_STATE_CANCELLED
+from outbox.v1.sender_service_pb2 import PauseSenderRequest
+
+from cli.options import to_timestamp
+from deploy.local.ports import free_port
+from tests import dispatchers
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+
+
+@pytest_asyncio.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url) as running:
+        yield running
+
+
+async def explain(scheduler: Scheduler, job: int, **more: Any) -> pb.ExplainEmailJobResponse:
+    request = pb.ExplainEmailJobRequest(email_job_id=str(job), **more)
+    return await scheduler.jobs.ExplainEmailJob(request)
+
+
+async def scheduled(
+    scheduler: Scheduler, sender: sender_pb2.Sender, count: int = 1, **options: Any
+) -> list[int]:
+    """Schedule a batch; return the ids of its jobs in the order of sending."""
+    csv = "email\n" + "".join(f"u{number}@b.org\n" for number in range(count))
+    batch = (await scheduler.schedule(sender, csv, **options)).batch
+    rows = scheduler.rows(
+        "SELECT id FROM email_jobs WHERE batch_id = %s ORDER BY id", int(batch.batch_id)
+    )
+    return [job for (job,) in rows]
+
+
+def sent_before(scheduler: Scheduler, sender: sender_pb2.Sender, *seconds: float) -> None:
+    """Record sends that ended so many seconds ago."""
+    for number, ago in enumerate(seconds):
+        scheduler.execute(
+            "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+            " counted) VALUES (%s, 1, %s, now() - %s, now() - %s, 1, true)",
+            1_000_000 + number,
+            int(sender.sender_id),
+            timedelta(seconds=ago),
+            timedelta(seconds=ago),
+        )
+
+
+def left(time: Any) -> float:
+    return float((time.ToDatetime(UTC) - datetime.now(UTC)).total_seconds())
+
+
+async def test_a_job_that_may_be_sent_waits_for_a_dispatcher(scheduler: Scheduler) -> None:
+    (job,) = await scheduled(scheduler, await scheduler.sender())
+    found = await explain(scheduler, job)
+    assert found.wait_reason == pb.WAIT_REASON_DISPATCHER
+    assert found.HasField("ahead_count")
+    assert found.ahead_count == 0
+    assert found.email_job.email_job_id == str(job)
+    assert left(found.estimated_send_time) == pytest.approx(0, abs=5)
+
+
+async def test_a_job_behind_others_is_told_its_place_and_time(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender(hourly_limit=20)
+    jobs = await scheduled(scheduler, sender, 50)
+    found = await explain(scheduler, jobs[45])
+    assert found.wait_reason == pb.WAIT_REASON_QUEUE
+    assert found.ahead_count == 45
+    assert "45 other jobs" in found.explanation
+    # Two windows, and a gap for each of the five before it in the third.
+    assert left(found.estimated_send_time) == pytest.approx(2 * 3_600 + 10, abs=5)
+
+
+async def test_a_job_that_is_not_due_waits_for_its_time(scheduler: Scheduler) -> None:
+    start = datetime.now(UTC) + timedelta(hours=2)
+    (job,) = await scheduled(scheduler, await scheduler.sender(), start_time=to_timestamp(start))
+    found = await explain(scheduler, job)
+    assert found.wait_reason == pb.WAIT_REASON_NOT_DUE
+    assert found.wait_end_time.ToDatetime(UTC) == start
+    assert found.estimated_send_time.ToDatetime(UTC) == start
+
+
+async def test_a_job_that_failed_waits_for_its_retry(scheduler: Scheduler) -> None:
+    (job,) = await scheduled(scheduler, await scheduler.sender())
+    scheduler.execute(
+        "UPDATE email_jobs SET attempt = 2, failures = 2, scheduled_at = now() + '25 s'"
+        " WHERE id = %s",
+        job,
+    )
+    found = await explain(scheduler, job)
+    assert found.wait_reason == pb.WAIT_REASON_RETRY
+    assert left(found.wait_end_time) == pytest.approx(25, abs=5)
+    assert "Attempt 2 failed; attempt 3" in found.explanation
+
+
+async def test_a_paused_sender_is_named_before_anything_else(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender()
+    jobs = await scheduled(scheduler, sender, 3)
+    await scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
+    found = await explain(scheduler, jobs[2])
+    assert found.wait_reason == pb.WAIT_REASON_SENDER_PAUSED
+    assert found.ahead_count == 2
+    assert not found.HasField("wait_end_time")
+    assert not found.HasField("estimated_send_time")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+async def test_gap_and_window_are_told_apart_with_and_without_redis(
+    database_url: str, redis_url: str, *, reachable: bool
+) -> None:
+    url = redis_url if reachable else f"redis://127.0.0.1:{free_port()}/0"
+    async with running_scheduler(database_url, url, min_gap="100s") as scheduler:
+        for limit, ago, reason, wait in (
+            (100, (40,), pb.WAIT_REASON_MIN_GAP, 60),
+            (3, (3_000, 2_000, 50), pb.WAIT_REASON_HOURLY_LIMIT, 600),
+        ):
+            sender = await scheduler.sender(hourly_limit=limit)
+            sent_before(scheduler, sender, *ago)
+            (job,) = await scheduled(scheduler, sender)
+            found = await explain(scheduler, job)
+            assert found.wait_reason == reason
+            assert left(found.wait_end_time) == pytest.approx(wait, abs=8)
+            assert left(found.estimated_send_time) == pytest.approx(wait, abs=8)
+            assert ("Redis cannot be reached" in found.explanation) == (not reachable)
+            scheduler.execute("DELETE FROM attempts")
+
+
+async def test_an_endpoint_that_is_down_is_named_with_its_error_and_next_probe(
+    scheduler: Scheduler, database_url: str, redis_url: str
+) -> None:
+    sender = await scheduler.sender()
+    values = dispatchers.options(
+        database_url,
+        redis_url,
+        f"smtp://127.0.0.1:{free_port()}",
+        retry_backoff="60s",
+        dispatcher_concurrency=1,
+    )
+    jobs = await scheduled(scheduler, sender, 6)
+    async with dispatchers.running(dispatchers.settings_of(values)):
+        await eventually(lambda: scheduler.value("SELECT count(*) FROM attempts") == 3)
+
+        async def is_down() -> bool:
+            found = await explain(scheduler, jobs[-1])
+            return found.wait_reason == pb.WAIT_REASON_ENDPOINT_DOWN
+
+        await eventually(is_down)
+        found = await explain(scheduler, jobs[-1])
+    assert left(found.wait_end_time) == pytest.approx(60, abs=15)
+    assert "Connect call failed" in found.explanation
+    assert (await explain(scheduler, jobs[0])).wait_reason == pb.WAIT_REASON_RETRY
+
+
+async def test_a_job_that_does_not_wait_says_what_became_of_it(scheduler: Scheduler) -> None:
+    (job,) = await scheduled(scheduler, await scheduler.sender())
+    await scheduler.jobs.CancelEmailJob(pb.CancelEmailJobRequest(email_job_id=str(job)))
+    found = await explain(scheduler, job)
+    assert found.email_job.state == JOB_STATE_CANCELLED
+    assert found.wait_reason == pb.WAIT_REASON_UNSPECIFIED
+    assert not found.HasField("ahead_count")
+    assert "cancelled" in found.explanation
+
+
+async def test_another_users_job_is_not_there(scheduler: Scheduler) -> None:
+    (job,) = await scheduled(scheduler, await scheduler.sender(user_id="ann"))
+    refusal = await refusal_of(explain(scheduler, job, user_id="bob"))
+    assert (refusal.code, refusal.reason) == ("NOT_FOUND", "EMAIL_JOB_NOT_FOUND")
+
+
+async def test_the_place_of_a_job_among_very_many_is_found_by_the_index(
+    scheduler: Scheduler,
+) -> None:
+    sender = await scheduler.sender(hourly_limit=1_000)
+    jobs = await scheduled(scheduler, sender, 25_000)
+    found = await explain(scheduler, jobs[-1])
+    assert found.ahead_count == 24_999
+    assert left(found.estimated_send_time) == pytest.approx(24 * 3_600 + 1_998, abs=60)
+    plan = scheduler.rows(
+        "EXPLAIN SELECT id FROM email_jobs WHERE sender_id = %s AND state = 1"
+        " AND (scheduled_at, id) < (now(), %s) LIMIT 1000000",
+        int(sender.sender_id),
+        jobs[-1],
+    )
+    assert "ix_email_jobs_head" in "".join(line for (line,) in plan)

@@ -1,0 +1,252 @@
+"""ForecastBatch on real servers, and what it says against what a dispatcher then does."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from outbox.v1 import batch_pb2, sender_pb2, stats_service_pb2_grpc
+from outbox.v1 import stats_service_pb2 as proto
+from outbox.v1.sender_service_pb2 import PauseSenderRequest
+
+from cli.options import to_duration, to_timestamp
+from deploy.local.inbox import Inbox
+from services.stats.server import serve as serve_stats
+from tests import dispatchers
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+
+GAP = timedelta(milliseconds=600)
+WINDOW = timedelta(seconds=3)
+
+
+@dataclass
+class Stack:
+    """A scheduler and a stats service over one database."""
+
+    scheduler: Scheduler
+    stub: stats_service_pb2_grpc.StatsServiceAsyncStub
+
+    async def forecast(self, **request: Any) -> proto.ForecastBatchResponse:
+        return await self.stub.ForecastBatch(proto.ForecastBatchRequest(**request))
+
+    async def plan(
+        self, sender: sender_pb2.Sender, count: int, **options: Any
+    ) -> proto.ForecastBatchResponse:
+        options = {"sender_id": sender.sender_id, **options}
+        planned = proto.PlannedBatch(
+            options=batch_pb2.BatchOptions(**options), recipient_count=count
+        )
+        return await self.forecast(planned_batch=planned)
+
+
+async def start(stack: AsyncExitStack, database_url: str, redis_url: str, **settings: Any) -> Stack:
+    scheduler = await stack.enter_async_context(
+        running_scheduler(database_url, redis_url, stats_listen="127.0.0.1:0", **settings)
+    )
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve_stats(scheduler.settings, stop, ready=port.set_result))
+
+    async def end() -> None:
+        stop.set()
+        await task
+
+    stack.push_async_callback(end)
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{await port}")
+    stack.push_async_callback(channel.close)
+    return Stack(scheduler, stats_service_pb2_grpc.StatsServiceStub(channel))
+
+
+@pytest_asyncio.fixture
+async def stack(database_url: str, redis_url: str) -> AsyncIterator[Stack]:
+    async with AsyncExitStack() as exits:
+        yield await start(exits, database_url, redis_url)
+
+
+def csv_of(count: int) -> str:
+    return "email\n" + "".join(f"u{number}@b.org\n" for number in range(count))
+
+
+def since(time: Any, batch: batch_pb2.Batch) -> float:
+    """Return how many seconds after the batch was accepted it is."""
+    took = time.ToDatetime(UTC) - batch.create_time.ToDatetime(UTC)
+    return float(took.total_seconds())
+
+
+async def test_a_batch_is_forecast_by_the_gap_and_by_the_window(stack: Stack) -> None:
+    fast = await stack.scheduler.sender(hourly_limit=5_000)
+    batch = (await stack.scheduler.schedule(fast, csv_of(31))).batch
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert (found.job_count, found.ahead_count, found.expiring_count) == (31, 0, 0)
+    assert found.binding_limit == sender_pb2.BINDING_LIMIT_MIN_GAP
+    assert since(found.end_time, batch) == pytest.approx(60, abs=5)
+    assert since(found.first_send_time, batch) == pytest.approx(0, abs=5)
+    assert "gap binds" in found.explanation
+
+    slow = await stack.scheduler.sender(hourly_limit=10)
+    batch = (await stack.scheduler.schedule(slow, csv_of(31))).batch
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert found.binding_limit == sender_pb2.BINDING_LIMIT_HOURLY_LIMIT
+    assert since(found.end_time, batch) == pytest.approx(3 * 3_600, abs=5)
+
+
+async def test_mail_that_is_due_earlier_counts_and_later_mail_does_not(stack: Stack) -> None:
+    sender = await stack.scheduler.sender(hourly_limit=5_000)
+    await stack.scheduler.schedule(sender, csv_of(10))
+    later = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
+    batch = (await stack.scheduler.schedule(sender, csv_of(5), start_time=later)).batch
+    await stack.scheduler.schedule(
+        sender, csv_of(1_000), start_time=to_timestamp(datetime.now(UTC) + timedelta(hours=2))
+    )
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert found.ahead_count == 10
+    assert since(found.end_time, batch) == pytest.approx(3_608, abs=5)
+
+
+async def test_a_planned_batch_is_forecast_as_the_real_one_will_be(stack: Stack) -> None:
+    sender = await stack.scheduler.sender(hourly_limit=100)
+    await stack.scheduler.schedule(sender, csv_of(50))
+    begin = to_timestamp(datetime.now(UTC) + timedelta(minutes=5))
+    for options in (
+        {},
+        {"start_time": begin},
+        {"start_time": begin, "spacing": to_duration(timedelta(seconds=10))},
+    ):
+        planned = await stack.plan(sender, 120, **options)
+        rows = stack.scheduler.value("SELECT count(*) FROM email_jobs")
+        batch = (await stack.scheduler.schedule(sender, csv_of(120), **options)).batch
+        real = await stack.forecast(batch_id=batch.batch_id)
+        assert stack.scheduler.value("SELECT count(*) FROM email_jobs") == rows + 120
+        difference = real.end_time.ToDatetime() - planned.end_time.ToDatetime()
+        assert abs(difference) < timedelta(seconds=5)
+        assert (real.job_count, real.ahead_count) == (planned.job_count, planned.ahead_count)
+        assert real.binding_limit == planned.binding_limit
+
+
+async def test_a_spread_batch_ends_when_it_shall_and_what_is_late_expires(stack: Stack) -> None:
+    sender = await stack.scheduler.sender(hourly_limit=100)
+    until = datetime.now(UTC) + timedelta(hours=1)
+    found = await stack.plan(sender, 61, spread_until=to_timestamp(until))
+    assert abs(found.end_time.ToDatetime(UTC) - until) < timedelta(seconds=2)
+    assert found.binding_limit == sender_pb2.BINDING_LIMIT_SPACING
+    found = await stack.plan(sender, 150, expire_after=to_duration(timedelta(minutes=10)))
+    assert found.expiring_count == 50
+    assert "50 expire" in found.explanation
+
+
+async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: Stack) -> None:
+    sender = await stack.scheduler.sender(hourly_limit=1_000)
+    first = (await stack.scheduler.schedule(sender, csv_of(15_000))).batch
+    second = (
+        await stack.scheduler.schedule(
+            sender, csv_of(15_000), spacing=to_duration(timedelta(seconds=10))
+        )
+    ).batch
+    found = await stack.forecast(batch_id=first.batch_id)
+    hour = 3_600
+    # The second one's jobs fall due between those of the first, which are all due at once.
+    assert since(found.end_time, first) == pytest.approx(14 * hour + 2_000, abs=60)
+    found = await stack.forecast(batch_id=second.batch_id)
+    assert found.job_count == found.ahead_count == 15_000
+    assert since(found.end_time, second) == pytest.approx(15_000 * 10, abs=60)
+
+
+async def test_a_paused_sender_has_no_forecast_end_and_the_answer_says_why(stack: Stack) -> None:
+    sender = await stack.scheduler.sender()
+    batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
+    await stack.scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert not found.HasField("end_time")
+    assert "paused" in found.explanation
+
+
+async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
+    sender = await stack.scheduler.sender(user_id="ann")
+    batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
+    for request, reason in (
+        ({}, "FORECAST_SUBJECT_REQUIRED"),
+        ({"batch_id": "999999"}, "BATCH_NOT_FOUND"),
+        ({"batch_id": batch.batch_id, "user_id": "bob"}, "BATCH_NOT_FOUND"),
+    ):
+        assert (await refusal_of(stack.forecast(**request))).reason == reason
+    day = to_duration(timedelta(days=1))
+    now = to_timestamp(datetime.now(UTC))
+    for count, options, field in (
+        (0, {}, "planned_batch.recipient_count"),
+        (10_000_001, {}, "planned_batch.recipient_count"),
+        (1, {"spacing": to_duration(timedelta(days=8))}, "planned_batch.options.spacing"),
+        (1, {"spacing": day, "spread_until": now}, "planned_batch.options.spread_until"),
+        (1, {"expire_after": to_duration(timedelta(0))}, "planned_batch.options.expire_after"),
+    ):
+        refusal = await refusal_of(stack.plan(sender, count, **options))
+        assert (refusal.code, [*refusal.violations]) == ("INVALID_ARGUMENT", [field])
+    other = sender_pb2.Sender(sender_id="999999")
+    assert (await refusal_of(stack.plan(other, 1))).reason == "SENDER_NOT_FOUND"
+
+
+async def test_the_forecast_end_is_within_one_gap_of_the_real_one(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    chance = random.Random(5)
+    async with AsyncExitStack() as exits:
+        inbox = await exits.enter_async_context(Inbox(tmp_path / "inbox"))
+        smtp_url = f"smtp://127.0.0.1:{inbox.port}"
+        stack = await start(exits, database_url, redis_url, min_gap=GAP, rate_window=WINDOW)
+        options = dispatchers.options(
+            database_url,
+            redis_url,
+            smtp_url,
+            min_gap="600ms",
+            rate_window="3s",
+        )
+        await exits.enter_async_context(dispatchers.running(dispatchers.settings_of(options)))
+        scheduler = stack.scheduler
+        senders = [await scheduler.sender(hourly_limit=chance.randrange(2, 7)) for _ in range(10)]
+        for sender in senders:
+            await scheduler.schedule(sender, csv_of(3))
+
+        def waiting() -> int:
+            return int(scheduler.value("SELECT count(*) FROM email_jobs WHERE state < 3"))
+
+        # So that something has been sent, and its cost is known.
+        await eventually(lambda: waiting() == 0)
+        batches = []
+        for _ in range(14):
+            more: dict[str, Any] = {}
+            if chance.random() < 0.5:
+                more["spacing"] = to_duration(timedelta(milliseconds=chance.randrange(50, 1_000)))
+            if chance.random() < 0.5:
+                delay = timedelta(milliseconds=chance.randrange(100, 2_000))
+                more["start_time"] = to_timestamp(datetime.now(UTC) + delay)
+            answer = await scheduler.schedule(
+                chance.choice(senders), csv_of(chance.randrange(2, 6)), **more
+            )
+            batches.append(answer.batch)
+        forecasts = [await stack.forecast(batch_id=batch.batch_id) for batch in batches]
+        assert any(found.job_count > 1 for found in forecasts)
+        await eventually(lambda: waiting() == 0, 40)
+        ends = [
+            scheduler.value(
+                "SELECT max(a.ended_at) FROM attempts a JOIN email_jobs j ON j.id = a.email_job_id"
+                " WHERE j.batch_id = %s",
+                int(batch.batch_id),
+            )
+            for batch in batches
+        ]
+    differences = [
+        (end - found.end_time.ToDatetime(UTC)).total_seconds()
+        for end, found in zip(ends, forecasts, strict=True)
+        # The last of a batch may have been sent before it was asked for.
+        if found.job_count
+    ]
+    assert max(map(abs, differences)) < GAP.total_seconds()

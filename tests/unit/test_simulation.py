@@ -1,0 +1,221 @@
+"""The forecast's arithmetic against the plain recursion, one mail after the other."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+
+from shared.forecast.simulation import Bound, Hours, Limiter, Outcome, Run, Sends, simulate
+
+SECOND = 1_000_000
+HOUR = 3_600 * SECOND
+DAY = 24 * HOUR
+
+
+@dataclass(frozen=True)
+class Daily:
+    """Open from `first` to `last` of every `period`."""
+
+    first: int
+    last: int
+    period: int = DAY
+
+    def opens(self, at: int) -> int | None:
+        within = at % self.period
+        if within < self.first:
+            return at - within + self.first
+        if within < self.last:
+            return at
+        return at - within + self.period + self.first
+
+    def closes(self, at: int) -> int | None:
+        return at - at % self.period + self.last
+
+
+def one_by_one(limiter: Limiter, runs: Sequence[Run], now: int) -> tuple[list[int], int]:
+    """Return the starts of the sends that are asked about, and how many expire."""
+    takes = limiter.takes
+    cycle = limiter.gap + takes
+    if not limiter.gap:
+        cycle = takes // max(1, min(limiter.max_in_flight, limiter.limit))
+    starts = [
+        sends.first - takes + i * sends.step for sends in limiter.sent for i in range(sends.count)
+    ]
+    last = now - cycle if limiter.last_end is None else limiter.last_end - takes
+    mine, expired = [], 0
+    for run in runs:
+        for i in range(run.count):
+            due = run.due + i * run.step
+            start = max(now, due, last + cycle)
+            if len(starts) >= limiter.limit:
+                start = max(start, starts[-limiter.limit] + limiter.window + takes)
+            if limiter.hours:
+                opening = limiter.hours.opens(start)
+                assert opening is not None
+                start = opening
+            if run.expire_after is not None and start - due > run.expire_after:
+                expired += bool(run.mine)
+                continue
+            starts.append(start)
+            last = start
+            if run.mine:
+                mine.append(start)
+    return mine, expired
+
+
+def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
+    now = chance.randrange(1_000, 2_000)
+    window = chance.randrange(20, 400)
+    sent, at = [], now - window
+    for _ in range(chance.randrange(0, 6)):
+        count, step = chance.randrange(1, 5), chance.randrange(0, 9)
+        at += chance.randrange(0, 30)
+        if at + (count - 1) * step > now:
+            break
+        sent.append(Sends(at, count, step))
+        at += (count - 1) * step
+    hours: Hours | None = None
+    if chance.random() < 0.4:
+        first = chance.randrange(0, 100)
+        hours = Daily(first, first + chance.randrange(1, 100), 250)
+    runs, due = [], now - 50
+    for _ in range(chance.randrange(1, 6)):
+        count = chance.randrange(1, 60)
+        due += chance.randrange(0, 100)
+        run = Run(
+            due,
+            count,
+            step=0 if chance.random() < 0.5 else chance.randrange(1, 30),
+            mine=count if chance.random() < 0.6 else 0,
+            expire_after=None if chance.random() < 0.7 else chance.randrange(0, 300),
+        )
+        runs.append(run)
+        due = run.last_due
+    limiter = Limiter(
+        limit=chance.choice([1, 2, 3, 5, 10, 40]),
+        gap=chance.choice([0, 0, 1, 2, 5, 20]),
+        window=window,
+        max_in_flight=chance.choice([1, 2, 5]),
+        takes=chance.choice([0, 0, 1, 3]),
+        hours=hours,
+        sent=tuple(sent),
+        last_end=at if sent else None,
+    )
+    return limiter, runs, now
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_forecast_is_what_the_recursion_over_all_mails_gives(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(100):
+        limiter, runs, now = random_case(chance)
+        starts, expired = one_by_one(limiter, runs, now)
+        found = simulate(limiter, runs, now)
+        assert (found.first, found.last, found.expiring) == (
+            starts[0] if starts else None,
+            starts[-1] if starts else None,
+            expired,
+        ), (limiter, runs, now)
+
+
+def after(limiter: Limiter, count: int, **run: int) -> Outcome:
+    return simulate(limiter, [Run(0, count, mine=count, **run)], 0)
+
+
+def test_a_batch_takes_a_gap_for_each_mail_but_the_first() -> None:
+    limiter = Limiter(5_000, 2 * SECOND, HOUR)
+    assert after(limiter, 1).end == 0
+    found = after(limiter, 31)
+    assert (found.end, found.bound) == (60 * SECOND, Bound.GAP)
+
+
+def test_a_full_window_empties_as_it_was_filled() -> None:
+    limiter = Limiter(20, 2 * SECOND, HOUR)
+    assert after(limiter, 20).end == 38 * SECOND
+    found = after(limiter, 21)
+    assert (found.end, found.bound) == (HOUR, Bound.WINDOW)
+    assert after(limiter, 200).end == 9 * HOUR + 38 * SECOND
+
+
+def test_what_was_sent_in_the_window_counts() -> None:
+    limiter = Limiter(20, 2 * SECOND, HOUR, sent=[Sends(-600 * SECOND, 20, SECOND)])
+    assert after(limiter, 1).end == 3_000 * SECOND
+
+
+def test_what_a_send_takes_comes_on_top_of_the_gap() -> None:
+    limiter = Limiter(5_000, 2 * SECOND, HOUR, takes=SECOND)
+    assert after(limiter, 3).end == 7 * SECOND
+
+
+def test_without_a_gap_the_places_in_flight_decide() -> None:
+    limiter = Limiter(5_000, 0, HOUR, takes=SECOND, max_in_flight=5)
+    assert after(limiter, 51).end == 11 * SECOND
+
+
+def test_a_spacing_binds_where_the_limits_allow_more() -> None:
+    found = after(Limiter(5_000, 2 * SECOND, HOUR), 10, step=5 * SECOND)
+    assert (found.end, found.bound) == (45 * SECOND, Bound.SPACING)
+
+
+def test_other_mail_that_is_due_earlier_comes_first_and_later_mail_does_not_count() -> None:
+    limiter = Limiter(5_000, 2 * SECOND, HOUR)
+    runs = [Run(0, 5), Run(1, 1, mine=1), Run(2, 1_000)]
+    found = simulate(limiter, runs, 0)
+    assert (found.end, found.sends) == (10 * SECOND, 6)
+
+
+def test_nothing_is_sent_before_it_is_due() -> None:
+    limiter = Limiter(5_000, 2 * SECOND, HOUR)
+    found = simulate(limiter, [Run(HOUR, 10, mine=10)], 0)
+    assert (found.first, found.end) == (HOUR, HOUR + 18 * SECOND)
+
+
+def test_what_does_not_fit_into_the_hours_of_a_day_goes_on_the_next() -> None:
+    limiter = Limiter(100, 2 * SECOND, HOUR, hours=Daily(8 * HOUR, 10 * HOUR))
+    found = after(limiter, 250)
+    assert found.first == 8 * HOUR
+    assert found.end == DAY + 8 * HOUR + 98 * SECOND
+    assert found.bound is Bound.HOURS
+
+
+def test_mail_that_comes_too_late_expires_and_takes_no_slot() -> None:
+    limiter = Limiter(10, 2 * SECOND, HOUR)
+    found = after(limiter, 100, expire_after=3 * HOUR + 1)
+    assert (found.expiring, found.sends, found.end) == (69, 31, 3 * HOUR)
+
+
+def test_where_all_expires_there_is_no_end() -> None:
+    limiter = Limiter(1, 0, HOUR, sent=[Sends(0)])
+    found = after(limiter, 5, expire_after=60 * SECOND)
+    assert (found.end, found.expiring) == (None, 5)
+
+
+def test_hours_that_never_open_again_leave_it_out_of_sight() -> None:
+    class Never:
+        def opens(self, at: int) -> int | None:  # noqa: ARG002 - the protocol's signature
+            return None
+
+        def closes(self, at: int) -> int | None:
+            raise AssertionError(at)
+
+    found = after(Limiter(1, 0, HOUR, hours=Never()), 5)
+    assert (found.end, found.within_sight) == (None, False)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 200, 5_000, 1_000_000])
+@pytest.mark.parametrize("gap", [0, 1_000, 2 * SECOND])
+@pytest.mark.parametrize("step", [0, SECOND])
+def test_ten_million_mails_cost_no_more_than_a_hundred(limit: int, gap: int, step: int) -> None:
+    chance = random.Random(limit)
+    ends = sorted(chance.randrange(-HOUR, 0) for _ in range(min(limit, 1_000)))
+    limiter = Limiter(limit, gap, HOUR, takes=100_000, sent=[Sends(end) for end in ends])
+    began = time.perf_counter()
+    assert after(limiter, 10_000_000, step=step).end is not None
+    # The hours of each day are a piece of their own.
+    in_hours = replace(limiter, hours=Daily(9 * HOUR, 17 * HOUR))
+    assert after(in_hours, 100_000, step=step).end is not None
+    assert time.perf_counter() - began < 2
