@@ -71,6 +71,22 @@ async def test_what_changes_something_is_never_repeated(
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(Code.RESOURCE_EXHAUSTED, "wait", "TOO_MANY_CALLS", timedelta(milliseconds=1)),
+        Fault(Code.ABORTED, "again", "CONFLICT", timedelta(milliseconds=1)),
+    ],
+)
+async def test_what_changes_something_is_repeated_where_nothing_can_have_happened(
+    server: Misbehaving, client: EitherClient, fault: Fault
+) -> None:
+    server.faults = [fault, fault]
+    create = CreateSenderRequest()
+    await client.do(server.address, lambda c: c.senders.CreateSender(create), retry=QUICK)
+    assert len(server.requests) == 3
+
+
 async def test_a_batch_is_repeated_with_the_request_id_that_the_client_made(
     server: Misbehaving, client: EitherClient
 ) -> None:
@@ -280,6 +296,24 @@ async def test_asynchronous_rows_are_uploaded_too(server: Misbehaving) -> None:
 
     await EitherClient("asyncio").do(server.address, upload(rows()))
     assert server.uploads == [b"email\r\n0@b.org\r\n1@b.org\r\n2@b.org\r\n"]
+
+
+async def test_an_upload_that_is_cancelled_ends_at_once_and_for_the_server_too(
+    server: Misbehaving,
+) -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 60_000
+
+    use = upload(endless())
+    task = asyncio.create_task(EitherClient("asyncio").do(server.address, use))
+    await eventually(lambda: server.requests)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(5):
+            await task
+    await eventually(lambda: server.cancelled == 1)
+    assert server.uploads == []
 
 
 def update(sent: int, *, done: bool = False) -> WatchBatchResponse:

@@ -30,6 +30,8 @@ _SERVICES: Final = (
     stats_service_pb2,
     suppression_service_pb2,
 )
+# Of a call of any kind: refused before it began, or rolled back whole. The server asks for another.
+_NOTHING_HAPPENED: Final = frozenset({"TOO_MANY_CALLS", "CONFLICT"})
 # What a call may at least take that has no time left: gRPC reads 0 as no deadline at all.
 _LEAST_S: Final = 0.001
 
@@ -88,7 +90,8 @@ class Attempts:
             CallError: `error` itself: it would not help, is not safe, or there is no time left.
         """
         self._failed += 1
-        if not self._safe or self._failed >= self._policy.tries or not may_pass(error):
+        safe = self._safe or error.reason in _NOTHING_HAPPENED
+        if not safe or self._failed >= self._policy.tries or not may_pass(error):
             raise error
         policy = self._policy
         grown = policy.first.total_seconds() * policy.factor ** (self._failed - 1)

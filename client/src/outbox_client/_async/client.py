@@ -35,7 +35,7 @@ from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
 from outbox_client import aio as io
 from outbox_client._async.channel import Channel, with_request_id
 from outbox_client.errors import CallError, Unimplemented, deadline_exceeded
-from outbox_client.retries import Attempts, RetryPolicy
+from outbox_client.retries import NO_RETRIES, Attempts, RetryPolicy
 from outbox_client.settings import Connection, Tls
 from outbox_client.sources import Chunks, ProgressCallback, Rows, Source, UploadProgress, source_of
 
@@ -62,7 +62,7 @@ class AsyncClient:
     stubs with all methods of the contract, such as `client.senders.CreateSender(request)`. A call
     takes `timeout` (seconds, all tries together; `timeout` of the client by default) and
     `metadata`, and raises CallError. Reads, `ScheduleBatch` and `upload` are repeated while the
-    server is away; nothing else ever is.
+    server is away; nothing else is, unless the server says that it has changed nothing.
     """
 
     def __init__(
@@ -169,7 +169,9 @@ class AsyncClient:
         first = with_request_id(UploadBatchRequest(options=options))
         source = source_of(rows)
         limit = self._connection.upload_timeout if timeout is None else timeout
-        attempts = Attempts(self._connection.retry, limit, safe=source.repeatable)
+        # Whatever the server says, what was read once is gone.
+        retry = self._connection.retry if source.repeatable else NO_RETRIES
+        attempts = Attempts(retry, limit, safe=True)
         try:
             while True:
                 try:
