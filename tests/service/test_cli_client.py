@@ -104,8 +104,12 @@ async def test_rejections_are_a_csv_that_can_be_mended_and_sent_again(
     assert lines[2].startswith('lines";3;e_mail;ADDRESS_INVALID;')
     assert lines[3].startswith(";Dan;x;5;e_mail;EMAIL_MISSING;")
     assert lines[4].startswith("e@f.org;Eve;;6;;RAGGED_ROW;")
-    mended = bad.replace("broken", "bob@b.org").replace("\r\n;Dan", "\r\ndan@b.org;Dan")
+    mended = bad.replace("broken", "bob@b.org")
     write("mended.csv", mended)
+    half = await schedule(scheduler, "mended.csv", "--rejections", "worse.csv")
+    assert "2 accepted, 1 rejected" in half.stderr, half.stderr
+    assert read("worse.csv").splitlines()[0] == bad.splitlines()[0]
+    write("mended.csv", mended.replace("\r\n;Dan", "\r\ndan@b.org;Dan"))
     again = await schedule(scheduler, "mended.csv", "--rejections", "none.csv")
     assert "3 accepted, 0 rejected" in again.stderr, again.stderr
     with pytest.raises(FileNotFoundError):
