@@ -9,6 +9,7 @@ from outbox.v1 import stats_pb2, stats_service_pb2, stats_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.stats import storage
+from services.stats.auditing import audit
 from services.stats.forecasts import forecast
 from shared import page_tokens
 from shared.auth import current_caller, effective_user, require_user
@@ -65,6 +66,15 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         """Return when a batch, a real or a planned one, will have been sent."""
         user_id = effective_user(current_caller(), request.user_id)
         return await forecast(self._engine, request, user_id, self._rules)
+
+    async def AuditSender(  # noqa: N802 - the proto's name
+        self,
+        request: stats_service_pb2.AuditSenderRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+    ) -> stats_service_pb2.AuditSenderResponse:
+        """Replay what a sender sent against its limits."""
+        user_id = effective_user(current_caller(), request.user_id)
+        return await audit(self._engine, request, user_id, self._rules)
 
 
 def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:

@@ -314,7 +314,7 @@ async def test_a_wrong_request_for_a_user_is_refused(stats: Stats) -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["QuerySenderSeries", "AuditSender"])
+@pytest.mark.parametrize("method", ["QuerySenderSeries"])
 async def test_a_method_of_later_is_unimplemented(stats: Stats, method: str) -> None:
     request = getattr(proto, f"{method}Request")()
     call = getattr(stats.stub, method)(request)
