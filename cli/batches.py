@@ -8,8 +8,9 @@ import typer
 from outbox.v1 import batch_service_pb2 as pb
 
 from cli.client import Server, connection, pages
+from cli.follow import follow_to_end
 from cli.options import AllPages, PageSize, PageToken, User
-from cli.output import Output, OutputFormat, show, show_list
+from cli.output import Output, OutputFormat, print_json_line, show, show_list, to_document
 
 _COLUMNS = (
     "batch_id",
@@ -25,7 +26,9 @@ _COLUMNS = (
 )
 REJECTION_COLUMNS = ("row_number", "column", "reason", "message")
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and cancel batches.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Show, watch and cancel batches."
+)
 
 BatchId = Annotated[str, typer.Argument(metavar="BATCH_ID")]
 
@@ -37,6 +40,21 @@ def get(
     """Show one batch, with its exact counts."""
     with connection("scheduler", server) as client:
         batch = client.batches.GetBatch(pb.GetBatchRequest(batch_id=batch_id, user_id=user))
+    show(batch, output)
+
+
+@app.command()
+def watch(
+    batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Follow a batch to its end: a bar, or with `-o json` a line a change."""
+    with connection("scheduler", server) as client:
+        if output is OutputFormat.JSON:
+            for batch in client.watch_batch(batch_id, user):
+                print_json_line(to_document(batch))
+            return
+        batch = client.batches.GetBatch(pb.GetBatchRequest(batch_id=batch_id, user_id=user))
+        batch = follow_to_end(client, batch, user)
     show(batch, output)
 
 

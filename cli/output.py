@@ -65,6 +65,12 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
+def print_json_line(document: Any) -> None:
+    """Print one document of a stream, on a line of its own, on stdout."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 def to_document(message: Message) -> dict[str, Any]:
     """Return a message as proto JSON with the original field names, zeros and empty lists too."""
     document: dict[str, Any] = MessageToDict(

@@ -48,6 +48,22 @@ def encode(kind: str, filters_digest: bytes, position: Position) -> str:
     return _text(_sum(kind, filters_digest, payload) + payload)
 
 
+def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | None:
+    """Return where a stream was broken; None for an empty token, a stream from its start.
+
+    Raises:
+        InvalidInput: the token is damaged, not ours, or of another stream (RESUME_TOKEN_INVALID).
+    """
+    position = _position(token, kind, filters_digest) if token else None
+    if token and position is None:
+        raise InvalidInput.field(
+            "resume_token",
+            "is not a token of this stream; pass the last one that it gave, or none to start over",
+            reason="RESUME_TOKEN_INVALID",
+        )
+    return position
+
+
 def decode(token: str, kind: str, filters_digest: bytes) -> Position | None:
     """Return the position in a token of `encode`; None for an empty token, the first page.
 

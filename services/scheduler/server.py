@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -21,6 +21,7 @@ from services.scheduler.servicers.batches import BatchServicer
 from services.scheduler.servicers.email_jobs import EmailJobServicer
 from services.scheduler.servicers.senders import SenderServicer
 from services.scheduler.servicers.suppressions import SuppressionServicer
+from services.scheduler.storage.batches import BatchRecord, read_watched
 from services.scheduler.storage.intake import IntakeStore
 from services.scheduler.sweeping import Sweeper
 from shared.database import create_engine
@@ -33,6 +34,7 @@ from shared.process import serve_until_stopped
 from shared.queue.connection import connect, open_queues
 from shared.secrets import SecretBox
 from shared.settings import Settings
+from shared.watching import Watch
 
 
 async def serve(
@@ -60,10 +62,11 @@ async def serve(
         )
         stack.push_async_callback(intake.close)
         sweeper = Sweeper(engine)
+        watch = Watch(partial(_read_batches, engine))
         server = GrpcServer(
             settings,
             settings.scheduler_listen,
-            _services(settings, engine, loader, intake, sweeper),
+            _services(settings, engine, loader, intake, sweeper=sweeper, watch=watch),
             engine=engine,
         )
 
@@ -78,6 +81,7 @@ async def serve(
             [
                 tell_port,
                 partial(sweeper.run, stop),
+                partial(watch.run, stop),
                 partial(follow_dependencies, server, {"postgresql": partial(_ping, engine)}, stop),
             ],
         )
@@ -88,7 +92,9 @@ def _services(
     engine: AsyncEngine,
     loader: HeadLoader,
     intake: Intake,
+    *,
     sweeper: Sweeper,
+    watch: Watch[BatchRecord],
 ) -> list[ServiceBinding]:
     # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
     senders = SenderServicer(  # type: ignore[abstract]
@@ -96,7 +102,7 @@ def _services(
     )
     rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
     forecaster = Forecaster(rules)
-    batches = BatchServicer(engine, loader, intake, forecaster, sweeper)  # type: ignore[abstract]
+    batches = BatchServicer(engine, loader, intake, forecaster, sweeper=sweeper, watch=watch)
     jobs = EmailJobServicer(engine, loader, Explainer(engine, loader, rules))
     suppressions = SuppressionServicer(engine, loader)
     return [
@@ -116,6 +122,13 @@ def _services(
             partial(add_SuppressionServiceServicer_to_server, suppressions),
         ),
     ]
+
+
+async def _read_batches(
+    engine: AsyncEngine, batch_ids: Collection[int]
+) -> Mapping[int, BatchRecord]:
+    async with engine.connect() as connection:
+        return await read_watched(connection, batch_ids)
 
 
 async def _ping(engine: AsyncEngine) -> None:

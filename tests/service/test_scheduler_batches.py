@@ -21,7 +21,6 @@ from outbox.v1.batch_service_pb2 import (
     ScheduleBatchRequest,
     ScheduleBatchResponse,
     UploadBatchRequest,
-    WatchBatchRequest,
 )
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
@@ -621,8 +620,3 @@ async def test_a_batch_is_done_when_its_last_job_is(
     now = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=batch.batch_id))
     assert now.state == batch_pb2.BATCH_STATE_DONE
     assert not now.HasField("forecast_end_time")
-
-
-async def test_watch_is_not_served_yet(scheduler: Scheduler) -> None:
-    watch = scheduler.batches.WatchBatch(WatchBatchRequest(batch_id="1"))
-    assert (await refusal_of(watch.read())).code == "UNIMPLEMENTED"

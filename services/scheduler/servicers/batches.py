@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
+from dataclasses import astuple
 from datetime import timedelta
 from typing import Final
 
@@ -29,9 +30,11 @@ from shared import bounds, page_tokens
 from shared.errors import InvalidInput, ResourceExhausted
 from shared.heads import HeadLoader, load_soon
 from shared.proto_mapping import not_found, parse_id, to_timestamp
+from shared.watching import Watch
 
 _BATCH_PAGES: Final = "batches"
 _REJECTION_PAGES: Final = "rejections"
+_WATCHED: Final = "watched batch"
 # A cancelled batch of so few rows has none left to follow when the call answers.
 _SWEPT_IN_CALL: Final = 5_000
 # Past a million cancelled rows a head takes 0.4 s; a caller waits no longer than it must.
@@ -39,7 +42,7 @@ _LOAD_LIMIT: Final = timedelta(seconds=1)
 
 
 class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
-    """Takes batches in, shows and cancels them. What it does not have answers UNIMPLEMENTED."""
+    """Takes batches in, shows, watches and cancels them."""
 
     def __init__(
         self,
@@ -47,8 +50,11 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         loader: HeadLoader,
         intake: Intake,
         forecaster: Forecaster,
+        *,
         sweeper: Sweeper,
+        watch: Watch[storage.BatchRecord],
     ) -> None:
+        self._watch = watch
         self._engine = engine
         self._sweeper = sweeper
         self._loader = loader
@@ -165,6 +171,33 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             too_late_count=batch.accepted_count
             - (counts.cancelled_count + counts.suppressed_count + counts.expired_count),
         )
+
+    async def WatchBatch(  # noqa: N802 - the proto's name
+        self,
+        request: batch_service_pb2.WatchBatchRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> AsyncIterator[batch_service_pb2.WatchBatchResponse]:
+        """Stream a batch as it changes, until every job is in a final state."""
+        user_id = acting_user(request.user_id)
+        batch_id = parse_id(request.batch_id, "batch_id")
+        stream = page_tokens.digest_filters(batch_id)
+        seen = page_tokens.decode_resume(request.resume_token, _WATCHED, stream)
+        async with self._engine.connect() as connection:
+            if not await storage.batch_exists(connection, batch_id, user_id):
+                raise not_found("batch_id", request.batch_id)
+        async with aclosing(self._watch.follow(batch_id)) as changes:
+            async for found in changes:
+                state = (page_tokens.digest_filters(*astuple(found)).hex(),)
+                done = not found.counts.open
+                if state != seen or done:
+                    yield batch_service_pb2.WatchBatchResponse(
+                        batch=to_batch(found),
+                        resume_token=page_tokens.encode(_WATCHED, stream, state),
+                        done=done,
+                    )
+                if done:
+                    return
+                seen = None
 
     async def _read(self, batch_id: int, user_id: str | None) -> batch_pb2.Batch:
         async with self._engine.connect() as connection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -126,6 +126,13 @@ async def list_batches(
     rows = (await connection.execute(statement)).all()
     counts = await batch_counts(connection, [row.id for row in rows])
     return [_record(row, counts[row.id], None, None) for row in rows]
+
+
+async def read_watched(connection: AsyncConnection, ids: Collection[int]) -> dict[int, BatchRecord]:
+    """Return these batches, without `body` and `html`, for callers that have seen them already."""
+    rows = (await connection.execute(select(*_LISTED).where(Batch.id.in_(ids)))).all()
+    counts = await batch_counts(connection, ids)
+    return {row.id: _record(row, counts[row.id], None, None) for row in rows}
 
 
 async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str | None) -> bool:
