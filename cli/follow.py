@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from outbox.v1.batch_pb2 import Batch
 from outbox.v1.email_job_pb2 import JobCounts
-from outbox_client import Client
+from outbox_client import CallError, Client
 
+from cli.output import note
 from cli.progress import JobProgress
 
 
@@ -30,9 +31,16 @@ def follow_to_end(client: Client, batch: Batch, user: str) -> Batch:
     Raises:
         CallError: the scheduler refuses, or was away for a minute.
     """
-    title = f"batch {batch.batch_id}"
+    title, noted = f"batch {batch.batch_id}", False
+
+    def away(_: CallError) -> None:
+        nonlocal noted
+        if not noted:
+            note("the scheduler does not answer; asking again")
+        noted = True
+
     with JobProgress({title: batch.accepted_count}) as progress:
-        for now in client.watch_batch(batch.batch_id, user):
-            batch = now
+        for now in client.watch_batch(batch.batch_id, user, trouble=away):
+            batch, noted = now, False
             progress.update(title, ended_count(batch.counts), remark_on(batch.counts))
     return batch

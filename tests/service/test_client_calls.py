@@ -326,9 +326,12 @@ async def test_a_broken_watch_goes_on_from_its_token(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.streams = [[update(1), update(2)], [], [update(3, done=True)]]
-    seen = await client.do(server.address, lambda c: c.watch_batch("1"))
+    server.faults = [AWAY]
+    told: list[CallError] = []
+    seen = await client.do(server.address, lambda c: c.watch_batch("1", trouble=told.append))
     assert [each.counts.sent_count for each in seen] == [1, 2, 3]
-    assert [each.resume_token for each in server.requests] == ["", "t2", "t2"]
+    assert [each.resume_token for each in server.requests] == ["", "", "t2", "t2"]
+    assert [type(error) for error in told] == [Unavailable]
 
 
 async def test_without_a_watch_the_batch_is_looked_at_until_it_ends(

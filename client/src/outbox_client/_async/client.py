@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from types import TracebackType
@@ -185,12 +185,17 @@ class AsyncClient:
             raise
 
     async def watch_batch(
-        self, batch_id: str, user_id: str = "", *, timeout: float | None = None
+        self,
+        batch_id: str,
+        user_id: str = "",
+        *,
+        timeout: float | None = None,
+        trouble: Callable[[CallError], None] | None = None,
     ) -> AsyncIterator[Batch]:
         """Yield a batch as it is, then after each change, until every job is in a final state.
 
-        A server that is away is asked again for a minute. One without WatchBatch is asked with
-        GetBatch, with pauses that grow to 5 s.
+        A server that is away is asked again for a minute; `trouble` is told each time. One without
+        WatchBatch is asked with GetBatch, with pauses that grow to 5 s.
 
         Raises:
             CallError: the server refused, was away for a minute, or `timeout` seconds are over.
@@ -214,8 +219,10 @@ class AsyncClient:
                 break
             except CallError as error:
                 pause = patience.pause_after(error)
+                if trouble is not None:
+                    trouble(error)
             await io.sleep(pause)
-        async for batch in self._look_at(batch_id, user_id, end):
+        async for batch in self._look_at(batch_id, user_id, end, trouble):
             yield batch
 
     async def wait_for_batch(
@@ -299,7 +306,11 @@ class AsyncClient:
                 return
 
     async def _look_at(
-        self, batch_id: str, user_id: str, end: float | None
+        self,
+        batch_id: str,
+        user_id: str,
+        end: float | None,
+        trouble: Callable[[CallError], None] | None,
     ) -> AsyncIterator[Batch]:
         request = GetBatchRequest(batch_id=batch_id, user_id=user_id)
         seen = Batch()
@@ -318,6 +329,8 @@ class AsyncClient:
                     return
             except CallError as error:
                 pause = patience.pause_after(error)
+                if trouble is not None:
+                    trouble(error)
             pause = min(pause, _LOOK.longest.total_seconds())
             if end is not None and time.monotonic() + pause >= end:
                 raise deadline_exceeded(f"batch {batch_id} has not ended in time")
