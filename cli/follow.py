@@ -31,6 +31,7 @@ def follow_to_end(client: Client, batch: Batch, user: str) -> Batch:
     Raises:
         CallError: the scheduler refuses, or was away for a minute.
     """
+    accepted = batch
     title, noted = f"batch {batch.batch_id}", False
 
     def away(_: CallError) -> None:
@@ -43,4 +44,8 @@ def follow_to_end(client: Client, batch: Batch, user: str) -> Batch:
         for now in client.watch_batch(batch.batch_id, user, trouble=away):
             batch, noted = now, False
             progress.update(title, ended_count(batch.counts), remark_on(batch.counts))
+    # What is watched comes without its texts.
+    for name in ("body", "html"):
+        if accepted.HasField(name):
+            setattr(batch, name, getattr(accepted, name))
     return batch
