@@ -263,6 +263,26 @@ def resume(
     show(resumed, output)
 
 
+@app.command()
+def verify(
+    sender_id: SenderId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Open the sender's SMTP session, sign in, and end it: no mail is sent. Exit code 1: not ready.
+
+    $ outbox senders verify 3
+    """
+    with connection("scheduler", server) as client:
+        found = client.senders.VerifySender(
+            pb.VerifySenderRequest(sender_id=sender_id, user_id=user)
+        )
+    show(found, output)
+    if not found.ready:
+        raise typer.Exit(1)
+
+
 def _endpoint(
     host: str | None, port: int, security: int | None, username: str, password_file: Path | None
 ) -> SmtpEndpoint | None:

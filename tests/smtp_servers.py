@@ -30,6 +30,7 @@ _WELL: Final = {
     "rcpt": "250 2.1.5 recipient ok",
     "data": "354 go ahead",
     "body": "250 2.0.0 taken",
+    "noop": "250 2.0.0 nothing done",
     "rset": "250 2.0.0 reset",
     "quit": "221 2.0.0 bye",
 }
@@ -94,9 +95,9 @@ class Taken:
 class ScriptedServer:
     """Takes every mail on loopback, but for what `plan` says of a phase.
 
-    Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, rset, quit. A list in the plan
-    is used up, one action a time that the phase is come to; anything else holds for ever. `visits`
-    counts how often each phase was come to, `waiting` how many sessions wait in it.
+    Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, noop, rset, quit. A list in the
+    plan is used up, one action a time that the phase is come to; anything else holds for ever.
+    `visits` counts how often each phase was come to, `waiting` how many sessions wait in it.
     """
 
     def __init__(

@@ -6,69 +6,25 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from urllib.parse import unquote, urlsplit
 
 from services.dispatcher.message import MessageBuilder, MessageError
-from services.dispatcher.smtp import Endpoint, Envelope
+from services.dispatcher.smtp import Envelope
 from services.dispatcher.storage import BatchContent, MarkedJob
-from shared.auth import is_loopback_host
 from shared.endpoints import endpoint_of
-from shared.errors import ConfigurationError, InvalidInput, OutboxError
+from shared.errors import InvalidInput, OutboxError
 from shared.message_ids import message_id_for
 from shared.secrets import SecretBox
 from shared.settings import Settings
+from shared.smtp_session import Endpoint, relay_of
 from shared.states import SmtpSecurity
 from shared.templates import BatchTemplate, RenderError, decode_variables
 
 # Batches whose templates are kept parsed; more where more mails may be under way at once.
 _KEPT_BATCHES = 500
-_SCHEMES = {
-    "smtp": (SmtpSecurity.NONE, 25),
-    "smtps": (SmtpSecurity.TLS, 465),
-    "smtp+starttls": (SmtpSecurity.STARTTLS, 587),
-}
 
 
 class CompositionError(Exception):
     """No mail can be built for this job, now or later; the text says why."""
-
-
-def relay_of(url: str, *, plaintext: bool = False) -> Endpoint:
-    """Return the endpoint that OUTBOX_SMTP_URL names.
-
-    Raises:
-        ConfigurationError: the URL is none of smtp://, smtps://, smtp+starttls://, or its password
-            would cross a network in clear, and `plaintext` (OUTBOX_PLAINTEXT) is not set.
-    """
-    try:
-        parts = urlsplit(url)
-        security, port = _SCHEMES[parts.scheme]
-        host, given_port = parts.hostname, parts.port
-    except (KeyError, ValueError):
-        host, given_port, security, port = None, None, SmtpSecurity.NONE, 0
-    if not host:
-        # Without what was given: it may hold a password.
-        raise ConfigurationError(
-            "OUTBOX_SMTP_URL: it takes smtp://host:port, smtps://host:port or "
-            "smtp+starttls://host:port, with user:password@ before the host where needed"
-        )
-    if (
-        parts.password
-        and security is SmtpSecurity.NONE
-        and not (plaintext or is_loopback_host(host))
-    ):
-        raise ConfigurationError(
-            f"OUTBOX_SMTP_URL: its password would be sent to {host} in clear; take "
-            "smtp+starttls:// or smtps://, or set OUTBOX_PLAINTEXT=true"
-        )
-    return Endpoint(
-        host=host,
-        port=given_port or port,
-        security=security,
-        username=unquote(parts.username or ""),
-        password=unquote(parts.password or ""),
-        operators=True,
-    )
 
 
 @dataclass(frozen=True, slots=True)

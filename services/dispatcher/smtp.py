@@ -1,4 +1,4 @@
-"""SMTP, by aiosmtplib: the only module that knows it.
+"""Mails over SMTP sessions, which shared/smtp_session.py opens.
 
 Connections are kept per endpoint. Every phase has a limit, and the body is begun only while the
 lease still holds: the last look at the clock is after the server's 354 and before the first byte.
@@ -11,15 +11,14 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
 
 import aiosmtplib
 from aiosmtplib.errors import SMTPException, SMTPResponseException
 
 from shared.egress import Egress
-from shared.endpoints import RELAY
-from shared.states import AttemptOutcome, SmtpSecurity
+from shared.smtp_session import Endpoint, SmtpSession
+from shared.states import AttemptOutcome
 
 _ENHANCED = re.compile(r"([245]\.\d{1,3}\.\d{1,3})\b")
 _LINE_DOT = re.compile(rb"(?m)^\.")
@@ -31,22 +30,6 @@ _COMPLETED = range(200, 300)
 _START_INPUT = range(354, 355)
 _TRANSIENT, _PERMANENT, _REPLIES_END = 400, 500, 600
 _MAX_TEXT = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where and how a sender's mail is handed over."""
-
-    host: str
-    port: int
-    security: SmtpSecurity
-    username: str = ""
-    password: str = field(default="", repr=False)
-    # The operator's own relay: it may be anywhere. Every other is a user's, and checked. Part of
-    # the identity: a user who names the relay gets no connection that was opened for it.
-    operators: bool = False
-    # Its name in Redis (`shared.endpoints`).
-    circuit: str = field(default=RELAY, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,60 +60,10 @@ class GivenBackError(Exception):
     """The send was not begun, since the dispatcher drains or the lease ran out."""
 
 
-class _Session:
-    """One connection, and whether it has been used before."""
+class _Session(SmtpSession):
+    """A session that hands over mails, and when it last did."""
 
-    def __init__(
-        self, endpoint: Endpoint, timeout: float, local_hostname: str, egress: Egress
-    ) -> None:
-        self.idle_since = 0.0
-        self._endpoint = endpoint
-        self._timeout = timeout
-        self._egress = egress
-        # Greeted, and where it is asked for encrypted and authenticated.
-        self.ready = False
-        self.client = aiosmtplib.SMTP(
-            hostname=endpoint.host,
-            port=endpoint.port,
-            username=endpoint.username or None,
-            password=endpoint.password or None,
-            use_tls=endpoint.security is SmtpSecurity.TLS,
-            start_tls=endpoint.security is SmtpSecurity.STARTTLS,
-            timeout=timeout,
-            local_hostname=local_hostname,
-        )
-
-    async def open(self) -> None:
-        if self._endpoint.operators:
-            await self.client.connect()
-        else:
-            await self._connect_checked()
-        if self.client.is_ehlo_or_helo_needed:
-            try:
-                await self.client.ehlo()
-            except aiosmtplib.SMTPHeloError as error:
-                if error.code == _SERVICE_CLOSING:
-                    raise
-                await self.client.helo()
-        self.ready = True
-
-    async def _connect_checked(self) -> None:
-        endpoint = self._endpoint
-        if endpoint.password and endpoint.security is SmtpSecurity.NONE:
-            raise OSError("the password is sent over TLS only: take STARTTLS or TLS")
-        try:
-            async with asyncio.timeout(self._timeout):
-                opened = await self._egress.connect(endpoint.host, endpoint.port)
-        except TimeoutError:
-            raise TimeoutError(
-                f"Timed out connecting to {endpoint.host} on port {endpoint.port}"
-            ) from None
-        try:
-            # The host's name still is what its certificate must have.
-            await self.client.connect(sock=opened, port=None)
-        except BaseException:
-            opened.close()
-            raise
+    idle_since = 0.0
 
     async def begin(self, envelope: Envelope) -> None:
         """Say MAIL, RCPT and DATA; returns when the server waits for the body."""
@@ -163,14 +96,6 @@ class _Session:
         protocol.write(data + b".\r\n")
         reply = await protocol.read_response(timeout=limit)
         return reply.code, reply.message
-
-    def close(self) -> None:
-        # Not client.close() alone: it goes on sending what is not sent yet, a body that was given
-        # up, to whoever is slow enough to take it hours later.
-        if self.client.transport is not None:
-            # No isinstance: uvloop's transports are none of asyncio's.
-            cast(asyncio.WriteTransport, self.client.transport).abort()
-        self.client.close()
 
 
 class _EndpointPool:

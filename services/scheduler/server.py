@@ -97,9 +97,7 @@ def _services(
     watch: Watch[BatchRecord],
 ) -> list[ServiceBinding]:
     # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
-    senders = SenderServicer(  # type: ignore[abstract]
-        engine, loader, SecretBox.from_settings(settings), settings
-    )
+    senders = SenderServicer(engine, loader, SecretBox.from_settings(settings), settings)
     rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
     forecaster = Forecaster(rules)
     batches = BatchServicer(engine, loader, intake, forecaster, sweeper=sweeper, watch=watch)

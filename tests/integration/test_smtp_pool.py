@@ -15,8 +15,9 @@ import uvloop
 
 from deploy.local.inbox import Inbox
 from deploy.local.ports import free_port
-from services.dispatcher.smtp import Endpoint, Envelope, GivenBackError, SendResult, SmtpPool
+from services.dispatcher.smtp import Envelope, GivenBackError, SendResult, SmtpPool
 from shared.egress import Egress
+from shared.smtp_session import Endpoint
 from shared.states import AttemptOutcome, SmtpSecurity
 from tests.eventually import eventually
 from tests.smtp_servers import (

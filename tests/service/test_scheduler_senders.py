@@ -19,7 +19,6 @@ from outbox.v1.sender_service_pb2 import (
     PauseSenderRequest,
     ResumeSenderRequest,
     UpdateSenderRequest,
-    VerifySenderRequest,
 )
 from redis.asyncio import Redis
 
@@ -403,8 +402,3 @@ async def test_a_forced_deletion_cancels_what_waits_and_keeps_the_history(
 async def test_a_sender_is_created_only_with_a_sender(scheduler: Scheduler) -> None:
     refusal = await refusal_of(scheduler.senders.CreateSender(CreateSenderRequest(user_id="ann")))
     assert refusal.reason == "ADDRESS_INVALID"
-
-
-async def test_verify_is_not_served_yet(scheduler: Scheduler) -> None:
-    refusal = await refusal_of(scheduler.senders.VerifySender(VerifySenderRequest(sender_id="1")))
-    assert refusal.code == "UNIMPLEMENTED"

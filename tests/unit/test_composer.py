@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from services.dispatcher import composer as composer_module
-from services.dispatcher.composer import Composer, CompositionError, ReadBatches, relay_of
-from services.dispatcher.smtp import Endpoint
+from services.dispatcher.composer import Composer, CompositionError, ReadBatches
 from services.dispatcher.storage import BatchContent, MarkedJob
 from shared.endpoints import endpoint_of
 from shared.errors import ConfigurationError
 from shared.queue.keys import JobRef
 from shared.secrets import SecretBox, generate_key
 from shared.settings import load_settings
+from shared.smtp_session import Endpoint, relay_of
 from shared.states import SmtpSecurity
 
 BATCH = BatchContent(

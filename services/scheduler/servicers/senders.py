@@ -15,10 +15,11 @@ from services.scheduler.servicers.calls import Context, acting_user, named_user,
 from services.scheduler.servicers.sender_mapping import to_sender
 from services.scheduler.storage import senders as storage
 from services.scheduler.storage.access import in_transaction
+from services.scheduler.verifying import Verifier
 from shared import bounds, page_tokens
 from shared.errors import FailedPrecondition, InvalidInput
 from shared.heads import HeadLoader, load_soon
-from shared.proto_mapping import not_found, parse_id
+from shared.proto_mapping import not_found, parse_id, to_duration
 from shared.secrets import SecretBox
 from shared.settings import Settings
 from shared.states import SenderState
@@ -28,7 +29,7 @@ _Columns = Mapping[str, Any]
 
 
 class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
-    """Keeps senders. The methods that it does not have answer UNIMPLEMENTED."""
+    """Keeps senders, and asks their endpoints."""
 
     def __init__(
         self, engine: AsyncEngine, loader: HeadLoader, secrets: SecretBox, settings: Settings
@@ -36,6 +37,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         self._engine = engine
         self._loader = loader
         self._secrets = secrets
+        self._verifier = Verifier(settings, secrets)
         self._settings = settings
         self._columns: dict[str, Callable[[sender_pb2.Sender], _Columns]] = {
             "email": self._email,
@@ -157,6 +159,30 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> sender_pb2.Sender:
         """Let a sender go on."""
         return await self._set_state(request.sender_id, request.user_id, SenderState.ACTIVE)
+
+    async def VerifySender(  # noqa: N802 - the proto's name
+        self,
+        request: sender_service_pb2.VerifySenderRequest,
+        context: Context,  # noqa: ARG002 - the proto's signature
+    ) -> sender_service_pb2.VerifySenderResponse:
+        """Ask a sender's endpoint whether mail could be handed in."""
+        user_id = acting_user(request.user_id)
+        sender_id = parse_id(request.sender_id, "sender_id")
+        async with self._engine.connect() as connection:
+            endpoint = await storage.read_endpoint(connection, sender_id, user_id)
+        if endpoint is None:
+            raise not_found("sender_id", request.sender_id)
+        found = await self._verifier.verify(endpoint)
+        return sender_service_pb2.VerifySenderResponse(
+            ready=not found.probe.failure,
+            host=found.host,
+            port=found.port,
+            tls_version=found.probe.tls_version,
+            extensions=found.probe.extensions,
+            smtp_code=found.probe.smtp_code,
+            failure=found.probe.failure,
+            elapsed=to_duration(found.probe.elapsed),
+        )
 
     async def _set_state(
         self, id_in_request: str, requested_user: str, state: SenderState

@@ -98,6 +98,42 @@ async def read_sender(
     return None if row is None else _record(row)
 
 
+@dataclass(frozen=True, slots=True)
+class SenderEndpoint:
+    """Where a sender's mail is handed in; no host: the operator's relay."""
+
+    host: str | None
+    port: int | None
+    security: SmtpSecurity | None
+    username: str | None
+    # Encrypted.
+    password: bytes | None
+
+
+async def read_endpoint(
+    connection: AsyncConnection, sender_id: int, user_id: str | None
+) -> SenderEndpoint | None:
+    """Return the endpoint of a sender; None: there is no such sender, or not for this user."""
+    statement = owned_by(
+        select(
+            Sender.smtp_host,
+            Sender.smtp_port,
+            Sender.smtp_security,
+            Sender.smtp_username,
+            Sender.smtp_password,
+        ).where(Sender.id == sender_id, _THERE),
+        Sender.user_id,
+        user_id,
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    security = None if row.smtp_security is None else SmtpSecurity(row.smtp_security)
+    return SenderEndpoint(
+        row.smtp_host, row.smtp_port, security, row.smtp_username, row.smtp_password
+    )
+
+
 async def list_senders(
     connection: AsyncConnection,
     user_id: str,
