@@ -91,7 +91,7 @@ async def test_kill_9_under_load_loses_nothing_and_doubles_only_what_was_in_doub
 
 
 # How the statements of a dispatcher begin.
-MARK, SETTLE = "UPDATE email_jobs", "WITH moved AS"
+MARK, SETTLE = "WITH sendable AS", "WITH moved AS"
 
 # At every step -------------------------------------------------------------------------------
 

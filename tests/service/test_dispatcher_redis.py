@@ -220,6 +220,6 @@ async def test_a_job_that_is_claimed_twice_around_a_loss_holds_its_senders_slot(
 async def marks_wait(world: World, n: int) -> bool:
     rows = await world.sql(
         "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()"
-        " AND wait_event_type = 'Lock' AND starts_with(query, 'UPDATE email_jobs')"
+        " AND wait_event_type = 'Lock' AND starts_with(query, 'WITH sendable AS')"
     )
     return bool(rows[0].n == n)
