@@ -269,6 +269,48 @@ async def test_a_loss_of_what_is_known_strands_nobody(shard: Shard) -> None:
     assert len(await shard.claimed()) == 12
 
 
+async def test_who_moved_away_while_a_circuit_was_lost_is_held_no_more(shard: Shard) -> None:
+    heads = [sender(number, 5) for number in (1, 2, 3)]
+    await stop(shard, *heads)
+    await shard.redis.delete(f"{shard.prefix}circuit:relay")
+    await shard.load(replace(heads[2], endpoint="other", jobs=()))
+    await stop(shard, *heads[:2])
+
+    assert await shard.held() == {1: 0, 2: 0}
+
+
+async def test_no_circuit_outlives_its_life_of_redis(shard: Shard) -> None:
+    heads = [sender(number, 5) for number in (1, 2, 3)]
+    await stop(shard, *heads)
+    # Redis starts again with what it had on disk: its clock may be another now.
+    await shard.redis.set(f"{shard.prefix}test:run", "second")
+    assert await shard.queue.circuits_of_sender(3) == ()
+    await shard.whole()
+    await shard.load(*heads)
+
+    assert len(await shard.claimed()) == 15
+
+
+async def test_a_claim_that_came_to_nothing_ends_no_later_probe_of_its_attempt(
+    shard: Shard,
+) -> None:
+    heads = sender(1, 2), sender(2, 1)
+    await stop(shard, *heads)
+    await shard.load(replace(heads[0], jobs=jobs((103, 0))))
+    await shard.at(5_000)
+    lost = await one_probe(shard)
+    # Its lease runs out before it is marked, and the job is claimed once more.
+    await shard.at(5_000 + LEASE_MS)
+    await shard.claim()
+    await shard.load(replace(heads[0], jobs=jobs((103, 0))))
+    probe = await one_probe(shard)
+    assert probe.job == lost.job
+    await shard.settle(lost, SlotUse.UNUSED)
+
+    await fail(shard, probe)
+    assert (await shard.circuit())["rung"] == "2"
+
+
 async def test_nothing_is_known_of_an_endpoint_for_ever(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5))
 
