@@ -152,7 +152,9 @@ class JobTrace:
 
 def contradiction_of(job: JobTrace) -> str | None:
     """Return what cannot be true of a job at once; None: all of it can."""
-    if job.began_after_end:
+    # A batch is cancelled as a whole, at one instant. What was SENDING by then ends as SENT or, if
+    # its attempt fails, as CANCELLED from that instant on: the attempt may be the younger one.
+    if job.began_after_end and job.state is not JobState.CANCELLED:
         return f"an attempt began after it was {job.state.name}"
     if job.recorded > job.attempt:
         return f"it has attempt {job.recorded}, and counts {job.attempt}"

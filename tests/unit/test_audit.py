@@ -148,6 +148,7 @@ def test_copies_are_counted_by_job_and_compared_by_message_id() -> None:
         (trace(JobState.SENT), "it is SENT, and no attempt sent it"),
         (trace(JobState.SCHEDULED, sent=1), "it was sent, and is SCHEDULED"),
         (trace(JobState.CANCELLED, sent=1), "it was sent, and is CANCELLED"),
+        (trace(JobState.CANCELLED, began_after_end=True), None),
         (trace(JobState.FAILED, recorded=2), "it has attempt 2, and counts 1"),
         (trace(JobState.SENDING, attempt=2), None),
         (
