@@ -22,6 +22,7 @@ from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 from rich.console import Console
 from rich.table import Table
 
+from bench.healing import healing
 from bench.world import World, peak_memory_mib, world
 
 USER = "bench"
@@ -184,6 +185,7 @@ async def _measure() -> dict[str, float]:
         ("intake", intake),
         ("dispatch", lambda stack: dispatch(stack, 20)),
         ("lateness", lateness),
+        ("healing", healing),
     ):
         Console(stderr=True).print(f"{name} ...")
         with tempfile.TemporaryDirectory(prefix="outbox-bench-") as folder:
