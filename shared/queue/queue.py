@@ -300,15 +300,14 @@ class Queue:
         horizon = head.jobs[-1][1] if head.more and head.jobs else "inf"
         args: list[Any] = [head.sender_id, epoch, self._window, head.hourly_limit, _ms(head.gap)]
         args += (head.max_in_flight, 1 if head.active else 2, horizon)
-        args += (head.endpoint, head.revision, len(head.jobs))
-        for job, due_ms in head.jobs:
-            args += (member_of(job), due_ms)
-        args.append(len(head.ends))
-        for end in head.ends:
-            args += (member_of(end.job), _ms(end.age), int(end.counted))
-        args.append(len(head.leases))
-        for lease in head.leases:
-            args += (member_of(lease.job), _ms(lease.left))
+        args += (head.endpoint, head.revision)
+        args.append(" ".join([f"{member_of(job)} {due_ms}" for job, due_ms in head.jobs]))
+        args.append(
+            " ".join([f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in head.ends])
+        )
+        args.append(
+            " ".join([f"{member_of(lease.job)} {_ms(lease.left)}" for lease in head.leases])
+        )
         return args
 
     async def read_limiter(self, sender_id: int) -> LimiterState | None:

@@ -8,9 +8,10 @@
 -- ARGV[4] limit, ARGV[5] gap (ms), ARGV[6] flight, ARGV[7] state (1 active)
 -- ARGV[8] horizon  due ms of the last job loaded, or 'inf' if no more wait
 -- ARGV[9] endpoint that its mail goes to, ARGV[10] revision of the sender
--- ARGV[11] n       jobs that follow, as member, due ms
--- ARGV    then m, the ends that follow, as member, ms since it ended, 1 if it takes a slot
--- ARGV    then k, the leases that follow, as member, ms left
+-- ARGV[11] jobs    of the head, each as member, due ms
+-- ARGV[12] ends    each as member, ms since it ended, 1 if it takes a slot
+-- ARGV[13] leases  each as member, ms left
+-- The last three are words between spaces: one argument costs the caller as much as 50 words.
 --
 -- Returns 1, or 0 if the epoch has moved: somebody committed or lost something meanwhile; the
 -- caller reads PostgreSQL again.
@@ -28,40 +29,46 @@ local id, window, horizon = ARGV[1], tonumber(ARGV[3]), ARGV[8]
 local settings = settings_of(id)
 if epoch_of(id) ~= ARGV[2] then return 0 end
 
-local position = 11
-local function next_arg()
-    local value = ARGV[position]
-    position = position + 1
-    return value
+-- In parts, for Lua's stack is short.
+local function add_all(key, scores)
+    for i = 1, #scores, 1000 do
+        redis.call('ZADD', key, unpack(scores, i, math.min(i + 999, #scores)))
+    end
 end
 
 local function replace_head()
-    local due, leases = due_of(id), lease_of(id)
+    local due, leases, scores = due_of(id), lease_of(id), {}
     redis.call('DEL', due)
-    for _ = 1, tonumber(next_arg()) do
-        local member, at = next_arg(), next_arg()
-        -- Claimed, and not yet marked in PostgreSQL when it was read.
-        if not redis.call('ZSCORE', leases, member) then redis.call('ZADD', due, at, member) end
+    local leased = redis.call('EXISTS', leases) == 1
+    for member, at in string.gmatch(ARGV[11], '(%S+) (%S+)') do
+        -- A leased one is claimed, and was not yet marked in PostgreSQL when that was read.
+        if not leased or not redis.call('ZSCORE', leases, member) then
+            scores[#scores + 1] = at
+            scores[#scores + 1] = member
+        end
     end
+    add_all(due, scores)
 end
 
 if is_new(ARGV[2]) then
     redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
     redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
-    local jobs = tonumber(ARGV[11])
-    position = 12 + jobs * 2
-    local last_end = 0
-    for _ = 1, tonumber(next_arg()) do
-        local member, ended, counted = next_arg(), NOW_UP - tonumber(next_arg()), next_arg()
-        if counted == '1' then redis.call('ZADD', window_of(id), ended, member) end
+    local last_end, ends, leases = 0, {}, {}
+    for member, age, counted in string.gmatch(ARGV[12], '(%S+) (%S+) (%S+)') do
+        local ended = NOW_UP - tonumber(age)
+        if counted == '1' then
+            ends[#ends + 1] = ended
+            ends[#ends + 1] = member
+        end
         last_end = math.max(last_end, ended)
     end
-    for _ = 1, tonumber(next_arg()) do
-        local member, left = next_arg(), tonumber(next_arg())
-        redis.call('ZADD', lease_of(id), NOW_UP + left, member)
+    add_all(window_of(id), ends)
+    for member, left in string.gmatch(ARGV[13], '(%S+) (%S+)') do
+        leases[#leases + 1] = NOW_UP + tonumber(left)
+        leases[#leases + 1] = member
     end
+    add_all(lease_of(id), leases)
     redis.call('HSET', settings, 'end', last_end)
-    position = 11
 end
 local before = read_sender(id)
 if before and (before.endpoint ~= ARGV[9]
