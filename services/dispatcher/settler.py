@@ -93,16 +93,19 @@ class Settler:
 
     async def run(self) -> None:
         """Write until closed. Errors of either store are waited out, for nothing may be lost."""
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            group, self._pending = self._pending, []
-            if group:
-                dues = await self._until_recorded(group)
-                self._on_recorded(len(group))
-                await self._release(group, dues)
-            if self._closed and not self._pending:
-                return
+        async with asyncio.TaskGroup() as releases:
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                group, self._pending = self._pending, []
+                if group:
+                    dues = await self._until_recorded(group)
+                    self._on_recorded(len(group))
+                    # Not awaited: a Redis that hangs must not keep what ends meanwhile from being
+                    # recorded before its lease runs out.
+                    releases.create_task(self._release(group, dues))
+                if self._closed and not self._pending:
+                    return
 
     async def _record(self, group: list[Outcome]) -> dict[JobRef, int]:
         ended = [o.record for o in group if isinstance(o, Ended)]

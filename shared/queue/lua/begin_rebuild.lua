@@ -15,6 +15,7 @@
 local held = redis.call('GET', KEYS[2])
 if held and string.sub(held, 1, #LIFE) == LIFE then return 0 end
 local last = tonumber(redis.call('HGET', LIFE_KEY, 'rebuilt') or 0)
-if NOW < last + tonumber(ARGV[3]) then return 0 end
+-- A time in the future is of another life, before the clock stepped back.
+if NOW >= last and NOW < last + tonumber(ARGV[3]) then return 0 end
 redis.call('SET', KEYS[2], LIFE .. ' ' .. ARGV[1], 'PX', ARGV[2])
 return 1

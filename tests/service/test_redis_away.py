@@ -1,0 +1,137 @@
+"""Redis is full, hangs or refuses: intake goes on and says so, and the mails are sent later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import timedelta
+
+import pytest
+from redis.asyncio import Redis
+
+from deploy.local.inbox import Inbox
+from services.dispatcher import recovery as recovery_module
+from shared import heads
+from shared.queue.queue import HEAD_SIZE
+from tests.conftest import Stores
+from tests.dispatchers import Running, options, running, settings_of
+from tests.eventually import eventually
+from tests.scheduler_stack import running_scheduler
+from tests.world import World, jobs_in
+
+UNREACHABLE = "The queue is not reachable"
+
+
+@pytest.fixture(autouse=True)
+def markers_are_old_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery_module, "MARKER_AGE", timedelta(milliseconds=200))
+    monkeypatch.setattr(heads, "MARKER_AGE", timedelta(milliseconds=200))
+
+
+@asynccontextmanager
+async def refusing(stores: Stores) -> AsyncIterator[None]:
+    await stores.redis.kill()
+    try:
+        yield
+    finally:
+        await stores.redis.start()
+
+
+@asynccontextmanager
+async def hanging(stores: Stores) -> AsyncIterator[None]:
+    pid = stores.redis.child.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@asynccontextmanager
+async def full(stores: Stores) -> AsyncIterator[None]:
+    async with Redis.from_url(stores.redis.url) as client:
+        await client.config_set("maxmemory", "1")
+        try:
+            yield
+        finally:
+            await client.config_set("maxmemory", "0")
+
+
+@pytest.mark.parametrize("away", [refusing, hanging, full])
+async def test_intake_goes_on_without_redis_and_says_so_and_the_mails_follow(
+    database_url: str,
+    redis_url: str,
+    inbox: Inbox,
+    stores: Stores,
+    away: Callable[[Stores], AbstractAsyncContextManager[None]],
+) -> None:
+    settings = settings_of(options(database_url, redis_url, inbox.url))
+    async with running_scheduler(database_url, redis_url) as scheduler, running(settings):
+        known = await scheduler.sender(email="known@example.com")
+        await scheduler.schedule(known)
+        await eventually(lambda: len(inbox.mails) == 1)
+        async with away(stores):
+            sender = await scheduler.sender()
+            began = time.monotonic()
+            answer = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
+            assert time.monotonic() - began < 6
+            assert answer.batch.accepted_count == 2
+            assert any(UNREACHABLE in notice for notice in answer.notices), answer.notices
+            assert len(inbox.mails) == 1
+        await eventually(lambda: len(inbox.mails) == 3, 20)
+        await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
+
+
+async def test_intake_goes_on_without_dispatchers_and_the_mails_follow(
+    database_url: str, redis_url: str, inbox: Inbox
+) -> None:
+    settings = settings_of(options(database_url, redis_url, inbox.url))
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        answer = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
+        assert answer.batch.accepted_count == 2
+        async with running(settings):
+            await eventually(lambda: len(inbox.mails) == 2)
+
+
+async def test_what_redis_knows_is_sent_while_it_is_full(
+    database_url: str, redis_url: str, inbox: Inbox, stores: Stores
+) -> None:
+    settings = settings_of(options(database_url, redis_url, inbox.url, min_gap="10ms"))
+    async with World(settings) as world:
+        sender = await world.sender()
+        # More than a head holds: the rest is loaded while Redis is full.
+        await world.schedule(sender, HEAD_SIZE + 20)
+        async with full(stores), running(settings) as dispatcher:
+            await eventually(world.done, 20)
+            assert await dispatcher.serving()
+
+
+async def test_a_redis_that_hangs_for_long_holds_up_nothing_but_itself(
+    database_url: str, redis_url: str, inbox: Inbox, stores: Stores
+) -> None:
+    settings = settings_of(options(database_url, redis_url, inbox.url, lease="4s"))
+    async with World(settings) as world, running(settings) as dispatcher:
+        sender = await world.sender(max_in_flight=5)
+        jobs = await world.schedule(sender, 20, spacing=timedelta(milliseconds=100))
+        await eventually(lambda: len(inbox.mails) >= 3)
+        async with hanging(stores):
+            # Longer than a call to Redis may take.
+            await eventually(lambda: not_serving(dispatcher))
+            await eventually(gone_for(5.5), 10)
+        await eventually(world.done, 20)
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        await eventually(dispatcher.serving)
+
+
+def gone_for(seconds: float) -> Callable[[], bool]:
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() >= until
+
+
+async def not_serving(dispatcher: Running) -> bool:
+    return not await dispatcher.serving()
