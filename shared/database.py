@@ -9,10 +9,12 @@ from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import TypeVar
 
+import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.engine import make_url
+from sqlalchemy import event
+from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -78,7 +80,25 @@ def create_engine(
         },
     )
     refuse_unbounded(engine)
+    event.listen(engine.sync_engine, "handle_error", _leave_standby)
     return engine
+
+
+def _leave_standby(context: ExceptionContext) -> None:
+    """Treat a read-only server as one that is gone.
+
+    After a failover it is a standby now: a new connection finds the new primary, and the old ones
+    never will. psycopg counts the error (25006) among internal ones, which are faults of ours.
+    """
+    if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
+        context.is_disconnect = True
+        raise OperationalError(
+            context.statement,
+            None,
+            context.original_exception,
+            hide_parameters=True,
+            connection_invalidated=True,
+        )
 
 
 @asynccontextmanager

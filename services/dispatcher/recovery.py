@@ -19,6 +19,8 @@ from shared.states import JobState
 _RETRY = timedelta(seconds=1)
 # A lease's end is looked for a moment later, so that one look finds it.
 _SLACK = timedelta(milliseconds=20)
+# After PostgreSQL was away, dispatchers record what ended meanwhile before anybody else ends it.
+GRACE = timedelta(seconds=10)
 # How often the senders for which something waits are compared with what Redis knows, by one of the
 # dispatchers: 20 us of PostgreSQL and 10 us of Redis a sender.
 SWEEP = timedelta(seconds=4)
@@ -35,6 +37,8 @@ class Recovery:
         )
         self._engine = engine
         self._loader = loader
+        # Since PostgreSQL was away it has answered, and `GRACE` is over.
+        self._calm = True
 
     async def run(self) -> None:
         """Recover until cancelled."""
@@ -49,6 +53,7 @@ class Recovery:
                 pause = await step()
             except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
                 _log.warning("recovery_failed", error=type(error).__name__)
+                self._calm = self._calm and isinstance(error, QUEUE_ERRORS)
                 pause = _RETRY
             # Python 3.11's wait_for, by which redis-py writes, loses a cancellation that comes
             # together with its result; whoever cancelled us would wait for ever.
@@ -62,11 +67,17 @@ class Recovery:
 
         With no lease in sight that is a whole lease from now: one that is taken later lasts longer.
         """
-        async with self._engine.begin() as connection:
+        async with self._engine.connect() as connection:
             senders = await storage.recover_expired(connection, self._lease, self._next_state)
             if senders:
                 # Redis may be away, or we may die, before the load that follows.
                 await mark_stale(connection, senders)
+            if senders and not self._calm:
+                # It could be written: PostgreSQL is back, and its disk is not full.
+                await connection.rollback()
+                self._calm = True
+                return GRACE
+            await connection.commit()
         if senders:
             _log.warning("leases_expired", senders=senders)
             await self._loader.load(senders, committed=True)

@@ -1,0 +1,260 @@
+"""PostgreSQL refuses statements: every kind of write fails now and then, in every service."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from outbox.v1 import (
+    batch_service_pb2,
+    email_job_service_pb2,
+    sender_pb2,
+    sender_service_pb2,
+    suppression_pb2,
+    suppression_service_pb2,
+)
+
+from deploy.local.inbox import Inbox
+from services.dispatcher import recovery as recovery_module
+from services.dispatcher import settler as settler_module
+from shared.models import Base
+from shared.states import AttemptOutcome, JobState, SenderState
+from tests.conftest import Stores
+from tests.dispatchers import options, running, settings_of
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, options_for, running_scheduler
+from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.world import World, jobs_in
+
+# SQLSTATEs, and what a caller is told.
+CODES = {
+    # Serialisation failure, deadlock. Where the scheduler can, it repeats them itself.
+    "40001": ("ABORTED", "CONFLICT"),
+    "40P01": ("ABORTED", "CONFLICT"),
+    # Disk full, too many connections.
+    "53100": ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED"),
+    "53300": ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED"),
+    # Statement time-out; a read-only standby.
+    "57014": ("UNAVAILABLE", "DATABASE_UNAVAILABLE"),
+    "25006": ("UNAVAILABLE", "DATABASE_UNAVAILABLE"),
+}
+_TABLES = [table.name for table in Base.metadata.sorted_tables]
+
+
+@contextmanager
+def failing_writes(url: str, state: str, every: int) -> Iterator[Callable[[], dict[str, int]]]:
+    """Fail the first, and then every so-manieth, INSERT, UPDATE and DELETE of each table.
+
+    Yields a function that says how many of each were tried. A sequence counts them: what it
+    counted is not taken back with the transaction.
+    """
+    create = """
+        CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF nextval('fault_' || TG_TABLE_NAME || '_' || lower(TG_OP)) % {every} = 0 THEN
+                RAISE EXCEPTION 'a fault of the test' USING ERRCODE = '{state}';
+            END IF;
+            RETURN NULL;
+        END $$;
+    """
+    pairs = [(table, verb) for table in _TABLES for verb in ("insert", "update", "delete")]
+    with psycopg.connect(url, autocommit=True) as connection:
+
+        def run(statement: str) -> list[Any]:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+        def tried() -> dict[str, int]:
+            rows = run(
+                "SELECT sequencename, last_value FROM pg_sequences"
+                " WHERE sequencename LIKE 'fault\\_%' AND last_value IS NOT NULL"
+            )
+            return {name.removeprefix("fault_"): int(n) for name, n in rows}
+
+        run(create.format(every=every, state=state))
+        for table, verb in pairs:
+            # The first one fails: the sequence begins with 0.
+            run(f"CREATE SEQUENCE fault_{table}_{verb} MINVALUE 0")
+            run(
+                f"CREATE TRIGGER fault_{verb} BEFORE {verb} ON {table}"
+                " FOR EACH STATEMENT EXECUTE FUNCTION fault()"
+            )
+        try:
+            yield tried
+        finally:
+            run("DROP FUNCTION fault() CASCADE")
+            for table, verb in pairs:
+                run(f"DROP SEQUENCE fault_{table}_{verb}")
+
+
+# To a dispatcher the others are the same.
+@pytest.mark.parametrize("state", ["40001", "53100", "25006"])
+async def test_whatever_write_of_a_dispatcher_fails_nothing_is_lost_or_doubled(
+    database_url: str,
+    redis_url: str,
+    inbox: Inbox,
+    state: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery_module, "GRACE", timedelta(milliseconds=50))
+    monkeypatch.setattr(recovery_module, "_RETRY", timedelta(milliseconds=100))
+    settings = settings_of(options(database_url, redis_url, inbox.url, lease="20s"))
+    async with World(settings) as world:
+        senders = [await world.sender() for _ in range(3)]
+        jobs = [job for each in senders for job in await world.schedule(each, 6)]
+        # One whose dispatcher died, and a head that nobody loaded.
+        await world.sql(
+            "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() WHERE id = %s",
+            jobs[-1],
+        )
+        jobs += await world.schedule(senders[0], load=False)
+        await world.sql("UPDATE head_markers SET created_at = now() - interval '1 min'")
+        with failing_writes(database_url, state, 3) as tried:
+            async with running(settings), running(settings):
+                await eventually(world.done, 20)
+                await eventually(lambda: no_markers(world))
+            counted = tried()
+
+        assert {
+            "email_jobs_update",
+            "attempts_insert",
+            "count_deltas_insert",
+            "head_markers_insert",
+            "head_markers_delete",
+        } <= counted.keys()
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        outcomes = await world.sql("SELECT outcome, count(*) AS n FROM attempts GROUP BY 1")
+        assert {AttemptOutcome(row.outcome): row.n for row in outcomes} == {
+            AttemptOutcome.SENT: len(jobs),
+            AttemptOutcome.LEASE_EXPIRED: 1,
+        }
+        await world.check_counts()
+
+
+async def test_a_mail_that_ended_while_postgresql_was_away_for_longer_than_its_lease_is_sent_once(
+    database_url: str,
+    redis_url: str,
+    stores: Stores,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery_module, "GRACE", timedelta(seconds=3))
+    # Whoever recovers leases comes long before whoever records the outcome.
+    monkeypatch.setattr(settler_module, "_RETRY_S", 1.5)
+    held = Wait()
+    async with ScriptedServer({"body": [(held, Well())]}) as server:
+        settings = settings_of(options(database_url, redis_url, server.url, lease="1500ms"))
+        async with World(settings) as world, running(settings), running(settings):
+            [job] = await world.schedule(await world.sender())
+            await eventually(lambda: server.waiting["body"] == 1)
+            await stores.postgres.kill()
+            try:
+                held.event.set()
+                await eventually(lambda: server.taken[0].answered)
+                await eventually(lambda: time.time() > server.taken[0].started_at + 1.6)
+            finally:
+                await stores.postgres.start()
+            await eventually(lambda: done(world), 20)
+
+            assert jobs_in(server.taken) == {job: 1}
+            assert [each.outcome for each in await world.attempts(job)] == [AttemptOutcome.SENT]
+
+
+async def done(world: World) -> bool:
+    """As World.done, while PostgreSQL may be away."""
+    try:
+        return await world.done()
+    except psycopg.OperationalError:
+        return False
+
+
+async def no_markers(world: World) -> bool:
+    return not await world.sql("SELECT * FROM head_markers")
+
+
+@pytest.mark.parametrize("state", CODES)
+async def test_a_write_of_the_scheduler_that_fails_is_said_and_can_be_repeated(
+    database_url: str, redis_url: str, state: str
+) -> None:
+    seen = set()
+
+    async def until_done(call: Callable[[], Awaitable[Any]]) -> Any:
+        for _ in range(20):
+            try:
+                return await call()
+            except grpc.aio.AioRpcError as error:
+                seen.add(refusal(error))
+        raise AssertionError("it never succeeds")
+
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        with failing_writes(database_url, state, 3):
+            await every_change(scheduler, until_done)
+    assert seen == {CODES[state]}
+
+
+def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Return code and reason; there must be a RetryInfo."""
+    status = rpc_status.from_call(error)
+    assert status is not None
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert any(detail.Unpack(retry) for detail in status.details)
+    assert retry.retry_delay.ToMilliseconds() > 0
+    return error.code().name, info.reason
+
+
+async def every_change(
+    scheduler: Scheduler, do: Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]
+) -> None:
+    """Make each kind of change, by way of `do`; each is made once in the end."""
+    sender = await do(scheduler.sender)
+    batches = []
+    for n in range(3):
+        options = options_for(sender, request_id=f"once-{n}")
+        csv = b"email\n" + b"".join(b"r%d@b.org\n" % i for i in range(50)) + b"bad\n"
+        request = batch_service_pb2.ScheduleBatchRequest(options=options, csv=csv)
+        answer = await do(partial(scheduler.batches.ScheduleBatch, request))
+        batches.append(answer.batch.batch_id)
+    assert scheduler.value("SELECT count(*) FROM email_jobs WHERE state = 1") == 150
+    assert scheduler.value("SELECT count(*) FROM batch_rejections") == 3
+
+    changed = sender_service_pb2.UpdateSenderRequest(
+        sender=sender_pb2.Sender(sender_id=sender.sender_id, hourly_limit=7)
+    )
+    changed.update_mask.paths.append("hourly_limit")
+    await do(partial(scheduler.senders.UpdateSender, changed))
+    which = {"sender_id": sender.sender_id}
+    pause = sender_service_pb2.PauseSenderRequest(**which)
+    await do(partial(scheduler.senders.PauseSender, pause))
+    assert scheduler.value("SELECT state FROM senders") == SenderState.PAUSED
+    resume = sender_service_pb2.ResumeSenderRequest(**which)
+    await do(partial(scheduler.senders.ResumeSender, resume))
+
+    job = str(scheduler.value("SELECT min(id) FROM email_jobs WHERE batch_id = %s", batches[0]))
+    cancel_job = email_job_service_pb2.CancelEmailJobRequest(email_job_id=job)
+    await do(partial(scheduler.jobs.CancelEmailJob, cancel_job))
+    cancel = batch_service_pb2.CancelBatchRequest(batch_id=batches[1])
+    await do(partial(scheduler.batches.CancelBatch, cancel))
+    suppress = suppression_service_pb2.CreateSuppressionRequest(
+        user_id="ann", suppression=suppression_pb2.Suppression(email="r7@b.org")
+    )
+    await do(partial(scheduler.suppressions.CreateSuppression, suppress))
+    # The rows of a cancelled batch follow by themselves.
+    expected = {JobState.SCHEDULED: 97, JobState.CANCELLED: 51, JobState.SUPPRESSED: 2}
+    await eventually(lambda: states_of(scheduler) == expected, 30)
+    counted = scheduler.rows(
+        "SELECT state, sum(n)::int FROM count_deltas GROUP BY 1 HAVING sum(n) <> 0"
+    )
+    assert dict(counted) == expected
+
+
+def states_of(scheduler: Scheduler) -> dict[int, int]:
+    return dict(scheduler.rows("SELECT state, count(*) FROM email_jobs GROUP BY 1"))
