@@ -12,6 +12,7 @@ from cli.forecast import forecast
 from cli.options import AllPages, PageSize, PageToken, User
 from cli.output import Output, OutputFormat, note, print_rows, show, value_at
 from cli.sender_audit import audit
+from cli.series import series
 from cli.service import run
 
 _HOUR_COLUMNS = ("start_time", "sent_count", "failed_count")
@@ -88,3 +89,4 @@ def user(
 
 app.command()(forecast)
 app.command()(audit)
+app.command()(series)

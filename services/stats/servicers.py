@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.stats import storage
 from services.stats.auditing import audit
 from services.stats.forecasts import forecast
+from services.stats.series import series
 from shared import page_tokens
 from shared.auth import current_caller, effective_user, require_user
 from shared.forecast.backlog import Rules
@@ -75,6 +76,15 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         """Replay what a sender sent against its limits."""
         user_id = effective_user(current_caller(), request.user_id)
         return await audit(self._engine, request, user_id, self._rules)
+
+    async def QuerySenderSeries(  # noqa: N802 - the proto's name
+        self,
+        request: stats_service_pb2.QuerySenderSeriesRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+    ) -> stats_service_pb2.QuerySenderSeriesResponse:
+        """Return how a sender did over time."""
+        user_id = effective_user(current_caller(), request.user_id)
+        return await series(self._engine, request, user_id)
 
 
 def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:

@@ -314,13 +314,6 @@ async def test_a_wrong_request_for_a_user_is_refused(stats: Stats) -> None:
         )
 
 
-@pytest.mark.parametrize("method", ["QuerySenderSeries"])
-async def test_a_method_of_later_is_unimplemented(stats: Stats, method: str) -> None:
-    request = getattr(proto, f"{method}Request")()
-    call = getattr(stats.stub, method)(request)
-    assert await fails(call) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
-
-
 async def test_the_watch_of_later_is_unimplemented(stats: Stats) -> None:
     call: Any = stats.stub.WatchSenderStats(proto.WatchSenderStatsRequest())
     assert await fails(call.read()) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")

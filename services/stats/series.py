@@ -1,0 +1,161 @@
+"""QuerySenderSeries: how a sender did over time, from its recorded attempts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+from outbox.v1 import stats_pb2, stats_service_pb2
+from sqlalchemy import BigInteger, and_, cast, extract, func, or_, select
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.stats import storage
+from shared.errors import InvalidInput
+from shared.models import Attempt, EmailJob
+from shared.proto_mapping import (
+    from_duration,
+    from_timestamp,
+    not_found,
+    parse_id,
+    to_duration,
+    to_timestamp,
+)
+from shared.states import AttemptOutcome, JobState
+
+_MINUTE: Final = timedelta(minutes=1)
+_DAY: Final = timedelta(days=1)
+_MOST_BUCKETS: Final = 10_000
+# Lateness from which a mail counts as late.
+_LATE_MS: Final = 1_000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST: Final = datetime(9999, 12, 31, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """A series: from `start`, a multiple of `length`, to `end`, which may cut the last one."""
+
+    start: datetime
+    end: datetime
+    length: timedelta
+
+    def starts(self) -> list[datetime]:
+        """Return when each bucket begins."""
+        count = -(-(self.end - self.start) // self.length)
+        return [self.start + number * self.length for number in range(count)]
+
+
+def check_buckets(
+    start: datetime | None, end: datetime | None, length: timedelta | None, now: datetime
+) -> Buckets:
+    """Return the buckets that are asked for; None: the default.
+
+    Raises:
+        InvalidInput: BUCKET_INVALID, INTERVAL_INVALID.
+    """
+    length = timedelta(hours=1) if length is None else length
+    if not _MINUTE <= length <= _DAY or length % _MINUTE or _DAY % length:
+        raise InvalidInput.field(
+            "bucket",
+            "takes 1 min to 1 day, in whole minutes that divide a day, such as 1m, 5m, 1h or 24h",
+            reason="BUCKET_INVALID",
+        )
+    end = now if end is None else end
+    if start is None:
+        start = max(end, _EPOCH + _DAY) - _DAY
+    if start >= end:
+        raise InvalidInput.field(
+            "end_time", "must be later than start_time", reason="INTERVAL_INVALID"
+        )
+    if not start >= _EPOCH or end > _LAST:
+        raise InvalidInput.field(
+            "start_time", "there is nothing before 1970 or after 9999", reason="INTERVAL_INVALID"
+        )
+    buckets = Buckets(start - (start - _EPOCH) % length, end, length)
+    if (buckets.end - buckets.start) / length > _MOST_BUCKETS:
+        raise InvalidInput.field(
+            "bucket",
+            f"would make more than {_MOST_BUCKETS:,} buckets; take longer ones",
+            reason="BUCKET_INVALID",
+        )
+    return buckets
+
+
+async def series(
+    engine: AsyncEngine, request: stats_service_pb2.QuerySenderSeriesRequest, user_id: str | None
+) -> stats_service_pb2.QuerySenderSeriesResponse:
+    """Answer QuerySenderSeries.
+
+    Raises:
+        InvalidInput: BUCKET_INVALID, INTERVAL_INVALID.
+        NotFound: SENDER_NOT_FOUND.
+    """
+    sender_id = parse_id(request.sender_id, "sender_id")
+    start = end = length = None
+    if request.HasField("start_time"):
+        start = from_timestamp(request.start_time, "start_time")
+    if request.HasField("end_time"):
+        end = from_timestamp(request.end_time, "end_time")
+    if request.HasField("bucket"):
+        length = from_duration(request.bucket, "bucket")
+    buckets = check_buckets(start, end, length, datetime.now(UTC))
+    async with storage.snapshot(engine) as connection:
+        if not await storage.sender_exists(connection, sender_id, user_id):
+            raise not_found("sender_id", request.sender_id)
+        found = await _read(connection, sender_id, buckets)
+    return stats_service_pb2.QuerySenderSeriesResponse(
+        points=[_point(start, found.get(start)) for start in buckets.starts()]
+    )
+
+
+async def _read(
+    connection: AsyncConnection, sender_id: int, buckets: Buckets
+) -> dict[datetime, Any]:
+    """Return a row for each bucket in which something ended."""
+    seconds = int(buckets.length.total_seconds())
+    number = cast(func.floor(extract("epoch", Attempt.ended_at) / seconds), BigInteger)
+    sent = Attempt.outcome == int(AttemptOutcome.SENT)
+    # Of a job that is FAILED, the last attempt made it so; the others were followed by one more.
+    failed = and_(
+        EmailJob.state == int(JobState.FAILED), EmailJob.attempt == Attempt.attempt, ~sent
+    )
+    followed = or_(EmailJob.attempt > Attempt.attempt, EmailJob.state == int(JobState.SCHEDULED))
+    percentiles = func.percentile_disc(cast([0.5, 0.95, 0.99], ARRAY(DOUBLE_PRECISION)))
+    rows = await connection.execute(
+        select(
+            number.label("number"),
+            func.count().filter(sent).label("sent"),
+            func.count().filter(failed).label("failed"),
+            func.count().filter(~sent, followed).label("retried"),
+            func.count().filter(sent, Attempt.late_ms > _LATE_MS).label("late"),
+            percentiles.within_group(Attempt.late_ms).filter(sent).label("lateness"),
+        )
+        # Only what was not sent is looked up.
+        .join(EmailJob, and_(EmailJob.id == Attempt.email_job_id, ~sent), isouter=True)
+        .where(
+            Attempt.sender_id == sender_id,
+            Attempt.ended_at >= buckets.start,
+            Attempt.ended_at < buckets.end,
+        )
+        .group_by(number)
+    )
+    return {_EPOCH + row.number * buckets.length: row for row in rows}
+
+
+def _point(start: datetime, row: Any) -> stats_pb2.SeriesPoint:
+    point = stats_pb2.SeriesPoint(start_time=to_timestamp(start))
+    if row is None:
+        return point
+    point.sent_count = row.sent
+    point.failed_count = row.failed
+    point.retried_count = row.retried
+    point.late_count = row.late
+    if row.lateness is not None:
+        for field, value in zip(
+            (point.lateness_p50, point.lateness_p95, point.lateness_p99), row.lateness, strict=True
+        ):
+            if value is not None:
+                field.CopyFrom(to_duration(timedelta(milliseconds=value)))
+    return point
