@@ -288,6 +288,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         )
         assert followed["replayed"]
         assert followed["batch"]["counts"]["sent_count"] == "1"
+        assert followed["batch"]["body"] == "Hi"
         assert up.ask("stats", "sender", sender_id)["counts"]["cancelled_count"] == "1"
         sent_id = waiting["email_jobs"][0]["email_job_id"]
         assert up.ask("jobs", "attempts", sent_id)["attempts"][0]["smtp_code"] == 250
