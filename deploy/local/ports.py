@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
+import tempfile
+from pathlib import Path
+from typing import IO
 
 LOOPBACK = "127.0.0.1"
 
@@ -25,3 +30,20 @@ def free_port(preferred: int | None = None) -> int:
                 continue
             return int(probe.getsockname()[1])
     raise AssertionError
+
+
+def claim_port(port: int) -> IO[bytes] | None:
+    """Return what keeps other stacks of this user off a port until it is closed; None: one has it.
+
+    Between the look at a port and a server on it seconds go by. Two stacks that were started
+    together both found the usual ports free, and the one that lost took the other's answers to its
+    health checks for those of its own service.
+    """
+    path = Path(tempfile.gettempdir(), f"outbox-{os.getuid()}-port-{port}.lock")
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

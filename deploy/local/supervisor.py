@@ -12,7 +12,7 @@ from typing import Final, Protocol, Self
 
 from deploy.local.child import Child, LocalServerError
 from deploy.local.encryption_key import key_in
-from deploy.local.ports import LOOPBACK, free_port
+from deploy.local.ports import LOOPBACK, claim_port, free_port
 from deploy.local.service import Service, describe_end, environment_of
 from deploy.local.stack import Servers
 from shared.settings import Settings
@@ -101,7 +101,7 @@ class LocalSystem:
             await stack.enter_async_context(self.servers)
             migrate = (await imported).migrate
             await asyncio.to_thread(migrate, self.servers.database_url)
-            self._services = self._plan()
+            self._services = self._plan(stack)
             for service in self._services:
                 service.begin_log()
             stack.push_async_callback(self._stop_services)
@@ -182,7 +182,7 @@ class LocalSystem:
             else:
                 return
 
-    def _plan(self) -> list[Service]:
+    def _plan(self, stack: AsyncExitStack) -> list[Service]:
         environment = self._environment()
         titles = [
             (f"{name}-{number}" if wanted > 1 else name, name, number)
@@ -193,7 +193,7 @@ class LocalSystem:
             Service(
                 title,
                 name,
-                self._address(name, number),
+                self._address(name, number, stack),
                 environment,
                 folder=self.folder,
                 log=self.folder / "logs" / f"{title}.log",
@@ -229,13 +229,18 @@ class LocalSystem:
     def _addresses(self, name: str) -> list[str]:
         return [service.address for service in self._services if service.name == name]
 
-    def _address(self, name: str, number: int) -> str:
+    def _address(self, name: str, number: int, stack: AsyncExitStack) -> str:
         if not self._default_ports or number > 1:
             return f"{LOOPBACK}:{free_port()}"
         field = f"{name}_listen"
         if field in self._settings.model_fields_set:
             return str(getattr(self._settings, field))
-        return f"{LOOPBACK}:{free_port(_SERVICE_PORTS[name])}"
+        usual = _SERVICE_PORTS[name]
+        claim = claim_port(usual)
+        if claim is None:
+            return f"{LOOPBACK}:{free_port()}"
+        stack.enter_context(claim)
+        return f"{LOOPBACK}:{free_port(usual)}"
 
     async def _stop_services(self) -> None:
         # What sends first: the others may still be asked while it ends.

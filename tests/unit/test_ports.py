@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from deploy.local.ports import claim_port, free_port
+
+
+def test_a_port_that_one_stack_has_claimed_is_not_another_s_until_it_stops() -> None:
+    port = free_port()
+    first = claim_port(port)
+    assert first is not None
+    assert claim_port(port) is None
+    first.close()
+    again = claim_port(port)
+    assert again is not None
+    again.close()
