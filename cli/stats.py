@@ -10,7 +10,17 @@ from outbox.v1 import stats_service_pb2 as pb
 from cli.client import Server, connection, pages
 from cli.forecast import forecast
 from cli.options import AllPages, PageSize, PageToken, User
-from cli.output import Output, OutputFormat, note, print_rows, show, value_at
+from cli.output import (
+    Output,
+    OutputFormat,
+    note,
+    print_json_line,
+    print_rows,
+    show,
+    stdout,
+    to_document,
+    value_at,
+)
 from cli.sender_audit import audit
 from cli.series import series
 from cli.service import run
@@ -23,6 +33,14 @@ _SENDER_COLUMNS = (
     "counts.sending_count",
     "counts.sent_count",
     "counts.failed_count",
+)
+
+_WATCHED = (
+    "counts.scheduled_count",
+    "counts.sending_count",
+    "counts.sent_count",
+    "counts.failed_count",
+    "window_used_count",
 )
 
 app = typer.Typer(invoke_without_command=True, add_completion=False)
@@ -85,6 +103,25 @@ def user(
         )
         if found.next_page_token:
             note(f"there are more: --all, or --page-token {found.next_page_token}")
+
+
+@app.command()
+def watch(
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Follow the counts of a sender until it is deleted: a line a change; Ctrl-C ends it."""
+    request = pb.WatchSenderStatsRequest(sender_id=sender_id, user_id=user)
+    with connection("stats", server) as client:
+        for found in client.stats.WatchSenderStats(request, timeout=None):
+            if output is OutputFormat.JSON:
+                print_json_line(to_document(found))
+            elif not found.done:
+                counts = [f"{path}={value_at(found.stats, path)}" for path in _WATCHED]
+                stdout().print(value_at(found.stats, "read_time"), *counts)
+    note("the sender is deleted")
 
 
 app.command()(forecast)

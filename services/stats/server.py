@@ -17,6 +17,7 @@ from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.health import follow_dependencies
 from shared.process import serve_until_stopped
 from shared.settings import Settings
+from shared.watching import Watch
 
 
 async def serve(
@@ -31,8 +32,8 @@ async def serve(
     """
     engine = create_engine(settings)
     rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
-    # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
-    servicer = StatsServicer(engine, rules)  # type: ignore[abstract]
+    watch = Watch(partial(storage.read_watched, engine, rules.window))
+    servicer = StatsServicer(engine, rules, watch)
     service = ServiceBinding(
         stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
         partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
@@ -51,6 +52,7 @@ async def serve(
             settings.shutdown_grace,
             [
                 tell_port,
+                partial(watch.run, stop),
                 partial(follow_dependencies, server, dependencies, stop),
                 partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
             ],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import fields
 from typing import Any, Final
 
 import grpc
@@ -12,18 +15,22 @@ from services.stats import storage
 from services.stats.auditing import audit
 from services.stats.forecasts import forecast
 from services.stats.series import series
+from services.stats.storage import WatchedSender
 from shared import page_tokens
 from shared.auth import current_caller, effective_user, require_user
 from shared.forecast.backlog import Rules
 from shared.proto_mapping import id_text, not_found, parse_id, to_job_counts, to_timestamp
+from shared.watching import Watch
 
 _PAGES: Final = "user_stats"
+_WATCHED: Final = "sender_stats"
 
 
 class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
-    """Answers from PostgreSQL alone. The methods that it does not have answer UNIMPLEMENTED."""
+    """Answers from PostgreSQL alone."""
 
-    def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
+    def __init__(self, engine: AsyncEngine, rules: Rules, watch: Watch[WatchedSender]) -> None:
+        self._watch = watch
         self._engine = engine
         self._rules = rules
 
@@ -85,6 +92,40 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         """Return how a sender did over time."""
         user_id = effective_user(current_caller(), request.user_id)
         return await series(self._engine, request, user_id)
+
+    async def WatchSenderStats(  # noqa: N802 - the proto's name
+        self,
+        request: stats_service_pb2.WatchSenderStatsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+    ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
+        """Stream the counts of a sender as they change, until it is deleted."""
+        user_id = effective_user(current_caller(), request.user_id)
+        sender_id = parse_id(request.sender_id, "sender_id")
+        stream = page_tokens.digest_filters(sender_id)
+        seen = page_tokens.decode_resume(request.resume_token, _WATCHED, stream)
+        async with storage.snapshot(self._engine) as connection:
+            if not await storage.sender_exists(connection, sender_id, user_id):
+                raise not_found("sender_id", request.sender_id)
+        async with aclosing(self._watch.follow(sender_id)) as changes:
+            async for found in changes:
+                state = (_state_of(found),)
+                if state != seen:
+                    yield stats_service_pb2.WatchSenderStatsResponse(
+                        stats=None if found.stats is None else _sender_stats(found.stats),
+                        resume_token=page_tokens.encode(_WATCHED, stream, state),
+                        done=found.stats is None,
+                    )
+                if found.stats is None:
+                    return
+                seen = None
+
+
+def _state_of(found: WatchedSender) -> str:
+    """Return what tells this state from others, whenever it was read."""
+    if found.stats is None:
+        return "deleted"
+    values = (getattr(found.stats, each.name) for each in fields(found.stats) if each.compare)
+    return page_tokens.digest_filters(*values).hex()
 
 
 def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -69,7 +69,8 @@ class SenderStats:
     # Sends in the trailing window.
     window_used: int
     hourly_limit: int
-    read_at: datetime
+    # No part of what is compared: whoever watches would see nothing but changes.
+    read_at: datetime = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +223,24 @@ async def read_sender(
         hourly_limit=found.hourly_limit,
         read_at=found.read_at,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedSender:
+    """The stats of a sender that is watched; None: it was deleted."""
+
+    stats: SenderStats | None
+
+
+async def read_watched(
+    engine: AsyncEngine, window: timedelta, sender_ids: Iterable[int]
+) -> dict[int, WatchedSender]:
+    """Return what is watched, all of one moment; whose it is must be known already."""
+    async with snapshot(engine) as connection:
+        return {
+            sender_id: WatchedSender(await read_sender(connection, sender_id, None, window))
+            for sender_id in sender_ids
+        }
 
 
 async def sender_exists(connection: AsyncConnection, sender_id: int, user_id: str | None) -> bool:

@@ -314,9 +314,43 @@ async def test_a_wrong_request_for_a_user_is_refused(stats: Stats) -> None:
         )
 
 
-async def test_the_watch_of_later_is_unimplemented(stats: Stats) -> None:
-    call: Any = stats.stub.WatchSenderStats(proto.WatchSenderStatsRequest())
-    assert await fails(call.read()) == (grpc.StatusCode.UNIMPLEMENTED, "NOT_IMPLEMENTED")
+async def test_a_watch_begins_with_the_state_and_goes_on_with_each_change(stats: Stats) -> None:
+    sender = await stats.sender()
+    await stats.delta(sender, 3, 1)
+    request = proto.WatchSenderStatsRequest(sender_id=str(sender), user_id="anna")
+    stream = stats.stub.WatchSenderStats(request)
+    async with asyncio.timeout(20):
+        first: Any = await stream.read()
+        assert (first.stats.counts.sent_count, first.done) == (1, False)
+        await stats.delta(sender, 3, 4)
+        second: Any = await stream.read()
+        assert second.stats.counts.sent_count == 5
+        stream.cancel()
+
+        # Resumed: nothing is said again, and what came meanwhile is.
+        request.resume_token = second.resume_token
+        stream = stats.stub.WatchSenderStats(request)
+        reading: Any = asyncio.ensure_future(stream.read())
+        await stats.delta(sender, 4, 2)
+        third = await reading
+        assert (third.stats.counts.sent_count, third.stats.counts.failed_count) == (5, 2)
+        await stats.sql("UPDATE senders SET deleted_at = now() WHERE id = %s", sender)
+        last: Any = await stream.read()
+        assert last.done
+        assert await stream.read() == grpc.aio.EOF
+
+
+async def test_a_wrong_watch_is_refused(stats: Stats) -> None:
+    sender = str(await stats.sender("anna"))
+    for request, reason in (
+        (proto.WatchSenderStatsRequest(sender_id=sender, user_id="bert"), "SENDER_NOT_FOUND"),
+        (
+            proto.WatchSenderStatsRequest(sender_id=sender, resume_token="x"),
+            "RESUME_TOKEN_INVALID",
+        ),
+    ):
+        stream: Any = stats.stub.WatchSenderStats(request)
+        assert (await fails(stream.read()))[1] == reason
 
 
 async def test_the_service_lives_through_a_restart_of_postgresql(
