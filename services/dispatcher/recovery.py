@@ -10,6 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
+from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import MARKER_AGE, HeadLoader, mark_stale
 from shared.queue.connection import QUEUE_ERRORS
@@ -55,11 +56,7 @@ class Recovery:
                 _log.warning("recovery_failed", error=type(error).__name__)
                 self._calm = self._calm and isinstance(error, QUEUE_ERRORS)
                 pause = _RETRY
-            # Python 3.11's wait_for, by which redis-py writes, loses a cancellation that comes
-            # together with its result; whoever cancelled us would wait for ever.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise asyncio.CancelledError
+            raise_if_cancelled()
             await asyncio.sleep(pause.total_seconds())
 
     async def recover_leases(self) -> timedelta:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
 from services.dispatcher.storage import AttemptRecord, MarkedJob
+from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader, mark_stale
 from shared.queue.connection import QUEUE_ERRORS
@@ -106,6 +107,7 @@ class Settler:
                     releases.create_task(self._release(group, dues))
                 if self._closed and not self._pending:
                     return
+                raise_if_cancelled()
 
     async def _record(self, group: list[Outcome]) -> dict[JobRef, int]:
         ended = [o.record for o in group if isinstance(o, Ended)]

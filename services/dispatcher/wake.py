@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from redis.asyncio import Redis
 
+from shared.cancellation import raise_if_cancelled
 from shared.queue.connection import QUEUE_ERRORS
 
 _RETRY_S = 0.5
@@ -42,4 +43,6 @@ class WakeListener:
                     self._event.set()
                     async for _ in pubsub.listen():
                         self._event.set()
+                        raise_if_cancelled()
+            raise_if_cancelled()
             await asyncio.sleep(_RETRY_S)
