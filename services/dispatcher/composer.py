@@ -101,6 +101,11 @@ class Composer:
             ),
         )
 
+    def endpoint_of(self, job: MarkedJob) -> Endpoint | None:
+        """Return where the mail of a job goes; None: none can be built. `prepare` came before."""
+        batch = self._batches.get(job.batch_id)
+        return batch.endpoint if isinstance(batch, _BatchMail) else None
+
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
         """Return where the mail goes and what it is; `prepare` came before.
 

@@ -21,12 +21,15 @@ from services.dispatcher.composer import Composer, CompositionError
 from services.dispatcher.progress import Progress
 from services.dispatcher.retry import decide
 from services.dispatcher.settler import Ended, Refused, Settler, Unsent
+from services.dispatcher.shares import Place, Shares
 from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from services.dispatcher.wake import WakeListener
+from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
+from shared.queue.keys import JobRef
 from shared.queue.queue import Claim, Queue, SlotUse
 from shared.settings import Settings
 from shared.states import CONNECTION_TROUBLE, AttemptOutcome
@@ -62,6 +65,7 @@ class Dispatcher:
         self._pool = pool
         self._progress = progress
         self._free = settings.dispatcher_concurrency
+        self._shares = Shares(settings.dispatcher_concurrency)
         self._room = asyncio.Event()
         self._room.set()
         self._idle = asyncio.Event()
@@ -113,6 +117,7 @@ class Dispatcher:
     async def drain(self) -> int:
         """Take no more jobs; returns, when nothing is in flight, how many were given back."""
         self._draining.set()
+        self._shares.give_up()
         self._room.set()
         for listener in self._listeners:
             listener.wake()
@@ -123,9 +128,13 @@ class Dispatcher:
 
     async def _dispatch(self, queue: Queue, listener: WakeListener) -> None:
         while not self.draining:
+            raise_if_cancelled()
             await self._room.wait()
             if self._draining.is_set():
                 return
+            if self._free <= 0:  # somebody else was faster
+                self._room.clear()
+                continue
             listener.clear()
             try:
                 pause = await self._look(queue)
@@ -159,11 +168,45 @@ class Dispatcher:
         if taken:
             deadline = asked + self._settings.lease.total_seconds()
             # Not awaited: what becomes eligible meanwhile must not wait for these to be marked.
-            self._spawn(self._start_or_return(queue, claimed.claims, deadline))
+            self._start_where_there_is_a_place(queue, claimed.claims, deadline)
         if taken == want:
             return timedelta(0)
         most = _RETRY if claimed.lost else HEARTBEAT
         return most if claimed.next_look is None else min(claimed.next_look, most)
+
+    def _start_where_there_is_a_place(
+        self, queue: Queue, claims: Sequence[Claim], deadline: float
+    ) -> None:
+        """Start what is not known to go by an endpoint that has its share; let that wait."""
+        starting: list[Claim] = []
+        places: dict[JobRef, Place] = {}
+        for claim in claims:
+            key = self._shares.endpoint_of(claim.sender_id)
+            if key is None or self.draining:
+                starting.append(claim)
+            elif place := self._shares.take(key):
+                starting.append(claim)
+                places[claim.job] = place
+            else:
+                # Half the lease: the rest is for the send.
+                half = deadline - time.monotonic() - self._settings.lease.total_seconds() / 2
+                turn = self._shares.wait(key, asyncio.get_running_loop().time() + half)
+                self._spawn(self._start_later(queue, claim, turn, deadline))
+        if starting:
+            self._spawn(self._start_or_return(queue, starting, deadline, places))
+        self._return_room(len(claims) - len(starting))
+
+    async def _start_later(
+        self, queue: Queue, claim: Claim, turn: asyncio.Future[Place | None], deadline: float
+    ) -> None:
+        """Start a claim when it has a place; or give it back."""
+        place = await turn
+        if place is None:
+            self._free -= 1  # which `hand_over` does where it gives a place
+            self._settler.add(Refused(claim, waits=True))
+        self._shares.stop_waiting()
+        if place is not None:
+            await self._start_or_return(queue, [claim], deadline, {claim.job: place})
 
     async def _rebuild(self, queue: Queue) -> None:
         try:
@@ -181,16 +224,30 @@ class Dispatcher:
             _log.warning("load_failed", senders=len(sender_ids), error=type(error).__name__)
 
     async def _start_or_return(
-        self, queue: Queue, claims: Sequence[Claim], deadline: float
+        self,
+        queue: Queue,
+        claims: Sequence[Claim],
+        deadline: float,
+        places: dict[JobRef, Place],
     ) -> None:
+        """Start claims; `places`: those that they have, for none or some of them."""
         try:
-            await self._start(queue, claims, deadline)
+            await self._start(queue, claims, deadline, places)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _log.warning("start_failed", jobs=len(claims), error=type(error).__name__)
             self._troubled = True
+        finally:
+            for place in places.values():  # of what was not begun
+                self._shares.leave(place, sent=False)
 
-    async def _start(self, queue: Queue, claims: Sequence[Claim], deadline: float) -> None:
-        """Mark, load and confirm a group of claims, and begin to send each."""
+    async def _start(
+        self,
+        queue: Queue,
+        claims: Sequence[Claim],
+        deadline: float,
+        places: dict[JobRef, Place],
+    ) -> None:
+        """Mark, load and confirm a group of claims, and begin to send each, with its place."""
         marked: list[MarkedJob] = []
         try:
             async with self._statements.connect() as connection:
@@ -216,15 +273,31 @@ class Dispatcher:
             raise
         for claim, holds in zip(ours, held, strict=True):
             job = by_job[claim.job]
-            if holds:
-                self._spawn(self._send(claim, job, deadline))
-            else:
+            if not holds:
                 self._settler.add(Unsent(claim, job, held=False))
+            elif place := self._place_of(job, places):
+                self._spawn(self._send(claim, job, deadline, place))
+            else:
+                # Its sender is known from now on: the next claim of it waits before it is marked.
+                self._settler.add(Unsent(claim, job))
+
+    def _place_of(self, job: MarkedJob, places: dict[JobRef, Place]) -> Place | None:
+        """Return the place for a job: the one that it has, if its endpoint is the one we knew."""
+        endpoint = self._composer.endpoint_of(job)
+        key = (endpoint.host, endpoint.port) if endpoint else ("", 0)
+        place = places.pop(job.job, None)
+        if place is None or place.key != key:
+            if place is not None:
+                self._shares.leave(place, sent=False)
+            self._shares.learn(job.sender_id, key)
+            place = self._shares.take(key)
+        return place
 
     # One task a mail -------------------------------------------------------------------------
 
-    async def _send(self, claim: Claim, job: MarkedJob, deadline: float) -> None:
+    async def _send(self, claim: Claim, job: MarkedJob, deadline: float, place: Place) -> None:
         started = time.monotonic()
+        result: SendResult | None = None
         try:
             endpoint, envelope = self._composer.compose(job)
             result = await self._pool.send(
@@ -245,6 +318,11 @@ class Dispatcher:
                 ended=time.monotonic(),
                 message="internal error of the dispatcher",
             )
+        finally:
+            self._shares.leave(place, sent=result is not None)
+        if result.outcome is AttemptOutcome.CONNECTION_FAILURE:
+            # Redis knows whether the others may try: its circuit may be open by now.
+            self._shares.give_up(place.key)
         asked = deadline - self._settings.lease.total_seconds()
         late = claim.waited + timedelta(seconds=result.started - asked)
         self._settle(job, result, late)
@@ -291,9 +369,11 @@ class Dispatcher:
 
     def _return_room(self, count: int) -> None:
         self._free += count
-        if self._free:
+        while self._free > 0 and self._shares.hand_over():
+            self._free -= 1
+        if self._free > 0:
             self._room.set()
-        if self.in_flight == 0:
+        if self.in_flight == 0 and not self._shares.waiting:
             self._idle.set()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

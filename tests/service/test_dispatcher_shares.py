@@ -1,0 +1,144 @@
+"""A slow endpoint beside quick ones: their mail is not late, and no work is done for what waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deploy.local.inbox import Inbox
+from shared.states import JobState, SmtpSecurity
+from tests.dispatchers import Running, options, running, settings_of
+from tests.eventually import eventually
+from tests.smtp_servers import ScriptedServer, Wait
+from tests.world import World, jobs_in
+
+Configure = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
+    def build(**changes: str | int) -> dict[str, str]:
+        return options(
+            database_url, redis_url, inbox.url, **{"smtp_timeout": "8s", "lease": "20s"} | changes
+        )
+
+    return build
+
+
+def by(server: ScriptedServer) -> dict[str, Any]:
+    return {
+        "smtp_host": "127.0.0.1",
+        "smtp_port": server.port,
+        "smtp_security": int(SmtpSecurity.NONE),
+    }
+
+
+def end(dispatcher: Running, server: ScriptedServer) -> None:
+    """Stop without waiting for sends that hang."""
+    dispatcher.stopping.set()
+    server.cut()
+
+
+@pytest.mark.parametrize(("phase", "gap_ms"), [("greeting", 0), ("rcpt", 50), ("body", 50)])
+async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
+    configure: Configure, inbox: Inbox, phase: str, gap_ms: int
+) -> None:
+    settings = settings_of(configure())
+    async with ScriptedServer({phase: Wait()}) as server, World(settings) as world:
+        sick = [await world.sender(gap_ms=gap_ms, **by(server)) for _ in range(8)]
+        well = [await world.sender(gap_ms=gap_ms) for _ in range(3)]
+        for sender in sick:
+            await world.schedule(sender, 5)
+        async with running(settings) as dispatcher:
+            await eventually(lambda: server.waiting[phase] == 4)
+            await eventually(lambda: all_claimed(world, sick))
+            began = time.time()
+            jobs = [job for sender in well for job in await world.schedule(sender, 5)]
+            await eventually(lambda: world.done(*well), 5)
+
+            assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+            # Nobody of the sick has come to its end meanwhile.
+            assert server.waiting[phase] == 4
+            assert max(mail.started_at for mail in inbox.mails) - began < 4
+            # What waits is not even marked, and can be cancelled.
+            states = await world.states(*sick)
+            assert states[JobState.SENDING] == 4
+            waiting = await world.in_state(JobState.SCHEDULED)
+            assert await world.cancel(sorted(waiting)) == len(waiting)
+            end(dispatcher, server)
+
+
+async def test_what_waits_for_a_place_costs_no_work_and_no_attempt(
+    configure: Configure, redis: Any
+) -> None:
+    settings = settings_of(configure(smtp_timeout="20s", lease="30s"))
+    async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
+        senders = [await world.sender(gap_ms=1, **by(server)) for _ in range(50)]
+        for sender in senders:
+            await world.schedule(sender, 20)
+        async with running(settings) as dispatcher:
+            # Each sender is claimed once, and its next job not before.
+            await eventually(lambda: all_claimed(world, senders))
+            calls = await script_calls(redis)
+            began = time.monotonic()
+            await eventually(lambda: time.monotonic() - began > 1)
+            assert await script_calls(redis) - calls < 10
+            attempts = await world.sql(
+                "SELECT max(attempt) AS most FROM email_jobs WHERE state = 1"
+            )
+            assert attempts[0].most == 0
+            end(dispatcher, server)
+
+
+async def script_calls(redis: Any) -> int:
+    stats = await redis.info("commandstats")
+    return sum(
+        int(stats.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("evalsha", "eval")
+    )
+
+
+async def all_claimed(world: World, senders: list[int]) -> bool:
+    return all([await world.leases_in_redis(sender) for sender in senders])
+
+
+async def test_what_waits_for_a_place_is_sent_when_the_endpoint_has_recovered(
+    configure: Configure,
+) -> None:
+    settings = settings_of(configure(smtp_timeout="1s", lease="2s", retry_backoff="100ms"))
+    async with ScriptedServer({"rcpt": [Wait()] * 4}) as server, World(settings) as world:
+        senders = [await world.sender(gap_ms=1, **by(server)) for _ in range(12)]
+        jobs = [job for sender in senders for job in await world.schedule(sender, 2)]
+        async with running(settings):
+            await eventually(world.done, 20)
+        assert await world.states() == {JobState.SENT: 24}
+        assert jobs_in(server.taken) == dict.fromkeys(jobs, 1)
+        await world.check_counts()
+
+
+async def test_a_drain_gives_back_what_waits_for_a_place(configure: Configure) -> None:
+    settings = settings_of(configure())
+    async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
+        senders = [await world.sender(gap_ms=1, **by(server)) for _ in range(10)]
+        for sender in senders:
+            await world.schedule(sender, 2)
+        async with running(settings) as dispatcher:
+            await eventually(lambda: all_claimed(world, senders))
+            server.cut()  # ends the four that hang
+            await dispatcher.drain()
+            assert not any([await world.leases_in_redis(sender) for sender in senders])
+        assert (await world.states())[JobState.SENDING] == 0
+        await world.check_counts()
+
+
+async def test_ten_slow_mails_at_once_where_there_is_one_endpoint(configure: Configure) -> None:
+    """A relay that is slow and alone has all places but the one that is kept."""
+    settings = settings_of(configure(dispatcher_concurrency=10))
+    async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
+        for _ in range(12):
+            await world.schedule(await world.sender(**by(server)))
+        async with running(settings) as dispatcher:
+            await eventually(lambda: server.waiting["rcpt"] == 8)
+            end(dispatcher, server)
