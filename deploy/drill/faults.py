@@ -41,6 +41,7 @@ class Faults:
             "redis_kill": self._kill_redis,
             "redis_snapshot": self._restore_snapshot,
             "redis_keys": self._delete_keys,
+            "redis_full": self._fill,
             "postgres_kill": self._kill_postgres,
             "postgres_restart": self._restart_postgres,
             "postgres_cut": self._cut_postgres,
@@ -123,6 +124,14 @@ class Faults:
                 await client.delete(*gone)
 
         await self._redis(delete)
+
+    async def _fill(self, fault: Fault) -> None:
+        # Every server of ours is started without a bound, so nothing is evicted: writes fail.
+        await self._redis(lambda client: client.config_set("maxmemory", 1))
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            await self._redis(lambda client: client.config_set("maxmemory", 0))
 
     async def _runs_after(self, before: Child) -> bool:
         return self._stack.valkey.child is not before and await self._asked(

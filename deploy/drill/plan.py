@@ -39,6 +39,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         "kill -9; starts with a snapshot that is seconds old", "redis", (1.0, 6.0)
     ),
     "redis_keys": Kind("half of all keys are deleted", "redis"),
+    "redis_full": Kind("out of memory, and evicts nothing", "redis", _SHORT),
     "redis_refuse": Kind("connections cut and refused", "redis", _SHORT),
     "redis_hang": Kind("not a byte passes; then all that was held back does", "redis", _SHORT),
     "postgres_kill": Kind("kill -9 of the server", "postgres"),
