@@ -35,6 +35,7 @@ class OutboxGroup(LazyGroup):
         "senders": Entry("cli.senders", "Create, show, change, pause and delete senders.", _CLIENT),
         "batches": Entry("cli.batches", "Show and cancel batches.", _CLIENT),
         "jobs": Entry("cli.jobs", "Show and cancel e-mail jobs.", _CLIENT),
+        "top": Entry("cli.top", "Watch senders live: limits, what waits and why.", _CLIENT),
         "suppressions": Entry(
             "cli.suppressions", "Keep the addresses that mail must never go to.", _CLIENT
         ),

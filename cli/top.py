@@ -1,0 +1,214 @@
+"""`outbox top`: a live view of senders, limits, what waits and why, and endpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Annotated, Final
+
+import typer
+from outbox.v1.dispatcher_pb2 import DispatcherStatus
+from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
+from outbox.v1.email_job_pb2 import JOB_STATE_SCHEDULED
+from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest, ListEmailJobsRequest
+from outbox.v1.sender_service_pb2 import (
+    ListSendersRequest,
+    PauseSenderRequest,
+    ResumeSenderRequest,
+)
+from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
+from outbox_client import CallError
+from rich.console import Console
+from rich.live import Live
+
+from cli.client import connection
+from cli.lazy import CommandFailed
+from cli.options import User
+from cli.output import Output, OutputFormat, print_json, to_document
+from cli.top_view import SenderView, View, draw
+
+# As many as fit on a screen, and cost few calls a look.
+_MOST_SENDERS: Final = 30
+_LOOK_S: Final = 1.0
+_PATIENCE_S: Final = 10.0
+_UP: Final = ("\x1b[A", "\x1bOA", "k")
+_DOWN: Final = ("\x1b[B", "\x1bOB", "j")
+# An arrow is three characters.
+_KEY: Final = re.compile(r"\x1b[\[O].|.", re.DOTALL)
+_QUIT: Final = ("q", "\x03", "\x04")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def top(
+    user: User = "",
+    *,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.2, metavar="SECONDS", help="Between two looks.")
+    ] = _LOOK_S,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Watch senders live: limits used, what waits and why, endpoints' health.
+
+    Keys: up and down select a sender, p pauses it, r resumes it, e explains its
+    first waiting mail, q quits. With `-o json`: one look as one document.
+
+    $ outbox top --user demo
+    """
+    with ExitStack() as stack:
+        watched = _Watched(stack, user)
+        if output is OutputFormat.JSON:
+            print_json(_document(watched.look()))
+            return
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise CommandFailed("top needs a terminal; `-o json` does without")
+        _show(watched, interval)
+
+
+@dataclass
+class _Watched:
+    """The services, and what is asked of them."""
+
+    stack: ExitStack
+    user: str
+    message: str = ""
+    selected: int = 0
+    view: View = field(default_factory=lambda: View(datetime.now(UTC)))
+
+    def __post_init__(self) -> None:
+        self._ask_dispatcher_at = 0.0
+        self._scheduler = self.stack.enter_context(connection("scheduler", None))
+        self._stats = self.stack.enter_context(connection("stats", None))
+        self._dispatcher = self.stack.enter_context(connection("dispatcher", None))
+
+    def look(self) -> View:
+        """Ask all three services; what is away is a line and no end."""
+        senders: list[SenderView] = []
+        dispatchers: list[DispatcherStatus] = []
+        troubles: list[str] = []
+        try:
+            page = self._scheduler.senders.ListSenders(
+                ListSendersRequest(user_id=self.user, page_size=_MOST_SENDERS)
+            )
+            for sender in page.senders:
+                stats = self._stats.stats.GetSenderStats(
+                    GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
+                )
+                senders.append(SenderView(sender, stats))
+        except CallError as error:
+            troubles.append(" ".join(str(error).split()))
+        if time.monotonic() >= self._ask_dispatcher_at:
+            self._ask_dispatcher(dispatchers, troubles)
+        self.view = View(datetime.now(UTC), senders, dispatchers, troubles)
+        self.selected = min(self.selected, max(len(senders) - 1, 0))
+        return self.view
+
+    def _ask_dispatcher(self, dispatchers: list[DispatcherStatus], troubles: list[str]) -> None:
+        try:
+            status = self._dispatcher.dispatcher.GetDispatcherStatus(
+                GetDispatcherStatusRequest(), timeout=2
+            )
+            dispatchers.append(status)
+        except CallError as error:
+            troubles.append("dispatcher: " + " ".join(str(error).split()))
+            # One that is away must not make every look slow.
+            self._ask_dispatcher_at = time.monotonic() + _PATIENCE_S
+
+    def press(self, key: str) -> bool:
+        """Do what a key says; return whether something has to be looked at again."""
+        if key in _UP or key in _DOWN:
+            step = 1 if key in _DOWN else -1
+            last = max(len(self.view.senders) - 1, 0)
+            self.selected = min(max(self.selected + step, 0), last)
+            return False
+        if key not in ("p", "r", "e") or not self.view.senders:
+            return False
+        sender = self.view.senders[self.selected].sender
+        try:
+            self.message = self._steer(key, sender.sender_id, sender.email)
+        except CallError as error:
+            self.message = " ".join(str(error).split())
+        return True
+
+    def _steer(self, key: str, sender_id: str, email: str) -> str:
+        senders = self._scheduler.senders
+        if key == "p":
+            senders.PauseSender(PauseSenderRequest(sender_id=sender_id, user_id=self.user))
+            return f"paused {email}"
+        if key == "r":
+            senders.ResumeSender(ResumeSenderRequest(sender_id=sender_id, user_id=self.user))
+            return f"resumed {email}"
+        jobs = self._scheduler.email_jobs
+        waiting = jobs.ListEmailJobs(
+            ListEmailJobsRequest(
+                sender_id=sender_id, user_id=self.user, state=JOB_STATE_SCHEDULED, page_size=1
+            )
+        ).email_jobs
+        if not waiting:
+            return f"nothing of {email} waits"
+        job_id = waiting[0].email_job_id
+        found = jobs.ExplainEmailJob(ExplainEmailJobRequest(email_job_id=job_id, user_id=self.user))
+        return f"{email}, job {job_id}: {found.explanation}"
+
+
+def _show(watched: _Watched, interval: float) -> None:
+    console = Console(markup=False, highlight=False, emoji=False)
+    with _raw_keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
+        next_look = 0.0
+        while True:
+            if time.monotonic() >= next_look:
+                watched.look()
+                next_look = time.monotonic() + interval
+            live.update(draw(watched.view, watched.selected, watched.message), refresh=True)
+            for key in _read_keys(keys, max(next_look - time.monotonic(), 0.0)):
+                if key in _QUIT:
+                    return
+                if watched.press(key):
+                    next_look = 0.0
+
+
+@contextmanager
+def _raw_keys() -> Iterator[int]:
+    """Let keys come one by one and unseen, Ctrl-C among them; at the end all is as it was."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    try:
+        tty.setraw(descriptor, termios.TCSANOW)
+        # Lines still end as they did.
+        now = termios.tcgetattr(descriptor)
+        now[1] = before[1]
+        termios.tcsetattr(descriptor, termios.TCSANOW, now)
+        yield descriptor
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+def _read_keys(descriptor: int, seconds: float) -> list[str]:
+    """Return the keys that were pressed, an arrow's sequence as one; none within `seconds`."""
+    ready, _, _ = select.select([descriptor], [], [], seconds)
+    if not ready:
+        return []
+    data = os.read(descriptor, 64)
+    # A terminal that is gone is as good as `q`.
+    return _KEY.findall(data.decode("utf-8", "replace")) if data else ["q"]
+
+
+def _document(view: View) -> dict[str, object]:
+    return {
+        "senders": [
+            {"sender": to_document(each.sender), "stats": to_document(each.stats)}
+            for each in view.senders
+        ],
+        "dispatchers": [to_document(each) for each in view.dispatchers],
+        "troubles": list(view.troubles),
+    }

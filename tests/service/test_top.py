@@ -1,0 +1,152 @@
+"""`outbox top` over a pseudo-terminal, against real services."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import sys
+import termios
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED
+from outbox.v1.sender_service_pb2 import GetSenderRequest
+
+from deploy.local.ports import free_port
+from services.stats.server import serve as serve_stats
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, running_scheduler
+
+COMMAND = (str(Path(sys.executable).parent / "outbox"), "top", "--user", "ann")
+
+
+@dataclass
+class Terminal:
+    """The other side of a command's terminal."""
+
+    master: int
+    slave: int
+    process: asyncio.subprocess.Process
+    seen: bytearray = field(default_factory=bytearray)
+
+    def read(self) -> None:
+        self.seen += os.read(self.master, 65_536)
+
+    def shows(self, text: str) -> bool:
+        return text.encode() in self.seen
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+
+def environment(scheduler: Scheduler, stats: str) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")},
+        "OUTBOX_SCHEDULER_LISTEN": scheduler.address,
+        "OUTBOX_STATS_LISTEN": stats,
+        "OUTBOX_DISPATCHER_LISTEN": f"127.0.0.1:{free_port()}",
+        "TERM": "xterm-256color",
+        "COLUMNS": "120",
+        "LINES": "40",
+    }
+
+
+@asynccontextmanager
+async def terminal(values: dict[str, str], folder: Path) -> AsyncIterator[Terminal]:
+    master, slave = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, stdin=slave, stdout=slave, stderr=slave, env=values, cwd=folder
+    )
+    screen = Terminal(master, slave, process)
+    loop = asyncio.get_running_loop()
+    loop.add_reader(master, screen.read)
+    try:
+        yield screen
+    finally:
+        loop.remove_reader(master)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url, stats_listen="127.0.0.1:0") as running:
+        yield running
+
+
+@pytest.fixture
+async def stats(scheduler: Scheduler) -> AsyncIterator[str]:
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(serve_stats(scheduler.settings, stop, ready=port.set_result))
+        yield f"127.0.0.1:{await port}"
+        stop.set()
+
+
+async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_was(
+    scheduler: Scheduler, stats: str, tmp_path: Path
+) -> None:
+    first = await scheduler.sender(email="first@x.org", hourly_limit=77)
+    second = await scheduler.sender(email="second@x.org")
+    await scheduler.schedule(second, "email\na@b.org\nb@b.org\n")
+
+    async def paused(sender_id: str) -> bool:
+        request = GetSenderRequest(sender_id=sender_id)
+        found = await scheduler.senders.GetSender(request)
+        return bool(found.state == SENDER_STATE_PAUSED)
+
+    async def resumed() -> bool:
+        return not await paused(second.sender_id)
+
+    async with terminal(environment(scheduler, stats), tmp_path) as screen:
+        before = termios.tcgetattr(screen.slave)
+        await eventually(lambda: screen.shows("second@x.org") and screen.shows("0/77"), 30)
+        assert screen.shows("nothing waits")
+        screen.type("\x1b[B")
+        screen.type("p")
+        await eventually(lambda: paused(second.sender_id), 20)
+        assert not await paused(first.sender_id)
+        await eventually(lambda: screen.shows("paused second@x.org"), 20)
+        screen.type("r")
+        await eventually(resumed, 20)
+        screen.type("e")
+        await eventually(lambda: screen.shows("as soon as a dispatcher is free"), 20)
+        screen.type("q")
+        async with asyncio.timeout(20):
+            assert await screen.process.wait() == 0
+        # Back from the other screen, the cursor seen again, and the keys as they were.
+        await eventually(lambda: screen.shows("\x1b[?1049l") and screen.shows("\x1b[?25h"))
+        assert termios.tcgetattr(screen.slave) == before
+
+
+async def test_without_a_terminal_one_look_is_one_document_or_a_clear_error(
+    scheduler: Scheduler, stats: str, tmp_path: Path
+) -> None:
+    sender = await scheduler.sender(email="first@x.org")
+    values = environment(scheduler, stats)
+    for more, code in (((), 1), (("-o", "json"), 0)):
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            *more,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=values,
+            cwd=tmp_path,
+        )
+        out, err = await process.communicate()
+        assert process.returncode == code, err
+        if code:
+            assert b"needs a terminal" in err
+    (found,) = json.loads(out)["senders"]
+    assert found["sender"]["sender_id"] == sender.sender_id
+    assert "waiting_count" in found["stats"]
