@@ -139,6 +139,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 # Closed here, when the caller goes away, and not at a later garbage collection.
                 async with aclosing(messages):
                     async for message in messages:
+                        # A stream may outlive its key: what is revoked hears no more.
+                        await self._identify(method, context)
                         await _unbroken(context.write(message))
 
             await self._run(method, context, work, None, stream=True)
@@ -195,7 +197,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._streams.add(limit)
                     if self._ending_streams:
                         limit.reschedule(0)
-                await self._identify(method, context)
+                set_current_caller(await self._identify(method, context))
                 if method.startswith(_TOOLING):
                     return await work()
                 async with self._gate_of(method, stream=stream).entered():
@@ -211,13 +213,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._streams.discard(limit)
 
-    async def _identify(self, method: str, context: _Context) -> None:
+    async def _identify(self, method: str, context: _Context) -> Caller:
         if method.startswith(_TOOLING):
-            set_current_caller(_ANONYMOUS)
-            return
+            return _ANONYMOUS
         caller = await self._authenticator.authenticate(context.invocation_metadata() or ())
         check_may_call(caller, method)
-        set_current_caller(caller)
+        return caller
 
     def _gate_of(self, method: str, *, stream: bool) -> Gate:
         return self._gates.get(method) or (self._streams_gate if stream else self._calls_gate)

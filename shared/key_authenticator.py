@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from contextvars import Context
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -81,7 +82,8 @@ class KeyAuthenticator:
     async def _ask_once(self, presented: PresentedKey) -> Caller | None:
         task = self._asking.get(presented)
         if task is None:
-            task = asyncio.create_task(self._ask(presented))
+            # In no call's context: many wait for it, and it is about none of their users.
+            task = asyncio.create_task(self._ask(presented), context=Context())
             self._asking[presented] = task
             task.add_done_callback(lambda _: self._asking.pop(presented, None))
         # The call that asks may be cancelled; the others wait for the same answer.

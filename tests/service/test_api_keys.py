@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from outbox.v1 import (
     dispatcher_service_pb2,
     sender_pb2,
     sender_service_pb2,
+    stats_service_pb2,
+    stats_service_pb2_grpc,
 )
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner, Result
@@ -34,6 +37,7 @@ from shared.api_keys import ApiKeyKind, make_key
 from shared.auth import Caller, CallerKind
 from shared.database import create_engine
 from shared.errors import Unauthenticated
+from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.key_authenticator import CACHE_TIME, KeyAuthenticator
 from shared.settings import load_settings
 from tests.conftest import Stores
@@ -176,6 +180,53 @@ async def test_a_revoked_key_stops_within_the_cache_time(engine: AsyncEngine) ->
     assert asyncio.get_running_loop().time() - began < 2
     await authenticator.close()
     assert timedelta(seconds=5) >= CACHE_TIME  # what the command line and the documents say
+
+
+class Watched(stats_service_pb2_grpc.StatsServiceServicer):
+    """Streams a message whenever it is told to."""
+
+    def __init__(self) -> None:
+        self.next = asyncio.Semaphore(1)
+
+    async def WatchSenderStats(  # noqa: N802 - the proto's name
+        self, request: stats_service_pb2.WatchSenderStatsRequest, context: Any
+    ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
+        del request, context
+        while True:
+            await self.next.acquire()
+            yield stats_service_pb2.WatchSenderStatsResponse()
+
+
+async def test_a_stream_ends_when_its_key_is_revoked(engine: AsyncEngine) -> None:
+    text = await key(engine, ApiKeyKind.SERVICE)
+    servicer = Watched()  # type: ignore[abstract]
+    name = stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name
+    binding = ServiceBinding(
+        name, partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer)
+    )
+    server = GrpcServer(load_settings(auth="keys"), "127.0.0.1:0", [binding], engine=engine)
+    assert isinstance(server._authenticator, KeyAuthenticator)
+    server._authenticator._cache_s = 0.1
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+        request = stats_service_pb2.WatchSenderStatsRequest(sender_id="1")
+        stream = stub.WatchSenderStats(request, metadata=bearer(text), timeout=20)
+        await stream.read()
+        servicer.next.release()
+        await stream.read()
+        async with engine.begin() as connection:
+            await revoke_key(connection, text.split("_")[1])
+
+        async def read_on() -> None:
+            while True:
+                servicer.next.release()
+                await stream.read()
+
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_on()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    await server.drain_and_stop(timedelta(seconds=1))
 
 
 async def test_a_key_is_looked_up_once_for_many_calls(engine: AsyncEngine) -> None:
