@@ -1,0 +1,67 @@
+"""Dispatchers whose wall clock is wrong: limits and records follow the clocks of the stores."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+
+import pytest
+
+from deploy.local.inbox import Inbox
+from shared.states import JobState
+from tests.dispatchers import options, process, settings_of
+from tests.eventually import eventually
+from tests.world import World, gap_of, jobs_in, most_of
+
+
+@pytest.fixture
+def faketime() -> str:
+    """The library that shows a process another wall clock: Debian's package faketime."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    assert found, "libfaketime is missing: apt-get install faketime"
+    return str(found[0])
+
+
+@pytest.mark.parametrize("offset", [timedelta(hours=1), timedelta(hours=-1)])
+async def test_a_dispatcher_whose_clock_is_an_hour_off_breaks_no_limit_and_records_true_times(
+    database_url: str,
+    redis_url: str,
+    inbox: Inbox,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    faketime: str,
+    offset: timedelta,
+) -> None:
+    values = options(database_url, redis_url, inbox.url, min_gap="50ms", rate_window="1s")
+    settings = settings_of(values)
+    async with World(settings) as world:
+        sender, later = await world.sender(limit=5), await world.sender()
+        jobs = await world.schedule(sender, 12)
+        # Due in half an hour: not now, though one of the clocks says that it is.
+        waiting = await world.schedule(later, due=timedelta(minutes=30))
+        began = time.time()
+        with monkeypatch.context() as patch:
+            # The wall clock alone: the monotonic one counts from the start of the machine.
+            patch.setenv("LD_PRELOAD", faketime)
+            patch.setenv("FAKETIME", f"{int(offset.total_seconds()):+d}s")
+            patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+            patch.setenv("FAKETIME_NO_CACHE", "1")
+            async with process(values, tmp_path / "log") as child:
+                await eventually(lambda: world.done(sender), 20)
+                assert await child.terminate() == 0
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        assert gap_of(inbox.mails, sender) >= 0.05
+        assert most_of(inbox.mails, sender, timedelta(seconds=1)) <= 5
+        assert await world.in_state(JobState.SCHEDULED) == set(waiting)
+        for job in jobs:
+            [attempt] = await world.attempts(job)
+            assert began - 1 < attempt.started_at <= attempt.ended_at < time.time() + 1
+        # The Date header is the one thing that shows the dispatcher's own clock.
+        data = (inbox.maildir / "new" / inbox.mails[0].file).read_text()
+        date = next(line for line in data.splitlines() if line.startswith("Date: "))
+        shown = parsedate_to_datetime(date.removeprefix("Date: ")) - datetime.now(UTC)
+        assert abs(shown - offset) < timedelta(minutes=1)
