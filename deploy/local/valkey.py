@@ -37,7 +37,7 @@ class ValkeyServer:
         self._wanted_port = port
         self._port: int | None = port
         self._log = log or self.folder.with_name(f"{folder.name}.log")
-        self._binary = binary
+        self.binary = binary
         self._child: Child | None = None
 
     @property
@@ -65,7 +65,7 @@ class ValkeyServer:
         Raises:
             LocalServerError: it did not start; the text quotes its log.
         """
-        binary = self._binary or valkey_binary()
+        binary = self.binary or valkey_binary()
         self.folder.mkdir(parents=True, exist_ok=True)
         await stop_orphans(self.folder, binary.name, _STOP)
         for tries_left in reversed(range(_PORT_TRIES)):

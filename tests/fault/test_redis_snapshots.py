@@ -34,6 +34,8 @@ def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
 async def redis_server(stores: Stores) -> AsyncIterator[ValkeyServer]:
     """The run's Redis, which loses what it saved when the test is over."""
     yield stores.redis
+    async with Redis.from_url(stores.redis.url) as client:
+        await client.replicaof("NO", "ONE")
     (stores.redis.folder / "dump.rdb").unlink(missing_ok=True)
 
 
@@ -128,7 +130,8 @@ async def test_a_replica_that_is_behind_and_takes_over_breaks_no_promise(
     configure: Configure, inbox: Inbox, redis_server: ValkeyServer, tmp_path: Path
 ) -> None:
     settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))
-    replica = ValkeyServer(tmp_path / "replica")
+    # Of the same kind: an older server cannot read what a newer one sends.
+    replica = ValkeyServer(tmp_path / "replica", binary=redis_server.binary)
     await replica.start()
     try:
         async with (
