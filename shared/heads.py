@@ -49,6 +49,7 @@ from shared.queue.queue import (
     QueueFullError,
     brings_history,
 )
+from shared.sending_hours import SendingHours
 from shared.settings import Settings
 from shared.states import JobState, SenderState
 
@@ -56,6 +57,7 @@ from shared.states import JobState, SenderState
 _TRIES = 20
 # Senders a statement and a pipeline: bounds memory during a rebuild.
 _CHUNK = 200
+_DAY_MS = 24 * 60 * 60 * 1000
 # A marker this old was left behind by a process that died between its commit and its load.
 MARKER_AGE = timedelta(seconds=5)
 
@@ -98,12 +100,14 @@ def _heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
         .correlate(Sender)
     )
     return (
-        select(  # type: ignore[return-value]
+        select(
             Sender.id,
             Sender.hourly_limit,
             Sender.min_gap_ms,
             Sender.max_in_flight,
             Sender.revision,
+            Sender.sending_hours,
+            _unix_ms(func.statement_timestamp()).label("now"),
             Sender.smtp_host,
             Sender.smtp_port,
             Sender.smtp_security,
@@ -183,6 +187,16 @@ def _concerned_statement() -> Select[Any]:
 
 
 _CONCERNED = _concerned_statement()
+
+
+def _opening(hours: str | None, now: int) -> tuple[int, int] | None:
+    """Return the opening that holds `now`, or the next one; None: the sender has no hours."""
+    if hours is None:
+        return None
+    sending_hours = SendingHours.from_text(hours)
+    opens = sending_hours.opens(now)
+    # None in sight: looked for again on the next day.
+    return (now + _DAY_MS, now + _DAY_MS) if opens is None else (opens, sending_hours.closes(opens))
 
 
 def _no_head(sender_id: int) -> Head:
@@ -314,6 +328,7 @@ class HeadLoader:
                 override=self._override,
             ),
             revision=row.revision,
+            opening=_opening(row.sending_hours, row.now),
             ends=ends,
             leases=leases,
         )

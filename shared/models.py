@@ -100,6 +100,8 @@ class Sender(Base):
     hourly_limit: Mapped[int]
     # NULL: the operator's floor. Never below the floor where it is used.
     min_gap_ms: Mapped[int | None]
+    # As shared/sending_hours.py writes them; NULL: at any time.
+    sending_hours: Mapped[str | None] = mapped_column(Text)
     max_in_flight: Mapped[int] = mapped_column(server_default="5")
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
     # Raised by every change: whoever caches a sender knows when to read it again.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 from services.scheduler.addresses import BadAddress, check_address
+from services.scheduler.send_times import BadSendTime, check_time_zone
 from shared import bounds
 from shared.errors import InvalidInput
+from shared.sending_hours import SendingHours
 from shared.settings import format_duration
 from shared.states import SmtpSecurity
 
@@ -19,6 +22,8 @@ _TLS_PORT: Final = 465
 _SUBMISSION_PORT: Final = 587
 # Underscores occur in the names of containers.
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_CLOCK: Final = re.compile(r"([01][0-9]|2[0-3]|24(?=:00))(?::)([0-5][0-9])", re.ASCII)
+_DAY_MINUTES: Final = 24 * 60
 _HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 
 
@@ -103,6 +108,47 @@ def check_max_in_flight(field: str, most: int | None) -> int:
             reason="MAX_IN_FLIGHT_INVALID",
         )
     return most
+
+
+def check_sending_hours(
+    field: str, weekdays: Iterable[int], start: str, end: str, time_zone: str
+) -> SendingHours:
+    """Return the hours; an `end` that is not later than `start` is on the next day.
+
+    Raises:
+        InvalidInput: SENDING_HOURS_INVALID, UNKNOWN_TIME_ZONE.
+    """
+    days = frozenset(weekdays)
+    if not days <= set(range(1, 8)):
+        raise InvalidInput.field(
+            f"{field}.weekdays", "takes days of the week", reason="SENDING_HOURS_INVALID"
+        )
+    bounds.TIME_ZONE.check(f"{field}.time_zone", time_zone)
+    try:
+        check_time_zone(time_zone)
+    except BadSendTime as error:
+        raise InvalidInput.field(
+            f"{field}.time_zone", error.message, reason="UNKNOWN_TIME_ZONE"
+        ) from None
+    begins, ends = _minutes(f"{field}.from", start), _minutes(f"{field}.to", end)
+    if begins in (ends, _DAY_MINUTES):
+        raise InvalidInput.field(
+            f"{field}.to",
+            "must be another time than `from`; 00:00 to 24:00 is the whole day",
+            reason="SENDING_HOURS_INVALID",
+        )
+    return SendingHours(days, begins, ends, time_zone)
+
+
+def _minutes(field: str, text: str) -> int:
+    match = _CLOCK.fullmatch(text)
+    if match is None:
+        raise InvalidInput.field(
+            field,
+            f"{text[:20]!r} is no time of the day; write it as 08:30, up to 24:00",
+            reason="SENDING_HOURS_INVALID",
+        )
+    return int(match[1]) * 60 + int(match[2])
 
 
 def check_endpoint(

@@ -146,6 +146,8 @@ class Head:
     # Where its mail goes (`shared.endpoints`), and which of its changes this is.
     endpoint: str = RELAY
     revision: int = 1
+    # The present or next opening of its sending hours, in Unix ms; None: it has none.
+    opening: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +310,7 @@ class Queue:
         args.append(
             " ".join([f"{member_of(lease.job)} {_ms(lease.left)}" for lease in head.leases])
         )
+        args += head.opening or (0, "inf")
         return args
 
     async def read_limiter(self, sender_id: int) -> LimiterState | None:

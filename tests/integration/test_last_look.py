@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest_asyncio
 
 from services.dispatcher.storage import MarkedJob, mark_sending
 from shared.database import create_engine, transaction
 from shared.queue.keys import JobRef
+from shared.sending_hours import SendingHours
 from shared.settings import load_settings
 from shared.states import JobState
 from tests.world import World
@@ -78,3 +79,20 @@ async def test_only_jobs_that_wait_are_judged(world: World) -> None:
     await world.change(paused, state=2)
     assert await mark(world, [other]) == []
     assert await world.in_state(JobState.SCHEDULED) == {other}
+
+
+async def test_a_sender_outside_its_hours_is_looked_at_when_they_begin(world: World) -> None:
+    now = datetime.now(UTC)
+    begins = (now.hour + 12) % 24
+    hours = SendingHours(frozenset(), begins * 60, begins * 60 + 30, "UTC")
+    sender = await world.sender(sending_hours=hours.to_text())
+    (queue,) = world.queues
+    assert await world.loader.rebuild(queue)
+    await world.schedule(sender, 3)
+    assert (await queue.claim(10)).claims == ()
+    look = await world.redis.zscore(queue.keys.ready, str(sender))
+    opens = datetime.fromtimestamp(float(look or 0) / 1000, UTC)
+    assert (opens.hour, opens.minute, opens.second) == (begins, 0, 0)
+    assert timedelta(hours=10) < opens - now < timedelta(hours=13)
+    await world.change(sender, sending_hours=None)
+    assert len((await queue.claim(10)).claims) == 3

@@ -110,8 +110,8 @@ async def test_a_gap_is_rounded_up_to_whole_milliseconds(scheduler: Scheduler) -
         ),
         (
             {"sending_hours": sender_pb2.SendingHours()},
-            "sending_hours",
-            "NOT_IMPLEMENTED",
+            "sending_hours.time_zone",
+            "UNKNOWN_TIME_ZONE",
         ),
     ],
 )
@@ -402,3 +402,30 @@ async def test_a_forced_deletion_cancels_what_waits_and_keeps_the_history(
 async def test_a_sender_is_created_only_with_a_sender(scheduler: Scheduler) -> None:
     refusal = await refusal_of(scheduler.senders.CreateSender(CreateSenderRequest(user_id="ann")))
     assert refusal.reason == "ADDRESS_INVALID"
+
+
+async def test_sending_hours_are_kept_changed_and_taken_away(scheduler: Scheduler) -> None:
+    def hours(start: str, end: str, zone: str = "Europe/Berlin") -> sender_pb2.SendingHours:
+        fields: dict[str, Any] = {"from": start, "to": end}
+        days = [sender_pb2.WEEKDAY_MONDAY, sender_pb2.WEEKDAY_FRIDAY]
+        return sender_pb2.SendingHours(weekdays=days, time_zone=zone, **fields)
+
+    night = hours("22:30", "24:00")
+    sender = await scheduler.sender(sending_hours=night)
+    assert sender.sending_hours == night
+    for wrong, reason in (
+        (hours("9:00", "17:00"), "SENDING_HOURS_INVALID"),
+        (hours("09:00", "24:01"), "SENDING_HOURS_INVALID"),
+        (hours("24:00", "06:00"), "SENDING_HOURS_INVALID"),
+        (hours("09:00", "09:00"), "SENDING_HOURS_INVALID"),
+        (hours("09:00", "17:00", "Mars/Olympus"), "UNKNOWN_TIME_ZONE"),
+    ):
+        refusal = await refusal_of(scheduler.sender(sending_hours=wrong))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+    request = UpdateSenderRequest(
+        sender=sender_pb2.Sender(sender_id=sender.sender_id, sending_hours=hours("22:00", "06:00"))
+    )
+    assert (await scheduler.senders.UpdateSender(request)).sending_hours == hours("22:00", "06:00")
+    request.sender.ClearField("sending_hours")
+    request.update_mask.paths.append("sending_hours")
+    assert not (await scheduler.senders.UpdateSender(request)).HasField("sending_hours")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from outbox.v1 import sender_pb2
 
 from services.scheduler.limits import Limits
 from services.scheduler.storage.senders import SenderRecord
 from shared.proto_mapping import id_text, to_duration, to_timestamp
+from shared.sending_hours import SendingHours
 from shared.states import SenderState, SmtpSecurity
 
 _STATES = {
@@ -45,9 +47,25 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
     )
     if record.min_gap_ms is not None:
         sender.min_gap.CopyFrom(to_duration(timedelta(milliseconds=record.min_gap_ms)))
+    if record.sending_hours is not None:
+        sender.sending_hours.CopyFrom(_to_hours(record.sending_hours))
     if record.smtp_host is not None:
         sender.smtp.CopyFrom(_to_endpoint(record))
     return sender
+
+
+def _to_hours(hours: SendingHours) -> sender_pb2.SendingHours:
+    # `from` is a word of Python's.
+    fields: dict[str, Any] = {"from": _clock(hours.start), "to": _clock(hours.end)}
+    return sender_pb2.SendingHours(
+        weekdays=[sender_pb2.Weekday.ValueType(day) for day in sorted(hours.weekdays)],
+        time_zone=hours.zone,
+        **fields,
+    )
+
+
+def _clock(minutes: int) -> str:
+    return f"{minutes // 60:02}:{minutes % 60:02}"
 
 
 def _to_endpoint(record: SenderRecord) -> sender_pb2.SmtpEndpoint:

@@ -281,11 +281,18 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         return {"max_in_flight": senders.check_max_in_flight("sender.max_in_flight", most)}
 
     def _sending_hours(self, sender: sender_pb2.Sender) -> _Columns:
-        if sender.HasField("sending_hours"):
-            raise InvalidInput.field(
-                "sender.sending_hours", "is not served yet", reason="NOT_IMPLEMENTED"
-            )
-        return {}
+        if not sender.HasField("sending_hours"):
+            return {"sending_hours": None}
+        asked = sender.sending_hours
+        hours = senders.check_sending_hours(
+            "sender.sending_hours",
+            asked.weekdays,
+            # A word of Python's.
+            getattr(asked, "from"),
+            asked.to,
+            asked.time_zone,
+        )
+        return {"sending_hours": hours.to_text()}
 
 
 def _state_filter(state: int) -> SenderState | None:

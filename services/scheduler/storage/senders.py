@@ -15,6 +15,7 @@ from shared.cancellations import waits_of
 from shared.counts import in_state
 from shared.models import EmailJob, HeadMarker, Sender
 from shared.ownership import owned_by, owner_of
+from shared.sending_hours import SendingHours
 from shared.states import JobState, SenderState, SmtpSecurity
 
 
@@ -34,6 +35,7 @@ class SenderRecord:
     hourly_limit: int
     min_gap_ms: int | None
     max_in_flight: int
+    sending_hours: SendingHours | None
     state: SenderState
     created_at: datetime
     updated_at: datetime
@@ -52,6 +54,7 @@ _COLUMNS: Final = (
     Sender.hourly_limit,
     Sender.min_gap_ms,
     Sender.max_in_flight,
+    Sender.sending_hours,
     Sender.state,
     Sender.created_at,
     Sender.updated_at,
@@ -60,6 +63,7 @@ _THERE: Final = Sender.deleted_at.is_(None)
 
 
 def _record(row: Any) -> SenderRecord:
+    hours = row.sending_hours
     return SenderRecord(
         sender_id=row.id,
         user_id=row.user_id,
@@ -73,6 +77,7 @@ def _record(row: Any) -> SenderRecord:
         hourly_limit=row.hourly_limit,
         min_gap_ms=row.min_gap_ms,
         max_in_flight=row.max_in_flight,
+        sending_hours=None if hours is None else SendingHours.from_text(hours),
         state=SenderState(row.state),
         created_at=row.created_at,
         updated_at=row.updated_at,

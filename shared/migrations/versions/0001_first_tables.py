@@ -194,6 +194,7 @@ def upgrade() -> None:
         sa.Column("smtp_password", sa.LargeBinary(), nullable=True),
         sa.Column("hourly_limit", sa.Integer(), nullable=False),
         sa.Column("min_gap_ms", sa.Integer(), nullable=True),
+        sa.Column("sending_hours", sa.Text(), nullable=True),
         sa.Column("max_in_flight", sa.Integer(), server_default="5", nullable=False),
         sa.Column("state", sa.SmallInteger(), server_default="1", nullable=False),
         sa.Column("revision", sa.BigInteger(), server_default="1", nullable=False),

@@ -55,7 +55,7 @@ local function take(s)
     local in_flight = redis.call('ZCARD', leases)
     while taken < want and places(s, in_flight) > 0 do
         local allowed = allowed_at(s, in_flight, window)
-        if allowed > NOW then return true end
+        if allowed > NOW or NOW >= s.closes then return true end
         local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
         if not first[1] or not admits(circuit(s.endpoint)) then return true end
         redis.call('ZREM', due, first[1])
@@ -86,6 +86,9 @@ local function visit(sender)
     local keep = math.max(window, s.gap) * (limited and 1 or 2)
     redis.call('ZREMRANGEBYSCORE', window_of(sender), '-inf', NOW - keep)
     if s.horizon < math.huge and redis.call('ZCARD', due_of(sender)) < low then
+        s.loading = s.loading or NOW
+    end
+    if s.active and NOW >= s.closes and redis.call('EXISTS', due_of(sender)) == 1 then
         s.loading = s.loading or NOW
     end
     if s.loading and s.loading <= NOW then

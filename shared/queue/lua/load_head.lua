@@ -11,7 +11,8 @@
 -- ARGV[11] jobs    of the head, each as member, due ms
 -- ARGV[12] ends    each as member, ms since it ended, 1 if it takes a slot
 -- ARGV[13] leases  each as member, ms left
--- The last three are words between spaces: one argument costs the caller as much as 50 words.
+-- Those three are words between spaces: one argument costs the caller as much as 50 words.
+-- ARGV[14], ARGV[15]  the present or next opening of its sending hours (ms; 0 and 'inf': always)
 --
 -- Returns 1, or 0 if the epoch has moved: somebody committed or lost something meanwhile; the
 -- caller reads PostgreSQL again.
@@ -79,7 +80,8 @@ if before and (before.endpoint ~= ARGV[9]
 end
 replace_head()
 redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
-    'horizon', horizon, 'parts', parts_of(id), 'endpoint', ARGV[9], 'revision', ARGV[10])
+    'horizon', horizon, 'parts', parts_of(id), 'endpoint', ARGV[9], 'revision', ARGV[10],
+    'opens', ARGV[14], 'closes', ARGV[15])
 if horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
     -- All that was read is under lease and not yet marked in PostgreSQL; more waits behind it.
     redis.call('HSET', settings, 'loading', NOW + SOON)

@@ -11,7 +11,8 @@ end
 -- nil: not known (see life.lua).
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
-        'horizon', 'loading', 'life', 'parts', 'endpoint', 'troubles', 'open', 'probe')
+        'horizon', 'loading', 'life', 'parts', 'endpoint', 'troubles', 'open', 'probe',
+        'opens', 'closes')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
     return {
         id = sender,
@@ -30,6 +31,9 @@ local function read_sender(sender)
         troubles = number_or(f[11], 0),
         open = f[12] ~= false,
         probe = number_or(f[13], 0),
+        -- The present or next opening of its sending hours; what comes after needs a load.
+        opens = number_or(f[14], 0),
+        closes = (not f[15] or f[15] == 'inf') and math.huge or tonumber(f[15]),
     }
 end
 
@@ -48,10 +52,10 @@ local function window_room_at(s, in_flight, window)
     return oldest[2] and tonumber(oldest[2]) + window or 0
 end
 
--- The instant from which gap, window and its own circuit allow one more send.
+-- The instant from which gap, window, its sending hours and its own circuit allow one more send.
 local function allowed_at(s, in_flight, window)
     local gap_end = s.gap > 0 and s.last_end + s.gap or 0
-    return math.max(s.probe, gap_end, window_room_at(s, in_flight, window))
+    return math.max(s.probe, s.opens, gap_end, window_room_at(s, in_flight, window))
 end
 
 -- Puts the sender into `ready` at the next instant at which a look can find something to do.
@@ -76,6 +80,8 @@ local function schedule_look(s, window)
     local sends = math.huge
     if s.active and first and places(s, in_flight) > 0 then
         sends = math.max(tonumber(first), allowed_at(s, in_flight, window))
+        -- Not within this opening: when it is over, a load brings the next one.
+        if sends >= s.closes then sends = s.loading and math.huge or s.closes end
     end
     look = math.min(look, through_circuit(s, sends))
     if look < math.huge then
