@@ -317,8 +317,13 @@ def plain_login(user: str, password: str) -> str:
     return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
 
 
-def self_signed(folder: Path, *, host: str = "127.0.0.1") -> tuple[ssl.SSLContext, Path]:
-    """Return a server's context with a new certificate for an address, and the certificate."""
+def self_signed(
+    folder: Path, *, host: str = "127.0.0.1", until: timedelta = timedelta(hours=1)
+) -> tuple[ssl.SSLContext, Path]:
+    """Return a server's context with a new certificate for an address, and the certificate.
+
+    `until`: how long it is valid, from now on.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
     now = datetime.now(UTC)
@@ -329,7 +334,7 @@ def self_signed(folder: Path, *, host: str = "127.0.0.1") -> tuple[ssl.SSLContex
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
+        .not_valid_after(now + until)
         .add_extension(
             x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
             critical=False,

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,7 @@ async def test_closing_the_pool_closes_its_connections(pool: SmtpPool) -> None:
         ("450 4.2.1 busy", (TEMPORARY, 450, "4.2.1")),
         ("452 disk full", (TEMPORARY, 452, None)),
         ("550 5.7.1 no", (PERMANENT, 550, "5.7.1")),
+        ("552 5.3.4 too big", (PERMANENT, 552, "5.3.4")),
         ("554-5.7.1 no\r\n554 5.7.1 never", (PERMANENT, 554, "5.7.1")),
         ("421 4.3.2 closing", (CONNECTION, 421, "4.3.2")),
         ("530 5.7.0 authenticate first", (CONNECTION, 530, "5.7.0")),
@@ -341,7 +343,16 @@ async def test_a_name_that_does_not_resolve(pool: SmtpPool) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [b"hello", b"", b"25", b"x250 ok", b"\xff\xfe\x00", b"999 what", b"250" + b"x" * 40_000],
+    [
+        b"hello",
+        b"",
+        b"25",
+        b"x250 ok",
+        b"\xff\xfe\x00",
+        b"999 what",
+        b"250" + b"x" * 40_000,
+        b"250-" + b"x" * 1_000_000,
+    ],
 )
 @pytest.mark.parametrize("phase", ["mail", "body"])
 async def test_an_answer_that_is_no_smtp_is_trouble_with_the_connection(
@@ -600,6 +611,20 @@ async def test_a_certificate_that_is_not_to_be_trusted_gets_no_mail(
         assert "certificate" in (result.message or "").lower()
         assert "AUTH" not in " ".join(server.commands)
         assert open_connections(pool) == 0
+
+
+async def test_a_certificate_that_has_expired_gets_no_mail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, certificate = self_signed(tmp_path, until=-timedelta(minutes=1))
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer(tls=context) as server:
+        result = await send(pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert "expired" in (result.message or "")
+        assert server.visits["mail"] == 0
 
 
 async def test_starttls_that_is_not_offered_is_not_done_without(pool: SmtpPool) -> None:
