@@ -16,7 +16,6 @@ from outbox.v1 import batch_pb2, email_job_pb2, sender_pb2, suppression_pb2
 from outbox.v1.batch_service_pb2 import GetBatchRequest
 from outbox.v1.email_job_service_pb2 import (
     CancelEmailJobRequest,
-    ExplainEmailJobRequest,
     GetEmailJobRequest,
     ListAttemptsRequest,
     ListEmailJobsRequest,
@@ -346,14 +345,6 @@ async def test_a_job_of_another_user_looks_like_none(
             assert (refusal.code, refusal.reason) == ("NOT_FOUND", "EMAIL_JOB_NOT_FOUND")
             assert refusal.message == f"there is no e-mail job {job_id!r}"
     assert scheduler.value("SELECT state FROM email_jobs") == 1
-
-
-async def test_explain_is_not_served_yet(scheduler: Scheduler) -> None:
-    call = scheduler.jobs.ExplainEmailJob(ExplainEmailJobRequest(email_job_id="1"))
-    assert (await refusal_of(call)).code == "UNIMPLEMENTED"
-
-
-# Suppressions
 
 
 async def suppress(
