@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import sys
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from datetime import timedelta
@@ -16,6 +17,7 @@ import pytest
 import pytest_asyncio
 from outbox.v1 import batch_pb2, sender_pb2
 from outbox.v1.batch_service_pb2 import ScheduleBatchResponse, UploadBatchRequest
+from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
 from outbox.v1.sender_service_pb2 import DeleteSenderRequest, PauseSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
@@ -327,16 +329,22 @@ async def test_a_batch_is_accepted_while_redis_is_gone(
 async def test_a_lost_connection_to_postgresql_refuses_the_batch_and_the_next_one_is_fine(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
-    upload = Upload(scheduler, sender)
-    upload.send_rows(BLOCK)
-    await opened(scheduler)
-    with psycopg.connect(scheduler.settings.database_url, autocommit=True) as connection:
-        connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND state = 'idle in transaction'"
-        )
-    upload.send_rows(BLOCK)
-    refusal = await refusal_of(upload.end())
+    # By a blocking client: one of grpc.aio waits for ever where it is refused while it writes.
+    messages: queue.SimpleQueue[UploadBatchRequest | None] = queue.SimpleQueue()
+    messages.put(UploadBatchRequest(options=options_for(sender)))
+    rows = "".join(f"user{i}@b.org\n" for i in range(BLOCK))
+    messages.put(UploadBatchRequest(chunk=f"email\n{rows}".encode()))
+    with grpc.insecure_channel(scheduler.address) as channel:
+        upload = BatchServiceStub(channel).UploadBatch
+        call = asyncio.create_task(asyncio.to_thread(upload, iter(messages.get, None), timeout=20))
+        await opened(scheduler)
+        with psycopg.connect(scheduler.settings.database_url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND state = 'idle in transaction'"
+            )
+        messages.put(None)
+        refusal = await refusal_of(call)
     assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
     assert stored(scheduler) == 0
     assert (await scheduler.schedule(sender)).batch.accepted_count == 1
