@@ -679,6 +679,8 @@ def test_the_scripts_decide_as_the_model_and_keep_the_promises(
             Machine,
             settings=settings(
                 max_examples=80,
+                # The same examples for the same code. Others are looked for by hand, without this.
+                derandomize=True,
                 phases=[Phase.generate],
                 stateful_step_count=50,
                 deadline=None,
