@@ -1,0 +1,21 @@
+"""All SQL of the dispatcher: set-based statements over the jobs of one group (group commit).
+
+The guard of every statement is the job's state together with its attempt number, the fencing token:
+what a newer attempt has touched cannot be changed by an older one.
+"""
+
+from services.dispatcher.storage.marking import BatchContent, MarkedJob, mark_sending, read_batches
+from services.dispatcher.storage.recovering import next_expiry, recover_expired
+from services.dispatcher.storage.settling import AttemptRecord, give_back, settle
+
+__all__ = [
+    "AttemptRecord",
+    "BatchContent",
+    "MarkedJob",
+    "give_back",
+    "mark_sending",
+    "next_expiry",
+    "read_batches",
+    "recover_expired",
+    "settle",
+]

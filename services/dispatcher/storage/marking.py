@@ -1,0 +1,227 @@
+"""Takes claimed jobs into our hands, and reads what their mails are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import BigInteger, SmallInteger, bindparam, case, column, func, null, select, update
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.dispatcher.storage.parts import array, count_moves
+from shared.message_ids import message_id_address
+from shared.models import Batch, EmailJob, Sender, Suppression
+from shared.queue.keys import JobRef
+from shared.states import BatchState, JobState, SenderState, SmtpSecurity
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedJob:
+    """A job that is SENDING, in our hands until `lease_until`."""
+
+    job: JobRef
+    sender_id: int
+    batch_id: int
+    failures: int
+    recipient: str
+    variables: str | None
+    lease_until: datetime
+    sender_revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchContent:
+    """What the mails of a batch share, and where they go."""
+
+    batch_id: int
+    subject: str | None
+    body: str | None
+    html: str | None
+    variable_names: tuple[str, ...]
+    sender_revision: int
+    email: str
+    message_id_address: str
+    display_name: str
+    smtp_host: str | None
+    smtp_port: int | None
+    smtp_security: SmtpSecurity | None
+    smtp_username: str | None
+    smtp_password: bytes | None
+
+
+_claim = (
+    func.unnest(array("ids", BigInteger), array("attempts", SmallInteger))
+    .table_valued(column("id", BigInteger), column("attempt", SmallInteger), name="claim")
+    .render_derived()
+)
+
+# A scalar subquery and no join: on a table that was filled a moment ago the planner would begin
+# with the senders and pass over all of their waiting jobs.
+_active_revision = (
+    select(Sender.revision)
+    .where(
+        Sender.id == EmailJob.sender_id,
+        Sender.state == SenderState.ACTIVE,
+        Sender.deleted_at.is_(None),
+    )
+    .correlate(EmailJob)
+    .scalar_subquery()
+)
+
+
+def _mark_statement() -> Any:
+    """Mark claimed jobs, unless their batch is cancelled; end those that must not be sent any more.
+
+    FOR SHARE: a cancellation under way is waited for, and the state is looked at again; one that
+    comes later waits for us (see shared/cancellations.py).
+    """
+    wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
+    batches = (
+        select(Batch.id, Batch.user_id)
+        .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE)
+        .with_for_update(read=True)
+        .cte("sendable")
+    )
+    suppressed = (
+        select(Suppression.address)
+        .where(
+            Suppression.user_id == batches.c.user_id,
+            Suppression.address == func.lower(EmailJob.recipient),
+        )
+        .correlate(batches, EmailJob)
+        .exists()
+    )
+    # Neither can change while the job waits but by its attempt, which is looked at again below.
+    judged = (
+        select(
+            EmailJob.id,
+            _claim.c.attempt,
+            case(
+                (suppressed, int(JobState.SUPPRESSED)),
+                (EmailJob.expires_at <= func.statement_timestamp(), int(JobState.EXPIRED)),
+                else_=int(JobState.SENDING),
+            ).label("state"),
+        )
+        .join(_claim, _claim.c.id == EmailJob.id)
+        .join(batches, batches.c.id == EmailJob.batch_id)
+        .where(
+            EmailJob.state == JobState.SCHEDULED,
+            EmailJob.attempt == _claim.c.attempt - 1,
+            _active_revision.is_not(None),
+        )
+        .cte("judged")
+    )
+    sends = judged.c.state == JobState.SENDING
+    leased = func.clock_timestamp() + bindparam("lease", type_=INTERVAL)
+    moved = (
+        update(EmailJob)
+        .values(
+            state=judged.c.state,
+            # What is not sent has no attempt.
+            attempt=case((sends, judged.c.attempt), else_=EmailJob.attempt),
+            lease_until=case((sends, leased), else_=null()),
+            finished_at=case((sends, null()), else_=func.statement_timestamp()),
+        )
+        .where(
+            EmailJob.id == judged.c.id,
+            EmailJob.state == JobState.SCHEDULED,
+            EmailJob.attempt == judged.c.attempt - 1,
+        )
+        .returning(
+            EmailJob.id,
+            EmailJob.attempt,
+            EmailJob.sender_id,
+            EmailJob.batch_id,
+            EmailJob.failures,
+            EmailJob.recipient,
+            EmailJob.variables,
+            EmailJob.lease_until,
+            EmailJob.state,
+            EmailJob.finished_at,
+            _active_revision.label("revision"),
+        )
+        .cte("moved")
+    )
+    return select(moved).where(moved.c.state == JobState.SENDING).add_cte(count_moves(moved))
+
+
+_MARK = _mark_statement()
+
+
+async def mark_sending(
+    connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta
+) -> list[MarkedJob]:
+    """Mark claimed jobs SENDING and load them; a job that is missing from the answer is not ours.
+
+    It or its batch was cancelled, it was sent by an earlier claim, its sender was paused; or it
+    must not be sent any more, and is SUPPRESSED or EXPIRED now.
+    """
+    rows = await connection.execute(
+        _MARK,
+        {
+            "ids": [job.job_id for job in jobs],
+            "attempts": [job.attempt for job in jobs],
+            "lease": lease,
+        },
+    )
+    return [
+        MarkedJob(
+            job=JobRef(row.id, row.attempt),
+            sender_id=row.sender_id,
+            batch_id=row.batch_id,
+            failures=row.failures,
+            recipient=row.recipient,
+            variables=row.variables,
+            lease_until=row.lease_until,
+            sender_revision=row.revision,
+        )
+        for row in rows
+    ]
+
+
+async def read_batches(
+    connection: AsyncConnection, batch_ids: Sequence[int]
+) -> dict[int, BatchContent]:
+    """Return what the mails of each batch share, with the sender as it is now."""
+    rows = await connection.execute(
+        select(
+            Batch.id,
+            Batch.subject,
+            Batch.body,
+            Batch.html,
+            Batch.variable_names,
+            Sender.revision,
+            Sender.email,
+            message_id_address().label("message_id_address"),
+            Sender.display_name,
+            Sender.smtp_host,
+            Sender.smtp_port,
+            Sender.smtp_security,
+            Sender.smtp_username,
+            Sender.smtp_password,
+        )
+        .join(Sender, Sender.id == Batch.sender_id)
+        .where(Batch.id.in_(batch_ids))
+    )
+    return {
+        row.id: BatchContent(
+            batch_id=row.id,
+            subject=row.subject,
+            body=row.body,
+            html=row.html,
+            variable_names=tuple(row.variable_names),
+            sender_revision=row.revision,
+            email=row.email,
+            message_id_address=row.message_id_address,
+            display_name=row.display_name,
+            smtp_host=row.smtp_host,
+            smtp_port=row.smtp_port,
+            smtp_security=None if row.smtp_security is None else SmtpSecurity(row.smtp_security),
+            smtp_username=row.smtp_username,
+            smtp_password=row.smtp_password,
+        )
+        for row in rows
+    }

@@ -1,0 +1,61 @@
+"""What the statements of several modules are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    SmallInteger,
+    bindparam,
+    cast,
+    func,
+    insert,
+    literal,
+    select,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
+
+from shared.models import CountDelta
+from shared.states import JobState
+
+
+def array(name: str, type_: Any) -> Any:
+    """Return a parameter that holds one value for each of the jobs of a statement."""
+    return bindparam(name, type_=ARRAY(type_))
+
+
+def milliseconds(value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the interval of `value` ms."""
+    return value * cast("1 millisecond", INTERVAL)
+
+
+def count_moves(moved: CTE) -> CTE:
+    """Append what a statement's final states change in the counts, one row a group.
+
+    `moved` has sender_id, batch_id, state and finished_at.
+    """
+    hour = func.date_trunc("hour", moved.c.finished_at)
+    groups = (
+        select(
+            moved.c.sender_id,
+            moved.c.batch_id,
+            hour.label("hour"),
+            moved.c.state,
+            func.count().label("n"),
+        )
+        .where(moved.c.state > JobState.SENDING)
+        .group_by(moved.c.sender_id, moved.c.batch_id, hour, moved.c.state)
+        .cte("groups")
+    )
+    added = select(groups.c.sender_id, groups.c.batch_id, groups.c.hour, groups.c.state, groups.c.n)
+    removed = select(
+        groups.c.sender_id,
+        groups.c.batch_id,
+        groups.c.hour,
+        cast(literal(int(JobState.SCHEDULED)), SmallInteger),
+        -groups.c.n,
+    )
+    names = ["sender_id", "batch_id", "hour", "state", "n"]
+    return insert(CountDelta).from_select(names, added.union_all(removed)).cte("counted")

@@ -1,0 +1,102 @@
+"""Ends the attempts of dispatchers that died: their leases ran out."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from sqlalchemy import (
+    SmallInteger,
+    bindparam,
+    cast,
+    extract,
+    func,
+    insert,
+    literal,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.dispatcher.storage.parts import count_moves
+from shared.counts import in_state
+from shared.models import Attempt, EmailJob
+from shared.states import AttemptOutcome, JobState
+
+_RECOVERED_AT_ONCE = 1_000
+
+
+async def recover_expired(
+    connection: AsyncConnection, lease: timedelta, next_state: JobState
+) -> list[int]:
+    """End the attempts whose lease ran out. Returns the senders concerned.
+
+    Nobody knows whether such a mail was sent, so it takes a slot at the latest possible instant.
+    `next_state`: SCHEDULED (it waits again, at its old place) or UNCERTAIN.
+    """
+    expired = (
+        select(EmailJob.id, EmailJob.attempt, EmailJob.lease_until)
+        .where(in_state(JobState.SENDING), EmailJob.lease_until < func.statement_timestamp())
+        .order_by(EmailJob.lease_until)
+        .limit(_RECOVERED_AT_ONCE)
+        .with_for_update(skip_locked=True)
+        .cte("expired")
+    )
+    final = next_state is not JobState.SCHEDULED
+    moved = (
+        update(EmailJob)
+        .values(
+            state=next_state,
+            lease_until=null(),
+            finished_at=expired.c.lease_until if final else null(),
+        )
+        .where(EmailJob.id == expired.c.id)
+        .returning(
+            EmailJob.id,
+            EmailJob.attempt,
+            EmailJob.sender_id,
+            EmailJob.batch_id,
+            EmailJob.state,
+            EmailJob.finished_at,
+        )
+        .cte("moved")
+    )
+    logged = (
+        insert(Attempt)
+        .from_select(
+            [
+                "email_job_id",
+                "attempt",
+                "sender_id",
+                "started_at",
+                "ended_at",
+                "outcome",
+                "counted",
+                "message",
+            ],
+            select(
+                moved.c.id,
+                moved.c.attempt,
+                moved.c.sender_id,
+                expired.c.lease_until - bindparam("lease", type_=INTERVAL),
+                expired.c.lease_until,
+                cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
+                literal(True),
+                literal("the dispatcher recorded no outcome before its lease ran out"),
+            )
+            .select_from(moved)
+            .join(expired, expired.c.id == moved.c.id),
+        )
+        .cte("logged")
+    )
+    statement = select(moved.c.sender_id).distinct().add_cte(logged, count_moves(moved))
+    rows = await connection.execute(statement, {"lease": lease})
+    return list(rows.scalars())
+
+
+async def next_expiry(connection: AsyncConnection) -> timedelta | None:
+    """Return how long until the first lease runs out; None if nobody holds one."""
+    left = extract("epoch", func.min(EmailJob.lease_until) - func.clock_timestamp())
+    seconds = await connection.scalar(select(left).where(in_state(JobState.SENDING)))
+    return None if seconds is None else timedelta(seconds=float(seconds))

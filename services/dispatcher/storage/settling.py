@@ -1,0 +1,248 @@
+"""Records how attempts ended, and gives back what was not begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Integer,
+    SmallInteger,
+    Text,
+    case,
+    column,
+    func,
+    insert,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.dispatcher.storage.marking import MarkedJob
+from services.dispatcher.storage.parts import array, count_moves, milliseconds
+from shared.database import unix_ms
+from shared.models import Attempt, EmailJob
+from shared.queue.keys import JobRef
+from shared.states import AttemptOutcome, JobState
+
+# 24 days: what the column holds.
+_MOST_MS = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """The outcome of one attempt, to be kept for ever, and the job's next state."""
+
+    job: JobRef
+    sender_id: int
+    state: JobState
+    failures: int
+    outcome: AttemptOutcome
+    counted: bool
+    # `time.monotonic` of start and end: PostgreSQL's clock is the only one that is written.
+    started: float
+    ended: float
+    retry_after: timedelta | None = None
+    # Of the start, since the earliest instant at which the limits allowed it.
+    late: timedelta | None = None
+    smtp_code: int | None = None
+    enhanced_code: str | None = None
+    message: str | None = None
+
+
+def _whole_ms(span: timedelta) -> int:
+    return min(max(span // timedelta(milliseconds=1), 0), _MOST_MS)
+
+
+_outcome = (
+    func.unnest(
+        array("ids", BigInteger),
+        array("attempts", SmallInteger),
+        array("states", SmallInteger),
+        array("failures", SmallInteger),
+        array("outcomes", SmallInteger),
+        array("counted", Boolean),
+        array("started_ms", BigInteger),
+        array("ended_ms", BigInteger),
+        array("retry_ms", BigInteger),
+        array("late_ms", Integer),
+        array("codes", SmallInteger),
+        array("enhanced", Text),
+        array("messages", Text),
+    )
+    .table_valued(
+        column("id", BigInteger),
+        column("attempt", SmallInteger),
+        column("state", SmallInteger),
+        column("failures", SmallInteger),
+        column("outcome", SmallInteger),
+        column("counted", Boolean),
+        column("started_ms", BigInteger),
+        column("ended_ms", BigInteger),
+        column("retry_ms", BigInteger),
+        column("late_ms", Integer),
+        column("code", SmallInteger),
+        column("enhanced", Text),
+        column("message", Text),
+        name="outcome",
+    )
+    .render_derived()
+)
+
+
+def _settle_statement() -> Any:
+    # Ended when the statement began, less what has gone by since: never before the true end.
+    ended = func.statement_timestamp() - milliseconds(_outcome.c.ended_ms)
+    moved = (
+        update(EmailJob)
+        .values(
+            state=_outcome.c.state,
+            failures=_outcome.c.failures,
+            lease_until=null(),
+            finished_at=case((_outcome.c.state != JobState.SCHEDULED, ended), else_=null()),
+            scheduled_at=case(
+                (
+                    _outcome.c.state == JobState.SCHEDULED,
+                    ended + milliseconds(func.coalesce(_outcome.c.retry_ms, 0)),
+                ),
+                else_=EmailJob.scheduled_at,
+            ),
+        )
+        .where(
+            EmailJob.id == _outcome.c.id,
+            EmailJob.attempt == _outcome.c.attempt,
+            EmailJob.state == JobState.SENDING,
+        )
+        .returning(
+            EmailJob.id,
+            EmailJob.sender_id,
+            EmailJob.batch_id,
+            EmailJob.state,
+            EmailJob.scheduled_at,
+            EmailJob.finished_at,
+        )
+        .cte("moved")
+    )
+    logged = (
+        insert(Attempt)
+        .from_select(
+            [
+                "email_job_id",
+                "attempt",
+                "sender_id",
+                "started_at",
+                "ended_at",
+                "outcome",
+                "counted",
+                "late_ms",
+                "smtp_code",
+                "enhanced_code",
+                "message",
+            ],
+            select(
+                _outcome.c.id,
+                _outcome.c.attempt,
+                moved.c.sender_id,
+                func.statement_timestamp() - milliseconds(_outcome.c.started_ms),
+                ended,
+                _outcome.c.outcome,
+                _outcome.c.counted,
+                _outcome.c.late_ms,
+                _outcome.c.code,
+                _outcome.c.enhanced,
+                _outcome.c.message,
+            )
+            .select_from(_outcome)
+            .join(moved, moved.c.id == _outcome.c.id),
+        )
+        .cte("logged")
+    )
+    return select(moved.c.id, moved.c.state, moved.c.scheduled_at).add_cte(
+        logged, count_moves(moved)
+    )
+
+
+_SETTLE = _settle_statement()
+
+
+async def settle(
+    connection: AsyncConnection, records: Sequence[AttemptRecord], now: float
+) -> dict[int, int]:
+    """Record outcomes; returns the due time (Unix ms) of each job that it moved, by id.
+
+    `now` is `time.monotonic`. A job that is missing was not ours any more: its lease had run out
+    and somebody else has it, or an earlier try of this statement has recorded it.
+    """
+    rows = await connection.execute(
+        _SETTLE,
+        {
+            "ids": [r.job.job_id for r in records],
+            "attempts": [r.job.attempt for r in records],
+            "states": [int(r.state) for r in records],
+            "failures": [r.failures for r in records],
+            "outcomes": [int(r.outcome) for r in records],
+            "counted": [r.counted for r in records],
+            # Rounded so that a start is never late and an end never early.
+            "started_ms": [-int((r.started - now) * 1000 // 1) for r in records],
+            "ended_ms": [int((now - r.ended) * 1000) for r in records],
+            "retry_ms": [
+                None if r.retry_after is None else r.retry_after // timedelta(milliseconds=1)
+                for r in records
+            ],
+            "late_ms": [None if r.late is None else _whole_ms(r.late) for r in records],
+            "codes": [r.smtp_code for r in records],
+            "enhanced": [r.enhanced_code for r in records],
+            "messages": [r.message for r in records],
+        },
+    )
+    return {row.id: unix_ms(row.scheduled_at) for row in rows}
+
+
+_held = (
+    func.unnest(
+        array("ids", BigInteger),
+        array("attempts", SmallInteger),
+        array("leases", EmailJob.lease_until.type),
+    )
+    .table_valued(
+        column("id", BigInteger),
+        column("attempt", SmallInteger),
+        column("lease_until", EmailJob.lease_until.type),
+        name="held",
+    )
+    .render_derived()
+)
+
+_GIVE_BACK = (
+    update(EmailJob)
+    .values(state=JobState.SCHEDULED, attempt=EmailJob.attempt - 1, lease_until=null())
+    .where(
+        EmailJob.id == _held.c.id,
+        EmailJob.state == JobState.SENDING,
+        EmailJob.attempt == _held.c.attempt,
+        # The attempt's number is used again, so it is no fence here: the lease's end is.
+        EmailJob.lease_until == _held.c.lease_until,
+    )
+    .returning(EmailJob.id, EmailJob.scheduled_at)
+)
+
+
+async def give_back(connection: AsyncConnection, jobs: Sequence[MarkedJob]) -> dict[int, int]:
+    """Undo `mark_sending` of jobs whose body was not begun: no attempt is used up.
+
+    Returns the due time (Unix ms) of each job that it moved, by id.
+    """
+    rows = await connection.execute(
+        _GIVE_BACK,
+        {
+            "ids": [job.job.job_id for job in jobs],
+            "attempts": [job.job.attempt for job in jobs],
+            "leases": [job.lease_until for job in jobs],
+        },
+    )
+    return {row.id: unix_ms(row.scheduled_at) for row in rows}
