@@ -104,13 +104,19 @@ class Scheduler:
 
     def rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Ask PostgreSQL, beside the scheduler."""
-        with psycopg.connect(self.settings.database_url, autocommit=True) as connection:
+        with self._connect() as connection:
             return connection.execute(statement.encode(), parameters).fetchall()
 
     def execute(self, statement: str, *parameters: Any) -> None:
         """Change what PostgreSQL has, beside the scheduler."""
-        with psycopg.connect(self.settings.database_url, autocommit=True) as connection:
+        with self._connect() as connection:
             connection.execute(statement.encode(), parameters)
+
+    def _connect(self) -> psycopg.Connection[Any]:
+        # It stops the loop: on a lock that the scheduler holds it would wait for ever.
+        return psycopg.connect(
+            self.settings.database_url, autocommit=True, options="-c lock_timeout=5s"
+        )
 
     def value(self, statement: str, *parameters: Any) -> Any:
         """Return the one value that PostgreSQL answers."""

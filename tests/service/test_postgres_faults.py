@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -50,12 +50,17 @@ CODES = {
 _TABLES = [table.name for table in Base.metadata.sorted_tables]
 
 
-@contextmanager
-def failing_writes(url: str, state: str, every: int) -> Iterator[Callable[[], dict[str, int]]]:
+@asynccontextmanager
+async def failing_writes(
+    url: str, state: str, every: int
+) -> AsyncIterator[Callable[[], Awaitable[dict[str, int]]]]:
     """Fail the first, and then every so-manieth, INSERT, UPDATE and DELETE of each table.
 
     Yields a function that says how many of each were tried. A sequence counts them: what it
     counted is not taken back with the transaction.
+
+    Triggers come and go under a lock that waits for every open transaction, those of the code
+    under test too: a blocking connection would stop the loop that is to end them.
     """
     create = """
         CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -66,33 +71,33 @@ def failing_writes(url: str, state: str, every: int) -> Iterator[Callable[[], di
         END $$;
     """
     pairs = [(table, verb) for table in _TABLES for verb in ("insert", "update", "delete")]
-    with psycopg.connect(url, autocommit=True) as connection:
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
 
-        def run(statement: str) -> list[Any]:
-            cursor = connection.execute(statement.encode())
-            return cursor.fetchall() if cursor.description else []
+        async def run(statement: str) -> list[Any]:
+            cursor = await connection.execute(statement.encode())
+            return await cursor.fetchall() if cursor.description else []
 
-        def tried() -> dict[str, int]:
-            rows = run(
+        async def tried() -> dict[str, int]:
+            rows = await run(
                 "SELECT sequencename, last_value FROM pg_sequences"
                 " WHERE sequencename LIKE 'fault\\_%' AND last_value IS NOT NULL"
             )
             return {name.removeprefix("fault_"): int(n) for name, n in rows}
 
-        run(create.format(every=every, state=state))
+        await run(create.format(every=every, state=state))
         for table, verb in pairs:
             # The first one fails: the sequence begins with 0.
-            run(f"CREATE SEQUENCE fault_{table}_{verb} MINVALUE 0")
-            run(
+            await run(f"CREATE SEQUENCE fault_{table}_{verb} MINVALUE 0")
+            await run(
                 f"CREATE TRIGGER fault_{verb} BEFORE {verb} ON {table}"
                 " FOR EACH STATEMENT EXECUTE FUNCTION fault()"
             )
         try:
             yield tried
         finally:
-            run("DROP FUNCTION fault() CASCADE")
+            await run("DROP FUNCTION fault() CASCADE")
             for table, verb in pairs:
-                run(f"DROP SEQUENCE fault_{table}_{verb}")
+                await run(f"DROP SEQUENCE fault_{table}_{verb}")
 
 
 # To a dispatcher the others are the same.
@@ -117,11 +122,11 @@ async def test_whatever_write_of_a_dispatcher_fails_nothing_is_lost_or_doubled(
         )
         jobs += await world.schedule(senders[0], load=False)
         await world.sql("UPDATE head_markers SET created_at = now() - interval '1 min'")
-        with failing_writes(database_url, state, 3) as tried:
+        async with failing_writes(database_url, state, 3) as tried:
             async with running(settings), running(settings):
                 await eventually(world.done, 20)
                 await eventually(lambda: no_markers(world))
-            counted = tried()
+            counted = await tried()
 
         assert {
             "email_jobs_update",
@@ -195,7 +200,7 @@ async def test_a_write_of_the_scheduler_that_fails_is_said_and_can_be_repeated(
         raise AssertionError("it never succeeds")
 
     async with running_scheduler(database_url, redis_url) as scheduler:
-        with failing_writes(database_url, state, 3):
+        async with failing_writes(database_url, state, 3):
             await every_change(scheduler, until_done)
     assert seen == {CODES[state]}
 
