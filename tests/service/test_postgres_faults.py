@@ -199,9 +199,11 @@ async def test_a_write_of_the_scheduler_that_fails_is_said_and_can_be_repeated(
                 seen.add(refusal(error))
         raise AssertionError("it never succeeds")
 
-    async with running_scheduler(database_url, redis_url) as scheduler:
-        async with failing_writes(database_url, state, 3):
-            await every_change(scheduler, until_done)
+    async with (
+        running_scheduler(database_url, redis_url) as scheduler,
+        failing_writes(database_url, state, 3),
+    ):
+        await every_change(scheduler, until_done)
     assert seen == {CODES[state]}
 
 
