@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 import sys
@@ -18,7 +19,8 @@ from cli.drill_report import DrillReport, renamed_recipients
 from cli.foreground import run
 from cli.lazy import EXIT_FAILED, CommandFailed
 from cli.output import Output, OutputFormat, note, print_json, print_rows
-from deploy.drill.plan import KINDS
+from deploy.drill.clocks import HOW_TO_GET, faketime_library
+from deploy.drill.plan import CLOCK_KINDS, KINDS, OUTAGE_DRILL_S, OUTAGES
 from deploy.drill.run import Drill
 from deploy.drill.stack import DrillStack, Size, drill_settings
 from deploy.local.child import LocalServerError
@@ -41,6 +43,8 @@ def _read_faults(text: str) -> str:
     unknown = [name for name in _split(text) if name not in KINDS]
     if unknown:
         raise typer.BadParameter(f"there is no fault {unknown[0]!r}; --list-faults shows them")
+    if set(_split(text)) & CLOCK_KINDS and faketime_library() is None:
+        raise typer.BadParameter(HOW_TO_GET)
     return text
 
 
@@ -96,8 +100,9 @@ def drill(
     Starts everything in a folder of its own, with short windows, gaps and
     leases; uploads batches all the while; and plays the faults of the seed:
     kills, pauses, outages and hangs of every part. Each is shown as it
-    happens, with the time until mail went on. At the end all is healed, the
-    last job waited for, and everything compared with the promises.
+    happens, with the time until mail went on. A drill of minutes has outages
+    of half a minute too. At the end all is healed, the last job waited for,
+    and everything compared with the promises.
 
     Exit code 1 if a promise was broken; then the folder with logs, mails
     and data is kept.
@@ -105,11 +110,17 @@ def drill(
     $ outbox drill --minutes 1 --seed 1
     """
     names = list(KINDS) if faults is None else _split(faults)
+    if faults is not None and set(names) & set(OUTAGES) and minutes * 60 < OUTAGE_DRILL_S:
+        raise typer.BadParameter(
+            f"an outage needs --minutes {math.ceil(OUTAGE_DRILL_S / 60)} or more"
+        )
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     size = Size(dispatchers, schedulers, stats)
     folder = Path(tempfile.mkdtemp(prefix="outbox-drill-"))
     stack = DrillStack(folder, size, drill_settings(policy.value), _say)
     note(f"seed {seed}; starting a stack in {folder} ...")
+    if stack.missing & set(names):
+        note(f"left out: {', '.join(sorted(stack.missing))}. {HOW_TO_GET}")
     report = None
     keep = False
     try:

@@ -30,11 +30,13 @@ class DrillReport:
         accepted, recorded = outcome.answered.accepted, figures["accepted"]
         silent = sum(one.recovery_s is None for one in outcome.faults)
         copies = figures["duplicates"] if self.policy == "hold" else 0
+        given_up = max(0, figures["failed"] - outcome.refused)
         found = (
             (outcome.open_jobs, "jobs are in no final state, and nothing moves any more"),
             (max(0, accepted - recorded), "jobs were answered as accepted, and are not there"),
             (max(0, recorded - accepted), "jobs are there more than were answered as accepted"),
             (self.renamed, "recipients got different Message-IDs for one job"),
+            (given_up, "jobs FAILED, more than mails were refused for good"),
             (silent, "faults had no mail after them for a minute"),
             (copies, "mails came twice, though those in doubt are held"),
             (outcome.unanswered, "upload at least was never answered"),
@@ -63,6 +65,7 @@ class DrillReport:
             **figures,
             "accepted": self.outcome.answered.accepted,
             "batches": len(self.outcome.answered.batches),
+            "refused": self.outcome.refused,
             "open": self.outcome.open_jobs,
             "cancelled": self.outcome.answered.cancelled,
             "repeated_calls": dict(sorted(self.outcome.answered.repeated.items())),

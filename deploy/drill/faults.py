@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import signal
 import time
@@ -13,21 +14,33 @@ import psycopg
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
+from deploy.drill.failing_writes import fail_writes, heal_writes
 from deploy.drill.plan import Fault
 from deploy.drill.stack import DrillStack
 from deploy.drill.waiting import until
 from deploy.local.child import Child
-from deploy.local.inbox import Trouble
 from deploy.local.postgres import SUPERUSER
 from deploy.local.proxy import TcpProxy
 from deploy.local.service import Service
+from deploy.local.trouble import OF_CONNECTIONS, Trouble, Way
 
 # A server that another fault has just killed is struck when it is there again.
 _PATIENCE_S: Final = 10.0
+# A table whose lock somebody holds who is paused is waited for.
+_LOCK_PATIENCE_S: Final = 30.0
+_START_LIMIT_S: Final = 60.0
+_HOUR_S: Final = {"ahead": 3600.0, "behind": -3600.0}
+# By the fault, and the phase that it has where there is no choice. (421 and 450 say so.)
 _TROUBLES: Final = {
-    "smtp_silent": Trouble.SILENT,
-    "smtp_421": Trouble.CLOSING,
-    "smtp_450": Trouble.BUSY,
+    "smtp_stall": Trouble(Way.HANG),
+    "smtp_silent": Trouble(Way.CLOSE, "reply"),
+    "smtp_421": Trouble(Way.REFUSE, text="421 4.3.2 closing"),
+    "smtp_450": Trouble(Way.REFUSE, text="450 4.2.1 busy"),
+    "smtp_552": Trouble(Way.REFUSE, text="552 5.2.2 mailbox full"),
+    "smtp_auth": Trouble(Way.REFUSE, "auth", "535 5.7.8 wrong"),
+    "smtp_bytes": Trouble(Way.PIECES),
+    "smtp_line": Trouble(Way.LONG),
 }
 
 
@@ -42,9 +55,13 @@ class Faults:
             "redis_snapshot": self._restore_snapshot,
             "redis_keys": self._delete_keys,
             "redis_full": self._fill,
+            "redis_clock": self._step_back,
+            "dispatcher_clock": self._shift_clock,
             "postgres_kill": self._kill_postgres,
             "postgres_restart": self._restart_postgres,
             "postgres_cut": self._cut_postgres,
+            "postgres_full": self._fill_disk,
+            "postgres_conflict": self._conflict,
         }
 
     async def strike(self, fault: Fault) -> float:
@@ -53,8 +70,10 @@ class Faults:
         if fault.name in self._ways:
             await self._ways[fault.name](fault)
         elif fault.name in _TROUBLES:
-            await self._trouble(_TROUBLES[fault.name], fault.lasts)
-        elif way in ("refuse", "hang"):
+            trouble = _TROUBLES[fault.name]
+            phase = fault.variant or trouble.phase
+            await self._trouble(dataclasses.replace(trouble, phase=phase), fault.lasts)
+        elif way in ("refuse", "hang", "outage"):
             proxy = self._stack.proxies[target]
             await self._disconnect(proxy, way, fault.lasts, cut_after=target == "smtp")
         else:
@@ -74,10 +93,10 @@ class Faults:
     async def _disconnect(
         self, proxy: TcpProxy, way: str, lasts: float, *, cut_after: bool
     ) -> None:
-        if way == "refuse":
-            proxy.refuse()
-        else:
+        if way == "hang":
             proxy.hang()
+        else:
+            proxy.refuse()
         try:
             await asyncio.sleep(lasts)
         finally:
@@ -90,10 +109,38 @@ class Faults:
     async def _trouble(self, trouble: Trouble, lasts: float) -> None:
         inbox = self._stack.inbox
         inbox.trouble = trouble
+        if trouble.phase in OF_CONNECTIONS:
+            inbox.cut()
         try:
             await asyncio.sleep(lasts)
         finally:
             inbox.trouble = None
+            if trouble.way is Way.HANG:
+                # Nobody hears of them any more: what hangs would hang for ever.
+                inbox.cut()
+
+    async def _shift_clock(self, fault: Fault) -> None:
+        service = self._stack.service("dispatcher", fault.number)
+        library = faketime_library()
+        if library is None:
+            raise RuntimeError(HOW_TO_GET)
+        offset_s = _HOUR_S[fault.variant]
+        await self._restart(service, clock_off_by(library, offset_s))
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            await self._restart(service, {})
+
+    async def _restart(self, service: Service, more: Mapping[str, str]) -> None:
+        service.begin_with(more)
+        # One that was just killed by another fault is started by somebody, before or after this.
+        old = service.child.pid
+        service.child.signal(signal.SIGTERM)
+
+        async def again() -> bool:
+            return service.child.pid != old and await service.serving()
+
+        await until(again, _START_LIMIT_S)
 
     # Redis -----------------------------------------------------------------------------------
 
@@ -133,6 +180,18 @@ class Faults:
         finally:
             await self._redis(lambda client: client.config_set("maxmemory", 0))
 
+    async def _step_back(self, fault: Fault) -> None:
+        file = self._stack.redis_clock
+        set_clock(file, -float(fault.variant.removesuffix("s")))
+        child = self._stack.valkey.child
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            # A step forward, and limits would end too early: whoever makes it starts with nothing.
+            child.signal(signal.SIGSTOP)
+            set_clock(file, 0)
+            child.signal(signal.SIGKILL)
+
     async def _runs_after(self, before: Child) -> bool:
         return self._stack.valkey.child is not before and await self._asked(
             lambda client: client.ping()
@@ -160,6 +219,20 @@ class Faults:
 
     async def _cut_postgres(self, _: Fault) -> None:
         await until(self._terminated, _PATIENCE_S)
+
+    async def _fill_disk(self, fault: Fault) -> None:
+        await self._fail_writes("53100", 1.0, fault.lasts)
+
+    async def _conflict(self, fault: Fault) -> None:
+        await self._fail_writes(fault.variant, 1 / 3, fault.lasts)
+
+    async def _fail_writes(self, state: str, share: float, lasts: float) -> None:
+        url = self._stack.system.servers.database_url
+        try:
+            await until(lambda: fail_writes(url, state, share), _LOCK_PATIENCE_S)
+            await asyncio.sleep(lasts)
+        finally:
+            await until(lambda: heal_writes(url), _LOCK_PATIENCE_S)
 
     async def _terminated(self) -> bool:
         url = self._stack.postgres.url("postgres", SUPERUSER)

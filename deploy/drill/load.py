@@ -86,13 +86,22 @@ class Load:
     """Uploads until it is told to stop, and no more than what goes within some seconds."""
 
     def __init__(
-        self, seed: int, addresses: Sequence[str], arrived: Sequence[ReceivedMail]
+        self,
+        seed: int,
+        addresses: Sequence[str],
+        arrived: Sequence[ReceivedMail],
+        refused: Sequence[str],
     ) -> None:
-        """Take the schedulers' addresses, and the mails that have arrived, which become more."""
+        """Take the schedulers' addresses, and two lists that become longer.
+
+        `arrived` are the mails that have arrived, `refused` the senders' addresses of those that
+        were refused for good.
+        """
         self._chance = random.Random(seed)  # noqa: S311 - a load, no secret
         self._addresses = addresses
         self._arrived = arrived
-        self._looked_at = 0
+        self._refused = refused
+        self._looked_at = (0, 0)
         # By sender, as far as this side knows.
         self._waiting: Counter[str] = Counter()
         self.answered = Answered()
@@ -112,7 +121,7 @@ class Load:
                 self._senders[made.email] = made.sender_id
             async with asyncio.TaskGroup() as group:
                 while not stop.is_set():
-                    self._count_arrived()
+                    self._count_ended()
                     # Of two senders the one with less to do: else a slow one's work would pile up.
                     sender = min(
                         self._chance.sample(sorted(self._senders), 2),
@@ -126,10 +135,11 @@ class Load:
         finally:
             await asyncio.gather(*(channel.close() for channel in self._schedulers))
 
-    def _count_arrived(self) -> None:
-        for mail in self._arrived[self._looked_at :]:
-            self._waiting[mail.mail_from] -= 1
-        self._looked_at = len(self._arrived)
+    def _count_ended(self) -> None:
+        arrived, refused = self._looked_at
+        self._looked_at = (len(self._arrived), len(self._refused))
+        self._waiting.subtract(mail.mail_from for mail in self._arrived[arrived:])
+        self._waiting.subtract(self._refused[refused:])
 
     async def _create(self, number: int) -> Sender:
         fast = number % _FAST_EVERY == 0

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from deploy.local.trouble import PHASES
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -18,17 +20,32 @@ class Kind:
     strikes: str
     # How long it lasts, in seconds: from, to. Zeros: it is over at once.
     lasts: tuple[float, float] = (0.0, 0.0)
+    # The seed picks one of them. Empty: there is one way.
+    variants: tuple[str, ...] = ()
 
 
 # Longer than the lease of a drill, LEASE_S.
 LEASE_S: Final = 3.0
 _PAUSE: Final = (LEASE_S * 1.2, LEASE_S * 1.8)
 _SHORT: Final = (0.5, 4.0)
+SMTP_TIMEOUT_S: Final = 2.0
+OUTAGE_S: Final = 30.0
+_OUTAGE_TEXT: Final = f"unreachable for {OUTAGE_S:.0f} s: connections cut and refused"
+# From the begin of one outage to the next, so that there is as much time without one.
+_OUTAGE_PAUSES_S: Final = (60.0, 90.0)
+# What an outage must have left when it is over.
+_OUTAGE_CALM_S: Final = 20.0
+# A drill as long as this has one in any case.
+OUTAGE_DRILL_S: Final = _OUTAGE_PAUSES_S[1] + OUTAGE_S + _OUTAGE_CALM_S
 
-KINDS: Final[Mapping[str, Kind]] = {
+# Dealt like cards.
+CARDS: Final[Mapping[str, Kind]] = {
     "dispatcher_kill": Kind("kill -9 of a dispatcher", "dispatcher"),
     "dispatcher_pause": Kind("SIGSTOP beyond the lease, then SIGCONT", "dispatcher", _PAUSE),
     "dispatcher_term": Kind("SIGTERM of a dispatcher in full flight", "dispatcher"),
+    "dispatcher_clock": Kind(
+        "runs with a wall clock an hour off", "dispatcher", (2.0, 6.0), ("ahead", "behind")
+    ),
     "scheduler_kill": Kind("kill -9 of a scheduler", "scheduler"),
     "scheduler_pause": Kind("SIGSTOP, then SIGCONT, of a scheduler", "scheduler", _PAUSE),
     "stats_kill": Kind("kill -9 of a stats service", "stats"),
@@ -40,6 +57,12 @@ KINDS: Final[Mapping[str, Kind]] = {
     ),
     "redis_keys": Kind("half of all keys are deleted", "redis"),
     "redis_full": Kind("out of memory, and evicts nothing", "redis", _SHORT),
+    "redis_clock": Kind(
+        "its clock steps back; at last kill -9, starts empty and right",
+        "redis",
+        _SHORT,
+        ("0.5s", "2s", "8s"),
+    ),
     "redis_refuse": Kind("connections cut and refused", "redis", _SHORT),
     "redis_hang": Kind("not a byte passes; then all that was held back does", "redis", _SHORT),
     "postgres_kill": Kind("kill -9 of the server", "postgres"),
@@ -49,12 +72,40 @@ KINDS: Final[Mapping[str, Kind]] = {
     "postgres_hang": Kind(
         "not a byte passes; then all that was held back does", "postgres", _SHORT
     ),
+    "postgres_full": Kind("every write fails: disk full (53100)", "postgres", _SHORT),
+    "postgres_conflict": Kind(
+        "every third write fails: deadlock (40P01), serialisation (40001)",
+        "postgres",
+        _SHORT,
+        ("40P01", "40001"),
+    ),
     "smtp_refuse": Kind("connections cut and refused", "smtp", _SHORT),
     "smtp_hang": Kind("not a byte passes; then every connection is cut", "smtp", _SHORT),
+    "smtp_stall": Kind(
+        "says nothing in one phase of a session; then every connection is cut",
+        "smtp",
+        # Longer than the time limit of a phase, SMTP_TIMEOUT_S.
+        (SMTP_TIMEOUT_S * 1.1, SMTP_TIMEOUT_S * 2),
+        PHASES,
+    ),
     "smtp_silent": Kind("takes each body and closes without an answer", "smtp", (0.2, 1.0)),
-    "smtp_421": Kind("421 at MAIL, and closes", "smtp", _SHORT),
-    "smtp_450": Kind("450 at RCPT", "smtp", _SHORT),
+    "smtp_421": Kind("421, and closes", "smtp", _SHORT, ("greeting", "mail", "rcpt", "data")),
+    "smtp_450": Kind("450", "smtp", _SHORT, ("mail", "rcpt", "reply")),
+    "smtp_552": Kind("552: refuses for good", "smtp", (0.2, 0.6), ("mail", "rcpt", "reply")),
+    "smtp_auth": Kind("535: user name and password are wrong", "smtp", _SHORT),
+    "smtp_bytes": Kind("replies in pieces of one byte", "smtp", _SHORT),
+    "smtp_line": Kind("a reply is a line of 1 MB", "smtp", (0.2, 1.0), ("mail", "rcpt", "reply")),
 }
+
+# What takes a while: now and then beside the others, in a drill of minutes.
+OUTAGES: Final[Mapping[str, Kind]] = {
+    f"{server}_outage": Kind(_OUTAGE_TEXT, server, (OUTAGE_S, OUTAGE_S))
+    for server in ("redis", "postgres", "smtp")
+}
+KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES}
+
+# They need libfaketime.
+CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
 
 # From one fault to the next, so that they come alone and in mixtures.
 _PAUSES_S: Final = (0.3, 4.0)
@@ -73,6 +124,8 @@ class Fault:
     name: str
     lasts: float = 0.0
     number: int = 1
+    # One of its kind's.
+    variant: str = ""
 
 
 def plan(
@@ -81,28 +134,54 @@ def plan(
     """Return the faults of a drill in their order.
 
     `processes` says how many of each service there are. Kinds are dealt like cards: each comes
-    about as often as every other.
+    about as often as every other. Outages have a rhythm of their own.
     """
+    outages = _outages(seed, duration_s, sorted(set(names) & set(OUTAGES)))
     chance = random.Random(seed)  # noqa: S311 - a plan, no secret
+    cards = sorted(set(names) & set(CARDS))
     hand: list[str] = []
     free_at: dict[tuple[str, int], float] = {}
     faults = []
     now = _FIRST_S
-    while names and now < duration_s - _QUIET_S:
+    while cards and now < duration_s - _QUIET_S:
         if not hand:
-            hand = chance.sample(sorted(names), len(names))
+            hand = chance.sample(cards, len(cards))
         # Drawn for every card and moment, struck or not: nothing else may decide what comes next.
         number = chance.randint(1, 1_000_000)
         share, pause = chance.random(), chance.uniform(*_PAUSES_S)
         for name in hand:
-            kind = KINDS[name]
-            target = (kind.strikes, number % processes.get(kind.strikes, 1) + 1)
-            if free_at.get(target, 0.0) > now:
+            kind = CARDS[name]
+            several = processes.get(kind.strikes, 1)
+            target = (kind.strikes, number % several + 1)
+            lasts = kind.lasts[0] + share * (kind.lasts[1] - kind.lasts[0])
+            if free_at.get(target, 0.0) > now or _meets(outages, kind.strikes, now, now + lasts):
                 continue
             hand.remove(name)
-            lasts = kind.lasts[0] + share * (kind.lasts[1] - kind.lasts[0])
             free_at[target] = now + lasts + _REST_S
-            faults.append(Fault(round(now, 3), name, round(lasts, 3), target[1]))
+            ways = kind.variants
+            variant = ways[number // several % len(ways)] if ways else ""
+            faults.append(Fault(round(now, 3), name, round(lasts, 3), target[1], variant))
             break
         now += pause
-    return faults
+    return sorted((*faults, *outages), key=lambda fault: fault.at)
+
+
+def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
+    chance = random.Random(f"outages of {seed}")  # noqa: S311 - a plan, no secret
+    hand: list[str] = []
+    found = []
+    now = chance.uniform(*_OUTAGE_PAUSES_S)
+    while names and now + OUTAGE_S + _OUTAGE_CALM_S <= duration_s:
+        hand = hand or chance.sample(names, len(names))
+        found.append(Fault(round(now, 3), hand.pop(), OUTAGE_S))
+        now += chance.uniform(*_OUTAGE_PAUSES_S)
+    return found
+
+
+def _meets(outages: Sequence[Fault], target: str, start: float, end: float) -> bool:
+    return any(
+        OUTAGES[one.name].strikes == target
+        and start < one.at + one.lasts + _REST_S
+        and one.at < end + _REST_S
+        for one in outages
+    )

@@ -40,6 +40,8 @@ class Outcome:
     faults: list[Struck] = field(default_factory=list)
     # Jobs in no final state when nothing moved any more.
     open_jobs: int = 0
+    # Mails that the SMTP side refused for good: so many jobs may be FAILED.
+    refused: int = 0
     # Uploads that were never answered, also when everything was whole again.
     unanswered: bool = False
     seconds: float = 0.0
@@ -59,13 +61,16 @@ class Drill:
     ) -> None:
         self._stack = stack
         self._faults = Faults(stack)
-        self._plan = plan(seed, seconds, names, stack.processes)
+        # Planned with all of them: what cannot be had here changes nothing of the others.
+        faults = plan(seed, seconds, names, stack.processes)
+        self._plan = [fault for fault in faults if fault.name not in stack.missing]
         self._seconds = seconds
         self._say = say
         self._load = Load(
             seed,
             [one.address for one in stack.system.services if one.name == "scheduler"],
             stack.inbox.mails,
+            stack.inbox.refused,
         )
         self._began = time.monotonic()
 
@@ -90,6 +95,7 @@ class Drill:
                 await loading
         self._say("everything is whole again; waiting for the last job")
         outcome.open_jobs = await self._until_final()
+        outcome.refused = len(self._stack.inbox.refused)
         outcome.seconds = time.monotonic() - self._began
         return outcome
 
@@ -98,8 +104,9 @@ class Drill:
         kind = KINDS[fault.name]
         several = self._stack.processes.get(kind.strikes, 1) > 1
         which = f" {fault.number}" if several else ""
+        variant = f" ({fault.variant})" if fault.variant else ""
         lasts = f", for {fault.lasts:.1f} s" if fault.lasts else ""
-        self._say(f"{self._now():7.2f} s  {fault.name}{which}: {kind.text}{lasts}")
+        self._say(f"{self._now():7.2f} s  {fault.name}{which}: {kind.text}{variant}{lasts}")
         ended = await self._faults.strike(fault)
         try:
             await until(lambda: self._whole_after(fault, ended), _RECOVERY_LIMIT_S)

@@ -9,8 +9,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, Literal, Self
 
+from deploy.drill.clocks import clock_by_file, faketime_library, set_clock
 from deploy.drill.load import WINDOW
-from deploy.drill.plan import LEASE_S
+from deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_TIMEOUT_S
 from deploy.local.inbox import Inbox
 from deploy.local.ports import LOOPBACK
 from deploy.local.postgres import PostgresServer
@@ -41,7 +42,7 @@ def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
         min_gap=timedelta(0),
         lease=timedelta(seconds=LEASE_S),
         retry_backoff=_LADDER,
-        smtp_timeout=timedelta(seconds=2),
+        smtp_timeout=timedelta(seconds=SMTP_TIMEOUT_S),
         shutdown_grace=timedelta(seconds=3),
         uncertain_policy=policy,
         log_level="info",
@@ -53,7 +54,11 @@ class DrillStack:
     """Runs while the context is open; what dies is started again."""
 
     def __init__(
-        self, folder: Path, size: Size, settings: Settings, say: Callable[[str], None]
+        self,
+        folder: Path,
+        size: Size,
+        settings: Settings,
+        say: Callable[[str], None],
     ) -> None:
         self.settings = settings
         self.size = size
@@ -62,6 +67,9 @@ class DrillStack:
             "redis": TcpProxy(lambda: self.valkey.port),
             "smtp": TcpProxy(lambda: self.inbox.port),
         }
+        # Says what the clock is that Redis runs by.
+        self.redis_clock = folder / "redis_clock"
+        self._faketime = faketime_library()
         self._folder = folder
         self._say = say
         self._system: LocalSystem | None = None
@@ -86,11 +94,16 @@ class DrillStack:
                 through={
                     "OUTBOX_DATABASE_URL": f"postgresql://outbox@{LOOPBACK}:{ports['postgres']}/outbox",
                     "OUTBOX_REDIS_URL": f"redis://{LOOPBACK}:{ports['redis']}/0",
-                    "OUTBOX_SMTP_URL": f"smtp://{LOOPBACK}:{ports['smtp']}",
+                    # With a name and a password, so that there is an AUTH to fail.
+                    "OUTBOX_SMTP_URL": f"smtp://drill:drill@{LOOPBACK}:{ports['smtp']}",
                 },
                 default_ports=False,
                 say=self._say,
             )
+            if self._faketime is not None:
+                set_clock(self.redis_clock, 0)
+                valkey = self._system.servers.valkey
+                valkey.environment = clock_by_file(self._faketime, self.redis_clock)
             await stack.enter_async_context(self._system)
             self._open = stack.pop_all()
         return self
@@ -98,6 +111,11 @@ class DrillStack:
     async def __aexit__(self, *_: object) -> None:
         """Stop everything."""
         await self._open.aclose()
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """The kinds of faults that cannot be had here: they need libfaketime."""
+        return frozenset() if self._faketime else CLOCK_KINDS
 
     @property
     def system(self) -> LocalSystem:

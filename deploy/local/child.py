@@ -22,7 +22,7 @@ _LAST_LINES: Final = 15
 _POLL: Final = 0.01
 _PR_SET_PDEATHSIG: Final = 1
 # A child is told nothing that this process was told: no PG* variables, no secrets.
-_ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C"}
+CHILD_ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C"}
 
 
 class LocalServerError(OutboxError):
@@ -48,7 +48,7 @@ class Child:
         log: Path,
         cwd: Path,
         user: pwd.struct_passwd | None = None,
-        environment: Mapping[str, str] = _ENVIRONMENT,
+        environment: Mapping[str, str] = CHILD_ENVIRONMENT,
         death_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.name = name
@@ -56,7 +56,8 @@ class Child:
         self._log = log
         self._cwd = cwd
         self._user = user
-        self._environment = dict(environment)
+        # Of the next start.
+        self.environment = dict(environment)
         self._death_signal = death_signal
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -79,7 +80,7 @@ class Child:
             self._process = subprocess.Popen(  # noqa: S603 - our own command line
                 self._argv,
                 cwd=self._cwd,
-                env=self._environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

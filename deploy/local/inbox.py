@@ -15,31 +15,20 @@ import os
 import signal
 import sys
 import time
-from enum import Enum
 from pathlib import Path
-from typing import Final, Self
+from typing import AnyStr, Final, Self
 
 import uvloop
-from aiosmtpd.smtp import SMTP, Envelope, Session
+from aiosmtpd.smtp import SMTP, AuthResult, Envelope, Session
 
 from deploy.local.child import LocalServerError
 from deploy.local.ports import LOOPBACK
 from deploy.local.record import MESSAGE_ID, ReceivedMail, RecordFile
+from deploy.local.trouble import LONG_LINE, Trouble, Way
 
 DEFAULT_SIZE_LIMIT: Final = 64 * 1024 * 1024
 _HOSTNAME: Final = "inbox.localhost"
 _END_OF_HEADERS: Final = b"\r\n\r\n"
-
-
-class Trouble(Enum):
-    """What an inbox does in place of taking a mail, while it is told to."""
-
-    # 421 at MAIL, and the end of the connection.
-    CLOSING = "421"
-    # 450 at RCPT.
-    BUSY = "450"
-    # Takes the mail, and closes the connection without an answer: nobody can know.
-    SILENT = "silent"
 
 
 class Inbox:
@@ -47,7 +36,8 @@ class Inbox:
 
     The Maildir (`tmp`, `new`, `cur`) opens with the standard library's `mailbox.Maildir` and with
     mail programs; `record.jsonl` in it says what the SMTP side saw. Nothing is synced to disk.
-    Offers SIZE, 8BITMIME and SMTPUTF8; refuses what RFC 5321 forbids (a line over 998 bytes).
+    Offers SIZE, 8BITMIME and SMTPUTF8, and AUTH, where any name and password will do; refuses what
+    RFC 5321 forbids (a line over 998 bytes).
     """
 
     def __init__(
@@ -57,6 +47,8 @@ class Inbox:
         self.maildir = maildir
         self.mails: list[ReceivedMail] = []
         self.trouble: Trouble | None = None
+        # The MAIL FROM of every mail that a trouble refused for good.
+        self.refused: list[str] = []
         self._wanted_port = port
         self._port: int | None = None
         self._size_limit = size_limit
@@ -111,11 +103,20 @@ class Inbox:
         if self._server is None or self._record is None:
             return
         self._server.close()
-        for connection in tuple(self._connections):
-            connection.cut()
+        self.cut()
         await self._server.wait_closed()
         self._server = None
         self._record.close()
+
+    def note_refusal(self, trouble: Trouble, envelope: Envelope | None) -> None:
+        """Remember a mail that a trouble refuses for good."""
+        if trouble.for_good and envelope is not None:
+            self.refused.append(envelope.mail_from or "")
+
+    def cut(self) -> None:
+        """Close every connection without a word, as a dying server does."""
+        for connection in tuple(self._connections):
+            connection.cut()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -129,6 +130,11 @@ class Inbox:
         self, connection: _Connection, _session: Session, envelope: Envelope
     ) -> str:
         """Store one mail. Awaits nothing, so that it happens whole or, if killed, not at all."""
+        connection.phase = "reply"
+        trouble = self.trouble
+        if trouble is not None and trouble.way is Way.REFUSE and trouble.phase == "reply":
+            self.note_refusal(trouble, envelope)
+            return trouble.text
         received_at = time.time()
         content = envelope.original_content or b""
         headers = content[: content.find(_END_OF_HEADERS) + 2] or content
@@ -145,8 +151,6 @@ class Inbox:
             file=name,
         )
         self._store(name, content, mail)
-        if self.trouble is Trouble.SILENT:
-            connection.cut()
         return "250 2.0.0 OK"
 
     def _store(self, name: str, content: bytes, mail: ReceivedMail) -> None:
@@ -169,10 +173,14 @@ class _Connection(SMTP):
             ident="Outbox development inbox",
             data_size_limit=inbox._size_limit,  # noqa: SLF001 - of one module
             enable_SMTPUTF8=True,
+            auth_require_tls=False,
+            authenticator=_welcome,
             loop=asyncio.get_running_loop(),
         )
         self._inbox = inbox
         self.mail_began_at = 0.0
+        # In which the next reply is given; empty: in none that a trouble may have.
+        self.phase = "greeting"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._inbox._connections.add(self)  # noqa: SLF001 - of one module
@@ -182,24 +190,74 @@ class _Connection(SMTP):
         self._inbox._connections.discard(self)  # noqa: SLF001 - of one module
         super().connection_lost(error)
 
+    async def smtp_EHLO(self, arg: str) -> None:  # noqa: N802
+        self.phase = "ehlo"
+        await super().smtp_EHLO(arg)
+        self.phase = ""
+
+    async def smtp_AUTH(self, arg: str) -> None:  # noqa: N802
+        self.phase = "auth"
+        await super().smtp_AUTH(arg)
+
     async def smtp_MAIL(self, arg: str | None) -> None:  # noqa: N802
-        if self._inbox.trouble is Trouble.CLOSING:
-            await self.push("421 4.3.2 closing")
-            self.cut()
-            return
         self.mail_began_at = time.time()
+        self.phase = "mail"
         await super().smtp_MAIL(arg)
 
     async def smtp_RCPT(self, arg: str | None) -> None:  # noqa: N802
-        if self._inbox.trouble is Trouble.BUSY:
-            await self.push("450 4.2.1 busy")
-            return
+        self.phase = "rcpt"
         await super().smtp_RCPT(arg)
+
+    async def smtp_DATA(self, arg: str) -> None:  # noqa: N802
+        self.phase = "data"
+        await super().smtp_DATA(arg)
+
+    async def push(self, status: AnyStr) -> None:
+        phase, trouble = self.phase, self._inbox.trouble
+        # A reply to EHLO has several lines.
+        self.phase = phase if phase == "ehlo" else ""
+        if trouble is None:
+            await super().push(status)
+        elif trouble.way is Way.PIECES:
+            await self._push_pieces(status)
+        elif phase == "data" and trouble.phase == "body":
+            await super().push(status)
+            await self._trouble(trouble, phase)
+        elif phase and phase == trouble.phase:
+            await self._trouble(trouble, phase)
+        else:
+            await super().push(status)
+
+    async def _trouble(self, trouble: Trouble, phase: str) -> None:
+        match trouble.way:
+            case Way.HANG:
+                # Until the connection is closed, by whichever side: that cancels us.
+                await asyncio.Event().wait()
+            case Way.CLOSE:
+                self.cut()
+            case Way.LONG:
+                await super().push(b"250 2.0.0 " + b"x" * LONG_LINE)
+            case _:
+                if phase != "reply":
+                    self._inbox.note_refusal(trouble, self.envelope)
+                await super().push(trouble.text)
+                if trouble.text.startswith("421"):
+                    self.cut()
+
+    async def _push_pieces(self, status: AnyStr) -> None:
+        text = status.encode() if isinstance(status, str) else status
+        for byte in text + b"\r\n":
+            self._writer.write(bytes((byte,)))
+            await asyncio.sleep(0)  # one piece a turn of the loop
 
     def cut(self) -> None:
         """Close the connection without a word, as a dying server does."""
         if isinstance(self.transport, asyncio.Transport):
             self.transport.abort()
+
+
+def _welcome(*_: object) -> AuthResult:
+    return AuthResult(success=True)
 
 
 def main() -> int:

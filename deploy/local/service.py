@@ -68,6 +68,10 @@ class Service:
         self.address = address
         self.child = self._child_at(address)
 
+    def begin_with(self, more: Mapping[str, str]) -> None:
+        """Have these variables too, and no others of an earlier call, from the next start on."""
+        self.child.environment = self._environment_at(self.address) | dict(more)
+
     def begin_log(self) -> None:
         """Keep what was logged so far beside, as `.log.1`, so that logs do not grow for ever."""
         if self._log.exists():
@@ -94,10 +98,13 @@ class Service:
         return Child(
             self.title,
             [sys.executable, "-m", f"services.{self.name}"],
-            environment={**self._variables, f"OUTBOX_{self.name.upper()}_LISTEN": address},
+            environment=self._environment_at(address),
             log=self._log,
             cwd=self._folder,
         )
+
+    def _environment_at(self, address: str) -> dict[str, str]:
+        return {**self._variables, f"OUTBOX_{self.name.upper()}_LISTEN": address}
 
     async def serving(self) -> bool:
         """Return whether health says SERVING."""

@@ -9,7 +9,7 @@ from typing import Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from deploy.local.child import Child, LocalServerError, stop_orphans
+from deploy.local.child import CHILD_ENVIRONMENT, Child, LocalServerError, stop_orphans
 from deploy.local.ports import LOOPBACK, free_port
 from deploy.local.wheels import valkey_binary
 
@@ -38,6 +38,8 @@ class ValkeyServer:
         self._port: int | None = port
         self._log = log or self.folder.with_name(f"{folder.name}.log")
         self.binary = binary
+        # Variables that it gets beside a child's own, from the next start on.
+        self.environment: dict[str, str] = {}
         self._child: Child | None = None
 
     @property
@@ -96,7 +98,13 @@ class ValkeyServer:
     async def _run(self, binary: Path, port: int) -> None:
         argv: list[str | Path] = [binary, "--port", str(port), "--bind", LOOPBACK]
         argv += ["--dir", self.folder, "--save", "", "--appendonly", "no"]
-        child = Child("Valkey", argv, log=self._log, cwd=self.folder)
+        child = Child(
+            "Valkey",
+            argv,
+            log=self._log,
+            cwd=self.folder,
+            environment={**CHILD_ENVIRONMENT, **self.environment},
+        )
         self._child = child
         child.start()
         try:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 
 import pytest
 
-from deploy.drill.plan import KINDS, Fault, plan
+from deploy.drill.plan import CARDS, KINDS, OUTAGE_DRILL_S, OUTAGES, Fault, plan
 
 PROCESSES = {"dispatcher": 4, "scheduler": 2, "stats": 2}
 
@@ -23,9 +24,30 @@ def test_the_same_seed_gives_the_same_faults_at_the_same_times() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_kind_comes_about_as_often_as_every_other(seed: int) -> None:
-    counts = Counter(fault.name for fault in plan(seed, 900, tuple(KINDS), PROCESSES))
-    assert set(counts) == set(KINDS)
-    assert max(counts.values()) - min(counts.values()) <= 2
+    faults = plan(seed, 900, tuple(KINDS), PROCESSES)
+    for kinds in (CARDS, OUTAGES):
+        counts = Counter(fault.name for fault in faults if fault.name in kinds)
+        assert set(counts) == set(kinds)
+        assert max(counts.values()) - min(counts.values()) <= 2
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.variants])
+def test_every_variant_of_a_kind_comes_in_a_long_drill(name: str) -> None:
+    several = plan(1, 900, (name,), PROCESSES)
+    assert {fault.variant for fault in several} == set(KINDS[name].variants)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outages_come_one_at_a_time_in_a_drill_that_is_long_enough(seed: int) -> None:
+    names = tuple(OUTAGES)
+    assert plan(seed, 60, names, PROCESSES) == []
+    assert plan(seed, OUTAGE_DRILL_S, names, PROCESSES)
+    outages = plan(seed, 900, names, PROCESSES)
+    for one, following in itertools.pairwise(outages):
+        # With time to breathe in between.
+        assert following.at >= one.at + one.lasts + 30
+    last = outages[-1]
+    assert last.at + last.lasts <= 880
 
 
 @pytest.mark.parametrize("seed", range(20))

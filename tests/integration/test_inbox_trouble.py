@@ -1,0 +1,86 @@
+"""What the inbox does in place of taking a mail, as a client sees it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiosmtplib
+import pytest
+
+from deploy.local.inbox import Inbox
+from deploy.local.trouble import LONG_LINE, OF_CONNECTIONS, PHASES, Trouble, Way
+from tests.eventually import eventually
+
+MAIL = b"Message-ID: <1@x.test>\r\n\r\nhello\r\n"
+# A client that is never answered gives up.
+GONE = (
+    aiosmtplib.SMTPConnectError,
+    aiosmtplib.SMTPServerDisconnected,
+    aiosmtplib.SMTPTimeoutError,
+    aiosmtplib.SMTPReadTimeoutError,
+)
+
+
+async def send(inbox: Inbox, limit: float = 10) -> None:
+    async with aiosmtplib.SMTP(
+        hostname="127.0.0.1", port=inbox.port, use_tls=False, start_tls=False, timeout=limit
+    ) as smtp:
+        await smtp.login("anybody", "anything")
+        await smtp.sendmail("a@x.test", ["to@y.test"], MAIL)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("way", [Way.HANG, Way.CLOSE])
+async def test_it_says_nothing_in_one_phase(inbox: Inbox, phase: str, way: Way) -> None:
+    inbox.trouble = Trouble(way, phase)
+    hangs = way is Way.HANG
+    with pytest.raises(GONE):
+        await send(inbox, 0.2 if hangs else 10)
+    # What came whole is stored, though nobody was told so.
+    assert len(inbox.mails) == (phase == "reply")
+    inbox.trouble = None
+    await send(inbox)
+
+
+async def test_what_hangs_is_ended_by_a_cut(inbox: Inbox) -> None:
+    inbox.trouble = Trouble(Way.HANG, "rcpt")
+    sending = asyncio.create_task(send(inbox))
+    await eventually(lambda: any(one.phase == "" for one in inbox._connections))
+    inbox.trouble = None
+    inbox.cut()
+    with pytest.raises(aiosmtplib.SMTPServerDisconnected):
+        await sending
+    assert inbox.mails == []
+
+
+@pytest.mark.parametrize("phase", ["mail", "rcpt", "reply"])
+async def test_a_refusal_for_good_is_remembered_and_not_stored(inbox: Inbox, phase: str) -> None:
+    inbox.trouble = Trouble(Way.REFUSE, phase, "552 5.2.2 full")
+    with pytest.raises(aiosmtplib.SMTPException) as refusal:
+        await send(inbox)
+    assert "552" in str(refusal.value)
+    assert inbox.refused == ["a@x.test"]
+    assert inbox.mails == []
+    inbox.trouble = Trouble(Way.REFUSE, phase, "450 4.2.1 busy")
+    with pytest.raises(aiosmtplib.SMTPException):
+        await send(inbox)
+    assert inbox.refused == ["a@x.test"]
+
+
+async def test_a_wrong_password_is_wrong(inbox: Inbox) -> None:
+    inbox.trouble = Trouble(Way.REFUSE, "auth", "535 5.7.8 wrong")
+    with pytest.raises(aiosmtplib.SMTPAuthenticationError):
+        await send(inbox)
+    assert "auth" in OF_CONNECTIONS
+
+
+async def test_replies_come_in_pieces_or_as_a_line_of_a_megabyte(inbox: Inbox) -> None:
+    inbox.trouble = Trouble(Way.PIECES)
+    await send(inbox)
+    assert len(inbox.mails) == 1
+    inbox.trouble = Trouble(Way.LONG, "mail")
+    reader, writer = await asyncio.open_connection("127.0.0.1", inbox.port, limit=2 * LONG_LINE)
+    writer.write(b"HELO x\r\nMAIL FROM:<a@x.test>\r\n")
+    lengths = [len(await reader.readline()) for _ in range(3)]
+    writer.close()
+    assert lengths[2] > LONG_LINE
