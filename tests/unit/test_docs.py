@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from deploy.drill.plan import KINDS
 from docs.build_api_reference import build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,3 +68,26 @@ def test_the_api_reference_has_every_method_and_its_comment() -> None:
     for name in methods:
         assert f"### {name}\n\n" in page
     assert "\n\n\n\n" not in page, "something has no comment"
+
+
+def test_every_test_and_file_that_the_page_of_reliability_names_exists() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    code, named = "", 0
+    # A test stands behind the file that it is in.
+    for file, test in re.findall(r"\]\(([^)#]+)\)|`(test_\w+)`", page):
+        if test:
+            named += 1
+            assert re.search(rf"def {test}\(", code), f"{test} is not where the page says"
+        else:
+            path = ROOT / "docs" / file
+            assert path.exists(), f"there is no {file}"
+            code = path.read_text(encoding="utf-8")
+    assert named > 50
+
+
+def test_the_page_of_reliability_has_every_promise_and_every_fault() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    promises = re.findall(r"(?m)^\| (\d+) [A-Z]", page.partition("## Each promise")[2])
+    assert [*map(str, range(1, 13))] == promises[:12]
+    faults = re.findall(r"(?m)^\| `(\w+)` \|", page.partition("### What it found")[0])
+    assert faults == list(KINDS)
