@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,21 +24,23 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from shared.audit import JobTrace
-from shared.counts import in_state
+from shared.cancellations import state_now
+from shared.counts import JobCounts, batch_counts, in_state, sender_counts
 from shared.models import (
     Attempt,
     Batch,
-    BatchCount,
     CountDelta,
     EmailJob,
     Installation,
     Sender,
-    SenderCount,
     SenderHourCount,
 )
 from shared.states import AttemptOutcome, JobState
 
 _Statement: TypeAlias = Select[*tuple[Any, ...]]
+_ReadCounts: TypeAlias = Callable[
+    [AsyncConnection, Iterable[int]], Awaitable[Mapping[int, JobCounts]]
+]
 
 _ROWS_AT_ONCE: Final = 2_000
 _DOUBTFUL: Final = (AttemptOutcome.IN_DOUBT, AttemptOutcome.LEASE_EXPIRED)
@@ -62,6 +64,7 @@ class AuditedSender:
 class Totals:
     """What a recount of the rows comes to."""
 
+    # A row that follows the cancellation of its batch is CANCELLED.
     by_state: dict[JobState, int]
     # What the batches say they accepted, and how much of that has no row.
     accepted: int
@@ -106,8 +109,9 @@ async def read_senders(connection: AsyncConnection) -> dict[int, AuditedSender]:
 
 async def read_totals(connection: AsyncConnection) -> Totals:
     """Count everything again, by the rows."""
+    states = select(state_now().label("state")).subquery("states")
     by_state = await connection.execute(
-        select(EmailJob.state, func.count()).group_by(EmailJob.state)
+        select(states.c.state, func.count()).group_by(states.c.state)
     )
     rows = select(EmailJob.batch_id, func.count().label("n")).group_by(EmailJob.batch_id).subquery()
     short = Batch.accepted_count - func.coalesce(rows.c.n, 0)
@@ -159,7 +163,7 @@ async def stream_jobs(connection: AsyncConnection) -> AsyncIterator[tuple[JobTra
         select(
             EmailJob.id,
             EmailJob.sender_id,
-            EmailJob.state,
+            state_now(),
             EmailJob.attempt,
             func.coalesce(func.max(Attempt.attempt), 0),
             func.count().filter(Attempt.outcome == AttemptOutcome.SENT),
@@ -179,55 +183,71 @@ async def _stream(connection: AsyncConnection, statement: _Statement) -> Any:
 
 
 async def stats_mismatch(connection: AsyncConnection) -> int:
-    """Return how many counts differ from a recount: by sender, by batch, by hour of the end."""
-    final = EmailJob.state > JobState.SENDING
-    open_or_final = case((final, EmailJob.state), else_=int(JobState.SCHEDULED))
-    hour = func.date_trunc("hour", EmailJob.finished_at)
-    ended = CountDelta.state != int(JobState.SCHEDULED)
-    comparisons = (
-        _compare(
-            select(SenderCount.sender_id, SenderCount.state, SenderCount.n),
-            select(CountDelta.sender_id, CountDelta.state, CountDelta.n),
-            select(EmailJob.sender_id, open_or_final.label("state"), func.count().label("n")),
-        ),
-        _compare(
-            select(BatchCount.batch_id, BatchCount.state, BatchCount.n),
-            select(CountDelta.batch_id, CountDelta.state, CountDelta.n),
-            select(EmailJob.batch_id, open_or_final.label("state"), func.count().label("n")),
-        ),
-        _compare(
-            select(
-                SenderHourCount.sender_id,
-                SenderHourCount.hour,
-                SenderHourCount.state,
-                SenderHourCount.n,
-            ),
-            select(CountDelta.sender_id, CountDelta.hour, CountDelta.state, CountDelta.n).where(
-                ended
-            ),
-            select(
-                EmailJob.sender_id, hour.label("hour"), EmailJob.state, func.count().label("n")
-            ).where(final),
-        ),
+    """Return how many counts differ from a recount: by sender, by batch, by hour of the end.
+
+    Senders and batches by what callers are told, also of a batch whose rows are following its
+    cancellation; hours by the rows, for an hour of rows that are to follow is told to nobody.
+    """
+    return (
+        await _count_mismatch(connection, Sender.id, EmailJob.sender_id, sender_counts)
+        + await _count_mismatch(connection, Batch.id, EmailJob.batch_id, batch_counts)
+        + (await connection.scalar(_hour_mismatch()) or 0)
     )
-    return sum([await connection.scalar(one) or 0 for one in comparisons])
 
 
-def _compare(folded: _Statement, unfolded: _Statement, recount: Select[Any]) -> Select[Any]:
-    """Return the statement that counts the keys whose sums differ; the last column is the sum."""
-    *keys, _ = [column.name for column in folded.selected_columns]
-    parts = union_all(folded, unfolded).subquery()
+async def _count_mismatch(
+    connection: AsyncConnection, owner: Any, owner_of: Any, read: _ReadCounts
+) -> int:
+    """Compare the counts of all senders or batches with their rows, so many of them at once."""
+    off, last = 0, 0
+    while True:
+        page = select(owner).where(owner > last).order_by(owner).limit(_ROWS_AT_ONCE)
+        ids = (await connection.execute(page)).scalars().all()
+        if not ids:
+            return off
+        last = ids[-1]
+        jobs = select(owner_of.label("key"), state_now().label("state"))
+        rows = jobs.where(owner_of.in_(ids)).subquery("rows")
+        found = await connection.execute(
+            select(rows.c.key, rows.c.state, func.count()).group_by(rows.c.key, rows.c.state)
+        )
+        recount = {(key, state): n for key, state, n in found}
+        told = await read(connection, ids)
+        off += sum(
+            counts[state] != recount.get((key, int(state)), 0)
+            for key, counts in told.items()
+            for state in JobState
+        )
+
+
+def _hour_mismatch() -> Select[Any]:
+    keys = ("sender_id", "hour", "state")
+    parts = union_all(
+        select(
+            SenderHourCount.sender_id,
+            SenderHourCount.hour,
+            SenderHourCount.state,
+            SenderHourCount.n,
+        ),
+        select(CountDelta.sender_id, CountDelta.hour, CountDelta.state, CountDelta.n).where(
+            CountDelta.state != int(JobState.SCHEDULED)
+        ),
+    ).subquery()
     counted = (
         select(*(parts.c[key] for key in keys), func.sum(parts.c.n).label("n"))
         .group_by(*(parts.c[key] for key in keys))
         .subquery("counted")
     )
-    *groups, _ = recount.selected_columns
-    found = recount.group_by(*groups).subquery("found")
+    hour = func.date_trunc("hour", EmailJob.finished_at)
+    found = (
+        select(EmailJob.sender_id, hour.label("hour"), EmailJob.state, func.count().label("n"))
+        .where(EmailJob.state > JobState.SENDING)
+        .group_by(EmailJob.sender_id, hour, EmailJob.state)
+        .subquery("found")
+    )
     same = and_(*(counted.c[key] == found.c[key] for key in keys))
-    both = counted.join(found, same, full=True)
     return (
         select(func.count())
-        .select_from(both)
+        .select_from(counted.join(found, same, full=True))
         .where(func.coalesce(counted.c.n, 0) != func.coalesce(found.c.n, 0))
     )

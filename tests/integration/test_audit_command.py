@@ -18,6 +18,9 @@ from cli.audit_report import Report
 from cli.audit_run import SmtpSide, audit
 from cli.main import app
 from deploy.local.record import ReceivedMail
+from services.scheduler.storage.cancelling import cancel_batch, sweep
+from shared.counts import sender_counts
+from shared.database import transaction
 from shared.message_ids import installation_id, message_id_for
 from shared.settings import Settings, load_settings
 from shared.states import AttemptOutcome, JobState
@@ -229,6 +232,42 @@ async def test_a_count_that_is_off_by_one_is_found(past: Past, settings: Setting
     )
     # By sender, by batch, and by the hour.
     assert (await past.audit(settings)).document()["stats_mismatch"] == 3
+
+
+async def test_audit_and_stats_agree_while_the_rows_of_a_cancelled_batch_follow(
+    past: Past, settings: Settings
+) -> None:
+    world = past.world
+    sender = await world.sender(limit=100)
+    await past.sent(sender, 0, 2.5)
+    jobs = await world.schedule(sender, 4, load=False)
+    batch = int((await world.job(jobs[0])).batch_id)
+    # Sent, in doubt, and waiting again.
+    await past.attempt(jobs[1], 20, AttemptOutcome.IN_DOUBT)
+    past.arrived(sender, jobs[1], 20)
+    async with transaction(world.engine) as connection:
+        assert await cancel_batch(connection, batch, None)
+
+    async def agree() -> None:
+        async with world.engine.connect() as connection:
+            told = (await sender_counts(connection, [sender]))[sender]
+        report = await past.audit(settings)
+        assert report.broken == []
+        assert report.document()["states"] == {s.name.lower(): told[s] for s in JobState}
+        assert (told.sent, told.cancelled, told.scheduled) == (2, 4, 0)
+
+    await agree()
+    # A count of what is cancelled by its batch, and not by its row, is compared too.
+    for way in ("+", "-"):
+        await world.sql(f"UPDATE count_deltas SET n = n {way} 1 WHERE batch_id = %s", batch)
+        off = (await past.audit(settings)).document()["stats_mismatch"]
+        assert off == (2 if way == "+" else 0)
+    more = True
+    while more:
+        async with transaction(world.engine) as connection:
+            more = await sweep(connection, batch, 1)
+        await agree()
+    assert await world.sql("SELECT 1 FROM batch_cancellations") == []
 
 
 @pytest.mark.usefixtures("sender")
