@@ -157,5 +157,12 @@ def _situation(
         gap_left=live.gap_left,
         window_left=live.window_left,
         hourly_limit=pace.limiter.limit,
+        opens=_opening(pace),
         circuit=circuit,
     )
+
+
+def _opening(pace: SenderPace) -> datetime | None:
+    """Return when the sending hours begin again; None: it is within them, or has none."""
+    opens = pace.limiter.hours.opens(pace.now) if pace.limiter.hours else None
+    return None if opens is None or opens <= pace.now else from_us(opens)

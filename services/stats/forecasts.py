@@ -125,7 +125,8 @@ def _explain(found: Forecast) -> str:
     if not found.within_sight:
         return "The end is too far away to be told."
     if found.end is None:
-        return f"All {_mails(found.jobs)} expire before the limits allow to send them."
+        all_expire = "The mail expires" if found.jobs == 1 else f"All {found.jobs:,} mails expire"
+        return f"{all_expire} before the limits allow to send any."
     text = f"The last of {_mails(found.jobs)} will be sent at {found.end:%Y-%m-%d %H:%M:%S} UTC"
     if found.ahead:
         text += f", after {found.ahead:,} others of the sender"

@@ -29,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared.cancellations import waits_of
 from shared.counts import in_state, sender_counts
+from shared.forecast.openings import Openings
 from shared.forecast.runs import first_of, in_order, joined
 from shared.forecast.simulation import Limiter, Run, Sends
 from shared.models import Attempt, Batch, BatchCount, CountDelta, EmailJob, Sender
@@ -106,6 +107,7 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
                 Sender.hourly_limit,
                 Sender.min_gap_ms,
                 Sender.max_in_flight,
+                Sender.sending_hours,
                 last_end.label("last_end"),
             ).where(Sender.id == sender_id)
         )
@@ -129,6 +131,7 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
             window=rules.window // _MICROSECOND,
             max_in_flight=row.max_in_flight,
             takes=takes,
+            hours=None if row.sending_hours is None else Openings.from_text(row.sending_hours),
             sent=sent,
             last_end=max(ends, default=None),
         ),

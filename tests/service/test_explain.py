@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psycopg
 import pytest
@@ -14,7 +15,7 @@ from outbox.v1 import sender_pb2
 from outbox.v1.email_job_pb2 import JOB_STATE_CANCELLED
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
-from cli.options import to_timestamp
+from cli.options import to_duration, to_timestamp
 from deploy.local.ports import free_port
 from tests import dispatchers
 from tests.eventually import eventually
@@ -57,8 +58,8 @@ def sent_before(scheduler: Scheduler, sender: sender_pb2.Sender, *seconds: float
         )
 
 
-def left(time: Any) -> float:
-    return float((time.ToDatetime(UTC) - datetime.now(UTC)).total_seconds())
+def left(until: Any) -> float:
+    return float((until.ToDatetime(UTC) - datetime.now(UTC)).total_seconds())
 
 
 async def test_a_job_that_may_be_sent_waits_for_a_dispatcher(scheduler: Scheduler) -> None:
@@ -89,6 +90,28 @@ async def test_a_job_that_is_not_due_waits_for_its_time(scheduler: Scheduler) ->
     assert found.wait_reason == pb.WAIT_REASON_NOT_DUE
     assert found.wait_end_time.ToDatetime(UTC) == start
     assert found.estimated_send_time.ToDatetime(UTC) == start
+
+
+async def test_a_job_outside_the_hours_of_its_sender_waits_for_them(scheduler: Scheduler) -> None:
+    zone = ZoneInfo("America/St_Johns")
+    now = datetime.now(zone)
+    # Wherever it stands now, in two days; the hour after is the time of the second mail.
+    day = now.date() + timedelta(days=2)
+    fields: dict[str, Any] = {"from": "09:00", "to": "17:00"}
+    weekday = sender_pb2.Weekday.ValueType(day.isoweekday())
+    hours = sender_pb2.SendingHours(weekdays=[weekday], time_zone=zone.key, **fields)
+    sender = await scheduler.sender(sending_hours=hours, min_gap=to_duration(timedelta(hours=1)))
+    first, second = await scheduled(scheduler, sender, 2)
+    opens = datetime.combine(day, time(9), zone)
+    for job, at in ((first, opens), (second, opens + timedelta(hours=1))):
+        found = await explain(scheduler, job)
+        assert found.wait_reason == pb.WAIT_REASON_SENDING_HOURS
+        assert found.wait_end_time.ToDatetime(UTC) == opens
+        assert found.estimated_send_time.ToDatetime(UTC) == at
+        assert f"until {opens.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" in found.explanation
+    # Within them nothing is said of them.
+    scheduler.execute("UPDATE senders SET sending_hours = '[[], 0, 1440, \"UTC\"]'")
+    assert (await explain(scheduler, first)).wait_reason == pb.WAIT_REASON_DISPATCHER
 
 
 async def test_a_job_that_failed_waits_for_its_retry(scheduler: Scheduler) -> None:

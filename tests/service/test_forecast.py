@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import grpc
 import pytest
@@ -19,14 +18,8 @@ from outbox.v1 import stats_service_pb2 as proto
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
 from cli.options import to_duration, to_timestamp
-from deploy.local.inbox import Inbox
 from services.stats.server import serve as serve_stats
-from tests import dispatchers
-from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-
-GAP = timedelta(milliseconds=600)
-WINDOW = timedelta(seconds=3)
 
 
 @dataclass
@@ -194,62 +187,23 @@ async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
     assert (await refusal_of(stack.plan(other, 1))).reason == "SENDER_NOT_FOUND"
 
 
-async def test_the_forecast_end_is_within_one_gap_of_the_real_one(
-    database_url: str, redis_url: str, tmp_path: Path
-) -> None:
-    chance = random.Random(5)
-    async with AsyncExitStack() as exits:
-        inbox = await exits.enter_async_context(Inbox(tmp_path / "inbox"))
-        smtp_url = f"smtp://127.0.0.1:{inbox.port}"
-        stack = await start(exits, database_url, redis_url, min_gap=GAP, rate_window=WINDOW)
-        options = dispatchers.options(
-            database_url,
-            redis_url,
-            smtp_url,
-            min_gap="600ms",
-            rate_window="3s",
-        )
-        await exits.enter_async_context(dispatchers.running(dispatchers.settings_of(options)))
-        scheduler = stack.scheduler
-        senders = [await scheduler.sender(hourly_limit=chance.randrange(2, 7)) for _ in range(10)]
-        for sender in senders:
-            await scheduler.schedule(sender, csv_of(3))
-
-        def waiting() -> int:
-            return int(scheduler.value("SELECT count(*) FROM email_jobs WHERE state < 3"))
-
-        # So that something has been sent, and its cost is known.
-        await eventually(lambda: waiting() == 0)
-        batches = []
-        for _ in range(14):
-            more: dict[str, Any] = {}
-            if chance.random() < 0.5:
-                more["spacing"] = to_duration(timedelta(milliseconds=chance.randrange(50, 1_000)))
-            if chance.random() < 0.5:
-                delay = timedelta(milliseconds=chance.randrange(100, 2_000))
-                more["start_time"] = to_timestamp(datetime.now(UTC) + delay)
-            answer = await scheduler.schedule(
-                chance.choice(senders), csv_of(chance.randrange(2, 6)), **more
-            )
-            batches.append(answer.batch)
-        forecasts = [await stack.forecast(batch_id=batch.batch_id) for batch in batches]
-        assert any(found.job_count > 1 for found in forecasts)
-        await eventually(lambda: waiting() == 0, 40)
-        ends = [
-            scheduler.value(
-                "SELECT max(a.ended_at) FROM attempts a JOIN email_jobs j ON j.id = a.email_job_id"
-                " WHERE j.batch_id = %s",
-                int(batch.batch_id),
-            )
-            for batch in batches
-        ]
-        # How late each began is recorded: what a send takes is learnt from it.
-        late = "SELECT count(*) FROM attempts WHERE coalesce(late_ms, -1) NOT BETWEEN 0 AND 9999"
-        assert scheduler.value(late) == 0
-    differences = [
-        (end - found.end_time.ToDatetime(UTC)).total_seconds()
-        for end, found in zip(ends, forecasts, strict=True)
-        # The last of a batch may have been sent before it was asked for.
-        if found.job_count
-    ]
-    assert max(map(abs, differences)) < GAP.total_seconds()
+async def test_hours_are_part_of_a_forecast_and_bind_it(stack: Stack) -> None:
+    zone = ZoneInfo("Europe/Berlin")
+    # Wherever it stands now, in a day it opens once, for an hour.
+    opens = datetime.now(zone) - timedelta(hours=2)
+    fields: dict[str, Any] = {"from": f"{opens:%H:00}", "to": f"{opens + timedelta(hours=1):%H:00}"}
+    hours = sender_pb2.SendingHours(time_zone="Europe/Berlin", **fields)
+    sender = await stack.scheduler.sender(hourly_limit=10, sending_hours=hours)
+    answer = await stack.scheduler.schedule(sender, csv_of(25))
+    found = await stack.forecast(batch_id=answer.batch.batch_id)
+    assert found.binding_limit == sender_pb2.BINDING_LIMIT_SENDING_HOURS
+    assert "sending hours bind" in found.explanation
+    # Ten a day: the last five on the third, each day at the same time by the clocks of Berlin.
+    first, end = (
+        time.ToDatetime(UTC).astimezone(zone) for time in (found.first_send_time, found.end_time)
+    )
+    assert (first.minute, first.second) == (0, 0)
+    assert first.hour == end.hour == opens.hour
+    assert end.date() - first.date() == timedelta(days=2)
+    assert (end.minute, end.second) == (0, 8)
+    assert answer.forecast_end_time == found.end_time

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
-from tests.integration.queue.shard import SENDER, START_MS, Shard, jobs
+import pytest
+
+from shared.forecast.openings import Openings
+from shared.forecast.simulation import Limiter, Run, simulate
+from shared.sending_hours import SendingHours
+from tests.integration.queue.shard import SENDER, START_MS, Shard, jobs, milliseconds
 
 NO_GAP = replace(SENDER, gap=timedelta(0))
 
@@ -54,3 +60,65 @@ async def test_a_sender_without_hours_sends_at_any_time(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0))), committed=True)
     await shard.at(2_000)
     assert await shard.claimed() == [1]
+
+
+async def sends_of(shard: Shard, hours: SendingHours, dues: list[int], **limits: int) -> list[int]:
+    """Let time pass until all is sent, each send in no time; return when, in ms after START."""
+    waiting = dict(enumerate(dues, 1))
+    sends: list[int] = []
+
+    async def load() -> None:
+        opens = hours.opens(START_MS + shard.now)
+        assert opens is not None
+        head = replace(
+            SENDER,
+            hourly_limit=limits["limit"],
+            gap=milliseconds(limits["gap"]),
+            jobs=jobs(*waiting.items()),
+            opening=(opens, hours.closes(opens)),
+        )
+        await shard.load(head)
+
+    await load()
+    while waiting:
+        found = await shard.claim()
+        for claim in found.claims:
+            sends.append(shard.now)
+            del waiting[claim.job.job_id]
+            await shard.settle(claim)
+        if found.loads:
+            await load()
+        elif not found.claims:
+            assert found.next_look
+            await shard.at(shard.now + found.next_look / milliseconds(1))
+    return sends
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_what_is_sent_over_changes_of_the_clocks_is_what_was_forecast(
+    shard: Shard, seed: int
+) -> None:
+    chance = random.Random(seed)
+    # The clocks of Berlin, New York and Lord Howe (half an hour) change within the next days.
+    zone, change = (
+        ("Europe/Berlin", datetime(2027, 3, 27, 12, tzinfo=UTC)),
+        ("America/New_York", datetime(2027, 11, 6, 12, tzinfo=UTC)),
+        ("Australia/Lord_Howe", datetime(2027, 4, 2, 12, tzinfo=UTC)),
+    )[seed % 3]
+    start = int(change.timestamp() * 1_000) - START_MS + chance.randrange(86_400_000)
+    opens = chance.randrange(24 * 60)
+    weekdays = frozenset(chance.sample(range(1, 8), chance.choice([0, 4])))
+    hours = SendingHours(weekdays, opens, (opens + chance.choice([40, 90, 600])) % 1_440, zone)
+    limits = {"limit": chance.randrange(3, 9), "gap": chance.choice([0, 2_000, 900_000])}
+    dues = sorted(start + chance.choice([0, chance.randrange(3 * 86_400_000)]) for _ in range(60))
+    await shard.at(start)
+
+    sends = await sends_of(shard, hours, dues, **limits)
+
+    limiter = Limiter(limits["limit"], limits["gap"] * 1_000, 3_600_000_000, hours=Openings(hours))
+    runs = [Run((START_MS + due) * 1_000) for due in dues]
+    for number, send in enumerate(sends):
+        asked = [*runs[:number], replace(runs[number], mine=1)]
+        assert (
+            simulate(limiter, asked, (START_MS + start) * 1_000).last == (START_MS + send) * 1_000
+        )

@@ -1,0 +1,171 @@
+"""What ForecastBatch says against what a dispatcher then does, in seconds instead of hours.
+
+Random senders and batches with spacing, later starts, other waiting mail, sending hours and expiry.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outbox.v1 import batch_pb2, sender_pb2
+from outbox.v1 import stats_service_pb2 as proto
+
+from cli.options import to_duration, to_timestamp
+from deploy.local.inbox import Inbox
+from tests import dispatchers
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler
+from tests.service.test_forecast import Stack, csv_of, start
+
+GAP = timedelta(milliseconds=600)
+WINDOW = timedelta(seconds=3)
+
+
+@pytest.fixture
+async def stack(database_url: str, redis_url: str, tmp_path: Path) -> AsyncIterator[Stack]:
+    """A scheduler, a stats service and a dispatcher."""
+    async with AsyncExitStack() as exits:
+        inbox = await exits.enter_async_context(Inbox(tmp_path / "inbox"))
+        smtp_url = f"smtp://127.0.0.1:{inbox.port}"
+        options = dispatchers.options(
+            database_url, redis_url, smtp_url, min_gap="600ms", rate_window="3s"
+        )
+        stack = await start(exits, database_url, redis_url, min_gap=GAP, rate_window=WINDOW)
+        await exits.enter_async_context(dispatchers.running(dispatchers.settings_of(options)))
+        yield stack
+
+
+@dataclass
+class Load:
+    """Random batches, and what is known of them."""
+
+    scheduler: Scheduler
+    chance: random.Random
+    batches: list[batch_pb2.Batch] = field(default_factory=list)
+    # When the openings of senders are over.
+    closes: dict[int, datetime] = field(default_factory=dict)
+
+    async def schedule(self, sender: sender_pb2.Sender, **options: Any) -> None:
+        csv = csv_of(self.chance.randrange(2, 6))
+        self.batches.append((await self.scheduler.schedule(sender, csv, **options)).batch)
+
+    async def at_random(self, sender: sender_pb2.Sender) -> None:
+        more: dict[str, Any] = {}
+        if self.chance.random() < 0.5:
+            spacing = timedelta(milliseconds=self.chance.randrange(50, 1_000))
+            more["spacing"] = to_duration(spacing)
+        if self.chance.random() < 0.5:
+            delay = timedelta(milliseconds=self.chance.randrange(100, 2_000))
+            more["start_time"] = to_timestamp(datetime.now(UTC) + delay)
+        await self.schedule(sender, **more)
+
+    async def expiring(self, sender: sender_pb2.Sender, expire_after: timedelta) -> None:
+        for _ in range(2):
+            await self.schedule(sender, expire_after=to_duration(expire_after))
+
+    def keep_hours(self, sender: sender_pb2.Sender, begins: timedelta, lasts: timedelta) -> None:
+        """Store hours to the millisecond, which no caller can."""
+        now = datetime.now(UTC)
+        minute = timedelta(minutes=1)
+        begin = (now + begins - now.replace(hour=0, minute=0, second=0, microsecond=0)) / minute
+        end = begin + lasts / minute
+        self.closes[int(sender.sender_id)] = now + begins + lasts
+        self.scheduler.execute(
+            "UPDATE senders SET sending_hours = %s, revision = revision + 1 WHERE id = %s",
+            json.dumps([[], begin % 1_440, end % 1_440, "UTC"]),
+            int(sender.sender_id),
+        )
+
+    async def forecast(
+        self, stack: Stack, batch: batch_pb2.Batch
+    ) -> tuple[proto.ForecastBatchResponse, int]:
+        """Return the forecast, and how many will have been sent by it."""
+        while True:
+            expired = self.expired_of(batch)
+            found = await stack.forecast(batch_id=batch.batch_id)
+            if self.expired_of(batch) == expired:
+                return found, batch.accepted_count - expired - found.expiring_count
+
+    def expired_of(self, batch: batch_pb2.Batch) -> int:
+        return int(
+            self.scheduler.value(
+                "SELECT count(*) FROM email_jobs WHERE state = 8 AND batch_id = %s",
+                int(batch.batch_id),
+            )
+        )
+
+    def sent(self) -> int:
+        return int(self.scheduler.value("SELECT count(*) FROM email_jobs WHERE state = 3"))
+
+    def is_over(self) -> bool:
+        """Return whether all is sent or expired but what waits for another day."""
+        left = self.scheduler.rows(
+            "SELECT DISTINCT sender_id, state FROM email_jobs WHERE state < 3"
+        )
+        now = datetime.now(UTC)
+        return all(state == 1 and now > self.closes.get(sender, now) for sender, state in left)
+
+    def sends_of(self, batch: batch_pb2.Batch) -> tuple[int, datetime]:
+        """Return how many were sent, and when the last one ended."""
+        ((count, end),) = self.scheduler.rows(
+            "SELECT count(*), max(a.ended_at) FROM attempts a"
+            " JOIN email_jobs j ON j.id = a.email_job_id WHERE j.batch_id = %s",
+            int(batch.batch_id),
+        )
+        return count, end
+
+
+async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: Stack) -> None:
+    chance = random.Random(5)
+    load = Load(stack.scheduler, chance)
+    senders = [await load.scheduler.sender(hourly_limit=chance.randrange(2, 7)) for _ in range(14)]
+    for sender in senders:
+        await load.scheduler.schedule(sender, csv_of(3))
+    # So that something has been sent, and its cost is known.
+    learnt = 3 * len(senders)
+    await eventually(lambda: load.sent() == learnt)
+
+    # The sends of these fall on a grid of gaps, and what ends falls between two of them. What is
+    # left over when they close expires before they open again, a day later.
+    for sender in senders[10:12]:
+        load.keep_hours(sender, 4 * GAP, chance.randrange(1, 4) * GAP + GAP / 2)
+        await load.expiring(sender, timedelta(minutes=5))
+    for sender in senders[12:]:
+        await load.expiring(sender, chance.randrange(2, 5) * GAP + GAP / 2)
+    for sender in senders[7:10]:
+        load.keep_hours(sender, chance.randrange(1, 5) * GAP, timedelta(hours=1))
+        await load.at_random(sender)
+    for _ in range(11):
+        await load.at_random(chance.choice(senders[:10]))
+    forecasts = [await load.forecast(stack, batch) for batch in load.batches]
+
+    assert any(found.ahead_count for found, _ in forecasts)
+    will_be_sent = [count for _, count in forecasts]
+    accepted = [batch.accepted_count for batch in load.batches]
+    assert sum(some < all_ for some, all_ in zip(will_be_sent, accepted, strict=True)) >= 3
+    await eventually(load.is_over, 60)
+    sends = [load.sends_of(batch) for batch in load.batches]
+    # A gap earlier or later is one mail more or less before an end.
+    assert all(
+        abs(count - expected) <= (expected < whole)
+        for (count, _), expected, whole in zip(sends, will_be_sent, accepted, strict=True)
+    )
+    differences = [
+        (end - found.end_time.ToDatetime(UTC)).total_seconds()
+        for (count, end), (found, expected) in zip(sends, forecasts, strict=True)
+        # The last of a batch may have been sent before it was asked for.
+        if found.HasField("end_time") and count == expected
+    ]
+    assert len(differences) >= 3
+    assert max(map(abs, differences)) < GAP.total_seconds()
+    # How late each began is recorded: what a send takes is learnt from it.
+    late = "SELECT count(*) FROM attempts WHERE coalesce(late_ms, -1) NOT BETWEEN 0 AND 9999"
+    assert load.scheduler.value(late) == 0

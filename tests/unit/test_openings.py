@@ -1,0 +1,115 @@
+"""The forecast over real sending hours: weekdays, time zones and the changes of their clocks."""
+
+from __future__ import annotations
+
+import random
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from shared.forecast.backlog import from_us, to_us
+from shared.forecast.openings import Openings
+from shared.forecast.simulation import Bound, Limiter, Run, simulate
+from shared.sending_hours import SendingHours
+from tests.unit.test_simulation import HOUR, SECOND, one_by_one
+
+ZONES = ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Apia", "UTC"]
+# Spring, autumn and the day that Apia left out, and a time without changes.
+CHANGES = [(2026, 3, 27), (2026, 10, 23), (2026, 11, 1), (2011, 12, 28), (2026, 4, 3), (2026, 6, 1)]
+MINUTE = 60 * SECOND
+
+
+def openings(days: str, start: str, end: str, zone: str) -> Openings:
+    minutes = [int(text[:2]) * 60 + int(text[3:]) for text in (start, end)]
+    return Openings(SendingHours(frozenset(map(int, days)), minutes[0], minutes[1], zone))
+
+
+def at(text: str, zone: str = "UTC") -> int:
+    return to_us(datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).astimezone(UTC))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_forecast_over_a_change_of_the_clocks_is_that_of_mail_after_mail(seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(10):
+        now = to_us(datetime(*chance.choice(CHANGES), tzinfo=UTC)) + chance.randrange(48 * HOUR)
+        start = chance.randrange(0, 24 * 60)
+        length = chance.choice([30, 60, 150, 8 * 60, 23 * 60, 24 * 60 - 1])
+        weekdays = frozenset(chance.sample(range(1, 8), chance.choice([0, 0, 2, 5])))
+        hours = SendingHours(weekdays, start, (start + length) % 1440, chance.choice(ZONES))
+        limiter = Limiter(
+            limit=chance.choice([1, 5, 20]),
+            gap=chance.choice([0, 2 * SECOND, 13 * MINUTE]),
+            window=HOUR,
+            takes=chance.choice([0, 1_234_567]),
+            hours=Openings(hours),
+        )
+        runs, due = [], now
+        for _ in range(chance.randrange(1, 4)):
+            run = Run(
+                due,
+                count := chance.randrange(1, 60),
+                step=chance.choice([0, 10 * MINUTE]),
+                mine=chance.choice([0, count]),
+                expire_after=chance.choice([None, None, 5 * HOUR]),
+            )
+            runs.append(run)
+            due = run.last_due + chance.randrange(6 * HOUR)
+        starts, expired = one_by_one(limiter, runs, now)
+        found = simulate(limiter, runs, now)
+        assert (found.first, found.last, found.expiring) == (
+            starts[0] if starts else None,
+            starts[-1] if starts else None,
+            expired,
+        ), (limiter, runs, now)
+
+
+@pytest.mark.parametrize(
+    ("now", "opens", "utc"),
+    [
+        # The same hours in Berlin, one hour earlier by UTC from March 29th on, and back in October.
+        ("2026-03-27 15:00", "2026-03-30 09:00", "2026-03-30 07:00"),
+        ("2026-10-23 15:00", "2026-10-26 09:00", "2026-10-26 08:00"),
+    ],
+)
+def test_what_is_left_on_friday_goes_on_monday_after_the_clocks_changed(
+    now: str, opens: str, utc: str
+) -> None:
+    berlin = "Europe/Berlin"
+    limiter = Limiter(20, 2 * SECOND, HOUR, hours=openings("12345", "09:00", "17:00", berlin))
+    # 15:00 and 16:00 take 20 each; what the window lets go again from 17:00 on is too late.
+    found = simulate(limiter, [Run(at(now, berlin), 41, mine=41)], at(now, berlin))
+    assert found.last == at(opens, berlin) == at(utc)
+    assert found.bound is Bound.HOURS
+
+
+def test_an_instant_between_two_milliseconds_is_kept_and_boundaries_are_exact() -> None:
+    hours = openings("", "09:00", "17:00", "UTC")
+    inside = at("2026-06-01 12:00") + 123
+    assert hours.opens(inside) == inside
+    end = at("2026-06-01 17:00")
+    assert hours.closes(inside) == end
+    assert hours.opens(end - 1) == end - 1
+    assert hours.opens(end) == at("2026-06-02 09:00")
+
+
+def test_hours_beyond_the_calendar_leave_the_end_out_of_sight() -> None:
+    late = to_us(datetime(9999, 12, 31, 23, tzinfo=UTC))
+    hours = openings("1", "09:00", "10:00", "Europe/Berlin")
+    assert hours.opens(late) is None
+    found = simulate(Limiter(1, 0, HOUR, hours=hours), [Run(late, 5, mine=5)], late)
+    assert (found.end, found.within_sight) == (None, False)
+
+
+def test_a_million_mails_over_years_of_working_days_are_forecast_at_once() -> None:
+    hours = openings("12345", "09:00", "17:00", "Europe/Berlin")
+    now = at("2026-11-25 14:00")
+    began = datetime.now(UTC)
+    found = simulate(
+        Limiter(200, 2 * SECOND, HOUR, hours=hours), [Run(now, 10**6, mine=10**6)], now
+    )
+    assert found.last is not None
+    # 1,600 a day: 625 working days.
+    assert from_us(found.last).year == 2029
+    assert datetime.now(UTC) - began < timedelta(seconds=2)
