@@ -23,6 +23,7 @@ from cli.options import (
     to_duration,
 )
 from cli.output import Output, OutputFormat, note, show, show_list
+from cli.sending_hours import HoursOption, ZoneOption, to_sending_hours
 
 _COLUMNS = (
     "sender_id",
@@ -92,6 +93,8 @@ def create(
     hourly_limit: HourlyLimit = None,
     min_gap: MinGap = None,
     max_in_flight: MaxInFlight = None,
+    sending_hours: HoursOption = None,
+    sending_zone: ZoneOption = None,
     smtp_host: SmtpHost = None,
     smtp_port: SmtpPort = 0,
     smtp_security: Security = None,
@@ -103,6 +106,9 @@ def create(
     """Create a sender.
 
     $ outbox senders create --user demo --email news@example.com --hourly-limit 200 --min-gap 2s
+
+    $ outbox senders create --user demo --email news@example.com
+    --sending-hours 'mon-fri 09:00-17:00' --sending-zone Europe/Berlin
     """
     sender = Sender(
         email=email,
@@ -110,6 +116,7 @@ def create(
         hourly_limit=hourly_limit,
         min_gap=to_duration(min_gap),
         max_in_flight=max_in_flight,
+        sending_hours=to_sending_hours(sending_hours, sending_zone),
         smtp=_endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
     )
     with connection("scheduler", server) as client:
@@ -174,6 +181,8 @@ def update(
     hourly_limit: HourlyLimit = None,
     min_gap: MinGap = None,
     max_in_flight: MaxInFlight = None,
+    sending_hours: HoursOption = None,
+    sending_zone: ZoneOption = None,
     smtp_host: SmtpHost = None,
     smtp_port: SmtpPort = 0,
     smtp_security: Security = None,
@@ -191,6 +200,8 @@ def update(
     """Change what is named, and nothing else; it holds from the next send on.
 
     $ outbox senders update SENDER_ID --hourly-limit 100 --unset min_gap
+
+    $ outbox senders update SENDER_ID --unset sending_hours
     """
     values = {
         "email": email,
@@ -198,6 +209,7 @@ def update(
         "hourly_limit": hourly_limit,
         "min_gap": to_duration(min_gap),
         "max_in_flight": max_in_flight,
+        "sending_hours": to_sending_hours(sending_hours, sending_zone),
         "smtp": _endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
     }
     given = {name: value for name, value in values.items() if value is not None}

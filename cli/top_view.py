@@ -13,6 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shared.sending_hours import SendingHours
+
 _SENDER_COLUMNS = (
     "sender",
     "id",
@@ -56,9 +58,33 @@ def why(view: SenderView, now: datetime) -> str:
     due = stats.next_send_time.ToDatetime(UTC)
     if due > now:
         return f"due at {due:%m-%d %H:%M:%S}"
+    opens = _next_opening(view.sender, now)
+    if opens and opens > now:
+        return f"hours from {opens:%m-%d %H:%M}"
     if stats.window_used_count >= stats.hourly_limit:
         return "limit used up"
     return "gap" if stats.counts.sending_count or stats.window_used_count else "dispatcher"
+
+
+def _next_opening(sender: Sender, now: datetime) -> datetime | None:
+    """Return when its sending hours have begun or begin; None: it has none."""
+    if not sender.HasField("sending_hours"):
+        return None
+    asked = sender.sending_hours
+    hours = SendingHours(
+        frozenset(asked.weekdays),
+        # `from` is a word of Python's.
+        _minutes(getattr(asked, "from")),
+        _minutes(asked.to),
+        asked.time_zone,
+    )
+    opens = hours.opens(int(now.timestamp() * 1_000))
+    return None if opens is None else datetime.fromtimestamp(opens / 1_000, UTC)
+
+
+def _minutes(clock: str) -> int:
+    hours, _, minutes = clock.partition(":")
+    return int(hours) * 60 + int(minutes)
 
 
 def draw(view: View, selected: int, message: str) -> RenderableType:
@@ -74,17 +100,7 @@ def draw(view: View, selected: int, message: str) -> RenderableType:
 
 def _senders(view: View, selected: int) -> Table:
     table = Table(box=None, pad_edge=False, expand=True)
-    for name in (
-        "sender",
-        "id",
-        "used",
-        "sending",
-        "waiting",
-        "sent",
-        "failed",
-        "next",
-        "waits for",
-    ):
+    for name in _SENDER_COLUMNS:
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for place, each in enumerate(view.senders):
         stats = each.stats

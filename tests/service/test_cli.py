@@ -84,6 +84,7 @@ def test_the_version_is_the_package_s() -> None:
         ["senders", "create", "--email", "a@b.de", "--min-gap", "2 parsecs"],
         ["senders", "create", "--email", "a@b.de", "--smtp-port", "25"],
         ["senders", "update", "1"],
+        ["senders", "update", "1", "--sending-hours", "mon-fri 09:00-17:00"],
         ["senders", "list", "--state", "asleep"],
         ["jobs", "list", "--page-size", "-1"],
         ["schedule", "x.csv", "--sender", "1", "--start-time", "2026-12-24T18:00:00"],
