@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cli.audit_report import Report
-from deploy.drill.run import Outcome
+from deploy.drill.run import RECOVERY_LIMIT_S, Outcome
 from deploy.local.record import ReceivedMail
 
 
@@ -37,7 +37,7 @@ class DrillReport:
             (max(0, recorded - accepted), "jobs are there more than were answered as accepted"),
             (self.renamed, "recipients got different Message-IDs for one job"),
             (given_up, "jobs FAILED, more than mails were refused for good"),
-            (silent, "faults had no mail after them for a minute"),
+            (silent, f"faults had no mail after them for {RECOVERY_LIMIT_S:.0f} s"),
             (copies, "mails came twice, though those in doubt are held"),
             (outcome.unanswered, "upload at least was never answered"),
         )

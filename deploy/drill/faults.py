@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Final
 
 import psycopg
@@ -26,10 +27,11 @@ from deploy.local.service import Service
 from deploy.local.trouble import OF_CONNECTIONS, Trouble, Way
 
 # A server that another fault has just killed is struck when it is there again.
-_PATIENCE_S: Final = 10.0
-# A table whose lock somebody holds who is paused is waited for.
-_LOCK_PATIENCE_S: Final = 30.0
-_START_LIMIT_S: Final = 60.0
+_PATIENCE_S: Final = 30.0
+# Writes must be healed again, whoever holds a table's lock while it is paused or killed.
+_HEAL_LIMIT_S: Final = 120.0
+# A service is not well while PostgreSQL is out: a start is waited for no longer than this.
+_START_LIMIT_S: Final = 30.0
 _HOUR_S: Final = {"ahead": 3600.0, "behind": -3600.0}
 # By the fault, and the phase that it has where there is no choice. (421 and 450 say so.)
 _TROUBLES: Final = {
@@ -49,6 +51,7 @@ class Faults:
 
     def __init__(self, stack: DrillStack) -> None:
         self._stack = stack
+        self._writes = asyncio.Lock()
         self._ways: Mapping[str, Callable[[Fault], Awaitable[None]]] = {
             "redis_flush": self._flush,
             "redis_kill": self._kill_redis,
@@ -140,7 +143,9 @@ class Faults:
         async def again() -> bool:
             return service.child.pid != old and await service.serving()
 
-        await until(again, _START_LIMIT_S)
+        # Should it take longer, whoever waits for it to be whole will say so.
+        with suppress(TimeoutError):
+            await until(again, _START_LIMIT_S)
 
     # Redis -----------------------------------------------------------------------------------
 
@@ -183,11 +188,11 @@ class Faults:
     async def _step_back(self, fault: Fault) -> None:
         file = self._stack.redis_clock
         set_clock(file, -float(fault.variant.removesuffix("s")))
-        child = self._stack.valkey.child
         try:
             await asyncio.sleep(fault.lasts)
         finally:
             # A step forward, and limits would end too early: whoever makes it starts with nothing.
+            child = self._stack.valkey.child
             child.signal(signal.SIGSTOP)
             set_clock(file, 0)
             child.signal(signal.SIGKILL)
@@ -228,11 +233,14 @@ class Faults:
 
     async def _fail_writes(self, state: str, share: float, lasts: float) -> None:
         url = self._stack.system.servers.database_url
-        try:
-            await until(lambda: fail_writes(url, state, share), _LOCK_PATIENCE_S)
-            await asyncio.sleep(lasts)
-        finally:
-            await until(lambda: heal_writes(url), _LOCK_PATIENCE_S)
+        # One that takes its time may meet the next.
+        async with self._writes:
+            try:
+                with suppress(TimeoutError):
+                    await until(lambda: fail_writes(url, state, share), _PATIENCE_S)
+                await asyncio.sleep(lasts)
+            finally:
+                await until(lambda: heal_writes(url), _HEAL_LIMIT_S)
 
     async def _terminated(self) -> bool:
         url = self._stack.postgres.url("postgres", SUPERUSER)

@@ -13,12 +13,13 @@ import psycopg
 
 from deploy.drill.faults import Faults
 from deploy.drill.load import Answered, Load
-from deploy.drill.plan import KINDS, Fault, plan
+from deploy.drill.plan import KINDS, OUTAGE_S, Fault, plan
 from deploy.drill.stack import DrillStack
 from deploy.drill.waiting import until
 
-# After a fault mail has to go on within this; most of it is a start of Python.
-_RECOVERY_LIMIT_S: Final = 60.0
+# After a fault mail has to go on within this: an outage may have begun meanwhile, and most of the
+# rest is a start of Python.
+RECOVERY_LIMIT_S: Final = 60.0 + OUTAGE_S
 # At the end: without any job that ends, for longer than this, none will.
 _STANDSTILL_S: Final = 60.0
 _ANSWER_LIMIT_S: Final = 60.0
@@ -26,7 +27,7 @@ _ANSWER_LIMIT_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """A fault that happened. `recovery_s` None: there was no mail for a minute after it."""
+    """A fault that happened. `recovery_s` None: no mail within RECOVERY_LIMIT_S after it."""
 
     fault: Fault
     recovery_s: float | None
@@ -109,9 +110,9 @@ class Drill:
         self._say(f"{self._now():7.2f} s  {fault.name}{which}: {kind.text}{variant}{lasts}")
         ended = await self._faults.strike(fault)
         try:
-            await until(lambda: self._whole_after(fault, ended), _RECOVERY_LIMIT_S)
+            await until(lambda: self._whole_after(fault, ended), RECOVERY_LIMIT_S)
         except TimeoutError:
-            self._say(f"{self._now():7.2f} s  {fault.name}{which}: no mail after a minute")
+            self._say(f"{self._now():7.2f} s  {fault.name}{which}: still no mail")
             return Struck(fault, None)
         recovery = time.time() - ended
         self._say(f"{self._now():7.2f} s  {fault.name}{which}: over; whole after {recovery:.2f} s")

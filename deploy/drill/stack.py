@@ -21,8 +21,8 @@ from deploy.local.supervisor import LocalSystem
 from deploy.local.valkey import ValkeyServer
 from shared.settings import Settings, load_settings
 
-# An outage of seconds must not use up a ladder of seconds.
-_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, 3, 3, 3, 3))
+# A mail that meets one fault after the other must not come to the end of a ladder of seconds.
+_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3] * 16))
 
 
 @dataclass(frozen=True, slots=True)

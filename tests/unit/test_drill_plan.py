@@ -20,6 +20,10 @@ def test_the_same_seed_gives_the_same_faults_at_the_same_times() -> None:
         Fault(5.116, "redis_flush"),
         Fault(8.334, "dispatcher_kill"),
     ]
+    assert plan(1, 8, ("smtp_stall", "redis_clock"), {}) == [
+        Fault(2.0, "redis_clock", 0.913, 1, "2s"),
+        Fault(5.116, "smtp_stall", 3.373, 1, "auth"),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
