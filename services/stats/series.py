@@ -12,6 +12,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.stats import storage
+from shared.cancellations import is_now
 from shared.errors import InvalidInput
 from shared.models import Attempt, EmailJob
 from shared.proto_mapping import (
@@ -121,7 +122,7 @@ async def _read(
     failed = and_(
         EmailJob.state == int(JobState.FAILED), EmailJob.attempt == Attempt.attempt, ~sent
     )
-    followed = or_(EmailJob.attempt > Attempt.attempt, EmailJob.state == int(JobState.SCHEDULED))
+    followed = or_(EmailJob.attempt > Attempt.attempt, is_now(JobState.SCHEDULED))
     percentiles = func.percentile_disc(cast([0.5, 0.95, 0.99], ARRAY(DOUBLE_PRECISION)))
     rows = await connection.execute(
         select(

@@ -82,6 +82,18 @@ async def test_each_bucket_has_what_ended_in_it(stats: Stats) -> None:
     assert not points[2].HasField("lateness_p50")
 
 
+async def test_what_its_batch_has_cancelled_is_followed_by_no_retry(stats: Stats) -> None:
+    sender = await stats.sender()
+    await job(stats, sender, SCHEDULED, (NOON, TEMPORARY, 0))
+    hour = {"start_time": to_timestamp(NOON), "end_time": to_timestamp(NOON + 60 * MINUTE)}
+    (point,) = await series(stats, sender, **hour)
+    assert point.retried_count == 1
+    # Its row follows later.
+    await stats.sql("INSERT INTO batch_cancellations VALUES (1, %s, now())", sender)
+    (point,) = await series(stats, sender, **hour)
+    assert point.retried_count == 0
+
+
 async def test_lateness_is_told_by_percentiles_of_what_was_sent(stats: Stats) -> None:
     sender = await stats.sender()
     for late_ms in range(10, 1_011, 10):
