@@ -13,7 +13,7 @@ import psycopg
 
 from deploy.drill.faults import Faults
 from deploy.drill.load import Answered, Load
-from deploy.drill.plan import KINDS, OUTAGE_S, Fault, plan
+from deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
 from deploy.drill.stack import DrillStack
 from deploy.drill.waiting import until
 
@@ -74,6 +74,8 @@ class Drill:
             stack.inbox.refused,
         )
         self._began = time.monotonic()
+        # When the last outage was over, in seconds since 1970.
+        self._outage_over = 0.0
 
     async def run(self) -> Outcome:
         """Play the plan, heal everything, and wait for the last job's end."""
@@ -109,12 +111,15 @@ class Drill:
         lasts = f", for {fault.lasts:.1f} s" if fault.lasts else ""
         self._say(f"{self._now():7.2f} s  {fault.name}{which}: {kind.text}{variant}{lasts}")
         ended = await self._faults.strike(fault)
+        if fault.name in OUTAGES:
+            self._outage_over = ended
         try:
             await until(lambda: self._whole_after(fault, ended), RECOVERY_LIMIT_S)
         except TimeoutError:
             self._say(f"{self._now():7.2f} s  {fault.name}{which}: still no mail")
             return Struck(fault, None)
-        recovery = time.time() - ended
+        # What an outage took meanwhile is the outage's.
+        recovery = time.time() - max(ended, self._outage_over)
         self._say(f"{self._now():7.2f} s  {fault.name}{which}: over; whole after {recovery:.2f} s")
         return Struck(fault, recovery)
 
