@@ -81,7 +81,7 @@ local function schedule_look(s, window)
     if s.active and first and places(s, in_flight) > 0 then
         sends = math.max(tonumber(first), allowed_at(s, in_flight, window))
         -- Not within this opening: when it is over, a load brings the next one.
-        if sends >= s.closes then sends = s.loading and math.huge or s.closes end
+        if math.max(sends, NOW) >= s.closes then sends = s.loading and math.huge or s.closes end
     end
     look = math.min(look, through_circuit(s, sends))
     if look < math.huge then
