@@ -269,6 +269,17 @@ async def test_a_loss_of_what_is_known_strands_nobody(shard: Shard) -> None:
     assert len(await shard.claimed()) == 12
 
 
+async def test_the_sweep_brings_back_at_once_who_was_held_when_a_circuit_was_lost(
+    shard: Shard,
+) -> None:
+    await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
+    await shard.redis.delete(f"{shard.prefix}circuit:relay")
+    assert await shard.claimed() == []
+    assert await shard.queue.find_lost([1, 2, 3]) == []
+
+    assert await shard.claimed() == [103, 104, 105, 202, 203, 204, 205, 301, 302, 303, 304, 305]
+
+
 async def test_who_moved_away_while_a_circuit_was_lost_is_held_no_more(shard: Shard) -> None:
     heads = [sender(number, 5) for number in (1, 2, 3)]
     await stop(shard, *heads)

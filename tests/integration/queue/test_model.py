@@ -17,6 +17,7 @@ from enum import Enum, auto
 from typing import Any
 
 import pytest
+import uvloop
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -660,7 +661,7 @@ def low_water(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         yield runner
 
 
@@ -678,9 +679,7 @@ def test_the_scripts_decide_as_the_model_and_keep_the_promises(
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=80,
-                # The same examples for the same code. Others are looked for by hand, without this.
-                derandomize=True,
+                max_examples=40,
                 phases=[Phase.generate],
                 stateful_step_count=50,
                 deadline=None,

@@ -4,7 +4,8 @@
 --
 -- While an endpoint's circuit is open, a sender that could send is in `held`, by the time since
 -- when it could; in `ready` only for a patrol, so that a loss of these keys strands nobody. The
--- first of them is appointed to probe: a job that failed is due later than one never tried.
+-- first of them is appointed to probe: a job that failed is due later than one never tried. While
+-- none is open, `held` says nothing: what stands there was left by a circuit that was lost.
 
 local FAILURES = 3
 local PATROL = 30000
@@ -104,8 +105,10 @@ local function answered(s)
     forget_troubles(s)
     local c = circuit(s.endpoint)
     if c.failures == 0 then return end
-    local held = redis.call('ZRANGE', held_of(c.id), 0, -1, 'WITHSCORES')
-    for i = 1, #held, 2 do redis.call('ZADD', READY, 'LT', held[i + 1], held[i]) end
+    if c.open then
+        local held = redis.call('ZRANGE', held_of(c.id), 0, -1, 'WITHSCORES')
+        for i = 1, #held, 2 do redis.call('ZADD', READY, 'LT', held[i + 1], held[i]) end
+    end
     redis.call('DEL', circuit_of(c.id), held_of(c.id))
     circuits[c.id] = nil
 end
