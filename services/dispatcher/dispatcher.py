@@ -325,9 +325,10 @@ class Dispatcher:
             self._shares.give_up(place.key)
         asked = deadline - self._settings.lease.total_seconds()
         late = claim.waited + timedelta(seconds=result.started - asked)
-        self._settle(job, result, late)
+        host, port = place.key
+        self._settle(job, result, late, f"{host}:{port}")
 
-    def _settle(self, job: MarkedJob, result: SendResult, late: timedelta) -> None:
+    def _settle(self, job: MarkedJob, result: SendResult, late: timedelta, server: str) -> None:
         verdict = decide(
             result.outcome,
             job.failures,
@@ -359,6 +360,7 @@ class Dispatcher:
                 # Without a code the server had no part in it.
                 answered=not broken and result.smtp_code is not None,
                 connection_error=(result.message or result.outcome.name) if broken else None,
+                server=server,
             )
         )
 

@@ -14,8 +14,9 @@ from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service
 from services.dispatcher.dispatcher import Dispatcher
 from services.dispatcher.progress import Progress
 from services.dispatcher.smtp import EndpointState, SmtpPool
+from shared.queue.circuits import Circuit
 from shared.queue.connection import QUEUE_ERRORS
-from shared.queue.queue import Circuit, Queue
+from shared.queue.queue import Queue
 
 
 class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):

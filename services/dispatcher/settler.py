@@ -35,9 +35,10 @@ class Ended:
 
     record: AttemptRecord
     use: SlotUse
-    # What it says of the endpoint, as in `Settlement`.
+    # What it says of the endpoint, and which that is, as in `Settlement`.
     answered: bool = False
     connection_error: str | None = None
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,4 +202,5 @@ def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settle
         next_due_ms=due or 0,
         answered=outcome.answered,
         connection_error=outcome.connection_error,
+        server=outcome.server,
     )

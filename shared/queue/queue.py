@@ -15,6 +15,7 @@ from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError
 
 from shared.endpoints import RELAY
+from shared.queue.circuits import Circuit, CircuitChange, log_change
 from shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from shared.queue.scripts import SCRIPTS, read_script
 
@@ -93,22 +94,8 @@ class Settlement:
     # failed. Neither: it says nothing.
     answered: bool = False
     connection_error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Circuit:
-    """An open circuit: what would fail as well waits, while one probe at a time is sent.
-
-    Times are Unix ms of Redis' clock.
-    """
-
-    # Whose connections failed: this sender's alone; None: several senders' of the endpoint.
-    sender_id: int | None
-    open_since_ms: int
-    # In the past: a probe is under way, or is sent as soon as the limits allow it.
-    next_probe_ms: int
-    # Of the last failure, for people; never a password.
-    reason: str
+    # Host and port that it was sent by, for people.
+    server: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +178,9 @@ class Queue:
         ladder: Sequence[timedelta] = _LADDER,
         chance: Callable[[], float] = random.random,
         includes: Mapping[str, str] | None = None,
+        on_change: Callable[[CircuitChange], None] = log_change,
     ) -> None:
+        """`on_change` is told of each circuit that opens or closes by a call of this object."""
         self.keys = ShardKeys(shard)
         self.shard = shard
         self._redis = redis
@@ -199,6 +188,7 @@ class Queue:
         self._lease = _ms(lease)
         self._ladder = tuple(ladder) or _LADDER
         self._chance = chance
+        self._on_change = on_change
         self._scripts: dict[str, AsyncScript] = {
             name: redis.register_script(read_script(name, dict(includes or {}))) for name in SCRIPTS
         }
@@ -245,7 +235,18 @@ class Queue:
             next_member = "" if s.next_job is None else member_of(s.next_job)
             args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age), s.lease_ms)
             args += (next_member, s.next_due_ms, _contact(s))
-        return [int(sender) for sender in await self._run("settle", (self.keys.ready,), args)]
+        unknown, changes = await self._run("settle", (self.keys.ready,), args)
+        for *change, place in changes:
+            self._tell(change, settlements[place].server)
+        return [int(sender) for sender in unknown]
+
+    def _tell(self, change: Sequence[Any], server: str = "") -> None:
+        what, sender, since, reason = change
+        self._on_change(
+            CircuitChange(
+                what == "opened", int(sender) if sender else None, int(since), reason, server
+            )
+        )
 
     async def circuits_of_sender(self, sender_id: int) -> tuple[Circuit, ...]:
         """Return the open circuits for which this sender waits; both, if there are two."""
@@ -295,8 +296,12 @@ class Queue:
                     args=self._head_args(head, epochs[head.sender_id]),
                     client=pipeline,
                 )
-            applied = await pipeline.execute()
-        return [head.sender_id for head, ok in zip(heads, applied, strict=True) if not ok]
+            answers = await pipeline.execute()
+        for change in [change for changes in answers for change in changes or ()]:
+            self._tell(change)
+        return [
+            head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
+        ]
 
     def _head_args(self, head: Head, epoch: str) -> list[Any]:
         horizon = head.jobs[-1][1] if head.more and head.jobs else "inf"

@@ -78,9 +78,6 @@ class SenderModel:
         most = 1 if self.gap or self.open else self.flight
         return min(most, self.limit) - len(self.leases)
 
-    def forget_troubles(self) -> None:
-        self.troubles, self.open, self.probe, self.rung, self.prober = 0, False, 0, 0, None
-
     @property
     def first(self) -> tuple[int, str] | None:
         """The next job in the order of (due, id)."""
@@ -138,6 +135,8 @@ class QueueModel:
         self.new_epochs: dict[int, int] = {}
         self.ready: dict[int, int] = {}
         self.circuits: dict[str, CircuitModel] = {}
+        # What opened (or closed), of which sender or of an endpoint.
+        self.changes: list[tuple[bool, int | None]] = []
 
     @property
     def first_look(self) -> int | None:
@@ -236,7 +235,7 @@ class QueueModel:
         cleared = None
         probed = self._end_probe(sender_id, member, lease if kind == "UNUSED" else None)
         if answered:
-            self._answered(s)
+            self._answered(sender_id)
         elif failed:
             cleared = self._failed(sender_id, member, now, probed=probed)
         if retry is not None:
@@ -245,7 +244,7 @@ class QueueModel:
                 s.due[retry[0]] = retry[1]
         self._look(sender_id, now)
         if cleared in self.senders:
-            self.senders[cleared].forget_troubles()
+            self._forget_troubles(cleared)
             self._look(cleared, now)
         return True
 
@@ -299,10 +298,19 @@ class QueueModel:
         self._appoint(c)
         return True
 
-    def _answered(self, s: SenderModel) -> None:
-        s.forget_troubles()
-        for sender_id, at in self.circuit(s).held.items():
-            self.ready[sender_id] = min(self.ready.get(sender_id, at), at)
+    def _forget_troubles(self, sender_id: int) -> None:
+        s = self.senders[sender_id]
+        if s.open:
+            self.changes.append((False, sender_id))
+        s.troubles, s.open, s.probe, s.rung, s.prober = 0, False, 0, 0, None
+
+    def _answered(self, sender_id: int) -> None:
+        self._forget_troubles(sender_id)
+        s = self.senders[sender_id]
+        if self.circuit(s).open:
+            self.changes.append((False, None))
+        for held, at in self.circuit(s).held.items():
+            self.ready[held] = min(self.ready.get(held, at), at)
         self.circuits[s.endpoint] = CircuitModel()
 
     def _failed(self, sender_id: int, member: str, now: int, *, probed: bool) -> int | None:
@@ -323,10 +331,12 @@ class QueueModel:
         s.troubles += 1
         if c.failures >= FAILURES and len(c.senders) > 1:
             c.open, c.rung, c.next = True, 1, now + self._rung(1)
-            s.forget_troubles()
+            self.changes.append((True, None))
+            self._forget_troubles(sender_id)
             return before.pop() if len(before) == 1 else None
         if s.troubles >= FAILURES:
             s.open, s.rung, s.probe = True, 1, now + self._rung(1)
+            self.changes.append((True, sender_id))
         return None
 
     def _rung(self, number: int) -> int:
@@ -361,7 +371,7 @@ class QueueModel:
             s.last_end = max((now_up - age for _, age, _ in head.ends), default=0)
             s.leases = {member: now_up + left for member, left in head.leases}
         elif (s.endpoint, s.revision) != (head.endpoint, head.revision):
-            s.forget_troubles()
+            self._forget_troubles(sender_id)
             self._leave_held(self.circuit(s), sender_id)
         s.endpoint, s.revision = head.endpoint, head.revision
         s.limit, s.gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from deploy.local.inbox import Inbox
 from shared.states import AttemptOutcome, JobState, SmtpSecurity
@@ -72,7 +73,9 @@ async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
 ) -> None:
     plan = OUTAGES[kind]
     extensions = ("8BITMIME", "AUTH PLAIN") if kind == "AUTH" else ("8BITMIME",)
-    async with ScriptedServer(plan, extensions=extensions) as server:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(ScriptedServer(plan, extensions=extensions))
+        logs = stack.enter_context(capture_logs())
         if plan is None:
             await server.stop()
         login = "anna:secret@" if kind == "AUTH" else ""
@@ -133,6 +136,16 @@ async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
                 assert most_of(server.taken, sender, WINDOW) <= LIMIT
             assert await queue.circuits_of_sender(senders[0]) == ()
             await world.check_counts()
+            opened, closed = _told(logs, f"127.0.0.1:{server.port}")
+            assert (opened["event"], closed["event"]) == ("circuit_opened", "circuit_closed")
+            assert opened["since"] == closed["since"]
+
+
+def _told(logs: Sequence[MutableMapping[str, Any]], server: str) -> list[MutableMapping[str, Any]]:
+    """Return what was logged of the endpoint's circuit, and not of a sender's own."""
+    told = [log for log in logs if log["event"].startswith("circuit_") and "sender" not in log]
+    assert all(log["endpoint"] == server and log["reason"] for log in told)
+    return told
 
 
 async def _more_than(world: World, n: int) -> bool:

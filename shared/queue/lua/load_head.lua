@@ -14,8 +14,8 @@
 -- Those three are words between spaces: one argument costs the caller as much as 50 words.
 -- ARGV[14], ARGV[15]  the present or next opening of its sending hours (ms; 0 and 'inf': always)
 --
--- Returns 1, or 0 if the epoch has moved: somebody committed or lost something meanwhile; the
--- caller reads PostgreSQL again.
+-- Returns changes of circuits (circuit.lua), or nil if the epoch has moved: somebody committed or
+-- lost something meanwhile; the caller reads PostgreSQL again.
 --!include keys
 --!include time
 --!include run
@@ -28,7 +28,7 @@
 local SOON = 100
 local id, window, horizon = ARGV[1], tonumber(ARGV[3]), ARGV[8]
 local settings = settings_of(id)
-if epoch_of(id) ~= ARGV[2] then return 0 end
+if epoch_of(id) ~= ARGV[2] then return nil end
 
 -- In parts, for Lua's stack is short.
 local function add_all(key, scores)
@@ -92,4 +92,4 @@ redis.call('PERSIST', settings)
 redis.call('PERSIST', window_of(id))
 schedule_look(read_sender(id), window)
 wake_sleepers()
-return 1
+return changes

@@ -13,7 +13,9 @@
 --   contact      what it says of the endpoint: '' nothing, 'OK' that it answers, or '!' and why the
 --                connection failed
 --
--- Returns the senders whose head must be loaded (Redis knows them no more).
+-- Returns {senders, changes}:
+--   senders  whose head must be loaded (Redis knows them no more)
+--   changes  of circuits (circuit.lua), each with the place of the claim that did it, from 0
 --!include keys
 --!include time
 --!include run
@@ -23,6 +25,7 @@
 
 local window, ladder = tonumber(ARGV[1]), ARGV[2]
 local touched, order, unknown = {}, {}, {}
+local told = 0
 
 local function sender_of(id)
     local s = touched[id]
@@ -63,6 +66,8 @@ for i = 3, #ARGV, 8 do
             local cleared = failed(s, member, string.sub(ARGV[i + 7], 2), ladder)
             if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
         end
+        for n = told + 1, #changes do changes[n][5] = (i - 3) / 8 end
+        told = #changes
         if ARGV[i + 5] ~= '' then
             -- A load that read PostgreSQL before this must not wipe it out.
             redis.call('HINCRBY', settings_of(id), 'epoch', 1)
@@ -84,4 +89,4 @@ for _, id in ipairs(order) do
     end
 end
 wake_sleepers()
-return unknown
+return { unknown, changes }

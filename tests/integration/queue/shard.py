@@ -10,6 +10,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from shared.endpoints import RELAY
+from shared.queue.circuits import CircuitChange
 from shared.queue.keys import JobRef, member_of
 from shared.queue.queue import Claim, Claimed, Head, Queue, Settlement, SlotUse
 
@@ -87,6 +88,8 @@ class Shard:
         ladder: Sequence[timedelta] = LADDER,
     ) -> None:
         self.redis = redis
+        # Of circuits, in the order in which they were told.
+        self.changes: list[CircuitChange] = []
         self.queue = Queue(
             redis,
             number,
@@ -95,6 +98,7 @@ class Shard:
             ladder=ladder,
             chance=lambda: 0.0,
             includes={"time": CLOCK, "run": RUN},
+            on_change=self.changes.append,
         )
         self.prefix = f"outbox:{{{number}}}:"
         self.now_us = START_MS * 1000
@@ -149,6 +153,7 @@ class Shard:
             lease_ms=claim.lease_ms,
             answered=answered,
             connection_error=connection_error,
+            server=f"mail.example:{claim.sender_id}",
         )
         if retry_at is not None:
             attempt = claim.job.attempt + (not give_back)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from shared.queue.circuits import Circuit, CircuitChange
 from shared.queue.keys import JobRef
-from shared.queue.queue import Circuit, Claim, Head, SlotUse
+from shared.queue.queue import Claim, Head, SlotUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, START_MS, Shard, jobs, milliseconds
 
 PATROL_MS = 30_000
@@ -351,3 +352,46 @@ async def test_the_circuits_that_a_sender_waits_for_are_told(shard: Shard) -> No
     # An endpoint whose failures are all of one sender shows that sender's.
     told = await shard.queue.circuits_of_endpoints(["relay", "other", "third"])
     assert told == {"relay": of_endpoint, "other": of_sender}
+
+
+def change(sender_id: int | None, since: int, server: str, *, opened: bool) -> CircuitChange:
+    return CircuitChange(opened, sender_id, START_MS + since, "refused", server)
+
+
+async def test_what_opens_and_closes_is_told_once(shard: Shard) -> None:
+    await shard.load(sender(1))
+    await outage(shard, 2)
+    assert shard.changes == []
+    await outage(shard, 1)
+    opened = change(1, 0, "mail.example:1", opened=True)
+    assert shard.changes == [opened]
+    await shard.at(5_000)
+    await outage(shard, 1)
+    assert shard.changes == [opened]
+
+    # Another fails too: it is the endpoint, and no trouble of the first one's own.
+    await shard.load(sender(2))
+    await outage(shard, 1)
+    of_endpoint = [
+        change(None, 5_000, "mail.example:2", opened=True),
+        change(1, 0, "mail.example:2", opened=False),
+    ]
+    assert shard.changes == [opened, *of_endpoint]
+    await shard.at(10_000)
+    probe = await one_probe(shard)
+    await answer(shard, probe)
+    answered = change(None, 5_000, f"mail.example:{probe.sender_id}", opened=False)
+    assert shard.changes == [opened, *of_endpoint, answered]
+    await answer(shard, (await shard.claim(1)).claims[0])
+    assert shard.changes == [opened, *of_endpoint, answered]
+
+
+async def test_a_circuit_that_closes_by_a_change_of_its_sender_is_told(shard: Shard) -> None:
+    await shard.load(sender(7))
+    await outage(shard)
+    await shard.load(replace(sender(7), revision=2))
+
+    assert shard.changes == [
+        change(7, 0, "mail.example:7", opened=True),
+        change(7, 0, "", opened=False),
+    ]

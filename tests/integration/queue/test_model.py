@@ -602,6 +602,8 @@ class QueueMachine(RuleBasedStateMachine):
             assert int(known.get("until", 0)) == c.busy_until
             if c.open:
                 assert await self.shard.held(endpoint) == after_start(c.held)
+        told = [(change.opened, change.sender_id) for change in self.shard.changes]
+        assert told == self.model.changes
 
     @invariant()
     def nothing_waits_twice(self) -> None:

@@ -13,6 +13,9 @@ local PATROL = 30000
 local KEEP = 3600000
 local SEVERAL = '*'
 local circuits = {}
+-- What opened and closed in this script, so that whoever ran it, and nobody else, can tell. Each as
+-- 'opened' or 'closed', the sender or '' (the endpoint's), open since (ms), reason.
+local changes = {}
 
 local function circuit(endpoint)
     local c = circuits[endpoint]
@@ -94,8 +97,18 @@ local function end_probe(s, member, lease)
     appoint(c)
 end
 
+local function has_closed(key, sender)
+    local f = redis.call('HMGET', key, 'open', 'reason')
+    changes[#changes + 1] = { 'closed', sender, f[1], f[2] or '' }
+end
+
+local function has_opened(sender, reason)
+    changes[#changes + 1] = { 'opened', sender, NOW, reason }
+end
+
 local function forget_troubles(s)
     if s.troubles == 0 then return end
+    if s.open then has_closed(settings_of(s.id), s.id) end
     redis.call('HDEL', settings_of(s.id), 'troubles', 'open', 'probe', 'rung', 'prober', 'reason')
     s.troubles, s.open, s.probe = 0, false, 0
 end
@@ -106,6 +119,7 @@ local function answered(s)
     local c = circuit(s.endpoint)
     if c.failures == 0 then return end
     if c.open then
+        has_closed(circuit_of(c.id), '')
         local held = redis.call('ZRANGE', held_of(c.id), 0, -1, 'WITHSCORES')
         for i = 1, #held, 2 do redis.call('ZADD', READY, 'LT', held[i + 1], held[i]) end
     end
@@ -155,11 +169,13 @@ local function failed(s, member, reason, ladder)
         c.open, c.next = true, NOW + rung_of(ladder, 1)
         redis.call('DEL', held_of(c.id))
         write_circuit(c, 'open', NOW, 'next', c.next, 'rung', 1)
+        has_opened('', reason)
         forget_troubles(s)
         return before ~= SEVERAL and before or nil
     elseif s.troubles >= FAILURES then
         s.open, s.probe = true, NOW + rung_of(ladder, 1)
         redis.call('HSET', settings, 'open', NOW, 'probe', s.probe, 'rung', 1)
+        has_opened(s.id, reason)
     end
     return nil
 end
