@@ -1,11 +1,13 @@
-"""Dispatchers that are killed with -9, or stopped for longer than their lease, at every step."""
+"""Dispatchers that sleep beyond their lease, and what the dead had asked for is done after all.
+
+test_kill_points.py has the kills between any two steps.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 from deploy.local.inbox import Inbox
 from shared.states import AttemptOutcome, JobState
 from tests.dispatchers import Client, DispatcherProcess, options, process, running, settings_of
+from tests.dying import doomed
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Wait, Well
-from tests.world import World, at_least, gap_of, jobs_in
+from tests.world import World, gap_of, jobs_in
 
 Configure = Callable[..., dict[str, str]]
 Start = Callable[[dict[str, str]], Any]
@@ -52,48 +55,10 @@ async def outcomes(world: World, job: int) -> list[AttemptOutcome]:
     return [attempt.outcome for attempt in await world.attempts(job)]
 
 
-# Under load ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("policy", ["resend", "hold"])
-async def test_kill_9_under_load_loses_nothing_and_doubles_only_what_was_in_doubt(
-    configure: Configure, start: Start, inbox: Inbox, policy: str
-) -> None:
-    values = configure(inbox.url, uncertain_policy=policy)
-    kills = 2
-    async with World(settings_of(values)) as world:
-        senders = [await world.sender(max_in_flight=4) for _ in range(4)]
-        jobs = [job for each in senders for job in await world.schedule(each, 70)]
-        for n in range(1, kills + 1):
-            async with start(values) as child:
-                await eventually(partial(at_least, 60 * n, inbox.mails))
-                await child.kill()
-        async with running(settings_of(values)):
-            await eventually(world.done, 20)
-
-        arrived = jobs_in(inbox.mails)
-        sent = await world.in_state(JobState.SENT)
-        uncertain = await world.in_state(JobState.UNCERTAIN)
-        assert sent | uncertain == set(jobs)
-        # Every mail that is SENT arrived; one that is UNCERTAIN may have.
-        assert sent <= set(arrived) <= sent | uncertain
-        doubles = {job: n for job, n in arrived.items() if n > 1}
-        # Those that were marked and had no outcome: at most the concurrency, each time.
-        expired = await world.sql("SELECT email_job_id AS id FROM attempts WHERE outcome = 6")
-        assert len(expired) <= kills * CONCURRENCY
-        if policy == "hold":
-            assert doubles == {}
-            assert {row.id for row in expired} == uncertain
-        else:
-            assert uncertain == set()
-            assert set(doubles) <= {row.id for row in expired}
-        await world.check_counts()
-
-
 # How the statements of a dispatcher begin.
 MARK, SETTLE = "WITH sendable AS", "WITH moved AS"
 
-# At every step -------------------------------------------------------------------------------
+# Dead, and its statement goes on ---------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -114,17 +79,8 @@ async def waits(world: World, statement: str) -> bool:
     return bool(rows[0].n)
 
 
-async def cut_blocked(world: World) -> None:
-    """End the statements that wait: what a dead client asked for is then never carried out."""
-    await world.sql(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-    )
-
-
-@pytest.mark.parametrize("carried_out", [True, False])
-async def test_killed_between_claim_and_mark(
-    configure: Configure, start: Start, inbox: Inbox, carried_out: bool
+async def test_a_mark_that_is_carried_out_after_its_dispatcher_died_holds_for_one_lease(
+    configure: Configure, start: Start, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)
     async with World(settings_of(values)) as world:
@@ -134,42 +90,61 @@ async def test_killed_between_claim_and_mark(
             await eventually(lambda: waits(world, MARK))
             assert await world.leases_in_redis(sender) == 1
             await child.kill()
-            if not carried_out:
-                await cut_blocked(world)
         async with running(settings_of(values)):
             await eventually(world.done)
 
         assert jobs_in(inbox.mails) == {job: 1}
-        # The mark of a dead process holds the job for a lease, and not longer.
-        assert await outcomes(world, job) == ([LEASE_EXPIRED, SENT] if carried_out else [SENT])
+        assert await outcomes(world, job) == [LEASE_EXPIRED, SENT]
         await world.check_counts()
 
 
-@pytest.mark.parametrize("policy", ["resend", "hold"])
-async def test_killed_in_the_middle_of_smtp(
-    configure: Configure, start: Start, policy: str
+async def test_an_outcome_that_is_recorded_after_its_dispatcher_died_counts(
+    configure: Configure, start: Start, inbox: Inbox
 ) -> None:
-    async with held_in_three_phases() as (server, _):
-        values = configure(server.url, uncertain_policy=policy)
-        async with World(settings_of(values)) as world:
-            jobs = await world.schedule(await world.sender(), 3)
-            async with start(values) as child:
-                await eventually(lambda: all_held(server))
-                await child.kill()
-            [doubtful] = jobs_in(server.taken)
-            async with running(settings_of(values)):
-                await eventually(world.done)
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world:
+        [job] = await world.schedule(await world.sender())
+        async with table_held(world, "attempts"), start(values) as child:
+            await eventually(lambda: waits(world, SETTLE))
+            assert len(inbox.mails) == 1
+            await child.kill()
+        async with running(settings_of(values)):
+            await eventually(world.done)
 
-            if policy == "hold":
-                assert await world.states() == {JobState.UNCERTAIN: 3}
-                assert [await outcomes(world, job) for job in jobs] == [[LEASE_EXPIRED]] * 3
-                assert jobs_in(server.taken) == {doubtful: 1}
-            else:
-                assert await world.states() == {JobState.SENT: 3}
-                assert [await outcomes(world, job) for job in jobs] == [[LEASE_EXPIRED, SENT]] * 3
-                # A copy only of what was in doubt, under the same Message-ID.
-                assert jobs_in(server.taken) == dict.fromkeys(jobs, 1) | {doubtful: 2}
+        assert jobs_in(inbox.mails) == {job: 1}
+        assert await outcomes(world, job) == [SENT]
+        await world.check_counts()
+
+
+async def test_a_lease_that_ran_out_in_redis_alone_has_its_slot_in_the_window(
+    configure: Configure, inbox: Inbox
+) -> None:
+    values = configure(inbox.url)
+    async with World(settings_of(values)) as world:
+        # No more than one at a time, and two an hour.
+        sender = await world.sender(limit=2, max_in_flight=1)
+        control = await world.sender()
+        first, second, third = await world.schedule(sender, 3)
+        async with doomed(values, "recorded") as dying:
+            await eventually(lambda: not dying.is_alive())
+        assert await is_sent(world, first)
+        assert await world.leases_in_redis(sender) == 1
+        async with running(settings_of(values)):
+            await eventually(lambda: is_sent(world, second))
+            await world.schedule(control, 5)
+            await eventually(lambda: world.done(control))
+
+            assert await outcomes(world, first) == [SENT]
+            assert await world.in_state(JobState.SCHEDULED) == {third}
+            assert jobs_in(inbox.mails)[first] == 1
             await world.check_counts()
+
+
+async def is_sent(world: World, job: int) -> bool:
+    return bool((await world.job(job)).state == JobState.SENT)
+
+
+# Stopped for longer than the lease -----------------------------------------------------------
 
 
 @asynccontextmanager
@@ -183,75 +158,6 @@ async def held_in_three_phases() -> AsyncIterator[tuple[ScriptedServer, asyncio.
 
 def all_held(server: ScriptedServer) -> bool:
     return all(server.waiting[phase] == 1 for phase in ("rcpt", "data", "body"))
-
-
-@pytest.mark.parametrize("carried_out", [True, False])
-async def test_killed_between_smtp_and_the_record_of_the_outcome(
-    configure: Configure, start: Start, inbox: Inbox, carried_out: bool
-) -> None:
-    values = configure(inbox.url)
-    async with World(settings_of(values)) as world:
-        [job] = await world.schedule(await world.sender())
-        async with table_held(world, "attempts"), start(values) as child:
-            await eventually(lambda: waits(world, SETTLE))
-            assert len(inbox.mails) == 1
-            await child.kill()
-            if not carried_out:
-                await cut_blocked(world)
-        async with running(settings_of(values)):
-            await eventually(world.done)
-
-        assert jobs_in(inbox.mails) == {job: 1 if carried_out else 2}
-        assert await outcomes(world, job) == ([SENT] if carried_out else [LEASE_EXPIRED, SENT])
-        await world.check_counts()
-
-
-async def test_killed_between_the_record_in_postgresql_and_redis(
-    configure: Configure, start: Start, inbox: Inbox
-) -> None:
-    values = configure(inbox.url)
-    async with World(settings_of(values)) as world:
-        # No more than one at a time, and two an hour.
-        sender = await world.sender(limit=2, max_in_flight=1)
-        control = await world.sender()
-        first, second, third = await world.schedule(sender, 3)
-        async with start(values) as child, redis_writes_held(world) as hold:
-            async with table_held(world, "attempts"):
-                await eventually(lambda: waits(world, SETTLE))
-                await hold()
-            await eventually(lambda: is_sent(world, first))
-            await child.kill()
-        assert await world.leases_in_redis(sender) == 1
-        async with running(settings_of(values)):
-            await eventually(lambda: is_sent(world, second))
-            await world.schedule(control, 5)
-            await eventually(lambda: world.done(control))
-
-            # Its lease ran out in Redis alone, and its slot counts.
-            assert await outcomes(world, first) == [SENT]
-            assert await world.in_state(JobState.SCHEDULED) == {third}
-            assert jobs_in(inbox.mails)[first] == 1
-            await world.check_counts()
-
-
-@asynccontextmanager
-async def redis_writes_held(world: World) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
-    """Yield what makes Redis take no writes, scripts included, until the end of the block."""
-
-    async def hold() -> Any:
-        return await world.redis.client_pause(60_000, all=False)
-
-    try:
-        yield hold
-    finally:
-        await world.redis.client_unpause()
-
-
-async def is_sent(world: World, job: int) -> bool:
-    return bool((await world.job(job)).state == JobState.SENT)
-
-
-# Stopped for longer than the lease -----------------------------------------------------------
 
 
 async def nothing_in_flight(child: DispatcherProcess) -> bool:

@@ -1,0 +1,107 @@
+"""Dispatchers that end with kill -9 at one point of a send, which no line of the product knows of.
+
+Each is a process of its own: forked, with every module imported, from a server of forks. That takes
+0.1 s, where a new Python takes a second or more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partialmethod
+from multiprocessing.process import BaseProcess
+from typing import Any, Final, Never
+
+import uvloop
+
+from services.dispatcher import server, smtp, storage
+from shared.queue.queue import Queue
+from tests.dispatchers import settings_of
+
+Arm = Callable[[int], None]
+
+_forks = multiprocessing.get_context("forkserver")
+# The main module too, or each fork would import pytest's.
+_forks.set_forkserver_preload(["__main__", __name__])
+
+
+def _die() -> Never:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("nobody outlives SIGKILL")
+
+
+def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True) -> Arm:
+    """Return what makes us die right after a call that answered something `of_use`."""
+
+    def arm(visit: int) -> None:
+        call = getattr(owner, name)
+        visits = itertools.count(1)
+
+        async def wrapped(*args: Any, **options: Any) -> Any:
+            answer = await call(*args, **options)
+            if of_use(answer) and next(visits) == visit:
+                _die()
+            return answer
+
+        setattr(owner, name, wrapped)
+
+    return arm
+
+
+def _in_body(share: float) -> Arm:
+    """Return what makes us die when that share of a body, dot included, is with the kernel."""
+    finish = smtp._Session.finish
+    visits = itertools.count(1)
+
+    async def cut(session: smtp._Session, visit: int, data: bytes, limit: float) -> tuple[int, str]:
+        if next(visits) < visit:
+            return await finish(session, data, limit)
+        assert session.client.transport is not None
+        sent = data + b".\r\n"
+        connection = session.client.transport.get_extra_info("socket")
+        # Past the transport, which writes later.
+        os.write(connection.fileno(), sent[: int(len(sent) * share)])
+        _die()
+
+    def arm(visit: int) -> None:
+        smtp._Session.finish = partialmethod(cut, visit)  # type: ignore[assignment,method-assign]
+
+    return arm
+
+
+# In the order in which a mail comes to them; docs/send-path.md has the steps between.
+POINTS: Final[Mapping[str, Arm]] = {
+    "claimed": _after(Queue, "claim", lambda claimed: bool(claimed.claims)),
+    "marked": _after(storage, "mark_sending", bool),
+    "confirmed": _after(Queue, "confirm", any),
+    "before_the_body": _after(smtp._Session, "begin"),
+    "in_the_body": _in_body(0.5),
+    "before_the_reply": _in_body(1.0),
+    "after_the_reply": _after(smtp._Session, "finish"),
+    "recorded": _after(storage, "settle"),
+    "released": _after(Queue, "settle"),
+}
+
+
+def _run(values: Mapping[str, str], point: str, visit: int) -> None:
+    POINTS[point](visit)
+    uvloop.run(server.serve(settings_of(values), asyncio.Event()))
+
+
+@asynccontextmanager
+async def doomed(
+    values: Mapping[str, str], point: str, visit: int = 1
+) -> AsyncIterator[BaseProcess]:
+    """Run a dispatcher that kills itself when it comes to the point for the n-th time."""
+    child = _forks.Process(target=_run, args=(values, point, visit), daemon=True)
+    await asyncio.to_thread(child.start)
+    try:
+        yield child
+    finally:
+        child.kill()
+        await asyncio.to_thread(child.join)
