@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -18,6 +18,7 @@ from sqlalchemy import (
     func,
     lateral,
     literal,
+    null,
     select,
     true,
 )
@@ -126,28 +127,41 @@ def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any
 
 
 def concerned_statement() -> Select[Any]:
-    """Return senders by id, from the index of waiting jobs: one probe a sender, none a job."""
+    """Return the next senders by id that have a waiting job or a lease, those due first first.
 
-    def next_sender(after: Any) -> Any:
-        return select(func.min(EmailJob.sender_id)).where(
-            in_state(JobState.SCHEDULED), EmailJob.sender_id > after
+    From the index of waiting jobs: one probe a sender, none a job.
+    """
+    after: Any = bindparam("after")
+    page: Any = bindparam("page")
+
+    def first_of(senders: ColumnElement[bool]) -> Select[int, datetime]:
+        return (
+            select(EmailJob.sender_id, EmailJob.scheduled_at)
+            .where(in_state(JobState.SCHEDULED), senders)
+            .order_by(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id)
+            .limit(1)
         )
 
-    waiting = next_sender(bindparam("after")).with_only_columns(
-        func.min(EmailJob.sender_id).label("id")
-    )
-    walk = waiting.cte("walk", recursive=True)
-    later = select(next_sender(walk.c.id).scalar_subquery()).where(walk.c.id.is_not(None))
-    walk = walk.union_all(later)
-    sending = select(EmailJob.sender_id).where(
-        in_state(JobState.SENDING), EmailJob.sender_id > bindparam("after")
-    )
+    def of_shard(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
+        return sender % bindparam("shards") == bindparam("shard")
+
+    walk = first_of(EmailJob.sender_id > after).cte("walk", recursive=True)
+    following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))
+    walk = walk.union_all(select(following).select_from(walk).join(following, true()))
     # The walk ends where the limit does, for nobody asks it for more.
+    waiting = select(walk).where(of_shard(walk.c.sender_id)).limit(page)
+    sending = select(EmailJob.sender_id, null()).where(
+        in_state(JobState.SENDING),
+        EmailJob.sender_id > after,
+        of_shard(EmailJob.sender_id),
+    )
+    each = waiting.union_all(sending).subquery()
     first = (
-        select(walk.c.id)
-        .where(walk.c.id % bindparam("shards") == bindparam("shard"))
-        .limit(bindparam("chunk"))
-        .union(sending.where(EmailJob.sender_id % bindparam("shards") == bindparam("shard")))
+        select(each.c.sender_id, func.min(each.c.scheduled_at).label("due"))
+        .group_by(each.c.sender_id)
+        .order_by(each.c.sender_id)
+        .limit(page)
         .subquery()
     )
-    return select(first.c.id).order_by(first.c.id).limit(bindparam("chunk"))
+    # What is only being sent has nothing to wait for but its end.
+    return select(first.c.sender_id).order_by(first.c.due.nulls_last(), first.c.sender_id)

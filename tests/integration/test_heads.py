@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -515,6 +515,7 @@ async def test_a_rebuild_of_many_senders_goes_by_parts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shared.heads._CHUNK", 7)
+    monkeypatch.setattr("shared.heads._PAGE", 11)
     senders = [await world.sender() for _ in range(30)]
     for sender in senders:
         await world.schedule(sender, load=False)
@@ -525,6 +526,38 @@ async def test_a_rebuild_of_many_senders_goes_by_parts(
     assert await ready(world) == set(senders)
     assert await world.in_state(JobState.SCHEDULED)
     assert len((await claim(world.queues[0])).claims) == 30
+
+
+class NotingLoader(HeadLoader):
+    """Notes who is loaded, in their order."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.engine, world.queues, world.settings)
+        self.loaded: list[int] = []
+
+    async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
+        ids = list(sender_ids)
+        self.loaded += ids
+        await super().load(ids, committed=committed)
+
+
+async def test_a_rebuild_begins_with_those_that_are_due_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.heads._CHUNK", 2)
+    dues = (30, -10, 20, -20, -10)
+    senders = [await world.sender() for _ in dues]
+    for sender, due in zip(senders, dues, strict=True):
+        await world.schedule(sender, 2, due=due * SECOND, spacing=SECOND * 100, load=False)
+    sends = await world.sender()
+    (job,) = await world.schedule(sends, load=False)
+    await mark(world, job)
+    await world.redis.flushall()
+
+    loader = NotingLoader(world)
+    assert await loader.rebuild(world.queues[0])
+
+    assert loader.loaded == [*(senders[n] for n in (3, 1, 4, 2, 0)), sends]
 
 
 async def test_a_claim_that_was_not_yet_marked_when_redis_was_lost_does_not_hold(
