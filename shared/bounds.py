@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 from shared.errors import InvalidInput
@@ -59,6 +59,35 @@ class TextBounds:
                 reason=self.reason,
             )
         return text
+
+
+def check_spread(
+    field: str,
+    spread_until: datetime | None,
+    *,
+    spacing: timedelta,
+    start: datetime | None,
+    longest_wait: timedelta | None = None,
+) -> None:
+    """Look at a batch's `spread_until`; `start` None: not known yet.
+
+    Raises:
+        InvalidInput: SPREAD_UNTIL_INVALID.
+    """
+    if spread_until is None:
+        return
+    wrong = ""
+    if spacing:
+        wrong = "excludes spacing: set one of them"
+    elif start is not None and spread_until <= start:
+        wrong = f"must be later than the start, {start.isoformat(timespec='seconds')}"
+    else:
+        try:
+            spread_until + (longest_wait or timedelta(0))
+        except OverflowError:
+            wrong = "the last mails would expire after the year 9999"
+    if wrong:
+        raise InvalidInput.field(field, wrong, reason="SPREAD_UNTIL_INVALID")
 
 
 USER_ID: Final = TextBounds(128, "USER_ID_INVALID", least=1)

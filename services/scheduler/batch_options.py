@@ -34,6 +34,8 @@ class BatchOptions:
     time_zone: str = "UTC"
     # None: a job waits for as long as it takes.
     expire_after_ms: int | None = None
+    # None: `spacing_ms` decides.
+    spread_until: datetime | None = None
 
     def canonical(self) -> bytes:
         """Return the same bytes for the same options: what an unset field means is written out."""
@@ -49,6 +51,8 @@ class BatchOptions:
                 int(self.mode),
                 self.time_zone,
                 self.expire_after_ms,
+                # Only where it is set: what was accepted before there was one stays the same.
+                *([self.spread_until.isoformat()] if self.spread_until else []),
             ]
         ).encode()
 
@@ -65,7 +69,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
 
     Raises:
         InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
-            EXPIRE_AFTER_INVALID, UNKNOWN_TIME_ZONE.
+            EXPIRE_AFTER_INVALID, SPREAD_UNTIL_INVALID, UNKNOWN_TIME_ZONE.
     """
     if not options.request_id:
         raise InvalidInput.field(
@@ -93,12 +97,28 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
         raise InvalidInput.field(
             f"{field}.expire_after", "takes 1 s to 366 days", reason="EXPIRE_AFTER_INVALID"
         )
+    check_spread(options, options.start_time, field)
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
         check_time_zone(options.time_zone)
     except BadSendTime as error:
         raise InvalidInput.field(f"{field}.time_zone", error.message, reason=error.reason) from None
     return options
+
+
+def check_spread(options: BatchOptions, start: datetime | None, field: str = "options") -> None:
+    """Look at `spread_until` once more, now that the `start` of the batch is known.
+
+    Raises:
+        InvalidInput: SPREAD_UNTIL_INVALID.
+    """
+    bounds.check_spread(
+        f"{field}.spread_until",
+        options.spread_until,
+        spacing=options.spacing_ms * _MILLISECOND,
+        start=start,
+        longest_wait=(options.expire_after_ms or 0) * _MILLISECOND,
+    )
 
 
 def under_options(error: InvalidInput, field: str = "options") -> InvalidInput:

@@ -16,7 +16,8 @@ class Schedule:
 
     And when it expires, `expire_after_ms` after that; None: never.
 
-    `last_due`: when the last of them is; None: there was none yet.
+    `last_due`: when the last of them is; None: there was none yet. `spread`: rows without a time of
+    their own get their place instead, for their times are known when all rows are.
     """
 
     def __init__(
@@ -25,20 +26,27 @@ class Schedule:
         accepted_at: datetime,
         spacing_ms: int,
         expire_after_ms: int | None = None,
+        *,
+        spread: bool = False,
     ) -> None:
         self._start = start
         self._accepted_at = accepted_at
         self._spacing = spacing_ms * _MILLISECOND
         self._expire_after = None if expire_after_ms is None else expire_after_ms * _MILLISECOND
+        self._spread = spread
         self._place = 0
         self.last_due: datetime | None = None
 
     def times(self, rows: Sequence[JobRow]) -> Iterable[str]:
         """Return (scheduled_at, expires_at) of the next rows, as COPY takes them.
 
+        Of a batch that is spread: (place, scheduled_at, expires_at), the place or the others NULL.
+
         Raises:
             OverflowError: a time is beyond the year 9999.
         """
+        if self._spread:
+            return [self._place_or_time(row) for row in rows]
         if not self._spacing and not any(row.send_at for row in rows):
             self._note(self._start)
             return [self._format(self._start)] * len(rows)
@@ -47,11 +55,27 @@ class Schedule:
             if row.send_at is None:
                 due = self._start + self._place * self._spacing
             else:
-                due = max(row.send_at, self._accepted_at)
+                due = self._own(row.send_at)
             self._place += 1
             self._note(due)
             times.append(self._format(due))
         return times
+
+    @property
+    def places(self) -> int:
+        """How many rows of a batch that is spread have a place so far."""
+        return self._place
+
+    def _place_or_time(self, row: JobRow) -> str:
+        if row.send_at is None:
+            self._place += 1
+            return f"{self._place - 1}\t\\N\t\\N"
+        due = self._own(row.send_at)
+        self._note(due)
+        return f"\\N\t{self._format(due)}"
+
+    def _own(self, send_at: datetime) -> datetime:
+        return max(send_at, self._accepted_at)
 
     def _format(self, due: datetime) -> str:
         if self._expire_after is None:

@@ -11,12 +11,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final, TypeVar
 
 import structlog
 
-from services.scheduler.batch_options import BatchOptions
+from services.scheduler.batch_options import BatchOptions, check_spread
 from services.scheduler.blocks import BlockReader, ReadBlock
 from services.scheduler.copy_format import Schedule, format_jobs, format_rejections
 from services.scheduler.payloads import Payload
@@ -29,6 +29,7 @@ from services.scheduler.storage.intake import (
     IntakeTransaction,
     KnownRequest,
 )
+from services.scheduler.storage.spreading import Spread
 from shared import bounds
 from shared.errors import AlreadyExists, FieldViolation, InvalidInput
 from shared.gate import Gate
@@ -49,6 +50,7 @@ _WAITING: Final = 500
 _STORE_PATIENCE: Final = timedelta(seconds=30)
 # A rollback takes a moment; one that takes longer must not hold up the end of the process.
 _END_LIMIT: Final = timedelta(seconds=5)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 _QUEUE_UNREACHABLE: Final = (
     "The queue is not reachable at the moment: the batch is accepted, and sending starts as soon "
     "as the queue is back."
@@ -122,7 +124,7 @@ class Intake:
             NotFound: SENDER_NOT_FOUND.
             AlreadyExists: REQUEST_ID_REUSED.
             InvalidInput: what is wrong with the payload or a template; ROW_REJECTED,
-                NO_ROW_ACCEPTED, SPACING_INVALID.
+                NO_ROW_ACCEPTED, SPACING_INVALID, SPREAD_UNTIL_INVALID.
             Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS.
             ResourceExhausted: TOO_MANY_CALLS.
         """
@@ -174,18 +176,22 @@ class Intake:
             )
             if begun is None:
                 return None
+            check_spread(options, begun.start_at)
             filling = _Filling(transaction, begun, options, sender.user_id, steps)
+            await filling.begin()
             while block is not None:
                 steps.prefetch()
                 await filling.add(block)
                 block = await steps.next()
             filling.check()
+            last_due, spacing = await filling.end()
             if not await transaction.finish(
                 begun,
                 sender,
                 filling.counts,
-                filling.schedule.last_due,
-                steps.reader.digest(),
+                last_due=last_due,
+                spacing=spacing,
+                request_hash=steps.reader.digest(),
             ):
                 raise _no_sender(options)
         return Acceptance(begun.batch_id, sender.user_id, filling.rejections)
@@ -269,7 +275,27 @@ class _Filling:
             self.begun.accepted_at,
             self.options.spacing_ms,
             self.options.expire_after_ms,
+            spread=self.options.spread_until is not None,
         )
+
+    async def begin(self) -> None:
+        """Make ready for the first block."""
+        if self.options.spread_until is not None:
+            await self.transaction.begin_spread()
+
+    async def end(self) -> tuple[datetime | None, timedelta]:
+        """Give a batch that is spread its times; return when the last is due, and the spacing."""
+        until, last_due = self.options.spread_until, self.schedule.last_due
+        if until is None:
+            return last_due, self.options.spacing_ms * _MILLISECOND
+        spread = Spread(self.begun.start_at, until, self.schedule.places)
+        expire_after = self.options.expire_after_ms
+        await self.transaction.spread(
+            spread, None if expire_after is None else expire_after * _MILLISECOND
+        )
+        if spread.count:
+            last_due = max(spread.last_due, last_due or spread.last_due)
+        return last_due, spread.spacing
 
     async def add(self, block: ReadBlock) -> None:
         """Store one block.
@@ -298,7 +324,8 @@ class _Filling:
                     reason="SPACING_INVALID",
                 ) from None
             await self.transaction.copy_jobs(
-                format_jobs(rows, times, self.begun.batch_id, self.options.sender_id)
+                format_jobs(rows, times, self.begun.batch_id, self.options.sender_id),
+                spread=self.options.spread_until is not None,
             )
         if block.rejections:
             await self.transaction.copy_rejections(

@@ -19,19 +19,29 @@ class PlannedBatch:
     spread_until: datetime | None = None
     expire_after: timedelta | None = None
 
-    def spacing_from(self, start: datetime) -> timedelta:
-        """Return the time between two mails, the first of which is due at `start`."""
+    def spacing_from(self, start: datetime, field: str = "planned_batch") -> timedelta:
+        """Return the time between two mails, the first of which is due at `start`.
+
+        Raises:
+            InvalidInput: SPREAD_UNTIL_INVALID.
+        """
+        bounds.check_spread(
+            f"{field}.options.spread_until",
+            self.spread_until,
+            spacing=self.spacing,
+            start=start,
+            longest_wait=self.expire_after,
+        )
         if self.spread_until is None or self.recipients == 1:
             return self.spacing
-        return max(self.spread_until - start, timedelta(0)) / (self.recipients - 1)
+        return (self.spread_until - start) / (self.recipients - 1)
 
 
 def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> PlannedBatch:
     """Return `planned`; `field` is where the request has it.
 
     Raises:
-        InvalidInput: RECIPIENT_COUNT_INVALID, SPACING_INVALID, SPREAD_UNTIL_INVALID,
-            EXPIRE_AFTER_INVALID.
+        InvalidInput: RECIPIENT_COUNT_INVALID, SPACING_INVALID, EXPIRE_AFTER_INVALID.
     """
     if not 1 <= planned.recipients <= bounds.MAX_RECIPIENTS:
         raise InvalidInput.field(
@@ -42,12 +52,6 @@ def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> Planne
     if not timedelta(0) <= planned.spacing <= bounds.MAX_SPACING:
         raise InvalidInput.field(
             f"{field}.options.spacing", "takes 0 s to 7 days", reason="SPACING_INVALID"
-        )
-    if planned.spread_until is not None and planned.spacing:
-        raise InvalidInput.field(
-            f"{field}.options.spread_until",
-            "excludes spacing: set one of them",
-            reason="SPREAD_UNTIL_INVALID",
         )
     if (
         planned.expire_after is not None

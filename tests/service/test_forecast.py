@@ -114,6 +114,7 @@ async def test_a_planned_batch_is_forecast_as_the_real_one_will_be(stack: Stack)
         {},
         {"start_time": begin},
         {"start_time": begin, "spacing": to_duration(timedelta(seconds=10))},
+        {"spread_until": to_timestamp(datetime.now(UTC) + timedelta(hours=2))},
     ):
         planned = await stack.plan(sender, 120, **options)
         rows = stack.scheduler.value("SELECT count(*) FROM email_jobs")
@@ -174,11 +175,14 @@ async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
         assert (await refusal_of(stack.forecast(**request))).reason == reason
     day = to_duration(timedelta(days=1))
     now = to_timestamp(datetime.now(UTC))
+    later = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
     for count, options, field in (
         (0, {}, "planned_batch.recipient_count"),
         (10_000_001, {}, "planned_batch.recipient_count"),
         (1, {"spacing": to_duration(timedelta(days=8))}, "planned_batch.options.spacing"),
-        (1, {"spacing": day, "spread_until": now}, "planned_batch.options.spread_until"),
+        (1, {"spacing": day, "spread_until": later}, "planned_batch.options.spread_until"),
+        (1, {"spread_until": now}, "planned_batch.options.spread_until"),
+        (1, {"start_time": later, "spread_until": later}, "planned_batch.options.spread_until"),
         (1, {"expire_after": to_duration(timedelta(0))}, "planned_batch.options.expire_after"),
     ):
         refusal = await refusal_of(stack.plan(sender, count, **options))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import batch_pb2
@@ -41,10 +41,6 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
         InvalidInput: one of them is wrong.
         NotFound: SENDER_NOT_FOUND, for a text that is no id.
     """
-    if options.HasField("spread_until"):
-        raise InvalidInput.field(
-            "options.spread_until", "is not served yet", reason="NOT_IMPLEMENTED"
-        )
     spacing = whole_ms(options.spacing, "options.spacing") if options.HasField("spacing") else 0
     expire_after = (
         whole_ms(options.expire_after, "options.expire_after")
@@ -58,20 +54,23 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             subject=options.subject if options.HasField("subject") else None,
             body=options.body if options.HasField("body") else None,
             html=options.html if options.HasField("html") else None,
-            start_time=_start_time(options),
+            start_time=_time(options, "start_time"),
             spacing_ms=spacing,
             duplicates=_duplicates(options.duplicates),
             mode=_mode(options.mode),
             time_zone=options.time_zone or "UTC",
             expire_after_ms=expire_after,
+            spread_until=_time(options, "spread_until"),
         )
     )
 
 
-def _start_time(options: batch_pb2.BatchOptions) -> datetime | None:
-    if not options.HasField("start_time"):
+def _time(
+    options: batch_pb2.BatchOptions, name: Literal["start_time", "spread_until"]
+) -> datetime | None:
+    if not options.HasField(name):
         return None
-    return from_timestamp(options.start_time, "options.start_time")
+    return from_timestamp(getattr(options, name), f"options.{name}")
 
 
 def _duplicates(number: int) -> DuplicatePolicy:

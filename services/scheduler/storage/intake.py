@@ -28,6 +28,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.batch_options import BatchOptions
+from services.scheduler.storage.spreading import (
+    COPY_SPREAD_JOBS,
+    Spread,
+    create_spread_jobs,
+    move_spread_jobs,
+)
 from services.scheduler.storage.suppressions import lock_suppressions
 from shared.database import transaction
 from shared.errors import Unavailable
@@ -37,6 +43,7 @@ from shared.states import JobState
 
 # A suppression is written a moment before it can be seen.
 _SLACK: Final = timedelta(minutes=1)
+_MILLISECOND: Final = timedelta(milliseconds=1)
 # How long a call waits for another one with its request_id; below the usual deadline of a call.
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
@@ -159,7 +166,6 @@ class IntakeTransaction:
                 start_at=func.greatest(
                     literal(options.start_time, TIMESTAMP(timezone=True)), func.now()
                 ),
-                spacing_ms=options.spacing_ms,
                 expire_after_ms=options.expire_after_ms,
                 duplicates=options.duplicates,
                 mode=options.mode,
@@ -199,9 +205,17 @@ class IntakeTransaction:
         )
         return set(found.scalars())
 
-    async def copy_jobs(self, data: bytes) -> None:
-        """Write jobs, formatted by `copy_format`."""
-        await self._copy(_COPY_JOBS, data)
+    async def begin_spread(self) -> None:
+        """Let jobs be copied to where they wait for `spread`."""
+        await create_spread_jobs(self._connection)
+
+    async def spread(self, spread: Spread, expire_after: timedelta | None) -> None:
+        """Give those jobs their times, and let them be seen."""
+        await move_spread_jobs(self._connection, spread, expire_after)
+
+    async def copy_jobs(self, data: bytes, *, spread: bool = False) -> None:
+        """Write jobs, formatted by `copy_format`; those to `spread` after `begin_spread`."""
+        await self._copy(COPY_SPREAD_JOBS if spread else _COPY_JOBS, data)
 
     async def copy_rejections(self, data: bytes) -> None:
         """Write rejections, formatted by `copy_format`."""
@@ -216,7 +230,9 @@ class IntakeTransaction:
         begun: BegunBatch,
         sender: IntakeSender,
         counts: IntakeCounts,
+        *,
         last_due: datetime | None,
+        spacing: timedelta,
         request_hash: bytes,
     ) -> bool:
         """Write what is known at the end; False: the sender was deleted meanwhile.
@@ -243,6 +259,7 @@ class IntakeTransaction:
             .values(
                 request_hash=request_hash,
                 last_due_at=last_due,
+                spacing_ms=round(spacing / _MILLISECOND),
                 accepted_count=counts.accepted,
                 rejected_count=counts.rejected,
                 duplicate_count=counts.duplicate,
