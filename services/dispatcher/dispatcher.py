@@ -37,6 +37,8 @@ from shared.states import CONNECTION_TROUBLE, AttemptOutcome
 # A lost Redis tells nobody: whoever sleeps looks at least this often whether it is still whole.
 HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
+# The part of its lease that a send leaves to the record of its outcome, should PostgreSQL be away.
+_RESERVED_PART = 0.1
 _log = structlog.get_logger(__name__)
 
 
@@ -301,7 +303,10 @@ class Dispatcher:
         try:
             endpoint, envelope = self._composer.compose(job)
             result = await self._pool.send(
-                endpoint, envelope, deadline=deadline, may_begin=lambda: not self.draining
+                endpoint,
+                envelope,
+                deadline=deadline - self._settings.lease.total_seconds() * _RESERVED_PART,
+                may_begin=lambda: not self.draining,
             )
         except GivenBackError:
             self._settler.add(Unsent(claim, job))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
@@ -21,7 +22,14 @@ _RETRY = timedelta(seconds=1)
 # A lease's end is looked for a moment later, so that one look finds it.
 _SLACK = timedelta(milliseconds=20)
 # After PostgreSQL was away, dispatchers record what ended meanwhile before anybody else ends it.
+# That it was is noticed by an error of any step, and each dispatcher asks every 5 s at least; or by
+# a look for leases that takes longer than `_HANGS`. A shorter outage need not be noticed: a send
+# ends 6 s, a tenth of it, before its lease (dispatcher.py); its record is tried every 0.2 s.
+# What is left is a PostgreSQL that hangs, without an error, from those 6 s before a lease's end
+# until less than `_HANGS` after it: the first to be served has the job then, and at worst its mail
+# is in doubt, as that of a killed dispatcher is.
 GRACE = timedelta(seconds=10)
+_HANGS = timedelta(seconds=2)
 # How often the senders for which something waits are compared with what Redis knows, by one of the
 # dispatchers: 20 us of PostgreSQL and 10 us of Redis a sender.
 SWEEP = timedelta(seconds=4)
@@ -40,6 +48,8 @@ class Recovery:
         self._loader = loader
         # Since PostgreSQL was away it has answered, and `GRACE` is over.
         self._calm = True
+        # The last look gave grace. A PostgreSQL that is always slow is not waited for again.
+        self._gave_grace = False
 
     async def run(self) -> None:
         """Recover until cancelled."""
@@ -64,17 +74,21 @@ class Recovery:
 
         With no lease in sight that is a whole lease from now: one that is taken later lasts longer.
         """
+        asked = time.monotonic()
         async with self._engine.connect() as connection:
             senders = await storage.recover_expired(connection, self._lease, self._next_state)
+            hung = time.monotonic() - asked > _HANGS.total_seconds()
+            self._calm = self._calm and (self._gave_grace or not hung)
             if senders:
                 # Redis may be away, or we may die, before the load that follows.
                 await mark_stale(connection, senders)
             if senders and not self._calm:
                 # It could be written: PostgreSQL is back, and its disk is not full.
                 await connection.rollback()
-                self._calm = True
+                self._calm = self._gave_grace = True
                 return GRACE
             await connection.commit()
+        self._gave_grace = False
         if senders:
             _log.warning("leases_expired", senders=senders)
             await self._loader.load(senders, committed=True)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from services.dispatcher import recovery as recovery_module
 from services.dispatcher import storage
 from services.dispatcher.recovery import Recovery
 from services.dispatcher.storage import AttemptRecord, MarkedJob
@@ -551,6 +553,30 @@ async def test_a_recovered_job_is_not_forgotten_if_redis_is_away_at_that_moment(
 
     assert (await world.job(job)).state == JobState.SCHEDULED
     assert [row.sender_id for row in await world.sql("SELECT * FROM head_markers")] == [sender]
+
+
+async def test_whoever_sent_while_postgresql_hung_is_given_time_to_record_it(
+    world: World,
+    connection: AsyncConnection,
+    recovery_of: Callable[..., Recovery],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery_module, "_HANGS", timedelta(milliseconds=100))
+    [job] = await world.schedule(await world.sender(), load=False)
+    await mark(connection, [job], lease=OVER)
+    recovery = recovery_of()
+    # Once: if it is always as slow as that, leases have to end all the same.
+    for pause, state in (
+        (recovery_module.GRACE, JobState.SENDING),
+        (timedelta(seconds=1), JobState.SCHEDULED),
+    ):
+        async with world.engine.begin() as hung:
+            await hung.execute(text("LOCK TABLE email_jobs"))
+            looking = asyncio.create_task(recovery.recover_leases())
+            await asyncio.wait([looking], timeout=0.2)
+            assert not looking.done()
+        assert await looking == pause
+        assert (await world.job(job)).state == state
 
 
 class Losing(HeadLoader):

@@ -245,6 +245,23 @@ async def test_a_mail_in_doubt_is_held_if_the_operator_wants_it_so(configure: Co
         assert jobs_in(server.taken) == dict.fromkeys([doubtful, *others], 1)
 
 
+async def test_a_send_leaves_a_part_of_its_lease_to_the_record_of_its_end(
+    configure: Configure,
+) -> None:
+    held = Wait()
+    async with ScriptedServer({"body": [held, Well()]}) as server:
+        values = configure(server.url, lease="3s", smtp_timeout="20s")
+        async with working(values) as (world, _):
+            [job] = await world.schedule(await world.sender())
+            await eventually(lambda: server.waiting["body"] == 1)
+            until = (await world.job(job)).lease_until
+            await eventually(world.done)
+
+            [first, _] = await world.attempts(job)
+            assert first.outcome is AttemptOutcome.IN_DOUBT
+            assert until.timestamp() - first.ended_at > 0.2
+
+
 async def test_a_failure_of_ours_is_neither_the_end_nor_the_mails_fault(
     configure: Configure, inbox: Inbox
 ) -> None:
