@@ -201,7 +201,9 @@ async def test_a_full_head_stays_a_listpack(shard: Shard) -> None:
     head = [(JobRef(10**12 - n, 12), START_MS + 10**11 + n) for n in range(128)]
     await shard.load(replace(SENDER, jobs=tuple(head), more=True))
 
-    assert await shard.redis.object("encoding", "outbox:{0}:due:7") == "listpack"
+    # Before Redis 7 it has another name, and is as small.
+    encoding = await shard.redis.object("encoding", "outbox:{0}:due:7")
+    assert encoding in ("listpack", "ziplist")
     size = await shard.redis.memory_usage("outbox:{0}:due:7", samples=0)
     assert size is not None
     assert size < 128 * 33
