@@ -13,27 +13,25 @@ from typing import Any, Final
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
-    SmallInteger,
     cast,
     delete,
     func,
     insert,
     literal,
     select,
-    union_all,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from services.scheduler.storage.moving import count_moves, mark_heads
 from shared.cancellations import is_now
 from shared.counts import batch_counts, in_state
-from shared.models import Batch, BatchCancellation, CountDelta, EmailJob, HeadMarker
+from shared.models import Batch, BatchCancellation, EmailJob, HeadMarker
 from shared.ownership import owned_by
 from shared.states import BatchState, JobState
 
 # Rows that one transaction moves: some 0.3 s.
 SWEPT_AT_ONCE: Final = 20_000
-_DELTA: Final = ("sender_id", "batch_id", "hour", "state", "n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,29 +99,9 @@ def _statement(
         .cte("groups")
     )
     hour = func.date_trunc("hour", at)
-    deltas = (
-        insert(CountDelta)
-        .from_select(
-            _DELTA,
-            union_all(
-                *(
-                    select(
-                        groups.c.sender_id,
-                        groups.c.batch_id,
-                        hour,
-                        literal(int(of), SmallInteger),
-                        sign * groups.c.n,
-                    )
-                    for of, sign in ((JobState.SCHEDULED, -1), (state, 1))
-                )
-            ),
-        )
-        .cte("deltas")
-    )
-    parts = [deltas]
+    parts = [count_moves(groups, hour, JobState.SCHEDULED, state)]
     if heads:
-        senders = select(groups.c.sender_id).distinct()
-        parts.append(insert(HeadMarker).from_select(("sender_id",), senders).cte("markers"))
+        parts.append(mark_heads(groups))
     return (
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),

@@ -14,16 +14,12 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Select,
-    SmallInteger,
     any_,
     bindparam,
     cast,
     func,
-    insert,
-    literal,
     null,
     select,
-    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
@@ -31,14 +27,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.storage.access import in_transaction
 from services.scheduler.storage.email_jobs import may_have
+from services.scheduler.storage.moving import count_moves, mark_heads
 from shared.counts import in_state
-from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender
+from shared.models import Batch, EmailJob, Sender
 from shared.ownership import owned_by
 from shared.states import BatchState, JobState
 
 # Jobs that one transaction takes back: some 0.5 s.
 _CHUNK: Final = 20_000
-_DELTA: Final = ("sender_id", "batch_id", "hour", "state", "n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,29 +212,9 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: i
         .group_by(moved.c.sender_id, moved.c.batch_id, hour)
         .cte("groups")
     )
-    deltas = (
-        insert(CountDelta)
-        .from_select(
-            _DELTA,
-            union_all(
-                *(
-                    select(
-                        groups.c.sender_id,
-                        groups.c.batch_id,
-                        groups.c.hour,
-                        literal(int(of), SmallInteger),
-                        sign * groups.c.n,
-                    )
-                    for of, sign in ((was, -1), (state, 1))
-                )
-            ),
-        )
-        .cte("deltas")
-    )
-    parts = [deltas]
+    parts = [count_moves(groups, groups.c.hour, was, state)]
     if waits:
-        senders = select(groups.c.sender_id).distinct()
-        parts.append(insert(HeadMarker).from_select(("sender_id",), senders).cte("markers"))
+        parts.append(mark_heads(groups))
     return (
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
