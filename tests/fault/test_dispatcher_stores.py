@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
 import psycopg
 import pytest
 
+from deploy.local.child import processes_in
 from deploy.local.inbox import Inbox
 from shared.states import JobState
 from tests.conftest import Stores
@@ -17,6 +22,7 @@ from tests.eventually import eventually
 from tests.world import World, at_least, gap_of, jobs_in, most_of
 
 Configure = Callable[..., dict[str, str]]
+FREEZE_S = 3.0
 
 
 @pytest.fixture
@@ -60,6 +66,40 @@ async def test_a_postgresql_that_is_killed_under_load_costs_time_and_nothing_els
         assert len(expired) <= 10
         await world.check_counts()
         await eventually(dispatcher.serving)
+
+
+async def test_a_postgresql_that_is_frozen_under_load_costs_time_and_nothing_else(
+    configure: Configure, inbox: Inbox, stores: Stores
+) -> None:
+    settings = settings_of(configure(lease="20s", min_gap="20ms"))
+    async with World(settings) as world, running(settings) as one, running(settings) as two:
+        senders = [await world.sender() for _ in range(6)]
+        jobs = [job for each in senders for job in await world.schedule(each, 40)]
+        await eventually(lambda: len(inbox.mails) >= 60)
+        frozen = processes_in(stores.postgres.folder, "postgres")
+        signal_all(frozen, signal.SIGSTOP)
+        try:
+            thawed = time.monotonic() + FREEZE_S
+            await eventually(lambda: time.monotonic() > thawed)
+            for dispatcher in (one, two):  # they answer meanwhile
+                assert (await dispatcher.status()).in_flight_count <= 5
+        finally:
+            signal_all(frozen, signal.SIGCONT)
+        await eventually(world.done, 30)
+
+        assert await world.states() == {JobState.SENT: len(jobs)}
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        assert all(gap_of(inbox.mails, sender) >= 0.02 for sender in senders)
+        await world.check_counts()
+        for dispatcher in (one, two):
+            await eventually(dispatcher.serving)
+
+
+def signal_all(processes: Iterable[int], number: signal.Signals) -> None:
+    for pid in processes:
+        # A backend may have ended meanwhile.
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 async def not_serving(dispatcher: Running) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,6 +24,7 @@ from shared.counts import JobCounts, batch_counts, sender_counts, user_counts
 from shared.database import create_engine, transaction
 from shared.settings import load_settings
 from shared.states import FINAL_STATES, JobState
+from tests.eventually import eventually
 
 WINDOW = timedelta(hours=1)
 HOUR = timedelta(hours=1)
@@ -361,14 +364,9 @@ asyncio.run(main())
 """
 
 
-async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
-    world: World,
-) -> None:
-    for batch in world.batches:
-        await world.intake(batch, 5)
-        await world.do(CLAIM, n=3)
-        await world.do(END, before=2, state=3, n=3)
-    before = await world.unfolded()
+@asynccontextmanager
+async def folder_in_a_fold(world: World, folds: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a process that has folded so many deltas, one by one, and is folding one more."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -381,20 +379,75 @@ async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
     assert child.stdout is not None
     try:
         async with asyncio.timeout(30):
-            for _ in range(3):
+            for _ in range(folds):
                 assert await child.stdout.readline() == b"1\n"
                 await world.check()
                 child.stdin.write(b"\n")
             assert await child.stdout.readline() == b"1\n"
+        yield child
     finally:
-        child.kill()
+        if child.returncode is None:
+            child.kill()
         await child.communicate()
+
+
+async def begin_and_end_some(world: World) -> None:
+    for batch in world.batches:
+        await world.intake(batch, 5)
+        await world.do(CLAIM, n=3)
+        await world.do(END, before=2, state=3, n=3)
+
+
+async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
+    world: World,
+) -> None:
+    await begin_and_end_some(world)
+    before = await world.unfolded()
+    async with folder_in_a_fold(world, 3):
+        pass
     assert await world.unfolded() == before - 3
     await world.check()
     async with asyncio.timeout(10):
         await world.fold_all()
     assert await world.unfolded() == 0
     await world.check()
+
+
+async def test_a_folder_that_sleeps_in_the_middle_keeps_nobody_and_its_fold_counts_once(
+    world: World,
+) -> None:
+    await begin_and_end_some(world)
+    async with folder_in_a_fold(world, 2) as child:
+        child.send_signal(signal.SIGSTOP)
+        await begin_and_end_some(world)
+        async with asyncio.timeout(10):
+            # Another one, which wants the rows of a rollup that the sleeper has changed, waits for
+            # it; counts are read beside both.
+            other = asyncio.create_task(world.fold_all())
+            await eventually(lambda: waits_for_a_lock(world))
+            asleep = await world.check()
+            await begin_and_end_some(world)
+            assert await world.check() != asleep
+            child.send_signal(signal.SIGCONT)
+            # It waits for nothing any more.
+            assert child.stdin is not None
+            child.stdin.write_eof()
+            await other
+        await world.check()
+    await world.fold_all()
+    assert await world.unfolded() == 0
+    await world.check()
+
+
+async def waits_for_a_lock(world: World) -> bool:
+    async with world.engine.connect() as connection:
+        return bool(
+            await scalar(
+                connection,
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+            )
+        )
 
 
 async def test_counts_do_not_read_the_jobs_but_for_those_in_sending(world: World) -> None:

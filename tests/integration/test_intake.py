@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from deploy.local.ports import free_port
 from services.scheduler.payloads import StreamedChunks
 from shared.errors import Unavailable
+from shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
@@ -37,6 +41,8 @@ _OPEN_INTAKES = (
 )
 _WAIT_FOR_LOCKS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 BLOCK = 5_000
+# Longer than the scheduler's own waits, but for those of its callers.
+SLEEP_S = 3.0
 
 
 @pytest_asyncio.fixture
@@ -152,46 +158,80 @@ async def test_a_client_that_is_killed_leaves_nothing(
     assert stored(scheduler) == 0
 
 
-async def test_a_scheduler_that_is_killed_leaves_nothing(
-    database_url: str, redis_url: str, tmp_path: Path
-) -> None:
-    port = free_port()
+@asynccontextmanager
+async def scheduler_process(
+    database_url: str, redis_url: str, folder: Path
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, Scheduler]]:
+    """Run a scheduler as a process of its own, which can be killed and stopped."""
+    address = f"127.0.0.1:{free_port()}"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "services.scheduler",
-        cwd=tmp_path,
+        cwd=folder,
         env={
             **os.environ,
             "PYTHONPATH": str(Path.cwd()),
             "OUTBOX_DATABASE_URL": database_url,
             "OUTBOX_REDIS_URL": redis_url,
-            "OUTBOX_SCHEDULER_LISTEN": f"127.0.0.1:{port}",
+            "OUTBOX_SCHEDULER_LISTEN": address,
             "OUTBOX_AUTH": "off",
         },
         stderr=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
     )
     try:
-        async with running_scheduler(database_url, redis_url) as other:
-            address = f"127.0.0.1:{port}"
-            async with grpc.aio.insecure_channel(address) as channel:
-                async with asyncio.timeout(20):
-                    await channel.channel_ready()
-                doomed = Scheduler(channel, other.settings, address)
-                sender = await doomed.sender()
-                upload = Upload(doomed, sender, request_id="once")
-                upload.send_rows(3 * BLOCK)
-                await opened(other)
-                process.kill()
-                assert (await broken(upload.end())) in ("UNAVAILABLE", "CANCELLED")
-            await closed(other)
-            assert stored(other) == 0
-            assert not (await other.schedule(sender, request_id="once")).replayed
+        async with grpc.aio.insecure_channel(address) as channel:
+            async with asyncio.timeout(20):
+                await channel.channel_ready()
+            settings = load_settings(database_url=database_url, redis_url=redis_url)
+            yield process, Scheduler(channel, settings, address)
     finally:
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+async def test_a_scheduler_that_is_killed_leaves_nothing(
+    scheduler: Scheduler, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with scheduler_process(database_url, redis_url, tmp_path) as (process, doomed):
+        sender = await doomed.sender()
+        upload = Upload(doomed, sender, request_id="once")
+        upload.send_rows(3 * BLOCK)
+        await opened(scheduler)
+        process.kill()
+        assert (await broken(upload.end())) in ("UNAVAILABLE", "CANCELLED")
+        await closed(scheduler)
+        assert stored(scheduler) == 0
+        assert not (await scheduler.schedule(sender, request_id="once")).replayed
+
+
+async def test_a_scheduler_that_slept_in_the_middle_of_an_upload_goes_on_where_it_was(
+    scheduler: Scheduler, database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    async with scheduler_process(database_url, redis_url, tmp_path) as (process, sleeper):
+        sender = await sleeper.sender()
+        upload = Upload(sleeper, sender, request_id="once")
+        upload.send_rows(2 * BLOCK)
+        await opened(scheduler)
+        process.send_signal(signal.SIGSTOP)
+        asleep = time.monotonic()
+        upload.send_rows(BLOCK)
+        # The same once more, of a client that gave the sleeper up: it cannot know which will be.
+        again = Upload(scheduler, sender, request_id="once")
+        again.send_rows(3 * BLOCK)
+        other = await scheduler.schedule(sender)
+        await eventually(lambda: time.monotonic() > asleep + SLEEP_S)
+        process.send_signal(signal.SIGCONT)
+
+        first, second = await upload.end(), await again.end()
+        assert first.batch.accepted_count == 3 * BLOCK
+        assert first.batch.batch_id == second.batch.batch_id
+        assert {first.replayed, second.replayed} == {True, False}
+        assert other.batch.batch_id != first.batch.batch_id
+        assert scheduler.value("SELECT count(*) FROM email_jobs") == 3 * BLOCK + 1
+        assert scheduler.value("SELECT sum(n)::int FROM count_deltas") == 3 * BLOCK + 1
 
 
 async def broken(call: Awaitable[ScheduleBatchResponse]) -> str:
