@@ -32,12 +32,13 @@ class World:
 
     def __init__(self, servers: Servers, smtp_port: int) -> None:
         self.servers = servers
+        self.smtp_url = f"smtp://127.0.0.1:{smtp_port}"
         self.scheduler = f"127.0.0.1:{free_port()}"
         self._environment = {
             **os.environ,
             "OUTBOX_DATABASE_URL": servers.database_url,
             "OUTBOX_REDIS_URL": servers.redis_url,
-            "OUTBOX_SMTP_URL": f"smtp://127.0.0.1:{smtp_port}",
+            "OUTBOX_SMTP_URL": self.smtp_url,
             "OUTBOX_AUTH": "off",
             "OUTBOX_MIN_GAP": "0",
             "OUTBOX_LOG_LEVEL": "warning",
