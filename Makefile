@@ -18,7 +18,6 @@ help: ## Print this help
 	@touch $@
 
 $(STUBS): .venv/packages client/hatch_build.py $(PROTOS) $(ASYNC)
-	@rm -rf shared/pb  # where it lay before
 	$(BIN)/python client/hatch_build.py
 
 $(READY): .venv/packages $(STUBS) pyproject.toml client/pyproject.toml
