@@ -11,7 +11,19 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 from google.protobuf.message import Message
-from outbox_client import CallError, Client, DeadlineExceeded, RetryPolicy, Unavailable
+from outbox_client import (
+    AlreadyExists,
+    CallError,
+    Client,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    RetryPolicy,
+    Unauthenticated,
+    Unavailable,
+)
 
 from cli.credentials import credentials_for
 from cli.lazy import CommandFailed
@@ -117,6 +129,17 @@ def pages(
     return answer
 
 
+# What changed nothing, and says so: to repeat it as it is would help nobody.
+_REFUSALS: Final = (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unauthenticated,
+)
+
+
 def describe(error: CallError, address: Address) -> str:
     """Return one line: message, reason, field violations; or which address does not answer."""
     if isinstance(error, Unavailable) and not error.reason:
@@ -128,7 +151,7 @@ def describe(error: CallError, address: Address) -> str:
         line = f"no answer in time from {address.target} ({address.origin})"
     else:
         line = " ".join(str(error).split())
-    if error.request_id:
+    if error.request_id and not isinstance(error, _REFUSALS):
         line += f"; the batch may have been accepted: try again with --request {error.request_id}"
     return printable(line)
 
