@@ -61,6 +61,17 @@ async def refusal_of(call: Awaitable[Any]) -> Refusal:
     return Refusal(code, info.reason, status.message, dict(info.metadata), violations)
 
 
+def reasons_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Return code and reason; an error without RetryInfo fails the test."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"no details: {error}"
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert any(detail.Unpack(retry) for detail in status.details), error
+    assert retry.retry_delay.ToMilliseconds() > 0
+    return error.code().name, info.reason
+
+
 class Scheduler:
     """Stubs of all four services, and the tables behind them."""
 

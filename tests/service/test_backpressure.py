@@ -14,8 +14,6 @@ from typing import Any
 import grpc
 import psycopg
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
 
 from deploy.local.ports import free_port
@@ -23,7 +21,7 @@ from services.scheduler import intake
 from shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import eventually
-from tests.scheduler_stack import Scheduler, options_for, running_scheduler
+from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_scheduler
 
 
 async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
@@ -32,17 +30,6 @@ async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
         async with asyncio.timeout(20):
             await call
     return reasons_of(caught.value)
-
-
-def reasons_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
-    """Return code and reason; an error without RetryInfo fails the test."""
-    status = rpc_status.from_call(error)
-    assert status is not None, f"no details: {error}"
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    assert status.details[0].Unpack(info)
-    assert any(detail.Unpack(retry) for detail in status.details), error
-    assert retry.retry_delay.ToMilliseconds() > 0
-    return error.code().name, info.reason
 
 
 # PostgreSQL is full, or gone -----------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""A disk that is really full: PostgreSQL's data, its log of changes too, on a small file system."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from outbox.v1 import sender_pb2
+from outbox.v1.batch_service_pb2 import UploadBatchRequest
+
+from deploy.local.inbox import Inbox
+from deploy.local.postgres import SUPERUSER, PostgresServer
+from shared.database import migrate
+from shared.states import JobState
+from tests.conftest import Stores
+from tests.dispatchers import options, running, settings_of
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_scheduler
+from tests.world import World, jobs_in
+
+DISK, BALLAST, ROWS = "150m", 24 * 1024 * 1024, 20_000
+EXHAUSTED = ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED")
+UNAVAILABLE = ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+
+LOST = ("", "")
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    """Return a file system of its own."""
+    # Not pytest's own folder, which PostgreSQL may not enter.
+    folder = Path(tempfile.mkdtemp(prefix="outbox-disk-"))
+    try:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK},mode=755", "tmpfs", str(folder)],
+            check=False,
+            capture_output=True,
+        )
+        if mounted.returncode:
+            pytest.skip(f"a small file system cannot be mounted: {mounted.stderr.decode().strip()}")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def postgres(disk: Path, stores: Stores) -> AsyncIterator[PostgresServer]:
+    """Run a PostgreSQL, of the kind that the run uses, on the small file system."""
+    server = PostgresServer(
+        disk / "data",
+        log=disk.with_suffix(".log"),
+        binaries=stores.postgres._binaries,
+        system_user=stores.postgres._system_user,
+    )
+    try:
+        await server.start()
+        yield server
+    finally:
+        await server.kill()
+        disk.with_suffix(".log").unlink()
+
+
+async def flood(
+    scheduler: Scheduler, sender: sender_pb2.Sender, name: str, rows: int
+) -> tuple[int, tuple[str, str] | None]:
+    """Upload a batch for next month; return how many rows were accepted, or how it was refused."""
+
+    async def messages() -> AsyncIterator[UploadBatchRequest]:
+        later = datetime.now(UTC) + timedelta(days=30)
+        batch = options_for(sender, request_id=name, start_time=later)
+        yield UploadBatchRequest(options=batch)
+        yield UploadBatchRequest(chunk=b"email,note\n")
+        for start in range(0, rows, 1_000):
+            lines = "".join(f"r{i}@b.org,{'x' * 200}\n" for i in range(start, start + 1_000))
+            yield UploadBatchRequest(chunk=lines.encode())
+
+    try:
+        answer = await scheduler.batches.UploadBatch(messages(), timeout=20)
+    except grpc.aio.AioRpcError as error:
+        # A client of grpc.aio that is refused while it sends may lose the answer, and says so.
+        lost = error.details() == "Internal error from Core"
+        return 0, LOST if lost else reasons_of(error)
+    return answer.batch.accepted_count, None
+
+
+@pytest.mark.parametrize("log_too", [False, True])
+async def test_a_full_disk_refuses_with_a_time_to_come_again_and_loses_nothing(
+    postgres: PostgresServer, redis_url: str, inbox: Inbox, disk: Path, log_too: bool
+) -> None:
+    await postgres.ensure_database()
+    if not log_too:
+        # Else what becomes full is the log of changes, and PostgreSQL ends until there is space.
+        await administrate(postgres, "ALTER SYSTEM SET max_wal_size = '32MB'")
+        await administrate(postgres, "SELECT pg_reload_conf()")
+    await asyncio.to_thread(migrate, postgres.url())
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(BALLAST))
+    values = options(postgres.url(), redis_url, inbox.url, min_gap="50ms", lease="30s")
+    async with (
+        World(settings_of(values)) as world,
+        running_scheduler(postgres.url(), redis_url, min_gap="50ms") as scheduler,
+        running(settings_of(values)),
+    ):
+        sender = await scheduler.sender()
+        jobs = await world.schedule(await world.sender(), 150)
+        accepted: Counter[str] = Counter()
+        refusals: list[tuple[str, str]] = []
+        for n in range(50):
+            names = [f"{n}.{i}" for i in range(3)]
+            answers = await asyncio.gather(*(flood(scheduler, sender, m, ROWS) for m in names))
+            for name, (rows, refusal) in zip(names, answers, strict=True):
+                accepted += Counter({name: rows})
+                refusals += [refusal] if refusal else []
+            if len(refusals) >= 6 and (UNAVAILABLE if log_too else EXHAUSTED) in refusals:
+                break
+        else:
+            raise AssertionError(f"the disk is never full: {Counter(refusals)}")
+        assert set(refusals) <= {EXHAUSTED, UNAVAILABLE, LOST}
+        assert accepted
+
+        ballast.unlink()
+        if not postgres.child.running:
+            await postgres.start()
+        await eventually(lambda: takes(scheduler, sender), 20)
+        await eventually(lambda: arrived(inbox, len(jobs)), 30)
+        await eventually(lambda: sent(world, jobs), 20)
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        stored = await world.sql(
+            "SELECT request_id AS name, count(*) AS n FROM batches JOIN email_jobs j"
+            " ON j.batch_id = batches.id WHERE request_id LIKE '%%.%%' GROUP BY 1"
+        )
+        assert {row.name: row.n for row in stored} == accepted
+        await world.check_counts()
+
+
+async def administrate(postgres: PostgresServer, statement: str) -> None:
+    url = postgres.url("postgres", SUPERUSER)
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        await connection.execute(statement.encode())
+
+
+async def takes(scheduler: Scheduler, sender: sender_pb2.Sender) -> bool:
+    return await flood(scheduler, sender, "afterwards", 1_000) == (1_000, None)
+
+
+def arrived(inbox: Inbox, n: int) -> bool:
+    return len(inbox.mails) >= n
+
+
+async def sent(world: World, jobs: list[int]) -> bool:
+    try:
+        return set(jobs) <= await world.in_state(JobState.SENT)
+    except psycopg.OperationalError:  # the connection of before
+        return False
