@@ -96,10 +96,12 @@ class _Watched:
         senders: list[SenderView] = []
         dispatchers: list[DispatcherStatus] = []
         troubles: list[str] = []
+        more = False
         try:
             page = self._scheduler.senders.ListSenders(
                 ListSendersRequest(user_id=self.user, page_size=_MOST_SENDERS)
             )
+            more = bool(page.next_page_token)
             for sender in page.senders:
                 stats = self._stats.stats.GetSenderStats(
                     GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
@@ -109,7 +111,7 @@ class _Watched:
             troubles.append(" ".join(str(error).split()))
         if time.monotonic() >= self._ask_dispatcher_at:
             self._ask_dispatcher(dispatchers, troubles)
-        self.view = View(datetime.now(UTC), senders, dispatchers, troubles)
+        self.view = View(datetime.now(UTC), senders, dispatchers, troubles, more)
         self.selected = min(self.selected, max(len(senders) - 1, 0))
         return self.view
 

@@ -46,6 +46,8 @@ class View:
     dispatchers: Sequence[DispatcherStatus] = ()
     # What could not be asked, and why.
     troubles: Sequence[str] = field(default=())
+    # Whether there are senders that are not shown.
+    more: bool = False
 
 
 def why(view: SenderView, now: datetime) -> str:
@@ -91,6 +93,8 @@ def draw(view: View, selected: int, message: str) -> RenderableType:
     """Return the screen; `selected` is the place of a sender."""
     parts: list[RenderableType] = [Text(f"outbox top  {view.at:%Y-%m-%d %H:%M:%S} UTC", "bold")]
     parts.append(_senders(view, selected))
+    if view.more:
+        parts.append(Text("... and more: `outbox senders list --all` has them", "dim"))
     if view.dispatchers:
         parts += [Text(), _dispatchers(view.dispatchers), _endpoints(view.dispatchers)]
     parts += [Text(trouble, "red") for trouble in view.troubles]

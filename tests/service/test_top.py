@@ -150,3 +150,15 @@ async def test_without_a_terminal_one_look_is_one_document_or_a_clear_error(
     (found,) = json.loads(out)["senders"]
     assert found["sender"]["sender_id"] == sender.sender_id
     assert "waiting_count" in found["stats"]
+
+
+async def test_top_says_that_it_does_not_show_all_senders(
+    scheduler: Scheduler, stats: str, tmp_path: Path
+) -> None:
+    for n in range(30):
+        await scheduler.sender(email=f"s{n}@x.org")
+    async with terminal(environment(scheduler, stats), tmp_path) as screen:
+        await eventually(lambda: screen.shows("s29@x.org"), 30)
+        assert not screen.shows("and more")
+        await scheduler.sender(email="s30@x.org")
+        await eventually(lambda: screen.shows("and more"), 20)
