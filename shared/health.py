@@ -98,29 +98,43 @@ async def follow_dependencies(
     """Let health say SERVING while every dependency answers, until `stop` is set.
 
     Each check asks one dependency (by name, for the log) and raises if it is gone; one that takes
-    longer than `limit` counts as gone.
+    longer than `limit` counts as gone. It is cancelled then, but not waited for: psycopg asks a
+    server to end the statement, and one that is frozen takes 10 s not to answer that.
     """
     log = structlog.get_logger("outbox.health")
     gone_before: set[str] | None = None
-    while not stop.is_set():
-        names = list(checks)
-        answers = await asyncio.gather(*(_answers(checks[name], limit) for name in names))
-        gone = {name for name, answer in zip(names, answers, strict=True) if not answer}
-        if gone != gone_before:
-            gone_before = gone
-            (log.warning if gone else log.info)("dependencies", gone=sorted(gone))
-        server.set_serving(not gone)
-        try:
-            async with asyncio.timeout(interval.total_seconds()):
-                await stop.wait()
-        except TimeoutError:
-            continue
-
-
-async def _answers(check: Callable[[], Awaitable[object]], limit: timedelta) -> bool:
+    asking: dict[str, asyncio.Task[None]] = {}
     try:
-        async with asyncio.timeout(limit.total_seconds()):
-            await check()
-    except Exception:  # noqa: BLE001 - whatever a driver says, the dependency did not answer
-        return False
-    return True
+        while not stop.is_set():
+            begun = {
+                name: asyncio.create_task(_run(checks[name])) for name in checks.keys() - asking
+            }
+            asking |= begun
+            if begun:
+                _, late = await asyncio.wait(begun.values(), timeout=limit.total_seconds())
+                for check in late:
+                    check.cancel()
+            gone = {name for name, check in asking.items() if not _answered(check)}
+            asking = {name: check for name, check in asking.items() if not check.done()}
+            if gone != gone_before:
+                gone_before = gone
+                (log.warning if gone else log.info)("dependencies", gone=sorted(gone))
+            server.set_serving(not gone)
+            try:
+                async with asyncio.timeout(interval.total_seconds()):
+                    await stop.wait()
+            except TimeoutError:
+                continue
+    finally:
+        for check in asking.values():
+            check.cancel()
+        await asyncio.gather(*asking.values(), return_exceptions=True)
+
+
+async def _run(check: Callable[[], Awaitable[object]]) -> None:
+    await check()
+
+
+def _answered(check: asyncio.Task[None]) -> bool:
+    """Whether it ended well; whatever a driver raises, the dependency did not answer."""
+    return check.done() and not check.cancelled() and check.exception() is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from datetime import timedelta
 
 from shared.health import follow_dependencies
@@ -55,4 +56,29 @@ async def test_a_dependency_that_hangs_is_gone() -> None:
             follow_dependencies(recorder, {"x": hang, "y": well}, stop, interval=SHORT, limit=SHORT)
         )
         await recorder.until(serving=False)
+        stop.set()
+
+
+async def test_a_dependency_that_does_not_even_end_when_cancelled_is_gone() -> None:
+    """As psycopg does not while PostgreSQL is frozen; and it is back when it answers again."""
+    recorder, stop = Recorder(), asyncio.Event()
+    thawed = asyncio.Event()
+    asked = 0
+
+    async def freeze() -> None:
+        nonlocal asked
+        asked += 1
+        while not thawed.is_set():
+            with suppress(asyncio.CancelledError):
+                await thawed.wait()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(
+            follow_dependencies(recorder, {"x": freeze}, stop, interval=SHORT, limit=SHORT)
+        )
+        for _ in range(3):
+            await recorder.until(serving=False)
+        assert asked == 1, "asked again while the first question hangs"
+        thawed.set()
+        await recorder.until(serving=True)
         stop.set()
