@@ -6,22 +6,26 @@ follow one another, in an order by chance, and each send starts from empty table
 Redis. What is left out is cut from the SQL of the product right here, and a cut that finds nothing
 ends the run. All statements are given as text, the whole ones as well, so that only the servers'
 work differs. Redis keeps its leases: they are the limiter's reservations too.
+
+The rate is bound by the processors, and these are shared: so the processor time of all processes of
+the stack, by mail, is measured beside it. It tells the same without the neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import re
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest.mock import patch
 
 import psycopg
@@ -165,10 +169,34 @@ async def _schema(connection: psycopg.AsyncConnection[Any], part: str) -> AsyncI
     await connection.execute(_LEASE_CHECK.format(found[0]).encode())
 
 
+class Measured(NamedTuple):
+    """Of one send: mails a second, and us of processor time a mail."""
+
+    rate: float
+    processor_us: float
+
+
+def _processor_s() -> float:
+    """Return what this process and all below it have used, those that ended as well."""
+    own = os.getpid()
+    parents: dict[int, int] = {}
+    used: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            # After the name, which may hold anything: proc_pid_stat(5).
+            fields = path.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid], used[pid] = int(fields[1]), sum(map(int, fields[11:15]))
+    family = {own}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(used[pid] for pid in family) / os.sysconf("SC_CLK_TCK")
+
+
 async def _round(
     stack: World, connection: psycopg.AsyncConnection[Any], part: str, name: str, mails: int
-) -> float:
-    """Send `mails` mails without a part; returns mails a second."""
+) -> Measured:
+    """Send `mails` mails without a part."""
     settings = load_settings(
         database_url=stack.servers.database_url,
         redis_url=stack.servers.redis_url,
@@ -185,16 +213,18 @@ async def _round(
         await redis.flushall()
         await connection.execute(_FILL, {"round": name, "mails": mails // SENDERS})
         await connection.execute("VACUUM ANALYZE")
+        before = _processor_s()
         with _statements(part):
             async with asyncio.TaskGroup() as group:
                 group.create_task(serve(settings, stop))
                 await _until_sent(connection)
+                used = _processor_s() - before
                 stop.set()
     cursor = await connection.execute(_RATE, [name])
     row = await cursor.fetchone()
     if row is None:
         raise RuntimeError(_RATE)
-    return float(row[0])
+    return Measured(float(row[0]), used / mails * 1e6)
 
 
 async def _until_sent(connection: psycopg.AsyncConnection[Any]) -> None:
@@ -207,9 +237,9 @@ async def _until_sent(connection: psycopg.AsyncConnection[Any]) -> None:
     raise SystemExit(f"not all mails were sent in {_LIMIT_S:g} s")
 
 
-async def _measure(parts: Sequence[str], rounds: int, mails: int) -> dict[str, list[float]]:
-    """Return the rates of each round, by what was left out."""
-    rates: dict[str, list[float]] = {part: [] for part in (_WHOLE, *parts)}
+async def _measure(parts: Sequence[str], rounds: int, mails: int) -> dict[str, list[Measured]]:
+    """Return what was measured in each round, by what was left out."""
+    found: dict[str, list[Measured]] = {part: [] for part in (_WHOLE, *parts)}
     chance = random.Random(1)  # noqa: S311 - an order, no secret
     with tempfile.TemporaryDirectory(prefix="outbox-bench-") as folder:
         async with (
@@ -221,20 +251,21 @@ async def _measure(parts: Sequence[str], rounds: int, mails: int) -> dict[str, l
             await connection.execute(_SENDERS, [SENDERS])
             await _round(stack, connection, _WHOLE, "warm-up", mails)
             for n in range(rounds):
-                for part in chance.sample(list(rates), len(rates)):
-                    rate = await _round(stack, connection, part, f"{part} {n}", mails)
-                    rates[part].append(rate)
+                for part in chance.sample(list(found), len(found)):
+                    measured = await _round(stack, connection, part, f"{part} {n}", mails)
+                    found[part].append(measured)
                     Console(stderr=True).print(
-                        f"{n + 1}/{rounds} without {part}: {rate:,.0f} mails/s"
+                        f"{n + 1}/{rounds} without {part}: {measured.rate:,.0f} mails/s,"
+                        f" {measured.processor_us:,.0f} us of a processor a mail"
                     )
-    return rates
+    return found
 
 
-def _likely(costs: Sequence[float]) -> tuple[float, float]:
-    """Return the bounds of 95 % for the median, by the bootstrap's percentiles."""
+def _shown(costs: Sequence[float]) -> str:
+    """Return the median, and its bounds of 95 % by the bootstrap's percentiles."""
     chance = random.Random(1)  # noqa: S311 - a sample, no secret
     medians = sorted(median(chance.choices(costs, k=len(costs))) for _ in range(2_000))
-    return medians[49], medians[1949]
+    return f"{median(costs):.1%} ({medians[49]:.1%} to {medians[1949]:.1%})"
 
 
 def main() -> int:
@@ -245,15 +276,18 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="each part alone as well")
     options = parser.parse_args()
     parts = list(_PARTS) if options.all else [_LEASED]
-    rates = uvloop.run(_measure(parts, options.rounds, options.mails))
-    table = Table("without", "mails/s (median)", "the part costs (median)", "likely (95 %)")
-    for part, each in rates.items():
-        costs = [1 - whole / rate for whole, rate in zip(rates[_WHOLE], each, strict=True)]
-        low, high = _likely(costs)
+    found = uvloop.run(_measure(parts, options.rounds, options.mails))
+    table = Table("without", "mails/s", "us a mail", "costs of the rate", "of processor time")
+    for part, each in found.items():
+        pairs = list(zip(found[_WHOLE], each, strict=True))
         table.add_row(
-            part, f"{median(each):,.0f}", f"{median(costs):.1%}", f"{low:.1%} to {high:.1%}"
+            part,
+            f"{median(one.rate for one in each):,.0f}",
+            f"{median(one.processor_us for one in each):,.0f}",
+            _shown([1 - whole.rate / rest.rate for whole, rest in pairs]),
+            _shown([1 - rest.processor_us / whole.processor_us for whole, rest in pairs]),
         )
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     return 0
 
 
