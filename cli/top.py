@@ -18,8 +18,7 @@ from typing import Annotated, Final
 import typer
 from outbox.v1.dispatcher_pb2 import DispatcherStatus
 from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
-from outbox.v1.email_job_pb2 import JOB_STATE_SCHEDULED
-from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest, ListEmailJobsRequest
+from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest
 from outbox.v1.sender_service_pb2 import (
     ListSendersRequest,
     PauseSenderRequest,
@@ -42,8 +41,10 @@ _LOOK_S: Final = 1.0
 _PATIENCE_S: Final = 10.0
 _UP: Final = ("\x1b[A", "\x1bOA", "k")
 _DOWN: Final = ("\x1b[B", "\x1bOB", "j")
-# An arrow is three characters.
-_KEY: Final = re.compile(r"\x1b[\[O].|.", re.DOTALL)
+# An arrow is three characters, "page down" four.
+_KEY: Final = re.compile(r"\x1b[\[O](?:\d+~|.)|.", re.DOTALL)
+_NEXT_PAGE: Final = ("\x1b[6~", "n")
+_PREVIOUS_PAGE: Final = ("\x1b[5~", "b")
 _QUIT: Final = ("q", "\x03", "\x04")
 
 app = typer.Typer(add_completion=False)
@@ -60,8 +61,9 @@ def top(
 ) -> None:
     """Watch senders live: limits used, what waits and why, endpoints' health.
 
-    Keys: up and down select a sender, p pauses it, r resumes it, e explains its
-    first waiting mail, q quits. With `-o json`: one look as one document.
+    Keys: up and down select a sender, page up and down (or b and n) turn the page
+    where there are more than 30, p pauses it, r resumes it, e explains its first
+    waiting mail, q quits. With `-o json`: one look as one document.
 
     $ outbox top --user demo
     """
@@ -87,6 +89,9 @@ class _Watched:
 
     def __post_init__(self) -> None:
         self._ask_dispatcher_at = 0.0
+        # The tokens of the pages up to the one that is shown, and of the one after it.
+        self._pages = [""]
+        self._next_page = ""
         self._scheduler = self.stack.enter_context(connection("scheduler", None))
         self._stats = self.stack.enter_context(connection("stats", None))
         self._dispatcher = self.stack.enter_context(connection("dispatcher", None))
@@ -96,12 +101,13 @@ class _Watched:
         senders: list[SenderView] = []
         dispatchers: list[DispatcherStatus] = []
         troubles: list[str] = []
-        more = False
         try:
             page = self._scheduler.senders.ListSenders(
-                ListSendersRequest(user_id=self.user, page_size=_MOST_SENDERS)
+                ListSendersRequest(
+                    user_id=self.user, page_size=_MOST_SENDERS, page_token=self._pages[-1]
+                )
             )
-            more = bool(page.next_page_token)
+            self._next_page = page.next_page_token
             for sender in page.senders:
                 stats = self._stats.stats.GetSenderStats(
                     GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
@@ -111,7 +117,14 @@ class _Watched:
             troubles.append(" ".join(str(error).split()))
         if time.monotonic() >= self._ask_dispatcher_at:
             self._ask_dispatcher(dispatchers, troubles)
-        self.view = View(datetime.now(UTC), senders, dispatchers, troubles, more)
+        self.view = View(
+            datetime.now(UTC),
+            senders,
+            dispatchers,
+            troubles,
+            page=len(self._pages),
+            more=bool(self._next_page),
+        )
         self.selected = min(self.selected, max(len(senders) - 1, 0))
         return self.view
 
@@ -133,16 +146,24 @@ class _Watched:
             last = max(len(self.view.senders) - 1, 0)
             self.selected = min(max(self.selected + step, 0), last)
             return False
+        if key in _NEXT_PAGE and self._next_page:
+            self._pages.append(self._next_page)
+            self.selected = 0
+            return True
+        if key in _PREVIOUS_PAGE and len(self._pages) > 1:
+            self._pages.pop()
+            self.selected = 0
+            return True
         if key not in ("p", "r", "e") or not self.view.senders:
             return False
-        sender = self.view.senders[self.selected].sender
         try:
-            self.message = self._steer(key, sender.sender_id, sender.email)
+            self.message = self._steer(key, self.view.senders[self.selected])
         except CallError as error:
             self.message = " ".join(str(error).split())
         return True
 
-    def _steer(self, key: str, sender_id: str, email: str) -> str:
+    def _steer(self, key: str, shown: SenderView) -> str:
+        sender_id, email = shown.sender.sender_id, shown.sender.email
         senders = self._scheduler.senders
         if key == "p":
             senders.PauseSender(PauseSenderRequest(sender_id=sender_id, user_id=self.user))
@@ -150,16 +171,12 @@ class _Watched:
         if key == "r":
             senders.ResumeSender(ResumeSenderRequest(sender_id=sender_id, user_id=self.user))
             return f"resumed {email}"
-        jobs = self._scheduler.email_jobs
-        waiting = jobs.ListEmailJobs(
-            ListEmailJobsRequest(
-                sender_id=sender_id, user_id=self.user, state=JOB_STATE_SCHEDULED, page_size=1
-            )
-        ).email_jobs
-        if not waiting:
+        job_id = shown.stats.next_email_job_id
+        if not job_id:
             return f"nothing of {email} waits"
-        job_id = waiting[0].email_job_id
-        found = jobs.ExplainEmailJob(ExplainEmailJobRequest(email_job_id=job_id, user_id=self.user))
+        found = self._scheduler.email_jobs.ExplainEmailJob(
+            ExplainEmailJobRequest(email_job_id=job_id, user_id=self.user)
+        )
         return f"{email}, job {job_id}: {found.explanation}"
 
 

@@ -46,7 +46,8 @@ class View:
     dispatchers: Sequence[DispatcherStatus] = ()
     # What could not be asked, and why.
     troubles: Sequence[str] = field(default=())
-    # Whether there are senders that are not shown.
+    # Of the senders' pages, the first is 1; and whether another follows.
+    page: int = 1
     more: bool = False
 
 
@@ -93,8 +94,9 @@ def draw(view: View, selected: int, message: str) -> RenderableType:
     """Return the screen; `selected` is the place of a sender."""
     parts: list[RenderableType] = [Text(f"outbox top  {view.at:%Y-%m-%d %H:%M:%S} UTC", "bold")]
     parts.append(_senders(view, selected))
-    if view.more:
-        parts.append(Text("... and more: `outbox senders list --all` has them", "dim"))
+    if view.more or view.page > 1:
+        turns = "   n: next" * view.more + "   b: back" * (view.page > 1)
+        parts.append(Text(f"page {view.page}{turns}", "dim"))
     if view.dispatchers:
         parts += [Text(), _dispatchers(view.dispatchers), _endpoints(view.dispatchers)]
     parts += [Text(trouble, "red") for trouble in view.troubles]

@@ -19,6 +19,7 @@ from sqlalchemy import (
     func,
     literal,
     select,
+    true,
     union_all,
 )
 from sqlalchemy.dialects.postgresql import insert
@@ -64,7 +65,8 @@ class SenderStats:
     counts: JobCounts
     # 24 of them, the current hour last.
     hours: Sequence[HourCounts]
-    # When the earliest waiting job is due; None: nothing waits.
+    # The first waiting job by (due, id), and when it is due; None: nothing waits.
+    next_job_id: int | None
     next_due: datetime | None
     # Sends in the trailing window.
     window_used: int
@@ -218,6 +220,7 @@ async def read_sender(
         sender_id=sender_id,
         counts=counts[sender_id],
         hours=await _read_hours(connection, sender_id, found.read_at),
+        next_job_id=found.next_job_id,
         next_due=found.next_due,
         window_used=found.window_used,
         hourly_limit=found.hourly_limit,
@@ -258,13 +261,12 @@ async def sender_of_batch(
 
 
 def _sender_statement(window: timedelta) -> Select[Any]:
-    next_due = (
-        select(EmailJob.scheduled_at)
+    first = (
+        select(EmailJob.id, EmailJob.scheduled_at)
         .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
         .order_by(EmailJob.scheduled_at, EmailJob.id)
         .limit(1)
-        .correlate(Sender)
-        .scalar_subquery()
+        .lateral("first")
     )
     window_used = (
         select(func.count())
@@ -281,9 +283,10 @@ def _sender_statement(window: timedelta) -> Select[Any]:
     return select(
         Sender.hourly_limit,
         func.statement_timestamp().label("read_at"),
-        next_due.label("next_due"),
+        first.c.id.label("next_job_id"),
+        first.c.scheduled_at.label("next_due"),
         window_used.label("window_used"),
-    )
+    ).outerjoin_from(Sender, first, true())
 
 
 async def _read_hours(

@@ -73,10 +73,10 @@ class Stats:
             n,
         )
 
-    async def job(self, sender: int, due: datetime, *, sending: bool = False) -> None:
-        await self.sql(
+    async def job(self, sender: int, due: datetime, *, sending: bool = False) -> int:
+        return await self.sql(
             "INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient,"
-            " state, lease_until) VALUES (1, %s, %s, 1, 'b@x.test', %s, %s)",
+            " state, lease_until) VALUES (1, %s, %s, 1, 'b@x.test', %s, %s) RETURNING id",
             sender,
             due,
             2 if sending else 1,
@@ -138,8 +138,7 @@ async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> Non
     for state, n in ((3, 2), (4, 1), (6, 1), (7, 2), (8, 3), (5, 4)):
         await stats.delta(sender, state, n)
     await stats.delta(other, 3, 50)
-    for seconds in (60, -60, 30):
-        await stats.job(sender, now + timedelta(seconds=seconds))
+    jobs = [await stats.job(sender, now + timedelta(seconds=s)) for s in (60, -60, -60)]
     await stats.job(sender, now - timedelta(hours=1), sending=True)
     await stats.job(other, now - timedelta(hours=1))
 
@@ -158,6 +157,7 @@ async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> Non
     )
     assert answer.waiting_count == 3
     assert answer.next_send_time.ToDatetime(UTC) == now - timedelta(seconds=60)
+    assert answer.next_email_job_id == str(jobs[1])
     assert answer.hourly_limit == 20
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
 
@@ -168,6 +168,7 @@ async def test_a_sender_without_mail_has_zeros_and_no_next_time(stats: Stats) ->
     assert answer.counts == JobCounts()
     assert (answer.waiting_count, answer.window_used_count) == (0, 0)
     assert not answer.HasField("next_send_time")
+    assert not answer.next_email_job_id
     assert len(answer.hours) == 24
 
 

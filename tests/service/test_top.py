@@ -11,6 +11,7 @@ import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from outbox.v1.sender_service_pb2 import GetSenderRequest
 
 from deploy.local.ports import free_port
 from services.stats.server import serve as serve_stats
+from shared.proto_mapping import to_timestamp
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, running_scheduler
 
@@ -97,7 +99,9 @@ async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_w
 ) -> None:
     first = await scheduler.sender(email="first@x.org", hourly_limit=77)
     second = await scheduler.sender(email="second@x.org")
-    await scheduler.schedule(second, "email\na@b.org\nb@b.org\n")
+    later = datetime.now(UTC) + timedelta(hours=5)
+    await scheduler.schedule(second, "email\na@b.org\n", start_time=to_timestamp(later))
+    await scheduler.schedule(second, "email\nb@b.org\n")
 
     async def paused(sender_id: str) -> bool:
         request = GetSenderRequest(sender_id=sender_id)
@@ -152,13 +156,24 @@ async def test_without_a_terminal_one_look_is_one_document_or_a_clear_error(
     assert "waiting_count" in found["stats"]
 
 
-async def test_top_says_that_it_does_not_show_all_senders(
+async def test_top_turns_the_pages_of_more_senders_than_fit(
     scheduler: Scheduler, stats: str, tmp_path: Path
 ) -> None:
     for n in range(30):
         await scheduler.sender(email=f"s{n}@x.org")
     async with terminal(environment(scheduler, stats), tmp_path) as screen:
         await eventually(lambda: screen.shows("s29@x.org"), 30)
-        assert not screen.shows("and more")
-        await scheduler.sender(email="s30@x.org")
-        await eventually(lambda: screen.shows("and more"), 20)
+        assert not screen.shows("page 1")
+        thirtieth = await scheduler.sender(email="s30@x.org")
+        await eventually(lambda: screen.shows("page 1   n: next"), 20)
+        assert not screen.shows("s30@x.org")
+        screen.type("\x1b[6~")
+        await eventually(lambda: screen.shows("s30@x.org"), 20)
+        assert screen.shows("page 2   b: back")
+        screen.type("p")
+        await eventually(lambda: screen.shows("paused s30@x.org"), 20)
+        found = await scheduler.senders.GetSender(GetSenderRequest(sender_id=thirtieth.sender_id))
+        assert found.state == SENDER_STATE_PAUSED
+        screen.seen.clear()
+        screen.type("b")
+        await eventually(lambda: screen.shows("s29@x.org"), 20)
