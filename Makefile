@@ -41,7 +41,7 @@ test: $(READY) ## Run all tests on real servers
 
 .PHONY: test-debian
 test-debian: $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
-	OUTBOX_TEST_STORES=debian $(BIN)/pytest -m 'not embedded'
+	OUTBOX_TEST_STORES=debian $(BIN)/pytest
 
 .PHONY: drill
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it

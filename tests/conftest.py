@@ -1,7 +1,8 @@
 """One PostgreSQL and one Redis a run, real ones, and what isolates the tests from one another.
 
 By default the embedded pair; `OUTBOX_TEST_STORES=debian` takes Debian's PostgreSQL 15 and Redis
-7.0. A server that is missing fails the tests that want it. Nothing starts before it is wanted.
+7.0, and only the tests that use them: the others would be the same ones again. A server that is
+missing fails the tests that want it. Nothing starts before it is wanted.
 """
 
 from __future__ import annotations
@@ -52,6 +53,25 @@ class Stores:
         return self.postgres.url(database)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is the same on any pair of stores, where it is not the usual one."""
+    if _kind_of_stores() == "embedded":
+        return
+    chosen, others = [], []
+    for item in items:
+        uses = "stores" in getattr(item, "fixturenames", ())
+        (chosen if uses else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+def _kind_of_stores() -> str:
+    kind = os.environ.get("OUTBOX_TEST_STORES", "embedded")
+    if kind not in ("embedded", "debian"):
+        raise pytest.UsageError(f"OUTBOX_TEST_STORES={kind}: it takes embedded or debian")
+    return kind
+
+
 def _choose_stores(kind: str, folder: Path) -> Stores:
     postgres, redis = folder / "postgres", folder / "redis"
     if kind == "embedded":
@@ -76,12 +96,9 @@ def _build_schema(url: str) -> None:
 @pytest.fixture(scope="session")
 def stores() -> Iterator[Stores]:
     """Start both servers, with the schema in a template database."""
-    kind = os.environ.get("OUTBOX_TEST_STORES", "embedded")
-    if kind not in ("embedded", "debian"):
-        raise ValueError(f"OUTBOX_TEST_STORES={kind}: it takes embedded or debian")
     # Not pytest's own folder: nobody but its owner may enter that, and PostgreSQL refuses root.
     folder = Path(tempfile.mkdtemp(prefix="outbox-test-"))
-    chosen = _choose_stores(kind, folder)
+    chosen = _choose_stores(_kind_of_stores(), folder)
 
     async def start() -> None:
         async with asyncio.TaskGroup() as group:

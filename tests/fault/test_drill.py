@@ -18,8 +18,6 @@ import pytest
 from tests.eventually import eventually
 from tests.fault.test_up import alive, descendants
 
-pytestmark = pytest.mark.embedded
-
 OUTBOX = Path(sys.executable).with_name("outbox")
 
 

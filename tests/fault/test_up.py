@@ -27,8 +27,6 @@ from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 from deploy.local.record import ReceivedMail, least_gap_s, read_record
 from tests.eventually import eventually
 
-pytestmark = pytest.mark.embedded
-
 OUTBOX = Path(sys.executable).with_name("outbox")
 GAP_S = 0.2
 START_LIMIT_S = 60.0

@@ -30,8 +30,6 @@ from deploy.local.valkey import ValkeyServer
 from deploy.local.wheels import postgres_binaries
 from tests.eventually import eventually
 
-pytestmark = pytest.mark.embedded
-
 HOLDER = """
 import asyncio, json, sys
 from pathlib import Path

@@ -18,8 +18,6 @@ from pydantic import SecretStr
 from shared.settings import Settings, format_duration
 from tests.eventually import eventually
 
-pytestmark = pytest.mark.embedded
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEFAULT_PORTS = {"scheduler": "50051", "dispatcher": "50052", "stats": "50053"}
