@@ -216,6 +216,9 @@ class EmailJob(Base):
     # Attempts that failed and may be repeated: the place on the ladder of OUTBOX_RETRY_BACKOFF.
     failures: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     recipient: Mapped[str] = mapped_column(Text)
+    # What suppressions are compared with. NULL: all its letters are ASCII, and it is their lower
+    # case; PostgreSQL folds no others as Python does, and what lower() knows is its locale's.
+    recipient_key: Mapped[str | None] = mapped_column(Text)
     # A JSON array of strings, in the order of `batches.variable_names`; NULL: none. Text, not
     # jsonb: nothing in it is ever asked for by SQL, and jsonb would be parsed at every COPY.
     variables: Mapped[str | None] = mapped_column(Text)

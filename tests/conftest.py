@@ -57,7 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what is the same on any pair of stores, where it is not the usual one."""
     if _kind_of_stores() == "embedded":
         return
-    chosen, others = [], []
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
     for item in items:
         uses = "stores" in getattr(item, "fixturenames", ())
         (chosen if uses else others).append(item)

@@ -99,7 +99,8 @@ def format_jobs(
         recipient = row.recipient
         if "\\" in recipient:
             recipient = recipient.replace("\\", "\\\\")
-        lines.append(f"{head}{time}\t{row.row_number}\t{recipient}\t{variables}\n")
+        key = "\\N" if recipient.isascii() else row.address_key.translate(_ESCAPES)
+        lines.append(f"{head}{time}\t{row.row_number}\t{recipient}\t{key}\t{variables}\n")
     return "".join(lines).encode()
 
 

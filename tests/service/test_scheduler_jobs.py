@@ -34,6 +34,7 @@ from services.stats.storage import fold_once
 from shared.database import create_engine, transaction
 from shared.heads import HeadLoader
 from shared.message_ids import installation_id, message_id_for
+from shared.proto_mapping import to_timestamp
 from shared.queue.connection import connect, open_queues
 from shared.queue.keys import JobRef
 from shared.queue.queue import Queue
@@ -375,6 +376,26 @@ async def test_a_suppression_ends_the_users_waiting_jobs_to_the_address(
     assert job.state == email_job_pb2.JOB_STATE_SUPPRESSED
     counts = (await scheduler.batches.GetBatch(GetBatchRequest(batch_id=job.batch_id))).counts
     assert (counts.scheduled_count, counts.suppressed_count) == (1, 1)
+
+
+async def test_no_spelling_of_a_suppressed_address_passes_the_last_look(
+    scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine
+) -> None:
+    spellings = ["Straße@b.org", "ÄNNE@b.org", "Info@b.org"]
+    csv = "\n".join(["email", *spellings, "Ännchen@b.org"])
+    until = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
+    for options in ({}, {"spread_until": until}):  # rows are copied in two ways
+        await scheduler.schedule(sender, csv, **options)
+    for suppressed in ("strasse@b.org", "änne@b.org", "iNFO@b.org"):
+        await suppress(scheduler, suppressed)
+
+    waiting = scheduler.rows("SELECT id FROM email_jobs WHERE state = 1")
+    async with transaction(engine) as connection:
+        refs = [JobRef(job, 1) for (job,) in waiting]
+        marked = await mark_sending(connection, refs, timedelta(minutes=1))
+
+    assert [job.recipient for job in marked] == ["Ännchen@b.org"] * 2
+    assert scheduler.value("SELECT count(*) FROM email_jobs WHERE state = 7") == 6
 
 
 async def test_a_suppression_keeps_its_first_reason_and_can_be_taken_away(

@@ -15,6 +15,7 @@ from services.dispatcher.storage.parts import array, count_moves
 from shared.message_ids import message_id_address
 from shared.models import Batch, EmailJob, Sender, Suppression
 from shared.queue.keys import JobRef
+from shared.recipient_keys import recipient_key
 from shared.states import BatchState, JobState, SenderState, SmtpSecurity
 
 
@@ -89,7 +90,7 @@ def _mark_statement() -> Any:
         select(Suppression.address)
         .where(
             Suppression.user_id == batches.c.user_id,
-            Suppression.address == func.lower(EmailJob.recipient),
+            Suppression.address == recipient_key(),
         )
         .correlate(batches, EmailJob)
         .exists()

@@ -39,6 +39,7 @@ from shared.database import transaction
 from shared.errors import Unavailable
 from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender, Suppression
 from shared.ownership import owned_by
+from shared.recipient_keys import recipient_key
 from shared.states import JobState
 
 # A suppression is written a moment before it can be seen.
@@ -48,7 +49,7 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
     "COPY email_jobs (batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
-    "variables) FROM STDIN"
+    "recipient_key, variables) FROM STDIN"
 )
 _COPY_REJECTIONS: Final = (
     "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
@@ -288,7 +289,7 @@ class IntakeTransaction:
         dropped = await self._connection.execute(
             delete(EmailJob).where(
                 EmailJob.batch_id == begun.batch_id,
-                func.lower(EmailJob.recipient).in_(select(Suppression.address).where(*new)),
+                recipient_key().in_(select(Suppression.address).where(*new)),
             )
         )
         return dropped.rowcount

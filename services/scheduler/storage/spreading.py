@@ -33,12 +33,12 @@ from shared.models import EmailJob
 # Core has no CREATE TABLE ... AS; the types are those of `email_jobs`.
 _CREATE: Final = text(
     "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, batch_id,"
-    " sender_id, scheduled_at, expires_at, row_number, recipient, variables"
-    " FROM email_jobs WITH NO DATA"
+    " sender_id, scheduled_at, expires_at, row_number, recipient,"
+    " recipient_key, variables FROM email_jobs WITH NO DATA"
 )
 COPY_SPREAD_JOBS: Final = (
     "COPY spread_jobs (batch_id, sender_id, place, scheduled_at, expires_at, row_number, recipient,"
-    " variables) FROM STDIN"
+    " recipient_key, variables) FROM STDIN"
 )
 _TIME: Final = TIMESTAMP(timezone=True)
 _jobs: Final = Table(
@@ -52,6 +52,7 @@ _jobs: Final = Table(
     Column("expires_at", _TIME),
     Column("row_number", BigInteger),
     Column("recipient", Text),
+    Column("recipient_key", Text),
     Column("variables", Text),
 )
 
@@ -108,6 +109,7 @@ async def move_spread_jobs(
                 "expires_at",
                 "row_number",
                 "recipient",
+                "recipient_key",
                 "variables",
             ],
             select(
@@ -117,6 +119,7 @@ async def move_spread_jobs(
                 expires,
                 _jobs.c.row_number,
                 _jobs.c.recipient,
+                _jobs.c.recipient_key,
                 _jobs.c.variables,
             ),
         )
