@@ -6,7 +6,7 @@ and else as what its batches are known to be. So a forecast costs about the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -246,16 +246,23 @@ async def read_ahead(
 async def _read_jobs(
     connection: AsyncConnection, sender_id: int, batch_id: int | None, until: Place | None = None
 ) -> list[Run]:
-    """Return runs as the jobs are: of one batch each, and due at once."""
+    """Return runs as the jobs are: of one batch each, due and expiring at once."""
     order = (EmailJob.scheduled_at, EmailJob.id)
     place = func.row_number().over(order_by=order)
     place_in_batch = func.row_number().over(
-        partition_by=(EmailJob.scheduled_at, EmailJob.batch_id), order_by=EmailJob.id
+        partition_by=(EmailJob.scheduled_at, EmailJob.batch_id, EmailJob.expires_at),
+        order_by=EmailJob.id,
     )
-    # Neighbours of one batch and one due time have the same difference.
+    # Neighbours of one batch and one due time have the same difference. A retry moves that time,
+    # and not when the job expires.
     jobs = (
-        select(EmailJob.scheduled_at, EmailJob.batch_id, (place - place_in_batch).label("group"))
-        .add_columns(EmailJob.id)
+        select(
+            EmailJob.id,
+            EmailJob.scheduled_at,
+            EmailJob.expires_at,
+            EmailJob.batch_id,
+            (place - place_in_batch).label("group"),
+        )
         .where(
             EmailJob.sender_id == sender_id,
             waits_of(sender_id),
@@ -266,30 +273,25 @@ async def _read_jobs(
         .subquery()
     )
     rows = await connection.execute(
-        select(jobs.c.scheduled_at, jobs.c.batch_id, func.count().label("n"))
-        .group_by(jobs.c.scheduled_at, jobs.c.batch_id, jobs.c.group)
+        select(jobs.c.scheduled_at, jobs.c.expires_at, jobs.c.batch_id, func.count().label("n"))
+        .group_by(jobs.c.scheduled_at, jobs.c.expires_at, jobs.c.batch_id, jobs.c.group)
         .order_by(jobs.c.scheduled_at, func.min(jobs.c.id))
     )
-    found = [(to_us(row.scheduled_at), row.batch_id, row.n) for row in rows]
-    expiries = await _read_expiries(connection, {batch for _, batch, _ in found})
     return list(
         joined(
             (
-                batch,
-                Run(due, count, 0, count if batch == batch_id else 0, expiries.get(batch)),
+                row.batch_id,
+                Run(
+                    due=to_us(row.scheduled_at),
+                    count=row.n,
+                    mine=row.n if row.batch_id == batch_id else 0,
+                    expire_after=row.expires_at
+                    and (row.expires_at - row.scheduled_at) // _MICROSECOND,
+                ),
             )
-            for due, batch, count in found
+            for row in rows
         )
     )
-
-
-async def _read_expiries(connection: AsyncConnection, batch_ids: Iterable[int]) -> dict[int, int]:
-    rows = await connection.execute(
-        select(Batch.id, Batch.expire_after_ms).where(
-            Batch.id.in_(list(batch_ids)), Batch.expire_after_ms.is_not(None)
-        )
-    )
-    return {batch_id: (expire_after_ms or 0) * 1_000 for batch_id, expire_after_ms in rows}
 
 
 async def _read_batches(

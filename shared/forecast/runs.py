@@ -14,11 +14,12 @@ _MOST_OVERLAPPING: Final = 300
 
 
 def joined(runs: Iterable[tuple[int, Run]]) -> Iterator[Run]:
-    """Join neighbours of one batch, with its id, that are due by a fixed spacing."""
+    """Join neighbours of one batch, with its id, that expire alike and are due by a spacing."""
     last: Run | None = None
     last_batch = 0
     for batch, run in runs:
-        if last and batch == last_batch and run.count == 1 and (last.count == 1 or last.step):
+        alike = last and batch == last_batch and run.expire_after == last.expire_after
+        if last and alike and run.count == 1 and (last.count == 1 or last.step):
             step = run.due - last.last_due
             if step and step == (last.step or step):
                 last = replace(last, count=last.count + 1, step=step, mine=last.mine + run.mine)

@@ -138,6 +138,23 @@ async def test_a_spread_batch_ends_when_it_shall_and_what_is_late_expires(stack:
     assert "50 expire" in found.explanation
 
 
+async def test_a_job_that_is_tried_again_expires_when_it_was_to_expire(stack: Stack) -> None:
+    sender = await stack.scheduler.sender()
+    in_time = to_duration(timedelta(seconds=100))
+    batch = (await stack.scheduler.schedule(sender, csv_of(3), expire_after=in_time)).batch
+    # As a settlement does that lets two of them wait for their next try.
+    for row, backoff in ((1, 50), (2, 150)):
+        stack.scheduler.execute(
+            "UPDATE email_jobs SET scheduled_at = scheduled_at + %s * interval '1 s'"
+            " WHERE row_number = %s",
+            backoff,
+            row,
+        )
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert (found.job_count, found.expiring_count) == (3, 1)
+    assert since(found.end_time, batch) == pytest.approx(50, abs=5)
+
+
 async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: Stack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=1_000)
     first = (await stack.scheduler.schedule(sender, csv_of(15_000))).batch
