@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import (
     CTE,
     ColumnElement,
+    FromClause,
     SmallInteger,
     bindparam,
     cast,
@@ -17,7 +18,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
-from shared.models import CountDelta
+from shared.models import Attempt, CountDelta
 from shared.states import JobState
 
 
@@ -29,6 +30,12 @@ def array(name: str, type_: Any) -> Any:
 def milliseconds(value: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return the interval of `value` ms."""
     return value * cast("1 millisecond", INTERVAL)
+
+
+def log_attempts(source: FromClause, **values: ColumnElement[Any]) -> CTE:
+    """Append the attempts of `source`; `values` by the columns of the log."""
+    ended = select(*values.values()).select_from(source)
+    return insert(Attempt).from_select(list(values), ended).cte("logged")
 
 
 def count_moves(moved: CTE) -> CTE:

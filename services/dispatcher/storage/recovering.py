@@ -10,7 +10,6 @@ from sqlalchemy import (
     cast,
     extract,
     func,
-    insert,
     literal,
     null,
     select,
@@ -19,9 +18,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.parts import count_moves
+from services.dispatcher.storage.parts import count_moves, log_attempts
 from shared.counts import in_state
-from shared.models import Attempt, EmailJob
+from shared.models import EmailJob
 from shared.states import AttemptOutcome, JobState
 
 _RECOVERED_AT_ONCE = 1_000
@@ -62,33 +61,16 @@ async def recover_expired(
         )
         .cte("moved")
     )
-    logged = (
-        insert(Attempt)
-        .from_select(
-            [
-                "email_job_id",
-                "attempt",
-                "sender_id",
-                "started_at",
-                "ended_at",
-                "outcome",
-                "counted",
-                "message",
-            ],
-            select(
-                moved.c.id,
-                moved.c.attempt,
-                moved.c.sender_id,
-                expired.c.lease_until - bindparam("lease", type_=INTERVAL),
-                expired.c.lease_until,
-                cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
-                literal(True),
-                literal("the dispatcher recorded no outcome before its lease ran out"),
-            )
-            .select_from(moved)
-            .join(expired, expired.c.id == moved.c.id),
-        )
-        .cte("logged")
+    logged = log_attempts(
+        moved.join(expired, expired.c.id == moved.c.id),
+        email_job_id=moved.c.id,
+        attempt=moved.c.attempt,
+        sender_id=moved.c.sender_id,
+        started_at=expired.c.lease_until - bindparam("lease", type_=INTERVAL),
+        ended_at=expired.c.lease_until,
+        outcome=cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
+        counted=literal(True),
+        message=literal("the dispatcher recorded no outcome before its lease ran out"),
     )
     statement = select(moved.c.sender_id).distinct().add_cte(logged, count_moves(moved))
     rows = await connection.execute(statement, {"lease": lease})

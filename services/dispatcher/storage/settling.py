@@ -16,7 +16,6 @@ from sqlalchemy import (
     case,
     column,
     func,
-    insert,
     null,
     select,
     update,
@@ -24,9 +23,9 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.dispatcher.storage.marking import MarkedJob
-from services.dispatcher.storage.parts import array, count_moves, milliseconds
+from services.dispatcher.storage.parts import array, count_moves, log_attempts, milliseconds
 from shared.database import unix_ms
-from shared.models import Attempt, EmailJob
+from shared.models import EmailJob
 from shared.queue.keys import JobRef
 from shared.states import AttemptOutcome, JobState
 
@@ -128,39 +127,19 @@ def _settle_statement() -> Any:
         )
         .cte("moved")
     )
-    logged = (
-        insert(Attempt)
-        .from_select(
-            [
-                "email_job_id",
-                "attempt",
-                "sender_id",
-                "started_at",
-                "ended_at",
-                "outcome",
-                "counted",
-                "late_ms",
-                "smtp_code",
-                "enhanced_code",
-                "message",
-            ],
-            select(
-                _outcome.c.id,
-                _outcome.c.attempt,
-                moved.c.sender_id,
-                func.statement_timestamp() - milliseconds(_outcome.c.started_ms),
-                ended,
-                _outcome.c.outcome,
-                _outcome.c.counted,
-                _outcome.c.late_ms,
-                _outcome.c.code,
-                _outcome.c.enhanced,
-                _outcome.c.message,
-            )
-            .select_from(_outcome)
-            .join(moved, moved.c.id == _outcome.c.id),
-        )
-        .cte("logged")
+    logged = log_attempts(
+        _outcome.join(moved, moved.c.id == _outcome.c.id),
+        email_job_id=_outcome.c.id,
+        attempt=_outcome.c.attempt,
+        sender_id=moved.c.sender_id,
+        started_at=func.statement_timestamp() - milliseconds(_outcome.c.started_ms),
+        ended_at=ended,
+        outcome=_outcome.c.outcome,
+        counted=_outcome.c.counted,
+        late_ms=_outcome.c.late_ms,
+        smtp_code=_outcome.c.code,
+        enhanced_code=_outcome.c.enhanced,
+        message=_outcome.c.message,
     )
     return select(moved.c.id, moved.c.state, moved.c.scheduled_at).add_cte(
         logged, count_moves(moved)
