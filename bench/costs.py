@@ -51,8 +51,8 @@ _SENDERS = """
     SELECT 'bench', 's' || i || '@example.com', 1000000, 20 FROM generate_series(1, %s) AS i
 """
 _EMPTY = """
-    TRUNCATE batches, count_deltas, sender_counts, batch_counts, sender_hour_counts, head_markers
-    CASCADE
+    TRUNCATE batches, email_jobs, attempts, head_markers,
+             count_deltas, sender_counts, batch_counts, sender_hour_counts
 """
 _FILL = """
     WITH added AS (
