@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+# Two at a time, each with stores of its own: what one waits for is the other's time.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 PROTOS := $(shell find protos -name '*.proto')
 # The client's distribution owns all generated code: the stubs, and the blocking client.
 STUBS := client/src/outbox/v1/outbox.binpb
@@ -37,11 +39,11 @@ demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is
 
 .PHONY: test
 test: $(READY) ## Run all tests on real servers
-	$(BIN)/pytest
+	$(PYTEST)
 
 .PHONY: test-debian
 test-debian: $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
-	OUTBOX_TEST_STORES=debian $(BIN)/pytest
+	OUTBOX_TEST_STORES=debian $(PYTEST)
 
 .PHONY: drill
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
