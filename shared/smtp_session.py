@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from base64 import b64encode
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,6 +30,7 @@ _SCHEMES = {
 }
 _SERVICE_CLOSING = 421
 _SHOWN = 500
+_LEAST_SECRET = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,27 @@ class Endpoint:
     operators: bool = False
     # Its name in Redis (`shared.endpoints`).
     circuit: str = field(default=RELAY, compare=False)
+
+    def shown(self, text: str) -> str:
+        """Return what people may read of a server's answer, and PostgreSQL takes of any bytes.
+
+        Some servers quote the command that they do not like, and AUTH has the password.
+        """
+        for secret in self._secrets():
+            text = text.replace(secret, "[password]")
+        return text[:_SHOWN].replace("\x00", "").encode("utf-8", "replace").decode()
+
+    def _secrets(self) -> tuple[str, ...]:
+        """Return the password as AUTH PLAIN and LOGIN say it, and in clear."""
+        if not self.password:
+            return ()
+        plain, login = (
+            b64encode(said.encode()).decode()
+            for said in (f"\0{self.username}\0{self.password}", self.password)
+        )
+        # A shorter one hides nothing, and may stand in any answer.
+        clear = (self.password,) * (len(self.password) >= _LEAST_SECRET)
+        return (plain, login, *clear)
 
 
 def relay_of(url: str, *, plaintext: bool = False) -> Endpoint:
@@ -200,7 +223,7 @@ async def probe(
         tls_version=tls,
         extensions=extensions,
         smtp_code=code if isinstance(code, int) and code > 0 else None,
-        failure=failure[:_SHOWN].replace("\x00", "").encode("utf-8", "replace").decode(),
+        failure=endpoint.shown(failure),
     )
 
 

@@ -29,7 +29,6 @@ _AUTH_REQUIRED = 530
 _COMPLETED = range(200, 300)
 _START_INPUT = range(354, 355)
 _TRANSIENT, _PERMANENT, _REPLIES_END = 400, 500, 600
-_MAX_TEXT = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +149,7 @@ class SmtpPool:
         pool = self._pools.setdefault(endpoint, _EndpointPool(self._size))
         async with pool.places:
             attempt = _Attempt(
+                endpoint,
                 lambda: self._session(pool, endpoint),
                 lambda: self._forget(pool),
                 lambda: may_begin() and time.monotonic() < deadline,
@@ -218,10 +218,12 @@ class _Attempt:
 
     def __init__(
         self,
+        endpoint: Endpoint,
         session_of: Callable[[], tuple[_Session, bool]],
         forget: Callable[[], None],
         may_begin: Callable[[], bool],
     ) -> None:
+        self._endpoint = endpoint
         self._session_of = session_of
         self._forget = forget
         self._may_begin = may_begin
@@ -336,10 +338,5 @@ class _Attempt:
             ended=time.monotonic(),
             smtp_code=code,
             enhanced_code=enhanced.group(1) if enhanced else None,
-            message=_plain(text),
+            message=self._endpoint.shown(text),
         )
-
-
-def _plain(text: str) -> str:
-    """Return what PostgreSQL takes of a server's answer, which may be any bytes."""
-    return text[:_MAX_TEXT].replace("\x00", "").encode("utf-8", "replace").decode()

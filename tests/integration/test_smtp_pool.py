@@ -670,6 +670,8 @@ async def test_a_sender_with_a_password_logs_in_once_a_connection(pool: SmtpPool
         (AUTH, Close()),
         (("8BITMIME",), Well()),
         (("8BITMIME", "AUTH GSSAPI"), Well()),
+        (AUTH, Say(f"500 5.5.2 what? AUTH PLAIN {plain_login('anna', 's3cret-word')}")),
+        (AUTH, Say("535 5.7.8 s3cret-word is wrong")),
     ],
 )
 async def test_a_login_that_fails_is_the_endpoints_fault_and_tells_no_password(
