@@ -157,11 +157,15 @@ class SmtpSession:
                 f"Timed out connecting to {endpoint.host} on port {endpoint.port}"
             ) from None
         try:
-            # The host's name still is what its certificate must have.
+            # The host's name still is what its certificate must have. From here on the socket is
+            # its transport's: closed under a TLS session that is still saying good-bye, its number
+            # would be the next connection's while the loop still watches it for this one.
             await self.client.connect(sock=opened, port=None)
-        except BaseException:
-            opened.close()
-            raise
+        except aiosmtplib.SMTPConnectError as error:
+            if type(error) is not aiosmtplib.SMTPConnectError:
+                raise
+            said = error.message.replace("port None", f"port {endpoint.port}")
+            raise aiosmtplib.SMTPConnectError(said) from error.__cause__
 
     def close(self) -> None:
         """End it at once."""

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from outbox.v1.sender_pb2 import SMTP_SECURITY_NONE, SMTP_SECURITY_STARTTLS, SmtpEndpoint
+from cryptography.fernet import Fernet
+from outbox.v1.sender_pb2 import (
+    SMTP_SECURITY_NONE,
+    SMTP_SECURITY_STARTTLS,
+    SMTP_SECURITY_TLS,
+    SmtpEndpoint,
+    SmtpSecurity,
+)
 from outbox.v1.sender_service_pb2 import VerifySenderRequest, VerifySenderResponse
 
 from deploy.local.ports import free_port
+from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-from tests.smtp_servers import Close, Say, ScriptedServer, Wait
+from tests.smtp_servers import Close, Say, ScriptedServer, Wait, plain_login, self_signed
 
 
 @pytest_asyncio.fixture
 async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    settings = {"smtp_allow": "127.0.0.0/8", "smtp_timeout": "300ms"}
+    settings = {
+        "smtp_allow": "127.0.0.0/8",
+        "smtp_timeout": "300ms",
+        "encryption_keys": Fernet.generate_key().decode(),
+    }
     async with running_scheduler(database_url, redis_url, **settings) as running:
         yield running
 
@@ -70,6 +83,39 @@ async def test_a_server_without_starttls_is_not_ready(scheduler: Scheduler) -> N
         answer = await verify(scheduler, server.port, security=SMTP_SECURITY_STARTTLS)
     assert not answer.ready
     assert answer.failure.startswith("encrypting (TLS): "), answer.failure
+
+
+@pytest.mark.parametrize("security", [SMTP_SECURITY_STARTTLS, SMTP_SECURITY_TLS])
+async def test_a_session_is_encrypted_and_logged_in(
+    scheduler: Scheduler,
+    security: SmtpSecurity.ValueType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, certificate = self_signed(tmp_path)
+    account = {"security": security, "username": "anna", "password": "s3cret-word"}
+    async with ScriptedServer(
+        tls=context, implicit_tls=security is SMTP_SECURITY_TLS, extensions=("AUTH PLAIN",)
+    ) as server:
+        answer = await verify(scheduler, server.port, **account)
+        assert not answer.ready
+        assert "certificate" in answer.failure.lower()
+        assert "None" not in answer.failure
+        assert "AUTH" not in " ".join(server.commands)
+
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        answer = await verify(scheduler, server.port, **account)
+        assert answer.ready, answer.failure
+        assert answer.tls_version.startswith("TLSv1.")
+        assert f"AUTH PLAIN {plain_login('anna', 's3cret-word')}" in server.commands
+
+        server.plan["auth"] = Say("535 5.7.8 no s3cret-word of ours")
+        answer = await verify(scheduler, server.port, **account)
+        assert (answer.ready, answer.smtp_code) == (False, 535)
+        assert answer.failure.startswith("signing in (AUTH): "), answer.failure
+        assert "s3cret-word" not in answer.failure
+        assert server.visits["mail"] == 0
+        await eventually(lambda: not server.open)
 
 
 async def test_the_operators_network_is_not_reached(database_url: str, redis_url: str) -> None:
