@@ -53,6 +53,7 @@ _SENDERS = """
 _EMPTY = """
     TRUNCATE batches, email_jobs, attempts, head_markers,
              count_deltas, sender_counts, batch_counts, sender_hour_counts
+    CASCADE
 """
 _FILL = """
     WITH added AS (
