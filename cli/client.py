@@ -145,7 +145,7 @@ def describe(error: CallError, address: Address) -> str:
     if isinstance(error, Unavailable) and not error.reason:
         line = (
             f"no answer at {address.target} ({address.origin}): start `outbox up` in this folder, "
-            "or name another address with --server"
+            "or name another address with --server (and --tls-ca, if it uses TLS)"
         )
     elif isinstance(error, DeadlineExceeded):
         line = f"no answer in time from {address.target} ({address.origin})"

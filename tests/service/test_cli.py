@@ -111,7 +111,7 @@ def test_no_answer_says_which_address_was_asked_and_what_to_do() -> None:
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert failed.stderr == (
         f"outbox: no answer at {address} (--server): start `outbox up` in this folder, "
-        "or name another address with --server\n"
+        "or name another address with --server (and --tls-ca, if it uses TLS)\n"
     )
 
 
