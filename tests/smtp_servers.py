@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import re
 import ssl
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Final, Self, cast
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 _LINE_LIMIT: Final = 64 * 1024 * 1024
 _MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S+)\s*$")
@@ -315,41 +307,3 @@ class _Session:
 def plain_login(user: str, password: str) -> str:
     """Return what AUTH PLAIN says on the wire (RFC 4616)."""
     return base64.b64encode(f"\0{user}\0{password}".encode()).decode()
-
-
-def self_signed(
-    folder: Path, *, host: str = "127.0.0.1", until: timedelta = timedelta(hours=1)
-) -> tuple[ssl.SSLContext, Path]:
-    """Return a server's context with a new certificate for an address, and the certificate.
-
-    `until`: how long it is valid, from now on.
-    """
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + until)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))]),
-            critical=False,
-        )
-        .sign(key, hashes.SHA256())
-    )
-    public, private = folder / f"{host}.crt", folder / f"{host}.key"
-    public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(public, private)
-    return context, public

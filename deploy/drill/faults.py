@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
 from deploy.drill.failing_writes import fail_writes, heal_writes
-from deploy.drill.plan import Fault
+from deploy.drill.plan import LAG_S, Fault
 from deploy.drill.stack import DrillStack
 from deploy.drill.waiting import until
 from deploy.local.child import Child
@@ -65,6 +65,8 @@ class Faults:
             "postgres_cut": self._cut_postgres,
             "postgres_full": self._fill_disk,
             "postgres_conflict": self._conflict,
+            "endpoint_slow": self._slow_down,
+            "endpoint_certificate": self._distrust,
         }
 
     async def strike(self, fault: Fault) -> float:
@@ -78,7 +80,8 @@ class Faults:
             await self._trouble(dataclasses.replace(trouble, phase=phase), fault.lasts)
         elif way in ("refuse", "hang", "outage"):
             proxy = self._stack.proxies[target]
-            await self._disconnect(proxy, way, fault.lasts, cut_after=target == "smtp")
+            cut_after = target in ("smtp", "endpoint")
+            await self._disconnect(proxy, way, fault.lasts, cut_after=cut_after)
         else:
             await self._strike_service(self._stack.service(target, fault.number), way, fault.lasts)
         return time.time()
@@ -121,6 +124,21 @@ class Faults:
             if trouble.way is Way.HANG:
                 # Nobody hears of them any more: what hangs would hang for ever.
                 inbox.cut()
+
+    async def _slow_down(self, fault: Fault) -> None:
+        proxy = self._stack.proxies["endpoint"]
+        proxy.lag(LAG_S)
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            proxy.heal()
+
+    async def _distrust(self, fault: Fault) -> None:
+        self._stack.distrust()
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            self._stack.trust()
 
     async def _shift_clock(self, fault: Fault) -> None:
         service = self._stack.service("dispatcher", fault.number)

@@ -21,7 +21,7 @@ from outbox.v1.batch_service_pb2 import (
     UploadBatchRequest,
 )
 from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
-from outbox.v1.sender_pb2 import Sender
+from outbox.v1.sender_pb2 import Sender, SmtpEndpoint
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
@@ -34,6 +34,8 @@ WINDOW: Final = timedelta(seconds=5)
 _SENDERS: Final = 24
 # Of four senders one has no gap and several mails under way, the others are paced.
 _FAST_EVERY: Final = 4
+# And one of three has a relay of its own.
+_OWN_EVERY: Final = 3
 _PAUSE_S: Final = (0.05, 0.3)
 _ROWS: Final = (2, 12)
 # Jobs that may wait at once: as many as go within some five seconds.
@@ -91,16 +93,19 @@ class Load:
         addresses: Sequence[str],
         arrived: Sequence[ReceivedMail],
         refused: Sequence[str],
+        endpoint: SmtpEndpoint,
     ) -> None:
-        """Take the schedulers' addresses, and two lists that become longer.
+        """Take the schedulers' addresses, two lists that become longer, and a relay.
 
         `arrived` are the mails that have arrived, `refused` the senders' addresses of those that
-        were refused for good.
+        were refused for good. Every third sender names `endpoint` for its own; the others have
+        the operator's relay.
         """
         self._chance = random.Random(seed)  # noqa: S311 - a load, no secret
         self._addresses = addresses
         self._arrived = arrived
         self._refused = refused
+        self._endpoint = endpoint
         self._looked_at = (0, 0)
         # By sender, as far as this side knows.
         self._waiting: Counter[str] = Counter()
@@ -148,6 +153,7 @@ class Load:
             hourly_limit=8 + 2 * (number % 12),
             min_gap=None if fast else Duration(nanos=(1 + number % 4) * 100_000_000),
             max_in_flight=4 if fast else None,
+            smtp=self._endpoint if number % _OWN_EVERY == 1 else None,
         )
         request = CreateSenderRequest(user_id=USER, sender=sender)
         return await SenderServiceStub(self._schedulers[0]).CreateSender(request, timeout=30)

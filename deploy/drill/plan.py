@@ -29,6 +29,8 @@ LEASE_S: Final = 3.0
 _PAUSE: Final = (LEASE_S * 1.2, LEASE_S * 1.8)
 _SHORT: Final = (0.5, 4.0)
 SMTP_TIMEOUT_S: Final = 2.0
+# Of each of the seven replies to a mail on a new connection: below the lease in all.
+LAG_S: Final = 0.1
 OUTAGE_S: Final = 30.0
 _OUTAGE_TEXT: Final = f"unreachable for {OUTAGE_S:.0f} s: connections cut and refused"
 # From the begin of one outage to the next, so that there is as much time without one.
@@ -95,6 +97,22 @@ CARDS: Final[Mapping[str, Kind]] = {
     "smtp_auth": Kind("535: user name and password are wrong", "smtp", _SHORT),
     "smtp_bytes": Kind("replies in pieces of one byte", "smtp", _SHORT),
     "smtp_line": Kind("a reply is a line of 1 MB", "smtp", (0.2, 1.0), ("mail", "rcpt", "reply")),
+    "endpoint_slow": Kind(
+        f"one of two endpoints: all comes {LAG_S} s later, both ways", "endpoint", _SHORT
+    ),
+    "endpoint_refuse": Kind(
+        "one of two endpoints: connections cut and refused", "endpoint", _SHORT
+    ),
+    "endpoint_hang": Kind(
+        "one of two endpoints: not a byte passes; then every connection is cut",
+        "endpoint",
+        _SHORT,
+    ),
+    "endpoint_certificate": Kind(
+        "one of two endpoints: connections cut; its certificate is one that nobody trusts",
+        "endpoint",
+        _SHORT,
+    ),
 }
 
 # What takes a while: now and then beside the others, in a drill of minutes.

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import psycopg
+from outbox.v1.sender_pb2 import SMTP_SECURITY_TLS, SmtpEndpoint
 
 from deploy.drill.faults import Faults
 from deploy.drill.load import Answered, Load
 from deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
 from deploy.drill.stack import DrillStack
 from deploy.drill.waiting import until
+from deploy.local.ports import LOOPBACK
 
 # After a fault mail has to go on within this: an outage may have begun meanwhile, and most of the
 # rest is a start of Python.
@@ -72,6 +74,9 @@ class Drill:
             [one.address for one in stack.system.services if one.name == "scheduler"],
             stack.inbox.mails,
             stack.inbox.refused,
+            SmtpEndpoint(
+                host=LOOPBACK, port=stack.proxies["endpoint"].port, security=SMTP_SECURITY_TLS
+            ),
         )
         self._began = time.monotonic()
         # When the last outage was over, in seconds since 1970.

@@ -12,6 +12,7 @@ from typing import Final, Literal, Self
 from deploy.drill.clocks import clock_by_file, faketime_library, set_clock
 from deploy.drill.load import WINDOW
 from deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_TIMEOUT_S
+from deploy.local.certificates import self_signed, server_context
 from deploy.local.inbox import Inbox
 from deploy.local.ports import LOOPBACK
 from deploy.local.postgres import PostgresServer
@@ -62,10 +63,15 @@ class DrillStack:
     ) -> None:
         self.settings = settings
         self.size = size
+        self._trusted = self_signed(folder)
+        self._distrusted = self_signed(folder / "distrusted")
+        self._tls = server_context(self._trusted)
         self.proxies = {
             "postgres": TcpProxy(lambda: self.postgres.port),
             "redis": TcpProxy(lambda: self.valkey.port),
             "smtp": TcpProxy(lambda: self.inbox.port),
+            # The relay of senders that name their own: by TLS, with a certificate that they trust.
+            "endpoint": TcpProxy(lambda: self.inbox.port, self._tls),
         }
         # Says what the clock is that Redis runs by.
         self.redis_clock = folder / "redis_clock"
@@ -96,6 +102,8 @@ class DrillStack:
                     "OUTBOX_REDIS_URL": f"redis://{LOOPBACK}:{ports['redis']}/0",
                     # With a name and a password, so that there is an AUTH to fail.
                     "OUTBOX_SMTP_URL": f"smtp://drill:drill@{LOOPBACK}:{ports['smtp']}",
+                    "OUTBOX_SMTP_ALLOW": LOOPBACK,
+                    "SSL_CERT_FILE": str(self._trusted.public),
                 },
                 default_ports=False,
                 say=self._say,
@@ -142,6 +150,15 @@ class DrillStack:
             raise RuntimeError("a drill has an inbox")
         return inbox
 
+    def distrust(self) -> None:
+        """Let the second endpoint show a certificate that nobody trusts, until `heal`."""
+        self._tls.load_cert_chain(*self._distrusted)
+        self.proxies["endpoint"].cut()
+
+    def trust(self) -> None:
+        """Let it show the right one again."""
+        self._tls.load_cert_chain(*self._trusted)
+
     @property
     def processes(self) -> dict[str, int]:
         """How many of each service there are, by its name."""
@@ -166,3 +183,4 @@ class DrillStack:
         for proxy in self.proxies.values():
             proxy.heal()
         self.inbox.trouble = None
+        self.trust()

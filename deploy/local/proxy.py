@@ -1,9 +1,10 @@
-"""A TCP proxy on loopback that can refuse, hang and cut: what a network does to its users."""
+"""A TCP proxy on loopback that can refuse, hang, lag and cut: what a network does to its users."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Final, Self
 
@@ -16,8 +17,14 @@ _BACKLOG: Final = 512
 class TcpProxy:
     """Passes everything on to a port on loopback, until it is told otherwise."""
 
-    def __init__(self, target: Callable[[], int]) -> None:
-        """`target` returns the port to connect to: it is asked at every connection."""
+    def __init__(self, target: Callable[[], int], tls: ssl.SSLContext | None = None) -> None:
+        """`target` returns the port to connect to: it is asked at every connection.
+
+        `tls`: what a server with TLS shows; what is passed on is plain.
+        """
+        self._tls = tls
+        # Seconds by which everything comes later.
+        self._lag_s = 0.0
         self._target = target
         self._socket = socket.socket()
         self._accepting: asyncio.Task[None] | None = None
@@ -59,6 +66,10 @@ class TcpProxy:
         """Pass not a byte more, and close nothing; new connections are made, and as silent."""
         self._open.clear()
 
+    def lag(self, seconds: float) -> None:
+        """Pass everything on, later by this."""
+        self._lag_s = seconds
+
     def cut(self) -> None:
         """Cut every connection there is; what was on its way is gone."""
         for task, writers in self._pairs.items():
@@ -67,7 +78,8 @@ class TcpProxy:
             task.cancel()
 
     def heal(self) -> None:
-        """Pass everything on again, also what was held back by a `hang`."""
+        """Pass everything on at once again, also what was held back by a `hang`."""
+        self._lag_s = 0.0
         self._open.set()
         if self._accepting is None:
             self._socket.listen(_BACKLOG)
@@ -89,7 +101,7 @@ class TcpProxy:
         writers = self._pairs[task]
         try:
             # Owns the socket from here on.
-            near_reader, near = await asyncio.open_connection(sock=accepted)
+            near_reader, near = await self._near(accepted)
             writers.append(near)
             await self._open.wait()
             far_reader, far = await asyncio.open_connection(LOOPBACK, self._target())
@@ -103,10 +115,26 @@ class TcpProxy:
             for writer in writers:
                 writer.close()
 
+    async def _near(
+        self, accepted: socket.socket
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._tls is None:
+            return await asyncio.open_connection(sock=accepted)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, accepted, ssl=self._tls)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(_CHUNK):
+            if self._lag_s:
+                await asyncio.sleep(self._lag_s)
             await self._open.wait()
             writer.write(data)
             await writer.drain()
         # What was written is on its way before the end is.
-        writer.write_eof()
+        if writer.can_write_eof():
+            writer.write_eof()
+        else:
+            writer.close()

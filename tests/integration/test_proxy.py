@@ -1,9 +1,11 @@
-"""The proxy that refuses, hangs and cuts, before a real server."""
+"""The proxy that refuses, hangs, lags and cuts, before a real server."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
@@ -11,6 +13,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from deploy.local.certificates import self_signed, server_context
 from deploy.local.ports import LOOPBACK
 from deploy.local.proxy import TcpProxy
 from tests.conftest import Stores
@@ -61,6 +64,34 @@ async def test_a_cut_ends_what_there_is_and_no_more(proxy: TcpProxy, client: Red
     with pytest.raises(RedisConnectionError):
         await client.ping()
     assert await client.ping()
+
+
+async def test_what_comes_late_comes_whole(proxy: TcpProxy, client: Redis) -> None:
+    assert await client.ping()
+    proxy.lag(0.1)
+    began = time.monotonic()
+    assert await client.incr("n") == 1
+    assert time.monotonic() - began >= 0.2, "both ways"
+    proxy.heal()
+    assert await client.incr("n") == 2
+
+
+async def test_it_shows_the_certificate_that_it_has_at_the_moment(
+    stores: Stores, tmp_path: Path
+) -> None:
+    trusted, other = self_signed(tmp_path), self_signed(tmp_path / "other")
+    context = server_context(trusted)
+    async with TcpProxy(lambda: stores.redis.port, context) as proxy:
+        url = f"rediss://{LOOPBACK}:{proxy.port}?ssl_ca_certs={trusted.public}"
+        never = Retry(NoBackoff(), 0)
+        for certificate in (trusted, other, trusted):
+            context.load_cert_chain(*certificate)
+            async with Redis.from_url(url, retry=never) as client:
+                if certificate is trusted:
+                    assert await client.ping()
+                    continue
+                with pytest.raises(RedisConnectionError, match="certificate verify failed"):
+                    await client.ping()
 
 
 async def test_what_a_hang_holds_back_comes_after_it(proxy: TcpProxy, client: Redis) -> None:

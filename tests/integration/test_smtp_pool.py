@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from deploy.local.certificates import self_signed, server_context
 from deploy.local.inbox import Inbox
 from deploy.local.ports import free_port
 from services.dispatcher.smtp import Envelope, GivenBackError, SendResult, SmtpPool
@@ -29,7 +30,6 @@ from tests.smtp_servers import (
     Wait,
     Well,
     plain_login,
-    self_signed,
 )
 
 SENT = AttemptOutcome.SENT
@@ -579,8 +579,9 @@ async def test_smtputf8_that_is_needed_and_not_offered_fails_this_mail_alone(
 async def test_a_mail_goes_over_tls(
     security: SmtpSecurity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, certificate = self_signed(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    certificate = self_signed(tmp_path)
+    context = server_context(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
     pool = pool_of(timeout=5.0)
     async with ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS) as server:
         for _ in range(3):
@@ -598,10 +599,11 @@ async def test_a_mail_goes_over_tls(
 async def test_a_certificate_that_is_not_to_be_trusted_gets_no_mail(
     security: SmtpSecurity, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, certificate = self_signed(tmp_path, host=host)
+    certificate = self_signed(tmp_path, host=host)
+    context = server_context(certificate)
     if host != "127.0.0.1":
         # Trusted, and of another host.
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
     pool = pool_of(timeout=5.0)
     async with ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS) as server:
         endpoint = endpoint_of(server, security=security, username="anna", password="s3cret-word")
@@ -616,8 +618,9 @@ async def test_a_certificate_that_is_not_to_be_trusted_gets_no_mail(
 async def test_a_certificate_that_has_expired_gets_no_mail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context, certificate = self_signed(tmp_path, until=-timedelta(minutes=1))
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    certificate = self_signed(tmp_path, until=-timedelta(minutes=1))
+    context = server_context(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
     pool = pool_of(timeout=5.0)
     async with ScriptedServer(tls=context) as server:
         result = await send(pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
@@ -640,7 +643,7 @@ async def test_starttls_that_is_not_offered_is_not_done_without(pool: SmtpPool) 
 async def test_starttls_that_fails_gets_no_mail(
     pool: SmtpPool, action: Any, tmp_path: Path
 ) -> None:
-    context, _ = self_signed(tmp_path)
+    context = server_context(self_signed(tmp_path))
     async with ScriptedServer({"starttls": action}, tls=context) as server:
         result = await send(pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
 

@@ -18,10 +18,11 @@ from outbox.v1.sender_pb2 import (
 )
 from outbox.v1.sender_service_pb2 import VerifySenderRequest, VerifySenderResponse
 
+from deploy.local.certificates import self_signed, server_context
 from deploy.local.ports import free_port
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-from tests.smtp_servers import Close, Say, ScriptedServer, Wait, plain_login, self_signed
+from tests.smtp_servers import Close, Say, ScriptedServer, Wait, plain_login
 
 
 @pytest_asyncio.fixture
@@ -92,7 +93,8 @@ async def test_a_session_is_encrypted_and_logged_in(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    context, certificate = self_signed(tmp_path)
+    certificate = self_signed(tmp_path)
+    context = server_context(certificate)
     account = {"security": security, "username": "anna", "password": "s3cret-word"}
     async with ScriptedServer(
         tls=context, implicit_tls=security is SMTP_SECURITY_TLS, extensions=("AUTH PLAIN",)
@@ -103,7 +105,7 @@ async def test_a_session_is_encrypted_and_logged_in(
         assert "None" not in answer.failure
         assert "AUTH" not in " ".join(server.commands)
 
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
         answer = await verify(scheduler, server.port, **account)
         assert answer.ready, answer.failure
         assert answer.tls_version.startswith("TLSv1.")
