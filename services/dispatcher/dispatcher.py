@@ -386,7 +386,11 @@ class Dispatcher:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         if self._group is None:
             raise RuntimeError("the dispatcher does not run")
-        self._group.create_task(coroutine)
+        try:
+            self._group.create_task(coroutine)
+        except RuntimeError:  # a fault elsewhere ends all of it
+            coroutine.close()
+            raise
 
 
 def _not_built(error: CompositionError, started: float) -> SendResult:

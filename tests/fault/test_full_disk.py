@@ -117,12 +117,14 @@ async def test_a_full_disk_refuses_with_a_time_to_come_again_and_loses_nothing(
         jobs = await world.schedule(await world.sender(), 150)
         accepted: Counter[str] = Counter()
         refusals: list[tuple[str, str]] = []
+        doubtful: set[str] = set()
         for n in range(50):
             names = [f"{n}.{i}" for i in range(3)]
             answers = await asyncio.gather(*(flood(scheduler, sender, m, ROWS) for m in names))
             for name, (rows, refusal) in zip(names, answers, strict=True):
                 accepted += Counter({name: rows})
                 refusals += [refusal] if refusal else []
+                doubtful |= {name} if refusal in (UNAVAILABLE, LOST) else set()
             if len(refusals) >= 6 and (UNAVAILABLE if log_too else EXHAUSTED) in refusals:
                 break
         else:
@@ -142,7 +144,10 @@ async def test_a_full_disk_refuses_with_a_time_to_come_again_and_loses_nothing(
             "SELECT request_id AS name, count(*) AS n FROM batches JOIN email_jobs j"
             " ON j.batch_id = batches.id WHERE request_id LIKE '%%.%%' GROUP BY 1"
         )
-        assert {row.name: row.n for row in stored} == accepted
+        found = {row.name: row.n for row in stored}
+        # PostgreSQL may end between a commit and its answer: then the caller cannot know, and asks
+        # again. Whole or not at all it is in any case.
+        assert found == {**accepted, **dict.fromkeys(doubtful & found.keys(), ROWS)}
         await world.check_counts()
 
 
