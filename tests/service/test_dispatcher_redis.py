@@ -195,12 +195,13 @@ async def test_a_job_that_is_claimed_twice_around_a_loss_holds_its_senders_slot(
     """
     held = Wait()
     async with ScriptedServer({"body": [Well(), (held, Well())]}) as server:
-        settings = settings_of(configure(server.url, min_gap="300ms"))
-        async with World(settings) as world, running(settings):
+        settings = settings_of(configure(server.url, min_gap="1s"))
+        # Connected before: from the first mail's end to the lock there is no more than a gap.
+        async with World(settings) as world, running(settings), await world.connect() as holder:
             sender, control = await world.sender(), await world.sender()
             jobs = await world.schedule(sender, 3)
             await eventually(lambda: world.in_state(JobState.SENT))
-            async with await world.connect() as holder, holder.transaction():
+            async with holder.transaction():
                 # The table is held, so that the next mark cannot begin.
                 await holder.execute("LOCK TABLE email_jobs IN SHARE ROW EXCLUSIVE MODE")
                 await eventually(lambda: marks_wait(world, 1))
