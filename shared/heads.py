@@ -15,6 +15,7 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Row, delete, func, insert, select
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from shared.endpoints import endpoint_of
@@ -250,7 +251,7 @@ async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> 
 async def load_soon(
     loader: HeadLoader, sender_ids: Iterable[int], *, limit: timedelta = timedelta(seconds=3)
 ) -> bool:
-    """Load after a commit, within `limit`; False if Redis is gone or slow.
+    """Load after a commit, within `limit`; False if Redis or PostgreSQL is gone, slow or full.
 
     The commit stands either way, and its marker brings the load later.
     """
@@ -259,7 +260,7 @@ async def load_soon(
     try:
         async with asyncio.timeout(limit.total_seconds()):
             await loader.load(sender_ids, committed=True)
-    except (RedisError, TimeoutError) as error:
+    except (RedisError, SQLAlchemyError, TimeoutError) as error:
         _log.warning("load_postponed", senders=list(sender_ids), error=type(error).__name__)
         return False
     return True

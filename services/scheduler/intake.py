@@ -51,9 +51,9 @@ _STORE_PATIENCE: Final = timedelta(seconds=30)
 # A rollback takes a moment; one that takes longer must not hold up the end of the process.
 _END_LIMIT: Final = timedelta(seconds=5)
 _MILLISECOND: Final = timedelta(milliseconds=1)
-_QUEUE_UNREACHABLE: Final = (
-    "The queue is not reachable at the moment: the batch is accepted, and sending starts as soon "
-    "as the queue is back."
+_NOT_LOADED: Final = (
+    "The queue cannot be loaded at the moment: the batch is accepted, and sending starts as soon "
+    "as it can."
 )
 
 
@@ -150,7 +150,7 @@ class Intake:
             done = await self._store_batch(options, steps, sender)
             if done is not None:
                 if not await self._load(sender.sender_id):
-                    done = replace(done, notices=[*done.notices, _QUEUE_UNREACHABLE])
+                    done = replace(done, notices=[*done.notices, _NOT_LOADED])
                 return done
             # Another call with the same request_id came first.
             sender, known = await self._look_up(options, user_id)

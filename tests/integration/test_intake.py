@@ -362,7 +362,7 @@ async def test_a_batch_is_accepted_while_redis_is_gone(
     finally:
         await stores.redis.start()
     assert answer.batch.accepted_count == 1
-    assert any("queue is not reachable" in notice for notice in answer.notices)
+    assert any("queue cannot be loaded" in notice for notice in answer.notices)
     # What tells a dispatcher to load it later.
     assert scheduler.value("SELECT count(*) FROM head_markers") == 1
 

@@ -52,9 +52,11 @@ _TABLES = [table.name for table in Base.metadata.sorted_tables]
 
 @asynccontextmanager
 async def failing_writes(
-    url: str, state: str, every: int
+    url: str, state: str, every: int, *, only: tuple[str, str] | None = None
 ) -> AsyncIterator[Callable[[], Awaitable[dict[str, int]]]]:
     """Fail the first, and then every so-manieth, INSERT, UPDATE and DELETE of each table.
+
+    Or `only` those of one table by one verb.
 
     Yields a function that says how many of each were tried. A sequence counts them: what it
     counted is not taken back with the transaction.
@@ -70,7 +72,8 @@ async def failing_writes(
             RETURN NULL;
         END $$;
     """
-    pairs = [(table, verb) for table in _TABLES for verb in ("insert", "update", "delete")]
+    every_pair = [(table, verb) for table in _TABLES for verb in ("insert", "update", "delete")]
+    pairs = [only] if only else every_pair
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
 
         async def run(statement: str) -> list[Any]:
@@ -205,6 +208,20 @@ async def test_a_write_of_the_scheduler_that_fails_is_said_and_can_be_repeated(
     ):
         await every_change(scheduler, until_done)
     assert seen == {CODES[state]}
+
+
+async def test_a_full_disk_after_a_commit_takes_no_acceptance_back(
+    database_url: str, redis_url: str
+) -> None:
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        sender = await scheduler.sender()
+        # The only write after the commit, each time: to delete the marker of a head that is loaded.
+        async with failing_writes(database_url, "53100", 1, only=("head_markers", "delete")):
+            answer = await scheduler.schedule(sender)
+
+        assert answer.batch.accepted_count == 1
+        assert any("cannot be loaded" in notice for notice in answer.notices)
+        assert scheduler.value("SELECT count(*) FROM head_markers") == 1
 
 
 def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from tests.eventually import eventually
 from tests.scheduler_stack import running_scheduler
 from tests.world import World, jobs_in
 
-UNREACHABLE = "The queue is not reachable"
+NOT_LOADED = "The queue cannot be loaded"
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ async def test_intake_goes_on_without_redis_and_says_so_and_the_mails_follow(
             answer = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
             assert time.monotonic() - began < 6
             assert answer.batch.accepted_count == 2
-            assert any(UNREACHABLE in notice for notice in answer.notices), answer.notices
+            assert any(NOT_LOADED in notice for notice in answer.notices), answer.notices
             assert len(inbox.mails) == 1
         await eventually(lambda: len(inbox.mails) == 3, 20)
         await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
