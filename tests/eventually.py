@@ -6,18 +6,20 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, overload
+from typing import Any, Final, TypeVar, overload
 
 T = TypeVar("T")
 
 _PAUSE = 0.01
+# A wait costs what it takes; this is when to give up, on a machine that is busy with other work.
+PATIENCE: Final = 60.0
 
 
 @overload
-async def eventually(condition: Callable[[], Awaitable[T]], deadline: float = 10.0) -> T: ...
+async def eventually(condition: Callable[[], Awaitable[T]], deadline: float = PATIENCE) -> T: ...
 @overload
-async def eventually(condition: Callable[[], T], deadline: float = 10.0) -> T: ...
-async def eventually(condition: Callable[[], Any], deadline: float = 10.0) -> Any:
+async def eventually(condition: Callable[[], T], deadline: float = PATIENCE) -> T: ...
+async def eventually(condition: Callable[[], Any], deadline: float = PATIENCE) -> Any:
     """Return the condition's value, sync or async, once it is true in the sense of `if`.
 
     Raises:

@@ -235,7 +235,7 @@ async def test_a_sleeper_among_others_breaks_neither_gap_nor_record(
             await eventually(lambda: len(inbox.mails) >= 60)
             sleeper.pause()
             # Whatever it holds is recovered and sent by the other one.
-            await eventually(world.done, 20)
+            await eventually(world.done)
             sleeper.go_on()
             await eventually(lambda: nothing_in_flight(sleeper))
 

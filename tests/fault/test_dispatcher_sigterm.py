@@ -57,7 +57,7 @@ async def test_what_is_in_its_body_when_the_time_is_over_is_left_to_its_lease(
                 assert await end(child) == code
             assert await world.in_state(JobState.SCHEDULED) == set(rest)
             async with running(settings_of(values)):
-                await eventually(world.done, 20)
+                await eventually(world.done)
 
             assert await world.states() == {JobState.SENT: 4}
             assert jobs_in(server.taken) == {in_doubt: 2} | dict.fromkeys(rest, 1)

@@ -53,7 +53,7 @@ async def test_a_postgresql_that_is_killed_under_load_costs_time_and_nothing_els
             await eventually(lambda: not_serving(dispatcher))
         finally:
             await stores.postgres.start()
-        await eventually(lambda: done(world), 30)
+        await eventually(lambda: done(world))
 
         assert await world.states() == {JobState.SENT: len(jobs)}
         arrived = jobs_in(inbox.mails)
@@ -82,7 +82,7 @@ async def test_a_postgresql_that_is_frozen_under_load_costs_time_and_nothing_els
                 assert (await dispatcher.status()).in_flight_count <= 5
         finally:
             signal_all(frozen, signal.SIGCONT)
-        await eventually(world.done, 30)
+        await eventually(world.done)
 
         assert await world.states() == {JobState.SENT: len(jobs)}
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
@@ -114,7 +114,7 @@ async def test_a_redis_that_is_killed_under_load_costs_time_and_nothing_else(
             await eventually(partial(at_least, share, inbox.mails))
             await stores.redis.kill()
             await stores.redis.start()
-        await eventually(world.done, 30)
+        await eventually(world.done)
 
         assert await world.states() == {JobState.SENT: len(jobs)}
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)

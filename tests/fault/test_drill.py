@@ -78,7 +78,7 @@ async def test_an_interrupted_drill_leaves_neither_processes_nor_files(folder: P
     started = descendants(drill.pid)
     assert len(started) >= 5
     drill.send_signal(signal.SIGINT)
-    await eventually(lambda: drill.poll() is not None, 30)
+    await eventually(lambda: drill.poll() is not None)
     assert drill.wait() == 1
     assert "interrupted" in drill.stderr.read()
     await eventually(lambda: not any(map(alive, started)))

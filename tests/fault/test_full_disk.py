@@ -137,9 +137,9 @@ async def test_a_full_disk_refuses_with_a_time_to_come_again_and_loses_nothing(
         ballast.unlink()
         if not postgres.child.running:
             await postgres.start()
-        await eventually(lambda: takes(scheduler, sender), 20)
-        await eventually(lambda: arrived(inbox, len(jobs)), 30)
-        await eventually(lambda: sent(world, jobs), 20)
+        await eventually(lambda: takes(scheduler, sender))
+        await eventually(lambda: arrived(inbox, len(jobs)))
+        await eventually(lambda: sent(world, jobs))
 
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
         stored = await world.sql(

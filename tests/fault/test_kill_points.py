@@ -56,11 +56,11 @@ async def test_a_kill_between_two_steps_loses_nothing_and_doubles_only_what_was_
                     jobs.update(await world.schedule(sender))
             return not dying.is_alive()
 
-        await eventually(died, 30)
+        await eventually(died)
         assert dying.exitcode == -signal.SIGKILL
         assert len(await left_behind(world)) <= CONCURRENCY
         await stack.enter_async_context(running(settings_of(values)))
-        await eventually(world.done, 20)
+        await eventually(world.done)
 
         arrived = jobs_in(inbox.mails)
         copies = {job for job, n in arrived.items() if n > 1}

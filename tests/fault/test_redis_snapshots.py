@@ -78,7 +78,7 @@ async def test_old_snapshots_under_load_break_no_promise(
             await world.redis.save()
             await eventually(partial(at_least, share + 8, inbox.mails))
             await restart(redis_server, world)
-        await eventually(world.done, 30)
+        await eventually(world.done)
 
         assert await world.states() == {JobState.SENT: len(jobs)}
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
@@ -156,7 +156,7 @@ async def test_a_replica_that_is_behind_and_takes_over_breaks_no_promise(
             await world.redis.replicaof("127.0.0.1", replica.port)
             await eventually(lambda: synced(world.redis))
             await world.redis.replicaof("NO", "ONE")
-            await eventually(world.done, 20)
+            await eventually(world.done)
 
             assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
             for sender, limit in limits.items():

@@ -75,7 +75,7 @@ async def test_a_service_command_serves_until_sigterm(
                 answer = await health.Check(request, wait_for_ready=True, timeout=30)
                 return bool(answer.status == SERVING)
 
-            await eventually(serving, 30)
+            await eventually(serving)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=20)
         assert (process.returncode, out) == (0, "")

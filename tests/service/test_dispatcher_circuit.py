@@ -98,7 +98,7 @@ async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
             since = time.time()
             await world.schedule(well, 10)
             await eventually(lambda: world.done(well))
-            assert max(mail.received_at for mail in mails_of(inbox.mails, well)) - since < 2
+            assert max(mail.received_at for mail in mails_of(inbox.mails, well)) - since < 10
 
             shown = [
                 endpoint
@@ -112,7 +112,7 @@ async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
                 assert endpoint.HasField("next_probe_time")
 
             target = began + 5
-            await eventually(lambda: _more_than(world, target), 20)
+            await eventually(lambda: _more_than(world, target))
             states = await world.states(*senders)
             assert states[JobState.SCHEDULED] + states[JobState.SENDING] == len(jobs)
             assert states[JobState.SENDING] <= 1
@@ -120,7 +120,7 @@ async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
             server.plan.clear()
             if plan is None:
                 await server.start()
-            await eventually(world.done, 30)
+            await eventually(world.done)
 
             assert await world.states(*senders) == {JobState.SENT: len(jobs)}
             starts = await failed_attempts(world)

@@ -63,7 +63,7 @@ async def test_any_key_that_is_lost_under_load_breaks_no_promise(
         for key in SHARD_KEYS:
             await eventually(partial(at_least, share := share + 4, inbox.mails))
             await world.redis.delete(f"outbox:{{0}}:{key}")
-        await eventually(world.done, 20)
+        await eventually(world.done)
 
         assert await world.states() == {JobState.SENT: len(jobs)}
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
@@ -141,7 +141,7 @@ async def test_a_sender_that_sleeps_wakes_in_time_whatever_is_lost(
         assert jobs_in(inbox.mails) == {job: 1}
         [attempt] = await world.attempts(job)
         late = attempt.started_at - (await world.job(job)).scheduled_at.timestamp()
-        assert 0 <= late < 3
+        assert 0 <= late < 10
 
 
 @pytest.mark.parametrize("key", SHARD_KEYS)
@@ -159,4 +159,4 @@ async def test_a_shard_that_sleeps_wakes_in_time_whichever_of_its_keys_is_lost(
         [attempt] = await world.attempts(job)
         late = attempt.started_at - (await world.job(job)).scheduled_at.timestamp()
         # Somebody who sleeps, and is not woken, looks after a heartbeat.
-        assert 0 <= late < 3
+        assert 0 <= late < 10

@@ -81,7 +81,7 @@ async def test_flushall_under_load_breaks_no_promise(
         for share in (8, 18, 30, 42):
             await eventually(partial(at_least, share, inbox.mails))
             await world.redis.flushall()
-        await eventually(world.done, 20)
+        await eventually(world.done)
 
         assert await world.states() == {JobState.SENT: len(jobs)}
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
@@ -101,7 +101,7 @@ async def test_flushall_without_a_gap_sends_nothing_twice_and_loses_nothing(
         for share in (50, 300, 600):
             await eventually(partial(at_least, share, inbox.mails))
             await world.redis.flushall()
-        await eventually(world.done, 20)
+        await eventually(world.done)
 
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
         assert await world.sql("SELECT * FROM attempts WHERE outcome <> 1") == []

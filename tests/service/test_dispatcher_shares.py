@@ -22,7 +22,7 @@ Configure = Callable[..., dict[str, str]]
 def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
     def build(**changes: str | int) -> dict[str, str]:
         return options(
-            database_url, redis_url, inbox.url, **{"smtp_timeout": "8s", "lease": "20s"} | changes
+            database_url, redis_url, inbox.url, **{"smtp_timeout": "30s", "lease": "60s"} | changes
         )
 
     return build
@@ -57,12 +57,12 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
             await eventually(lambda: all_claimed(world, sick))
             began = time.time()
             jobs = [job for sender in well for job in await world.schedule(sender, 5)]
-            await eventually(lambda: world.done(*well), 5)
+            await eventually(lambda: world.done(*well))
 
             assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
-            # Nobody of the sick has come to its end meanwhile.
+            # None of the sick has come to its end meanwhile.
             assert server.waiting[phase] == 4
-            assert max(mail.started_at for mail in inbox.mails) - began < 4
+            assert max(mail.started_at for mail in inbox.mails) - began < 20
             # What waits is not even marked, and can be cancelled.
             states = await world.states(*sick)
             assert states[JobState.SENDING] == 4
@@ -112,7 +112,7 @@ async def test_what_waits_for_a_place_is_sent_when_the_endpoint_has_recovered(
         senders = [await world.sender(gap_ms=1, **by(server)) for _ in range(12)]
         jobs = [job for sender in senders for job in await world.schedule(sender, 2)]
         async with running(settings):
-            await eventually(world.done, 20)
+            await eventually(world.done)
         assert await world.states() == {JobState.SENT: 24}
         assert jobs_in(server.taken) == dict.fromkeys(jobs, 1)
         await world.check_counts()

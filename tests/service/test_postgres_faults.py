@@ -127,7 +127,7 @@ async def test_whatever_write_of_a_dispatcher_fails_nothing_is_lost_or_doubled(
         await world.sql("UPDATE head_markers SET created_at = now() - interval '1 min'")
         async with failing_writes(database_url, state, 3) as tried:
             async with running(settings), running(settings):
-                await eventually(world.done, 20)
+                await eventually(world.done)
                 await eventually(lambda: no_markers(world))
             counted = await tried()
 
@@ -170,7 +170,7 @@ async def test_a_mail_that_ended_while_postgresql_was_away_for_longer_than_its_l
                 await eventually(lambda: time.time() > server.taken[0].started_at + 1.6)
             finally:
                 await stores.postgres.start()
-            await eventually(lambda: done(world), 20)
+            await eventually(lambda: done(world))
 
             assert jobs_in(server.taken) == {job: 1}
             assert [each.outcome for each in await world.attempts(job)] == [AttemptOutcome.SENT]
@@ -273,7 +273,7 @@ async def every_change(
     await do(partial(scheduler.suppressions.CreateSuppression, suppress))
     # The rows of a cancelled batch follow by themselves.
     expected = {JobState.SCHEDULED: 97, JobState.CANCELLED: 51, JobState.SUPPRESSED: 2}
-    await eventually(lambda: states_of(scheduler) == expected, 30)
+    await eventually(lambda: states_of(scheduler) == expected)
     counted = scheduler.rows(
         "SELECT state, sum(n)::int FROM count_deltas GROUP BY 1 HAVING sum(n) <> 0"
     )

@@ -81,7 +81,7 @@ async def test_intake_goes_on_without_redis_and_says_so_and_the_mails_follow(
             assert answer.batch.accepted_count == 2
             assert any(NOT_LOADED in notice for notice in answer.notices), answer.notices
             assert len(inbox.mails) == 1
-        await eventually(lambda: len(inbox.mails) == 3, 20)
+        await eventually(lambda: len(inbox.mails) == 3)
         await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 
@@ -106,7 +106,7 @@ async def test_what_redis_knows_is_sent_while_it_is_full(
         # More than a head holds: the rest is loaded while Redis is full.
         await world.schedule(sender, HEAD_SIZE + 20)
         async with full(stores), running(settings) as dispatcher:
-            await eventually(world.done, 20)
+            await eventually(world.done)
             assert await dispatcher.serving()
 
 
@@ -121,8 +121,8 @@ async def test_a_redis_that_hangs_for_long_holds_up_nothing_but_itself(
         async with hanging(stores):
             # Longer than a call to Redis may take.
             await eventually(lambda: not_serving(dispatcher))
-            await eventually(gone_for(5.5), 10)
-        await eventually(world.done, 20)
+            await eventually(gone_for(5.5))
+        await eventually(world.done)
 
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
         await eventually(dispatcher.serving)

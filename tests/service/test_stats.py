@@ -177,7 +177,7 @@ def far_from_the_next_hour() -> bool:
 
 
 async def test_the_hours_are_the_last_24_by_the_time_of_the_end(stats: Stats) -> None:
-    await eventually(far_from_the_next_hour, 20)
+    await eventually(far_from_the_next_hour)
     sender = await stats.sender()
     now = datetime.now(UTC)
     for ago, state, n in ((0, 3, 5), (0, 4, 1), (0, 1, 7), (1, 3, 2), (23, 3, 3), (24, 3, 100)):
@@ -379,7 +379,7 @@ async def test_the_service_lives_through_a_restart_of_postgresql(
         await eventually(stats.serving)
         await stats.delta(sender, 3, 7)
         assert (await stats.stub.GetSenderStats(request)).counts.sent_count == 7
-        await eventually(folded, 30)
+        await eventually(folded)
         assert (await stats.stub.GetSenderStats(request)).counts.sent_count == 7
 
 

@@ -113,17 +113,17 @@ async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_w
 
     async with terminal(environment(scheduler, stats), tmp_path) as screen:
         before = termios.tcgetattr(screen.slave)
-        await eventually(lambda: screen.shows("second@x.org") and screen.shows("0/77"), 30)
+        await eventually(lambda: screen.shows("second@x.org") and screen.shows("0/77"))
         assert screen.shows("nothing waits")
         screen.type("\x1b[B")
         screen.type("p")
-        await eventually(lambda: paused(second.sender_id), 20)
+        await eventually(lambda: paused(second.sender_id))
         assert not await paused(first.sender_id)
-        await eventually(lambda: screen.shows("paused second@x.org"), 20)
+        await eventually(lambda: screen.shows("paused second@x.org"))
         screen.type("r")
-        await eventually(resumed, 20)
+        await eventually(resumed)
         screen.type("e")
-        await eventually(lambda: screen.shows("as soon as a dispatcher is free"), 20)
+        await eventually(lambda: screen.shows("as soon as a dispatcher is free"))
         screen.type("q")
         async with asyncio.timeout(20):
             assert await screen.process.wait() == 0
@@ -162,18 +162,18 @@ async def test_top_turns_the_pages_of_more_senders_than_fit(
     for n in range(30):
         await scheduler.sender(email=f"s{n}@x.org")
     async with terminal(environment(scheduler, stats), tmp_path) as screen:
-        await eventually(lambda: screen.shows("s29@x.org"), 30)
+        await eventually(lambda: screen.shows("s29@x.org"))
         assert not screen.shows("page 1")
         thirtieth = await scheduler.sender(email="s30@x.org")
-        await eventually(lambda: screen.shows("page 1   n: next"), 20)
+        await eventually(lambda: screen.shows("page 1   n: next"))
         assert not screen.shows("s30@x.org")
         screen.type("\x1b[6~")
-        await eventually(lambda: screen.shows("s30@x.org"), 20)
+        await eventually(lambda: screen.shows("s30@x.org"))
         assert screen.shows("page 2   b: back")
         screen.type("p")
-        await eventually(lambda: screen.shows("paused s30@x.org"), 20)
+        await eventually(lambda: screen.shows("paused s30@x.org"))
         found = await scheduler.senders.GetSender(GetSenderRequest(sender_id=thirtieth.sender_id))
         assert found.state == SENDER_STATE_PAUSED
         screen.seen.clear()
         screen.type("b")
-        await eventually(lambda: screen.shows("s29@x.org"), 20)
+        await eventually(lambda: screen.shows("s29@x.org"))
