@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import io
-import ipaddress
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from outbox.v1.batch_pb2 import BatchOptions, BatchState
 from outbox.v1.batch_service_pb2 import CancelBatchRequest, ListRejectionsRequest
 from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
 from outbox.v1.sender_service_pb2 import GetSenderRequest
 from outbox_client import NO_RETRIES, AlreadyExists, AsyncClient, NotFound, Tls, Unavailable
 
+from deploy.local.certificates import self_signed
 from tests.misbehaving import EitherClient, misbehaving_server
 from tests.scheduler_stack import Scheduler, running_scheduler
 
@@ -139,40 +134,11 @@ async def test_a_call_outlives_a_restart_of_the_scheduler(
     await client.close()
 
 
-def certificate(folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a self-signed certificate of 127.0.0.1 and its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    paths = folder / f"{name}.crt", folder / f"{name}.key"
-    paths[0].write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    paths[1].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return paths
-
-
 async def test_a_client_shows_its_certificate_to_a_server_that_asks(
     client: EitherClient, tmp_path: Path
 ) -> None:
-    server_certificate, server_key = certificate(tmp_path, "server")
-    own_certificate, own_key = certificate(tmp_path, "client")
+    server_certificate, server_key = self_signed(tmp_path / "server")
+    own_certificate, own_key = self_signed(tmp_path / "client")
     credentials = grpc.ssl_server_credentials(
         [(server_key.read_bytes(), server_certificate.read_bytes())],
         own_certificate.read_bytes(),
