@@ -3,9 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# `make test WORKERS=2` runs two tests at a time, each with stores of its own, in half the time; on
-# two busy cores some then miss their deadlines, so nobody gets that unasked.
-WORKERS ?= 0
+# Tests at a time, each with stores of its own; WORKERS=0 runs them one after the other, in one
+# process, for a debugger.
+WORKERS ?= 2
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 PROTOS := $(shell find protos -name '*.proto')
 # The client's distribution owns all generated code: the stubs, and the blocking client.
