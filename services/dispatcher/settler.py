@@ -118,15 +118,16 @@ class Settler:
             async with self._statements.connect() as connection:
                 moved = await storage.settle(connection, ended, time.monotonic())
             dues |= {r.job: moved[r.job.job_id] for r in ended if r.job.job_id in moved}
-        stale = {_sender_of(o) for o in group if _is_stale(o, dues)}
-        if unsent or stale:
+        if unsent or any(_is_stale(outcome, dues) for outcome in group):
             async with self._transactions.begin() as connection:
                 moved = await storage.give_back(connection, unsent)
-                dues |= {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
+                given = {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
                 # Where these wait now, only PostgreSQL knows; the marker outlives us.
+                stale = {_sender_of(o) for o in group if _is_stale(o, dues | given)}
                 if stale:
                     await mark_stale(connection, sorted(stale))
             self.given_back_count += len(moved)
+            dues |= given
         return dues
 
     async def _release(self, group: list[Outcome], dues: dict[JobRef, int]) -> None:
@@ -162,10 +163,14 @@ class Settler:
 
 
 def _is_stale(outcome: Outcome, dues: dict[JobRef, int]) -> bool:
-    """Whether only PostgreSQL knows where the job waits now."""
+    """Whether only PostgreSQL knows where the job waits now.
+
+    One that we did not move: its lease had run out, or an earlier try, whose answer was lost with
+    the connection, has moved it.
+    """
     if isinstance(outcome, Ended):
         return outcome.record.state is JobState.SCHEDULED and outcome.record.job not in dues
-    return isinstance(outcome, Unsent) and not outcome.held
+    return isinstance(outcome, Unsent) and (not outcome.held or outcome.marked.job not in dues)
 
 
 def _sender_of(outcome: Outcome) -> int:

@@ -1,0 +1,92 @@
+"""What the settler tells Redis, whatever came in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import pytest_asyncio
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.settler import Settler, Unsent
+from shared.database import create_engine
+from shared.queue.queue import Claim
+from shared.states import JobState
+from tests.dispatchers import options, settings_of
+from tests.world import World
+
+LEASE = timedelta(minutes=1)
+TOMORROW = timedelta(days=1)
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1", lease="60s"))
+    async with World(settings) as world:
+        yield world
+
+
+@pytest_asyncio.fixture
+async def statements(world: World) -> AsyncIterator[AsyncEngine]:
+    engine = create_engine(world.settings, lookups_only=True, single_statements=True)
+    yield engine
+    await engine.dispose()
+
+
+class LostAnswers:
+    """An engine whose first commit is carried out, and its answer lost with the connection."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self.lost = 0
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncConnection]:
+        async with self._engine.begin() as connection:
+            yield connection
+        if not self.lost:
+            self.lost += 1
+            raise OperationalError("COMMIT", None, Exception("the connection is lost"))
+
+
+async def settle(
+    world: World, statements: AsyncEngine, outcome: Any, transactions: Any = None
+) -> None:
+    """Let a settler write one outcome, to the end."""
+    recorded: list[int] = []
+    engine = cast(AsyncEngine, transactions or world.engine)
+    settler = Settler(statements, engine, world.loader, recorded.append)
+    settler.add(outcome)
+    settler.close()
+    async with asyncio.timeout(20):
+        await settler.run()
+    assert recorded == [1]
+
+
+async def claim_one(world: World) -> Claim:
+    [claim] = (await world.queues[0].claim(1)).claims
+    return claim
+
+
+async def test_a_job_that_was_given_back_by_a_commit_without_an_answer_is_claimed_again(
+    world: World, statements: AsyncEngine
+) -> None:
+    sender = await world.sender()
+    [job] = await world.schedule(sender)
+    await world.schedule(sender, due=TOMORROW)
+    claim = await claim_one(world)
+    async with statements.connect() as connection:
+        [marked] = await storage.mark_sending(connection, [claim.job], LEASE)
+
+    lost = LostAnswers(world.engine)
+    await settle(world, statements, Unsent(claim, marked), lost)
+
+    assert lost.lost == 1
+    assert (await world.job(job)).state == JobState.SCHEDULED
+    # Nobody's sweep finds it: its sender is known, and waits for tomorrow's.
+    assert (await claim_one(world)).job == claim.job
