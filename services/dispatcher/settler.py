@@ -186,8 +186,8 @@ def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settle
         if isinstance(outcome, Unsent):
             due = dues.get(claim.job) if outcome.held else None
         else:
-            # The first of its head again. If it waits no more, the next claim finds out.
-            due = 0 if outcome.waits else None
+            # Where it was in its head. If it waits no more, the next claim finds out.
+            due = claim.due_ms if outcome.waits else None
         return Settlement(
             claim.sender_id,
             claim.job,

@@ -60,6 +60,8 @@ class Claim:
     # When its lease runs out, in Unix ms of Redis' clock: tells it from another claim of the same
     # attempt, which there may be after a loss of Redis.
     lease_ms: int
+    # When it was due, in Unix ms: its place in the head, should it come to nothing.
+    due_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +214,9 @@ class Queue:
                     job_of(claims[i + 1]),
                     timedelta(milliseconds=claims[i + 2]),
                     claims[i + 3],
+                    claims[i + 4],
                 )
-                for i in range(0, len(claims), 4)
+                for i in range(0, len(claims), 5)
             ),
             loads=tuple(int(sender) for sender in loads),
             next_look=None if look < 0 else timedelta(milliseconds=look),

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.dispatcher import storage
-from services.dispatcher.settler import Settler, Unsent
+from services.dispatcher.settler import Refused, Settler, Unsent
 from shared.database import create_engine
 from shared.queue.queue import Claim
 from shared.states import JobState
@@ -90,3 +90,16 @@ async def test_a_job_that_was_given_back_by_a_commit_without_an_answer_is_claime
     assert (await world.job(job)).state == JobState.SCHEDULED
     # Nobody's sweep finds it: its sender is known, and waits for tomorrow's.
     assert (await claim_one(world)).job == claim.job
+
+
+async def test_a_claim_that_came_to_nothing_does_not_make_the_next_one_late(
+    world: World, statements: AsyncEngine
+) -> None:
+    await world.schedule(await world.sender())
+    claim = await claim_one(world)
+    await settle(world, statements, Refused(claim, waits=True))
+
+    again = await claim_one(world)
+
+    assert again.job == claim.job
+    assert claim.waited <= again.waited < timedelta(minutes=5)

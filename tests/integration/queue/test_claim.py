@@ -51,7 +51,9 @@ async def test_a_claim_is_a_lease_and_its_job_waits_no_more(shard: Shard) -> Non
     claimed = await shard.claim()
 
     lease_ms = START_MS + 250 + LEASE_MS
-    assert claimed.claims == (Claim(SENDER.sender_id, JobRef(1, 1), milliseconds(250), lease_ms),)
+    assert claimed.claims == (
+        Claim(SENDER.sender_id, JobRef(1, 1), milliseconds(250), lease_ms, START_MS),
+    )
     state = await shard.sender()
     assert state.leases == dict.fromkeys(members(1), 250 + LEASE_MS)
     assert state.due == dict.fromkeys(members(2), 0)

@@ -397,7 +397,7 @@ class QueueMachine(RuleBasedStateMachine):
         claim = holding.claim
         unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
         if fails:
-            holding.settlement = replace(unused, next_job=claim.job)
+            holding.settlement = replace(unused, next_job=claim.job, next_due_ms=claim.due_ms)
         elif not self.world.mark(claim.job, self.now):
             holding.settlement = unused
         if holding.settlement:
