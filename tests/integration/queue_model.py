@@ -61,6 +61,8 @@ class SenderModel:
     leases: dict[str, int] = field(default_factory=dict)
     # Ends that take a slot of the window, by job and attempt; a "?" for each that is assumed.
     slots: dict[str, int] = field(default_factory=dict)
+    # The last load left out a job, since it was claimed.
+    left_out: bool = False
     # Nothing waits and nothing is in flight: it is forgotten when its history is.
     idle: bool = False
     endpoint: str = ""
@@ -242,6 +244,8 @@ class QueueModel:
             s.epoch += 1
             if retry[1] <= s.horizon and retry[0] not in s.leases:
                 s.due[retry[0]] = retry[1]
+        elif kind == "UNUSED" and s.left_out:
+            s.loading = now
         self._look(sender_id, now)
         if cleared in self.senders:
             self._forget_troubles(cleared)
@@ -376,6 +380,7 @@ class QueueModel:
         s.endpoint, s.revision = head.endpoint, head.revision
         s.limit, s.gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
         s.due = {member: due for member, due in head.jobs if member not in s.leases}
+        s.left_out = len(s.due) < len(head.jobs)
         s.horizon = head.jobs[-1][1] if head.more else INFINITY
         s.loading = now + self.soon if head.more and not s.due else None
         self._look(sender_id, now)

@@ -16,8 +16,9 @@ from services.dispatcher import storage
 from services.dispatcher.settler import Refused, Settler, Unsent
 from shared.database import create_engine
 from shared.queue.queue import Claim
-from shared.states import JobState
+from shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
+from tests.eventually import eventually
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -103,3 +104,29 @@ async def test_a_claim_that_came_to_nothing_does_not_make_the_next_one_late(
 
     assert again.job == claim.job
     assert claim.waited <= again.waited < timedelta(minutes=5)
+
+
+async def test_a_job_refused_in_a_pause_that_is_over_before_redis_knows_is_claimed_again(
+    world: World, statements: AsyncEngine
+) -> None:
+    sender = await world.sender()
+    [job] = await world.schedule(sender)
+    await world.schedule(sender, due=TOMORROW)
+    claim = await claim_one(world)
+    await world.change(sender, state=SenderState.PAUSED)
+    async with statements.connect() as connection:
+        assert await storage.mark_sending(connection, [claim.job], LEASE) == []
+    await world.change(sender, state=SenderState.ACTIVE)
+
+    await settle(world, statements, Refused(claim))
+
+    assert (await world.job(job)).state == JobState.SCHEDULED
+
+    async def claimed() -> bool:
+        # What every dispatcher does every few seconds: the sweep finds nothing lost.
+        await world.loader.rebuild(world.queues[0])
+        found = await world.queues[0].claim(1)
+        await world.loader.load(found.loads, committed=False)
+        return [each.job for each in found.claims] == [claim.job]
+
+    await eventually(claimed)

@@ -37,18 +37,22 @@ local function add_all(key, scores)
     end
 end
 
+-- Returns whether a job was left out, since it is claimed.
 local function replace_head()
-    local due, leases, scores = due_of(id), lease_of(id), {}
+    local due, leases, scores, left_out = due_of(id), lease_of(id), {}, false
     redis.call('DEL', due)
     local leased = redis.call('EXISTS', leases) == 1
     for member, at in string.gmatch(ARGV[11], '(%S+) (%S+)') do
         -- A leased one is claimed, and was not yet marked in PostgreSQL when that was read.
-        if not leased or not redis.call('ZSCORE', leases, member) then
+        if leased and redis.call('ZSCORE', leases, member) then
+            left_out = true
+        else
             scores[#scores + 1] = at
             scores[#scores + 1] = member
         end
     end
     add_all(due, scores)
+    return left_out
 end
 
 if is_new(ARGV[2]) then
@@ -78,7 +82,12 @@ if before and (before.endpoint ~= ARGV[9]
     forget_troubles(before)
     leave_held(circuit(before.endpoint), id)
 end
-replace_head()
+if replace_head() then
+    -- Should its claim come to nothing, see settle.lua.
+    redis.call('HSET', settings, 'left', 1)
+else
+    redis.call('HDEL', settings, 'left')
+end
 redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
     'horizon', horizon, 'parts', parts_of(id), 'endpoint', ARGV[9], 'revision', ARGV[10],
     'opens', ARGV[14], 'closes', ARGV[15])

@@ -77,6 +77,10 @@ for i = 3, #ARGV, 8 do
             if not leased and tonumber(ARGV[i + 6]) <= s.horizon then
                 redis.call('ZADD', due_of(id), ARGV[i + 6], ARGV[i + 5])
             end
+        elseif kind == 'UNUSED' and redis.call('HGET', settings_of(id), 'left') then
+            -- Refused, as in a pause; and a load, as at the end of the pause, has left it to us.
+            s.loading = NOW
+            redis.call('HSET', settings_of(id), 'loading', NOW)
         end
     end
 end

@@ -196,10 +196,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.do(self._claim(want, waits=waits, rebuilds=rebuilds))
 
     @precondition(lambda self: self._with(marked=False))
-    @rule(pick=picks, fails=st.sampled_from([False, False, False, True]))
-    def mark(self, pick: int, fails: bool) -> None:
+    @rule(pick=picks, fails=st.sampled_from([False, False, False, True]), waits=chances)
+    def mark(self, pick: int, fails: bool, waits: bool) -> None:
         choice = self._with(marked=False)
-        self.do(self._mark(choice[pick % len(choice)], fails=fails))
+        self.do(self._mark(choice[pick % len(choice)], fails=fails, waits=waits))
 
     @precondition(lambda self: self._with(marked=True))
     @rule(
@@ -393,7 +393,7 @@ class QueueMachine(RuleBasedStateMachine):
             return INFINITY
         return 1 if c.turn <= self.now_ms else 0
 
-    async def _mark(self, holding: Holding, *, fails: bool = False) -> None:
+    async def _mark(self, holding: Holding, *, fails: bool = False, waits: bool = False) -> None:
         claim = holding.claim
         unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
         if fails:
@@ -401,7 +401,8 @@ class QueueMachine(RuleBasedStateMachine):
         elif not self.world.mark(claim.job, self.now):
             holding.settlement = unused
         if holding.settlement:
-            await self._release(holding)
+            if not waits:
+                await self._release(holding)
             return
         holding.lease_until = self.now + self.world.lease
         (held,) = await self.queue.confirm([claim])
