@@ -84,7 +84,8 @@ async def audit(settings: Settings, smtp_side: SmtpSide) -> Findings:
         ValueError: it is no record.
         sqlalchemy.exc.SQLAlchemyError: PostgreSQL is gone, or has no schema.
     """
-    engine = create_engine(settings)
+    # An audit of a large installation takes its time.
+    engine = create_engine(settings, patient=True)
     try:
         async with audit_sql.snapshot(engine) as connection:
             return await _audit(connection, settings, smtp_side)

@@ -18,7 +18,6 @@ from sqlalchemy import (
     extract,
     func,
     select,
-    text,
     union_all,
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -82,8 +81,6 @@ async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         await connection.execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
-        # An audit of a large installation takes its time; nobody waits for it.
-        await connection.execute(text("SET LOCAL statement_timeout = 0"))
         yield connection
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 import structlog
@@ -28,6 +28,10 @@ _CONNECT_TIMEOUT_S = 5
 _RETRY_S = 0.5
 # A statement that takes longer than this is stuck; a long intake is many statements.
 _STATEMENT_TIMEOUT_MS = 60_000
+# PostgreSQL ends a statement itself, and says so. Where it says nothing for as long, while the
+# network acknowledges all that we send (a proxy that lost the way, a frozen host behind it),
+# keep-alives see nothing, and only this ends the wait.
+_ANSWER_LIMIT_S = _STATEMENT_TIMEOUT_MS / 1000 + 10
 _log = structlog.get_logger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -37,13 +41,30 @@ _MILLISECOND = timedelta(milliseconds=1)
 DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
 
 
+class _Connection(psycopg.AsyncConnection[Any]):
+    """A connection whose every wait for PostgreSQL has an end."""
+
+    async def wait(self, *args: Any, **options: Any) -> Any:
+        try:
+            async with asyncio.timeout(_ANSWER_LIMIT_S):
+                return await super().wait(*args, **options)
+        except TimeoutError:
+            # Nobody knows what is still on its way; and by this the pool drops all of its age.
+            self.pgconn.finish()
+            raise psycopg.OperationalError("PostgreSQL gives no answer") from None
+
+
 def driver_url(url: str) -> str:
     """Return the URL with the driver that Outbox uses: psycopg 3."""
     return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
 
 
 def create_engine(
-    settings: Settings, *, lookups_only: bool = False, single_statements: bool = False
+    settings: Settings,
+    *,
+    lookups_only: bool = False,
+    single_statements: bool = False,
+    patient: bool = False,
 ) -> AsyncEngine:
     """Return the engine of one process: a bounded pool, every wait with an end.
 
@@ -51,8 +72,10 @@ def create_engine(
     the statistics say of a table that was filled a moment ago.
     No statement of a call runs before the call is bound to its user: `shared.ownership`.
     `single_statements`: each statement is its own transaction, in one round trip and not four.
+    `patient`: a statement may take as long as it takes, for nobody waits for it.
     """
-    options = f"-c statement_timeout={_STATEMENT_TIMEOUT_MS} -c timezone=UTC -c jit=off"
+    limit = 0 if patient else _STATEMENT_TIMEOUT_MS
+    options = f"-c statement_timeout={limit} -c timezone=UTC -c jit=off"
     if lookups_only:
         options += " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
         # And in the order of the index: a bitmap of a sender's jobs, sorted for the first 128 of
@@ -71,6 +94,7 @@ def create_engine(
         isolation_level="AUTOCOMMIT" if single_statements else "READ COMMITTED",
         pool_reset_on_return=None if single_statements else "rollback",
         connect_args={
+            "async_creator_fn": (psycopg.AsyncConnection if patient else _Connection).connect,
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "options": options,
             "keepalives_idle": 5,

@@ -1,0 +1,60 @@
+"""PostgreSQL answers, but not on the connections that there are: these stay open, and silent."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy.engine import make_url
+
+from deploy.local.inbox import Inbox
+from deploy.local.proxy import TcpProxy
+from shared import database
+from shared.states import JobState
+from tests.dispatchers import options, running, settings_of
+from tests.eventually import eventually
+from tests.world import World, at_least, jobs_in
+
+
+class LosesItsWay(TcpProxy):
+    """As a balancer that lost its table: what is connected stays so, and is heard by nobody."""
+
+    _era = 0
+
+    def lose(self) -> None:
+        """Swallow all that comes on the connections there are; new ones are as ever."""
+        self._era += 1
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        era = self._era
+        while data := await reader.read(65536):
+            if era == self._era:
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+async def test_connections_that_never_answer_again_are_given_up_and_mail_goes_on(
+    database_url: str, redis_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_ANSWER_LIMIT_S", 1.5)
+    url = make_url(database_url)
+    port = url.port
+    assert port is not None
+    async with LosesItsWay(lambda: port) as proxy:
+        through = url.set(port=proxy.port).render_as_string(hide_password=False)
+        world = World(settings_of(options(database_url, redis_url, inbox.url)))
+        settings = settings_of(options(through, redis_url, inbox.url, min_gap="20ms"))
+        async with world, running(settings) as dispatcher:
+            senders = [await world.sender() for _ in range(6)]
+            jobs = [job for each in senders for job in await world.schedule(each, 40)]
+            await eventually(lambda: at_least(60, inbox.mails))
+            proxy.lose()
+            await eventually(world.done)
+
+            assert await world.states() == {JobState.SENT: len(jobs)}
+            # One whose record came on its lost way only may have been sent when its lease ran out.
+            assert jobs_in(inbox.mails).keys() == {*jobs}
+            assert jobs_in(inbox.mails).total() <= len(jobs) + 5
+            await world.check_counts()
+            await eventually(dispatcher.serving)
