@@ -10,7 +10,7 @@ from outbox.v1 import stats_service_pb2 as pb
 from outbox.v1.batch_pb2 import BatchOptions
 
 from cli.client import Server, connection
-from cli.options import User, read_duration, read_time, to_duration, to_timestamp
+from cli.options import User, read_duration, read_int64, read_time, to_duration, to_timestamp
 from cli.output import Output, OutputFormat, show
 
 
@@ -23,7 +23,10 @@ def forecast(
         str, typer.Option("--sender", metavar="ID", help="Who would send the planned batch.")
     ] = "",
     recipient_count: Annotated[
-        int, typer.Option("--recipient-count", metavar="N", help="Of the planned batch.")
+        int,
+        typer.Option(
+            "--recipient-count", parser=read_int64, metavar="N", help="Of the planned batch."
+        ),
     ] = 0,
     start_time: Annotated[
         datetime | None,

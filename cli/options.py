@@ -47,7 +47,11 @@ def read_time(text: str) -> datetime:
     if wanted.lower() == "now":
         return datetime.now(UTC)
     if wanted.lower().startswith("in "):
-        return datetime.now(UTC) + read_duration(wanted[3:])
+        later = read_duration(wanted[3:])
+        try:
+            return datetime.now(UTC) + later
+        except OverflowError:
+            raise typer.BadParameter(f"{wanted} is after the year 9999") from None
     try:
         time = datetime.fromisoformat(wanted)
     except ValueError as error:
@@ -56,7 +60,34 @@ def read_time(text: str) -> datetime:
         ) from None
     if time.tzinfo is None:
         raise typer.BadParameter(f"{wanted} has no offset; add Z for UTC, or one such as +01:00")
-    return time
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise typer.BadParameter(f"{wanted} is outside the years 1 to 9999 in UTC") from None
+
+
+def read_int32(text: str) -> int:
+    """Return the whole number of an option; whether it is in bounds is the server's to say.
+
+    Raises:
+        typer.BadParameter: the text is none, or no int32 field holds it.
+    """
+    return _read_whole(text, 31)
+
+
+def read_int64(text: str) -> int:
+    """Return the whole number of an option, as `read_int32`, for an int64 field."""
+    return _read_whole(text, 63)
+
+
+def _read_whole(text: str, bits: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no whole number") from None
+    if not -(2**bits) <= number < 2**bits:
+        raise typer.BadParameter(f"{number} is too large" if number > 0 else f"{number} is too low")
+    return number
 
 
 DurationOption = Annotated[timedelta | None, typer.Option(parser=read_duration)]

@@ -19,6 +19,7 @@ from cli.options import (
     User,
     enum_reader,
     read_duration,
+    read_int32,
     text_or_file,
     to_duration,
 )
@@ -48,7 +49,12 @@ DisplayName = Annotated[
 ]
 HourlyLimit = Annotated[
     int | None,
-    typer.Option("--hourly-limit", help="The most mails in any trailing hour: 1 to 1000000."),
+    typer.Option(
+        "--hourly-limit",
+        parser=read_int32,
+        metavar="N",
+        help="The most mails in any trailing hour: 1 to 1000000.",
+    ),
 ]
 MinGap = Annotated[
     timedelta | None,
@@ -61,12 +67,20 @@ MinGap = Annotated[
 ]
 MaxInFlight = Annotated[
     int | None,
-    typer.Option("--max-in-flight", help="Sends at once; matters only without a gap."),
+    typer.Option(
+        "--max-in-flight",
+        parser=read_int32,
+        metavar="N",
+        help="Sends at once; matters only without a gap.",
+    ),
 ]
 SmtpHost = Annotated[
     str | None, typer.Option("--smtp-host", help="Where the mail is handed in; unset: the relay.")
 ]
-SmtpPort = Annotated[int, typer.Option("--smtp-port", help="0: 465 with tls, else 587.")]
+SmtpPort = Annotated[
+    int,
+    typer.Option("--smtp-port", parser=read_int32, metavar="N", help="0: 465 with tls, else 587."),
+]
 Security = Annotated[
     int | None,
     typer.Option(

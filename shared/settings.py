@@ -29,9 +29,12 @@ def parse_duration(text: str) -> timedelta:
         return timedelta(0)
     if not text or _DURATION.sub("", text):
         raise ValueError(f"{text!r} is no duration; write 250ms, 2s, 5m or 1h")
-    return timedelta(
-        seconds=sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
-    )
+    try:
+        return timedelta(
+            seconds=sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
+        )
+    except OverflowError:
+        raise ValueError(f"{text!r} is too long; {timedelta.max.days} days are the most") from None
 
 
 def format_duration(value: timedelta) -> str:
