@@ -85,6 +85,9 @@ class Explainer:
             explanation = Explanation(
                 explanation.reason, explanation.until, explanation.text + _NO_REDIS
             )
+        if send_time is not None and live.circuit and send_time < live.circuit.next_probe:
+            # Nothing is sent before the probe, and no one can say whether that will succeed.
+            send_time = None
         return ExplainedJob(job, explanation, ahead, send_time)
 
     async def _read_live(self, sender_id: int) -> _Live:
