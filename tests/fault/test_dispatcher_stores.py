@@ -78,7 +78,7 @@ async def test_a_postgresql_that_is_frozen_under_load_costs_time_and_nothing_els
         signal_all(frozen, signal.SIGSTOP)
         try:
             for dispatcher in (one, two):  # they answer meanwhile, and say that it is gone
-                await eventually(partial(not_serving, dispatcher), 6)
+                await eventually(partial(not_serving, dispatcher), 20)
                 assert (await dispatcher.status()).in_flight_count <= 5
         finally:
             signal_all(frozen, signal.SIGCONT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -21,6 +22,8 @@ Configure = Callable[..., dict[str, str]]
 PARTS = ("due", "lease", "window", "sender")
 # What may go of a sender at once; "ready" is its entry there.
 LOSSES = [*((part,) for part in PARTS), ("ready",), (*PARTS, "ready")]
+# As it is, unlike what most of these tests take.
+SWEEP = recovery_module.SWEEP
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life")
 
 
@@ -142,6 +145,22 @@ async def test_a_sender_that_sleeps_wakes_in_time_whatever_is_lost(
         [attempt] = await world.attempts(job)
         late = attempt.started_at - (await world.job(job)).scheduled_at.timestamp()
         assert 0 <= late < 10
+
+
+async def test_a_sender_whose_keys_alone_are_lost_goes_on_within_10_s(
+    configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery_module, "SWEEP", SWEEP)
+    settings = settings_of(configure())
+    async with World(settings) as world, running(settings):
+        sender = await world.sender()
+        jobs = await world.schedule(sender, 3, due=timedelta(seconds=0.5))
+        await lose(world, [sender], (*PARTS, "ready"))
+        lost = time.time()
+        await eventually(world.done)
+
+        assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
+        assert max(mail.started_at for mail in inbox.mails) - lost < 10
 
 
 @pytest.mark.parametrize("key", SHARD_KEYS)

@@ -85,7 +85,8 @@ async def test_what_waits_for_a_place_costs_no_work_and_no_attempt(
             calls = await script_calls(redis)
             began = time.monotonic()
             await eventually(lambda: time.monotonic() - began > 1)
-            assert await script_calls(redis) - calls < 10
+            # Heartbeats, and the sweeps of what was lost.
+            assert await script_calls(redis) - calls < 10 * (time.monotonic() - began)
             attempts = await world.sql(
                 "SELECT max(attempt) AS most FROM email_jobs WHERE state = 1"
             )
