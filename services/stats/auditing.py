@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from outbox.v1 import stats_service_pb2
@@ -102,6 +102,8 @@ def _interval(request: stats_service_pb2.AuditSenderRequest) -> _Interval:
         start = from_timestamp(request.start_time, "start_time")
     if request.HasField("end_time"):
         end = from_timestamp(request.end_time, "end_time")
+    if start is not None and end is None and start >= datetime.now(UTC):
+        raise InvalidInput.field("start_time", "must be in the past", reason="INTERVAL_INVALID")
     if start is not None and end is not None and end <= start:
         raise InvalidInput.field(
             "end_time", "must be later than start_time", reason="INTERVAL_INVALID"

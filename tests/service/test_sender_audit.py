@@ -117,6 +117,11 @@ async def test_a_wrong_audit_is_refused(stats: Stats) -> None:
         grpc.StatusCode.INVALID_ARGUMENT,
         "INTERVAL_INVALID",
     )
+    tomorrow = to_timestamp(datetime.now(UTC) + timedelta(days=1))
+    assert await fails(audit(stats, sender, start_time=tomorrow)) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "INTERVAL_INVALID",
+    )
     assert await fails(audit(stats, sender, user_id="bert")) == (
         grpc.StatusCode.NOT_FOUND,
         "SENDER_NOT_FOUND",
