@@ -58,7 +58,8 @@ async def forecast(
                 sender_id = await storage.sender_of_batch(connection, batch_id, user_id)
                 if sender_id is None:
                     raise not_found("batch_id", request.batch_id)
-                return _answer(await forecast_batch(connection, sender_id, batch_id, rules))
+                found = await forecast_batch(connection, sender_id, batch_id, rules)
+                return _answer(found, await storage.last_trouble(connection, sender_id))
         case "planned_batch":
             planned = _planned(request.planned_batch)
             named = request.planned_batch.options.sender_id
@@ -69,7 +70,7 @@ async def forecast(
                 found = await forecast_planned(
                     connection, sender_id, lambda now: _run(planned, now), rules
                 )
-            return _answer(found)
+                return _answer(found, await storage.last_trouble(connection, sender_id))
     raise InvalidInput.field(
         "batch_id",
         "say what the forecast is about: set batch_id or planned_batch",
@@ -103,7 +104,9 @@ def _run(planned: PlannedBatch, now: datetime) -> Run:
     )
 
 
-def _answer(found: Forecast) -> stats_service_pb2.ForecastBatchResponse:
+def _answer(
+    found: Forecast, trouble: storage.Trouble | None
+) -> stats_service_pb2.ForecastBatchResponse:
     return stats_service_pb2.ForecastBatchResponse(
         job_count=found.jobs,
         first_send_time=to_timestamp(found.first) if found.first else None,
@@ -113,11 +116,11 @@ def _answer(found: Forecast) -> stats_service_pb2.ForecastBatchResponse:
         else sender_pb2.BINDING_LIMIT_UNSPECIFIED,
         ahead_count=found.ahead,
         expiring_count=found.expiring,
-        explanation=_explain(found),
+        explanation=_explain(found, trouble),
     )
 
 
-def _explain(found: Forecast) -> str:
+def _explain(found: Forecast, trouble: storage.Trouble | None) -> str:
     if not found.jobs:
         return "Nothing of the batch waits."
     if not found.active:
@@ -133,6 +136,11 @@ def _explain(found: Forecast) -> str:
     text += f"; {_REASONS[found.bound]}"
     if found.expiring:
         text += f"; {found.expiring:,} expire before"
+    if trouble:
+        return (
+            f"If the endpoint is well again: {text[0].lower()}{text[1:]}. The sender's last "
+            f"attempt, at {trouble.ended_at:%H:%M:%S} UTC, failed: {trouble.message}"
+        )
     return f"{text}."
 
 

@@ -39,7 +39,7 @@ from shared.models import (
     SenderHourCount,
 )
 from shared.ownership import owned_by
-from shared.states import JobState
+from shared.states import CONNECTION_TROUBLE, JobState
 
 # Deltas moved by one transaction: under 0.1 s, so that another fold never waits for long.
 FOLD_LIMIT: Final = 10_000
@@ -258,6 +258,28 @@ async def sender_of_batch(
     """Return the sender of a batch; None: there is no such batch, or not for this user."""
     statement = select(Batch.sender_id).where(Batch.id == batch_id)
     return await connection.scalar(owned_by(statement, Batch.user_id, user_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """An attempt that came to nothing for want of its endpoint."""
+
+    ended_at: datetime
+    message: str
+
+
+async def last_trouble(connection: AsyncConnection, sender_id: int) -> Trouble | None:
+    """Return what the sender's last attempt met; None: it was no trouble of the endpoint."""
+    statement = (
+        select(Attempt.ended_at, Attempt.outcome, Attempt.message)
+        .where(Attempt.sender_id == sender_id)
+        .order_by(Attempt.ended_at.desc())
+        .limit(1)
+    )
+    last = (await connection.execute(statement)).one_or_none()
+    if last is None or last.outcome not in CONNECTION_TROUBLE:
+        return None
+    return Trouble(last.ended_at, last.message or "no reply")
 
 
 def _sender_statement(window: timedelta) -> Select[Any]:

@@ -19,6 +19,7 @@ from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
 from cli.options import to_duration, to_timestamp
 from services.stats.server import serve as serve_stats
+from shared.states import AttemptOutcome
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 
@@ -179,6 +180,41 @@ async def test_a_paused_sender_has_no_forecast_end_and_the_answer_says_why(stack
     found = await stack.forecast(batch_id=batch.batch_id)
     assert not found.HasField("end_time")
     assert "paused" in found.explanation
+
+
+async def test_a_forecast_says_that_the_last_attempt_found_no_endpoint(stack: Stack) -> None:
+    sender = await stack.scheduler.sender()
+    batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
+    trouble = "Connection refused"
+
+    async def explanation() -> str:
+        planned = await stack.plan(sender, 5)
+        found = await stack.forecast(batch_id=batch.batch_id)
+        assert (trouble in planned.explanation) == (trouble in found.explanation)
+        return found.explanation
+
+    assert trouble not in await explanation()
+    add_attempt(stack.scheduler, sender, AttemptOutcome.CONNECTION_FAILURE, trouble)
+    found = await explanation()
+    assert found.startswith("If the endpoint is well again: the last of 3 mails")
+    assert trouble in found
+    # One that reached the server says that it is well, whatever became of the mail.
+    add_attempt(stack.scheduler, sender, AttemptOutcome.TEMPORARY_FAILURE, "mailbox busy")
+    assert (await explanation()).startswith("The last of 3 mails")
+
+
+def add_attempt(
+    scheduler: Scheduler, sender: sender_pb2.Sender, outcome: AttemptOutcome, message: str
+) -> None:
+    scheduler.execute(
+        "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+        " counted, message) SELECT min(id), %s, sender_id, clock_timestamp(), clock_timestamp(),"
+        " %s, false, %s FROM email_jobs WHERE sender_id = %s GROUP BY sender_id",
+        int(outcome),
+        int(outcome),
+        message,
+        int(sender.sender_id),
+    )
 
 
 async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
