@@ -18,12 +18,13 @@ from typing import Annotated, Final
 import typer
 from outbox.v1.dispatcher_pb2 import DispatcherStatus
 from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
-from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest
+from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest, ExplainEmailJobResponse
 from outbox.v1.sender_service_pb2 import (
     ListSendersRequest,
     PauseSenderRequest,
     ResumeSenderRequest,
 )
+from outbox.v1.stats_pb2 import SenderStats
 from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
 from outbox_client import CallError
 from rich.console import Console
@@ -112,7 +113,7 @@ class _Watched:
                 stats = self._stats.stats.GetSenderStats(
                     GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
                 )
-                senders.append(SenderView(sender, stats))
+                senders.append(SenderView(sender, stats, self._explain(stats)))
         except CallError as error:
             troubles.append(" ".join(str(error).split()))
         if time.monotonic() >= self._ask_dispatcher_at:
@@ -127,6 +128,14 @@ class _Watched:
         )
         self.selected = min(self.selected, max(len(senders) - 1, 0))
         return self.view
+
+    def _explain(self, stats: SenderStats) -> ExplainEmailJobResponse | None:
+        """Ask why a sender's first mail waits; None: none does."""
+        if not stats.next_email_job_id:
+            return None
+        return self._scheduler.email_jobs.ExplainEmailJob(
+            ExplainEmailJobRequest(email_job_id=stats.next_email_job_id, user_id=self.user)
+        )
 
     def _ask_dispatcher(self, dispatchers: list[DispatcherStatus], troubles: list[str]) -> None:
         try:
@@ -171,13 +180,10 @@ class _Watched:
         if key == "r":
             senders.ResumeSender(ResumeSenderRequest(sender_id=sender_id, user_id=self.user))
             return f"resumed {email}"
-        job_id = shown.stats.next_email_job_id
-        if not job_id:
+        found = self._explain(shown.stats)
+        if found is None:
             return f"nothing of {email} waits"
-        found = self._scheduler.email_jobs.ExplainEmailJob(
-            ExplainEmailJobRequest(email_job_id=job_id, user_id=self.user)
-        )
-        return f"{email}, job {job_id}: {found.explanation}"
+        return f"{email}, job {found.email_job.email_job_id}: {found.explanation}"
 
 
 def _show(watched: _Watched, interval: float) -> None:
@@ -188,7 +194,9 @@ def _show(watched: _Watched, interval: float) -> None:
             if time.monotonic() >= next_look:
                 watched.look()
                 next_look = time.monotonic() + interval
-            live.update(draw(watched.view, watched.selected, watched.message), refresh=True)
+            live.update(
+                draw(watched.view, watched.selected, watched.message, console), refresh=True
+            )
             for key in _read_keys(keys, max(next_look - time.monotonic(), 0.0)):
                 if key in _QUIT:
                     return
@@ -225,7 +233,11 @@ def _read_keys(descriptor: int, seconds: float) -> list[str]:
 def _document(view: View) -> dict[str, object]:
     return {
         "senders": [
-            {"sender": to_document(each.sender), "stats": to_document(each.stats)}
+            {
+                "sender": to_document(each.sender),
+                "stats": to_document(each.stats),
+                "waits": None if each.waits is None else to_document(each.waits),
+            }
             for each in view.senders
         ],
         "dispatchers": [to_document(each) for each in view.dispatchers],

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Final
 
-from outbox.v1.dispatcher_pb2 import DispatcherStatus
+from outbox.v1 import email_job_service_pb2 as jobs
+from outbox.v1.dispatcher_pb2 import DispatcherStatus, EndpointStatus
 from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Sender
 from outbox.v1.stats_pb2 import SenderStats
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.layout import Layout
 from rich.table import Table
 from rich.text import Text
 
-from shared.sending_hours import SendingHours
-
-_SENDER_COLUMNS = (
-    "sender",
-    "id",
-    "used",
-    "sending",
-    "waiting",
-    "sent",
-    "failed",
-    "next",
-    "waits for",
-)
-_KEYS = "up/down: select   p: pause   r: resume   e: explain   q: quit"
+# What each column is worth where they do not all fit: the least goes first.
+_SENDER_COLUMNS: Final = {
+    "sender": 9,
+    "id": 3,
+    "used": 7,
+    "sending": 2,
+    "waiting": 6,
+    "sent": 5,
+    "failed": 4,
+    "next": 1,
+    "waits for": 8,
+}
+_LEAST_COLUMNS: Final = 2
+# An address is cut to this before a column is left out.
+_LEAST_ADDRESS: Final = 20
+# Between two columns.
+_SPACE: Final = 2
+_REASONS: Final = {
+    jobs.WAIT_REASON_NOT_DUE: "not due",
+    jobs.WAIT_REASON_RETRY: "retry",
+    jobs.WAIT_REASON_MIN_GAP: "gap",
+    jobs.WAIT_REASON_HOURLY_LIMIT: "limit",
+    jobs.WAIT_REASON_SENDER_PAUSED: "paused",
+    jobs.WAIT_REASON_SENDING_HOURS: "hours",
+    jobs.WAIT_REASON_ENDPOINT_DOWN: "endpoint",
+    jobs.WAIT_REASON_QUEUE: "queue",
+    jobs.WAIT_REASON_DISPATCHER: "dispatcher",
+}
+_KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   q: quit"
+# Senders that are shown, however little room there is.
+_LEAST_SENDERS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +55,8 @@ class SenderView:
 
     sender: Sender
     stats: SenderStats
+    # Why its first waiting mail waits; None: nothing waits.
+    waits: jobs.ExplainEmailJobResponse | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,84 +74,97 @@ class View:
 
 
 def why(view: SenderView, now: datetime) -> str:
-    """Return what keeps the first waiting mail of a sender."""
-    stats = view.stats
-    if not stats.waiting_count:
-        return "nothing waits"
-    if view.sender.state == SENDER_STATE_PAUSED:
-        return "paused"
-    due = stats.next_send_time.ToDatetime(UTC)
-    if due > now:
-        return f"due at {due:%m-%d %H:%M:%S}"
-    opens = _next_opening(view.sender, now)
-    if opens and opens > now:
-        return f"hours from {opens:%m-%d %H:%M}"
-    if stats.window_used_count >= stats.hourly_limit:
-        return "limit used up"
-    return "gap" if stats.counts.sending_count or stats.window_used_count else "dispatcher"
+    """Return what keeps the first waiting mail of a sender, in a few words."""
+    if view.waits is None:
+        return "paused" if view.sender.state == SENDER_STATE_PAUSED else "nothing waits"
+    text = _REASONS.get(view.waits.wait_reason, "being sent")
+    if not view.waits.HasField("wait_end_time"):
+        return text
+    until = view.waits.wait_end_time.ToDatetime(UTC)
+    return f"{text} till {until:{'%H:%M:%S' if until.date() == now.date() else '%m-%d %H:%M'}}"
 
 
-def _next_opening(sender: Sender, now: datetime) -> datetime | None:
-    """Return when its sending hours have begun or begin; None: it has none."""
-    if not sender.HasField("sending_hours"):
-        return None
-    asked = sender.sending_hours
-    hours = SendingHours(
-        frozenset(asked.weekdays),
-        # `from` is a word of Python's.
-        _minutes(getattr(asked, "from")),
-        _minutes(asked.to),
-        asked.time_zone,
-    )
-    opens = hours.opens(int(now.timestamp() * 1_000))
-    return None if opens is None else datetime.fromtimestamp(opens / 1_000, UTC)
+def draw(view: View, selected: int, message: str, console: Console) -> RenderableType:
+    """Return the screen; `selected` is the place of a sender.
 
-
-def _minutes(clock: str) -> int:
-    hours, _, minutes = clock.partition(":")
-    return int(hours) * 60 + int(minutes)
-
-
-def draw(view: View, selected: int, message: str) -> RenderableType:
-    """Return the screen; `selected` is the place of a sender."""
-    parts: list[RenderableType] = [Text(f"outbox top  {view.at:%Y-%m-%d %H:%M:%S} UTC", "bold")]
-    parts.append(_senders(view, selected))
+    What does not fit is left out, and never the last lines: senders far from the selected one, then
+    the tables' ends.
+    """
+    bottom = Group(Text(), Text(message, "yellow"), Text(_KEYS, "dim"))
+    below: list[RenderableType] = []
     if view.more or view.page > 1:
         turns = "   n: next" * view.more + "   b: back" * (view.page > 1)
-        parts.append(Text(f"page {view.page}{turns}", "dim"))
+        below.append(Text(f"page {view.page}{turns}", "dim"))
     if view.dispatchers:
-        parts += [Text(), _dispatchers(view.dispatchers), _endpoints(view.dispatchers)]
-    parts += [Text(trouble, "red") for trouble in view.troubles]
-    parts += [Text(), Text(message, "yellow"), Text(_KEYS, "dim")]
-    return Group(*parts)
+        below += [
+            Text(),
+            _dispatchers(view.dispatchers),
+            _endpoints(view.dispatchers, console.width),
+        ]
+    below += [Text(trouble, "red") for trouble in view.troubles]
+    under = _height(bottom, console)
+    # The title and the names of the columns are lines too.
+    room = console.height - under - _height(Group(*below), console) - 2
+    body = Group(
+        Text(f"outbox top  {view.at:%Y-%m-%d %H:%M:%S} UTC", "bold"),
+        _senders(view, selected, max(room, _LEAST_SENDERS), console.width),
+        *below,
+    )
+    layout = Layout()
+    layout.split_column(Layout(body), Layout(bottom, size=min(under, console.height // 2)))
+    return layout
 
 
-def _senders(view: View, selected: int) -> Table:
-    table = Table(box=None, pad_edge=False, expand=True)
-    for name in _SENDER_COLUMNS:
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for place, each in enumerate(view.senders):
-        stats = each.stats
-        due = stats.next_send_time
-        table.add_row(
-            Text(each.sender.email),
-            each.sender.sender_id,
-            f"{stats.window_used_count}/{stats.hourly_limit}",
-            str(stats.counts.sending_count),
-            str(stats.waiting_count),
-            str(stats.counts.sent_count),
-            str(stats.counts.failed_count),
-            f"{due.ToDatetime(UTC):%H:%M:%S}" if stats.HasField("next_send_time") else "",
-            why(each, view.at),
-            style="reverse" if place == selected else None,
-        )
+def _height(part: RenderableType, console: Console) -> int:
+    return len(console.render_lines(part, console.options.update(height=None), pad=False))
+
+
+def _senders(view: View, selected: int, room: int, width: int) -> Table:
+    rows = {place: _cells(each, view.at) for place, each in enumerate(view.senders)}
+    natural = {
+        name: max([len(name), *(len(cells[name]) for cells in rows.values())])
+        for name in _SENDER_COLUMNS
+    }
+    names = list(_SENDER_COLUMNS)
+    least = natural | {"sender": min(natural["sender"], _LEAST_ADDRESS)}
+    while _width(least, names) > width and len(names) > _LEAST_COLUMNS:
+        names.remove(min(names, key=lambda name: _SENDER_COLUMNS[name]))
+    natural["sender"] -= max(_width(natural, names) - width, 0)
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        size = max(natural[name], 1)
+        table.add_column(name, no_wrap=True, overflow="ellipsis", width=size)
+    first = min(max(selected - room // 2, 0), max(len(rows) - room, 0))
+    for place in range(first, min(first + room, len(rows))):
+        style = "reverse" if place == selected else None
+        table.add_row(*(Text(rows[place][name]) for name in names), style=style)
     return table
+
+
+def _width(sizes: Mapping[str, int], names: Sequence[str]) -> int:
+    return sum(sizes[name] + _SPACE for name in names) - _SPACE
+
+
+def _cells(view: SenderView, now: datetime) -> dict[str, str]:
+    stats = view.stats
+    due = stats.next_send_time
+    return {
+        "sender": view.sender.email,
+        "id": view.sender.sender_id,
+        "used": f"{stats.window_used_count}/{stats.hourly_limit}",
+        "sending": str(stats.counts.sending_count),
+        "waiting": str(stats.waiting_count),
+        "sent": str(stats.counts.sent_count),
+        "failed": str(stats.counts.failed_count),
+        "next": f"{due.ToDatetime(UTC):%H:%M:%S}" if stats.HasField("next_send_time") else "",
+        "waits for": why(view, now),
+    }
 
 
 def _dispatchers(dispatchers: Sequence[DispatcherStatus]) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in ("dispatcher", "in flight", "sent/s", "attempts/s"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
     for each in dispatchers:
         table.add_row(
             each.dispatcher_id,
@@ -140,18 +175,26 @@ def _dispatchers(dispatchers: Sequence[DispatcherStatus]) -> Table:
     return table
 
 
-def _endpoints(dispatchers: Sequence[DispatcherStatus]) -> Table:
+def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
+    rows = [
+        (f"{each.host}:{each.port}", _circuit(each), each.last_error)
+        for dispatcher in dispatchers
+        for each in dispatcher.endpoints
+    ]
     table = Table(box=None, pad_edge=False)
-    for name in ("endpoint", "connections", "circuit", "last error"):
-        table.add_column(name)
-    for each in dispatchers:
-        for endpoint in each.endpoints:
-            opened = endpoint.circuit_open_time
-            since = f"open since {opened.ToDatetime(UTC):%H:%M:%S}"
-            table.add_row(
-                f"{endpoint.host}:{endpoint.port}",
-                str(endpoint.connection_count),
-                since if endpoint.HasField("circuit_open_time") else "closed",
-                Text(endpoint.last_error),
-            )
+    for place, name in enumerate(("endpoint", "circuit", "last error")):
+        size = max([len(name), *(len(row[place]) for row in rows)])
+        # Only errors are long, and servers that have long names.
+        size = min(size, width if name == "last error" else width // 2)
+        width -= size + _SPACE
+        table.add_column(name, no_wrap=True, overflow="ellipsis", width=max(size, 1))
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
+
+
+def _circuit(endpoint: EndpointStatus) -> str:
+    connections = f" ({endpoint.connection_count})" if endpoint.connection_count else ""
+    if not endpoint.HasField("circuit_open_time"):
+        return f"closed{connections}"
+    return f"open since {endpoint.circuit_open_time.ToDatetime(UTC):%H:%M:%S}{connections}"
