@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-from collections.abc import Iterator
-from typing import Final, TextIO
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final, TextIO
 
 from outbox.v1.batch_pb2 import Rejection
 
-from services.scheduler.csv_reader import CsvTable
+from cli.lazy import CommandFailed
+from services.scheduler.csv_reader import CsvTable, read_csv
 
+_READ_BYTES: Final = 64 * 1024
 # After the columns of the CSV. Templates need not know them, so they may stay in what is sent.
 ADDED: Final = ("rejected_row", "rejected_column", "rejected_reason", "rejected_message")
 
@@ -36,3 +42,35 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
         written += 1
         rejection = next(rejections, None)
     return written
+
+
+@contextmanager
+def new_file(path: Path | None) -> Iterator[BinaryIO | None]:
+    """Make the file before anything is sent; gone again if nothing is written to it."""
+    if path is None:
+        yield None
+        return
+    try:
+        target = path.open("xb")
+    except FileExistsError:
+        raise CommandFailed(f"--rejections: {path} is there already: name a new file") from None
+    except OSError as error:
+        raise CommandFailed(f"--rejections: {path} cannot be made: {error.strerror}") from None
+    try:
+        with target:
+            yield target
+    finally:
+        if not path.stat().st_size:
+            path.unlink()
+
+
+def write_again(source: BinaryIO, rejections: Iterable[Rejection], target: BinaryIO) -> None:
+    """Write the rejected rows of a CSV that was read once; `source` can be read again."""
+    source.seek(0)
+    if source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+        target.write(codecs.BOM_UTF8)  # Excel takes a CSV without it for another encoding
+    source.seek(0)
+    text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
+    table = read_csv(iter(lambda: source.read(_READ_BYTES), b""))
+    write_rejections(table, iter(rejections), text)
+    text.detach()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import io
 import shutil
 import sys
 import tempfile
@@ -16,10 +14,10 @@ from typing import Annotated, BinaryIO
 
 import typer
 from outbox.v1 import batch_service_pb2 as pb
-from outbox.v1.batch_pb2 import Batch, BatchMode, BatchOptions, DuplicatePolicy
-from outbox.v1.stats_service_pb2 import ForecastBatchRequest, ForecastBatchResponse, PlannedBatch
-from outbox_client import Client, Unimplemented
+from outbox.v1.batch_pb2 import Batch, BatchMode, BatchOptions, DuplicatePolicy, Rejection
+from outbox_client import Client
 
+from cli import dry_run
 from cli.batches import REJECTION_COLUMNS
 from cli.client import Server, connection
 from cli.follow import follow_to_end
@@ -44,8 +42,8 @@ from cli.output import (
     value_at,
 )
 from cli.progress import upload_progress
-from cli.rejections import write_rejections
-from services.scheduler.csv_reader import CsvTable, read_csv
+from cli.rejections import new_file, write_again
+from services.scheduler.servicers.batch_mapping import to_rejections
 
 _READ_BYTES = 64 * 1024
 _SHOWN_REJECTIONS = 10
@@ -154,9 +152,9 @@ def schedule(
             help="Write the rows that were not accepted, with why: mend them and send that.",
         ),
     ] = None,
-    dry_run: Annotated[
+    only_try: Annotated[
         bool,
-        typer.Option("--dry-run", help="Read the CSV, ask the stats service when it would end."),
+        typer.Option("--dry-run", help="Check the rows and ask when it would end; send nothing."),
     ] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the batch to its end; failed mail is exit 1.")
@@ -187,16 +185,21 @@ def schedule(
         spread_until=to_timestamp(spread_until),
         time_zone=time_zone or "",
     )
+    if only_try and wait:
+        raise typer.BadParameter("--wait follows a batch, and --dry-run makes none: leave one out")
     with _opened(file, again=rejections is not None) as source:
-        if dry_run:
-            show(_forecast(options, source, server), output)
+        if only_try:
+            _try(options, source, rejections, server, output)
             return
         if request is None:
             note(f"request_id {options.request_id}: repeated with --request, it counts once")
-        with connection("scheduler", server) as client, _new_file(rejections) as unsent:
+        with connection("scheduler", server) as client, new_file(rejections) as unsent:
             answer = _upload(client, source, options)
-            if unsent is not None:
-                _write_rejections(client, answer.batch, source, unsent)
+            if unsent is not None and answer.batch.rejected_count:
+                asked = pb.ListRejectionsRequest(
+                    batch_id=answer.batch.batch_id, user_id=answer.batch.user_id
+                )
+                write_again(source, client.list_rejections(asked), unsent)
             if output is OutputFormat.TABLE:
                 _print_answer(answer, rejections)
             if wait:
@@ -208,6 +211,25 @@ def schedule(
         print_json(to_document(answer))
     if wait and (answer.batch.counts.failed_count or answer.batch.counts.uncertain_count):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _try(
+    options: BatchOptions,
+    source: BinaryIO,
+    rejections: Path | None,
+    server: str | None,
+    output: OutputFormat,
+) -> None:
+    """Say what would become of the rows, and when the last mail would go."""
+    with new_file(rejections) as unsent:
+        reading = dry_run.read(options, source)
+        found = to_rejections(reading.rejections)
+        if unsent is not None and found:
+            write_again(source, found, unsent)
+        if output is OutputFormat.TABLE and found:
+            _print_rejections(found, rejections)
+    dry_run.check(reading)
+    show(dry_run.forecast(options, reading, server), output)
 
 
 @contextmanager
@@ -227,22 +249,6 @@ def _opened(file: Path, *, again: bool) -> Iterator[BinaryIO]:
             yield copy
 
 
-def _forecast(options: BatchOptions, source: BinaryIO, server: str | None) -> ForecastBatchResponse:
-    """Read the CSV as the scheduler does, and ask when a batch of so many rows would end."""
-    rows = sum(1 for _ in _table(source).rows())
-    planned = PlannedBatch(options=options, recipient_count=rows)
-    request = ForecastBatchRequest(user_id=options.user_id, planned_batch=planned)
-    with connection("stats", server) as client:
-        try:
-            found = client.stats.ForecastBatch(request)
-        except Unimplemented:
-            raise CommandFailed(
-                f"{rows} rows can be read; the stats service has no forecasts yet"
-            ) from None
-    note(f"{rows} rows; nothing was scheduled")
-    return found
-
-
 def _upload(client: Client, source: BinaryIO, options: BatchOptions) -> pb.ScheduleBatchResponse:
     with upload_progress("uploading") as progress:
         answer = client.upload(source, options, progress=progress)
@@ -254,52 +260,11 @@ def _upload(client: Client, source: BinaryIO, options: BatchOptions) -> pb.Sched
     return answer
 
 
-@contextmanager
-def _new_file(path: Path | None) -> Iterator[BinaryIO | None]:
-    """Make the file before anything is sent; gone again if nothing is written to it."""
-    if path is None:
-        yield None
-        return
-    try:
-        target = path.open("xb")
-    except FileExistsError:
-        raise CommandFailed(f"--rejections: {path} is there already: name a new file") from None
-    except OSError as error:
-        raise CommandFailed(f"--rejections: {path} cannot be made: {error.strerror}") from None
-    try:
-        with target:
-            yield target
-    finally:
-        if not path.stat().st_size:
-            path.unlink()
-
-
-def _write_rejections(client: Client, batch: Batch, source: BinaryIO, target: BinaryIO) -> None:
-    if not batch.rejected_count:
-        return
-    source.seek(0)
-    if source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
-        target.write(codecs.BOM_UTF8)  # Excel takes a CSV without it for another encoding
-    source.seek(0)
-    request = pb.ListRejectionsRequest(batch_id=batch.batch_id, user_id=batch.user_id)
-    text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
-    write_rejections(_table(source), client.list_rejections(request), text)
-    text.detach()
-
-
-def _table(source: BinaryIO) -> CsvTable:
-    return read_csv(iter(lambda: source.read(_READ_BYTES), b""))
-
-
 def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> None:
     print_rows(("field", "value"), _rows_of(answer.batch, _SUMMARY))
     if answer.rejections:
-        shown = answer.rejections[:_SHOWN_REJECTIONS]
-        rows = ([value_at(one, path) for path in REJECTION_COLUMNS] for one in shown)
-        print_rows(REJECTION_COLUMNS, rows)
-        if written is not None:
-            note(f"all of them, to mend and to schedule again: {written}")
-        elif answer.batch.rejected_count > len(shown):
+        _print_rejections(answer.rejections, written)
+        if written is None and answer.batch.rejected_count > _SHOWN_REJECTIONS:
             note(f"all of them: outbox batches rejections {answer.batch.batch_id} --all")
     if answer.replayed:
         note("an earlier call with this request_id made the batch; nothing was changed")
@@ -308,6 +273,14 @@ def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> Non
     end = value_at(answer, "forecast_end_time")
     if end:
         note(f"the last mail is forecast for {end}")
+
+
+def _print_rejections(rejections: Sequence[Rejection], written: Path | None) -> None:
+    shown = rejections[:_SHOWN_REJECTIONS]
+    rows = ([value_at(one, path) for path in REJECTION_COLUMNS] for one in shown)
+    print_rows(REJECTION_COLUMNS, rows)
+    if written is not None:
+        note(f"all of them, to mend and to schedule again: {written}")
 
 
 def _rows_of(batch: Batch, paths: Sequence[str]) -> list[list[str]]:

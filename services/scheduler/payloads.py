@@ -55,10 +55,20 @@ class Payload(Protocol):
         """Make a thread that reads fail at once."""
 
 
+class Chunks(Protocol):
+    """A file, piece by piece."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the pieces."""
+
+    def close(self) -> None:
+        """Make a thread that waits for a piece fail at once."""
+
+
 class CsvPayload:
     """A CSV file, in chunks."""
 
-    def __init__(self, chunks: StreamedChunks | WholeFile) -> None:
+    def __init__(self, chunks: Chunks) -> None:
         self.arrives = isinstance(chunks, StreamedChunks)
         self._source = chunks
         self._digest = hashlib.sha256(b"csv\0")

@@ -158,12 +158,57 @@ async def test_a_dry_run_has_the_forecast_and_schedules_nothing(
     options = ["--body", "Hi", "--spacing", "1h", "--dry-run", "--server", stats]
     asked = await asyncio.to_thread(run, [*words, *options, "-o", "json"])
     assert asked.exit_code == 0, asked.stderr
-    assert asked.stderr == "5 rows; nothing was scheduled\n"
+    assert asked.stderr == (
+        "5 rows read: 2 would be accepted, 3 rejected, 0 duplicate; suppressions were not looked"
+        " at; nothing was scheduled\n"
+    )
     found = json.loads(asked.stdout[asked.stdout.index("{\n") :])
-    assert found["job_count"] == "5"
+    assert found["job_count"] == "2"
     distance = datetime.fromisoformat(found["end_time"]) - datetime.now(UTC)
-    assert abs(distance - timedelta(hours=4)) < timedelta(minutes=1)
+    assert abs(distance - timedelta(hours=1)) < timedelta(minutes=1)
     assert scheduler.value("SELECT count(*) FROM batches") == 0
+
+
+async def test_a_dry_run_tells_the_rows_apart_as_the_real_run_does(
+    scheduler: Scheduler, stats: str
+) -> None:
+    sender = await scheduler.sender()
+    later = (datetime.now(UTC) + timedelta(days=2)).isoformat(timespec="seconds")
+    write("people.csv", f"email,send_at\na@b.org,\nbroken,\na@b.org,\nc@d.org,{later}\n")
+    words = ["schedule", "people.csv", "--sender", sender.sender_id, "--subject", "Hello"]
+    words += ["--body", "Hi"]
+    dry = ["--dry-run", "--server", stats, "--rejections", "bad.csv"]
+    tried = await asyncio.to_thread(run, [*words, *dry])
+    assert tried.exit_code == 0, tried.stderr
+    counts = ("2", "1", "1")
+    assert "{} would be accepted, {} rejected, {} duplicate".format(*counts) in tried.stderr
+    assert "1 rows have a send_at of their own" in tried.stderr
+    assert "ADDRESS_INVALID" in tried.stdout
+    real = await asyncio.to_thread(run, [*words, "--server", scheduler.address])
+    assert "{} accepted, {} rejected, {} duplicate".format(*counts) in real.stderr
+    assert read("bad.csv").splitlines()[1].startswith("broken,,2,email,ADDRESS_INVALID")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "text"),
+    [
+        (["--wait"], 2, "--wait follows a batch"),
+        (["--mode", "strict"], 1, "its mode is STRICT; the first: row 3"),
+        (["--body", "{{ order }"], 1, "body"),
+        (["--body", "{{ unknown }}"], 1, "unknown"),
+        (["--time-zone", "Mars/Olympus"], 1, "Mars/Olympus"),
+    ],
+)
+async def test_a_dry_run_refuses_what_the_real_run_would(
+    scheduler: Scheduler, stats: str, options: list[str], code: int, text: str
+) -> None:
+    sender = await scheduler.sender()
+    write("people.csv", CSV)
+    words = ["schedule", "people.csv", "--sender", sender.sender_id, "--subject", "Hello"]
+    words += ["--body", "Hi", "--dry-run", "--server", stats, *options]
+    refused = await asyncio.to_thread(run, words)
+    assert refused.exit_code == code, refused.stderr
+    assert text in " ".join(refused.stderr.split())
 
 
 async def test_a_dry_run_refuses_what_can_be_no_batch(scheduler: Scheduler) -> None:
@@ -175,7 +220,7 @@ async def test_a_dry_run_refuses_what_can_be_no_batch(scheduler: Scheduler) -> N
     # A scheduler has no forecasts, like a stats service of before.
     asked = await schedule(scheduler, "people.csv", "--dry-run")
     assert asked.exit_code == 1
-    assert "5 rows can be read" in asked.stderr
+    assert "no forecasts yet" in asked.stderr
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
