@@ -70,6 +70,18 @@ def forecast(
     """
     if bool(batch_id) == bool(sender):
         raise typer.BadParameter("name a batch, or a --sender with a --recipient-count")
+    planned_only = {
+        "--recipient-count": recipient_count or None,
+        "--start-time": start_time,
+        "--spacing": spacing,
+        "--spread-until": spread_until,
+        "--expire-after": expire_after,
+    }
+    named = [name for name, value in planned_only.items() if value is not None]
+    if batch_id and named:
+        raise typer.BadParameter(
+            f"{', '.join(named)}: of a planned batch; a batch that was accepted has its own"
+        )
     request = pb.ForecastBatchRequest(user_id=user)
     if batch_id:
         request.batch_id = batch_id

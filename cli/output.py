@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import UTC
+from datetime import UTC, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Final
 
@@ -23,6 +23,8 @@ from shared.settings import format_duration
 
 # Whoever reads from a pipe has no width: nothing is wrapped or cut there.
 _PIPE_WIDTH: Final = 10_000
+# From here on nobody reads what follows the point.
+_WHOLE_FROM: Final = 100
 
 
 class OutputFormat(StrEnum):
@@ -167,14 +169,29 @@ def _scalar(value: Any, field: Any) -> str:
     if isinstance(value, Timestamp):
         return value.ToDatetime(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     if isinstance(value, Duration):
-        return format_duration(value.ToTimedelta())
+        return _duration(value.ToTimedelta())
     if isinstance(value, Message):
         return ", ".join(f"{name}={text}" for name, text in _fields(value, ()))
     if field.enum_type is not None:
         return _enum_name(value, field)
+    return _plain(value)
+
+
+def _plain(value: str | float | bool) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= _WHOLE_FROM else f"{value:.3g}"
     return printable(str(value))
+
+
+def _duration(value: timedelta) -> str:
+    """Return it as people read it: 250ms, 2s, 1m30s, 33m18s."""
+    if value < timedelta(minutes=1):
+        return format_duration(value)
+    seconds = round(value.total_seconds())
+    parts = ((seconds // 3_600, "h"), (seconds // 60 % 60, "m"), (seconds % 60, "s"))
+    return "".join(f"{number}{unit}" for number, unit in parts if number)
 
 
 def _enum_name(value: int, field: Any) -> str:

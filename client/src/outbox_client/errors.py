@@ -59,7 +59,11 @@ class CallError(Exception):
 
     def __str__(self) -> str:
         """Return one line: message, reason or code, and what the message does not say yet."""
-        more = (f"{one.field}: {one.description}" for one in self.violations)
+        more = (
+            f"{one.field}: {one.description}"
+            for one in self.violations
+            if one.description != self.message
+        )
         said = [f"{self.message} ({self.reason or self.code.name})"]
         return "; ".join([*said, *(text for text in more if text not in self.message)])
 

@@ -1,0 +1,61 @@
+"""Values in tables, and errors in a line, as people read them."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from outbox.v1.dispatcher_pb2 import DispatcherStatus
+from outbox_client import InvalidArgument
+from outbox_client.errors import FieldViolation
+from typer.testing import CliRunner
+
+from cli.output import value_at
+from cli.stats import app as stats
+from shared.settings import parse_duration
+
+WRONG = grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("time", "text"),
+    [
+        (timedelta(milliseconds=250), "250ms"),
+        (timedelta(milliseconds=1_500), "1500ms"),
+        (timedelta(seconds=2), "2s"),
+        (timedelta(minutes=1), "1m"),
+        (timedelta(milliseconds=1_998_129), "33m18s"),
+        (timedelta(hours=30, seconds=7), "30h7s"),
+    ],
+)
+def test_a_duration_is_short_and_can_be_read_back(time: timedelta, text: str) -> None:
+    uptime = Duration()
+    uptime.FromTimedelta(time)
+    assert value_at(DispatcherStatus(uptime=uptime), "uptime") == text
+    assert abs(parse_duration(text) - time) < timedelta(seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.16666666666666666, "0.167"), (12.345, "12.3"), (1234.5678, "1235")]
+)
+def test_a_rate_has_three_digits(rate: float, text: str) -> None:
+    status = DispatcherStatus()
+    status.rates.sent_per_second = rate
+    assert value_at(status, "rates.sent_per_second") == text
+
+
+def test_what_an_error_says_once_is_not_said_again() -> None:
+    empty = "the CSV is empty"
+    one = InvalidArgument(WRONG, empty, violations=(FieldViolation("chunk", empty),))
+    assert str(one).count(empty) == 1
+    other = (FieldViolation("name", "is missing"),)
+    two = InvalidArgument(WRONG, "email: is missing", violations=other)
+    assert str(two).endswith("; name: is missing")
+
+
+def test_a_forecast_is_of_a_batch_or_of_a_plan() -> None:
+    result = CliRunner().invoke(stats, ["forecast", "17", "--spacing", "5s", "--start-time", "now"])
+    assert result.exit_code == 2
+    assert "--start-time, --spacing: of a planned batch" in " ".join(result.output.split())
