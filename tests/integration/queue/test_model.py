@@ -74,6 +74,16 @@ class Contact(Enum):
     SILENT = auto()
 
 
+class Step(Enum):
+    """How far a dispatcher has come with a claim."""
+
+    CLAIMED = auto()
+    MARKED = auto()
+    CONFIRMED = auto()
+    BEGUN = auto()
+    RECORDED = auto()
+
+
 contacts = st.sampled_from([Contact.FAILED] * 5 + [Contact.ANSWERED, Contact.SILENT])
 
 
@@ -98,10 +108,25 @@ class Holding:
     gap: int
     # PostgreSQL's, once it is marked there.
     lease_until: int = 0
+    # Redis said that it still has the lease.
+    confirmed: bool = False
     send: Send | None = None
     # What Redis is to be told, once it is over; and when it ended.
     settlement: Settlement | None = None
     ended: int = 0
+    # PostgreSQL alone knows where the job waits now.
+    stale: bool = False
+
+    @property
+    def step(self) -> Step:
+        """The last step that was taken."""
+        if self.settlement:
+            return Step.RECORDED
+        if self.send:
+            return Step.BEGUN
+        if self.confirmed:
+            return Step.CONFIRMED
+        return Step.MARKED if self.lease_until else Step.CLAIMED
 
 
 @dataclass
@@ -195,13 +220,32 @@ class QueueMachine(RuleBasedStateMachine):
     def claim(self, want: int, waits: bool, rebuilds: bool) -> None:
         self.do(self._claim(want, waits=waits, rebuilds=rebuilds))
 
-    @precondition(lambda self: self._with(marked=False))
-    @rule(pick=picks, fails=st.sampled_from([False, False, False, True]), waits=chances)
-    def mark(self, pick: int, fails: bool, waits: bool) -> None:
-        choice = self._with(marked=False)
-        self.do(self._mark(choice[pick % len(choice)], fails=fails, waits=waits))
+    @precondition(lambda self: self._at(Step.CLAIMED))
+    @rule(
+        pick=picks,
+        fails=st.sampled_from([False, False, False, True]),
+        waits=chances,
+        further=st.integers(0, 2),
+    )
+    def mark(self, pick: int, fails: bool, waits: bool, further: int) -> None:
+        """And perhaps confirm, and begin to send."""
+        holding = self._pick(Step.CLAIMED, pick)
+        self.do(self._mark(holding, fails=fails, waits=waits))
+        for step in (Step.MARKED, Step.CONFIRMED)[:further]:
+            if holding.step is step:
+                self.do(self._go_on(holding))
 
-    @precondition(lambda self: self._with(marked=True))
+    @precondition(lambda self: self._at(Step.MARKED))
+    @rule(pick=picks, waits=chances)
+    def confirm(self, pick: int, waits: bool) -> None:
+        self.do(self._confirm(self._pick(Step.MARKED, pick), waits=waits))
+
+    @precondition(lambda self: self._at(Step.CONFIRMED))
+    @rule(pick=picks, waits=chances)
+    def begin(self, pick: int, waits: bool) -> None:
+        self.do(self._begin(self._pick(Step.CONFIRMED, pick), waits=waits))
+
+    @precondition(lambda self: self._at(Step.BEGUN))
     @rule(
         pick=picks,
         use=st.sampled_from(SlotUse),
@@ -211,8 +255,7 @@ class QueueMachine(RuleBasedStateMachine):
         waits=chances,
     )
     def end(self, *, pick: int, waits: bool, **how: Any) -> None:
-        choice = self._with(marked=True)
-        self.do(self._end(choice[pick % len(choice)], waits=waits, **how))
+        self.do(self._end(self._pick(Step.BEGUN, pick), waits=waits, **how))
 
     @rule(
         who=st.sampled_from([SENDERS[:1], SENDERS[:2], SENDERS]),
@@ -226,11 +269,10 @@ class QueueMachine(RuleBasedStateMachine):
             self.do(self._load(sender_id, committed=True))
         self.do(self._outage(spared, waits=waits, rounds=rounds))
 
-    @precondition(lambda self: any(h.settlement for h in self.holdings))
+    @precondition(lambda self: self._at(Step.RECORDED))
     @rule(pick=picks)
     def release(self, pick: int) -> None:
-        choice = [h for h in self.holdings if h.settlement]
-        self.do(self._release(choice[pick % len(choice)]))
+        self.do(self._release(self._pick(Step.RECORDED, pick)))
 
     @precondition(lambda self: self.holdings)
     @rule(pick=picks)
@@ -317,6 +359,10 @@ class QueueMachine(RuleBasedStateMachine):
         for _ in range(rounds):
             await self._claim(3)
             for holding in tuple(self.holdings):
+                while holding.step in (Step.CLAIMED, Step.MARKED):
+                    await self._go_on(holding)
+                if holding not in self.holdings:
+                    continue
                 if holding.claim.sender_id == spared:
                     await self._go_on(holding)
                 else:
@@ -325,8 +371,12 @@ class QueueMachine(RuleBasedStateMachine):
             if not waits or look < self.now_ms + LADDER[0]:
                 await self._advance(look * 1000)
 
-    def _with(self, *, marked: bool) -> list[Holding]:
-        return [h for h in self.holdings if not h.settlement and bool(h.send) is marked]
+    def _at(self, step: Step) -> list[Holding]:
+        return [holding for holding in self.holdings if holding.step is step]
+
+    def _pick(self, step: Step, pick: int) -> Holding:
+        choice = self._at(step)
+        return choice[pick % len(choice)]
 
     async def _advance(self, time: int) -> None:
         await self.shard.at(max(0, time, self.now) / 1000 - START_MS)
@@ -400,31 +450,34 @@ class QueueMachine(RuleBasedStateMachine):
             holding.settlement = replace(unused, next_job=claim.job, next_due_ms=claim.due_ms)
         elif not self.world.mark(claim.job, self.now):
             holding.settlement = unused
-        if holding.settlement:
-            if not waits:
-                await self._release(holding)
-            return
-        holding.lease_until = self.now + self.world.lease
+        else:
+            holding.lease_until = self.now + self.world.lease
+        if holding.settlement and not waits:
+            await self._release(holding)
+
+    async def _confirm(self, holding: Holding, *, waits: bool = False) -> None:
+        claim = holding.claim
         (held,) = await self.queue.confirm([claim])
         assert held is self.model.confirm(
             self.now_ms, claim.sender_id, member_of(claim.job), claim.lease_ms
         )
-        if not held:
-            assert self.world.give_back(claim.job, holding.lease_until)
-            holding.settlement = unused
-            await self._release(holding)
-            await self._load(claim.sender_id, committed=True)
-        elif self.now < holding.deadline:
-            limit = self.limits[claim.sender_id].highest_since(holding.claimed)
-            send = Send(claim.job.job_id, holding.claimed, holding.deadline, holding.gap)
-            self.world.begin_send(claim.sender_id, send, self.now, limit)
-            holding.send = send
+        if held:
+            holding.confirmed = True
         else:
-            await self._give_back(holding)
+            await self._give_back(holding, held=False, waits=waits)
 
-    async def _give_back(self, holding: Holding) -> None:
+    async def _begin(self, holding: Holding, *, waits: bool = False) -> None:
         claim = holding.claim
-        ours = self.world.give_back(claim.job, holding.lease_until)
+        if self.now >= holding.deadline:
+            await self._give_back(holding, waits=waits)
+            return
+        limit = self.limits[claim.sender_id].highest_since(holding.claimed)
+        holding.send = Send(claim.job.job_id, holding.claimed, holding.deadline, holding.gap)
+        self.world.begin_send(claim.sender_id, holding.send, self.now, limit)
+
+    async def _give_back(self, holding: Holding, *, held: bool = True, waits: bool = False) -> None:
+        claim = holding.claim
+        ours = self.world.give_back(claim.job, holding.lease_until) and held
         holding.settlement = Settlement(
             claim.sender_id,
             claim.job,
@@ -433,7 +486,14 @@ class QueueMachine(RuleBasedStateMachine):
             next_due_ms=self.world.jobs[claim.job.job_id].due,
             lease_ms=claim.lease_ms,
         )
-        await self._release(holding)
+        await self._recorded(holding, stale=not ours, waits=waits)
+
+    async def _recorded(self, holding: Holding, *, stale: bool, waits: bool) -> None:
+        if stale:
+            holding.stale = True
+            self.world.mark_stale(holding.claim.sender_id)
+        if not waits:
+            await self._release(holding)
 
     async def _end(
         self,
@@ -449,7 +509,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert send is not None
         if use is SlotUse.UNUSED:
             self.world.sends[claim.sender_id].remove(send)
-            await self._give_back(holding)
+            await self._give_back(holding, waits=waits)
             return
         # When it began to send is not kept: at its claim at the earliest.
         ended = max(holding.claimed, min(self.now - age, holding.deadline))
@@ -467,10 +527,7 @@ class QueueMachine(RuleBasedStateMachine):
             answered=contact is Contact.ANSWERED,
             connection_error="refused" if contact is Contact.FAILED else None,
         )
-        if not waits:
-            await self._release(holding)
-        if retry_at is not None and not ours:
-            await self._load(claim.sender_id, committed=True)
+        await self._recorded(holding, stale=retry_at is not None and not ours, waits=waits)
 
     async def _release(self, holding: Holding) -> None:
         self.holdings.remove(holding)
@@ -493,7 +550,7 @@ class QueueMachine(RuleBasedStateMachine):
             failed=told.connection_error is not None,
         )
         assert unknown == ([] if known else [told.sender_id])
-        if not known:
+        if not known or holding.stale:
             await self._load(told.sender_id, committed=True)
 
     async def _save(self) -> None:
@@ -642,12 +699,17 @@ class QueueMachine(RuleBasedStateMachine):
         raise AssertionError("jobs wait, and looking does not help")
 
     async def _go_on(self, holding: Holding, **how: Any) -> None:
-        if holding.settlement:
-            await self._release(holding)
-        elif holding.send is None:
-            await self._mark(holding)
-        else:
+        """Take the next step; `how` a send ends."""
+        if holding.step is Step.BEGUN:
             await self._end(holding, **how)
+            return
+        steps = {
+            Step.CLAIMED: self._mark,
+            Step.MARKED: self._confirm,
+            Step.CONFIRMED: self._begin,
+            Step.RECORDED: self._release,
+        }
+        await steps[holding.step](holding)
 
 
 def after_start(
