@@ -1,48 +1,36 @@
-"""All SQL of the stats service: folding the count deltas, and reading what the answers hold."""
+"""What the counts answer: rollups and the deltas that are not yet folded, of one moment."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import (
-    CTE,
     BigInteger,
-    ColumnElement,
     Select,
     bindparam,
     cast,
-    delete,
     func,
-    literal,
     select,
     true,
     union_all,
 )
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from services.stats.storage.parts import snapshot
 from shared.cancellations import waits_of
 from shared.counts import JobCounts, sender_counts, user_counts
-from shared.database import transaction
 from shared.models import (
     Attempt,
-    Batch,
-    BatchCount,
     CountDelta,
     EmailJob,
     Sender,
-    SenderCount,
     SenderHourCount,
 )
 from shared.ownership import owned_by
-from shared.states import CONNECTION_TROUBLE, JobState
-
-# Deltas moved by one transaction: under 0.1 s, so that another fold never waits for long.
-FOLD_LIMIT: Final = 10_000
+from shared.states import JobState
 
 _HOUR: Final = timedelta(hours=1)
 _HOURS_SHOWN: Final = 24
@@ -95,111 +83,6 @@ class UserStats:
     read_at: datetime
 
 
-async def ping(engine: AsyncEngine) -> None:
-    """Ask PostgreSQL for something that only a migrated database has.
-
-    Raises:
-        sqlalchemy.exc.SQLAlchemyError: it is gone, or has no schema.
-    """
-    async with engine.connect() as connection:
-        await connection.execute(select(Sender.id).limit(1))
-
-
-async def fold_once(engine: AsyncEngine) -> int:
-    """Fold up to FOLD_LIMIT deltas in a transaction of its own; return how many there were."""
-    async with transaction(engine) as connection:
-        return await fold(connection)
-
-
-async def fold(connection: AsyncConnection, limit: int = FOLD_LIMIT) -> int:
-    """Move the oldest deltas, at most `limit`, into the three rollups; return how many there were.
-
-    One statement: before the commit a reader sees the deltas, after it their sums, never both or
-    neither, and a crash leaves the one or the other. Deltas that another process is folding are
-    skipped, so that nothing is folded twice.
-    """
-    moved: int = (await connection.execute(_FOLD, {"limit": limit})).scalar_one()
-    return moved
-
-
-def _fold_statement() -> Select[Any]:
-    picked = (
-        select(CountDelta.id)
-        .order_by(CountDelta.id)
-        .limit(bindparam("limit"))
-        .with_for_update(skip_locked=True)
-        .cte("picked")
-    )
-    moved = (
-        delete(CountDelta)
-        .where(CountDelta.id == picked.c.id)
-        .returning(
-            CountDelta.sender_id,
-            CountDelta.batch_id,
-            CountDelta.hour,
-            CountDelta.state,
-            CountDelta.n,
-        )
-        .cte("moved")
-    )
-    by_sender = _add_to(SenderCount, ("sender_id", "state"), moved, name="by_sender")
-    by_batch = _add_to(BatchCount, ("batch_id", "state"), moved, name="by_batch", after=by_sender)
-    # Open jobs come in one hour and go in another: only ends have an hour that says something.
-    ends = moved.c.state != int(JobState.SCHEDULED)
-    by_hour = _add_to(
-        SenderHourCount,
-        ("sender_id", "hour", "state"),
-        moved,
-        name="by_hour",
-        where=ends,
-        after=by_batch,
-    )
-    return select(func.count()).select_from(moved).add_cte(by_hour)
-
-
-def _add_to(
-    rollup: type[SenderCount | BatchCount | SenderHourCount],
-    key: tuple[str, ...],
-    moved: CTE,
-    *,
-    name: str,
-    where: ColumnElement[bool] | None = None,
-    after: CTE | None = None,
-) -> CTE:
-    """Return the part that adds the sums of `moved` to a rollup.
-
-    Two folds at once may want the same rows of a rollup. Both take them in the order of the key,
-    and the tables in the same order, or each could wait for the other. PostgreSQL runs the parts
-    of a WITH in no promised order, so a part asks the one before (`after`) for its end.
-    """
-    columns = [moved.c[column] for column in key]
-    total = cast(func.sum(moved.c.n), BigInteger)
-    sums = select(*columns, total.label("n")).group_by(*columns).having(total != 0)
-    if where is not None:
-        sums = sums.where(where)
-    if after is not None:
-        finished = select(func.count()).select_from(after).scalar_subquery()
-        sums = sums.where(finished >= 0)
-    new = insert(rollup).from_select([*key, "n"], sums.order_by(*columns))
-    return (
-        new.on_conflict_do_update(index_elements=list(key), set_={"n": rollup.n + new.excluded.n})
-        .returning(literal(1).label("one"))
-        .cte(name)
-    )
-
-
-_FOLD: Final = _fold_statement()
-
-
-@asynccontextmanager
-async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """One read-only transaction, all of whose statements see the same moment."""
-    async with engine.connect() as connection:
-        yield await connection.execution_options(
-            isolation_level="REPEATABLE READ", postgresql_readonly=True
-        )
-
-
 async def read_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None, window: timedelta
 ) -> SenderStats | None:
@@ -244,42 +127,6 @@ async def read_watched(
             sender_id: WatchedSender(await read_sender(connection, sender_id, None, window))
             for sender_id in sender_ids
         }
-
-
-async def sender_exists(connection: AsyncConnection, sender_id: int, user_id: str | None) -> bool:
-    """Return whether there is such a sender, and for this user if one is named."""
-    statement = select(Sender.id).where(Sender.id == sender_id, Sender.deleted_at.is_(None))
-    return await connection.scalar(owned_by(statement, Sender.user_id, user_id)) is not None
-
-
-async def sender_of_batch(
-    connection: AsyncConnection, batch_id: int, user_id: str | None
-) -> int | None:
-    """Return the sender of a batch; None: there is no such batch, or not for this user."""
-    statement = select(Batch.sender_id).where(Batch.id == batch_id)
-    return await connection.scalar(owned_by(statement, Batch.user_id, user_id))
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """An attempt that came to nothing for want of its endpoint."""
-
-    ended_at: datetime
-    message: str
-
-
-async def last_trouble(connection: AsyncConnection, sender_id: int) -> Trouble | None:
-    """Return what the sender's last attempt met; None: it was no trouble of the endpoint."""
-    statement = (
-        select(Attempt.ended_at, Attempt.outcome, Attempt.message)
-        .where(Attempt.sender_id == sender_id)
-        .order_by(Attempt.ended_at.desc())
-        .limit(1)
-    )
-    last = (await connection.execute(statement)).one_or_none()
-    if last is None or last.outcome not in CONNECTION_TROUBLE:
-        return None
-    return Trouble(last.ended_at, last.message or "no reply")
 
 
 def _sender_statement(window: timedelta) -> Select[Any]:

@@ -1,0 +1,40 @@
+"""All SQL of the stats service: folding the count deltas, and reading what the answers hold."""
+
+from services.stats.storage.counting import (
+    HourCounts,
+    SenderStats,
+    UserSender,
+    UserStats,
+    WatchedSender,
+    read_sender,
+    read_user,
+    read_watched,
+)
+from services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
+from services.stats.storage.parts import ping, snapshot
+from services.stats.storage.subjects import (
+    Trouble,
+    last_trouble,
+    sender_exists,
+    sender_of_batch,
+)
+
+__all__ = [
+    "FOLD_LIMIT",
+    "HourCounts",
+    "SenderStats",
+    "Trouble",
+    "UserSender",
+    "UserStats",
+    "WatchedSender",
+    "fold",
+    "fold_once",
+    "last_trouble",
+    "ping",
+    "read_sender",
+    "read_user",
+    "read_watched",
+    "sender_exists",
+    "sender_of_batch",
+    "snapshot",
+]
