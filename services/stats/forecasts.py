@@ -139,7 +139,7 @@ def _explain(found: Forecast, trouble: storage.Trouble | None) -> str:
     if trouble:
         return (
             f"If the endpoint is well again: {text[0].lower()}{text[1:]}. The sender's last "
-            f"attempt, at {trouble.ended_at:%H:%M:%S} UTC, failed: {trouble.message}"
+            f"attempt, at {trouble.ended_at:%Y-%m-%d %H:%M:%S} UTC, failed: {trouble.message}"
         )
     return f"{text}."
 
