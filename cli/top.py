@@ -10,6 +10,7 @@ import termios
 import time
 import tty
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ import typer
 from outbox.v1.dispatcher_pb2 import DispatcherStatus
 from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
 from outbox.v1.email_job_service_pb2 import ExplainEmailJobRequest, ExplainEmailJobResponse
+from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import (
     ListSendersRequest,
     PauseSenderRequest,
@@ -93,6 +95,8 @@ class _Watched:
         # The tokens of the pages up to the one that is shown, and of the one after it.
         self._pages = [""]
         self._next_page = ""
+        # Whatever one answer waits for, a screen waits for it once.
+        self._pool = self.stack.enter_context(ThreadPoolExecutor(_MOST_SENDERS))
         self._scheduler = self.stack.enter_context(connection("scheduler", None))
         self._stats = self.stack.enter_context(connection("stats", None))
         self._dispatcher = self.stack.enter_context(connection("dispatcher", None))
@@ -109,11 +113,7 @@ class _Watched:
                 )
             )
             self._next_page = page.next_page_token
-            for sender in page.senders:
-                stats = self._stats.stats.GetSenderStats(
-                    GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
-                )
-                senders.append(SenderView(sender, stats, self._explain(stats)))
+            senders.extend(self._pool.map(self._ask, page.senders))
         except CallError as error:
             troubles.append(" ".join(str(error).split()))
         if time.monotonic() >= self._ask_dispatcher_at:
@@ -128,6 +128,12 @@ class _Watched:
         )
         self.selected = min(self.selected, max(len(senders) - 1, 0))
         return self.view
+
+    def _ask(self, sender: Sender) -> SenderView:
+        stats = self._stats.stats.GetSenderStats(
+            GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
+        )
+        return SenderView(sender, stats, self._explain(stats))
 
     def _explain(self, stats: SenderStats) -> ExplainEmailJobResponse | None:
         """Ask why a sender's first mail waits; None: none does."""
