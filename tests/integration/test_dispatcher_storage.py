@@ -19,7 +19,6 @@ from services.dispatcher import recovery as recovery_module
 from services.dispatcher import storage
 from services.dispatcher.recovery import Recovery
 from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.database import create_engine
 from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
@@ -37,14 +36,6 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
     settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))
     async with World(settings) as world:
         yield world
-
-
-@pytest_asyncio.fixture
-async def statements(world: World) -> AsyncIterator[AsyncEngine]:
-    """As the dispatcher has it: every statement its own transaction."""
-    engine = create_engine(world.settings, lookups_only=True, single_statements=True)
-    yield engine
-    await engine.dispose()
 
 
 @pytest_asyncio.fixture

@@ -14,7 +14,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.dispatcher import storage
 from services.dispatcher.settler import Refused, Settler, Unsent
-from shared.database import create_engine
 from shared.queue.queue import Claim
 from shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
@@ -30,13 +29,6 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
     settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1", lease="60s"))
     async with World(settings) as world:
         yield world
-
-
-@pytest_asyncio.fixture
-async def statements(world: World) -> AsyncIterator[AsyncEngine]:
-    engine = create_engine(world.settings, lookups_only=True, single_statements=True)
-    yield engine
-    await engine.dispose()
 
 
 class LostAnswers:
@@ -74,13 +66,18 @@ async def claim_one(world: World) -> Claim:
     return claim
 
 
+async def claim_before_tomorrows(world: World, sender: int) -> tuple[int, Claim]:
+    """Claim the one job of a sender that is due; the other is due long after."""
+    [job] = await world.schedule(sender)
+    await world.schedule(sender, due=TOMORROW)
+    return job, await claim_one(world)
+
+
 async def test_a_job_that_was_given_back_by_a_commit_without_an_answer_is_claimed_again(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
-    [job] = await world.schedule(sender)
-    await world.schedule(sender, due=TOMORROW)
-    claim = await claim_one(world)
+    job, claim = await claim_before_tomorrows(world, sender)
     async with statements.connect() as connection:
         [marked] = await storage.mark_sending(connection, [claim.job], LEASE)
 
@@ -110,9 +107,7 @@ async def test_a_job_refused_in_a_pause_that_is_over_before_redis_knows_is_claim
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
-    [job] = await world.schedule(sender)
-    await world.schedule(sender, due=TOMORROW)
-    claim = await claim_one(world)
+    job, claim = await claim_before_tomorrows(world, sender)
     await world.change(sender, state=SenderState.PAUSED)
     async with statements.connect() as connection:
         assert await storage.mark_sending(connection, [claim.job], LEASE) == []

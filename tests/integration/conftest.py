@@ -1,0 +1,19 @@
+"""What tests of the dispatcher's parts share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from shared.database import create_engine
+from tests.world import World
+
+
+@pytest_asyncio.fixture
+async def statements(world: World) -> AsyncIterator[AsyncEngine]:
+    """As the dispatcher has it: every statement its own transaction."""
+    engine = create_engine(world.settings, lookups_only=True, single_statements=True)
+    yield engine
+    await engine.dispose()

@@ -1,0 +1,89 @@
+"""What is under way in a run of the model: loads, claims in hand, limits, a snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from shared.queue.queue import Claim, Head, Settlement
+from tests.integration.queue.world import Send
+from tests.integration.queue_model import HeadModel
+
+
+class Contact(Enum):
+    """What a send says of its endpoint."""
+
+    ANSWERED = auto()
+    FAILED = auto()
+    SILENT = auto()
+
+
+class Step(Enum):
+    """How far a dispatcher has come with a claim."""
+
+    CLAIMED = auto()
+    MARKED = auto()
+    CONFIRMED = auto()
+    BEGUN = auto()
+    RECORDED = auto()
+
+
+@dataclass
+class Load:
+    """A load under way: PostgreSQL was read, Redis is not yet told."""
+
+    sender_id: int
+    epoch: str
+    head: Head
+    model: HeadModel
+    markers: list[int]
+
+
+@dataclass
+class Holding:
+    """A claim in the hands of a dispatcher."""
+
+    claim: Claim
+    claimed: int
+    deadline: int
+    gap: int
+    # PostgreSQL's, once it is marked there.
+    lease_until: int = 0
+    # Redis said that it still has the lease.
+    confirmed: bool = False
+    send: Send | None = None
+    # What Redis is to be told, once it is over; and when it ended.
+    settlement: Settlement | None = None
+    ended: int = 0
+    # PostgreSQL alone knows where the job waits now.
+    stale: bool = False
+
+    @property
+    def step(self) -> Step:
+        """The last step that was taken."""
+        if self.settlement:
+            return Step.RECORDED
+        if self.send:
+            return Step.BEGUN
+        if self.confirmed:
+            return Step.CONFIRMED
+        return Step.MARKED if self.lease_until else Step.CLAIMED
+
+
+@dataclass
+class Limits:
+    """When which limit came into force, of one sender."""
+
+    changes: list[tuple[int, int]] = field(default_factory=list)
+
+    def highest_since(self, time: int) -> int:
+        before = [limit for at, limit in self.changes if at < time][-1:]
+        return max(before + [limit for at, limit in self.changes if at >= time])
+
+
+@dataclass
+class Snapshot:
+    """All keys as they were, with their ms to live; and the model's `ready`."""
+
+    keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    ready: dict[int, int] = field(default_factory=dict)
