@@ -7,6 +7,7 @@ CSV row only the columns that the templates use are kept.
 from __future__ import annotations
 
 from datetime import datetime
+from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
@@ -18,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
+    Uuid,
     func,
     text,
 )
@@ -97,6 +99,8 @@ class Sender(Base):
     smtp_username: Mapped[str | None] = mapped_column(Text)
     # A Fernet token; the password itself is nowhere.
     smtp_password: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # PEM: CAs that may sign this endpoint's certificate, beside the machine's. NULL: none.
+    smtp_ca: Mapped[str | None] = mapped_column(Text)
     hourly_limit: Mapped[int]
     # NULL: the operator's floor. Never below the floor where it is used.
     min_gap_ms: Mapped[int | None]
@@ -121,6 +125,51 @@ class Sender(Base):
             "(smtp_host IS NULL) = (smtp_port IS NULL)", name="smtp_host_and_port_together"
         ),
         Index(None, "user_id", "id"),
+    )
+
+
+class OAuth2CredentialsRow(Base):
+    """The OAuth 2.0 credentials of a sender's endpoint, and the access token that all share.
+
+    They are written with the endpoint. Credentials that replace others get a new id, so that a
+    dispatcher that still has the old endpoint cannot present a new token to the old host.
+    """
+
+    __tablename__ = "oauth2_credentials"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    sender_id: Mapped[int] = mapped_column(ForeignKey("senders.id"))
+    token_url: Mapped[str] = mapped_column(Text)
+    client_id: Mapped[str] = mapped_column(Text)
+    scope: Mapped[str] = mapped_column(Text)
+    # These three are encrypted (Fernet). Without a refresh token the grant is client credentials.
+    client_secret: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # The newest one: some providers return a new one with each access token.
+    refresh_token: Mapped[bytes | None] = mapped_column(LargeBinary)
+    access_token: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # Changes with each access token, so that of two tokens requested at once only one is stored.
+    version: Mapped[UUID] = mapped_column(Uuid, server_default=func.gen_random_uuid())
+    # When to request the next access token, and when this one expires.
+    refresh_at: Mapped[datetime | None] = mapped_column(_TIME)
+    expires_at: Mapped[datetime | None] = mapped_column(_TIME)
+    # Set while one process requests an access token. After this time another process may do so.
+    lease_until: Mapped[datetime | None] = mapped_column(_TIME)
+    # Requests since the last access token: how many failed, when the next one may be made, the last
+    # error, and whether that was a refusal by the provider (else it could not be reached).
+    failures: Mapped[int] = mapped_column(server_default="0")
+    retry_at: Mapped[datetime | None] = mapped_column(_TIME)
+    error: Mapped[str | None] = mapped_column(Text)
+    refused: Mapped[bool] = mapped_column(server_default=text("false"))
+
+    __table_args__ = (
+        CheckConstraint(
+            "(access_token IS NULL) = (expires_at IS NULL)"
+            " AND (access_token IS NULL) = (refresh_at IS NULL)",
+            name="token_and_times_together",
+        ),
+        CheckConstraint("(error IS NULL) = (retry_at IS NULL)", name="error_and_retry_together"),
+        CheckConstraint("failures >= 0", name="failures_not_negative"),
+        Index(None, "sender_id", unique=True),
     )
 
 
@@ -216,6 +265,8 @@ class EmailJob(Base):
     # Attempts that failed and may be repeated: the place on the ladder of OUTBOX_RETRY_BACKOFF.
     failures: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     recipient: Mapped[str] = mapped_column(Text)
+    # When its server first asked for it later (reply class DEFERRED); NULL: it has not.
+    deferred_since: Mapped[datetime | None] = mapped_column(_TIME)
     # What suppressions are compared with. NULL: all its letters are ASCII, and it is their lower
     # case; PostgreSQL folds no others as Python does, and what lower() knows is its locale's.
     recipient_key: Mapped[str | None] = mapped_column(Text)
@@ -273,6 +324,8 @@ class Attempt(Base):
     # RFC 3463, such as 5.1.1.
     enhanced_code: Mapped[str | None] = mapped_column(Text)
     message: Mapped[str | None] = mapped_column(Text)
+    # What the server's reply meant (`shared.states.ReplyClass`). NULL: there was no reply.
+    reply_class: Mapped[int | None] = mapped_column(SmallInteger)
 
     __table_args__ = (
         CheckConstraint("outcome BETWEEN 1 AND 6", name="outcome_known"),
@@ -280,6 +333,29 @@ class Attempt(Base):
         # The limiter's history: what an empty Redis is filled with.
         Index("ix_attempts_history", "sender_id", "ended_at"),
     )
+
+
+class Cooldown(Base):
+    """A sender whose account was refused (quota, block): its mail waits, one probe at a time goes.
+
+    An accepted probe, and ResumeSender, delete the row.
+    """
+
+    __tablename__ = "cooldowns"
+
+    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    # When the first refusal ended.
+    since: Mapped[datetime] = mapped_column(_TIME)
+    # When the next probe may begin. A refused attempt that began before it changes nothing.
+    next_probe_at: Mapped[datetime] = mapped_column(_TIME)
+    # Refused probes: the place on the ladder of OUTBOX_COOLDOWN.
+    refusals: Mapped[int] = mapped_column(server_default="1")
+    # Of the last refusal.
+    smtp_code: Mapped[int | None] = mapped_column(SmallInteger)
+    enhanced_code: Mapped[str | None] = mapped_column(Text)
+    message: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (CheckConstraint("refusals > 0", name="refusals_positive"),)
 
 
 class HeadMarker(Base):

@@ -82,5 +82,35 @@ class AttemptOutcome(IntEnum):
     LEASE_EXPIRED = 6
 
 
+class ReplyClass(IntEnum):
+    """What an SMTP reply means, as shared/smtp/replies.py decides; numbered as in the proto.
+
+    The comments say what becomes of the mail.
+    """
+
+    # Accepted.
+    SENT = 1
+    # This connection is used up: the same mail goes at once over a new one.
+    SESSION = 2
+    # The sender's account is refused (quota, block): the sender cools down.
+    ACCOUNT = 3
+    # Too many connections at once: fewer are kept open.
+    CONNECTIONS = 4
+    # Too fast: the sender's gap doubles.
+    RATE = 5
+    # The server asks for this mail later: it alone waits, on a long ladder.
+    DEFERRED = 6
+    # Any other 4xx: the ladder of OUTBOX_RETRY_BACKOFF.
+    TEMPORARY = 7
+    # Authentication failed or is missing: the circuit.
+    AUTH = 8
+    # This recipient is refused for good: FAILED.
+    RECIPIENT = 9
+    # This message is refused for good: FAILED.
+    CONTENT = 10
+    # A permanent refusal that no rule knows: FAILED. Many in a row make the sender cool down.
+    REFUSED = 11
+
+
 # What counts against an endpoint: a time-out after the body is one too.
 CONNECTION_TROUBLE = frozenset({AttemptOutcome.CONNECTION_FAILURE, AttemptOutcome.IN_DOUBT})
