@@ -10,12 +10,17 @@ from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from shared.errors import ConfigurationError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_ZERO = timedelta(0)
+_MILLISECOND = timedelta(milliseconds=1)
+_SECOND_MS = 1_000
+_LONGEST_WAIT = timedelta(days=30)
 
 
 def parse_duration(text: str) -> timedelta:
@@ -39,10 +44,12 @@ def parse_duration(text: str) -> timedelta:
 
 def format_duration(value: timedelta) -> str:
     """Return the shortest text that `parse_duration` reads back as `value`."""
-    milliseconds = round(value / timedelta(milliseconds=1))
+    milliseconds = round(value / _MILLISECOND)
     for unit, size in (("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
         if milliseconds and milliseconds % size == 0:
             return f"{milliseconds // size}{unit}"
+    if abs(milliseconds) > _SECOND_MS:
+        return f"{milliseconds / _SECOND_MS:.3f}".rstrip("0") + "s"
     return f"{milliseconds}ms"
 
 
@@ -56,10 +63,19 @@ def _durations(value: Any) -> Any:
     return value
 
 
+def _waits(value: Any) -> Any:
+    waits = _durations(value)
+    if isinstance(waits, tuple) and not waits:
+        raise ValueError("write at least one duration, such as 5m")
+    if isinstance(waits, tuple) and not all(_ZERO < wait <= _LONGEST_WAIT for wait in waits):
+        raise ValueError(f"each must be more than 0 and at most {_LONGEST_WAIT.days}d")
+    return waits
+
+
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Durations = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_durations)]
-_ZERO = timedelta(0)
-_MILLISECOND = timedelta(milliseconds=1)
+# Of what mail servers are asked again: never at once, and never so late that no date says it.
+Waits = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_waits)]
 
 
 class Settings(BaseSettings):
@@ -120,8 +136,94 @@ class Settings(BaseSettings):
         description="networks and hosts inside the operator's network that senders' own relays may "
         "be in: 10.1.0.0/16,mail.internal",
     )
-    smtp_timeout: Duration = Field(
-        timedelta(seconds=20), gt=_ZERO, description="limit of each phase of an SMTP session"
+    smtp_timeout: Duration | None = Field(
+        None,
+        gt=_ZERO,
+        description="one limit for every phase of an SMTP session, in place of those below; below "
+        "10m, mail may be sent twice if a server replies late",
+    )
+    smtp_connect_timeout: Duration = Field(
+        timedelta(seconds=30),
+        gt=_ZERO,
+        description="limit of a TCP connect and of a TLS handshake",
+    )
+    smtp_greeting_timeout: Duration = Field(
+        timedelta(minutes=5), gt=_ZERO, description="limit of the wait for a server's greeting"
+    )
+    smtp_ehlo_timeout: Duration = Field(
+        timedelta(minutes=5), gt=_ZERO, description="limit of each reply to EHLO, STARTTLS and AUTH"
+    )
+    smtp_mail_timeout: Duration = Field(
+        timedelta(minutes=5), gt=_ZERO, description="limit of the reply to MAIL"
+    )
+    smtp_rcpt_timeout: Duration = Field(
+        timedelta(minutes=5), gt=_ZERO, description="limit of the reply to RCPT"
+    )
+    smtp_data_timeout: Duration = Field(
+        timedelta(minutes=2), gt=_ZERO, description="limit of the reply to DATA"
+    )
+    smtp_block_timeout: Duration = Field(
+        timedelta(minutes=3),
+        gt=_ZERO,
+        description="longest pause in which a server accepts nothing more of a body",
+    )
+    smtp_end_timeout: Duration = Field(
+        timedelta(minutes=10), gt=_ZERO, description="limit of the reply to a body"
+    )
+    smtp_helo: str = Field(
+        "",
+        max_length=255,
+        description="name sent in EHLO; unset: the host's name if it has a dot, else its address "
+        "in brackets",
+    )
+    smtp_mails_per_connection: int = Field(
+        100, ge=1, le=1_000_000, description="mails after which a connection is ended"
+    )
+    smtp_connection_age: Duration = Field(
+        timedelta(minutes=10), gt=_ZERO, description="age at which a connection is ended"
+    )
+    smtp_ca: str = Field(
+        "",
+        description="PEM file of a private CA that may sign mail servers' certificates, beside the "
+        "machine's CAs",
+    )
+    reply_rules: str = Field(
+        "", description="TOML file of rules for SMTP replies that add to or override the built-in"
+    )
+    cooldown: Waits = Field(
+        (timedelta(minutes=5), timedelta(minutes=15), timedelta(hours=1)),
+        description="waits before the first, second, ... probe of a sender whose account was "
+        "refused; the last repeats",
+    )
+    quota_day: Duration = Field(
+        timedelta(hours=24),
+        gt=_ZERO,
+        le=timedelta(days=7),
+        description="how far back a mail server's daily quota counts; shorter only in tests",
+    )
+    refusals_in_a_row: int = Field(
+        10,
+        ge=0,
+        le=1000,
+        description="number of permanent refusals in a row, by replies that no rule knows, after "
+        "which a sender cools down; 0: never",
+    )
+    defer_backoff: Waits = Field(
+        (
+            timedelta(minutes=5),
+            timedelta(minutes=10),
+            timedelta(minutes=20),
+            timedelta(minutes=40),
+            timedelta(hours=1),
+        ),
+        description="waits between attempts of a mail that its server defers (greylisting, full "
+        "mailbox); the last repeats",
+    )
+    defer_for: Duration = Field(
+        timedelta(hours=24),
+        gt=_ZERO,
+        le=timedelta(days=30),
+        description="how long a deferred mail is tried, unless its expire_after ends earlier",
     )
     smtp_pool: int = Field(20, ge=1, le=1000, description="connections of one process to a relay")
     smtp_idle: Duration = Field(
@@ -157,13 +259,17 @@ class Settings(BaseSettings):
     )
     encryption_keys: SecretStr = Field(
         SecretStr(""),
-        description="Fernet keys for SMTP passwords, comma-separated, the newest first",
+        description="Fernet keys for SMTP passwords and OAuth 2.0 secrets, comma-separated, the "
+        "newest first",
     )
     shutdown_grace: Duration = Field(
         timedelta(seconds=30), gt=_ZERO, description="how long a SIGTERM waits for work in flight"
     )
     max_message_bytes: int = Field(
-        10 * 1024 * 1024, ge=1024, le=100 * 1024 * 1024, description="largest mail, in bytes"
+        10 * 1024 * 1024,
+        ge=1024,
+        le=100 * 1024 * 1024,
+        description="largest mail, in bytes, as built and encoded",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level that is logged"
@@ -186,5 +292,11 @@ def load_settings(**overrides: Any) -> Settings:
         for detail in error.errors():
             name = str(detail["loc"][0])
             takes = Settings.model_fields[name].description if name in Settings.model_fields else ""
-            lines.append(f"OUTBOX_{name.upper()}: {detail['msg']} ({takes})")
+            lines.append(f"OUTBOX_{name.upper()}: {_said(detail)} ({takes})")
         raise ConfigurationError("; ".join(lines)) from None
+
+
+def _said(detail: ErrorDetails) -> str:
+    """Return what is wrong, without the words of the library that looked."""
+    said = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return said.replace(repr(_ZERO), "0 seconds")

@@ -1,0 +1,62 @@
+"""A wrong variable stops the start with one line that names it and says what is right."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from shared.errors import ConfigurationError
+from shared.settings import format_duration, load_settings, parse_duration
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("SMTP_TIMEOUT", "30", "'30' is no duration; write 250ms, 2s, 5m or 1h"),
+        ("SMTP_TIMEOUT", "0", "must be greater than 0 seconds"),
+        ("SMTP_END_TIMEOUT", "ten", "'ten' is no duration"),
+        ("SMTP_MAILS_PER_CONNECTION", "0", "must be greater than or equal to 1"),
+        ("QUOTA_DAY", "30d", "must be less than or equal to 7 days"),
+        ("COOLDOWN", "", "write at least one duration, such as 5m"),
+        ("COOLDOWN", "5m,x", "'x' is no duration"),
+        # A probe without a wait would go round as fast as the server answers.
+        ("COOLDOWN", "5m,0", "each must be more than 0 and at most 30d"),
+        ("DEFER_BACKOFF", "0s", "each must be more than 0 and at most 30d"),
+        # No date says when that would be.
+        ("COOLDOWN", "9999999d", "each must be more than 0 and at most 30d"),
+        ("DEFER_BACKOFF", ",", "write at least one duration"),
+        ("REFUSALS_IN_A_ROW", "-1", "must be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_value_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, complaint: str
+) -> None:
+    monkeypatch.setenv(f"OUTBOX_{name}", value)
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings()
+    message = caught.value.message
+    assert message.startswith(f"OUTBOX_{name}: {complaint}")
+    assert "Value error" not in message
+    assert "\n" not in message
+
+
+def test_a_limit_for_every_phase_may_be_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().smtp_timeout is None
+    monkeypatch.setenv("OUTBOX_SMTP_TIMEOUT", "30s")
+    assert load_settings().smtp_timeout == timedelta(seconds=30)
+
+
+@pytest.mark.parametrize(
+    ("time", "text"),
+    [
+        (timedelta(0), "0ms"),
+        (timedelta(milliseconds=86_400), "86.4s"),
+        (timedelta(milliseconds=123_456_789), "123456.789s"),
+        (timedelta(seconds=90), "90s"),
+        (timedelta(milliseconds=60), "60ms"),
+    ],
+)
+def test_a_duration_is_written_as_it_is_read(time: timedelta, text: str) -> None:
+    assert format_duration(time) == text
+    assert parse_duration(text) == time
