@@ -10,13 +10,15 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Sequence
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from shared.errors import ConfigurationError
 from shared.settings import Settings
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+# One answer of getaddrinfo: family, type, protocol, canonical name, socket address.
+_Found: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
 
 # IANA's special-purpose registry (RFC 6890 and its updates), in full rather than by Python's
 # `is_global`, whose answers differ between patch releases.
@@ -108,6 +110,28 @@ class Egress:
             EgressRefused: none of the host's addresses may be.
             OSError: there is no such host, or none of its addresses answers.
         """
+        allowed = await self._judged(host, port)
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in allowed:
+            try:
+                return await _open(family, kind, protocol, address)
+            except OSError as error:
+                failure = error
+        raise OSError(f"no connection to {host}, port {port}: {failure}") from failure
+
+    async def judged_addresses(self, host: str, port: int) -> list[str]:
+        """Return the permitted addresses of `host`, at least one.
+
+        This is for code that opens its own connections. It must connect to one of these addresses,
+        and must not look the name up again.
+
+        Raises:
+            EgressRefused: none of the host's addresses is permitted.
+            OSError: there is no such host.
+        """
+        return [str(found[4][0]) for found in await self._judged(host, port)]
+
+    async def _judged(self, host: str, port: int) -> Sequence[_Found]:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -120,13 +144,7 @@ class Egress:
                 f"{host} leads into the operator's network, where a sender's endpoint may not; the "
                 "operator can list it in OUTBOX_SMTP_ALLOW"
             )
-        failure: OSError | None = None
-        for family, kind, protocol, _, address in allowed:
-            try:
-                return await _open(family, kind, protocol, address)
-            except OSError as error:
-                failure = error
-        raise OSError(f"no connection to {host}, port {port}: {failure}") from failure
+        return allowed
 
 
 async def _open(

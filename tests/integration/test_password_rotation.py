@@ -6,16 +6,18 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner, Result
 
 from cli.main import app
 from shared.database import create_engine
-from shared.models import Sender
-from shared.password_rotation import rotate_chunk
+from shared.errors import FailedPrecondition
+from shared.models import OAuth2CredentialsRow, Sender
+from shared.password_rotation import rotate_chunk, rotate_oauth2_chunk
 from shared.secrets import SecretBox, generate_key
 from shared.settings import load_settings
 
@@ -116,6 +118,102 @@ async def test_a_password_of_a_lost_key_is_named_and_stops_no_other(
     assert json.loads(done.stdout)["unreadable_sender_ids"] == [str(lost)]
     assert f"sender {lost}" in done.stderr
     assert await passwords(engine, NEW) == {old: "p1"}
+
+
+async def store_oauth2(engine: AsyncEngine, sender_id: int, **tokens: bytes) -> None:
+    values: dict[str, Any] = {
+        "token_url": "https://x.test/t",
+        "client_id": "id",
+        "scope": "",
+        **tokens,
+    }
+    if "access_token" in tokens:
+        values |= {"refresh_at": func.now(), "expires_at": func.now()}
+    async with engine.begin() as connection:
+        await connection.execute(insert(OAuth2CredentialsRow).values(sender_id=sender_id, **values))
+
+
+async def oauth2_secrets(engine: AsyncEngine, key: str) -> dict[int, list[str | None]]:
+    """Return the secrets of each sender that has some; `?`: this key alone does not decrypt it."""
+    box = SecretBox([key])
+    found: dict[int, list[str | None]] = {}
+    async with engine.connect() as connection:
+        rows = await connection.execute(select(OAuth2CredentialsRow.__table__))
+        for row in rows:
+            shown: list[str | None] = []
+            for token in (row.client_secret, row.refresh_token, row.access_token):
+                try:
+                    shown.append(None if token is None else box.decrypt(token))
+                except FailedPrecondition:
+                    shown.append("?")
+            found[row.sender_id] = shown
+    return found
+
+
+async def test_secrets_and_tokens_of_oauth2_are_rotated_too(
+    engine: AsyncEngine, database_url: str
+) -> None:
+    old, new = SecretBox([OLD]), SecretBox([NEW])
+    first, second, third = await store(engine, OLD, [None, None, "p1"])
+    await store_oauth2(
+        engine,
+        first,
+        client_secret=old.encrypt("s1"),
+        refresh_token=old.encrypt("r1"),
+        access_token=old.encrypt("a1"),
+    )
+    # A dispatcher that has the new key already wrote the newest refresh token.
+    await store_oauth2(
+        engine, second, client_secret=old.encrypt("s2"), refresh_token=new.encrypt("r2")
+    )
+    await store_oauth2(engine, third, client_secret=new.encrypt("s3"))
+
+    done = await command(database_url, NEW, OLD)
+    assert done.exit_code == 0, done.output
+    counts = {"rotated_count": 3, "current_count": 1, "unreadable_sender_ids": []}
+    assert json.loads(done.stdout) == counts
+    assert await oauth2_secrets(engine, NEW) == {
+        first: ["s1", "r1", "a1"],
+        second: ["s2", "r2", None],
+        third: ["s3", None, None],
+    }
+    again = await command(database_url, NEW, OLD)
+    assert json.loads(again.stdout)["rotated_count"] == 0
+
+
+async def test_a_lost_secret_of_oauth2_is_named_and_a_lost_access_token_is_not(
+    engine: AsyncEngine, database_url: str
+) -> None:
+    lost, old = SecretBox([LOST]), SecretBox([OLD])
+    first, second = await store(engine, OLD, [None, None])
+    await store_oauth2(
+        engine, first, client_secret=old.encrypt("s1"), refresh_token=lost.encrypt("r1")
+    )
+    await store_oauth2(
+        engine, second, refresh_token=old.encrypt("r2"), access_token=lost.encrypt("a2")
+    )
+    done = await command(database_url, NEW, OLD)
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["unreadable_sender_ids"] == [str(first)]
+    assert await oauth2_secrets(engine, NEW) == {
+        first: ["s1", "?", None],
+        second: [None, "r2", "?"],
+    }
+
+
+async def test_oauth2_is_rotated_in_chunks(engine: AsyncEngine) -> None:
+    ids = await store(engine, OLD, [None] * 3)
+    for sender in ids:
+        await store_oauth2(engine, sender, refresh_token=SecretBox([OLD]).encrypt("r"))
+    after, looked_at = 0, []
+    while True:
+        async with engine.begin() as connection:
+            chunk = await rotate_oauth2_chunk(connection, BOTH, after, limit=2)
+        if chunk.last_id is None:
+            break
+        after = chunk.last_id
+        looked_at.append((chunk.looked_at, chunk.rotated))
+    assert looked_at == [(2, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("keys", [(), (OLD,), (OLD, ""), (OLD, OLD)])

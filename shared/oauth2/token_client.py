@@ -1,0 +1,149 @@
+"""Requests access tokens over HTTPS, and connects only to addresses that `Egress` permits."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Final
+from urllib.parse import quote_plus, urlencode, urlsplit
+
+import httpcore
+
+from shared.egress import Egress, EgressRefused
+from shared.oauth2.token_answers import Failure, Grant, clean, outage, read_answer, refusal
+from shared.settings import Settings
+from shared.smtp.tls import operator_ca, trusting_context
+
+# Limit of the whole exchange, from the look-up of the name to the last byte.
+LIMIT: Final = timedelta(seconds=10)
+MAX_ANSWER_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """One request for an access token. Without a refresh token it uses client credentials."""
+
+    token_url: str
+    client_id: str
+    scope: str
+    client_secret: str = field(default="", repr=False)
+    refresh_token: str = field(default="", repr=False)
+
+    def form(self) -> bytes:
+        """Return the body of the request (RFC 6749, sections 2.3.1, 4.4.2 and 6)."""
+        fields = {"grant_type": "client_credentials", "client_id": self.client_id}
+        if self.refresh_token:
+            fields |= {"grant_type": "refresh_token", "refresh_token": self.refresh_token}
+        if self.client_secret:
+            fields["client_secret"] = self.client_secret
+        if self.scope:
+            fields["scope"] = self.scope
+        return urlencode(fields).encode()
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return the secrets that no text may contain, unchanged and as the form encodes them."""
+        kept = [secret for secret in (self.client_secret, self.refresh_token) if secret]
+        return tuple(dict.fromkeys((*kept, *map(quote_plus, kept))))
+
+
+class TokenClient:
+    """Sends requests to token endpoints. It keeps no connection, as tokens last about an hour."""
+
+    def __init__(self, egress: Egress, tls: ssl.SSLContext, limit: timedelta = LIMIT) -> None:
+        self._network = _JudgedNetwork(egress)
+        self._tls = tls
+        self._limit = limit
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> TokenClient:
+        """Trust the machine's CAs and OUTBOX_SMTP_CA, and permit what OUTBOX_SMTP_ALLOW permits.
+
+        Raises:
+            ConfigurationError: OUTBOX_SMTP_CA cannot be read, or OUTBOX_SMTP_ALLOW is wrong.
+        """
+        return cls(Egress.from_settings(settings), trusting_context(operator_ca(settings)))
+
+    async def request(self, wanted: TokenRequest) -> Grant | Failure:
+        """Return an access token or the reason why there is none, within the limit."""
+        host = urlsplit(wanted.token_url).hostname or ""
+        try:
+            async with asyncio.timeout(self._limit.total_seconds()):
+                return await self._exchange(wanted)
+        except TimeoutError:
+            seconds = f"{self._limit.total_seconds():g} s"
+            return outage(f"{host} gave no complete answer within {seconds}")
+        except EgressRefused as error:
+            return refusal(str(error))
+        except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
+            # A protocol error quotes the server, which may quote a secret of the request.
+            said = clean(str(error), wanted.secrets()) or type(error).__name__
+            return outage(f"no answer from {host}: {said}")
+
+    async def _exchange(self, wanted: TokenRequest) -> Grant | Failure:
+        headers = [
+            (b"Accept", b"application/json"),
+            # Without compression, so that the limit of the size holds.
+            (b"Accept-Encoding", b"identity"),
+            (b"Content-Type", b"application/x-www-form-urlencoded"),
+            (b"Connection", b"close"),
+            (b"User-Agent", b"outbox"),
+        ]
+        async with (
+            httpcore.AsyncConnectionPool(self._tls, network_backend=self._network) as pool,
+            pool.stream(
+                "POST", wanted.token_url, headers=headers, content=wanted.form()
+            ) as response,
+        ):
+            answer = bytearray()
+            async for chunk in response.aiter_stream():
+                answer += chunk
+                if len(answer) > MAX_ANSWER_BYTES:
+                    return outage(f"the token URL answered more than {MAX_ANSWER_BYTES} bytes")
+            waits = [value for name, value in response.headers if name.lower() == b"retry-after"]
+            return read_answer(
+                response.status,
+                bytes(answer),
+                retry_after=waits[0].decode("latin-1") if waits else None,
+                now=datetime.now(UTC),
+                secrets=wanted.secrets(),
+            )
+
+
+class _JudgedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects only to permitted addresses. The name is looked up once, before the check."""
+
+    def __init__(self, egress: Egress) -> None:
+        self._egress = egress
+        self._network = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Return a connection to the first permitted address that answers.
+
+        Raises:
+            EgressRefused: none of the host's addresses is permitted.
+            OSError: there is no such host, or no address answers.
+        """
+        failure: Exception | None = None
+        for address in await self._egress.judged_addresses(host, port):
+            try:
+                # TLS checks the certificate against the host name in the URL, not the address.
+                return await self._network.connect_tcp(
+                    address, port, timeout, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise OSError(f"no connection to {host}, port {port}: {failure}")
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait. httpcore calls this between retries, which are switched off."""
+        await asyncio.sleep(seconds)
