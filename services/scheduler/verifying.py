@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 from services.scheduler.storage.senders import SenderEndpoint
 from shared.egress import Egress
+from shared.errors import ResourceExhausted
+from shared.gate import Gate
+from shared.oauth2.credentials import OAuth2Ref, TokenProvider
 from shared.secrets import SecretBox
 from shared.settings import Settings
-from shared.smtp_session import Endpoint, Probe, probe, relay_of
+from shared.smtp.addresses import envelope_address
+from shared.smtp.endpoint import Endpoint, relay_of
+from shared.smtp.helo import helo_name
+from shared.smtp.limits import PhaseLimits
+from shared.smtp.probe import Probe, Prober
+from shared.smtp.replies import ReplyRules
+from shared.smtp.tls import TlsContexts
 from shared.states import SmtpSecurity
 
-# Of the whole session: below the deadline of a call.
-_LIMIT: Final = timedelta(seconds=20)
+# Seconds for the whole session: below the deadline of a call.
+_LIMIT: Final = 20.0
+# A session with a silent endpoint lasts that long. So verifications do not count among the calls
+# of the server, and a user gets a few of them at a time.
+_AT_ONCE: Final = 32
+_WAITING: Final = 64
+AT_ONCE_PER_USER: Final = 4
+_RETRY_AFTER: Final = timedelta(seconds=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +45,81 @@ class Verification:
 
 
 class Verifier:
-    """Knows what a dispatcher would do with a sender, and does it up to the mail."""
+    """Does what a dispatcher would do for a sender, up to RCPT."""
 
-    def __init__(self, settings: Settings, secrets: SecretBox) -> None:
+    def __init__(self, settings: Settings, secrets: SecretBox, tokens: TokenProvider) -> None:
+        # Around every call of VerifySender.
+        self.gate = Gate("verifications", at_once=_AT_ONCE, waiting=_WAITING)
+        self._under_way: Counter[str] = Counter()
+        self._tokens = tokens
         self._settings = settings
         self._secrets = secrets
+        self._limits = PhaseLimits.from_settings(settings)
+        self._rules = ReplyRules.load(settings.reply_rules)
+        self._helo = helo_name(settings)
         self._egress = Egress.from_settings(settings)
 
-    async def verify(self, sender: SenderEndpoint) -> Verification:
-        """Open a session with the sender's endpoint, sign in, and end it."""
+    @contextmanager
+    def turn_of(self, user_id: str | None) -> Iterator[None]:
+        """Count a verification of a user; None: a caller who acts for all users.
+
+        Raises:
+            ResourceExhausted: TOO_MANY_CALLS: the user has too many under way.
+        """
+        if user_id is None:
+            yield
+            return
+        if self._under_way[user_id] >= AT_ONCE_PER_USER:
+            raise ResourceExhausted(
+                f"{AT_ONCE_PER_USER} verifications of this user are under way; try again a little "
+                "later",
+                reason="TOO_MANY_CALLS",
+                metadata={"at_once": str(AT_ONCE_PER_USER)},
+                retry_after=_RETRY_AFTER,
+            )
+        self._under_way[user_id] += 1
+        try:
+            yield
+        finally:
+            self._under_way[user_id] -= 1
+            if not self._under_way[user_id]:
+                del self._under_way[user_id]
+
+    async def verify(self, sender: SenderEndpoint, recipient: str) -> Verification:
+        """Open a session with the sender's endpoint, go as far as RCPT, and end it.
+
+        An empty `recipient` means the sender's own address.
+
+        Raises:
+            ValueError: `recipient` is not a mail address.
+        """
         endpoint = self._endpoint(sender)
-        found = await probe(
-            endpoint,
-            step_limit=min(self._settings.smtp_timeout, _LIMIT),
+        prober = Prober(
+            limits=self._limits,
             limit=_LIMIT,
-            local_hostname=socket.gethostname(),
+            rules=self._rules,
+            helo=self._helo,
             egress=self._egress,
+            # OUTBOX_SMTP_CA is read again, so that the result holds for the present file.
+            tls=TlsContexts.from_settings(self._settings),
+            tokens=self._tokens,
         )
-        return Verification(endpoint.host, endpoint.port, found)
+        mail_from = envelope_address(sender.email)
+        rcpt_to = envelope_address(recipient) if recipient else mail_from
+        return Verification(
+            endpoint.host, endpoint.port, await prober.probe(endpoint, mail_from, rcpt_to)
+        )
 
     def _endpoint(self, sender: SenderEndpoint) -> Endpoint:
         if self._settings.smtp_override or sender.host is None or sender.port is None:
             return relay_of(self._settings.smtp_url, plaintext=self._settings.plaintext)
+        oauth2 = sender.oauth2_credentials_id
         return Endpoint(
             sender.host,
             sender.port,
             sender.security or SmtpSecurity.STARTTLS,
             username=sender.username or "",
             password="" if sender.password is None else self._secrets.decrypt(sender.password),
+            ca=sender.ca or "",
+            oauth2=None if oauth2 is None else OAuth2Ref(oauth2),
         )

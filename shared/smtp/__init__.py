@@ -1,0 +1,1 @@
+"""SMTP as dispatchers and VerifySender speak it: sessions, and what a reply means."""

@@ -1,0 +1,124 @@
+"""Mail servers whose certificates a private CA has signed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deploy.local.certificates import self_signed, server_context
+from services.dispatcher.smtp import SmtpPool
+from shared.bounds import MAX_CA_BYTES, MAX_CA_CERTIFICATES
+from shared.errors import ConfigurationError
+from shared.settings import load_settings
+from shared.smtp.tls import TlsContexts, check_ca
+from shared.states import AttemptOutcome, SmtpSecurity
+from tests.smtp_pools import endpoint_of, pool_of, send
+from tests.smtp_servers import ScriptedServer
+
+SENT = AttemptOutcome.SENT
+CONNECTION = AttemptOutcome.CONNECTION_FAILURE
+
+
+@pytest.fixture(params=[SmtpSecurity.STARTTLS, SmtpSecurity.TLS])
+def security(request: pytest.FixtureRequest) -> SmtpSecurity:
+    return SmtpSecurity(request.param)
+
+
+async def test_the_operators_ca_is_trusted_for_every_endpoint(
+    security: SmtpSecurity, tmp_path: Path
+) -> None:
+    async with serving(tmp_path, security) as server:
+        settings = load_settings(smtp_ca=str(tmp_path / "127.0.0.1.crt"))
+        pool = pool_of(timeout=5.0, tls=TlsContexts.from_settings(settings))
+        result = await send(pool, endpoint_of(server, security=security))
+        assert result.outcome is SENT, result.message
+        await pool.close()
+
+
+async def test_a_senders_ca_is_trusted_for_its_endpoint_alone(
+    security: SmtpSecurity, tmp_path: Path
+) -> None:
+    pool = pool_of(timeout=5.0)
+    async with serving(tmp_path, security) as server:
+        ca = (tmp_path / "127.0.0.1.crt").read_text()
+        trusting = endpoint_of(server, security=security, ca=ca)
+        for _ in range(2):
+            result = await send(pool, trusting)
+            assert result.outcome is SENT, result.message
+        assert server.connections == 1
+
+        # Neither by trust nor by a kept connection does it serve a sender without it.
+        await refused(pool, server, security, "")
+        other = self_signed(tmp_path / "other").public.read_text()
+        await refused(pool, server, security, other)
+        await pool.close()
+
+
+async def refused(pool: SmtpPool, server: ScriptedServer, security: SmtpSecurity, ca: str) -> None:
+    result = await send(pool, endpoint_of(server, security=security, ca=ca))
+    assert result.outcome is CONNECTION
+    assert "certificate of 127.0.0.1 is not trusted" in (result.message or "")
+
+
+def serving(folder: Path, security: SmtpSecurity) -> ScriptedServer:
+    context = server_context(self_signed(folder))
+    return ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS)
+
+
+async def test_a_ca_that_cannot_be_used_is_the_endpoints_fault(security: SmtpSecurity) -> None:
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer(extensions=["STARTTLS"]) as server:
+        result = await send(pool, endpoint_of(server, security=security, ca="no certificate"))
+        assert result.outcome is CONNECTION
+        assert "CA certificates cannot be used" in (result.message or "")
+
+
+async def test_a_context_is_built_once_for_each_text_of_certificates(tmp_path: Path) -> None:
+    contexts = TlsContexts()
+    ca = self_signed(tmp_path).public.read_text()
+    first = await contexts.context_for(ca)
+    assert await contexts.context_for(ca) is first
+    assert await contexts.context_for("") is not first
+
+
+@pytest.mark.parametrize("text", ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n"])
+def test_a_text_without_a_certificate_is_no_ca(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one certificate in PEM"):
+        check_ca(text)
+    file = tmp_path / "ca.pem"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=r"OUTBOX_SMTP_CA: .*ca\.pem"):
+        TlsContexts.from_settings(load_settings(smtp_ca=str(file)))
+
+
+def test_certificates_have_a_limit_of_size(tmp_path: Path) -> None:
+    text = self_signed(tmp_path).public.read_text()
+    check_ca(text + "#" * (MAX_CA_BYTES - len(text)))
+    with pytest.raises(ValueError, match="at most 65536 bytes"):
+        check_ca(text + "#" * (MAX_CA_BYTES + 1 - len(text)))
+
+
+@pytest.mark.parametrize("strange", ["\x00", "\x1b[2J", "\u00e4"])
+def test_certificates_are_text_that_can_be_stored_and_shown(strange: str, tmp_path: Path) -> None:
+    text = self_signed(tmp_path).public.read_text()
+    with pytest.raises(ValueError, match=r"must be PEM, in ASCII \(got a character U\+00"):
+        check_ca(text + strange)
+
+
+def test_a_private_key_among_certificates_is_refused(tmp_path: Path) -> None:
+    pair = self_signed(tmp_path)
+    with pytest.raises(ValueError, match="holds a private key"):
+        check_ca(pair.public.read_text() + pair.private.read_text())
+
+
+def test_the_number_of_certificates_has_a_limit(tmp_path: Path) -> None:
+    text = self_signed(tmp_path).public.read_text()
+    check_ca(text * MAX_CA_CERTIFICATES)
+    with pytest.raises(ValueError, match="at most 50 certificates"):
+        check_ca(text * (MAX_CA_CERTIFICATES + 1))
+
+
+def test_a_file_that_is_missing_stops_the_start() -> None:
+    with pytest.raises(ConfigurationError, match="OUTBOX_SMTP_CA: /no/such/file cannot be read"):
+        TlsContexts.from_settings(load_settings(smtp_ca="/no/such/file"))

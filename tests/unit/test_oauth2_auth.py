@@ -1,0 +1,62 @@
+"""What a session says when it signs in with an access token."""
+
+from __future__ import annotations
+
+import base64
+
+import aiosmtplib
+import pytest
+
+from shared.smtp.oauth2_auth import Login, is_token_refused
+
+# https://developers.google.com/workspace/gmail/imap/xoauth2-protocol has this example.
+GOOGLES = Login("someuser@example.com", "ya29.vF9dft4qmTc2Nvb3RlckBhdHRhdmlzdGEuY29tCg")
+TOKEN = "ya29." + "".join(f"{number:03}" for number in range(100))
+
+
+def test_xoauth2_is_what_google_documents() -> None:
+    assert GOOGLES.xoauth2() == (
+        "dXNlcj1zb21ldXNlckBleGFtcGxlLmNvbQFhdXRoPUJlYXJlciB5YTI5LnZGOWRmdDRxbVRjMk52YjNSbGNrQmhk"
+        "SFJoZG1semRHRXVZMjl0Q2cBAQ=="
+    )
+
+
+def test_oauthbearer_is_what_rfc_7628_says() -> None:
+    said = base64.b64decode(Login("user@example.com", "vF9dft4qmTc2").oauthbearer()).decode()
+    assert said == "n,a=user@example.com,\x01auth=Bearer vF9dft4qmTc2\x01\x01"
+
+
+def test_a_name_cannot_end_its_field() -> None:
+    said = base64.b64decode(Login("a=b,c@x.test", "t").oauthbearer()).decode()
+    assert said.startswith("n,a=a=3Db=2Cc@x.test,\x01")
+
+
+def test_a_name_of_any_language_is_utf_8() -> None:
+    said = base64.b64decode(Login("ä@x.test", "t").xoauth2()).decode()
+    assert said.startswith("user=ä@x.test\x01")
+
+
+@pytest.mark.parametrize(
+    "quoted",
+    [
+        TOKEN,
+        TOKEN[:40],
+        TOKEN[100:150],
+        Login("me@x.test", TOKEN).xoauth2(),
+        Login("me@x.test", TOKEN).xoauth2()[:80],
+        Login("me@x.test", TOKEN).oauthbearer()[-80:],
+    ],
+)
+def test_a_token_is_hidden_in_every_form_and_in_parts(quoted: str) -> None:
+    assert Login("me@x.test", TOKEN).hide(f"no: {quoted}.") == "no: [token]."
+
+
+def test_a_login_shows_no_token() -> None:
+    assert TOKEN not in repr(Login("me@x.test", TOKEN))
+
+
+def test_only_invalid_credentials_ask_for_another_token() -> None:
+    assert is_token_refused(aiosmtplib.SMTPAuthenticationError(535, "5.7.8 no"))
+    assert not is_token_refused(aiosmtplib.SMTPAuthenticationError(454, "4.7.0 later"))
+    assert not is_token_refused(aiosmtplib.SMTPResponseException(535, "5.7.8 no"))
+    assert not is_token_refused(OSError())
