@@ -19,8 +19,10 @@ from typing import Any, Final, Never
 
 import uvloop
 
-from services.dispatcher import server, smtp, storage
+from services.dispatcher import server, storage
+from services.dispatcher.smtp.transaction import Transaction
 from shared.queue.queue import Queue
+from shared.smtp.commands import Answer
 from tests.dispatchers import settings_of
 
 Arm = Callable[[int], None]
@@ -55,21 +57,20 @@ def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True
 
 def _in_body(share: float) -> Arm:
     """Return what makes us die when that share of a body, dot included, is with the kernel."""
-    finish = smtp._Session.finish
+    send = Transaction._send
     visits = itertools.count(1)
 
-    async def cut(session: smtp._Session, visit: int, data: bytes, limit: float) -> tuple[int, str]:
+    async def cut(transaction: Transaction, visit: int, data: bytes) -> Answer:
         if next(visits) < visit:
-            return await finish(session, data, limit)
-        assert session.client.transport is not None
+            return await send(transaction, data)
         sent = data + b".\r\n"
-        connection = session.client.transport.get_extra_info("socket")
+        connection = transaction._stream.transport.get_extra_info("socket")
         # Past the transport, which writes later.
         os.write(connection.fileno(), sent[: int(len(sent) * share)])
         _die()
 
     def arm(visit: int) -> None:
-        smtp._Session.finish = partialmethod(cut, visit)  # type: ignore[assignment,method-assign]
+        Transaction._send = partialmethod(cut, visit)  # type: ignore[assignment,method-assign]
 
     return arm
 
@@ -79,10 +80,10 @@ POINTS: Final[Mapping[str, Arm]] = {
     "claimed": _after(Queue, "claim", lambda claimed: bool(claimed.claims)),
     "marked": _after(storage, "mark_sending", bool),
     "confirmed": _after(Queue, "confirm", any),
-    "before_the_body": _after(smtp._Session, "begin"),
+    "before_the_body": _after(Transaction, "_announce", lambda refusal: refusal is None),
     "in_the_body": _in_body(0.5),
     "before_the_reply": _in_body(1.0),
-    "after_the_reply": _after(smtp._Session, "finish"),
+    "after_the_reply": _after(Transaction, "_send"),
     "recorded": _after(storage, "settle"),
     "released": _after(Queue, "settle"),
 }

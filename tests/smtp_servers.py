@@ -8,7 +8,7 @@ import re
 import ssl
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self, cast
 
@@ -65,6 +65,20 @@ Action = Step | tuple[Step, ...]
 
 
 @dataclass
+class Conversation:
+    """What a server has heard on one connection."""
+
+    helo: str = ""
+    # Mails that were begun with MAIL, this one included, and mails that were taken.
+    begun: int = 0
+    taken: int = 0
+
+
+# An action that depends on the connection.
+Habit = Callable[[Conversation], Action]
+
+
+@dataclass
 class Taken:
     """A mail whose body came to its end. Times are seconds since 1970."""
 
@@ -88,7 +102,8 @@ class ScriptedServer:
     """Takes every mail on loopback, but for what `plan` says of a phase.
 
     Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, noop, rset, quit. A list in the
-    plan is used up, one action a time that the phase is come to; anything else holds for ever.
+    plan is used up, one action a time that the phase is come to; anything else holds for ever. A
+    function gets the connection's conversation and returns an action.
     `visits` counts how often each phase was come to, `waiting` how many sessions wait in it.
     """
 
@@ -100,6 +115,7 @@ class ScriptedServer:
         tls: ssl.SSLContext | None = None,
         implicit_tls: bool = False,
         byte_by_byte: bool = False,
+        careless: bool = False,
     ) -> None:
         # An Action, or a list of them, by phase.
         self.plan = dict(plan or {})
@@ -112,11 +128,16 @@ class ScriptedServer:
         # When each MAIL FROM came, also of mails that were refused: seconds since 1970.
         self.began: list[float] = []
         self.connections = 0
+        self.most_open = 0
+        # How each connection ended: "QUIT", or "close" for every other way.
+        self.endings: list[str] = []
         self.open: set[asyncio.StreamWriter] = set()
         self._extensions = extensions
         self._tls = tls
         self._implicit_tls = implicit_tls
         self._byte_by_byte = byte_by_byte
+        # Answers RCPT and DATA as if everything before had been accepted.
+        self._careless = careless
         self._server: asyncio.Server | None = None
         self._port: int | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -175,17 +196,22 @@ class ScriptedServer:
         self._tasks.add(task)
         self.open.add(writer)
         self.connections += 1
+        self.most_open = max(self.most_open, len(self.open))
+        session = _Session(self, reader, writer)
         try:
-            await _Session(self, reader, writer).run()
+            await session.run()
         except (OSError, EOFError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._tasks.discard(task)
+            self.endings.append(session.ending)
             self.open.discard(writer)
             writer.transport.abort()
 
-    def _action(self, phase: str) -> tuple[Step, ...]:
+    def _action(self, phase: str, conversation: Conversation) -> tuple[Step, ...]:
         action = self.plan.get(phase, Well())
+        if callable(action):
+            action = action(conversation)
         if isinstance(action, list):
             action = action.pop(0) if action else Well()
         return action if isinstance(action, tuple) else (action,)
@@ -201,6 +227,10 @@ class _Session:
         self._began = 0.0
         self._from = ""
         self._to = ""
+        self._conversation = Conversation()
+        # Of MAIL and RCPT, what was accepted for the mail under way.
+        self._accepted: set[str] = set()
+        self.ending = "close"
 
     async def run(self) -> None:
         await self._do("greeting")
@@ -213,21 +243,45 @@ class _Session:
         verb = command.partition(" ")[0].upper()
         if verb == "MAIL":
             self._began = time.time()
+            self._conversation.begun += 1
             self._server.began.append(self._began)
             self._from = command[command.index("<") + 1 : command.index(">")]
         elif verb == "RCPT":
             self._to = command[command.index("<") + 1 : command.index(">")]
+        elif verb in {"EHLO", "HELO"}:
+            self._conversation.helo = command.partition(" ")[2]
         phase = "ehlo" if verb == "HELO" else verb.lower()
+        if needed := self._missing(phase):
+            await self._say(needed)
+            return
         if phase not in {*_WELL, "ehlo"}:
             await self._say("502 5.5.1 no such command")
             return
         answer = await self._do(phase)
+        self._remember(phase, answer)
         if phase == "starttls" and answer == "220":
             await self._writer.start_tls(self._server._tls)  # type: ignore[arg-type]
         elif phase == "data" and answer == "354":
             await self._take_body()
         elif phase == "quit":
+            self.ending = "QUIT"
             raise EOFError
+
+    def _remember(self, phase: str, answer: str) -> None:
+        if phase in {"mail", "rcpt"} and answer[:1] == "2":
+            self._accepted.add(phase)
+        elif phase in {"data", "rset"}:
+            self._accepted.clear()
+
+    def _missing(self, phase: str) -> str:
+        """Return what refuses a command whose predecessor was refused."""
+        if self._server._careless:
+            return ""
+        if phase == "rcpt" and "mail" not in self._accepted:
+            return "503 5.5.1 MAIL first"
+        if phase == "data" and "rcpt" not in self._accepted:
+            return "554 5.5.1 no valid recipients"
+        return ""
 
     async def _take_body(self) -> None:
         lines: list[bytes] = []
@@ -238,13 +292,15 @@ class _Session:
             lines.append(line)
         mail = Taken(self._from, self._to, b"".join(lines), self._began, time.time())
         self._server.taken.append(mail)
-        mail.answered = await self._do("body") == "250"
+        answer = await self._do("body")
+        mail.answered = answer == "250"
+        self._conversation.taken += answer[:1] == "2"
 
     async def _do(self, phase: str) -> str:
         """Carry out the plan of a phase; return the first three characters of what was said."""
         self._server.visits[phase] += 1
         said = ""
-        for step in self._server._action(phase):
+        for step in self._server._action(phase, self._conversation):
             match step:
                 case Say(text):
                     said = await self._say(text)
@@ -269,6 +325,10 @@ class _Session:
     async def _wait(self, phase: str, event: asyncio.Event) -> None:
         """Wait for the event, or for the other side to give up."""
         self._server.waiting[phase] += 1
+        if self._reader._buffer:  # type: ignore[attr-defined]  # what a client has pipelined
+            await event.wait()
+            self._server.waiting[phase] -= 1
+            return
         # A client has nothing to say while it waits for an answer: this ends at its close alone.
         closed = asyncio.create_task(self._reader.read(1))
         waiting = asyncio.create_task(event.wait())

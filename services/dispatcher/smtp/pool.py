@@ -1,0 +1,183 @@
+"""Sends mails over connections that are kept per endpoint and account."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final
+
+from services.dispatcher.lease import Lease
+from services.dispatcher.smtp.attempt import SendAttempt
+from services.dispatcher.smtp.endpoint_pool import EndpointPool, PoolRules
+from services.dispatcher.smtp.result import Envelope, SendResult
+from services.dispatcher.smtp.session import KeptSession
+from shared.egress import Egress
+from shared.oauth2.credentials import NO_TOKENS, TokenProvider
+from shared.smtp.endpoint import Endpoint
+from shared.smtp.limits import PhaseLimits
+from shared.smtp.replies import ReplyRules
+from shared.smtp.tls import TlsContexts
+from shared.states import AttemptOutcome, ReplyClass
+
+# Endpoints that are remembered without a connection.
+MOST_ENDPOINTS: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointState:
+    """The connections to one endpoint, as GetDispatcherStatus shows them.
+
+    `last_error` is empty, and `last_error_at` (Unix time, seconds) is None, before the first error.
+    """
+
+    host: str
+    port: int
+    circuit: str
+    connection_count: int
+    last_error: str
+    last_error_at: float | None
+    # The number of connections that may be open at present.
+    connection_cap: int
+    # The number of mails that the server accepts per connection. None means that it is not known.
+    learned_mails_per_connection: int | None
+
+
+class SmtpPool:
+    """Keeps SMTP connections, at most `size` per endpoint and account.
+
+    `idle` and `connection_age` are seconds. `helo` is the name sent in EHLO; if it is empty, each
+    connection sends its own address. `clock` returns seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        limits: PhaseLimits,
+        rules: ReplyRules,
+        size: int,
+        idle: float,
+        mails_per_connection: int,
+        connection_age: float,
+        helo: str,
+        egress: Egress,
+        tls: TlsContexts,
+        tokens: TokenProvider = NO_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._rules = rules
+        self._pool_rules = PoolRules(size, idle, mails_per_connection, connection_age)
+        self._helo = helo
+        self._egress = egress
+        self._tls = tls
+        self._tokens = tokens
+        self._clock = clock
+        self._pools: dict[Endpoint, EndpointPool] = {}
+        # Connections that are being ended.
+        self._endings: set[asyncio.Task[None]] = set()
+
+    async def send(
+        self,
+        endpoint: Endpoint,
+        envelope: Envelope,
+        *,
+        lease: Lease,
+        may_begin: Callable[[], bool],
+    ) -> SendResult:
+        """Send one mail to its endpoint, and stop when `lease` ends.
+
+        `may_begin` is called before the first command and again just before the body.
+
+        Raises:
+            GivenBackError: `may_begin` returned False, or the lease ended. The server has received
+                no byte of the body.
+        """
+        pool = self._pools.get(endpoint)
+        if pool is None:
+            self._make_room()
+            pool = self._pools[endpoint] = EndpointPool(self._pool_rules, self._clock, self._spawn)
+        attempt = SendAttempt(
+            endpoint,
+            pool,
+            lambda: self._new_session(endpoint),
+            limits=self._limits,
+            rules=self._rules,
+            lease=lease,
+            may_begin=may_begin,
+        )
+        result = await attempt.run(envelope)
+        if (
+            result.outcome is AttemptOutcome.CONNECTION_FAILURE
+            or result.reply_class is ReplyClass.CONNECTIONS
+        ):
+            pool.last_error = result.message or ""
+            pool.last_error_at = time.time()
+        return result
+
+    def _make_room(self) -> None:
+        """Forget the endpoint that was not used for the longest time, if there are too many.
+
+        Each change of a sender's endpoint makes another one, and one may have 64 KiB of
+        certificates.
+        """
+        if len(self._pools) < MOST_ENDPOINTS:
+            return
+        unused = [(pool.last_used_at, each) for each, pool in self._pools.items() if pool.unused]
+        if unused:
+            del self._pools[min(unused, key=lambda found: found[0])[1]]
+
+    def give_up_waiting(self) -> None:
+        """End the sends that wait for a connection with GivenBackError. Used while draining."""
+        for pool in self._pools.values():
+            pool.give_up()
+
+    def close_idle(self) -> None:
+        """End the connections that are idle for too long, or too old."""
+        for endpoint, pool in list(self._pools.items()):
+            pool.close_idle()
+            if pool.forgettable:
+                del self._pools[endpoint]
+
+    async def close(self) -> None:
+        """End every idle connection, and return when all are closed, within about two seconds."""
+        for pool in self._pools.values():
+            pool.close()
+        while self._endings:
+            await asyncio.wait(self._endings)
+
+    def states(self) -> list[EndpointState]:
+        """Return the state of each endpoint, sorted by host and port."""
+        return sorted(
+            (
+                EndpointState(
+                    endpoint.host,
+                    endpoint.port,
+                    endpoint.circuit,
+                    pool.open_count,
+                    pool.last_error,
+                    pool.last_error_at,
+                    pool.cap,
+                    pool.learned_mails,
+                )
+                for endpoint, pool in self._pools.items()
+            ),
+            key=lambda state: (state.host, state.port),
+        )
+
+    def _new_session(self, endpoint: Endpoint) -> KeptSession:
+        return KeptSession(
+            endpoint,
+            limits=self._limits,
+            helo=self._helo,
+            egress=self._egress,
+            tls=self._tls,
+            tokens=self._tokens,
+            opened_at=self._clock(),
+        )
+
+    def _spawn(self, ending: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(ending)
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)

@@ -1,0 +1,647 @@
+"""Habits of real mail servers: nothing is lost to them and nothing is sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from services.dispatcher.lease import Lease
+from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
+from shared.smtp.limits import PhaseLimits
+from shared.smtp.stream import SmtpStream
+from shared.states import AttemptOutcome, ReplyClass
+from tests.eventually import eventually
+from tests.smtp_pools import (
+    LIMIT,
+    MAIL,
+    all_closed,
+    endpoint_of,
+    open_connections,
+    pool_of,
+    relay_at,
+    send,
+)
+from tests.smtp_servers import Close, Conversation, Habit, Say, ScriptedServer, Wait, Well
+
+SENT = AttemptOutcome.SENT
+CONNECTION = AttemptOutcome.CONNECTION_FAILURE
+PIPELINING = ("8BITMIME", "PIPELINING")
+PHASES = ("greeting", "ehlo", "mail", "rcpt", "data", "body")
+
+
+class PoolClock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(params=[(), PIPELINING], ids=["in_sequence", "pipelined"])
+def extensions(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    found: tuple[str, ...] = request.param
+    return found
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[SmtpPool]:
+    pool = pool_of(timeout=5.0)
+    yield pool
+    await pool.close()
+
+
+def after(mails: int, answer: str) -> Habit:
+    """Return what refuses every mail of a connection after so many."""
+    return lambda heard: Say(answer) if heard.begun > mails else Well()
+
+
+async def send_many(pool: SmtpPool, server: ScriptedServer, count: int) -> list[SendResult]:
+    return [await send(pool, server, replace(MAIL, rcpt_to=f"r{n}@y.test")) for n in range(count)]
+
+
+def accepted(server: ScriptedServer) -> Counter[str]:
+    return Counter(mail.rcpt_to for mail in server.taken if mail.answered)
+
+
+def once_each(count: int) -> dict[str, int]:
+    return {f"r{n}@y.test": 1 for n in range(count)}
+
+
+# A connection that is used up ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("phase", "mails", "answer"),
+    [
+        ("mail", 5, "452 4.3.2 too many mails on this connection"),
+        ("mail", 5, "421 4.7.0 too many messages in this session"),
+        ("mail", 1, "503 5.5.1 bad sequence of commands"),
+        ("rcpt", 5, "452 4.5.3 too many recipients"),
+        ("data", 5, "421 4.7.0 enough"),
+        ("body", 5, "451 Mails per session limit exceeded"),
+        ("body", 5, "421 4.3.2 closing"),
+    ],
+)
+async def test_a_server_that_accepts_some_mails_per_connection_gets_all_of_them(
+    pool: SmtpPool, extensions: tuple[str, ...], phase: str, mails: int, answer: str
+) -> None:
+    plan = {phase: after(mails, answer)}
+    async with ScriptedServer(plan, extensions=extensions) as server:
+        results = await send_many(pool, server, 20)
+
+        assert {result.outcome for result in results} == {SENT}
+        assert {result.reply_class for result in results} == {ReplyClass.SENT}
+        assert accepted(server) == once_each(20)
+        assert server.connections == 20 // mails
+        # It was refused once: from then on the pool knows how many mails a connection carries.
+        assert server.visits["mail"] == 21
+        assert pool.states()[0].learned_mails_per_connection == mails
+        await pool.close()
+        await eventually(lambda: not server.open)
+        assert server.endings == ["QUIT"] * server.connections
+
+
+async def test_a_learned_number_of_mails_is_forgotten_after_an_hour() -> None:
+    clock = PoolClock()
+    pool = pool_of(timeout=5.0, clock=clock, idle=10_000.0, connection_age=10_000.0)
+    async with ScriptedServer({"mail": after(2, "421 4.7.0 enough")}) as server:
+        await send_many(pool, server, 6)
+        assert pool.states()[0].learned_mails_per_connection == 2
+        clock.now += 3_601
+        assert pool.states()[0].learned_mails_per_connection is None
+        server.plan.clear()
+        before = server.connections
+        await send_many(pool, server, 10)
+        assert server.connections <= before + 1
+    await pool.close()
+
+
+async def test_a_refusal_after_idling_teaches_nothing() -> None:
+    """The server ended the connection for its age, not for the number of its mails."""
+    clock = PoolClock()
+    pool = pool_of(timeout=5.0, clock=clock)
+    plan = {"mail": [Well(), Say("421 4.4.2 idle for too long")]}
+    async with ScriptedServer(plan) as server:
+        await send(pool, server)
+        clock.now += 15
+        assert (await send(pool, server)).outcome is SENT
+        assert pool.states()[0].learned_mails_per_connection is None
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("452 4.5.0 not now", ReplyClass.TEMPORARY),
+        ("421 4.3.2 closing", ReplyClass.SESSION),
+        ("550 5.4.5 daily quota", ReplyClass.ACCOUNT),
+    ],
+)
+async def test_a_refusal_on_a_new_connection_as_well_is_what_it_says(
+    pool: SmtpPool, answer: str, expected: ReplyClass
+) -> None:
+    plan = {"mail": [Well(), Say("421 4.3.2 enough"), Say(answer), Well()]}
+    async with ScriptedServer(plan) as server:
+        assert (await send(pool, server)).outcome is SENT
+        result = await send(pool, server)
+
+        assert (result.reply_class, result.smtp_code) == (expected, int(answer[:3]))
+        assert result.outcome is (
+            CONNECTION if expected is ReplyClass.SESSION else AttemptOutcome.TEMPORARY_FAILURE
+        )
+        assert server.connections == 2
+        assert pool.states()[0].learned_mails_per_connection is None
+
+
+async def test_the_old_connection_is_closed_before_the_new_one_is_opened() -> None:
+    """A server that allows one connection would refuse the second."""
+
+    def slowly(_: Conversation) -> Any:
+        answered = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.1, answered.set)
+        return (Wait(answered), Well())
+
+    pool = pool_of(timeout=5.0, size=1)
+    plan = {"mail": after(1, "421 4.7.0 enough"), "quit": slowly}
+    async with ScriptedServer(plan) as server:
+        await send_many(pool, server, 5)
+        assert server.most_open == 1
+        assert accepted(server) == once_each(5)
+    await pool.close()
+
+
+async def test_the_last_look_comes_again_before_a_body_is_sent_again(pool: SmtpPool) -> None:
+    """The refusal of the body is then the outcome: the server has seen it."""
+    plan = {"body": [Well(), Say("451 mails per session limit exceeded")]}
+    async with ScriptedServer(plan) as server:
+        await send(pool, server)
+        result = await send(pool, server, may_begin=lambda: server.visits["body"] < 2)
+
+        assert (result.reply_class, result.body_begun) == (ReplyClass.SESSION, True)
+        assert (server.connections, len(server.taken)) == (1, 2)
+
+
+async def test_a_mail_whose_connection_is_used_up_is_given_back_if_it_must_not_begin(
+    pool: SmtpPool,
+) -> None:
+    plan = {"mail": [Well(), Say("421 4.7.0 enough")]}
+    async with ScriptedServer(plan) as server:
+        await send(pool, server)
+        with pytest.raises(GivenBackError):
+            await send(pool, server, may_begin=lambda: server.visits["mail"] < 2)
+        await all_closed(pool)
+
+
+async def test_what_a_server_says_unasked_belongs_to_no_mail(
+    pool: SmtpPool, extensions: tuple[str, ...]
+) -> None:
+    """As a 421 that comes right after the last mail, before the server hangs up."""
+    plan = {"body": [(Well(), Say("421 4.7.0 enough, good-bye")), Well()]}
+    async with ScriptedServer(plan, extensions=extensions) as server:
+        results = await send_many(pool, server, 2)
+
+        assert [result.smtp_code for result in results] == [250, 250]
+        assert Counter(mail.rcpt_to for mail in server.taken) == once_each(2)
+        assert (server.connections, server.visits["mail"]) == (2, 2)
+
+
+# What a connection is good for after a refusal -----------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["mail", "rcpt", "data", "body"])
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("450 4.2.1 busy", False),
+        ("452 4.3.1 disk full", False),
+        ("503 5.5.1 bad sequence", False),
+        ("530 5.7.0 authenticate first", False),
+        ("550 5.1.1 nobody", True),
+        ("554 5.7.1 spam", True),
+    ],
+)
+async def test_a_connection_is_used_again_after_a_refusal_of_the_mail_alone(
+    pool: SmtpPool, extensions: tuple[str, ...], phase: str, answer: str, kept: bool
+) -> None:
+    async with ScriptedServer({phase: [Say(answer)]}, extensions=extensions) as server:
+        assert (await send(pool, server)).smtp_code == int(answer[:3])
+        assert (await send(pool, server)).outcome is SENT
+
+        # MAIL names only the sender: a refusal there is of the account, not of the mail.
+        kept = kept and phase != "mail"
+        verbs = [command.split()[0] for command in server.commands]
+        assert verbs.count("RSET" if kept else "QUIT") == 1
+        assert server.connections == (1 if kept else 2)
+
+
+@pytest.mark.parametrize("goodbye", [Say("421 4.3.2 bye"), Say("500 what?"), Close(), Wait()])
+async def test_an_outcome_is_known_whatever_comes_of_rset(
+    goodbye: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.dispatcher.smtp.session._RESET_LIMIT_S", LIMIT)
+    pool = pool_of(timeout=5.0)
+    plan = {"rcpt": [Say("550 5.1.1 nobody")], "rset": goodbye}
+    async with ScriptedServer(plan) as server:
+        assert (await send(pool, server)).smtp_code == 550
+        assert (await send(pool, server)).outcome is SENT
+        assert (server.connections, len(server.taken)) == (2, 1)
+    await pool.close()
+
+
+# A reply that is late ------------------------------------------------------------------------
+
+
+async def test_a_reply_that_is_late_is_waited_for_while_the_lease_is_renewed(
+    extensions: tuple[str, ...],
+) -> None:
+    pool, gate = pool_of(timeout=20.0), asyncio.Event()
+    plan = {"body": (Wait(gate), Well())}
+    async with ScriptedServer(plan, extensions=extensions) as server:
+        lease = Lease(time.monotonic() + LIMIT)
+        sending = asyncio.create_task(
+            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
+        )
+        await eventually(lambda: server.waiting["body"] == 1)
+        ended = lease.until
+        lease.extend(time.monotonic() + 20)
+        await eventually(lambda: time.monotonic() > ended + LIMIT)
+        assert not sending.done()
+        gate.set()
+        assert (await sending).outcome is SENT
+        assert len(server.taken) == 1
+    await pool.close()
+
+
+async def test_a_lease_that_is_lost_ends_the_wait_at_once() -> None:
+    pool = pool_of(timeout=60.0)
+    async with ScriptedServer({"body": Wait()}) as server:
+        lease = Lease(time.monotonic() + 60)
+        sending = asyncio.create_task(
+            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
+        )
+        await eventually(lambda: server.waiting["body"] == 1)
+        lease.extend(time.monotonic())
+        result = await asyncio.wait_for(sending, 10)
+        assert (result.outcome, result.body_begun) == (AttemptOutcome.IN_DOUBT, True)
+        assert "in time" in (result.message or "")
+    await pool.close()
+
+
+async def test_a_silent_connection_is_probed_by_the_kernel(
+    pool: SmtpPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NAT forgets it otherwise, and with it the reply to a mail that was accepted."""
+    opened: list[SmtpStream] = []
+    made = SmtpStream.connection_made
+
+    def note(stream: SmtpStream, transport: asyncio.BaseTransport) -> None:
+        opened.append(stream)
+        made(stream, transport)
+
+    monkeypatch.setattr(SmtpStream, "connection_made", note)
+    async with ScriptedServer() as server:
+        await send(pool, server)
+        connection = opened[0].transport.get_extra_info("socket")
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_each_phase_has_its_own_limit(phase: str, extensions: tuple[str, ...]) -> None:
+    """The others have hours."""
+    field = {"body": "end"}.get(phase, phase)
+    limits = replace(PhaseLimits.of(3_600.0), **{field: LIMIT})
+    pool = pool_of(limits=limits)
+    async with ScriptedServer({phase: Wait()}, extensions=extensions) as server:
+        result = await asyncio.wait_for(send(pool, server), 20)
+        in_doubt = phase == "body"
+        assert result.outcome is (AttemptOutcome.IN_DOUBT if in_doubt else CONNECTION)
+        assert "in time" in (result.message or "")
+        assert result.reply_class is None
+        assert open_connections(pool) == 0
+    await pool.close()
+
+
+# Blank lines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [*PHASES, "quit", "rset"])
+@pytest.mark.parametrize("blank", [b"", b"\r\n\r\n", b"  \t"])
+async def test_blank_lines_before_a_reply_are_skipped(
+    pool: SmtpPool, phase: str, blank: bytes, extensions: tuple[str, ...]
+) -> None:
+    def habit(heard: Conversation) -> Any:
+        del heard
+        return (Say(blank), Well())
+
+    plan = {phase: habit} | ({"rcpt": [Say("550 5.1.1 nobody")]} if phase == "rset" else {})
+    async with ScriptedServer(plan, extensions=extensions) as server:
+        results = await send_many(pool, server, 3)
+        await pool.close()
+        await eventually(lambda: not server.open)
+
+    assert [result.outcome for result in results[1:]] == [SENT, SENT]
+    assert server.connections == 1
+    assert server.endings == ["QUIT"]
+
+
+# QUIT ----------------------------------------------------------------------------------------
+
+
+async def ended(server: ScriptedServer) -> list[str]:
+    await eventually(lambda: not server.open)
+    return server.endings
+
+
+async def test_an_idle_connection_ends_by_quit() -> None:
+    clock = PoolClock()
+    pool = pool_of(timeout=5.0, clock=clock, idle=30.0)
+    async with ScriptedServer() as server:
+        await send(pool, server)
+        clock.now += 31
+        pool.close_idle()
+        assert await ended(server) == ["QUIT"]
+        await all_closed(pool)
+
+
+async def test_a_connection_ends_by_quit_after_its_mails() -> None:
+    pool = pool_of(timeout=5.0, mails_per_connection=3)
+    async with ScriptedServer() as server:
+        await send_many(pool, server, 6)
+        assert server.connections == 2
+        assert await ended(server) == ["QUIT", "QUIT"]
+    await pool.close()
+
+
+async def test_a_connection_ends_by_quit_at_its_age() -> None:
+    clock = PoolClock()
+    pool = pool_of(timeout=5.0, clock=clock, connection_age=60.0, idle=1_000.0)
+    async with ScriptedServer() as server:
+        for seconds in (0, 40, 40):
+            clock.now += seconds
+            await send(pool, server)
+        assert server.connections == 2
+        await eventually(lambda: server.endings == ["QUIT"])
+    await pool.close()
+
+
+async def test_closing_the_pool_says_quit_on_all_connections_at_once() -> None:
+    pool, gate = pool_of(timeout=5.0), asyncio.Event()
+    async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
+        sends = [asyncio.create_task(send(pool, server)) for _ in range(4)]
+        await eventually(lambda: server.waiting["mail"] == 4)
+        gate.set()
+        await asyncio.gather(*sends)
+        await pool.close()
+        assert await ended(server) == ["QUIT"] * 4
+
+
+async def test_a_server_that_does_not_answer_quit_delays_no_outcome_and_no_shutdown() -> None:
+    pool = pool_of(timeout=60.0)
+    plan = {"quit": Wait(), "rcpt": [Say("450 4.2.1 busy")] * 5}
+    async with ScriptedServer(plan) as server:
+        sends = [asyncio.create_task(send(pool, server)) for _ in range(5)]
+        assert {result.smtp_code for result in await asyncio.gather(*sends)} == {450}
+        assert open_connections(pool) == 5
+        began = time.monotonic()
+        await pool.close()
+        # Two seconds for each, and all of them together.
+        assert time.monotonic() - began < 8
+        assert open_connections(pool) == 0
+
+
+async def test_a_mail_that_ends_after_the_pool_was_closed_ends_its_connection(
+    pool: SmtpPool,
+) -> None:
+    gate = asyncio.Event()
+    async with ScriptedServer({"body": (Wait(gate), Well())}) as server:
+        sending = asyncio.create_task(send(pool, server))
+        await eventually(lambda: server.waiting["body"] == 1)
+        await pool.close()
+        gate.set()
+        assert (await sending).outcome is SENT
+        assert await ended(server) == ["QUIT"]
+
+
+@pytest.mark.parametrize("phase", ["greeting", "ehlo"])
+async def test_a_server_that_refuses_us_hears_quit(pool: SmtpPool, phase: str) -> None:
+    async with ScriptedServer({phase: Say("554 5.7.1 not you")}) as server:
+        assert (await send(pool, server)).outcome is CONNECTION
+        assert await ended(server) == ["QUIT"]
+
+
+async def test_a_connection_that_is_used_up_by_a_refused_mail_hears_reset_and_quit() -> None:
+    pool = pool_of(timeout=5.0, mails_per_connection=1)
+    async with ScriptedServer({"rcpt": Say("550 5.1.1 nobody")}) as server:
+        await send(pool, server)
+        assert await ended(server) == ["QUIT"]
+        assert [command[:4] for command in server.commands[-2:]] == ["RSET", "QUIT"]
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("plan", "extensions"),
+    [
+        ({"greeting": Say("354 go")}, ()),
+        ({"ehlo": Say("354 go")}, ()),
+        ({"auth": Say("334 not base64!")}, ("AUTH CRAM-MD5",)),
+        ({"auth": Say("250 welcome")}, ("AUTH PLAIN",)),
+        ({"mail": Say("354 go")}, ()),
+        ({"rcpt": Say("354 go")}, ()),
+        ({"data": Say("250 go")}, ()),
+        ({"body": Say("354 more")}, ()),
+    ],
+)
+async def test_a_reply_that_answers_something_else_is_no_acceptance(
+    pool: SmtpPool, plan: dict[str, Any], extensions: tuple[str, ...]
+) -> None:
+    async with ScriptedServer(plan, extensions=extensions) as server:
+        signed_in = {"username": "anna", "password": "s3cret-word"} if "auth" in plan else {}
+        result = await send(pool, relay_at(server, **signed_in))
+        in_doubt = "body" in plan
+        assert result.outcome is (AttemptOutcome.IN_DOUBT if in_doubt else CONNECTION)
+        assert (result.smtp_code, result.reply_class) == (None, None)
+        await all_closed(pool)
+
+
+# EHLO ----------------------------------------------------------------------------------------
+
+
+def fully_qualified(heard: Conversation) -> Any:
+    if "." in heard.helo:
+        return Well()
+    return Say(f"504 5.5.2 <{heard.helo}>: need fully-qualified hostname")
+
+
+@pytest.mark.parametrize(("helo", "said"), [("", "[127.0.0.1]"), ("mail.x.test", "mail.x.test")])
+async def test_a_server_that_wants_a_fully_qualified_name_gets_one(helo: str, said: str) -> None:
+    pool = pool_of(timeout=5.0, helo=helo)
+    async with ScriptedServer({"rcpt": fully_qualified}) as server:
+        assert (await send(pool, server)).outcome is SENT
+        assert server.commands[0] == f"EHLO {said}"
+    await pool.close()
+
+
+# SIZE ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["", "0", "1000", "x", "9" * 30])
+async def test_the_size_of_a_mail_is_said_where_the_server_asks_for_it(
+    pool: SmtpPool, limit: str
+) -> None:
+    async with ScriptedServer(extensions=[f"SIZE {limit}".strip()]) as server:
+        assert (await send(pool, server)).outcome is SENT
+        assert f"MAIL FROM:<a@x.test> SIZE={len(MAIL.data)}" in server.commands
+
+
+async def test_a_mail_that_is_too_large_for_the_server_is_refused_before_mail(
+    pool: SmtpPool,
+) -> None:
+    most = len(MAIL.data)
+    async with ScriptedServer(extensions=[f"SIZE {most}"]) as server:
+        large = replace(MAIL, data=MAIL.data + b"x\r\n")
+        for _ in range(2):
+            result = await send(pool, server, large)
+            assert result.outcome is AttemptOutcome.PERMANENT_FAILURE
+            assert (result.smtp_code, result.enhanced_code) == (552, "5.3.4")
+            assert result.reply_class is ReplyClass.CONTENT
+            assert not result.body_begun
+            for size in (most, most + 3):
+                assert str(size) in (result.message or "")
+        assert server.visits["mail"] == 0
+        assert (await send(pool, server)).outcome is SENT
+        assert server.connections == 1
+
+
+# CONNECTIONS ---------------------------------------------------------------------------------
+
+
+class Crowded(ScriptedServer):
+    """Refuses connections that are one too many, in the greeting."""
+
+    def __init__(self, most: int, **plan: Any) -> None:
+        super().__init__({"greeting": self._greet, **plan})
+        self.most = most
+        self.refused = 0
+
+    def _greet(self, heard: Conversation) -> Any:
+        del heard
+        if len(self.open) <= self.most:
+            return Well()
+        self.refused += 1
+        return Say("421 4.7.0 too many concurrent connections")
+
+
+async def test_connections_drop_to_what_worked_and_rise_again_one_by_one() -> None:
+    clock, gate = PoolClock(), asyncio.Event()
+    pool = pool_of(timeout=5.0, clock=clock, size=5, idle=10_000.0, connection_age=10_000.0)
+    async with Crowded(2, mail=(Wait(gate), Well())) as server:
+        first = [asyncio.create_task(send(pool, server)) for _ in range(2)]
+        await eventually(lambda: server.waiting["mail"] == 2)
+        result = await send(pool, server)
+        assert result.reply_class is ReplyClass.CONNECTIONS
+        assert result.outcome is AttemptOutcome.TEMPORARY_FAILURE
+        assert pool.states()[0].connection_cap == 2
+
+        # Others wait for those that work.
+        others = [asyncio.create_task(send(pool, server)) for _ in range(4)]
+        gate.set()
+        results = await asyncio.gather(*first, *others)
+        assert {result.outcome for result in results} == {SENT}
+        assert (server.refused, server.most_open) == (1, 3)
+
+        for cap in (3, 4, 5, 5):
+            clock.now += 601
+            assert pool.states()[0].connection_cap == cap
+    await pool.close()
+
+
+async def test_a_first_connection_that_is_one_too_many_is_tried_again_after_a_pause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
+    pool = pool_of(timeout=5.0)
+    async with Crowded(0) as server:
+        for _ in range(3):
+            assert (await send(pool, server)).reply_class is ReplyClass.CONNECTIONS
+        server.most = 1
+        assert (await send(pool, server)).outcome is SENT
+        assert server.refused == 3
+        assert pool.states()[0].connection_cap == 1
+    await pool.close()
+
+
+@pytest.mark.parametrize("ending", ["lease", "cancel"])
+async def test_a_mail_that_no_longer_waits_takes_no_connection_from_others(ending: str) -> None:
+    clock, gate = PoolClock(), asyncio.Event()
+    pool = pool_of(timeout=5.0, size=1, clock=clock)
+    async with ScriptedServer({"mail": [(Wait(gate), Well())]}) as server:
+        first = asyncio.create_task(send(pool, server))
+        await eventually(lambda: server.waiting["mail"] == 1)
+        gone = asyncio.create_task(send(pool, server, within=LIMIT if ending == "lease" else 30))
+        if ending == "cancel":
+            await eventually(lambda: len(waiting_in(pool)) == 1)
+            gone.cancel()
+        with pytest.raises((GivenBackError, asyncio.CancelledError)):
+            await gone
+        assert waiting_in(pool) == []
+        gate.set()
+        assert (await first).outcome is SENT
+        assert (await send(pool, server)).outcome is SENT
+        assert server.connections == 1
+    await pool.close()
+
+
+def waiting_in(pool: SmtpPool) -> list[Any]:
+    (only,) = pool._pools.values()
+    return list(only._waiters)
+
+
+async def test_the_place_of_a_connection_that_died_is_given_once() -> None:
+    pool = pool_of(timeout=5.0, size=1)
+    async with ScriptedServer() as server:
+        await send(pool, server)
+        (only,) = pool._pools.values()
+        lease = Lease(time.monotonic() + 30)
+        session = await only.acquire(lease, lambda: True)
+        assert session is not None
+        waiting = asyncio.create_task(only.acquire(lease, lambda: True))
+        await eventually(lambda: len(waiting_in(pool)) == 1)
+        server.cut()
+        await eventually(lambda: not session.stream.connected)
+        only._hand_back(session)
+        assert await waiting is None
+        assert only.open_count == 1
+        only.drop(None)
+    await pool.close()
+
+
+async def test_a_mail_that_waits_for_a_connection_is_given_back_at_a_drain() -> None:
+    pool, gate = pool_of(timeout=5.0, size=1), asyncio.Event()
+    draining: list[bool] = []
+    async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
+        first = asyncio.create_task(send(pool, server))
+        await eventually(lambda: server.waiting["mail"] == 1)
+        may_begin: Callable[[], bool] = lambda: not draining  # noqa: E731
+        waiting = asyncio.create_task(send(pool, server, may_begin=may_begin))
+        short = asyncio.create_task(send(pool, server, within=LIMIT))
+        with pytest.raises(GivenBackError):
+            await short
+        assert not waiting.done()
+        draining.append(True)
+        pool.give_up_waiting()
+        with pytest.raises(GivenBackError):
+            await waiting
+        gate.set()
+        assert (await first).outcome is SENT
+        assert server.connections == 1
+    await pool.close()

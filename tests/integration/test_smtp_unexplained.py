@@ -1,0 +1,200 @@
+"""Servers that act on a limit without a word for it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from services.dispatcher.smtp import SmtpPool
+from shared.smtp.limits import PhaseLimits
+from shared.states import AttemptOutcome, ReplyClass
+from tests.eventually import eventually
+from tests.smtp_pools import LIMIT, all_closed, pool_of, send
+from tests.smtp_servers import Action, Close, Conversation, Say, ScriptedServer, Wait, Well
+
+SENT = AttemptOutcome.SENT
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Crowded(ScriptedServer):
+    """Does in one phase what it is told on every connection that is one too many."""
+
+    def __init__(self, most: int, phase: str, action: Action) -> None:
+        super().__init__()
+        self.most = most
+        self.refused = 0
+        self._answer = action
+        self.plan[phase] = self._look
+
+    def _look(self, heard: Conversation) -> Any:
+        del heard
+        if len(self.open) <= self.most:
+            return Well()
+        self.refused += 1
+        return self._answer
+
+
+async def send_beside(pool: SmtpPool, server: ScriptedServer) -> Any:
+    """Send one mail, and another one while the first is in its body."""
+    gate = asyncio.Event()
+    server.plan["body"] = [(Wait(gate), Well())]
+    first = asyncio.create_task(send(pool, server))
+    await eventually(lambda: server.waiting["body"] == 1)
+    second = await send(pool, server)
+    gate.set()
+    assert (await first).outcome is SENT
+    return second
+
+
+def shown(value: object) -> str:
+    """Return a part of a test's id that is the same in every process."""
+    return value if isinstance(value, str) else type(value).__name__
+
+
+@pytest.mark.parametrize(
+    ("phase", "action"),
+    [
+        ("greeting", Close()),
+        ("ehlo", Close()),
+        ("mail", Close()),
+        ("greeting", Wait()),
+        ("greeting", Say("what")),
+    ],
+    ids=shown,
+)
+async def test_a_new_connection_that_fails_while_others_work_is_one_too_many(
+    phase: str, action: Action
+) -> None:
+    pool = pool_of(limits=replace(PhaseLimits.of(5.0), greeting=LIMIT))
+    async with Crowded(1, phase, action) as server:
+        assert (await send(pool, server)).outcome is SENT
+        result = await send_beside(pool, server)
+
+        assert result.outcome is AttemptOutcome.TEMPORARY_FAILURE
+        assert result.reply_class is ReplyClass.CONNECTIONS
+        assert "other connections to the server work" in result.message
+        assert pool.states()[0].connection_cap == 1
+        # The others wait for the one that works.
+        results = await asyncio.gather(*(send(pool, server) for _ in range(5)))
+        assert {result.outcome for result in results} == {SENT}
+        assert server.refused == 1
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("phase", "reply"),
+    [("greeting", "421 no"), ("greeting", "554 no"), ("ehlo", "450 no"), ("mail", "451 no")],
+)
+async def test_a_refusal_that_nothing_explains_while_others_work_lowers_the_cap(
+    phase: str, reply: str
+) -> None:
+    clock = Clock()
+    pool = pool_of(timeout=5.0, clock=clock, idle=10_000.0, connection_age=10_000.0)
+    async with Crowded(1, phase, Say(reply)) as server:
+        assert (await send(pool, server)).outcome is SENT
+        assert (await send_beside(pool, server)).outcome is not SENT
+
+        assert pool.states()[0].connection_cap == 1
+        # Nobody has named a limit, so it is tried again sooner than after a reply that does.
+        clock.now += 61
+        assert pool.states()[0].connection_cap == 2
+    await pool.close()
+
+
+async def test_a_connection_that_fails_where_none_works_is_a_failure() -> None:
+    pool = pool_of()
+    async with ScriptedServer({"greeting": Close()}) as server:
+        result = await send(pool, server)
+
+        assert result.outcome is AttemptOutcome.CONNECTION_FAILURE
+        assert result.reply_class is None
+        assert pool.states()[0].connection_cap == 5
+    await pool.close()
+
+
+async def test_a_connection_that_fails_beside_one_that_has_sent_nothing_is_a_failure() -> None:
+    pool = pool_of()
+    async with Crowded(1, "greeting", Close()) as server:
+        result = await send_beside(pool, server)
+
+        assert result.outcome is AttemptOutcome.CONNECTION_FAILURE
+    await pool.close()
+
+
+@pytest.mark.parametrize("action", [Wait(), Say("what")], ids=shown)
+@pytest.mark.parametrize("phase", ["mail", "rcpt", "data"])
+async def test_a_kept_connection_that_has_died_is_replaced_before_the_body(
+    phase: str, action: Action
+) -> None:
+    pool = pool_of()
+    async with ScriptedServer({phase: [Well(), action]}) as server:
+        assert (await send(pool, server)).outcome is SENT
+        assert (await send(pool, server)).outcome is SENT
+        assert server.connections == 2
+        assert len(server.taken) == 2
+    await pool.close()
+
+
+@pytest.mark.parametrize("action", [Wait(), Close(), Say("what")], ids=shown)
+async def test_pipelining_that_fails_is_not_used_again(action: Action) -> None:
+    clock = Clock()
+    pool = pool_of(timeout=LIMIT, clock=clock)
+    async with ScriptedServer({"rcpt": [action]}, extensions=("PIPELINING",)) as server:
+        assert (await send(pool, server)).outcome is AttemptOutcome.CONNECTION_FAILURE
+        server.plan["mail"] = Say("550 5.7.1 no")
+        server.commands.clear()
+        await send(pool, server)
+        await send(pool, server)
+        # One command at a time: RCPT and DATA do not follow a refused MAIL.
+        assert not {"RCPT", "DATA"} & {command[:4] for command in server.commands}
+
+        clock.now += 3601
+        await send(pool, server)
+        assert "DATA" in server.commands
+    await pool.close()
+
+
+async def test_pauses_grow_while_each_mail_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the server says so after the opening, as Exchange Online does."""
+    monkeypatch.setattr("services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
+    pool = pool_of(timeout=5.0)
+    refused = Say("432 4.3.2 Concurrent connections limit exceeded")
+    async with ScriptedServer({"mail": [refused] * 5}) as server:
+        for _ in range(6):
+            result = await send(pool, server)
+        assert result.outcome is SENT
+        waits = [later - earlier for earlier, later in pairwise(server.began)]
+        # Each pause is the least that passes, whatever the machine does.
+        pauses = [0.05, 0.1, 0.2, 0.4, 0.8]
+        assert all(wait >= pause for wait, pause in zip(waits, pauses, strict=True))
+    await pool.close()
+
+
+async def test_connections_that_are_refused_together_are_one_step_of_the_pause() -> None:
+    clock, gate = Clock(), asyncio.Event()
+    pool = pool_of(timeout=5.0, clock=clock)
+    refused = Say("421 4.7.0 too many concurrent connections")
+    async with ScriptedServer({"greeting": [(Wait(gate), refused)] * 5}) as server:
+        sends = [asyncio.create_task(send(pool, server)) for _ in range(5)]
+        await eventually(lambda: server.waiting["greeting"] == 5)
+        gate.set()
+        results = await asyncio.gather(*sends)
+        assert {result.reply_class for result in results} == {ReplyClass.CONNECTIONS}
+        await all_closed(pool)
+
+        clock.now += 1.0
+        assert (await send(pool, server, within=5.0)).outcome is SENT
+    await pool.close()

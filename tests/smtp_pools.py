@@ -1,0 +1,77 @@
+"""SMTP pools for tests: short limits, and endpoints on loopback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final, Protocol
+
+from deploy.local.inbox import Inbox
+from services.dispatcher.lease import Lease
+from services.dispatcher.smtp import Envelope, SendResult, SmtpPool
+from shared.egress import Egress
+from shared.smtp.endpoint import Endpoint
+from shared.smtp.limits import PhaseLimits
+from shared.smtp.replies import ReplyRules
+from shared.smtp.tls import TlsContexts
+from shared.states import SmtpSecurity
+from tests.eventually import eventually
+from tests.smtp_servers import ScriptedServer
+
+LIMIT: Final = 0.2
+MAIL: Final = Envelope("a@x.test", "b@y.test", b"Subject: s\r\n\r\nHello\r\n", needs_smtputf8=False)
+
+
+def pool_of(*, timeout: float = LIMIT, **settings: Any) -> SmtpPool:
+    defaults: dict[str, Any] = {
+        "limits": PhaseLimits.of(timeout),
+        "rules": ReplyRules.load(""),
+        "size": 5,
+        "idle": 30.0,
+        "mails_per_connection": 100,
+        "connection_age": 600.0,
+        "helo": "client.test",
+        "egress": Egress(["127.0.0.0/8"]),
+        "tls": TlsContexts(),
+    }
+    return SmtpPool(**(defaults | settings))
+
+
+class Listening(Protocol):
+    """A server on loopback."""
+
+    @property
+    def port(self) -> int:
+        """Its port."""
+
+
+def endpoint_of(server: Listening, **changes: Any) -> Endpoint:
+    return replace(Endpoint("127.0.0.1", server.port, SmtpSecurity.NONE), **changes)
+
+
+def relay_at(server: ScriptedServer, **changes: Any) -> Endpoint:
+    """An endpoint of the operator, which gets its password without TLS too."""
+    return endpoint_of(server, operators=True, **changes)
+
+
+async def send(
+    pool: SmtpPool,
+    server: ScriptedServer | Inbox | Endpoint,
+    mail: Envelope = MAIL,
+    *,
+    within: float = 30.0,
+    may_begin: Callable[[], bool] = lambda: True,
+) -> SendResult:
+    endpoint = server if isinstance(server, Endpoint) else endpoint_of(server)
+    lease = Lease(time.monotonic() + within)
+    return await pool.send(endpoint, mail, lease=lease, may_begin=may_begin)
+
+
+def open_connections(pool: SmtpPool) -> int:
+    return sum(state.connection_count for state in pool.states())
+
+
+async def all_closed(pool: SmtpPool) -> None:
+    """Wait until all connections have ended by QUIT."""
+    await eventually(lambda: open_connections(pool) == 0)
