@@ -13,15 +13,21 @@ import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from io import StringIO
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import liquid
 from liquid.builtin.expressions.primitive import RangeLiteral
+from liquid.builtin.output import Output, OutputNode
 from liquid.builtin.tags.case_tag import CaseTag, MultiExpressionBlockNode
+from liquid.builtin.tags.echo_tag import EchoNode, EchoTag
 from liquid.context import RenderContext
 from liquid.exceptions import ResourceLimitError
 from liquid.expression import Expression
+from liquid.stringify import to_liquid_string
 from liquid.template import BoundTemplate
+from markupsafe import Markup
+
+from shared.message_size import escape_growth, fits_escaped, utf8_size
 
 if TYPE_CHECKING:
     from liquid.ast import Node
@@ -44,17 +50,27 @@ _PADDED_DIRECTIVE = re.compile(r"%[^a-zA-Z%]*\d")
 _LOOP_WORK = 5_000_000
 
 
-class Budget:
-    """How much work a rendering may still do."""
+class OutputTooLargeError(ResourceLimitError):
+    """The output would exceed its limit by at least `over` bytes."""
 
-    __slots__ = ("left",)
+    def __init__(self, over: int) -> None:
+        super().__init__("the output is too large", token=None)
+        self.over = over
+
+
+class Budget:
+    """The work that a rendering may still do, and the most bytes that its output may have."""
+
+    __slots__ = ("left", "output")
 
     def __init__(self) -> None:
         self.left = RENDER_BUDGET
+        self.output = RENDER_BUDGET
 
-    def reset(self) -> None:
-        """Start a rendering."""
+    def reset(self, output: int) -> None:
+        """Start a rendering with an output of at most `output` bytes."""
         self.left = RENDER_BUDGET
+        self.output = output
 
     def spend(self, amount: int) -> None:
         """Take `amount` characters of work.
@@ -68,15 +84,29 @@ class Budget:
 
 
 class _Buffer(StringIO):
-    """Output that is paid for as it is written."""
+    """A text of at most `room` bytes in UTF-8. Writing to it uses up the rendering's budget."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, room: int) -> None:
         super().__init__(newline="")
         self._budget = budget
+        self.room = room
 
     def write(self, text: str) -> int:
         self._budget.spend(len(text))
+        self.room -= utf8_size(text)
+        if self.room < 0:
+            self.refuse(-self.room)
         return super().write(text)
+
+    def refuse(self, over: int) -> NoReturn:  # noqa: ARG002
+        raise ResourceLimitError("a captured text is too long", token=None)
+
+
+class _Output(_Buffer):
+    """The output itself."""
+
+    def refuse(self, over: int) -> NoReturn:
+        raise OutputTooLargeError(over)
 
 
 class _Context(RenderContext):
@@ -84,7 +114,9 @@ class _Context(RenderContext):
     env: GuardedEnvironment
 
     def get_buffer(self, buf: TextIO | None = None) -> StringIO:  # noqa: ARG002
-        return _Buffer(self.env.budget)
+        # A captured text may be longer than the mail, because a filter may shorten it.
+        budget = self.env.budget
+        return _Buffer(budget, max(budget.output, self.env.local_namespace_limit))
 
 
 class _Template(BoundTemplate):
@@ -92,7 +124,38 @@ class _Template(BoundTemplate):
     env: GuardedEnvironment
 
     def _get_buffer(self) -> StringIO:
-        return _Buffer(self.env.budget)
+        return _Output(self.env.budget, self.env.budget.output)
+
+
+def _check_escaped(value: object, context: RenderContext, buffer: TextIO) -> None:
+    """Refuse a text that does not fit once it is escaped, before it is escaped."""
+    if (
+        context.autoescape
+        and isinstance(value, str)
+        and not isinstance(value, Markup)
+        and isinstance(buffer, _Buffer)
+        and not fits_escaped(value, buffer.room)
+    ):
+        buffer.refuse(len(value) + escape_growth(value) - buffer.room)
+
+
+class _OutputNode(OutputNode):
+    def render_to_output(self, context: RenderContext, buffer: TextIO) -> int:
+        value = self.expression.evaluate(context)
+        _check_escaped(value, context, buffer)
+        return buffer.write(to_liquid_string(value, context.autoescape))
+
+
+class _OutputTag(Output):
+    node_class = _OutputNode
+
+
+class _EchoNode(_OutputNode, EchoNode):
+    pass
+
+
+class _EchoTag(EchoTag):
+    node_class = _EchoNode
 
 
 class _AnyOf(Expression):
@@ -236,7 +299,8 @@ class GuardedEnvironment(liquid.Environment):
         super().setup_tags_and_filters(extra=extra)
         for name in ("include", "render"):
             del self.tags[name]
-        self.add_tag(_CaseTag)
+        for tag in (_CaseTag, _OutputTag, _EchoTag):
+            self.add_tag(tag)
         del self.filters["safe"]
         for name, filter_ in _sorted_items(self.filters):
             self.filters[name] = _guard(name, filter_, self.budget)

@@ -13,9 +13,10 @@ from services.dispatcher.storage import BatchContent, MarkedJob
 from shared.endpoints import endpoint_of
 from shared.errors import InvalidInput, OutboxError
 from shared.message_ids import message_id_for
+from shared.oauth2.credentials import OAuth2Ref
 from shared.secrets import SecretBox
 from shared.settings import Settings
-from shared.smtp_session import Endpoint, relay_of
+from shared.smtp.endpoint import Endpoint, relay_of
 from shared.states import SmtpSecurity
 from shared.templates import BatchTemplate, RenderError, decode_variables
 
@@ -47,6 +48,7 @@ class Composer:
         self._override = settings.smtp_override
         self._secrets = secrets
         self._read = read
+        self._max_bytes = settings.max_message_bytes
         self._kept = max(_KEPT_BATCHES, settings.dispatcher_concurrency)
         self._installation_id = installation_id
         self._batches: OrderedDict[int, _BatchMail | CompositionError] = OrderedDict()
@@ -77,22 +79,30 @@ class Composer:
     def _batch_mail(self, content: BatchContent) -> _BatchMail | CompositionError:
         try:
             template = BatchTemplate.compile(content.subject, content.body, content.html)
-            builder = MessageBuilder(content.email, content.display_name, template)
+            builder = MessageBuilder(
+                content.email, content.display_name, template, max_bytes=self._max_bytes
+            )
             return _BatchMail(content, self._endpoint(content), builder)
-        except (InvalidInput, MessageError, OutboxError) as error:
+        except MessageError as error:
+            return CompositionError(f"{error.reason}: {error.message}")
+        except (InvalidInput, OutboxError) as error:
             return CompositionError(str(error))
 
     def _endpoint(self, content: BatchContent) -> Endpoint:
         if self._override or content.smtp_host is None or content.smtp_port is None:
             return self._relay
         password = content.smtp_password
+        oauth2 = content.oauth2_credentials_id
         return Endpoint(
             host=content.smtp_host,
             port=content.smtp_port,
             security=content.smtp_security or SmtpSecurity.STARTTLS,
             username=content.smtp_username or "",
             password="" if password is None else self._secrets.decrypt(password),
+            ca=content.smtp_ca or "",
+            oauth2=None if oauth2 is None else OAuth2Ref(oauth2),
             circuit=endpoint_of(
+                content.user_id,
                 content.smtp_host,
                 content.smtp_port,
                 content.smtp_security,
@@ -105,6 +115,11 @@ class Composer:
         """Return where the mail of a job goes; None: none can be built. `prepare` came before."""
         batch = self._batches.get(job.batch_id)
         return batch.endpoint if isinstance(batch, _BatchMail) else None
+
+    def user_of(self, job: MarkedJob) -> str:
+        """Return whose mail it is; empty: none can be built. `prepare` came before."""
+        batch = self._batches.get(job.batch_id)
+        return batch.content.user_id if isinstance(batch, _BatchMail) else ""
 
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
         """Return where the mail goes and what it is; `prepare` came before.

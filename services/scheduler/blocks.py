@@ -11,11 +11,13 @@ from services.scheduler.duplicates import DuplicateFinder
 from services.scheduler.payloads import Payload
 from services.scheduler.rows import JobRow, RowPlan, RowRejection, read_blocks
 from shared.errors import InvalidInput
+from shared.message_size import MOST_BYTES
 from shared.states import DuplicatePolicy
-from shared.templates import BatchTemplate
+from shared.templates import BatchTemplate, decode_variables
 
-# No character takes more bytes in UTF-8.
-_MOST_BYTES = 4
+# A character of a row becomes at most this many bytes of a mail: four in UTF-8 or five escaped, and
+# quoted-printable writes up to three bytes for each.
+_MOST_GROWTH = 3 * MOST_BYTES
 
 
 class ReadBlock(NamedTuple):
@@ -32,7 +34,7 @@ class BlockReader:
     def __init__(self, payload: Payload, options: BatchOptions, max_message_bytes: int) -> None:
         self._payload = payload
         self._options = options
-        self._room = max_message_bytes - options.template_bytes
+        self._max_message_bytes = max_message_bytes
         self._names: tuple[str, ...] = ()
         self._blocks = self._read()
         payload.hash_first(options.canonical())
@@ -80,7 +82,13 @@ class BlockReader:
             raise under_options(error) from None
         opened = self._payload.open(template, options.time_zone)
         self._names = opened.variable_names
-        plan = _Sized(opened.plan, self._room)
+        plan = _Sized(
+            opened.plan,
+            limit=self._max_message_bytes,
+            room=self._max_message_bytes - options.template_bytes,
+            template=template,
+            names=opened.variable_names,
+        )
         keep_first = options.duplicates is DuplicatePolicy.KEEP_FIRST
         with DuplicateFinder() if keep_first else nullcontext() as finder:
             for rows, rejections in read_blocks(opened.rows, plan):
@@ -96,20 +104,37 @@ def _first_ones(rows: list[JobRow], finder: DuplicateFinder) -> list[JobRow]:
 
 
 class _Sized:
-    """A plan that also rejects rows of which no mail of a permitted size can be made."""
+    """A plan that also rejects rows whose mail would certainly be too large.
 
-    def __init__(self, plan: RowPlan[Any], room: int) -> None:
+    It rejects a row that has more bytes than the limit together with the templates, and a row whose
+    mail has a lower bound above the limit: a template may use a column many times, and encoding
+    makes it longer. Only long rows are checked. The dispatcher measures each mail that it builds.
+    """
+
+    def __init__(
+        self,
+        plan: RowPlan[Any],
+        *,
+        limit: int,
+        room: int,
+        template: BatchTemplate,
+        names: tuple[str, ...],
+    ) -> None:
         self._read = plan.read
+        self._limit = limit
         self._room = room
-        # A text of fewer characters fits, whatever they are.
-        self._safe = room // _MOST_BYTES
+        self._template = template
+        self._names = names
+        # A row of fewer characters fits, whatever the characters are and however the template uses
+        # them.
+        self._safe = room // (_MOST_GROWTH * template.most_uses)
 
     def read(self, number: int, raw: Any) -> JobRow | RowRejection:
         row = self._read(number, raw)
         if (
             isinstance(row, JobRow)
             and len(row.variables or "") > self._safe
-            and len((row.variables or "").encode()) > self._room
+            and self._too_large(row.variables)
         ):
             return RowRejection(
                 number,
@@ -119,3 +144,9 @@ class _Sized:
                 "(OUTBOX_MAX_MESSAGE_BYTES)",
             )
         return row
+
+    def _too_large(self, variables: str | None) -> bool:
+        return (
+            len((variables or "").encode()) > self._room
+            or self._template.least_size(decode_variables(self._names, variables)) > self._limit
+        )

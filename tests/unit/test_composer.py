@@ -18,11 +18,12 @@ from shared.errors import ConfigurationError
 from shared.queue.keys import JobRef
 from shared.secrets import SecretBox, generate_key
 from shared.settings import load_settings
-from shared.smtp_session import Endpoint, relay_of
+from shared.smtp.endpoint import Endpoint, relay_of
 from shared.states import SmtpSecurity
 
 BATCH = BatchContent(
     batch_id=1,
+    user_id="anna",
     subject="Hello {{ name }}",
     body="Dear {{ name }}",
     html=None,
@@ -202,11 +203,39 @@ async def test_a_row_that_cannot_be_a_mail_says_why() -> None:
     assert composer.compose(job(variables='["Fine","Ann"]'))
 
 
+async def test_a_mail_over_the_size_limit_names_its_size_and_the_limit() -> None:
+    reader = Reader(replace(BATCH, subject="s", body="{{ name }}" * 20))
+    composer = composer_of(reader, max_message_bytes=10_000)
+    await composer.prepare([job()])
+
+    # Refused as it is rendered, and before and after it is encoded.
+    for name, size in (
+        ("x" * 900, r"at least 18,\d{3}"),
+        ("x" * 475 + "\\u0001" * 9, r"at least 10,\d{3}"),
+        ("x" * 480, r"10,\d{3}"),
+    ):
+        with pytest.raises(
+            CompositionError,
+            match=rf"^MESSAGE_TOO_LARGE: the mail has {size} bytes, .*_BYTES permits 10,000$",
+        ):
+            composer.compose(job(variables=f'["{name}"]'))
+    assert composer.compose(job(variables='["Ann"]'))
+
+
+async def test_a_sender_whose_name_is_too_large_for_any_mail_says_so() -> None:
+    reader = Reader(replace(BATCH, display_name="名" * 1_000))
+    composer = composer_of(reader, max_message_bytes=2_000)
+    await composer.prepare([job()])
+
+    with pytest.raises(CompositionError, match=r"^MESSAGE_TOO_LARGE: the mail has at least "):
+        composer.compose(job())
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         ({"body": "{% if %}"}, "body"),
-        ({"email": "no address"}, "no mail address"),
+        ({"email": "no address"}, "not a mail address"),
         (
             {"smtp_host": "own.test", "smtp_port": 25, "smtp_password": b"token"},
             "OUTBOX_ENCRYPTION_KEYS",
@@ -245,7 +274,8 @@ async def test_a_sender_with_a_relay_of_its_own_uses_it_and_starttls_by_default(
 
     assert endpoint == Endpoint("own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret")
     # As in the head that a scheduler loads, which knows no password.
-    assert endpoint.circuit == endpoint_of("OWN.test", 2525, None, "anna", override=False)
+    user = BATCH.user_id
+    assert endpoint.circuit == endpoint_of(user, "OWN.test", 2525, None, "anna", override=False)
     assert "s3cret" not in repr(endpoint)
 
 

@@ -23,6 +23,7 @@ from shared.message_ids import message_id_for
 from shared.templates import BatchTemplate, RenderError
 
 NOW = datetime(2026, 11, 24, 9, 5, 3, tzinfo=UTC)
+LIMIT = 1024 * 1024
 ID = "<outbox.7.demo@shop.example>"
 HEADERS = ["From", "To", "Subject", "Date", "Message-ID", "MIME-Version"]
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=300)
@@ -49,7 +50,9 @@ def parse(data: bytes) -> EmailMessage:
 
 
 def build(subject: str, body: str | None, html: str | None, to: str = "ann@example.org") -> bytes:
-    builder = MessageBuilder("shop@shop.example", "", BatchTemplate.compile(None, None, None))
+    builder = MessageBuilder(
+        "shop@shop.example", "", BatchTemplate.compile(None, None, None), max_bytes=LIMIT
+    )
     values = {"subject": subject, "body": body or "", "html": html or ""}
     return builder.build(to, values, ID, NOW).data
 
@@ -157,7 +160,11 @@ def test_every_subject_arrives_as_it_was(subject: str) -> None:
 @example("=?utf-8?q?x?= <evil@example.org>,")
 def test_a_display_name_never_becomes_more_than_a_name(name: str) -> None:
     template = BatchTemplate.compile("s", "b", None)
-    data = MessageBuilder("shop@shop.example", name, template).build("a@b.org", {}, ID, NOW).data
+    data = (
+        MessageBuilder("shop@shop.example", name, template, max_bytes=LIMIT)
+        .build("a@b.org", {}, ID, NOW)
+        .data
+    )
     message = parse(data)
     assert message.keys()[:6] == HEADERS
     addresses = message["From"].addresses
@@ -167,7 +174,7 @@ def test_a_display_name_never_becomes_more_than_a_name(name: str) -> None:
 def test_a_display_name_arrives() -> None:
     template = BatchTemplate.compile("s", "b", None)
     for name in ("Shop", "Ann (Shop)", 'The "Shop" \\', "Müller & Söhne", "名前" * 40, "a. b, c;"):
-        builder = MessageBuilder("shop@shop.example", name, template)
+        builder = MessageBuilder("shop@shop.example", name, template, max_bytes=LIMIT)
         message = parse(builder.build("a@b.org", {}, ID, NOW).data)
         head = email.message_from_bytes(message.as_bytes())["From"]
         # Python's structured parser puts blanks between the encoded words of a long name.
@@ -192,13 +199,13 @@ HOSTILE = [
 @pytest.mark.parametrize("value", HOSTILE)
 def test_no_cell_adds_a_header(value: str) -> None:
     template = BatchTemplate.compile("Hi {{ v }} there", "{{ v }}", "{{ v }}")
-    builder = MessageBuilder("shop@shop.example", "Shop", template)
+    builder = MessageBuilder("shop@shop.example", "Shop", template, max_bytes=LIMIT)
     if "\r" in value or "\n" in value:
         with pytest.raises(RenderError) as caught:
             builder.build("ann@example.org", {"v": value}, ID, NOW)
         assert caught.value.reason == "SUBJECT_LINE_BREAK"
         template = BatchTemplate.compile("s", "{{ v }}", "{{ v }}")
-        builder = MessageBuilder("shop@shop.example", "Shop", template)
+        builder = MessageBuilder("shop@shop.example", "Shop", template, max_bytes=LIMIT)
     data = builder.build("ann@example.org", {"v": value}, ID, NOW).data
     message = parse(data)
     assert message.keys() == [*HEADERS, "Content-Type"]
@@ -228,14 +235,14 @@ def test_no_recipient_becomes_two_or_a_header(recipient: str) -> None:
 
 
 def test_no_message_id_adds_a_header() -> None:
-    builder = MessageBuilder("a@b.org", "", BatchTemplate.compile("s", "b", None))
+    builder = MessageBuilder("a@b.org", "", BatchTemplate.compile("s", "b", None), max_bytes=LIMIT)
     with pytest.raises(MessageError):
         builder.build("a@b.org", {}, "<a@b>\r\nBcc: c@d.org", NOW)
 
 
 def test_no_body_can_close_its_part() -> None:
     template = BatchTemplate.compile("s", "{{ v }}", "<p>")
-    builder = MessageBuilder("shop@shop.example", "", template)
+    builder = MessageBuilder("shop@shop.example", "", template, max_bytes=LIMIT)
     first = parse(builder.build("a@b.org", {"v": "x"}, ID, NOW).data)
     boundary = first.get_boundary()
     value = f"x\n--{boundary}\nContent-Type: text/html\n\n<b>\n--{boundary}--\n"
@@ -246,7 +253,9 @@ def test_no_body_can_close_its_part() -> None:
 
 
 def test_an_international_domain_goes_as_punycode() -> None:
-    builder = MessageBuilder("post@bücher.example", "", BatchTemplate.compile("s", "b", None))
+    builder = MessageBuilder(
+        "post@bücher.example", "", BatchTemplate.compile("s", "b", None), max_bytes=LIMIT
+    )
     message = builder.build("ann@köln.example", {}, ID, NOW)
     assert builder.sender == "post@xn--bcher-kva.example"
     assert message.recipient == "ann@xn--kln-sna.example"
@@ -256,11 +265,17 @@ def test_an_international_domain_goes_as_punycode() -> None:
 
 def test_an_international_local_part_needs_smtputf8() -> None:
     template = BatchTemplate.compile("s", "b", None)
-    message = MessageBuilder("a@b.org", "", template).build("jürgen@köln.example", {}, ID, NOW)
+    message = MessageBuilder("a@b.org", "", template, max_bytes=LIMIT).build(
+        "jürgen@köln.example", {}, ID, NOW
+    )
     assert message.needs_smtputf8
     assert message.recipient == "jürgen@köln.example"
     assert "To: jürgen@köln.example\r\n".encode() in message.data
-    assert MessageBuilder("ü@b.org", "", template).build("a@b.org", {}, ID, NOW).needs_smtputf8
+    assert (
+        MessageBuilder("ü@b.org", "", template, max_bytes=LIMIT)
+        .build("a@b.org", {}, ID, NOW)
+        .needs_smtputf8
+    )
 
 
 def test_a_message_id_is_stable_and_belongs_to_the_installation() -> None:
@@ -284,7 +299,7 @@ def test_a_date_is_rfc_5322() -> None:
 
 def test_the_mails_of_a_batch_do_not_leak_into_one_another() -> None:
     template = BatchTemplate.compile("Hi {{ n }}", "Dear {{ n }}", "<p>{{ n }}</p>")
-    builder = MessageBuilder("a@b.org", "", template)
+    builder = MessageBuilder("a@b.org", "", template, max_bytes=LIMIT)
     for name in ("Ann", "Bob", "Bob", "名前", "Ann"):
         message = parse(builder.build(f"{name.encode().hex()}@b.org", {"n": name}, ID, NOW).data)
         assert message["Subject"] == f"Hi {name}"
