@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from shared.cancellations import waits_of
 from shared.counts import in_state
-from shared.models import Attempt, EmailJob, HeadMarker, Sender
+from shared.models import Attempt, Cooldown, EmailJob, HeadMarker, Sender
 from shared.queue.queue import HEAD_SIZE
 from shared.states import JobState, SenderState
 
@@ -67,9 +67,16 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
         .where(HeadMarker.sender_id == Sender.id)
         .correlate(Sender)
     )
+    cooldown = (
+        select(Cooldown.next_probe_at - func.statement_timestamp())
+        .where(Cooldown.sender_id == Sender.id)
+        .correlate(Sender)
+        .scalar_subquery()
+    )
     return (
         select(
             Sender.id,
+            Sender.user_id,
             Sender.hourly_limit,
             Sender.min_gap_ms,
             Sender.max_in_flight,
@@ -81,6 +88,7 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
             Sender.smtp_security,
             Sender.smtp_username,
             and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
+            cooldown.label("cooldown"),
             jobs.c.ids,
             jobs.c.attempts,
             jobs.c.dues,

@@ -180,6 +180,7 @@ class HeadLoader:
             jobs=jobs[:HEAD_SIZE],
             more=len(jobs) > HEAD_SIZE,
             endpoint=endpoint_of(
+                row.user_id,
                 row.smtp_host,
                 row.smtp_port,
                 row.smtp_security,
@@ -188,6 +189,7 @@ class HeadLoader:
             ),
             revision=row.revision,
             opening=_opening(row.sending_hours, row.now),
+            cooldown=row.cooldown,
             ends=ends,
             leases=leases,
         )

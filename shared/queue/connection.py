@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
+from datetime import timedelta
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from shared.queue.queue import Queue
+from shared.queue.queue import DEFAULT_LADDER, Queue
 from shared.settings import Settings
 
+_LONGEST_AUTH_WAIT = timedelta(hours=1)
 _CALL_LIMIT_S = 5.0
 _CONNECT_LIMIT_S = 2.0
 # A listener waits without end, so the kernel has to find out that the other side is gone.
@@ -38,6 +41,18 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
     )
 
 
+def _grown(ladder: Sequence[timedelta]) -> tuple[timedelta, ...]:
+    """Return `ladder` continued by doubling its last wait, up to one hour.
+
+    For probes after a failed authentication: a wrong password that is tried too often locks the
+    account.
+    """
+    waits = [wait for wait in ladder if wait] or [*DEFAULT_LADDER]
+    while waits[-1] < _LONGEST_AUTH_WAIT:
+        waits.append(min(waits[-1] * 2, _LONGEST_AUTH_WAIT))
+    return tuple(waits)
+
+
 def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
     """Return the shards of the queue, in their order."""
     return [
@@ -47,6 +62,7 @@ def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
             window=settings.rate_window,
             lease=settings.lease,
             ladder=settings.retry_backoff,
+            auth_ladder=_grown(settings.retry_backoff),
         )
         for shard in range(settings.shards)
     ]

@@ -25,7 +25,7 @@ HEAD_SIZE = 128
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
 # Waits before the probes of an open circuit, where the operator's ladder is empty.
-_LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+DEFAULT_LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 # At most a tenth is added to a wait.
 _JITTER = 0.1
 # Of a server's answer, that is kept as the reason of a circuit.
@@ -49,6 +49,22 @@ class SlotUse(StrEnum):
     UNUSED = "UNUSED"
 
 
+class Contact(StrEnum):
+    """What an attempt says about the endpoint, as settle.lua reads it."""
+
+    NONE = ""
+    # It replied, with whatever reply.
+    ANSWERED = "OK"
+    # It accepted a mail.
+    ACCEPTED = "SENT"
+    # It replied that mail comes too fast.
+    TOO_FAST = "RATE"
+    # The connection failed.
+    FAILED = "!"
+    # Authentication failed.
+    AUTH_FAILED = "?"
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A job that the caller holds until its lease runs out."""
@@ -62,6 +78,8 @@ class Claim:
     lease_ms: int
     # When it was due, in Unix ms: its place in the head, should it come to nothing.
     due_ms: int
+    # The sender cools down, and this job is its probe.
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +110,13 @@ class Settlement:
     next_due_ms: int = 0
     # Of the claim, where its slot is UNUSED: it frees no other's lease.
     lease_ms: int = 0
-    # What it says of the endpoint: the server answered, whatever it said; or why the connection
-    # failed. Neither: it says nothing.
-    answered: bool = False
-    connection_error: str | None = None
+    # What it says about the endpoint.
+    contact: Contact = Contact.NONE
+    # Why the connection failed. Used with FAILED and AUTH_FAILED.
+    connection_error: str = ""
+    # Time from now until the sender's next probe may begin. Zero means that its cooldown is over,
+    # None that the cooldown does not change.
+    cooldown: timedelta | None = None
     # Host and port that it was sent by, for people.
     server: str = ""
 
@@ -137,6 +158,8 @@ class Head:
     revision: int = 1
     # The present or next opening of its sending hours, in Unix ms; None: it has none.
     opening: tuple[int, int] | None = None
+    # Time to the next probe of the sender's cooldown. None means that it does not cool down.
+    cooldown: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +177,16 @@ def brings_history(epoch: str) -> bool:
 
 
 def _contact(settlement: Settlement) -> str:
-    if settlement.connection_error is not None:
-        return "!" + settlement.connection_error[:_MAX_REASON]
-    return "OK" if settlement.answered else ""
+    if settlement.contact in (Contact.FAILED, Contact.AUTH_FAILED):
+        return settlement.contact + settlement.connection_error[:_MAX_REASON]
+    return settlement.contact
+
+
+def _cooldown(settlement: Settlement) -> str | int:
+    """Return the time to the next probe as settle.lua reads it. A time that is over is 1 ms."""
+    if settlement.cooldown is None:
+        return ""
+    return max(1, _ms(settlement.cooldown)) if settlement.cooldown else 0
 
 
 def _ms(duration: timedelta) -> int:
@@ -177,18 +207,25 @@ class Queue:
         *,
         window: timedelta,
         lease: timedelta,
-        ladder: Sequence[timedelta] = _LADDER,
+        ladder: Sequence[timedelta] = DEFAULT_LADDER,
+        auth_ladder: Sequence[timedelta] = (),
         chance: Callable[[], float] = random.random,
         includes: Mapping[str, str] | None = None,
         on_change: Callable[[CircuitChange], None] = log_change,
     ) -> None:
-        """`on_change` is told of each circuit that opens or closes by a call of this object."""
+        """Set up one shard.
+
+        `ladder` has the waits before the probes of an open circuit, `auth_ladder` those where
+        authentication failed. `on_change` is called for each circuit that a call of this object
+        opens or closes.
+        """
         self.keys = ShardKeys(shard)
         self.shard = shard
         self._redis = redis
         self._window = _ms(window)
         self._lease = _ms(lease)
-        self._ladder = tuple(ladder) or _LADDER
+        self._ladder = tuple(ladder) or DEFAULT_LADDER
+        self._auth_ladder = tuple(auth_ladder) or self._ladder
         self._chance = chance
         self._on_change = on_change
         self._scripts: dict[str, AsyncScript] = {
@@ -215,8 +252,9 @@ class Queue:
                     timedelta(milliseconds=claims[i + 2]),
                     claims[i + 3],
                     claims[i + 4],
+                    claims[i + 5] == 1,
                 )
-                for i in range(0, len(claims), 5)
+                for i in range(0, len(claims), 6)
             ),
             loads=tuple(int(sender) for sender in loads),
             next_look=None if look < 0 else timedelta(milliseconds=look),
@@ -229,15 +267,29 @@ class Queue:
             args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
         return [held == 1 for held in await self._run("confirm", (self.keys.ready,), args)]
 
+    async def renew(self, claims: Sequence[tuple[int, JobRef]]) -> list[int | None]:
+        """Move the ends of the leases of these (sender, job) to a whole lease from now.
+
+        Returns the new end of each, in Unix ms of Redis' clock. None means that the lease is gone,
+        or that Redis does not know the sender now.
+        """
+        args: list[Any] = [self._window, self._lease]
+        for sender_id, job in claims:
+            args += (sender_id, member_of(job))
+        return [end or None for end in await self._run("renew", (self.keys.ready,), args)]
+
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
         """End claims. Returns the senders that Redis does not know: load their heads."""
         stretch = 1 + _JITTER * self._chance()
-        ladder = ",".join(str(_ms(wait * stretch)) for wait in self._ladder)
-        args: list[Any] = [self._window, ladder]
+        args: list[Any] = [self._window]
+        args += (
+            ",".join(str(_ms(wait * stretch)) for wait in ladder)
+            for ladder in (self._ladder, self._auth_ladder)
+        )
         for s in settlements:
             next_member = "" if s.next_job is None else member_of(s.next_job)
             args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age), s.lease_ms)
-            args += (next_member, s.next_due_ms, _contact(s))
+            args += (next_member, s.next_due_ms, _contact(s), _cooldown(s))
         unknown, changes = await self._run("settle", (self.keys.ready,), args)
         for *change, place in changes:
             self._tell(change, settlements[place].server)
@@ -319,6 +371,7 @@ class Queue:
             " ".join([f"{member_of(lease.job)} {_ms(lease.left)}" for lease in head.leases])
         )
         args += head.opening or (0, "inf")
+        args.append(0 if head.cooldown is None else max(1, _ms(head.cooldown)))
         return args
 
     async def read_limiter(self, sender_id: int) -> LimiterState | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 SCRIPTS = (
     "claim",
     "confirm",
+    "renew",
     "circuits",
     "settle",
     "begin_load",

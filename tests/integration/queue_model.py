@@ -6,6 +6,7 @@ for among all instants, and the next sender among all senders. Times are Unix ms
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,10 @@ INFINITY = float("inf")
 # Connection failures in a row that open a circuit; how often a held sender is looked at anyway.
 FAILURES = 3
 PATROL = 30_000
+# The pace that a server teaches: its first and its longest gap, and the part that is left of it.
+PACE_FIRST = 125
+PACE_MOST = 60_000
+PACE_SHRINKS_TO = 0.9
 
 
 @dataclass
@@ -50,7 +55,9 @@ class SenderModel:
 
     epoch: int
     limit: int = 1
-    gap: int = 0
+    # Its own gap, and the one that its server has taught; 0: none.
+    own_gap: int = 0
+    pace: int = 0
     flight: int = 1
     active: bool = True
     horizon: float = INFINITY
@@ -73,11 +80,18 @@ class SenderModel:
     probe: int = 0
     rung: int = 0
     prober: str | None = None
+    # Its account was refused: when its next probe may be. 0: it was not.
+    cool: int = 0
+
+    @property
+    def gap(self) -> int:
+        """The gap that holds."""
+        return max(self.own_gap, self.pace)
 
     @property
     def places(self) -> int:
         """How many more sends may be in flight."""
-        most = 1 if self.gap or self.open else self.flight
+        most = 1 if self.gap or self.open or self.cool else self.flight
         return min(most, self.limit) - len(self.leases)
 
     @property
@@ -86,12 +100,23 @@ class SenderModel:
         return min(((due, member) for member, due in self.due.items()), default=None)
 
     def allowed_at(self, window: int) -> int:
-        """Return the earliest instant at which gap and window allow one more send."""
+        """Return the earliest instant at which the limits allow one more send."""
         room = self.limit - len(self.leases)
         ends = self.slots.values()
         instants = (0, *(end + window for end in ends))
         free = min(t for t in instants if sum(end + window > t for end in ends) < room)
-        return max(free, self.probe, self.last_end + self.gap if self.gap else 0)
+        return max(free, self.probe, self.cool, self.last_end + self.gap if self.gap else 0)
+
+    def slow_down(self) -> None:
+        """Learn that mail comes too fast. What began before the pace held says nothing of it."""
+        if not self.pace or not self.leases:
+            self.pace = min(PACE_MOST, max(2 * self.gap, PACE_FIRST))
+
+    def speed_up(self) -> None:
+        """Learn that a mail was accepted."""
+        if self.pace and not self.leases:
+            pace = math.floor(self.pace * PACE_SHRINKS_TO)
+            self.pace = pace if pace > max(self.own_gap, PACE_FIRST / 2) else 0
 
 
 @dataclass(frozen=True)
@@ -110,6 +135,16 @@ class HeadModel:
     ends: Sequence[tuple[str, int, bool]] = ()
     # Member, ms left.
     leases: Sequence[tuple[str, int]] = ()
+    # ms until its next probe; 0: it does not cool down.
+    cooldown: int = 0
+
+
+def rung_of(ladder: Sequence[int], number: int) -> int:
+    return ladder[min(number, len(ladder)) - 1]
+
+
+# Sender, member, ms since it was allowed, whether it is the probe of a cooldown.
+ClaimModel = tuple[int, str, int, bool]
 
 
 class QueueModel:
@@ -123,14 +158,12 @@ class QueueModel:
         low: int,
         patience: int,
         soon: int,
-        ladder: Sequence[int],
     ) -> None:
         self.window = window
         self.lease = lease
         self.low = low
         self.patience = patience
         self.soon = soon
-        self.ladder = ladder
         self.whole = False
         self.senders: dict[int, SenderModel] = {}
         # Of senders that are not known, and that somebody loads.
@@ -147,14 +180,14 @@ class QueueModel:
 
     # claim -----------------------------------------------------------------------------------
 
-    def claim(self, now: int, want: int) -> tuple[list[tuple[int, str, int]], list[int]]:
-        """Return the claims (sender, member, ms since allowed) and loads.
+    def claim(self, now: int, want: int) -> tuple[list[ClaimModel], list[int]]:
+        """Return the claims and loads.
 
         Each is held for one lease from now on.
 
         Senders that share an instant come in the order of their ids as texts.
         """
-        claims: list[tuple[int, str, int]] = []
+        claims: list[ClaimModel] = []
         loads: list[int] = []
         while len(claims) < want:
             eligible = [(look, str(i), i) for i, look in self.ready.items() if look <= now]
@@ -168,7 +201,7 @@ class QueueModel:
         sender_id: int,
         now: int,
         want: int,
-        claims: list[tuple[int, str, int]],
+        claims: list[ClaimModel],
         loads: list[int],
     ) -> None:
         s = self.senders.get(sender_id)
@@ -187,7 +220,7 @@ class QueueModel:
             del s.due[member]
             s.leases[member] = now + self.lease
             self._begin_probe(sender_id, member, now)
-            claims.append((sender_id, member, now - max(due, allowed)))
+            claims.append((sender_id, member, now - max(due, allowed), s.cool > 0))
             limited = limited or (not s.due and s.places > 0 and len(claims) < want)
         # For how long it is known since when a job that is kept for want of room was allowed.
         keep = max(self.window, s.gap) * (1 if limited else 2)
@@ -224,22 +257,30 @@ class QueueModel:
         retry: tuple[str, int] | None = None,
         lease: int = 0,
         answered: bool = False,
-        failed: bool = False,
+        failed: Sequence[int] = (),
+        pace: str = "",
+        cooldown: int | None = None,
     ) -> bool:
         """End one claim; `ended` is rounded up. Returns whether the sender is known.
 
-        `lease`: when that of this claim runs out; an UNUSED one frees no other.
+        `lease`: when that of this claim runs out; an UNUSED one frees no other. `failed`: the waits
+        before probes, if the connection failed. `pace`: SENT or RATE. `cooldown`: when its next
+        probe may be, 0 if the cooldown is over.
         """
         s = self.senders.get(sender_id)
         if s is None:
             return False
         self._release(s, ended, member, kind, lease)
-        cleared = None
         probed = self._end_probe(sender_id, member, lease if kind == "UNUSED" else None)
-        if answered:
+        cleared = None
+        if failed:
+            cleared = self._failed(sender_id, member, now, failed, probed=probed)
+        elif answered:
             self._answered(sender_id)
-        elif failed:
-            cleared = self._failed(sender_id, member, now, probed=probed)
+            self._learn_pace(s, pace)
+        if cooldown is not None:
+            s.cool = cooldown
+            s.epoch += 1
         if retry is not None:
             s.epoch += 1
             if retry[1] <= s.horizon and retry[0] not in s.leases:
@@ -251,6 +292,12 @@ class QueueModel:
             self._forget_troubles(cleared)
             self._look(cleared, now)
         return True
+
+    def _learn_pace(self, s: SenderModel, pace: str) -> None:
+        if pace == "SENT":
+            s.speed_up()
+        elif pace == "RATE":
+            s.slow_down()
 
     def _release(self, s: SenderModel, ended: int, member: str, kind: str, lease: int) -> None:
         for held, name in ((s.leases, member), (s.slots, member + "?")):
@@ -270,6 +317,20 @@ class QueueModel:
             s.leases[member] = lease
             self._look(sender_id, now)
         return True
+
+    def renew(self, now: int, sender_id: int, member: str) -> int | None:
+        """Move the end of a lease; return the new one. None: it is gone."""
+        s = self.senders.get(sender_id)
+        if s is None or member not in s.leases:
+            return None
+        end = now + self.lease
+        if s.leases[member] != end:
+            s.leases[member] = end
+            c = self.circuit(s)
+            if c.probe == (sender_id, member):
+                c.busy_until = end
+            self._look(sender_id, now)
+        return end
 
     # circuits --------------------------------------------------------------------------------
 
@@ -317,15 +378,17 @@ class QueueModel:
             self.ready[held] = min(self.ready.get(held, at), at)
         self.circuits[s.endpoint] = CircuitModel()
 
-    def _failed(self, sender_id: int, member: str, now: int, *, probed: bool) -> int | None:
+    def _failed(
+        self, sender_id: int, member: str, now: int, ladder: Sequence[int], *, probed: bool
+    ) -> int | None:
         s = self.senders[sender_id]
         c = self.circuit(s)
         if s.open and s.prober == member:
             s.rung += 1
-            s.probe = now + self._rung(s.rung)
+            s.probe = now + rung_of(ladder, s.rung)
         if c.open and probed:
             c.rung += 1
-            c.next = now + self._rung(c.rung)
+            c.next = now + rung_of(ladder, c.rung)
             self._appoint(c)
         if c.open or s.open:
             return None
@@ -334,17 +397,14 @@ class QueueModel:
         c.senders.add(sender_id)
         s.troubles += 1
         if c.failures >= FAILURES and len(c.senders) > 1:
-            c.open, c.rung, c.next = True, 1, now + self._rung(1)
+            c.open, c.rung, c.next = True, 1, now + ladder[0]
             self.changes.append((True, None))
             self._forget_troubles(sender_id)
             return before.pop() if len(before) == 1 else None
         if s.troubles >= FAILURES:
-            s.open, s.rung, s.probe = True, 1, now + self._rung(1)
+            s.open, s.rung, s.probe = True, 1, now + ladder[0]
             self.changes.append((True, sender_id))
         return None
-
-    def _rung(self, number: int) -> int:
-        return self.ladder[min(number, len(self.ladder)) - 1]
 
     # load ------------------------------------------------------------------------------------
 
@@ -377,8 +437,10 @@ class QueueModel:
         elif (s.endpoint, s.revision) != (head.endpoint, head.revision):
             self._forget_troubles(sender_id)
             self._leave_held(self.circuit(s), sender_id)
+            s.pace = 0
         s.endpoint, s.revision = head.endpoint, head.revision
-        s.limit, s.gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
+        s.limit, s.own_gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
+        s.cool = now_up + head.cooldown if head.cooldown else 0
         s.due = {member: due for member, due in head.jobs if member not in s.leases}
         s.left_out = len(s.due) < len(head.jobs)
         s.horizon = head.jobs[-1][1] if head.more else INFINITY

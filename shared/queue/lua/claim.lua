@@ -11,7 +11,7 @@
 -- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads}:
 --   LOST    the shard is not whole: start a rebuild. What is loaded by now may be sent meanwhile
 --   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
---           when its lease runs out, when it was due
+--           when its lease runs out, when it was due, 1 if it is the probe of a cooldown
 --   loads   senders whose head the caller must load
 --
 -- A sender that is not eligible is not in reach here: its score in `ready` is later. So the cost
@@ -68,6 +68,7 @@ local function take(s)
         claims[#claims + 1] = NOW - math.max(allowed, tonumber(first[2]))
         claims[#claims + 1] = NOW + lease
         claims[#claims + 1] = tonumber(first[2])
+        claims[#claims + 1] = s.cool > 0 and 1 or 0
     end
     return s.gap > 0
 end

@@ -13,6 +13,7 @@
 -- ARGV[13] leases  each as member, ms left
 -- Those three are words between spaces: one argument costs the caller as much as 50 words.
 -- ARGV[14], ARGV[15]  the present or next opening of its sending hours (ms; 0 and 'inf': always)
+-- ARGV[16] cooldown  ms until the next probe, at least 1; 0: the sender does not cool down
 --
 -- Returns changes of circuits (circuit.lua), or nil if the epoch has moved: somebody committed or
 -- lost something meanwhile; the caller reads PostgreSQL again.
@@ -81,6 +82,7 @@ if before and (before.endpoint ~= ARGV[9]
     -- Another endpoint, or a right password now: what is known says nothing of that.
     forget_troubles(before)
     leave_held(circuit(before.endpoint), id)
+    redis.call('HDEL', settings, 'pace')
 end
 if replace_head() then
     -- Should its claim come to nothing, see settle.lua.
@@ -91,6 +93,11 @@ end
 redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
     'horizon', horizon, 'parts', parts_of(id), 'endpoint', ARGV[9], 'revision', ARGV[10],
     'opens', ARGV[14], 'closes', ARGV[15])
+if ARGV[16] == '0' then
+    redis.call('HDEL', settings, 'cool')
+else
+    redis.call('HSET', settings, 'cool', NOW_UP + tonumber(ARGV[16]))
+end
 if horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
     -- All that was read is under lease and not yet marked in PostgreSQL; more waits behind it.
     redis.call('HSET', settings, 'loading', NOW + SOON)

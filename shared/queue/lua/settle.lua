@@ -4,14 +4,19 @@
 -- ARGV[1] window   ms of the trailing window
 -- ARGV[2] ladder   ms before the first, second, ... probe of an open circuit, comma-separated;
 --                  the last repeats
--- ARGV    then, for each claim: sender, member, kind, age, lease, next member, next due, contact
+-- ARGV[3] ladder   the same where authentication failed
+-- ARGV    then, for each claim: sender, member, kind, age, lease, next member, next due, contact,
+--         cooldown
 --   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP never heard of it)
 --   age          ms since the send ended, measured by the caller's monotonic clock
 --   lease        of an UNUSED one: when its lease runs out, as claim.lua said
 --   next member  '' or the job's next attempt, with its due time in ms
---   contact      what it says of the endpoint: '' nothing, 'OK' that it answers, or '!' and why the
---                connection failed
+--   contact      what it says about the endpoint: '' nothing; 'OK' it replied; 'SENT' it accepted a
+--                mail; 'RATE' it replied that mail comes too fast; '!' and the reason: the
+--                connection failed; '?' and the reason: authentication failed
+--   cooldown     '' no change; 0 the sender's cooldown is over; else ms from now until its next
+--                probe may begin
 --
 -- Returns {senders, changes}:
 --   senders  whose head must be loaded (Redis knows them no more)
@@ -22,8 +27,10 @@
 --!include life
 --!include circuit
 --!include look
+--!include pace
 
-local window, ladder = tonumber(ARGV[1]), ARGV[2]
+local window = tonumber(ARGV[1])
+local ladders = { ['!'] = ARGV[2], ['?'] = ARGV[3] }
 local touched, order, unknown = {}, {}, {}
 local told = 0
 
@@ -45,7 +52,28 @@ local function release(key, member, lease)
     end
 end
 
-for i = 3, #ARGV, 8 do
+-- Applies a contact to the circuit of the endpoint and to the pace of the sender.
+local function hear(s, member, contact)
+    local ladder = ladders[string.sub(contact, 1, 1)]
+    if ladder then
+        local cleared = failed(s, member, string.sub(contact, 2), ladder)
+        if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
+    elseif contact ~= '' then
+        answered(s)
+        if contact == 'SENT' then speed_up(s) end
+        if contact == 'RATE' then slow_down(s) end
+    end
+end
+
+local function set_cooldown(s, ms)
+    if ms == '' then return end
+    s.cool = ms == '0' and 0 or NOW_UP + tonumber(ms)
+    redis.call('HSET', settings_of(s.id), 'cool', s.cool)
+    -- A load that read PostgreSQL before this must not undo it.
+    redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
+end
+
+for i = 4, #ARGV, 9 do
     local id, member, kind = ARGV[i], ARGV[i + 1], ARGV[i + 2]
     local s = sender_of(id)
     if s then
@@ -60,13 +88,9 @@ for i = 3, #ARGV, 8 do
             redis.call('HSET', settings_of(id), 'end', ended)
         end
         end_probe(s, member, lease)
-        if ARGV[i + 7] == 'OK' then
-            answered(s)
-        elseif ARGV[i + 7] ~= '' then
-            local cleared = failed(s, member, string.sub(ARGV[i + 7], 2), ladder)
-            if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
-        end
-        for n = told + 1, #changes do changes[n][5] = (i - 3) / 8 end
+        hear(s, member, ARGV[i + 7])
+        set_cooldown(s, ARGV[i + 8])
+        for n = told + 1, #changes do changes[n][5] = (i - 4) / 9 end
         told = #changes
         if ARGV[i + 5] ~= '' then
             -- A load that read PostgreSQL before this must not wipe it out.

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from shared.endpoints import RELAY
 from shared.queue.circuits import CircuitChange
 from shared.queue.keys import JobRef, member_of
-from shared.queue.queue import Claim, Claimed, Head, Queue, Settlement, SlotUse
+from shared.queue.queue import Claim, Claimed, Contact, Head, Queue, Settlement, SlotUse
 
 WINDOW = timedelta(hours=1)
 LEASE = timedelta(seconds=60)
@@ -20,6 +20,7 @@ WINDOW_MS = 3_600_000
 LEASE_MS = 60_000
 PATIENCE_MS = 5_000
 LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+AUTH_LADDER = (timedelta(seconds=7), timedelta(minutes=10), timedelta(hours=1))
 START_MS = 1_800_000_000_000
 
 # Takes the place of includes/time.lua, and rounds as that does. In us, so that a test can end a
@@ -86,6 +87,7 @@ class Shard:
         window: timedelta = WINDOW,
         lease: timedelta = LEASE,
         ladder: Sequence[timedelta] = LADDER,
+        auth_ladder: Sequence[timedelta] = AUTH_LADDER,
     ) -> None:
         self.redis = redis
         # Of circuits, in the order in which they were told.
@@ -96,6 +98,7 @@ class Shard:
             window=window,
             lease=lease,
             ladder=ladder,
+            auth_ladder=auth_ladder,
             chance=lambda: 0.0,
             includes={"time": CLOCK, "run": RUN},
             on_change=self.changes.append,
@@ -143,16 +146,22 @@ class Shard:
         give_back: bool = False,
         answered: bool = False,
         connection_error: str | None = None,
+        contact: Contact | None = None,
+        cooldown: timedelta | None = None,
     ) -> list[int]:
         """Settle one claim; `retry_at`, in ms after START, is when its job is due again."""
+        if contact is None:
+            contact = Contact.ANSWERED if answered else Contact.NONE
+            contact = contact if connection_error is None else Contact.FAILED
         settlement = Settlement(
             claim.sender_id,
             claim.job,
             use,
             age=milliseconds(age),
             lease_ms=claim.lease_ms,
-            answered=answered,
-            connection_error=connection_error,
+            contact=contact,
+            connection_error=connection_error or "",
+            cooldown=cooldown,
             server=f"mail.example:{claim.sender_id}",
         )
         if retry_at is not None:
@@ -163,6 +172,11 @@ class Shard:
                 next_due_ms=START_MS + retry_at,
             )
         return await self.queue.settle([settlement])
+
+    async def renew(self, *claims: Claim) -> list[int | None]:
+        """Renew leases; return their new ends, in ms after START."""
+        ends = await self.queue.renew([(claim.sender_id, claim.job) for claim in claims])
+        return [end and end - START_MS for end in ends]
 
     async def ready(self) -> dict[int, int]:
         """When each sender is looked at next, in ms after START."""

@@ -15,10 +15,10 @@ from hypothesis.stateful import (
 from redis.asyncio import Redis
 
 from shared.queue.keys import JobRef, member_of
-from shared.queue.queue import Settlement, SlotUse, brings_history
+from shared.queue.queue import Contact, Settlement, SlotUse, brings_history
 from shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
-from tests.integration.queue.under_way import Contact, Holding, Limits, Load, Snapshot, Step
+from tests.integration.queue.under_way import Holding, Limits, Load, Snapshot, Step
 from tests.integration.queue.world import Send, World
 from tests.integration.queue_model import INFINITY, CircuitModel, QueueModel
 
@@ -32,6 +32,8 @@ PARTS = ("due", "lease", "window", "sender", "ready")
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "held:relay")
 # The second wait of a probe is longer than the lease, the last one longer than a patrol.
 LADDER = (500, 4_000, 40_000)
+AUTH_LADDER = (700, 9_000)
+LADDERS = {Contact.FAILED: LADDER, Contact.AUTH_FAILED: AUTH_LADDER}
 ENDPOINTS = ("relay", "other")
 # As texts they sort the other way round.
 SENDERS = (9, 10, 11)
@@ -46,7 +48,10 @@ class QueueSteps(RuleBasedStateMachine):
         self.runner = runner
         window, lease = milliseconds(WINDOW), milliseconds(LEASE)
         ladder = [milliseconds(wait) for wait in LADDER]
-        self.shard = Shard(redis, window=window, lease=lease, ladder=ladder)
+        auth_ladder = [milliseconds(wait) for wait in AUTH_LADDER]
+        self.shard = Shard(
+            redis, window=window, lease=lease, ladder=ladder, auth_ladder=auth_ladder
+        )
         self.queue = self.shard.queue
         self.model = QueueModel(
             window=WINDOW,
@@ -54,7 +59,6 @@ class QueueSteps(RuleBasedStateMachine):
             low=LOW,
             patience=PATIENCE_MS,
             soon=SOON,
-            ladder=LADDER,
         )
         self.world = World(window=WINDOW, lease=LEASE * 1000)
         self.loads: list[Load] = []
@@ -141,14 +145,17 @@ class QueueSteps(RuleBasedStateMachine):
         claims, loads = self.model.claim(self.now_ms, want)
         assert claimed.lost is not self.model.whole
         found = [
-            (claim.sender_id, member_of(claim.job), claim.waited // timedelta(milliseconds=1))
+            (
+                claim.sender_id,
+                member_of(claim.job),
+                claim.waited // timedelta(milliseconds=1),
+                claim.probe,
+            )
             for claim in claimed.claims
         ]
         assert (found, list(claimed.loads)) == (claims, loads)
         for endpoint in ENDPOINTS:
-            at_once = [
-                allowed[s] for s, _, _ in found if self.model.senders[s].endpoint == endpoint
-            ]
+            at_once = [allowed[s] for s, *_ in found if self.model.senders[s].endpoint == endpoint]
             assert len(at_once) <= min(at_once, default=0), "more than one probe at a time"
         look = self.model.first_look
         assert claimed.next_look == (
@@ -231,11 +238,16 @@ class QueueSteps(RuleBasedStateMachine):
         use: SlotUse = SlotUse.COUNTED,
         retry: int | None = None,
         age: int = 0,
-        contact: Contact = Contact.ANSWERED,
+        contact: Contact = Contact.ACCEPTED,
+        cools: int | None = None,
         waits: bool = False,
     ) -> None:
+        """`cools`: its account was refused, and cools down for so many ms."""
         send, claim = holding.send, holding.claim
         assert send is not None
+        if use is SlotUse.UNUSED and not holding.known:
+            # As Judge.given_back: an attempt, which its number alone fences.
+            use, retry, contact, cools = SlotUse.BEGUN, 0, Contact.NONE, None
         if use is SlotUse.UNUSED:
             self.world.sends[claim.sender_id].remove(send)
             await self._give_back(holding, waits=waits)
@@ -246,6 +258,7 @@ class QueueSteps(RuleBasedStateMachine):
         retry_at = None if retry is None else -(-ended // 1000) + retry
         ours = self.world.settle(claim.job, ended, counted=send.counted, retry_at=retry_at)
         again = JobRef(claim.job.job_id, claim.job.attempt + 1)
+        cooldown = self._cool_down(holding, retry, contact, cools) if ours else None
         holding.ended = ended
         holding.settlement = Settlement(
             claim.sender_id,
@@ -253,10 +266,25 @@ class QueueSteps(RuleBasedStateMachine):
             use,
             next_job=again if ours and retry_at is not None else None,
             next_due_ms=retry_at or 0,
-            answered=contact is Contact.ANSWERED,
-            connection_error="refused" if contact is Contact.FAILED else None,
+            contact=contact,
+            connection_error="refused",
+            cooldown=cooldown,
         )
-        await self._recorded(holding, stale=retry_at is not None and not ours, waits=waits)
+        stale = (retry_at is not None and not ours) or cooldown is not None
+        await self._recorded(holding, stale=stale, waits=waits)
+
+    def _cool_down(
+        self, holding: Holding, retry: int | None, contact: Contact, cools: int | None
+    ) -> timedelta | None:
+        """Store a cooldown, or its end; return how long the next probe has to wait."""
+        sender_id = holding.claim.sender_id
+        if cools is not None:
+            self.world.cooldowns[sender_id] = self.now + cools * 1000
+            return milliseconds(cools)
+        if holding.claim.probe and contact is Contact.ACCEPTED and retry is None:
+            self.world.cooldowns.pop(sender_id, None)
+            return milliseconds(0)
+        return None
 
     async def _release(self, holding: Holding) -> None:
         self.holdings.remove(holding)
@@ -267,6 +295,10 @@ class QueueSteps(RuleBasedStateMachine):
         told = replace(settlement, age=milliseconds(age))
         unknown = await self.queue.settle([told])
         retry = told.next_job and (member_of(told.next_job), told.next_due_ms)
+        cooldown: int | None = None
+        if told.cooldown is not None:
+            left = told.cooldown // timedelta(milliseconds=1)
+            cooldown = self.now_up + left if left else 0
         known = self.model.settle(
             self.now_ms,
             self.now_up - age,
@@ -275,8 +307,10 @@ class QueueSteps(RuleBasedStateMachine):
             told.use.value,
             retry=retry,
             lease=told.lease_ms,
-            answered=told.answered,
-            failed=told.connection_error is not None,
+            answered=told.contact in (Contact.ANSWERED, Contact.ACCEPTED, Contact.TOO_FAST),
+            failed=LADDERS.get(told.contact, ()),
+            pace=told.contact.value,
+            cooldown=cooldown,
         )
         assert unknown == ([] if known else [told.sender_id])
         if not known or holding.stale:
@@ -363,6 +397,8 @@ class QueueSteps(RuleBasedStateMachine):
             assert int(found.settings.get("troubles", 0)) == expected.troubles
             assert ("open" in found.settings) is expected.open
             assert int(found.settings.get("probe", 0)) == expected.probe
+            assert int(found.settings.get("cool", 0)) == expected.cool
+            assert int(found.settings.get("pace", 0)) == expected.pace
         await self._compare_circuits()
 
     async def _compare_circuits(self) -> None:

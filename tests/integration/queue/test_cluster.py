@@ -82,6 +82,7 @@ async def test_no_script_touches_a_key_outside_of_its_shard(cluster: Redis) -> N
         await shard.load(*(replace(head, sender_id=n) for n in senders), committed=True)
         claims = (await shard.claim(4)).claims
         assert await shard.queue.confirm(claims) == [True] * 4
+        assert None not in await shard.renew(*claims)
         await shard.settle(claims[0])
         await shard.settle(claims[1], retry_at=5)
         await shard.queue.settle([Settlement(99, claims[0].job, SlotUse.UNUSED)])

@@ -27,17 +27,17 @@ from hypothesis.stateful import (
 from redis.asyncio import Redis
 
 import shared.queue.queue
-from shared.queue.queue import SlotUse
+from shared.queue.queue import Contact, SlotUse
 from shared.states import JobState
+from tests.integration.queue.limit_steps import Answers, LimitSteps
 from tests.integration.queue.steps import (
     ENDPOINTS,
     LOW,
     PARTS,
     SENDERS,
     SHARD_KEYS,
-    QueueSteps,
 )
-from tests.integration.queue.under_way import Contact, Snapshot, Step
+from tests.integration.queue.under_way import Holding, Snapshot, Step
 from tests.integration.queue.world import SenderRow
 
 senders = st.sampled_from(SENDERS)
@@ -54,10 +54,11 @@ rows = st.builds(
 )
 
 
-contacts = st.sampled_from([Contact.FAILED] * 5 + [Contact.ANSWERED, Contact.SILENT])
+contacts = st.sampled_from([Contact.FAILED] * 5 + list(Contact))
+answers = st.sampled_from([Answers.BOTH] * 3 + list(Answers))
 
 
-class QueueMachine(QueueSteps):
+class QueueMachine(LimitSteps):
     @initialize(these=st.tuples(*(rows for _ in SENDERS)))
     def start(self, these: tuple[SenderRow, ...]) -> None:
         self.world.senders = dict(zip(SENDERS, these, strict=True))
@@ -116,6 +117,7 @@ class QueueMachine(QueueSteps):
         retry=st.sampled_from([None, None, 0, 300, 20_000]),
         age=st.integers(0, 5_000_000),
         contact=contacts,
+        cools=st.sampled_from([None] * 6 + [1, 400, 8_000]),
         waits=chances,
     )
     def end(self, *, pick: int, waits: bool, **how: Any) -> None:
@@ -132,6 +134,49 @@ class QueueMachine(QueueSteps):
             self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
             self.do(self._load(sender_id, committed=True))
         self.do(self._outage(spared, waits=waits, rounds=rounds))
+
+    @precondition(lambda self: self._renewable())
+    @rule(pick=picks, answers=answers)
+    def renew(self, pick: int, answers: Answers) -> None:
+        choice = self._renewable()
+        self.do(self._renew(choice[pick % len(choice)], answers))
+
+    def _renewable(self) -> list[Holding]:
+        return [holding for holding in self._at(Step.BEGUN) if self.now < holding.deadline]
+
+    @rule(
+        sender_id=senders,
+        pauses=st.lists(st.tuples(st.integers(1, 2_900_000), answers), min_size=1, max_size=4),
+    )
+    def linger(self, sender_id: int, pauses: list[tuple[int, Answers]]) -> None:
+        """Let a server be slow to answer."""
+        self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
+        self.do(self._load(sender_id, committed=True))
+        self.do(self._linger(sender_id, pauses))
+
+    @rule(sender_id=senders, rounds=st.integers(1, 11))
+    def throttle(self, sender_id: int, rounds: int) -> None:
+        """Let a server say "too fast"."""
+        self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
+        self.do(self._load(sender_id, committed=True))
+        self.do(self._throttle(sender_id, rounds))
+
+    @rule(sender_id=senders, rounds=st.integers(1, 3), cools=st.sampled_from([1, 700, 20_000]))
+    def refuse(self, sender_id: int, rounds: int, cools: int) -> None:
+        """Let a server refuse an account, and its probes."""
+        self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
+        self.do(self._load(sender_id, committed=True))
+        self.do(self._refuse(sender_id, rounds, cools))
+
+    @precondition(lambda self: self.world.cooldowns)
+    @rule(pick=picks, waits=chances)
+    def resume(self, pick: int, waits: bool) -> None:
+        """End a cooldown, as ResumeSender does."""
+        choice = sorted(self.world.cooldowns)
+        sender_id = choice[pick % len(choice)]
+        del self.world.cooldowns[sender_id]
+        self.world.mark_stale(sender_id)
+        self.do(self._load(sender_id, committed=True, waits=waits))
 
     @precondition(lambda self: self._at(Step.RECORDED))
     @rule(pick=picks)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from shared.queue.queue import Claim, Head, Settlement
 from tests.integration.queue.world import Send
 from tests.integration.queue_model import HeadModel
-
-
-class Contact(Enum):
-    """What a send says of its endpoint."""
-
-    ANSWERED = auto()
-    FAILED = auto()
-    SILENT = auto()
 
 
 class Step(Enum):
@@ -55,8 +47,15 @@ class Holding:
     # What Redis is to be told, once it is over; and when it ended.
     settlement: Settlement | None = None
     ended: int = 0
+    # Whether it knows the present ends of its lease in both stores.
+    known: bool = True
     # PostgreSQL alone knows where the job waits now.
     stale: bool = False
+
+    def renewed(self, lease_ms: int) -> None:
+        """Note the end of the lease that both stores have confirmed."""
+        self.claim = replace(self.claim, lease_ms=lease_ms)
+        self.known = True
 
     @property
     def step(self) -> Step:

@@ -76,6 +76,8 @@ class World:
     markers: dict[int, int] = field(default_factory=dict)
     marker_ids: Iterator[int] = field(default_factory=itertools.count)
     sends: dict[int, list[Send]] = field(default_factory=dict)
+    # When the next probe of a sender that cools down may be.
+    cooldowns: dict[int, int] = field(default_factory=dict)
 
     # PostgreSQL ------------------------------------------------------------------------------
 
@@ -110,6 +112,8 @@ class World:
             for j in self.in_state(JobState.SENDING, sender_id)
             if fresh
         ]
+        probe_at = self.cooldowns.get(sender_id)
+        left = None if probe_at is None else (probe_at - now) // 1000
         return (
             Head(
                 sender_id,
@@ -123,6 +127,7 @@ class World:
                 tuple(HeldLease(job, timedelta(milliseconds=left)) for job, left in leases),
                 endpoint=row.endpoint,
                 revision=row.revision,
+                cooldown=None if left is None else timedelta(milliseconds=left),
             ),
             HeadModel(
                 row.limit,
@@ -136,6 +141,7 @@ class World:
                 # An end in the future (a lease that ran out) has no age below 0.
                 [(member_of(job), max(0, age), c) for job, age, c in ends],
                 [(member_of(job), left) for job, left in leases],
+                0 if left is None else max(1, left),
             ),
         )
 
@@ -149,6 +155,14 @@ class World:
             return False
         row.state, row.attempt, row.lease_until = JobState.SENDING, job.attempt, now + self.lease
         return True
+
+    def renew(self, job: JobRef, now: int) -> int | None:
+        """Move the end of a lease; return the new one. None: the job is not ours any more."""
+        row = self.jobs[job.job_id]
+        if not self._holds(job):
+            return None
+        row.lease_until = now + self.lease
+        return row.lease_until
 
     def give_back(self, job: JobRef, lease_until: int) -> bool:
         row = self.jobs[job.job_id]

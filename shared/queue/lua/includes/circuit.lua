@@ -87,6 +87,14 @@ local function begin_probe(s, member, until_ms)
     appoint(c)
 end
 
+-- Moves the end of a probe whose lease was renewed.
+local function extend_probe(s, member, until_ms)
+    local c = circuit(s.endpoint)
+    if c.probe ~= s.id .. ' ' .. member then return end
+    c.busy_until = until_ms
+    write_circuit(c, 'until', until_ms)
+end
+
 -- `lease`: of one that came to nothing; it ends no other's probe.
 local function end_probe(s, member, lease)
     local c = circuit(s.endpoint)

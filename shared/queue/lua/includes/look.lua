@@ -12,12 +12,16 @@ end
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
         'horizon', 'loading', 'life', 'parts', 'endpoint', 'troubles', 'open', 'probe',
-        'opens', 'closes')
+        'opens', 'closes', 'cool', 'pace')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
+    local pace = number_or(f[17], 0)
     return {
         id = sender,
         limit = tonumber(f[1]),
-        gap = tonumber(f[2]),
+        -- The longer one of the sender's own gap and its pace (pace.lua).
+        gap = math.max(tonumber(f[2]), pace),
+        own_gap = tonumber(f[2]),
+        pace = pace,
         flight = tonumber(f[3]),
         active = f[4] == '1',
         last_end = number_or(f[5], 0),
@@ -34,13 +38,16 @@ local function read_sender(sender)
         -- The present or next opening of its sending hours; what comes after needs a load.
         opens = number_or(f[14], 0),
         closes = (not f[15] or f[15] == 'inf') and math.huge or tonumber(f[15]),
+        -- In a cooldown: when the next probe may begin. 0: the sender does not cool down.
+        cool = number_or(f[16], 0),
     }
 end
 
 -- How many more jobs may be in flight at once. With a gap, one send at a time: the gap runs from
--- the end of one to the start of the next. With an open circuit, one probe at a time.
+-- the end of one to the start of the next. With an open circuit or in a cooldown, one probe at a
+-- time.
 local function places(s, in_flight)
-    local most = (s.gap > 0 or s.open) and 1 or s.flight
+    local most = (s.gap > 0 or s.open or s.cool > 0) and 1 or s.flight
     return math.min(most, s.limit) - in_flight
 end
 
@@ -52,10 +59,11 @@ local function window_room_at(s, in_flight, window)
     return oldest[2] and tonumber(oldest[2]) + window or 0
 end
 
--- The instant from which gap, window, its sending hours and its own circuit allow one more send.
+-- The time from which the sender's gap, window, sending hours, cooldown and circuit allow one more
+-- send.
 local function allowed_at(s, in_flight, window)
     local gap_end = s.gap > 0 and s.last_end + s.gap or 0
-    return math.max(s.probe, s.opens, gap_end, window_room_at(s, in_flight, window))
+    return math.max(s.probe, s.cool, s.opens, gap_end, window_room_at(s, in_flight, window))
 end
 
 -- Puts the sender into `ready` at the next instant at which a look can find something to do.

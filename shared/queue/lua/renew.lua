@@ -1,0 +1,31 @@
+-- Renews leases: moves their ends to a whole lease from now.
+--
+-- KEYS[1] ready
+-- ARGV[1] window   ms of the trailing window
+-- ARGV[2] lease    ms from now
+-- ARGV    then flat: sender, member
+-- Returns an array of the new ends (ms), in the order of ARGV. 0: the lease is gone, or Redis does
+-- not know the sender now
+--!include keys
+--!include time
+--!include run
+--!include life
+--!include circuit
+--!include look
+
+local window, until_ms = tonumber(ARGV[1]), NOW + tonumber(ARGV[2])
+local ends, touched = {}, {}
+for i = 3, #ARGV, 2 do
+    local id, member = ARGV[i], ARGV[i + 1]
+    local s = touched[id] or read_sender(id)
+    if s and redis.call('ZADD', lease_of(id), 'XX', 'CH', until_ms, member) == 1 then
+        touched[id] = s
+        extend_probe(s, member, until_ms)
+        ends[#ends + 1] = until_ms
+    else
+        local same = s and redis.call('ZSCORE', lease_of(id), member)
+        ends[#ends + 1] = same and tonumber(same) or 0
+    end
+end
+for _, s in pairs(touched) do schedule_look(s, window) end
+return ends

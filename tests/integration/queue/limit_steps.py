@@ -1,0 +1,91 @@
+"""Steps of the model for what a server's replies teach, and for leases that are renewed."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from shared.queue.keys import member_of
+from shared.queue.queue import Contact, SlotUse
+from tests.integration.queue.steps import QueueSteps
+from tests.integration.queue.under_way import Holding, Step
+
+
+class Answers(Enum):
+    """How far a renewal comes: PostgreSQL is asked first, then Redis."""
+
+    BOTH = auto()
+    # PostgreSQL moved the lease, and nobody knows.
+    POSTGRES_LOST = auto()
+    # PostgreSQL moved it; Redis is away.
+    REDIS_AWAY = auto()
+    # Both moved it, and nobody knows of Redis.
+    REDIS_LOST = auto()
+
+
+class LimitSteps(QueueSteps):
+    async def _renew(self, holding: Holding, answers: Answers) -> None:
+        claim = holding.claim
+        holding.known = False
+        end = self.world.renew(claim.job, self.now)
+        if answers is Answers.POSTGRES_LOST:
+            return
+        if end is None:
+            # Its attempt has ended without it: it stops at once.
+            self._hold_until(holding, min(holding.deadline, self.now))
+            return
+        holding.lease_until = end
+        if answers is Answers.REDIS_AWAY:
+            return
+        (found,) = await self.queue.renew([(claim.sender_id, claim.job)])
+        assert found == self.model.renew(self.now_ms, claim.sender_id, member_of(claim.job))
+        if answers is Answers.BOTH and found is not None:
+            holding.renewed(found)
+            self._hold_until(holding, found * 1000)
+
+    def _hold_until(self, holding: Holding, deadline: int) -> None:
+        assert holding.send is not None
+        holding.deadline = holding.send.deadline = deadline
+
+    async def _linger(self, sender_id: int, pauses: list[tuple[int, Answers]]) -> None:
+        """Let what a sender may send be slow, and renew it after each pause (us)."""
+        await self._advance((self.model.first_look or 0) * 1000)
+        await self._claim(3)
+        for holding in self._of(sender_id):
+            await self._until_begun(holding)
+        for pause, answers in pauses:
+            await self._advance(self.now + pause)
+            for holding in self._of(sender_id):
+                if holding.step is Step.BEGUN and self.now < holding.deadline:
+                    await self._renew(holding, answers)
+            # Nobody takes what was renewed for what was left behind.
+            await self._compare()
+            await self._claim(1)
+
+    def _of(self, sender_id: int) -> list[Holding]:
+        return [holding for holding in self.holdings if holding.claim.sender_id == sender_id]
+
+    async def _until_begun(self, holding: Holding) -> None:
+        while holding in self.holdings and holding.step in (
+            Step.CLAIMED,
+            Step.MARKED,
+            Step.CONFIRMED,
+        ):
+            await self._go_on(holding)
+
+    async def _teach(self, sender_id: int, rounds: int, **how: object) -> None:
+        """Let each mail of a sender end like this; those of others go on as they are."""
+        for _ in range(rounds):
+            await self._advance((self.model.first_look or 0) * 1000)
+            await self._claim(3)
+            for holding in self._of(sender_id):
+                await self._until_begun(holding)
+                if holding in self.holdings and holding.step is Step.BEGUN:
+                    await self._go_on(holding, **how)
+
+    async def _throttle(self, sender_id: int, rounds: int) -> None:
+        await self._teach(sender_id, rounds, use=SlotUse.BEGUN, contact=Contact.TOO_FAST, retry=0)
+
+    async def _refuse(self, sender_id: int, rounds: int, cools: int) -> None:
+        await self._teach(
+            sender_id, rounds, use=SlotUse.BEGUN, contact=Contact.ANSWERED, retry=0, cools=cools
+        )
