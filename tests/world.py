@@ -127,12 +127,20 @@ class World:
 
     # What callers do -------------------------------------------------------------------------
 
-    async def sender(self, *, limit: int = 100_000, gap_ms: int | None = None, **more: Any) -> int:
+    async def sender(
+        self,
+        *,
+        user: str = "anna",
+        limit: int = 100_000,
+        gap_ms: int | None = None,
+        **more: Any,
+    ) -> int:
         """Add a sender, `s<id>@x.test`."""
         columns = {"hourly_limit": limit, "min_gap_ms": gap_ms, "max_in_flight": 5} | more
         rows = await self.sql(
             f"INSERT INTO senders (user_id, email, {', '.join(columns)})"
-            f" VALUES ('anna', 'new', {', '.join(['%s'] * len(columns))}) RETURNING id",
+            f" VALUES (%s, 'new', {', '.join(['%s'] * len(columns))}) RETURNING id",
+            user,
             *columns.values(),
         )
         sender = int(rows[0].id)

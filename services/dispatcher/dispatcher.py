@@ -6,7 +6,6 @@ docs/send-path.md has it as a diagram, with what happens if everything stops aft
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -18,27 +17,27 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
 from services.dispatcher.composer import Composer, CompositionError
+from services.dispatcher.cooling import CooldownRules
+from services.dispatcher.judge import Judge
 from services.dispatcher.progress import Progress
-from services.dispatcher.retry import decide
-from services.dispatcher.settler import Ended, Refused, Settler, Unsent
-from services.dispatcher.shares import Place, Shares
+from services.dispatcher.renewer import Renewer
+from services.dispatcher.settler import Refused, Settler, Unsent
+from services.dispatcher.shares import Place, Route, Shares
 from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
-from services.dispatcher.storage import AttemptRecord, MarkedJob
+from services.dispatcher.storage import MarkedJob
 from services.dispatcher.wake import WakeListener
 from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Queue, SlotUse
+from shared.queue.queue import Claim, Queue
 from shared.settings import Settings
-from shared.states import CONNECTION_TROUBLE, AttemptOutcome
+from shared.states import AttemptOutcome
 
 # A lost Redis tells nobody: whoever sleeps looks at least this often whether it is still whole.
 HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
-# The part of its lease that a send leaves to the record of its outcome, should PostgreSQL be away.
-_RESERVED_PART = 0.1
 _log = structlog.get_logger(__name__)
 
 
@@ -73,8 +72,18 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = asyncio.Event()
-        self._settler = Settler(statements, transactions, loader, self._recorded)
+        self._settler = Settler(
+            statements,
+            transactions,
+            loader,
+            self._recorded,
+            CooldownRules.from_settings(settings),
+        )
+        self._renewer = Renewer(statements, loader, settings.lease)
+        self._judge = Judge(settings)
         self._group: asyncio.TaskGroup | None = None
+        # Claims that are only held until they are given back, each with the timer for that.
+        self._aside: dict[JobRef, tuple[Claim, asyncio.TimerHandle]] = {}
         # Shards that we are rebuilding.
         self._rebuilding: set[int] = set()
         # A store failed us: the next look waits a little.
@@ -100,6 +109,7 @@ class Dispatcher:
                 self._group = group
                 stopping = group.create_task(self._drain_at(stop))
                 settler = group.create_task(self._settler.run())
+                renewer = group.create_task(self._renewer.run())
                 loops = [
                     group.create_task(self._dispatch(queue, listener))
                     for queue, listener in zip(self._queues, self._listeners, strict=True)
@@ -109,8 +119,9 @@ class Dispatcher:
                 self._settler.close()
                 await settler
                 stopping.cancel()
+                renewer.cancel()
         finally:
-            self._pool.close()
+            await self._pool.close()
 
     async def _drain_at(self, stop: asyncio.Event) -> None:
         await stop.wait()
@@ -120,6 +131,9 @@ class Dispatcher:
         """Take no more jobs; returns, when nothing is in flight, how many were given back."""
         self._draining.set()
         self._shares.give_up()
+        for job in list(self._aside):
+            self._give_back(job)
+        self._pool.give_up_waiting()
         self._room.set()
         for listener in self._listeners:
             listener.wake()
@@ -183,20 +197,38 @@ class Dispatcher:
         starting: list[Claim] = []
         places: dict[JobRef, Place] = {}
         for claim in claims:
-            key = self._shares.endpoint_of(claim.sender_id)
-            if key is None or self.draining:
+            route = self._shares.route_of(claim.sender_id)
+            if route is None or self.draining:
                 starting.append(claim)
-            elif place := self._shares.take(key):
+            elif place := self._shares.take(route):
                 starting.append(claim)
                 places[claim.job] = place
             else:
                 # Half the lease: the rest is for the send.
                 half = deadline - time.monotonic() - self._settings.lease.total_seconds() / 2
-                turn = self._shares.wait(key, asyncio.get_running_loop().time() + half)
-                self._spawn(self._start_later(queue, claim, turn, deadline))
+                until = asyncio.get_running_loop().time() + half
+                if self._shares.full:
+                    self._set_aside(claim, until)
+                else:
+                    turn = self._shares.wait(route, until)
+                    self._spawn(self._start_later(queue, claim, turn, deadline))
         if starting:
             self._spawn(self._start_or_return(queue, starting, deadline, places))
         self._return_room(len(claims) - len(starting))
+
+    def _set_aside(self, claim: Claim, until: float) -> None:
+        """Give a claim back at `until` (loop time): more wait for a place than may.
+
+        Not at once, for then it would be claimed again at once.
+        """
+        loop = asyncio.get_running_loop()
+        self._aside[claim.job] = claim, loop.call_at(until, self._give_back, claim.job)
+
+    def _give_back(self, job: JobRef) -> None:
+        claim, timer = self._aside.pop(job)
+        timer.cancel()
+        self._free -= 1  # until that is recorded
+        self._settler.add(Refused(claim, waits=True))
 
     async def _start_later(
         self, queue: Queue, claim: Claim, turn: asyncio.Future[Place | None], deadline: float
@@ -291,8 +323,9 @@ class Dispatcher:
         if place is None or place.key != key:
             if place is not None:
                 self._shares.leave(place, sent=False)
-            self._shares.learn(job.sender_id, key)
-            place = self._shares.take(key)
+            route = Route(key, self._composer.user_of(job))
+            self._shares.learn(job.sender_id, route)
+            place = self._shares.take(route)
         return place
 
     # One task a mail -------------------------------------------------------------------------
@@ -300,17 +333,20 @@ class Dispatcher:
     async def _send(self, claim: Claim, job: MarkedJob, deadline: float, place: Place) -> None:
         started = time.monotonic()
         result: SendResult | None = None
+        claimed = deadline - self._settings.lease.total_seconds()
         try:
             endpoint, envelope = self._composer.compose(job)
-            result = await self._pool.send(
-                endpoint,
-                envelope,
-                deadline=deadline - self._settings.lease.total_seconds() * _RESERVED_PART,
-                may_begin=lambda: not self.draining,
-            )
-        except GivenBackError:
-            self._settler.add(Unsent(claim, job))
-            return
+            with self._renewer.hold(claim, job, claimed) as held:
+                try:
+                    result = await self._pool.send(
+                        endpoint,
+                        envelope,
+                        lease=held.lease,
+                        may_begin=lambda: not self.draining,
+                    )
+                except GivenBackError:
+                    self._settler.add(self._judge.given_back(held, started))
+                    return
         except CompositionError as error:
             result = _not_built(error, started)
         except Exception:  # noqa: BLE001 - see below
@@ -328,46 +364,10 @@ class Dispatcher:
         if result.outcome is AttemptOutcome.CONNECTION_FAILURE:
             # Redis knows whether the others may try: its circuit may be open by now.
             self._shares.give_up(place.key)
-        asked = deadline - self._settings.lease.total_seconds()
-        late = claim.waited + timedelta(seconds=result.started - asked)
+        late = claim.waited + timedelta(seconds=result.started - claimed)
         host, port = place.key
-        self._settle(job, result, late, f"{host}:{port}")
-
-    def _settle(self, job: MarkedJob, result: SendResult, late: timedelta, server: str) -> None:
-        verdict = decide(
-            result.outcome,
-            job.failures,
-            backoff=self._settings.retry_backoff,
-            policy=self._settings.uncertain_policy,
-            chance=random.random(),  # noqa: S311 - jitter
-        )
         self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
-        record = AttemptRecord(
-            job=job.job,
-            sender_id=job.sender_id,
-            state=verdict.state,
-            failures=verdict.failures,
-            outcome=result.outcome,
-            counted=result.body_begun,
-            started=result.started,
-            ended=result.ended,
-            retry_after=verdict.retry_after,
-            late=late,
-            smtp_code=result.smtp_code,
-            enhanced_code=result.enhanced_code,
-            message=result.message,
-        )
-        broken = result.outcome in CONNECTION_TROUBLE
-        self._settler.add(
-            Ended(
-                record,
-                SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN,
-                # Without a code the server had no part in it.
-                answered=not broken and result.smtp_code is not None,
-                connection_error=(result.message or result.outcome.name) if broken else None,
-                server=server,
-            )
-        )
+        self._settler.add(self._judge.ended(claim, job, result, late=late, server=f"{host}:{port}"))
 
     # Room ------------------------------------------------------------------------------------
 
@@ -380,7 +380,7 @@ class Dispatcher:
             self._free -= 1
         if self._free > 0:
             self._room.set()
-        if self.in_flight == 0 and not self._shares.waiting:
+        if self.in_flight == 0 and not self._shares.waiting and not self._aside:
             self._idle.set()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

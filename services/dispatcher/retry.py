@@ -1,48 +1,127 @@
-"""What becomes of a job after an attempt: pure arithmetic, no clock and no chance of its own."""
+"""Decides the state of a job after an attempt. Pure: callers pass times and random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import Literal
 
-from shared.states import AttemptOutcome, JobState
+from shared.states import AttemptOutcome, JobState, ReplyClass
 
 # At most a tenth is added to a wait, so that what failed together does not come back together.
 JITTER = 0.1
+# Refusals that say nothing about the mail: the job keeps its place on the ladder.
+USES_NO_ATTEMPT = frozenset(
+    {ReplyClass.ACCOUNT, ReplyClass.CONNECTIONS, ReplyClass.RATE, ReplyClass.AUTH}
+)
+# A job with this many attempts is given up: the database column for attempts ends at 32,767.
+_MOST_ATTEMPTS = 32_000
+# Where the operator's ladder is empty.
+_SHORT_WAIT = timedelta(seconds=5)
+_NO_WAIT = timedelta(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ladders:
+    """The waits before further attempts, from the settings of the same names."""
+
+    retry_backoff: Sequence[timedelta]
+    defer_backoff: Sequence[timedelta]
+    defer_for: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """One attempt that ended, and the history of its job.
+
+    `attempt` is its number, from 1. `failures` counts earlier attempts that used a place on the
+    ladder. `deferred_for` is the time since the server first deferred the mail; None means that it
+    never did.
+    """
+
+    attempt: int
+    outcome: AttemptOutcome
+    reply_class: ReplyClass | None = None
+    failures: int = 0
+    deferred_for: timedelta | None = None
+    # The sender was cooling down, and this attempt was its probe.
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The state that a job goes to; `retry_after` is set when it waits for another attempt."""
+    """The new state of a job. `retry_after` is None unless it waits for another attempt."""
 
     state: JobState
     failures: int
     retry_after: timedelta | None = None
+    # The server deferred the mail. OUTBOX_DEFER_FOR counts from the first such attempt.
+    deferred: bool = False
+    # The sender's account was refused: it cools down.
+    cools_down: bool = False
 
 
 def decide(
-    outcome: AttemptOutcome,
-    failures: int,
-    *,
-    backoff: Sequence[timedelta],
-    policy: Literal["resend", "hold"],
-    chance: float,
+    tried: Tried, *, ladders: Ladders, policy: Literal["resend", "hold"], chance: float
 ) -> Verdict:
-    """Return the verdict on a job that had failed `failures` times before this attempt.
+    """Return the verdict on a job after an attempt; `chance` in [0, 1) picks the jitter."""
+    if tried.outcome is AttemptOutcome.SENT:
+        return Verdict(JobState.SENT, tried.failures)
+    # If a probe is refused by a reply that no rule knows, the account is still refused.
+    probe_refused = tried.probe and tried.reply_class is ReplyClass.REFUSED
+    permanent = tried.outcome is AttemptOutcome.PERMANENT_FAILURE and not probe_refused
+    if permanent or tried.attempt >= _MOST_ATTEMPTS:
+        return Verdict(JobState.FAILED, tried.failures + 1)
+    stretch = 1 + JITTER * chance
+    # A server that refuses a step before MAIL, with any reply, has not seen the mail.
+    session_refused = (
+        tried.outcome is AttemptOutcome.CONNECTION_FAILURE and tried.reply_class is not None
+    )
+    if probe_refused or session_refused or tried.reply_class in USES_NO_ATTEMPT:
+        return _not_counted(tried, ladders, stretch, cools_down=probe_refused)
+    if tried.reply_class is ReplyClass.DEFERRED:
+        return _deferred(tried, ladders, stretch)
+    return _counted(tried, ladders.retry_backoff, stretch, policy)
 
-    `backoff` is the ladder, one wait a retry; `chance` in [0, 1) picks the jitter.
-    """
-    if outcome is AttemptOutcome.SENT:
-        return Verdict(JobState.SENT, failures)
-    if outcome is AttemptOutcome.PERMANENT_FAILURE:
-        return Verdict(JobState.FAILED, failures + 1)
-    if outcome is AttemptOutcome.IN_DOUBT and policy == "hold":
+
+def _not_counted(tried: Tried, ladders: Ladders, stretch: float, *, cools_down: bool) -> Verdict:
+    """Return the verdict on a job whose refusal says nothing about the mail."""
+    if cools_down or tried.reply_class is ReplyClass.ACCOUNT:
+        return Verdict(JobState.SCHEDULED, tried.failures, _NO_WAIT, cools_down=True)
+    if tried.reply_class is ReplyClass.RATE:
+        # The sender's gap holds it back.
+        return Verdict(JobState.SCHEDULED, tried.failures, _NO_WAIT)
+    ladder = ladders.retry_backoff or (_SHORT_WAIT,)
+    return Verdict(JobState.SCHEDULED, tried.failures, ladder[0] * stretch)
+
+
+def _counted(
+    tried: Tried, backoff: Sequence[timedelta], stretch: float, policy: Literal["resend", "hold"]
+) -> Verdict:
+    """Return the verdict on a job whose attempt uses a place on the ladder."""
+    failures = tried.failures
+    in_doubt = tried.outcome is AttemptOutcome.IN_DOUBT
+    if in_doubt and policy == "hold":
         return Verdict(JobState.UNCERTAIN, failures)
     if failures >= len(backoff):
         # A copy may have arrived: that is not the same as having failed.
-        in_doubt = outcome is AttemptOutcome.IN_DOUBT
         return Verdict(JobState.UNCERTAIN if in_doubt else JobState.FAILED, failures + 1)
-    wait = backoff[failures] * (1 + JITTER * chance)
-    return Verdict(JobState.SCHEDULED, failures + 1, wait)
+    return Verdict(JobState.SCHEDULED, failures + 1, backoff[failures] * stretch)
+
+
+def _deferred(tried: Tried, ladders: Ladders, stretch: float) -> Verdict:
+    """Return the verdict on a job that the server deferred.
+
+    The step of the ladder follows from the time since the first deferral: it is the first step that
+    ends later. The last attempt is made when OUTBOX_DEFER_FOR is over.
+    """
+    gone = tried.deferred_for or _NO_WAIT
+    left = ladders.defer_for - gone
+    if left <= _NO_WAIT:
+        return Verdict(JobState.FAILED, tried.failures + 1, deferred=True)
+    ends = accumulate(ladders.defer_backoff)
+    steps = zip(ladders.defer_backoff, ends, strict=True)
+    wait = next((wait for wait, end in steps if end > gone), ladders.defer_backoff[-1])
+    return Verdict(JobState.SCHEDULED, tried.failures, min(wait * stretch, left), deferred=True)

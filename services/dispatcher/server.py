@@ -32,10 +32,16 @@ from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader
 from shared.health import follow_dependencies
 from shared.message_ids import installation_id
+from shared.oauth2.token_client import TokenClient
+from shared.oauth2.token_source import TokenSource
 from shared.process import serve_until_stopped
 from shared.queue.connection import connect, open_queues
 from shared.secrets import SecretBox
 from shared.settings import Settings
+from shared.smtp.helo import helo_name
+from shared.smtp.limits import PhaseLimits
+from shared.smtp.replies import ReplyRules
+from shared.smtp.tls import TlsContexts
 
 
 async def serve(
@@ -54,16 +60,24 @@ async def serve(
         queues = open_queues(redis, settings)
         loader = HeadLoader(engine, queues, settings)
         listeners = [WakeListener(listening, queue.keys.wake) for queue in queues]
+        box = SecretBox.from_settings(settings)
+        tokens = TokenSource(statements, box, TokenClient.from_settings(settings))
+        stack.push_async_callback(tokens.close)
         pool = SmtpPool(
+            limits=PhaseLimits.from_settings(settings),
+            rules=ReplyRules.load(settings.reply_rules),
             size=settings.smtp_pool,
-            timeout=settings.smtp_timeout.total_seconds(),
             idle=settings.smtp_idle.total_seconds(),
-            local_hostname=socket.getfqdn(),
+            mails_per_connection=settings.smtp_mails_per_connection,
+            connection_age=settings.smtp_connection_age.total_seconds(),
+            helo=helo_name(settings),
             egress=Egress.from_settings(settings),
+            tls=TlsContexts.from_settings(settings),
+            tokens=tokens,
         )
         composer = Composer(
             settings,
-            SecretBox.from_settings(settings),
+            box,
             partial(_read_batches, statements),
             await until_reachable(engine, installation_id),
         )

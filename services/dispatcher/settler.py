@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.dispatcher import storage
+from services.dispatcher.cooling import CooldownRules, Signal, may_matter, record_cooldowns
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader, mark_stale
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Settlement, SlotUse
+from shared.queue.queue import Claim, Contact, Settlement, SlotUse
 from shared.states import JobState
 
 _RETRY_S = 0.2
 _log = structlog.get_logger(__name__)
+
+
+_NOTHING = Signal()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,12 @@ class Ended:
 
     record: AttemptRecord
     use: SlotUse
-    # What it says of the endpoint, and which that is, as in `Settlement`.
-    answered: bool = False
-    connection_error: str | None = None
+    # What it says about the endpoint, and which endpoint that is, as in `Settlement`.
+    contact: Contact = Contact.NONE
+    connection_error: str = ""
     server: str = ""
+    # What it says about the sender's account.
+    signal: Signal = _NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,18 @@ class Refused:
 Outcome = Ended | Unsent | Refused
 
 
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """The result of recording a group of outcomes in PostgreSQL.
+
+    `dues` has the due time (Unix ms) of each job that changed its state. `cooldowns` is the result
+    of `record_cooldowns`.
+    """
+
+    dues: dict[JobRef, int] = field(default_factory=dict)
+    cooldowns: dict[JobRef, timedelta] = field(default_factory=dict)
+
+
 class Settler:
     """Takes outcomes and writes them; `on_recorded(n)` says that n jobs are off our hands."""
 
@@ -73,7 +91,9 @@ class Settler:
         transactions: AsyncEngine,
         loader: HeadLoader,
         on_recorded: Callable[[int], None],
+        rules: CooldownRules,
     ) -> None:
+        self._rules = rules
         self._statements = statements
         self._transactions = transactions
         self._loader = loader
@@ -101,23 +121,20 @@ class Settler:
                 self._arrived.clear()
                 group, self._pending = self._pending, []
                 if group:
-                    dues = await self._until_recorded(group)
+                    recorded = await self._until_recorded(group)
                     self._on_recorded(len(group))
                     # Not awaited: a Redis that hangs must not keep what ends meanwhile from being
                     # recorded before its lease runs out.
-                    releases.create_task(self._release(group, dues))
+                    releases.create_task(self._release(group, recorded))
                 if self._closed and not self._pending:
                     return
                 raise_if_cancelled()
 
-    async def _record(self, group: list[Outcome]) -> dict[JobRef, int]:
-        ended = [o.record for o in group if isinstance(o, Ended)]
+    async def _record(self, group: list[Outcome]) -> _Recorded:
+        ended = [o for o in group if isinstance(o, Ended)]
         unsent = [o.marked for o in group if isinstance(o, Unsent)]
-        dues: dict[JobRef, int] = {}
-        if ended:
-            async with self._statements.connect() as connection:
-                moved = await storage.settle(connection, ended, time.monotonic())
-            dues |= {r.job: moved[r.job.job_id] for r in ended if r.job.job_id in moved}
+        recorded = await self._record_ended(ended) if ended else _Recorded()
+        dues = recorded.dues
         if unsent or any(_is_stale(outcome, dues) for outcome in group):
             async with self._transactions.begin() as connection:
                 moved = await storage.give_back(connection, unsent)
@@ -128,17 +145,37 @@ class Settler:
                     await mark_stale(connection, sorted(stale))
             self.given_back_count += len(moved)
             dues |= given
-        return dues
+        return recorded
 
-    async def _release(self, group: list[Outcome], dues: dict[JobRef, int]) -> None:
+    async def _record_ended(self, ended: list[Ended]) -> _Recorded:
+        records = [outcome.record for outcome in ended]
+        if not any(may_matter(outcome.record, outcome.signal) for outcome in ended):
+            async with self._statements.connect() as connection:
+                return _Recorded(_dues(records, await _settle(connection, records)))
+        async with self._transactions.begin() as connection:
+            dues = _dues(records, await _settle(connection, records))
+            cooldowns = await record_cooldowns(
+                connection,
+                [(o.record, o.signal) for o in ended if o.record.job in dues],
+                self._rules,
+                time.monotonic(),
+            )
+            if cooldowns:
+                # If this process dies before it tells Redis, a load of the sender will.
+                await mark_stale(
+                    connection, sorted({r.sender_id for r in records if r.job in cooldowns})
+                )
+        return _Recorded(dues, cooldowns)
+
+    async def _release(self, group: list[Outcome], recorded: _Recorded) -> None:
         by_queue: dict[int, list[Settlement]] = {}
         stale: set[int] = set()
         now = time.monotonic()
         for outcome in group:
-            settlement = _settlement(outcome, dues, now)
+            settlement = _settlement(outcome, recorded, now)
             shard = self._loader.queue_of(settlement.sender_id).shard
             by_queue.setdefault(shard, []).append(settlement)
-            if _is_stale(outcome, dues):
+            if _is_stale(outcome, recorded.dues) or _may_have_cooled(outcome, settlement):
                 stale.add(settlement.sender_id)
         try:
             for settlements in by_queue.values():
@@ -150,7 +187,7 @@ class Settler:
             # The leases run out by themselves, and a lost Redis is rebuilt from what was recorded.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
 
-    async def _until_recorded(self, group: list[Outcome]) -> dict[JobRef, int]:
+    async def _until_recorded(self, group: list[Outcome]) -> _Recorded:
         failing = False
         while True:
             try:
@@ -160,6 +197,14 @@ class Settler:
                     _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)
                 failing = True
                 await asyncio.sleep(_RETRY_S)
+
+
+async def _settle(connection: AsyncConnection, records: Sequence[AttemptRecord]) -> dict[int, int]:
+    return await storage.settle(connection, records, time.monotonic())
+
+
+def _dues(records: Sequence[AttemptRecord], moved: Mapping[int, int]) -> dict[JobRef, int]:
+    return {r.job: moved[r.job.job_id] for r in records if r.job.job_id in moved}
 
 
 def _is_stale(outcome: Outcome, dues: dict[JobRef, int]) -> bool:
@@ -173,13 +218,24 @@ def _is_stale(outcome: Outcome, dues: dict[JobRef, int]) -> bool:
     return isinstance(outcome, Unsent) and (not outcome.held or outcome.marked.job not in dues)
 
 
+def _may_have_cooled(outcome: Outcome, settlement: Settlement) -> bool:
+    """Return whether the sender's cooldown changed, or may have changed.
+
+    It may have if the answer to an earlier try was lost.
+    """
+    if settlement.cooldown is not None:
+        return True
+    return isinstance(outcome, Ended) and may_matter(outcome.record, outcome.signal)
+
+
 def _sender_of(outcome: Outcome) -> int:
     if isinstance(outcome, Ended):
         return outcome.record.sender_id
     return outcome.claim.sender_id
 
 
-def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settlement:
+def _settlement(outcome: Outcome, recorded: _Recorded, now: float) -> Settlement:
+    dues = recorded.dues
     if not isinstance(outcome, Ended):
         claim = outcome.claim
         due: int | None
@@ -205,7 +261,8 @@ def _settlement(outcome: Outcome, dues: dict[JobRef, int], now: float) -> Settle
         age=timedelta(seconds=max(0.0, now - record.ended)),
         next_job=None if due is None else JobRef(record.job.job_id, record.job.attempt + 1),
         next_due_ms=due or 0,
-        answered=outcome.answered,
+        contact=outcome.contact,
         connection_error=outcome.connection_error,
         server=outcome.server,
+        cooldown=recorded.cooldowns.get(record.job),
     )

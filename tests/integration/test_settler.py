@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any, cast
 
 import pytest_asyncio
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
+from services.dispatcher.cooling import CooldownRules
 from services.dispatcher.settler import Refused, Settler, Unsent
 from shared.queue.queue import Claim
 from shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
+from tests.lost_answers import LostAnswers
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -31,29 +31,19 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
         yield world
 
 
-class LostAnswers:
-    """An engine whose first commit is carried out, and its answer lost with the connection."""
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self.lost = 0
-
-    @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncConnection]:
-        async with self._engine.begin() as connection:
-            yield connection
-        if not self.lost:
-            self.lost += 1
-            raise OperationalError("COMMIT", None, Exception("the connection is lost"))
-
-
 async def settle(
     world: World, statements: AsyncEngine, outcome: Any, transactions: Any = None
 ) -> None:
     """Let a settler write one outcome, to the end."""
     recorded: list[int] = []
     engine = cast(AsyncEngine, transactions or world.engine)
-    settler = Settler(statements, engine, world.loader, recorded.append)
+    settler = Settler(
+        statements,
+        engine,
+        world.loader,
+        recorded.append,
+        CooldownRules.from_settings(world.settings),
+    )
     settler.add(outcome)
     settler.close()
     async with asyncio.timeout(20):

@@ -110,8 +110,9 @@ async def test_without_a_gap_the_window_holds_for_mails_that_are_sent_at_once(
 
 @pytest.mark.usefixtures("_no_heartbeat")
 async def test_a_refused_mail_keeps_its_gap_and_takes_no_slot(configure: Configure) -> None:
-    async with ScriptedServer({"rcpt": [Say("550 5.1.1 nobody"), Say("450 4.2.1 busy")]}) as server:
-        values = configure(smtp_url=server.url, min_gap="100ms", retry_backoff="1ms")
+    plan = {"rcpt": [Say("550 5.1.1 nobody")], "data": [Say("451 4.7.1 greylisted")]}
+    async with ScriptedServer(plan) as server:
+        values = configure(smtp_url=server.url, min_gap="100ms", defer_backoff="1ms")
         async with working(values) as world:
             # Neither of the two refusals takes one of its two slots.
             _, *good = await world.schedule(await world.sender(limit=2), 3)

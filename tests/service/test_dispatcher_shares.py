@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
 from deploy.local.inbox import Inbox
+from services.dispatcher import shares
 from shared.states import JobState, SmtpSecurity
 from tests.dispatchers import Running, options, running, settings_of
 from tests.eventually import eventually
@@ -143,3 +145,69 @@ async def test_ten_slow_mails_at_once_where_there_is_one_endpoint(configure: Con
         async with running(settings) as dispatcher:
             await eventually(lambda: server.waiting["rcpt"] == 8)
             end(dispatcher, server)
+
+
+async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
+    configure: Configure, inbox: Inbox
+) -> None:
+    """Each endpoint is another one that nobody knows yet, and none says a greeting."""
+    settings = settings_of(configure())
+    async with AsyncExitStack() as stack:
+        servers = [
+            await stack.enter_async_context(ScriptedServer({"greeting": Wait()})) for _ in range(8)
+        ]
+        world = await stack.enter_async_context(World(settings))
+        hostile = [await world.sender(user="eve", **by(server)) for server in servers]
+        honest = await world.sender(user="bert")
+        dispatcher = await stack.enter_async_context(running(settings))
+        await world.schedule(honest)
+        await eventually(lambda: world.done(honest))
+        for sender in hostile:
+            await world.schedule(sender, 3)
+        await eventually(lambda: waiting_for_greeting(servers) == 4)
+        await eventually(lambda: all_claimed(world, hostile))
+
+        jobs = await world.schedule(honest, 20)
+        newcomer = await world.sender(user="carl", smtp_host="localhost", **of(inbox))
+        jobs += await world.schedule(newcomer, 3)
+        await eventually(lambda: world.done(honest, newcomer))
+        assert jobs_in(inbox.mails).keys() >= set(jobs)
+        # None of the silent ones has come to its end meanwhile.
+        assert waiting_for_greeting(servers) == 4
+        dispatcher.stopping.set()
+        for server in servers:
+            server.cut()
+
+
+def of(inbox: Inbox) -> dict[str, Any]:
+    port = int(inbox.url.rpartition(":")[2])
+    return {"smtp_port": port, "smtp_security": int(SmtpSecurity.NONE)}
+
+
+def waiting_for_greeting(servers: list[ScriptedServer]) -> int:
+    return sum(server.waiting["greeting"] for server in servers)
+
+
+async def test_more_claims_than_may_wait_take_no_kept_place(
+    configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shares, "MOST_WAITING", 2)
+    settings = settings_of(configure())
+    async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
+        sick = [await world.sender(gap_ms=1, **by(server)) for _ in range(12)]
+        well = await world.sender()
+        async with running(settings) as dispatcher:
+            await world.schedule(well)
+            await eventually(lambda: world.done(well))
+            for sender in sick:
+                await world.schedule(sender, 2)
+            await eventually(lambda: all_claimed(world, sick))
+            await eventually(lambda: server.waiting["rcpt"] == 4)
+            jobs = await world.schedule(well, 10)
+            await eventually(lambda: world.done(well))
+            assert jobs_in(inbox.mails).keys() >= set(jobs)
+            assert server.waiting["rcpt"] == 4
+            server.cut()  # ends the four that hang
+            await dispatcher.drain()
+            assert not any([await world.leases_in_redis(sender) for sender in sick])
+        await world.check_counts()

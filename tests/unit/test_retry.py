@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.dispatcher.retry import JITTER, Verdict, decide
-from shared.states import AttemptOutcome, JobState
+from services.dispatcher.retry import JITTER, USES_NO_ATTEMPT, Ladders, Tried, Verdict, decide
+from shared.states import AttemptOutcome, JobState, ReplyClass
 
 LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+DEFERRALS = tuple(timedelta(minutes=minutes) for minutes in (5, 10, 20, 40, 60))
+DEFER_FOR = timedelta(hours=24)
+NO_WAIT = timedelta(0)
 RETRIED = (
     AttemptOutcome.TEMPORARY_FAILURE,
     AttemptOutcome.CONNECTION_FAILURE,
@@ -29,7 +32,26 @@ def verdict(
     policy: Policy = "resend",
     chance: float = 0.0,
 ) -> Verdict:
-    return decide(outcome, failures, backoff=backoff, policy=policy, chance=chance)
+    tried = Tried(attempt=failures + 1, outcome=outcome, failures=failures)
+    return decide(
+        tried, ladders=Ladders(backoff, DEFERRALS, DEFER_FOR), policy=policy, chance=chance
+    )
+
+
+def answered(
+    reply_class: ReplyClass,
+    outcome: AttemptOutcome = AttemptOutcome.TEMPORARY_FAILURE,
+    *,
+    attempt: int = 1,
+    failures: int = 0,
+    deferred_for: timedelta | None = None,
+    probe: bool = False,
+    chance: float = 0.0,
+) -> Verdict:
+    """Return the verdict after a reply of this class."""
+    tried = Tried(attempt, outcome, reply_class, failures, deferred_for, probe)
+    ladders = Ladders(LADDER, DEFERRALS, DEFER_FOR)
+    return decide(tried, ladders=ladders, policy="resend", chance=chance)
 
 
 @pytest.mark.parametrize("policy", ["resend", "hold"])
@@ -115,3 +137,90 @@ def test_a_wait_goes_with_scheduled_and_with_nothing_else(
 
     assert (decided.retry_after is not None) == (decided.state is JobState.SCHEDULED)
     assert decided.failures in (failures, failures + 1)
+
+
+@pytest.mark.parametrize("reply_class", sorted(USES_NO_ATTEMPT))
+@pytest.mark.parametrize("failures", [0, 3, 50])
+def test_a_refusal_that_says_nothing_of_the_mail_uses_no_attempt(
+    reply_class: ReplyClass, failures: int
+) -> None:
+    decided = answered(reply_class, failures=failures)
+
+    assert (decided.state, decided.failures) == (JobState.SCHEDULED, failures)
+
+
+def test_a_refused_account_makes_the_sender_cool_down_and_not_the_job() -> None:
+    decided = answered(ReplyClass.ACCOUNT)
+
+    assert decided == Verdict(JobState.SCHEDULED, 0, NO_WAIT, cools_down=True)
+
+
+def test_a_refused_password_waits_for_the_first_step_each_time() -> None:
+    waits = {
+        answered(ReplyClass.AUTH, AttemptOutcome.CONNECTION_FAILURE, failures=n).retry_after
+        for n in (0, 1, 7)
+    }
+    assert waits == {LADDER[0]}
+
+
+def test_an_unknown_refusal_fails_the_job_unless_it_is_the_probe_of_a_cooldown() -> None:
+    refused = AttemptOutcome.PERMANENT_FAILURE
+
+    assert answered(ReplyClass.REFUSED, refused) == Verdict(JobState.FAILED, 1)
+    assert answered(ReplyClass.REFUSED, refused, probe=True) == Verdict(
+        JobState.SCHEDULED, 0, NO_WAIT, cools_down=True
+    )
+
+
+@pytest.mark.parametrize("reply_class", [ReplyClass.RECIPIENT, ReplyClass.CONTENT])
+def test_a_probe_whose_own_mail_is_refused_fails_and_says_nothing_of_the_account(
+    reply_class: ReplyClass,
+) -> None:
+    decided = answered(reply_class, AttemptOutcome.PERMANENT_FAILURE, probe=True)
+
+    assert decided == Verdict(JobState.FAILED, 1)
+
+
+def test_a_deferred_job_climbs_a_ladder_of_its_own_and_the_last_step_repeats() -> None:
+    gone, waits = timedelta(0), []
+    for _ in range(7):
+        wait = answered(ReplyClass.DEFERRED, failures=2, deferred_for=gone).retry_after
+        assert wait is not None
+        waits.append(wait)
+        # A moment more than the wait itself has gone by when the next attempt ends.
+        gone += wait + timedelta(seconds=3)
+
+    assert waits == [*DEFERRALS, DEFERRALS[-1], DEFERRALS[-1]]
+
+
+@given(
+    gone=st.timedeltas(timedelta(0), timedelta(days=3)),
+    chance=st.floats(0, 1, exclude_max=True),
+)
+def test_a_deferred_job_is_tried_until_its_time_is_over_and_never_after(
+    gone: timedelta, chance: float
+) -> None:
+    decided = answered(ReplyClass.DEFERRED, deferred_for=gone, chance=chance)
+
+    if gone >= DEFER_FOR:
+        assert decided == Verdict(JobState.FAILED, 1, deferred=True)
+    else:
+        assert decided.state is JobState.SCHEDULED
+        assert decided.failures == 0
+        assert decided.retry_after is not None
+        assert gone + decided.retry_after <= DEFER_FOR
+
+
+@pytest.mark.parametrize("reply_class", [ReplyClass.RATE, ReplyClass.ACCOUNT, ReplyClass.AUTH])
+def test_no_job_is_tried_more_often_than_attempts_can_be_counted(reply_class: ReplyClass) -> None:
+    assert answered(reply_class, attempt=31_999).state is JobState.SCHEDULED
+    assert answered(reply_class, attempt=32_000).state is JobState.FAILED
+
+
+@pytest.mark.parametrize(
+    "reply_class", [ReplyClass.SESSION, ReplyClass.TEMPORARY, ReplyClass.DEFERRED]
+)
+def test_a_server_that_refuses_the_session_uses_no_attempt(reply_class: ReplyClass) -> None:
+    decided = answered(reply_class, AttemptOutcome.CONNECTION_FAILURE, failures=3)
+
+    assert (decided.state, decided.failures) == (JobState.SCHEDULED, 3)

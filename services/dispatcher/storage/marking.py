@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.dispatcher.storage.parts import array, count_moves
 from shared.message_ids import message_id_address
-from shared.models import Batch, EmailJob, Sender, Suppression
+from shared.models import Batch, EmailJob, OAuth2CredentialsRow, Sender, Suppression
 from shared.queue.keys import JobRef
 from shared.recipient_keys import recipient_key
 from shared.states import BatchState, JobState, SenderState, SmtpSecurity
@@ -31,6 +31,8 @@ class MarkedJob:
     variables: str | None
     lease_until: datetime
     sender_revision: int
+    # The time since the server first deferred the mail. None means that it never did.
+    deferred_for: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,7 @@ class BatchContent:
     """What the mails of a batch share, and where they go."""
 
     batch_id: int
+    user_id: str
     subject: str | None
     body: str | None
     html: str | None
@@ -51,6 +54,10 @@ class BatchContent:
     smtp_security: SmtpSecurity | None
     smtp_username: str | None
     smtp_password: bytes | None
+    # CA certificates (PEM) that are trusted beside the usual ones.
+    smtp_ca: str | None = None
+    # `oauth2_credentials.id`. None means that the endpoint has no OAuth 2.0 credentials.
+    oauth2_credentials_id: int | None = None
 
 
 _claim = (
@@ -142,6 +149,7 @@ def _mark_statement() -> Any:
             EmailJob.lease_until,
             EmailJob.state,
             EmailJob.finished_at,
+            (func.clock_timestamp() - EmailJob.deferred_since).label("deferred_for"),
             _active_revision.label("revision"),
         )
         .cte("moved")
@@ -178,6 +186,7 @@ async def mark_sending(
             variables=row.variables,
             lease_until=row.lease_until,
             sender_revision=row.revision,
+            deferred_for=row.deferred_for,
         )
         for row in rows
     ]
@@ -190,6 +199,7 @@ async def read_batches(
     rows = await connection.execute(
         select(
             Batch.id,
+            Batch.user_id,
             Batch.subject,
             Batch.body,
             Batch.html,
@@ -203,13 +213,17 @@ async def read_batches(
             Sender.smtp_security,
             Sender.smtp_username,
             Sender.smtp_password,
+            Sender.smtp_ca,
+            OAuth2CredentialsRow.id.label("oauth2_credentials_id"),
         )
         .join(Sender, Sender.id == Batch.sender_id)
+        .outerjoin(OAuth2CredentialsRow, OAuth2CredentialsRow.sender_id == Sender.id)
         .where(Batch.id.in_(batch_ids))
     )
     return {
         row.id: BatchContent(
             batch_id=row.id,
+            user_id=row.user_id,
             subject=row.subject,
             body=row.body,
             html=row.html,
@@ -223,6 +237,8 @@ async def read_batches(
             smtp_security=None if row.smtp_security is None else SmtpSecurity(row.smtp_security),
             smtp_username=row.smtp_username,
             smtp_password=row.smtp_password,
+            smtp_ca=row.smtp_ca,
+            oauth2_credentials_id=row.oauth2_credentials_id,
         )
         for row in rows
     }

@@ -66,6 +66,9 @@ async def recover_expired(
         email_job_id=moved.c.id,
         attempt=moved.c.attempt,
         sender_id=moved.c.sender_id,
+        # The time of the claim or of the last renewal, because earlier times are not stored. So the
+        # start may be too late, and the gap before it may look too long in an audit. The end, from
+        # which the next gap runs, is the latest possible one.
         started_at=expired.c.lease_until - bindparam("lease", type_=INTERVAL),
         ended_at=expired.c.lease_until,
         outcome=cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),

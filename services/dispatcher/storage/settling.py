@@ -27,7 +27,7 @@ from services.dispatcher.storage.parts import array, count_moves, log_attempts, 
 from shared.database import unix_ms
 from shared.models import EmailJob
 from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState
+from shared.states import AttemptOutcome, JobState, ReplyClass
 
 # 24 days: what the column holds.
 _MOST_MS = 2**31 - 1
@@ -52,6 +52,9 @@ class AttemptRecord:
     smtp_code: int | None = None
     enhanced_code: str | None = None
     message: str | None = None
+    reply_class: ReplyClass | None = None
+    # The server deferred the mail.
+    deferred: bool = False
 
 
 def _whole_ms(span: timedelta) -> int:
@@ -73,6 +76,8 @@ _outcome = (
         array("codes", SmallInteger),
         array("enhanced", Text),
         array("messages", Text),
+        array("classes", SmallInteger),
+        array("deferred", Boolean),
     )
     .table_valued(
         column("id", BigInteger),
@@ -88,6 +93,8 @@ _outcome = (
         column("code", SmallInteger),
         column("enhanced", Text),
         column("message", Text),
+        column("reply_class", SmallInteger),
+        column("deferred", Boolean),
         name="outcome",
     )
     .render_derived()
@@ -110,6 +117,10 @@ def _settle_statement() -> Any:
                     ended + milliseconds(func.coalesce(_outcome.c.retry_ms, 0)),
                 ),
                 else_=EmailJob.scheduled_at,
+            ),
+            deferred_since=case(
+                (_outcome.c.deferred, func.coalesce(EmailJob.deferred_since, ended)),
+                else_=EmailJob.deferred_since,
             ),
         )
         .where(
@@ -140,6 +151,7 @@ def _settle_statement() -> Any:
         smtp_code=_outcome.c.code,
         enhanced_code=_outcome.c.enhanced,
         message=_outcome.c.message,
+        reply_class=_outcome.c.reply_class,
     )
     return select(moved.c.id, moved.c.state, moved.c.scheduled_at).add_cte(
         logged, count_moves(moved)
@@ -157,6 +169,7 @@ async def settle(
     `now` is `time.monotonic`. A job that is missing was not ours any more: its lease had run out
     and somebody else has it, or an earlier try of this statement has recorded it.
     """
+    records = sorted(records, key=lambda record: record.job)
     rows = await connection.execute(
         _SETTLE,
         {
@@ -177,6 +190,8 @@ async def settle(
             "codes": [r.smtp_code for r in records],
             "enhanced": [r.enhanced_code for r in records],
             "messages": [r.message for r in records],
+            "classes": [None if r.reply_class is None else int(r.reply_class) for r in records],
+            "deferred": [r.deferred for r in records],
         },
     )
     return {row.id: unix_ms(row.scheduled_at) for row in rows}
@@ -216,6 +231,7 @@ async def give_back(connection: AsyncConnection, jobs: Sequence[MarkedJob]) -> d
 
     Returns the due time (Unix ms) of each job that it moved, by id.
     """
+    jobs = sorted(jobs, key=lambda job: job.job)
     rows = await connection.execute(
         _GIVE_BACK,
         {

@@ -1,0 +1,109 @@
+"""Turns the result of a send into the outcome that PostgreSQL and Redis record."""
+
+from __future__ import annotations
+
+import random
+import time
+from datetime import timedelta
+
+from services.dispatcher.cooling import Signal
+from services.dispatcher.renewer import HeldJob
+from services.dispatcher.retry import Ladders, Tried, Verdict, decide
+from services.dispatcher.settler import Ended, Unsent
+from services.dispatcher.smtp import SendResult
+from services.dispatcher.storage import AttemptRecord, MarkedJob
+from shared.queue.queue import Claim, Contact, SlotUse
+from shared.settings import Settings
+from shared.states import CONNECTION_TROUBLE, AttemptOutcome, JobState, ReplyClass
+
+
+class Judge:
+    """Decides the state of a job after an attempt, by the operator's settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._ladders = Ladders(settings.retry_backoff, settings.defer_backoff, settings.defer_for)
+        self._policy = settings.uncertain_policy
+
+    def ended(
+        self, claim: Claim, job: MarkedJob, result: SendResult, *, late: timedelta, server: str
+    ) -> Ended:
+        """Return the outcome of an attempt at `job`.
+
+        `late` is how long after its due time the send began. `server` is host and port, for people.
+        """
+        verdict = decide(
+            Tried(
+                attempt=job.job.attempt,
+                outcome=result.outcome,
+                reply_class=result.reply_class,
+                failures=job.failures,
+                deferred_for=job.deferred_for,
+                probe=claim.probe,
+            ),
+            ladders=self._ladders,
+            policy=self._policy,
+            chance=random.random(),  # noqa: S311 - jitter
+        )
+        return Ended(
+            _record(job, result, verdict, late),
+            SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN,
+            contact=contact_of(result),
+            connection_error=result.message or result.outcome.name,
+            server=server,
+            signal=Signal(refused=verdict.cools_down, daily=result.daily, probe=claim.probe),
+        )
+
+    def given_back(self, held: HeldJob, started: float) -> Unsent | Ended:
+        """Return the outcome of a send that stopped before the body. The job is due again at once.
+
+        Giving a job back compares the end of its lease. If a renewal may have moved that end, the
+        job cannot be given back. The send is then recorded as an attempt that uses no place on the
+        ladder. `started` is a value of `time.monotonic`.
+        """
+        if held.known:
+            return Unsent(held.claim, held.marked)
+        result = SendResult(
+            AttemptOutcome.TEMPORARY_FAILURE,
+            body_begun=False,
+            started=started,
+            ended=time.monotonic(),
+            message="stopped before the body: the renewal of the lease was not confirmed",
+        )
+        verdict = Verdict(JobState.SCHEDULED, held.marked.failures, timedelta(0))
+        return Ended(_record(held.marked, result, verdict, None), SlotUse.BEGUN)
+
+
+def _record(
+    job: MarkedJob, result: SendResult, verdict: Verdict, late: timedelta | None
+) -> AttemptRecord:
+    return AttemptRecord(
+        job=job.job,
+        sender_id=job.sender_id,
+        state=verdict.state,
+        failures=verdict.failures,
+        outcome=result.outcome,
+        counted=result.body_begun,
+        started=result.started,
+        ended=result.ended,
+        retry_after=verdict.retry_after,
+        late=late,
+        smtp_code=result.smtp_code,
+        enhanced_code=result.enhanced_code,
+        message=result.message,
+        reply_class=result.reply_class,
+        deferred=verdict.deferred,
+    )
+
+
+def contact_of(result: SendResult) -> Contact:
+    """Return what an attempt says about its endpoint."""
+    if result.reply_class is ReplyClass.AUTH:
+        return Contact.AUTH_FAILED
+    if result.outcome in CONNECTION_TROUBLE:
+        return Contact.FAILED
+    if result.outcome is AttemptOutcome.SENT:
+        return Contact.ACCEPTED
+    if result.reply_class is ReplyClass.RATE:
+        return Contact.TOO_FAST
+    # Without a code, the server was not involved.
+    return Contact.NONE if result.smtp_code is None else Contact.ANSWERED

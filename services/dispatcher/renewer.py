@@ -1,0 +1,177 @@
+"""Renews the leases of sends in flight, so that leases can be short although replies are slow.
+
+PostgreSQL and Redis both store the lease: PostgreSQL so that no other dispatcher takes the job,
+Redis so that the sender's slot and gap stay in use. A send goes on only while both are renewed;
+otherwise it stops before the lease ends. The cases between the two:
+
+- PostgreSQL was renewed and Redis was not: the send keeps the old end, which is the earlier one.
+  The next round renews both. PostgreSQL is always renewed first, so the reverse cannot happen.
+- The answer of one of them was lost: the lease may last longer than the dispatcher knows. The next
+  round renews again, because neither store compares the old end. A send that stops before that
+  does not know the end of its lease, so its job cannot be given back (`HeldJob.known`). The end of
+  the send is recorded as an attempt, for which the attempt number alone is the fencing token.
+- Redis lost its data: the slot is gone until a load restores it from PostgreSQL. Meanwhile nobody
+  can claim the job, because it is SENDING in PostgreSQL.
+- The lease ended in PostgreSQL and no recovery has run yet: it is renewed like any other. If a
+  recovery has run, the attempt has ended in PostgreSQL, and the send stops at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.lease import Lease
+from services.dispatcher.storage import MarkedJob
+from shared.cancellation import raise_if_cancelled
+from shared.database import DATABASE_ERRORS
+from shared.heads import HeadLoader
+from shared.queue.connection import QUEUE_ERRORS
+from shared.queue.queue import Claim
+
+# The part of a lease that is reserved for recording the outcome, in case PostgreSQL is slow.
+RESERVED_PART = 0.1
+# A lease is renewed after a third of it, which leaves time for several tries.
+_RENEWED_AFTER_PART = 1 / 3
+# A try is cancelled after this part of a lease, so that the next try has time to succeed.
+_TRY_LIMIT_PART = 1 / 4
+_ROUNDS_PER_LEASE = 20
+_LONGEST_PAUSE_S = 1.0
+# Cancelling a statement on a silent connection takes long. Further tries use other connections.
+_MOST_TRIES_AT_ONCE = 3
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class HeldJob:
+    """A job that is being sent, with the leases in `claim` and `marked` as last renewed."""
+
+    claim: Claim
+    marked: MarkedJob
+    lease: Lease
+    # When the lease was last renewed, or claimed, as a value of `time.monotonic`.
+    renewed: float
+    # Whether `claim` and `marked` have the present ends of the lease. False from the start of a
+    # renewal until both stores have answered: if an answer is lost, the lease may have moved.
+    known: bool = True
+
+
+class Renewer:
+    """Renews the leases of all sends of a dispatcher, many of them per statement."""
+
+    def __init__(self, statements: AsyncEngine, loader: HeadLoader, lease: timedelta) -> None:
+        self._statements = statements
+        self._loader = loader
+        self._lease = lease
+        self._lease_s = lease.total_seconds()
+        self._try_limit_s = self._lease_s * _TRY_LIMIT_PART
+        self._held: dict[HeldJob, None] = {}
+        self._failing = False
+
+    @contextmanager
+    def hold(self, claim: Claim, marked: MarkedJob, claimed: float) -> Iterator[HeldJob]:
+        """Renew the lease of a job while the context is open.
+
+        `claimed` is the time of the claim, as a value of `time.monotonic`.
+        """
+        held = HeldJob(claim, marked, Lease(self._until(claimed)), claimed)
+        self._held[held] = None
+        try:
+            yield held
+        finally:
+            del self._held[held]
+
+    def _until(self, renewed: float) -> float:
+        """Return when a send must have stopped whose lease was last renewed at `renewed`."""
+        return renewed + self._lease_s * (1 - RESERVED_PART)
+
+    async def run(self) -> None:
+        """Renew until cancelled."""
+        pause = min(_LONGEST_PAUSE_S, self._lease_s / _ROUNDS_PER_LEASE)
+        under_way: set[asyncio.Task[None]] = set()
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await asyncio.sleep(pause)
+                raise_if_cancelled()
+                old = self._old()
+                under_way = {task for task in under_way if not task.done()}
+                if old and len(under_way) < _MOST_TRIES_AT_ONCE:
+                    task = group.create_task(self._try_to_renew(old))
+                    under_way.add(task)
+                    await asyncio.wait({task}, timeout=self._try_limit_s)
+
+    def _old(self) -> list[HeldJob]:
+        """Return the jobs to renew now. A job whose lease has ended is left out: its send stops."""
+        latest = time.monotonic() - self._lease_s * _RENEWED_AFTER_PART
+        return [
+            held
+            for held in self._held
+            if held.lease.begun and held.lease.holds and held.renewed <= latest
+        ]
+
+    async def _try_to_renew(self, old: Sequence[HeldJob]) -> None:
+        try:
+            async with asyncio.timeout(self._try_limit_s):
+                await self._renew(old)
+        except (*DATABASE_ERRORS, *QUEUE_ERRORS, TimeoutError) as error:
+            # The next round tries again. Each send stops by itself before its lease ends.
+            if not self._failing:
+                _log.warning("renewal_failed", jobs=len(old), error=type(error).__name__)
+            self._failing = True
+        else:
+            self._failing = False
+
+    async def _renew(self, old: Sequence[HeldJob]) -> None:
+        asked = time.monotonic()
+        for held in old:
+            held.known = False
+        async with self._statements.connect() as connection:
+            ends = await storage.renew_leases(
+                connection, [held.marked.job for held in old], self._lease
+            )
+        ours: list[HeldJob] = []
+        for held in old:
+            end = ends.get(held.marked.job.job_id)
+            if held not in self._held:
+                continue  # it has ended meanwhile
+            if end is None:
+                _log.warning("lease_lost", job=held.marked.job.job_id)
+                held.lease.extend(asked)
+            else:
+                held.marked = replace(held.marked, lease_until=end)
+                ours.append(held)
+        by_shard: dict[int, list[HeldJob]] = {}
+        for held in ours:
+            by_shard.setdefault(self._loader.queue_of(held.marked.sender_id).shard, []).append(held)
+        # All shards at once, so that one that cannot be reached stops no send of another shard.
+        answers = await asyncio.gather(
+            *(self._renew_in_redis(shard, jobs, asked) for shard, jobs in by_shard.items()),
+            return_exceptions=True,
+        )
+        for error in answers:
+            if error is not None:
+                raise error
+
+    async def _renew_in_redis(self, shard: int, jobs: Sequence[HeldJob], asked: float) -> None:
+        """Renew the leases of one shard. A lease that Redis does not have is left as it was.
+
+        The next load of the sender restores it, with the end that PostgreSQL stores. PostgreSQL was
+        renewed first, so that end is never before the one that the send knows.
+        """
+        found = await self._loader.queues[shard].renew(
+            [(held.marked.sender_id, held.marked.job) for held in jobs]
+        )
+        for held, end_ms in zip(jobs, found, strict=True):
+            if end_ms is not None:
+                held.claim = replace(held.claim, lease_ms=end_ms)
+                held.renewed = asked
+                held.known = True
+                held.lease.extend(self._until(asked))

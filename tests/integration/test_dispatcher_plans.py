@@ -1,0 +1,121 @@
+"""The plans of the dispatcher's statements: indexes alone, however many attempts there are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.storage import AccountRefusal
+from shared.database import create_engine
+from shared.head_statements import heads_statement
+from shared.queue.keys import JobRef
+from tests.dispatchers import options, settings_of
+from tests.world import World
+
+ATTEMPTS = 200_000
+JOBS = 20_000
+SENDERS = 20
+SECOND = timedelta(seconds=1)
+# A day in which every attempt of a sender was refused but the last one: the longest way to a send.
+_FILL = """
+INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome, counted,
+                      reply_class)
+SELECT n, 1, n % {senders} + 1, now() - n * interval '400 ms', now() - n * interval '400 ms', 3,
+       true, CASE WHEN n % 3 = 0 THEN 11 END
+FROM generate_series(1, {attempts}) AS n;
+INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, state, attempt,
+                        lease_until, finished_at)
+SELECT 1, n % {senders} + 1, now(), n, 'r@y.test', CASE WHEN n % 100 = 0 THEN 2 ELSE 3 END, 1,
+       CASE WHEN n % 100 = 0 THEN now() END, CASE WHEN n % 100 <> 0 THEN now() END
+FROM generate_series(1, {jobs}) AS n;
+INSERT INTO cooldowns (sender_id, since, next_probe_at, message)
+SELECT n, now(), now(), 'no' FROM generate_series(1, {senders}) AS n;
+"""
+
+
+@asynccontextmanager
+async def filled(
+    url: str, redis_url: str, *, analysed: bool, free: bool
+) -> AsyncIterator[AsyncEngine]:
+    """Yield an engine on a database of many attempts; `free`: it may choose any plan."""
+    settings = settings_of(options(url, redis_url, "smtp://127.0.0.1:1"))
+    async with World(settings) as world:
+        for statement in _FILL.format(attempts=ATTEMPTS, jobs=JOBS, senders=SENDERS).split(";\n"):
+            await world.sql(statement)
+        if analysed:
+            await world.sql("ANALYZE")
+    engine = create_engine(settings, lookups_only=not free)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+async def plans_of(
+    engine: AsyncEngine, call: Callable[[AsyncConnection], Awaitable[Any]]
+) -> list[str]:
+    """Return the plan of each statement that `call` runs."""
+    ran: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        ran.append((statement, parameters))
+
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    async with engine.connect() as connection:
+        await call(connection)
+        await connection.rollback()
+        event.remove(engine.sync_engine, "before_cursor_execute", note)
+        plans = [
+            await connection.exec_driver_sql("EXPLAIN " + statement, parameters)
+            for statement, parameters in ran
+        ]
+        return ["\n".join(plan.scalars()) for plan in plans]
+
+
+def refusal(*, daily: bool) -> AccountRefusal:
+    return AccountRefusal(7, 2 * SECOND, SECOND, "no", daily=daily)
+
+
+CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
+    "cool_down": lambda c: storage.cool_down(
+        c, refusal(daily=False), ladder=(60 * SECOND,), day=timedelta(days=1)
+    ),
+    "cool_down by a daily quota": lambda c: storage.cool_down(
+        c, refusal(daily=True), ladder=(60 * SECOND,), day=timedelta(days=1)
+    ),
+    "refused_in_a_row": lambda c: storage.refused_in_a_row(c, 7, 10),
+    "end_cooldowns": lambda c: storage.end_cooldowns(c, [7]),
+    "renew_leases": lambda c: storage.renew_leases(
+        c, [JobRef(job, 1) for job in range(100, 5_100, 100)], 60 * SECOND
+    ),
+    "heads": lambda c: c.execute(heads_statement([7])),
+}
+
+
+@pytest.mark.parametrize(
+    ("analysed", "free"),
+    [(True, True), (True, False), (False, False)],
+    ids=["any plan", "as the dispatcher", "as the dispatcher, just filled"],
+)
+async def test_no_statement_reads_more_of_jobs_and_attempts_than_it_needs(
+    new_database: Callable[[], str], redis_url: str, analysed: bool, free: bool
+) -> None:
+    async with filled(new_database(), redis_url, analysed=analysed, free=free) as engine:
+        plans = {name: await plans_of(engine, call) for name, call in CALLS.items()}
+    for name, found in plans.items():
+        assert found, name
+        plan = "\n".join(found)
+        assert "Seq Scan on attempts" not in plan, f"{name}\n{plan}"
+        assert "Seq Scan on email_jobs" not in plan, f"{name}\n{plan}"
+    # In the order of the index, so that the look ends with what it looks for.
+    for name in ("cool_down by a daily quota", "refused_in_a_row"):
+        plan = "\n".join(plans[name])
+        assert "ix_attempts_history" in plan, f"{name}\n{plan}"
+        assert free or "Bitmap" not in plan, f"{name}\n{plan}"

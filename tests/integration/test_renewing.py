@@ -1,0 +1,269 @@
+"""Renewals of leases in PostgreSQL, and what else may have a job at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Sized
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import pytest_asyncio
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.storage import AttemptRecord, MarkedJob
+from shared.queue.keys import JobRef
+from shared.states import AttemptOutcome, JobState
+from tests.dispatchers import options, settings_of
+from tests.eventually import eventually
+from tests.world import World
+
+LEASE = timedelta(minutes=1)
+OVER = timedelta(milliseconds=-1)  # a lease that ran out before it began
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
+        yield world
+
+
+@pytest_asyncio.fixture
+async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    async with statements.connect() as connection:
+        yield connection
+
+
+async def marked_jobs(
+    world: World, connection: AsyncConnection, n: int = 1, lease: timedelta = LEASE
+) -> list[MarkedJob]:
+    jobs = await world.schedule(await world.sender(), n, load=False)
+    marked = await storage.mark_sending(connection, [JobRef(job, 1) for job in jobs], lease)
+    return sorted(marked, key=lambda each: each.job)
+
+
+async def renew(connection: AsyncConnection, *jobs: MarkedJob) -> dict[int, datetime]:
+    return await storage.renew_leases(connection, [each.job for each in jobs], LEASE)
+
+
+def sent(marked: MarkedJob) -> AttemptRecord:
+    now = time.monotonic()
+    return AttemptRecord(
+        job=marked.job,
+        sender_id=marked.sender_id,
+        state=JobState.SENT,
+        failures=0,
+        outcome=AttemptOutcome.SENT,
+        counted=True,
+        started=now,
+        ended=now,
+    )
+
+
+async def waiting_for_locks(world: World, n: int) -> None:
+    async def waiting() -> bool:
+        rows = await world.sql(
+            "SELECT count(*) AS n FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        return int(rows[0].n) == n
+
+    await eventually(waiting)
+
+
+async def test_a_renewal_moves_the_end_to_a_whole_lease_from_now(
+    world: World, connection: AsyncConnection
+) -> None:
+    first, second, other = await marked_jobs(world, connection, 3)
+    before = datetime.now(UTC)
+
+    ends = await renew(connection, second, first)
+
+    assert set(ends) == {first.job.job_id, second.job.job_id}
+    for marked in (first, second):
+        row = await world.job(marked.job.job_id)
+        assert row.lease_until == ends[marked.job.job_id]
+        assert before + LEASE <= row.lease_until <= datetime.now(UTC) + LEASE
+        assert (row.state, row.attempt) == (JobState.SENDING, 1)
+    assert (await world.job(other.job.job_id)).lease_until == other.lease_until
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "UPDATE email_jobs SET state = 3, lease_until = NULL, finished_at = now() WHERE id = %s",
+        "UPDATE email_jobs SET state = 1, lease_until = NULL WHERE id = %s",
+        "UPDATE email_jobs SET attempt = 2 WHERE id = %s",
+        "DELETE FROM email_jobs WHERE id = %s",
+    ],
+    ids=["sent", "waiting", "a newer attempt", "gone"],
+)
+async def test_a_job_that_is_not_ours_is_not_renewed(
+    world: World, connection: AsyncConnection, spoil: str
+) -> None:
+    job, good = await marked_jobs(world, connection, 2)
+    await world.sql(spoil, job.job.job_id)
+    before = await world.sql("SELECT * FROM email_jobs WHERE id = %s", job.job.job_id)
+
+    assert set(await renew(connection, job, good)) == {good.job.job_id}
+    assert await world.sql("SELECT * FROM email_jobs WHERE id = %s", job.job.job_id) == before
+
+
+async def test_a_job_that_was_given_back_is_not_renewed(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection)
+    assert await storage.give_back(connection, [job])
+
+    assert await renew(connection, job) == {}
+
+
+async def test_a_job_that_was_recovered_is_not_renewed(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection, lease=OVER)
+    assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED)
+
+    assert await renew(connection, job) == {}
+    # Nor is the next attempt, which somebody else has.
+    await storage.mark_sending(connection, [JobRef(job.job.job_id, 2)], LEASE)
+    assert await renew(connection, job) == {}
+
+
+async def test_a_renewal_whose_answer_was_lost_is_repeated(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection)
+    lost = await renew(connection, job)
+
+    again = await renew(connection, job)
+
+    assert again[job.job.job_id] > lost[job.job.job_id]
+
+
+async def test_a_renewed_job_is_given_back_by_its_new_end_alone(
+    world: World, connection: AsyncConnection
+) -> None:
+    # So a send that does not know its end is recorded as an attempt (HeldJob.known).
+    [job] = await marked_jobs(world, connection)
+    ends = await renew(connection, job)
+
+    assert await storage.give_back(connection, [job]) == {}
+    renewed = replace(job, lease_until=ends[job.job.job_id])
+    assert set(await storage.give_back(connection, [renewed])) == {job.job.job_id}
+
+
+async def test_a_renewed_job_is_settled_by_its_attempt(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection)
+    await renew(connection, job)
+
+    assert set(await storage.settle(connection, [sent(job)], time.monotonic())) == {job.job.job_id}
+
+
+# Against a recovery --------------------------------------------------------------------------
+
+
+async def test_a_lease_that_ran_out_unnoticed_is_renewed_and_not_recovered(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection, lease=OVER)
+
+    assert set(await renew(connection, job)) == {job.job.job_id}
+    assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == []
+
+
+async def test_a_recovery_passes_over_a_lease_that_is_being_renewed(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection, lease=OVER)
+    async with world.engine.begin() as renewing:
+        await renew(renewing, job)
+        assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == []
+
+    assert (await world.job(job.job.job_id)).state == JobState.SENDING
+
+
+@pytest.mark.parametrize("recovered", [True, False], ids=["committed", "rolled back"])
+async def test_a_renewal_waits_for_a_recovery_under_way(
+    world: World, connection: AsyncConnection, recovered: bool
+) -> None:
+    # After an outage of PostgreSQL a recovery is rolled back, to give grace.
+    [job] = await marked_jobs(world, connection, lease=OVER)
+    async with world.engine.connect() as recovering:
+        await storage.recover_expired(recovering, LEASE, JobState.SCHEDULED)
+        renewing = asyncio.create_task(renew(connection, job))
+        await waiting_for_locks(world, 1)
+        await (recovering.commit() if recovered else recovering.rollback())
+
+        assert set(await renewing) == (set() if recovered else {job.job.job_id})
+
+
+async def test_a_recovered_attempt_that_was_renewed_started_with_its_last_lease_at_the_latest(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await marked_jobs(world, connection)
+    end = (await renew(connection, job))[job.job.job_id]
+    await world.sql("UPDATE email_jobs SET lease_until = lease_until - interval '2 minutes'")
+    await storage.recover_expired(connection, LEASE, JobState.SCHEDULED)
+
+    [attempt] = await world.attempts(job.job.job_id)
+    assert attempt.ended_at == (end - timedelta(minutes=2)).timestamp()
+    assert attempt.ended_at - attempt.started_at == LEASE.total_seconds()
+
+
+# Against a settlement ------------------------------------------------------------------------
+
+
+async def test_a_renewal_and_a_settlement_of_the_same_jobs_do_not_wait_for_each_other(
+    world: World, statements: AsyncEngine
+) -> None:
+    # A job that has just ended is in the renewal under way and in the group being recorded.
+    async with statements.connect() as renewing, statements.connect() as settling:
+        first, second = await marked_jobs(world, renewing, 2)
+        async with world.engine.begin() as holder:
+            await holder.execute(
+                text("SELECT 1 FROM email_jobs WHERE id = :id FOR UPDATE"), {"id": first.job.job_id}
+            )
+            renewal = asyncio.create_task(renew(renewing, first, second))
+            await waiting_for_locks(world, 1)
+            settlement = asyncio.create_task(
+                storage.settle(settling, [sent(second), sent(first)], time.monotonic())
+            )
+            await waiting_for_locks(world, 2)
+
+        assert len(await renewal) == 2
+        assert len(await settlement) == 2
+
+
+@pytest.mark.parametrize("renewed_first", [True, False])
+async def test_a_renewal_and_a_give_back_of_the_same_jobs_do_not_wait_for_each_other(
+    world: World, statements: AsyncEngine, renewed_first: bool
+) -> None:
+    async with statements.connect() as renewing, statements.connect() as giving:
+        first, second = await marked_jobs(world, renewing, 2)
+
+        def renewal(*jobs: MarkedJob) -> Awaitable[Sized]:
+            return renew(renewing, *jobs)
+
+        def give_back(*jobs: MarkedJob) -> Awaitable[Sized]:
+            return storage.give_back(giving, jobs)
+
+        steps = (renewal, give_back) if renewed_first else (give_back, renewal)
+        async with world.engine.begin() as holder:
+            await holder.execute(
+                text("SELECT 1 FROM email_jobs WHERE id = :id FOR UPDATE"), {"id": first.job.job_id}
+            )
+            earlier = asyncio.ensure_future(steps[0](first, second))
+            await waiting_for_locks(world, 1)
+            # In the other order.
+            later = asyncio.ensure_future(steps[1](second, first))
+            await waiting_for_locks(world, 2)
+
+        assert len(await earlier) == 2
+        # The end of the lease is the fence of a give-back; and what was given back is not renewed.
+        assert len(await later) == 0

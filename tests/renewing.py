@@ -1,0 +1,159 @@
+"""Sends without SMTP, for tests of leases: each holds a renewed lease and waits for a reply.
+
+`python -m tests.renewing` sends one claimed job in a process of its own, which tests can stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.dispatcher import storage
+from services.dispatcher.cooling import CooldownRules
+from services.dispatcher.judge import Judge
+from services.dispatcher.renewer import HeldJob, Renewer
+from services.dispatcher.settler import Settler
+from services.dispatcher.smtp import SendResult
+from services.dispatcher.storage import MarkedJob
+from shared.database import create_engine
+from shared.heads import HeadLoader
+from shared.queue.connection import connect, open_queues
+from shared.queue.queue import Claim
+from shared.settings import Settings, load_settings
+from shared.states import AttemptOutcome, ReplyClass
+
+# Longer than any lease of these tests.
+REPLY_LIMIT_S = 600.0
+
+
+@dataclass
+class HeldSend:
+    """One send: it waits for `reply` under its lease."""
+
+    claim: Claim
+    marked: MarkedJob
+    claimed: float
+    # Whether its body was begun before the wait.
+    in_body: bool = True
+    reply: asyncio.Event = field(default_factory=asyncio.Event)
+    held: HeldJob | None = None
+    # `time.monotonic` of its end, and whether that was a reply.
+    ended: float = 0.0
+    replied: bool = False
+
+    @property
+    def job(self) -> int:
+        return self.marked.job.job_id
+
+
+class SendingWithoutSmtp:
+    """A dispatcher without SMTP: it claims, renews and settles."""
+
+    def __init__(self, settings: Settings, statements: AsyncEngine, loader: HeadLoader) -> None:
+        self.settings = settings
+        self.statements = statements
+        self.loader = loader
+        self.renewer = Renewer(statements, loader, settings.lease)
+        self._judge = Judge(settings)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(self.renewer.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def begin(self, want: int = 1, *, in_body: bool = True) -> list[HeldSend]:
+        """Claim and mark up to so many jobs of each shard; they are sent by `send`."""
+        sends: list[HeldSend] = []
+        for queue in self.loader.queues:
+            asked = time.monotonic()
+            claims = (await queue.claim(want)).claims
+            async with self.statements.connect() as connection:
+                marked = await storage.mark_sending(
+                    connection, [claim.job for claim in claims], self.settings.lease
+                )
+            by_job = {each.job: each for each in marked}
+            sends += [HeldSend(claim, by_job[claim.job], asked, in_body) for claim in claims]
+        return sends
+
+    async def send(self, send: HeldSend) -> None:
+        """Wait for the reply, for as long as the lease lasts."""
+        with self.renewer.hold(send.claim, send.marked, send.claimed) as held:
+            send.held = held
+            held.lease.begun = True
+            try:
+                async with held.lease.limit(REPLY_LIMIT_S):
+                    await send.reply.wait()
+                send.replied = True
+            except TimeoutError:
+                pass
+            send.ended = time.monotonic()
+
+    async def settle(self, *sends: HeldSend) -> None:
+        """Record how these ended: SENT, in doubt, or given back."""
+        transactions = create_engine(self.settings, lookups_only=True)
+        settler = Settler(
+            self.statements,
+            transactions,
+            self.loader,
+            lambda _: None,
+            CooldownRules.from_settings(self.settings),
+        )
+        for send in sends:
+            settler.add(self._outcome(send))
+        settler.close()
+        try:
+            await settler.run()
+        finally:
+            await transactions.dispose()
+
+    def _outcome(self, send: HeldSend) -> Any:
+        assert send.held is not None
+        if not send.replied and not send.in_body:
+            return self._judge.given_back(send.held, send.claimed)
+        outcome = AttemptOutcome.SENT if send.replied else AttemptOutcome.IN_DOUBT
+        result = SendResult(
+            outcome,
+            body_begun=True,
+            started=send.claimed,
+            ended=send.ended,
+            smtp_code=250 if send.replied else None,
+            reply_class=ReplyClass.SENT if send.replied else None,
+        )
+        return self._judge.ended(
+            send.held.claim, send.held.marked, result, late=send.claim.waited, server="x.test:25"
+        )
+
+
+async def _main(values: dict[str, str]) -> None:
+    """Send one job and say how that ended; a line on stdin is the reply."""
+    settings = load_settings(**values)
+    statements = create_engine(settings, lookups_only=True, single_statements=True)
+    redis = connect(settings)
+    loader = HeadLoader(statements, open_queues(redis, settings), settings)
+    sending = SendingWithoutSmtp(settings, statements, loader)
+    async with sending.running():
+        [send] = await sending.begin()
+        waiting = asyncio.create_task(sending.send(send))
+        print("begun", flush=True)  # noqa: T201 - what the test reads
+        await waiting
+        await sending.settle(send)
+        print("replied" if send.replied else "stopped", flush=True)  # noqa: T201
+    await statements.dispose()
+    await redis.aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(json.loads(sys.argv[1])))
