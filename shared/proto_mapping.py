@@ -8,8 +8,9 @@ from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from outbox.v1 import email_job_pb2
+from outbox.v1 import email_job_pb2, sender_pb2
 
+from shared.cooldowns import CooldownRecord
 from shared.counts import JobCounts
 from shared.errors import InvalidInput, NotFound
 
@@ -108,6 +109,20 @@ def to_job_counts(counts: JobCounts) -> email_job_pb2.JobCounts:
         cancelled_count=counts.cancelled,
         suppressed_count=counts.suppressed,
         expired_count=counts.expired,
+    )
+
+
+def to_cooldown(cooldown: CooldownRecord | None) -> sender_pb2.Cooldown | None:
+    """Return the proto of a cooldown; None if there is none."""
+    if cooldown is None:
+        return None
+    return sender_pb2.Cooldown(
+        start_time=to_timestamp(cooldown.since),
+        next_probe_time=to_timestamp(cooldown.next_probe_at),
+        refusal_count=cooldown.refusals,
+        smtp_code=cooldown.smtp_code,
+        enhanced_code=cooldown.enhanced_code or "",
+        message=cooldown.message,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from services.scheduler.explaining import (
     MOST_AHEAD,
     Explanation,
+    LastReply,
     OpenCircuit,
     Situation,
     explain,
@@ -27,6 +28,7 @@ from shared.heads import HeadLoader
 from shared.models import Batch
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.queue import LimiterState
+from shared.smtp.reply_text import describe_reply
 from shared.states import JobState
 
 _QUEUE_LIMIT_S: Final = 1.0
@@ -48,10 +50,14 @@ class ExplainedJob:
 class Explainer:
     """Explains jobs."""
 
-    def __init__(self, engine: AsyncEngine, loader: HeadLoader, rules: Rules) -> None:
+    def __init__(
+        self, engine: AsyncEngine, loader: HeadLoader, rules: Rules, defer_for: timedelta
+    ) -> None:
+        """`defer_for` is OUTBOX_DEFER_FOR."""
         self._engine = engine
         self._loader = loader
         self._rules = rules
+        self._defer_for = defer_for
 
     async def explain(self, job_id: int, user_id: str | None) -> ExplainedJob | None:
         """Explain a job; None: there is none, or not for this user."""
@@ -80,7 +86,9 @@ class Explainer:
                 send_time = found.first
         live = await self._read_live(job.sender_id)
         limiter = live.limiter or _of_postgresql(pace)
-        explanation = explain(_situation(job, pace, ahead, limiter, live.circuit))
+        situation = _situation(job, pace, ahead, limiter, live.circuit)
+        until = _deferred_until(job, self._defer_for)
+        explanation = explain(replace(situation, deferred_until=until))
         if not live.reachable:
             explanation = Explanation(
                 explanation.reason, explanation.until, explanation.text + _NO_REDIS
@@ -162,7 +170,25 @@ def _situation(
         hourly_limit=pace.limiter.limit,
         opens=_opening(pace),
         circuit=circuit,
+        cooldown=pace.cooldown,
+        last=_last_reply(job),
     )
+
+
+def _last_reply(job: JobRecord) -> LastReply | None:
+    last = job.last
+    if last is None:
+        return None
+    reply = describe_reply(last.smtp_code, last.enhanced_code, last.message or "")
+    return LastReply(last.reply_class, reply)
+
+
+def _deferred_until(job: JobRecord, defer_for: timedelta) -> datetime | None:
+    """Return until when a deferred job is tried; None if it is not deferred."""
+    if job.deferred_since is None:
+        return None
+    until = job.deferred_since + defer_for
+    return until if job.expires_at is None else min(until, job.expires_at)
 
 
 def _opening(pace: SenderPace) -> datetime | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import IntEnum
+from typing import Final
 
-from shared.states import JobState
+from shared.cooldowns import CooldownRecord
+from shared.states import JobState, ReplyClass
 
 # Jobs before one that are counted.
 MOST_AHEAD = 1_000_000
@@ -25,6 +28,17 @@ class WaitReason(IntEnum):
     ENDPOINT_DOWN = 7
     QUEUE = 8
     DISPATCHER = 9
+    COOLDOWN = 10
+    DEFERRED = 11
+
+
+# Reply classes that use no attempt, and the reason as a clause of a sentence.
+NOT_COUNTED: Final = {
+    ReplyClass.ACCOUNT: "the sender's account was refused",
+    ReplyClass.CONNECTIONS: "the mail server had too many connections",
+    ReplyClass.RATE: "mail came too fast for the mail server",
+    ReplyClass.AUTH: "the mail server refused the sign-in",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +48,14 @@ class OpenCircuit:
     since: datetime
     next_probe: datetime
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LastReply:
+    """The reply to a job's last attempt. `reply_class` is None if there was no reply."""
+
+    reply_class: ReplyClass | None
+    reply: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +77,11 @@ class Situation:
     # When the sending hours begin again; None: it is within them.
     opens: datetime | None = None
     circuit: OpenCircuit | None = None
+    cooldown: CooldownRecord | None = None
+    # The reply to the last attempt. None means that no attempt has ended.
+    last: LastReply | None = None
+    # Until when a deferred job is tried. None means that the server did not defer it.
+    deferred_until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +117,40 @@ def explain(it: Situation) -> Explanation:
         )
     if it.due > it.now:
         if it.attempts:
-            text = f"Attempt {it.attempts} failed; attempt {it.attempts + 1} is at {_at(it.due)}."
-            return Explanation(WaitReason.RETRY, it.due, text)
+            return _explain_retry(it)
         return Explanation(WaitReason.NOT_DUE, it.due, f"It is due at {_at(it.due)}.")
     return _explain_due(it)
 
 
-def _explain_due(it: Situation) -> Explanation:
-    if it.circuit is not None:
+def _explain_retry(it: Situation) -> Explanation:
+    following = f"attempt {it.attempts + 1} is at {_at(it.due)}"
+    if it.deferred_until is not None and (
+        it.last is None or it.last.reply_class is ReplyClass.DEFERRED
+    ):
+        reply = "" if it.last is None else f" ({it.last.reply})"
         return Explanation(
-            WaitReason.ENDPOINT_DOWN,
-            it.circuit.next_probe,
-            f"The mail server fails since {_at(it.circuit.since)} ({it.circuit.reason}); it is "
-            f"probed again at {_at(it.circuit.next_probe)}.",
+            WaitReason.DEFERRED,
+            it.due,
+            f"The mail server asked for this mail later{reply}; {following}, and it is tried until "
+            f"{_at(it.deferred_until)}.",
         )
-    if it.opens is not None:
-        text = f"It is outside the sender's sending hours until {_at(it.opens)}."
-        return Explanation(WaitReason.SENDING_HOURS, it.opens, text)
+    if it.last is not None and it.last.reply_class in NOT_COUNTED:
+        text = (
+            f"Attempt {it.attempts} does not count as a failure, since "
+            f"{NOT_COUNTED[it.last.reply_class]} ({it.last.reply}); {following}."
+        )
+        return Explanation(WaitReason.RETRY, it.due, text)
+    return Explanation(WaitReason.RETRY, it.due, f"Attempt {it.attempts} failed; {following}.")
+
+
+def _explain_due(it: Situation) -> Explanation:
+    holds = list(_holds(it))
+    if holds:
+        # Nothing is sent before the last of them ends, so that one is reported.
+        return max(holds, key=lambda hold: hold[0])[1]
+    if it.cooldown is not None and (it.ahead or it.in_flight):
+        text = f"{it.cooldown.refusal}; another mail goes first as a probe, and its reply decides."
+        return Explanation(WaitReason.COOLDOWN, None, text)
     if it.ahead:
         others = "1 other job" if it.ahead == 1 else f"{it.ahead:,} other jobs"
         if it.ahead >= MOST_AHEAD:
@@ -115,6 +159,23 @@ def _explain_due(it: Situation) -> Explanation:
             WaitReason.QUEUE, None, f"{others} of its sender come first.".capitalize()
         )
     return _explain_first(it)
+
+
+def _holds(it: Situation) -> Iterator[tuple[datetime, Explanation]]:
+    """Yield what holds back all mail of the sender, with the time when it ends."""
+    if it.cooldown is not None and it.cooldown.next_probe_at > it.now:
+        until = it.cooldown.next_probe_at
+        yield until, Explanation(WaitReason.COOLDOWN, until, it.cooldown.describe(it.now))
+    if it.circuit is not None:
+        until = it.circuit.next_probe
+        text = (
+            f"The mail server has been failing since {_at(it.circuit.since)} "
+            f"({it.circuit.reason}); it is probed again at {_at(until)}."
+        )
+        yield until, Explanation(WaitReason.ENDPOINT_DOWN, until, text)
+    if it.opens is not None:
+        text = f"It is outside the sender's sending hours until {_at(it.opens)}."
+        yield it.opens, Explanation(WaitReason.SENDING_HOURS, it.opens, text)
 
 
 def _explain_first(it: Situation) -> Explanation:

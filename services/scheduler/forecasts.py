@@ -41,4 +41,6 @@ class Forecaster:
         notices = [notice for notice in (limits.notice(),) if notice and jobs > 1]
         if not found.active:
             notices.append(_PAUSED)
+        if found.cooldown is not None:
+            notices.append(found.cooldown.describe(found.read_at))
         return Forecast(found.end, notices)

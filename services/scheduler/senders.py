@@ -15,6 +15,7 @@ from shared import bounds
 from shared.errors import InvalidInput
 from shared.sending_hours import SendingHours
 from shared.settings import format_duration
+from shared.smtp.tls import check_ca
 from shared.states import SmtpSecurity
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
@@ -36,6 +37,7 @@ class Endpoint:
     security: SmtpSecurity
     username: str
     password: str
+    ca: str
 
 
 def check_sender_address(field: str, text: str) -> str:
@@ -152,14 +154,14 @@ def _minutes(field: str, text: str) -> int:
 
 
 def check_endpoint(
-    field: str, host: str, port: int, *, security: int, username: str, password: str
+    field: str, host: str, port: int, *, security: int, username: str, password: str, ca: str
 ) -> Endpoint:
     """Return the endpoint, with the usual port (0) and security (0) where they are not said.
 
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
     """
-    _check_host(f"{field}.host", host)
+    check_host(f"{field}.host", host)
     if not 0 <= port <= bounds.MAX_PORT:
         raise _invalid(f"{field}.port", f"takes 1 to {bounds.MAX_PORT}, and is {port}")
     try:
@@ -175,13 +177,21 @@ def check_endpoint(
     if password and not username:
         raise _invalid(f"{field}.username", "a password needs a user name")
     if password and chosen is SmtpSecurity.NONE:
-        raise _invalid(
-            f"{field}.security", "a password is sent over TLS only: take STARTTLS or TLS"
-        )
-    return Endpoint(host, port, chosen, username, password)
+        raise _invalid(f"{field}.security", "a password is sent over TLS only: use STARTTLS or TLS")
+    if ca:
+        try:
+            check_ca(ca)
+        except ValueError as error:
+            raise _invalid(f"{field}.ca_certificates", str(error)) from None
+    return Endpoint(host, port, chosen, username, password, ca)
 
 
-def _check_host(field: str, host: str) -> None:
+def check_host(field: str, host: str) -> None:
+    """Look at a host name or IP address.
+
+    Raises:
+        InvalidInput: SMTP_ENDPOINT_INVALID.
+    """
     bounds.SMTP_HOST.check(field, host)
     if _HOST_NAME.fullmatch(host):
         return

@@ -30,6 +30,8 @@ from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader, load_soon
 from shared.health import follow_dependencies
 from shared.models import Sender
+from shared.oauth2.token_client import TokenClient
+from shared.oauth2.token_source import TokenSource
 from shared.process import serve_until_stopped
 from shared.queue.connection import connect, open_queues
 from shared.secrets import SecretBox
@@ -61,12 +63,16 @@ async def serve(
             most_open=settings.database_pool * 2 // 3,
         )
         stack.push_async_callback(intake.close)
+        secrets = SecretBox.from_settings(settings)
+        tokens = TokenSource(engine, secrets, TokenClient.from_settings(settings))
+        stack.push_async_callback(tokens.close)
+        senders = SenderServicer(engine, loader, secrets, settings, tokens)
         sweeper = Sweeper(engine)
         watch = Watch(partial(_read_batches, engine))
         server = GrpcServer(
             settings,
             settings.scheduler_listen,
-            _services(settings, engine, loader, intake, sweeper=sweeper, watch=watch),
+            _services(settings, engine, loader, intake, senders, sweeper=sweeper, watch=watch),
             engine=engine,
         )
 
@@ -92,20 +98,22 @@ def _services(
     engine: AsyncEngine,
     loader: HeadLoader,
     intake: Intake,
+    senders: SenderServicer,
     *,
     sweeper: Sweeper,
     watch: Watch[BatchRecord],
 ) -> list[ServiceBinding]:
-    # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
-    senders = SenderServicer(engine, loader, SecretBox.from_settings(settings), settings)
     rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
     forecaster = Forecaster(rules)
     batches = BatchServicer(engine, loader, intake, forecaster, sweeper=sweeper, watch=watch)
-    jobs = EmailJobServicer(engine, loader, Explainer(engine, loader, rules))
+    explainer = Explainer(engine, loader, rules, settings.defer_for)
+    jobs = EmailJobServicer(engine, loader, explainer)
     suppressions = SuppressionServicer(engine, loader)
     return [
         ServiceBinding(
-            "outbox.v1.SenderService", partial(add_SenderServiceServicer_to_server, senders)
+            "outbox.v1.SenderService",
+            partial(add_SenderServiceServicer_to_server, senders),
+            {"VerifySender": senders.verifier.gate},
         ),
         ServiceBinding(
             "outbox.v1.BatchService",

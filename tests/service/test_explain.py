@@ -17,7 +17,7 @@ from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
 from cli.options import to_duration, to_timestamp
 from deploy.local.ports import free_port
-from tests import dispatchers
+from tests import cooldowns, dispatchers
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -184,6 +184,54 @@ async def test_an_endpoint_that_is_down_is_named_with_its_error_and_next_probe(
     assert "Connect call failed" in found.explanation
     assert not found.HasField("estimated_send_time")
     assert (await explain(scheduler, jobs[0])).wait_reason == pb.WAIT_REASON_RETRY
+
+
+async def test_a_job_of_a_sender_that_cools_down_is_told_the_reply_and_the_next_probe(
+    scheduler: Scheduler,
+) -> None:
+    sender = await scheduler.sender()
+    jobs = await scheduled(scheduler, sender, 3)
+    cooldowns.begin(scheduler.execute, sender.sender_id, probe_in=timedelta(minutes=10))
+    for job, seconds in ((jobs[0], 600), (jobs[2], 604)):
+        found = await explain(scheduler, job)
+        assert found.wait_reason == pb.WAIT_REASON_COOLDOWN
+        assert left(found.wait_end_time) == pytest.approx(600, abs=8)
+        # If the probe is accepted.
+        assert left(found.estimated_send_time) == pytest.approx(seconds, abs=8)
+        assert f"({cooldowns.REPLY}); the next probe is at" in found.explanation
+    # The time has come: the first is the probe, and the others wait for its reply.
+    scheduler.execute("UPDATE cooldowns SET next_probe_at = now()")
+    assert (await explain(scheduler, jobs[0])).wait_reason == pb.WAIT_REASON_DISPATCHER
+    found = await explain(scheduler, jobs[1])
+    assert found.wait_reason == pb.WAIT_REASON_COOLDOWN
+    assert not found.HasField("wait_end_time")
+
+
+@pytest.mark.parametrize(("expires", "until"), [(None, "24 hours"), ("3 hours", "3 hours")])
+async def test_a_deferred_job_is_told_until_when_it_is_tried(
+    scheduler: Scheduler, expires: str | None, until: str
+) -> None:
+    sender = await scheduler.sender()
+    (job,) = await scheduled(scheduler, sender)
+    scheduler.execute(
+        "UPDATE email_jobs SET attempt = 2, deferred_since = now(),"
+        " scheduled_at = now() + '10 min', expires_at = now() + %s::interval",
+        expires,
+    )
+    scheduler.execute(
+        "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+        " counted, smtp_code, enhanced_code, message, reply_class)"
+        " VALUES (%s, 2, %s, now(), now(), 2, false, 450, '4.7.1', '4.7.1 Greylisted', 6)",
+        job,
+        int(sender.sender_id),
+    )
+    found = await explain(scheduler, job)
+    assert found.wait_reason == pb.WAIT_REASON_DEFERRED
+    assert left(found.wait_end_time) == pytest.approx(600, abs=8)
+    assert left(found.estimated_send_time) == pytest.approx(600, abs=8)
+    assert "later (450 4.7.1 Greylisted); attempt 3 is at" in found.explanation
+    end = scheduler.value("SELECT deferred_since + %s::interval FROM email_jobs", until)
+    assert f"until {end.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" in found.explanation
 
 
 async def test_a_job_that_does_not_wait_says_what_became_of_it(scheduler: Scheduler) -> None:

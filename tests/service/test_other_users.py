@@ -27,6 +27,7 @@ from shared.api_keys import ApiKeyKind, make_key
 from shared.database import create_engine
 from shared.settings import load_settings
 from shared.states import JobState
+from tests import cooldowns
 from tests.dispatchers import options, running, settings_of
 from tests.fingerprint import Fingerprint
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
@@ -220,6 +221,7 @@ async def _world(scheduler: Scheduler, user_id: str, address: str, service: str)
             int(sender.sender_id),
             address,
         )
+    cooldowns.begin(scheduler.execute, sender.sender_id, message=address)
     return Owned(sender.sender_id, batch_id, tuple(map(str, jobs[:3])))
 
 

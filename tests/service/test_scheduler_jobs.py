@@ -38,6 +38,7 @@ from shared.proto_mapping import to_timestamp
 from shared.queue.connection import connect, open_queues
 from shared.queue.keys import JobRef
 from shared.queue.queue import Queue
+from shared.states import ReplyClass
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -143,8 +144,8 @@ async def test_a_job_tells_of_its_last_attempt_and_lists_all(
     ):
         scheduler.execute(
             "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
-            " counted, smtp_code, enhanced_code, message)"
-            " VALUES (%s, %s, %s, %s, %s, %s, true, %s, %s, %s)",
+            " counted, smtp_code, enhanced_code, message, reply_class)"
+            " VALUES (%s, %s, %s, %s, %s, %s, true, %s, %s, %s, %s)",
             int(job_id),
             number,
             int(sender.sender_id),
@@ -154,6 +155,7 @@ async def test_a_job_tells_of_its_last_attempt_and_lists_all(
             code,
             "4.7.1" if code == 451 else None,
             message,
+            {None: None, 451: ReplyClass.DEFERRED, 250: ReplyClass.SENT}[code],
         )
         scheduler.execute("UPDATE email_jobs SET attempt = %s", number)
         job = await get(scheduler, job_id)
@@ -176,6 +178,11 @@ async def test_a_job_tells_of_its_last_attempt_and_lists_all(
         ListAttemptsRequest(email_job_id=job_id, page_size=2, page_token=page.next_page_token)
     )
     assert [attempt.attempt_number for attempt in rest.attempts] == [3]
+    assert [attempt.reply_class for attempt in (first, second, *rest.attempts)] == [
+        email_job_pb2.REPLY_CLASS_UNSPECIFIED,
+        email_job_pb2.REPLY_CLASS_DEFERRED,
+        email_job_pb2.REPLY_CLASS_SENT,
+    ]
     assert rest.next_page_token == ""
 
 

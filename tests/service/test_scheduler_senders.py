@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from outbox.v1.sender_service_pb2 import (
 )
 from redis.asyncio import Redis
 
+from deploy.local.certificates import self_signed
 from shared.database import create_engine
 from shared.heads import HeadLoader
 from shared.queue.connection import connect, open_queues
@@ -237,6 +239,41 @@ async def test_an_endpoint_is_replaced_whole(scheduler: Scheduler) -> None:
     )
     assert (changed.smtp.host, changed.smtp.password_set) == ("evil.example.com", False)
     assert scheduler.value("SELECT smtp_password FROM senders") is None
+
+
+async def test_an_endpoint_has_certificates_of_its_own(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    ca = self_signed(tmp_path).public.read_text()
+    sender = await scheduler.sender(smtp=endpoint(ca_certificates=ca))
+    assert sender.smtp.ca_certificates == ca
+    request = GetSenderRequest(sender_id=sender.sender_id)
+    assert (await scheduler.senders.GetSender(request)).smtp.ca_certificates == ca
+    # A page of a thousand senders with 64 KiB each would fit into no answer.
+    listed = await scheduler.senders.ListSenders(ListSendersRequest(user_id="ann"))
+    assert listed.senders[0].smtp.ca_certificates == ""
+
+    changed = await update(scheduler, sender, ["smtp"], smtp=endpoint())
+    assert changed.smtp.ca_certificates == ""
+    assert scheduler.value("SELECT smtp_ca FROM senders") is None
+    await update(scheduler, sender, ["smtp"], smtp=endpoint(ca_certificates=ca))
+    await update(scheduler, sender, ["smtp"])
+    assert scheduler.value("SELECT smtp_ca FROM senders") is None
+
+
+@pytest.mark.parametrize("ca", ["hello", "-----BEGIN CERTIFICATE-----\nAAAA\n", "x" * 65_537, "ü"])
+async def test_certificates_that_cannot_be_used_are_refused(scheduler: Scheduler, ca: str) -> None:
+    refusal = await refusal_of(scheduler.sender(smtp=endpoint(ca_certificates=ca)))
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "SMTP_ENDPOINT_INVALID")
+    assert list(refusal.violations) == ["sender.smtp.ca_certificates"]
+    assert scheduler.rows("SELECT id FROM senders") == []
+
+
+async def test_certificates_with_a_nul_are_refused(scheduler: Scheduler, tmp_path: Path) -> None:
+    ca = self_signed(tmp_path).public.read_text() + "\x00"
+    refusal = await refusal_of(scheduler.sender(smtp=endpoint(ca_certificates=ca)))
+    assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "SMTP_ENDPOINT_INVALID")
+    assert list(refusal.violations) == ["sender.smtp.ca_certificates"]
 
 
 @pytest_asyncio.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from outbox.v1 import email_job_pb2, email_job_service_pb2
@@ -11,7 +12,7 @@ from services.scheduler.explaining import WaitReason
 from services.scheduler.storage.email_jobs import AttemptRecord, JobRecord
 from shared.message_ids import message_id_for
 from shared.proto_mapping import id_text, to_timestamp
-from shared.states import AttemptOutcome, JobState
+from shared.states import AttemptOutcome, JobState, ReplyClass
 
 _STATES: Final = {
     state: email_job_pb2.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState
@@ -19,6 +20,10 @@ _STATES: Final = {
 _OUTCOMES: Final = {
     outcome: email_job_pb2.AttemptOutcome.Value(f"ATTEMPT_OUTCOME_{outcome.name}")
     for outcome in AttemptOutcome
+}
+_REPLY_CLASSES: Final[Mapping[ReplyClass | None, email_job_pb2.ReplyClass.ValueType]] = {
+    None: email_job_pb2.REPLY_CLASS_UNSPECIFIED,
+    **{each: email_job_pb2.ReplyClass.Value(f"REPLY_CLASS_{each.name}") for each in ReplyClass},
 }
 _REASONS: Final = {
     reason: email_job_service_pb2.WaitReason.Value(f"WAIT_REASON_{reason.name}")
@@ -44,10 +49,10 @@ def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
         job.finish_time.CopyFrom(to_timestamp(record.finished_at))
         if record.state is JobState.SENT:
             job.send_time.CopyFrom(to_timestamp(record.finished_at))
-    if record.last_outcome is not None:
-        job.last_outcome = _OUTCOMES[record.last_outcome]
-        if record.last_outcome is not AttemptOutcome.SENT:
-            job.last_error = record.last_message or ""
+    if record.last is not None:
+        job.last_outcome = _OUTCOMES[record.last.outcome]
+        if record.last.outcome is not AttemptOutcome.SENT:
+            job.last_error = record.last.message or ""
     return job
 
 
@@ -62,6 +67,7 @@ def to_attempt(job_id: str, record: AttemptRecord) -> email_job_pb2.Attempt:
         smtp_code=record.smtp_code,
         enhanced_code=record.enhanced_code or "",
         message=record.message or "",
+        reply_class=_REPLY_CLASSES[record.reply_class],
     )
 
 

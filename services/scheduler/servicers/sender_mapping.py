@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
-from outbox.v1 import sender_pb2
+from outbox.v1 import email_job_pb2, sender_pb2, sender_service_pb2
 
 from services.scheduler.limits import Limits
 from services.scheduler.storage.senders import SenderRecord
-from shared.proto_mapping import id_text, to_duration, to_timestamp
+from services.scheduler.verifying import Verification
+from shared.proto_mapping import id_text, to_cooldown, to_duration, to_timestamp
 from shared.sending_hours import SendingHours
+from shared.smtp.replies import Phase
 from shared.states import SenderState, SmtpSecurity
 
 _STATES = {
@@ -21,6 +24,16 @@ _SECURITY = {
     SmtpSecurity.NONE: sender_pb2.SMTP_SECURITY_NONE,
     SmtpSecurity.STARTTLS: sender_pb2.SMTP_SECURITY_STARTTLS,
     SmtpSecurity.TLS: sender_pb2.SMTP_SECURITY_TLS,
+}
+
+
+_STEPS = {
+    Phase.CONNECT: sender_service_pb2.SMTP_STEP_CONNECT,
+    Phase.STARTTLS: sender_service_pb2.SMTP_STEP_TLS,
+    Phase.EHLO: sender_service_pb2.SMTP_STEP_EHLO,
+    Phase.AUTH: sender_service_pb2.SMTP_STEP_AUTH,
+    Phase.MAIL: sender_service_pb2.SMTP_STEP_MAIL,
+    Phase.RCPT: sender_service_pb2.SMTP_STEP_RCPT,
 }
 
 
@@ -44,6 +57,7 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
             if limits.gap_binds
             else sender_pb2.BINDING_LIMIT_HOURLY_LIMIT
         ),
+        cooldown=to_cooldown(record.cooldown),
     )
     if record.min_gap_ms is not None:
         sender.min_gap.CopyFrom(to_duration(timedelta(milliseconds=record.min_gap_ms)))
@@ -69,6 +83,7 @@ def _clock(minutes: int) -> str:
 
 
 def _to_endpoint(record: SenderRecord) -> sender_pb2.SmtpEndpoint:
+    oauth2 = record.oauth2
     return sender_pb2.SmtpEndpoint(
         host=record.smtp_host or "",
         port=record.smtp_port or 0,
@@ -77,4 +92,28 @@ def _to_endpoint(record: SenderRecord) -> sender_pb2.SmtpEndpoint:
         ),
         username=record.smtp_username or "",
         password_set=record.password_set,
+        ca_certificates=record.smtp_ca or "",
+        oauth2=None if oauth2 is None else sender_pb2.OAuth2Credentials(**asdict(oauth2)),
+    )
+
+
+def to_verification(found: Verification) -> sender_service_pb2.VerifySenderResponse:
+    """Return what was found at a sender's endpoint."""
+    probe = found.probe
+    failed = probe.failed_phase
+    return sender_service_pb2.VerifySenderResponse(
+        ready=not probe.failure,
+        host=found.host,
+        port=found.port,
+        tls_version=probe.tls_version,
+        extensions=probe.extensions,
+        smtp_code=probe.smtp_code,
+        failure=probe.failure,
+        elapsed=to_duration(probe.elapsed),
+        max_message_bytes=probe.max_message_bytes,
+        helo_name=probe.helo,
+        reply_class=email_job_pb2.ReplyClass.ValueType(probe.reply_class or 0),
+        failed_step=(
+            sender_service_pb2.SMTP_STEP_UNSPECIFIED if failed is None else _STEPS[failed]
+        ),
     )

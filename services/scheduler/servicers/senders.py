@@ -5,39 +5,50 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
+import structlog
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.scheduler import senders
+from services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from services.scheduler.servicers.calls import Context, acting_user, named_user, whole_ms
-from services.scheduler.servicers.sender_mapping import to_sender
+from services.scheduler.servicers.sender_mapping import to_sender, to_verification
+from services.scheduler.smtp_presets import PresetProvider, complete_address, provider_of
 from services.scheduler.storage import senders as storage
 from services.scheduler.storage.access import in_transaction
 from services.scheduler.verifying import Verifier
 from shared import bounds, page_tokens
+from shared.cooldowns import CooldownRecord
 from shared.errors import FailedPrecondition, InvalidInput
 from shared.heads import HeadLoader, load_soon
-from shared.proto_mapping import not_found, parse_id, to_duration
+from shared.oauth2.credentials import TokenProvider
+from shared.proto_mapping import not_found, parse_id
 from shared.secrets import SecretBox
 from shared.settings import Settings
 from shared.states import SenderState
 
 _PAGES: Final = "senders"
 _Columns = Mapping[str, Any]
+_log = structlog.get_logger("outbox.senders")
 
 
 class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     """Keeps senders, and asks their endpoints."""
 
     def __init__(
-        self, engine: AsyncEngine, loader: HeadLoader, secrets: SecretBox, settings: Settings
+        self,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        secrets: SecretBox,
+        settings: Settings,
+        tokens: TokenProvider,
     ) -> None:
         self._engine = engine
         self._loader = loader
         self._secrets = secrets
-        self._verifier = Verifier(settings, secrets)
+        self.verifier = Verifier(settings, secrets, tokens)
         self._settings = settings
         self._columns: dict[str, Callable[[sender_pb2.Sender], _Columns]] = {
             "email": self._email,
@@ -114,7 +125,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             self._engine,
             lambda connection: storage.update_sender(connection, sender_id, user_id, values),
         )
-        answer = self._answer_if_there(updated, request.sender.sender_id)
+        answer = self._answer_if_there(updated.sender, request.sender.sender_id)
+        _log_ended(sender_id, updated.ended, by="UpdateSender")
         await load_soon(self._loader, [sender_id])
         return answer
 
@@ -141,6 +153,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 reason="SENDER_HAS_OPEN_JOBS",
                 metadata={"sender_id": request.sender_id},
             )
+        _log_ended(sender_id, deletion.ended, by="DeleteSender")
         await load_soon(self._loader, [sender_id])
         return Empty()
 
@@ -157,7 +170,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         request: sender_service_pb2.ResumeSenderRequest,
         context: Context,  # noqa: ARG002 - the proto's signature
     ) -> sender_pb2.Sender:
-        """Let a sender go on."""
+        """Let a sender go on: it is neither paused nor does it cool down."""
         return await self._set_state(request.sender_id, request.user_id, SenderState.ACTIVE)
 
     async def VerifySender(  # noqa: N802 - the proto's name
@@ -168,33 +181,28 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         """Ask a sender's endpoint whether mail could be handed in."""
         user_id = acting_user(request.user_id)
         sender_id = parse_id(request.sender_id, "sender_id")
+        recipient = request.recipient
+        if recipient:
+            recipient = senders.check_sender_address("recipient", recipient)
         async with self._engine.connect() as connection:
             endpoint = await storage.read_endpoint(connection, sender_id, user_id)
         if endpoint is None:
             raise not_found("sender_id", request.sender_id)
-        found = await self._verifier.verify(endpoint)
-        return sender_service_pb2.VerifySenderResponse(
-            ready=not found.probe.failure,
-            host=found.host,
-            port=found.port,
-            tls_version=found.probe.tls_version,
-            extensions=found.probe.extensions,
-            smtp_code=found.probe.smtp_code,
-            failure=found.probe.failure,
-            elapsed=to_duration(found.probe.elapsed),
-        )
+        with self.verifier.turn_of(user_id):
+            return to_verification(await self.verifier.verify(endpoint, recipient))
 
     async def _set_state(
         self, id_in_request: str, requested_user: str, state: SenderState
     ) -> sender_pb2.Sender:
         user_id = acting_user(requested_user)
         sender_id = parse_id(id_in_request, "sender_id")
-        found, changed = await in_transaction(
+        change = await in_transaction(
             self._engine,
             lambda connection: storage.set_state(connection, sender_id, user_id, state),
         )
-        answer = self._answer_if_there(found, id_in_request)
-        if changed:
+        answer = self._answer_if_there(change.sender, id_in_request)
+        if change.changed:
+            _log_ended(sender_id, change.ended, by="ResumeSender")
             await load_soon(self._loader, [sender_id])
         return answer
 
@@ -247,25 +255,58 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
 
     def _smtp(self, sender: sender_pb2.Sender) -> _Columns:
         if not sender.HasField("smtp"):
-            columns = ("host", "port", "security", "username", "password")
-            return {f"smtp_{column}": None for column in columns}
+            columns = ("host", "port", "security", "username", "password", "ca")
+            return {f"smtp_{column}": None for column in columns} | {"oauth2": None}
         asked = sender.smtp
+        provider = provider_of("sender.smtp.preset", asked.preset)
+        address = complete_address(provider, asked.host, asked.port, asked.security)
         endpoint = senders.check_endpoint(
             "sender.smtp",
-            asked.host,
-            asked.port,
-            security=asked.security,
+            address.host,
+            address.port,
+            security=address.security,
             username=asked.username,
             password=asked.password,
+            ca=asked.ca_certificates,
         )
-        password = endpoint.password
+        oauth2 = None
+        if asked.HasField("oauth2"):
+            oauth2 = self._oauth2(asked.oauth2, endpoint, provider)
         return {
             "smtp_host": endpoint.host,
             "smtp_port": endpoint.port,
             "smtp_security": endpoint.security,
             "smtp_username": endpoint.username or None,
-            "smtp_password": self._secrets.encrypt(password) if password else None,
+            "smtp_password": self._encrypted(endpoint.password),
+            "smtp_ca": endpoint.ca or None,
+            "oauth2": oauth2,
         }
+
+    def _oauth2(
+        self,
+        asked: sender_pb2.OAuth2Credentials,
+        endpoint: senders.Endpoint,
+        provider: PresetProvider | None,
+    ) -> _Columns:
+        given = OAuth2Credentials(
+            asked.token_url,
+            asked.client_id,
+            asked.client_secret,
+            asked.refresh_token,
+            asked.scope,
+            asked.tenant,
+        )
+        checked = check_credentials("sender.smtp", given, endpoint, provider)
+        return {
+            "token_url": checked.token_url,
+            "client_id": checked.client_id,
+            "scope": checked.scope,
+            "client_secret": self._encrypted(checked.client_secret),
+            "refresh_token": self._encrypted(checked.refresh_token),
+        }
+
+    def _encrypted(self, secret: str) -> bytes | None:
+        return self._secrets.encrypt(secret) if secret else None
 
     def _hourly_limit(self, sender: sender_pb2.Sender) -> _Columns:
         limit = sender.hourly_limit if sender.HasField("hourly_limit") else None
@@ -293,6 +334,18 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             asked.time_zone,
         )
         return {"sending_hours": hours.to_text()}
+
+
+def _log_ended(sender_id: int, cooldown: CooldownRecord | None, *, by: str) -> None:
+    """Log that a method ended a cooldown, as dispatchers log what begins and ends one."""
+    if cooldown is not None:
+        _log.warning(
+            "cooldown_ended",
+            sender=sender_id,
+            by=by,
+            since=cooldown.since.isoformat(timespec="seconds"),
+            reply=cooldown.reply,
+        )
 
 
 def _state_filter(state: int) -> SenderState | None:

@@ -34,7 +34,18 @@ from shared.models import (
     Sender,
 )
 from shared.ownership import owned_by
-from shared.states import AttemptOutcome, JobState
+from shared.states import AttemptOutcome, JobState, ReplyClass
+
+
+@dataclass(frozen=True, slots=True)
+class LastAttempt:
+    """The last attempt at a job that has ended."""
+
+    outcome: AttemptOutcome
+    message: str | None
+    smtp_code: int | None
+    enhanced_code: str | None
+    reply_class: ReplyClass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +64,11 @@ class JobRecord:
     scheduled_at: datetime
     finished_at: datetime | None
     attempts: int
-    last_outcome: AttemptOutcome | None
-    last_message: str | None
+    last: LastAttempt | None
+    # Until when it may be sent. None means without limit.
+    expires_at: datetime | None
+    # When the server first deferred the mail. None means that it never did.
+    deferred_since: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +82,7 @@ class AttemptRecord:
     smtp_code: int | None
     enhanced_code: str | None
     message: str | None
+    reply_class: ReplyClass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,8 @@ _JOB: Final = (
     EmailJob.scheduled_at,
     finished_now().label("finished_at"),
     EmailJob.attempt,
+    EmailJob.expires_at,
+    EmailJob.deferred_since,
 )
 
 
@@ -109,7 +126,13 @@ def is_to(address: str) -> ColumnElement[bool]:
 def _described(jobs: Subquery) -> Select[Any]:
     """Return the whole of the jobs in `jobs`, which has their owner too."""
     last = lateral(
-        select(Attempt.outcome, Attempt.message)
+        select(
+            Attempt.outcome,
+            Attempt.message,
+            Attempt.smtp_code,
+            Attempt.enhanced_code,
+            Attempt.reply_class,
+        )
         .where(Attempt.email_job_id == jobs.c.id)
         .order_by(Attempt.attempt.desc())
         .limit(1)
@@ -118,8 +141,7 @@ def _described(jobs: Subquery) -> Select[Any]:
         select(
             *jobs.c,
             message_id_address().label("message_id_address"),
-            last.c.outcome.label("last_outcome"),
-            last.c.message.label("last_message"),
+            *(column.label(f"last_{column.key}") for column in last.c),
         )
         .join(Sender, Sender.id == jobs.c.sender_id)
         .join(last, true(), isouter=True)
@@ -139,9 +161,26 @@ def _record(row: Row[Any]) -> JobRecord:
         scheduled_at=row.scheduled_at,
         finished_at=row.finished_at,
         attempts=row.attempt,
-        last_outcome=None if row.last_outcome is None else AttemptOutcome(row.last_outcome),
-        last_message=row.last_message,
+        last=_last(row),
+        expires_at=row.expires_at,
+        deferred_since=row.deferred_since,
     )
+
+
+def _last(row: Row[Any]) -> LastAttempt | None:
+    if row.last_outcome is None:
+        return None
+    return LastAttempt(
+        outcome=AttemptOutcome(row.last_outcome),
+        message=row.last_message,
+        smtp_code=row.last_smtp_code,
+        enhanced_code=row.last_enhanced_code,
+        reply_class=_reply_class(row.last_reply_class),
+    )
+
+
+def _reply_class(number: int | None) -> ReplyClass | None:
+    return None if number is None else ReplyClass(number)
 
 
 async def read_job(
@@ -262,6 +301,7 @@ async def list_attempts(
             Attempt.smtp_code,
             Attempt.enhanced_code,
             Attempt.message,
+            Attempt.reply_class,
         )
         .where(Attempt.email_job_id == job_id, Attempt.attempt > after)
         .order_by(Attempt.attempt)
@@ -276,6 +316,7 @@ async def list_attempts(
             smtp_code=row.smtp_code,
             enhanced_code=row.enhanced_code,
             message=row.message,
+            reply_class=_reply_class(row.reply_class),
         )
         for row in rows
     ]

@@ -190,6 +190,7 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: i
         # As if it had been due now from the start.
         "expires_at": now + expire_after * cast("1 millisecond", INTERVAL),
         "failures": 0,
+        "deferred_since": null(),
         "finished_at": null(),
     }
     moved = (

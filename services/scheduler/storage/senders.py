@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import exists, func, insert, select, update
+from sqlalchemy import Select, Text, delete, exists, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.storage.cancelling import end_waiting
+from services.scheduler.storage.oauth2_credentials import (
+    SHOWN,
+    replace_credentials,
+    request_new_token,
+)
 from shared.cancellations import waits_of
+from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
+from shared.cooldowns import CooldownRecord
 from shared.counts import in_state
-from shared.models import EmailJob, HeadMarker, Sender
+from shared.models import Cooldown, EmailJob, HeadMarker, OAuth2CredentialsRow, Sender
 from shared.ownership import owned_by, owner_of
 from shared.sending_hours import SendingHours
 from shared.states import JobState, SenderState, SmtpSecurity
+
+
+@dataclass(frozen=True, slots=True)
+class OAuth2Record:
+    """Stored OAuth 2.0 credentials without their secrets."""
+
+    token_url: str
+    client_id: str
+    scope: str
+    client_secret_set: bool
+    refresh_token_set: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +50,9 @@ class SenderRecord:
     smtp_security: SmtpSecurity | None
     smtp_username: str | None
     password_set: bool
+    # Not read for lists.
+    smtp_ca: str | None
+    oauth2: OAuth2Record | None
     hourly_limit: int
     min_gap_ms: int | None
     max_in_flight: int
@@ -39,6 +60,7 @@ class SenderRecord:
     state: SenderState
     created_at: datetime
     updated_at: datetime
+    cooldown: CooldownRecord | None
 
 
 _COLUMNS: Final = (
@@ -51,6 +73,7 @@ _COLUMNS: Final = (
     Sender.smtp_security,
     Sender.smtp_username,
     Sender.smtp_password.is_not(None).label("password_set"),
+    SHOWN.label("oauth2"),
     Sender.hourly_limit,
     Sender.min_gap_ms,
     Sender.max_in_flight,
@@ -59,10 +82,23 @@ _COLUMNS: Final = (
     Sender.created_at,
     Sender.updated_at,
 )
+# Lists leave out the only large column.
+_LISTED: Final = (*_COLUMNS, literal(None, Text).label("smtp_ca"))
+_ALL: Final = (*_COLUMNS, Sender.smtp_ca)
 _THERE: Final = Sender.deleted_at.is_(None)
 
 
-def _record(row: Any) -> SenderRecord:
+def _read(columns: tuple[Any, ...]) -> Select[Any]:
+    """Return the statement that reads these columns of senders, with their cooldowns."""
+    senders = select(*columns, *COOLDOWN_COLUMNS)
+    return senders.outerjoin(Cooldown, Cooldown.sender_id == Sender.id).where(_THERE)
+
+
+def _oauth2(shown: Mapping[str, Any] | None) -> OAuth2Record | None:
+    return None if shown is None else OAuth2Record(**shown)
+
+
+def _record(row: Any, cooldown: CooldownRecord | None) -> SenderRecord:
     hours = row.sending_hours
     return SenderRecord(
         sender_id=row.id,
@@ -74,6 +110,8 @@ def _record(row: Any) -> SenderRecord:
         smtp_security=None if row.smtp_security is None else SmtpSecurity(row.smtp_security),
         smtp_username=row.smtp_username,
         password_set=row.password_set,
+        smtp_ca=row.smtp_ca,
+        oauth2=_oauth2(row.oauth2),
         hourly_limit=row.hourly_limit,
         min_gap_ms=row.min_gap_ms,
         max_in_flight=row.max_in_flight,
@@ -81,38 +119,54 @@ def _record(row: Any) -> SenderRecord:
         state=SenderState(row.state),
         created_at=row.created_at,
         updated_at=row.updated_at,
+        cooldown=cooldown,
     )
 
 
 async def insert_sender(
     connection: AsyncConnection, user_id: str, values: Mapping[str, Any]
 ) -> SenderRecord:
-    """Store a new sender; `values` by the names of columns."""
-    statement = insert(Sender).values(user_id=owner_of(user_id), **values).returning(*_COLUMNS)
-    return _record((await connection.execute(statement)).one())
+    """Store a new sender; `values` by the names of columns, and `oauth2` (see `update_sender`)."""
+    columns = dict(values)
+    oauth2 = columns.pop("oauth2", None)
+    statement = insert(Sender).values(user_id=owner_of(user_id), **columns).returning(*_ALL)
+    created = _record((await connection.execute(statement)).one(), None)
+    if oauth2 is None:
+        return created
+    return await _with_credentials(connection, created, oauth2)
+
+
+async def _with_credentials(
+    connection: AsyncConnection, sender: SenderRecord, oauth2: Mapping[str, Any] | None
+) -> SenderRecord:
+    """Replace the credentials of a sender whose row we have locked; return it as it is then."""
+    await replace_credentials(connection, sender.sender_id, oauth2)
+    stored = select(SHOWN).select_from(Sender).where(Sender.id == sender.sender_id)
+    return replace(sender, oauth2=_oauth2((await connection.execute(stored)).scalar_one()))
 
 
 async def read_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None
 ) -> SenderRecord | None:
     """Return a sender; None: there is none, or not for this user."""
-    statement = owned_by(
-        select(*_COLUMNS).where(Sender.id == sender_id, _THERE), Sender.user_id, user_id
-    )
+    statement = owned_by(_read(_ALL).where(Sender.id == sender_id), Sender.user_id, user_id)
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _record(row)
+    return None if row is None else _record(row, cooldown_of(row))
 
 
 @dataclass(frozen=True, slots=True)
 class SenderEndpoint:
     """Where a sender's mail is handed in; no host: the operator's relay."""
 
+    email: str
     host: str | None
     port: int | None
     security: SmtpSecurity | None
     username: str | None
     # Encrypted.
     password: bytes | None
+    ca: str | None
+    oauth2_credentials_id: int | None
 
 
 async def read_endpoint(
@@ -121,12 +175,17 @@ async def read_endpoint(
     """Return the endpoint of a sender; None: there is no such sender, or not for this user."""
     statement = owned_by(
         select(
+            Sender.email,
             Sender.smtp_host,
             Sender.smtp_port,
             Sender.smtp_security,
             Sender.smtp_username,
             Sender.smtp_password,
-        ).where(Sender.id == sender_id, _THERE),
+            Sender.smtp_ca,
+            OAuth2CredentialsRow.id.label("oauth2_credentials_id"),
+        )
+        .outerjoin(OAuth2CredentialsRow, OAuth2CredentialsRow.sender_id == Sender.id)
+        .where(Sender.id == sender_id, _THERE),
         Sender.user_id,
         user_id,
     )
@@ -135,7 +194,14 @@ async def read_endpoint(
         return None
     security = None if row.smtp_security is None else SmtpSecurity(row.smtp_security)
     return SenderEndpoint(
-        row.smtp_host, row.smtp_port, security, row.smtp_username, row.smtp_password
+        email=row.email,
+        host=row.smtp_host,
+        port=row.smtp_port,
+        security=security,
+        username=row.smtp_username,
+        password=row.smtp_password,
+        ca=row.smtp_ca,
+        oauth2_credentials_id=row.oauth2_credentials_id,
     )
 
 
@@ -148,43 +214,82 @@ async def list_senders(
 ) -> Sequence[SenderRecord]:
     """Return the user's first `limit` senders after `after_id`, the oldest first."""
     statement = owned_by(
-        select(*_COLUMNS).where(Sender.id > after_id, _THERE).order_by(Sender.id).limit(limit),
+        _read(_LISTED).where(Sender.id > after_id).order_by(Sender.id).limit(limit),
         Sender.user_id,
         user_id,
     )
     if state is not None:
         statement = statement.where(Sender.state == state)
-    return [_record(row) for row in await connection.execute(statement)]
+    return [_record(row, cooldown_of(row)) for row in await connection.execute(statement)]
+
+
+@dataclass(frozen=True, slots=True)
+class SenderChange:
+    """The result of changing a sender.
+
+    `sender` is None if there is none for this user. `ended` is the cooldown that the change ended.
+    """
+
+    sender: SenderRecord | None
+    changed: bool = False
+    ended: CooldownRecord | None = None
 
 
 async def update_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None, values: Mapping[str, Any]
-) -> SenderRecord | None:
-    """Change a sender, and ask for a load of its head; None: there is none, or not for this user.
+) -> SenderChange:
+    """Change a sender, and ask for a load of its head.
 
-    A value that is there already is a change too: the caller says what shall be.
+    A value that equals the stored one counts as a change too. `oauth2` in `values` is not a column:
+    it has the columns of the credentials that replace the sender's, or None to delete them. A
+    change of the endpoint ends the cooldown, because another account is used from now on.
     """
-    if "email" in values:
-        values = {**values, "first_email": func.coalesce(Sender.first_email, Sender.email)}
-    statement = owned_by(
+    columns = dict(values)
+    replaces_credentials = "oauth2" in columns
+    oauth2 = columns.pop("oauth2", None)
+    sender = await _update(connection, sender_id, user_id, columns)
+    if sender is None:
+        return SenderChange(None)
+    if replaces_credentials:
+        sender = await _with_credentials(connection, sender, oauth2)
+    ended = await _end_cooldown(connection, sender_id) if "smtp_host" in columns else None
+    return SenderChange(replace(sender, cooldown=None) if ended else sender, True, ended)
+
+
+async def _update(
+    connection: AsyncConnection, sender_id: int, user_id: str | None, columns: Mapping[str, Any]
+) -> SenderRecord | None:
+    if "email" in columns:
+        columns = {**columns, "first_email": func.coalesce(Sender.first_email, Sender.email)}
+    changed = owned_by(
         update(Sender)
         .where(Sender.id == sender_id, _THERE)
-        .values(revision=Sender.revision + 1, updated_at=func.now(), **values)
-        .returning(*_COLUMNS),
+        .values(revision=Sender.revision + 1, updated_at=func.now(), **columns)
+        .returning(*_ALL),
         Sender.user_id,
         user_id,
+    ).cte("changed")
+    statement = select(*changed.c, *COOLDOWN_COLUMNS).outerjoin_from(
+        changed, Cooldown, Cooldown.sender_id == changed.c.id
     )
     row = (await connection.execute(statement)).one_or_none()
     if row is None:
         return None
     await connection.execute(insert(HeadMarker).values(sender_id=sender_id))
-    return _record(row)
+    return _record(row, cooldown_of(row))
+
+
+async def _end_cooldown(connection: AsyncConnection, sender_id: int) -> CooldownRecord | None:
+    """End the cooldown of a sender, whose row the caller has locked; None: it had none."""
+    statement = delete(Cooldown).where(Cooldown.sender_id == sender_id).returning(*COOLDOWN_COLUMNS)
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else cooldown_of(row)
 
 
 async def set_state(
     connection: AsyncConnection, sender_id: int, user_id: str | None, state: SenderState
-) -> tuple[SenderRecord | None, bool]:
-    """Pause or resume a sender; return it, and whether that changed anything.
+) -> SenderChange:
+    """Pause or resume a sender. A resume ends its cooldown, whether or not it was paused.
 
     The lock is the one of an UPDATE and no stronger (FOR NO KEY UPDATE): an open intake holds the
     row by its foreign key, for as long as its upload takes.
@@ -195,9 +300,17 @@ async def set_state(
         user_id,
     )
     before = (await connection.execute(statement)).scalar_one_or_none()
-    if before is None or before == state:
-        return await read_sender(connection, sender_id, user_id), False
-    return await update_sender(connection, sender_id, user_id, {"state": state}), True
+    if before is None:
+        return SenderChange(None)
+    ended = None
+    if state is SenderState.ACTIVE:
+        # Before the next probe, because the provider may accept now what it refused before.
+        await request_new_token(connection, sender_id)
+        ended = await _end_cooldown(connection, sender_id)
+    if before == state and ended is None:
+        return SenderChange(await read_sender(connection, sender_id, user_id))
+    sender = await _update(connection, sender_id, user_id, {"state": state})
+    return SenderChange(sender, changed=True, ended=ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +319,8 @@ class Deletion:
 
     deleted: bool
     cancelled: int = 0
+    # The cooldown that ended with it.
+    ended: CooldownRecord | None = None
 
 
 async def delete_sender(
@@ -229,10 +344,12 @@ async def delete_sender(
         cancelled = (await end_waiting(connection, which, JobState.CANCELLED)).jobs
     elif await _has_open_jobs(connection, sender_id):
         return Deletion(deleted=False)
-    # Nothing will be sent for it any more: its password is of no use but to a thief.
-    values = {"deleted_at": func.now(), "smtp_password": None}
-    await update_sender(connection, sender_id, user_id, values)
-    return Deletion(deleted=True, cancelled=cancelled)
+    # Nothing will be sent for it any more, so its secrets are deleted.
+    values = {"deleted_at": func.now(), "smtp_password": None, "smtp_ca": None}
+    await _update(connection, sender_id, user_id, values)
+    await replace_credentials(connection, sender_id, None)
+    ended = await _end_cooldown(connection, sender_id)
+    return Deletion(deleted=True, cancelled=cancelled, ended=ended)
 
 
 async def _has_open_jobs(connection: AsyncConnection, sender_id: int) -> bool:

@@ -1,0 +1,101 @@
+"""Providers whose SMTP endpoint and OAuth 2.0 addresses are known. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Final
+
+from shared.errors import InvalidInput
+from shared.states import SmtpSecurity
+
+
+class SmtpPreset(IntEnum):
+    """A known provider; the numbers are those of `outbox.v1`."""
+
+    GMAIL = 1
+    MICROSOFT365 = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PresetProvider:
+    """What is filled in for a provider. A token URL may have a place for the tenant."""
+
+    host: str
+    port: int
+    security: SmtpSecurity
+    token_url: str
+    refresh_scope: str
+    # Empty: the provider has no client credentials for SMTP.
+    client_credentials_scope: str = ""
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether the token URL names a tenant."""
+        return "{tenant}" in self.token_url
+
+
+PROVIDERS: Final[Mapping[SmtpPreset, PresetProvider]] = MappingProxyType(
+    {
+        # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol
+        SmtpPreset.GMAIL: PresetProvider(
+            host="smtp.gmail.com",
+            port=587,
+            security=SmtpSecurity.STARTTLS,
+            token_url="https://oauth2.googleapis.com/token",  # noqa: S106 - an address
+            refresh_scope="https://mail.google.com/",
+        ),
+        # https://learn.microsoft.com/exchange/client-developer/legacy-protocols/
+        # how-to-authenticate-an-imap-pop-smtp-application-by-using-oauth
+        SmtpPreset.MICROSOFT365: PresetProvider(
+            host="smtp.office365.com",
+            port=587,
+            security=SmtpSecurity.STARTTLS,
+            token_url="https://login.microsoftonline.com/{tenant}/oauth2/v2.0/token",  # noqa: S106
+            refresh_scope="https://outlook.office.com/SMTP.Send offline_access",
+            client_credentials_scope="https://outlook.office365.com/.default",
+        ),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointAddress:
+    """The address of an endpoint, as requested, with the values of a preset where none were given.
+
+    0 means that no port or no security was requested.
+    """
+
+    host: str
+    port: int
+    security: int
+
+
+def provider_of(field: str, preset: int) -> PresetProvider | None:
+    """Return the provider of a preset; None if `preset` is 0.
+
+    Raises:
+        InvalidInput: SMTP_ENDPOINT_INVALID.
+    """
+    if not preset:
+        return None
+    try:
+        return PROVIDERS[SmtpPreset(preset)]
+    except ValueError:
+        raise InvalidInput.field(
+            field, f"{preset} is not an SmtpPreset", reason="SMTP_ENDPOINT_INVALID"
+        ) from None
+
+
+def complete_address(
+    provider: PresetProvider | None, host: str, port: int, security: int
+) -> EndpointAddress:
+    """Return the address with the provider's values where none were given."""
+    if provider is None:
+        return EndpointAddress(host, port, security)
+    if not port and not security:
+        # If one of them was given, the usual rule chooses the other: port 465 means TLS.
+        port, security = provider.port, provider.security
+    return EndpointAddress(host or provider.host, port, security)
