@@ -19,6 +19,7 @@ from shared.proto_mapping import (
     from_timestamp,
     not_found,
     parse_id,
+    to_cooldown,
     to_timestamp,
 )
 
@@ -28,6 +29,7 @@ _LIMITS: Final = {
     Bound.GAP: sender_pb2.BINDING_LIMIT_MIN_GAP,
     Bound.WINDOW: sender_pb2.BINDING_LIMIT_HOURLY_LIMIT,
     Bound.HOURS: sender_pb2.BINDING_LIMIT_SENDING_HOURS,
+    Bound.COOLDOWN: sender_pb2.BINDING_LIMIT_COOLDOWN,
 }
 _REASONS: Final = {
     None: "nothing but its due time keeps it back",
@@ -35,6 +37,7 @@ _REASONS: Final = {
     Bound.GAP: "the sender's gap binds",
     Bound.WINDOW: "the sender's hourly limit binds",
     Bound.HOURS: "the sender's sending hours bind",
+    Bound.COOLDOWN: "the sender's cooldown binds",
     Bound.PLACES: "what one send takes binds",
 }
 
@@ -117,6 +120,7 @@ def _answer(
         ahead_count=found.ahead,
         expiring_count=found.expiring,
         explanation=_explain(found, trouble),
+        cooldown=to_cooldown(found.cooldown),
     )
 
 
@@ -127,19 +131,30 @@ def _explain(found: Forecast, trouble: storage.Trouble | None) -> str:
         return "The sender is paused or deleted: nothing is sent before ResumeSender."
     if not found.within_sight:
         return "The end is too far away to be told."
+    cause = "" if found.cooldown is None else f"{found.cooldown.describe(found.read_at)} "
     if found.end is None:
         all_expire = "The mail expires" if found.jobs == 1 else f"All {found.jobs:,} mails expire"
-        return f"{all_expire} before the limits allow to send any."
+        return f"{cause}{all_expire} before the limits allow to send any."
     text = f"The last of {_mails(found.jobs)} will be sent at {found.end:%Y-%m-%d %H:%M:%S} UTC"
     if found.ahead:
         text += f", after {found.ahead:,} others of the sender"
     text += f"; {_REASONS[found.bound]}"
     if found.expiring:
         text += f"; {found.expiring:,} expire before"
+    conditions = [
+        condition
+        for condition, holds in (
+            ("the probe is accepted", found.cooldown),
+            ("the endpoint is well again", trouble),
+        )
+        if holds
+    ]
+    if conditions:
+        text = f"{cause}If {' and '.join(conditions)}: {text[0].lower()}{text[1:]}"
     if trouble:
         return (
-            f"If the endpoint is well again: {text[0].lower()}{text[1:]}. The sender's last "
-            f"attempt, at {trouble.ended_at:%Y-%m-%d %H:%M:%S} UTC, failed: {trouble.message}"
+            f"{text}. The sender's last attempt, at {trouble.ended_at:%Y-%m-%d %H:%M:%S} UTC, "
+            f"failed: {trouble.message}"
         )
     return f"{text}."
 

@@ -19,7 +19,14 @@ from services.stats.storage import WatchedSender
 from shared import page_tokens
 from shared.auth import current_caller, effective_user, require_user
 from shared.forecast.backlog import Rules
-from shared.proto_mapping import id_text, not_found, parse_id, to_job_counts, to_timestamp
+from shared.proto_mapping import (
+    id_text,
+    not_found,
+    parse_id,
+    to_cooldown,
+    to_job_counts,
+    to_timestamp,
+)
 from shared.watching import Watch
 
 _PAGES: Final = "user_stats"
@@ -143,6 +150,7 @@ def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:
         next_send_time=None if stats.next_due is None else to_timestamp(stats.next_due),
         window_used_count=stats.window_used,
         hourly_limit=stats.hourly_limit,
+        cooldown=to_cooldown(stats.cooldown),
         read_time=to_timestamp(stats.read_at),
     )
 

@@ -28,11 +28,13 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared.cancellations import waits_of
+from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
+from shared.cooldowns import CooldownRecord
 from shared.counts import in_state, sender_counts
 from shared.forecast.openings import Openings
 from shared.forecast.runs import first_of, in_order, joined
 from shared.forecast.simulation import Limiter, Run, Sends
-from shared.models import Attempt, Batch, BatchCount, CountDelta, EmailJob, Sender
+from shared.models import Attempt, Batch, BatchCount, Cooldown, CountDelta, EmailJob, Sender
 from shared.states import BatchState, JobState, SenderState
 
 # Jobs that are read one by one, in about 20 ms.
@@ -63,6 +65,7 @@ class SenderPace:
     limiter: Limiter
     # Jobs that wait or are being sent.
     waiting: int
+    cooldown: CooldownRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,14 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
                 Sender.max_in_flight,
                 Sender.sending_hours,
                 last_end.label("last_end"),
-            ).where(Sender.id == sender_id)
+                *COOLDOWN_COLUMNS,
+            )
+            .outerjoin_from(Sender, Cooldown, Cooldown.sender_id == Sender.id)
+            .where(Sender.id == sender_id)
         )
     ).one()
     now = to_us(row.now)
+    cooldown = cooldown_of(row)
     takes = await _read_takes(connection, sender_id)
     sent = await _read_sends(connection, sender_id, row.hourly_limit, rules.window)
     ends = [to_us(row.last_end)] if row.last_end else []
@@ -132,10 +139,12 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
             max_in_flight=row.max_in_flight,
             takes=takes,
             hours=None if row.sending_hours is None else Openings.from_text(row.sending_hours),
+            next_probe=None if cooldown is None else to_us(cooldown.next_probe_at),
             sent=sent,
             last_end=max(ends, default=None),
         ),
         waiting=counts[sender_id].scheduled,
+        cooldown=cooldown,
     )
 
 

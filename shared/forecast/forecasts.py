@@ -10,6 +10,7 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from shared.cooldowns import CooldownRecord
 from shared.forecast.backlog import (
     Place,
     Rules,
@@ -37,6 +38,8 @@ class Forecast:
 
     # What the sender may do.
     limiter: Limiter
+    # The time at which the data was read.
+    read_at: datetime
     jobs: int = 0
     first: datetime | None = None
     end: datetime | None = None
@@ -48,6 +51,8 @@ class Forecast:
     # Whether the sender sends at all.
     active: bool = True
     within_sight: bool = True
+    # The sender's cooldown. Its next probe is assumed to be accepted.
+    cooldown: CooldownRecord | None = None
 
 
 async def forecast_batch(
@@ -96,17 +101,18 @@ async def forecast_job(
 
 async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
     jobs = sum(run.mine for run in runs)
+    read_at = from_us(pace.now)
+    known = Forecast(pace.limiter, read_at, jobs, active=pace.active, cooldown=pace.cooldown)
     if not jobs or not pace.active:
-        return Forecast(pace.limiter, jobs, active=pace.active)
+        return known
     found = await _simulate(pace.limiter, runs, pace.now)
     try:
         first = None if found.first is None else from_us(found.first)
         end = None if found.end is None else from_us(found.end)
     except OverflowError:
-        return Forecast(pace.limiter, jobs, within_sight=False)
-    return Forecast(
-        pace.limiter,
-        jobs,
+        return replace(known, within_sight=False)
+    return replace(
+        known,
         first=first,
         end=end,
         bound=found.bound,

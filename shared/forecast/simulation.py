@@ -7,6 +7,7 @@ earlier, and the start of the k-th send is the greatest of
     the start of the send before + the gap + what a send takes
     the start of the send `limit` places before + the window + what a send takes
     the next opening of the sending hours
+    the next probe of the sender's cooldown
 
 All of these are arithmetic sequences over long stretches: mails that are due at once or by a fixed
 spacing, sends a gap apart, a window that empties as it was filled. A piece is as many sends as are
@@ -45,6 +46,7 @@ class Bound(Enum):
     GAP = "gap"
     WINDOW = "window"
     HOURS = "hours"
+    COOLDOWN = "cooldown"
     # Gap 0: the places in flight.
     PLACES = "places"
 
@@ -69,6 +71,8 @@ class Limiter:
     # What one send takes, from the instant at which it was allowed to its end.
     takes: int = 0
     hours: Hours | None = None
+    # The next probe of the cooldown. Nothing is sent before it, and it is assumed to be accepted.
+    next_probe: int | None = None
     # Ends that take slots of the window now, the earliest first.
     sent: Sequence[Sends] = ()
     # The gap runs from it, whether or not it took a slot.
@@ -156,6 +160,7 @@ class _Simulation:
         self._hours = limiter.hours
         self._opening = now
         self._closing: int | None = now if limiter.hours else None
+        self._next_probe = limiter.next_probe
         takes = limiter.takes
         places = max(1, min(limiter.max_in_flight, limiter.limit))
         self._pacer = Bound.GAP if limiter.gap else Bound.PLACES
@@ -219,6 +224,8 @@ class _Simulation:
         ]
         if self._hours:
             terms.append((self._opening, 0, Bound.HOURS))
+        if self._next_probe is not None:
+            terms.append((self._next_probe, 0, Bound.COOLDOWN))
         count = left
         full = self._recent_count >= self._limit
         if full:

@@ -21,6 +21,7 @@ from outbox.v1.sender_service_pb2 import PauseSenderRequest
 from cli.options import to_duration, to_timestamp
 from services.stats.server import serve as serve_stats
 from shared.states import AttemptOutcome
+from tests import cooldowns
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 
@@ -181,6 +182,46 @@ async def test_a_paused_sender_has_no_forecast_end_and_the_answer_says_why(stack
     found = await stack.forecast(batch_id=batch.batch_id)
     assert not found.HasField("end_time")
     assert "paused" in found.explanation
+
+
+async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: Stack) -> None:
+    sender = await stack.scheduler.sender()
+    batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
+    execute = stack.scheduler.execute
+    cooldowns.begin(execute, sender.sender_id, probe_in=timedelta(hours=1))
+    # A dry run too: one more mail comes behind the three.
+    for found, mails, seconds in (
+        (await stack.forecast(batch_id=batch.batch_id), 3, 3_604),
+        (await stack.plan(sender, 1), 1, 3_606),
+    ):
+        assert since(found.end_time, batch) == pytest.approx(seconds, abs=8)
+        assert found.binding_limit == sender_pb2.BINDING_LIMIT_COOLDOWN
+        assert found.cooldown.message == cooldowns.MESSAGE
+        assert found.cooldown.refusal_count == 2
+        last = "1 mail" if mails == 1 else f"{mails} mails"
+        assert f"({cooldowns.REPLY}); the next probe is at" in found.explanation
+        assert f". If the probe is accepted: the last of {last} will be sent" in found.explanation
+        assert found.explanation.endswith("; the sender's cooldown binds.")
+    first = (await stack.forecast(batch_id=batch.batch_id)).first_send_time
+    assert first == found.cooldown.next_probe_time
+
+    add_attempt(stack.scheduler, sender, AttemptOutcome.CONNECTION_FAILURE, "refused")
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert "If the probe is accepted and the endpoint is well again: the" in found.explanation
+    # Over: as before.
+    execute("DELETE FROM cooldowns")
+    found = await stack.forecast(batch_id=batch.batch_id)
+    assert not found.HasField("cooldown")
+    assert since(found.end_time, batch) == pytest.approx(4, abs=8)
+
+
+async def test_mail_that_expires_during_a_cooldown_is_said_to_expire(stack: Stack) -> None:
+    sender = await stack.scheduler.sender()
+    cooldowns.begin(stack.scheduler.execute, sender.sender_id, probe_in=timedelta(hours=1))
+    found = await stack.plan(sender, 5, expire_after=to_duration(timedelta(minutes=30)))
+    assert found.expiring_count == 5
+    assert cooldowns.REPLY in found.explanation
+    assert found.explanation.endswith("All 5 mails expire before the limits allow to send any.")
 
 
 async def test_a_forecast_says_that_the_last_attempt_found_no_endpoint(stack: Stack) -> None:

@@ -25,6 +25,7 @@ from outbox.v1.email_job_pb2 import JobCounts
 from deploy.local.ports import free_port
 from services.stats.server import serve
 from shared.settings import load_settings
+from tests import cooldowns
 from tests.conftest import Stores
 from tests.eventually import eventually
 
@@ -339,6 +340,32 @@ async def test_a_watch_begins_with_the_state_and_goes_on_with_each_change(stats:
         last: Any = await stream.read()
         assert last.done
         assert await stream.read() == grpc.aio.EOF
+
+
+async def test_a_watch_tells_when_a_cooldown_begins_changes_and_ends(stats: Stats) -> None:
+    sender, other = await stats.sender(), await stats.sender()
+    stream = stats.stub.WatchSenderStats(proto.WatchSenderStatsRequest(sender_id=str(sender)))
+    async with asyncio.timeout(20):
+        message: Any = await stream.read()
+        assert not message.stats.HasField("cooldown")
+        # Of another sender: no message.
+        await cooldowns.begin(stats.sql, other)
+        await cooldowns.begin(stats.sql, sender)
+        message = await stream.read()
+        assert message.stats.cooldown.message == cooldowns.MESSAGE
+        assert message.stats.cooldown.refusal_count == 2
+        await stats.sql(
+            "UPDATE cooldowns SET refusals = 3, message = 'no' WHERE sender_id = %s", sender
+        )
+        message = await stream.read()
+        shown = message.stats.cooldown
+        assert (shown.refusal_count, shown.message) == (3, "no")
+        request = proto.GetSenderStatsRequest(sender_id=str(sender))
+        assert (await stats.stub.GetSenderStats(request)).cooldown == shown
+        await stats.sql("DELETE FROM cooldowns WHERE sender_id = %s", sender)
+        message = await stream.read()
+        assert not message.stats.HasField("cooldown")
+    stream.cancel()
 
 
 async def test_a_wrong_watch_is_refused(stats: Stats) -> None:

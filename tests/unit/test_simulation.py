@@ -50,7 +50,7 @@ def one_by_one(limiter: Limiter, runs: Sequence[Run], now: int) -> tuple[list[in
     for run in runs:
         for i in range(run.count):
             due = run.due + i * run.step
-            start = max(now, due, last + cycle)
+            start = max(now, due, last + cycle, limiter.next_probe or 0)
             if len(starts) >= limiter.limit:
                 start = max(start, starts[-limiter.limit] + limiter.window + takes)
             if limiter.hours:
@@ -104,6 +104,7 @@ def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
         hours=hours,
         sent=tuple(sent),
         last_end=at if sent else None,
+        next_probe=None if chance.random() < 0.7 else now + chance.randrange(-50, 300),
     )
     return limiter, runs, now
 
@@ -172,6 +173,22 @@ def test_nothing_is_sent_before_it_is_due() -> None:
     limiter = Limiter(5_000, 2 * SECOND, HOUR)
     found = simulate(limiter, [Run(HOUR, 10, mine=10)], 0)
     assert (found.first, found.end) == (HOUR, HOUR + 18 * SECOND)
+
+
+def test_nothing_is_sent_before_the_next_probe_of_a_cooldown() -> None:
+    limiter = Limiter(5_000, 2 * SECOND, HOUR, next_probe=5 * HOUR)
+    found = after(limiter, 10)
+    assert (found.first, found.end) == (5 * HOUR, 5 * HOUR + 18 * SECOND)
+    assert found.bound is Bound.COOLDOWN
+    # What is due later is not kept back by it.
+    assert after(replace(limiter, next_probe=-SECOND), 10).end == 18 * SECOND
+    assert simulate(limiter, [Run(6 * HOUR, 1, mine=1)], 0).first == 6 * HOUR
+
+
+def test_a_probe_outside_of_the_hours_waits_for_them() -> None:
+    hours = Daily(8 * HOUR, 10 * HOUR)
+    limiter = Limiter(5_000, 2 * SECOND, HOUR, hours=hours, next_probe=11 * HOUR)
+    assert after(limiter, 1).first == DAY + 8 * HOUR
 
 
 def test_what_does_not_fit_into_the_hours_of_a_day_goes_on_the_next() -> None:

@@ -21,9 +21,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.stats.storage.parts import snapshot
 from shared.cancellations import waits_of
+from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
+from shared.cooldowns import CooldownRecord
 from shared.counts import JobCounts, sender_counts, user_counts
 from shared.models import (
     Attempt,
+    Cooldown,
     CountDelta,
     EmailJob,
     Sender,
@@ -59,6 +62,7 @@ class SenderStats:
     # Sends in the trailing window.
     window_used: int
     hourly_limit: int
+    cooldown: CooldownRecord | None
     # No part of what is compared: whoever watches would see nothing but changes.
     read_at: datetime = field(compare=False)
 
@@ -107,6 +111,7 @@ async def read_sender(
         next_due=found.next_due,
         window_used=found.window_used,
         hourly_limit=found.hourly_limit,
+        cooldown=cooldown_of(found),
         read_at=found.read_at,
     )
 
@@ -149,13 +154,18 @@ def _sender_statement(window: timedelta) -> Select[Any]:
         .correlate(Sender)
         .scalar_subquery()
     )
-    return select(
-        Sender.hourly_limit,
-        func.statement_timestamp().label("read_at"),
-        first.c.id.label("next_job_id"),
-        first.c.scheduled_at.label("next_due"),
-        window_used.label("window_used"),
-    ).outerjoin_from(Sender, first, true())
+    return (
+        select(
+            Sender.hourly_limit,
+            func.statement_timestamp().label("read_at"),
+            first.c.id.label("next_job_id"),
+            first.c.scheduled_at.label("next_due"),
+            window_used.label("window_used"),
+            *COOLDOWN_COLUMNS,
+        )
+        .outerjoin_from(Sender, first, true())
+        .outerjoin(Cooldown, Cooldown.sender_id == Sender.id)
+    )
 
 
 async def _read_hours(
