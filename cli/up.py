@@ -17,7 +17,18 @@ import typer
 from cli.client import ENDPOINTS
 from cli.foreground import run
 from cli.output import Output, OutputFormat, note, print_json
+from cli.simulated_provider import (
+    NAMES,
+    ProviderChoice,
+    chosen_provider,
+    closing_line,
+    closing_of_steps,
+    lines_of,
+    read_provider,
+    steps_of,
+)
 from deploy.local.supervisor import LocalSystem
+from deploy.providers.profile import Profile
 from shared.settings import Settings, format_duration, load_settings
 
 # Set by `up` itself, whatever the environment says.
@@ -41,6 +52,7 @@ def _relay(text: str) -> str:
 
 @app.command()
 def up(
+    *,
     dispatchers: Annotated[
         int, typer.Option("--dispatchers", min=1, max=64, help="How many dispatchers run.")
     ] = 1,
@@ -52,6 +64,34 @@ def up(
             metavar="URL",
             help="Send everything to this relay (smtp://user:password@host:port, smtps://, "
             "smtp+starttls://), in place of the development inbox.",
+        ),
+    ] = None,
+    provider: Annotated[
+        Profile | None,
+        typer.Option(
+            "--provider",
+            parser=read_provider,
+            metavar="NAME",
+            help="Send everything to a simulated mail provider with its limits and replies, in "
+            f"place of the development inbox: {NAMES}.",
+        ),
+    ] = None,
+    provider_quota: Annotated[
+        int | None,
+        typer.Option(
+            "--provider-quota",
+            min=1,
+            help="Mails that the provider allows in its longest period (default: its own limit).",
+        ),
+    ] = None,
+    provider_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--provider-scale",
+            min=0.00001,
+            max=1,
+            help="Multiply the provider's times, and OUTBOX_COOLDOWN, OUTBOX_QUOTA_DAY and "
+            "OUTBOX_DEFER_BACKOFF, by this factor: 0.001 makes a day 86 s.",
         ),
     ] = None,
     output: Output = OutputFormat.TABLE,
@@ -66,21 +106,33 @@ def up(
     variables reach the services: OUTBOX_MIN_GAP, OUTBOX_RATE_WINDOW, ...
 
     $ outbox up --dispatchers 2
+
+    $ outbox up --provider gmail --provider-quota 20 --provider-scale 0.001
     """
+    choice = chosen_provider(provider, scale=provider_scale, quota=provider_quota, smtp=smtp)
     settings = load_settings()
     _tell_of_unused(settings, smtp)
-    run(lambda: _hold(settings, dispatchers, smtp, output), lambda: note("stopping ..."))
+    if choice is not None:
+        settings = choice.settings(settings)
+    run(lambda: _hold(settings, dispatchers, smtp, choice, output), lambda: note("stopping ..."))
 
 
 async def _hold(
-    settings: Settings, dispatchers: int, smtp: str | None, output: OutputFormat
+    settings: Settings,
+    dispatchers: int,
+    smtp: str | None,
+    choice: ProviderChoice | None,
+    output: OutputFormat,
 ) -> None:
     began = time.monotonic()
     folder = ENDPOINTS.parent
     folder.mkdir(exist_ok=True)
     # Data, keys and mails are nothing to commit.
     (folder / ".gitignore").write_text("*\n")
-    system = LocalSystem(folder, settings, dispatchers=dispatchers, smtp_url=smtp, say=_say)
+    profile = None if choice is None else choice.profile
+    system = LocalSystem(
+        folder, settings, dispatchers=dispatchers, smtp_url=smtp, provider=profile, say=_say
+    )
     note("starting ...")
     async with system:
         found = endpoints_of(system, settings)
@@ -89,25 +141,29 @@ async def _hold(
             if output is OutputFormat.JSON:
                 print_json(found)
             else:
-                sys.stdout.write(_welcome(found, smtp))
+                sys.stdout.write(_welcome(found, smtp, choice))
                 sys.stdout.flush()
             note(f"ready after {time.monotonic() - began:.1f} s; Ctrl-C stops everything")
             await system.watch()
         finally:
             ENDPOINTS.unlink(missing_ok=True)
+            if system.servers.provider is not None:
+                note(closing_line(system.servers.provider))
 
 
 def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
     """Return where everything is: what client commands read, and what `up` prints."""
     servers = system.servers
+    ours = servers.inbox is not None or servers.provider is not None
     return {
         "scheduler": system.scheduler,
         "stats": system.stats,
         "dispatchers": system.dispatchers,
         "database_url": servers.database_url,
         "redis_url": servers.redis_url,
-        "smtp_url": servers.smtp_url if servers.inbox else None,
-        "inbox": str(servers.maildir) if servers.inbox else None,
+        "smtp_url": servers.smtp_url if ours else None,
+        "inbox": str(servers.maildir) if ours else None,
+        "provider": servers.provider and servers.provider.server.profile.name,
         "logs": str(system.folder / "logs"),
         # What an audit compares with.
         "settings": {
@@ -135,7 +191,7 @@ def _tell_of_unused(settings: Settings, smtp: str | None) -> None:
         note(f"OUTBOX_{name.upper()} is not used by `outbox up`{hint}")
 
 
-def _welcome(found: dict[str, Any], smtp: str | None) -> str:
+def _welcome(found: dict[str, Any], smtp: str | None, choice: ProviderChoice | None) -> str:
     lines = [
         "",
         f"scheduler   {found['scheduler']}",
@@ -143,21 +199,32 @@ def _welcome(found: dict[str, Any], smtp: str | None) -> str:
         *(f"dispatcher  {address}" for address in found["dispatchers"]),
         f"postgresql  {found['database_url']}",
         f"redis       {found['redis_url']}",
-        f"mail        everything goes to {_without_password(smtp)}"
-        if smtp
-        else f"inbox       {found['smtp_url']}, mails in {found['inbox']}",
+        *_mail_lines(found, smtp, choice),
         f"logs        {found['logs']}",
         "",
         "In another terminal, in this folder:",
         "",
-        *(f"  {line}" for line in _examples(found)),
+        *(f"  {line}" for line in _examples(found, choice)),
         "",
+        *([] if choice is None else [*closing_of_steps(_command("outbox")), ""]),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _examples(found: dict[str, Any]) -> list[str]:
+def _mail_lines(
+    found: dict[str, Any], smtp: str | None, choice: ProviderChoice | None
+) -> list[str]:
+    if choice is not None:
+        return list(lines_of(found, choice))
+    if smtp is not None:
+        return [f"mail        everything goes to {_without_password(smtp)}"]
+    return [f"inbox       {found['smtp_url']}, mails in {found['inbox']}"]
+
+
+def _examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
     """Return lines for a shell, each of which works when it is pasted after those before it."""
+    if choice is not None:
+        return steps_of(choice.profile, _command("outbox"))
     grpcurl, outbox = _command("grpcurl"), _command("outbox")
     sender = {"user_id": "demo", "sender": {"email": "news@example.com"}}
     options = {

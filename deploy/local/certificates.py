@@ -24,7 +24,7 @@ class Certificate(NamedTuple):
 
 
 def self_signed(
-    folder: Path, *, host: str = LOOPBACK, until: timedelta = timedelta(hours=1)
+    folder: Path, *, host: str = LOOPBACK, until: timedelta = timedelta(days=365)
 ) -> Certificate:
     """Write a new certificate for an address into `folder`, valid from now on for `until`."""
     key = ec.generate_private_key(ec.SECP256R1())

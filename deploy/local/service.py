@@ -28,15 +28,25 @@ _CHANNEL: Final = (
     # The process that was there before it was killed had the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )
+# Settings that name a file.
+_FILES: Final = frozenset(("reply_rules", "smtp_ca", "tls_client_ca"))
 _PLACE: Final = {"PATH": os.defpath, "LC_ALL": "C.UTF-8"}
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Return the OUTBOX_* variables that say what is set in `settings`, and no default."""
+    """Return the OUTBOX_* variables that say what is set in `settings`, and no default.
+
+    The services run in another folder, so paths are made absolute.
+    """
     return {
-        f"OUTBOX_{name.upper()}": _as_text(getattr(settings, name))
+        f"OUTBOX_{name.upper()}": _as_text(_path(value) if name in _FILES and value else value)
         for name in settings.model_fields_set
+        for value in [getattr(settings, name)]
     }
+
+
+def _path(name: str) -> str:
+    return str(Path(name).absolute())
 
 
 class Service:

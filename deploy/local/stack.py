@@ -13,6 +13,8 @@ from deploy.local.child import LocalServerError
 from deploy.local.inbox import Inbox
 from deploy.local.postgres import PostgresServer
 from deploy.local.valkey import ValkeyServer
+from deploy.providers.embedded import EmbeddedProvider, embedded_provider
+from deploy.providers.profile import Profile
 from shared.errors import OutboxError
 
 
@@ -25,6 +27,7 @@ class FolderInUseError(OutboxError):
 class Servers:
     """PostgreSQL, Valkey and the development inbox, running while the context is open.
 
+    A simulated mail provider can take the inbox's place; its mails go to the same Maildir.
     The folder holds `postgres/`, `valkey/`, `inbox/`, `logs/` and a lock that dies with its
     holder. The servers die with the thread that opened the context, even at kill -9.
     """
@@ -38,10 +41,12 @@ class Servers:
         smtp_port: int | None = None,
         durable: bool = True,
         inbox: bool = True,
+        provider: Profile | None = None,
     ) -> None:
         """Take the folder, made if missing, and ports, or None for free ones.
 
-        Not `durable`: PostgreSQL does without fsync, for tests.
+        Not `durable`: PostgreSQL does without fsync, for tests. With a `provider` there is no
+        inbox.
         """
         self.folder = folder.resolve()
         logs = self.folder / "logs"
@@ -52,7 +57,11 @@ class Servers:
             log=logs / "postgres.log",
         )
         self.valkey = ValkeyServer(self.folder / "valkey", port=redis_port, log=logs / "valkey.log")
-        self.inbox = Inbox(self.folder / "inbox", port=smtp_port) if inbox else None
+        self.inbox = Inbox(self._maildir, port=smtp_port) if inbox and provider is None else None
+        # Known after the start.
+        self.provider: EmbeddedProvider | None = None
+        self._profile = provider
+        self._smtp_port = smtp_port
         self._open = AsyncExitStack()
 
     @property
@@ -68,17 +77,17 @@ class Servers:
     @property
     def smtp_url(self) -> str:
         """For OUTBOX_SMTP_URL."""
-        return self._inbox().url
+        return self._inbox().url if self.provider is None else self.provider.url
 
     @property
     def maildir(self) -> Path:
-        """Where the inbox stores its mails."""
-        return self._inbox().maildir
+        """Where the inbox, or the provider, stores its mails."""
+        return self._inbox().maildir if self.provider is None else self.provider.store.maildir
 
     @property
     def record(self) -> Path:
-        """The inbox's record, for `read_record`."""
-        return self._inbox().record
+        """The record of the inbox, or of the provider, for `read_record`."""
+        return self._inbox().record if self.provider is None else self.provider.store.record
 
     async def __aenter__(self) -> Self:
         """Start everything; role and database `outbox` exist afterwards.
@@ -101,11 +110,19 @@ class Servers:
             await self.postgres.ensure_database()
             if self.inbox is not None:
                 await stack.enter_async_context(self.inbox)
+            if self._profile is not None:
+                self.provider = embedded_provider(
+                    self._profile,
+                    folder=self.folder / "certificates",
+                    maildir=self._maildir,
+                    port=self._smtp_port,
+                )
+                await stack.enter_async_context(self.provider.server)
             self._open = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop the inbox, Valkey and PostgreSQL, in at most some 20 s, and free the folder."""
+        """Stop the servers, in at most some 20 s, and free the folder."""
         await self._open.aclose()
 
     async def watch(self) -> None:
@@ -123,6 +140,10 @@ class Servers:
                 task.cancel()
         child = children[ended.pop()]
         raise LocalServerError(f"{child.name} ended by itself{child.tail()}")
+
+    @property
+    def _maildir(self) -> Path:
+        return self.folder / "inbox"
 
     def _inbox(self) -> Inbox:
         if self.inbox is None:

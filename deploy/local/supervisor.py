@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import IO, Final, Protocol, Self
 
 from deploy.local.child import Child, LocalServerError
 from deploy.local.encryption_key import key_in
 from deploy.local.ports import LOOPBACK, claim_port, free_port
 from deploy.local.service import Service, describe_end, environment_of
 from deploy.local.stack import Servers
+from deploy.providers.profile import Profile
 from shared.settings import Settings
 
 # What `up` waits for a send in flight when it stops; OUTBOX_SHUTDOWN_GRACE, if set, goes before.
@@ -54,19 +55,22 @@ class LocalSystem:
         schedulers: int = 1,
         stats: int = 1,
         smtp_url: str | None = None,
+        provider: Profile | None = None,
         through: Mapping[str, str] | None = None,
         default_ports: bool = True,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, of which everything counts but addresses, and what tells the user.
 
-        `smtp_url` gets all mail, in place of the inbox. `through` are OUTBOX_* variables that lead
-        the services to the servers by a way of the caller's. `default_ports`: each port is the
-        usual one where that is free; else all are any free ones.
+        `smtp_url` gets all mail, in place of the inbox; so does a simulated `provider`. `through`
+        are OUTBOX_* variables that lead the services to the servers by a way of the caller's.
+        `default_ports`: each port is the usual one where that is free; else all are any free ones.
         """
-        # None is a free one, and another one if somebody else takes it meanwhile.
+        # What keeps other stacks off the usual ports of the servers, from now until the end.
+        self._claims: list[IO[bytes]] = []
+        # None is a free one, and another one if another program takes it meanwhile.
         ports = {
-            name: port if default_ports and free_port(port) == port else None
+            name: port if default_ports and self._claims_port(port) else None
             for name, port in _SERVER_PORTS.items()
         }
         self.servers = Servers(
@@ -75,6 +79,7 @@ class LocalSystem:
             redis_port=ports["redis"],
             smtp_port=ports["smtp"],
             inbox=smtp_url is None,
+            provider=provider,
         )
         self.folder = self.servers.folder
         self._settings = settings
@@ -87,6 +92,17 @@ class LocalSystem:
         self._keepers: asyncio.Task[None] | None = None
         self._open = AsyncExitStack()
 
+    def _claims_port(self, port: int) -> bool:
+        """Claim a usual port; False if it is taken, or claimed by another stack."""
+        claim = claim_port(port)
+        if claim is None:
+            return False
+        if free_port(port) != port:
+            claim.close()
+            return False
+        self._claims.append(claim)
+        return True
+
     async def __aenter__(self) -> Self:
         """Start everything; every service answers SERVING afterwards.
 
@@ -95,6 +111,8 @@ class LocalSystem:
             LocalServerError: a server or service did not start; nothing is left running.
         """
         async with AsyncExitStack() as stack:
+            for claim in self._claims:
+                stack.callback(claim.close)
             # SQLAlchemy is imported while PostgreSQL starts, in a thread: both take their time.
             database = asyncio.to_thread(importlib.import_module, "shared.database")
             imported = asyncio.create_task(database)
@@ -209,7 +227,8 @@ class LocalSystem:
             "OUTBOX_DATABASE_URL": self.servers.database_url,
             "OUTBOX_REDIS_URL": self.servers.redis_url,
             "OUTBOX_SMTP_URL": self._smtp_url or self.servers.smtp_url,
-            "OUTBOX_SMTP_OVERRIDE": "true" if self._smtp_url else "false",
+            # A simulated provider gets all mail too, so that an audit needs its record alone.
+            "OUTBOX_SMTP_OVERRIDE": "true" if self._smtp_url or self.servers.provider else "false",
             "OUTBOX_ENCRYPTION_KEYS": keys,
             # Loopback alone, so neither keys nor TLS.
             "OUTBOX_AUTH": "off",
@@ -219,8 +238,15 @@ class LocalSystem:
             # Whoever tries it out may have a mail server on this machine.
             "OUTBOX_SMTP_ALLOW": settings.smtp_allow or "127.0.0.0/8,::1",
             "OUTBOX_SHUTDOWN_GRACE": f"{self._grace().total_seconds()}s",
+            **self._trust(),
             **self._through,
         }
+
+    def _trust(self) -> dict[str, str]:
+        """Return the variables that make the services trust a simulated provider's certificate."""
+        if self.servers.provider is None:
+            return {}
+        return {"OUTBOX_SMTP_CA": str(self.servers.provider.certificate)}
 
     def _grace(self) -> timedelta:
         given = "shutdown_grace" in self._settings.model_fields_set

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
+from deploy.providers.profile import Profile
+from shared.smtp.replies import Phase
+
 # The phases of a session, by what the server has to say in them: `body` is after the 354, while
 # the mail comes; `reply` is the answer to all of it.
 PHASES: Final = ("greeting", "ehlo", "auth", "mail", "rcpt", "data", "body", "reply")
@@ -27,17 +30,28 @@ class Way(Enum):
     LONG = auto()
     # Every reply comes in pieces of one byte, whatever the phase.
     PIECES = auto()
+    # Replies as a mail provider with a profile does, in every phase.
+    PROVIDER = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """One thing that is wrong; `text` is what REFUSE says."""
+    """One trouble. `text` is the reply of REFUSE, `profile` the provider that PROVIDER imitates."""
 
     way: Way
     phase: str = ""
     text: str = ""
+    profile: Profile | None = None
 
     @property
     def for_good(self) -> bool:
         """Whether the mail is refused so that nobody tries again."""
         return self.way is Way.REFUSE and self.text.startswith("552")
+
+    @property
+    def of_connections(self) -> bool:
+        """Whether it concerns new connections only."""
+        connections = self.profile.connections if self.profile is not None else None
+        return self.phase in OF_CONNECTIONS or (
+            connections is not None and connections.refusal.phase is Phase.CONNECT
+        )

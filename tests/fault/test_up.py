@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -222,20 +223,37 @@ async def test_the_lines_that_up_prints_run_as_printed(folder: Path) -> None:
         lines = [line for line in printed.splitlines() if line.startswith("  ")]
         assert len(up.endpoints["dispatchers"]) == 2
         assert len(lines) == 5
-        shell = subprocess.run(  # noqa: ASYNC221 - nothing else happens in this loop
-            ["bash", "-euo", "pipefail"],
-            input="\n".join(lines),
-            cwd=folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert shell.returncode == 0, shell.stderr
-        assert "outbox.v1.BatchService" in shell.stdout
-        assert "ben@example.com" in shell.stdout
+        shown = pasted(folder, lines)
+        assert "outbox.v1.BatchService" in shown
+        assert "ben@example.com" in shown
         await eventually(lambda: len(up.mails()) == 2)
+
+
+def pasted(folder: Path, lines: list[str]) -> str:
+    """Run lines in one shell, each of which must succeed, and return what they print."""
+    shell = subprocess.run(
+        ["bash", "-euo", "pipefail"],
+        input="\n".join(lines),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert shell.returncode == 0, f"{shell.stdout[-1500:]}{shell.stderr}"
+    return shell.stdout
+
+
+async def test_the_lines_that_up_prints_with_a_provider_lead_to_its_quota(folder: Path) -> None:
+    options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.001")
+    async with running(folder, *options) as up:
+        printed = (folder / "stdout").read_text()
+        lines = re.findall(r"(?m)^  (\S.*)", printed)
+        assert len(lines) == 7
+        assert "person30@example.org" in pasted(folder, lines)
+        await eventually(lambda: "5.4.5" in str(up.ask("senders", "get", "1").get("cooldown")))
+        assert len(up.mails()) == 20
 
 
 async def test_with_a_relay_nothing_goes_to_an_inbox_of_our_own(folder: Path) -> None:
@@ -246,6 +264,59 @@ async def test_with_a_relay_nothing_goes_to_an_inbox_of_our_own(folder: Path) ->
         schedule(up, "first", None, ["ann"])
         await eventually(lambda: relay.mails)
         assert not up.mails()
+
+
+async def test_a_simulated_provider_takes_all_mail_by_its_rules_and_the_audit_knows(
+    folder: Path,
+) -> None:
+    options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.5")
+    async with running(folder, *options, OUTBOX_COOLDOWN="1m") as up:
+        assert up.endpoints["provider"] == "gmail"
+        # TLS and the account's login are a part of it.
+        assert up.endpoints["smtp_url"].startswith("smtp+starttls://outbox:outbox@127.0.0.1:")
+        printed = (folder / "stdout").read_text()
+        assert "a Gmail account (smtp.gmail.com), simulated" in printed
+        assert "20 mails of an account in any 12h, then: 550 5.4.5 Daily user" in printed
+        # A relay of the sender's own is overridden: the audit asks the provider alone.
+        sender = up.ask(
+            *("senders", "create", "--user", "u", "--email", "news@example.com"),
+            *("--smtp-host", "127.0.0.1", "--smtp-port", "9", "--smtp-security", "none"),
+        )
+        schedule(up, "first", sender["sender_id"], ["ann", "ben", "unknown"])
+        await eventually(lambda: len(up.mails()) == 2)
+        await eventually(lambda: up.ask("stats", "user", "u")["counts"]["failed_count"] == "1")
+        found = up.ask("audit")
+        assert (found["broken"], found["seen"], found["judged_by"]) == ([], 2, "smtp side")
+        up.process.send_signal(signal.SIGTERM)
+        assert await ended(up.process) == 0
+        assert "the provider accepted 2 mails (0 of them copies) on" in up.errors
+        assert "and refused 2 times: 1 x 550 5.1.1 The email account that you" in up.errors
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--provider", "hotmail"), "there is no provider 'hotmail'"),
+        (("--provider", "gmail", "--smtp", "smtp://127.0.0.1:25"), "exclude each other"),
+        (("--provider-quota", "5"), "--provider-quota needs --provider"),
+        (("--provider-scale", "0.5"), "--provider-scale needs --provider"),
+    ],
+)
+def test_wrong_options_of_a_provider_are_refused_before_anything_starts(
+    folder: Path, words: tuple[str, ...], complaint: str
+) -> None:
+    refused = subprocess.run(
+        [OUTBOX, "up", *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert refused.returncode == 2
+    assert complaint in " ".join(refused.stderr.replace("│", " ").split())
+    assert not (folder / ".outbox").exists()
 
 
 async def test_the_client_commands_do_what_they_say(folder: Path) -> None:

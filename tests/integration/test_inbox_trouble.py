@@ -45,7 +45,7 @@ async def test_it_says_nothing_in_one_phase(inbox: Inbox, phase: str, way: Way) 
 async def test_what_hangs_is_ended_by_a_cut(inbox: Inbox) -> None:
     inbox.trouble = Trouble(Way.HANG, "rcpt")
     sending = asyncio.create_task(send(inbox))
-    await eventually(lambda: any(one.phase == "" for one in inbox._connections))
+    await eventually(lambda: any(one.phase == "" for one in inbox.connections))
     inbox.trouble = None
     inbox.cut()
     with pytest.raises(aiosmtplib.SMTPServerDisconnected):

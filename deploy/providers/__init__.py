@@ -1,0 +1,1 @@
+"""Simulated mail providers: SMTP servers on loopback with declared limits."""

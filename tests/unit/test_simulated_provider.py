@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from cli.simulated_provider import ProviderChoice, chosen_provider, lines_of
+from deploy.providers.catalog import PROFILES
+from deploy.providers.google import GMAIL
+from deploy.providers.profile import DAY_S
+from shared.settings import load_settings
+
+
+def choice(scale: float | None = None, quota: int | None = None) -> ProviderChoice:
+    chosen = chosen_provider(GMAIL, scale=scale, quota=quota, smtp=None)
+    assert chosen is not None
+    return chosen
+
+
+def test_the_waits_of_outbox_shrink_with_the_day_of_the_provider() -> None:
+    settings = choice(scale=0.001).settings(load_settings())
+    assert settings.quota_day == timedelta(seconds=86.4)
+    assert settings.cooldown[0] == timedelta(seconds=0.3)
+    assert settings.defer_backoff[-1] == timedelta(seconds=3.6)
+    # So that the services are told.
+    assert {"quota_day", "cooldown", "defer_backoff"} <= settings.model_fields_set
+
+
+def test_waits_that_the_user_has_set_stay() -> None:
+    given = load_settings(cooldown=(timedelta(seconds=7),))
+    settings = choice(scale=0.001).settings(given)
+    assert settings.cooldown == (timedelta(seconds=7),)
+    assert settings.quota_day == timedelta(seconds=86.4)
+
+
+def test_without_a_scale_nothing_changes() -> None:
+    settings = load_settings()
+    assert choice().settings(settings) is settings
+    assert choice().profile == GMAIL
+
+
+def test_quota_and_scale_shape_the_profile() -> None:
+    longest = choice(scale=0.001, quota=20).profile.rates[-1]
+    assert (longest.most, longest.seconds) == (20, DAY_S * 0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "quota", "advice"),
+    [
+        # A day of 86.4 s holds 20 mails, two seconds apart.
+        ("gmail", 0.001, 20, ""),
+        ("gmail", None, None, "--provider-quota 20 --provider-scale 0.001 "),
+        # An hour of 3.6 s is over before the quota is used up.
+        ("ionos", 0.001, 20, "--provider-quota 20 --provider-scale 0.02 "),
+        ("plain", None, None, ""),
+    ],
+)
+def test_up_says_with_which_options_the_quota_is_reached(
+    name: str, scale: float | None, quota: int | None, advice: str
+) -> None:
+    chosen = chosen_provider(PROFILES[name], scale=scale, quota=quota, smtp=None)
+    assert chosen is not None
+    printed = "\n".join(lines_of({"inbox": "inbox"}, chosen))
+    assert ("lets you see it" in printed) is bool(advice)
+    assert advice in printed
