@@ -18,13 +18,14 @@ from redis.exceptions import RedisError
 from deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
 from deploy.drill.failing_writes import fail_writes, heal_writes
 from deploy.drill.plan import LAG_S, Fault
+from deploy.drill.provider_troubles import PROVIDER_TROUBLES
 from deploy.drill.stack import DrillStack
 from deploy.drill.waiting import until
 from deploy.local.child import Child
 from deploy.local.postgres import SUPERUSER
 from deploy.local.proxy import TcpProxy
 from deploy.local.service import Service
-from deploy.local.trouble import OF_CONNECTIONS, Trouble, Way
+from deploy.local.trouble import Trouble, Way
 
 # A server that another fault has just killed is struck when it is there again.
 _PATIENCE_S: Final = 30.0
@@ -74,6 +75,9 @@ class Faults:
         target, _, way = fault.name.partition("_")
         if fault.name in self._ways:
             await self._ways[fault.name](fault)
+        elif (fault.name, fault.variant) in PROVIDER_TROUBLES:
+            profile = PROVIDER_TROUBLES[fault.name, fault.variant]
+            await self._trouble(Trouble(Way.PROVIDER, profile=profile), fault.lasts)
         elif fault.name in _TROUBLES:
             trouble = _TROUBLES[fault.name]
             phase = fault.variant or trouble.phase
@@ -115,7 +119,7 @@ class Faults:
     async def _trouble(self, trouble: Trouble, lasts: float) -> None:
         inbox = self._stack.inbox
         inbox.trouble = trouble
-        if trouble.phase in OF_CONNECTIONS:
+        if trouble.of_connections:
             inbox.cut()
         try:
             await asyncio.sleep(lasts)

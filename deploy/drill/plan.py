@@ -28,7 +28,12 @@ class Kind:
 LEASE_S: Final = 3.0
 _PAUSE: Final = (LEASE_S * 1.2, LEASE_S * 1.8)
 _SHORT: Final = (0.5, 4.0)
+# The length of a fault that imitates a provider: a mail meets the limit more than once.
+_HABIT: Final = (2.0, 5.0)
 SMTP_TIMEOUT_S: Final = 2.0
+# The limit of the reply to a body, and the delay of a reply that is longer than a lease.
+SMTP_END_TIMEOUT_S: Final = 8.0
+SLOW_REPLY_S: Final = LEASE_S * 1.5
 # Of each of the seven replies to a mail on a new connection: below the lease in all.
 LAG_S: Final = 0.1
 OUTAGE_S: Final = 30.0
@@ -97,6 +102,43 @@ CARDS: Final[Mapping[str, Kind]] = {
     "smtp_auth": Kind("535: user name and password are wrong", "smtp", _SHORT),
     "smtp_bytes": Kind("replies in pieces of one byte", "smtp", _SHORT),
     "smtp_line": Kind("a reply is a line of 1 MB", "smtp", (0.2, 1.0), ("mail", "rcpt", "reply")),
+    "smtp_daily_quota": Kind(
+        "an account has sent its mails of the day: refused, whatever it sends",
+        "smtp",
+        _HABIT,
+        ("gmail", "exchange", "ses", "workspace"),
+    ),
+    "smtp_hourly_quota": Kind(
+        "an account has sent its mails of the hour", "smtp", _HABIT, ("cpanel", "ionos")
+    ),
+    "smtp_mails_per_connection": Kind(
+        "takes two mails on a connection", "smtp", _HABIT, ("421", "451", "452", "503")
+    ),
+    "smtp_too_many_connections": Kind(
+        "takes mail on two connections of an account", "smtp", _HABIT, ("exim", "exchange")
+    ),
+    "smtp_rate": Kind(
+        "takes two mails of an account a second",
+        "smtp",
+        _HABIT,
+        ("gmail", "exchange", "ses", "workspace"),
+    ),
+    "smtp_greylist": Kind(
+        "refuses a sender and recipient until it has known them for 1.5 s",
+        "smtp",
+        _HABIT,
+        ("rcpt", "reply"),
+    ),
+    "smtp_slow_reply": Kind(
+        f"replies to each body after {SLOW_REPLY_S} s, longer than a lease", "smtp", _HABIT
+    ),
+    "smtp_account_blocked": Kind(
+        "refuses every mail of an account", "smtp", _HABIT, ("exchange", "gmail")
+    ),
+    "smtp_helo": Kind("504, unless EHLO has a fully qualified name", "smtp", _HABIT),
+    "smtp_mailbox_full": Kind("452 at RCPT: every mailbox is full", "smtp", _HABIT),
+    "smtp_unknown_recipient": Kind("550 5.1.1 at RCPT: refuses for good", "smtp", (0.2, 0.6)),
+    "smtp_content": Kind("554 5.7.1 after the body: refuses for good", "smtp", (0.2, 0.6)),
     "endpoint_slow": Kind(
         f"one of two endpoints: all comes {LAG_S} s later, both ways", "endpoint", _SHORT
     ),

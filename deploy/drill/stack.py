@@ -11,7 +11,7 @@ from typing import Final, Literal, Self
 
 from deploy.drill.clocks import clock_by_file, faketime_library, set_clock
 from deploy.drill.load import WINDOW
-from deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_TIMEOUT_S
+from deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_END_TIMEOUT_S, SMTP_TIMEOUT_S
 from deploy.local.certificates import self_signed, server_context
 from deploy.local.inbox import Inbox
 from deploy.local.ports import LOOPBACK
@@ -24,6 +24,10 @@ from shared.settings import Settings, load_settings
 
 # A mail that meets one fault after the other must not come to the end of a ladder of seconds.
 _LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3] * 16))
+# Short, so that refused and deferred mail is sent within seconds after the fault.
+_SHORT_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.3, 0.6, 1))
+_QUOTA_DAY: Final = timedelta(seconds=2)
+_PHASE_LIMIT: Final = timedelta(seconds=SMTP_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,18 @@ def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
         min_gap=timedelta(0),
         lease=timedelta(seconds=LEASE_S),
         retry_backoff=_LADDER,
-        smtp_timeout=timedelta(seconds=SMTP_TIMEOUT_S),
+        # Not smtp_timeout: the reply to a body may take longer than every other.
+        smtp_connect_timeout=_PHASE_LIMIT,
+        smtp_greeting_timeout=_PHASE_LIMIT,
+        smtp_ehlo_timeout=_PHASE_LIMIT,
+        smtp_mail_timeout=_PHASE_LIMIT,
+        smtp_rcpt_timeout=_PHASE_LIMIT,
+        smtp_data_timeout=_PHASE_LIMIT,
+        smtp_block_timeout=_PHASE_LIMIT,
+        smtp_end_timeout=timedelta(seconds=SMTP_END_TIMEOUT_S),
+        cooldown=_SHORT_LADDER,
+        defer_backoff=_SHORT_LADDER,
+        quota_day=_QUOTA_DAY,
         shutdown_grace=timedelta(seconds=3),
         uncertain_policy=policy,
         log_level="info",
