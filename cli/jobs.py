@@ -27,6 +27,7 @@ _ATTEMPT_COLUMNS = (
     "start_time",
     "end_time",
     "outcome",
+    "reply_class",
     "smtp_code",
     "enhanced_code",
     "message",

@@ -143,7 +143,9 @@ def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
 
 @app.command(name="rotate-encryption")
 def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
-    """Encrypt all stored SMTP passwords again, under the first key of OUTBOX_ENCRYPTION_KEYS.
+    """Encrypt all stored secrets of endpoints again, under the first key of OUTBOX_ENCRYPTION_KEYS.
+
+    Those are SMTP passwords, and the secrets and tokens of OAuth 2.0.
 
     First put the new key before the old ones, in every service, and restart them; when this
     is done, the old keys can go. Cut off, it is simply run again.
@@ -168,9 +170,9 @@ def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
         )
     if done.unreadable:
         raise CommandFailed(
-            "no key of OUTBOX_ENCRYPTION_KEYS decrypts the password of sender "
+            "no key of OUTBOX_ENCRYPTION_KEYS decrypts the secrets of sender "
             f"{', '.join(map(str, done.unreadable[:20]))}: add its key and run this again, or "
-            "store the password again"
+            "store its endpoint again"
         )
 
 

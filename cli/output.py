@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, timedelta
@@ -20,9 +21,13 @@ from rich.table import Table
 from rich.text import Text
 
 from shared.settings import format_duration
+from shared.smtp.reply_text import describe_reply
 
 # Whoever reads from a pipe has no width: nothing is wrapped or cut there.
 _PIPE_WIDTH: Final = 10_000
+# A cooldown is shown in one cell, as a sentence.
+_COOLDOWN: Final = "outbox.v1.Cooldown"
+_NOT_PLAIN: Final = re.compile(r"[^\x20-\x7e\n]")
 # From here on nobody reads what follows the point.
 _WHOLE_FROM: Final = 100
 
@@ -63,14 +68,25 @@ def note(text: str) -> None:
 
 def print_json(document: Any) -> None:
     """Print one document on stdout."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.write(_json(document, indent=2) + "\n")
     sys.stdout.flush()
 
 
 def print_json_line(document: Any) -> None:
     """Print one document of a stream, on a line of its own, on stdout."""
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    sys.stdout.write(_json(document) + "\n")
     sys.stdout.flush()
+
+
+def _json(document: Any, indent: int | None = None) -> str:
+    """Return JSON in which every character is escaped that could control a terminal."""
+    text = json.dumps(document, ensure_ascii=False, indent=indent)
+    return _NOT_PLAIN.sub(lambda found: _escaped(found[0]), text)
+
+
+def _escaped(char: str) -> str:
+    # As json.dumps writes it, without its quotes.
+    return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def to_document(message: Message) -> dict[str, Any]:
@@ -152,7 +168,7 @@ def _is_plain_message(field: Any) -> bool:
         field.message_type is not None
         and not field.is_repeated
         and field.message_type.full_name
-        not in ("google.protobuf.Timestamp", "google.protobuf.Duration")
+        not in ("google.protobuf.Timestamp", "google.protobuf.Duration", _COOLDOWN)
     )
 
 
@@ -167,14 +183,31 @@ def _value(message: Message, field: Any) -> str:
 
 def _scalar(value: Any, field: Any) -> str:
     if isinstance(value, Timestamp):
-        return value.ToDatetime(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return _time(value)
     if isinstance(value, Duration):
         return _duration(value.ToTimedelta())
+    if isinstance(value, Message) and value.DESCRIPTOR.full_name == _COOLDOWN:
+        return _cooldown(value)
     if isinstance(value, Message):
         return ", ".join(f"{name}={text}" for name, text in _fields(value, ()))
     if field.enum_type is not None:
         return _enum_name(value, field)
     return _plain(value)
+
+
+def _time(stamp: Timestamp) -> str:
+    return stamp.ToDatetime(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def reply_of(cooldown: Any) -> str:
+    """Return the reply that caused a cooldown, as one line without control characters."""
+    code = cooldown.smtp_code if cooldown.HasField("smtp_code") else None
+    return printable(describe_reply(code, cooldown.enhanced_code, cooldown.message))
+
+
+def _cooldown(cooldown: Any) -> str:
+    since, probe = _time(cooldown.start_time), _time(cooldown.next_probe_time)
+    return f"since {since}: {reply_of(cooldown)}; next probe {probe}"
 
 
 def _plain(value: str | float | bool) -> str:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from cli.database import with_engine
 from cli.progress import JobProgress
 from shared.errors import ConfigurationError
-from shared.password_rotation import count_passwords, rotate_chunk
+from shared.password_rotation import (
+    RotatedChunk,
+    count_oauth2,
+    count_passwords,
+    rotate_chunk,
+    rotate_oauth2_chunk,
+)
 from shared.secrets import SecretBox
 from shared.settings import load_settings
 
-_TITLE: Final = "SMTP passwords"
+_PASSWORDS: Final = "SMTP passwords"
+_OAUTH2: Final = "OAuth 2.0 credentials"
 
 
 @dataclass(slots=True)
@@ -28,7 +37,7 @@ class Rotation:
 
 
 def rotate_all() -> Rotation:
-    """Rotate every stored password.
+    """Rotate every stored password, and every secret and token of OAuth 2.0.
 
     Raises:
         ConfigurationError: there is no new key beside the old ones.
@@ -45,19 +54,37 @@ def rotate_all() -> Rotation:
     async def rotate(engine: AsyncEngine) -> Rotation:
         done = Rotation()
         async with engine.connect() as connection:
-            total = await count_passwords(connection)
-        looked_at, after = 0, 0
-        with JobProgress({_TITLE: total}) as progress:
-            while True:
-                async with engine.begin() as connection:
-                    chunk = await rotate_chunk(connection, secrets, after)
-                if chunk.last_id is None:
-                    return done
-                after = chunk.last_id
-                looked_at += chunk.looked_at
-                done.rotated += chunk.rotated
-                done.unreadable += chunk.unreadable
-                done.current += chunk.looked_at - chunk.rotated - len(chunk.unreadable)
-                progress.update(_TITLE, looked_at)
+            totals = {
+                _PASSWORDS: await count_passwords(connection),
+                _OAUTH2: await count_oauth2(connection),
+            }
+        with JobProgress(totals) as progress:
+            await _rotate(engine, secrets, rotate_chunk, done, partial(progress.update, _PASSWORDS))
+            await _rotate(
+                engine, secrets, rotate_oauth2_chunk, done, partial(progress.update, _OAUTH2)
+            )
+        return done
 
     return with_engine(rotate)
+
+
+async def _rotate(
+    engine: AsyncEngine,
+    secrets: SecretBox,
+    rotate_some: Callable[[AsyncConnection, SecretBox, int], Awaitable[RotatedChunk]],
+    done: Rotation,
+    report: Callable[[int], None],
+) -> None:
+    """Rotate all secrets of one kind, chunk by chunk, and add the results to `done`."""
+    looked_at, after = 0, 0
+    while True:
+        async with engine.begin() as connection:
+            chunk = await rotate_some(connection, secrets, after)
+        if chunk.last_id is None:
+            return
+        after = chunk.last_id
+        looked_at += chunk.looked_at
+        done.rotated += chunk.rotated
+        done.unreadable += chunk.unreadable
+        done.current += chunk.looked_at - chunk.rotated - len(chunk.unreadable)
+        report(looked_at)

@@ -9,9 +9,19 @@ from typing import Annotated
 import typer
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
-from outbox.v1.sender_pb2 import Sender, SenderState, SmtpEndpoint, SmtpSecurity
+from outbox.v1.sender_pb2 import Sender, SenderState, SmtpEndpoint, SmtpPreset, SmtpSecurity
 
 from cli.client import Server, connection, pages
+from cli.oauth2_options import (
+    ClientId,
+    ClientSecretFile,
+    OAuth2Options,
+    Preset,
+    RefreshTokenFile,
+    Scope,
+    Tenant,
+    TokenUrl,
+)
 from cli.options import (
     AllPages,
     PageSize,
@@ -96,6 +106,12 @@ SmtpPasswordFile = Annotated[
     Path | None,
     typer.Option("--smtp-password-file", help="A file with the password alone; -: stdin."),
 ]
+SmtpCa = Annotated[
+    Path | None,
+    typer.Option(
+        "--smtp-ca", help="PEM file of a private CA that may sign the server's certificate."
+    ),
+]
 
 
 @app.command()
@@ -114,6 +130,14 @@ def create(
     smtp_security: Security = None,
     smtp_username: SmtpUsername = "",
     smtp_password_file: SmtpPasswordFile = None,
+    smtp_ca: SmtpCa = None,
+    smtp_preset: Preset = None,
+    oauth2_token_url: TokenUrl = "",
+    oauth2_client_id: ClientId = "",
+    oauth2_client_secret_file: ClientSecretFile = None,
+    oauth2_refresh_token_file: RefreshTokenFile = None,
+    oauth2_scope: Scope = "",
+    oauth2_tenant: Tenant = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -123,7 +147,19 @@ def create(
 
     $ outbox senders create --user demo --email news@example.com
     --sending-hours 'mon-fri 09:00-17:00' --sending-zone Europe/Berlin
+
+    $ outbox senders create --user demo --email news@example.com --smtp-preset gmail
+    --smtp-username news@example.com --oauth2-client-id ID
+    --oauth2-client-secret-file secret.txt --oauth2-refresh-token-file token.txt
     """
+    oauth2 = OAuth2Options(
+        oauth2_token_url,
+        oauth2_client_id,
+        oauth2_client_secret_file,
+        oauth2_refresh_token_file,
+        oauth2_scope,
+        oauth2_tenant,
+    )
     sender = Sender(
         email=email,
         display_name=display_name or "",
@@ -131,7 +167,16 @@ def create(
         min_gap=to_duration(min_gap),
         max_in_flight=max_in_flight,
         sending_hours=to_sending_hours(sending_hours, sending_zone),
-        smtp=_endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
+        smtp=_endpoint(
+            smtp_host,
+            smtp_port,
+            smtp_security,
+            smtp_username,
+            smtp_password_file,
+            ca_file=smtp_ca,
+            preset=smtp_preset,
+            oauth2=oauth2,
+        ),
     )
     with connection("scheduler", server) as client:
         made = client.senders.CreateSender(pb.CreateSenderRequest(user_id=user, sender=sender))
@@ -182,7 +227,10 @@ def list_(
     )
     with connection("scheduler", server) as client:
         page = pages(client.senders.ListSenders, request, "senders", everything=everything)
-    show_list(page, "senders", _COLUMNS, output, what="senders")
+    # The column is shown only if it is not empty, because it takes room from the others.
+    cooling = any(sender.HasField("cooldown") for sender in page.senders)
+    columns = (*_COLUMNS, "cooldown") if cooling else _COLUMNS
+    show_list(page, "senders", columns, output, what="senders")
 
 
 @app.command()
@@ -202,6 +250,14 @@ def update(
     smtp_security: Security = None,
     smtp_username: SmtpUsername = "",
     smtp_password_file: SmtpPasswordFile = None,
+    smtp_ca: SmtpCa = None,
+    smtp_preset: Preset = None,
+    oauth2_token_url: TokenUrl = "",
+    oauth2_client_id: ClientId = "",
+    oauth2_client_secret_file: ClientSecretFile = None,
+    oauth2_refresh_token_file: RefreshTokenFile = None,
+    oauth2_scope: Scope = "",
+    oauth2_tenant: Tenant = "",
     unset: Annotated[
         list[str] | None,
         typer.Option(
@@ -217,6 +273,14 @@ def update(
 
     $ outbox senders update SENDER_ID --unset sending_hours
     """
+    oauth2 = OAuth2Options(
+        oauth2_token_url,
+        oauth2_client_id,
+        oauth2_client_secret_file,
+        oauth2_refresh_token_file,
+        oauth2_scope,
+        oauth2_tenant,
+    )
     values = {
         "email": email,
         "display_name": display_name,
@@ -224,7 +288,16 @@ def update(
         "min_gap": to_duration(min_gap),
         "max_in_flight": max_in_flight,
         "sending_hours": to_sending_hours(sending_hours, sending_zone),
-        "smtp": _endpoint(smtp_host, smtp_port, smtp_security, smtp_username, smtp_password_file),
+        "smtp": _endpoint(
+            smtp_host,
+            smtp_port,
+            smtp_security,
+            smtp_username,
+            smtp_password_file,
+            ca_file=smtp_ca,
+            preset=smtp_preset,
+            oauth2=oauth2,
+        ),
     }
     given = {name: value for name, value in values.items() if value is not None}
     paths = [*given, *(name.replace("-", "_") for name in unset or ())]
@@ -281,7 +354,7 @@ def resume(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Let a paused sender go on where it stopped, within its limits."""
+    """Resume a paused sender, and end its cooldown. Its limits still hold."""
     with connection("scheduler", server) as client:
         resumed = client.senders.ResumeSender(
             pb.ResumeSenderRequest(sender_id=sender_id, user_id=user)
@@ -293,16 +366,22 @@ def resume(
 def verify(
     sender_id: SenderId,
     user: User = "",
+    recipient: Annotated[
+        str,
+        typer.Option(
+            "--recipient", help="Address to name in RCPT (default: the sender's own address)."
+        ),
+    ] = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Open the sender's SMTP session, sign in, and end it: no mail is sent. Exit code 1: not ready.
+    """Do what a send does, up to the recipient; no mail is sent. Exit code 1 means not ready.
 
     $ outbox senders verify 3
     """
     with connection("scheduler", server) as client:
         found = client.senders.VerifySender(
-            pb.VerifySenderRequest(sender_id=sender_id, user_id=user)
+            pb.VerifySenderRequest(sender_id=sender_id, user_id=user, recipient=recipient)
         )
     show(found, output)
     if not found.ready:
@@ -310,17 +389,31 @@ def verify(
 
 
 def _endpoint(
-    host: str | None, port: int, security: int | None, username: str, password_file: Path | None
+    host: str | None,
+    port: int,
+    security: int | None,
+    username: str,
+    password_file: Path | None,
+    *,
+    ca_file: Path | None,
+    preset: int | None,
+    oauth2: OAuth2Options,
 ) -> SmtpEndpoint | None:
-    if host is None:
-        if port or security is not None or username or password_file:
-            raise typer.BadParameter("an SMTP endpoint is written whole: name its --smtp-host too")
+    if host is None and preset is None:
+        parts = (port, security is not None, username, password_file, ca_file, oauth2.given)
+        if any(parts):
+            raise typer.BadParameter(
+                "an SMTP endpoint is replaced as a whole: give --smtp-host or --smtp-preset too"
+            )
         return None
     password = text_or_file(None, password_file, "--smtp-password-file") or ""
     return SmtpEndpoint(
-        host=host,
+        host=host or "",
         port=port,
         security=SmtpSecurity.ValueType(security or 0),
         username=username,
         password=password.rstrip("\r\n"),
+        ca_certificates=text_or_file(None, ca_file, "--smtp-ca") or "",
+        oauth2=oauth2.to_credentials(),
+        preset=SmtpPreset.ValueType(preset or 0),
     )

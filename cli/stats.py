@@ -119,8 +119,10 @@ def watch(
             if output is OutputFormat.JSON:
                 print_json_line(to_document(found))
             elif not found.done:
-                counts = [f"{path}={value_at(found.stats, path)}" for path in _WATCHED]
-                stdout().print(value_at(found.stats, "read_time"), *counts)
+                shown = [f"{path}={value_at(found.stats, path)}" for path in _WATCHED]
+                if found.stats.HasField("cooldown"):
+                    shown.append(f"cooldown={value_at(found.stats, 'cooldown')}")
+                stdout().print(value_at(found.stats, "read_time"), *shown)
     note("the sender is deleted")
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from outbox.v1 import email_job_service_pb2 as jobs
 from outbox.v1.dispatcher_pb2 import DispatcherStatus, EndpointStatus
-from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Sender
+from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Cooldown, Sender
 from outbox.v1.stats_pb2 import SenderStats
 from rich.console import Console, Group, RenderableType
 from rich.layout import Layout
 from rich.table import Table
 from rich.text import Text
+
+from cli.output import printable, reply_of
 
 # What each column is worth where they do not all fit: the least goes first.
 _SENDER_COLUMNS: Final = {
@@ -31,6 +33,13 @@ _SENDER_COLUMNS: Final = {
 _LEAST_COLUMNS: Final = 2
 # An address is cut to this before a column is left out.
 _LEAST_ADDRESS: Final = 20
+# The longest and the shortest text of what a sender waits for, in characters.
+_MOST_WHY: Final = 60
+_LEAST_WHY: Final = 40
+# Room for a code, an enhanced code, and the dots of a cut text.
+_LEAST_REPLY: Final = 12
+_MINUTE_S: Final = 60
+_HOUR_S: Final = 3_600
 # Between two columns.
 _SPACE: Final = 2
 _REASONS: Final = {
@@ -43,6 +52,8 @@ _REASONS: Final = {
     jobs.WAIT_REASON_ENDPOINT_DOWN: "endpoint",
     jobs.WAIT_REASON_QUEUE: "queue",
     jobs.WAIT_REASON_DISPATCHER: "dispatcher",
+    jobs.WAIT_REASON_COOLDOWN: "cooldown",
+    jobs.WAIT_REASON_DEFERRED: "deferred",
 }
 _KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   q: quit"
 # Senders that are shown, however little room there is.
@@ -73,8 +84,11 @@ class View:
     more: bool = False
 
 
-def why(view: SenderView, now: datetime) -> str:
-    """Return what keeps the first waiting mail of a sender, in a few words."""
+def why(view: SenderView, now: datetime, most: int = _MOST_WHY) -> str:
+    """Return what holds back the first waiting mail of a sender, in about `most` characters."""
+    cooldown = _cooldown_of(view)
+    if cooldown is not None:
+        return _cooling(cooldown, now, most)
     if view.waits is None:
         return "paused" if view.sender.state == SENDER_STATE_PAUSED else "nothing waits"
     text = _REASONS.get(view.waits.wait_reason, "being sent")
@@ -84,13 +98,43 @@ def why(view: SenderView, now: datetime) -> str:
     return f"{text} till {until:{'%H:%M:%S' if until.date() == now.date() else '%m-%d %H:%M'}}"
 
 
+def _cooldown_of(view: SenderView) -> Cooldown | None:
+    """Return the sender's cooldown if that is what holds back its first mail; else None."""
+    if view.sender.state == SENDER_STATE_PAUSED or not view.stats.HasField("cooldown"):
+        return None
+    cools = view.waits is None or view.waits.wait_reason == jobs.WAIT_REASON_COOLDOWN
+    return view.stats.cooldown if cools else None
+
+
+def _cooling(cooldown: Cooldown, now: datetime, most: int) -> str:
+    """Return the reply, cut if it is too long, and the time to the next probe."""
+    left = cooldown.next_probe_time.ToDatetime(UTC) - now
+    before, after = "cooling down: ", f", probe {_in(left)}"
+    reply = reply_of(cooldown)
+    room = max(most - len(before) - len(after), _LEAST_REPLY)
+    if len(reply) > room:
+        reply = f"{reply[: room - 3].rstrip()}..."
+    return f"{before}{reply}{after}"
+
+
+def _in(left: timedelta) -> str:
+    seconds = int(left.total_seconds())
+    if seconds <= 0:
+        return "now"
+    if seconds < _MINUTE_S:
+        return f"in {seconds}s"
+    if seconds < _HOUR_S:
+        return f"in {seconds // _MINUTE_S}m"
+    return f"in {seconds // _HOUR_S}h{seconds % _HOUR_S // _MINUTE_S:02}m"
+
+
 def draw(view: View, selected: int, message: str, console: Console) -> RenderableType:
     """Return the screen; `selected` is the place of a sender.
 
     What does not fit is left out, and never the last lines: senders far from the selected one, then
     the tables' ends.
     """
-    bottom = Group(Text(), Text(message, "yellow"), Text(_KEYS, "dim"))
+    bottom = Group(Text(), Text(_line(message), "yellow"), Text(_KEYS, "dim"))
     below: list[RenderableType] = []
     if view.more or view.page > 1:
         turns = "   n: next" * view.more + "   b: back" * (view.page > 1)
@@ -101,7 +145,7 @@ def draw(view: View, selected: int, message: str, console: Console) -> Renderabl
             _dispatchers(view.dispatchers),
             _endpoints(view.dispatchers, console.width),
         ]
-    below += [Text(trouble, "red") for trouble in view.troubles]
+    below += [Text(_line(trouble), "red") for trouble in view.troubles]
     under = _height(bottom, console)
     # The title and the names of the columns are lines too.
     room = console.height - under - _height(Group(*below), console) - 2
@@ -115,6 +159,11 @@ def draw(view: View, selected: int, message: str, console: Console) -> Renderabl
     return layout
 
 
+def _line(text: str) -> str:
+    """Return a text, which may quote a server, as one line without control characters."""
+    return printable(" ".join(text.split()))
+
+
 def _height(part: RenderableType, console: Console) -> int:
     return len(console.render_lines(part, console.options.update(height=None), pad=False))
 
@@ -126,9 +175,14 @@ def _senders(view: View, selected: int, room: int, width: int) -> Table:
         for name in _SENDER_COLUMNS
     }
     names = list(_SENDER_COLUMNS)
-    least = natural | {"sender": min(natural["sender"], _LEAST_ADDRESS)}
+    least = natural | {
+        "sender": min(natural["sender"], _LEAST_ADDRESS),
+        "waits for": min(natural["waits for"], _LEAST_WHY),
+    }
     while _width(least, names) > width and len(names) > _LEAST_COLUMNS:
         names.remove(min(names, key=lambda name: _SENDER_COLUMNS[name]))
+    over = max(_width(natural, names) - width, 0)
+    natural["waits for"] = max(natural["waits for"] - over, least["waits for"])
     natural["sender"] -= max(_width(natural, names) - width, 0)
     table = Table(box=None, pad_edge=False)
     for name in names:
@@ -137,7 +191,9 @@ def _senders(view: View, selected: int, room: int, width: int) -> Table:
     first = min(max(selected - room // 2, 0), max(len(rows) - room, 0))
     for place in range(first, min(first + room, len(rows))):
         style = "reverse" if place == selected else None
-        table.add_row(*(Text(rows[place][name]) for name in names), style=style)
+        # `why` shortens the text itself, so that the time of the next probe stays visible.
+        cells = rows[place] | {"waits for": why(view.senders[place], view.at, natural["waits for"])}
+        table.add_row(*(Text(cells[name]) for name in names), style=style)
     return table
 
 
@@ -177,7 +233,7 @@ def _dispatchers(dispatchers: Sequence[DispatcherStatus]) -> Table:
 
 def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
     rows = [
-        (f"{each.host}:{each.port}", _circuit(each), each.last_error)
+        (f"{each.host}:{each.port}", _circuit(each), _line(each.last_error))
         for dispatcher in dispatchers
         for each in dispatcher.endpoints
     ]

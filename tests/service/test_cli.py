@@ -83,6 +83,8 @@ def test_the_version_is_the_package_s() -> None:
         ["senders", "get"],
         ["senders", "create", "--email", "a@b.de", "--min-gap", "2 parsecs"],
         ["senders", "create", "--email", "a@b.de", "--smtp-port", "25"],
+        ["senders", "create", "--email", "a@b.de", "--smtp-ca", "ca.pem"],
+        ["senders", "create", "--email", "a@b.de", "--smtp-host", "x", "--smtp-ca", "/no/such"],
         ["senders", "update", "1"],
         ["senders", "update", "1", "--sending-hours", "mon-fri 09:00-17:00"],
         ["senders", "list", "--state", "asleep"],
@@ -185,6 +187,20 @@ def test_services_are_told_what_is_set_and_no_default(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     told = environment_of(load_settings())
     assert told == variables | {"OUTBOX_RETRY_BACKOFF": "1s,90s"}
+
+
+def test_services_are_told_absolute_paths_for_they_run_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUTBOX_REPLY_RULES", "rules.toml")
+    monkeypatch.setenv("OUTBOX_SMTP_CA", "/etc/ca.pem")
+    monkeypatch.setenv("OUTBOX_TLS_CLIENT_CA", "")
+    assert environment_of(load_settings()) == {
+        "OUTBOX_REPLY_RULES": str(tmp_path / "rules.toml"),
+        "OUTBOX_SMTP_CA": "/etc/ca.pem",
+        "OUTBOX_TLS_CLIENT_CA": "",
+    }
 
 
 def test_json_is_proto_json_with_the_original_names_and_zeros(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,6 +15,8 @@ from typer.testing import CliRunner
 from cli.main import app
 from deploy.local.ports import free_port
 from services.stats.server import serve as serve_stats
+from tests import cooldowns
+from tests.commands import Done, outbox, run
 from tests.scheduler_stack import Scheduler, running_scheduler
 
 CSV = (
@@ -50,34 +50,6 @@ async def stats(scheduler: Scheduler) -> AsyncIterator[str]:
         group.create_task(serve_stats(scheduler.settings, stop, ready=port.set_result))
         yield f"127.0.0.1:{await port}"
         stop.set()
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-def run(words: list[str], stdin: bytes | None = None) -> Done:
-    """Run a command here; with `stdin` as a process, which reads it from a pipe."""
-    if stdin is None:
-        done = CliRunner().invoke(app, words)
-        return Done(done.exit_code, done.stdout, done.stderr)
-    ended = subprocess.run(
-        [Path(sys.executable).with_name("outbox"), *words],
-        input=stdin,
-        capture_output=True,
-        check=False,
-        timeout=60,
-    )
-    return Done(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
-
-
-async def outbox(scheduler: Scheduler, *words: str, stdin: bytes | None = None) -> Done:
-    return await asyncio.to_thread(run, [*words, "--server", scheduler.address], stdin)
 
 
 def write(name: str, content: str) -> None:
@@ -235,6 +207,77 @@ async def test_all_pages_of_a_list_are_one_document(scheduler: Scheduler) -> Non
     document = json.loads(listed.stdout[listed.stdout.index("{\n") :])
     assert [job["recipient"] for job in document["email_jobs"]] == [f"{n}@b.org" for n in range(5)]
     assert document["next_page_token"] == ""
+
+
+# Sets a window's title, clears the screen, colours by a C1 control, turns the writing direction.
+STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+
+
+async def test_a_cooldown_is_shown_everywhere_and_its_reply_steers_no_terminal(
+    scheduler: Scheduler, stats: str
+) -> None:
+    sender, well = await scheduler.sender(), await scheduler.sender()
+    batch = (await scheduler.schedule(sender)).batch
+    job = str(scheduler.value("SELECT id FROM email_jobs"))
+    message = f"Daily limit{STEERING}"
+    cooldowns.begin(scheduler.execute, sender.sender_id, message=message)
+    scheduler.execute(
+        "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+        " counted, smtp_code, enhanced_code, message, reply_class)"
+        " SELECT id, 1, sender_id, now(), now(), 3, false, 550, '5.4.5', %s, 3 FROM email_jobs",
+        message,
+    )
+    shown = "550 5.4.5 Daily limit\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e"
+    of_sender, user = ("--user", "ann"), sender.sender_id
+    write("people.csv", "email\na@b.org\n")
+    planned = ("people.csv", "--sender", user, "--subject", "Hello", "--body", "Hi", "--dry-run")
+    in_table = f": {shown}; next probe 2"
+    in_sentence = f"({shown}); the next probe is at"
+    for words, server, text in (
+        (("senders", "get", user), scheduler.address, in_table),
+        (("senders", "list", *of_sender), scheduler.address, in_table),
+        (("jobs", "explain", job), scheduler.address, in_sentence),
+        (("jobs", "attempts", job), scheduler.address, " ACCOUNT "),
+        (("jobs", "get", job), scheduler.address, shown.removeprefix("550 5.4.5 ")),
+        (("stats", "sender", user), stats, in_table),
+        (("stats", "forecast", batch.batch_id), stats, in_sentence),
+        (("stats", "forecast", "--sender", user, "--recipient-count", "5"), stats, in_sentence),
+        (("schedule", *planned), stats, in_sentence),
+    ):
+        for output in ("table", "json"):
+            done = await asyncio.to_thread(run, [*words, "-o", output, "--server", server])
+            assert done.exit_code == 0, done.stderr
+            printed = done.stdout + done.stderr
+            assert all(char.isprintable() or char == "\n" for char in printed), words
+            assert output == "json" or text in printed, words
+    done = await outbox(scheduler, "senders", "get", user, "-o", "json")
+    document = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert document["cooldown"]["message"] == message
+    done = await outbox(scheduler, "senders", "resume", user)
+    assert done.exit_code == 0
+    listed = await outbox(scheduler, "senders", "list", *of_sender)
+    assert "cooldown" not in listed.stdout
+    assert well.sender_id in listed.stdout
+
+
+async def test_a_watch_prints_the_cooldown_beside_the_counts(
+    scheduler: Scheduler, stats: str
+) -> None:
+    sender = await scheduler.sender()
+    watch = await asyncio.create_subprocess_exec(
+        Path(sys.executable).with_name("outbox"),
+        *("stats", "watch", sender.sender_id, "--server", stats),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert watch.stdout is not None
+    try:
+        async with asyncio.timeout(20):
+            assert b"cooldown" not in await watch.stdout.readline()
+            cooldowns.begin(scheduler.execute, sender.sender_id)
+            assert f": {cooldowns.REPLY}; next probe 2".encode() in await watch.stdout.readline()
+    finally:
+        watch.kill()
+        await watch.wait()
 
 
 def test_an_upload_without_an_answer_says_how_to_try_it_again() -> None:

@@ -21,6 +21,7 @@ from outbox.v1.sender_service_pb2 import GetSenderRequest
 from deploy.local.ports import free_port
 from services.stats.server import serve as serve_stats
 from shared.proto_mapping import to_timestamp
+from tests import cooldowns
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, running_scheduler
 
@@ -130,6 +131,22 @@ async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_w
         # Back from the other screen, the cursor seen again, and the keys as they were.
         await eventually(lambda: screen.shows("\x1b[?1049l") and screen.shows("\x1b[?25h"))
         assert termios.tcgetattr(screen.slave) == before
+
+
+async def test_top_shows_a_cooldown_with_the_reply_until_a_resume_ends_it(
+    scheduler: Scheduler, stats: str, tmp_path: Path
+) -> None:
+    sender = await scheduler.sender(email="first@x.org")
+    await scheduler.schedule(sender)
+    cooldowns.begin(scheduler.execute, sender.sender_id)
+    async with terminal(environment(scheduler, stats), tmp_path) as screen:
+        await eventually(lambda: screen.shows("cooling down: 550 5.4.5 Daily user"))
+        assert screen.shows(", probe in 5")
+        screen.type("e")
+        await eventually(lambda: screen.shows("has refused the sender's account since"))
+        screen.type("r")
+        await eventually(lambda: screen.shows("dispatcher till"))
+    assert scheduler.value("SELECT count(*) FROM cooldowns") == 0
 
 
 async def test_without_a_terminal_one_look_is_one_document_or_a_clear_error(

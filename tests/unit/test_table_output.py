@@ -7,12 +7,14 @@ from datetime import timedelta
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1.dispatcher_pb2 import DispatcherStatus
+from outbox.v1.sender_pb2 import Cooldown, Sender
 from outbox_client import InvalidArgument
 from outbox_client.errors import FieldViolation
 from typer.testing import CliRunner
 
-from cli.output import value_at
+from cli.output import OutputFormat, show, value_at
 from cli.stats import app as stats
 from shared.settings import parse_duration
 
@@ -23,7 +25,7 @@ WRONG = grpc.StatusCode.INVALID_ARGUMENT
     ("time", "text"),
     [
         (timedelta(milliseconds=250), "250ms"),
-        (timedelta(milliseconds=1_500), "1500ms"),
+        (timedelta(milliseconds=1_500), "1.5s"),
         (timedelta(seconds=2), "2s"),
         (timedelta(minutes=1), "1m"),
         (timedelta(milliseconds=1_998_129), "33m18s"),
@@ -44,6 +46,29 @@ def test_a_rate_has_three_digits(rate: float, text: str) -> None:
     status = DispatcherStatus()
     status.rates.sent_per_second = rate
     assert value_at(status, "rates.sent_per_second") == text
+
+
+def test_a_cooldown_is_one_cell_that_does_not_steer_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cooldown = Cooldown(
+        start_time=Timestamp(seconds=1_795_860_120),
+        next_probe_time=Timestamp(seconds=1_795_863_720),
+        refusal_count=2,
+        smtp_code=550,
+        enhanced_code="5.4.5",
+        message="5.4.5 Daily limit\r\n\x1b[31mexceeded",
+    )
+    shown = (
+        "since 2026-11-28T10:02:00Z: 550 5.4.5 Daily limit \\x1b[31mexceeded; "
+        "next probe 2026-11-28T11:02:00Z"
+    )
+    sender = Sender(sender_id="3", cooldown=cooldown)
+    assert value_at(sender, "cooldown") == shown
+    show(sender, OutputFormat.TABLE)
+    out = capsys.readouterr().out
+    assert shown in out
+    assert "cooldown.message" not in out
 
 
 def test_what_an_error_says_once_is_not_said_again() -> None:

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import email_job_service_pb2 as jobs
 from outbox.v1.dispatcher_pb2 import DispatcherStatus, EndpointStatus
-from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Sender
+from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Cooldown, Sender
 from outbox.v1.stats_pb2 import SenderStats
 from rich.console import Console
 
@@ -104,6 +104,66 @@ def test_a_sender_without_waiting_mail_waits_for_nothing() -> None:
     assert why(SenderView(Sender(), SenderStats()), NOW) == "nothing waits"
     paused = Sender(state=SENDER_STATE_PAUSED)
     assert why(SenderView(paused, SenderStats()), NOW) == "paused"
+
+
+def cooling(text: str = "Daily user sending limit exceeded", minutes: float = 4.5) -> SenderView:
+    cooldown = Cooldown(
+        start_time=at(NOW - timedelta(minutes=3)),
+        next_probe_time=at(NOW + timedelta(minutes=minutes)),
+        smtp_code=550,
+        enhanced_code="5.4.5",
+        message=text,
+    )
+    view = sender(1, jobs.WAIT_REASON_COOLDOWN)
+    view.stats.cooldown.CopyFrom(cooldown)
+    return view
+
+
+@pytest.mark.parametrize(
+    ("minutes", "probe"),
+    [(4.5, "in 4m"), (0.5, "in 30s"), (125, "in 2h05m"), (-1, "now"), (1_439.5, "in 23h59m")],
+)
+def test_a_cooldown_shows_the_reply_and_the_time_to_the_next_probe(
+    minutes: float, probe: str
+) -> None:
+    short = "Daily limit"
+    assert why(cooling(short, minutes), NOW) == (f"cooling down: 550 5.4.5 {short}, probe {probe}")
+
+
+def test_a_sender_that_cools_down_says_so_unless_something_else_comes_first() -> None:
+    view = cooling()
+    idle = SenderView(view.sender, view.stats)
+    assert why(idle, NOW).startswith("cooling down: 550 5.4.5")
+    later = SenderView(view.sender, view.stats, sender(1, jobs.WAIT_REASON_NOT_DUE).waits)
+    assert why(later, NOW) == "not due till 12:00:05"
+    paused = Sender(state=SENDER_STATE_PAUSED)
+    assert why(SenderView(paused, view.stats), NOW) == "paused"
+
+
+@pytest.mark.parametrize("width", [64, 80, 140])
+def test_a_long_reply_is_cut_and_the_time_of_the_probe_stays(width: int) -> None:
+    view = View(NOW, [cooling("You have exceeded your quota. " * 20), sender(2)])
+    out = io.StringIO()
+    console = Console(file=out, width=width, height=24, markup=False, force_terminal=False)
+    console.print(draw(view, 0, "", console))
+    [line] = [line for line in out.getvalue().splitlines() if "cooling down" in line]
+    assert "550 5.4.5" in line
+    assert line.rstrip().endswith("..., probe in 4m")
+    assert "news-1@" in line
+
+
+def test_nothing_that_a_foreign_server_wrote_steers_the_terminal() -> None:
+    steering = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\nanother line"
+    endpoint = EndpointStatus(host="smtp.example.com", port=587, last_error=steering)
+    dispatcher = DispatcherStatus(dispatcher_id="one", concurrency=5, endpoints=[endpoint])
+    view = View(NOW, [cooling(steering)], [dispatcher], [steering])
+    out = io.StringIO()
+    console = Console(file=out, width=300, height=40, markup=False, force_terminal=False)
+    console.print(draw(view, 0, steering, console))
+    shown = out.getvalue()
+    assert all(char.isprintable() or char == "\n" for char in shown)
+    assert shown.count("\\x1b]0;owned") == 4
+    assert not any(line.startswith("another line") for line in shown.splitlines())
 
 
 def test_every_reason_has_words_of_its_own() -> None:
