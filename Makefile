@@ -14,7 +14,7 @@ ASYNC := $(wildcard client/src/outbox_client/_async/*.py)
 
 .PHONY: help
 help: ## Print this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 .venv/packages: requirements.lock
 	$(PYTHON) -m venv .venv
@@ -40,12 +40,20 @@ demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is
 	$(BIN)/outbox demo
 
 .PHONY: test
-test: $(READY) ## Run all tests on real servers
+test: $(READY) ## Run all tests on real servers, except those of test-mail-servers
 	$(PYTEST)
 
 .PHONY: test-debian
 test-debian: $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
 	OUTBOX_TEST_STORES=debian $(PYTEST)
+
+.PHONY: mail-servers
+mail-servers: ## Unpack Debian's Postfix, Exim and OpenSMTPD into build/mail-servers
+	tests/mail_servers/install.sh
+
+.PHONY: test-mail-servers
+test-mail-servers: $(READY) ## Run the tests with them (as root, after make mail-servers)
+	$(PYTEST) tests/mail_servers
 
 .PHONY: drill
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it

@@ -1,0 +1,71 @@
+"""A private OpenSMTPD: a table of credentials for AUTH, its own delivery agent for a Maildir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from deploy.local.child import Child
+from deploy.local.ports import LOOPBACK
+from tests.mail_servers.authority import Authority
+from tests.mail_servers.server import DOMAIN, MAILDIR, USERNAME, MailServer
+
+# The hash of server.PASSWORD by crypt(3), SHA-256. What OpenSMTPD makes itself (yescrypt) takes a
+# third of a second at each login, one login after the other.
+_HASH: Final = "$5$outboxtests$dEDRceOMFOh7516IcMScNMSBbXxtXZRSH7uWXK11bI2"
+_MAILBOXES: Final = 100
+_CONFIGURATION: Final = f"""\
+pki mail cert "/etc/mail.crt"
+pki mail key "/etc/mail.key"
+table credentials file:/etc/mail/credentials
+table mailboxes file:/etc/mail/mailboxes
+%(settings)s
+listen on {LOOPBACK} port %(port)d hostname opensmtpd.example.com tls-require pki mail auth <credentials> %(listener)s
+action "inbox" maildir "/{MAILDIR}" virtual <mailboxes>
+match auth from any for domain "{DOMAIN}" action "inbox"
+"""  # noqa: E501 - one directive, one line
+
+
+class OpenSmtpd(MailServer):
+    """OpenSMTPD; `settings` are lines of smtpd.conf, `listener` more words of its listener."""
+
+    name = "opensmtpd"
+
+    def __init__(
+        self, folder: Path, authority: Authority, settings: str = "", listener: str = ""
+    ) -> None:
+        self._listener = listener
+        super().__init__(folder, authority, settings)
+
+    def _prepare(self) -> None:
+        self.root.folder("var/spool/smtpd", mode=0o711)
+        for folder in ("queue", "corrupt", "temporary", "incoming", "purge"):
+            self.root.folder(f"var/spool/smtpd/{folder}", "opensmtpq", 0o700, group="root")
+        self.root.folder("var/spool/smtpd/offline", mode=0o770, group="opensmtpq")
+        self.root.folder("var/mail", "inbox")
+        self.root.folder(MAILDIR, "inbox", 0o700)
+        # It does not start without the CAs that it would trust as a client.
+        self.root.write("etc/ssl/certs/ca-certificates.crt", self.authority.pem)
+        numbers = ["", *range(1, _MAILBOXES + 1)]
+        self.root.write(
+            "etc/mail/mailboxes", "".join(f"r{number}@{DOMAIN} inbox\n" for number in numbers)
+        )
+        self.root.write(
+            "etc/mail/credentials", f"{USERNAME} {_HASH}\n", owner="opensmtpd", mode=0o600
+        )
+
+    def _configure(self) -> Child:
+        text = _CONFIGURATION % {
+            "settings": self.settings,
+            "port": self.port,
+            "listener": self._listener,
+        }
+        self.root.write("etc/smtpd.conf", text)
+        return self.root.child("OpenSMTPD", "/usr/sbin/smtpd", "-d")
+
+    def queued(self) -> int:
+        queue = self.root.path / "var/spool/smtpd/queue"
+        return sum(file.is_file() for file in queue.rglob("*"))
+
+    def log(self) -> str:
+        return self.root.log.read_text(errors="replace")
