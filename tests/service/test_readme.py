@@ -31,6 +31,8 @@ def commands(section: str) -> list[str]:
 
 
 def shown(value: object) -> str:
+    if value is None:
+        return ""
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
     if isinstance(value, timedelta):
