@@ -9,6 +9,7 @@ RELAY = "relay"
 
 
 def endpoint_of(
+    user_id: str,
     host: str | None,
     port: int | None,
     security: int | None,
@@ -18,10 +19,11 @@ def endpoint_of(
 ) -> str:
     """Return the endpoint of a sender with these columns: a short hash, or `RELAY`.
 
-    Not of the password, which is in no other place than its own. `override`: everything goes to
-    the relay (OUTBOX_SMTP_OVERRIDE).
+    The user is part of it: who names another user's host and user name with a wrong password opens
+    no circuit but his own. The password is not: it is kept in one place only. `override` means that
+    everything goes to the relay (OUTBOX_SMTP_OVERRIDE).
     """
     if override or host is None or port is None:
         return RELAY
-    text = "\0".join((host.lower(), str(port), str(int(security or 0)), username or ""))
+    text = "\0".join((user_id, host.lower(), str(port), str(int(security or 0)), username or ""))
     return blake2s(text.encode(), digest_size=8).hexdigest()

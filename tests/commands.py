@@ -1,0 +1,42 @@
+"""Runs the `outbox` command, in this process or as one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from cli.main import app
+from tests.scheduler_stack import Scheduler
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def run(words: list[str], stdin: bytes | None = None) -> Done:
+    """Run a command here; with `stdin` as a process, which reads it from a pipe."""
+    if stdin is None:
+        done = CliRunner().invoke(app, words)
+        return Done(done.exit_code, done.stdout, done.stderr)
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("outbox"), *words],
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    return Done(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+async def outbox(scheduler: Scheduler, *words: str, stdin: bytes | None = None) -> Done:
+    return await asyncio.to_thread(run, [*words, "--server", scheduler.address], stdin)
