@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
@@ -156,4 +157,6 @@ async def _main(values: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
+    # The test reads stdout line by line; what is logged must not come between.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     asyncio.run(_main(json.loads(sys.argv[1])))
