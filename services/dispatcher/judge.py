@@ -39,6 +39,7 @@ class Judge:
                 failures=job.failures,
                 deferred_for=job.deferred_for,
                 probe=claim.probe,
+                mail_begun=result.mail_begun,
             ),
             ladders=self._ladders,
             policy=self._policy,

@@ -48,6 +48,8 @@ class Tried:
     deferred_for: timedelta | None = None
     # The sender was cooling down, and this attempt was its probe.
     probe: bool = False
+    # The server was told about this mail by MAIL.
+    mail_begun: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,11 @@ def decide(
     if permanent or tried.attempt >= _MOST_ATTEMPTS:
         return Verdict(JobState.FAILED, tried.failures + 1)
     stretch = 1 + JITTER * chance
-    # A server that refuses a step before MAIL, with any reply, has not seen the mail.
-    session_refused = (
-        tried.outcome is AttemptOutcome.CONNECTION_FAILURE and tried.reply_class is not None
+    # The server was not told about the mail: it was not reached, or it refused the session.
+    no_session = tried.outcome is AttemptOutcome.CONNECTION_FAILURE and (
+        tried.reply_class is not None or not tried.mail_begun
     )
-    if probe_refused or session_refused or tried.reply_class in USES_NO_ATTEMPT:
+    if probe_refused or no_session or tried.reply_class in USES_NO_ATTEMPT:
         return _not_counted(tried, ladders, stretch, cools_down=probe_refused)
     if tried.reply_class is ReplyClass.DEFERRED:
         return _deferred(tried, ladders, stretch)

@@ -217,6 +217,21 @@ def test_no_job_is_tried_more_often_than_attempts_can_be_counted(reply_class: Re
     assert answered(reply_class, attempt=32_000).state is JobState.FAILED
 
 
+@pytest.mark.parametrize("failures", [0, 3, 50])
+def test_a_server_that_is_not_reached_uses_no_attempt(failures: int) -> None:
+    tried = Tried(
+        attempt=failures + 1,
+        outcome=AttemptOutcome.CONNECTION_FAILURE,
+        failures=failures,
+        mail_begun=False,
+    )
+    ladders = Ladders(LADDER, DEFERRALS, DEFER_FOR)
+
+    decided = decide(tried, ladders=ladders, policy="resend", chance=0.0)
+
+    assert decided == Verdict(JobState.SCHEDULED, failures, LADDER[0])
+
+
 @pytest.mark.parametrize(
     "reply_class", [ReplyClass.SESSION, ReplyClass.TEMPORARY, ReplyClass.DEFERRED]
 )

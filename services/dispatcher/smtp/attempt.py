@@ -8,7 +8,13 @@ from typing import Final
 
 from services.dispatcher.lease import Lease
 from services.dispatcher.smtp.endpoint_pool import EndpointPool
-from services.dispatcher.smtp.result import Envelope, GivenBackError, SendResult, outcome_of
+from services.dispatcher.smtp.result import (
+    OPENING,
+    Envelope,
+    GivenBackError,
+    SendResult,
+    outcome_of,
+)
 from services.dispatcher.smtp.session import KeptSession
 from services.dispatcher.smtp.transaction import Transaction
 from shared.oauth2.credentials import TokenRefused, TokenUnavailable
@@ -26,7 +32,7 @@ _OF_THE_SESSION: Final = frozenset(
 )
 # What may be a limit of connections that the server does not name.
 _UNEXPLAINED: Final = frozenset({ReplyClass.SESSION, ReplyClass.TEMPORARY})
-_BEFORE_RCPT: Final = frozenset({Phase.CONNECT, Phase.EHLO, Phase.STARTTLS, Phase.AUTH, Phase.MAIL})
+_BEFORE_RCPT: Final = OPENING | {Phase.MAIL}
 
 
 class SendAttempt:
@@ -228,6 +234,7 @@ class SendAttempt:
         return self._result(
             AttemptOutcome.IN_DOUBT if in_doubt else AttemptOutcome.CONNECTION_FAILURE,
             str(error) or type(error).__name__,
+            mail_begun=self._session is not None and self._session.phase not in OPENING,
         )
 
     def _result_of(self, phase: Phase, reply: WireReply, earlier_mails: int) -> SendResult:
@@ -251,6 +258,7 @@ class SendAttempt:
         enhanced_code: str | None = None,
         reply_class: ReplyClass | None = None,
         daily: bool = False,
+        mail_begun: bool = True,
     ) -> SendResult:
         return SendResult(
             outcome=outcome,
@@ -262,4 +270,5 @@ class SendAttempt:
             message=(self._session or self._endpoint).shown(text),
             reply_class=reply_class,
             daily=daily,
+            mail_begun=mail_begun,
         )

@@ -22,7 +22,8 @@ _OUTCOMES: Final = {
     ReplyClass.CONTENT: AttemptOutcome.PERMANENT_FAILURE,
     ReplyClass.REFUSED: AttemptOutcome.PERMANENT_FAILURE,
 }
-_OPENING: Final = frozenset({Phase.CONNECT, Phase.EHLO, Phase.STARTTLS, Phase.AUTH})
+# The phases before a server is told about a mail.
+OPENING: Final = frozenset({Phase.CONNECT, Phase.EHLO, Phase.STARTTLS, Phase.AUTH})
 # Refusals before MAIL that are about how much is sent, not about the endpoint's health.
 _ALLOWANCES: Final = frozenset({ReplyClass.CONNECTIONS, ReplyClass.RATE, ReplyClass.ACCOUNT})
 
@@ -56,6 +57,8 @@ class SendResult:
     message: str | None = None
     reply_class: ReplyClass | None = None
     daily: bool = False
+    # The server was told about this mail by MAIL.
+    mail_begun: bool = True
 
 
 class GivenBackError(Exception):
@@ -64,6 +67,6 @@ class GivenBackError(Exception):
 
 def outcome_of(reply_class: ReplyClass, phase: Phase) -> AttemptOutcome:
     """Return the outcome of an attempt whose last reply has this class and came in this phase."""
-    if phase in _OPENING and reply_class not in _ALLOWANCES:
+    if phase in OPENING and reply_class not in _ALLOWANCES:
         return AttemptOutcome.CONNECTION_FAILURE
     return _OUTCOMES[reply_class]
