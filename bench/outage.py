@@ -25,7 +25,7 @@ from bench.world import World
 from deploy.local.proxy import TcpProxy
 from deploy.local.record import ReceivedMail
 from deploy.local.stack import Servers
-from shared.audit import least_gap, most_in_window
+from shared.audit.replay import least_gap, most_in_window
 from shared.database import migrate
 from shared.settings import parse_duration
 from shared.states import AttemptOutcome, JobState

@@ -14,9 +14,8 @@ from cli.lazy import EXIT_FAILED, CommandFailed
 from cli.output import Output, OutputFormat, note, print_json, print_rows
 from shared.settings import Settings, load_settings
 
-_SHOWN: Final = 20
+_MAX_ROWS: Final = 20
 _COLUMNS: Final = ("sender", "id", "sends", "judged", "least gap", "must be", "most", "limit")
-_RECORD: Final = "record.jsonl"
 
 app = typer.Typer(add_completion=False)
 
@@ -28,12 +27,13 @@ def audit(
         typer.Option(
             "--maildir",
             metavar="DIR",
-            help="What arrived: a Maildir. The development inbox keeps a record in it, with times.",
+            help="Maildir of the mails that arrived. The development inbox keeps a record in it, "
+            "with times.",
         ),
     ] = None,
     record: Annotated[
         Path | None,
-        typer.Option("--record", metavar="FILE", help="What arrived: that record alone."),
+        typer.Option("--record", metavar="FILE", help="Record of the mails that arrived."),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -42,8 +42,10 @@ def audit(
     Replays the recorded sends: the least gap of each sender, the most mails
     in any window, accepted jobs that are lost, mails sent twice (and whether
     an attempt at them was in doubt), jobs that contradict themselves, counts
-    that differ from a recount. Where the SMTP side kept what it saw, its word
-    counts. Reads PostgreSQL alone and changes nothing.
+    that differ from a recount. Mail that went to the development inbox is
+    judged by what the inbox saw, all other mail by PostgreSQL alone. Other
+    servers' mails in --maildir are taken to be all that was sent. Changes
+    nothing.
 
     The database is OUTBOX_DATABASE_URL, or that of `outbox up` in this folder,
     whose inbox is looked at too. Exit code 1 if a promise was broken.
@@ -56,14 +58,17 @@ def audit(
     # `--help` needs no SQLAlchemy, which takes a third of a second.
     from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
-    from cli.audit_report import Report  # noqa: PLC0415
-    from cli.audit_run import SmtpSide  # noqa: PLC0415
-    from cli.audit_run import audit as carry_out  # noqa: PLC0415
+    from deploy.local.record import RECORD, KeptMails  # noqa: PLC0415
+    from shared.audit.installation import audit_installation  # noqa: PLC0415
+    from shared.audit.report import AuditReport  # noqa: PLC0415
 
-    if record is None and maildir is not None and (maildir / _RECORD).is_file():
-        record = maildir / _RECORD
+    if record is None and maildir is not None and (maildir / RECORD).is_file():
+        record = maildir / RECORD
+    smtp_side = None
+    if record is not None or maildir is not None:
+        smtp_side = KeptMails(record, maildir)
     try:
-        findings = asyncio.run(carry_out(settings, SmtpSide(record=record, maildir=maildir)))
+        findings = asyncio.run(audit_installation(settings, smtp_side))
     except SQLAlchemyError as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None
@@ -71,7 +76,7 @@ def audit(
         raise CommandFailed(f"{error.filename}: there is no such file or folder") from None
     except ValueError as error:
         raise CommandFailed(str(error)) from None
-    report = Report(findings, settings)
+    report = AuditReport(findings, settings)
     if output is OutputFormat.JSON:
         print_json(report.document())
     else:
@@ -99,7 +104,7 @@ def _place() -> tuple[Settings, Path | None]:
 def _print(report: Any) -> None:
     senders = report.senders
     rows = []
-    for one in senders[:_SHOWN]:
+    for one in senders[:_MAX_ROWS]:
         replay, gap = one.replay, one.replay.least_gap
         counts = (one.sender.sender_id, replay.sends, replay.judged)
         gaps = ("" if gap is None else f"{gap:.3f} s", f"{one.min_gap_s:g} s")
@@ -107,13 +112,17 @@ def _print(report: Any) -> None:
         rows.append([one.sender.email, *map(str, counts), *gaps, *most])
     if rows:
         print_rows(_COLUMNS, rows)
-    if len(senders) > _SHOWN:
-        note(f"the {_SHOWN} senders of {len(senders)} that came closest to their limits")
+    if len(senders) > _MAX_ROWS:
+        note(f"the {_MAX_ROWS} senders of {len(senders)} that came closest to their limits")
     sys.stdout.write("\n")
     sys.stdout.flush()
     print_rows(("what", "figure"), ([name, _text(n)] for name, n in report.figures().items()))
     side = "as the SMTP side saw them" if report.by_smtp_side else "as PostgreSQL recorded them"
     lines = [f"BROKEN: {line}" for line in report.broken] or ["Every promise was kept."]
+    elsewhere = report.findings.jobs.elsewhere
+    if elsewhere:
+        mails, are = ("1 mail", "is") if elsewhere == 1 else (f"{elsewhere:,} mails", "are")
+        lines.append(f"{mails} went to other servers and {are} judged by PostgreSQL alone.")
     sys.stdout.write(f"\n{chr(10).join(lines)}\n")
     sys.stdout.write(f"Sends {side}, compared with {report.compared_with}.\n")
     sys.stdout.flush()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.local.record import ReceivedMail, least_gap_s, most_in_any_window
-from shared.audit import sent_twice
+from shared.audit.jobs import sent_twice
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,13 @@ from typing import Annotated, Final
 
 import typer
 
-from cli.audit_report import Report
-from cli.audit_run import SmtpSide, audit
-from cli.drill_report import DrillReport, renamed_recipients
 from cli.foreground import run
 from cli.lazy import EXIT_FAILED, CommandFailed
 from cli.output import Output, OutputFormat, note, print_json, print_rows
 from deploy.drill.clocks import HOW_TO_GET, faketime_library
+from deploy.drill.drill import drill as play
 from deploy.drill.plan import CLOCK_KINDS, KINDS, OUTAGE_DRILL_S, OUTAGES
-from deploy.drill.run import Drill
+from deploy.drill.report import DrillReport
 from deploy.drill.stack import DrillStack, Size, drill_settings
 from deploy.local.child import LocalServerError
 
@@ -125,7 +123,7 @@ def drill(
     keep = False
     try:
         report = run(
-            lambda: _play(stack, seed=seed, names=names, seconds=minutes * 60),
+            lambda: play(stack, seed=seed, names=names, seconds=minutes * 60, say=note),
             lambda: note("stopping ..."),
         )
         keep = report is not None and bool(report.broken)
@@ -149,17 +147,6 @@ def drill(
 def _say(text: str) -> None:
     # Of a server that did not start at once the logs tell more.
     note(text.partition("; /")[0].partition("\n")[0])
-
-
-async def _play(stack: DrillStack, *, seed: int, names: list[str], seconds: float) -> DrillReport:
-    async with stack:
-        player = Drill(stack, seed=seed, names=names, seconds=seconds, say=note)
-        outcome = await player.run()
-        side = SmtpSide(record=stack.inbox.record)
-        findings = await audit(stack.audit_settings, side)
-        report = Report(findings, stack.audit_settings)
-        policy = stack.settings.uncertain_policy
-        return DrillReport(outcome, report, policy, renamed_recipients(stack.inbox.mails))
 
 
 def _print(report: DrillReport, folder: Path, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from outbox.v1 import stats_service_pb2 as pb
 
 from cli.client import Server, connection, pages
 from cli.forecast import forecast
-from cli.options import AllPages, PageSize, PageToken, User
+from cli.options import AllPages, PageSize, PageToken, User, read_time, to_timestamp
 from cli.output import (
     Output,
     OutputFormat,
@@ -21,7 +22,6 @@ from cli.output import (
     to_document,
     value_at,
 )
-from cli.sender_audit import audit
 from cli.series import series
 from cli.service import run
 
@@ -126,6 +126,38 @@ def watch(
     note("the sender is deleted")
 
 
+@app.command()
+def audit(
+    sender_id: Annotated[str, typer.Argument(metavar="SENDER_ID")],
+    *,
+    start_time: Annotated[
+        datetime | None,
+        typer.Option(
+            "--start-time", parser=read_time, metavar="TIME", help="Unset: its first send."
+        ),
+    ] = None,
+    end_time: Annotated[
+        datetime | None,
+        typer.Option("--end-time", parser=read_time, metavar="TIME", help="Unset: now."),
+    ] = None,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Replay what a sender sent against its gap and limit.
+
+    $ outbox stats audit 3
+    """
+    request = pb.AuditSenderRequest(
+        sender_id=sender_id,
+        user_id=user,
+        start_time=to_timestamp(start_time),
+        end_time=to_timestamp(end_time),
+    )
+    with connection("stats", server) as client:
+        found = client.stats.AuditSender(request)
+    show(found, output)
+
+
 app.command()(forecast)
-app.command()(audit)
 app.command()(series)

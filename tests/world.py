@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, Self
 import psycopg
 from psycopg.rows import namedtuple_row
 
-from shared.audit import least_gap, most_in_window
+from shared.audit.replay import least_gap, most_in_window
 from shared.counts import batch_counts, sender_counts
 from shared.database import create_engine
 from shared.heads import HeadLoader

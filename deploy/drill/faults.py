@@ -11,12 +11,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
-import psycopg
 import redis.asyncio
 from redis.exceptions import RedisError
 
 from deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
-from deploy.drill.failing_writes import fail_writes, heal_writes
+from deploy.drill.database import end_connections, fail_writes, heal_writes
 from deploy.drill.plan import LAG_S, Fault
 from deploy.drill.provider_troubles import PROVIDER_TROUBLES
 from deploy.drill.stack import DrillStack
@@ -245,7 +244,8 @@ class Faults:
         self._stack.postgres.child.signal(signal.SIGQUIT)
 
     async def _cut_postgres(self, _: Fault) -> None:
-        await until(self._terminated, _PATIENCE_S)
+        url = self._stack.postgres.url("postgres", SUPERUSER)
+        await until(lambda: end_connections(url), _PATIENCE_S)
 
     async def _fill_disk(self, fault: Fault) -> None:
         await self._fail_writes("53100", 1.0, fault.lasts)
@@ -263,15 +263,3 @@ class Faults:
                 await asyncio.sleep(lasts)
             finally:
                 await until(lambda: heal_writes(url), _HEAL_LIMIT_S)
-
-    async def _terminated(self) -> bool:
-        url = self._stack.postgres.url("postgres", SUPERUSER)
-        try:
-            async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-                await connection.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
-                )
-        except psycopg.OperationalError:
-            return False
-        return True

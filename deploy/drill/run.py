@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-import psycopg
 from outbox.v1.sender_pb2 import SMTP_SECURITY_TLS, SmtpEndpoint
 
+from deploy.drill.database import count_open_jobs
 from deploy.drill.faults import Faults
 from deploy.drill.load import Answered, Load
 from deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
@@ -36,7 +36,7 @@ class Struck:
 
 
 @dataclass
-class Outcome:
+class DrillOutcome:
     """What a drill came to, before its audit."""
 
     answered: Answered
@@ -82,10 +82,10 @@ class Drill:
         # When the last outage was over, in seconds since 1970.
         self._outage_over = 0.0
 
-    async def run(self) -> Outcome:
+    async def run(self) -> DrillOutcome:
         """Play the plan, heal everything, and wait for the last job's end."""
         self._began = time.monotonic()
-        outcome = Outcome(self._load.answered)
+        outcome = DrillOutcome(self._load.answered)
         stop = asyncio.Event()
         loading = asyncio.create_task(self._load.run(stop))
         try:
@@ -149,11 +149,7 @@ class Drill:
         return left
 
     async def _open_jobs(self) -> int:
-        url = self._stack.system.servers.database_url
-        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-            cursor = await connection.execute("SELECT count(*) FROM email_jobs WHERE state <= 2")
-            row = await cursor.fetchone()
-        return 0 if row is None else int(row[0])
+        return await count_open_jobs(self._stack.system.servers.database_url)
 
     def _now(self) -> float:
         return time.monotonic() - self._began

@@ -6,14 +6,18 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from shared.audit import least_gap, most_in_window
+from shared.audit.replay import least_gap, most_in_window
 
+RECORD: Final = "record.jsonl"
+# A file beside the record.
+_RECEIVER_ID: Final = "receiver_id"
 # In the headers alone; a folded one has its value on the next line.
 MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S[^\r\n]*?)\s*$")
 
@@ -102,6 +106,62 @@ def message_ids_in(maildir: Path) -> Iterator[str]:
                     headers += line
             found = MESSAGE_ID.search(headers)
             yield found[1].decode("utf-8", "replace") if found else ""
+
+
+def receiver_id_of(folder: Path) -> str | None:
+    """Return the text in each reply of the server that stores its mails in `folder`, if known."""
+    try:
+        return (folder / _RECEIVER_ID).read_text().strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def ensure_receiver_id(folder: Path) -> str:
+    """Return the same; a new one is stored if there is none."""
+    known = receiver_id_of(folder)
+    if known is not None:
+        return known
+    made = secrets.token_hex(6)
+    written = folder / f"{_RECEIVER_ID}.new"
+    written.write_text(f"{made}\n")
+    written.rename(folder / _RECEIVER_ID)
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class KeptMails:
+    """The mails that a server kept, for an audit: in a record with times, or in a Maildir.
+
+    The Maildir is not read if there is a record.
+    """
+
+    record: Path | None = None
+    maildir: Path | None = None
+
+    @property
+    def receiver_id(self) -> str | None:
+        """The text in each of the server's replies to a mail; None: unknown."""
+        folder = self.maildir if self.record is None else self.record.parent
+        return None if folder is None else receiver_id_of(folder)
+
+    def message_ids(self) -> Iterator[str]:
+        """Return the Message-ID of every mail.
+
+        Raises:
+            FileNotFoundError: there is no such file or folder.
+            ValueError: it is no record.
+        """
+        if self.record is not None:
+            yield from (mail.message_id for mail in iterate_record(self.record))
+        elif self.maildir is not None:
+            yield from message_ids_in(self.maildir)
+
+    def sends(self) -> Iterator[tuple[str, float, float]] | None:
+        """Return (Message-ID, start, end) of every mail; None: only a record has times."""
+        if self.record is None:
+            return None
+        mails = iterate_record(self.record)
+        return ((mail.message_id, mail.started_at, mail.received_at) for mail in mails)
 
 
 def by_sender(mails: Iterable[ReceivedMail]) -> dict[str, list[ReceivedMail]]:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli.audit_report import Report
-from cli.audit_run import SmtpSide, audit
 from cli.main import app
-from deploy.local.record import ReceivedMail
+from deploy.local.record import KeptMails, ReceivedMail
 from services.scheduler.storage.cancelling import cancel_batch, sweep
+from shared.audit.installation import audit_installation
+from shared.audit.report import AuditReport
 from shared.counts import sender_counts
 from shared.database import transaction
 from shared.message_ids import installation_id, message_id_for
@@ -27,6 +27,7 @@ from shared.states import AttemptOutcome, JobState
 from tests.world import World, address_of
 
 GAP = timedelta(seconds=2)
+RECEIVER_ID = "3f9c2a1b04de"
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ class Past:
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
         self.record = folder / "record.jsonl"
+        (folder / "receiver_id").write_text(f"{RECEIVER_ID}\n")
         self.mails: list[ReceivedMail] = []
         self._began = time.time() - 3600
         self._installation = ""
@@ -59,18 +61,33 @@ class Past:
             self.arrived(sender, job, second)
         return jobs
 
-    async def attempt(self, job: int, second: float, outcome: AttemptOutcome) -> None:
+    async def sent_elsewhere(self, sender: int, *seconds: float) -> list[int]:
+        """The same, to a server whose mails the audit does not see."""
+        jobs = await self.world.schedule(sender, len(seconds), load=False)
+        for job, second in zip(jobs, seconds, strict=True):
+            await self.attempt(job, second, AttemptOutcome.SENT, "2.0.0 Ok: queued as 4XyZ")
+            await self.end(job, second, JobState.SENT)
+        return jobs
+
+    async def attempt(
+        self,
+        job: int,
+        second: float,
+        outcome: AttemptOutcome,
+        reply: str = f"2.0.0 OK: stored by {RECEIVER_ID}",
+    ) -> None:
         await self.world.sql(
             "UPDATE email_jobs SET attempt = attempt + 1 WHERE id = %s AND state = 1", job
         )
         await self.world.sql(
             "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
-            " counted) SELECT id, greatest(attempt, (SELECT max(attempt) + 1 FROM attempts"
-            " WHERE email_job_id = id)), sender_id, to_timestamp(%s), to_timestamp(%s), %s, true"
-            " FROM email_jobs WHERE id = %s",
+            " counted, message) SELECT id, greatest(attempt, (SELECT max(attempt) + 1 FROM attempts"
+            " WHERE email_job_id = id)), sender_id, to_timestamp(%s), to_timestamp(%s), %s, true,"
+            " %s FROM email_jobs WHERE id = %s",
             self._began + second,
             self._began + second + 0.1,
             int(outcome),
+            reply,
             job,
         )
 
@@ -101,11 +118,11 @@ class Past:
             )
         )
 
-    async def audit(self, settings: Settings, *, smtp_side: bool = True) -> Report:
+    async def audit(self, settings: Settings, *, smtp_side: bool = True) -> AuditReport:
         lines = (json.dumps(dataclasses.asdict(mail)) + "\n" for mail in self.mails)
         self.record.write_text("".join(lines))
-        side = SmtpSide(record=self.record) if smtp_side else SmtpSide()
-        return Report(await audit(settings, side), settings)
+        side = KeptMails(record=self.record) if smtp_side else None
+        return AuditReport(await audit_installation(settings, side), settings)
 
 
 @pytest.fixture
@@ -225,6 +242,58 @@ async def test_two_recorded_sends_of_one_job_are_found_without_the_smtp_side(
     assert "an attempt began after it was SENT" in report.broken[-1]
 
 
+async def test_mail_that_went_to_another_server_is_judged_by_postgresql_alone(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    own_server = await past.world.sender(limit=2)
+    await past.sent_elsewhere(own_server, 0, 3, 11)
+    found = (await past.audit(settings)).document()
+    assert (found["broken"], found["lost"], found["sent"]) == ([], 0, 6)
+    assert (found["seen"], found["sent_elsewhere"]) == (3, 3)
+    judged_by = {one["sender_id"]: (one["judged_by"], one["sends"]) for one in found["senders"]}
+    assert judged_by == {str(sender): ("smtp side", 3), str(own_server): ("postgresql", 3)}
+
+    # Gap, window and second sends are found all the same.
+    job = (await past.sent_elsewhere(own_server, 4))[0]
+    await past.attempt(job, 30, AttemptOutcome.SENT, "2.0.0 Ok: queued as 9AbC")
+    found = (await past.audit(settings)).document()
+    assert found["duplicates_unexplained"] == 1
+    broken = "\n".join(found["broken"])
+    assert "a gap of 0.900 s, less than 2 s" in broken
+    assert "3 mails within 10s, more than 2" in broken
+
+
+async def test_a_sender_whose_mail_went_to_two_servers_is_judged_by_all_of_it(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    # Between a mail that the inbox has and one that it has not.
+    await past.sent_elsewhere(sender, 6.5)
+    found = (await past.audit(settings)).document()
+    assert found["sent_elsewhere"] == 1
+    assert [one["sends"] for one in found["senders"]] == [4]
+    assert "a gap of 1.400 s, less than 2 s" in found["broken"][0]
+    assert "4 mails within 10s, more than 3" in found["broken"][1]
+
+
+async def test_a_mail_is_lost_if_the_inbox_accepted_it_and_has_it_no_more(
+    past: Past, settings: Settings, sender: int
+) -> None:
+    await past.sent_elsewhere(sender, 20)
+    past.mails.pop()
+    found = (await past.audit(settings)).document()
+    assert (found["lost"], found["sent_elsewhere"]) == (1, 1)
+
+
+@pytest.mark.usefixtures("sender")
+async def test_all_mail_is_looked_for_in_a_maildir_of_an_unknown_server(
+    past: Past, settings: Settings
+) -> None:
+    (past.record.parent / "receiver_id").unlink()
+    past.mails.pop()
+    found = (await past.audit(settings)).document()
+    assert (found["lost"], found["sent_elsewhere"]) == (1, 0)
+
+
 @pytest.mark.usefixtures("sender")
 async def test_a_count_that_is_off_by_one_is_found(past: Past, settings: Settings) -> None:
     await past.world.sql(
@@ -274,6 +343,7 @@ async def test_audit_and_stats_agree_while_the_rows_of_a_cancelled_batch_follow(
 async def test_the_command_answers_in_a_document_and_by_its_exit_code(
     past: Past, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await past.sent_elsewhere(await past.world.sender(), 0)
     await past.audit(settings)
     monkeypatch.setenv("OUTBOX_DATABASE_URL", settings.database_url)
     monkeypatch.setenv("OUTBOX_RATE_WINDOW", "10s")
@@ -289,6 +359,8 @@ async def test_the_command_answers_in_a_document_and_by_its_exit_code(
     broken = await asyncio.to_thread(run, "--maildir", str(past.record.parent))
     assert broken.exit_code == 1
     assert "BROKEN: " in broken.stdout
+    said = "1 mail went to other servers and is judged by PostgreSQL alone."
+    assert said in " ".join(broken.stdout.split())
     assert "at least 3s (OUTBOX_MIN_GAP)" in broken.stdout
     missing = await asyncio.to_thread(run, "--record", "/no/such/file")
     assert missing.exit_code == 1

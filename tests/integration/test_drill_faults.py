@@ -12,7 +12,7 @@ from psycopg import errors
 from redis.asyncio import Redis
 
 from deploy.drill.clocks import HOW_TO_GET, clock_by_file, faketime_library, set_clock
-from deploy.drill.failing_writes import fail_writes, heal_writes
+from deploy.drill.database import fail_writes, heal_writes
 from deploy.local.valkey import ValkeyServer
 from tests.eventually import eventually
 

@@ -4,16 +4,14 @@ import random
 
 import pytest
 
-from shared.audit import (
+from shared.audit.jobs import (
     Copies,
     JobTrace,
-    Replay,
     contradiction_of,
     delivery_of,
-    least_gap,
-    most_in_window,
     sent_twice,
 )
+from shared.audit.replay import Replay, least_gap, most_in_window
 from shared.states import JobState
 
 
@@ -77,10 +75,13 @@ def trace(
     attempt: int = 1,
     recorded: int = 1,
     sent: int = 0,
+    sent_to_smtp_side: int | None = None,
     doubtful: int = 0,
     began_after_end: bool = False,
 ) -> JobTrace:
-    return JobTrace(7, state, attempt, recorded, sent, doubtful, began_after_end)
+    if sent_to_smtp_side is None:
+        sent_to_smtp_side = sent
+    return JobTrace(7, state, attempt, recorded, sent, sent_to_smtp_side, doubtful, began_after_end)
 
 
 def test_a_replay_finds_what_the_lists_as_a_whole_say() -> None:
@@ -182,3 +183,30 @@ def test_copies_are_explained_by_sends_and_doubts(
 ) -> None:
     delivery = delivery_of(job, copies)
     assert (delivery.lost, delivery.duplicates, delivery.unexplained) == found
+
+
+@pytest.mark.parametrize(
+    ("job", "copies", "found"),
+    [
+        # Lost, duplicates, unexplained, elsewhere.
+        (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), 0, (False, 0, 0, 1)),
+        (trace(JobState.SENT, sent=1, sent_to_smtp_side=0, doubtful=1), 1, (False, 1, 0, 1)),
+        (trace(JobState.SENT, sent=2, sent_to_smtp_side=0), 0, (False, 1, 1, 2)),
+        (trace(JobState.SENT, sent=2, sent_to_smtp_side=1), 1, (False, 1, 1, 1)),
+        (trace(JobState.SENT, sent=2, sent_to_smtp_side=1), 0, (True, 0, 1, 1)),
+        # The reply was another one, and the mail came all the same.
+        (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), 1, (False, 0, 0, 0)),
+        (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), 2, (False, 1, 1, 0)),
+        (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), None, (False, 0, 0, 0)),
+    ],
+)
+def test_a_send_to_a_server_that_nobody_looked_at_is_not_lost(
+    job: JobTrace, copies: int | None, found: tuple[bool, int, int, int]
+) -> None:
+    delivery = delivery_of(job, copies)
+    assert (
+        delivery.lost,
+        delivery.duplicates,
+        delivery.unexplained,
+        delivery.elsewhere,
+    ) == found

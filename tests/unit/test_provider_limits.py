@@ -23,7 +23,7 @@ from deploy.providers.profile import (
     RefusingReply,
     is_qualified,
 )
-from shared.audit import most_in_window
+from shared.audit.replay import most_in_window
 from shared.smtp.replies import Phase
 
 NO = RefusingReply(Phase.MAIL, 450, "4.7.0", "not now")

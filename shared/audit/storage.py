@@ -1,4 +1,4 @@
-"""All SQL of `outbox audit`: one snapshot, and large tables row by row, by server-side cursors."""
+"""All SQL of the audit. Large tables are read row by row, by server-side cursors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.audit import JobTrace
+from shared.audit.jobs import JobTrace
 from shared.cancellations import state_now
 from shared.counts import JobCounts, batch_counts, in_state, sender_counts
 from shared.models import (
@@ -34,6 +34,7 @@ from shared.models import (
     Sender,
     SenderHourCount,
 )
+from shared.ownership import owned_by
 from shared.states import AttemptOutcome, JobState
 
 _Statement: TypeAlias = Select[*tuple[Any, ...]]
@@ -153,9 +154,16 @@ async def stream_sends(connection: AsyncConnection) -> AsyncIterator[tuple[int, 
         yield row[0], row[1], row[2]
 
 
-async def stream_jobs(connection: AsyncConnection) -> AsyncIterator[tuple[JobTrace, int]]:
-    """Return every job and its sender, by the ids of the jobs."""
+async def stream_jobs(
+    connection: AsyncConnection, receiver_id: str | None
+) -> AsyncIterator[tuple[JobTrace, int]]:
+    """Return every job and its sender, by the ids of the jobs.
+
+    A send went to the SMTP side if its reply names `receiver_id`; None means that all did.
+    """
     of_job = Attempt.email_job_id == EmailJob.id
+    sent = Attempt.outcome == AttemptOutcome.SENT
+    to_smtp_side = sent if receiver_id is None else and_(sent, _names(receiver_id))
     statement = (
         select(
             EmailJob.id,
@@ -163,7 +171,8 @@ async def stream_jobs(connection: AsyncConnection) -> AsyncIterator[tuple[JobTra
             state_now(),
             EmailJob.attempt,
             func.coalesce(func.max(Attempt.attempt), 0),
-            func.count().filter(Attempt.outcome == AttemptOutcome.SENT),
+            func.count().filter(sent),
+            func.count().filter(to_smtp_side),
             func.count().filter(Attempt.outcome.in_(_DOUBTFUL)),
             func.coalesce(func.bool_or(Attempt.started_at > EmailJob.finished_at), False),
         )
@@ -173,6 +182,10 @@ async def stream_jobs(connection: AsyncConnection) -> AsyncIterator[tuple[JobTra
     )
     async for job_id, sender_id, state, *numbers in await _stream(connection, statement):
         yield JobTrace(job_id, JobState(state), *numbers), sender_id
+
+
+def _names(receiver_id: str) -> ColumnElement[bool]:
+    return func.strpos(Attempt.message, receiver_id) > 0
 
 
 async def _stream(connection: AsyncConnection, statement: _Statement) -> Any:
@@ -248,3 +261,91 @@ def _hour_mismatch() -> Select[Any]:
         .select_from(counted.join(found, same, full=True))
         .where(func.coalesce(counted.c.n, 0) != func.coalesce(found.c.n, 0))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A span of time; None at either end means that it has no bound there."""
+
+    start: datetime | None = None
+    end: datetime | None = None
+
+    def contains(self, time: Any, reach: timedelta = timedelta(0)) -> list[ColumnElement[bool]]:
+        """Return the conditions that `time` is within it, or up to `reach` before it."""
+        conditions: list[ColumnElement[bool]] = []
+        if self.start is not None:
+            conditions.append(time >= self.start - reach)
+        if self.end is not None:
+            conditions.append(time < self.end)
+        return conditions
+
+
+@dataclass(frozen=True, slots=True)
+class SenderLimits:
+    """The present limits of one sender."""
+
+    hourly_limit: int
+    min_gap_ms: int | None
+
+
+async def read_limits(
+    connection: AsyncConnection, sender_id: int, user_id: str | None
+) -> SenderLimits | None:
+    """Return the limits of a sender; None: there is none, or not for this user."""
+    statement = select(Sender.hourly_limit, Sender.min_gap_ms).where(
+        Sender.id == sender_id, Sender.deleted_at.is_(None)
+    )
+    row = (await connection.execute(owned_by(statement, Sender.user_id, user_id))).one_or_none()
+    return None if row is None else SenderLimits(*row)
+
+
+async def stream_sends_of(
+    connection: AsyncConnection, sender_id: int, interval: Interval, reach: timedelta
+) -> AsyncIterator[tuple[datetime, datetime]]:
+    """Return (start, end) of the sends that took a slot, in the order of their ends.
+
+    They ended within the interval, or up to `reach` before it.
+    """
+    statement = (
+        select(Attempt.started_at, Attempt.ended_at)
+        .where(
+            Attempt.sender_id == sender_id,
+            Attempt.counted,
+            *interval.contains(Attempt.ended_at, reach),
+        )
+        .order_by(Attempt.ended_at, Attempt.started_at)
+    )
+    async for row in await _stream(connection, statement):
+        yield row.started_at, row.ended_at
+
+
+async def count_sends(
+    connection: AsyncConnection, sender_id: int, interval: Interval
+) -> tuple[int, int]:
+    """Return how many jobs were sent, and how many sends were not the first of their job."""
+    may_have_sent = Attempt.outcome.in_((AttemptOutcome.SENT, *_DOUBTFUL))
+    sends = func.count().filter(may_have_sent)
+    jobs = func.count(Attempt.email_job_id.distinct()).filter(may_have_sent)
+    sent = func.count(Attempt.email_job_id.distinct()).filter(
+        Attempt.outcome == AttemptOutcome.SENT
+    )
+    statement = select(sent.label("sent"), (sends - jobs).label("again")).where(
+        Attempt.sender_id == sender_id, Attempt.counted, *interval.contains(Attempt.ended_at)
+    )
+    row = (await connection.execute(statement)).one()
+    return row.sent, row.again
+
+
+async def count_missing(connection: AsyncConnection, sender_id: int) -> int:
+    """Return how many accepted jobs of a sender have no row."""
+    accepted = select(func.coalesce(func.sum(Batch.accepted_count), 0)).where(
+        Batch.sender_id == sender_id
+    )
+    there = (
+        select(func.count())
+        .select_from(EmailJob)
+        .join(Batch, Batch.id == EmailJob.batch_id)
+        .where(Batch.sender_id == sender_id)
+    )
+    found = select(accepted.scalar_subquery() - there.scalar_subquery())
+    return int(await connection.scalar(found) or 0)

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from cli.audit_run import Findings
-from cli.audit_sql import AuditedSender
-from shared.audit import Replay
+from shared.audit.installation import Findings
+from shared.audit.replay import Replay
+from shared.audit.storage import AuditedSender
 from shared.settings import Settings, format_duration
 from shared.states import JobState
 
 # An outcome is recorded when the statement arrives, so an end may look later than it was.
 RECORDING_SLACK_S: Final = 0.1
+_JUDGED_BY: Final = {True: "smtp side", False: "postgresql"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,13 @@ class SenderVerdict:
     sender: AuditedSender
     min_gap_s: float
     replay: Replay
-    slack_s: float
+    # Whether the replay has the times of the SMTP side; otherwise it has those of PostgreSQL.
+    by_smtp_side: bool
+
+    @property
+    def slack_s(self) -> float:
+        """By how much a time may be wrong."""
+        return 0.0 if self.by_smtp_side else RECORDING_SLACK_S
 
     @property
     def overshoot(self) -> int:
@@ -62,7 +69,7 @@ class SenderVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class AuditReport:
     """An audit's answer."""
 
     findings: Findings
@@ -70,21 +77,24 @@ class Report:
 
     @property
     def by_smtp_side(self) -> bool:
-        """Whether gap and window are judged by the times of the SMTP side."""
+        """Whether gap and window are judged by the times of the SMTP side, where it has them."""
         return self.findings.seen is not None
 
     @property
     def senders(self) -> list[SenderVerdict]:
         """Every sender that has sent, the one that came closest to its limits first."""
-        findings = self.findings
-        replays = findings.recorded if findings.seen is None else findings.seen
-        slack = 0.0 if self.by_smtp_side else RECORDING_SLACK_S
-        verdicts = [
-            SenderVerdict(sender, self._gap_s(sender), replays[sender_id], slack)
-            for sender_id, sender in findings.senders.items()
-            if sender_id in replays
-        ]
-        return sorted(verdicts, key=lambda verdict: verdict.margin)
+        verdicts = [self._verdict(sender) for sender in self.findings.senders.values()]
+        return sorted(filter(None, verdicts), key=lambda verdict: verdict.margin)
+
+    def _verdict(self, sender: AuditedSender) -> SenderVerdict | None:
+        replays, by_smtp_side = self.findings.recorded, False
+        # If mail of the sender also went elsewhere, the SMTP side saw only some of its sends.
+        if sender.sender_id not in self.findings.jobs.senders_elsewhere:
+            replays, by_smtp_side = self.findings.seen or replays, self.by_smtp_side
+        replay = replays.get(sender.sender_id)
+        if replay is None:
+            return None
+        return SenderVerdict(sender, self._gap_s(sender), replay, by_smtp_side)
 
     @property
     def lost(self) -> int:
@@ -156,11 +166,12 @@ class Report:
             **self.figures(),
             "states": {state.name.lower(): by_state.get(state, 0) for state in JobState},
             "seen": self.findings.jobs.seen,
-            "judged_by": "smtp side" if self.by_smtp_side else "postgresql",
+            "sent_elsewhere": self.findings.jobs.elsewhere,
+            "judged_by": _JUDGED_BY[self.by_smtp_side],
             "compared_with": {
                 "rate_window": format_duration(self.settings.rate_window),
                 "min_gap": format_duration(self.settings.min_gap),
-                "slack_s": 0.0 if self.by_smtp_side else RECORDING_SLACK_S,
+                "slack_s": max((one.slack_s for one in self.senders), default=0.0),
             },
             "senders": [_sender(verdict) for verdict in self.senders],
             "broken": self.broken,
@@ -172,6 +183,7 @@ def _sender(verdict: SenderVerdict) -> dict[str, Any]:
     return {
         "sender_id": str(sender.sender_id),
         "email": sender.email,
+        "judged_by": _JUDGED_BY[verdict.by_smtp_side],
         "sends": replay.sends,
         # Fewer: the others were sent before its last change.
         "judged": replay.judged,

@@ -1,19 +1,18 @@
-"""Carries out an audit: reads PostgreSQL and the SMTP side, and hands both to `shared.audit`."""
+"""Audits a whole installation: reads PostgreSQL and what the SMTP side kept, and compares both."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from cli import audit_sql
-from cli.audit_sql import AuditedSender, Totals
-from deploy.local.record import iterate_record, message_ids_in
-from shared.audit import Copies, Replay, contradiction_of, delivery_of
+from shared.audit import storage
+from shared.audit.jobs import Copies, contradiction_of, delivery_of
+from shared.audit.replay import Replay
+from shared.audit.storage import AuditedSender, Totals
 from shared.database import create_engine
 from shared.message_ids import job_of_message_id
 from shared.settings import Settings
@@ -21,28 +20,34 @@ from shared.settings import Settings
 _EXAMPLES: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class SmtpSide:
-    """What the other side of SMTP kept: a record with times, or a Maildir without them."""
+class SmtpSide(Protocol):
+    """The mails that a receiving server kept."""
 
-    record: Path | None = None
-    maildir: Path | None = None
+    @property
+    def receiver_id(self) -> str | None:
+        """The text that the server puts in each reply to a mail that it accepts.
 
-    def message_ids(self) -> Iterator[str]:
+        What has another reply went to another server. None: the server has no such text, and is
+        taken to have received everything that was sent.
+        """
+
+    def message_ids(self) -> Iterable[str]:
         """Return the Message-ID of every mail.
 
         Raises:
             FileNotFoundError: there is no such file or folder.
             ValueError: it is no record.
         """
-        if self.record is not None:
-            yield from (mail.message_id for mail in iterate_record(self.record))
-        elif self.maildir is not None:
-            yield from message_ids_in(self.maildir)
+
+    def sends(self) -> Iterable[tuple[str, float, float]] | None:
+        """Return (Message-ID, start, end) of every mail by the ends; None: no times were kept.
+
+        Times are seconds since 1970.
+        """
 
 
 @dataclass
-class Jobs:
+class JobFindings:
     """What the jobs, their attempts and the copies of their mails come to."""
 
     # None: nobody looked at the SMTP side.
@@ -54,6 +59,9 @@ class Jobs:
     # Mails of jobs that PostgreSQL does not know.
     unknown: int = 0
     contradictions: int = 0
+    # Jobs that were sent to another server than the one looked at, and their senders.
+    elsewhere: int = 0
+    senders_elsewhere: set[int] = field(default_factory=set)
     # What was found of some of them, for people.
     examples: list[str] = field(default_factory=list)
 
@@ -65,19 +73,21 @@ class Jobs:
 
 @dataclass
 class Findings:
-    """All that an audit found; `cli.audit_report` says what of it breaks a promise."""
+    """All that an audit found; `shared.audit.report` says what of it breaks a promise."""
 
     senders: dict[int, AuditedSender]
     totals: Totals
     stats_mismatch: int
-    jobs: Jobs
+    jobs: JobFindings
     # By sender: as PostgreSQL recorded the sends; as the SMTP side saw them, if it kept times.
     recorded: dict[int, Replay]
     seen: dict[int, Replay] | None
 
 
-async def audit(settings: Settings, smtp_side: SmtpSide) -> Findings:
+async def audit_installation(settings: Settings, smtp_side: SmtpSide | None) -> Findings:
     """Audit the installation of `settings`, of which window, gap and lease count too.
+
+    Without an `smtp_side`, all is judged by PostgreSQL alone.
 
     Raises:
         FileNotFoundError: the SMTP side's file or folder is not there.
@@ -87,42 +97,45 @@ async def audit(settings: Settings, smtp_side: SmtpSide) -> Findings:
     # An audit of a large installation takes its time.
     engine = create_engine(settings, patient=True)
     try:
-        async with audit_sql.snapshot(engine) as connection:
+        async with storage.snapshot(engine) as connection:
             return await _audit(connection, settings, smtp_side)
     finally:
         await engine.dispose()
 
 
-async def _audit(connection: AsyncConnection, settings: Settings, smtp_side: SmtpSide) -> Findings:
-    senders = await audit_sql.read_senders(connection)
-    totals = await audit_sql.read_totals(connection)
-    installation = await audit_sql.installation_id(connection) or ""
+async def _audit(
+    connection: AsyncConnection, settings: Settings, smtp_side: SmtpSide | None
+) -> Findings:
+    senders = await storage.read_senders(connection)
+    totals = await storage.read_totals(connection)
+    installation = await storage.installation_id(connection) or ""
     sender_of = array("q", bytes(8 * (totals.highest_job_id + 1)))
     # The SMTP side after the snapshot: of a job that was SENT by then it has the mail.
-    jobs = await _jobs(connection, _copies(smtp_side, installation, totals), sender_of)
+    copies = None if smtp_side is None else _copies(smtp_side, installation, totals)
+    receiver_id = None if smtp_side is None else smtp_side.receiver_id
+    jobs = await _jobs(connection, copies, receiver_id, sender_of)
     recorded = _Replays(senders, settings)
-    async for sender_id, start, end in audit_sql.stream_sends(connection):
+    async for sender_id, start, end in storage.stream_sends(connection):
         recorded.add(sender_id, start, end)
     seen = None
-    if smtp_side.record is not None:
+    sends = None if smtp_side is None else smtp_side.sends()
+    if sends is not None:
         seen = _Replays(senders, settings)
-        for mail in iterate_record(smtp_side.record):
-            job_id = job_of_message_id(mail.message_id, installation)
+        for message_id, start, end in sends:
+            job_id = job_of_message_id(message_id, installation)
             if job_id is not None and job_id < len(sender_of) and sender_of[job_id]:
-                seen.add(sender_of[job_id], mail.started_at, mail.received_at)
+                seen.add(sender_of[job_id], start, end)
     return Findings(
         senders=senders,
         totals=totals,
-        stats_mismatch=await audit_sql.stats_mismatch(connection),
+        stats_mismatch=await storage.stats_mismatch(connection),
         jobs=jobs,
         recorded=recorded.by_sender,
         seen=None if seen is None else seen.by_sender,
     )
 
 
-def _copies(smtp_side: SmtpSide, installation: str, totals: Totals) -> Copies | None:
-    if smtp_side == SmtpSide():
-        return None
+def _copies(smtp_side: SmtpSide, installation: str, totals: Totals) -> Copies:
     copies = Copies(totals.highest_job_id)
     for message_id in smtp_side.message_ids():
         job_id = job_of_message_id(message_id, installation)
@@ -131,15 +144,23 @@ def _copies(smtp_side: SmtpSide, installation: str, totals: Totals) -> Copies | 
     return copies
 
 
-async def _jobs(connection: AsyncConnection, copies: Copies | None, sender_of: array[int]) -> Jobs:
-    found = Jobs(seen=None if copies is None else 0)
-    async for job, sender_id in audit_sql.stream_jobs(connection):
+async def _jobs(
+    connection: AsyncConnection,
+    copies: Copies | None,
+    receiver_id: str | None,
+    sender_of: array[int],
+) -> JobFindings:
+    found = JobFindings(seen=None if copies is None else 0)
+    async for job, sender_id in storage.stream_jobs(connection, receiver_id):
         sender_of[job.job_id] = sender_id
         came = None if copies is None else copies.of(job.job_id)
         delivery = delivery_of(job, came)
         found.lost += delivery.lost
         found.duplicates += delivery.duplicates
         found.unexplained += delivery.unexplained
+        if delivery.elsewhere:
+            found.elsewhere += 1
+            found.senders_elsewhere.add(sender_id)
         if delivery.lost:
             found.note(f"job {job.job_id} was sent, and the SMTP side never saw it")
         if delivery.unexplained:

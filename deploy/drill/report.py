@@ -8,17 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from cli.audit_report import Report
-from deploy.drill.run import RECOVERY_LIMIT_S, Outcome
+from deploy.drill.run import RECOVERY_LIMIT_S, DrillOutcome
 from deploy.local.record import ReceivedMail
+from shared.audit.report import AuditReport
 
 
 @dataclass(frozen=True, slots=True)
 class DrillReport:
     """An audit's report beside what the drill was answered and saw."""
 
-    outcome: Outcome
-    audit: Report
+    outcome: DrillOutcome
+    audit: AuditReport
     policy: str
     # Recipients, each of one job alone, whose mails had different Message-IDs.
     renamed: int

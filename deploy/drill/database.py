@@ -1,4 +1,4 @@
-"""PostgreSQL refuses writes, with the SQLSTATE of a full disk or a conflict: by triggers."""
+"""All SQL of a drill. Triggers make writes fail as on a full disk or in a conflict."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Final, TypeAlias
 
 import psycopg
 from psycopg import sql
+
+from shared.states import FINAL_STATES
 
 _Statement: TypeAlias = sql.SQL | sql.Composed
 
@@ -29,6 +31,11 @@ _ON: Final = """
 """
 _OFF: Final = "DROP TRIGGER IF EXISTS drill_fault ON {table}"
 _GONE: Final = "DROP FUNCTION IF EXISTS drill_fault()"
+_COUNT_OPEN: Final = "SELECT count(*) FROM email_jobs WHERE state <> ALL(%s)"
+_END_OTHERS: Final = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+)
 
 
 async def fail_writes(url: str, state: str, share: float) -> bool:
@@ -40,6 +47,24 @@ async def fail_writes(url: str, state: str, share: float) -> bool:
 async def heal_writes(url: str) -> bool:
     """Let writes be as before; False: not all are yet, say it once more."""
     return await _everywhere(url, [], _OFF, [sql.SQL(_GONE)])
+
+
+async def end_connections(url: str) -> bool:
+    """End every other connection to the server; False: it cannot be reached, try once more."""
+    try:
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            await connection.execute(_END_OTHERS)
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+async def count_open_jobs(url: str) -> int:
+    """Return how many jobs are in no final state."""
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        cursor = await connection.execute(_COUNT_OPEN, [[int(state) for state in FINAL_STATES]])
+        row = await cursor.fetchone()
+    return 0 if row is None else int(row[0])
 
 
 async def _everywhere(

@@ -1,0 +1,68 @@
+"""Audits one sender: replays its recorded sends against its limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from shared.audit import storage
+from shared.audit.replay import Replay
+from shared.audit.storage import Interval
+
+_SECOND: Final = timedelta(seconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class SenderFindings:
+    """What the recorded sends of one sender show, and the limits that they are compared with."""
+
+    # None: fewer than two sends.
+    least_gap: timedelta | None
+    most_in_window: int
+    # Jobs that were sent, and sends that were not the first of their job.
+    sent: int
+    duplicates: int
+    # Accepted jobs that have no row.
+    lost: int
+    effective_min_gap: timedelta
+    hourly_limit: int
+
+
+async def audit_sender(
+    connection: AsyncConnection,
+    sender_id: int,
+    user_id: str | None,
+    interval: Interval,
+    *,
+    floor: timedelta,
+    window: timedelta,
+) -> SenderFindings | None:
+    """Audit what a sender sent in an interval; None: there is no such sender for this user.
+
+    `floor` is OUTBOX_MIN_GAP, and `window` is OUTBOX_RATE_WINDOW.
+    """
+    sender = await storage.read_limits(connection, sender_id, user_id)
+    if sender is None:
+        return None
+    gap = max(floor, timedelta(milliseconds=sender.min_gap_ms or 0))
+    replay = Replay(
+        window / _SECOND,
+        sender.hourly_limit,
+        None if interval.start is None else interval.start.timestamp(),
+    )
+    sends = storage.stream_sends_of(connection, sender_id, interval, max(window, gap))
+    async for start, end in sends:
+        replay.add(start.timestamp(), end.timestamp())
+    sent, duplicates = await storage.count_sends(connection, sender_id, interval)
+    return SenderFindings(
+        least_gap=None if replay.least_gap is None else timedelta(seconds=replay.least_gap),
+        most_in_window=replay.most_in_window,
+        sent=sent,
+        duplicates=duplicates,
+        lost=await storage.count_missing(connection, sender_id),
+        effective_min_gap=gap,
+        hourly_limit=sender.hourly_limit,
+    )
