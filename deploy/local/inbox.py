@@ -162,7 +162,7 @@ class Inbox:
         if policy is not None:
             policy.accept(connection.visit, time.monotonic())
             await asyncio.sleep(policy.profile.reply_delay_s)
-        return "250 2.0.0 OK"
+        return f"250 2.0.0 OK: stored by {self._store.receiver_id}"
 
 
 def main() -> int:

@@ -8,7 +8,13 @@ import time
 from pathlib import Path
 from typing import Final
 
-from deploy.local.record import MESSAGE_ID, ReceivedMail, RecordFile
+from deploy.local.record import (
+    MESSAGE_ID,
+    RECORD,
+    ReceivedMail,
+    RecordFile,
+    ensure_receiver_id,
+)
 
 HOSTNAME: Final = "inbox.localhost"
 _END_OF_HEADERS: Final = b"\r\n\r\n"
@@ -23,6 +29,9 @@ class MailStore:
 
     def __init__(self, maildir: Path) -> None:
         self.maildir = maildir
+        # In each reply to a stored mail, so that an audit knows which mails came here. Known once
+        # the store is open, and the same whenever it is opened again.
+        self.receiver_id = ""
         self._record: RecordFile | None = None
         # File names are unique as in maildir(5): time, process, number within the process.
         self._serial = itertools.count(1)
@@ -30,12 +39,13 @@ class MailStore:
     @property
     def record(self) -> Path:
         """The record's file, for `read_record`."""
-        return self.maildir / "record.jsonl"
+        return self.maildir / RECORD
 
     def open(self) -> None:
         """Make the folders, and open the record to append."""
         for name in ("tmp", "new", "cur"):
             (self.maildir / name).mkdir(parents=True, exist_ok=True)
+        self.receiver_id = ensure_receiver_id(self.maildir)
         self._record = RecordFile(self.record)
 
     def close(self) -> None:

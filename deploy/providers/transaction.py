@@ -150,7 +150,9 @@ class MailTransaction:
             for _ in range(profile.blank_lines):
                 self._speaker.wire.say("")
                 await self._speaker.wire.flush()
-            text = profile.accepted.format(id=self._backend.policy.new_id())
+            store = self._backend.store
+            receiver_id = "" if store is None else store.receiver_id
+            text = profile.accepted.format(id=receiver_id + self._backend.policy.new_id())
             self._speaker.say(250, text)
 
     def _accept(self, mail: BegunMail, content: bytes) -> None:

@@ -25,6 +25,7 @@ from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
+from deploy.local.inbox import Inbox
 from deploy.local.record import ReceivedMail, least_gap_s, read_record
 from tests.eventually import eventually
 
@@ -257,13 +258,40 @@ async def test_the_lines_that_up_prints_with_a_provider_lead_to_its_quota(folder
 
 
 async def test_with_a_relay_nothing_goes_to_an_inbox_of_our_own(folder: Path) -> None:
-    from deploy.local.inbox import Inbox  # noqa: PLC0415 - the one test that wants it
-
     async with Inbox(folder / "relay") as relay, running(folder, "--smtp", relay.url) as up:
         assert up.endpoints["inbox"] is None
         schedule(up, "first", None, ["ann"])
         await eventually(lambda: relay.mails)
         assert not up.mails()
+
+
+def sent_count(up: Up) -> str | None:
+    count: str | None = up.ask("stats", "user", "u")["counts"].get("sent_count")
+    return count
+
+
+async def test_the_audit_judges_mail_to_other_servers_by_postgresql_alone(folder: Path) -> None:
+    names = [f"r{number}" for number in range(8)]
+    async with Inbox(folder / "other") as other:
+        # A folder that sent all mail to a relay, and is started without one.
+        async with running(folder, "--smtp", other.url) as up:
+            schedule(up, "relayed", None, names)
+            await eventually(lambda: sent_count(up) == "8")
+            assert up.ask("audit")["broken"] == []
+        async with running(folder) as up:
+            host, port = other.url.removeprefix("smtp://").split(":")
+            own_server = up.ask(
+                *("senders", "create", "--user", "u", "--email", "own@example.com"),
+                *("--smtp-host", host, "--smtp-port", port, "--smtp-security", "none"),
+            )
+            schedule(up, "own", own_server["sender_id"], names)
+            schedule(up, "inbox", None, names)
+            await eventually(lambda: sent_count(up) == "24")
+            found = up.ask("audit")
+    assert (found["broken"], found["lost"]) == ([], 0)
+    assert (found["sent"], found["seen"], found["sent_elsewhere"]) == (24, 8, 16)
+    judged_by = sorted(one["judged_by"] for one in found["senders"])
+    assert judged_by == ["postgresql", "postgresql", "smtp side"]
 
 
 async def test_a_simulated_provider_takes_all_mail_by_its_rules_and_the_audit_knows(
@@ -287,6 +315,7 @@ async def test_a_simulated_provider_takes_all_mail_by_its_rules_and_the_audit_kn
         await eventually(lambda: up.ask("stats", "user", "u")["counts"]["failed_count"] == "1")
         found = up.ask("audit")
         assert (found["broken"], found["seen"], found["judged_by"]) == ([], 2, "smtp side")
+        assert found["sent_elsewhere"] == 0
         up.process.send_signal(signal.SIGTERM)
         assert await ended(up.process) == 0
         assert "the provider accepted 2 mails (0 of them copies) on" in up.errors
@@ -368,6 +397,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         assert up.ask("suppressions", "delete", "cy@example.org", "--user", "u") == {}
         found = up.ask("audit")
         assert (found["broken"], found["seen"], found["judged_by"]) == ([], 1, "smtp side")
+        assert found["sent_elsewhere"] == 0
         assert found["compared_with"]["min_gap"] == "200ms"
         bad = up.outbox("senders", "create", "--user", "u", "--email", "x@y.de", "--min-gap", "1ms")
         assert (bad.returncode, "GAP_BELOW_FLOOR" in bad.stderr) == (1, True)
