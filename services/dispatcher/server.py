@@ -14,7 +14,6 @@ from typing import Any
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
 from redis.asyncio import Redis
-from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
@@ -132,7 +131,10 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": partial(_ask, statements), "redis": partial(_ping, redis)},
+                    {
+                        "postgresql": partial(storage.ping, statements),
+                        "redis": partial(_ping, redis),
+                    },
                     stop,
                 ),
                 *(partial(_until, stop, part) for part in beside),
@@ -143,11 +145,6 @@ async def serve(
 async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, BatchContent]:
     async with engine.connect() as connection:
         return await storage.read_batches(connection, batch_ids)
-
-
-async def _ask(engine: AsyncEngine) -> None:
-    async with engine.connect() as connection:
-        await connection.execute(text("SELECT 1"))
 
 
 async def _ping(redis: Redis) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.scheduler.explaining import (
     MOST_AHEAD,
@@ -20,12 +19,12 @@ from services.scheduler.explaining import (
     explain_state,
 )
 from services.scheduler.storage import email_jobs as storage
+from services.scheduler.storage.batches import read_expire_after
 from services.scheduler.storage.email_jobs import JobRecord
 from shared.database import from_unix_ms
 from shared.forecast.backlog import Place, Rules, SenderPace, count_ahead, from_us, read_pace
 from shared.forecast.forecasts import forecast_job
 from shared.heads import HeadLoader
-from shared.models import Batch
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.queue import LimiterState
 from shared.smtp.reply_text import describe_reply
@@ -74,7 +73,7 @@ class Explainer:
             ahead = await count_ahead(connection, job.sender_id, place, MOST_AHEAD)
             send_time = None
             if ahead < MOST_AHEAD:
-                expire_after = await _expiry(connection, job.batch_id)
+                expire_after = await read_expire_after(connection, job.batch_id)
                 found = await forecast_job(
                     connection,
                     job.sender_id,
@@ -125,13 +124,6 @@ class _Live:
     limiter: LimiterState | None = None
     circuit: OpenCircuit | None = None
     reachable: bool = True
-
-
-async def _expiry(connection: AsyncConnection, batch_id: int) -> timedelta | None:
-    milliseconds = await connection.scalar(
-        select(Batch.expire_after_ms).where(Batch.id == batch_id)
-    )
-    return None if milliseconds is None else timedelta(milliseconds=milliseconds)
 
 
 def _of_postgresql(pace: SenderPace) -> LimiterState:

@@ -11,7 +11,6 @@ from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from outbox.v1.email_job_service_pb2_grpc import add_EmailJobServiceServicer_to_server
 from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_server
 from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceServicer_to_server
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.scheduler.explainer import Explainer
@@ -21,6 +20,7 @@ from services.scheduler.servicers.batches import BatchServicer
 from services.scheduler.servicers.email_jobs import EmailJobServicer
 from services.scheduler.servicers.senders import SenderServicer
 from services.scheduler.servicers.suppressions import SuppressionServicer
+from services.scheduler.storage.access import ping
 from services.scheduler.storage.batches import BatchRecord, read_watched
 from services.scheduler.storage.intake import IntakeStore
 from services.scheduler.sweeping import Sweeper
@@ -29,7 +29,6 @@ from shared.forecast.backlog import Rules
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader, load_soon
 from shared.health import follow_dependencies
-from shared.models import Sender
 from shared.oauth2.token_client import TokenClient
 from shared.oauth2.token_source import TokenSource
 from shared.process import serve_until_stopped
@@ -88,7 +87,7 @@ async def serve(
                 tell_port,
                 partial(sweeper.run, stop),
                 partial(watch.run, stop),
-                partial(follow_dependencies, server, {"postgresql": partial(_ping, engine)}, stop),
+                partial(follow_dependencies, server, {"postgresql": partial(ping, engine)}, stop),
             ],
         )
 
@@ -135,9 +134,3 @@ async def _read_batches(
 ) -> Mapping[int, BatchRecord]:
     async with engine.connect() as connection:
         return await read_watched(connection, batch_ids)
-
-
-async def _ping(engine: AsyncEngine) -> None:
-    """Ask for something that only a migrated database has."""
-    async with engine.connect() as connection:
-        await connection.execute(select(Sender.id).limit(1))

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 from outbox.v1 import stats_pb2, stats_service_pb2
-from sqlalchemy import BigInteger, and_, cast, extract, func, or_, select
-from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.stats import storage
-from shared.cancellations import is_now
 from shared.errors import InvalidInput
-from shared.models import Attempt, EmailJob
 from shared.proto_mapping import (
     from_duration,
     from_timestamp,
@@ -23,13 +19,10 @@ from shared.proto_mapping import (
     to_duration,
     to_timestamp,
 )
-from shared.states import AttemptOutcome, JobState
 
 _MINUTE: Final = timedelta(minutes=1)
 _DAY: Final = timedelta(days=1)
 _MOST_BUCKETS: Final = 10_000
-# Lateness from which a mail counts as late.
-_LATE_MS: Final = 1_000
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
@@ -105,47 +98,15 @@ async def series(
     async with storage.snapshot(engine) as connection:
         if not await storage.sender_exists(connection, sender_id, user_id):
             raise not_found("sender_id", request.sender_id)
-        found = await _read(connection, sender_id, buckets)
+        found = await storage.read_series(
+            connection, sender_id, buckets.start, buckets.end, buckets.length
+        )
     return stats_service_pb2.QuerySenderSeriesResponse(
         points=[_point(start, found.get(start)) for start in buckets.starts()]
     )
 
 
-async def _read(
-    connection: AsyncConnection, sender_id: int, buckets: Buckets
-) -> dict[datetime, Any]:
-    """Return a row for each bucket in which something ended."""
-    seconds = int(buckets.length.total_seconds())
-    number = cast(func.floor(extract("epoch", Attempt.ended_at) / seconds), BigInteger)
-    sent = Attempt.outcome == int(AttemptOutcome.SENT)
-    # Of a job that is FAILED, the last attempt made it so; the others were followed by one more.
-    failed = and_(
-        EmailJob.state == int(JobState.FAILED), EmailJob.attempt == Attempt.attempt, ~sent
-    )
-    followed = or_(EmailJob.attempt > Attempt.attempt, is_now(JobState.SCHEDULED))
-    percentiles = func.percentile_disc(cast([0.5, 0.95, 0.99], ARRAY(DOUBLE_PRECISION)))
-    rows = await connection.execute(
-        select(
-            number.label("number"),
-            func.count().filter(sent).label("sent"),
-            func.count().filter(failed).label("failed"),
-            func.count().filter(~sent, followed).label("retried"),
-            func.count().filter(sent, Attempt.late_ms > _LATE_MS).label("late"),
-            percentiles.within_group(Attempt.late_ms).filter(sent).label("lateness"),
-        )
-        # Only what was not sent is looked up.
-        .join(EmailJob, and_(EmailJob.id == Attempt.email_job_id, ~sent), isouter=True)
-        .where(
-            Attempt.sender_id == sender_id,
-            Attempt.ended_at >= buckets.start,
-            Attempt.ended_at < buckets.end,
-        )
-        .group_by(number)
-    )
-    return {_EPOCH + row.number * buckets.length: row for row in rows}
-
-
-def _point(start: datetime, row: Any) -> stats_pb2.SeriesPoint:
+def _point(start: datetime, row: storage.BucketCounts | None) -> stats_pb2.SeriesPoint:
     point = stats_pb2.SeriesPoint(start_time=to_timestamp(start))
     if row is None:
         return point
@@ -153,10 +114,7 @@ def _point(start: datetime, row: Any) -> stats_pb2.SeriesPoint:
     point.failed_count = row.failed
     point.retried_count = row.retried
     point.late_count = row.late
-    if row.lateness is not None:
-        for field, value in zip(
-            (point.lateness_p50, point.lateness_p95, point.lateness_p99), row.lateness, strict=True
-        ):
-            if value is not None:
-                field.CopyFrom(to_duration(timedelta(milliseconds=value)))
+    points = (point.lateness_p50, point.lateness_p95, point.lateness_p99)
+    for field, lateness in zip(points, row.lateness, strict=False):
+        field.CopyFrom(to_duration(lateness))
     return point

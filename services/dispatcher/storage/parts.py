@@ -1,4 +1,4 @@
-"""What the statements of several modules are made of."""
+"""Parts of the statements of several modules, and the ping."""
 
 from __future__ import annotations
 
@@ -14,12 +14,24 @@ from sqlalchemy import (
     func,
     insert,
     literal,
+    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from shared.models import Attempt, CountDelta
 from shared.states import JobState
+
+
+async def ping(engine: AsyncEngine) -> None:
+    """Ask PostgreSQL for anything.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: it cannot be reached.
+    """
+    async with engine.connect() as connection:
+        await connection.execute(select(literal_column("1")))
 
 
 def array(name: str, type_: Any) -> Any:

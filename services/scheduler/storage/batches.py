@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import select
@@ -157,3 +157,11 @@ async def list_rejections(
         .limit(limit)
     )
     return [RowRejection(*row) for row in rows]
+
+
+async def read_expire_after(connection: AsyncConnection, batch_id: int) -> timedelta | None:
+    """Return how long after its due time a mail of the batch may be sent; None: without limit."""
+    milliseconds = await connection.scalar(
+        select(Batch.expire_after_ms).where(Batch.id == batch_id)
+    )
+    return None if milliseconds is None else timedelta(milliseconds=milliseconds)

@@ -12,6 +12,7 @@ from services.stats.storage.counting import (
 )
 from services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
 from services.stats.storage.parts import ping, snapshot
+from services.stats.storage.series import BucketCounts, read_series
 from services.stats.storage.subjects import (
     Trouble,
     last_trouble,
@@ -21,6 +22,7 @@ from services.stats.storage.subjects import (
 
 __all__ = [
     "FOLD_LIMIT",
+    "BucketCounts",
     "HourCounts",
     "SenderStats",
     "Trouble",
@@ -32,6 +34,7 @@ __all__ = [
     "last_trouble",
     "ping",
     "read_sender",
+    "read_series",
     "read_user",
     "read_watched",
     "sender_exists",

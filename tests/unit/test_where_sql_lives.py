@@ -1,0 +1,87 @@
+"""Statements are built and executed in the modules of `storage/` alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+# Any module may pass an engine or a connection on to a function of a storage module.
+HANDLES: Final = {"AsyncConnection", "AsyncEngine"}
+# They need the driver, and have no statement for data of the installation.
+EXCEPTIONS: Final = {
+    "cli/audit.py": "turns the driver's errors into a message for the command line",
+    "cli/database.py": "turns the driver's errors into a message for the command line",
+    "cli/migrate.py": "the same, and it shows the URL of the database without its password",
+    "deploy/drill/database.py": "the storage module of the drill",
+    "deploy/local/postgres.py": "creates the role and the database of the embedded server",
+}
+EXECUTING: Final = {"execute", "executemany", "scalar", "scalars", "stream", "stream_scalars"}
+# SQLite holds the addresses of an upload that are too many for the memory.
+NOT_POSTGRESQL: Final = {"services/scheduler/duplicates.py"}
+
+
+def modules() -> list[str]:
+    """The modules outside `storage/`, by their paths."""
+    found = [
+        path.relative_to(ROOT)
+        for package in ("services", "cli", "deploy")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    assert len(found) > 100
+    return sorted(str(path) for path in found if "storage" not in path.parts)
+
+
+def violations(source: str) -> list[str]:
+    """What of a module belongs into a storage module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            taken = {name.name for name in node.names}
+            if node.module != "sqlalchemy.ext.asyncio" or taken - HANDLES:
+                names = [node.module or ""]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            names = [f".{node.func.attr}"] if node.func.attr in EXECUTING else []
+        found += [
+            name
+            for name in names
+            if name.startswith(".")
+            or name.partition(".")[0] in ("sqlalchemy", "psycopg")
+            or name == "shared.models"
+        ]
+    return found
+
+
+def test_only_storage_modules_have_sql() -> None:
+    found = {module: violations((ROOT / module).read_text()) for module in modules()}
+    for module in NOT_POSTGRESQL:
+        found[module] = [name for name in found[module] if not name.startswith(".")]
+    assert {
+        module: names for module, names in found.items() if names and module not in EXCEPTIONS
+    } == {}
+    assert all(found[module] for module in EXCEPTIONS), "one of them needs no exception any more"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from sqlalchemy import select",
+        "from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine",
+        "import sqlalchemy.exc",
+        "import psycopg",
+        "from shared.models import Sender",
+        "async def read(connection):\n    await connection.scalar('SELECT 1')",
+    ],
+)
+def test_sql_is_recognized(line: str) -> None:
+    assert violations(line)
+
+
+def test_an_engine_may_be_passed_on() -> None:
+    assert not violations("from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine")
