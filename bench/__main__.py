@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.healing import healing
-from bench.world import World, peak_memory_mib, world
+from bench.world import BenchStack, peak_memory_mib, world
 
 USER = "bench"
 SENDERS = 100
@@ -85,7 +85,7 @@ async def _upload(
     return await BatchServiceStub(channel).UploadBatch(parts())
 
 
-async def intake(stack: World) -> dict[str, float]:
+async def intake(stack: BenchStack) -> dict[str, float]:
     """Upload one CSV, and cancel it: rows a second, the scheduler's largest size, seconds."""
     csv = _csv(UPLOADED, "r")
     with stack.process("scheduler") as process:
@@ -112,7 +112,7 @@ async def intake(stack: World) -> dict[str, float]:
         }
 
 
-async def _schedule(stack: World, rows: int, start: datetime, spacing: timedelta) -> None:
+async def _schedule(stack: BenchStack, rows: int, start: datetime, spacing: timedelta) -> None:
     """Give each of the senders as many rows, their first mails evenly apart."""
     with stack.process("scheduler"):
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
@@ -121,7 +121,7 @@ async def _schedule(stack: World, rows: int, start: datetime, spacing: timedelta
                 await _upload(channel, _options(sender, first, spacing), _csv(rows, f"s{i}r"))
 
 
-async def _until_sent(stack: World, total: int) -> None:
+async def _until_sent(stack: BenchStack, total: int) -> None:
     async with await psycopg.AsyncConnection.connect(
         stack.servers.database_url, autocommit=True
     ) as connection:
@@ -135,7 +135,7 @@ async def _until_sent(stack: World, total: int) -> None:
     raise SystemExit(f"not all of {total} mails were sent in two minutes")
 
 
-async def _one_row(stack: World, query: str) -> tuple[float, ...]:
+async def _one_row(stack: BenchStack, query: str) -> tuple[float, ...]:
     async with await psycopg.AsyncConnection.connect(stack.servers.database_url) as connection:
         row = await (await connection.execute(query)).fetchone()
         if row is None:
@@ -143,7 +143,7 @@ async def _one_row(stack: World, query: str) -> tuple[float, ...]:
         return tuple(float(value) for value in row)
 
 
-async def dispatch(stack: World, concurrency: int) -> dict[str, float]:
+async def dispatch(stack: BenchStack, concurrency: int) -> dict[str, float]:
     """Send what waits, gap 0, many senders, one dispatcher process: mails a second."""
     await _schedule(stack, DISPATCHED // SENDERS, datetime.now(UTC), timedelta(0))
     with stack.process("dispatcher", dispatcher_concurrency=str(concurrency)) as process:
@@ -159,7 +159,7 @@ async def dispatch(stack: World, concurrency: int) -> dict[str, float]:
     }
 
 
-async def lateness(stack: World) -> dict[str, float]:
+async def lateness(stack: BenchStack) -> dict[str, float]:
     """Send 200 due mails a second: how late each of them starts, in ms."""
     total = DUE_A_SECOND * DUE_SECONDS
     spacing = timedelta(seconds=SENDERS / DUE_A_SECOND)

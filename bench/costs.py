@@ -37,7 +37,7 @@ from sqlalchemy import TextClause, text
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.sql import ClauseElement
 
-from bench.world import World, world
+from bench.world import BenchStack, world
 from services.dispatcher.server import serve
 from services.dispatcher.storage import marking, settling
 from shared.queue.queue import Claim, Queue
@@ -195,7 +195,11 @@ def _processor_s() -> float:
 
 
 async def _round(
-    stack: World, connection: psycopg.AsyncConnection[Any], part: str, name: str, mails: int
+    stack: BenchStack,
+    connection: psycopg.AsyncConnection[Any],
+    part: str,
+    name: str,
+    mails: int,
 ) -> Measured:
     """Send `mails` mails without a part."""
     settings = load_settings(

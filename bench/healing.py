@@ -9,7 +9,7 @@ from datetime import timedelta
 import psycopg
 from redis.asyncio import Redis
 
-from bench.world import World
+from bench.world import BenchStack
 
 SENDERS, WAITING, HISTORY = 1_000, 1_000, 100
 _LIMIT_S = 60.0
@@ -49,7 +49,7 @@ _SILENCE = """
 """
 
 
-async def healing(stack: World) -> dict[str, float]:
+async def healing(stack: BenchStack) -> dict[str, float]:
     """Empty Redis under load, with a million waiting jobs of a thousand senders and gaps of 2 s."""
     size = {"senders": SENDERS, "waiting": WAITING, "history": HISTORY}
     async with (

@@ -21,7 +21,7 @@ import psycopg
 from rich.console import Console
 from rich.table import Table
 
-from bench.world import World
+from bench.world import BenchStack
 from deploy.local.proxy import TcpProxy
 from deploy.local.record import ReceivedMail
 from deploy.local.stack import Servers
@@ -62,7 +62,9 @@ _SPENT = """
 _STATES = "SELECT state, count(*) FROM email_jobs GROUP BY state"
 
 
-async def outage(stack: World, servers: Servers, proxy: TcpProxy, how: argparse.Namespace) -> None:
+async def outage(
+    stack: BenchStack, servers: Servers, proxy: TcpProxy, how: argparse.Namespace
+) -> None:
     """Let the relay be gone, come back, and print what it came to."""
     inbox = servers.inbox
     if inbox is None:
@@ -155,7 +157,7 @@ async def _run(how: argparse.Namespace) -> None:
             await asyncio.to_thread(migrate, servers.database_url)
             inbox = servers.inbox
             async with TcpProxy(lambda: inbox.port if inbox else 0) as proxy:
-                await outage(World(servers, proxy.port), servers, proxy, how)
+                await outage(BenchStack(servers, proxy.port), servers, proxy, how)
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ _SINK = "/usr/sbin/smtp-sink"
 _READY_S = 30
 
 
-class World:
+class BenchStack:
     """Starts and stops what a benchmark needs; everything listens on loopback only."""
 
     def __init__(self, servers: Servers, smtp_port: int) -> None:
@@ -95,12 +95,12 @@ def smtp_sink() -> Iterator[int]:
 
 
 @asynccontextmanager
-async def world(folder: Path) -> AsyncIterator[World]:
+async def world(folder: Path) -> AsyncIterator[BenchStack]:
     """Yield a migrated stack in `folder`, with durable stores."""
     with smtp_sink() as smtp_port:
         async with Servers(folder, inbox=False) as servers:
             await asyncio.to_thread(migrate, servers.database_url)
-            yield World(servers, smtp_port)
+            yield BenchStack(servers, smtp_port)
 
 
 def peak_memory_mib(process: subprocess.Popen[bytes]) -> float:

@@ -49,7 +49,7 @@ def settings_of(values: Mapping[str, str]) -> Settings:
     return load_settings(**values)
 
 
-class Client:
+class DispatcherClient:
     """Talks to one dispatcher."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
@@ -73,7 +73,7 @@ class Client:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-class Running(Client):
+class Running(DispatcherClient):
     """A dispatcher of this process."""
 
     def __init__(self, channel: grpc.aio.Channel, stop: asyncio.Event) -> None:
@@ -152,7 +152,7 @@ class DispatcherProcess:
     async def serving(self) -> bool:
         """Return whether its health says SERVING."""
         async with grpc.aio.insecure_channel(self.listen) as channel:
-            return await Client(channel).serving()
+            return await DispatcherClient(channel).serving()
 
     async def not_serving(self) -> bool:
         """Return whether its health says anything else, or nothing."""

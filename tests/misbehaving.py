@@ -27,7 +27,7 @@ from shared.errors import FieldViolation
 
 
 @dataclass(frozen=True)
-class Fault:
+class FailedCall:
     """How one call ends."""
 
     code: grpc.StatusCode
@@ -51,7 +51,7 @@ class Fault:
         await context.abort_with_status(rpc_status.to_status(status))
 
 
-AWAY = Fault(grpc.StatusCode.UNAVAILABLE)
+AWAY = FailedCall(grpc.StatusCode.UNAVAILABLE)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Misbehaving:
 
     address: str = ""
     # One a call, in order; after the last every call is answered.
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[FailedCall] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)

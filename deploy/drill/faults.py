@@ -24,7 +24,7 @@ from deploy.local.child import Child
 from deploy.local.postgres import SUPERUSER
 from deploy.local.proxy import TcpProxy
 from deploy.local.service import Service
-from deploy.local.trouble import Trouble, Way
+from deploy.local.trouble import InboxTrouble, Way
 
 # A server that another fault has just killed is struck when it is there again.
 _PATIENCE_S: Final = 30.0
@@ -35,14 +35,14 @@ _START_LIMIT_S: Final = 30.0
 _HOUR_S: Final = {"ahead": 3600.0, "behind": -3600.0}
 # By the fault, and the phase that it has where there is no choice. (421 and 450 say so.)
 _TROUBLES: Final = {
-    "smtp_stall": Trouble(Way.HANG),
-    "smtp_silent": Trouble(Way.CLOSE, "reply"),
-    "smtp_421": Trouble(Way.REFUSE, text="421 4.3.2 closing"),
-    "smtp_450": Trouble(Way.REFUSE, text="450 4.2.1 busy"),
-    "smtp_552": Trouble(Way.REFUSE, text="552 5.2.2 mailbox full"),
-    "smtp_auth": Trouble(Way.REFUSE, "auth", "535 5.7.8 wrong"),
-    "smtp_bytes": Trouble(Way.PIECES),
-    "smtp_line": Trouble(Way.LONG),
+    "smtp_stall": InboxTrouble(Way.HANG),
+    "smtp_silent": InboxTrouble(Way.CLOSE, "reply"),
+    "smtp_421": InboxTrouble(Way.REFUSE, text="421 4.3.2 closing"),
+    "smtp_450": InboxTrouble(Way.REFUSE, text="450 4.2.1 busy"),
+    "smtp_552": InboxTrouble(Way.REFUSE, text="552 5.2.2 mailbox full"),
+    "smtp_auth": InboxTrouble(Way.REFUSE, "auth", "535 5.7.8 wrong"),
+    "smtp_bytes": InboxTrouble(Way.PIECES),
+    "smtp_line": InboxTrouble(Way.LONG),
 }
 
 
@@ -76,7 +76,7 @@ class Faults:
             await self._ways[fault.name](fault)
         elif (fault.name, fault.variant) in PROVIDER_TROUBLES:
             profile = PROVIDER_TROUBLES[fault.name, fault.variant]
-            await self._trouble(Trouble(Way.PROVIDER, profile=profile), fault.lasts)
+            await self._trouble(InboxTrouble(Way.PROVIDER, profile=profile), fault.lasts)
         elif fault.name in _TROUBLES:
             trouble = _TROUBLES[fault.name]
             phase = fault.variant or trouble.phase
@@ -115,7 +115,7 @@ class Faults:
                 proxy.cut()
             proxy.heal()
 
-    async def _trouble(self, trouble: Trouble, lasts: float) -> None:
+    async def _trouble(self, trouble: InboxTrouble, lasts: float) -> None:
         inbox = self._stack.inbox
         inbox.trouble = trouble
         if trouble.of_connections:

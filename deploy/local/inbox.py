@@ -26,7 +26,7 @@ from deploy.local.inbox_connection import InboxConnection
 from deploy.local.mail_store import MailStore
 from deploy.local.ports import LOOPBACK
 from deploy.local.record import ReceivedMail
-from deploy.local.trouble import Trouble, Way
+from deploy.local.trouble import InboxTrouble, Way
 from deploy.providers.policy import Policy
 from shared.smtp.replies import Phase
 
@@ -48,7 +48,7 @@ class Inbox:
         self.mails: list[ReceivedMail] = []
         # The MAIL FROM of every mail that a trouble refused for good.
         self.refused: list[str] = []
-        self._trouble: Trouble | None = None
+        self._trouble: InboxTrouble | None = None
         # The policy of a trouble that imitates a provider.
         self.policy: Policy | None = None
         self._wanted_port = port
@@ -60,12 +60,12 @@ class Inbox:
         self.numbers: Iterator[int] = itertools.count(1)
 
     @property
-    def trouble(self) -> Trouble | None:
+    def trouble(self) -> InboxTrouble | None:
         """The present trouble; None if there is none."""
         return self._trouble
 
     @trouble.setter
-    def trouble(self, trouble: Trouble | None) -> None:
+    def trouble(self, trouble: InboxTrouble | None) -> None:
         self._trouble = trouble
         profile = None if trouble is None else trouble.profile
         self.policy = None if profile is None else Policy(profile)
@@ -121,7 +121,7 @@ class Inbox:
         self._server = None
         self._store.close()
 
-    def note_refusal(self, trouble: Trouble, envelope: Envelope | None) -> None:
+    def note_refusal(self, trouble: InboxTrouble, envelope: Envelope | None) -> None:
         """Remember a mail that a trouble refuses for good."""
         if trouble.for_good and envelope is not None:
             self.refused.append(envelope.mail_from or "")

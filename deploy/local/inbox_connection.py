@@ -11,7 +11,7 @@ from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
 from deploy.local.mail_store import HOSTNAME
 from deploy.local.ports import LOOPBACK
-from deploy.local.trouble import LONG_LINE, Trouble, Way
+from deploy.local.trouble import LONG_LINE, InboxTrouble, Way
 from deploy.providers.policy import GivenReply, Policy, Visit
 from shared.smtp.replies import Phase
 
@@ -38,14 +38,14 @@ class ConnectedInbox(Protocol):
     refused: list[str]
 
     @property
-    def trouble(self) -> Trouble | None:
+    def trouble(self) -> InboxTrouble | None:
         """The present trouble; None if there is none."""
 
     @property
     def policy(self) -> Policy | None:
         """The policy of a trouble that imitates a provider; None without such a trouble."""
 
-    def note_refusal(self, trouble: Trouble, envelope: Envelope | None) -> None:
+    def note_refusal(self, trouble: InboxTrouble, envelope: Envelope | None) -> None:
         """Remember a mail that a trouble refuses for good."""
 
 
@@ -135,7 +135,7 @@ class InboxConnection(SMTP):
         else:
             await super().push(status)
 
-    async def _trouble(self, trouble: Trouble, phase: str) -> None:
+    async def _trouble(self, trouble: InboxTrouble, phase: str) -> None:
         match trouble.way:
             case Way.HANG:
                 # Until the connection is closed, by whichever side: that cancels us.

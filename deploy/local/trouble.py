@@ -35,7 +35,7 @@ class Way(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class InboxTrouble:
     """One trouble. `text` is the reply of REFUSE, `profile` the provider that PROVIDER imitates."""
 
     way: Way

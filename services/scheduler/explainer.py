@@ -22,7 +22,14 @@ from services.scheduler.storage import email_jobs as storage
 from services.scheduler.storage.batches import read_expire_after
 from services.scheduler.storage.email_jobs import JobRecord
 from shared.database import from_unix_ms
-from shared.forecast.backlog import Place, Rules, SenderPace, count_ahead, from_us, read_pace
+from shared.forecast.backlog import (
+    BacklogPosition,
+    Rules,
+    SenderPace,
+    count_ahead,
+    from_us,
+    read_pace,
+)
 from shared.forecast.forecasts import forecast_job
 from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
@@ -69,7 +76,7 @@ class Explainer:
             if job.state is not JobState.SCHEDULED:
                 return ExplainedJob(job, explain_state(job.state))
             pace = await read_pace(connection, job.sender_id, self._rules)
-            place = Place(job.scheduled_at, job.job_id)
+            place = BacklogPosition(job.scheduled_at, job.job_id)
             ahead = await count_ahead(connection, job.sender_id, place, MOST_AHEAD)
             send_time = None
             if ahead < MOST_AHEAD:

@@ -17,7 +17,7 @@ _PAUSED = "The sender is paused: nothing is sent before ResumeSender."
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class BatchForecast:
     """When the last mail of a batch will be sent, and sentences for people."""
 
     end: datetime | None = None
@@ -30,11 +30,11 @@ class Forecaster:
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
 
-    async def forecast(self, connection: AsyncConnection, batch: BatchRecord) -> Forecast:
+    async def forecast(self, connection: AsyncConnection, batch: BatchRecord) -> BatchForecast:
         """Return what is to be said about a batch now; nothing if nothing of it waits."""
         jobs = batch.counts.scheduled
         if not jobs:
-            return Forecast()
+            return BatchForecast()
         found = await forecast_batch(connection, batch.sender_id, batch.batch_id, self._rules)
         limiter = found.limiter
         limits = Limits(limiter.limit, timedelta(microseconds=limiter.gap))
@@ -43,4 +43,4 @@ class Forecaster:
             notices.append(_PAUSED)
         if found.cooldown is not None:
             notices.append(found.cooldown.describe(found.read_at))
-        return Forecast(found.end, notices)
+        return BatchForecast(found.end, notices)

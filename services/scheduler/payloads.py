@@ -55,7 +55,7 @@ class Payload(Protocol):
         """Make a thread that reads fail at once."""
 
 
-class Chunks(Protocol):
+class UploadChunks(Protocol):
     """A file, piece by piece."""
 
     def __iter__(self) -> Iterator[bytes]:
@@ -68,7 +68,7 @@ class Chunks(Protocol):
 class CsvPayload:
     """A CSV file, in chunks."""
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(self, chunks: UploadChunks) -> None:
         self.arrives = isinstance(chunks, StreamedChunks)
         self._source = chunks
         self._digest = hashlib.sha256(b"csv\0")

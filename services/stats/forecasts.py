@@ -62,7 +62,7 @@ async def forecast(
                 if sender_id is None:
                     raise not_found("batch_id", request.batch_id)
                 found = await forecast_batch(connection, sender_id, batch_id, rules)
-                return _answer(found, await storage.last_trouble(connection, sender_id))
+                return _answer(found, await storage.last_failure(connection, sender_id))
         case "planned_batch":
             planned = _planned(request.planned_batch)
             named = request.planned_batch.options.sender_id
@@ -73,7 +73,7 @@ async def forecast(
                 found = await forecast_planned(
                     connection, sender_id, lambda now: _run(planned, now), rules
                 )
-                return _answer(found, await storage.last_trouble(connection, sender_id))
+                return _answer(found, await storage.last_failure(connection, sender_id))
     raise InvalidInput.field(
         "batch_id",
         "say what the forecast is about: set batch_id or planned_batch",
@@ -108,7 +108,7 @@ def _run(planned: PlannedBatch, now: datetime) -> Run:
 
 
 def _answer(
-    found: Forecast, trouble: storage.Trouble | None
+    found: Forecast, trouble: storage.EndpointFailure | None
 ) -> stats_service_pb2.ForecastBatchResponse:
     return stats_service_pb2.ForecastBatchResponse(
         job_count=found.jobs,
@@ -124,7 +124,7 @@ def _answer(
     )
 
 
-def _explain(found: Forecast, trouble: storage.Trouble | None) -> str:
+def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
     if not found.jobs:
         return "Nothing of the batch waits."
     if not found.active:

@@ -69,7 +69,7 @@ class SenderPace:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BacklogPosition:
     """A place in the order of sending: that of one job."""
 
     due: datetime
@@ -232,7 +232,9 @@ async def read_backlog(
     return await _read_batches(connection, sender_id, batch_id)
 
 
-async def count_ahead(connection: AsyncConnection, sender_id: int, place: Place, most: int) -> int:
+async def count_ahead(
+    connection: AsyncConnection, sender_id: int, place: BacklogPosition, most: int
+) -> int:
     """Return how many waiting jobs of a sender come before `place`, at most `most`."""
     jobs = (
         select(EmailJob.id)
@@ -244,7 +246,7 @@ async def count_ahead(connection: AsyncConnection, sender_id: int, place: Place,
 
 
 async def read_ahead(
-    connection: AsyncConnection, sender_id: int, place: Place, ahead: int
+    connection: AsyncConnection, sender_id: int, place: BacklogPosition, ahead: int
 ) -> list[Run]:
     """Return the `ahead` jobs that wait before `place`, in the order of sending."""
     if ahead <= MOST_JOBS:
@@ -253,7 +255,10 @@ async def read_ahead(
 
 
 async def _read_jobs(
-    connection: AsyncConnection, sender_id: int, batch_id: int | None, until: Place | None = None
+    connection: AsyncConnection,
+    sender_id: int,
+    batch_id: int | None,
+    until: BacklogPosition | None = None,
 ) -> list[Run]:
     """Return runs as the jobs are: of one batch each, due and expiring at once."""
     order = (EmailJob.scheduled_at, EmailJob.id)

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared.cooldowns import CooldownRecord
 from shared.forecast.backlog import (
-    Place,
+    BacklogPosition,
     Rules,
     SenderPace,
     from_us,
@@ -22,7 +22,7 @@ from shared.forecast.backlog import (
     to_us,
 )
 from shared.forecast.runs import in_order
-from shared.forecast.simulation import Bound, Limiter, Outcome, Run, simulate
+from shared.forecast.simulation import Bound, Limiter, Run, SimulatedOutcome, simulate
 
 # What takes longer than a moment must not hold up the loop.
 _AT_ONCE: Final = 100
@@ -89,7 +89,7 @@ async def forecast_job(
     sender_id: int,
     pace: SenderPace,
     *,
-    place: Place,
+    place: BacklogPosition,
     ahead: int,
     expire_after: timedelta | None,
 ) -> Forecast:
@@ -122,7 +122,7 @@ async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
     )
 
 
-async def _simulate(limiter: Limiter, runs: Sequence[Run], now: int) -> Outcome:
+async def _simulate(limiter: Limiter, runs: Sequence[Run], now: int) -> SimulatedOutcome:
     if len(runs) <= _AT_ONCE:
         return simulate(limiter, runs, now)
     return await asyncio.to_thread(simulate, limiter, runs, now)

@@ -97,7 +97,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SimulatedOutcome:
     """What will become of the mails that were asked about."""
 
     # Starts of the first and of the last send; None: nothing will be sent, or not within sight.
@@ -119,7 +119,7 @@ class Outcome:
         return max(limits, key=limits.__getitem__) if any(limits.values()) else None
 
 
-def simulate(limiter: Limiter, runs: Iterable[Run], now: int) -> Outcome:
+def simulate(limiter: Limiter, runs: Iterable[Run], now: int) -> SimulatedOutcome:
     """Return when the mails that are `mine` will be sent, from `now` on.
 
     `runs` are in the order of sending. Runs after the last one of mine change nothing.
@@ -136,7 +136,7 @@ def simulate(limiter: Limiter, runs: Iterable[Run], now: int) -> Outcome:
     for run in runs:
         began, ended, expired = simulation.send(run)
         if simulation.stuck:
-            return Outcome(within_sight=False, first=first)
+            return SimulatedOutcome(within_sight=False, first=first)
         if not run.mine:
             continue
         expiring += expired * run.mine // run.count
@@ -146,7 +146,7 @@ def simulate(limiter: Limiter, runs: Iterable[Run], now: int) -> Outcome:
             spent = dict(simulation.spent)
             sends = simulation.sends
     end = None if last is None else last + limiter.takes
-    return Outcome(first, last, end, expiring, spent, sends)
+    return SimulatedOutcome(first, last, end, expiring, spent, sends)
 
 
 class _Simulation:

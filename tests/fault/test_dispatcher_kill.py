@@ -16,7 +16,14 @@ import pytest
 
 from deploy.local.inbox import Inbox
 from shared.states import AttemptOutcome, JobState
-from tests.dispatchers import Client, DispatcherProcess, options, process, running, settings_of
+from tests.dispatchers import (
+    DispatcherClient,
+    DispatcherProcess,
+    options,
+    process,
+    running,
+    settings_of,
+)
 from tests.dying import doomed
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Wait, Well
@@ -162,7 +169,7 @@ def all_held(server: ScriptedServer) -> bool:
 
 async def nothing_in_flight(child: DispatcherProcess) -> bool:
     async with grpc.aio.insecure_channel(child.listen) as channel:
-        return (await Client(channel).status()).in_flight_count == 0
+        return (await DispatcherClient(channel).status()).in_flight_count == 0
 
 
 @pytest.mark.parametrize("policy", ["resend", "hold"])

@@ -68,7 +68,7 @@ WAITING_ENDS = (JobState.CANCELLED, JobState.SUPPRESSED, JobState.EXPIRED)
 
 
 @dataclass(frozen=True)
-class World:
+class CountedWorld:
     """Two users, three senders, two batches a sender."""
 
     url: str
@@ -148,7 +148,7 @@ async def check_hours(connection: AsyncConnection, sender: int) -> None:
 
 
 @pytest_asyncio.fixture
-async def world(database_url: str) -> AsyncIterator[World]:
+async def world(database_url: str) -> AsyncIterator[CountedWorld]:
     engine = create_engine(load_settings(database_url=database_url))
     owner: dict[int, str] = {}
     batches: dict[int, int] = {}
@@ -172,11 +172,11 @@ async def world(database_url: str) -> AsyncIterator[World]:
                     request=f"{sender}-{number}",
                 )
                 batches[batch] = sender
-    yield World(database_url, engine, owner, batches)
+    yield CountedWorld(database_url, engine, owner, batches)
     await engine.dispose()
 
 
-async def write(world: World, seed: int, steps: int) -> None:
+async def write(world: CountedWorld, seed: int, steps: int) -> None:
     """Take random steps; each is a transaction, some take several at once."""
     chance = random.Random(seed)
     async with await world.connect() as connection:
@@ -203,7 +203,7 @@ async def write(world: World, seed: int, steps: int) -> None:
                             )
 
 
-async def test_counts_equal_a_recount_at_any_moment(world: World) -> None:
+async def test_counts_equal_a_recount_at_any_moment(world: CountedWorld) -> None:
     writing = True
     checks = 0
 
@@ -237,7 +237,9 @@ async def test_counts_equal_a_recount_at_any_moment(world: World) -> None:
     assert all(counts[state] for state in FINAL_STATES), "the test reaches every state"
 
 
-async def test_scheduled_and_sending_are_told_apart_without_a_delta(world: World) -> None:
+async def test_scheduled_and_sending_are_told_apart_without_a_delta(
+    world: CountedWorld,
+) -> None:
     batch = next(iter(world.batches))
     await world.intake(batch, 10)
     await world.fold_all()
@@ -250,14 +252,14 @@ async def test_scheduled_and_sending_are_told_apart_without_a_delta(world: World
     assert await world.unfolded() == 0
 
 
-async def test_what_has_no_jobs_counts_zero(world: World) -> None:
+async def test_what_has_no_jobs_counts_zero(world: CountedWorld) -> None:
     async with world.engine.connect() as connection:
         assert await batch_counts(connection, [987654321]) == {987654321: JobCounts()}
         assert await sender_counts(connection, []) == {}
         assert await user_counts(connection, "nobody") == JobCounts()
 
 
-async def test_a_fold_before_its_commit_is_seen_by_nobody(world: World) -> None:
+async def test_a_fold_before_its_commit_is_seen_by_nobody(world: CountedWorld) -> None:
     batch = next(iter(world.batches))
     await world.intake(batch, 10)
     async with transaction(world.engine) as connection:
@@ -269,7 +271,7 @@ async def test_a_fold_before_its_commit_is_seen_by_nobody(world: World) -> None:
 
 
 async def test_a_fold_takes_no_more_deltas_than_its_limit_and_the_oldest_first(
-    world: World,
+    world: CountedWorld,
 ) -> None:
     first, second, *_ = world.batches
     await world.intake(first, 1)
@@ -284,7 +286,7 @@ async def test_a_fold_takes_no_more_deltas_than_its_limit_and_the_oldest_first(
 
 
 async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
-    world: World,
+    world: CountedWorld,
 ) -> None:
     first, *_, last = world.batches
     await world.intake(first, 10)
@@ -299,7 +301,7 @@ async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
 
 
 async def test_folds_at_once_over_the_same_rows_do_not_block_each_other_for_ever(
-    world: World,
+    world: CountedWorld,
 ) -> None:
     chance = random.Random(7)
     async with await world.connect() as connection:
@@ -328,7 +330,7 @@ async def test_folds_at_once_over_the_same_rows_do_not_block_each_other_for_ever
 
 
 async def test_a_fold_whose_connection_is_cut_before_its_commit_changes_nothing(
-    world: World,
+    world: CountedWorld,
 ) -> None:
     batch = next(iter(world.batches))
     await world.intake(batch, 10)
@@ -365,7 +367,9 @@ asyncio.run(main())
 
 
 @asynccontextmanager
-async def folder_in_a_fold(world: World, folds: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def folder_in_a_fold(
+    world: CountedWorld, folds: int
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run a process that has folded so many deltas, one by one, and is folding one more."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -391,7 +395,7 @@ async def folder_in_a_fold(world: World, folds: int) -> AsyncIterator[asyncio.su
         await child.communicate()
 
 
-async def begin_and_end_some(world: World) -> None:
+async def begin_and_end_some(world: CountedWorld) -> None:
     for batch in world.batches:
         await world.intake(batch, 5)
         await world.do(CLAIM, n=3)
@@ -399,7 +403,7 @@ async def begin_and_end_some(world: World) -> None:
 
 
 async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
-    world: World,
+    world: CountedWorld,
 ) -> None:
     await begin_and_end_some(world)
     before = await world.unfolded()
@@ -414,7 +418,7 @@ async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
 
 
 async def test_a_folder_that_sleeps_in_the_middle_keeps_nobody_and_its_fold_counts_once(
-    world: World,
+    world: CountedWorld,
 ) -> None:
     await begin_and_end_some(world)
     async with folder_in_a_fold(world, 2) as child:
@@ -439,7 +443,7 @@ async def test_a_folder_that_sleeps_in_the_middle_keeps_nobody_and_its_fold_coun
     await world.check()
 
 
-async def waits_for_a_lock(world: World) -> bool:
+async def waits_for_a_lock(world: CountedWorld) -> bool:
     async with world.engine.connect() as connection:
         return bool(
             await scalar(
@@ -450,7 +454,9 @@ async def waits_for_a_lock(world: World) -> bool:
         )
 
 
-async def test_counts_do_not_read_the_jobs_but_for_those_in_sending(world: World) -> None:
+async def test_counts_do_not_read_the_jobs_but_for_those_in_sending(
+    world: CountedWorld,
+) -> None:
     batch, sender = next(iter(world.batches.items()))
     await world.intake(batch, 20_000)
     await world.do(CLAIM, n=5)

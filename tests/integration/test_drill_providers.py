@@ -14,7 +14,7 @@ import pytest
 from deploy.drill.plan import KINDS, SLOW_REPLY_S
 from deploy.drill.provider_troubles import PROVIDER_TROUBLES
 from deploy.local.inbox import Inbox
-from deploy.local.trouble import Trouble, Way
+from deploy.local.trouble import InboxTrouble, Way
 from tests.eventually import eventually
 
 
@@ -51,9 +51,9 @@ async def send(smtp: aiosmtplib.SMTP, number: int, recipient: str = "to@y.test")
     return "accepted"
 
 
-def trouble_of(name: str, variant: str) -> Trouble:
+def trouble_of(name: str, variant: str) -> InboxTrouble:
     profile = dataclasses.replace(PROVIDER_TROUBLES[name, variant], reply_delay_s=0)
-    return Trouble(Way.PROVIDER, profile=profile)
+    return InboxTrouble(Way.PROVIDER, profile=profile)
 
 
 def test_every_habit_is_a_kind_of_fault_with_the_same_variants() -> None:
@@ -201,7 +201,9 @@ async def test_connections_from_before_the_fault_count_too(inbox: Inbox) -> None
 async def test_a_slow_reply_comes_after_the_mail_was_taken(inbox: Inbox) -> None:
     profile = PROVIDER_TROUBLES["smtp_slow_reply", ""]
     assert profile.reply_delay_s == SLOW_REPLY_S
-    inbox.trouble = Trouble(Way.PROVIDER, profile=dataclasses.replace(profile, reply_delay_s=0.3))
+    inbox.trouble = InboxTrouble(
+        Way.PROVIDER, profile=dataclasses.replace(profile, reply_delay_s=0.3)
+    )
     async with client(inbox) as smtp:
         sending = asyncio.create_task(send(smtp, 1))
         await eventually(lambda: inbox.mails)

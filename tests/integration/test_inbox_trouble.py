@@ -8,7 +8,7 @@ import aiosmtplib
 import pytest
 
 from deploy.local.inbox import Inbox
-from deploy.local.trouble import LONG_LINE, OF_CONNECTIONS, PHASES, Trouble, Way
+from deploy.local.trouble import LONG_LINE, OF_CONNECTIONS, PHASES, InboxTrouble, Way
 from tests.eventually import eventually
 
 MAIL = b"Message-ID: <1@x.test>\r\n\r\nhello\r\n"
@@ -32,7 +32,7 @@ async def send(inbox: Inbox, limit: float = 10) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("way", [Way.HANG, Way.CLOSE])
 async def test_it_says_nothing_in_one_phase(inbox: Inbox, phase: str, way: Way) -> None:
-    inbox.trouble = Trouble(way, phase)
+    inbox.trouble = InboxTrouble(way, phase)
     hangs = way is Way.HANG
     with pytest.raises(GONE):
         await send(inbox, 0.2 if hangs else 10)
@@ -43,7 +43,7 @@ async def test_it_says_nothing_in_one_phase(inbox: Inbox, phase: str, way: Way) 
 
 
 async def test_what_hangs_is_ended_by_a_cut(inbox: Inbox) -> None:
-    inbox.trouble = Trouble(Way.HANG, "rcpt")
+    inbox.trouble = InboxTrouble(Way.HANG, "rcpt")
     sending = asyncio.create_task(send(inbox))
     await eventually(lambda: any(one.phase == "" for one in inbox.connections))
     inbox.trouble = None
@@ -55,30 +55,30 @@ async def test_what_hangs_is_ended_by_a_cut(inbox: Inbox) -> None:
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "reply"])
 async def test_a_refusal_for_good_is_remembered_and_not_stored(inbox: Inbox, phase: str) -> None:
-    inbox.trouble = Trouble(Way.REFUSE, phase, "552 5.2.2 full")
+    inbox.trouble = InboxTrouble(Way.REFUSE, phase, "552 5.2.2 full")
     with pytest.raises(aiosmtplib.SMTPException) as refusal:
         await send(inbox)
     assert "552" in str(refusal.value)
     assert inbox.refused == ["a@x.test"]
     assert inbox.mails == []
-    inbox.trouble = Trouble(Way.REFUSE, phase, "450 4.2.1 busy")
+    inbox.trouble = InboxTrouble(Way.REFUSE, phase, "450 4.2.1 busy")
     with pytest.raises(aiosmtplib.SMTPException):
         await send(inbox)
     assert inbox.refused == ["a@x.test"]
 
 
 async def test_a_wrong_password_is_wrong(inbox: Inbox) -> None:
-    inbox.trouble = Trouble(Way.REFUSE, "auth", "535 5.7.8 wrong")
+    inbox.trouble = InboxTrouble(Way.REFUSE, "auth", "535 5.7.8 wrong")
     with pytest.raises(aiosmtplib.SMTPAuthenticationError):
         await send(inbox)
     assert "auth" in OF_CONNECTIONS
 
 
 async def test_replies_come_in_pieces_or_as_a_line_of_a_megabyte(inbox: Inbox) -> None:
-    inbox.trouble = Trouble(Way.PIECES)
+    inbox.trouble = InboxTrouble(Way.PIECES)
     await send(inbox)
     assert len(inbox.mails) == 1
-    inbox.trouble = Trouble(Way.LONG, "mail")
+    inbox.trouble = InboxTrouble(Way.LONG, "mail")
     reader, writer = await asyncio.open_connection("127.0.0.1", inbox.port, limit=2 * LONG_LINE)
     writer.write(b"HELO x\r\nMAIL FROM:<a@x.test>\r\n")
     lengths = [len(await reader.readline()) for _ in range(3)]

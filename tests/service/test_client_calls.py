@@ -25,7 +25,7 @@ from outbox_client import (
 
 from shared.errors import FieldViolation
 from tests.eventually import eventually
-from tests.misbehaving import AWAY, EitherClient, Fault, Misbehaving, misbehaving_server
+from tests.misbehaving import AWAY, EitherClient, FailedCall, Misbehaving, misbehaving_server
 
 GET = GetSenderRequest(sender_id="7")
 OPTIONS = BatchOptions(sender_id="7")
@@ -74,12 +74,12 @@ async def test_what_changes_something_is_never_repeated(
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(Code.RESOURCE_EXHAUSTED, "wait", "TOO_MANY_CALLS", timedelta(milliseconds=1)),
-        Fault(Code.ABORTED, "again", "CONFLICT", timedelta(milliseconds=1)),
+        FailedCall(Code.RESOURCE_EXHAUSTED, "wait", "TOO_MANY_CALLS", timedelta(milliseconds=1)),
+        FailedCall(Code.ABORTED, "again", "CONFLICT", timedelta(milliseconds=1)),
     ],
 )
 async def test_what_changes_something_is_repeated_where_nothing_can_have_happened(
-    server: Misbehaving, client: EitherClient, fault: Fault
+    server: Misbehaving, client: EitherClient, fault: FailedCall
 ) -> None:
     server.faults = [fault, fault]
     create = CreateSenderRequest()
@@ -111,7 +111,9 @@ async def test_the_delay_that_the_server_asks_for_is_kept(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [
-        Fault(Code.RESOURCE_EXHAUSTED, "busy", "DATABASE_EXHAUSTED", timedelta(milliseconds=300))
+        FailedCall(
+            Code.RESOURCE_EXHAUSTED, "busy", "DATABASE_EXHAUSTED", timedelta(milliseconds=300)
+        )
     ]
     await client.do(server.address, get, retry=QUICK)
     first, second = server.times
@@ -121,15 +123,15 @@ async def test_the_delay_that_the_server_asks_for_is_kept(
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault(Code.RESOURCE_EXHAUSTED, "no", "QUOTA_EXCEEDED"),
-        Fault(Code.RESOURCE_EXHAUSTED, "Sent message larger than max (5 vs. 4)"),
-        Fault(Code.NOT_FOUND, "no", "SENDER_NOT_FOUND"),
-        Fault(Code.INTERNAL, "no", "INTERNAL"),
-        Fault(Code.INVALID_ARGUMENT, "no", "INVALID_INPUT"),
+        FailedCall(Code.RESOURCE_EXHAUSTED, "no", "QUOTA_EXCEEDED"),
+        FailedCall(Code.RESOURCE_EXHAUSTED, "Sent message larger than max (5 vs. 4)"),
+        FailedCall(Code.NOT_FOUND, "no", "SENDER_NOT_FOUND"),
+        FailedCall(Code.INTERNAL, "no", "INTERNAL"),
+        FailedCall(Code.INVALID_ARGUMENT, "no", "INVALID_INPUT"),
     ],
 )
 async def test_what_would_fail_again_is_not_repeated(
-    server: Misbehaving, client: EitherClient, fault: Fault
+    server: Misbehaving, client: EitherClient, fault: FailedCall
 ) -> None:
     server.faults = [fault]
     with pytest.raises(CallError):
@@ -147,7 +149,7 @@ async def test_after_the_last_try_the_error_is_raised(
 
 
 async def test_no_pause_goes_beyond_the_deadline(server: Misbehaving, client: EitherClient) -> None:
-    server.faults = [Fault(Code.UNAVAILABLE, "later", "SHUTTING_DOWN", timedelta(seconds=60))]
+    server.faults = [FailedCall(Code.UNAVAILABLE, "later", "SHUTTING_DOWN", timedelta(seconds=60))]
     with pytest.raises(Unavailable, match="later"):
         await client.do(server.address, get, timeout=5)
     assert len(server.requests) == 1
@@ -165,7 +167,7 @@ async def test_an_error_says_all_that_the_server_said(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [
-        Fault(
+        FailedCall(
             Code.INVALID_ARGUMENT,
             "two fields are wrong",
             "INVALID_INPUT",
@@ -188,7 +190,7 @@ async def test_an_error_says_all_that_the_server_said(
 async def test_an_error_without_details_has_its_code_for_a_reason(
     server: Misbehaving, client: EitherClient
 ) -> None:
-    server.faults = [Fault(Code.NOT_FOUND, "no such route")]
+    server.faults = [FailedCall(Code.NOT_FOUND, "no such route")]
     with pytest.raises(NotFound) as caught:
         await client.do(server.address, get)
     assert (str(caught.value), caught.value.reason) == ("no such route (NOT_FOUND)", "")
@@ -256,7 +258,7 @@ async def test_a_row_that_is_none_is_an_error_of_the_caller(
 async def test_a_refused_upload_is_not_read_to_its_end(
     server: Misbehaving, client: EitherClient
 ) -> None:
-    server.faults = [Fault(Code.ALREADY_EXISTS, "used", "REQUEST_ID_REUSED")]
+    server.faults = [FailedCall(Code.ALREADY_EXISTS, "used", "REQUEST_ID_REUSED")]
     stop = threading.Event()
 
     def endless() -> Iterator[bytes]:
@@ -337,7 +339,7 @@ async def test_a_broken_watch_goes_on_from_its_token(
 async def test_without_a_watch_the_batch_is_looked_at_until_it_ends(
     server: Misbehaving, client: EitherClient
 ) -> None:
-    server.faults = [Fault(Code.UNIMPLEMENTED)]
+    server.faults = [FailedCall(Code.UNIMPLEMENTED)]
     going = Batch(state=BatchState.BATCH_STATE_ACTIVE)
     done = Batch(state=BatchState.BATCH_STATE_DONE)
     server.batches = [going, going, done]
@@ -346,7 +348,7 @@ async def test_without_a_watch_the_batch_is_looked_at_until_it_ends(
 
 
 async def test_waiting_has_an_end(server: Misbehaving, client: EitherClient) -> None:
-    server.faults = [Fault(Code.UNIMPLEMENTED)]
+    server.faults = [FailedCall(Code.UNIMPLEMENTED)]
     server.batches = [Batch(state=BatchState.BATCH_STATE_ACTIVE)] * 9
     with pytest.raises(DeadlineExceeded):
         await client.do(server.address, lambda c: c.wait_for_batch("1", timeout=0.5))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from shared.forecast.simulation import Bound, Hours, Limiter, Outcome, Run, Sends, simulate
+from shared.forecast.simulation import Bound, Hours, Limiter, Run, Sends, SimulatedOutcome, simulate
 
 SECOND = 1_000_000
 HOUR = 3_600 * SECOND
@@ -123,7 +123,7 @@ def test_the_forecast_is_what_the_recursion_over_all_mails_gives(seed: int) -> N
         ), (limiter, runs, now)
 
 
-def after(limiter: Limiter, count: int, **run: int) -> Outcome:
+def after(limiter: Limiter, count: int, **run: int) -> SimulatedOutcome:
     return simulate(limiter, [Run(0, count, mine=count, **run)], 0)
 
 

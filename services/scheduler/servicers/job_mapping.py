@@ -9,7 +9,7 @@ from outbox.v1 import email_job_pb2, email_job_service_pb2
 
 from services.scheduler.explainer import ExplainedJob
 from services.scheduler.explaining import WaitReason
-from services.scheduler.storage.email_jobs import AttemptRecord, JobRecord
+from services.scheduler.storage.email_jobs import JobRecord, PastAttempt
 from shared.message_ids import message_id_for
 from shared.proto_mapping import id_text, to_timestamp
 from shared.states import AttemptOutcome, JobState, ReplyClass
@@ -56,7 +56,7 @@ def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
     return job
 
 
-def to_attempt(job_id: str, record: AttemptRecord) -> email_job_pb2.Attempt:
+def to_attempt(job_id: str, record: PastAttempt) -> email_job_pb2.Attempt:
     """Return the attempt as callers see it."""
     return email_job_pb2.Attempt(
         email_job_id=job_id,

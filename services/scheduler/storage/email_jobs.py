@@ -72,7 +72,7 @@ class JobRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptRecord:
+class PastAttempt:
     """An attempt that has ended."""
 
     number: int
@@ -290,7 +290,7 @@ async def job_exists(connection: AsyncConnection, job_id: int, user_id: str | No
 
 async def list_attempts(
     connection: AsyncConnection, job_id: int, after: int, limit: int
-) -> Sequence[AttemptRecord]:
+) -> Sequence[PastAttempt]:
     """Return the first `limit` attempts after number `after`; ask `job_exists` first."""
     rows = await connection.execute(
         select(
@@ -308,7 +308,7 @@ async def list_attempts(
         .limit(limit)
     )
     return [
-        AttemptRecord(
+        PastAttempt(
             number=row.attempt,
             started_at=row.started_at,
             ended_at=row.ended_at,

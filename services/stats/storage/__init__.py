@@ -14,8 +14,8 @@ from services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
 from services.stats.storage.parts import ping, snapshot
 from services.stats.storage.series import BucketCounts, read_series
 from services.stats.storage.subjects import (
-    Trouble,
-    last_trouble,
+    EndpointFailure,
+    last_failure,
     sender_exists,
     sender_of_batch,
 )
@@ -23,15 +23,15 @@ from services.stats.storage.subjects import (
 __all__ = [
     "FOLD_LIMIT",
     "BucketCounts",
+    "EndpointFailure",
     "HourCounts",
     "SenderStats",
-    "Trouble",
     "UserSender",
     "UserStats",
     "WatchedSender",
     "fold",
     "fold_once",
-    "last_trouble",
+    "last_failure",
     "ping",
     "read_sender",
     "read_series",

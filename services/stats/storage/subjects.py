@@ -34,14 +34,14 @@ async def sender_of_batch(
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class EndpointFailure:
     """An attempt that came to nothing for want of its endpoint."""
 
     ended_at: datetime
     message: str
 
 
-async def last_trouble(connection: AsyncConnection, sender_id: int) -> Trouble | None:
+async def last_failure(connection: AsyncConnection, sender_id: int) -> EndpointFailure | None:
     """Return what the sender's last attempt met; None: it was no trouble of the endpoint."""
     statement = (
         select(Attempt.ended_at, Attempt.outcome, Attempt.message)
@@ -52,4 +52,4 @@ async def last_trouble(connection: AsyncConnection, sender_id: int) -> Trouble |
     last = (await connection.execute(statement)).one_or_none()
     if last is None or last.outcome not in CONNECTION_TROUBLE:
         return None
-    return Trouble(last.ended_at, last.message or "no reply")
+    return EndpointFailure(last.ended_at, last.message or "no reply")

@@ -64,7 +64,7 @@ async def scores(redis: Redis, key: str) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class SenderState:
+class StoredSender:
     """All that Redis holds of one sender."""
 
     due: dict[str, int]
@@ -193,11 +193,11 @@ class Shard:
         found: Any = await self.redis.hgetall(f"{self.prefix}circuit:{endpoint}")
         return dict(found)
 
-    async def sender(self, sender_id: int = SENDER.sender_id) -> SenderState:
+    async def sender(self, sender_id: int = SENDER.sender_id) -> StoredSender:
         (state,) = await self.senders([sender_id])
         return state
 
-    async def senders(self, sender_ids: Iterable[int]) -> list[SenderState]:
+    async def senders(self, sender_ids: Iterable[int]) -> list[StoredSender]:
         """All that Redis holds of these senders; times in ms after START."""
         ids = list(sender_ids)
         async with self.redis.pipeline(transaction=False) as pipeline:
@@ -212,9 +212,9 @@ class Shard:
         return [_state(answers[i : i + 6]) for i in range(0, len(answers), 6)]
 
 
-def _state(answers: Sequence[Any]) -> SenderState:
+def _state(answers: Sequence[Any]) -> StoredSender:
     due, leases, window, settings, settings_ttl, window_ttl = answers
-    return SenderState(
+    return StoredSender(
         _after_start(due),
         _after_start(leases),
         _after_start(window),

@@ -18,8 +18,8 @@ from shared.queue.keys import JobRef, member_of
 from shared.queue.queue import Contact, Settlement, SlotUse, brings_history
 from shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
-from tests.integration.queue.under_way import Holding, Limits, Load, Snapshot, Step
-from tests.integration.queue.world import Send, World
+from tests.integration.queue.under_way import Holding, LimitHistory, LoadUnderWay, Snapshot, Step
+from tests.integration.queue.world import ModelledInstallation, Send
 from tests.integration.queue_model import INFINITY, CircuitModel, QueueModel
 
 WINDOW = 10_000
@@ -60,10 +60,10 @@ class QueueSteps(RuleBasedStateMachine):
             patience=PATIENCE_MS,
             soon=SOON,
         )
-        self.world = World(window=WINDOW, lease=LEASE * 1000)
-        self.loads: list[Load] = []
+        self.world = ModelledInstallation(window=WINDOW, lease=LEASE * 1000)
+        self.loads: list[LoadUnderWay] = []
         self.holdings: list[Holding] = []
-        self.limits = {sender_id: Limits() for sender_id in SENDERS}
+        self.limits = {sender_id: LimitHistory() for sender_id in SENDERS}
         self.broken = False
         self.snapshot = Snapshot()
         self.runs = 0
@@ -120,13 +120,13 @@ class QueueSteps(RuleBasedStateMachine):
         assert epochs == {sender_id: epoch}
         head, model = self.world.read_head(sender_id, self.now, fresh=brings_history(epoch))
         markers = [number for number, of in self.world.markers.items() if of == sender_id]
-        load = Load(sender_id, epoch, head, model, markers)
+        load = LoadUnderWay(sender_id, epoch, head, model, markers)
         if waits:
             self.loads.append(load)
         else:
             await self._apply(load)
 
-    async def _apply(self, load: Load) -> None:
+    async def _apply(self, load: LoadUnderWay) -> None:
         again = await self.queue.load_heads([load.head], {load.sender_id: load.epoch})
         applied = self.model.load_head(
             self.now_ms, self.now_up, load.sender_id, load.epoch, load.model

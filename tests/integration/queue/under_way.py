@@ -21,7 +21,7 @@ class Step(Enum):
 
 
 @dataclass
-class Load:
+class LoadUnderWay:
     """A load under way: PostgreSQL was read, Redis is not yet told."""
 
     sender_id: int
@@ -70,7 +70,7 @@ class Holding:
 
 
 @dataclass
-class Limits:
+class LimitHistory:
     """When which limit came into force, of one sender."""
 
     changes: list[tuple[int, int]] = field(default_factory=list)

@@ -31,7 +31,7 @@ class SenderRow:
 
 
 @dataclass
-class JobRow:
+class ModelledJob:
     job_id: int
     sender_id: int
     due: int
@@ -41,7 +41,7 @@ class JobRow:
 
 
 @dataclass(frozen=True)
-class AttemptRow:
+class ModelledAttempt:
     sender_id: int
     job: JobRef
     ended: int
@@ -66,12 +66,12 @@ class Send:
 
 
 @dataclass
-class World:
+class ModelledInstallation:
     window: int
     lease: int
     senders: dict[int, SenderRow] = field(default_factory=dict)
-    jobs: dict[int, JobRow] = field(default_factory=dict)
-    attempts: list[AttemptRow] = field(default_factory=list)
+    jobs: dict[int, ModelledJob] = field(default_factory=dict)
+    attempts: list[ModelledAttempt] = field(default_factory=list)
     # Loads that are wanted, should whoever committed die: number and sender.
     markers: dict[int, int] = field(default_factory=dict)
     marker_ids: Iterator[int] = field(default_factory=itertools.count)
@@ -84,12 +84,12 @@ class World:
     def add_jobs(self, sender_id: int, dues: list[int]) -> None:
         for due in dues:
             job_id = len(self.jobs) + 1
-            self.jobs[job_id] = JobRow(job_id, sender_id, due)
+            self.jobs[job_id] = ModelledJob(job_id, sender_id, due)
 
     def mark_stale(self, sender_id: int) -> None:
         self.markers[next(self.marker_ids)] = sender_id
 
-    def in_state(self, state: JobState, sender_id: int | None = None) -> Iterator[JobRow]:
+    def in_state(self, state: JobState, sender_id: int | None = None) -> Iterator[ModelledJob]:
         for job in self.jobs.values():
             if job.state is state and sender_id in (None, job.sender_id):
                 yield job
@@ -175,7 +175,7 @@ class World:
         row = self.jobs[job.job_id]
         if not self._holds(job):
             return False
-        self.attempts.append(AttemptRow(row.sender_id, job, ended, counted))
+        self.attempts.append(ModelledAttempt(row.sender_id, job, ended, counted))
         if retry_at is None:
             row.state = JobState.SENT
         else:
@@ -189,7 +189,7 @@ class World:
             if row.lease_until < now:
                 row.state = JobState.SCHEDULED
                 job = JobRef(row.job_id, row.attempt)
-                self.attempts.append(AttemptRow(row.sender_id, job, row.lease_until, True))
+                self.attempts.append(ModelledAttempt(row.sender_id, job, row.lease_until, True))
                 concerned.add(row.sender_id)
         return concerned
 

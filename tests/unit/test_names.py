@@ -1,0 +1,44 @@
+"""Each class has a name that no other class has, so that a name says which one is meant."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+FOLDERS: Final = (
+    "services",
+    "shared",
+    "cli",
+    "deploy",
+    "bench",
+    "tests",
+    "client/src/outbox_client",
+)
+# Generated from `_async`: its classes are the same ones for callers without asyncio.
+GENERATED: Final = "_sync"
+# The client raises what the servers raise, by the same names of gRPC's status codes.
+ERRORS: Final = {"shared/errors.py", "client/src/outbox_client/errors.py"}
+# An endpoint as a caller sets it, and one that mail is sent to.
+ALLOWED: Final = {"Endpoint"}
+
+
+def test_each_class_has_a_name_of_its_own() -> None:
+    found: dict[str, list[str]] = defaultdict(list)
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            # A class of one test file is used in that file alone.
+            if GENERATED in path.parts or path.name.startswith("test_"):
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    found[node.name].append(str(path.relative_to(ROOT)))
+    assert len(found) > 400
+    several = {
+        name: paths
+        for name, paths in found.items()
+        if len(paths) > 1 and set(paths) != ERRORS and name not in ALLOWED
+    }
+    assert several == {}
