@@ -35,6 +35,7 @@ class DrillReport:
             (outcome.open_jobs, "jobs are in no final state, and nothing moves any more"),
             (max(0, accepted - recorded), "jobs were answered as accepted, and are not there"),
             (max(0, recorded - accepted), "jobs are there more than were answered as accepted"),
+            (figures["sent_elsewhere"], "mails went to another server than the inbox"),
             (self.renamed, "recipients got different Message-IDs for one job"),
             (given_up, "jobs FAILED, more than mails were refused for good"),
             (silent, f"faults had no mail after them for {RECOVERY_LIMIT_S:.0f} s"),

@@ -147,6 +147,7 @@ class AuditReport:
         return {
             "accepted": self.findings.totals.accepted,
             **{state.name.lower(): by_state.get(state, 0) for state in states},
+            "sent_elsewhere": jobs.elsewhere,
             "lost": self.lost,
             "duplicates": jobs.duplicates,
             "duplicates_unexplained": jobs.unexplained,
@@ -166,7 +167,6 @@ class AuditReport:
             **self.figures(),
             "states": {state.name.lower(): by_state.get(state, 0) for state in JobState},
             "seen": self.findings.jobs.seen,
-            "sent_elsewhere": self.findings.jobs.elsewhere,
             "judged_by": _JUDGED_BY[self.by_smtp_side],
             "compared_with": {
                 "rate_window": format_duration(self.settings.rate_window),
