@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-import shutil
 import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -17,11 +15,11 @@ from cli.foreground import run
 from cli.lazy import EXIT_FAILED, CommandFailed
 from cli.output import Output, OutputFormat, note, print_json, print_rows
 from deploy.drill.clocks import HOW_TO_GET, faketime_library
+from deploy.drill.drill import DrillFolder
 from deploy.drill.drill import drill as play
 from deploy.drill.plan import CLOCK_KINDS, KINDS, OUTAGE_DRILL_S, OUTAGES
 from deploy.drill.report import DrillReport
 from deploy.drill.stack import DrillStack, Size, drill_settings
-from deploy.local.child import LocalServerError
 
 _SEEDS: Final = 10_000
 
@@ -114,32 +112,23 @@ def drill(
         )
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     size = Size(dispatchers, schedulers, stats)
-    folder = Path(tempfile.mkdtemp(prefix="outbox-drill-"))
-    stack = DrillStack(folder, size, drill_settings(policy.value), _say)
-    note(f"seed {seed}; starting a stack in {folder} ...")
-    if stack.missing & set(names):
-        note(f"left out: {', '.join(sorted(stack.missing))}. {HOW_TO_GET}")
-    report = None
-    keep = False
-    try:
+    with DrillFolder() as folder:
+        stack = DrillStack(folder.path, size, drill_settings(policy.value), _say)
+        note(f"seed {seed}; starting a stack in {folder.path} ...")
+        if stack.missing & set(names):
+            note(f"left out: {', '.join(sorted(stack.missing))}. {HOW_TO_GET}")
         report = run(
             lambda: play(stack, seed=seed, names=names, seconds=minutes * 60, say=note),
             lambda: note("stopping ..."),
         )
-        keep = report is not None and bool(report.broken)
-    except LocalServerError:
-        keep = True  # its text names the logs
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder)
+        folder.keep = report is not None and bool(report.broken)
     if report is None:
         raise CommandFailed("interrupted")
     if output is OutputFormat.JSON:
-        place = str(folder) if keep else None
+        place = str(folder.path) if folder.keep else None
         print_json(report.document(seed=seed, minutes=minutes, policy=policy.value, folder=place))
     else:
-        _print(report, folder, seed)
+        _print(report, folder.path, seed)
     if report.broken:
         raise typer.Exit(EXIT_FAILED)
 

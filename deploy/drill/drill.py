@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import Self
 
 from deploy.drill.report import DrillReport, renamed_recipients
 from deploy.drill.run import Drill
 from deploy.drill.stack import DrillStack
+from deploy.local.child import LocalServerError
 from deploy.local.record import KeptMails
 from shared.audit.installation import audit_installation
 from shared.audit.report import AuditReport
+
+
+class DrillFolder:
+    """A new folder for a drill, removed at the end of the context unless `keep` is set.
+
+    It is also kept if a server did not start, since the error then names logs in it.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="outbox-drill-"))
+        self.keep = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if not self.keep and not isinstance(error, LocalServerError):
+            shutil.rmtree(self.path)
 
 
 async def drill(
