@@ -1,4 +1,4 @@
-"""The command-line options for an endpoint that signs in by OAuth 2.0."""
+"""The command-line options of an endpoint that signs in by OAuth 2.0."""
 
 from __future__ import annotations
 
@@ -7,67 +7,50 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from outbox.v1.sender_pb2 import OAuth2Credentials, SmtpPreset
+from outbox.v1.sender_pb2 import OAuth2Credentials
 
-from cli.options import enum_reader, text_or_file
-
-Preset = Annotated[
-    int | None,
-    typer.Option(
-        "--smtp-preset",
-        parser=enum_reader(SmtpPreset, "SMTP_PRESET_"),
-        metavar="gmail|microsoft365",
-        help="Use this provider's host, port, security, token URL and scope where none are given.",
-    ),
-]
-TokenUrl = Annotated[
-    str,
-    typer.Option("--oauth2-token-url", help="The provider's token endpoint, an https URL."),
-]
-ClientId = Annotated[
-    str, typer.Option("--oauth2-client-id", help="The application's id at the provider.")
-]
-# Files, because every user of the machine can see the arguments of a process.
-ClientSecretFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--oauth2-client-secret-file", help="File containing the application's secret; - is stdin."
-    ),
-]
-RefreshTokenFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--oauth2-refresh-token-file",
-        help="File containing the mailbox's refresh token; - is stdin. Without it, client "
-        "credentials are used.",
-    ),
-]
-Scope = Annotated[
-    str, typer.Option("--oauth2-scope", help="Scopes to ask for, separated by spaces.")
-]
-Tenant = Annotated[
-    str,
-    typer.Option("--oauth2-tenant", help="The Microsoft 365 directory: its id or a domain."),
-]
+from cli.options import text_or_file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OAuth2Options:
-    """The options of both commands that write an endpoint."""
+    """The options of an endpoint that signs in by OAuth 2.0."""
 
-    token_url: str
-    client_id: str
-    client_secret_file: Path | None
-    refresh_token_file: Path | None
-    scope: str
-    tenant: str
+    oauth2_token_url: Annotated[
+        str,
+        typer.Option("--oauth2-token-url", help="The provider's token endpoint, an https URL."),
+    ] = ""
+    oauth2_client_id: Annotated[
+        str, typer.Option("--oauth2-client-id", help="The application's id at the provider.")
+    ] = ""
+    # Files, because every user of the machine can see the arguments of a process.
+    oauth2_client_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--oauth2-client-secret-file",
+            help="File containing the application's secret; - is stdin.",
+        ),
+    ] = None
+    oauth2_refresh_token_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--oauth2-refresh-token-file",
+            help="File containing the mailbox's refresh token; - is stdin. Without it, client "
+            "credentials are used.",
+        ),
+    ] = None
+    oauth2_scope: Annotated[
+        str, typer.Option("--oauth2-scope", help="Scopes to ask for, separated by spaces.")
+    ] = ""
+    oauth2_tenant: Annotated[
+        str,
+        typer.Option("--oauth2-tenant", help="The Microsoft 365 directory: its id or a domain."),
+    ] = ""
 
     @property
     def given(self) -> bool:
         """Whether any of them was given."""
-        return any((self.token_url, self.client_id, self.scope, self.tenant)) or (
-            self.client_secret_file is not None or self.refresh_token_file is not None
-        )
+        return self != OAuth2Options()
 
     def to_credentials(self) -> OAuth2Credentials | None:
         """Read the secrets and return the credentials; None if no option was given.
@@ -77,17 +60,17 @@ class OAuth2Options:
         """
         if not self.given:
             return None
-        if self.client_secret_file == self.refresh_token_file == Path("-"):
+        if self.oauth2_client_secret_file == self.oauth2_refresh_token_file == Path("-"):
             raise typer.BadParameter(
                 "--oauth2-client-secret-file and --oauth2-refresh-token-file cannot both be stdin"
             )
         return OAuth2Credentials(
-            token_url=self.token_url,
-            client_id=self.client_id,
-            client_secret=_secret(self.client_secret_file, "--oauth2-client-secret-file"),
-            refresh_token=_secret(self.refresh_token_file, "--oauth2-refresh-token-file"),
-            scope=self.scope,
-            tenant=self.tenant,
+            token_url=self.oauth2_token_url,
+            client_id=self.oauth2_client_id,
+            client_secret=_secret(self.oauth2_client_secret_file, "--oauth2-client-secret-file"),
+            refresh_token=_secret(self.oauth2_refresh_token_file, "--oauth2-refresh-token-file"),
+            scope=self.oauth2_scope,
+            tenant=self.oauth2_tenant,
         )
 
 

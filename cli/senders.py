@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
-from outbox.v1.sender_pb2 import Sender, SenderState, SmtpEndpoint, SmtpPreset, SmtpSecurity
+from outbox.v1.sender_pb2 import Sender, SenderState
 
 from cli.client import Server, connection, pages
-from cli.oauth2_options import (
-    ClientId,
-    ClientSecretFile,
-    OAuth2Options,
-    Preset,
-    RefreshTokenFile,
-    Scope,
-    Tenant,
-    TokenUrl,
-)
-from cli.options import (
-    AllPages,
-    PageSize,
-    PageToken,
-    User,
-    enum_reader,
-    read_duration,
-    read_int32,
-    text_or_file,
-    to_duration,
-)
+from cli.option_groups import with_option_groups
+from cli.options import AllPages, PageSize, PageToken, User, enum_reader
 from cli.output import Output, OutputFormat, note, show, show_list
-from cli.sending_hours import HoursOption, ZoneOption, to_sending_hours
+from cli.sender_options import SenderOptions
 
 _COLUMNS = (
     "sender_id",
@@ -54,90 +33,15 @@ app = typer.Typer(
 )
 
 SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
-DisplayName = Annotated[
-    str | None, typer.Option("--display-name", help="The name in From beside the address.")
-]
-HourlyLimit = Annotated[
-    int | None,
-    typer.Option(
-        "--hourly-limit",
-        parser=read_int32,
-        metavar="N",
-        help="The most mails in any trailing hour: 1 to 1000000.",
-    ),
-]
-MinGap = Annotated[
-    timedelta | None,
-    typer.Option(
-        "--min-gap",
-        parser=read_duration,
-        metavar="DURATION",
-        help="From the end of a send to the start of the next, such as 2s.",
-    ),
-]
-MaxInFlight = Annotated[
-    int | None,
-    typer.Option(
-        "--max-in-flight",
-        parser=read_int32,
-        metavar="N",
-        help="Sends at once; matters only without a gap.",
-    ),
-]
-SmtpHost = Annotated[
-    str | None, typer.Option("--smtp-host", help="Where the mail is handed in; unset: the relay.")
-]
-SmtpPort = Annotated[
-    int,
-    typer.Option("--smtp-port", parser=read_int32, metavar="N", help="0: 465 with tls, else 587."),
-]
-Security = Annotated[
-    int | None,
-    typer.Option(
-        "--smtp-security",
-        parser=enum_reader(SmtpSecurity, "SMTP_SECURITY_"),
-        metavar="none|starttls|tls",
-        help="Unset: tls for port 465, else starttls.",
-    ),
-]
-SmtpUsername = Annotated[str, typer.Option("--smtp-username", help="To sign in with.")]
-# Never the password itself: every user of the machine sees the arguments of a process.
-SmtpPasswordFile = Annotated[
-    Path | None,
-    typer.Option("--smtp-password-file", help="A file with the password alone; -: stdin."),
-]
-SmtpCa = Annotated[
-    Path | None,
-    typer.Option(
-        "--smtp-ca", help="PEM file of a private CA that may sign the server's certificate."
-    ),
-]
 
 
 @app.command()
+@with_option_groups
 def create(
     email: Annotated[str, typer.Option("--email", help="The address in From.")],
     *,
     user: User = "",
-    display_name: DisplayName = None,
-    hourly_limit: HourlyLimit = None,
-    min_gap: MinGap = None,
-    max_in_flight: MaxInFlight = None,
-    sending_hours: HoursOption = None,
-    sending_zone: ZoneOption = None,
-    smtp_host: SmtpHost = None,
-    smtp_port: SmtpPort = 0,
-    smtp_security: Security = None,
-    smtp_username: SmtpUsername = "",
-    smtp_password_file: SmtpPasswordFile = None,
-    smtp_ca: SmtpCa = None,
-    smtp_preset: Preset = None,
-    oauth2_token_url: TokenUrl = "",
-    oauth2_client_id: ClientId = "",
-    oauth2_client_secret_file: ClientSecretFile = None,
-    oauth2_refresh_token_file: RefreshTokenFile = None,
-    oauth2_scope: Scope = "",
-    oauth2_tenant: Tenant = "",
+    sender: SenderOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -152,34 +56,9 @@ def create(
     --smtp-username news@example.com --oauth2-client-id ID
     --oauth2-client-secret-file secret.txt --oauth2-refresh-token-file token.txt
     """
-    oauth2 = OAuth2Options(
-        oauth2_token_url,
-        oauth2_client_id,
-        oauth2_client_secret_file,
-        oauth2_refresh_token_file,
-        oauth2_scope,
-        oauth2_tenant,
-    )
-    sender = Sender(
-        email=email,
-        display_name=display_name or "",
-        hourly_limit=hourly_limit,
-        min_gap=to_duration(min_gap),
-        max_in_flight=max_in_flight,
-        sending_hours=to_sending_hours(sending_hours, sending_zone),
-        smtp=_endpoint(
-            smtp_host,
-            smtp_port,
-            smtp_security,
-            smtp_username,
-            smtp_password_file,
-            ca_file=smtp_ca,
-            preset=smtp_preset,
-            oauth2=oauth2,
-        ),
-    )
+    request = pb.CreateSenderRequest(user_id=user, sender=Sender(email=email, **sender.to_fields()))
     with connection("scheduler", server) as client:
-        made = client.senders.CreateSender(pb.CreateSenderRequest(user_id=user, sender=sender))
+        made = client.senders.CreateSender(request)
     show(made, output)
 
 
@@ -234,30 +113,13 @@ def list_(
 
 
 @app.command()
+@with_option_groups
 def update(
     sender_id: SenderId,
     *,
     user: User = "",
     email: Annotated[str | None, typer.Option("--email", help="The address in From.")] = None,
-    display_name: DisplayName = None,
-    hourly_limit: HourlyLimit = None,
-    min_gap: MinGap = None,
-    max_in_flight: MaxInFlight = None,
-    sending_hours: HoursOption = None,
-    sending_zone: ZoneOption = None,
-    smtp_host: SmtpHost = None,
-    smtp_port: SmtpPort = 0,
-    smtp_security: Security = None,
-    smtp_username: SmtpUsername = "",
-    smtp_password_file: SmtpPasswordFile = None,
-    smtp_ca: SmtpCa = None,
-    smtp_preset: Preset = None,
-    oauth2_token_url: TokenUrl = "",
-    oauth2_client_id: ClientId = "",
-    oauth2_client_secret_file: ClientSecretFile = None,
-    oauth2_refresh_token_file: RefreshTokenFile = None,
-    oauth2_scope: Scope = "",
-    oauth2_tenant: Tenant = "",
+    sender: SenderOptions,
     unset: Annotated[
         list[str] | None,
         typer.Option(
@@ -273,38 +135,14 @@ def update(
 
     $ outbox senders update SENDER_ID --unset sending_hours
     """
-    oauth2 = OAuth2Options(
-        oauth2_token_url,
-        oauth2_client_id,
-        oauth2_client_secret_file,
-        oauth2_refresh_token_file,
-        oauth2_scope,
-        oauth2_tenant,
-    )
-    values = {
-        "email": email,
-        "display_name": display_name,
-        "hourly_limit": hourly_limit,
-        "min_gap": to_duration(min_gap),
-        "max_in_flight": max_in_flight,
-        "sending_hours": to_sending_hours(sending_hours, sending_zone),
-        "smtp": _endpoint(
-            smtp_host,
-            smtp_port,
-            smtp_security,
-            smtp_username,
-            smtp_password_file,
-            ca_file=smtp_ca,
-            preset=smtp_preset,
-            oauth2=oauth2,
-        ),
-    }
-    given = {name: value for name, value in values.items() if value is not None}
+    given = sender.to_fields()
+    if email is not None:
+        given["email"] = email
     paths = [*given, *(name.replace("-", "_") for name in unset or ())]
     if not paths:
         raise typer.BadParameter("name something to change, or --unset it")
     request = pb.UpdateSenderRequest(
-        sender=Sender(sender_id=sender_id, **given),  # type: ignore[arg-type]  # by name
+        sender=Sender(sender_id=sender_id, **given),
         update_mask=FieldMask(paths=paths),
         user_id=user,
     )
@@ -386,34 +224,3 @@ def verify(
     show(found, output)
     if not found.ready:
         raise typer.Exit(1)
-
-
-def _endpoint(
-    host: str | None,
-    port: int,
-    security: int | None,
-    username: str,
-    password_file: Path | None,
-    *,
-    ca_file: Path | None,
-    preset: int | None,
-    oauth2: OAuth2Options,
-) -> SmtpEndpoint | None:
-    if host is None and preset is None:
-        parts = (port, security is not None, username, password_file, ca_file, oauth2.given)
-        if any(parts):
-            raise typer.BadParameter(
-                "an SMTP endpoint is replaced as a whole: give --smtp-host or --smtp-preset too"
-            )
-        return None
-    password = text_or_file(None, password_file, "--smtp-password-file") or ""
-    return SmtpEndpoint(
-        host=host or "",
-        port=port,
-        security=SmtpSecurity.ValueType(security or 0),
-        username=username,
-        password=password.rstrip("\r\n"),
-        ca_certificates=text_or_file(None, ca_file, "--smtp-ca") or "",
-        oauth2=oauth2.to_credentials(),
-        preset=SmtpPreset.ValueType(preset or 0),
-    )

@@ -11,7 +11,6 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from shared.api_keys import ApiKey, ApiKeyKind, NewKey
-from shared.database import transaction
 from shared.models import ApiKeyRow
 
 # `last_used_at` is written no more often than this, by all processes together.
@@ -73,7 +72,7 @@ class ApiKeyStore:
 
     async def note_use(self, key_id: str) -> None:
         """Write that a key was used now, unless somebody has within USE_INTERVAL."""
-        async with transaction(self._engine) as connection:
+        async with self._engine.begin() as connection:
             await connection.execute(
                 update(ApiKeyRow)
                 .where(ApiKeyRow.key_id == key_id, _use_is_old())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -123,13 +122,6 @@ def _leave_standby(context: ExceptionContext) -> None:
             hide_parameters=True,
             connection_invalidated=True,
         )
-
-
-@asynccontextmanager
-async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """One transaction on one pooled connection: committed at the end, or rolled back."""
-    async with engine.begin() as connection:
-        yield connection
 
 
 def unix_ms(time: datetime) -> int:

@@ -1,4 +1,4 @@
-"""The name by which an SMTP endpoint is known in Redis, the same for every process."""
+"""The key of an SMTP endpoint in Redis, the same for every process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hashlib import blake2s
 RELAY = "relay"
 
 
-def endpoint_of(
+def circuit_key(
     user_id: str,
     host: str | None,
     port: int | None,
@@ -17,11 +17,11 @@ def endpoint_of(
     *,
     override: bool,
 ) -> str:
-    """Return the endpoint of a sender with these columns: a short hash, or `RELAY`.
+    """Return the key of a sender's endpoint: a short hash, or `RELAY`.
 
-    The user is part of it: who names another user's host and user name with a wrong password opens
-    no circuit but his own. The password is not: it is kept in one place only. `override` means that
-    everything goes to the relay (OUTBOX_SMTP_OVERRIDE).
+    The user is part of the key. So a user who names another user's host and user name with a wrong
+    password opens only a circuit of their own. The password is not part of it, because it is stored
+    in one place only. `override` (OUTBOX_SMTP_OVERRIDE) means that all mail goes to the relay.
     """
     if override or host is None or port is None:
         return RELAY

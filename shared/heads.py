@@ -14,13 +14,14 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import Row, delete, func, insert, select
+from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.endpoints import endpoint_of
+from shared.endpoints import circuit_key
+from shared.gap import effective_gap
+from shared.head_markers import delete_markers, read_abandoned
 from shared.head_statements import concerned_statement, heads_statement, history_statement
-from shared.models import HeadMarker
 from shared.queue.keys import JobRef
 from shared.queue.queue import (
     HEAD_SIZE,
@@ -41,8 +42,6 @@ _CHUNK = 200
 # Senders that a rebuild sorts by when they are due: 20 us each, and it keeps its lock for 10 s.
 _PAGE = 10_000
 _DAY_MS = 24 * 60 * 60 * 1000
-# A marker this old was left behind by a process that died between its commit and its load.
-MARKER_AGE = timedelta(seconds=5)
 
 _log = structlog.get_logger(__name__)
 _CONCERNED = concerned_statement()
@@ -121,7 +120,7 @@ class HeadLoader:
             ]
             if done:
                 async with self._engine.begin() as connection:
-                    await connection.execute(delete(HeadMarker).where(HeadMarker.id.in_(done)))
+                    await delete_markers(connection, done)
             if not again:
                 break
             committed = False
@@ -138,9 +137,8 @@ class HeadLoader:
         leases: dict[int, list[HeldLease]] = {}
         fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
         if fresh:
-            reach = max(
-                [self._window, *(self._gap(row.min_gap_ms) for row in rows if row.id in fresh)]
-            )
+            gaps = (effective_gap(row.min_gap_ms, self._floor) for row in rows if row.id in fresh)
+            reach = max([self._window, *gaps])
             for row in await connection.execute(history_statement(fresh, reach)):
                 each = zip(row.email_job_id, row.attempt, row.ms, row.counted, strict=True)
                 spans = [
@@ -159,9 +157,6 @@ class HeadLoader:
         heads += [_no_head(sender_id) for sender_id in epochs if sender_id not in known]
         return heads, {row.id: row.markers or [] for row in rows}
 
-    def _gap(self, min_gap_ms: int | None) -> timedelta:
-        return max(self._floor, timedelta(milliseconds=min_gap_ms or 0))
-
     def _head(
         self, row: Row[Any], ends: tuple[PastEnd, ...], leases: tuple[HeldLease, ...]
     ) -> Head:
@@ -174,12 +169,12 @@ class HeadLoader:
         return Head(
             sender_id=row.id,
             hourly_limit=row.hourly_limit,
-            gap=self._gap(row.min_gap_ms),
+            gap=effective_gap(row.min_gap_ms, self._floor),
             max_in_flight=row.max_in_flight,
             active=row.active,
             jobs=jobs[:HEAD_SIZE],
             more=len(jobs) > HEAD_SIZE,
-            endpoint=endpoint_of(
+            endpoint=circuit_key(
                 row.user_id,
                 row.smtp_host,
                 row.smtp_port,
@@ -194,16 +189,10 @@ class HeadLoader:
             leases=leases,
         )
 
-    async def load_abandoned(self) -> list[int]:
+    async def load_abandoned(self) -> Sequence[int]:
         """Load the heads of senders whose marker has grown old: somebody died before its load."""
         async with self._engine.connect() as connection:
-            rows = await connection.execute(
-                select(HeadMarker.sender_id)
-                .where(HeadMarker.created_at < func.statement_timestamp() - MARKER_AGE)
-                .distinct()
-                .limit(_CHUNK)
-            )
-            senders = list(rows.scalars())
+            senders = await read_abandoned(connection, _CHUNK)
         await self.load(senders, committed=True)
         return senders
 
@@ -241,13 +230,6 @@ class HeadLoader:
                 {"after": after, "shards": len(self.queues), "shard": shard, "page": _PAGE},
             )
             return list(found.scalars())
-
-
-async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
-    """Ask, within the caller's transaction, for a load of these heads, should the caller die."""
-    await connection.execute(
-        insert(HeadMarker), [{"sender_id": sender_id} for sender_id in sender_ids]
-    )
 
 
 async def load_soon(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from typing import Final
+from typing import Final, TypeVar, cast
 
 from shared.errors import InvalidInput
 
@@ -13,6 +13,7 @@ DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
 
 Position = tuple[int | str, ...]
+P = TypeVar("P", bound=Position)
 
 _SUM_BYTES: Final = 9  # with it the first twelve characters of a token are the sum
 _MAX_TOKEN: Final = 4096
@@ -64,8 +65,8 @@ def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | No
     return position
 
 
-def decode(token: str, kind: str, filters_digest: bytes) -> Position | None:
-    """Return the position in a token of `encode`; None for an empty token, the first page.
+def decode(token: str, kind: str, filters_digest: bytes, start: P) -> P:
+    """Return the position in a token of `encode`; `start` for an empty token, the first page.
 
     The sum finds mistakes; it is no secret, and need not be: a position only says where to go on
     among the rows that the caller may see anyway.
@@ -74,16 +75,16 @@ def decode(token: str, kind: str, filters_digest: bytes) -> Position | None:
         InvalidInput: the token is damaged, not ours, or of another query (PAGE_TOKEN_INVALID).
     """
     if not token:
-        return None
+        return start
     position = _position(token, kind, filters_digest)
-    if position is None:
+    if position is None or list(map(type, position)) != list(map(type, start)):
         raise InvalidInput.field(
             "page_token",
             "is not a token of this list with these filters; "
             "pass next_page_token of the last answer with the same filters, or none to start over",
             reason="PAGE_TOKEN_INVALID",
         )
-    return position
+    return cast(P, position)
 
 
 def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:

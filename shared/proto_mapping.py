@@ -16,7 +16,8 @@ from shared.errors import InvalidInput, NotFound
 
 # As `id_text` writes them: ASCII, no sign, no leading zero. One thing has one id.
 _ID: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
-_MAX_ID: Final = 2**63 - 1
+# The largest id in PostgreSQL (bigint).
+MAX_ID: Final = 2**63 - 1
 _SHOWN: Final = 40
 
 
@@ -34,7 +35,7 @@ def parse_id(text: str, field: str) -> int:
     """
     if not text:
         raise InvalidInput.field(field, "must be set", reason=f"{_leaf(field)}_REQUIRED")
-    if _ID.fullmatch(text) is None or int(text) > _MAX_ID:
+    if _ID.fullmatch(text) is None or int(text) > MAX_ID:
         raise not_found(field, text)
     return int(text)
 

@@ -112,5 +112,10 @@ class ReplyClass(IntEnum):
     REFUSED = 11
 
 
+# Refusals that say nothing about the mail. An attempt that ends with one of them does not count as
+# a failure: the job keeps its place on the ladder of OUTBOX_RETRY_BACKOFF.
+NOT_COUNTED = frozenset(
+    {ReplyClass.ACCOUNT, ReplyClass.CONNECTIONS, ReplyClass.RATE, ReplyClass.AUTH}
+)
 # What counts against an endpoint: a time-out after the body is one too.
 CONNECTION_TROUBLE = frozenset({AttemptOutcome.CONNECTION_FAILURE, AttemptOutcome.IN_DOUBT})

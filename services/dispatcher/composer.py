@@ -10,14 +10,11 @@ from datetime import UTC, datetime
 from services.dispatcher.message import MessageBuilder, MessageError
 from services.dispatcher.smtp import Envelope
 from services.dispatcher.storage import BatchContent, MarkedJob
-from shared.endpoints import endpoint_of
 from shared.errors import InvalidInput, OutboxError
 from shared.message_ids import message_id_for
-from shared.oauth2.credentials import OAuth2Ref
 from shared.secrets import SecretBox
 from shared.settings import Settings
-from shared.smtp.endpoint import Endpoint, relay_of
-from shared.states import SmtpSecurity
+from shared.smtp.endpoint import Endpoint, relay_of, resolve_endpoint
 from shared.templates import BatchTemplate, RenderError, decode_variables
 
 # Batches whose templates are kept parsed; more where more mails may be under way at once.
@@ -44,11 +41,11 @@ class Composer:
     def __init__(
         self, settings: Settings, secrets: SecretBox, read: ReadBatches, installation_id: str
     ) -> None:
-        self._relay = relay_of(settings.smtp_url, plaintext=settings.plaintext)
-        self._override = settings.smtp_override
+        # An invalid OUTBOX_SMTP_URL stops the start of the dispatcher.
+        relay_of(settings.smtp_url, plaintext=settings.plaintext)
+        self._settings = settings
         self._secrets = secrets
         self._read = read
-        self._max_bytes = settings.max_message_bytes
         self._kept = max(_KEPT_BATCHES, settings.dispatcher_concurrency)
         self._installation_id = installation_id
         self._batches: OrderedDict[int, _BatchMail | CompositionError] = OrderedDict()
@@ -80,36 +77,17 @@ class Composer:
         try:
             template = BatchTemplate.compile(content.subject, content.body, content.html)
             builder = MessageBuilder(
-                content.email, content.display_name, template, max_bytes=self._max_bytes
+                content.email,
+                content.display_name,
+                template,
+                max_bytes=self._settings.max_message_bytes,
             )
-            return _BatchMail(content, self._endpoint(content), builder)
+            endpoint = resolve_endpoint(content.endpoint, self._settings, self._secrets)
+            return _BatchMail(content, endpoint, builder)
         except MessageError as error:
             return CompositionError(f"{error.reason}: {error.message}")
         except (InvalidInput, OutboxError) as error:
             return CompositionError(str(error))
-
-    def _endpoint(self, content: BatchContent) -> Endpoint:
-        if self._override or content.smtp_host is None or content.smtp_port is None:
-            return self._relay
-        password = content.smtp_password
-        oauth2 = content.oauth2_credentials_id
-        return Endpoint(
-            host=content.smtp_host,
-            port=content.smtp_port,
-            security=content.smtp_security or SmtpSecurity.STARTTLS,
-            username=content.smtp_username or "",
-            password="" if password is None else self._secrets.decrypt(password),
-            ca=content.smtp_ca or "",
-            oauth2=None if oauth2 is None else OAuth2Ref(oauth2),
-            circuit=endpoint_of(
-                content.user_id,
-                content.smtp_host,
-                content.smtp_port,
-                content.smtp_security,
-                content.smtp_username,
-                override=self._override,
-            ),
-        )
 
     def endpoint_of(self, job: MarkedJob) -> Endpoint | None:
         """Return where the mail of a job goes; None: none can be built. `prepare` came before."""

@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.dispatcher import storage
 from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
-from shared.heads import MARKER_AGE, HeadLoader, mark_stale
+from shared.head_markers import MARKER_AGE, mark_stale
+from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.settings import Settings
 from shared.states import JobState

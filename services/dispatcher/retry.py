@@ -8,14 +8,10 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import Literal
 
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
 # At most a tenth is added to a wait, so that what failed together does not come back together.
 JITTER = 0.1
-# Refusals that say nothing about the mail: the job keeps its place on the ladder.
-USES_NO_ATTEMPT = frozenset(
-    {ReplyClass.ACCOUNT, ReplyClass.CONNECTIONS, ReplyClass.RATE, ReplyClass.AUTH}
-)
 # A job with this many attempts is given up: the database column for attempts ends at 32,767.
 _MOST_ATTEMPTS = 32_000
 # Where the operator's ladder is empty.
@@ -81,7 +77,7 @@ def decide(
     no_session = tried.outcome is AttemptOutcome.CONNECTION_FAILURE and (
         tried.reply_class is not None or not tried.mail_begun
     )
-    if probe_refused or no_session or tried.reply_class in USES_NO_ATTEMPT:
+    if probe_refused or no_session or tried.reply_class in NOT_COUNTED:
         return _not_counted(tried, ladders, stretch, cools_down=probe_refused)
     if tried.reply_class is ReplyClass.DEFERRED:
         return _deferred(tried, ladders, stretch)

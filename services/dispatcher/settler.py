@@ -20,7 +20,8 @@ from services.dispatcher.cooling import CooldownRules, Signal, may_matter, recor
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
-from shared.heads import HeadLoader, mark_stale
+from shared.head_markers import mark_stale
+from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
 from shared.queue.queue import Claim, Contact, Settlement, SlotUse

@@ -12,7 +12,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.scheduler.explaining import (
     MOST_AHEAD,
     Explanation,
-    LastReply,
     OpenCircuit,
     Situation,
     explain,
@@ -34,7 +33,6 @@ from shared.forecast.forecasts import forecast_job
 from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.queue import LimiterState
-from shared.smtp.reply_text import describe_reply
 from shared.states import JobState
 
 _QUEUE_LIMIT_S: Final = 1.0
@@ -161,6 +159,7 @@ def _situation(
         now=from_us(pace.now),
         due=job.scheduled_at,
         attempts=job.attempts,
+        failures=job.failures,
         sender_active=pace.active,
         ahead=ahead,
         in_flight=live.in_flight,
@@ -170,16 +169,8 @@ def _situation(
         opens=_opening(pace),
         circuit=circuit,
         cooldown=pace.cooldown,
-        last=_last_reply(job),
+        last=job.last,
     )
-
-
-def _last_reply(job: JobRecord) -> LastReply | None:
-    last = job.last
-    if last is None:
-        return None
-    reply = describe_reply(last.smtp_code, last.enhanced_code, last.message or "")
-    return LastReply(last.reply_class, reply)
 
 
 def _deferred_until(job: JobRecord, defer_for: timedelta) -> datetime | None:

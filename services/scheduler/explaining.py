@@ -9,7 +9,8 @@ from enum import IntEnum
 from typing import Final
 
 from shared.cooldowns import CooldownRecord
-from shared.states import JobState, ReplyClass
+from shared.smtp.reply_text import describe_reply
+from shared.states import AttemptOutcome, JobState, ReplyClass
 
 # Jobs before one that are counted.
 MOST_AHEAD = 1_000_000
@@ -32,8 +33,8 @@ class WaitReason(IntEnum):
     DEFERRED = 11
 
 
-# Reply classes that use no attempt, and the reason as a clause of a sentence.
-NOT_COUNTED: Final = {
+# Why an attempt with a reply of `shared.states.NOT_COUNTED` does not count as a failure: a clause.
+WHY_NOT_COUNTED: Final = {
     ReplyClass.ACCOUNT: "the sender's account was refused",
     ReplyClass.CONNECTIONS: "the mail server had too many connections",
     ReplyClass.RATE: "mail came too fast for the mail server",
@@ -51,11 +52,19 @@ class OpenCircuit:
 
 
 @dataclass(frozen=True, slots=True)
-class LastReply:
-    """The reply to a job's last attempt. `reply_class` is None if there was no reply."""
+class LastAttempt:
+    """The last attempt at a job that has ended. `reply_class` is None if there was no reply."""
 
-    reply_class: ReplyClass | None
-    reply: str
+    outcome: AttemptOutcome
+    message: str | None
+    smtp_code: int | None = None
+    enhanced_code: str | None = None
+    reply_class: ReplyClass | None = None
+
+    @property
+    def reply(self) -> str:
+        """The reply, or the error, as one line."""
+        return describe_reply(self.smtp_code, self.enhanced_code, self.message or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,8 @@ class Situation:
     due: datetime
     # Attempts that were begun.
     attempts: int
+    # Attempts that count as failures.
+    failures: int
     sender_active: bool
     # Other jobs of the sender that wait and come first.
     ahead: int
@@ -78,8 +89,8 @@ class Situation:
     opens: datetime | None = None
     circuit: OpenCircuit | None = None
     cooldown: CooldownRecord | None = None
-    # The reply to the last attempt. None means that no attempt has ended.
-    last: LastReply | None = None
+    # None means that no attempt has ended.
+    last: LastAttempt | None = None
     # Until when a deferred job is tried. None means that the server did not defer it.
     deferred_until: datetime | None = None
 
@@ -134,13 +145,31 @@ def _explain_retry(it: Situation) -> Explanation:
             f"The mail server asked for this mail later{reply}; {following}, and it is tried until "
             f"{_at(it.deferred_until)}.",
         )
-    if it.last is not None and it.last.reply_class in NOT_COUNTED:
-        text = (
-            f"Attempt {it.attempts} does not count as a failure, since "
-            f"{NOT_COUNTED[it.last.reply_class]} ({it.last.reply}); {following}."
-        )
-        return Explanation(WaitReason.RETRY, it.due, text)
-    return Explanation(WaitReason.RETRY, it.due, f"Attempt {it.attempts} failed; {following}.")
+    return Explanation(WaitReason.RETRY, it.due, f"{_describe_last_attempt(it)}; {following}.")
+
+
+def _describe_last_attempt(it: Situation) -> str:
+    last = it.last
+    if last is None:
+        return f"Attempt {it.attempts} failed"
+    why = None
+    if last.reply_class in WHY_NOT_COUNTED:
+        why = WHY_NOT_COUNTED[last.reply_class]
+    elif last.outcome is AttemptOutcome.CONNECTION_FAILURE:
+        if last.reply_class is not None:
+            why = "the mail server refused the session"
+        elif not it.failures:
+            why = "no session with the mail server could be opened"
+        else:
+            # It counts only if the server was told about the mail, which is not stored. So the
+            # sentence says how many attempts count.
+            return (
+                f"The connection of attempt {it.attempts} failed ({last.reply}); attempts that "
+                f"count as failures so far: {it.failures}"
+            )
+    if why is None:
+        return f"Attempt {it.attempts} failed"
+    return f"Attempt {it.attempts} does not count as a failure, since {why} ({last.reply})"
 
 
 def _explain_due(it: Situation) -> Explanation:

@@ -14,15 +14,10 @@ _ZERO: Final = timedelta(0)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The two limits of a sender, as they hold: `gap` is not below the operator's floor."""
+    """The two limits of a sender that are in force; `gap` is the effective one."""
 
     hourly_limit: int
     gap: timedelta
-
-    @classmethod
-    def of(cls, hourly_limit: int, min_gap_ms: int | None, floor: timedelta) -> Limits:
-        """Return the limits of a sender; `min_gap_ms` None: the operator's floor."""
-        return cls(hourly_limit, max(floor, timedelta(milliseconds=min_gap_ms or 0)))
 
     @property
     def gap_binds(self) -> bool:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
-from services.scheduler.senders import Endpoint, check_host
+from services.scheduler.senders import check_host
 from services.scheduler.smtp_presets import PresetProvider
 from shared import bounds
 from shared.errors import InvalidInput
+from shared.smtp.endpoint import Endpoint
 from shared.states import SmtpSecurity
 
 _DEFAULT_TENANT: Final = "common"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
@@ -15,6 +14,7 @@ from shared import bounds
 from shared.errors import InvalidInput
 from shared.sending_hours import SendingHours
 from shared.settings import format_duration
+from shared.smtp.endpoint import Endpoint
 from shared.smtp.tls import check_ca
 from shared.states import SmtpSecurity
 
@@ -26,18 +26,6 @@ _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _CLOCK: Final = re.compile(r"([01][0-9]|2[0-3]|24(?=:00))(?::)([0-5][0-9])", re.ASCII)
 _DAY_MINUTES: Final = 24 * 60
 _HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a sender's mail is handed in. The password is in clear, and goes to SecretBox only."""
-
-    host: str
-    port: int
-    security: SmtpSecurity
-    username: str
-    password: str
-    ca: str
 
 
 def check_sender_address(field: str, text: str) -> str:
@@ -156,7 +144,7 @@ def _minutes(field: str, text: str) -> int:
 def check_endpoint(
     field: str, host: str, port: int, *, security: int, username: str, password: str, ca: str
 ) -> Endpoint:
-    """Return the endpoint, with the usual port (0) and security (0) where they are not said.
+    """Return the endpoint, with the usual port and security where they are 0.
 
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
@@ -183,7 +171,7 @@ def check_endpoint(
             check_ca(ca)
         except ValueError as error:
             raise _invalid(f"{field}.ca_certificates", str(error)) from None
-    return Endpoint(host, port, chosen, username, password, ca)
+    return Endpoint(host, port, chosen, username, password, ca=ca)
 
 
 def check_host(field: str, host: str) -> None:

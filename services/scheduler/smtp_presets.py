@@ -61,18 +61,6 @@ PROVIDERS: Final[Mapping[SmtpPreset, PresetProvider]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class EndpointAddress:
-    """The address of an endpoint, as requested, with the values of a preset where none were given.
-
-    0 means that no port or no security was requested.
-    """
-
-    host: str
-    port: int
-    security: int
-
-
 def provider_of(field: str, preset: int) -> PresetProvider | None:
     """Return the provider of a preset; None if `preset` is 0.
 
@@ -91,11 +79,14 @@ def provider_of(field: str, preset: int) -> PresetProvider | None:
 
 def complete_address(
     provider: PresetProvider | None, host: str, port: int, security: int
-) -> EndpointAddress:
-    """Return the address with the provider's values where none were given."""
+) -> tuple[str, int, int]:
+    """Return host, port and security, with the provider's values where none were given.
+
+    0 means that no port or no security was requested.
+    """
     if provider is None:
-        return EndpointAddress(host, port, security)
+        return host, port, security
     if not port and not security:
         # If one of them was given, the usual rule chooses the other: port 465 means TLS.
         port, security = provider.port, provider.security
-    return EndpointAddress(host or provider.host, port, security)
+    return host or provider.host, port, security

@@ -9,21 +9,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from services.scheduler.storage.senders import SenderEndpoint
 from shared.egress import Egress
 from shared.errors import ResourceExhausted
 from shared.gate import Gate
-from shared.oauth2.credentials import OAuth2Ref, TokenProvider
+from shared.oauth2.credentials import TokenProvider
 from shared.secrets import SecretBox
 from shared.settings import Settings
 from shared.smtp.addresses import envelope_address
-from shared.smtp.endpoint import Endpoint, relay_of
+from shared.smtp.endpoint import StoredEndpoint, resolve_endpoint
 from shared.smtp.helo import helo_name
 from shared.smtp.limits import PhaseLimits
 from shared.smtp.probe import Probe, Prober
 from shared.smtp.replies import ReplyRules
 from shared.smtp.tls import TlsContexts
-from shared.states import SmtpSecurity
 
 # Seconds for the whole session: below the deadline of a call.
 _LIMIT: Final = 20.0
@@ -85,15 +83,15 @@ class Verifier:
             if not self._under_way[user_id]:
                 del self._under_way[user_id]
 
-    async def verify(self, sender: SenderEndpoint, recipient: str) -> Verification:
-        """Open a session with the sender's endpoint, go as far as RCPT, and end it.
+    async def verify(self, stored: StoredEndpoint, sender: str, recipient: str) -> Verification:
+        """Open a session with an endpoint, go as far as RCPT, and end it.
 
-        An empty `recipient` means the sender's own address.
+        `sender` is the sender's address. An empty `recipient` means the same address.
 
         Raises:
             ValueError: `recipient` is not a mail address.
         """
-        endpoint = self._endpoint(sender)
+        endpoint = resolve_endpoint(stored, self._settings, self._secrets)
         prober = Prober(
             limits=self._limits,
             limit=_LIMIT,
@@ -104,22 +102,8 @@ class Verifier:
             tls=TlsContexts.from_settings(self._settings),
             tokens=self._tokens,
         )
-        mail_from = envelope_address(sender.email)
+        mail_from = envelope_address(sender)
         rcpt_to = envelope_address(recipient) if recipient else mail_from
         return Verification(
             endpoint.host, endpoint.port, await prober.probe(endpoint, mail_from, rcpt_to)
-        )
-
-    def _endpoint(self, sender: SenderEndpoint) -> Endpoint:
-        if self._settings.smtp_override or sender.host is None or sender.port is None:
-            return relay_of(self._settings.smtp_url, plaintext=self._settings.plaintext)
-        oauth2 = sender.oauth2_credentials_id
-        return Endpoint(
-            sender.host,
-            sender.port,
-            sender.security or SmtpSecurity.STARTTLS,
-            username=sender.username or "",
-            password="" if sender.password is None else self._secrets.decrypt(sender.password),
-            ca=sender.ca or "",
-            oauth2=None if oauth2 is None else OAuth2Ref(oauth2),
         )

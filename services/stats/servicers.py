@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Final
 
 import grpc
@@ -19,6 +19,7 @@ from services.stats.storage import WatchedSender
 from shared import page_tokens
 from shared.auth import current_caller, effective_user, require_user
 from shared.forecast.backlog import Rules
+from shared.paging import requested_page
 from shared.proto_mapping import (
     id_text,
     not_found,
@@ -29,7 +30,6 @@ from shared.proto_mapping import (
 )
 from shared.watching import Watch
 
-_PAGES: Final = "user_stats"
 _WATCHED: Final = "sender_stats"
 
 
@@ -62,16 +62,11 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     ) -> stats_pb2.UserStats:
         """Return the counts of one user, and of one page of its senders."""
         user_id = require_user(current_caller(), request.user_id)
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(user_id)
-        position = page_tokens.decode(request.page_token, _PAGES, filters)
-        after = int(position[0]) if position else 0
+        page = requested_page(request, "user_stats", user_id, start=(0,))
         async with storage.snapshot(self._engine) as connection:
-            found = await storage.read_user(connection, user_id, after, size)
-        token = ""
-        if found.more:
-            token = page_tokens.encode(_PAGES, filters, (found.senders[-1].sender_id,))
-        return _user_stats(user_id, found, token)
+            found = await storage.read_user(connection, user_id, *page.after, page.limit)
+        shown, token = page.cut(found.senders, lambda sender: (sender.sender_id,))
+        return _user_stats(user_id, replace(found, senders=shown), token)
 
     async def ForecastBatch(  # noqa: N802 - the proto's name
         self,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Final
 
 from shared.audit.installation import Findings
 from shared.audit.replay import Replay
 from shared.audit.storage import AuditedSender
+from shared.gap import effective_gap
 from shared.settings import Settings, format_duration
 from shared.states import JobState
 
@@ -134,8 +134,7 @@ class AuditReport:
         return lines + [f"for example: {text}" for text in jobs.examples]
 
     def _gap_s(self, sender: AuditedSender) -> float:
-        own = timedelta(milliseconds=sender.min_gap_ms or 0)
-        return max(self.settings.min_gap, own).total_seconds()
+        return effective_gap(sender.min_gap_ms, self.settings.min_gap).total_seconds()
 
     def figures(self) -> dict[str, Any]:
         """Return the figures that `outbox drill` has in its document too."""

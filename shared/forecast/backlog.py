@@ -34,6 +34,7 @@ from shared.counts import in_state, sender_counts
 from shared.forecast.openings import Openings
 from shared.forecast.runs import first_of, in_order, joined
 from shared.forecast.simulation import Limiter, Run, Sends
+from shared.gap import effective_gap
 from shared.models import Attempt, Batch, BatchCount, Cooldown, CountDelta, EmailJob, Sender
 from shared.states import BatchState, JobState, SenderState
 
@@ -128,7 +129,7 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
         sent.append(Sends(end))
         ends.append(end)
     counts = await sender_counts(connection, [sender_id])
-    gap = max(rules.floor, timedelta(milliseconds=row.min_gap_ms or 0))
+    gap = effective_gap(row.min_gap_ms, rules.floor)
     return SenderPace(
         now=now,
         active=row.deleted_at is None and row.state == SenderState.ACTIVE,

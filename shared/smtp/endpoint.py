@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from shared.auth import is_loopback_host
-from shared.endpoints import RELAY
+from shared.endpoints import RELAY, circuit_key
 from shared.errors import ConfigurationError
 from shared.oauth2.credentials import OAuth2Ref
 from shared.redaction import redact
+from shared.secrets import SecretBox
+from shared.settings import Settings
 from shared.states import SmtpSecurity
 
 _SCHEMES = {
@@ -40,7 +42,7 @@ class Endpoint:
     # CA certificates (PEM) that are trusted beside the usual ones. Part of equality, so that a
     # sender that trusts fewer does not get a connection that was opened with more.
     ca: str = field(default="", repr=False)
-    # The endpoint's name in Redis (`shared.endpoints`).
+    # The endpoint's key in Redis (`shared.endpoints`).
     circuit: str = field(default=RELAY, compare=False)
 
     def shown(self, text: str) -> str:
@@ -62,6 +64,52 @@ class Endpoint:
             for sent in (f"\0{self.username}\0{self.password}", self.password)
         )
         return (plain, login, self.password)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredEndpoint:
+    """The endpoint of a sender as PostgreSQL stores it. Without a host, it is the relay."""
+
+    user_id: str
+    host: str | None = None
+    port: int | None = None
+    security: SmtpSecurity | None = None
+    username: str | None = None
+    # Encrypted.
+    password: bytes | None = field(default=None, repr=False)
+    ca: str | None = None
+    # `oauth2_credentials.id`. None means that there are no OAuth 2.0 credentials.
+    oauth2_credentials_id: int | None = None
+
+
+def resolve_endpoint(stored: StoredEndpoint, settings: Settings, secrets: SecretBox) -> Endpoint:
+    """Return the server that a sender's mail goes to: its own, or the operator's relay.
+
+    Raises:
+        ConfigurationError: OUTBOX_SMTP_URL is invalid (see `relay_of`).
+        FailedPrecondition: no key decrypts the password.
+    """
+    circuit = circuit_key(
+        stored.user_id,
+        stored.host,
+        stored.port,
+        stored.security,
+        stored.username,
+        override=settings.smtp_override,
+    )
+    if circuit == RELAY or stored.host is None or stored.port is None:
+        return relay_of(settings.smtp_url, plaintext=settings.plaintext)
+    oauth2 = stored.oauth2_credentials_id
+    return Endpoint(
+        host=stored.host,
+        port=stored.port,
+        security=stored.security or SmtpSecurity.STARTTLS,
+        username=stored.username or "",
+        password="" if stored.password is None else secrets.decrypt(stored.password),
+        ca=stored.ca or "",
+        oauth2=None if oauth2 is None else OAuth2Ref(oauth2),
+        circuit=circuit,
+    )
 
 
 def relay_of(url: str, *, plaintext: bool = False) -> Endpoint:

@@ -26,7 +26,7 @@ from shared.oauth2.credentials import (
     TokenUnavailable,
 )
 from shared.smtp.commands import Answer, Command, check_command, reply_within
-from shared.smtp.endpoint import Endpoint, relay_of
+from shared.smtp.endpoint import Endpoint
 from shared.smtp.helo import address_literal
 from shared.smtp.limits import Deadline, FixedDeadline, PhaseLimits
 from shared.smtp.oauth2_auth import Login, authenticate, is_token_refused, login_for
@@ -35,8 +35,6 @@ from shared.smtp.reply_parser import MalformedReply, WireReply
 from shared.smtp.stream import ConnectionLost, SmtpStream
 from shared.smtp.tls import TlsContexts
 from shared.states import SmtpSecurity
-
-__all__ = ["ConnectionLost", "Endpoint", "SessionRefused", "SmtpSession", "relay_of"]
 
 # Limit, in seconds, of the reply to QUIT and of the close after it.
 QUIT_LIMIT: Final = 2.0

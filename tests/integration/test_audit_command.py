@@ -20,7 +20,6 @@ from services.scheduler.storage.cancelling import cancel_batch, sweep
 from shared.audit.installation import audit_installation
 from shared.audit.report import AuditReport
 from shared.counts import sender_counts
-from shared.database import transaction
 from shared.message_ids import installation_id, message_id_for
 from shared.settings import Settings, load_settings
 from shared.states import AttemptOutcome, JobState
@@ -314,7 +313,7 @@ async def test_audit_and_stats_agree_while_the_rows_of_a_cancelled_batch_follow(
     # Sent, in doubt, and waiting again.
     await past.attempt(jobs[1], 20, AttemptOutcome.IN_DOUBT)
     past.arrived(sender, jobs[1], 20)
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         assert await cancel_batch(connection, batch, None)
 
     async def agree() -> None:
@@ -333,7 +332,7 @@ async def test_audit_and_stats_agree_while_the_rows_of_a_cancelled_batch_follow(
         assert off == (2 if way == "+" else 0)
     more = True
     while more:
-        async with transaction(world.engine) as connection:
+        async with world.engine.begin() as connection:
             more = await sweep(connection, batch, 1)
         await agree()
     assert await world.sql("SELECT 1 FROM batch_cancellations") == []

@@ -23,7 +23,6 @@ from services.scheduler.storage.cancelling import CancelledBatch, cancel_batch, 
 from services.scheduler.sweeping import Sweeper
 from services.stats.storage import fold_once
 from shared.counts import batch_counts, sender_counts, user_counts
-from shared.database import transaction
 from shared.models import EmailJob
 from shared.queue.keys import JobRef
 from shared.settings import load_settings
@@ -48,14 +47,14 @@ async def batch_of(world: World, job: int) -> int:
 
 
 async def cancel(world: World, batch: int) -> CancelledBatch:
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         cancelled = await cancel_batch(connection, batch, None)
     assert cancelled is not None
     return cancelled
 
 
 async def mark(world: World, jobs: Sequence[int]) -> list[MarkedJob]:
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         return await mark_sending(connection, [JobRef(job, 1) for job in jobs], LEASE)
 
 
@@ -76,12 +75,12 @@ async def end(world: World, marked: Sequence[MarkedJob], state: JobState) -> Non
         )
         for job in marked
     ]
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         await settle(connection, records, now)
 
 
 async def one_step(world: World, batch: int, limit: int) -> bool:
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         return await sweep(connection, batch, limit)
 
 
@@ -138,7 +137,7 @@ async def test_what_comes_back_from_a_failed_attempt_is_cancelled(world: World) 
     await world.check_counts()
     async with world.engine.connect() as connection:
         assert (await batch_counts(connection, [batch]))[batch].cancelled == 5
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         again = [JobRef(job.job.job_id, 2) for job in marked]
         assert await mark_sending(connection, again, LEASE) == []
     while await one_step(world, batch, 1):
@@ -150,7 +149,7 @@ async def test_what_comes_back_from_a_failed_attempt_is_cancelled(world: World) 
 async def test_a_mark_that_waits_for_a_cancellation_marks_nothing(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 3)
     batch = await batch_of(world, jobs[0])
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         cancelled = await cancel_batch(connection, batch, None)
         marking = asyncio.create_task(mark(world, jobs))
         await eventually(partial(somebody_waits, world))
@@ -162,7 +161,7 @@ async def test_a_mark_that_waits_for_a_cancellation_marks_nothing(world: World) 
 async def test_a_cancellation_waits_for_a_mark_and_is_too_late_for_it(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 3)
     batch = await batch_of(world, jobs[0])
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         marked = await mark_sending(connection, [JobRef(jobs[0], 1)], LEASE)
         cancelling = asyncio.create_task(cancel(world, batch))
         await eventually(partial(somebody_waits, world))
@@ -218,7 +217,7 @@ async def test_callers_see_cancelled_jobs_before_their_rows_say_so(world: World)
     await world.sql("UPDATE email_jobs SET recipient = 'a@b.org' WHERE id = %s", jobs[0])
     settings = world.settings
     async with running_scheduler(settings.database_url, settings.redis_url) as scheduler:
-        async with transaction(world.engine) as holding:
+        async with world.engine.begin() as holding:
             # So that the rows cannot follow.
             await holding.execute(select(EmailJob.id).with_for_update())
             await cancel(world, batch)

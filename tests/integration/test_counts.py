@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.stats import storage
 from shared.counts import JobCounts, batch_counts, sender_counts, user_counts
-from shared.database import create_engine, transaction
+from shared.database import create_engine
 from shared.settings import load_settings
 from shared.states import FINAL_STATES, JobState
 from tests.eventually import eventually
@@ -152,7 +152,7 @@ async def world(database_url: str) -> AsyncIterator[CountedWorld]:
     engine = create_engine(load_settings(database_url=database_url))
     owner: dict[int, str] = {}
     batches: dict[int, int] = {}
-    async with transaction(engine) as connection:
+    async with engine.begin() as connection:
         for user in ("anna", "anna", "bert"):
             sender = await scalar(
                 connection,
@@ -210,7 +210,7 @@ async def test_counts_equal_a_recount_at_any_moment(world: CountedWorld) -> None
     async def fold(limit: int) -> int:
         folded = 0
         while writing:
-            async with transaction(world.engine) as connection:
+            async with world.engine.begin() as connection:
                 folded += await storage.fold(connection, limit)
         return folded
 
@@ -262,7 +262,7 @@ async def test_what_has_no_jobs_counts_zero(world: CountedWorld) -> None:
 async def test_a_fold_before_its_commit_is_seen_by_nobody(world: CountedWorld) -> None:
     batch = next(iter(world.batches))
     await world.intake(batch, 10)
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         assert await storage.fold(connection) == 1
         assert await world.unfolded() == 1
         assert await world.check() == JobCounts(scheduled=10)
@@ -276,7 +276,7 @@ async def test_a_fold_takes_no_more_deltas_than_its_limit_and_the_oldest_first(
     first, second, *_ = world.batches
     await world.intake(first, 1)
     await world.intake(second, 2)
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         assert await storage.fold(connection, 1) == 1
         folded = await connection.execute(text("SELECT batch_id, n FROM batch_counts"))
         assert [tuple(row) for row in folded] == [(first, 1)]
@@ -291,9 +291,9 @@ async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
     first, *_, last = world.batches
     await world.intake(first, 10)
     await world.intake(last, 20)
-    async with asyncio.timeout(10), transaction(world.engine) as one:
+    async with asyncio.timeout(10), world.engine.begin() as one:
         assert await storage.fold(one, 1) == 1
-        async with transaction(world.engine) as other:
+        async with world.engine.begin() as other:
             assert await storage.fold(other, 5) == 1
         await world.check()
     await world.check()
@@ -317,7 +317,7 @@ async def test_folds_at_once_over_the_same_rows_do_not_block_each_other_for_ever
     async def fold() -> int:
         folded = 0
         while await world.unfolded():
-            async with transaction(world.engine) as connection:
+            async with world.engine.begin() as connection:
                 folded += await storage.fold(connection, 25)
         return folded
 
@@ -336,7 +336,7 @@ async def test_a_fold_whose_connection_is_cut_before_its_commit_changes_nothing(
     await world.intake(batch, 10)
 
     async def fold_and_be_cut() -> None:
-        async with transaction(world.engine) as connection:
+        async with world.engine.begin() as connection:
             assert await storage.fold(connection) == 1
             pid = await scalar(connection, "SELECT pg_backend_pid()")
             await world.do("SELECT pg_terminate_backend(%(pid)s, 5000)", pid=pid)
@@ -352,13 +352,13 @@ async def test_a_fold_whose_connection_is_cut_before_its_commit_changes_nothing(
 FOLDER = """
 import asyncio, sys
 from services.stats.storage import fold
-from shared.database import create_engine, transaction
+from shared.database import create_engine
 from shared.settings import load_settings
 
 async def main():
     engine = create_engine(load_settings(database_url=sys.argv[1]))
     while True:
-        async with transaction(engine) as connection:
+        async with engine.begin() as connection:
             print(await fold(connection, 1), flush=True)
             sys.stdin.readline()
 

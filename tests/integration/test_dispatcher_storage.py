@@ -22,6 +22,7 @@ from services.dispatcher.storage import AttemptRecord, MarkedJob
 from shared.heads import HeadLoader
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
+from shared.smtp.endpoint import StoredEndpoint
 from shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
@@ -617,9 +618,11 @@ async def test_a_batch_comes_with_its_sender_as_it_is_now(
 
     assert set(found) == set(batches)
     first, second = (found[batch] for batch in batches)
-    assert (first.email, first.smtp_host, first.sender_revision) == (f"s{plain}@x.test", None, 1)
-    assert (second.smtp_host, second.smtp_port) == ("own.test", 2525)
-    assert (second.smtp_security, second.smtp_password) == (SmtpSecurity.TLS, b"token")
+    assert (first.email, first.sender_revision) == (f"s{plain}@x.test", 1)
+    assert first.endpoint == StoredEndpoint(first.user_id)
+    assert second.endpoint == StoredEndpoint(
+        second.user_id, "own.test", 2525, SmtpSecurity.TLS, "anna", b"token"
+    )
     assert (second.display_name, second.sender_revision) == ("Anna", 2)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest_asyncio
 
 from services.dispatcher.storage import MarkedJob, mark_sending
-from shared.database import create_engine, transaction
+from shared.database import create_engine
 from shared.queue.keys import JobRef
 from shared.sending_hours import SendingHours
 from shared.settings import load_settings
@@ -71,7 +71,7 @@ async def test_only_jobs_that_wait_are_judged(world: World) -> None:
     assert len(await mark(world, [job])) == 1
     await suppress(world, "r1@y.test")
     assert await mark(world, [job]) == []
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         assert await mark_sending(connection, [JobRef(job, 2)], LEASE) == []
     assert await world.in_state(JobState.SENDING) == {job}
     paused = await world.sender()

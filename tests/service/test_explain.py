@@ -183,7 +183,9 @@ async def test_an_endpoint_that_is_down_is_named_with_its_error_and_next_probe(
     assert left(found.wait_end_time) == pytest.approx(60, abs=15)
     assert "Connect call failed" in found.explanation
     assert not found.HasField("estimated_send_time")
-    assert (await explain(scheduler, jobs[0])).wait_reason == pb.WAIT_REASON_RETRY
+    found = await explain(scheduler, jobs[0])
+    assert found.wait_reason == pb.WAIT_REASON_RETRY
+    assert "does not count as a failure, since no session with the mail" in found.explanation
 
 
 async def test_a_job_of_a_sender_that_cools_down_is_told_the_reply_and_the_next_probe(

@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher.storage import mark_sending
 from services.stats.storage import fold_once
-from shared.database import create_engine, transaction
+from shared.database import create_engine
 from shared.heads import HeadLoader
 from shared.message_ids import installation_id, message_id_for
 from shared.proto_mapping import to_timestamp
@@ -127,7 +127,7 @@ async def test_a_job_says_what_is_known_of_it(
     assert (job.state, job.attempt_count) == (SCHEDULED, 0)
     assert job.schedule_time == answer.batch.create_time
     assert not job.HasField("send_time")
-    async with transaction(engine) as connection:
+    async with engine.begin() as connection:
         installation = await installation_id(connection)
     assert job.message_id == message_id_for(job_id, sender.email, installation)
 
@@ -311,7 +311,7 @@ async def test_of_a_cancel_and_a_claim_at_once_exactly_one_wins(
     jobs = await make_jobs(scheduler, sender, 60)
 
     async def mark(job: str) -> bool:
-        async with transaction(engine) as connection:
+        async with engine.begin() as connection:
             marked = await mark_sending(connection, [JobRef(int(job), 1)], timedelta(seconds=60))
         return bool(marked)
 
@@ -397,7 +397,7 @@ async def test_no_spelling_of_a_suppressed_address_passes_the_last_look(
         await suppress(scheduler, suppressed)
 
     waiting = scheduler.rows("SELECT id FROM email_jobs WHERE state = 1")
-    async with transaction(engine) as connection:
+    async with engine.begin() as connection:
         refs = [JobRef(job, 1) for (job,) in waiting]
         marked = await mark_sending(connection, refs, timedelta(minutes=1))
 

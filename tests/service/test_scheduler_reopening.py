@@ -24,7 +24,6 @@ from outbox.v1.sender_service_pb2 import DeleteSenderRequest
 from services.dispatcher.storage import AttemptRecord, mark_sending, settle
 from services.scheduler.storage.reopening import FailedJobs, retry_failed
 from services.stats.storage import fold_once
-from shared.database import transaction
 from shared.queue.keys import JobRef
 from shared.states import AttemptOutcome, JobState
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
@@ -50,7 +49,7 @@ async def world(scheduler: Scheduler) -> AsyncIterator[World]:
 async def end(world: World, jobs: Sequence[int], state: JobState, attempt: int = 1) -> None:
     """End an attempt at each of these jobs, as a dispatcher does."""
     refs = [JobRef(job, attempt) for job in jobs]
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         marked = await mark_sending(connection, refs, LEASE)
     assert len(marked) == len(jobs)
     now = time.monotonic()
@@ -72,7 +71,7 @@ async def end(world: World, jobs: Sequence[int], state: JobState, attempt: int =
         )
         for job in marked
     ]
-    async with transaction(world.engine) as connection:
+    async with world.engine.begin() as connection:
         await settle(connection, records, now)
 
 

@@ -13,12 +13,12 @@ import pytest
 from services.dispatcher import composer as composer_module
 from services.dispatcher.composer import Composer, CompositionError, ReadBatches
 from services.dispatcher.storage import BatchContent, MarkedJob
-from shared.endpoints import endpoint_of
+from shared.endpoints import circuit_key
 from shared.errors import ConfigurationError
 from shared.queue.keys import JobRef
 from shared.secrets import SecretBox, generate_key
 from shared.settings import load_settings
-from shared.smtp.endpoint import Endpoint, relay_of
+from shared.smtp.endpoint import Endpoint, StoredEndpoint, relay_of
 from shared.states import SmtpSecurity
 
 BATCH = BatchContent(
@@ -32,11 +32,7 @@ BATCH = BatchContent(
     message_id_address="shop@shop.test",
     email="shop@shop.test",
     display_name="",
-    smtp_host=None,
-    smtp_port=None,
-    smtp_security=None,
-    smtp_username=None,
-    smtp_password=None,
+    endpoint=StoredEndpoint("anna"),
 )
 RELAY = Endpoint("relay.test", 25, SmtpSecurity.NONE, operators=True)
 
@@ -237,7 +233,7 @@ async def test_a_sender_whose_name_is_too_large_for_any_mail_says_so() -> None:
         ({"body": "{% if %}"}, "body"),
         ({"email": "no address"}, "not a mail address"),
         (
-            {"smtp_host": "own.test", "smtp_port": 25, "smtp_password": b"token"},
+            {"endpoint": StoredEndpoint("anna", "own.test", 25, password=b"token")},
             "OUTBOX_ENCRYPTION_KEYS",
         ),
     ],
@@ -261,13 +257,13 @@ async def test_a_batch_that_is_gone_is_an_error_of_its_mails() -> None:
         composer.compose(job())
 
 
-OWN = replace(BATCH, smtp_host="own.test", smtp_port=2525, smtp_security=None, smtp_username="anna")
+OWN = StoredEndpoint("anna", "own.test", 2525, username="anna")
 
 
 async def test_a_sender_with_a_relay_of_its_own_uses_it_and_starttls_by_default() -> None:
     secrets = SecretBox([generate_key()])
-    own = replace(OWN, smtp_password=secrets.encrypt("s3cret"))
-    composer = composer_of(Reader(own), secrets)
+    own = replace(OWN, password=secrets.encrypt("s3cret"))
+    composer = composer_of(Reader(replace(BATCH, endpoint=own)), secrets)
     await composer.prepare([job()])
 
     endpoint, _ = composer.compose(job())
@@ -275,12 +271,12 @@ async def test_a_sender_with_a_relay_of_its_own_uses_it_and_starttls_by_default(
     assert endpoint == Endpoint("own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret")
     # As in the head that a scheduler loads, which knows no password.
     user = BATCH.user_id
-    assert endpoint.circuit == endpoint_of(user, "OWN.test", 2525, None, "anna", override=False)
+    assert endpoint.circuit == circuit_key(user, "OWN.test", 2525, None, "anna", override=False)
     assert "s3cret" not in repr(endpoint)
 
 
 async def test_override_sends_everything_to_the_relay() -> None:
-    composer = composer_of(Reader(OWN), smtp_override=True)
+    composer = composer_of(Reader(replace(BATCH, endpoint=OWN)), smtp_override=True)
     await composer.prepare([job()])
 
     assert composer.compose(job())[0] == RELAY

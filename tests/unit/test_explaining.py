@@ -8,17 +8,16 @@ from typing import Final
 
 import pytest
 
-from services.dispatcher.retry import USES_NO_ATTEMPT
 from services.scheduler.explaining import (
-    NOT_COUNTED,
-    LastReply,
+    WHY_NOT_COUNTED,
+    LastAttempt,
     OpenCircuit,
     Situation,
     WaitReason,
     explain,
 )
 from shared.cooldowns import CooldownRecord
-from shared.states import ReplyClass
+from shared.states import NOT_COUNTED, AttemptOutcome, ReplyClass
 
 NOW: Final = datetime(2026, 11, 28, 10, 5, tzinfo=UTC)
 MINUTE: Final = timedelta(minutes=1)
@@ -26,6 +25,7 @@ FREE: Final = Situation(
     now=NOW,
     due=NOW - MINUTE,
     attempts=0,
+    failures=0,
     sender_active=True,
     ahead=0,
     in_flight=0,
@@ -109,11 +109,13 @@ def test_the_probe_itself_waits_for_what_any_mail_waits_for() -> None:
 
 
 def test_a_deferred_job_says_the_reply_the_next_attempt_and_the_end() -> None:
+    outcome = AttemptOutcome.TEMPORARY_FAILURE
+    deferred = LastAttempt(outcome, "4.7.1 Greylisted", 450, "4.7.1", ReplyClass.DEFERRED)
     it = replace(
         FREE,
         attempts=2,
         due=NOW + 10 * MINUTE,
-        last=LastReply(ReplyClass.DEFERRED, "450 4.7.1 Greylisted"),
+        last=deferred,
         deferred_until=NOW + timedelta(days=1),
     )
     found = explain(it)
@@ -123,17 +125,17 @@ def test_a_deferred_job_says_the_reply_the_next_attempt_and_the_end() -> None:
         "2026-11-28 10:15:00 UTC, and it is tried until 2026-11-29 10:05:00 UTC."
     )
     # What went wrong last is what it waits for, though it was deferred before.
-    failed = explain(replace(it, last=LastReply(None, "connection reset")))
+    in_doubt = LastAttempt(AttemptOutcome.IN_DOUBT, "connection reset")
+    failed = explain(replace(it, failures=1, last=in_doubt))
     assert failed.reason is WaitReason.RETRY
     assert failed.text == "Attempt 2 failed; attempt 3 is at 2026-11-28 10:15:00 UTC."
 
 
-@pytest.mark.parametrize("reply_class", NOT_COUNTED)
+@pytest.mark.parametrize("reply_class", sorted(NOT_COUNTED))
 def test_a_refusal_that_uses_no_attempt_is_not_called_a_failure(reply_class: ReplyClass) -> None:
-    it = replace(
-        FREE, attempts=1, due=NOW + MINUTE, last=LastReply(reply_class, "432 4.3.2 too many")
-    )
-    found = explain(it)
+    outcome = AttemptOutcome.TEMPORARY_FAILURE
+    last = LastAttempt(outcome, "too many", 432, "4.3.2", reply_class)
+    found = explain(replace(FREE, attempts=1, due=NOW + MINUTE, last=last))
     assert found.reason is WaitReason.RETRY
     assert "Attempt 1 failed" not in found.text
     assert found.text.startswith("Attempt 1 does not count as a failure, since ")
@@ -141,4 +143,36 @@ def test_a_refusal_that_uses_no_attempt_is_not_called_a_failure(reply_class: Rep
 
 
 def test_every_class_that_uses_no_attempt_has_its_words() -> None:
-    assert set(NOT_COUNTED) == USES_NO_ATTEMPT
+    assert set(WHY_NOT_COUNTED) == NOT_COUNTED
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_a_session_that_the_server_refused_is_not_called_a_failure(failures: int) -> None:
+    refused = LastAttempt(
+        AttemptOutcome.CONNECTION_FAILURE, "shutting down", 421, "4.3.2", ReplyClass.TEMPORARY
+    )
+    found = explain(replace(FREE, attempts=3, failures=failures, due=NOW + MINUTE, last=refused))
+    assert found.reason is WaitReason.RETRY
+    assert found.text == (
+        "Attempt 3 does not count as a failure, since the mail server refused the session (421 "
+        "4.3.2 shutting down); attempt 4 is at 2026-11-28 10:06:00 UTC."
+    )
+
+
+def test_a_server_that_was_never_reached_is_not_called_a_failure() -> None:
+    unreached = LastAttempt(AttemptOutcome.CONNECTION_FAILURE, "connection refused")
+    found = explain(replace(FREE, attempts=2, due=NOW + MINUTE, last=unreached))
+    assert found.reason is WaitReason.RETRY
+    assert found.text == (
+        "Attempt 2 does not count as a failure, since no session with the mail server could be "
+        "opened (connection refused); attempt 3 is at 2026-11-28 10:06:00 UTC."
+    )
+
+
+def test_a_connection_that_failed_after_other_failures_says_how_many_count() -> None:
+    broken = LastAttempt(AttemptOutcome.CONNECTION_FAILURE, "connection reset")
+    found = explain(replace(FREE, attempts=4, failures=2, due=NOW + MINUTE, last=broken))
+    assert found.text == (
+        "The connection of attempt 4 failed (connection reset); attempts that count as failures so "
+        "far: 2; attempt 5 is at 2026-11-28 10:06:00 UTC."
+    )

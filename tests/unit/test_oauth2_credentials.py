@@ -8,19 +8,18 @@ import pytest
 from outbox.v1 import sender_pb2
 
 from services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
-from services.scheduler.senders import Endpoint
 from services.scheduler.smtp_presets import (
     PROVIDERS,
-    EndpointAddress,
     SmtpPreset,
     complete_address,
     provider_of,
 )
 from shared.errors import InvalidInput
+from shared.smtp.endpoint import Endpoint
 from shared.states import SmtpSecurity
 
 GMAIL, MICROSOFT365 = PROVIDERS[SmtpPreset.GMAIL], PROVIDERS[SmtpPreset.MICROSOFT365]
-ENDPOINT = Endpoint("smtp.example.com", 587, SmtpSecurity.STARTTLS, "me@example.com", "", "")
+ENDPOINT = Endpoint("smtp.example.com", 587, SmtpSecurity.STARTTLS, "me@example.com")
 URL = "https://id.example.com/token"
 
 
@@ -55,7 +54,7 @@ def test_the_presets_are_those_of_the_contract() -> None:
 
 def test_no_preset_fills_nothing() -> None:
     assert provider_of("smtp.preset", 0) is None
-    assert complete_address(None, "", 0, 0) == EndpointAddress("", 0, 0)
+    assert complete_address(None, "", 0, 0) == ("", 0, 0)
 
 
 def test_an_unknown_preset_is_refused() -> None:
@@ -69,14 +68,14 @@ def test_an_unknown_preset_is_refused() -> None:
 )
 def test_a_preset_fills_the_address(preset: SmtpPreset, host: str) -> None:
     provider = provider_of("smtp.preset", preset)
-    assert complete_address(provider, "", 0, 0) == EndpointAddress(host, 587, SmtpSecurity.STARTTLS)
+    assert complete_address(provider, "", 0, 0) == (host, 587, SmtpSecurity.STARTTLS)
 
 
 def test_a_preset_leaves_what_was_given() -> None:
-    assert complete_address(GMAIL, "relay.example.com", 0, 0).host == "relay.example.com"
+    assert complete_address(GMAIL, "relay.example.com", 0, 0)[0] == "relay.example.com"
     # 465 is TLS from the first byte, and TLS is at 465: the endpoint's own rules decide the other.
-    assert complete_address(GMAIL, "", 465, 0) == EndpointAddress("smtp.gmail.com", 465, 0)
-    assert complete_address(GMAIL, "", 0, 3) == EndpointAddress("smtp.gmail.com", 0, 3)
+    assert complete_address(GMAIL, "", 465, 0) == ("smtp.gmail.com", 465, 0)
+    assert complete_address(GMAIL, "", 0, 3) == ("smtp.gmail.com", 0, 3)
 
 
 def test_gmail_fills_token_url_and_scope() -> None:
@@ -180,11 +179,11 @@ def test_a_token_url_may_have_port_path_and_query(url: str) -> None:
 def test_an_endpoint_for_oauth2_has_a_mailbox_tls_and_no_password() -> None:
     asked = credentials(refresh_token="r")
     host, port = ENDPOINT.host, ENDPOINT.port
-    plain = Endpoint(host, port, SmtpSecurity.NONE, "me", "", "")
+    plain = Endpoint(host, port, SmtpSecurity.NONE, "me")
     assert refused_field(asked, plain, GMAIL) == "smtp.security"
-    nobody = Endpoint(host, port, SmtpSecurity.TLS, "", "", "")
+    nobody = Endpoint(host, port, SmtpSecurity.TLS)
     assert refused_field(asked, nobody, GMAIL) == "smtp.username"
-    both = Endpoint(host, port, SmtpSecurity.TLS, "me", "word", "")
+    both = Endpoint(host, port, SmtpSecurity.TLS, "me", "word")
     assert refused_field(asked, both, GMAIL) == "smtp.oauth2"
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.dispatcher.retry import JITTER, USES_NO_ATTEMPT, Ladders, Tried, Verdict, decide
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from services.dispatcher.retry import JITTER, Ladders, Tried, Verdict, decide
+from shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
 LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 DEFERRALS = tuple(timedelta(minutes=minutes) for minutes in (5, 10, 20, 40, 60))
@@ -139,7 +139,7 @@ def test_a_wait_goes_with_scheduled_and_with_nothing_else(
     assert decided.failures in (failures, failures + 1)
 
 
-@pytest.mark.parametrize("reply_class", sorted(USES_NO_ATTEMPT))
+@pytest.mark.parametrize("reply_class", sorted(NOT_COUNTED))
 @pytest.mark.parametrize("failures", [0, 3, 50])
 def test_a_refusal_that_says_nothing_of_the_mail_uses_no_attempt(
     reply_class: ReplyClass, failures: int

@@ -23,7 +23,8 @@ from shared.smtp.endpoint import Endpoint
 from shared.smtp.limits import PhaseLimits
 from shared.smtp.replies import Phase, Reply, ReplyRules, leaves_session_usable, split_enhanced_code
 from shared.smtp.reply_parser import WireReply
-from shared.smtp.session import SESSION_ERRORS, ConnectionLost, SessionRefused
+from shared.smtp.session import SESSION_ERRORS, SessionRefused
+from shared.smtp.stream import ConnectionLost
 from shared.states import AttemptOutcome, ReplyClass
 
 # Refusals that are not of the mail alone: the session is of no use for another mail either.

@@ -11,12 +11,14 @@ from sqlalchemy import BigInteger, SmallInteger, bindparam, case, column, func, 
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.parts import array, count_moves
+from services.dispatcher.storage.parts import array, counting_ends
+from shared.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
 from shared.message_ids import message_id_address
-from shared.models import Batch, EmailJob, OAuth2CredentialsRow, Sender, Suppression
+from shared.models import Batch, EmailJob, Sender, Suppression
 from shared.queue.keys import JobRef
 from shared.recipient_keys import recipient_key
-from shared.states import BatchState, JobState, SenderState, SmtpSecurity
+from shared.smtp.endpoint import StoredEndpoint
+from shared.states import BatchState, JobState, SenderState
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +51,7 @@ class BatchContent:
     email: str
     message_id_address: str
     display_name: str
-    smtp_host: str | None
-    smtp_port: int | None
-    smtp_security: SmtpSecurity | None
-    smtp_username: str | None
-    smtp_password: bytes | None
-    # CA certificates (PEM) that are trusted beside the usual ones.
-    smtp_ca: str | None = None
-    # `oauth2_credentials.id`. None means that the endpoint has no OAuth 2.0 credentials.
-    oauth2_credentials_id: int | None = None
+    endpoint: StoredEndpoint
 
 
 _claim = (
@@ -154,7 +148,7 @@ def _mark_statement() -> Any:
         )
         .cte("moved")
     )
-    return select(moved).where(moved.c.state == JobState.SENDING).add_cte(count_moves(moved))
+    return select(moved).where(moved.c.state == JobState.SENDING).add_cte(counting_ends(moved))
 
 
 _MARK = _mark_statement()
@@ -208,16 +202,9 @@ async def read_batches(
             Sender.email,
             message_id_address().label("message_id_address"),
             Sender.display_name,
-            Sender.smtp_host,
-            Sender.smtp_port,
-            Sender.smtp_security,
-            Sender.smtp_username,
-            Sender.smtp_password,
-            Sender.smtp_ca,
-            OAuth2CredentialsRow.id.label("oauth2_credentials_id"),
+            *ENDPOINT_COLUMNS,
         )
         .join(Sender, Sender.id == Batch.sender_id)
-        .outerjoin(OAuth2CredentialsRow, OAuth2CredentialsRow.sender_id == Sender.id)
         .where(Batch.id.in_(batch_ids))
     )
     return {
@@ -232,13 +219,7 @@ async def read_batches(
             email=row.email,
             message_id_address=row.message_id_address,
             display_name=row.display_name,
-            smtp_host=row.smtp_host,
-            smtp_port=row.smtp_port,
-            smtp_security=None if row.smtp_security is None else SmtpSecurity(row.smtp_security),
-            smtp_username=row.smtp_username,
-            smtp_password=row.smtp_password,
-            smtp_ca=row.smtp_ca,
-            oauth2_credentials_id=row.oauth2_credentials_id,
+            endpoint=endpoint_of(row),
         )
         for row in rows
     }

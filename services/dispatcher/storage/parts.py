@@ -8,7 +8,6 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     FromClause,
-    SmallInteger,
     bindparam,
     cast,
     func,
@@ -20,8 +19,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from shared.models import Attempt, CountDelta
-from shared.states import JobState
+from shared.count_deltas import counting_moves
+from shared.models import Attempt
+from shared.states import FINAL_STATES, JobState
 
 
 async def ping(engine: AsyncEngine) -> None:
@@ -50,8 +50,8 @@ def log_attempts(source: FromClause, **values: ColumnElement[Any]) -> CTE:
     return insert(Attempt).from_select(list(values), ended).cte("logged")
 
 
-def count_moves(moved: CTE) -> CTE:
-    """Append what a statement's final states change in the counts, one row a group.
+def counting_ends(moved: CTE) -> CTE:
+    """Return the part of a statement that counts the jobs it moved to a final state.
 
     `moved` has sender_id, batch_id, state and finished_at.
     """
@@ -64,17 +64,8 @@ def count_moves(moved: CTE) -> CTE:
             moved.c.state,
             func.count().label("n"),
         )
-        .where(moved.c.state > JobState.SENDING)
+        .where(moved.c.state.in_(FINAL_STATES))
         .group_by(moved.c.sender_id, moved.c.batch_id, hour, moved.c.state)
         .cte("groups")
     )
-    added = select(groups.c.sender_id, groups.c.batch_id, groups.c.hour, groups.c.state, groups.c.n)
-    removed = select(
-        groups.c.sender_id,
-        groups.c.batch_id,
-        groups.c.hour,
-        cast(literal(int(JobState.SCHEDULED)), SmallInteger),
-        -groups.c.n,
-    )
-    names = ["sender_id", "batch_id", "hour", "state", "n"]
-    return insert(CountDelta).from_select(names, added.union_all(removed)).cte("counted")
+    return counting_moves(groups, was=JobState.SCHEDULED)

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.parts import count_moves, log_attempts
+from services.dispatcher.storage.parts import counting_ends, log_attempts
 from shared.counts import in_state
 from shared.models import EmailJob
 from shared.states import AttemptOutcome, JobState
@@ -75,7 +75,7 @@ async def recover_expired(
         counted=literal(True),
         message=literal("the dispatcher recorded no outcome before its lease ran out"),
     )
-    statement = select(moved.c.sender_id).distinct().add_cte(logged, count_moves(moved))
+    statement = select(moved.c.sender_id).distinct().add_cte(logged, counting_ends(moved))
     rows = await connection.execute(statement, {"lease": lease})
     return list(rows.scalars())
 

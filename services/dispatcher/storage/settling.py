@@ -23,7 +23,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.dispatcher.storage.marking import MarkedJob
-from services.dispatcher.storage.parts import array, count_moves, log_attempts, milliseconds
+from services.dispatcher.storage.parts import array, counting_ends, log_attempts, milliseconds
 from shared.database import unix_ms
 from shared.models import EmailJob
 from shared.queue.keys import JobRef
@@ -154,7 +154,7 @@ def _settle_statement() -> Any:
         reply_class=_outcome.c.reply_class,
     )
     return select(moved.c.id, moved.c.state, moved.c.scheduled_at).add_cte(
-        logged, count_moves(moved)
+        logged, counting_ends(moved)
     )
 
 

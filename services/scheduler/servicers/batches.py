@@ -29,11 +29,10 @@ from services.scheduler.sweeping import Sweeper
 from shared import bounds, page_tokens
 from shared.errors import InvalidInput, ResourceExhausted
 from shared.heads import HeadLoader, load_soon
-from shared.proto_mapping import not_found, parse_id, to_timestamp
+from shared.paging import requested_page
+from shared.proto_mapping import MAX_ID, not_found, parse_id, to_timestamp
 from shared.watching import Watch
 
-_BATCH_PAGES: Final = "batches"
-_REJECTION_PAGES: Final = "rejections"
 _WATCHED: Final = "watched batch"
 # A cancelled batch of so few rows has none left to follow when the call answers.
 _SWEPT_IN_CALL: Final = 5_000
@@ -109,17 +108,14 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Return one page of batches, the newest first."""
         sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
         user_id = acting_user(request.user_id) if sender_id else named_user(request.user_id)
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(user_id, sender_id)
-        position = page_tokens.decode(request.page_token, _BATCH_PAGES, filters)
-        before = int(position[0]) if position else None
+        page = requested_page(request, "batches", user_id, sender_id, start=(MAX_ID,))
         async with self._engine.connect() as connection:
-            found = await storage.list_batches(connection, user_id, sender_id, before, size + 1)
-        token = ""
-        if len(found) > size:
-            token = page_tokens.encode(_BATCH_PAGES, filters, (found[size - 1].batch_id,))
+            found = await storage.list_batches(
+                connection, user_id, sender_id, *page.after, page.limit
+            )
+        shown, token = page.cut(found, lambda batch: (batch.batch_id,))
         return batch_service_pb2.ListBatchesResponse(
-            batches=[to_batch(batch) for batch in found[:size]], next_page_token=token
+            batches=[to_batch(batch) for batch in shown], next_page_token=token
         )
 
     async def ListRejections(  # noqa: N802 - the proto's name
@@ -130,19 +126,14 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Return one page of a batch's rejections."""
         user_id = acting_user(request.user_id)
         batch_id = parse_id(request.batch_id, "batch_id")
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(user_id, batch_id)
-        position = page_tokens.decode(request.page_token, _REJECTION_PAGES, filters)
-        after = int(position[0]) if position else 0
+        page = requested_page(request, "rejections", user_id, batch_id, start=(0,))
         async with self._engine.connect() as connection:
             if not await storage.batch_exists(connection, batch_id, user_id):
                 raise not_found("batch_id", request.batch_id)
-            found = await storage.list_rejections(connection, batch_id, after, size + 1)
-        token = ""
-        if len(found) > size:
-            token = page_tokens.encode(_REJECTION_PAGES, filters, (found[size - 1].row_number,))
+            found = await storage.list_rejections(connection, batch_id, *page.after, page.limit)
+        shown, token = page.cut(found, lambda rejection: (rejection.row_number,))
         return batch_service_pb2.ListRejectionsResponse(
-            rejections=to_rejections(found[:size]), next_page_token=token
+            rejections=to_rejections(shown), next_page_token=token
         )
 
     async def CancelBatch(  # noqa: N802 - the proto's name

@@ -22,15 +22,14 @@ from services.scheduler.storage.reopening import (
     resolve,
     retry_failed,
 )
-from shared import bounds, page_tokens
+from shared import bounds
 from shared.errors import FailedPrecondition, InvalidInput, NotFound
 from shared.heads import HeadLoader, load_soon
 from shared.message_ids import installation_id
+from shared.paging import requested_page
 from shared.proto_mapping import id_text, not_found, parse_id
 from shared.states import JobState
 
-_JOB_PAGES: Final = "email_jobs"
-_ATTEMPT_PAGES: Final = "attempts"
 # How often a job may come back from a failed attempt while we try to cancel it.
 _TRIES: Final = 5
 _RESOLUTIONS: Final = {
@@ -70,24 +69,17 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         """Return one page of jobs, in the order of their acceptance."""
         narrowed = bool(request.sender_id or request.batch_id)
         user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(
-            user_id, request.sender_id, request.batch_id, request.state, request.recipient
-        )
-        position = page_tokens.decode(request.page_token, _JOB_PAGES, filters)
-        after = (int(position[0]), int(position[1])) if position else (0, 0)
+        filters = (request.sender_id, request.batch_id, request.state, request.recipient)
+        page = requested_page(request, "email_jobs", user_id, *filters, start=(0, 0))
         which = _filter(request, user_id)
         if which is None:
             return email_job_service_pb2.ListEmailJobsResponse()
         async with self._engine.connect() as connection:
-            found = await storage.list_jobs(connection, which, after, size + 1)
-        token = ""
-        if len(found) > size:
-            last = found[size - 1]
-            token = page_tokens.encode(_JOB_PAGES, filters, (last.batch_id, last.job_id))
+            found = await storage.list_jobs(connection, which, page.after, page.limit)
+        shown, token = page.cut(found, lambda job: (job.batch_id, job.job_id))
         installation = await self._installation()
         return email_job_service_pb2.ListEmailJobsResponse(
-            email_jobs=[to_job(job, installation) for job in found[:size]], next_page_token=token
+            email_jobs=[to_job(job, installation) for job in shown], next_page_token=token
         )
 
     async def CancelEmailJob(  # noqa: N802 - the proto's name
@@ -191,19 +183,14 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         """Return one page of a job's attempts, the first first."""
         user_id = acting_user(request.user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(user_id, job_id)
-        position = page_tokens.decode(request.page_token, _ATTEMPT_PAGES, filters)
-        after = int(position[0]) if position else 0
+        page = requested_page(request, "attempts", user_id, job_id, start=(0,))
         async with self._engine.connect() as connection:
             if not await storage.job_exists(connection, job_id, user_id):
                 raise not_found("email_job_id", request.email_job_id)
-            found = await storage.list_attempts(connection, job_id, after, size + 1)
-        token = ""
-        if len(found) > size:
-            token = page_tokens.encode(_ATTEMPT_PAGES, filters, (found[size - 1].number,))
+            found = await storage.list_attempts(connection, job_id, *page.after, page.limit)
+        shown, token = page.cut(found, lambda attempt: (attempt.number,))
         return email_job_service_pb2.ListAttemptsResponse(
-            attempts=[to_attempt(request.email_job_id, attempt) for attempt in found[:size]],
+            attempts=[to_attempt(request.email_job_id, attempt) for attempt in shown],
             next_page_token=token,
         )
 

@@ -11,6 +11,7 @@ from outbox.v1 import email_job_pb2, sender_pb2, sender_service_pb2
 from services.scheduler.limits import Limits
 from services.scheduler.storage.senders import SenderRecord
 from services.scheduler.verifying import Verification
+from shared.gap import effective_gap
 from shared.proto_mapping import id_text, to_cooldown, to_duration, to_timestamp
 from shared.sending_hours import SendingHours
 from shared.smtp.replies import Phase
@@ -39,7 +40,7 @@ _STEPS = {
 
 def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
     """Return the sender as callers see it; `floor` is OUTBOX_MIN_GAP."""
-    limits = Limits.of(record.hourly_limit, record.min_gap_ms, floor)
+    limits = Limits(record.hourly_limit, effective_gap(record.min_gap_ms, floor))
     sender = sender_pb2.Sender(
         sender_id=id_text(record.sender_id),
         user_id=record.user_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import structlog
 from google.protobuf.empty_pb2 import Empty
@@ -19,17 +19,18 @@ from services.scheduler.smtp_presets import PresetProvider, complete_address, pr
 from services.scheduler.storage import senders as storage
 from services.scheduler.storage.access import in_transaction
 from services.scheduler.verifying import Verifier
-from shared import bounds, page_tokens
+from shared import bounds
 from shared.cooldowns import CooldownRecord
 from shared.errors import FailedPrecondition, InvalidInput
 from shared.heads import HeadLoader, load_soon
 from shared.oauth2.credentials import TokenProvider
+from shared.paging import requested_page
 from shared.proto_mapping import not_found, parse_id
 from shared.secrets import SecretBox
 from shared.settings import Settings
+from shared.smtp.endpoint import Endpoint
 from shared.states import SenderState
 
-_PAGES: Final = "senders"
 _Columns = Mapping[str, Any]
 _log = structlog.get_logger("outbox.senders")
 
@@ -93,18 +94,13 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> sender_service_pb2.ListSendersResponse:
         """Return one page of a user's senders."""
         user_id = named_user(request.user_id)
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(user_id, request.state)
-        position = page_tokens.decode(request.page_token, _PAGES, filters)
+        page = requested_page(request, "senders", user_id, request.state, start=(0,))
         state = _state_filter(request.state)
-        after = int(position[0]) if position else 0
         async with self._engine.connect() as connection:
-            found = await storage.list_senders(connection, user_id, state, after, size + 1)
-        token = ""
-        if len(found) > size:
-            token = page_tokens.encode(_PAGES, filters, (found[size - 1].sender_id,))
+            found = await storage.list_senders(connection, user_id, state, *page.after, page.limit)
+        shown, token = page.cut(found, lambda sender: (sender.sender_id,))
         return sender_service_pb2.ListSendersResponse(
-            senders=[self._answer(sender) for sender in found[:size]], next_page_token=token
+            senders=[self._answer(sender) for sender in shown], next_page_token=token
         )
 
     async def UpdateSender(  # noqa: N802 - the proto's name
@@ -185,11 +181,12 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         if recipient:
             recipient = senders.check_sender_address("recipient", recipient)
         async with self._engine.connect() as connection:
-            endpoint = await storage.read_endpoint(connection, sender_id, user_id)
-        if endpoint is None:
+            found = await storage.read_endpoint(connection, sender_id, user_id)
+        if found is None:
             raise not_found("sender_id", request.sender_id)
+        address, endpoint = found
         with self.verifier.turn_of(user_id):
-            return to_verification(await self.verifier.verify(endpoint, recipient))
+            return to_verification(await self.verifier.verify(endpoint, address, recipient))
 
     async def _set_state(
         self, id_in_request: str, requested_user: str, state: SenderState
@@ -259,12 +256,12 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             return {f"smtp_{column}": None for column in columns} | {"oauth2": None}
         asked = sender.smtp
         provider = provider_of("sender.smtp.preset", asked.preset)
-        address = complete_address(provider, asked.host, asked.port, asked.security)
+        host, port, security = complete_address(provider, asked.host, asked.port, asked.security)
         endpoint = senders.check_endpoint(
             "sender.smtp",
-            address.host,
-            address.port,
-            security=address.security,
+            host,
+            port,
+            security=security,
             username=asked.username,
             password=asked.password,
             ca=asked.ca_certificates,
@@ -285,7 +282,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     def _oauth2(
         self,
         asked: sender_pb2.OAuth2Credentials,
-        endpoint: senders.Endpoint,
+        endpoint: Endpoint,
         provider: PresetProvider | None,
     ) -> _Columns:
         given = OAuth2Credentials(

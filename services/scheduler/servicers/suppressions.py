@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -13,12 +11,11 @@ from services.scheduler.senders import check_sender_address
 from services.scheduler.servicers.calls import Context, named_user
 from services.scheduler.storage import suppressions as storage
 from services.scheduler.storage.access import in_transaction
-from shared import bounds, page_tokens
+from shared import bounds
 from shared.errors import NotFound
 from shared.heads import HeadLoader, load_soon
+from shared.paging import requested_page
 from shared.proto_mapping import to_timestamp
-
-_PAGES: Final = "suppressions"
 
 
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
@@ -73,17 +70,12 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
     ) -> suppression_service_pb2.ListSuppressionsResponse:
         """Return one page of a user's suppressions."""
         user_id = named_user(request.user_id)
-        size = page_tokens.page_size(request.page_size)
-        filters = page_tokens.digest_filters(user_id)
-        position = page_tokens.decode(request.page_token, _PAGES, filters)
-        after = str(position[0]) if position else ""
+        page = requested_page(request, "suppressions", user_id, start=("",))
         async with self._engine.connect() as connection:
-            found = await storage.list_suppressions(connection, user_id, after, size + 1)
-        token = ""
-        if len(found) > size:
-            token = page_tokens.encode(_PAGES, filters, (found[size - 1].address,))
+            found = await storage.list_suppressions(connection, user_id, *page.after, page.limit)
+        shown, token = page.cut(found, lambda suppression: (suppression.address,))
         return suppression_service_pb2.ListSuppressionsResponse(
-            suppressions=[_to_suppression(one) for one in found[:size]], next_page_token=token
+            suppressions=[_to_suppression(one) for one in shown], next_page_token=token
         )
 
 

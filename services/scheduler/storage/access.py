@@ -36,7 +36,7 @@ async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], 
     """Run `work` in a transaction of its own; once more, a few times, after a deadlock."""
     for tries_left in reversed(range(_TRIES)):
         try:
-            async with transaction(engine) as connection:
+            async with engine.begin() as connection:
                 return await work(connection)
         except DBAPIError as error:
             if not tries_left or not isinstance(error.orig, _CONFLICTS):

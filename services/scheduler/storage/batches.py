@@ -112,17 +112,17 @@ async def list_batches(
     connection: AsyncConnection,
     user_id: str | None,
     sender_id: int | None,
-    before_id: int | None,
+    before_id: int,
     limit: int,
 ) -> Sequence[BatchRecord]:
     """Return the first `limit` batches before `before_id`, the newest first."""
     statement = owned_by(
-        select(*_LISTED).order_by(Batch.id.desc()).limit(limit), Batch.user_id, user_id
+        select(*_LISTED).where(Batch.id < before_id).order_by(Batch.id.desc()).limit(limit),
+        Batch.user_id,
+        user_id,
     )
     if sender_id is not None:
         statement = statement.where(Batch.sender_id == sender_id)
-    if before_id is not None:
-        statement = statement.where(Batch.id < before_id)
     rows = (await connection.execute(statement)).all()
     counts = await batch_counts(connection, [row.id for row in rows])
     return [_record(row, counts[row.id], None, None) for row in rows]

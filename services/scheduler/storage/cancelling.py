@@ -23,10 +23,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.storage.moving import count_moves, mark_heads
 from shared.cancellations import is_now
+from shared.count_deltas import counting_moves
 from shared.counts import batch_counts, in_state
-from shared.models import Batch, BatchCancellation, EmailJob, HeadMarker
+from shared.head_markers import mark_stale, marking_stale
+from shared.models import Batch, BatchCancellation, EmailJob
 from shared.ownership import owned_by
 from shared.states import BatchState, JobState
 
@@ -99,9 +100,9 @@ def _statement(
         .cte("groups")
     )
     hour = func.date_trunc("hour", at)
-    parts = [count_moves(groups, hour, JobState.SCHEDULED, state)]
+    parts = [counting_moves(groups, was=JobState.SCHEDULED, state=state, hour=hour)]
     if heads:
-        parts.append(mark_heads(groups))
+        parts.append(marking_stale(groups))
     return (
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),
@@ -152,7 +153,7 @@ async def cancel_batch(
             batch_id=batch_id, sender_id=row.sender_id, cancelled_at=now
         )
     )
-    await connection.execute(insert(HeadMarker).values(sender_id=row.sender_id))
+    await mark_stale(connection, [row.sender_id])
     return CancelledBatch(row.sender_id, waiting)
 
 

@@ -22,6 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.scheduler.addresses import address_key
+from services.scheduler.explaining import LastAttempt
 from shared.cancellations import finished_now, is_now, state_now
 from shared.message_ids import message_id_address
 from shared.models import (
@@ -35,17 +36,6 @@ from shared.models import (
 )
 from shared.ownership import owned_by
 from shared.states import AttemptOutcome, JobState, ReplyClass
-
-
-@dataclass(frozen=True, slots=True)
-class LastAttempt:
-    """The last attempt at a job that has ended."""
-
-    outcome: AttemptOutcome
-    message: str | None
-    smtp_code: int | None
-    enhanced_code: str | None
-    reply_class: ReplyClass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +54,8 @@ class JobRecord:
     scheduled_at: datetime
     finished_at: datetime | None
     attempts: int
+    # Attempts that count as failures.
+    failures: int
     last: LastAttempt | None
     # Until when it may be sent. None means without limit.
     expires_at: datetime | None
@@ -106,6 +98,7 @@ _JOB: Final = (
     EmailJob.scheduled_at,
     finished_now().label("finished_at"),
     EmailJob.attempt,
+    EmailJob.failures,
     EmailJob.expires_at,
     EmailJob.deferred_since,
 )
@@ -161,6 +154,7 @@ def _record(row: Row[Any]) -> JobRecord:
         scheduled_at=row.scheduled_at,
         finished_at=row.finished_at,
         attempts=row.attempt,
+        failures=row.failures,
         last=_last(row),
         expires_at=row.expires_at,
         deferred_since=row.deferred_since,

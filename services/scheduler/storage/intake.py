@@ -17,7 +17,6 @@ from sqlalchemy import (
     delete,
     exists,
     func,
-    insert,
     literal,
     select,
     update,
@@ -35,12 +34,12 @@ from services.scheduler.storage.spreading import (
     move_spread_jobs,
 )
 from services.scheduler.storage.suppressions import lock_suppressions
-from shared.database import transaction
+from shared.count_deltas import count_accepted
 from shared.errors import Unavailable
-from shared.models import Batch, CountDelta, EmailJob, HeadMarker, Sender, Suppression
+from shared.head_markers import mark_stale
+from shared.models import Batch, EmailJob, Sender, Suppression
 from shared.ownership import owned_by
 from shared.recipient_keys import recipient_key
-from shared.states import JobState
 
 # A suppression is written a moment before it can be seen.
 _SLACK: Final = timedelta(minutes=1)
@@ -123,7 +122,7 @@ class IntakeStore:
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[IntakeTransaction]:
         """Open the transaction: committed at the end, or rolled back."""
-        async with transaction(self._engine) as connection:
+        async with self._engine.begin() as connection:
             raw = await connection.get_raw_connection()
             driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
@@ -268,16 +267,8 @@ class IntakeTransaction:
             )
         )
         if counts.accepted:
-            await self._connection.execute(
-                insert(CountDelta).values(
-                    sender_id=sender_id,
-                    batch_id=begun.batch_id,
-                    hour=func.date_trunc("hour", func.now()),
-                    state=literal(int(JobState.SCHEDULED)),
-                    n=counts.accepted,
-                )
-            )
-            await self._connection.execute(insert(HeadMarker).values(sender_id=sender_id))
+            await count_accepted(self._connection, sender_id, begun.batch_id, counts.accepted)
+            await mark_stale(self._connection, [sender_id])
         return True
 
     async def _drop_suppressed(self, begun: BegunBatch, user_id: str) -> int:

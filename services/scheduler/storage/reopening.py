@@ -27,8 +27,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.scheduler.storage.access import in_transaction
 from services.scheduler.storage.email_jobs import may_have
-from services.scheduler.storage.moving import count_moves, mark_heads
+from shared.count_deltas import counting_moves
 from shared.counts import in_state
+from shared.head_markers import marking_stale
 from shared.models import Batch, EmailJob, Sender
 from shared.ownership import owned_by
 from shared.states import BatchState, JobState
@@ -213,9 +214,9 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: i
         .group_by(moved.c.sender_id, moved.c.batch_id, hour)
         .cte("groups")
     )
-    parts = [count_moves(groups, groups.c.hour, was, state)]
+    parts = [counting_moves(groups, was=was, state=state)]
     if waits:
-        parts.append(mark_heads(groups))
+        parts.append(marking_stale(groups))
     return (
         select(
             cast(func.coalesce(func.sum(groups.c.n), 0), BigInteger).label("jobs"),

@@ -20,9 +20,12 @@ from shared.cancellations import waits_of
 from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
 from shared.cooldowns import CooldownRecord
 from shared.counts import in_state
-from shared.models import Cooldown, EmailJob, HeadMarker, OAuth2CredentialsRow, Sender
+from shared.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
+from shared.head_markers import mark_stale
+from shared.models import Cooldown, EmailJob, Sender
 from shared.ownership import owned_by, owner_of
 from shared.sending_hours import SendingHours
+from shared.smtp.endpoint import StoredEndpoint
 from shared.states import JobState, SenderState, SmtpSecurity
 
 
@@ -154,55 +157,17 @@ async def read_sender(
     return None if row is None else _record(row, cooldown_of(row))
 
 
-@dataclass(frozen=True, slots=True)
-class SenderEndpoint:
-    """Where a sender's mail is handed in; no host: the operator's relay."""
-
-    email: str
-    host: str | None
-    port: int | None
-    security: SmtpSecurity | None
-    username: str | None
-    # Encrypted.
-    password: bytes | None
-    ca: str | None
-    oauth2_credentials_id: int | None
-
-
 async def read_endpoint(
     connection: AsyncConnection, sender_id: int, user_id: str | None
-) -> SenderEndpoint | None:
-    """Return the endpoint of a sender; None: there is no such sender, or not for this user."""
+) -> tuple[str, StoredEndpoint] | None:
+    """Return a sender's address and endpoint; None: there is no such sender for this user."""
     statement = owned_by(
-        select(
-            Sender.email,
-            Sender.smtp_host,
-            Sender.smtp_port,
-            Sender.smtp_security,
-            Sender.smtp_username,
-            Sender.smtp_password,
-            Sender.smtp_ca,
-            OAuth2CredentialsRow.id.label("oauth2_credentials_id"),
-        )
-        .outerjoin(OAuth2CredentialsRow, OAuth2CredentialsRow.sender_id == Sender.id)
-        .where(Sender.id == sender_id, _THERE),
+        select(Sender.email, *ENDPOINT_COLUMNS).where(Sender.id == sender_id, _THERE),
         Sender.user_id,
         user_id,
     )
     row = (await connection.execute(statement)).one_or_none()
-    if row is None:
-        return None
-    security = None if row.smtp_security is None else SmtpSecurity(row.smtp_security)
-    return SenderEndpoint(
-        email=row.email,
-        host=row.smtp_host,
-        port=row.smtp_port,
-        security=security,
-        username=row.smtp_username,
-        password=row.smtp_password,
-        ca=row.smtp_ca,
-        oauth2_credentials_id=row.oauth2_credentials_id,
-    )
+    return None if row is None else (row.email, endpoint_of(row))
 
 
 async def list_senders(
@@ -275,7 +240,7 @@ async def _update(
     row = (await connection.execute(statement)).one_or_none()
     if row is None:
         return None
-    await connection.execute(insert(HeadMarker).values(sender_id=sender_id))
+    await mark_stale(connection, [sender_id])
     return _record(row, cooldown_of(row))
 
 

@@ -82,8 +82,6 @@ class UserStats:
 
     counts: JobCounts
     senders: Sequence[UserSender]
-    # Whether senders follow after the last of `senders`.
-    more: bool
     read_at: datetime
 
 
@@ -219,17 +217,15 @@ async def read_user(
         select(Sender.id, Sender.email)
         .where(Sender.id > after_sender_id)
         .order_by(Sender.id)
-        .limit(limit + 1),
+        .limit(limit),
         Sender.user_id,
         user_id,
     )
     read_at: datetime = (await connection.execute(select(func.statement_timestamp()))).scalar_one()
     page = (await connection.execute(statement)).all()
-    shown = page[:limit]
-    counts = await sender_counts(connection, [row.id for row in shown])
+    counts = await sender_counts(connection, [row.id for row in page])
     return UserStats(
         counts=await user_counts(connection, user_id),
-        senders=[UserSender(row.id, row.email, counts[row.id]) for row in shown],
-        more=len(page) > limit,
+        senders=[UserSender(row.id, row.email, counts[row.id]) for row in page],
         read_at=read_at,
     )

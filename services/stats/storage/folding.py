@@ -19,7 +19,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.database import transaction
 from shared.models import (
     BatchCount,
     CountDelta,
@@ -34,7 +33,7 @@ FOLD_LIMIT: Final = 10_000
 
 async def fold_once(engine: AsyncEngine) -> int:
     """Fold up to FOLD_LIMIT deltas in a transaction of its own; return how many there were."""
-    async with transaction(engine) as connection:
+    async with engine.begin() as connection:
         return await fold(connection)
 
 
