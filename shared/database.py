@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -12,12 +13,13 @@ import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import event
+from sqlalchemy import event, select
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from shared.models import Sender
 from shared.ownership import refuse_unbounded
 from shared.settings import Settings
 
@@ -122,6 +124,25 @@ def _leave_standby(context: ExceptionContext) -> None:
             hide_parameters=True,
             connection_invalidated=True,
         )
+
+
+@asynccontextmanager
+async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Open a read-only transaction whose statements all see the database at the same moment."""
+    async with engine.connect() as connection:
+        yield await connection.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
+
+
+async def ping(engine: AsyncEngine) -> None:
+    """Read a table, which succeeds only if PostgreSQL answers and the database is migrated.
+
+    Raises:
+        sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or the table is missing.
+    """
+    async with engine.connect() as connection:
+        await connection.execute(select(Sender.id).limit(1))
 
 
 def unix_ms(time: datetime) -> int:

@@ -18,6 +18,7 @@ from sqlalchemy import Row
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from shared.database import snapshot
 from shared.endpoints import circuit_key
 from shared.gap import effective_gap
 from shared.head_markers import delete_markers, read_abandoned
@@ -105,11 +106,10 @@ class HeadLoader:
         for _ in range(_TRIES):
             epochs = await queue.begin_load(again, committed=committed)
             full += [sender_id for sender_id in again if sender_id not in epochs]
-            async with self._engine.connect() as connection:
-                if any(map(brings_history, epochs.values())):
-                    # Heads and history of one moment: a job that begins to wait again between the
-                    # two statements would be in neither.
-                    await connection.execution_options(isolation_level="REPEATABLE READ")
+            # Heads and history of one moment: a job that begins to wait again between the two
+            # statements would be in neither.
+            history = any(map(brings_history, epochs.values()))
+            async with snapshot(self._engine) if history else self._engine.connect() as connection:
                 heads, markers = await self._read(connection, epochs)
             again = await queue.load_heads(heads, epochs)
             done = [

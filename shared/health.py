@@ -15,6 +15,8 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shared.loops import Loop
+
 SERVICE_NAME = "grpc.health.v1.Health"
 
 _Status = health_pb2.HealthCheckResponse
@@ -104,27 +106,25 @@ async def follow_dependencies(
     log = structlog.get_logger("outbox.health")
     gone_before: set[str] | None = None
     asking: dict[str, asyncio.Task[None]] = {}
+
+    async def check_all() -> timedelta:
+        nonlocal gone_before, asking
+        begun = {name: asyncio.create_task(_run(checks[name])) for name in checks.keys() - asking}
+        asking |= begun
+        if begun:
+            _, late = await asyncio.wait(begun.values(), timeout=limit.total_seconds())
+            for check in late:
+                check.cancel()
+        gone = {name for name, check in asking.items() if not _answered(check)}
+        asking = {name: check for name, check in asking.items() if not check.done()}
+        if gone != gone_before:
+            gone_before = gone
+            (log.warning if gone else log.info)("dependencies", gone=sorted(gone))
+        server.set_serving(not gone)
+        return interval
+
     try:
-        while not stop.is_set():
-            begun = {
-                name: asyncio.create_task(_run(checks[name])) for name in checks.keys() - asking
-            }
-            asking |= begun
-            if begun:
-                _, late = await asyncio.wait(begun.values(), timeout=limit.total_seconds())
-                for check in late:
-                    check.cancel()
-            gone = {name for name, check in asking.items() if not _answered(check)}
-            asking = {name: check for name, check in asking.items() if not check.done()}
-            if gone != gone_before:
-                gone_before = gone
-                (log.warning if gone else log.info)("dependencies", gone=sorted(gone))
-            server.set_serving(not gone)
-            try:
-                async with asyncio.timeout(interval.total_seconds()):
-                    await stop.wait()
-            except TimeoutError:
-                continue
+        await Loop("health", check_all).run(stop)
     finally:
         for check in asking.values():
             check.cancel()

@@ -3,6 +3,36 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TypeVar
+
+from shared.errors import InvalidInput
+
+E = TypeVar("E", bound=IntEnum)
+
+
+def enum_or_none(kind: type[E], number: int | None) -> E | None:
+    """Return the member with a number; None for no number, and for 0, which stands for unset.
+
+    Raises:
+        ValueError: no member has the number.
+    """
+    return kind(number) if number else None
+
+
+def requested_enum(
+    kind: type[E], number: int, field: str, *, reason: str | None = None
+) -> E | None:
+    """Return the value of a request's enum field; None if it is unset.
+
+    Raises:
+        InvalidInput: no member has the number.
+    """
+    try:
+        return enum_or_none(kind, number)
+    except ValueError:
+        *others, last = (member.name for member in kind)
+        description = f"must be {', '.join(others)} or {last} (got {number})"
+        raise InvalidInput.field(field, description, reason=reason) from None
 
 
 class JobState(IntEnum):

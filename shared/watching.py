@@ -10,21 +10,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Generic, TypeVar
 
-import structlog
-
 from shared.database import DATABASE_ERRORS
+from shared.loops import Loop
 
 T = TypeVar("T")
 
 # Between two looks, so a change is seen within this and the time of the statement.
 PAUSE: Final = timedelta(milliseconds=250)
-_AFTER_ERROR: Final = timedelta(seconds=1)
-_log = structlog.get_logger("outbox.watching")
 
 
 @dataclass(eq=False, slots=True)
@@ -46,36 +42,15 @@ class Watch(Generic[T]):
         self._read = read
         self._pause = pause
         self._watchers: set[_Watcher[T]] = set()
-        self._woken = asyncio.Event()
-        self._stopped = False
+        self._loop = Loop("watching", self._look, errors=DATABASE_ERRORS)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Look, while somebody watches, until `stop`. Outside of calls: it is nobody's own."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._stop_at(stop))
-            group.create_task(self._run())
+        await self._loop.run(stop)
 
-    async def _stop_at(self, stop: asyncio.Event) -> None:
-        await stop.wait()
-        self._stopped = True
-        self._woken.set()
-
-    async def _run(self) -> None:
-        while not self._stopped:
-            self._woken.clear()
-            pause: float | None = None
-            if self._watchers:
-                try:
-                    await self._look()
-                    pause = self._pause.total_seconds()
-                except DATABASE_ERRORS as error:
-                    _log.warning("watching failed", error=type(error).__name__)
-                    pause = _AFTER_ERROR.total_seconds()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._woken.wait()
-
-    async def _look(self) -> None:
+    async def _look(self) -> timedelta | None:
+        if not self._watchers:
+            return None
         keys = {watcher.key for watcher in self._watchers}
         found = await self._read(keys)
         for watcher in self._watchers:
@@ -83,6 +58,7 @@ class Watch(Generic[T]):
             if now is not None and now != watcher.found:
                 watcher.found = now
                 watcher.changed.set()
+        return self._pause
 
     async def follow(self, key: int) -> AsyncGenerator[T, None]:
         """Yield what is under `key` at once, then whenever it has changed; never ends by itself.
@@ -91,7 +67,7 @@ class Watch(Generic[T]):
         """
         watcher = _Watcher[T](key)
         self._watchers.add(watcher)
-        self._woken.set()
+        self._loop.wake()
         try:
             while True:
                 await watcher.changed.wait()

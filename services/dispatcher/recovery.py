@@ -6,20 +6,20 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from functools import partial
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
-from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.head_markers import MARKER_AGE, mark_stale
 from shared.heads import HeadLoader
+from shared.loops import Loop
 from shared.queue.connection import QUEUE_ERRORS
 from shared.settings import Settings
 from shared.states import JobState
 
-_RETRY = timedelta(seconds=1)
 # A lease's end is looked for a moment later, so that one look finds it.
 _SLACK = timedelta(milliseconds=20)
 # After PostgreSQL was away, dispatchers record what ended meanwhile before anybody else ends it.
@@ -34,6 +34,7 @@ _HANGS = timedelta(seconds=2)
 # How often the senders for which something waits are compared with what Redis knows, by one of the
 # dispatchers: 20 us of PostgreSQL and 10 us of Redis a sender.
 SWEEP = timedelta(seconds=4)
+_ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
 
 
@@ -55,20 +56,22 @@ class Recovery:
     async def run(self) -> None:
         """Recover until cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._repeat(self.recover_leases))
-            group.create_task(self._repeat(self._load_abandoned))
-            group.create_task(self._repeat(self._restore_lost))
+            for name, step in (
+                ("lease recovery", self.recover_leases),
+                ("loading abandoned heads", self._load_abandoned),
+                ("restoring lost keys", self._restore_lost),
+            ):
+                loop = Loop(name, partial(self._try, step), errors=_ERRORS)
+                group.create_task(loop.run())
 
-    async def _repeat(self, step: Callable[[], Awaitable[timedelta]]) -> None:
-        while True:
-            try:
-                pause = await step()
-            except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-                _log.warning("recovery_failed", error=type(error).__name__)
-                self._calm = self._calm and isinstance(error, QUEUE_ERRORS)
-                pause = _RETRY
-            raise_if_cancelled()
-            await asyncio.sleep(pause.total_seconds())
+    async def _try(self, step: Callable[[], Awaitable[timedelta]]) -> timedelta:
+        try:
+            return await step()
+        except QUEUE_ERRORS:
+            raise
+        except DATABASE_ERRORS:
+            self._calm = False
+            raise
 
     async def recover_leases(self) -> timedelta:
         """End attempts whose lease ran out; returns when the next one can run out.

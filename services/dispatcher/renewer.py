@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -31,9 +32,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.dispatcher import storage
 from services.dispatcher.lease import Lease
 from services.dispatcher.storage import MarkedJob
-from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader
+from shared.loops import Loop
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.queue import Claim
 
@@ -44,7 +45,7 @@ _RENEWED_AFTER_PART = 1 / 3
 # A try is cancelled after this part of a lease, so that the next try has time to succeed.
 _TRY_LIMIT_PART = 1 / 4
 _ROUNDS_PER_LEASE = 20
-_LONGEST_PAUSE_S = 1.0
+_LONGEST_PAUSE = timedelta(seconds=1)
 # Cancelling a statement on a silent connection takes long. Further tries use other connections.
 _MOST_TRIES_AT_ONCE = 3
 _log = structlog.get_logger(__name__)
@@ -75,6 +76,7 @@ class Renewer:
         self._try_limit_s = self._lease_s * _TRY_LIMIT_PART
         self._held: dict[HeldJob, None] = {}
         self._failing = False
+        self._under_way: set[asyncio.Task[None]] = set()
 
     @contextmanager
     def hold(self, claim: Claim, marked: MarkedJob, claimed: float) -> Iterator[HeldJob]:
@@ -95,18 +97,17 @@ class Renewer:
 
     async def run(self) -> None:
         """Renew until cancelled."""
-        pause = min(_LONGEST_PAUSE_S, self._lease_s / _ROUNDS_PER_LEASE)
-        under_way: set[asyncio.Task[None]] = set()
         async with asyncio.TaskGroup() as group:
-            while True:
-                await asyncio.sleep(pause)
-                raise_if_cancelled()
-                old = self._old()
-                under_way = {task for task in under_way if not task.done()}
-                if old and len(under_way) < _MOST_TRIES_AT_ONCE:
-                    task = group.create_task(self._try_to_renew(old))
-                    under_way.add(task)
-                    await asyncio.wait({task}, timeout=self._try_limit_s)
+            await Loop("renewing", partial(self._renew_old, group)).run()
+
+    async def _renew_old(self, group: asyncio.TaskGroup) -> timedelta:
+        old = self._old()
+        self._under_way = {task for task in self._under_way if not task.done()}
+        if old and len(self._under_way) < _MOST_TRIES_AT_ONCE:
+            task = group.create_task(self._try_to_renew(old))
+            self._under_way.add(task)
+            await asyncio.wait({task}, timeout=self._try_limit_s)
+        return min(_LONGEST_PAUSE, self._lease / _ROUNDS_PER_LEASE)
 
     def _old(self) -> list[HeldJob]:
         """Return the jobs to renew now. A job whose lease has ended is left out: its send stops."""

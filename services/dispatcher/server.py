@@ -6,14 +6,12 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
-from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
@@ -25,11 +23,12 @@ from services.dispatcher.servicers import DispatcherServicer
 from services.dispatcher.smtp import SmtpPool
 from services.dispatcher.storage import BatchContent
 from services.dispatcher.wake import WakeListener
-from shared.database import create_engine, until_reachable
+from shared.database import create_engine, ping, until_reachable
 from shared.egress import Egress
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader
 from shared.health import follow_dependencies
+from shared.loops import Loop, run_until_stopped
 from shared.message_ids import installation_id
 from shared.oauth2.token_client import TokenClient
 from shared.oauth2.token_source import TokenSource
@@ -114,7 +113,7 @@ async def serve(
             engine=engine,
         )
         recovery = Recovery(settings, engine, loader)
-        beside = [*(listener.run for listener in listeners), recovery.run]
+        endless = [*(listener.run for listener in listeners), recovery.run]
 
         async def announce() -> None:
             if ready is not None:
@@ -127,17 +126,14 @@ async def serve(
             [
                 announce,
                 partial(dispatcher.run, stop),
-                partial(_keep_pool, pool, settings.smtp_idle, stop),
+                partial(Loop("pool", partial(_close_idle, pool, settings.smtp_idle)).run, stop),
                 partial(
                     follow_dependencies,
                     server,
-                    {
-                        "postgresql": partial(storage.ping, statements),
-                        "redis": partial(_ping, redis),
-                    },
+                    {"postgresql": partial(ping, statements), "redis": redis.ping},
                     stop,
                 ),
-                *(partial(_until, stop, part) for part in beside),
+                *(partial(run_until_stopped, work, stop) for work in endless),
             ],
         )
 
@@ -147,28 +143,6 @@ async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, 
         return await storage.read_batches(connection, batch_ids)
 
 
-async def _ping(redis: Redis) -> None:
-    await redis.ping()
-
-
-async def _keep_pool(pool: SmtpPool, idle: timedelta, stop: asyncio.Event) -> None:
-    while not stop.is_set():
-        pool.close_idle()
-        try:
-            await asyncio.wait_for(stop.wait(), idle.total_seconds() / 2)
-        except TimeoutError:
-            continue
-
-
-async def _until(stop: asyncio.Event, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run what never ends by itself until `stop`."""
-    task = asyncio.create_task(part())
-    waiting = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-    finally:
-        for each in (task, waiting):
-            each.cancel()
-        await asyncio.gather(task, waiting, return_exceptions=True)
+async def _close_idle(pool: SmtpPool, idle: timedelta) -> timedelta:
+    pool.close_idle()
+    return idle / 2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from datetime import timedelta
 
 from redis.asyncio import Redis
 
-from shared.cancellation import raise_if_cancelled
+from shared.loops import Loop, raise_if_cancelled
 from shared.queue.connection import QUEUE_ERRORS
 
-_RETRY_S = 0.5
+_RETRY = timedelta(milliseconds=500)
 
 
 class WakeListener:
@@ -35,14 +36,15 @@ class WakeListener:
 
     async def run(self) -> None:
         """Listen until cancelled; a lost connection is made again."""
-        while True:
-            with suppress(*QUEUE_ERRORS):
-                async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(self._channel)
-                    # What was published while nobody listened is made up for by one look.
+        await Loop("listening", self._listen).run()
+
+    async def _listen(self) -> timedelta:
+        with suppress(*QUEUE_ERRORS):
+            async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                await pubsub.subscribe(self._channel)
+                # What was published while nobody listened is made up for by one look.
+                self._event.set()
+                async for _ in pubsub.listen():
                     self._event.set()
-                    async for _ in pubsub.listen():
-                        self._event.set()
-                        raise_if_cancelled()
-            raise_if_cancelled()
-            await asyncio.sleep(_RETRY_S)
+                    raise_if_cancelled()
+        return _RETRY

@@ -20,7 +20,7 @@ from services.scheduler.explaining import (
 from services.scheduler.storage import email_jobs as storage
 from services.scheduler.storage.batches import read_expire_after
 from services.scheduler.storage.email_jobs import JobRecord
-from shared.database import from_unix_ms
+from shared.database import from_unix_ms, snapshot
 from shared.forecast.backlog import (
     BacklogPosition,
     Rules,
@@ -65,9 +65,8 @@ class Explainer:
 
     async def explain(self, job_id: int, user_id: str | None) -> ExplainedJob | None:
         """Explain a job; None: there is none, or not for this user."""
-        async with self._engine.connect() as connection:
-            # The job, its sender's past and what waits before it, of one moment.
-            await connection.execution_options(isolation_level="REPEATABLE READ")
+        # The job, its sender's past and what waits before it, of one moment.
+        async with snapshot(self._engine) as connection:
             job = await storage.read_job(connection, job_id, user_id)
             if job is None:
                 return None

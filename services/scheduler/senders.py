@@ -16,7 +16,7 @@ from shared.sending_hours import SendingHours
 from shared.settings import format_duration
 from shared.smtp.endpoint import Endpoint
 from shared.smtp.tls import check_ca
-from shared.states import SmtpSecurity
+from shared.states import SmtpSecurity, requested_enum
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _TLS_PORT: Final = 465
@@ -152,10 +152,9 @@ def check_endpoint(
     check_host(f"{field}.host", host)
     if not 0 <= port <= bounds.MAX_PORT:
         raise _invalid(f"{field}.port", f"takes 1 to {bounds.MAX_PORT}, and is {port}")
-    try:
-        chosen = SmtpSecurity(security) if security else None
-    except ValueError:
-        raise _invalid(f"{field}.security", f"{security} is no SmtpSecurity") from None
+    chosen = requested_enum(
+        SmtpSecurity, security, f"{field}.security", reason="SMTP_ENDPOINT_INVALID"
+    )
     if chosen is None:
         chosen = SmtpSecurity.TLS if port == _TLS_PORT else SmtpSecurity.STARTTLS
     if not port:

@@ -20,11 +20,10 @@ from services.scheduler.servicers.batches import BatchServicer
 from services.scheduler.servicers.email_jobs import EmailJobServicer
 from services.scheduler.servicers.senders import SenderServicer
 from services.scheduler.servicers.suppressions import SuppressionServicer
-from services.scheduler.storage.access import ping
 from services.scheduler.storage.batches import BatchRecord, read_watched
 from services.scheduler.storage.intake import IntakeStore
 from services.scheduler.sweeping import Sweeper
-from shared.database import create_engine
+from shared.database import create_engine, ping, snapshot
 from shared.forecast.backlog import Rules
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.heads import HeadLoader, load_soon
@@ -132,5 +131,5 @@ def _services(
 async def _read_batches(
     engine: AsyncEngine, batch_ids: Collection[int]
 ) -> Mapping[int, BatchRecord]:
-    async with engine.connect() as connection:
+    async with snapshot(engine) as connection:
         return await read_watched(connection, batch_ids)

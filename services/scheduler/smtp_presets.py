@@ -8,8 +8,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Final
 
-from shared.errors import InvalidInput
-from shared.states import SmtpSecurity
+from shared.states import SmtpSecurity, requested_enum
 
 
 class SmtpPreset(IntEnum):
@@ -67,14 +66,8 @@ def provider_of(field: str, preset: int) -> PresetProvider | None:
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
     """
-    if not preset:
-        return None
-    try:
-        return PROVIDERS[SmtpPreset(preset)]
-    except ValueError:
-        raise InvalidInput.field(
-            field, f"{preset} is not an SmtpPreset", reason="SMTP_ENDPOINT_INVALID"
-        ) from None
+    known = requested_enum(SmtpPreset, preset, field, reason="SMTP_ENDPOINT_INVALID")
+    return None if known is None else PROVIDERS[known]
 
 
 def complete_address(

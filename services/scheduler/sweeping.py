@@ -6,23 +6,21 @@ Runs in every scheduler. Nothing waits for it: what is cancelled is CANCELLED fo
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Final
 
-import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.scheduler.storage import cancelling
 from services.scheduler.storage.access import in_transaction
 from shared.database import DATABASE_ERRORS
+from shared.loops import Loop
 
 # While rows are left: those of others, and of what is in flight.
 _BUSY: Final = timedelta(seconds=1)
 # Otherwise: one may be left by a scheduler that died. A cancellation of our own wakes us.
 _IDLE: Final = timedelta(seconds=5)
-_log = structlog.get_logger("outbox.sweeping")
 
 
 class Sweeper:
@@ -30,35 +28,18 @@ class Sweeper:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._woken = asyncio.Event()
-        self._stopped = False
+        self._loop = Loop("sweeping", self._sweep_once, errors=DATABASE_ERRORS, retry=_BUSY)
 
     def wake(self) -> None:
         """Look at once, for there is something to do."""
-        self._woken.set()
+        self._loop.wake()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Sweep until `stop`; an error of PostgreSQL is logged and waited out."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._stop_at(stop))
-            group.create_task(self._run())
+        await self._loop.run(stop)
 
-    async def _stop_at(self, stop: asyncio.Event) -> None:
-        await stop.wait()
-        self._stopped = True
-        self._woken.set()
-
-    async def _run(self) -> None:
-        while not self._stopped:
-            self._woken.clear()
-            pause = _BUSY
-            try:
-                pause = _BUSY if await self.sweep_all() else _IDLE
-            except DATABASE_ERRORS as error:
-                _log.warning("sweeping failed", error=type(error).__name__)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(pause.total_seconds()):
-                    await self._woken.wait()
+    async def _sweep_once(self) -> timedelta:
+        return _BUSY if await self.sweep_all() else _IDLE
 
     async def sweep_all(self) -> bool:
         """Move what can be moved; return whether anything is left."""
@@ -69,5 +50,5 @@ class Sweeper:
     async def sweep(self, batch_id: int) -> None:
         """Move what can be moved of one batch."""
         step = partial(cancelling.sweep, batch_id=batch_id)
-        while await in_transaction(self._engine, step) and not self._stopped:
+        while await in_transaction(self._engine, step) and not self._loop.stopping:
             pass

@@ -10,8 +10,11 @@ from typing import Final
 
 import structlog
 
+from shared.loops import Loop
+
 # A fold takes less than 0.1 s; one that takes this long hangs, as on a server that vanished.
 _LIMIT: Final = timedelta(seconds=30)
+_NO_PAUSE: Final = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,44 +39,28 @@ async def fold_until_stopped(
     pauses = pauses or Pauses()
     log = structlog.get_logger("outbox.folding")
     pause = pauses.busy
-    failures = 0
-    while not stop.is_set():
-        try:
-            folded = await _fold_all(fold, stop)
-        except Exception as error:  # whatever it is: counts stay exact without folding
-            failures += 1
-            # The trace once an outage: the next tries will most likely fail for the same reason.
-            log.warning(
-                "folding failed",
-                error=type(error).__name__,
-                failures=failures,
-                exc_info=error if failures == 1 else None,
-            )
-            pause = min(pause * 2, pauses.failing) if failures > 1 else pauses.busy
-        else:
-            if failures:
-                log.info("folding works again", failures=failures)
-                failures = 0
-            if folded:
-                log.debug("folded", deltas=folded)
-            pause = pauses.busy if folded else min(pause * 2, pauses.idle)
-        await _wait(stop, pause)
-
-
-async def _fold_all(fold: Callable[[], Awaitable[int]], stop: asyncio.Event) -> int:
     total = 0
-    while not stop.is_set():
+
+    async def fold_some() -> timedelta:
+        nonlocal pause, total
         async with asyncio.timeout(_LIMIT.total_seconds()):
             folded = await fold()
-        if not folded:
-            break
         total += folded
-    return total
+        if folded:
+            return _NO_PAUSE
+        if total:
+            log.debug("folded", deltas=total)
+        pause = pauses.busy if total else min(pause * 2, pauses.idle)
+        total = 0
+        return pause
 
-
-async def _wait(stop: asyncio.Event, pause: timedelta) -> None:
-    try:
-        async with asyncio.timeout(pause.total_seconds()):
-            await stop.wait()
-    except TimeoutError:
-        return
+    # Any error: counts stay exact without folding.
+    loop = Loop(
+        "folding",
+        fold_some,
+        errors=(Exception,),
+        retry=pauses.busy,
+        longest_retry=pauses.failing,
+        trace=True,
+    )
+    await loop.run(stop)

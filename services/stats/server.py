@@ -11,7 +11,7 @@ from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 from services.stats import storage
 from services.stats.folding import fold_until_stopped
 from services.stats.servicers import StatsServicer
-from shared.database import create_engine
+from shared.database import create_engine, ping
 from shared.forecast.backlog import Rules
 from shared.grpc_server import GrpcServer, ServiceBinding
 from shared.health import follow_dependencies
@@ -39,7 +39,7 @@ async def serve(
         partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
     )
     server = GrpcServer(settings, settings.stats_listen, [service], engine=engine)
-    dependencies = {"postgresql": partial(storage.ping, engine)}
+    dependencies = {"postgresql": partial(ping, engine)}
 
     async def tell_port() -> None:
         if ready is not None:

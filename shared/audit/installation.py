@@ -13,7 +13,7 @@ from shared.audit import storage
 from shared.audit.jobs import Copies, contradiction_of, delivery_of
 from shared.audit.replay import Replay
 from shared.audit.storage import AuditedSender, Totals
-from shared.database import create_engine
+from shared.database import create_engine, snapshot
 from shared.message_ids import job_of_message_id
 from shared.settings import Settings
 
@@ -97,7 +97,7 @@ async def audit_installation(settings: Settings, smtp_side: SmtpSide | None) -> 
     # An audit of a large installation takes its time.
     engine = create_engine(settings, patient=True)
     try:
-        async with storage.snapshot(engine) as connection:
+        async with snapshot(engine) as connection:
             return await _audit(connection, settings, smtp_side)
     finally:
         await engine.dispose()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeAlias
@@ -20,7 +19,7 @@ from sqlalchemy import (
     select,
     union_all,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from shared.audit.jobs import JobTrace
 from shared.cancellations import state_now
@@ -35,7 +34,7 @@ from shared.models import (
     SenderHourCount,
 )
 from shared.ownership import owned_by
-from shared.states import AttemptOutcome, JobState
+from shared.states import FINAL_STATES, AttemptOutcome, JobState
 
 _Statement: TypeAlias = Select[*tuple[Any, ...]]
 _ReadCounts: TypeAlias = Callable[
@@ -73,16 +72,6 @@ class Totals:
     stuck: int
     in_doubt: int
     highest_job_id: int
-
-
-@asynccontextmanager
-async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """One read-only transaction, all of whose statements see the same moment."""
-    async with engine.connect() as connection:
-        await connection.execution_options(
-            isolation_level="REPEATABLE READ", postgresql_readonly=True
-        )
-        yield connection
 
 
 async def installation_id(connection: AsyncConnection) -> str | None:
@@ -251,7 +240,7 @@ def _hour_mismatch() -> Select[Any]:
     hour = func.date_trunc("hour", EmailJob.finished_at)
     found = (
         select(EmailJob.sender_id, hour.label("hour"), EmailJob.state, func.count().label("n"))
-        .where(EmailJob.state > JobState.SENDING)
+        .where(EmailJob.state.in_(FINAL_STATES))
         .group_by(EmailJob.sender_id, hour, EmailJob.state)
         .subquery("found")
     )

@@ -38,7 +38,7 @@ from shared.proto_mapping import to_timestamp
 from shared.queue.connection import connect, open_queues
 from shared.queue.keys import JobRef
 from shared.queue.queue import Queue
-from shared.states import ReplyClass
+from shared.states import FINAL_STATES, ReplyClass
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
@@ -297,7 +297,7 @@ async def test_it_is_too_late_to_cancel_in_every_other_state(
         "UPDATE email_jobs SET state = %s, lease_until = %s, finished_at = %s",
         state,
         datetime.now(UTC) if state == 2 else None,
-        datetime.now(UTC) if state > 2 else None,
+        datetime.now(UTC) if state in FINAL_STATES else None,
     )
     refusal = await refusal_of(cancel(scheduler, job))
     assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "TOO_LATE_TO_CANCEL")

@@ -58,7 +58,7 @@ def test_no_preset_fills_nothing() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="99 is not an SmtpPreset"):
+    with pytest.raises(InvalidInput, match=r"must be GMAIL or MICROSOFT365 \(got 99\)"):
         provider_of("smtp.preset", 99)
 
 

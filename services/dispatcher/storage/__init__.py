@@ -11,7 +11,6 @@ from services.dispatcher.storage.cooldowns import (
     refused_in_a_row,
 )
 from services.dispatcher.storage.marking import BatchContent, MarkedJob, mark_sending, read_batches
-from services.dispatcher.storage.parts import ping
 from services.dispatcher.storage.recovering import next_expiry, recover_expired
 from services.dispatcher.storage.renewing import renew_leases
 from services.dispatcher.storage.settling import AttemptRecord, give_back, settle
@@ -26,7 +25,6 @@ __all__ = [
     "give_back",
     "mark_sending",
     "next_expiry",
-    "ping",
     "read_batches",
     "recover_expired",
     "refused_in_a_row",

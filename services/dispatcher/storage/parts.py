@@ -1,4 +1,4 @@
-"""Parts of the statements of several modules, and the ping."""
+"""Parts that the statements of several modules share."""
 
 from __future__ import annotations
 
@@ -12,26 +12,13 @@ from sqlalchemy import (
     cast,
     func,
     insert,
-    literal,
-    literal_column,
     select,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from shared.count_deltas import counting_moves
 from shared.models import Attempt
 from shared.states import FINAL_STATES, JobState
-
-
-async def ping(engine: AsyncEngine) -> None:
-    """Ask PostgreSQL for anything.
-
-    Raises:
-        sqlalchemy.exc.SQLAlchemyError: it cannot be reached.
-    """
-    async with engine.connect() as connection:
-        await connection.execute(select(literal_column("1")))
 
 
 def array(name: str, type_: Any) -> Any:

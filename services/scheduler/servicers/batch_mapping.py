@@ -13,7 +13,6 @@ from services.scheduler.batch_options import BatchOptions, check_options
 from services.scheduler.rows import RowRejection
 from services.scheduler.servicers.calls import whole_ms
 from services.scheduler.storage.batches import BatchRecord
-from shared.errors import InvalidInput
 from shared.proto_mapping import (
     from_timestamp,
     id_text,
@@ -22,7 +21,7 @@ from shared.proto_mapping import (
     to_job_counts,
     to_timestamp,
 )
-from shared.states import BatchMode, BatchState, DuplicatePolicy
+from shared.states import BatchMode, BatchState, DuplicatePolicy, requested_enum
 
 _DUPLICATES: Final = {
     DuplicatePolicy.KEEP_FIRST: batch_pb2.DUPLICATE_POLICY_KEEP_FIRST,
@@ -56,8 +55,9 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             html=options.html if options.HasField("html") else None,
             start_time=_time(options, "start_time"),
             spacing_ms=spacing,
-            duplicates=_duplicates(options.duplicates),
-            mode=_mode(options.mode),
+            duplicates=requested_enum(DuplicatePolicy, options.duplicates, "options.duplicates")
+            or DuplicatePolicy.KEEP_FIRST,
+            mode=requested_enum(BatchMode, options.mode, "options.mode") or BatchMode.PERMISSIVE,
             time_zone=options.time_zone or "UTC",
             expire_after_ms=expire_after,
             spread_until=_time(options, "spread_until"),
@@ -71,20 +71,6 @@ def _time(
     if not options.HasField(name):
         return None
     return from_timestamp(getattr(options, name), f"options.{name}")
-
-
-def _duplicates(number: int) -> DuplicatePolicy:
-    try:
-        return DuplicatePolicy(number or DuplicatePolicy.KEEP_FIRST)
-    except ValueError:
-        raise InvalidInput.field("options.duplicates", f"{number} is no DuplicatePolicy") from None
-
-
-def _mode(number: int) -> BatchMode:
-    try:
-        return BatchMode(number or BatchMode.PERMISSIVE)
-    except ValueError:
-        raise InvalidInput.field("options.mode", f"{number} is no BatchMode") from None
 
 
 def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2.Batch:

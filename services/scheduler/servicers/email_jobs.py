@@ -28,7 +28,7 @@ from shared.heads import HeadLoader, load_soon
 from shared.message_ids import installation_id
 from shared.paging import requested_page
 from shared.proto_mapping import id_text, not_found, parse_id
-from shared.states import JobState
+from shared.states import JobState, requested_enum
 
 # How often a job may come back from a failed attempt while we try to cancel it.
 _TRIES: Final = 5
@@ -256,10 +256,7 @@ def _filter(
             recipient = check_address(request.recipient)
         except BadAddress:
             return None
-    try:
-        state = JobState(request.state) if request.state else None
-    except ValueError:
-        raise InvalidInput.field("state", f"{request.state} is no JobState") from None
+    state = requested_enum(JobState, request.state, "state")
     try:
         return JobFilter(
             user_id=user_id,

@@ -29,7 +29,7 @@ from shared.proto_mapping import not_found, parse_id
 from shared.secrets import SecretBox
 from shared.settings import Settings
 from shared.smtp.endpoint import Endpoint
-from shared.states import SenderState
+from shared.states import SenderState, requested_enum
 
 _Columns = Mapping[str, Any]
 _log = structlog.get_logger("outbox.senders")
@@ -95,7 +95,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         """Return one page of a user's senders."""
         user_id = named_user(request.user_id)
         page = requested_page(request, "senders", user_id, request.state, start=(0,))
-        state = _state_filter(request.state)
+        state = requested_enum(SenderState, request.state, "state")
         async with self._engine.connect() as connection:
             found = await storage.list_senders(connection, user_id, state, *page.after, page.limit)
         shown, token = page.cut(found, lambda sender: (sender.sender_id,))
@@ -343,12 +343,3 @@ def _log_ended(sender_id: int, cooldown: CooldownRecord | None, *, by: str) -> N
             since=cooldown.since.isoformat(timespec="seconds"),
             reply=cooldown.reply,
         )
-
-
-def _state_filter(state: int) -> SenderState | None:
-    if not state:
-        return None
-    try:
-        return SenderState(state)
-    except ValueError:
-        raise InvalidInput.field("state", f"{state} is no SenderState") from None

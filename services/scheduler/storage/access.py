@@ -1,4 +1,4 @@
-"""Whether PostgreSQL can be asked, and what happens when two transactions collide."""
+"""Repeats a transaction that collided with another one."""
 
 from __future__ import annotations
 
@@ -8,28 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 import psycopg
-from sqlalchemy import select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
-from shared.database import transaction
-from shared.models import Sender
 
 T = TypeVar("T")
 
 _TRIES: Final = 5
 _PAUSE_S: Final = 0.02
 _CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
-
-
-async def ping(engine: AsyncEngine) -> None:
-    """Ask for something that only a migrated database has.
-
-    Raises:
-        sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or has no schema.
-    """
-    async with engine.connect() as connection:
-        await connection.execute(select(Sender.id).limit(1))
 
 
 async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:

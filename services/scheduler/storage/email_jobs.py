@@ -35,7 +35,7 @@ from shared.models import (
     Sender,
 )
 from shared.ownership import owned_by
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +169,8 @@ def _last(row: Row[Any]) -> LastAttempt | None:
         message=row.last_message,
         smtp_code=row.last_smtp_code,
         enhanced_code=row.last_enhanced_code,
-        reply_class=_reply_class(row.last_reply_class),
+        reply_class=enum_or_none(ReplyClass, row.last_reply_class),
     )
-
-
-def _reply_class(number: int | None) -> ReplyClass | None:
-    return None if number is None else ReplyClass(number)
 
 
 async def read_job(
@@ -310,7 +306,7 @@ async def list_attempts(
             smtp_code=row.smtp_code,
             enhanced_code=row.enhanced_code,
             message=row.message,
-            reply_class=_reply_class(row.reply_class),
+            reply_class=enum_or_none(ReplyClass, row.reply_class),
         )
         for row in rows
     ]

@@ -26,7 +26,7 @@ from shared.models import Cooldown, EmailJob, Sender
 from shared.ownership import owned_by, owner_of
 from shared.sending_hours import SendingHours
 from shared.smtp.endpoint import StoredEndpoint
-from shared.states import JobState, SenderState, SmtpSecurity
+from shared.states import JobState, SenderState, SmtpSecurity, enum_or_none
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _record(row: Any, cooldown: CooldownRecord | None) -> SenderRecord:
         display_name=row.display_name,
         smtp_host=row.smtp_host,
         smtp_port=row.smtp_port,
-        smtp_security=None if row.smtp_security is None else SmtpSecurity(row.smtp_security),
+        smtp_security=enum_or_none(SmtpSecurity, row.smtp_security),
         smtp_username=row.smtp_username,
         password_set=row.password_set,
         smtp_ca=row.smtp_ca,

@@ -11,7 +11,6 @@ from services.stats.storage.counting import (
     read_watched,
 )
 from services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
-from services.stats.storage.parts import ping, snapshot
 from services.stats.storage.series import BucketCounts, read_series
 from services.stats.storage.subjects import (
     EndpointFailure,
@@ -19,6 +18,7 @@ from services.stats.storage.subjects import (
     sender_exists,
     sender_of_batch,
 )
+from shared.database import snapshot
 
 __all__ = [
     "FOLD_LIMIT",
@@ -32,7 +32,6 @@ __all__ = [
     "fold",
     "fold_once",
     "last_failure",
-    "ping",
     "read_sender",
     "read_series",
     "read_user",

@@ -19,11 +19,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.stats.storage.parts import snapshot
 from shared.cancellations import waits_of
 from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
 from shared.cooldowns import CooldownRecord
 from shared.counts import JobCounts, sender_counts, user_counts
+from shared.database import snapshot
 from shared.models import (
     Attempt,
     Cooldown,
