@@ -22,6 +22,7 @@ from services.dispatcher.cooling import CooldownRules
 from services.dispatcher.judge import Judge
 from services.dispatcher.renewer import HeldJob, Renewer
 from services.dispatcher.settler import Settler
+from services.dispatcher.slots import Slots
 from services.dispatcher.smtp import SendResult
 from services.dispatcher.storage import MarkedJob
 from shared.database import create_engine
@@ -109,11 +110,11 @@ class SendingWithoutSmtp:
             self.statements,
             transactions,
             self.loader,
-            lambda _: None,
+            Slots(len(sends)),
             CooldownRules.from_settings(self.settings),
         )
         for send in sends:
-            settler.add(self._outcome(send))
+            settler.settle(self._outcome(send))
         settler.close()
         try:
             await settler.run()

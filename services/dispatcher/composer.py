@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from services.dispatcher.message import MessageBuilder, MessageError
+from services.dispatcher.slots import Route
 from services.dispatcher.smtp import Envelope
 from services.dispatcher.storage import BatchContent, MarkedJob
 from shared.errors import InvalidInput, OutboxError
@@ -17,8 +18,10 @@ from shared.settings import Settings
 from shared.smtp.endpoint import Endpoint, relay_of, resolve_endpoint
 from shared.templates import BatchTemplate, RenderError, decode_variables
 
-# Batches whose templates are kept parsed; more where more mails may be under way at once.
+# The number of batches whose parsed templates are kept, unless the concurrency is higher.
 _KEPT_BATCHES = 500
+# The route of jobs for which no mail can be built. They use no server, but they take their turn.
+NO_ROUTE = Route(("", 0), "")
 
 
 class CompositionError(Exception):
@@ -29,6 +32,7 @@ class CompositionError(Exception):
 class _BatchMail:
     content: BatchContent
     endpoint: Endpoint
+    route: Route
     builder: MessageBuilder
 
 
@@ -83,21 +87,20 @@ class Composer:
                 max_bytes=self._settings.max_message_bytes,
             )
             endpoint = resolve_endpoint(content.endpoint, self._settings, self._secrets)
-            return _BatchMail(content, endpoint, builder)
+            route = Route((endpoint.host, endpoint.port), content.user_id)
+            return _BatchMail(content, endpoint, route, builder)
         except MessageError as error:
             return CompositionError(f"{error.reason}: {error.message}")
         except (InvalidInput, OutboxError) as error:
             return CompositionError(str(error))
 
-    def endpoint_of(self, job: MarkedJob) -> Endpoint | None:
-        """Return where the mail of a job goes; None: none can be built. `prepare` came before."""
-        batch = self._batches.get(job.batch_id)
-        return batch.endpoint if isinstance(batch, _BatchMail) else None
+    def route_of(self, job: MarkedJob) -> Route:
+        """Return the route of a job's mail, or `NO_ROUTE` if no mail can be built.
 
-    def user_of(self, job: MarkedJob) -> str:
-        """Return whose mail it is; empty: none can be built. `prepare` came before."""
+        `prepare` must have been called for the job.
+        """
         batch = self._batches.get(job.batch_id)
-        return batch.content.user_id if isinstance(batch, _BatchMail) else ""
+        return batch.route if isinstance(batch, _BatchMail) else NO_ROUTE
 
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
         """Return where the mail goes and what it is; `prepare` came before.

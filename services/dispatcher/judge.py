@@ -9,7 +9,7 @@ from datetime import timedelta
 from services.dispatcher.cooling import Signal
 from services.dispatcher.renewer import HeldJob
 from services.dispatcher.retry import Ladders, Tried, Verdict, decide
-from services.dispatcher.settler import Ended, Unsent
+from services.dispatcher.settler import EndedAttempt, UnsentJob
 from services.dispatcher.smtp import SendResult
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from shared.queue.queue import Claim, Contact, SlotUse
@@ -26,10 +26,11 @@ class Judge:
 
     def ended(
         self, claim: Claim, job: MarkedJob, result: SendResult, *, late: timedelta, server: str
-    ) -> Ended:
+    ) -> EndedAttempt:
         """Return the outcome of an attempt at `job`.
 
-        `late` is how long after its due time the send began. `server` is host and port, for people.
+        `late` is how long after the limits allowed it the send began. `server` is the host and the
+        port, as shown in logs.
         """
         verdict = decide(
             Tried(
@@ -45,7 +46,7 @@ class Judge:
             policy=self._policy,
             chance=random.random(),  # noqa: S311 - jitter
         )
-        return Ended(
+        return EndedAttempt(
             _record(job, result, verdict, late),
             SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN,
             contact=contact_of(result),
@@ -54,7 +55,7 @@ class Judge:
             signal=Signal(refused=verdict.cools_down, daily=result.daily, probe=claim.probe),
         )
 
-    def given_back(self, held: HeldJob, started: float) -> Unsent | Ended:
+    def given_back(self, held: HeldJob, started: float) -> UnsentJob | EndedAttempt:
         """Return the outcome of a send that stopped before the body. The job is due again at once.
 
         Giving a job back compares the end of its lease. If a renewal may have moved that end, the
@@ -62,16 +63,14 @@ class Judge:
         ladder. `started` is a value of `time.monotonic`.
         """
         if held.known:
-            return Unsent(held.claim, held.marked)
-        result = SendResult(
+            return UnsentJob(held.claim, held.marked)
+        result = result_without_smtp(
             AttemptOutcome.TEMPORARY_FAILURE,
-            body_begun=False,
-            started=started,
-            ended=time.monotonic(),
-            message="stopped before the body: the renewal of the lease was not confirmed",
+            "stopped before the body: the renewal of the lease was not confirmed",
+            started,
         )
         verdict = Verdict(JobState.SCHEDULED, held.marked.failures, timedelta(0))
-        return Ended(_record(held.marked, result, verdict, None), SlotUse.BEGUN)
+        return EndedAttempt(_record(held.marked, result, verdict, None), SlotUse.BEGUN)
 
 
 def _record(
@@ -93,6 +92,13 @@ def _record(
         message=result.message,
         reply_class=result.reply_class,
         deferred=verdict.deferred,
+    )
+
+
+def result_without_smtp(outcome: AttemptOutcome, message: str, started: float) -> SendResult:
+    """Return the result of a send that ends now and that has no reply of a server."""
+    return SendResult(
+        outcome, body_begun=False, started=started, ended=time.monotonic(), message=message
     )
 
 

@@ -1,14 +1,15 @@
-"""Records outcomes by groups: what ends while one group is being written is the next group.
+"""Settles claims: records their outcomes in PostgreSQL, then in Redis.
 
-First PostgreSQL, the truth; then Redis. If the process dies in between, the leases in Redis run
-out, their slots count until then, and the sender's head is loaded again.
+Outcomes are written in groups. What arrives while one group is written forms the next group. If the
+process dies between the two stores, the leases in Redis expire. Until then they use their slots of
+the window, and afterwards the sender's head is loaded again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -17,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.dispatcher import storage
 from services.dispatcher.cooling import CooldownRules, Signal, may_matter, record_cooldowns
+from services.dispatcher.slots import Slots
 from services.dispatcher.storage import AttemptRecord, MarkedJob
 from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
@@ -28,29 +30,30 @@ from shared.queue.queue import Claim, Contact, Settlement, SlotUse
 from shared.states import JobState
 
 _RETRY_S = 0.2
+_NO_SIGNAL = Signal()
 _log = structlog.get_logger(__name__)
 
 
-_NOTHING = Signal()
-
-
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndedAttempt:
     """An attempt that was made."""
 
     record: AttemptRecord
     use: SlotUse
-    # What it says about the endpoint, and which endpoint that is, as in `Settlement`.
+    # What the attempt says about the endpoint, and its name, as in `Settlement`.
     contact: Contact = Contact.NONE
     connection_error: str = ""
     server: str = ""
-    # What it says about the sender's account.
-    signal: Signal = _NOTHING
+    # What the attempt says about the sender's account.
+    signal: Signal = _NO_SIGNAL
 
 
 @dataclass(frozen=True, slots=True)
-class Unsent:
-    """A marked job whose body was not begun: it goes back. `held`: Redis still has its lease."""
+class UnsentJob:
+    """A marked job that returns to the queue, because its body was not begun.
+
+    `held` means that Redis still has its lease.
+    """
 
     claim: Claim
     marked: MarkedJob
@@ -58,22 +61,23 @@ class Unsent:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """A claim that came to nothing: cancelled, sent by an earlier claim, or PostgreSQL failed.
+class UnmarkedClaim:
+    """A claim whose job was not marked.
 
-    `waits`: as far as we know the job still waits, so Redis gets it back.
+    `waits` means that the job still waits, as far as is known, and returns to the queue: PostgreSQL
+    failed, or there was no permit. Otherwise it must not be sent: it is cancelled or sent already.
     """
 
     claim: Claim
     waits: bool = False
 
 
-Outcome = Ended | Unsent | Refused
+ClaimOutcome = EndedAttempt | UnsentJob | UnmarkedClaim
 
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """The result of recording a group of outcomes in PostgreSQL.
+    """What PostgreSQL answered when it recorded a group of outcomes.
 
     `dues` has the due time (Unix ms) of each job that changed its state. `cooldowns` is the result
     of `record_cooldowns`.
@@ -84,63 +88,64 @@ class _Recorded:
 
 
 class Settler:
-    """Takes outcomes and writes them; `on_recorded(n)` says that n jobs are off our hands."""
+    """Settles claims in groups, and releases the slot of each once PostgreSQL has its outcome."""
 
     def __init__(
         self,
         statements: AsyncEngine,
         transactions: AsyncEngine,
         loader: HeadLoader,
-        on_recorded: Callable[[int], None],
+        slots: Slots,
         rules: CooldownRules,
     ) -> None:
         self._rules = rules
         self._statements = statements
         self._transactions = transactions
         self._loader = loader
-        self._on_recorded = on_recorded
-        self._pending: list[Outcome] = []
+        self._slots = slots
+        self._pending: list[ClaimOutcome] = []
         self._arrived = asyncio.Event()
         self._closed = False
         self.given_back_count = 0
 
-    def add(self, outcome: Outcome) -> None:
-        """Hand over one outcome; it is written soon, and kept until it is."""
+    def settle(self, outcome: ClaimOutcome) -> None:
+        """Settle one claim soon. Its outcome is kept until PostgreSQL has recorded it."""
         self._pending.append(outcome)
         self._arrived.set()
 
     def close(self) -> None:
-        """End `run` once everything is written."""
+        """Let `run` return once everything is written."""
         self._closed = True
         self._arrived.set()
 
     async def run(self) -> None:
-        """Write until closed. Errors of either store are waited out, for nothing may be lost."""
-        async with asyncio.TaskGroup() as releases:
+        """Write outcomes until closed. A group that PostgreSQL cannot record is tried again."""
+        async with asyncio.TaskGroup() as redis_writes:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
                 group, self._pending = self._pending, []
                 if group:
                     recorded = await self._until_recorded(group)
-                    self._on_recorded(len(group))
-                    # Not awaited: a Redis that hangs must not keep what ends meanwhile from being
-                    # recorded before its lease runs out.
-                    releases.create_task(self._release(group, recorded))
+                    self._slots.release(len(group))
+                    # Not awaited: while Redis hangs, the next outcomes must still be recorded
+                    # before their leases expire.
+                    redis_writes.create_task(self._settle_in_redis(group, recorded))
                 if self._closed and not self._pending:
                     return
                 raise_if_cancelled()
 
-    async def _record(self, group: list[Outcome]) -> _Recorded:
-        ended = [o for o in group if isinstance(o, Ended)]
-        unsent = [o.marked for o in group if isinstance(o, Unsent)]
+    async def _record(self, group: list[ClaimOutcome]) -> _Recorded:
+        ended = [o for o in group if isinstance(o, EndedAttempt)]
+        unsent = [o.marked for o in group if isinstance(o, UnsentJob)]
         recorded = await self._record_ended(ended) if ended else _Recorded()
         dues = recorded.dues
         if unsent or any(_is_stale(outcome, dues) for outcome in group):
             async with self._transactions.begin() as connection:
                 moved = await storage.give_back(connection, unsent)
                 given = {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
-                # Where these wait now, only PostgreSQL knows; the marker outlives us.
+                # Only PostgreSQL knows when these jobs are due now. The marker makes some
+                # dispatcher load them even if this process dies.
                 stale = {_sender_of(o) for o in group if _is_stale(o, dues | given)}
                 if stale:
                     await mark_stale(connection, sorted(stale))
@@ -148,13 +153,13 @@ class Settler:
             dues |= given
         return recorded
 
-    async def _record_ended(self, ended: list[Ended]) -> _Recorded:
+    async def _record_ended(self, ended: list[EndedAttempt]) -> _Recorded:
         records = [outcome.record for outcome in ended]
         if not any(may_matter(outcome.record, outcome.signal) for outcome in ended):
             async with self._statements.connect() as connection:
-                return _Recorded(_dues(records, await _settle(connection, records)))
+                return _Recorded(_dues(records, await _settle_in_postgres(connection, records)))
         async with self._transactions.begin() as connection:
-            dues = _dues(records, await _settle(connection, records))
+            dues = _dues(records, await _settle_in_postgres(connection, records))
             cooldowns = await record_cooldowns(
                 connection,
                 [(o.record, o.signal) for o in ended if o.record.job in dues],
@@ -162,13 +167,13 @@ class Settler:
                 time.monotonic(),
             )
             if cooldowns:
-                # If this process dies before it tells Redis, a load of the sender will.
+                # If this process dies before Redis knows, a load of the sender tells it.
                 await mark_stale(
                     connection, sorted({r.sender_id for r in records if r.job in cooldowns})
                 )
         return _Recorded(dues, cooldowns)
 
-    async def _release(self, group: list[Outcome], recorded: _Recorded) -> None:
+    async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: _Recorded) -> None:
         by_queue: dict[int, list[Settlement]] = {}
         stale: set[int] = set()
         now = time.monotonic()
@@ -185,10 +190,10 @@ class Settler:
             if stale:
                 await self._loader.load(stale, committed=True)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            # The leases run out by themselves, and a lost Redis is rebuilt from what was recorded.
+            # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
 
-    async def _until_recorded(self, group: list[Outcome]) -> _Recorded:
+    async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded:
         failing = False
         while True:
             try:
@@ -200,7 +205,9 @@ class Settler:
                 await asyncio.sleep(_RETRY_S)
 
 
-async def _settle(connection: AsyncConnection, records: Sequence[AttemptRecord]) -> dict[int, int]:
+async def _settle_in_postgres(
+    connection: AsyncConnection, records: Sequence[AttemptRecord]
+) -> dict[int, int]:
     return await storage.settle(connection, records, time.monotonic())
 
 
@@ -208,42 +215,42 @@ def _dues(records: Sequence[AttemptRecord], moved: Mapping[int, int]) -> dict[Jo
     return {r.job: moved[r.job.job_id] for r in records if r.job.job_id in moved}
 
 
-def _is_stale(outcome: Outcome, dues: dict[JobRef, int]) -> bool:
-    """Whether only PostgreSQL knows where the job waits now.
+def _is_stale(outcome: ClaimOutcome, dues: dict[JobRef, int]) -> bool:
+    """Return whether only PostgreSQL knows when the job is due now.
 
-    One that we did not move: its lease had run out, or an earlier try, whose answer was lost with
-    the connection, has moved it.
+    That is a job which this try did not move. Either its lease had expired, or an earlier try has
+    moved it and the answer was lost with the connection.
     """
-    if isinstance(outcome, Ended):
+    if isinstance(outcome, EndedAttempt):
         return outcome.record.state is JobState.SCHEDULED and outcome.record.job not in dues
-    return isinstance(outcome, Unsent) and (not outcome.held or outcome.marked.job not in dues)
+    return isinstance(outcome, UnsentJob) and (not outcome.held or outcome.marked.job not in dues)
 
 
-def _may_have_cooled(outcome: Outcome, settlement: Settlement) -> bool:
+def _may_have_cooled(outcome: ClaimOutcome, settlement: Settlement) -> bool:
     """Return whether the sender's cooldown changed, or may have changed.
 
     It may have if the answer to an earlier try was lost.
     """
     if settlement.cooldown is not None:
         return True
-    return isinstance(outcome, Ended) and may_matter(outcome.record, outcome.signal)
+    return isinstance(outcome, EndedAttempt) and may_matter(outcome.record, outcome.signal)
 
 
-def _sender_of(outcome: Outcome) -> int:
-    if isinstance(outcome, Ended):
+def _sender_of(outcome: ClaimOutcome) -> int:
+    if isinstance(outcome, EndedAttempt):
         return outcome.record.sender_id
     return outcome.claim.sender_id
 
 
-def _settlement(outcome: Outcome, recorded: _Recorded, now: float) -> Settlement:
+def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settlement:
     dues = recorded.dues
-    if not isinstance(outcome, Ended):
+    if not isinstance(outcome, EndedAttempt):
         claim = outcome.claim
         due: int | None
-        if isinstance(outcome, Unsent):
+        if isinstance(outcome, UnsentJob):
             due = dues.get(claim.job) if outcome.held else None
         else:
-            # Where it was in its head. If it waits no more, the next claim finds out.
+            # It returns to its place in the head. If it no longer waits, the next mark finds out.
             due = claim.due_ms if outcome.waits else None
         return Settlement(
             claim.sender_id,

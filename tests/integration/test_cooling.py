@@ -16,7 +16,8 @@ from deploy.local.proxy import TcpProxy
 from services.dispatcher import storage
 from services.dispatcher.cooling import CooldownRules, Signal, record_cooldowns
 from services.dispatcher.judge import Judge
-from services.dispatcher.settler import Ended, Settler
+from services.dispatcher.settler import EndedAttempt, Settler
+from services.dispatcher.slots import Slots
 from services.dispatcher.smtp import SendResult
 from services.dispatcher.storage import MarkedJob
 from shared.heads import HeadLoader
@@ -68,7 +69,7 @@ def ended(
     *,
     daily: bool = False,
     began: float = 0.0,
-) -> Ended:
+) -> EndedAttempt:
     """Return the outcome of a send that began so many seconds ago."""
     now = time.monotonic()
     result = SendResult(
@@ -87,7 +88,7 @@ def ended(
 async def settle(
     world: World,
     statements: AsyncEngine,
-    *outcomes: Ended,
+    *outcomes: EndedAttempt,
     transactions: Any = None,
     loader: HeadLoader | None = None,
 ) -> None:
@@ -95,11 +96,11 @@ async def settle(
         statements,
         cast(AsyncEngine, transactions or world.engine),
         loader or world.loader,
-        lambda _: None,
+        Slots(len(outcomes)),
         CooldownRules.from_settings(world.settings),
     )
     for outcome in outcomes:
-        settler.add(outcome)
+        settler.settle(outcome)
     settler.close()
     async with asyncio.timeout(20):
         await settler.run()

@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.dispatcher import storage
 from services.dispatcher.cooling import CooldownRules
-from services.dispatcher.settler import Refused, Settler, Unsent
+from services.dispatcher.settler import Settler, UnmarkedClaim, UnsentJob
+from services.dispatcher.slots import Slots
 from shared.queue.queue import Claim
 from shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
@@ -35,20 +36,21 @@ async def settle(
     world: World, statements: AsyncEngine, outcome: Any, transactions: Any = None
 ) -> None:
     """Let a settler write one outcome, to the end."""
-    recorded: list[int] = []
+    slots = Slots(1)
+    await slots.take_free()
     engine = cast(AsyncEngine, transactions or world.engine)
     settler = Settler(
         statements,
         engine,
         world.loader,
-        recorded.append,
+        slots,
         CooldownRules.from_settings(world.settings),
     )
-    settler.add(outcome)
+    settler.settle(outcome)
     settler.close()
     async with asyncio.timeout(20):
         await settler.run()
-    assert recorded == [1]
+    assert slots.in_flight == 0
 
 
 async def claim_one(world: World) -> Claim:
@@ -72,7 +74,7 @@ async def test_a_job_that_was_given_back_by_a_commit_without_an_answer_is_claime
         [marked] = await storage.mark_sending(connection, [claim.job], LEASE)
 
     lost = LostAnswers(world.engine)
-    await settle(world, statements, Unsent(claim, marked), lost)
+    await settle(world, statements, UnsentJob(claim, marked), lost)
 
     assert lost.lost == 1
     assert (await world.job(job)).state == JobState.SCHEDULED
@@ -85,7 +87,7 @@ async def test_a_claim_that_came_to_nothing_does_not_make_the_next_one_late(
 ) -> None:
     await world.schedule(await world.sender())
     claim = await claim_one(world)
-    await settle(world, statements, Refused(claim, waits=True))
+    await settle(world, statements, UnmarkedClaim(claim, waits=True))
 
     again = await claim_one(world)
 
@@ -103,7 +105,7 @@ async def test_a_job_refused_in_a_pause_that_is_over_before_redis_knows_is_claim
         assert await storage.mark_sending(connection, [claim.job], LEASE) == []
     await world.change(sender, state=SenderState.ACTIVE)
 
-    await settle(world, statements, Refused(claim))
+    await settle(world, statements, UnmarkedClaim(claim))
 
     assert (await world.job(job)).state == JobState.SCHEDULED
 

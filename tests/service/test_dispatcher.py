@@ -374,7 +374,7 @@ async def test_a_sender_that_is_resumed_wakes_a_dispatcher_that_has_nothing_to_d
 async def four_in_flight() -> AsyncIterator[tuple[ScriptedServer, asyncio.Event, asyncio.Event]]:
     """Take mails so that two are in their body, and two wait for a recipient's answer.
 
-    With five places, of which one is kept for endpoints that are not slow.
+    There are five slots, one of which is reserved for endpoints that are not slow.
     """
     before, after = asyncio.Event(), asyncio.Event()
     plan = {

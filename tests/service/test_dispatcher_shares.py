@@ -1,4 +1,4 @@
-"""A slow endpoint beside quick ones: their mail is not late, and no work is done for what waits."""
+"""A slow endpoint does not delay the mail of quick ones, and claims that wait cost no work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deploy.local.inbox import Inbox
-from services.dispatcher import shares
+from services.dispatcher import slots
 from shared.states import JobState, SmtpSecurity
 from tests.dispatchers import Running, options, running, settings_of
 from tests.eventually import eventually
@@ -62,10 +62,10 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
             await eventually(lambda: world.done(*well))
 
             assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
-            # None of the sick has come to its end meanwhile.
+            # None of the mails to the silent server has ended meanwhile.
             assert server.waiting[phase] == 4
             assert max(mail.started_at for mail in inbox.mails) - began < 20
-            # What waits is not even marked, and can be cancelled.
+            # The claims that wait are not marked, so their jobs can be cancelled.
             states = await world.states(*sick)
             assert states[JobState.SENDING] == 4
             waiting = await world.in_state(JobState.SCHEDULED)
@@ -73,7 +73,7 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
             end(dispatcher, server)
 
 
-async def test_what_waits_for_a_place_costs_no_work_and_no_attempt(
+async def test_a_claim_that_waits_for_a_slot_costs_no_work_and_no_attempt(
     configure: Configure, redis: Any
 ) -> None:
     settings = settings_of(configure(smtp_timeout="20s", lease="30s"))
@@ -82,12 +82,12 @@ async def test_what_waits_for_a_place_costs_no_work_and_no_attempt(
         for sender in senders:
             await world.schedule(sender, 20)
         async with running(settings) as dispatcher:
-            # Each sender is claimed once, and its next job not before.
+            # Each sender has one claim, and its next job is not claimed.
             await eventually(lambda: all_claimed(world, senders))
             calls = await script_calls(redis)
             began = time.monotonic()
             await eventually(lambda: time.monotonic() - began > 1)
-            # Heartbeats, and the sweeps of what was lost.
+            # These are the heartbeats and the search for lost senders.
             assert await script_calls(redis) - calls < 10 * (time.monotonic() - began)
             attempts = await world.sql(
                 "SELECT max(attempt) AS most FROM email_jobs WHERE state = 1"
@@ -107,7 +107,7 @@ async def all_claimed(world: World, senders: list[int]) -> bool:
     return all([await world.leases_in_redis(sender) for sender in senders])
 
 
-async def test_what_waits_for_a_place_is_sent_when_the_endpoint_has_recovered(
+async def test_claims_that_wait_for_a_slot_are_sent_once_the_endpoint_has_recovered(
     configure: Configure,
 ) -> None:
     settings = settings_of(configure(smtp_timeout="1s", lease="2s", retry_backoff="100ms"))
@@ -121,7 +121,7 @@ async def test_what_waits_for_a_place_is_sent_when_the_endpoint_has_recovered(
         await world.check_counts()
 
 
-async def test_a_drain_gives_back_what_waits_for_a_place(configure: Configure) -> None:
+async def test_a_drain_gives_back_the_claims_that_wait_for_a_slot(configure: Configure) -> None:
     settings = settings_of(configure())
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
         senders = [await world.sender(gap_ms=1, **by(server)) for _ in range(10)]
@@ -137,7 +137,7 @@ async def test_a_drain_gives_back_what_waits_for_a_place(configure: Configure) -
 
 
 async def test_ten_slow_mails_at_once_where_there_is_one_endpoint(configure: Configure) -> None:
-    """A relay that is slow and alone has all places but the one that is kept."""
+    """A relay that is slow and alone gets all slots except the reserved ones."""
     settings = settings_of(configure(dispatcher_concurrency=10))
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
         for _ in range(12):
@@ -150,7 +150,7 @@ async def test_ten_slow_mails_at_once_where_there_is_one_endpoint(configure: Con
 async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
     configure: Configure, inbox: Inbox
 ) -> None:
-    """Each endpoint is another one that nobody knows yet, and none says a greeting."""
+    """Each endpoint is unknown, and none sends a greeting."""
     settings = settings_of(configure())
     async with AsyncExitStack() as stack:
         servers = [
@@ -172,7 +172,7 @@ async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
         jobs += await world.schedule(newcomer, 3)
         await eventually(lambda: world.done(honest, newcomer))
         assert jobs_in(inbox.mails).keys() >= set(jobs)
-        # None of the silent ones has come to its end meanwhile.
+        # None of the mails to silent servers has ended meanwhile.
         assert waiting_for_greeting(servers) == 4
         dispatcher.stopping.set()
         for server in servers:
@@ -188,10 +188,10 @@ def waiting_for_greeting(servers: list[ScriptedServer]) -> int:
     return sum(server.waiting["greeting"] for server in servers)
 
 
-async def test_more_claims_than_may_wait_take_no_kept_place(
+async def test_claims_beyond_those_that_may_wait_take_no_reserved_slot(
     configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "MOST_WAITING", 2)
+    monkeypatch.setattr(slots, "MAX_WAITING", 2)
     settings = settings_of(configure())
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
         sick = [await world.sender(gap_ms=1, **by(server)) for _ in range(12)]
