@@ -10,6 +10,10 @@ PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 PROTOS := $(shell find protos -name '*.proto')
 # The client's distribution owns all generated code: the stubs, and the blocking client.
 STUBS := client/src/outbox/v1/outbox.binpb
+# The contract as it was last released, as an image of buf: neither git history nor a network is
+# needed to compare with it. The first one was recorded before the first release, when the names
+# were final: since then nothing in outbox.v1 may be renamed, renumbered or removed.
+RELEASED := .ci/released-contract.binpb
 ASYNC := $(wildcard client/src/outbox_client/_async/*.py)
 
 .PHONY: help
@@ -68,8 +72,13 @@ lint: $(READY) ## Check style, types, protos and the walls between rooms
 	$(BIN)/python -m shared.queue.scripts build/lua
 	@command -v luacheck >/dev/null || { echo "lint needs luacheck: apt-get install lua-check"; exit 1; }
 	luacheck --quiet --std lua51 --read-globals redis KEYS ARGV --ignore 211 231 311 --max-line-length 100 build/lua
-	$(BIN)/buf lint '$(STUBS)#format=binpb' --path outbox
-	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code --path protos/outbox
+	$(BIN)/buf breaking --against $(RELEASED)
+
+.PHONY: release-contract
+release-contract: $(READY) ## Record the protos as released: lint refuses to break them (part of a release)
+	$(BIN)/buf build --path protos/outbox --exclude-source-info --output $(RELEASED)
 
 .PHONY: docs
 docs: $(READY) ## Write the API reference, docs/api.md, from the protos

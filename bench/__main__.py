@@ -59,8 +59,8 @@ async def _senders(channel: grpc.aio.Channel, count: int) -> list[str]:
 
 
 def _options(sender_id: str, start: datetime, spacing: timedelta) -> batch_pb2.BatchOptions:
-    start_time, duration = Timestamp(), Duration()
-    start_time.FromDatetime(start)
+    schedule_time, duration = Timestamp(), Duration()
+    schedule_time.FromDatetime(start)
     duration.FromTimedelta(spacing)
     return batch_pb2.BatchOptions(
         request_id=str(uuid.uuid4()),
@@ -69,7 +69,7 @@ def _options(sender_id: str, start: datetime, spacing: timedelta) -> batch_pb2.B
         subject=SUBJECT,
         body=BODY,
         html=HTML,
-        start_time=start_time,
+        schedule_time=schedule_time,
         spacing=duration,
     )
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from outbox.v1.batch_pb2 import Batch, BatchOptions
 from outbox.v1.batch_service_pb2 import GetBatchRequest, ScheduleBatchResponse
-from outbox.v1.email_job_pb2 import JobState
+from outbox.v1.email_job_pb2 import EmailJobState
 from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
 from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
@@ -109,7 +109,7 @@ class Demo:
             sent=counts.sent_count,
             failed=counts.failed_count,
             message_ids=frozenset(
-                job.message_id for job in jobs if job.state != JobState.JOB_STATE_FAILED
+                job.message_id for job in jobs if job.state != EmailJobState.EMAIL_JOB_STATE_FAILED
             ),
         )
 

@@ -56,5 +56,6 @@ def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
 def drain(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     """Let a dispatcher finish what is in flight and take no more, for as long as it lives."""
     with connection("dispatcher", server) as client:
-        answer = client.dispatcher.Drain(pb.DrainRequest(), timeout=_DRAIN_TIMEOUT_S)
+        request = pb.DrainDispatcherRequest()
+        answer = client.dispatcher.DrainDispatcher(request, timeout=_DRAIN_TIMEOUT_S)
     show(answer, output)

@@ -75,7 +75,7 @@ def read(options: BatchOptions, source: BinaryIO) -> Reading:
         while block := reader.next():
             reading.accepted += len(block.rows)
             reading.duplicates += block.duplicates
-            reading.timed += sum(row.send_at is not None for row in block.rows)
+            reading.timed += sum(row.schedule_time is not None for row in block.rows)
             reading.rejections += block.rejections
             progress(UploadProgress(file.read_bytes, _size_of(source), reading.rows))
     reading.strict = checked.mode is BatchMode.STRICT
@@ -120,5 +120,5 @@ def forecast(options: BatchOptions, reading: Reading, server: str | None) -> For
         except Unimplemented:
             raise CommandFailed("the stats service has no forecasts yet") from None
     if reading.timed:
-        note(f"{reading.timed} rows have a send_at of their own, which the forecast leaves out")
+        note(f"{reading.timed} rows have their own schedule_time, which the forecast leaves out")
     return found

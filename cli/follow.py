@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from outbox.v1.batch_pb2 import Batch
-from outbox.v1.email_job_pb2 import JobCounts
+from outbox.v1.email_job_pb2 import EmailJobCounts
 from outbox_client import CallError, Client
 
 from cli.output import note
 from cli.progress import JobProgress
 
 
-def ended_count(counts: JobCounts) -> int:
+def ended_count(counts: EmailJobCounts) -> int:
     """Return how many jobs are in a final state."""
     waits = ("scheduled_count", "sending_count")
     names = [field.name for field in counts.DESCRIPTOR.fields if field.name not in waits]
     return sum(getattr(counts, name) for name in names)
 
 
-def remark_on(counts: JobCounts) -> str:
+def remark_on(counts: EmailJobCounts) -> str:
     """Return what is not sent and not waiting either, for people."""
     states = ("failed", "uncertain", "cancelled", "suppressed", "expired")
     return ", ".join(

@@ -28,13 +28,13 @@ def forecast(
             "--recipient-count", parser=read_int64, metavar="N", help="Of the planned batch."
         ),
     ] = 0,
-    start_time: Annotated[
+    schedule_time: Annotated[
         datetime | None,
         typer.Option(
-            "--start-time",
+            "--schedule-time",
             parser=read_time,
             metavar="TIME",
-            help="Of its first mail: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
+            help="When its first mail may be sent: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
         ),
     ] = None,
     spacing: Annotated[
@@ -66,13 +66,13 @@ def forecast(
 
     $ outbox stats forecast 17
 
-    $ outbox stats forecast --sender 3 --recipient-count 10000 --start-time 'in 1h'
+    $ outbox stats forecast --sender 3 --recipient-count 10000 --schedule-time 'in 1h'
     """
     if bool(batch_id) == bool(sender):
         raise typer.BadParameter("name a batch, or a --sender with a --recipient-count")
     planned_only = {
         "--recipient-count": recipient_count or None,
-        "--start-time": start_time,
+        "--schedule-time": schedule_time,
         "--spacing": spacing,
         "--spread-until": spread_until,
         "--expire-after": expire_after,
@@ -88,7 +88,7 @@ def forecast(
     else:
         options = BatchOptions(
             sender_id=sender,
-            start_time=to_timestamp(start_time),
+            schedule_time=to_timestamp(schedule_time),
             spacing=to_duration(spacing),
             spread_until=to_timestamp(spread_until),
             expire_after=to_duration(expire_after),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from outbox.v1 import email_job_service_pb2 as pb
-from outbox.v1.email_job_pb2 import JobState
+from outbox.v1.email_job_pb2 import EmailJobState
 
 from cli.client import LONG_TIMEOUT_S, Server, connection, pages
 from cli.options import AllPages, PageSize, PageToken, User, enum_reader
@@ -67,7 +67,7 @@ def list_(
         int | None,
         typer.Option(
             "--state",
-            parser=enum_reader(JobState, "JOB_STATE_"),
+            parser=enum_reader(EmailJobState, "EMAIL_JOB_STATE_"),
             metavar="STATE",
             help="Only jobs in this state: scheduled, sent, failed, ...",
         ),
@@ -89,7 +89,7 @@ def list_(
         user_id=user,
         sender_id=sender,
         batch_id=batch,
-        state=JobState.ValueType(state or 0),
+        state=EmailJobState.ValueType(state or 0),
         recipient=recipient,
         page_size=page_size,
         page_token=page_token,
@@ -165,13 +165,13 @@ def resolve(
 
     $ outbox jobs resolve 4711 sent
     """
-    request = pb.ResolveUncertainRequest(
+    request = pb.ResolveEmailJobRequest(
         email_job_id=email_job_id,
         resolution=pb.UncertainResolution.Value(f"UNCERTAIN_RESOLUTION_{resolution.name}"),
         user_id=user,
     )
     with connection("scheduler", server) as client:
-        job = client.email_jobs.ResolveUncertain(request)
+        job = client.email_jobs.ResolveEmailJob(request)
     show(job, output)
 
 

@@ -231,6 +231,6 @@ def _enum_name(value: int, field: Any) -> str:
     names = field.enum_type.values_by_number
     if not value:
         return ""
-    # JOB_STATE_SENT is SENT: the zero value has the prefix of all.
+    # EMAIL_JOB_STATE_SENT is SENT: the zero value has the prefix of all.
     prefix = names[0].name.removesuffix("UNSPECIFIED")
     return names[value].name.removeprefix(prefix) if value in names else str(value)

@@ -54,7 +54,7 @@ _SUMMARY = (
     "rejected_count",
     "duplicate_count",
     "suppressed_count",
-    "start_time",
+    "schedule_time",
 )
 _SENT_SUMMARY = ("counts.sent_count", "counts.failed_count", "counts.uncertain_count")
 
@@ -78,13 +78,13 @@ def schedule(
     html_file: Annotated[
         Path | None, typer.Option("--html-file", help="The same, from a file.")
     ] = None,
-    start_time: Annotated[
+    schedule_time: Annotated[
         datetime | None,
         typer.Option(
-            "--start-time",
+            "--schedule-time",
             parser=read_time,
             metavar="TIME",
-            help="Of the first mail: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
+            help="When the first mail may be sent: 2026-12-24T18:00:00+01:00, 'in 10m', now.",
         ),
     ] = None,
     spacing: Annotated[
@@ -134,7 +134,10 @@ def schedule(
     ] = None,
     time_zone: Annotated[
         str | None,
-        typer.Option("--time-zone", help="Of send_at without an offset, such as Europe/Berlin."),
+        typer.Option(
+            "--time-zone",
+            help="Time zone of a row's schedule_time without an offset, such as Europe/Berlin.",
+        ),
     ] = None,
     request: Annotated[
         str | None,
@@ -165,10 +168,10 @@ def schedule(
     r"""Upload a CSV of recipients as a batch, of any size.
 
     A column `email` is needed; every column is a variable of the templates.
-    Columns subject, body, html, send_at and timezone mean what they say.
+    Columns subject, body, html, schedule_time and timezone mean what they say.
 
     $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}' \
-      --body 'Good to see you.' --start-time 'in 10m' --wait
+      --body 'Good to see you.' --schedule-time 'in 10m' --wait
     """
     options = BatchOptions(
         request_id=request or str(uuid.uuid4()),
@@ -177,7 +180,7 @@ def schedule(
         subject=subject,
         body=text_or_file(body, body_file, "--body, --body-file"),
         html=text_or_file(html, html_file, "--html, --html-file"),
-        start_time=to_timestamp(start_time),
+        schedule_time=to_timestamp(schedule_time),
         spacing=to_duration(spacing),
         duplicates=DuplicatePolicy.ValueType(duplicates or 0),
         mode=BatchMode.ValueType(mode or 0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 from outbox.v1.sender_pb2 import SendingHours, Weekday
@@ -19,7 +19,7 @@ class WrittenHours:
     """Sending hours without their zone; no days: every day."""
 
     weekdays: tuple[int, ...]
-    begin: str
+    start: str
     end: str
 
 
@@ -65,10 +65,8 @@ def to_sending_hours(hours: WrittenHours | None, zone: str | None) -> SendingHou
         return None
     if hours is None or not zone:
         raise typer.BadParameter("sending hours are written whole: --sending-hours, --sending-zone")
-    # `from` is a word of Python's.
-    times: dict[str, Any] = {"from": hours.begin, "to": hours.end}
     weekdays = [Weekday.ValueType(day) for day in hours.weekdays]
-    return SendingHours(weekdays=weekdays, time_zone=zone, **times)
+    return SendingHours(weekdays=weekdays, start=hours.start, end=hours.end, time_zone=zone)
 
 
 def _read_days(text: str) -> Iterator[int]:

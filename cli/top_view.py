@@ -203,7 +203,7 @@ def _width(sizes: Mapping[str, int], names: Sequence[str]) -> int:
 
 def _cells(view: SenderView, now: datetime) -> dict[str, str]:
     stats = view.stats
-    due = stats.next_send_time
+    due = stats.next_schedule_time
     return {
         "sender": view.sender.email,
         "id": view.sender.sender_id,
@@ -212,7 +212,7 @@ def _cells(view: SenderView, now: datetime) -> dict[str, str]:
         "waiting": str(stats.waiting_count),
         "sent": str(stats.counts.sent_count),
         "failed": str(stats.counts.failed_count),
-        "next": f"{due.ToDatetime(UTC):%H:%M:%S}" if stats.HasField("next_send_time") else "",
+        "next": f"{due.ToDatetime(UTC):%H:%M:%S}" if stats.HasField("next_schedule_time") else "",
         "waits for": why(view, now),
     }
 

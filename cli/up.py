@@ -204,7 +204,7 @@ def _welcome(found: dict[str, Any], smtp: str | None, choice: ProviderChoice | N
         "",
         "In another terminal, in this folder:",
         "",
-        *(f"  {line}" for line in _examples(found, choice)),
+        *(f"  {line}" for line in examples(found, choice)),
         "",
         *([] if choice is None else [*closing_of_steps(_command("outbox")), ""]),
     ]
@@ -221,7 +221,7 @@ def _mail_lines(
     return [f"inbox       {found['smtp_url']}, mails in {found['inbox']}"]
 
 
-def _examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
+def examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
     """Return lines for a shell, each of which works when it is pasted after those before it."""
     if choice is not None:
         return steps_of(choice.profile, _command("outbox"))
@@ -243,7 +243,8 @@ def _examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]
         "SENDER", "'$sender'"
     )
     scheduler, service = found["scheduler"], "outbox.v1.SenderService/CreateSender"
-    find_id = r"""sed -n 's/.*"sender_id": "\(.*\)".*/\1/p'"""
+    # grpcurl writes senderId where it reads the contract from a file.
+    find_id = r"""sed -n 's/.*"sender_*[Ii]d": "\(.*\)".*/\1/p'"""
     return [
         f"{grpcurl} -plaintext {scheduler} list",
         f"sender=$({grpcurl} -plaintext -d {_quoted(sender)} {scheduler} {service} | {find_id})",

@@ -63,7 +63,9 @@ def _protos() -> Path:
 
 
 def _write_stubs(protos: Path) -> None:
-    sources = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
+    # Not protos/google: googleapis-common-protos has its modules, and a second copy of a file
+    # cannot be imported beside the first.
+    sources = sorted(str(path.relative_to(protos)) for path in protos.glob("outbox/**/*.proto"))
     package = STUBS / "v1"
     package.mkdir(parents=True)
     _protoc(

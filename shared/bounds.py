@@ -83,7 +83,7 @@ def check_spread(
     if spacing:
         wrong = "excludes spacing: set one of them"
     elif start is not None and spread_until <= start:
-        wrong = f"must be later than the start, {start.isoformat(timespec='seconds')}"
+        wrong = f"must be later than schedule_time, {start.isoformat(timespec='seconds')}"
     else:
         try:
             spread_until + (longest_wait or timedelta(0))

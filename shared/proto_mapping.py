@@ -99,9 +99,9 @@ def from_duration(duration: Duration, field: str) -> timedelta:
         ) from None
 
 
-def to_job_counts(counts: JobCounts) -> email_job_pb2.JobCounts:
+def to_job_counts(counts: JobCounts) -> email_job_pb2.EmailJobCounts:
     """Return the proto of counts by state."""
-    return email_job_pb2.JobCounts(
+    return email_job_pb2.EmailJobCounts(
         scheduled_count=counts.scheduled,
         sending_count=counts.sending,
         sent_count=counts.sent,

@@ -61,8 +61,9 @@ class DispatcherClient:
             dispatcher_service_pb2.GetDispatcherStatusRequest()
         )
 
-    async def drain(self, within: float = 30.0) -> dispatcher_service_pb2.DrainResponse:
-        return await self.stub.Drain(dispatcher_service_pb2.DrainRequest(), timeout=within)
+    async def drain(self, within: float = 30.0) -> dispatcher_service_pb2.DrainDispatcherResponse:
+        request = dispatcher_service_pb2.DrainDispatcherRequest()
+        return await self.stub.DrainDispatcher(request, timeout=within)
 
     async def serving(self) -> bool:
         """Return whether its health says SERVING."""

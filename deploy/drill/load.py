@@ -171,7 +171,7 @@ class Load:
             sender_id=self._senders[sender],
             subject="Drill {{ n }}",
             body="Mail {{ n }} of a drill.",
-            start_time=start,
+            schedule_time=start,
         )
         lines = (f"b{number}-{row}@rcpt.example,{number}-{row}" for row in range(rows))
         csv = "\n".join(("email,n", *lines)).encode()

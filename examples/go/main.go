@@ -6,7 +6,7 @@
 //
 //	go install google.golang.org/protobuf/cmd/protoc-gen-go@latest
 //	go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@latest
-//	buf generate ../../client/src/outbox/v1/outbox.binpb#format=binpb --path outbox
+//	buf generate ../../protos --path ../../protos/outbox
 //	go mod tidy
 package main
 

@@ -8,10 +8,11 @@ grpcurl=${GRPCURL:-grpcurl}
 
 # With TLS: without -plaintext. With an API key: -H "authorization: Bearer $OUTBOX_API_KEY".
 call() { "$grpcurl" -plaintext -max-time 30 -d "$2" "$scheduler" "outbox.v1.$1"; }
-# The first value of a field; a script of yours would take jq.
-field() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" | head -n 1; }
+# The first value of a field, by its name without underscores, in lower case: grpcurl writes
+# sender_id by reflection, and senderId with a -protoset. With jq: .sender_id // .senderId
+field() { awk -F '"' -v name="$1" '{ key = tolower($2); gsub("_", "", key) } key == name && !found { print $4; found = 1 }'; }
 
-sender=$(call SenderService/CreateSender '{"user_id": "grpcurl", "sender": {"email": "grpcurl@example.com"}}' | field sender_id)
+sender=$(call SenderService/CreateSender '{"user_id": "grpcurl", "sender": {"email": "grpcurl@example.com"}}' | field senderid)
 
 # bytes are base64 in JSON.
 csv=$(printf 'email,name\nann@example.com,Ann\nbob@example.com,Bob\n' | base64 | tr -d '\n')
@@ -23,10 +24,10 @@ answer=$(call BatchService/ScheduleBatch "{
   },
   \"csv\": \"$csv\"
 }")
-batch=$(field batch_id <<<"$answer")
-echo "accepted $(field accepted_count <<<"$answer")"
+batch=$(field batchid <<<"$answer")
+echo "accepted $(field acceptedcount <<<"$answer")"
 
 while now=$(call BatchService/GetBatch "{\"batch_id\": \"$batch\", \"user_id\": \"grpcurl\"}"); [[ $(field state <<<"$now") == BATCH_STATE_ACTIVE ]]; do
   sleep 0.5
 done
-echo "sent $(field sent_count <<<"$now")"
+echo "sent $(field sentcount <<<"$now")"

@@ -49,15 +49,15 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         """Return what the dispatcher does now."""
         return await self._status()
 
-    async def Drain(  # noqa: N802 - the proto's name
+    async def DrainDispatcher(  # noqa: N802 - the proto's name
         self,
-        request: dispatcher_service_pb2.DrainRequest,  # noqa: ARG002
+        request: dispatcher_service_pb2.DrainDispatcherRequest,  # noqa: ARG002
         context: grpc.aio.ServicerContext[object, object],  # noqa: ARG002
-    ) -> dispatcher_service_pb2.DrainResponse:
+    ) -> dispatcher_service_pb2.DrainDispatcherResponse:
         """Take no more jobs; answer when nothing is in flight."""
         self._on_drain()
         given_back = await self._dispatcher.drain()
-        return dispatcher_service_pb2.DrainResponse(
+        return dispatcher_service_pb2.DrainDispatcherResponse(
             status=await self._status(), given_back_count=given_back
         )
 

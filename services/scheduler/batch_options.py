@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from services.scheduler.send_times import BadSendTime, check_time_zone
+from services.scheduler.send_times import BadScheduleTime, check_time_zone
 from shared import bounds
 from shared.errors import FieldViolation, InvalidInput
 from shared.states import BatchMode, DuplicatePolicy
@@ -19,7 +19,7 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 class BatchOptions:
     """The options of a batch; `subject`, `body` and `html` None: the rows' own.
 
-    `start_time` None: now.
+    `schedule_time` None: now.
     """
 
     request_id: str
@@ -27,7 +27,7 @@ class BatchOptions:
     subject: str | None = None
     body: str | None = None
     html: str | None = None
-    start_time: datetime | None = None
+    schedule_time: datetime | None = None
     spacing_ms: int = 0
     duplicates: DuplicatePolicy = DuplicatePolicy.KEEP_FIRST
     mode: BatchMode = BatchMode.PERMISSIVE
@@ -45,7 +45,7 @@ class BatchOptions:
                 self.subject,
                 self.body,
                 self.html,
-                self.start_time.isoformat() if self.start_time else None,
+                self.schedule_time.isoformat() if self.schedule_time else None,
                 self.spacing_ms,
                 int(self.duplicates),
                 int(self.mode),
@@ -97,11 +97,11 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
         raise InvalidInput.field(
             f"{field}.expire_after", "takes 1 s to 366 days", reason="EXPIRE_AFTER_INVALID"
         )
-    check_spread(options, options.start_time, field)
+    check_spread(options, options.schedule_time, field)
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
         check_time_zone(options.time_zone)
-    except BadSendTime as error:
+    except BadScheduleTime as error:
         raise InvalidInput.field(f"{field}.time_zone", error.message, reason=error.reason) from None
     return options
 

@@ -47,15 +47,15 @@ class Schedule:
         """
         if self._spread:
             return [self._place_or_time(row) for row in rows]
-        if not self._spacing and not any(row.send_at for row in rows):
+        if not self._spacing and not any(row.schedule_time for row in rows):
             self._note(self._start)
             return [self._format(self._start)] * len(rows)
         times = []
         for row in rows:
-            if row.send_at is None:
+            if row.schedule_time is None:
                 due = self._start + self._place * self._spacing
             else:
-                due = self._own(row.send_at)
+                due = self._own(row.schedule_time)
             self._place += 1
             self._note(due)
             times.append(self._format(due))
@@ -67,15 +67,15 @@ class Schedule:
         return self._place
 
     def _place_or_time(self, row: JobRow) -> str:
-        if row.send_at is None:
+        if row.schedule_time is None:
             self._place += 1
             return f"{self._place - 1}\t\\N\t\\N"
-        due = self._own(row.send_at)
+        due = self._own(row.schedule_time)
         self._note(due)
         return f"\\N\t{self._format(due)}"
 
-    def _own(self, send_at: datetime) -> datetime:
-        return max(send_at, self._accepted_at)
+    def _own(self, schedule_time: datetime) -> datetime:
+        return max(schedule_time, self._accepted_at)
 
     def _format(self, due: datetime) -> str:
         if self._expire_after is None:

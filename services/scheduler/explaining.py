@@ -108,7 +108,7 @@ _FINAL = {
     JobState.SENDING: "A dispatcher is sending it now.",
     JobState.SENT: "It was sent.",
     JobState.FAILED: "It failed for good; RetryEmailJobs takes it back.",
-    JobState.UNCERTAIN: "Nobody knows whether it arrived; ResolveUncertain decides.",
+    JobState.UNCERTAIN: "Nobody knows whether it arrived; ResolveEmailJob decides.",
     JobState.CANCELLED: "It was cancelled and will never be sent.",
     JobState.SUPPRESSED: "Its recipient is suppressed: it will never be sent.",
     JobState.EXPIRED: "It expired and will never be sent.",

@@ -1,6 +1,6 @@
 """From a row as it came to a job as it is stored, or to the rejection that says what is wrong.
 
-A row is rejected for the first problem in this order: its shape, the address, `send_at` and
+A row is rejected for the first problem in this order: its shape, the address, `schedule_time` and
 `timezone`, columns that the templates require, the subject, the content.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from services.scheduler.addresses import BadAddress, address_key, check_address
 from services.scheduler.csv_reader import EMAIL_NAMES, CsvTable
-from services.scheduler.send_times import BadSendTime, check_time_zone, parse_send_at
+from services.scheduler.send_times import BadScheduleTime, check_time_zone, parse_schedule_time
 from shared.templates import (
     LINE_BREAK,
     BatchTemplate,
@@ -33,12 +33,12 @@ Raw_contra = TypeVar("Raw_contra", contravariant=True)
 
 
 class JobRow(NamedTuple):
-    """A row that is good. `send_at` is UTC, None: the batch decides."""
+    """A row that is good. `schedule_time` is UTC, None: the batch decides."""
 
     row_number: int
     recipient: str
     address_key: str
-    send_at: datetime | None
+    schedule_time: datetime | None
     variables: str | None
 
 
@@ -105,7 +105,7 @@ class CsvPlan:
         self._email_name = table.names[table.email_index]
         # `{{ email }}` is the address, whatever its column is called.
         index_of.setdefault("email", table.email_index)
-        self._send_at_index = index_of.get("send_at", _ABSENT)
+        self._schedule_time_index = index_of.get("schedule_time", _ABSENT)
         self._zone_index = index_of.get("timezone", _ABSENT)
         self._width = len(table.columns)
         # Cells below nameless columns at the end may be left out.
@@ -128,14 +128,14 @@ class CsvPlan:
             recipient = check_address(raw[self._email_index])
         except BadAddress as error:
             return RowRejection(number, self._email_name, error.reason, error.message)
-        send_at = None
-        if self._send_at_index >= 0 or self._zone_index >= 0:
+        schedule_time = None
+        if self._schedule_time_index >= 0 or self._zone_index >= 0:
             try:
-                send_at = self._checks.send_at(
-                    raw[self._send_at_index] if self._send_at_index >= 0 else "",
+                schedule_time = self._checks.schedule_time(
+                    raw[self._schedule_time_index] if self._schedule_time_index >= 0 else "",
                     raw[self._zone_index] if self._zone_index >= 0 else "",
                 )
-            except BadSendTime as error:
+            except BadScheduleTime as error:
                 return RowRejection(number, error.column, error.reason, error.message)
         if self._missing:
             return RowRejection(number, *self._missing)
@@ -143,7 +143,9 @@ class CsvPlan:
         problem = self._checks.texts(values)
         if problem:
             return RowRejection(number, *problem)
-        return JobRow(number, recipient, address_key(recipient), send_at, encode_variables(values))
+        return JobRow(
+            number, recipient, address_key(recipient), schedule_time, encode_variables(values)
+        )
 
 
 class RecipientPlan:
@@ -179,10 +181,12 @@ class RecipientPlan:
         cells["email"] = email
         try:
             recipient = check_address(email)
-            send_at = self._checks.send_at(cells.get("send_at", ""), cells.get("timezone", ""))
+            schedule_time = self._checks.schedule_time(
+                cells.get("schedule_time", ""), cells.get("timezone", "")
+            )
         except BadAddress as error:
             return RowRejection(number, "email", error.reason, error.message)
-        except BadSendTime as error:
+        except BadScheduleTime as error:
             return RowRejection(number, error.column, error.reason, error.message)
         missing = _first_missing(self._template, cells)
         if missing:
@@ -191,7 +195,9 @@ class RecipientPlan:
         problem = self._checks.texts(values)
         if problem:
             return RowRejection(number, *problem)
-        return JobRow(number, recipient, address_key(recipient), send_at, encode_variables(values))
+        return JobRow(
+            number, recipient, address_key(recipient), schedule_time, encode_variables(values)
+        )
 
     def _name(self, column: str) -> str:
         name = self._names.get(column)
@@ -222,10 +228,10 @@ class _Checks:
             index for index, name in enumerate(names) if name in ("body", "html")
         ]
 
-    def send_at(self, text: str, zone: str) -> datetime | None:
+    def schedule_time(self, text: str, zone: str) -> datetime | None:
         """Return the row's own time; a zone is checked even if nothing needs it."""
         if text and not text.isspace():
-            return parse_send_at(text, zone, self._default_zone)
+            return parse_schedule_time(text, zone, self._default_zone)
         if zone and not zone.isspace():
             check_time_zone(zone.strip())
         return None

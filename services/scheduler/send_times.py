@@ -1,4 +1,4 @@
-"""When a row wants to be sent: `send_at` and `timezone` to one instant, or the rule against it.
+"""A row's `schedule_time` and `timezone` become one instant, or a reason why they cannot.
 
 RFC 3339, with a blank in place of the `T` and without seconds if one likes. With an offset it is an
 instant. Without one it is a local time of `timezone` (a name of the IANA database), or of the
@@ -22,10 +22,10 @@ _ZERO = timedelta(0)
 _SHOWN = 40
 
 
-class BadSendTime(ValueError):
+class BadScheduleTime(ValueError):
     """No instant.
 
-    `column` is `send_at` or `timezone`; `reason` is SEND_AT_INVALID, UNKNOWN_TIME_ZONE,
+    `column` is `schedule_time` or `timezone`; `reason` is SCHEDULE_TIME_INVALID, UNKNOWN_TIME_ZONE,
     LOCAL_TIME_DOES_NOT_EXIST or LOCAL_TIME_AMBIGUOUS.
     """
 
@@ -40,11 +40,11 @@ def check_time_zone(name: str) -> tzinfo:
     """Return the zone of that name in the IANA database, such as `Europe/Berlin`.
 
     Raises:
-        BadSendTime: UNKNOWN_TIME_ZONE.
+        BadScheduleTime: UNKNOWN_TIME_ZONE.
     """
     zone = _zone(name)
     if zone is None:
-        raise BadSendTime(
+        raise BadScheduleTime(
             "timezone",
             "UNKNOWN_TIME_ZONE",
             f"{_show(name)} is no time zone; write a name such as Europe/Berlin or UTC",
@@ -52,7 +52,7 @@ def check_time_zone(name: str) -> tzinfo:
     return zone
 
 
-def parse_send_at(text: str, zone_name: str = "", default_zone: str = "UTC") -> datetime:
+def parse_schedule_time(text: str, zone_name: str = "", default_zone: str = "UTC") -> datetime:
     """Return the instant that `text` says, in UTC.
 
     Without an offset in `text` it is a local time of `zone_name`, or where that is empty of
@@ -60,7 +60,7 @@ def parse_send_at(text: str, zone_name: str = "", default_zone: str = "UTC") -> 
     offset.
 
     Raises:
-        BadSendTime: no time, a date that does not exist, an unknown zone, no one instant.
+        BadScheduleTime: no time, a date that does not exist, an unknown zone, no one instant.
     """
     text = text.strip()
     match = _FORM.fullmatch(text)
@@ -79,7 +79,7 @@ def parse_send_at(text: str, zone_name: str = "", default_zone: str = "UTC") -> 
             return _instant(local, zone, zone_name.strip() or default_zone)
         written = "+00:00" if offset in "Zz" else offset
         return datetime.fromisoformat(f"{local.isoformat()}{written}").astimezone(UTC)
-    except BadSendTime:
+    except BadScheduleTime:
         raise
     except ValueError:
         raise _invalid(
@@ -99,16 +99,16 @@ def _instant(local: datetime, zone: tzinfo, name: str) -> datetime:
     second = local.replace(tzinfo=zone, fold=1)
     offset, later_offset = first.utcoffset() or _ZERO, second.utcoffset() or _ZERO
     if offset < later_offset:
-        raise BadSendTime(
-            "send_at",
+        raise BadScheduleTime(
+            "schedule_time",
             "LOCAL_TIME_DOES_NOT_EXIST",
             f"{local.isoformat(' ')} does not exist in {name}: the clocks go from UTC"
             f"{_format(offset)} to UTC{_format(later_offset)} and skip it; choose another time, "
             "or write the offset",
         )
     if offset > later_offset:
-        raise BadSendTime(
-            "send_at",
+        raise BadScheduleTime(
+            "schedule_time",
             "LOCAL_TIME_AMBIGUOUS",
             f"{local.isoformat(' ')} exists twice in {name}, at UTC{_format(offset)} and at UTC"
             f"{_format(later_offset)}: write the offset, as in "
@@ -135,8 +135,8 @@ def _format(offset: timedelta) -> str:
     return f"{sign}{abs(minutes) // 60:02}:{abs(minutes) % 60:02}"
 
 
-def _invalid(message: str) -> BadSendTime:
-    return BadSendTime("send_at", "SEND_AT_INVALID", message)
+def _invalid(message: str) -> BadScheduleTime:
+    return BadScheduleTime("schedule_time", "SCHEDULE_TIME_INVALID", message)
 
 
 def _show(text: str) -> str:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Final
 
 from services.scheduler.addresses import BadAddress, check_address
-from services.scheduler.send_times import BadSendTime, check_time_zone
+from services.scheduler.send_times import BadScheduleTime, check_time_zone
 from shared import bounds
 from shared.errors import InvalidInput
 from shared.sending_hours import SendingHours
@@ -116,15 +116,15 @@ def check_sending_hours(
     bounds.TIME_ZONE.check(f"{field}.time_zone", time_zone)
     try:
         check_time_zone(time_zone)
-    except BadSendTime as error:
+    except BadScheduleTime as error:
         raise InvalidInput.field(
             f"{field}.time_zone", error.message, reason="UNKNOWN_TIME_ZONE"
         ) from None
-    begins, ends = _minutes(f"{field}.from", start), _minutes(f"{field}.to", end)
+    begins, ends = _minutes(f"{field}.start", start), _minutes(f"{field}.end", end)
     if begins in (ends, _DAY_MINUTES):
         raise InvalidInput.field(
-            f"{field}.to",
-            "must be another time than `from`; 00:00 to 24:00 is the whole day",
+            f"{field}.end",
+            "must be another time than `start`; 00:00 to 24:00 is the whole day",
             reason="SENDING_HOURS_INVALID",
         )
     return SendingHours(days, begins, ends, time_zone)

@@ -84,8 +84,8 @@ async def forecast(
 def _planned(planned: stats_service_pb2.PlannedBatch) -> PlannedBatch:
     options, field = planned.options, "planned_batch.options"
     start = spread_until = expire_after = None
-    if options.HasField("start_time"):
-        start = from_timestamp(options.start_time, f"{field}.start_time")
+    if options.HasField("schedule_time"):
+        start = from_timestamp(options.schedule_time, f"{field}.schedule_time")
     if options.HasField("spread_until"):
         spread_until = from_timestamp(options.spread_until, f"{field}.spread_until")
     if options.HasField("expire_after"):

@@ -142,7 +142,7 @@ def _sender_stats(stats: storage.SenderStats) -> stats_pb2.SenderStats:
         ],
         waiting_count=stats.counts.scheduled,
         next_email_job_id="" if stats.next_job_id is None else id_text(stats.next_job_id),
-        next_send_time=None if stats.next_due is None else to_timestamp(stats.next_due),
+        next_schedule_time=None if stats.next_due is None else to_timestamp(stats.next_due),
         window_used_count=stats.window_used,
         hourly_limit=stats.hourly_limit,
         cooldown=to_cooldown(stats.cooldown),

@@ -79,7 +79,7 @@ async def flood(
 
     async def messages() -> AsyncIterator[UploadBatchRequest]:
         later = datetime.now(UTC) + timedelta(days=30)
-        batch = options_for(sender, request_id=name, start_time=later)
+        batch = options_for(sender, request_id=name, schedule_time=later)
         yield UploadBatchRequest(options=batch)
         yield UploadBatchRequest(chunk=b"email,note\n")
         for start in range(0, rows, 1_000):

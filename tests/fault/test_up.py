@@ -374,7 +374,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         assert up.ask("batches", "rejections", batch_id)["rejections"][0]["row_number"] == "3"
         waiting = up.ask("jobs", "list", "--batch", batch_id, "--state", "scheduled")
         job_id = waiting["email_jobs"][1]["email_job_id"]
-        assert up.ask("jobs", "cancel", job_id)["state"] == "JOB_STATE_CANCELLED"
+        assert up.ask("jobs", "cancel", job_id)["state"] == "EMAIL_JOB_STATE_CANCELLED"
         assert up.ask("senders", "resume", sender_id)["state"] == "SENDER_STATE_ACTIVE"
 
         again = up.outbox(*upload, "--subject", "Other", "--request", "r1")

@@ -223,12 +223,12 @@ async def test_callers_see_cancelled_jobs_before_their_rows_say_so(world: World)
             await cancel(world, batch)
             assert await world.in_state(JobState.SCHEDULED) == set(jobs)
             job = await scheduler.jobs.GetEmailJob(GetEmailJobRequest(email_job_id=str(jobs[0])))
-            assert job.state == email_job_pb2.JOB_STATE_CANCELLED
+            assert job.state == email_job_pb2.EMAIL_JOB_STATE_CANCELLED
             assert job.HasField("finish_time")
             for state, n in (
-                (email_job_pb2.JOB_STATE_SCHEDULED, 0),
-                (email_job_pb2.JOB_STATE_CANCELLED, 3),
-                (email_job_pb2.JOB_STATE_UNSPECIFIED, 3),
+                (email_job_pb2.EMAIL_JOB_STATE_SCHEDULED, 0),
+                (email_job_pb2.EMAIL_JOB_STATE_CANCELLED, 3),
+                (email_job_pb2.EMAIL_JOB_STATE_UNSPECIFIED, 3),
             ):
                 page = await scheduler.jobs.ListEmailJobs(
                     ListEmailJobsRequest(sender_id=str(sender), state=state)

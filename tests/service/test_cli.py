@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from outbox.v1.email_job_pb2 import EmailJob, JobState
+from outbox.v1.email_job_pb2 import EmailJob, EmailJobState
 from outbox.v1.email_job_service_pb2 import ListEmailJobsResponse
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -89,7 +89,7 @@ def test_the_version_is_the_package_s() -> None:
         ["senders", "update", "1", "--sending-hours", "mon-fri 09:00-17:00"],
         ["senders", "list", "--state", "asleep"],
         ["jobs", "list", "--page-size", "-1"],
-        ["schedule", "x.csv", "--sender", "1", "--start-time", "2026-12-24T18:00:00"],
+        ["schedule", "x.csv", "--sender", "1", "--schedule-time", "2026-12-24T18:00:00"],
         ["schedule", "x.csv", "--sender", "1", "--body", "a", "--body-file", "b"],
         ["up", "--dispatchers", "0"],
         ["up", "--smtp", "relay:25"],
@@ -206,11 +206,11 @@ def test_services_are_told_absolute_paths_for_they_run_elsewhere(
 def test_json_is_proto_json_with_the_original_names_and_zeros(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    job = EmailJob(email_job_id="7", state=JobState.JOB_STATE_SENT)
+    job = EmailJob(email_job_id="7", state=EmailJobState.EMAIL_JOB_STATE_SENT)
     output.show(job, output.OutputFormat.JSON)
     document = json.loads(capsys.readouterr().out)
     assert document["email_job_id"] == "7"
-    assert (document["state"], document["attempt_count"]) == ("JOB_STATE_SENT", 0)
+    assert (document["state"], document["attempt_count"]) == ("EMAIL_JOB_STATE_SENT", 0)
 
 
 def test_a_table_is_not_cut_in_a_pipe_and_cannot_steer_the_terminal(

@@ -146,7 +146,7 @@ async def test_a_dry_run_tells_the_rows_apart_as_the_real_run_does(
 ) -> None:
     sender = await scheduler.sender()
     later = (datetime.now(UTC) + timedelta(days=2)).isoformat(timespec="seconds")
-    write("people.csv", f"email,send_at\na@b.org,\nbroken,\na@b.org,\nc@d.org,{later}\n")
+    write("people.csv", f"email,schedule_time\na@b.org,\nbroken,\na@b.org,\nc@d.org,{later}\n")
     words = ["schedule", "people.csv", "--sender", sender.sender_id, "--subject", "Hello"]
     words += ["--body", "Hi"]
     dry = ["--dry-run", "--server", stats, "--rejections", "bad.csv"]
@@ -154,7 +154,7 @@ async def test_a_dry_run_tells_the_rows_apart_as_the_real_run_does(
     assert tried.exit_code == 0, tried.stderr
     counts = ("2", "1", "1")
     assert "{} would be accepted, {} rejected, {} duplicate".format(*counts) in tried.stderr
-    assert "1 rows have a send_at of their own" in tried.stderr
+    assert "1 rows have their own schedule_time" in tried.stderr
     assert "ADDRESS_INVALID" in tried.stdout
     real = await asyncio.to_thread(run, [*words, "--server", scheduler.address])
     assert "{} accepted, {} rejected, {} duplicate".format(*counts) in real.stderr

@@ -11,7 +11,7 @@ import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import email_job_service_pb2 as jobs_pb
 from outbox.v1 import sender_pb2
-from outbox.v1.email_job_pb2 import JOB_STATE_SENT, REPLY_CLASS_ACCOUNT
+from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_SENT, REPLY_CLASS_ACCOUNT
 from outbox.v1.sender_service_pb2 import (
     DeleteSenderRequest,
     GetSenderRequest,
@@ -250,7 +250,7 @@ async def explain(scheduler: Scheduler, job: int) -> jobs_pb.ExplainEmailJobResp
 
 async def eventually_sent(scheduler: Scheduler, job: int) -> jobs_pb.ExplainEmailJobResponse:
     async def sent() -> bool:
-        return (await explain(scheduler, job)).email_job.state == JOB_STATE_SENT
+        return (await explain(scheduler, job)).email_job.state == EMAIL_JOB_STATE_SENT
 
     await eventually(sent)
     return await explain(scheduler, job)

@@ -367,7 +367,7 @@ async def test_a_sender_that_is_resumed_wakes_a_dispatcher_that_has_nothing_to_d
         assert len(inbox.mails) == 3
 
 
-# Drain and status ----------------------------------------------------------------------------
+# DrainDispatcher and status ------------------------------------------------------------------
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1 import sender_pb2
-from outbox.v1.email_job_pb2 import JOB_STATE_CANCELLED
+from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_CANCELLED
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
 from cli.options import to_duration, to_timestamp
@@ -85,7 +85,7 @@ async def test_a_job_behind_others_is_told_its_place_and_time(scheduler: Schedul
 
 async def test_a_job_that_is_not_due_waits_for_its_time(scheduler: Scheduler) -> None:
     start = datetime.now(UTC) + timedelta(hours=2)
-    (job,) = await scheduled(scheduler, await scheduler.sender(), start_time=to_timestamp(start))
+    (job,) = await scheduled(scheduler, await scheduler.sender(), schedule_time=to_timestamp(start))
     found = await explain(scheduler, job)
     assert found.wait_reason == pb.WAIT_REASON_NOT_DUE
     assert found.wait_end_time.ToDatetime(UTC) == start
@@ -97,9 +97,10 @@ async def test_a_job_outside_the_hours_of_its_sender_waits_for_them(scheduler: S
     now = datetime.now(zone)
     # Wherever it stands now, in two days; the hour after is the time of the second mail.
     day = now.date() + timedelta(days=2)
-    fields: dict[str, Any] = {"from": "09:00", "to": "17:00"}
     weekday = sender_pb2.Weekday.ValueType(day.isoweekday())
-    hours = sender_pb2.SendingHours(weekdays=[weekday], time_zone=zone.key, **fields)
+    hours = sender_pb2.SendingHours(
+        weekdays=[weekday], start="09:00", end="17:00", time_zone=zone.key
+    )
     sender = await scheduler.sender(sending_hours=hours, min_gap=to_duration(timedelta(hours=1)))
     first, second = await scheduled(scheduler, sender, 2)
     opens = datetime.combine(day, time(9), zone)
@@ -240,7 +241,7 @@ async def test_a_job_that_does_not_wait_says_what_became_of_it(scheduler: Schedu
     (job,) = await scheduled(scheduler, await scheduler.sender())
     await scheduler.jobs.CancelEmailJob(pb.CancelEmailJobRequest(email_job_id=str(job)))
     found = await explain(scheduler, job)
-    assert found.email_job.state == JOB_STATE_CANCELLED
+    assert found.email_job.state == EMAIL_JOB_STATE_CANCELLED
     assert found.wait_reason == pb.WAIT_REASON_UNSPECIFIED
     assert not found.HasField("ahead_count")
     assert "cancelled" in found.explanation

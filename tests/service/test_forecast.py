@@ -100,9 +100,9 @@ async def test_mail_that_is_due_earlier_counts_and_later_mail_does_not(stack: St
     sender = await stack.scheduler.sender(hourly_limit=5_000)
     await stack.scheduler.schedule(sender, csv_of(10))
     later = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
-    batch = (await stack.scheduler.schedule(sender, csv_of(5), start_time=later)).batch
+    batch = (await stack.scheduler.schedule(sender, csv_of(5), schedule_time=later)).batch
     await stack.scheduler.schedule(
-        sender, csv_of(1_000), start_time=to_timestamp(datetime.now(UTC) + timedelta(hours=2))
+        sender, csv_of(1_000), schedule_time=to_timestamp(datetime.now(UTC) + timedelta(hours=2))
     )
     found = await stack.forecast(batch_id=batch.batch_id)
     assert found.ahead_count == 10
@@ -115,8 +115,8 @@ async def test_a_planned_batch_is_forecast_as_the_real_one_will_be(stack: Stack)
     begin = to_timestamp(datetime.now(UTC) + timedelta(minutes=5))
     for options in (
         {},
-        {"start_time": begin},
-        {"start_time": begin, "spacing": to_duration(timedelta(seconds=10))},
+        {"schedule_time": begin},
+        {"schedule_time": begin, "spacing": to_duration(timedelta(seconds=10))},
         {"spread_until": to_timestamp(datetime.now(UTC) + timedelta(hours=2))},
     ):
         planned = await stack.plan(sender, 120, **options)
@@ -279,7 +279,7 @@ async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
         (1, {"spacing": to_duration(timedelta(days=8))}, "planned_batch.options.spacing"),
         (1, {"spacing": day, "spread_until": later}, "planned_batch.options.spread_until"),
         (1, {"spread_until": now}, "planned_batch.options.spread_until"),
-        (1, {"start_time": later, "spread_until": later}, "planned_batch.options.spread_until"),
+        (1, {"schedule_time": later, "spread_until": later}, "planned_batch.options.spread_until"),
         (1, {"expire_after": to_duration(timedelta(0))}, "planned_batch.options.expire_after"),
     ):
         refusal = await refusal_of(stack.plan(sender, count, **options))
@@ -292,8 +292,11 @@ async def test_hours_are_part_of_a_forecast_and_bind_it(stack: Stack) -> None:
     zone = ZoneInfo("Europe/Berlin")
     # Wherever it stands now, in a day it opens once, for an hour.
     opens = datetime.now(zone) - timedelta(hours=2)
-    fields: dict[str, Any] = {"from": f"{opens:%H:00}", "to": f"{opens + timedelta(hours=1):%H:00}"}
-    hours = sender_pb2.SendingHours(time_zone="Europe/Berlin", **fields)
+    hours = sender_pb2.SendingHours(
+        start=f"{opens:%H:00}",
+        end=f"{opens + timedelta(hours=1):%H:00}",
+        time_zone="Europe/Berlin",
+    )
     sender = await stack.scheduler.sender(hourly_limit=10, sending_hours=hours)
     answer = await stack.scheduler.schedule(sender, csv_of(25))
     found = await stack.forecast(batch_id=answer.batch.batch_id)

@@ -64,7 +64,7 @@ class Load:
             more["spacing"] = to_duration(spacing)
         if self.chance.random() < 0.5:
             delay = timedelta(milliseconds=self.chance.randrange(100, 2_000))
-            more["start_time"] = to_timestamp(datetime.now(UTC) + delay)
+            more["schedule_time"] = to_timestamp(datetime.now(UTC) + delay)
         await self.schedule(sender, **more)
 
     async def expiring(self, sender: sender_pb2.Sender, expire_after: timedelta) -> None:

@@ -137,16 +137,16 @@ async def test_a_mail_is_due_by_its_place_or_by_its_own_time(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     start = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
-    csv = "email,send_at\na@b.org,\nb@b.org,2099-01-01 00:00\nbad,\nc@b.org,\nd@b.org,2001-01-01\n"
-    csv = csv.replace("2001-01-01", "2001-01-01 00:00")
+    csv = "email,schedule_time\na@b.org,\nb@b.org,2099-01-01 00:00\nbad,\nc@b.org,\n"
+    csv += "d@b.org,2001-01-01 00:00\n"
     answer = await scheduler.schedule(
         sender,
         csv,
-        start_time=timestamp(start),
+        schedule_time=timestamp(start),
         spacing=Duration(seconds=90),
         time_zone="Europe/Berlin",
     )
-    assert answer.batch.start_time.ToDatetime(UTC) == start
+    assert answer.batch.schedule_time.ToDatetime(UTC) == start
     assert answer.batch.spacing.ToTimedelta() == timedelta(seconds=90)
     due = dict(scheduler.rows("SELECT recipient, scheduled_at FROM email_jobs"))
     assert due["a@b.org"] == start
@@ -159,9 +159,9 @@ async def test_a_mail_is_due_by_its_place_or_by_its_own_time(
 
 async def test_a_start_in_the_past_is_now(scheduler: Scheduler, sender: sender_pb2.Sender) -> None:
     answer = await scheduler.schedule(
-        sender, start_time=timestamp(datetime(2001, 1, 1, tzinfo=UTC))
+        sender, schedule_time=timestamp(datetime(2001, 1, 1, tzinfo=UTC))
     )
-    assert answer.batch.start_time == answer.batch.create_time
+    assert answer.batch.schedule_time == answer.batch.create_time
 
 
 async def test_duplicates_and_suppressed_addresses_are_counted_and_are_no_rejections(
@@ -225,7 +225,7 @@ async def test_a_batch_of_a_paused_sender_is_accepted_and_the_answer_says_so(
 # What is refused
 
 
-CSV = "email,name,send_at,timezone\n"
+CSV = "email,name,schedule_time,timezone\n"
 
 
 @pytest.mark.parametrize(
@@ -273,15 +273,15 @@ async def test_a_file_that_is_no_csv_is_refused_and_nothing_is_stored(
         ('a@b.org,"Ann\r\nBcc: c@d.org",,', "name", "SUBJECT_LINE_BREAK"),
         ("a@b.org,Ann", "", "RAGGED_ROW"),
         ("a@b.org,Ann,,,more", "", "RAGGED_ROW"),
-        ("a@b.org,Ann,2026-02-30 10:00,", "send_at", "SEND_AT_INVALID"),
-        ("a@b.org,Ann,tomorrow,", "send_at", "SEND_AT_INVALID"),
+        ("a@b.org,Ann,2026-02-30 10:00,", "schedule_time", "SCHEDULE_TIME_INVALID"),
+        ("a@b.org,Ann,tomorrow,", "schedule_time", "SCHEDULE_TIME_INVALID"),
         ("a@b.org,Ann,2027-03-28 10:00,Mars/Olympus", "timezone", "UNKNOWN_TIME_ZONE"),
         (
             "a@b.org,Ann,2027-03-28 02:30,Europe/Berlin",
-            "send_at",
+            "schedule_time",
             "LOCAL_TIME_DOES_NOT_EXIST",
         ),
-        ("a@b.org,Ann,2027-10-31 02:30,Europe/Berlin", "send_at", "LOCAL_TIME_AMBIGUOUS"),
+        ("a@b.org,Ann,2027-10-31 02:30,Europe/Berlin", "schedule_time", "LOCAL_TIME_AMBIGUOUS"),
         (f"a@b.org,{'x' * 4096},,", "", "MESSAGE_TOO_LARGE"),
     ],
 )
@@ -320,7 +320,7 @@ async def test_a_wrong_row_is_rejected_or_refuses_a_strict_batch(
         ({"spacing": Duration(seconds=-1)}, "spacing", "SPACING_INVALID"),
         ({"spacing": Duration(seconds=7 * 86_400 + 1)}, "spacing", "SPACING_INVALID"),
         ({"time_zone": "Mars/Olympus"}, "time_zone", "UNKNOWN_TIME_ZONE"),
-        ({"start_time": Timestamp(seconds=2**60)}, "start_time", "INVALID_INPUT"),
+        ({"schedule_time": Timestamp(seconds=2**60)}, "schedule_time", "INVALID_INPUT"),
         ({"expire_after": Duration()}, "expire_after", "EXPIRE_AFTER_INVALID"),
         ({"user_id": "a\0b"}, "user_id", "USER_ID_INVALID"),
     ],
@@ -351,7 +351,7 @@ async def test_times_beyond_the_calendar_are_refused(
     start = timestamp(datetime(9999, 12, 31, tzinfo=UTC))
     csv = "email\na@b.org\nb@b.org\n"
     refusal = await refusal_of(
-        scheduler.schedule(sender, csv, start_time=start, spacing=Duration(seconds=86_400))
+        scheduler.schedule(sender, csv, schedule_time=start, spacing=Duration(seconds=86_400))
     )
     assert refusal.reason == "SPACING_INVALID"
     assert nothing_is_stored(scheduler)
@@ -457,7 +457,7 @@ async def test_the_same_request_again_gives_the_same_batch(
         {"subject": "Other"},
         {"body": None, "html": "Good day"},
         {"spacing": Duration(seconds=1)},
-        {"start_time": Timestamp(seconds=4_000_000_000)},
+        {"schedule_time": Timestamp(seconds=4_000_000_000)},
         {"mode": STRICT},
         {"duplicates": KEEP_ALL},
         {"time_zone": "Europe/Berlin"},

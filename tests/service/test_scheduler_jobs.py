@@ -42,9 +42,9 @@ from shared.states import FINAL_STATES, ReplyClass
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
-SCHEDULED = email_job_pb2.JOB_STATE_SCHEDULED
-CANCELLED = email_job_pb2.JOB_STATE_CANCELLED
-FAILED = email_job_pb2.JOB_STATE_FAILED
+SCHEDULED = email_job_pb2.EMAIL_JOB_STATE_SCHEDULED
+CANCELLED = email_job_pb2.EMAIL_JOB_STATE_CANCELLED
+FAILED = email_job_pb2.EMAIL_JOB_STATE_FAILED
 
 
 @pytest_asyncio.fixture
@@ -380,7 +380,7 @@ async def test_a_suppression_ends_the_users_waiting_jobs_to_the_address(
     claimed = {str(claim.job.job_id) for claim in (await queue.claim(10)).claims}
     assert claimed == {mine[1], theirs[0]}
     job = await get(scheduler, mine[0])
-    assert job.state == email_job_pb2.JOB_STATE_SUPPRESSED
+    assert job.state == email_job_pb2.EMAIL_JOB_STATE_SUPPRESSED
     counts = (await scheduler.batches.GetBatch(GetBatchRequest(batch_id=job.batch_id))).counts
     assert (counts.scheduled_count, counts.suppressed_count) == (1, 1)
 

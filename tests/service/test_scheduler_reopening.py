@@ -1,4 +1,4 @@
-"""RetryEmailJobs and ResolveUncertain: jobs that leave a final state, and what counts then."""
+"""RetryEmailJobs and ResolveEmailJob: jobs that leave a final state, and what counts then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outbox.v1.batch_service_pb2 import CancelBatchRequest
 from outbox.v1.email_job_service_pb2 import (
     UNCERTAIN_RESOLUTION_RESEND,
     UNCERTAIN_RESOLUTION_SENT,
-    ResolveUncertainRequest,
+    ResolveEmailJobRequest,
     RetryEmailJobsRequest,
     RetryEmailJobsResponse,
 )
@@ -85,8 +85,8 @@ def resolve(
     resolution: email_job_service_pb2.UncertainResolution.ValueType,
     user_id: str = USER,
 ) -> Awaitable[email_job_pb2.EmailJob]:
-    request = ResolveUncertainRequest(email_job_id=str(job), resolution=resolution, user_id=user_id)
-    return scheduler.jobs.ResolveUncertain(request)
+    request = ResolveEmailJobRequest(email_job_id=str(job), resolution=resolution, user_id=user_id)
+    return scheduler.jobs.ResolveEmailJob(request)
 
 
 async def batch_of(world: World, job: int) -> str:
@@ -120,7 +120,7 @@ async def test_a_retry_expires_as_long_after_it_as_the_batch_says(
     scheduler: Scheduler, world: World
 ) -> None:
     sender = await scheduler.sender(USER)
-    csv = "email,send_at\na@b.org,\nc@d.org,2050-01-01T00:00:00Z\n"
+    csv = "email,schedule_time\na@b.org,\nc@d.org,2050-01-01T00:00:00Z\n"
     hour = Duration(seconds=3600)
     answer = await scheduler.schedule(sender, csv, expire_after=hour)
     assert answer.batch.expire_after == hour
@@ -220,7 +220,7 @@ async def test_nothing_of_a_cancelled_batch_or_a_deleted_sender_is_tried_again(
         refusal = await refusal_of(resolve(scheduler, job, UNCERTAIN_RESOLUTION_RESEND))
         assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "NOTHING_MORE_IS_SENT")
         job_now = await resolve(scheduler, job, UNCERTAIN_RESOLUTION_SENT)
-        assert job_now.state == email_job_pb2.JOB_STATE_SENT
+        assert job_now.state == email_job_pb2.EMAIL_JOB_STATE_SENT
 
 
 async def test_an_uncertain_job_that_arrived_is_sent_at_the_end_of_its_attempt(
@@ -230,7 +230,7 @@ async def test_an_uncertain_job_that_arrived_is_sent_at_the_end_of_its_attempt(
     await end(world, [job], JobState.UNCERTAIN)
     (attempt,) = await world.attempts(job)
     answer = await resolve(scheduler, job, UNCERTAIN_RESOLUTION_SENT)
-    assert answer.state == email_job_pb2.JOB_STATE_SENT
+    assert answer.state == email_job_pb2.EMAIL_JOB_STATE_SENT
     assert answer.send_time.ToMicroseconds() == round(attempt.ended_at * 1e6)
     # The attempt says for ever what was seen.
     assert answer.last_outcome == email_job_pb2.ATTEMPT_OUTCOME_IN_DOUBT
@@ -245,7 +245,7 @@ async def test_an_uncertain_job_can_be_sent_again(scheduler: Scheduler, world: W
     (job,) = await world.schedule(await world.sender(), load=False)
     await end(world, [job], JobState.UNCERTAIN)
     answer = await resolve(scheduler, job, UNCERTAIN_RESOLUTION_RESEND)
-    assert answer.state == email_job_pb2.JOB_STATE_SCHEDULED
+    assert answer.state == email_job_pb2.EMAIL_JOB_STATE_SCHEDULED
     assert not answer.HasField("finish_time")
     assert [claim.job for claim in (await queue.claim(10)).claims] == [JobRef(job, 2)]
     await end(world, [job], JobState.SENT, attempt=2)

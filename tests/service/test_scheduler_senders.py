@@ -443,9 +443,8 @@ async def test_a_sender_is_created_only_with_a_sender(scheduler: Scheduler) -> N
 
 async def test_sending_hours_are_kept_changed_and_taken_away(scheduler: Scheduler) -> None:
     def hours(start: str, end: str, zone: str = "Europe/Berlin") -> sender_pb2.SendingHours:
-        fields: dict[str, Any] = {"from": start, "to": end}
         days = [sender_pb2.WEEKDAY_MONDAY, sender_pb2.WEEKDAY_FRIDAY]
-        return sender_pb2.SendingHours(weekdays=days, time_zone=zone, **fields)
+        return sender_pb2.SendingHours(weekdays=days, start=start, end=end, time_zone=zone)
 
     night = hours("22:30", "24:00")
     sender = await scheduler.sender(sending_hours=night)

@@ -66,9 +66,9 @@ async def test_accepted_rows_are_spread_from_the_start_to_the_end_and_others_do_
     answer = await upload(
         scheduler,
         sender,
-        "email,send_at\na@b.org,\nnobody,\ngone@b.org,\na@b.org,\nb@b.org,\n",
+        "email,schedule_time\na@b.org,\nnobody,\ngone@b.org,\na@b.org,\nb@b.org,\n",
         f"own@b.org,{own.isoformat()}\nc@b.org,\nd@b.org,\n",
-        start_time=to_timestamp(start),
+        schedule_time=to_timestamp(start),
         spread_until=to_timestamp(start + HOUR),
         expire_after=to_duration(2 * HOUR),
     )
@@ -113,14 +113,14 @@ async def test_one_row_is_due_at_the_start_and_none_is_a_batch_too(
 ) -> None:
     start = soon()
     options: dict[str, Any] = {
-        "start_time": to_timestamp(start),
+        "schedule_time": to_timestamp(start),
         "spread_until": to_timestamp(start + HOUR),
     }
     one = (await scheduler.schedule(sender, **options)).batch
     assert [due for _, due, _ in times(scheduler)] == [start]
     assert one.spacing.ToTimedelta() == timedelta(0)
     own = start + timedelta(minutes=1)
-    csv = f"email,send_at\na@b.org,{own.isoformat()}\n"
+    csv = f"email,schedule_time\na@b.org,{own.isoformat()}\n"
     await scheduler.schedule(sender, csv, **options)
     assert [due for _, due, _ in times(scheduler)] == [start, own]
     gone = Suppression(user_id="ann", email="a@b.org")
@@ -136,9 +136,9 @@ async def test_what_excludes_a_spread_is_refused_and_changes_nothing(
     start = soon()
     last = datetime(9999, 12, 31, tzinfo=UTC)
     wrong: list[dict[str, datetime | timedelta]] = [
-        {"spread_until": start, "start_time": start},
+        {"spread_until": start, "schedule_time": start},
         {"spread_until": datetime.now(UTC) - timedelta(seconds=1)},
-        {"spread_until": datetime.now(UTC) - HOUR, "start_time": start - 10 * HOUR},
+        {"spread_until": datetime.now(UTC) - HOUR, "schedule_time": start - 10 * HOUR},
         {"spread_until": start, "spacing": timedelta(seconds=1)},
         {"spread_until": last, "expire_after": timedelta(days=2)},
     ]

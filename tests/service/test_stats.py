@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from outbox.v1 import stats_service_pb2 as proto
 from outbox.v1 import stats_service_pb2_grpc
-from outbox.v1.email_job_pb2 import JobCounts
+from outbox.v1.email_job_pb2 import EmailJobCounts
 
 from deploy.local.ports import free_port
 from services.stats.server import serve
@@ -146,7 +146,7 @@ async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> Non
     answer = await stats.stub.GetSenderStats(proto.GetSenderStatsRequest(sender_id=str(sender)))
 
     assert answer.sender_id == str(sender)
-    assert answer.counts == JobCounts(
+    assert answer.counts == EmailJobCounts(
         scheduled_count=3,
         sending_count=1,
         sent_count=2,
@@ -157,7 +157,7 @@ async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> Non
         expired_count=3,
     )
     assert answer.waiting_count == 3
-    assert answer.next_send_time.ToDatetime(UTC) == now - timedelta(seconds=60)
+    assert answer.next_schedule_time.ToDatetime(UTC) == now - timedelta(seconds=60)
     assert answer.next_email_job_id == str(jobs[1])
     assert answer.hourly_limit == 20
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
@@ -166,9 +166,9 @@ async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> Non
 async def test_a_sender_without_mail_has_zeros_and_no_next_time(stats: Stats) -> None:
     request = proto.GetSenderStatsRequest(sender_id=str(await stats.sender()))
     answer = await stats.stub.GetSenderStats(request)
-    assert answer.counts == JobCounts()
+    assert answer.counts == EmailJobCounts()
     assert (answer.waiting_count, answer.window_used_count) == (0, 0)
-    assert not answer.HasField("next_send_time")
+    assert not answer.HasField("next_schedule_time")
     assert not answer.next_email_job_id
     assert len(answer.hours) == 24
 
@@ -254,11 +254,15 @@ async def test_the_counts_of_a_user_are_the_sum_of_its_senders(stats: Stats) -> 
     answer = await stats.stub.GetUserStats(proto.GetUserStatsRequest(user_id="anna"))
 
     assert answer.user_id == "anna"
-    assert answer.counts == JobCounts(sent_count=7, scheduled_count=69, sending_count=1)
+    assert answer.counts == EmailJobCounts(sent_count=7, scheduled_count=69, sending_count=1)
     assert [(part.sender_id, part.email, part.counts) for part in answer.senders] == [
-        (str(first), "a@x.test", JobCounts(sent_count=1, scheduled_count=10)),
-        (str(second), "a@x.test", JobCounts(sent_count=2, scheduled_count=19, sending_count=1)),
-        (str(deleted), "a@x.test", JobCounts(sent_count=4, scheduled_count=40)),
+        (str(first), "a@x.test", EmailJobCounts(sent_count=1, scheduled_count=10)),
+        (
+            str(second),
+            "a@x.test",
+            EmailJobCounts(sent_count=2, scheduled_count=19, sending_count=1),
+        ),
+        (str(deleted), "a@x.test", EmailJobCounts(sent_count=4, scheduled_count=40)),
     ]
     assert not answer.next_page_token
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
@@ -275,7 +279,7 @@ async def test_a_users_senders_come_in_pages_under_the_same_sum(stats: Stats) ->
         answer = await stats.stub.GetUserStats(
             proto.GetUserStatsRequest(user_id="anna", page_size=2, page_token=token)
         )
-        assert answer.counts == JobCounts(sent_count=5)
+        assert answer.counts == EmailJobCounts(sent_count=5)
         pages.append([part.sender_id for part in answer.senders])
         token = answer.next_page_token
         if not token:
@@ -293,7 +297,7 @@ async def test_a_page_that_ends_with_the_last_sender_has_no_next(stats: Stats) -
 
 async def test_a_user_without_senders_has_zeros(stats: Stats) -> None:
     answer = await stats.stub.GetUserStats(proto.GetUserStatsRequest(user_id="nobody"))
-    assert answer.counts == JobCounts()
+    assert answer.counts == EmailJobCounts()
     assert not answer.senders
 
 

@@ -101,7 +101,7 @@ async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_w
     first = await scheduler.sender(email="first@x.org", hourly_limit=77)
     second = await scheduler.sender(email="second@x.org")
     later = datetime.now(UTC) + timedelta(hours=5)
-    await scheduler.schedule(second, "email\na@b.org\n", start_time=to_timestamp(later))
+    await scheduler.schedule(second, "email\na@b.org\n", schedule_time=to_timestamp(later))
     await scheduler.schedule(second, "email\nb@b.org\n")
 
     async def paused(sender_id: str) -> bool:

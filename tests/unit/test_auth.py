@@ -60,8 +60,10 @@ def test_other_addresses_are_reached_from_elsewhere(listen: str) -> None:
 @pytest.mark.parametrize("caller", [ANN, BACKEND])
 def test_the_operators_services_are_for_operators(caller: Caller) -> None:
     with pytest.raises(PermissionDenied) as caught:
-        check_may_call(caller, "/outbox.v1.DispatcherService/Drain")
+        check_may_call(caller, "/outbox.v1.DispatcherService/DrainDispatcher")
     assert caught.value.reason == "OPERATOR_REQUIRED"
     check_may_call(caller, "/outbox.v1.BatchService/GetBatch")
-    check_may_call(Caller(None, CallerKind.OPERATOR), "/outbox.v1.DispatcherService/Drain")
-    check_may_call(LOCAL, "/outbox.v1.DispatcherService/Drain")
+    check_may_call(
+        Caller(None, CallerKind.OPERATOR), "/outbox.v1.DispatcherService/DrainDispatcher"
+    )
+    check_may_call(LOCAL, "/outbox.v1.DispatcherService/DrainDispatcher")

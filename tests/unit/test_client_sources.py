@@ -55,9 +55,9 @@ def test_rows_of_a_csv_are_its_line_ends_outside_of_quotes(pieces: list[bytes], 
 def test_rows_are_quoted_where_needed_and_times_are_rfc_3339() -> None:
     time = datetime(2026, 12, 24, 18, tzinfo=UTC)
     data, rows = chunks_of(
-        {"email": "a@b.org", "send_at": time, "n": 3}, {"email": 'x"y', "n": None}
+        {"email": "a@b.org", "schedule_time": time, "n": 3}, {"email": 'x"y', "n": None}
     )
-    assert data == (b'email,send_at,n\r\na@b.org,2026-12-24T18:00:00+00:00,3\r\n"x""y",,\r\n')
+    assert data == (b'email,schedule_time,n\r\na@b.org,2026-12-24T18:00:00+00:00,3\r\n"x""y",,\r\n')
     assert rows == 2
 
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from outbox.v1.email_job_pb2 import JobCounts as JobCountsProto
+from outbox.v1.email_job_pb2 import EmailJobCounts
 
 from shared.counts import JobCounts
 from shared.errors import InvalidInput, NotFound
@@ -87,6 +87,6 @@ def test_a_duration_out_of_its_bounds_is_invalid(duration: Duration) -> None:
 def test_every_state_has_its_own_count_in_the_proto() -> None:
     counts = JobCounts(*range(1, len(JobState) + 1))
     proto = to_job_counts(counts)
-    assert len(JobCountsProto.DESCRIPTOR.fields) == len(JobState)
+    assert len(EmailJobCounts.DESCRIPTOR.fields) == len(JobState)
     for state in JobState:
         assert getattr(proto, f"{state.name.lower()}_count") == counts[state] == state

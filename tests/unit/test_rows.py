@@ -90,17 +90,17 @@ def test_empty_cells_beyond_the_header_are_tolerated() -> None:
 
 
 def test_the_first_problem_is_told() -> None:
-    text = "email,send_at,timezone\nann,never,Mars\n"
+    text = "email,schedule_time,timezone\nann,never,Mars\n"
     assert rejection(text).reason == "ADDRESS_INVALID"
-    assert rejection(text.replace("ann", "a@example.com")).reason == "SEND_AT_INVALID"
-    good = "email,send_at,timezone\nann@example.com,2026-11-24 09:00,UTC\n"
+    assert rejection(text.replace("ann", "a@example.com")).reason == "SCHEDULE_TIME_INVALID"
+    good = "email,schedule_time,timezone\nann@example.com,2026-11-24 09:00,UTC\n"
     assert rejection(good).reason == "COLUMN_MISSING"
 
 
 def test_a_row_has_its_own_time() -> None:
     template = BatchTemplate.compile("s", "b", "h")
     block = read(
-        "email,send_at,timezone\n"
+        "email,schedule_time,timezone\n"
         "a@example.com,2026-11-24 09:00,Europe/Berlin\n"
         "b@example.com,2026-11-24T09:00:00+02:00,\n"
         "c@example.com,2026-11-24 09:00,\n"
@@ -110,14 +110,14 @@ def test_a_row_has_its_own_time() -> None:
         template,
         zone="America/New_York",
     )
-    assert [row.send_at for row in block.rows] == [
+    assert [row.schedule_time for row in block.rows] == [
         datetime(2026, 11, 24, 8, tzinfo=UTC),
         datetime(2026, 11, 24, 7, tzinfo=UTC),
         datetime(2026, 11, 24, 14, tzinfo=UTC),
         None,
     ]
     assert [found[:3] for found in block.rejections] == [
-        (5, "send_at", "SEND_AT_INVALID"),
+        (5, "schedule_time", "SCHEDULE_TIME_INVALID"),
         (6, "timezone", "UNKNOWN_TIME_ZONE"),
     ]
 
@@ -180,7 +180,7 @@ def test_blocks_have_the_size_that_was_asked_for() -> None:
 
 
 def test_rows_of_a_caller_are_read_like_those_of_a_csv() -> None:
-    row = read_recipient("Ann@EXAMPLE.com", {"Name": "Ann", "send_at": "2026-11-24 09:00"})
+    row = read_recipient("Ann@EXAMPLE.com", {"Name": "Ann", "schedule_time": "2026-11-24 09:00"})
     at = datetime(2026, 11, 24, 9, tzinfo=UTC)
     assert row == JobRow(1, "Ann@example.com", "ann@example.com", at, '[null,"Ann"]')
 
@@ -193,7 +193,7 @@ def test_rows_of_a_caller_are_read_like_those_of_a_csv() -> None:
         ("a@example.com", {}, "COLUMN_MISSING"),
         ("a@example.com", {"name": "Ann", "E-Mail": "b@example.com"}, "DUPLICATE_COLUMN"),
         ("a@example.com", {"name": "Ann", "Name": "Bob"}, "DUPLICATE_COLUMN"),
-        ("a@example.com", {"name": "Ann", "send_at": "soon"}, "SEND_AT_INVALID"),
+        ("a@example.com", {"name": "Ann", "schedule_time": "soon"}, "SCHEDULE_TIME_INVALID"),
         ("a@example.com", {"name": "Ann", "timezone": "Mars"}, "UNKNOWN_TIME_ZONE"),
     ],
 )

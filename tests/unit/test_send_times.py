@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.send_times import BadSendTime, check_time_zone, parse_send_at
+from services.scheduler.send_times import BadScheduleTime, check_time_zone, parse_schedule_time
 
 
-def refusal(text: str, zone: str = "", default: str = "UTC") -> BadSendTime:
-    with pytest.raises(BadSendTime) as caught:
-        parse_send_at(text, zone, default)
+def refusal(text: str, zone: str = "", default: str = "UTC") -> BadScheduleTime:
+    with pytest.raises(BadScheduleTime) as caught:
+        parse_schedule_time(text, zone, default)
     return caught.value
 
 
@@ -34,13 +34,13 @@ def refusal(text: str, zone: str = "", default: str = "UTC") -> BadSendTime:
     ],
 )
 def test_a_time_is_one_instant(text: str, zone: str, expected: str) -> None:
-    assert parse_send_at(text, zone) == datetime.fromisoformat(expected).replace(tzinfo=UTC)
+    assert parse_schedule_time(text, zone) == datetime.fromisoformat(expected).replace(tzinfo=UTC)
 
 
 def test_without_a_zone_of_its_own_a_row_has_the_batchs() -> None:
     expected = datetime(2026, 11, 24, 8, tzinfo=UTC)
-    assert parse_send_at("2026-11-24 09:00", "", "Europe/Berlin") == expected
-    assert parse_send_at("2026-11-24 08:00", "UTC", "Europe/Berlin") == expected
+    assert parse_schedule_time("2026-11-24 09:00", "", "Europe/Berlin") == expected
+    assert parse_schedule_time("2026-11-24 08:00", "UTC", "Europe/Berlin") == expected
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_without_a_zone_of_its_own_a_row_has_the_batchs() -> None:
 )
 def test_what_is_no_time_is_refused(text: str) -> None:
     error = refusal(text)
-    assert (error.column, error.reason) == ("send_at", "SEND_AT_INVALID")
+    assert (error.column, error.reason) == ("schedule_time", "SCHEDULE_TIME_INVALID")
     assert len(error.message) < 200
 
 
 def test_a_date_that_does_not_exist_is_refused() -> None:
     error = refusal("2026-02-30T09:00:00Z")
-    assert error.reason == "SEND_AT_INVALID"
+    assert error.reason == "SCHEDULE_TIME_INVALID"
     assert "the date 2026-02-30 does not exist" in error.message
 
 
@@ -99,7 +99,7 @@ def test_an_unknown_time_zone_is_refused_even_where_an_offset_stands(zone: str) 
 
 
 def test_an_empty_zone_is_none() -> None:
-    with pytest.raises(BadSendTime):
+    with pytest.raises(BadScheduleTime):
         check_time_zone("")
     assert check_time_zone("Europe/Berlin") == ZoneInfo("Europe/Berlin")
 
@@ -131,10 +131,10 @@ def test_an_instant_written_in_local_time_is_read_back_or_refused_as_ambiguous(
 ) -> None:
     instant = moment.replace(tzinfo=UTC)
     local = instant.astimezone(ZoneInfo(zone))
-    assert parse_send_at(local.isoformat(), zone) == instant
+    assert parse_schedule_time(local.isoformat(), zone) == instant
     try:
-        assert parse_send_at(local.replace(tzinfo=None).isoformat(), zone) == instant
-    except BadSendTime as error:
+        assert parse_schedule_time(local.replace(tzinfo=None).isoformat(), zone) == instant
+    except BadScheduleTime as error:
         twins = [
             (instant + timedelta(minutes=m)).astimezone(ZoneInfo(zone)) for m in (-60, -30, 30, 60)
         ]

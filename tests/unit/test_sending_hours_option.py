@@ -23,7 +23,7 @@ def test_days_and_times_are_read(text: str, weekdays: list[int], times: tuple[st
     hours = to_sending_hours(read_hours(text), "Europe/Berlin")
     assert isinstance(hours, SendingHours)
     assert list(hours.weekdays) == weekdays
-    assert (getattr(hours, "from"), hours.to) == times
+    assert (hours.start, hours.end) == times
     assert hours.time_zone == "Europe/Berlin"
 
 

@@ -81,6 +81,8 @@ def test_what_an_error_says_once_is_not_said_again() -> None:
 
 
 def test_a_forecast_is_of_a_batch_or_of_a_plan() -> None:
-    result = CliRunner().invoke(stats, ["forecast", "17", "--spacing", "5s", "--start-time", "now"])
+    result = CliRunner().invoke(
+        stats, ["forecast", "17", "--spacing", "5s", "--schedule-time", "now"]
+    )
     assert result.exit_code == 2
-    assert "--start-time, --spacing: of a planned batch" in " ".join(result.output.split())
+    assert "--schedule-time, --spacing: of a planned batch" in " ".join(result.output.split())

@@ -53,7 +53,7 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             subject=options.subject if options.HasField("subject") else None,
             body=options.body if options.HasField("body") else None,
             html=options.html if options.HasField("html") else None,
-            start_time=_time(options, "start_time"),
+            schedule_time=_time(options, "schedule_time"),
             spacing_ms=spacing,
             duplicates=requested_enum(DuplicatePolicy, options.duplicates, "options.duplicates")
             or DuplicatePolicy.KEEP_FIRST,
@@ -66,7 +66,7 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
 
 
 def _time(
-    options: batch_pb2.BatchOptions, name: Literal["start_time", "spread_until"]
+    options: batch_pb2.BatchOptions, name: Literal["schedule_time", "spread_until"]
 ) -> datetime | None:
     if not options.HasField(name):
         return None
@@ -83,7 +83,7 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
         subject=record.subject,
         body=record.body,
         html=record.html,
-        start_time=to_timestamp(record.start_at),
+        schedule_time=to_timestamp(record.start_at),
         spacing=to_duration(timedelta(milliseconds=record.spacing_ms)),
         duplicates=_DUPLICATES[record.duplicates],
         mode=_MODES[record.mode],

@@ -133,9 +133,9 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             retried_count=retried.jobs, skipped_count=retried.skipped
         )
 
-    async def ResolveUncertain(  # noqa: N802 - the proto's name
+    async def ResolveEmailJob(  # noqa: N802 - the proto's name
         self,
-        request: email_job_service_pb2.ResolveUncertainRequest,
+        request: email_job_service_pb2.ResolveEmailJobRequest,
         context: Context,  # noqa: ARG002 - the proto's signature
     ) -> email_job_pb2.EmailJob:
         """Decide what becomes of a job of which nobody knows whether it was sent."""

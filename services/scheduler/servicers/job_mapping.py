@@ -15,7 +15,7 @@ from shared.proto_mapping import id_text, to_timestamp
 from shared.states import AttemptOutcome, JobState, ReplyClass
 
 _STATES: Final = {
-    state: email_job_pb2.JobState.Value(f"JOB_STATE_{state.name}") for state in JobState
+    state: email_job_pb2.EmailJobState.Value(f"EMAIL_JOB_STATE_{state.name}") for state in JobState
 }
 _OUTCOMES: Final = {
     outcome: email_job_pb2.AttemptOutcome.Value(f"ATTEMPT_OUTCOME_{outcome.name}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
 
 from outbox.v1 import email_job_pb2, sender_pb2, sender_service_pb2
 
@@ -70,12 +69,11 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
 
 
 def _to_hours(hours: SendingHours) -> sender_pb2.SendingHours:
-    # `from` is a word of Python's.
-    fields: dict[str, Any] = {"from": _clock(hours.start), "to": _clock(hours.end)}
     return sender_pb2.SendingHours(
         weekdays=[sender_pb2.Weekday.ValueType(day) for day in sorted(hours.weekdays)],
+        start=_clock(hours.start),
+        end=_clock(hours.end),
         time_zone=hours.zone,
-        **fields,
     )
 
 

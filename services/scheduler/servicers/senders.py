@@ -325,9 +325,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         hours = senders.check_sending_hours(
             "sender.sending_hours",
             asked.weekdays,
-            # A word of Python's.
-            getattr(asked, "from"),
-            asked.to,
+            asked.start,
+            asked.end,
             asked.time_zone,
         )
         return {"sending_hours": hours.to_text()}

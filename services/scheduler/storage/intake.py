@@ -164,7 +164,7 @@ class IntakeTransaction:
                 html=options.html,
                 variable_names=list(variable_names),
                 start_at=func.greatest(
-                    literal(options.start_time, TIMESTAMP(timezone=True)), func.now()
+                    literal(options.schedule_time, TIMESTAMP(timezone=True)), func.now()
                 ),
                 expire_after_ms=options.expire_after_ms,
                 duplicates=options.duplicates,

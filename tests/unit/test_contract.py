@@ -1,0 +1,99 @@
+"""The protos as other projects take them: the folder alone, and in every language."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from google.api.annotations_pb2 import http
+from google.api.http_pb2 import HttpRule
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+
+ROOT = Path(__file__).parents[2]
+CONTRACT = ROOT / "client" / "src" / "outbox" / "v1" / "outbox.binpb"
+RELEASED = ROOT / ".ci" / "released-contract.binpb"
+BUF = Path(sys.executable).parent / "buf"
+# What generated code is called, outside Python. None holds a domain or a repository, which may
+# change hands.
+NAMES = {
+    "csharp_namespace": "Outbox.V1",
+    "go_package": "outbox/v1;outboxv1",
+    "java_multiple_files": True,
+    "java_package": "outbox.v1",
+    "php_namespace": "Outbox\\V1",
+    "ruby_package": "Outbox::V1",
+}
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A copy of protos/ in a folder that holds nothing else."""
+    return Path(shutil.copytree(ROOT / "protos", tmp_path / "protos"))
+
+
+def run(*words: str | Path, cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, check=False, text=True, timeout=60)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def read(image: Path) -> FileDescriptorSet:
+    return FileDescriptorSet.FromString(image.read_bytes())
+
+
+def rest_calls(contract: FileDescriptorSet) -> set[tuple[str, str, str, str]]:
+    """Return (method, verb, path, body) of each way to call a method by REST."""
+    found = set()
+    for file in contract.file:
+        for service in file.service:
+            for method in service.method:
+                rule: HttpRule = method.options.Extensions[http]
+                for way in (rule, *rule.additional_bindings):
+                    verb = way.WhichOneof("pattern") or ""
+                    path = getattr(way, verb)
+                    found.add((f"{service.name}/{method.name}", verb, path, way.body))
+    return found
+
+
+def test_protoc_builds_the_folder_alone(copied: Path) -> None:
+    # grpc_tools' protoc knows google/protobuf, as every protoc does, and nothing of google/api.
+    protoc = (sys.executable, "-m", "grpc_tools.protoc", "-I", copied)
+    sources = sorted(copied.rglob("*.proto"))
+    run(*protoc, "--descriptor_set_out=contract.binpb", *sources, cwd=copied.parent)
+
+
+def test_buf_builds_the_folder_alone(copied: Path) -> None:
+    run(BUF, "build", cwd=copied)
+
+
+def test_lint_refuses_to_rename_a_released_field(copied: Path) -> None:
+    shutil.copy(ROOT / "buf.yaml", copied.parent)
+    proto = copied / "outbox" / "v1" / "batch.proto"
+    compare = (BUF, "breaking", "--against", RELEASED)
+    run(*compare, cwd=copied.parent)
+    proto.write_text(proto.read_text().replace(" schedule_time = 7", " start_time = 7"))
+    done = subprocess.run(compare, cwd=copied.parent, capture_output=True, check=False, timeout=60)
+    assert done.returncode == 100  # buf's code for findings
+    assert b"BatchOptions" in done.stdout
+
+
+def test_no_released_rest_call_is_gone() -> None:
+    # buf compares no options of google.api.
+    released = rest_calls(read(RELEASED))
+    assert len(released) > 30
+    assert released <= rest_calls(read(CONTRACT))
+
+
+def test_every_file_names_its_code_in_every_language() -> None:
+    files = [file for file in read(CONTRACT).file if file.name.startswith("outbox/")]
+    assert len(files) == len([*(ROOT / "protos" / "outbox").rglob("*.proto")])
+    for file in files:
+        found = {name: getattr(file.options, name) for name in NAMES}
+        assert found == NAMES, file.name
+        # Without it the class of sender.proto is SenderOuterClass, for as long as there is a
+        # message Sender.
+        stem = Path(file.name).stem.title().replace("_", "")
+        assert file.options.java_outer_classname == f"{stem}Proto"
