@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO, Final
 
-from outbox.v1.batch_pb2 import BatchOptions
+from outbox.v1.batch_pb2 import BatchOptions, Rejection
 from outbox.v1.stats_service_pb2 import ForecastBatchRequest, ForecastBatchResponse, PlannedBatch
 from outbox_client import Unimplemented, UploadProgress
 
@@ -18,8 +18,7 @@ from cli.output import note
 from cli.progress import upload_progress
 from services.scheduler.blocks import BlockReader
 from services.scheduler.payloads import CsvPayload
-from services.scheduler.rows import RowRejection
-from services.scheduler.servicers.batch_mapping import from_options
+from services.scheduler.servicers.batch_mapping import from_options, to_rejections
 from shared.settings import Settings
 from shared.states import BatchMode
 
@@ -34,7 +33,7 @@ class Reading:
     duplicates: int = 0
     # Accepted rows that name their own time.
     timed: int = 0
-    rejections: list[RowRejection] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
     # Whether one rejection refuses all.
     strict: bool = False
 
@@ -76,7 +75,7 @@ def read(options: BatchOptions, source: BinaryIO) -> Reading:
             reading.accepted += len(block.rows)
             reading.duplicates += block.duplicates
             reading.timed += sum(row.schedule_time is not None for row in block.rows)
-            reading.rejections += block.rejections
+            reading.rejections += to_rejections(block.rejections)
             progress(UploadProgress(file.read_bytes, _size_of(source), reading.rows))
     reading.strict = checked.mode is BatchMode.STRICT
     note(

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -16,6 +16,8 @@ from shared.errors import ConfigurationError, OutboxError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+# The extra of this distribution that brings a library.
+_EXTRAS: Final = {"aiosmtpd": "local", "plotext": "cli", "pygal": "cli"}
 
 
 class CommandFailed(OutboxError):
@@ -56,14 +58,7 @@ class LazyGroup(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name is None or stub is None:
             return name, stub, rest
-        try:
-            module = importlib.import_module(self.entries[name].module)
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "aiosmtpd":
-                raise
-            raise CommandFailed(
-                "the embedded stack is not installed: pip install 'outbox[local]'"
-            ) from None
+        module = importlib.import_module(self.entries[name].module)
         command = command_of(module.app)
         command.name = name
         return name, command, rest
@@ -72,6 +67,14 @@ class LazyGroup(TyperGroup):
         """Run the command; an error of ours is one line on stderr and an exit code."""
         try:
             return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            needed = (error.name or "").partition(".")[0]
+            if needed not in _EXTRAS:
+                raise
+            sys.stderr.write(
+                f"outbox: {needed} is not installed: pip install 'outbox[{_EXTRAS[needed]}]'\n"
+            )
+            raise typer.Exit(EXIT_FAILED) from None
         except ConfigurationError as error:
             _say(error)
             raise typer.Exit(EXIT_USAGE) from None

@@ -90,9 +90,6 @@ def _read_whole(text: str, bits: int) -> int:
     return number
 
 
-DurationOption = Annotated[timedelta | None, typer.Option(parser=read_duration)]
-
-
 def to_duration(value: timedelta | None) -> Duration | None:
     """Return a message field; None: unset."""
     if value is None:

@@ -43,7 +43,6 @@ from cli.output import (
 )
 from cli.progress import upload_progress
 from cli.rejections import new_file, write_again
-from services.scheduler.servicers.batch_mapping import to_rejections
 
 _READ_BYTES = 64 * 1024
 _SHOWN_REJECTIONS = 10
@@ -226,11 +225,10 @@ def _try(
     """Say what would become of the rows, and when the last mail would go."""
     with new_file(rejections) as unsent:
         reading = dry_run.read(options, source)
-        found = to_rejections(reading.rejections)
-        if unsent is not None and found:
-            write_again(source, found, unsent)
-        if output is OutputFormat.TABLE and found:
-            _print_rejections(found, rejections)
+        if unsent is not None and reading.rejections:
+            write_again(source, reading.rejections, unsent)
+        if output is OutputFormat.TABLE and reading.rejections:
+            _print_rejections(reading.rejections, rejections)
     dry_run.check(reading)
     show(dry_run.forecast(options, reading, server), output)
 

@@ -1,29 +1,16 @@
-"""Running one service in this process, as `python -m services.NAME` does."""
+"""Runs the program of a service in this process: the command line imports no service."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-
-import typer
-
-from shared.logs import configure_logging
-from shared.process import run_service
-from shared.settings import load_settings
+import runpy
+from typing import NoReturn
 
 
-def run(name: str) -> None:
-    """Run a service until SIGTERM or Ctrl-C, with its settings from OUTBOX_*.
+def run(name: str) -> NoReturn:
+    """Run a service until SIGTERM or Ctrl-C, as `python -m services.NAME` does.
 
     Raises:
-        typer.Exit: always, with the service's exit code.
+        SystemExit: always, with the service's exit code.
     """
-    # Here and not above: a client command of the same module needs none of the service.
-    server = importlib.import_module(f"services.{name}.server")
-
-    async def main(stop: asyncio.Event) -> None:
-        settings = load_settings()
-        configure_logging(settings)
-        await server.serve(settings, stop)
-
-    raise typer.Exit(run_service(main))
+    runpy.run_module(f"services.{name}", run_name="__main__")
+    raise SystemExit

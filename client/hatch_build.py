@@ -11,7 +11,6 @@ Runs as hatch's build hook, and as a script for `make protos`.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -26,22 +25,17 @@ STUBS: Final = SOURCE / "outbox"
 ASYNC: Final = SOURCE / "outbox_client" / "_async"
 SYNC: Final = SOURCE / "outbox_client" / "_sync"
 
-# In this order. A dozen patterns, on code that is ours, and checked by mypy and the tests
-# afterwards: no parser is needed.
-_BLOCKING: Final = (
-    (r"\basync (def|for|with)\b", r"\1"),
-    (r"\bawait ", ""),
-    (r"\bgrpc\.aio\b", "grpc"),
-    (r"\boutbox_client\._async\b", "outbox_client._sync"),
-    (r"\boutbox_client import aio as io\b", "outbox_client import blocking as io"),
-    (r"\bAsyncClient\b", "Client"),
-    (r"\bRows\b", "BlockingRows"),
-    (r"(\w+)AsyncStub\b", r"\1Stub"),
-    (r"\bAsync(Iterator|Iterable|Generator)\b", r"\1"),
-    (r"\bAwaitable\[([^][]*(?:\[[^][]*\])?[^][]*)\]", r"\1"),
-    (r"__a(enter|exit)__", r"__\1__"),
-    (r"\baclosing\b", "closing"),
-)
+# unasync drops `async` and `await` and renames the standard names, such as `__aenter__`. These are
+# ours: a name, or a string that holds nothing but a name.
+_SERVICES: Final = ("Batch", "Dispatcher", "EmailJob", "Sender", "Stats", "Suppression")
+_BLOCKING_NAMES: Final = {
+    "_async": "_sync",
+    "aio": "blocking",
+    "grpc.aio.Channel": "grpc.Channel",
+    "aclosing": "closing",
+    "AsyncClient": "Client",
+    "Rows": "BlockingRows",
+} | {f"{name}ServiceAsyncStub": f"{name}ServiceStub" for name in _SERVICES}
 
 
 def generate() -> None:
@@ -123,13 +117,13 @@ def _protoc(protos: Path, arguments: Sequence[str]) -> None:
 
 
 def _write_blocking_client() -> None:
-    SYNC.mkdir()
-    for path in ASYNC.glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        for pattern, replacement in _BLOCKING:
-            text = re.sub(pattern, replacement, text)
+    import unasync
+
+    rule = unasync.Rule(f"{ASYNC}/", f"{SYNC}/", additional_replacements=_BLOCKING_NAMES)
+    unasync.unasync_files([str(path) for path in ASYNC.glob("*.py")], [rule])
+    for path in SYNC.glob("*.py"):
         note = f"# Generated from _async/{path.name} by hatch_build.py: change that.\n"
-        (SYNC / path.name).write_text(note + text, encoding="utf-8")
+        path.write_text(note + path.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 class StubsBuildHook(BuildHookInterface):  # type: ignore[type-arg]

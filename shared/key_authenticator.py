@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from contextvars import Context
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
 import structlog
+from cachetools import TLRUCache
 
 from shared.api_key_store import ApiKeyStore, StoredKey
 from shared.api_keys import ApiKeyKind, PresentedKey, read_key
@@ -49,7 +49,9 @@ class KeyAuthenticator:
     def __init__(self, store: ApiKeyStore, cache_time: timedelta = CACHE_TIME) -> None:
         self._store = store
         self._cache_s = cache_time.total_seconds()
-        self._known: OrderedDict[PresentedKey, _Known] = OrderedDict()
+        self._known: TLRUCache[PresentedKey, _Known] = TLRUCache(
+            _CACHE_SIZE, ttu=lambda _key, known, _now: known.until, timer=time.monotonic
+        )
         # Of many calls with a key that is not known (any more), one asks.
         self._asking: dict[PresentedKey, asyncio.Task[Caller | None]] = {}
         self._noting: set[asyncio.Task[None]] = set()
@@ -65,10 +67,7 @@ class KeyAuthenticator:
         """
         presented = _presented(metadata)
         known = self._known.get(presented)
-        if known is not None and known.until > time.monotonic():
-            caller = known.caller
-        else:
-            caller = await self._ask_once(presented)
+        caller = await self._ask_once(presented) if known is None else known.caller
         if caller is None:
             raise _invalid()
         return caller
@@ -98,9 +97,6 @@ class KeyAuthenticator:
             caller = Caller(user_id=stored.user_id, kind=_KINDS[stored.kind])
             self._note_use(presented.key_id, stored)
         self._known[presented] = _Known(caller, until)
-        self._known.move_to_end(presented)
-        while len(self._known) > _CACHE_SIZE:
-            self._known.popitem(last=False)
         return caller
 
     def _note_use(self, key_id: str, stored: StoredKey) -> None:

@@ -14,7 +14,7 @@ import uvloop
 
 from shared.errors import ConfigurationError
 from shared.logs import configure_logging
-from shared.settings import Settings
+from shared.settings import Settings, load_settings
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -45,6 +45,17 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         code = EXIT_FAILED
         structlog.get_logger("outbox.process").error("the process failed", exc_info=group)
     return code
+
+
+def run_with_settings(serve: Callable[[Settings, asyncio.Event], Awaitable[None]]) -> int:
+    """Run a service with its settings from OUTBOX_*, as `run_service` does."""
+
+    async def main(stop: asyncio.Event) -> None:
+        settings = load_settings()
+        configure_logging(settings)
+        await serve(settings, stop)
+
+    return run_service(main)
 
 
 class Drainable(Protocol):

@@ -153,13 +153,6 @@ class BatchTemplate:
                 raise InvalidInput.field("subject", error.message, reason=error.reason) from None
         return template
 
-    @property
-    def is_static(self) -> bool:
-        """Whether every mail of the batch has the same texts."""
-        return not self.variable_names and all(
-            source is not None and source.static is not None for _, source in self._sources
-        )
-
     def render_subject(self, values: Mapping[str, str], room: Room | None = None) -> str:
         """Return the subject for one row, without white space around it.
 

@@ -8,12 +8,9 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 # Sends a challenge, and returns what the client responds, both without base64.
 Ask = Callable[[bytes], Awaitable[bytes]]
-
-MECHANISMS: Final = ("PLAIN", "LOGIN", "XOAUTH2", "OAUTHBEARER")
 
 
 @dataclass

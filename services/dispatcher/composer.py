@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+
+from cachetools import LRUCache
 
 from services.dispatcher.message import MessageBuilder, MessageError
 from services.dispatcher.slots import Route
@@ -36,6 +37,12 @@ class _BatchMail:
     builder: MessageBuilder
 
 
+@dataclass(frozen=True, slots=True)
+class _KnownBatch:
+    sender_revision: int
+    mail: _BatchMail | CompositionError
+
+
 ReadBatches = Callable[[Sequence[int]], Awaitable[dict[int, BatchContent]]]
 
 
@@ -50,32 +57,35 @@ class Composer:
         self._settings = settings
         self._secrets = secrets
         self._read = read
-        self._kept = max(_KEPT_BATCHES, settings.dispatcher_concurrency)
         self._installation_id = installation_id
-        self._batches: OrderedDict[int, _BatchMail | CompositionError] = OrderedDict()
-        self._revisions: dict[int, int] = {}
+        self._batches: LRUCache[int, _KnownBatch] = LRUCache(
+            max(_KEPT_BATCHES, settings.dispatcher_concurrency)
+        )
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
         """Make sure that the batches of these jobs are known, with their senders as of now."""
         revisions = {job.batch_id: job.sender_revision for job in jobs}
+        # This look is a use of each: no batch of the group is evicted before its mails are built.
         missing = sorted(
             batch_id
             for batch_id, revision in revisions.items()
-            if self._revisions.get(batch_id, 0) < revision
+            if self._known_revision(batch_id) < revision
         )
-        if missing:
-            for batch_id, content in (await self._read(missing)).items():
-                # Two groups may read at once, and the older reading may be the later one.
-                if content.sender_revision > self._revisions.get(batch_id, 0):
-                    self._batches[batch_id] = self._batch_mail(content)
-                    self._revisions[batch_id] = content.sender_revision
-        # Those of this group are the last to be forgotten: their mails are built next.
-        for batch_id in revisions:
-            if batch_id in self._batches:
-                self._batches.move_to_end(batch_id)
-        while len(self._batches) > self._kept:
-            forgotten, _ = self._batches.popitem(last=False)
-            del self._revisions[forgotten]
+        found = await self._read(missing) if missing else {}
+        for batch_id, content in found.items():
+            # Two groups may read at once, and the older reading may be the later one.
+            if content.sender_revision > self._known_revision(batch_id):
+                self._batches[batch_id] = _KnownBatch(
+                    content.sender_revision, self._batch_mail(content)
+                )
+
+    def _known_revision(self, batch_id: int) -> int:
+        known = self._batches.get(batch_id)
+        return 0 if known is None else known.sender_revision
+
+    def _mail_of(self, job: MarkedJob) -> _BatchMail | CompositionError | None:
+        known = self._batches.get(job.batch_id)
+        return None if known is None else known.mail
 
     def _batch_mail(self, content: BatchContent) -> _BatchMail | CompositionError:
         try:
@@ -99,8 +109,8 @@ class Composer:
 
         `prepare` must have been called for the job.
         """
-        batch = self._batches.get(job.batch_id)
-        return batch.route if isinstance(batch, _BatchMail) else NO_ROUTE
+        mail = self._mail_of(job)
+        return mail.route if isinstance(mail, _BatchMail) else NO_ROUTE
 
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
         """Return where the mail goes and what it is; `prepare` came before.
@@ -108,7 +118,7 @@ class Composer:
         Raises:
             CompositionError: no mail can be built.
         """
-        batch = self._batches.get(job.batch_id)
+        batch = self._mail_of(job)
         if batch is None:
             raise CompositionError(f"batch {job.batch_id} is gone")
         if isinstance(batch, CompositionError):

@@ -17,19 +17,23 @@ MOST_AHEAD = 1_000_000
 
 
 class WaitReason(IntEnum):
-    """What a job waits for; the numbers are those of `outbox.v1`."""
+    """What a job waits for; the numbers are those of `outbox.v1`.
+
+    The limits of a sender are implemented in look.lua, simulation.py, replay.py and queue_model.py:
+    sender_limits.py has the list.
+    """
 
     UNSPECIFIED = 0
     NOT_DUE = 1
     RETRY = 2
-    MIN_GAP = 3
-    HOURLY_LIMIT = 4
-    SENDER_PAUSED = 5
-    SENDING_HOURS = 6
-    ENDPOINT_DOWN = 7
-    QUEUE = 8
+    MIN_GAP = 3  # Limit.GAP, Limit.PACE
+    HOURLY_LIMIT = 4  # Limit.WINDOW
+    SENDER_PAUSED = 5  # Limit.PAUSE
+    SENDING_HOURS = 6  # Limit.SENDING_HOURS
+    ENDPOINT_DOWN = 7  # Limit.CIRCUIT
+    QUEUE = 8  # Limit.IN_FLIGHT, and the jobs before it
     DISPATCHER = 9
-    COOLDOWN = 10
+    COOLDOWN = 10  # Limit.COOLDOWN
     DEFERRED = 11
 
 

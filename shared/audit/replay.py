@@ -2,6 +2,16 @@
 
 Pure arithmetic. Times are numbers in one unit of the caller's choice: ints of microseconds are
 exact; floats of seconds since 1970 are good to 0.3 us.
+
+The limits of a sender are implemented here, in look.lua (which decides), simulation.py (forecast)
+and queue_model.py (tests), and named in explaining.py: sender_limits.py has the list. The replay
+judges what the attempts alone prove.
+Without Limit.IN_FLIGHT: no promise of the audit; with a gap, two at once show as a negative gap.
+Without Limit.PAUSE: when a sender was paused is not stored.
+Without Limit.SENDING_HOURS: the sending hours of the past are not stored.
+Without Limit.COOLDOWN: the cooldowns of the past are not stored.
+Without Limit.CIRCUIT: only Redis knows circuits, and no longer than they last.
+Without Limit.PACE: only Redis knows the pace, and no longer than it lasts.
 """
 
 from __future__ import annotations
@@ -72,9 +82,11 @@ class Replay:
             return
         self.judged += 1
         self.most_in_window = max(self.most_in_window, len(inside))
+        # Limit.WINDOW
         if len(inside) > self._limit:
             span = end - inside[-1 - self._limit]
             self.shortest = span if self.shortest is None else min(self.shortest, span)
+        # Limit.GAP
         if before is not None:
             gap = start - before
             self.least_gap = gap if self.least_gap is None else min(self.least_gap, gap)

@@ -103,6 +103,7 @@ async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
     jobs = sum(run.mine for run in runs)
     read_at = from_us(pace.now)
     known = Forecast(pace.limiter, read_at, jobs, active=pace.active, cooldown=pace.cooldown)
+    # Limit.PAUSE: nobody can say when a paused sender goes on.
     if not jobs or not pace.active:
         return known
     found = await _simulate(pace.limiter, runs, pace.now)

@@ -14,6 +14,11 @@ spacing, sends a gap apart, a window that empties as it was filled. A piece is a
 led by one of them; once a whole window has been sent as the window before it allowed, every later
 one repeats it, and all whole windows are one step. So the cost follows the number of changes, and
 not the number of mails. Times are whole microseconds since 1970.
+
+The limits of a sender are implemented here, in look.lua (which decides), replay.py (audit) and
+queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
+Without Limit.CIRCUIT: a forecast assumes that every endpoint works from now on.
+Without Limit.PACE: a forecast assumes that no server complains of the rate; only Redis knows it.
 """
 
 from __future__ import annotations
@@ -218,15 +223,19 @@ class _Simulation:
     def _lead(self, due: int, spacing: int, left: int) -> tuple[int, int, Bound, int]:
         """Return (start, step, what decides, how many) of the sends that come next."""
         terms = [
+            # Limit.GAP or, where there is none, Limit.IN_FLIGHT.
             (self._last + self._cycle, self._cycle, self._pacer),
             (due, spacing, Bound.SPACING if spacing else Bound.DUE),
             (self._now, 0, Bound.DUE),
         ]
+        # Limit.SENDING_HOURS
         if self._hours:
             terms.append((self._opening, 0, Bound.HOURS))
+        # Limit.COOLDOWN
         if self._next_probe is not None:
             terms.append((self._next_probe, 0, Bound.COOLDOWN))
         count = left
+        # Limit.WINDOW
         full = self._recent_count >= self._limit
         if full:
             first, step, _ = self._recent[0]
@@ -328,9 +337,3 @@ class _Simulation:
             else:
                 oldest[0] += gone * oldest[1]
                 oldest[2] -= gone
-
-
-def _rank(term: tuple[int, int, Bound]) -> tuple[int, bool, int]:
-    """Order terms by their start. Of equal ones the window leads: its sends repeat what was."""
-    start, step, bound = term
-    return start, bound is Bound.WINDOW, step

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections import OrderedDict
 from pathlib import Path
 from typing import Final
 
+from cachetools import LRUCache
 from cryptography import x509
 
 from shared.bounds import MAX_CA_BYTES, MAX_CA_CERTIFICATES
@@ -22,14 +22,14 @@ _NOT_PEM: Final = re.compile(r"[^\t\r\n\x20-\x7e]")
 
 
 class TlsContexts:
-    """TLS contexts for sessions, one per set of private CAs. The 256 used last are kept.
+    """TLS contexts for sessions, one per set of private CAs. Those used last are kept.
 
     `ca` holds the operator's CA certificates (PEM), which are trusted for every endpoint.
     """
 
     def __init__(self, ca: str = "") -> None:
         self._ca = ca
-        self._contexts: OrderedDict[str, ssl.SSLContext] = OrderedDict()
+        self._contexts: LRUCache[str, ssl.SSLContext] = LRUCache(_KEPT)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> TlsContexts:
@@ -51,10 +51,6 @@ class TlsContexts:
             # Reading the machine's CAs takes tens of milliseconds.
             context = await asyncio.to_thread(trusting_context, self._ca, ca)
             self._contexts[ca] = context
-            if len(self._contexts) > _KEPT:
-                self._contexts.popitem(last=False)
-        else:
-            self._contexts.move_to_end(ca)
         return context
 
 

@@ -2,6 +2,11 @@
 
 Pure, and by definition rather than by speed: the instant from which the window has room is looked
 for among all instants, and the next sender among all senders. Times are Unix ms.
+
+The limits of a sender are implemented here, in look.lua (which decides), simulation.py (forecast)
+and replay.py (audit), and named in explaining.py: sender_limits.py has the list.
+Without Limit.SENDING_HOURS: the scripts get one opening with each load, and test_sending_hours.py
+tests what they make of it; the openings of a week are computed in Python.
 """
 
 from __future__ import annotations
@@ -85,12 +90,12 @@ class SenderModel:
 
     @property
     def gap(self) -> int:
-        """The gap that holds."""
+        """The gap that holds: Limit.GAP or Limit.PACE."""
         return max(self.own_gap, self.pace)
 
     @property
     def places(self) -> int:
-        """How many more sends may be in flight."""
+        """How many more sends may be in flight: Limit.IN_FLIGHT."""
         most = 1 if self.gap or self.open or self.cool else self.flight
         return min(most, self.limit) - len(self.leases)
 
@@ -100,7 +105,10 @@ class SenderModel:
         return min(((due, member) for member, due in self.due.items()), default=None)
 
     def allowed_at(self, window: int) -> int:
-        """Return the earliest instant at which the limits allow one more send."""
+        """Return the earliest instant at which the limits allow one more send.
+
+        Limit.WINDOW, Limit.CIRCUIT (the sender's own), Limit.COOLDOWN and Limit.GAP.
+        """
         room = self.limit - len(self.leases)
         ends = self.slots.values()
         instants = (0, *(end + window for end in ends))
@@ -481,6 +489,7 @@ class QueueModel:
             looks.append(s.loading)
         c = self.circuit(s)
         sends: float = INFINITY
+        # Limit.PAUSE
         if s.active and s.first is not None and s.places > 0:
             sends = max(s.first[0], s.allowed_at(self.window))
         if sends <= now and not c.admits(now):

@@ -83,3 +83,21 @@ def test_the_command_line_works_beside_it(wheels: dict[str, Path], tmp_path: Pat
     )
     shown = python(tmp_path, program).splitlines()
     assert shown == [str(tmp_path / "cli" / "__init__.py"), "outbox 0.1.0"]
+
+
+def test_services_start_without_the_libraries_of_the_command_line(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    install(tmp_path, *wheels.values())
+    program = (
+        "for name in ('plotext', 'pygal', 'rich', 'typer'):\n"
+        "    sys.modules[name] = None\n"
+        "import services.dispatcher.server, services.scheduler.server, services.stats.server\n"
+        "from cli.__main__ import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as exit:\n"
+        "    print(exit.code)\n"
+    )
+    (shown,) = python(tmp_path, program).splitlines()
+    assert shown.startswith("outbox: the command line is not installed: pip install 'outbox[cli]'")

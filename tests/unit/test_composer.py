@@ -158,6 +158,33 @@ async def test_no_batch_of_a_group_is_forgotten_before_its_mails_are_built(
         composer.compose(each)
 
 
+async def test_a_batch_is_not_forgotten_while_another_batch_of_its_group_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20)))
+    go_on = asyncio.Event()
+
+    async def read(batch_ids: Sequence[int]) -> dict[int, BatchContent]:
+        if batch_ids == [5]:
+            await go_on.wait()
+        return await reader(batch_ids)
+
+    composer = composer_of(read, dispatcher_concurrency=4)
+    for n in range(1, 5):
+        await composer.prepare([job(n, batch=n)])
+
+    # Batch 1 is the oldest. While 5 is read, another group brings one more.
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(composer.prepare([job(1, batch=1), job(5, batch=5)]))
+        await asyncio.sleep(0)
+        await composer.prepare([job(6, batch=6)])
+        go_on.set()
+
+    for n in (1, 5, 6):
+        composer.compose(job(n, batch=n))
+
+
 async def test_a_group_of_more_batches_than_are_kept_is_sent_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

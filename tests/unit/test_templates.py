@@ -99,7 +99,7 @@ def test_a_template_that_does_not_parse_is_refused_with_its_place(
 
 
 def test_a_template_over_256_kib_is_refused() -> None:
-    assert BatchTemplate.compile("s", "x" * 256 * 1024, None).is_static is False
+    BatchTemplate.compile("s", "x" * 256 * 1024, None)
     error = refusal("s", "é" * (128 * 1024 + 1), None)
     assert error.reason == "TEMPLATE_TOO_LARGE"
 
@@ -165,13 +165,6 @@ def test_a_line_break_in_a_subject_is_refused(value: str) -> None:
 
 def test_white_space_around_a_subject_is_trimmed() -> None:
     assert BatchTemplate.compile("\n Hi {{ x }}", "b", None).render({"x": "A \n"}).subject == "Hi A"
-
-
-def test_a_template_without_variables_is_static() -> None:
-    assert BatchTemplate.compile("s", "{% if true %}b{% endif %}", "<p>h</p>").is_static
-    assert not BatchTemplate.compile("s", "{{ x }}", "h").is_static
-    assert not BatchTemplate.compile("s", "b", None).is_static
-    assert not BatchTemplate.compile("s", "{{ 'now' | date: '%Y' }}", "h").is_static
 
 
 def test_a_filter_that_fails_is_an_error_of_the_row() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import grpc
 
 from outbox_client.blocking import Sending
 from outbox_client.settings import Connection
 from outbox_client.sources import READ_BYTES
+
+# What a call of one answer returns.
+Answer: TypeAlias = Awaitable[Any]
 
 sleep = asyncio.sleep
 

@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
 from outbox_client.settings import Connection
 from outbox_client.sources import READ_BYTES
+
+# What a call of one answer returns.
+Answer: TypeAlias = Any
 
 sleep = time.sleep
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -29,7 +29,7 @@ class Channel:
         await self._channel.close()
         self._uploads.close()
 
-    def unary_unary(self, method: str, *coders: Any, **named: Any) -> Callable[..., Awaitable[Any]]:
+    def unary_unary(self, method: str, *coders: Any, **named: Any) -> Callable[..., io.Answer]:
         """Return what makes the calls of a method. Those that are safe to repeat are."""
         call = self._channel.unary_unary(method, *coders, **named)
         by_request_id = method in BY_REQUEST_ID
@@ -82,9 +82,7 @@ class Channel:
 
         return answer
 
-    def stream_unary(
-        self, method: str, *coders: Any, **named: Any
-    ) -> Callable[..., Awaitable[Any]]:
+    def stream_unary(self, method: str, *coders: Any, **named: Any) -> Callable[..., io.Answer]:
         """Return what uploads: one try each, since what was streamed is gone."""
         call = self._uploads.stream_unary(method, *coders, **named)
 

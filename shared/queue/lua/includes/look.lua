@@ -1,4 +1,7 @@
 -- When a sender is to be looked at next, worked out exactly, and put into `ready`.
+--
+-- The limits of a sender are implemented here, in simulation.py (forecast), replay.py (audit) and
+-- queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
 
 -- A sender that nothing waits for is forgotten when its history is: memory follows active senders.
 local IDLE_MARGIN = 60000
@@ -18,7 +21,7 @@ local function read_sender(sender)
     return {
         id = sender,
         limit = tonumber(f[1]),
-        -- The longer one of the sender's own gap and its pace (pace.lua).
+        -- Limit.PACE: the longer one of the sender's own gap and its pace (pace.lua).
         gap = math.max(tonumber(f[2]), pace),
         own_gap = tonumber(f[2]),
         pace = pace,
@@ -43,7 +46,7 @@ local function read_sender(sender)
     }
 end
 
--- How many more jobs may be in flight at once. With a gap, one send at a time: the gap runs from
+-- Limit.IN_FLIGHT: how many more jobs may be in flight at once. With a gap, one send at a time: the gap runs from
 -- the end of one to the start of the next. With an open circuit or in a cooldown, one probe at a
 -- time.
 local function places(s, in_flight)
@@ -51,7 +54,7 @@ local function places(s, in_flight)
     return math.min(most, s.limit) - in_flight
 end
 
--- The instant from which the window has room for one more send, given `in_flight` reservations:
+-- Limit.WINDOW: the instant from which the window has room for one more send, given `in_flight` reservations:
 -- when the n-th newest end, n = limit - in_flight, has left it.
 local function window_room_at(s, in_flight, window)
     local rank = s.limit - in_flight
@@ -59,8 +62,8 @@ local function window_room_at(s, in_flight, window)
     return oldest[2] and tonumber(oldest[2]) + window or 0
 end
 
--- The time from which the sender's gap, window, sending hours, cooldown and circuit allow one more
--- send.
+-- The time from which the sender allows one more send: Limit.CIRCUIT (`probe`), Limit.COOLDOWN,
+-- Limit.SENDING_HOURS, Limit.GAP and Limit.WINDOW.
 local function allowed_at(s, in_flight, window)
     local gap_end = s.gap > 0 and s.last_end + s.gap or 0
     return math.max(s.probe, s.cool, s.opens, gap_end, window_room_at(s, in_flight, window))
@@ -86,6 +89,7 @@ local function schedule_look(s, window)
         look = math.min(look, s.loading)
     end
     local sends = math.huge
+    -- Limit.PAUSE: a sender that is not active has no next send.
     if s.active and first and places(s, in_flight) > 0 then
         sends = math.max(tonumber(first), allowed_at(s, in_flight, window))
         -- Not within this opening: when it is over, a load brings the next one.
