@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,16 +22,21 @@ from outbox_client import (
     NotFound,
     PermissionDenied,
     RetryPolicy,
+    Tls,
     Unauthenticated,
     Unavailable,
+    Unimplemented,
 )
 
+from cli.connection_check import SERVERS, Target, which_server, why_no_answer
 from cli.credentials import credentials_for
 from cli.lazy import CommandFailed
 from cli.output import printable
+from shared.errors import ConfigurationError
 from shared.settings import load_settings
 
 ENDPOINTS: Final = Path(".outbox/endpoints.json")
+_DEFAULT: Final = "the default"
 # Of a call that changes very many rows; what others may take is the client's default.
 LONG_TIMEOUT_S: Final = 300.0
 _LARGEST_PAGE: Final = 1000
@@ -46,12 +52,40 @@ Server = Annotated[
 ]
 
 
+# An IPv6 address stands in brackets.
+_HOST_PORT: Final = re.compile(r"(\[[^\[\]]+\]|[^:/\[\]]+):(\d{1,5})")
+# What gRPC takes beside host:port.
+_GRPC_SCHEMES: Final = ("unix:", "dns:", "ipv4:", "ipv6:")
+_LAST_PORT: Final = 65535
+# An answer of HTTP/2 servers and proxies that are no gRPC servers, as gRPC reports it.
+_HTTP_STATUS: Final = re.compile(r"http2 header with status: (\d+)")
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a service is asked, and who says that it is there."""
+    """Where a service is asked, and which option, variable or file says that it is there."""
 
     target: str
     origin: str
+    service: str
+
+    def __str__(self) -> str:
+        """Return it as messages name it."""
+        return f"{self.target} ({self.origin})"
+
+    @property
+    def title(self) -> str:
+        """The service's name in a sentence."""
+        return SERVERS[self.service][0]
+
+    @property
+    def fix(self) -> str:
+        """What to do where no server of this service is at the address."""
+        start = f"start the {self.title} there"
+        if self.origin in (_DEFAULT, str(ENDPOINTS)):
+            start = "start `outbox up` in this folder"
+        name = self.origin if self.origin.startswith("OUTBOX_") else "--server"
+        return f"{start}, or name the address of the {self.title} with {name}"
 
 
 def find_address(service: str, server: str | None) -> Address:
@@ -62,20 +96,20 @@ def find_address(service: str, server: str | None) -> Address:
 
     Raises:
         CommandFailed: the stack's file cannot be read.
-        ConfigurationError: a variable is wrong.
+        ConfigurationError: a variable is wrong, or the address is not host:port.
     """
     if server:
-        return Address(server, "--server")
+        return _checked(Address(server, "--server", service))
     settings = load_settings()
     field = f"{service}_listen"
     listen = _reachable(getattr(settings, field))
     if field in settings.model_fields_set:
-        return Address(listen, f"OUTBOX_{field.upper()}")
+        return _checked(Address(listen, f"OUTBOX_{field.upper()}", service))
     stack = read_endpoints()
     if stack is not None:
         found = stack["dispatchers"][0] if service == "dispatcher" else stack[service]
-        return Address(found, str(ENDPOINTS))
-    return Address(listen, "the default")
+        return Address(found, str(ENDPOINTS), service)
+    return Address(listen, _DEFAULT, service)
 
 
 def read_endpoints() -> dict[str, Any] | None:
@@ -109,7 +143,7 @@ def connection(service: str, server: str | None) -> Iterator[Client]:
         try:
             yield client
         except CallError as error:
-            raise CommandFailed(describe(error, address)) from None
+            raise CommandFailed(describe(error, address, credentials.tls)) from None
 
 
 def pages(
@@ -137,23 +171,86 @@ _REFUSALS: Final = (
     NotFound,
     PermissionDenied,
     Unauthenticated,
+    Unimplemented,
 )
 
 
-def describe(error: CallError, address: Address) -> str:
-    """Return one line: message, reason, field violations; or which address does not answer."""
-    if isinstance(error, Unavailable) and not error.reason:
+def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
+    """Return one line: message, reason and field violations; or why no server answered.
+
+    Takes some seconds where none did: it connects again to find out why.
+    """
+    status = _HTTP_STATUS.search(error.message)
+    if isinstance(error, Unimplemented):
+        line = _about_unimplemented(error, address, tls)
+    elif status is not None and not error.reason:
         line = (
-            f"no answer at {address.target} ({address.origin}): start `outbox up` in this folder, "
-            "or name another address with --server (and --tls-ca, if it uses TLS)"
+            f"{address} answered with HTTP status {status[1]}, as no {address.title} does: it is "
+            "another server, or a proxy that cannot reach Outbox"
         )
+    elif isinstance(error, Unavailable) and not error.reason:
+        line = _about_no_answer(address, tls)
     elif isinstance(error, DeadlineExceeded):
-        line = f"no answer in time from {address.target} ({address.origin})"
+        line = f"no answer in time from {address}: the {address.title} may be overloaded; try again"
     else:
         line = " ".join(str(error).split())
     if error.request_id and not isinstance(error, _REFUSALS):
         line += f"; the batch may have been accepted: try again with --request {error.request_id}"
     return printable(line)
+
+
+def in_brief(error: CallError, asked: str) -> str:
+    """Return one line at once, without looking for the cause; for views that are drawn again."""
+    if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
+        return f"no answer from {asked}"
+    return printable(" ".join(str(error).split()))
+
+
+def _about_no_answer(address: Address, tls: Tls | None) -> str:
+    found = _HOST_PORT.fullmatch(address.target)
+    if found is None:  # a form of gRPC's own
+        return f"no answer at {address}: {address.fix}"
+    target = Target(
+        found[1].strip("[]"), int(found[2]), address.title, tls, str(address), address.fix
+    )
+    return why_no_answer(target)
+
+
+def _about_unimplemented(error: CallError, address: Address, tls: Tls | None) -> str:
+    """Tell another server from one that is older than this command."""
+    there = which_server(address.target, tls, address.service)
+    reason = f" ({error.reason})" if error.reason else ""
+    if there is None:
+        return (
+            f"{address} is a gRPC server, but no {address.title} of Outbox{reason}: {address.fix}"
+        )
+    if there != address.service:
+        other = SERVERS[there][0]
+        return (
+            f"{address} is the {other}, and this command asks the {address.title}{reason}: "
+            f"{address.fix}"
+        )
+    return (
+        f"the {address.title} at {address} lacks the method of this command{reason}: "
+        "it is older; upgrade it"
+    )
+
+
+def _checked(address: Address) -> Address:
+    """Return the address.
+
+    Raises:
+        ConfigurationError: it is not host:port.
+    """
+    found = _HOST_PORT.fullmatch(address.target)
+    if found is not None and 0 < int(found[2]) <= _LAST_PORT:
+        return address
+    if address.target.startswith(_GRPC_SCHEMES):
+        return address
+    raise ConfigurationError(
+        f"{address.origin}: {address.target!r} is not HOST:PORT, such as 127.0.0.1:50051; "
+        "an IPv6 address stands in brackets, and nothing like http:// goes before it"
+    )
 
 
 def _reachable(listen: str) -> str:

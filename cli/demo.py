@@ -93,7 +93,7 @@ async def _play(
         try:
             return await _main_job(Demo(client), system, settings, csv, bundled=bundled)
         except CallError as error:
-            address = Address(system.scheduler, "the demo's own stack")
+            address = Address(system.scheduler, "the demo's own stack", "scheduler")
             raise CommandFailed(describe(error, address)) from None
 
 

@@ -126,4 +126,6 @@ def main() -> None:
     # grpc reads it when it is imported. Else it says, at every server that is started while a
     # channel is open, that it skips its fork handlers; no child of ours goes on using grpc.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    # Else it writes a line of its own about each TLS handshake that fails.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app(prog_name="outbox")

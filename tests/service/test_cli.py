@@ -112,8 +112,8 @@ def test_no_answer_says_which_address_was_asked_and_what_to_do() -> None:
     failed = runner.invoke(app, ["senders", "get", "1", "--server", address])
     assert (failed.exit_code, failed.stdout) == (1, "")
     assert failed.stderr == (
-        f"outbox: no answer at {address} (--server): start `outbox up` in this folder, "
-        "or name another address with --server (and --tls-ca, if it uses TLS)\n"
+        f"outbox: nothing listens at {address} (--server): start the scheduler there, "
+        "or name the address of the scheduler with --server\n"
     )
 
 

@@ -286,7 +286,7 @@ def test_an_upload_without_an_answer_says_how_to_try_it_again() -> None:
     words = ["schedule", "people.csv", "--sender", "1", "--request", "r1", "--server", server]
     failed = CliRunner().invoke(app, words)
     assert failed.exit_code == 1
-    assert "no answer at" in failed.stderr
+    assert "nothing listens at" in failed.stderr
     assert "try again with --request r1" in failed.stderr
 
 

@@ -6,9 +6,9 @@ import grpc
 import pytest
 from outbox_client import CallError, DeadlineExceeded, InvalidArgument, Unavailable
 
-from cli.client import Address, describe
+from cli.client import Address, describe, in_brief
 
-ADDRESS = Address("127.0.0.1:50051", "default")
+ADDRESS = Address("127.0.0.1:50051", "--server", "scheduler")
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,28 @@ ADDRESS = Address("127.0.0.1:50051", "default")
 def test_a_batch_that_was_refused_is_not_called_doubtful(error: CallError, in_doubt: bool) -> None:
     error.request_id = "once"
     assert ("--request once" in describe(error, ADDRESS)) is in_doubt
+
+
+def test_a_server_that_is_too_slow_is_named() -> None:
+    late = DeadlineExceeded(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    assert describe(late, ADDRESS) == (
+        "no answer in time from 127.0.0.1:50051 (--server): the scheduler may be overloaded; "
+        "try again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            Unavailable(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses"),
+            "no answer from the scheduler",
+        ),
+        (
+            Unavailable(grpc.StatusCode.UNAVAILABLE, "gone", reason="DATABASE_UNAVAILABLE"),
+            "gone (DATABASE_UNAVAILABLE)",
+        ),
+    ],
+)
+def test_a_live_view_says_in_brief_who_does_not_answer(error: CallError, line: str) -> None:
+    assert in_brief(error, "the scheduler") == line

@@ -24,7 +24,7 @@ def logging_as_before() -> Iterator[None]:
     structlog.reset_defaults()
 
 
-def configured(log_format: Literal["json", "console"] = "json", level: str = "info") -> io.StringIO:
+def configured(log_format: Literal["json", "text"] = "json", level: str = "info") -> io.StringIO:
     out = io.StringIO()
     configure_logging(load_settings(log_format=log_format, log_level=level), out)
     return out
@@ -51,8 +51,8 @@ def test_what_is_below_the_level_is_not_written() -> None:
     assert out.getvalue() == ""
 
 
-@pytest.mark.parametrize("log_format", ["json", "console"])
-def test_no_secret_is_written(log_format: Literal["json", "console"]) -> None:
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_no_secret_is_written(log_format: Literal["json", "text"]) -> None:
     out = configured(log_format)
     log = structlog.get_logger()
     log.info("x", smtp_password="hunter2", authorization="Bearer hunter2", api_key="hunter2")
@@ -70,7 +70,7 @@ def test_no_secret_is_written(log_format: Literal["json", "console"]) -> None:
 
 
 def test_the_console_is_for_people() -> None:
-    out = configured("console")
+    out = configured("text")
     structlog.get_logger().info("listening", port=5)
     assert "listening" in out.getvalue()
     assert "port=5" in out.getvalue()

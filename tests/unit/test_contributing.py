@@ -1,0 +1,53 @@
+"""The lists in CONTRIBUTING.md lead to files that exist, and to all of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+LISTS = dict(re.findall(r"<!-- files: (\w+) -->\n((?:.+\n)+)", PAGE))
+# What looks like a path of this repository: it has a slash, or ends like a file.
+PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml|lock|py))`")
+# A change of each kind that was made before: what it is called in the code, and where to look.
+EXAMPLES = {
+    "limit": (r"max_in_flight|MAX_IN_FLIGHT", ("protos", "services", "shared", "cli")),
+    "state": (r"JobState\.EXPIRED|\bexpired_count\b", ("services/scheduler", "shared", "cli")),
+    "setting": (r"\buncertain_policy\b", ("shared", "tests/unit/test_settings.py")),
+    "fault": (r"\bredis_full\b", ("deploy", "docs")),
+}
+
+
+def files_of(kind: str) -> set[str]:
+    return {path for path in PATH.findall(LISTS[kind]) if (ROOT / path).is_file()}
+
+
+def test_every_path_on_the_page_exists() -> None:
+    paths = set(PATH.findall(PAGE)) | set(re.findall(r"\]\(([^)]+)\)", PAGE))
+    assert len(paths) > 50
+    assert {path for path in paths if not (ROOT / path).exists()} == set()
+
+
+def test_the_page_has_a_list_for_each_kind_of_change() -> None:
+    assert LISTS.keys() == {"limit", "state", "method", "setting", "migration", "fault"}
+    for kind, text in LISTS.items():
+        numbers = [int(number) for number in re.findall(r"(?m)^(\d+)\. ", text)]
+        assert numbers == list(range(1, len(numbers) + 1)), kind
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_a_list_has_every_file_that_an_earlier_change_of_its_kind_touched(kind: str) -> None:
+    name, folders = EXAMPLES[kind]
+    touched = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder, *(ROOT / folder).rglob("*"))
+        if path.suffix in (".py", ".lua", ".proto", ".md")
+        and "versions" not in path.parts  # a migration is a new file
+        and re.search(name, path.read_text(encoding="utf-8"))
+    }
+    assert touched
+    assert touched <= files_of(kind)
