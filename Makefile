@@ -7,6 +7,8 @@ READY := .venv/ready
 # process, for a debugger.
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+# What only Debian's packages have is installed, or named, before anything runs.
+PACKAGES := tests/install_packages.sh
 PROTOS := $(shell find protos -name '*.proto')
 # The client's distribution owns all generated code: the stubs, and the blocking client.
 STUBS := client/src/outbox/v1/outbox.binpb
@@ -43,12 +45,24 @@ setup: $(READY) ## Make the environment in .venv
 demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is checked
 	$(BIN)/outbox demo
 
+.PHONY: faketime
+faketime:
+	@$(PACKAGES) faketime
+
 .PHONY: test
-test: $(READY) ## Run all tests on real servers, except those of test-mail-servers
+test: faketime $(READY) ## Run all tests on real servers, except those of test-mail-servers
 	$(PYTEST)
 
+.PHONY: test-unit
+test-unit: $(READY) ## Run the tests that need no server
+	$(PYTEST) tests/unit
+
+.PHONY: debian-stores
+debian-stores:
+	@$(PACKAGES) faketime postgresql-15 redis-server
+
 .PHONY: test-debian
-test-debian: $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
+test-debian: debian-stores $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0
 	OUTBOX_TEST_STORES=debian $(PYTEST)
 
 .PHONY: mail-servers
@@ -63,14 +77,17 @@ test-mail-servers: $(READY) ## Run the tests with them (as root, after make mail
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
 	$(BIN)/outbox drill --minutes 1 --seed 1
 
+.PHONY: luacheck
+luacheck:
+	@$(PACKAGES) lua-check
+
 .PHONY: lint
-lint: $(READY) ## Check style, types, protos and the walls between rooms
+lint: luacheck $(READY) ## Check style, types, protos and the walls between rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m shared.queue.scripts build/lua
-	@command -v luacheck >/dev/null || { echo "lint needs luacheck: apt-get install lua-check"; exit 1; }
 	luacheck --quiet --std lua51 --read-globals redis KEYS ARGV --ignore 211 231 311 --max-line-length 100 build/lua
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code --path protos/outbox

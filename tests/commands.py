@@ -11,6 +11,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from cli.main import app
+from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler
 
 
@@ -33,7 +34,7 @@ def run(words: list[str], stdin: bytes | None = None) -> Done:
         input=stdin,
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     return Done(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 

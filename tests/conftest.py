@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 import redis as redis_py
@@ -25,6 +26,12 @@ from redis.asyncio import Redis
 from deploy.local.inbox import Inbox
 from deploy.local.postgres import SUPERUSER, PostgresServer
 from deploy.local.valkey import ValkeyServer
+
+# No limit of time: a busy machine is slow, and the examples are right all the same.
+hypothesis.settings.register_profile(
+    "outbox", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("outbox")
 
 TEMPLATE = "outbox_template"
 DATABASE = "outbox_test"

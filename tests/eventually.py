@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 _PAUSE = 0.01
 # A wait costs what it takes; this is when to give up, on a machine that is busy with other work.
-PATIENCE: Final = 60.0
+PATIENCE: Final = 120.0
 
 
 @overload

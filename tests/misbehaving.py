@@ -24,6 +24,7 @@ from outbox_client import AsyncClient, Client
 
 from shared.error_mapping import build_status
 from shared.errors import FieldViolation
+from tests.eventually import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class EitherClient:
 
     async def do(self, address: str, use: Callable[[Any], Any], **settings: Any) -> Any:
         """Return what `use` returns of a client of `address`; a list, if it is an iterator."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             if self.blocking:
                 return await asyncio.to_thread(self._do, address, use, settings)
             async with self._kind(address, **settings) as client:

@@ -27,6 +27,7 @@ from outbox.v1 import (
 
 from services.scheduler.server import serve
 from shared.settings import Settings, load_settings
+from tests.eventually import PATIENCE
 
 _request_ids = itertools.count(1)
 
@@ -46,7 +47,7 @@ class Refusal:
 async def refusal_of(call: Awaitable[Any]) -> Refusal:
     """Return how `call` is refused; it fails the test if it is not."""
     with pytest.raises(grpc.RpcError) as caught:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await call
     status = rpc_status.from_call(caught.value)
     assert status is not None, f"no details: {caught.value}"

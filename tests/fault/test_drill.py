@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.fault.test_up import alive, descendants
 
 OUTBOX = Path(sys.executable).with_name("outbox")
@@ -52,7 +52,7 @@ def test_a_short_drill_keeps_every_promise_and_leaves_nothing(folder: Path) -> N
         *("--minutes", "0.15", "--seed", "1", "--faults", "redis_flush,dispatcher_kill"),
         *("--dispatchers", "1", "--policy", "hold", "-o", "json"),
     )
-    out, err = drill.communicate(timeout=120)
+    out, err = drill.communicate(timeout=PATIENCE)
     assert drill.returncode == 0, err
     document: dict[str, Any] = json.loads(out)
     assert document["broken"] == []
@@ -90,7 +90,7 @@ async def test_an_interrupted_drill_leaves_neither_processes_nor_files(folder: P
 
 def test_an_unknown_fault_is_refused_before_anything_starts(folder: Path) -> None:
     drill = start(folder, "--faults", "redis_flush,earthquake")
-    _, err = drill.communicate(timeout=30)
+    _, err = drill.communicate(timeout=PATIENCE)
     assert drill.returncode == 2
     assert "earthquake" in err
     assert left_in(folder) == []

@@ -23,7 +23,7 @@ from shared.database import migrate
 from shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_scheduler
 from tests.world import World, jobs_in
 
@@ -87,7 +87,7 @@ async def flood(
             yield UploadBatchRequest(chunk=lines.encode())
 
     try:
-        answer = await scheduler.batches.UploadBatch(messages(), timeout=20)
+        answer = await scheduler.batches.UploadBatch(messages(), timeout=PATIENCE)
     except grpc.aio.AioRpcError as error:
         # A client of grpc.aio that is refused while it sends may lose the answer, and says so.
         lost = error.details() == "Internal error from Core"

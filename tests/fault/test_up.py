@@ -27,11 +27,10 @@ from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
 from deploy.local.inbox import Inbox
 from deploy.local.record import ReceivedMail, least_gap_s, read_record
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 OUTBOX = Path(sys.executable).with_name("outbox")
 GAP_S = 0.2
-START_LIMIT_S = 60.0
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -88,7 +87,7 @@ class Up:
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=PATIENCE,
         )
 
     def ask(self, *words: str) -> dict[str, Any]:
@@ -121,7 +120,7 @@ async def running(folder: Path, *options: str, **variables: str) -> AsyncIterato
     up = Up(process, folder)
     started: set[int] = set()
     try:
-        await eventually(lambda: is_ready(up), START_LIMIT_S)
+        await eventually(lambda: is_ready(up))
         started = descendants(process.pid)
         yield up
     finally:
@@ -137,8 +136,8 @@ def is_ready(up: Up) -> bool:
     return "ready after" in up.errors
 
 
-async def ended(process: subprocess.Popen[bytes], limit: float = 20.0) -> int:
-    await eventually(lambda: process.poll() is not None, limit)
+async def ended(process: subprocess.Popen[bytes]) -> int:
+    await eventually(lambda: process.poll() is not None)
     return process.wait()
 
 
@@ -149,7 +148,7 @@ def schedule(up: Up, request_id: str, sender_id: str | None, names: list[str]) -
             sender = Sender(email="news@example.com")
             sender_id = (
                 SenderServiceStub(channel)
-                .CreateSender(CreateSenderRequest(user_id="u", sender=sender), timeout=10)
+                .CreateSender(CreateSenderRequest(user_id="u", sender=sender), timeout=PATIENCE)
                 .sender_id
             )
         rows = [Recipient(email=f"{name}@example.org", columns={"name": name}) for name in names]
@@ -157,7 +156,8 @@ def schedule(up: Up, request_id: str, sender_id: str | None, names: list[str]) -
             request_id=request_id, sender_id=sender_id, subject="Hello {{ name }}", body="Hi"
         )
         answer = BatchServiceStub(channel).ScheduleBatch(
-            ScheduleBatchRequest(options=options, recipients=Recipients(rows=rows)), timeout=10
+            ScheduleBatchRequest(options=options, recipients=Recipients(rows=rows)),
+            timeout=PATIENCE,
         )
         assert answer.batch.accepted_count == len(names)
     return sender_id
@@ -202,7 +202,7 @@ async def test_a_service_that_is_killed_is_started_again_at_its_address(
     async with running(folder) as up:
         before = pid_of(service, descendants(up.process.pid))
         os.kill(before, signal.SIGKILL)
-        await eventually(lambda: "is running again" in up.errors, START_LIMIT_S)
+        await eventually(lambda: "is running again" in up.errors)
         assert "was ended by SIGKILL; starting it again" in up.errors
         assert pid_of(service, descendants(up.process.pid)) != before
         schedule(up, "first", None, ["ann"])
@@ -240,7 +240,7 @@ def pasted(folder: Path, lines: list[str]) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert shell.returncode == 0, f"{shell.stdout[-1500:]}{shell.stderr}"
     return shell.stdout
@@ -341,7 +341,7 @@ def test_wrong_options_of_a_provider_are_refused_before_anything_starts(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert refused.returncode == 2
     assert complaint in " ".join(refused.stderr.replace("│", " ").split())
@@ -416,7 +416,7 @@ def test_the_demo_checks_the_promises_and_leaves_nothing_but_mails() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert finished.returncode == 0, finished.stderr
     document = json.loads(finished.stdout)

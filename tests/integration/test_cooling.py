@@ -26,7 +26,7 @@ from shared.queue.queue import Claim
 from shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.lost_answers import LostAnswers
 from tests.world import World
 
@@ -102,7 +102,7 @@ async def settle(
     for outcome in outcomes:
         settler.settle(outcome)
     settler.close()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await settler.run()
 
 

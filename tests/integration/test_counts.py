@@ -24,7 +24,7 @@ from shared.counts import JobCounts, batch_counts, sender_counts, user_counts
 from shared.database import create_engine
 from shared.settings import load_settings
 from shared.states import FINAL_STATES, JobState
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 WINDOW = timedelta(hours=1)
 HOUR = timedelta(hours=1)
@@ -291,7 +291,7 @@ async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
     first, *_, last = world.batches
     await world.intake(first, 10)
     await world.intake(last, 20)
-    async with asyncio.timeout(10), world.engine.begin() as one:
+    async with asyncio.timeout(PATIENCE), world.engine.begin() as one:
         assert await storage.fold(one, 1) == 1
         async with world.engine.begin() as other:
             assert await storage.fold(other, 5) == 1
@@ -382,7 +382,7 @@ async def folder_in_a_fold(
     assert child.stdin is not None
     assert child.stdout is not None
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             for _ in range(folds):
                 assert await child.stdout.readline() == b"1\n"
                 await world.check()
@@ -411,7 +411,7 @@ async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
         pass
     assert await world.unfolded() == before - 3
     await world.check()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         await world.fold_all()
     assert await world.unfolded() == 0
     await world.check()
@@ -424,7 +424,7 @@ async def test_a_folder_that_sleeps_in_the_middle_keeps_nobody_and_its_fold_coun
     async with folder_in_a_fold(world, 2) as child:
         child.send_signal(signal.SIGSTOP)
         await begin_and_end_some(world)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             # Another one, which wants the rows of a rollup that the sleeper has changed, waits for
             # it; counts are read beside both.
             other = asyncio.create_task(world.fold_all())

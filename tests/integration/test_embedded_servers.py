@@ -29,7 +29,7 @@ from deploy.local.stack import FolderInUseError, Servers
 from deploy.local.system_user import user_for_postgres
 from deploy.local.valkey import ValkeyServer
 from deploy.local.wheels import postgres_binaries
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 HOLDER = """
 import asyncio, json, sys
@@ -84,7 +84,7 @@ async def holder(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process
     )
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             yield process, json.loads(await process.stdout.readline())
     finally:
         if process.returncode is None:
@@ -188,16 +188,18 @@ async def test_servers_that_root_starts_open_no_folder_to_others(
     assert len(list((empty_folder / "cache" / "outbox").glob("*"))) == (os.geteuid() == 0)
 
 
-async def test_a_second_start_finds_the_data_and_takes_about_a_second(folder: Path) -> None:
+async def test_a_second_start_finds_the_data_and_is_faster_than_the_first(folder: Path) -> None:
+    began = time.monotonic()
     async with Servers(folder) as servers:
+        first = time.monotonic() - began
         value = keep(servers.database_url)
 
     began = time.monotonic()
     async with Servers(folder) as servers:
-        took = time.monotonic() - began
+        second = time.monotonic() - began
         assert value in kept(servers.database_url)
 
-    assert took < 4, "measured: 0.15 s; the bound leaves room for a busy machine"
+    assert second < first, "measured: 0.15 s, and more than a second"
 
 
 async def test_given_ports_are_taken(folder: Path) -> None:
@@ -377,7 +379,7 @@ async def test_a_server_that_ends_by_itself_is_noticed(folder: Path, victim: str
         store.child.signal(signal.SIGKILL)
 
         with pytest.raises(LocalServerError, match=f"{victim} ended by itself"):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE):
                 await watch
 
 

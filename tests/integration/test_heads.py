@@ -20,6 +20,7 @@ from shared.queue.keys import job_of
 from shared.queue.queue import HEAD_SIZE, Claim, Claimed, Head, Queue, Settlement, SlotUse
 from shared.settings import Settings, load_settings
 from shared.states import JobState, SenderState
+from tests.eventually import PATIENCE
 from tests.integration.queue.shard import scores
 from tests.world import World
 
@@ -248,7 +249,7 @@ async def test_two_loads_and_an_intake_in_between_lose_nothing(world: World, kno
     sender = await world.sender()
     jobs = await world.schedule(sender, 2, load=known)
     loaders = [SlowLoader(world) for _ in range(2)]
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         tasks = [group.create_task(each.load([sender], committed=False)) for each in loaders]
         for each in loaders:
             await each.read.wait()
@@ -267,7 +268,7 @@ async def test_a_load_that_overtakes_an_intake_is_made_up_for_by_it(world: World
     jobs = await world.schedule(sender, 2)
     slow = SlowLoader(world)
     jobs += await world.schedule(sender, 3, load=False)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         intake = group.create_task(slow.load([sender], committed=True))
         await slow.read.wait()
         (claimed,) = (await claim(world.queues[0], 1)).claims
@@ -283,7 +284,7 @@ async def test_a_marker_of_a_commit_that_a_load_has_not_seen_survives_it(world: 
     sender = await world.sender()
     await world.schedule(sender)
     slow = SlowLoader(world)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         load = group.create_task(slow.load([sender], committed=False))
         await slow.read.wait()
         # It dies before its load.
@@ -306,7 +307,7 @@ async def test_a_sender_that_moves_all_the_time_keeps_its_marker(world: World) -
     await world.schedule(sender)
     await world.schedule(sender, load=False)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await Moving(world.engine, world.queues, world.settings).load([sender], committed=True)
 
     assert await markers(world) == [sender]
@@ -460,7 +461,7 @@ async def test_one_of_two_rebuilders_does_it(world: World) -> None:
         await world.schedule(sender, load=False)
     await world.redis.flushall()
     slow = SlowLoader(world)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         first = group.create_task(slow.rebuild(world.queues[0]))
         await slow.read.wait()
         assert not await world.loader.rebuild(world.queues[0])
@@ -481,7 +482,7 @@ async def test_a_loss_in_the_middle_of_a_rebuild_is_noticed_and_the_next_rebuild
         await world.schedule(sender, load=False)
     await world.redis.flushall()
     slow = SlowLoader(world)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         first = group.create_task(slow.rebuild(world.queues[0]))
         await slow.read.wait()
         await world.redis.flushall()
@@ -499,7 +500,7 @@ async def test_an_intake_during_a_rebuild_is_not_lost(world: World) -> None:
     jobs = await world.schedule(sender, 2)
     await world.redis.flushall()
     slow = SlowLoader(world)
-    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         rebuild = group.create_task(slow.rebuild(world.queues[0]))
         await slow.read.wait()
         jobs += await world.schedule(sender, 2)

@@ -30,7 +30,7 @@ from services.scheduler.payloads import StreamedChunks
 from shared.errors import Unavailable
 from shared.settings import load_settings
 from tests.conftest import Stores
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 
 TABLES = ("batches", "batch_rejections", "email_jobs", "count_deltas", "head_markers")
@@ -80,7 +80,7 @@ class Upload:
 
     async def end(self) -> ScheduleBatchResponse:
         self._messages.put_nowait(None)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             return await self.call
 
 
@@ -182,7 +182,7 @@ async def scheduler_process(
     )
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 await channel.channel_ready()
             settings = load_settings(database_url=database_url, redis_url=redis_url)
             yield process, Scheduler(channel, settings, address)
@@ -450,7 +450,7 @@ async def test_calls_that_are_cut_off_in_a_statement_leave_a_good_connection(
 async def test_a_scheduler_that_stops_ends_an_upload_that_stands_still(
     database_url: str, redis_url: str
 ) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(PATIENCE):
         async with running_scheduler(database_url, redis_url, shutdown_grace="500ms") as scheduler:
             upload = Upload(scheduler, await scheduler.sender())
             upload.send_rows(BLOCK)
@@ -478,7 +478,7 @@ async def test_uploads_that_stand_still_do_not_hold_up_a_batch_of_one_message(
     for upload in uploads:
         upload.send_rows(BLOCK)
     await eventually(lambda: scheduler.value(_OPEN_INTAKES) >= 2)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         assert (await scheduler.schedule(sender)).batch.accepted_count == 1
     for upload in uploads:
         upload.call.cancel()

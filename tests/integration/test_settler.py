@@ -17,7 +17,7 @@ from services.dispatcher.slots import Slots
 from shared.queue.queue import Claim
 from shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.lost_answers import LostAnswers
 from tests.world import World
 
@@ -48,7 +48,7 @@ async def settle(
     )
     settler.settle(outcome)
     settler.close()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await settler.run()
     assert slots.in_flight == 0
 

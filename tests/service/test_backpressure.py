@@ -20,14 +20,14 @@ from deploy.local.ports import free_port
 from services.scheduler import intake
 from shared.settings import load_settings
 from tests.conftest import Stores
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_scheduler
 
 
 async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
     """Return code and reason of a refusal, which must say when to come again."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await call
     return reasons_of(caught.value)
 
@@ -187,7 +187,7 @@ async def test_a_flood_ends_and_does_not_grow_the_scheduler(
                 return scheduler.batches.UploadBatch(upload(sender))
             return scheduler.schedule(sender, csv)
 
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             answers = await asyncio.gather(*(call(n) for n in range(calls)), return_exceptions=True)
 
         accepted = [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -17,6 +17,7 @@ from deploy.local.ports import free_port
 from services.stats.server import serve as serve_stats
 from tests import cooldowns
 from tests.commands import Done, outbox, run
+from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler, running_scheduler
 
 CSV = (
@@ -271,7 +272,7 @@ async def test_a_watch_prints_the_cooldown_beside_the_counts(
     )
     assert watch.stdout is not None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             assert b"cooldown" not in await watch.stdout.readline()
             cooldowns.begin(scheduler.execute, sender.sender_id)
             assert f": {cooldowns.REPLY}; next probe 2".encode() in await watch.stdout.readline()

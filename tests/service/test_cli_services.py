@@ -18,7 +18,7 @@ from psycopg import sql
 
 from deploy.local.ports import free_port
 from tests.conftest import Stores
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 OUTBOX = Path(sys.executable).with_name("outbox")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -72,18 +72,18 @@ async def test_a_service_command_serves_until_sigterm(
             async def serving() -> bool:
                 assert process.poll() is None
                 request = health_pb2.HealthCheckRequest(service=service)
-                answer = await health.Check(request, wait_for_ready=True, timeout=30)
+                answer = await health.Check(request, wait_for_ready=True, timeout=PATIENCE)
                 return bool(answer.status == SERVING)
 
             await eventually(serving)
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out) == (0, "")
 
 
 def test_a_service_command_with_a_wrong_variable_is_exit_code_2(tmp_path: Path) -> None:
     with running(tmp_path, "stats", {"OUTBOX_LEASE": "1y"}) as process:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (2, "")
     assert "OUTBOX_LEASE" in err
 
@@ -95,7 +95,7 @@ def test_migrate_makes_the_schema_and_may_be_run_again(stores: Stores, tmp_path:
     try:
         for _ in range(2):
             with running(tmp_path, "migrate", {"OUTBOX_DATABASE_URL": url}) as process:
-                out, err = process.communicate(timeout=30)
+                out, err = process.communicate(timeout=PATIENCE)
             assert (process.returncode, out) == (0, "")
             assert "is up to date" in err
         with psycopg.connect(url) as connection:
@@ -107,7 +107,7 @@ def test_migrate_makes_the_schema_and_may_be_run_again(stores: Stores, tmp_path:
 def test_migrate_without_a_database_says_so_in_one_line(tmp_path: Path) -> None:
     url = f"postgresql://outbox:geheim@127.0.0.1:{free_port()}/outbox"
     with running(tmp_path, "migrate", {"OUTBOX_DATABASE_URL": url}) as process:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (1, "")
     assert err.startswith("outbox: OUTBOX_DATABASE_URL: ")
     assert err.count("\n") == 1

@@ -24,7 +24,7 @@ from outbox_client import (
 )
 
 from shared.errors import FieldViolation
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.misbehaving import AWAY, EitherClient, FailedCall, Misbehaving, misbehaving_server
 
 GET = GetSenderRequest(sender_id="7")
@@ -312,7 +312,7 @@ async def test_an_upload_that_is_cancelled_ends_at_once_and_for_the_server_too(
     await eventually(lambda: server.requests)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             await task
     await eventually(lambda: server.cancelled == 1)
     assert server.uploads == []

@@ -21,7 +21,7 @@ from deploy.local.ports import free_port
 from services.dispatcher import dispatcher as dispatcher_module
 from shared.states import AttemptOutcome, JobState, SenderState
 from tests.dispatchers import Running, options, process, running, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.smtp_servers import Close, Say, ScriptedServer, Wait, Well
 from tests.world import World, jobs_in
 
@@ -445,7 +445,7 @@ async def test_a_deadline_of_the_caller_does_not_end_the_draining(configure: Con
             await world.schedule(await world.sender(max_in_flight=4), 6)
             await eventually(lambda: begun(server))
             with pytest.raises(grpc.aio.AioRpcError), contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE):
                     await dispatcher.drain(within=0.1)
             before.set()
             after.set()
@@ -527,7 +527,7 @@ async def test_a_fault_in_the_record_of_outcomes_ends_the_process_and_hangs_nobo
         await world.sql("ALTER TABLE attempts RENAME COLUMN message TO words")
         await world.schedule(await world.sender())
         with pytest.raises(ExceptionGroup) as caught:
-            async with asyncio.timeout(10), running(settings):
+            async with asyncio.timeout(PATIENCE), running(settings):
                 await asyncio.Event().wait()
 
     assert "attempts" in str(leaves(caught.value)[0])

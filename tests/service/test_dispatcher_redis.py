@@ -94,7 +94,8 @@ async def test_flushall_under_load_breaks_no_promise(
 async def test_flushall_without_a_gap_sends_nothing_twice_and_loses_nothing(
     configure: Configure, inbox: Inbox
 ) -> None:
-    settings = settings_of(configure(dispatcher_concurrency=20))
+    # No lease of a dispatcher that lives runs out, on a busy machine either.
+    settings = settings_of(configure(dispatcher_concurrency=20, lease="60s"))
     async with World(settings) as world, running(settings), running(settings):
         senders = [await world.sender(max_in_flight=10) for _ in range(5)]
         jobs = [job for each in senders for job in await world.schedule(each, 200)]

@@ -8,199 +8,44 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
 
 import grpc
 import pytest
 import pytest_asyncio
-from google.protobuf.message import Message
 from google.rpc import error_details_pb2
-from google.rpc.status_pb2 import Status
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
+from grpc_health.v1 import health_pb2
 from outbox.v1 import (
-    batch_pb2,
     batch_service_pb2,
-    batch_service_pb2_grpc,
-    stats_pb2,
     stats_service_pb2,
-    stats_service_pb2_grpc,
 )
 
 from shared.auth import CallerKind, current_caller
 from shared.errors import ConfigurationError, FieldViolation, InvalidInput, Unavailable
-from shared.gate import Gate
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.settings import Settings, load_settings
-from tests.eventually import eventually
+from shared.grpc_server import GrpcServer
+from shared.settings import load_settings
+from tests.eventually import PATIENCE, eventually
+from tests.grpc_stack import (
+    BATCHES,
+    GRACE,
+    NOT_SERVING,
+    SERVING,
+    STATS,
+    Stack,
+    detail,
+    reason,
+    running,
+)
 
-STATS = "outbox.v1.StatsService"
-BATCHES = "outbox.v1.BatchService"
 BIN = Path(sys.executable).parent
-GRACE = timedelta(seconds=5)
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-Detail = TypeVar("Detail", bound=Message)
-
-
-class Stats(stats_service_pb2_grpc.StatsServiceServicer):
-    """Does what a test says; the methods that it does not have are the generated ones."""
-
-    def __init__(self) -> None:
-        self.behaviour: Callable[[], Awaitable[None]] = self.nothing
-        self.answer: Any = None
-        self.entered = asyncio.Event()
-        self.release = asyncio.Event()
-        self.ended: asyncio.Future[type[BaseException] | None] = asyncio.Future()
-
-    async def GetSenderStats(  # noqa: N802 - the proto's name
-        self, request: stats_service_pb2.GetSenderStatsRequest, context: Any
-    ) -> stats_pb2.SenderStats:
-        del context
-        await self.observed()
-        return self.answer or stats_pb2.SenderStats(sender_id=request.sender_id)
-
-    async def WatchSenderStats(  # noqa: N802 - the proto's name
-        self, request: stats_service_pb2.WatchSenderStatsRequest, context: Any
-    ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
-        del request, context
-        yield stats_service_pb2.WatchSenderStatsResponse()
-        await self.observed()
-
-    async def observed(self) -> None:
-        self.entered.set()
-        try:
-            await self.behaviour()
-        except BaseException as error:
-            self._end(type(error))
-            raise
-        self._end(None)
-
-    def _end(self, how: type[BaseException] | None) -> None:
-        if not self.ended.done():  # of the first call
-            self.ended.set_result(how)
-
-    async def nothing(self) -> None:
-        """Return at once."""
-
-    async def wait(self) -> None:
-        await self.release.wait()
-
-
-class Batches(batch_service_pb2_grpc.BatchServiceServicer):
-    """Remembers whether an upload looked whole."""
-
-    def __init__(self) -> None:
-        self.begun = asyncio.Event()
-        self.ended: asyncio.Future[str] = asyncio.Future()
-
-    async def UploadBatch(  # noqa: N802 - the proto's name
-        self, request_iterator: AsyncIterator[batch_service_pb2.UploadBatchRequest], context: Any
-    ) -> batch_service_pb2.ScheduleBatchResponse:
-        del context
-        try:
-            async for _ in request_iterator:
-                self.begun.set()
-        except BaseException as error:
-            self.ended.set_result(type(error).__name__)
-            raise
-        self.ended.set_result("whole")
-        return batch_service_pb2.ScheduleBatchResponse(batch=batch_pb2.Batch(batch_id="1"))
-
-
-class Stack:
-    """A server, its servicers and a channel to it."""
-
-    def __init__(self, settings: Settings) -> None:
-        # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
-        self.stats = Stats()  # type: ignore[abstract]
-        self.batches = Batches()  # type: ignore[abstract]
-        self.server = GrpcServer(
-            settings,
-            "127.0.0.1:0",
-            [
-                ServiceBinding(
-                    STATS,
-                    lambda server: stats_service_pb2_grpc.add_StatsServiceServicer_to_server(
-                        self.stats, server
-                    ),
-                    {
-                        "WatchSenderStats": Gate("streams", at_once=1, waiting=0),
-                        "GetSenderStats": Gate("calls", at_once=2, waiting=1),
-                    },
-                ),
-                ServiceBinding(
-                    BATCHES,
-                    lambda server: batch_service_pb2_grpc.add_BatchServiceServicer_to_server(
-                        self.batches, server
-                    ),
-                ),
-            ],
-        )
-
-    def connect(self, channel: grpc.aio.Channel) -> None:
-        self.channel: Any = channel  # for calls that the stubs do not know
-        self.stub = stats_service_pb2_grpc.StatsServiceStub(channel)
-        self.upload: Any = channel.stream_unary(f"/{BATCHES}/UploadBatch")
-        self.health = health_pb2_grpc.HealthStub(channel)
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server.port}"
-
-    async def call(self, timeout: float | None = 10) -> stats_pb2.SenderStats:  # noqa: ASYNC109
-        request = stats_service_pb2.GetSenderStatsRequest(sender_id="7")
-        return await self.stub.GetSenderStats(request, timeout=timeout)
-
-    async def state(self, service: str = "") -> int:
-        request = health_pb2.HealthCheckRequest(service=service)
-        answer = await self.health.Check(request, timeout=10)
-        state: int = answer.status
-        return state
-
-    async def refused(self, call: Awaitable[Any]) -> Status:
-        """Return the status with its details that `call` ends with."""
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async with asyncio.timeout(10):
-                await call
-        status = rpc_status.from_call(caught.value)
-        assert isinstance(status, Status), f"no details: {caught.value}"
-        return status
-
-
-@asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Stack]:
-    stack = Stack(settings)
-    await stack.server.start()
-    async with grpc.aio.insecure_channel(stack.address) as channel:
-        stack.connect(channel)
-        yield stack
-        stack.stats.release.set()
-    await stack.server.drain_and_stop(GRACE)
 
 
 @pytest_asyncio.fixture
 async def stack() -> AsyncIterator[Stack]:
     async with running(load_settings(auth="off")) as stack:
         yield stack
-
-
-def detail(status: Status, kind: type[Detail]) -> Detail:
-    message = kind()
-    assert any(packed.Unpack(message) for packed in status.details), status
-    return message
-
-
-def reason(status: Status) -> tuple[str, str]:
-    info = detail(status, error_details_pb2.ErrorInfo)
-    assert info.domain == "outbox"
-    code = next(code.name for code in grpc.StatusCode if code.value[0] == status.code)
-    return code, info.reason
 
 
 # Errors
@@ -326,7 +171,7 @@ async def test_the_callers_deadline_ends_the_work(stack: Stack) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stack.call(timeout=0.1)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await stack.stats.ended is asyncio.CancelledError
 
 
@@ -349,7 +194,7 @@ async def test_a_caller_that_goes_away_ends_the_work(stack: Stack) -> None:
     await watch.read()
     await stack.stats.entered.wait()
     watch.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await stack.stats.ended is asyncio.CancelledError
 
 
@@ -375,7 +220,7 @@ async def test_a_cancelled_upload_never_looks_whole(stack: Stack) -> None:
     await call.write(chunk(1000))
     await stack.batches.begun.wait()
     call.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await stack.batches.ended != "whole"
 
 
@@ -388,7 +233,7 @@ async def test_an_upload_with_a_message_over_the_limit_never_looks_whole(stack: 
         await call
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "larger than max" in str(caught.value.details())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         assert await stack.batches.ended != "whole"
 
 
@@ -404,7 +249,7 @@ def chunks():
 grpc.insecure_channel("{stack.address}").stream_unary("/{BATCHES}/UploadBatch")(chunks())
 """,
     )
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         await stack.batches.begun.wait()
         client.kill()
         await client.wait()
@@ -496,7 +341,7 @@ async def test_a_watcher_of_health_hears_of_every_change(stack: Stack) -> None:
     assert (await watch.read()).status == NOT_SERVING
     for serving in (True, False, True):
         stack.server.set_serving(serving)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             assert (await watch.read()).status == (SERVING if serving else NOT_SERVING)
 
 
@@ -505,7 +350,7 @@ async def tool(*command: str) -> tuple[int, str]:
     process = await asyncio.create_subprocess_exec(
         BIN / command[0], *command[1:], stdout=asyncio.subprocess.PIPE
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         written, _ = await process.communicate()
     return process.returncode or 0, written.decode()
 
@@ -570,9 +415,8 @@ async def test_a_drain_ends_the_watches_at_once() -> None:
         await watch.read()
         assert (await health.read()).status == SERVING
         await stack.stats.entered.wait()
-        begun = time.monotonic()
-        await stack.server.drain_and_stop(timedelta(seconds=60))
-        assert time.monotonic() - begun < 3
+        async with asyncio.timeout(PATIENCE):
+            await stack.server.drain_and_stop(timedelta(hours=1))
         assert reason(await stack.refused(watch.read())) == ("UNAVAILABLE", "SHUTTING_DOWN")
 
 
@@ -582,8 +426,9 @@ async def test_a_drain_takes_no_longer_than_its_grace() -> None:
         call = asyncio.create_task(stack.call())
         await stack.stats.entered.wait()
         begun = time.monotonic()
-        await stack.server.drain_and_stop(timedelta(seconds=0.5))
-        assert 0.4 < time.monotonic() - begun < 3
+        async with asyncio.timeout(PATIENCE):
+            await stack.server.drain_and_stop(timedelta(seconds=0.5))
+        assert time.monotonic() - begun > 0.4
         with pytest.raises(grpc.aio.AioRpcError):
             await call
         assert await stack.stats.ended is asyncio.CancelledError

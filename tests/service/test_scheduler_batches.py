@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
@@ -423,86 +422,6 @@ async def test_a_strict_batch_names_the_first_rejections(
     assert len(refusal.violations) > 10
     assert list(refusal.violations)[:2] == ["rows[2].email", "rows[3].email"]
     assert nothing_is_stored(scheduler)
-
-
-# Once per request_id
-
-
-async def test_the_same_request_again_gives_the_same_batch(
-    scheduler: Scheduler, sender: sender_pb2.Sender
-) -> None:
-    csv = "email,name\na@b.org,Ann\nx,y\n"
-    first = await scheduler.schedule(sender, csv, request_id="once")
-    again = await scheduler.schedule(
-        sender,
-        csv,
-        request_id="once",
-        # What is said is the same as what is left out.
-        user_id="ann",
-        mode=batch_pb2.BATCH_MODE_PERMISSIVE,
-        spacing=Duration(),
-        time_zone="UTC",
-    )
-    assert (first.replayed, again.replayed) == (False, True)
-    assert again.rejections == first.rejections
-    assert again.batch.batch_id == first.batch.batch_id
-    assert scheduler.value("SELECT count(*) FROM email_jobs") == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"csv": "email\nb@b.org\n"},
-        {"csv": "email\na@b.org"},
-        {"subject": "Other"},
-        {"body": None, "html": "Good day"},
-        {"spacing": Duration(seconds=1)},
-        {"schedule_time": Timestamp(seconds=4_000_000_000)},
-        {"mode": STRICT},
-        {"duplicates": KEEP_ALL},
-        {"time_zone": "Europe/Berlin"},
-        {"csv": b"\xff"},
-    ],
-)
-async def test_another_batch_under_a_used_request_id_is_an_error(
-    scheduler: Scheduler, sender: sender_pb2.Sender, change: dict[str, Any]
-) -> None:
-    first = await scheduler.schedule(sender, request_id="once")
-    refusal = await refusal_of(scheduler.schedule(sender, **{"request_id": "once", **change}))
-    assert (refusal.code, refusal.reason) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
-    assert scheduler.rows("SELECT id FROM batches") == [(int(first.batch.batch_id),)]
-
-
-async def test_users_have_request_ids_of_their_own(scheduler: Scheduler) -> None:
-    first = await scheduler.schedule(await scheduler.sender("ann"), request_id="once")
-    second = await scheduler.schedule(await scheduler.sender("bob"), request_id="once")
-    assert first.batch.batch_id != second.batch.batch_id
-    other_sender = await scheduler.sender("ann")
-    refusal = await refusal_of(scheduler.schedule(other_sender, request_id="once"))
-    assert refusal.reason == "REQUEST_ID_REUSED"
-
-
-async def test_ten_equal_requests_at_once_make_one_batch(
-    scheduler: Scheduler, sender: sender_pb2.Sender
-) -> None:
-    csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(7_000))
-    calls = [scheduler.schedule(sender, csv, request_id="once") for _ in range(10)]
-    answers = await asyncio.gather(*calls)
-    assert [answer.replayed for answer in answers].count(False) == 1
-    assert len({answer.batch.batch_id for answer in answers}) == 1
-    assert scheduler.value("SELECT count(*) FROM email_jobs") == 7_000
-
-
-async def test_of_different_requests_at_once_under_one_id_one_wins(
-    scheduler: Scheduler, sender: sender_pb2.Sender
-) -> None:
-    calls = [
-        scheduler.schedule(sender, f"email\nu{i}@b.org\n", request_id="once") for i in range(5)
-    ]
-    answers = await asyncio.gather(*calls, return_exceptions=True)
-    won = [answer for answer in answers if isinstance(answer, ScheduleBatchResponse)]
-    assert len(won) == 1
-    assert scheduler.value("SELECT count(*) FROM batches") == 1
 
 
 # Reading and cancelling

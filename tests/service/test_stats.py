@@ -27,7 +27,7 @@ from services.stats.server import serve
 from shared.settings import load_settings
 from tests import cooldowns
 from tests.conftest import Stores
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -103,7 +103,7 @@ async def running(
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     settings = {"auth": "off", "stats_listen": "127.0.0.1:0"} | settings
-    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         group.create_task(
             serve(load_settings(database_url=database_url, **settings), stop, ready=port.set_result)
         )
@@ -325,7 +325,7 @@ async def test_a_watch_begins_with_the_state_and_goes_on_with_each_change(stats:
     await stats.delta(sender, 3, 1)
     request = proto.WatchSenderStatsRequest(sender_id=str(sender), user_id="anna")
     stream = stats.stub.WatchSenderStats(request)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         first: Any = await stream.read()
         assert (first.stats.counts.sent_count, first.done) == (1, False)
         await stats.delta(sender, 3, 4)
@@ -349,7 +349,7 @@ async def test_a_watch_begins_with_the_state_and_goes_on_with_each_change(stats:
 async def test_a_watch_tells_when_a_cooldown_begins_changes_and_ends(stats: Stats) -> None:
     sender, other = await stats.sender(), await stats.sender()
     stream = stats.stub.WatchSenderStats(proto.WatchSenderStatsRequest(sender_id=str(sender)))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         message: Any = await stream.read()
         assert not message.stats.HasField("cooldown")
         # Of another sender: no message.
@@ -438,7 +438,7 @@ async def test_a_process_ends_by_sigterm_with_code_0(database_url: str) -> None:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 await channel.channel_ready()
                 await eventually(Stats(database_url, channel).serving)
@@ -458,7 +458,7 @@ async def test_a_wrong_setting_ends_the_process_with_code_2_and_says_which() -> 
         env={"OUTBOX_RATE_WINDOW": "soon"},
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE):
         _, errors = await child.communicate()
     assert child.returncode == 2
     assert errors.decode().startswith("OUTBOX_RATE_WINDOW: ")

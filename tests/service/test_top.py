@@ -22,7 +22,7 @@ from deploy.local.ports import free_port
 from services.stats.server import serve as serve_stats
 from shared.proto_mapping import to_timestamp
 from tests import cooldowns
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, running_scheduler
 
 COMMAND = (str(Path(sys.executable).parent / "outbox"), "top", "--user", "ann")
@@ -126,7 +126,7 @@ async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_w
         screen.type("e")
         await eventually(lambda: screen.shows("as soon as a dispatcher is free"))
         screen.type("q")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             assert await screen.process.wait() == 0
         # Back from the other screen, the cursor seen again, and the keys as they were.
         await eventually(lambda: screen.shows("\x1b[?1049l") and screen.shows("\x1b[?25h"))

@@ -16,7 +16,7 @@ from outbox.v1.batch_service_pb2 import (
 from outbox.v1.email_job_service_pb2 import CancelEmailJobRequest
 
 from shared.watching import Watch
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 CSV = "email\na@b.org\nc@d.org\n"
@@ -38,7 +38,7 @@ def watch(scheduler: Scheduler, batch: batch_pb2.Batch, **fields: Any) -> Any:
 
 
 async def read(stream: Any) -> WatchBatchResponse:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         update = await stream.read()
     assert isinstance(update, WatchBatchResponse), "the stream has ended"
     return update
@@ -47,7 +47,7 @@ async def read(stream: Any) -> WatchBatchResponse:
 async def rest(stream: Any) -> list[WatchBatchResponse]:
     """Return all that comes until the stream ends."""
     found = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while isinstance(update := await stream.read(), WatchBatchResponse):
             found.append(update)
     return found

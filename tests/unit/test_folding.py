@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 
 from services.stats.folding import Pauses, fold_until_stopped
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 MOMENT = timedelta(milliseconds=1)
 LONG = timedelta(hours=1)
@@ -31,7 +31,7 @@ class Deltas:
 async def run(deltas: Deltas, calls: int, pauses: Pauses) -> None:
     """Run until `fold` was called so often, then stop; check that it was not called again."""
     stop = asyncio.Event()
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         group.create_task(fold_until_stopped(deltas.fold, stop, pauses))
         await eventually(lambda: deltas.calls >= calls)
         stop.set()

@@ -7,7 +7,7 @@ import pytest
 
 from shared.errors import ResourceExhausted
 from shared.gate import Gate
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 SOON = timedelta(milliseconds=20)
 LATER = timedelta(seconds=30)
@@ -77,5 +77,5 @@ async def test_who_gives_up_waiting_takes_no_place_with_them() -> None:
         task.cancel()
     await asyncio.gather(*waiting, inside, return_exceptions=True)
     crowd.go.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE):
         await crowd.enter()

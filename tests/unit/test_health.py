@@ -5,6 +5,7 @@ from contextlib import suppress
 from datetime import timedelta
 
 from shared.health import follow_dependencies
+from tests.eventually import PATIENCE
 
 SHORT = timedelta(milliseconds=20)
 
@@ -19,7 +20,7 @@ class Recorder:
         self.told.put_nowait(serving)
 
     async def until(self, serving: bool) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             while await self.told.get() is not serving:
                 pass
 

@@ -53,7 +53,8 @@ VALUES = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_template_that_would_not_end_is_stopped_at_once(name: str) -> None:
-    start = time.monotonic()
+    # Its own processor time: a busy machine makes it no longer.
+    start = time.thread_time()
     reason = ""
     try:
         BatchTemplate.compile("s", BOMBS[name], None).render(VALUES)
@@ -61,7 +62,7 @@ def test_a_template_that_would_not_end_is_stopped_at_once(name: str) -> None:
         reason = error.reason
     assert reason in {"TEMPLATE_LIMIT", "TEMPLATE_INVALID"}
     # Two orders of magnitude above what they take here; unguarded ones take minutes.
-    assert time.monotonic() - start < 10
+    assert time.thread_time() - start < 10
 
 
 def test_a_case_renders_its_block_once_however_many_values_match() -> None:

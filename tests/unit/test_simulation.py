@@ -230,9 +230,10 @@ def test_ten_million_mails_cost_no_more_than_a_hundred(limit: int, gap: int, ste
     chance = random.Random(limit)
     ends = sorted(chance.randrange(-HOUR, 0) for _ in range(min(limit, 1_000)))
     limiter = Limiter(limit, gap, HOUR, takes=100_000, sent=[Sends(end) for end in ends])
-    began = time.perf_counter()
+    # Its own processor time: a busy machine makes it no longer.
+    began = time.thread_time()
     assert after(limiter, 10_000_000, step=step).end is not None
     # The hours of each day are a piece of their own.
     in_hours = replace(limiter, hours=Daily(9 * HOUR, 17 * HOUR))
     assert after(in_hours, 100_000, step=step).end is not None
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2

@@ -12,6 +12,7 @@ import pytest_asyncio
 from redis.asyncio.client import PubSub
 
 from shared.queue.queue import SlotUse
+from tests.eventually import PATIENCE
 from tests.integration.queue.shard import SENDER, Shard, jobs
 
 NO_GAP = replace(SENDER, gap=timedelta(0))
@@ -28,7 +29,7 @@ class Ear:
         """How many messages came since the last time, none of them left out."""
         await self._shard.redis.publish(self._shard.queue.keys.wake, "end")
         messages = 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE):
             async for message in self._pubsub.listen():
                 if message["data"] == "end":
                     return messages

@@ -1,0 +1,232 @@
+"""Recovery of leases that ran out, on a real PostgreSQL, also against others of its kind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+
+import pytest
+import pytest_asyncio
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from services.dispatcher import recovery as recovery_module
+from services.dispatcher import storage
+from services.dispatcher.recovery import Recovery
+from shared.heads import HeadLoader
+from shared.queue.connection import QUEUE_ERRORS
+from shared.states import AttemptOutcome, JobState
+from tests.dispatchers import options, settings_of
+from tests.eventually import PATIENCE
+from tests.marked_jobs import LEASE, OVER, mark, record_of, recover, settle
+from tests.world import World
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))
+    async with World(settings) as world:
+        yield world
+
+
+@pytest_asyncio.fixture
+async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    async with statements.connect() as connection:
+        yield connection
+
+
+# Recovery ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("next_state", [JobState.SCHEDULED, JobState.UNCERTAIN])
+async def test_an_expired_lease_is_an_attempt_that_takes_a_slot(
+    world: World, connection: AsyncConnection, next_state: JobState
+) -> None:
+    sender, other = await world.sender(), await world.sender()
+    [job, held] = await world.schedule(sender, 2, load=False)
+    [fine] = await world.schedule(other, load=False)
+    await mark(connection, [job], lease=OVER)
+    await mark(connection, [held, fine])
+    was = await world.job(job)
+
+    assert await recover(world, next_state) == [sender]
+
+    row = await world.job(job)
+    [attempt] = await world.attempts(job)
+    assert (row.state, row.attempt, row.failures) == (next_state, 1, 0)
+    assert row.scheduled_at == was.scheduled_at
+    assert row.lease_until is None
+    final = next_state is JobState.UNCERTAIN
+    assert row.finished_at == (was.lease_until if final else None)
+    # Nobody knows when it ended, if at all: the last possible instant counts.
+    assert attempt.ended_at == was.lease_until.timestamp()
+    assert attempt.ended_at - attempt.started_at == pytest.approx(LEASE.total_seconds())
+    assert (attempt.outcome, attempt.counted) == (AttemptOutcome.LEASE_EXPIRED, True)
+    assert await world.in_state(JobState.SENDING) == {held, fine}
+    await world.check_counts()
+    assert await recover(world, next_state) == []
+
+
+async def test_a_recovered_job_is_marked_as_its_next_attempt(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    await mark(connection, [job], lease=OVER)
+    await recover(world)
+
+    assert await mark(connection, [job], attempt=1) == {}
+    assert set(await mark(connection, [job], attempt=2)) == {job}
+
+
+async def test_two_recoveries_at_once_end_each_attempt_once(
+    world: World, connection: AsyncConnection
+) -> None:
+    senders = [await world.sender() for _ in range(2)]
+    jobs = [job for each in senders for job in await world.schedule(each, 3, load=False)]
+    await mark(connection, jobs, lease=OVER)
+    async with world.engine.begin() as first:
+        found = await storage.recover_expired(first, LEASE, JobState.SCHEDULED)
+        assert await recover(world) == []
+
+    assert sorted(found) == senders
+    assert all([len(await world.attempts(job)) == 1 for job in jobs])
+    await world.check_counts()
+
+
+async def test_a_recovery_and_a_settlement_at_once_record_one_outcome(
+    world: World, statements: AsyncEngine
+) -> None:
+    jobs = await world.schedule(await world.sender(), 2, load=False)
+    async with statements.connect() as connection:
+        marked = await mark(connection, jobs, lease=OVER)
+        async with world.engine.begin() as settling:
+            await settle(settling, [record_of(marked[jobs[0]])])
+            # It does not wait for what is being settled.
+            await recover(world)
+        assert await settle(connection, [record_of(marked[jobs[1]])]) == {}
+
+    assert [a.outcome for a in await world.attempts(jobs[0])] == [AttemptOutcome.SENT]
+    assert [a.outcome for a in await world.attempts(jobs[1])] == [AttemptOutcome.LEASE_EXPIRED]
+    await world.check_counts()
+
+
+async def test_next_expiry_is_that_of_the_first_lease(
+    world: World, connection: AsyncConnection
+) -> None:
+    jobs = await world.schedule(await world.sender(), 2, load=False)
+    assert await storage.next_expiry(connection) is None
+
+    await mark(connection, jobs[:1], lease=timedelta(seconds=50))
+    await mark(connection, jobs[1:], lease=timedelta(seconds=20))
+
+    left = await storage.next_expiry(connection)
+    assert left is not None
+    assert timedelta(seconds=10) < left <= timedelta(seconds=20)
+
+
+@pytest.fixture
+def recovery_of(world: World) -> Callable[..., Recovery]:
+    def build(policy: str = "resend") -> Recovery:
+        settings = settings_of(
+            options(
+                world.settings.database_url,
+                world.settings.redis_url,
+                world.settings.smtp_url,
+                uncertain_policy=policy,
+                lease="1s",
+            )
+        )
+        return Recovery(settings, world.engine, world.loader)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("policy", "state"), [("resend", JobState.SCHEDULED), ("hold", JobState.UNCERTAIN)]
+)
+async def test_the_policy_decides_about_jobs_whose_lease_ran_out(
+    world: World,
+    connection: AsyncConnection,
+    recovery_of: Callable[..., Recovery],
+    policy: str,
+    state: JobState,
+) -> None:
+    sender = await world.sender()
+    [job] = await world.schedule(sender, load=False)
+    await mark(connection, [job], lease=OVER)
+
+    pause = await recovery_of(policy).recover_leases()
+
+    assert pause == timedelta(seconds=1)
+    assert (await world.job(job)).state == state
+    key = world.loader.queue_of(sender).keys.ready.replace("ready", f"due:{sender}")
+    due = await world.redis.zrange(key, 0, -1)
+    assert due == ([f"{job:012d}:2"] if state is JobState.SCHEDULED else [])
+
+
+async def test_a_recovered_job_is_not_forgotten_if_redis_is_away_at_that_moment(
+    world: World, connection: AsyncConnection
+) -> None:
+    """The marker, of the same transaction, brings the load later."""
+    sender = await world.sender()
+    [job] = await world.schedule(sender, load=False)
+    await world.sql("DELETE FROM head_markers")
+    await mark(connection, [job], lease=OVER)
+    away = settings_of(
+        options(world.settings.database_url, "redis://127.0.0.1:1/0", world.settings.smtp_url)
+    )
+    async with World(away) as elsewhere:
+        with pytest.raises(QUEUE_ERRORS):
+            await Recovery(away, elsewhere.engine, elsewhere.loader).recover_leases()
+
+    assert (await world.job(job)).state == JobState.SCHEDULED
+    assert [row.sender_id for row in await world.sql("SELECT * FROM head_markers")] == [sender]
+
+
+async def test_whoever_sent_while_postgresql_hung_is_given_time_to_record_it(
+    world: World,
+    connection: AsyncConnection,
+    recovery_of: Callable[..., Recovery],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(recovery_module, "_HANGS", timedelta(milliseconds=100))
+    [job] = await world.schedule(await world.sender(), load=False)
+    await mark(connection, [job], lease=OVER)
+    recovery = recovery_of()
+    # Once: if it is always as slow as that, leases have to end all the same.
+    for pause, state in (
+        (recovery_module.GRACE, JobState.SENDING),
+        (timedelta(seconds=1), JobState.SCHEDULED),
+    ):
+        async with world.engine.begin() as hung:
+            await hung.execute(text("LOCK TABLE email_jobs"))
+            looking = asyncio.create_task(recovery.recover_leases())
+            await asyncio.wait([looking], timeout=0.2)
+            assert not looking.done()
+        assert await looking == pause
+        assert (await world.job(job)).state == state
+
+
+class Losing(HeadLoader):
+    """Loses a cancellation, as redis-py does on Python 3.11 if it comes with an answer."""
+
+    begun: asyncio.Event
+
+    async def load_abandoned(self) -> list[int]:
+        self.begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return []
+
+
+async def test_a_recovery_ends_although_its_cancellation_was_lost(world: World) -> None:
+    loader = Losing(world.engine, world.queues, world.settings)
+    loader.begun = asyncio.Event()
+    recovering = asyncio.create_task(Recovery(world.settings, world.engine, loader).run())
+    await loader.begun.wait()
+    recovering.cancel()
+    async with asyncio.timeout(PATIENCE):
+        with pytest.raises(asyncio.CancelledError):
+            await recovering

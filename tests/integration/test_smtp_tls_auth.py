@@ -1,0 +1,268 @@
+"""TLS, logins, and the endpoints that a user may name."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.local.certificates import self_signed, server_context
+from services.dispatcher.smtp import SmtpPool
+from services.dispatcher.smtp import pool as pools
+from shared.egress import Egress
+from shared.states import AttemptOutcome, SmtpSecurity
+from tests.eventually import eventually
+from tests.smtp_pools import (
+    all_closed,
+    endpoint_of,
+    open_connections,
+    pool_of,
+    relay_at,
+    send,
+)
+from tests.smtp_servers import (
+    Close,
+    Say,
+    ScriptedServer,
+    Wait,
+    Well,
+    plain_login,
+)
+
+SENT = AttemptOutcome.SENT
+CONNECTION = AttemptOutcome.CONNECTION_FAILURE
+IN_DOUBT = AttemptOutcome.IN_DOUBT
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[SmtpPool]:
+    pool = pool_of(timeout=30.0)
+    yield pool
+    await pool.close()
+
+
+@pytest.fixture
+async def hasty() -> AsyncIterator[SmtpPool]:
+    """A pool that gives a silent server up soon."""
+    pool = pool_of()
+    yield pool
+    await pool.close()
+
+
+# TLS and AUTH --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("security", [SmtpSecurity.STARTTLS, SmtpSecurity.TLS])
+async def test_a_mail_goes_over_tls(
+    security: SmtpSecurity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = self_signed(tmp_path)
+    context = server_context(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS) as server:
+        for _ in range(3):
+            result = await send(pool, endpoint_of(server, security=security))
+            assert result.outcome is SENT, result.message
+
+        assert server.connections == 1
+        assert server.visits["starttls"] == (security is SmtpSecurity.STARTTLS)
+        await pool.close()
+        await eventually(lambda: not server.open)
+
+
+@pytest.mark.parametrize("security", [SmtpSecurity.STARTTLS, SmtpSecurity.TLS])
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+async def test_a_certificate_that_is_not_to_be_trusted_gets_no_mail(
+    security: SmtpSecurity, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = self_signed(tmp_path, host=host)
+    context = server_context(certificate)
+    if host != "127.0.0.1":
+        # Trusted, and of another host.
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS) as server:
+        endpoint = endpoint_of(server, security=security, username="anna", password="s3cret-word")
+        result = await send(pool, endpoint)
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert "certificate" in (result.message or "").lower()
+        assert "AUTH" not in " ".join(server.commands)
+        assert open_connections(pool) == 0
+
+
+async def test_a_certificate_that_has_expired_gets_no_mail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = self_signed(tmp_path, until=-timedelta(minutes=1))
+    context = server_context(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer(tls=context) as server:
+        result = await send(pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert "expired" in (result.message or "")
+        assert server.visits["mail"] == 0
+
+
+async def test_starttls_that_is_not_offered_is_not_done_without(pool: SmtpPool) -> None:
+    async with ScriptedServer() as server:
+        result = await send(pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert server.visits["mail"] == 0
+        assert open_connections(pool) == 0
+
+
+@pytest.mark.parametrize("action", [Say("454 4.7.0 not now"), Close(), Wait()])
+async def test_starttls_that_fails_gets_no_mail(
+    hasty: SmtpPool, action: Any, tmp_path: Path
+) -> None:
+    context = server_context(self_signed(tmp_path))
+    async with ScriptedServer({"starttls": action}, tls=context) as server:
+        result = await send(hasty, endpoint_of(server, security=SmtpSecurity.STARTTLS))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert server.visits["mail"] == 0
+        await all_closed(hasty)
+
+
+AUTH = ("8BITMIME", "AUTH PLAIN")
+
+
+async def test_a_sender_with_a_password_logs_in_once_a_connection(pool: SmtpPool) -> None:
+    async with ScriptedServer(extensions=AUTH) as server:
+        endpoint = relay_at(server, username="anna", password="s3cret-word")
+        for _ in range(2):
+            assert (await send(pool, endpoint)).outcome is SENT
+
+    logins = [command for command in server.commands if command.startswith("AUTH")]
+    assert logins == [f"AUTH PLAIN {plain_login('anna', 's3cret-word')}"]
+
+
+@pytest.mark.parametrize(
+    ("extensions", "action"),
+    [
+        (AUTH, Say("535 5.7.8 bad credentials")),
+        (AUTH, Say("454 4.7.0 ask later")),
+        (AUTH, Close()),
+        (("8BITMIME",), Well()),
+        (("8BITMIME", "AUTH GSSAPI"), Well()),
+        (AUTH, Say(f"500 5.5.2 what? AUTH PLAIN {plain_login('anna', 's3cret-word')}")),
+        (AUTH, Say("535 5.7.8 s3cret-word is wrong")),
+    ],
+)
+async def test_a_login_that_fails_is_the_endpoints_fault_and_tells_no_password(
+    pool: SmtpPool, extensions: tuple[str, ...], action: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    async with ScriptedServer({"auth": action}, extensions=extensions) as server:
+        endpoint = relay_at(server, username="anna", password="s3cret-word")
+        result = await send(pool, endpoint)
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert server.visits["mail"] == 0
+        await all_closed(pool)
+        texts = [result.message, pool.states()[0].last_error, repr(endpoint), caplog.text]
+        for secret in ("s3cret-word", plain_login("anna", "s3cret-word")):
+            assert not any(secret in (text or "") for text in texts)
+
+
+async def test_senders_with_other_credentials_never_share_a_connection(pool: SmtpPool) -> None:
+    async with ScriptedServer(extensions=AUTH) as server:
+        for user in ("anna", "bert", "anna"):
+            await send(pool, relay_at(server, username=user, password="x"))
+
+        assert server.connections == 2
+
+
+# What a user may name
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0", "2130706433", "::ffff:127.0.0.1"])
+async def test_a_users_endpoint_never_leads_into_the_operators_network(host: str) -> None:
+    pool = pool_of(egress=Egress(), timeout=5.0)
+    async with ScriptedServer() as server:
+        result = await send(pool, endpoint_of(server, host=host))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert result.message == (
+            f"{host} leads into the operator's network, where a sender's endpoint may not; the "
+            "operator can list it in OUTBOX_SMTP_ALLOW"
+        )
+        assert server.connections == 0
+        assert open_connections(pool) == 0
+
+
+async def test_the_operators_relay_may_be_anywhere_and_shares_no_connection() -> None:
+    pool = pool_of(egress=Egress(), timeout=5.0)
+    async with ScriptedServer() as server:
+        assert (await send(pool, relay_at(server))).outcome is SENT
+        assert (await send(pool, endpoint_of(server))).outcome is CONNECTION
+        assert server.connections == 1
+    await pool.close()
+
+
+async def test_a_name_is_looked_up_once_and_the_checked_address_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    look_up, answers = loop.getaddrinfo, ["127.0.0.1", "192.0.2.1"]
+
+    async def rebinding(host: Any, port: Any, **hints: Any) -> Any:
+        assert host == "rebinding.test"
+        return await look_up(answers.pop(0), port, **hints)
+
+    monkeypatch.setattr(loop, "getaddrinfo", rebinding)
+    pool = pool_of(timeout=5.0)
+    async with ScriptedServer() as server:
+        result = await send(pool, endpoint_of(server, host="rebinding.test"))
+        assert result.outcome is SENT, result.message
+        assert (server.connections, answers) == (1, ["192.0.2.1"])
+    await pool.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "tries"),
+    [("535 5.7.8 wrong password", 1), ("454 4.7.0 later", 1), ("504 5.5.4 not this method", 2)],
+)
+async def test_a_password_is_tried_once_unless_the_server_lacks_the_method(
+    pool: SmtpPool, reply: str, tries: int
+) -> None:
+    plan = {"auth": [Say(reply), Well()]}
+    async with ScriptedServer(plan, extensions=("AUTH CRAM-MD5 PLAIN",)) as server:
+        endpoint = dataclasses.replace(relay_at(server), username="anna", password="s3cret-word")
+        result = await send(pool, endpoint)
+
+        assert server.visits["auth"] == tries
+        assert (result.outcome is SENT) == (tries == 2)
+
+
+async def test_a_users_password_never_goes_in_clear(pool: SmtpPool) -> None:
+    async with ScriptedServer(extensions=AUTH) as server:
+        result = await send(pool, endpoint_of(server, username="anna", password="s3cret-word"))
+
+        assert (result.outcome, result.body_begun) == (CONNECTION, False)
+        assert "TLS only" in (result.message or "")
+        assert server.connections == 0
+
+
+async def test_the_number_of_endpoints_that_are_remembered_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user may give a sender another endpoint before each mail."""
+    monkeypatch.setattr(pools, "MOST_ENDPOINTS", 3)
+    pool = pool_of(mails_per_connection=1)
+    async with ScriptedServer() as server:
+        for number in range(6):
+            result = await send(pool, endpoint_of(server, ca=f"another {number}"))
+            assert result.outcome is AttemptOutcome.SENT
+            await eventually(lambda: not any(each.connection_count for each in pool.states()))
+        assert len(pool.states()) == 3
