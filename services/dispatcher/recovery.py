@@ -67,7 +67,7 @@ class Recovery:
     async def _try(self, step: Callable[[], Awaitable[timedelta]]) -> timedelta:
         try:
             return await step()
-        except QUEUE_ERRORS:
+        except QUEUE_ERRORS:  # first, because OSError is in both
             raise
         except DATABASE_ERRORS:
             self._calm = False

@@ -108,7 +108,8 @@ async def test_a_mail_in_flight_keeps_its_senders_slot_whatever_is_lost(
 ) -> None:
     held = Wait()
     async with ScriptedServer({"body": [(held, Well())]}) as server:
-        settings = settings_of(configure(server.url, min_gap="100ms"))
+        # The reply to the body is held until the sender is restored, however long that takes.
+        settings = settings_of(configure(server.url, min_gap="100ms", smtp_timeout="60s"))
         async with World(settings) as world, running(settings), running(settings):
             sender, control = await world.sender(), await world.sender()
             first, second = await world.schedule(sender, 2)

@@ -14,6 +14,7 @@ from outbox.v1.batch_service_pb2 import (
     WatchBatchResponse,
 )
 from outbox.v1.email_job_service_pb2 import CancelEmailJobRequest
+from sqlalchemy import Engine, event
 
 from shared.watching import Watch
 from tests.eventually import PATIENCE, eventually
@@ -131,6 +132,34 @@ async def test_a_watch_of_nothing_is_refused(
         ({"resume_token": token}, "RESUME_TOKEN_INVALID"),
     ):
         assert (await refusal_of(watch(scheduler, batch, **fields).read())).reason == reason
+
+
+async def test_a_batch_that_is_cancelled_during_a_look_is_never_shown_as_done(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    batch = (await scheduler.schedule(sender, CSV)).batch
+    stream = watch(scheduler, batch)
+    await read(stream)
+
+    cancelled = False
+
+    def cancel(*arguments: Any) -> None:
+        """Cancel the batch between the two statements that read it and its counts."""
+        nonlocal cancelled
+        if "FROM batches" in arguments[2] and not cancelled:
+            cancelled = True
+            scheduler.execute(
+                "WITH cancelled AS (UPDATE batches SET state = 2, cancelled_at = now()"
+                " RETURNING id, sender_id, cancelled_at) INSERT INTO batch_cancellations"
+                " (batch_id, sender_id, cancelled_at) SELECT * FROM cancelled"
+            )
+
+    event.listen(Engine, "after_cursor_execute", cancel)
+    try:
+        states = [update.batch.state for update in await rest(stream)]
+    finally:
+        event.remove(Engine, "after_cursor_execute", cancel)
+    assert states == [batch_pb2.BATCH_STATE_CANCELLED]
 
 
 async def test_nothing_is_read_while_nobody_watches_and_once_for_all_who_do() -> None:

@@ -9,11 +9,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from shared.loops import Loop, raise_if_cancelled, run_until_stopped
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 NOW = timedelta(0)
 LONG = timedelta(hours=1)
-LIMIT_S = 10
 
 
 class Steps:
@@ -35,7 +34,7 @@ class Steps:
 
     async def reached(self, count: int) -> None:
         """Wait until the step was called `count` times."""
-        async with asyncio.timeout(LIMIT_S), self._done:
+        async with asyncio.timeout(PATIENCE), self._done:
             await self._done.wait_for(lambda: self._count >= count)
 
     @property
@@ -47,7 +46,7 @@ class Steps:
 async def running(loop: Loop) -> AsyncIterator[asyncio.Event]:
     """Run a loop until the context ends, or until the test sets the event that is given to it."""
     stop = asyncio.Event()
-    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         group.create_task(loop.run(stop))
         yield stop
         stop.set()
@@ -219,7 +218,7 @@ async def test_a_loop_whose_step_lost_its_cancellation_ends() -> None:
     await begun.wait()
     task.cancel()
     # Not awaited under a limit, which would cancel it once more.
-    await asyncio.wait({task}, timeout=LIMIT_S)
+    await asyncio.wait({task}, timeout=PATIENCE)
     assert task.cancelled()
 
 
@@ -233,7 +232,7 @@ async def test_a_loop_that_lost_its_cancellation_ends_all_the_same() -> None:
     task = asyncio.create_task(loop_for_ever())
     await asyncio.sleep(0)
     task.cancel()
-    await asyncio.wait({task}, timeout=LIMIT_S)
+    await asyncio.wait({task}, timeout=PATIENCE)
     assert task.cancelled()
 
 
@@ -247,7 +246,7 @@ async def test_work_that_never_ends_is_cancelled_at_the_stop() -> None:
         finally:
             ended.set()
 
-    async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         group.create_task(run_until_stopped(work, stop))
         await begun.wait()
         stop.set()
@@ -258,7 +257,7 @@ async def test_an_error_of_work_that_never_ends_is_raised_before_the_stop() -> N
     async def work() -> None:
         raise ValueError("a fault")
 
-    async with asyncio.timeout(LIMIT_S):
+    async with asyncio.timeout(PATIENCE):
         with pytest.raises(ExceptionGroup) as group:
             await run_until_stopped(work, asyncio.Event())
     assert group.group_contains(ValueError, match="a fault")
