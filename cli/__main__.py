@@ -11,7 +11,7 @@ _OF_THE_COMMAND_LINE = ("rich", "typer")
 def main() -> None:
     """Run the command line. If it is not installed, say how to install it."""
     try:
-        from cli.main import main as run  # noqa: PLC0415 - it may be missing
+        from cli.main import main as run
     except ModuleNotFoundError as error:
         if error.name not in _OF_THE_COMMAND_LINE:
             raise

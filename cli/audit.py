@@ -56,11 +56,11 @@ def audit(
     if maildir is None and record is None:
         maildir = inbox
     # `--help` needs no SQLAlchemy, which takes a third of a second.
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+    from sqlalchemy.exc import SQLAlchemyError
 
-    from deploy.local.record import RECORD, KeptMails  # noqa: PLC0415
-    from shared.audit.installation import audit_installation  # noqa: PLC0415
-    from shared.audit.report import AuditReport  # noqa: PLC0415
+    from deploy.local.record import RECORD, KeptMails
+    from shared.audit.installation import audit_installation
+    from shared.audit.report import AuditReport
 
     if record is None and maildir is not None and (maildir / RECORD).is_file():
         record = maildir / RECORD

@@ -16,11 +16,11 @@ def migrate() -> None:
     Safe to run at any time, and from several machines at once.
     """
     # `--help` needs no SQLAlchemy, which takes a third of a second.
-    from sqlalchemy.engine import make_url  # noqa: PLC0415
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
 
-    from shared import database  # noqa: PLC0415
-    from shared.settings import load_settings  # noqa: PLC0415
+    from shared import database
+    from shared.settings import load_settings
 
     url = load_settings().database_url
     try:

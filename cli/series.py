@@ -110,7 +110,7 @@ def _values(points: Sequence[SeriesPoint]) -> dict[str, list[int]]:
 def draw(sender_id: str, points: Sequence[SeriesPoint]) -> None:
     """Draw a series in the terminal."""
     # Of no use to any other command.
-    import plotext  # noqa: PLC0415
+    import plotext
 
     places = list(range(len(points)))
     labels = _labels(points)
@@ -135,7 +135,7 @@ def write_picture(path: Path, sender_id: str, points: Sequence[SeriesPoint]) -> 
     Raises:
         CommandFailed: the file cannot be written.
     """
-    import pygal  # noqa: PLC0415
+    import pygal
 
     # No script from elsewhere: the picture stands alone.
     chart = pygal.Line(

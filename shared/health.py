@@ -43,7 +43,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Check(  # noqa: N802 - the proto's name
+    async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
         """Answer the state now; NOT_FOUND for a name that this server does not serve."""
@@ -51,20 +51,20 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
         return _Status(status=self._state(request.service))
 
-    async def List(  # noqa: N802 - the proto's name
+    async def List(
         self,
-        request: health_pb2.HealthListRequest,  # noqa: ARG002 - empty
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        request: health_pb2.HealthListRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> health_pb2.HealthListResponse:
         """Answer the state of every name."""
         return health_pb2.HealthListResponse(
             statuses={name: _Status(status=self._state(name)) for name in self._services}
         )
 
-    async def Watch(  # noqa: N802 - the proto's name
+    async def Watch(
         self,
         request: health_pb2.HealthCheckRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         """Answer the state now, and again whenever it changes."""
         last = None

@@ -41,18 +41,18 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         self._queues = queues
         self._on_drain = on_drain
 
-    async def GetDispatcherStatus(  # noqa: N802 - the proto's name
+    async def GetDispatcherStatus(
         self,
-        request: dispatcher_service_pb2.GetDispatcherStatusRequest,  # noqa: ARG002
-        context: grpc.aio.ServicerContext[object, object],  # noqa: ARG002
+        request: dispatcher_service_pb2.GetDispatcherStatusRequest,
+        context: grpc.aio.ServicerContext[object, object],
     ) -> dispatcher_pb2.DispatcherStatus:
         """Return what the dispatcher does now."""
         return await self._status()
 
-    async def DrainDispatcher(  # noqa: N802 - the proto's name
+    async def DrainDispatcher(
         self,
-        request: dispatcher_service_pb2.DrainDispatcherRequest,  # noqa: ARG002
-        context: grpc.aio.ServicerContext[object, object],  # noqa: ARG002
+        request: dispatcher_service_pb2.DrainDispatcherRequest,
+        context: grpc.aio.ServicerContext[object, object],
     ) -> dispatcher_service_pb2.DrainDispatcherResponse:
         """Take no more jobs; answer when nothing is in flight."""
         self._on_drain()

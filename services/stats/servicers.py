@@ -41,10 +41,10 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         self._engine = engine
         self._rules = rules
 
-    async def GetSenderStats(  # noqa: N802 - the proto's name
+    async def GetSenderStats(
         self,
         request: stats_service_pb2.GetSenderStatsRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_pb2.SenderStats:
         """Return the counts of one sender."""
         user_id = effective_user(current_caller(), request.user_id)
@@ -55,10 +55,10 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
             raise not_found("sender_id", request.sender_id)
         return _sender_stats(found)
 
-    async def GetUserStats(  # noqa: N802 - the proto's name
+    async def GetUserStats(
         self,
         request: stats_service_pb2.GetUserStatsRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_pb2.UserStats:
         """Return the counts of one user, and of one page of its senders."""
         user_id = require_user(current_caller(), request.user_id)
@@ -68,37 +68,37 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         shown, token = page.cut(found.senders, lambda sender: (sender.sender_id,))
         return _user_stats(user_id, replace(found, senders=shown), token)
 
-    async def ForecastBatch(  # noqa: N802 - the proto's name
+    async def ForecastBatch(
         self,
         request: stats_service_pb2.ForecastBatchRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.ForecastBatchResponse:
         """Return when a batch, a real or a planned one, will have been sent."""
         user_id = effective_user(current_caller(), request.user_id)
         return await forecast(self._engine, request, user_id, self._rules)
 
-    async def AuditSender(  # noqa: N802 - the proto's name
+    async def AuditSender(
         self,
         request: stats_service_pb2.AuditSenderRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.AuditSenderResponse:
         """Replay what a sender sent against its limits."""
         user_id = effective_user(current_caller(), request.user_id)
         return await audit(self._engine, request, user_id, self._rules)
 
-    async def QuerySenderSeries(  # noqa: N802 - the proto's name
+    async def QuerySenderSeries(
         self,
         request: stats_service_pb2.QuerySenderSeriesRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.QuerySenderSeriesResponse:
         """Return how a sender did over time."""
         user_id = effective_user(current_caller(), request.user_id)
         return await series(self._engine, request, user_id)
 
-    async def WatchSenderStats(  # noqa: N802 - the proto's name
+    async def WatchSenderStats(
         self,
         request: stats_service_pb2.WatchSenderStatsRequest,
-        context: grpc.aio.ServicerContext[Any, Any],  # noqa: ARG002 - the proto's signature
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[stats_service_pb2.WatchSenderStatsResponse]:
         """Stream the counts of a sender as they change, until it is deleted."""
         user_id = effective_user(current_caller(), request.user_id)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
+import msgpack
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError
@@ -182,11 +183,56 @@ def _contact(settlement: Settlement) -> str:
     return settlement.contact
 
 
-def _cooldown(settlement: Settlement) -> str | int:
-    """Return the time to the next probe as settle.lua reads it. A time that is over is 1 ms."""
+def _cooldown(settlement: Settlement) -> int | None:
+    """Return the ms to the next probe as settle.lua reads them. A time that is over is 1 ms."""
     if settlement.cooldown is None:
-        return ""
+        return None
     return max(1, _ms(settlement.cooldown)) if settlement.cooldown else 0
+
+
+def _settlement_arg(settlement: Settlement) -> bytes:
+    """Return the map that settle.lua describes."""
+    next_job = settlement.next_job
+    fields = {
+        "sender": str(settlement.sender_id),
+        "member": member_of(settlement.job),
+        "kind": settlement.use.value,
+        "age": _ms(settlement.age),
+        "lease": settlement.lease_ms,
+        "next_member": None if next_job is None else member_of(next_job),
+        "next_due": settlement.next_due_ms,
+        "contact": _contact(settlement),
+        "cooldown": _cooldown(settlement),
+    }
+    return _pack(fields)
+
+
+def _head_arg(head: Head) -> bytes:
+    """Return the map that load_head.lua describes."""
+    opens, closes = head.opening or (0, "inf")
+    ends = [f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in head.ends]
+    fields = {
+        "sender": str(head.sender_id),
+        "limit": head.hourly_limit,
+        "gap": _ms(head.gap),
+        "flight": head.max_in_flight,
+        "state": 1 if head.active else 2,
+        "horizon": head.jobs[-1][1] if head.more and head.jobs else "inf",
+        "endpoint": head.endpoint,
+        "revision": str(head.revision),
+        "jobs": " ".join([f"{member_of(job)} {due_ms}" for job, due_ms in head.jobs]),
+        "ends": " ".join(ends),
+        "leases": " ".join([f"{member_of(one.job)} {_ms(one.left)}" for one in head.leases]),
+        "opens": opens,
+        "closes": closes,
+        "cooldown": None if head.cooldown is None else max(1, _ms(head.cooldown)),
+    }
+    return _pack(fields)
+
+
+def _pack(fields: Mapping[str, object]) -> bytes:
+    packed: bytes = msgpack.packb(fields)
+    return packed
 
 
 def _ms(duration: timedelta) -> int:
@@ -286,10 +332,7 @@ class Queue:
             ",".join(str(_ms(wait * stretch)) for wait in ladder)
             for ladder in (self._ladder, self._auth_ladder)
         )
-        for s in settlements:
-            next_member = "" if s.next_job is None else member_of(s.next_job)
-            args += (s.sender_id, member_of(s.job), s.use.value, _ms(s.age), s.lease_ms)
-            args += (next_member, s.next_due_ms, _contact(s), _cooldown(s))
+        args += map(_settlement_arg, settlements)
         unknown, changes = await self._run("settle", (self.keys.ready,), args)
         for *change, place in changes:
             self._tell(change, settlements[place].server)
@@ -348,7 +391,7 @@ class Queue:
             for head in heads:
                 await self._scripts["load_head"](
                     keys=[self.keys.ready],
-                    args=self._head_args(head, epochs[head.sender_id]),
+                    args=[self._window, epochs[head.sender_id], _head_arg(head)],
                     client=pipeline,
                 )
             answers = await pipeline.execute()
@@ -357,22 +400,6 @@ class Queue:
         return [
             head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
         ]
-
-    def _head_args(self, head: Head, epoch: str) -> list[Any]:
-        horizon = head.jobs[-1][1] if head.more and head.jobs else "inf"
-        args: list[Any] = [head.sender_id, epoch, self._window, head.hourly_limit, _ms(head.gap)]
-        args += (head.max_in_flight, 1 if head.active else 2, horizon)
-        args += (head.endpoint, head.revision)
-        args.append(" ".join([f"{member_of(job)} {due_ms}" for job, due_ms in head.jobs]))
-        args.append(
-            " ".join([f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in head.ends])
-        )
-        args.append(
-            " ".join([f"{member_of(lease.job)} {_ms(lease.left)}" for lease in head.leases])
-        )
-        args += head.opening or (0, "inf")
-        args.append(0 if head.cooldown is None else max(1, _ms(head.cooldown)))
-        return args
 
     async def read_limiter(self, sender_id: int) -> LimiterState | None:
         """Return what the limiter of a sender says now; None: Redis does not know the sender."""

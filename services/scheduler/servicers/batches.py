@@ -60,10 +60,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         self._intake = intake
         self._forecaster = forecaster
 
-    async def ScheduleBatch(  # noqa: N802 - the proto's name
+    async def ScheduleBatch(
         self,
         request: batch_service_pb2.ScheduleBatchRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from one message."""
         user_id = acting_user(request.options.user_id, "options.user_id")
@@ -73,10 +73,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
-    async def UploadBatch(  # noqa: N802 - the proto's name
+    async def UploadBatch(
         self,
         request_iterator: AsyncIterator[batch_service_pb2.UploadBatchRequest],
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from a CSV in chunks."""
         messages = aiter(request_iterator)
@@ -90,20 +90,20 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
-    async def GetBatch(  # noqa: N802 - the proto's name
+    async def GetBatch(
         self,
         request: batch_service_pb2.GetBatchRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> batch_pb2.Batch:
         """Return one batch."""
         user_id = acting_user(request.user_id)
         batch_id = parse_id(request.batch_id, "batch_id")
         return await self._read(batch_id, user_id)
 
-    async def ListBatches(  # noqa: N802 - the proto's name
+    async def ListBatches(
         self,
         request: batch_service_pb2.ListBatchesRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> batch_service_pb2.ListBatchesResponse:
         """Return one page of batches, the newest first."""
         sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
@@ -118,10 +118,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             batches=[to_batch(batch) for batch in shown], next_page_token=token
         )
 
-    async def ListRejections(  # noqa: N802 - the proto's name
+    async def ListRejections(
         self,
         request: batch_service_pb2.ListRejectionsRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> batch_service_pb2.ListRejectionsResponse:
         """Return one page of a batch's rejections."""
         user_id = acting_user(request.user_id)
@@ -136,10 +136,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             rejections=to_rejections(shown), next_page_token=token
         )
 
-    async def CancelBatch(  # noqa: N802 - the proto's name
+    async def CancelBatch(
         self,
         request: batch_service_pb2.CancelBatchRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> batch_service_pb2.CancelBatchResponse:
         """Cancel what waits of a batch."""
         user_id = acting_user(request.user_id)
@@ -163,10 +163,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             - (counts.cancelled_count + counts.suppressed_count + counts.expired_count),
         )
 
-    async def WatchBatch(  # noqa: N802 - the proto's name
+    async def WatchBatch(
         self,
         request: batch_service_pb2.WatchBatchRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> AsyncIterator[batch_service_pb2.WatchBatchResponse]:
         """Stream a batch as it changes, until every job is in a final state."""
         user_id = acting_user(request.user_id)

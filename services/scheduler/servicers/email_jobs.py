@@ -47,10 +47,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         self._loader = loader
         self._installation_id: str | None = None
 
-    async def GetEmailJob(  # noqa: N802 - the proto's name
+    async def GetEmailJob(
         self,
         request: email_job_service_pb2.GetEmailJobRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_pb2.EmailJob:
         """Return one job."""
         user_id = acting_user(request.user_id)
@@ -61,10 +61,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             raise not_found("email_job_id", request.email_job_id)
         return to_job(found, await self._installation())
 
-    async def ListEmailJobs(  # noqa: N802 - the proto's name
+    async def ListEmailJobs(
         self,
         request: email_job_service_pb2.ListEmailJobsRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_service_pb2.ListEmailJobsResponse:
         """Return one page of jobs, in the order of their acceptance."""
         narrowed = bool(request.sender_id or request.batch_id)
@@ -82,10 +82,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             email_jobs=[to_job(job, installation) for job in shown], next_page_token=token
         )
 
-    async def CancelEmailJob(  # noqa: N802 - the proto's name
+    async def CancelEmailJob(
         self,
         request: email_job_service_pb2.CancelEmailJobRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_pb2.EmailJob:
         """Cancel a job that waits."""
         user_id = acting_user(request.user_id)
@@ -115,10 +115,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             metadata={"email_job_id": request.email_job_id, "state": state.name},
         )
 
-    async def RetryEmailJobs(  # noqa: N802 - the proto's name
+    async def RetryEmailJobs(
         self,
         request: email_job_service_pb2.RetryEmailJobsRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_service_pb2.RetryEmailJobsResponse:
         """Take failed jobs back."""
         narrowed = bool(request.sender_id or request.batch_id)
@@ -133,10 +133,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             retried_count=retried.jobs, skipped_count=retried.skipped
         )
 
-    async def ResolveEmailJob(  # noqa: N802 - the proto's name
+    async def ResolveEmailJob(
         self,
         request: email_job_service_pb2.ResolveEmailJobRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_pb2.EmailJob:
         """Decide what becomes of a job of which nobody knows whether it was sent."""
         user_id = acting_user(request.user_id)
@@ -175,10 +175,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             await load_soon(self._loader, [job.sender_id])
         return to_job(job, await self._installation())
 
-    async def ListAttempts(  # noqa: N802 - the proto's name
+    async def ListAttempts(
         self,
         request: email_job_service_pb2.ListAttemptsRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_service_pb2.ListAttemptsResponse:
         """Return one page of a job's attempts, the first first."""
         user_id = acting_user(request.user_id)
@@ -194,10 +194,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             next_page_token=token,
         )
 
-    async def ExplainEmailJob(  # noqa: N802 - the proto's name
+    async def ExplainEmailJob(
         self,
         request: email_job_service_pb2.ExplainEmailJobRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> email_job_service_pb2.ExplainEmailJobResponse:
         """Say what a job waits for, and when it will be sent."""
         user_id = acting_user(request.user_id)

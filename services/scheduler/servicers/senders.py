@@ -61,10 +61,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             "sending_hours": self._sending_hours,
         }
 
-    async def CreateSender(  # noqa: N802 - the proto's name
+    async def CreateSender(
         self,
         request: sender_service_pb2.CreateSenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_pb2.Sender:
         """Create a sender."""
         user_id = named_user(request.user_id)
@@ -75,10 +75,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         )
         return self._answer(created)
 
-    async def GetSender(  # noqa: N802 - the proto's name
+    async def GetSender(
         self,
         request: sender_service_pb2.GetSenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_pb2.Sender:
         """Return one sender."""
         user_id = acting_user(request.user_id)
@@ -87,10 +87,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             found = await storage.read_sender(connection, sender_id, user_id)
         return self._answer_if_there(found, request.sender_id)
 
-    async def ListSenders(  # noqa: N802 - the proto's name
+    async def ListSenders(
         self,
         request: sender_service_pb2.ListSendersRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_service_pb2.ListSendersResponse:
         """Return one page of a user's senders."""
         user_id = named_user(request.user_id)
@@ -103,10 +103,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             senders=[self._answer(sender) for sender in shown], next_page_token=token
         )
 
-    async def UpdateSender(  # noqa: N802 - the proto's name
+    async def UpdateSender(
         self,
         request: sender_service_pb2.UpdateSenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_pb2.Sender:
         """Change some fields of a sender."""
         user_id = acting_user(request.user_id)
@@ -126,10 +126,10 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         await load_soon(self._loader, [sender_id])
         return answer
 
-    async def DeleteSender(  # noqa: N802 - the proto's name
+    async def DeleteSender(
         self,
         request: sender_service_pb2.DeleteSenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> Empty:
         """Delete a sender; its history stays."""
         user_id = acting_user(request.user_id)
@@ -153,26 +153,26 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         await load_soon(self._loader, [sender_id])
         return Empty()
 
-    async def PauseSender(  # noqa: N802 - the proto's name
+    async def PauseSender(
         self,
         request: sender_service_pb2.PauseSenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_pb2.Sender:
         """Stop a sender."""
         return await self._set_state(request.sender_id, request.user_id, SenderState.PAUSED)
 
-    async def ResumeSender(  # noqa: N802 - the proto's name
+    async def ResumeSender(
         self,
         request: sender_service_pb2.ResumeSenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_pb2.Sender:
         """Let a sender go on: it is neither paused nor does it cool down."""
         return await self._set_state(request.sender_id, request.user_id, SenderState.ACTIVE)
 
-    async def VerifySender(  # noqa: N802 - the proto's name
+    async def VerifySender(
         self,
         request: sender_service_pb2.VerifySenderRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> sender_service_pb2.VerifySenderResponse:
         """Ask a sender's endpoint whether mail could be handed in."""
         user_id = acting_user(request.user_id)

@@ -25,10 +25,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         self._engine = engine
         self._loader = loader
 
-    async def CreateSuppression(  # noqa: N802 - the proto's name
+    async def CreateSuppression(
         self,
         request: suppression_service_pb2.CreateSuppressionRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> suppression_pb2.Suppression:
         """Suppress an address, and end the jobs to it that wait."""
         user_id = named_user(request.user_id)
@@ -43,10 +43,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
             await load_soon(self._loader, moved.sender_ids)
         return _to_suppression(created)
 
-    async def DeleteSuppression(  # noqa: N802 - the proto's name
+    async def DeleteSuppression(
         self,
         request: suppression_service_pb2.DeleteSuppressionRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> Empty:
         """Let mail go to an address again."""
         user_id = named_user(request.user_id)
@@ -63,10 +63,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
             raise _not_found(request.email)
         return Empty()
 
-    async def ListSuppressions(  # noqa: N802 - the proto's name
+    async def ListSuppressions(
         self,
         request: suppression_service_pb2.ListSuppressionsRequest,
-        context: Context,  # noqa: ARG002 - the proto's signature
+        context: Context,
     ) -> suppression_service_pb2.ListSuppressionsResponse:
         """Return one page of a user's suppressions."""
         user_id = named_user(request.user_id)

@@ -2,18 +2,19 @@
 -- its limiter's history is restored as well.
 --
 -- KEYS[1] ready
--- ARGV[1] sender
+-- ARGV[1] window   ms of the trailing window
 -- ARGV[2] epoch    as begin_load returned it
--- ARGV[3] window   ms of the trailing window
--- ARGV[4] limit, ARGV[5] gap (ms), ARGV[6] flight, ARGV[7] state (1 active)
--- ARGV[8] horizon  due ms of the last job loaded, or 'inf' if no more wait
--- ARGV[9] endpoint that its mail goes to, ARGV[10] revision of the sender
--- ARGV[11] jobs    of the head, each as member, due ms
--- ARGV[12] ends    each as member, ms since it ended, 1 if it takes a slot
--- ARGV[13] leases  each as member, ms left
--- Those three are words between spaces: one argument costs the caller as much as 50 words.
--- ARGV[14], ARGV[15]  the present or next opening of its sending hours (ms; 0 and 'inf': always)
--- ARGV[16] cooldown  ms until the next probe, at least 1; 0: the sender does not cool down
+-- ARGV[3] head     a map (cmsgpack):
+--   sender, limit, gap (ms), flight, state (1 active)
+--   horizon        due ms of the last job loaded, or 'inf' if no more wait
+--   endpoint       that its mail goes to
+--   revision       of the sender, as text
+--   jobs           of the head, each as member, due ms
+--   ends           each as member, ms since it ended, 1 if it takes a slot
+--   leases         each as member, ms left
+--                  Those three are words between spaces, which cost the caller least.
+--   opens, closes  the present or next opening of its sending hours (ms; 0 and 'inf': always)
+--   cooldown       ms until the next probe, at least 1; nil: the sender does not cool down
 --
 -- Returns changes of circuits (circuit.lua), or nil if the epoch has moved: somebody committed or
 -- lost something meanwhile; the caller reads PostgreSQL again.
@@ -27,9 +28,9 @@
 
 -- ms until a load that brought nothing is asked for again.
 local SOON = 100
-local id, window, horizon = ARGV[1], tonumber(ARGV[3]), ARGV[8]
-local settings = settings_of(id)
-if epoch_of(id) ~= ARGV[2] then return nil end
+local window, epoch, head = tonumber(ARGV[1]), ARGV[2], cmsgpack.unpack(ARGV[3])
+local id, settings = head.sender, settings_of(head.sender)
+if epoch_of(id) ~= epoch then return nil end
 
 -- In parts, for Lua's stack is short.
 local function add_all(key, scores)
@@ -43,7 +44,7 @@ local function replace_head()
     local due, leases, scores, left_out = due_of(id), lease_of(id), {}, false
     redis.call('DEL', due)
     local leased = redis.call('EXISTS', leases) == 1
-    for member, at in string.gmatch(ARGV[11], '(%S+) (%S+)') do
+    for member, at in string.gmatch(head.jobs, '(%S+) (%S+)') do
         -- A leased one is claimed, and was not yet marked in PostgreSQL when that was read.
         if leased and redis.call('ZSCORE', leases, member) then
             left_out = true
@@ -56,11 +57,11 @@ local function replace_head()
     return left_out
 end
 
-if is_new(ARGV[2]) then
+if is_new(epoch) then
     redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
     redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
     local last_end, ends, leases = 0, {}, {}
-    for member, age, counted in string.gmatch(ARGV[12], '(%S+) (%S+) (%S+)') do
+    for member, age, counted in string.gmatch(head.ends, '(%S+) (%S+) (%S+)') do
         local ended = NOW_UP - tonumber(age)
         if counted == '1' then
             ends[#ends + 1] = ended
@@ -69,7 +70,7 @@ if is_new(ARGV[2]) then
         last_end = math.max(last_end, ended)
     end
     add_all(window_of(id), ends)
-    for member, left in string.gmatch(ARGV[13], '(%S+) (%S+)') do
+    for member, left in string.gmatch(head.leases, '(%S+) (%S+)') do
         leases[#leases + 1] = NOW_UP + tonumber(left)
         leases[#leases + 1] = member
     end
@@ -77,8 +78,8 @@ if is_new(ARGV[2]) then
     redis.call('HSET', settings, 'end', last_end)
 end
 local before = read_sender(id)
-if before and (before.endpoint ~= ARGV[9]
-    or redis.call('HGET', settings, 'revision') ~= ARGV[10]) then
+if before and (before.endpoint ~= head.endpoint
+    or redis.call('HGET', settings, 'revision') ~= head.revision) then
     -- Another endpoint, or a right password now: what is known says nothing of that.
     forget_troubles(before)
     leave_held(circuit(before.endpoint), id)
@@ -90,15 +91,16 @@ if replace_head() then
 else
     redis.call('HDEL', settings, 'left')
 end
-redis.call('HSET', settings, 'limit', ARGV[4], 'gap', ARGV[5], 'flight', ARGV[6], 'state', ARGV[7],
-    'horizon', horizon, 'parts', parts_of(id), 'endpoint', ARGV[9], 'revision', ARGV[10],
-    'opens', ARGV[14], 'closes', ARGV[15])
-if ARGV[16] == '0' then
-    redis.call('HDEL', settings, 'cool')
+redis.call('HSET', settings, 'limit', head.limit, 'gap', head.gap, 'flight', head.flight,
+    'state', head.state, 'horizon', head.horizon, 'parts', parts_of(id),
+    'endpoint', head.endpoint, 'revision', head.revision,
+    'opens', head.opens, 'closes', head.closes)
+if head.cooldown then
+    redis.call('HSET', settings, 'cool', NOW_UP + head.cooldown)
 else
-    redis.call('HSET', settings, 'cool', NOW_UP + tonumber(ARGV[16]))
+    redis.call('HDEL', settings, 'cool')
 end
-if horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
+if head.horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
     -- All that was read is under lease and not yet marked in PostgreSQL; more waits behind it.
     redis.call('HSET', settings, 'loading', NOW + SOON)
 else

@@ -5,17 +5,16 @@
 -- ARGV[2] ladder   ms before the first, second, ... probe of an open circuit, comma-separated;
 --                  the last repeats
 -- ARGV[3] ladder   the same where authentication failed
--- ARGV    then, for each claim: sender, member, kind, age, lease, next member, next due, contact,
---         cooldown
+-- ARGV    then, for each claim, a map (cmsgpack) of sender, member and
 --   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP never heard of it)
 --   age          ms since the send ended, measured by the caller's monotonic clock
 --   lease        of an UNUSED one: when its lease runs out, as claim.lua said
---   next member  '' or the job's next attempt, with its due time in ms
+--   next_member  nil, or the job's next attempt, with its due time (ms) in next_due
 --   contact      what it says about the endpoint: '' nothing; 'OK' it replied; 'SENT' it accepted a
 --                mail; 'RATE' it replied that mail comes too fast; '!' and the reason: the
 --                connection failed; '?' and the reason: authentication failed
---   cooldown     '' no change; 0 the sender's cooldown is over; else ms from now until its next
+--   cooldown     nil no change; 0 the sender's cooldown is over; else ms from now until its next
 --                probe may begin
 --
 -- Returns {senders, changes}:
@@ -66,19 +65,20 @@ local function hear(s, member, contact)
 end
 
 local function set_cooldown(s, ms)
-    if ms == '' then return end
-    s.cool = ms == '0' and 0 or NOW_UP + tonumber(ms)
+    if not ms then return end
+    s.cool = ms == 0 and 0 or NOW_UP + ms
     redis.call('HSET', settings_of(s.id), 'cool', s.cool)
     -- A load that read PostgreSQL before this must not undo it.
     redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
 end
 
-for i = 4, #ARGV, 9 do
-    local id, member, kind = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+for i = 4, #ARGV do
+    local claim = cmsgpack.unpack(ARGV[i])
+    local id, member, kind = claim.sender, claim.member, claim.kind
     local s = sender_of(id)
     if s then
-        local ended = NOW_UP - tonumber(ARGV[i + 3])
-        local lease = kind == 'UNUSED' and tonumber(ARGV[i + 4])
+        local ended = NOW_UP - claim.age
+        local lease = kind == 'UNUSED' and claim.lease
         release(lease_of(id), member, lease)
         -- The lease had run out, so the slot was assumed to be used; now its holder says what is.
         release(window_of(id), assumed(member), lease)
@@ -88,18 +88,18 @@ for i = 4, #ARGV, 9 do
             redis.call('HSET', settings_of(id), 'end', ended)
         end
         end_probe(s, member, lease)
-        hear(s, member, ARGV[i + 7])
-        set_cooldown(s, ARGV[i + 8])
-        for n = told + 1, #changes do changes[n][5] = (i - 4) / 9 end
+        hear(s, member, claim.contact)
+        set_cooldown(s, claim.cooldown)
+        for n = told + 1, #changes do changes[n][5] = i - 4 end
         told = #changes
-        if ARGV[i + 5] ~= '' then
+        if claim.next_member then
             -- A load that read PostgreSQL before this must not wipe it out.
             redis.call('HINCRBY', settings_of(id), 'epoch', 1)
             redis.call('PERSIST', settings_of(id))
             redis.call('PERSIST', window_of(id))
-            local leased = redis.call('ZSCORE', lease_of(id), ARGV[i + 5])
-            if not leased and tonumber(ARGV[i + 6]) <= s.horizon then
-                redis.call('ZADD', due_of(id), ARGV[i + 6], ARGV[i + 5])
+            local leased = redis.call('ZSCORE', lease_of(id), claim.next_member)
+            if not leased and claim.next_due <= s.horizon then
+                redis.call('ZADD', due_of(id), claim.next_due, claim.next_member)
             end
         elseif kind == 'UNUSED' and redis.call('HGET', settings_of(id), 'left') then
             -- Refused, as in a pause; and a load, as at the end of the pause, has left it to us.

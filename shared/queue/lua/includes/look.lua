@@ -46,16 +46,16 @@ local function read_sender(sender)
     }
 end
 
--- Limit.IN_FLIGHT: how many more jobs may be in flight at once. With a gap, one send at a time: the gap runs from
--- the end of one to the start of the next. With an open circuit or in a cooldown, one probe at a
--- time.
+-- Limit.IN_FLIGHT: how many more jobs may be in flight at once. With a gap, one send at a time: the
+-- gap runs from the end of one to the start of the next. With an open circuit or in a cooldown, one
+-- probe at a time.
 local function places(s, in_flight)
     local most = (s.gap > 0 or s.open or s.cool > 0) and 1 or s.flight
     return math.min(most, s.limit) - in_flight
 end
 
--- Limit.WINDOW: the instant from which the window has room for one more send, given `in_flight` reservations:
--- when the n-th newest end, n = limit - in_flight, has left it.
+-- Limit.WINDOW: the instant from which the window has room for one more send, given `in_flight`
+-- reservations: when the n-th newest end, n = limit - in_flight, has left it.
 local function window_room_at(s, in_flight, window)
     local rank = s.limit - in_flight
     local oldest = redis.call('ZRANGE', window_of(s.id), -rank, -rank, 'WITHSCORES')
