@@ -16,8 +16,12 @@ from shared.errors import ConfigurationError, OutboxError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-# The extra of this distribution that brings a library.
-_EXTRAS: Final = {"aiosmtpd": "local", "plotext": "cli", "pygal": "cli"}
+# What is missing where one of these libraries is, and the extra that brings it.
+_EXTRAS: Final = {
+    "aiosmtpd": ("the embedded stack", "local"),
+    "plotext": ("the drawing of charts", "cli"),
+    "pygal": ("the drawing of charts", "cli"),
+}
 
 
 class CommandFailed(OutboxError):
@@ -68,12 +72,11 @@ class LazyGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            needed = (error.name or "").partition(".")[0]
-            if needed not in _EXTRAS:
+            library = (error.name or "").partition(".")[0]
+            if library not in _EXTRAS:
                 raise
-            sys.stderr.write(
-                f"outbox: {needed} is not installed: pip install 'outbox[{_EXTRAS[needed]}]'\n"
-            )
+            missing, extra = _EXTRAS[library]
+            _say(CommandFailed(f"{missing} is not installed: pip install 'outbox[{extra}]'"))
             raise typer.Exit(EXIT_FAILED) from None
         except ConfigurationError as error:
             _say(error)
