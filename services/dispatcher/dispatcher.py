@@ -34,9 +34,9 @@ from services.dispatcher.slots import Permit, Resume, Route, Slots
 from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
 from services.dispatcher.storage import MarkedJob
 from services.dispatcher.wake import WakeListener
-from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.heads import HeadLoader
+from shared.loops import raise_if_cancelled
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
 from shared.queue.queue import Claim, Claimed, Queue

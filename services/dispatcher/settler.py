@@ -20,10 +20,10 @@ from services.dispatcher import storage
 from services.dispatcher.cooling import CooldownRules, Signal, may_matter, record_cooldowns
 from services.dispatcher.slots import Slots
 from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.cancellation import raise_if_cancelled
 from shared.database import DATABASE_ERRORS
 from shared.head_markers import mark_stale
 from shared.heads import HeadLoader
+from shared.loops import raise_if_cancelled
 from shared.queue.connection import QUEUE_ERRORS
 from shared.queue.keys import JobRef
 from shared.queue.queue import Claim, Contact, Settlement, SlotUse
