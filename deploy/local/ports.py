@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import socket
-import tempfile
-from pathlib import Path
-from typing import IO
+import sys
 
 LOOPBACK = "127.0.0.1"
 
@@ -32,18 +28,20 @@ def free_port(preferred: int | None = None) -> int:
     raise AssertionError
 
 
-def claim_port(port: int) -> IO[bytes] | None:
-    """Return what keeps other stacks of this user off a port until it is closed; None: one has it.
+def claim_port(port: int) -> socket.socket | None:
+    """Return what keeps other stacks off a port until it is closed; None: one has it.
 
-    Between the look at a port and a server on it seconds go by. Two stacks that were started
-    together both found the usual ports free, and the one that lost took the other's answers to its
-    health checks for those of its own service.
+    Seconds pass between the check of a port and the start of a server on it. Two stacks that were
+    started together both found the usual ports free, and the one that lost took the other's
+    answers to its health checks for those of its own service. A name in Linux's abstract namespace
+    is known to all users and folders of a network namespace, as a port is, and ends with its
+    process.
     """
-    path = Path(tempfile.gettempdir(), f"outbox-{os.getuid()}-port-{port}.lock")
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    claim = socket.socket(socket.AF_UNIX)
+    if sys.platform == "linux":
+        try:
+            claim.bind(f"\0outbox-port-{port}")
+        except OSError:
+            claim.close()
+            return None
+    return claim

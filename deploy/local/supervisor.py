@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Final, Protocol, Self
+from typing import Final, Protocol, Self
 
 from deploy.local.child import Child, LocalServerError
 from deploy.local.encryption_key import key_in
@@ -67,7 +68,7 @@ class LocalSystem:
         `default_ports`: each port is the usual one where that is free; else all are any free ones.
         """
         # What keeps other stacks off the usual ports of the servers, from now until the end.
-        self._claims: list[IO[bytes]] = []
+        self._claims: list[socket.socket] = []
         # None is a free one, and another one if another program takes it meanwhile.
         ports = {
             name: port if default_ports and self._claims_port(port) else None

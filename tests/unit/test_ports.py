@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from deploy.local.ports import claim_port, free_port
 
 
@@ -12,3 +14,14 @@ def test_a_port_that_one_stack_has_claimed_is_not_another_s_until_it_stops() -> 
     again = claim_port(port)
     assert again is not None
     again.close()
+
+
+def test_a_claim_counts_for_stacks_with_another_folder_for_temporary_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = free_port()
+    first = claim_port(port)
+    assert first is not None
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    assert claim_port(port) is None
+    first.close()
