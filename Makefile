@@ -87,7 +87,7 @@ lint: luacheck $(READY) ## Check style, types, protos and the walls between room
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m shared.queue.scripts build/lua
+	$(BIN)/python -m outbox_server.shared.queue.scripts build/lua
 	luacheck --quiet --std lua51 --read-globals redis KEYS ARGV cmsgpack --ignore 211 231 311 --max-line-length 100 build/lua
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code --path protos/outbox

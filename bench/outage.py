@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.world import BenchStack
-from deploy.local.proxy import TcpProxy
-from deploy.local.record import ReceivedMail
-from deploy.local.stack import Servers
-from shared.audit.replay import least_gap, most_in_window
-from shared.database import migrate
-from shared.settings import parse_duration
-from shared.states import AttemptOutcome, JobState
+from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.deploy.embedded.record import ReceivedMail
+from outbox_server.deploy.embedded.stack import Servers
+from outbox_server.shared.audit.replay import least_gap, most_in_window
+from outbox_server.shared.database.engine import migrate
+from outbox_server.shared.settings import parse_duration
+from outbox_server.shared.states import AttemptOutcome, JobState
 
 SENDERS, MAILS, LIMIT = 50, 200, 50
 GAP: Final = timedelta(seconds=2)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.local.ports import free_port
-from deploy.local.stack import Servers
-from shared.database import migrate
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.embedded.stack import Servers
+from outbox_server.shared.database.engine import migrate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,9 @@ class BenchStack:
             f"OUTBOX_{service.upper()}_LISTEN": listen,
             **{f"OUTBOX_{name.upper()}": value for name, value in settings.items()},
         }
-        child = subprocess.Popen([sys.executable, "-m", f"services.{service}"], env=environment)
+        child = subprocess.Popen(
+            [sys.executable, "-m", f"outbox_server.services.{service}"], env=environment
+        )
         try:
             _wait_until_serving(listen, child)
             yield child

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from cli.client import read_endpoints
-from cli.lazy import EXIT_FAILED, CommandFailed
-from cli.output import Output, OutputFormat, note, print_json, print_rows
-from shared.settings import Settings, load_settings
+from outbox_server.cli.client import read_endpoints
+from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.shared.settings import Settings, load_settings
 
 _MAX_ROWS: Final = 20
 _COLUMNS: Final = ("sender", "id", "sends", "judged", "least gap", "must be", "most", "limit")
@@ -58,9 +58,9 @@ def audit(
     # `--help` needs no SQLAlchemy, which takes a third of a second.
     from sqlalchemy.exc import SQLAlchemyError
 
-    from deploy.local.record import RECORD, KeptMails
-    from shared.audit.installation import audit_installation
-    from shared.audit.report import AuditReport
+    from outbox_server.deploy.embedded.record import RECORD, KeptMails
+    from outbox_server.shared.audit.installation import audit_installation
+    from outbox_server.shared.audit.report import AuditReport
 
     if record is None and maildir is not None and (maildir / RECORD).is_file():
         record = maildir / RECORD

@@ -7,10 +7,17 @@ from typing import Annotated
 import typer
 from outbox.v1 import batch_service_pb2 as pb
 
-from cli.client import Server, connection, pages
-from cli.follow import follow_to_end
-from cli.options import AllPages, PageSize, PageToken, User
-from cli.output import Output, OutputFormat, print_json_line, show, show_list, to_document
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.follow import follow_to_end
+from outbox_server.cli.options import AllPages, PageSize, PageToken, User
+from outbox_server.cli.output import (
+    Output,
+    OutputFormat,
+    print_json_line,
+    show,
+    show_list,
+    to_document,
+)
 
 _COLUMNS = (
     "batch_id",

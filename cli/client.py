@@ -28,12 +28,12 @@ from outbox_client import (
     Unimplemented,
 )
 
-from cli.connection_check import SERVERS, Target, which_server, why_no_answer
-from cli.credentials import credentials_for
-from cli.lazy import CommandFailed
-from cli.output import printable
-from shared.errors import ConfigurationError
-from shared.settings import load_settings
+from outbox_server.cli.connection_check import SERVERS, Target, which_server, why_no_answer
+from outbox_server.cli.credentials import credentials_for
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.output import printable
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.settings import load_settings
 
 ENDPOINTS: Final = Path(".outbox/endpoints.json")
 _DEFAULT: Final = "the default"

@@ -8,10 +8,10 @@ from typing import Final
 
 from outbox_client import Tls
 
-from cli.client_files import client_files
-from cli.lazy import CommandFailed
-from shared.auth import is_loopback
-from shared.settings import Settings
+from outbox_server.cli.client_files import client_files
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.shared.callers import is_loopback
+from outbox_server.shared.settings import Settings
 
 # In place of a file: the certificate authorities that this machine trusts.
 SYSTEM_ROOTS: Final = "system"

@@ -10,9 +10,9 @@ import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from cli.lazy import CommandFailed
-from shared.database import create_engine
-from shared.settings import load_settings
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.settings import load_settings
 
 T = TypeVar("T")
 

@@ -15,16 +15,16 @@ import typer
 from outbox.v1.sender_pb2 import Sender
 from outbox_client import AsyncClient, CallError
 
-from cli.client import Address, describe
-from cli.demo_report import SenderReport, report_on, to_document
-from cli.demo_run import Demo, Scheduled
-from cli.foreground import run
-from cli.lazy import EXIT_FAILED, CommandFailed
-from cli.output import Output, OutputFormat, note, print_json, print_rows
-from deploy.local.child import LocalServerError
-from deploy.local.record import read_record
-from deploy.local.supervisor import LocalSystem
-from shared.settings import Settings, format_duration, load_settings
+from outbox_server.cli.client import Address, describe
+from outbox_server.cli.demo_report import SenderReport, report_on, to_document
+from outbox_server.cli.demo_run import Demo, Scheduled
+from outbox_server.cli.foreground import run
+from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.embedded.supervisor import LocalSystem
+from outbox_server.shared.settings import Settings, format_duration, load_settings
 
 _WINDOW: Final = timedelta(seconds=20)
 _LIMIT: Final = 8
@@ -139,7 +139,7 @@ def _tell(scheduled: list[Scheduled], settings: Settings) -> None:
 
 def _read(csv: Path | None) -> tuple[bytes, bool]:
     if csv is None:
-        return files("cli").joinpath("demo.csv").read_bytes(), True
+        return files("outbox_server.cli").joinpath("demo.csv").read_bytes(), True
     try:
         return csv.read_bytes(), False
     except OSError as error:

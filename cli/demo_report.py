@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.local.record import ReceivedMail, least_gap_s, most_in_any_window
-from shared.audit.jobs import sent_twice
+from outbox_server.deploy.embedded.record import ReceivedMail, least_gap_s, most_in_any_window
+from outbox_server.shared.audit.jobs import sent_twice
 
 
 @dataclass(frozen=True, slots=True)

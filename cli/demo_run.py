@@ -19,10 +19,10 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from outbox_client import AsyncClient, Unavailable, is_open
 
-from cli.demo_report import Expected
-from cli.follow import ended_count, remark_on
-from cli.lazy import CommandFailed
-from cli.progress import JobProgress
+from outbox_server.cli.demo_report import Expected
+from outbox_server.cli.follow import ended_count, remark_on
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.progress import JobProgress
 
 USER: Final = "demo"
 _POLL_S: Final = 0.5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
-from cli.client import Server, connection, read_endpoints
-from cli.output import Output, OutputFormat, note, print_rows, show, value_at
-from cli.service import run
+from outbox_server.cli.client import Server, connection, read_endpoints
+from outbox_server.cli.output import Output, OutputFormat, note, print_rows, show, value_at
+from outbox_server.cli.service import run
 
 # A drain ends when the sends in flight have: an SMTP server may take its time-outs for that.
 _DRAIN_TIMEOUT_S = 300.0

@@ -11,15 +11,15 @@ from typing import Annotated, Final
 
 import typer
 
-from cli.foreground import run
-from cli.lazy import EXIT_FAILED, CommandFailed
-from cli.output import Output, OutputFormat, note, print_json, print_rows
-from deploy.drill.clocks import HOW_TO_GET, faketime_library
-from deploy.drill.drill import DrillFolder
-from deploy.drill.drill import drill as play
-from deploy.drill.plan import CLOCK_KINDS, KINDS, OUTAGE_DRILL_S, OUTAGES
-from deploy.drill.report import DrillReport
-from deploy.drill.stack import DrillStack, Size, drill_settings
+from outbox_server.cli.foreground import run
+from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.deploy.drill.clocks import HOW_TO_GET, faketime_library
+from outbox_server.deploy.drill.drill import DrillFolder
+from outbox_server.deploy.drill.drill import drill as play
+from outbox_server.deploy.drill.plan import CLOCK_KINDS, KINDS, OUTAGE_DRILL_S, OUTAGES
+from outbox_server.deploy.drill.report import DrillReport
+from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
 
 _SEEDS: Final = 10_000
 

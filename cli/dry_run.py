@@ -12,15 +12,15 @@ from outbox.v1.batch_pb2 import BatchOptions, Rejection
 from outbox.v1.stats_service_pb2 import ForecastBatchRequest, ForecastBatchResponse, PlannedBatch
 from outbox_client import Unimplemented, UploadProgress
 
-from cli.client import connection
-from cli.lazy import CommandFailed
-from cli.output import note
-from cli.progress import upload_progress
-from services.scheduler.blocks import BlockReader
-from services.scheduler.payloads import CsvPayload
-from services.scheduler.servicers.batch_mapping import from_options, to_rejections
-from shared.settings import Settings
-from shared.states import BatchMode
+from outbox_server.cli.client import connection
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.output import note
+from outbox_server.cli.progress import upload_progress
+from outbox_server.services.scheduler.blocks import BlockReader
+from outbox_server.services.scheduler.payloads import CsvPayload
+from outbox_server.services.scheduler.servicers.batch_mapping import from_options, to_rejections
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import BatchMode
 
 _READ_BYTES: Final = 64 * 1024
 

@@ -9,9 +9,16 @@ import typer
 from outbox.v1 import stats_service_pb2 as pb
 from outbox.v1.batch_pb2 import BatchOptions
 
-from cli.client import Server, connection
-from cli.options import User, read_duration, read_int64, read_time, to_duration, to_timestamp
-from cli.output import Output, OutputFormat, show
+from outbox_server.cli.client import Server, connection
+from outbox_server.cli.options import (
+    User,
+    read_duration,
+    read_int64,
+    read_time,
+    to_duration,
+    to_timestamp,
+)
+from outbox_server.cli.output import Output, OutputFormat, show
 
 
 def forecast(

@@ -9,9 +9,9 @@ import typer
 from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 
-from cli.client import LONG_TIMEOUT_S, Server, connection, pages
-from cli.options import AllPages, PageSize, PageToken, User, enum_reader
-from cli.output import Output, OutputFormat, show, show_list
+from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection, pages
+from outbox_server.cli.options import AllPages, PageSize, PageToken, User, enum_reader
+from outbox_server.cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = (
     "email_job_id",

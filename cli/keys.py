@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cli.lazy import CommandFailed
-from cli.output import Output, OutputFormat, note, print_json, print_rows, printable
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows, printable
 
 if TYPE_CHECKING:
-    from shared.api_keys import ApiKey
+    from outbox_server.shared.auth.keys import ApiKey
 
 _COLUMNS: Final = (
     "key_id",
@@ -54,10 +54,10 @@ def create(
     $ export OUTBOX_API_KEY=$(outbox keys create --user acme --name web)
     """
     # `--help` needs no SQLAlchemy, which takes a third of a second.
-    from cli.database import in_one_transaction
-    from shared import bounds
-    from shared.api_key_store import insert_key
-    from shared.api_keys import ApiKeyKind, make_key
+    from outbox_server.cli.database import in_one_transaction
+    from outbox_server.shared import bounds
+    from outbox_server.shared.auth.keys import ApiKeyKind, make_key
+    from outbox_server.shared.auth.store import insert_key
 
     if [bool(user), service, operator].count(True) != 1:
         raise typer.BadParameter("say whose key: one of --user ID, --service, --operator")
@@ -87,8 +87,8 @@ def list_(
 
     The last use is written at most once a minute.
     """
-    from cli.database import in_one_transaction
-    from shared.api_key_store import list_keys
+    from outbox_server.cli.database import in_one_transaction
+    from outbox_server.shared.auth.store import list_keys
 
     found = in_one_transaction(lambda connection: list_keys(connection, user or None))
     documents = [_document(key) for key in found]
@@ -111,8 +111,8 @@ def revoke(
 
     $ outbox keys revoke k7m2p4x9qa
     """
-    from cli.database import in_one_transaction
-    from shared.api_key_store import revoke_key
+    from outbox_server.cli.database import in_one_transaction
+    from outbox_server.shared.auth.store import revoke_key
 
     # Whoever pastes the whole key means the same, and should not see it in the answer.
     parts = key_id.split("_")
@@ -132,7 +132,7 @@ def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
 
     $ export OUTBOX_ENCRYPTION_KEYS=$(outbox keys generate-encryption-key)
     """
-    from shared.secrets import generate_key
+    from outbox_server.shared.secrets import generate_key
 
     key = generate_key()
     if output is OutputFormat.JSON:
@@ -152,7 +152,7 @@ def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
 
     $ OUTBOX_ENCRYPTION_KEYS=NEW,OLD outbox keys rotate-encryption
     """
-    from cli.rotation import rotate_all
+    from outbox_server.cli.rotation import rotate_all
 
     done = rotate_all()
     if output is OutputFormat.JSON:

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as command_of
 
-from shared.errors import ConfigurationError, OutboxError
+from outbox_server.shared.errors import ConfigurationError, OutboxError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar
 
 import typer
 
-from cli.client_files import ClientFiles, client_files
-from cli.lazy import Entry, LazyGroup
+from outbox_server.cli.client_files import ClientFiles, client_files
+from outbox_server.cli.lazy import Entry, LazyGroup
 
 _SYSTEM = "The whole system on this machine"
 _CLIENT = "Client: one group a service, one command a method"
@@ -24,28 +24,52 @@ class OutboxGroup(LazyGroup):
 
     entries: ClassVar[Mapping[str, Entry]] = {
         "demo": Entry(
-            "cli.demo", "Show it all in about a minute: a CSV becomes paced mail.", _SYSTEM
+            "outbox_server.cli.demo",
+            "Show it all in about a minute: a CSV becomes paced mail.",
+            _SYSTEM,
         ),
-        "up": Entry("cli.up", "Keep the whole system running on this machine.", _SYSTEM),
-        "audit": Entry("cli.audit", "Check all that was ever sent against the promises.", _SYSTEM),
+        "up": Entry(
+            "outbox_server.cli.up", "Keep the whole system running on this machine.", _SYSTEM
+        ),
+        "audit": Entry(
+            "outbox_server.cli.audit", "Check all that was ever sent against the promises.", _SYSTEM
+        ),
         "drill": Entry(
-            "cli.drill", "Kill the parts of a private stack at random, and audit it.", _SYSTEM
+            "outbox_server.cli.drill",
+            "Kill the parts of a private stack at random, and audit it.",
+            _SYSTEM,
         ),
-        "schedule": Entry("cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT),
-        "senders": Entry("cli.senders", "Create, show, change, pause and delete senders.", _CLIENT),
-        "batches": Entry("cli.batches", "Show and cancel batches.", _CLIENT),
-        "jobs": Entry("cli.jobs", "Show and cancel e-mail jobs.", _CLIENT),
-        "top": Entry("cli.top", "Watch senders live: limits, what waits and why.", _CLIENT),
+        "schedule": Entry(
+            "outbox_server.cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT
+        ),
+        "senders": Entry(
+            "outbox_server.cli.senders", "Create, show, change, pause and delete senders.", _CLIENT
+        ),
+        "batches": Entry("outbox_server.cli.batches", "Show and cancel batches.", _CLIENT),
+        "jobs": Entry("outbox_server.cli.jobs", "Show and cancel e-mail jobs.", _CLIENT),
+        "top": Entry(
+            "outbox_server.cli.top", "Watch senders live: limits, what waits and why.", _CLIENT
+        ),
         "suppressions": Entry(
-            "cli.suppressions", "Keep the addresses that mail must never go to.", _CLIENT
+            "outbox_server.cli.suppressions",
+            "Keep the addresses that mail must never go to.",
+            _CLIENT,
         ),
-        "keys": Entry("cli.keys", "Make, list and revoke API keys; encryption keys.", _SERVICES),
-        "scheduler": Entry("cli.scheduler", "Run the scheduler.", _SERVICES),
+        "keys": Entry(
+            "outbox_server.cli.keys", "Make, list and revoke API keys; encryption keys.", _SERVICES
+        ),
+        "scheduler": Entry("outbox_server.cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
-            "cli.dispatcher", "Run a dispatcher; or ask one: status, drain.", _SERVICES
+            "outbox_server.cli.dispatcher",
+            "Run a dispatcher; or ask one: status, drain.",
+            _SERVICES,
         ),
-        "stats": Entry("cli.stats", "Run the stats service; or ask it: sender, user.", _SERVICES),
-        "migrate": Entry("cli.migrate", "Bring the database's schema up to date.", _SERVICES),
+        "stats": Entry(
+            "outbox_server.cli.stats", "Run the stats service; or ask it: sender, user.", _SERVICES
+        ),
+        "migrate": Entry(
+            "outbox_server.cli.migrate", "Bring the database's schema up to date.", _SERVICES
+        ),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cli.lazy import CommandFailed
+from outbox_server.cli.lazy import CommandFailed
 
 app = typer.Typer(add_completion=False)
 
@@ -19,8 +19,8 @@ def migrate() -> None:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from shared import database
-    from shared.settings import load_settings
+    from outbox_server.shared.database import engine as database
+    from outbox_server.shared.settings import load_settings
 
     url = load_settings().database_url
     try:

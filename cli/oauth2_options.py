@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from outbox.v1.sender_pb2 import OAuth2Credentials
 
-from cli.options import text_or_file
+from outbox_server.cli.options import text_or_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from shared.settings import parse_duration
+from outbox_server.shared.settings import parse_duration
 
 User = Annotated[
     str,

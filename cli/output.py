@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shared.settings import format_duration
-from shared.smtp.reply_text import describe_reply
+from outbox_server.shared.settings import format_duration
+from outbox_server.shared.smtp.reply_text import describe_reply
 
 # Whoever reads from a pipe has no width: nothing is wrapped or cut there.
 _PIPE_WIDTH: Final = 10_000

@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from cli.output import note, stderr
+from outbox_server.cli.output import note, stderr
 
 _LINE_EVERY_S: Final = 5.0
 

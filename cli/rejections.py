@@ -12,8 +12,8 @@ from typing import BinaryIO, Final, TextIO
 
 from outbox.v1.batch_pb2 import Rejection
 
-from cli.lazy import CommandFailed
-from services.scheduler.csv_reader import CsvTable, read_csv
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.services.scheduler.csv_reader import CsvTable, read_csv
 
 _READ_BYTES: Final = 64 * 1024
 # After the columns of the CSV. Templates need not know them, so they may stay in what is sent.

@@ -9,18 +9,18 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from cli.database import with_engine
-from cli.progress import JobProgress
-from shared.errors import ConfigurationError
-from shared.password_rotation import (
+from outbox_server.cli.database import with_engine
+from outbox_server.cli.progress import JobProgress
+from outbox_server.shared.database.secret_rotation import (
     RotatedChunk,
     count_oauth2,
     count_passwords,
     rotate_chunk,
     rotate_oauth2_chunk,
 )
-from shared.secrets import SecretBox
-from shared.settings import load_settings
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import load_settings
 
 _PASSWORDS: Final = "SMTP passwords"
 _OAUTH2: Final = "OAuth 2.0 credentials"

@@ -17,12 +17,12 @@ from outbox.v1 import batch_service_pb2 as pb
 from outbox.v1.batch_pb2 import Batch, BatchMode, BatchOptions, DuplicatePolicy, Rejection
 from outbox_client import Client
 
-from cli import dry_run
-from cli.batches import REJECTION_COLUMNS
-from cli.client import Server, connection
-from cli.follow import follow_to_end
-from cli.lazy import EXIT_FAILED, CommandFailed
-from cli.options import (
+from outbox_server.cli import dry_run
+from outbox_server.cli.batches import REJECTION_COLUMNS
+from outbox_server.cli.client import Server, connection
+from outbox_server.cli.follow import follow_to_end
+from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.options import (
     User,
     enum_reader,
     read_duration,
@@ -31,7 +31,7 @@ from cli.options import (
     to_duration,
     to_timestamp,
 )
-from cli.output import (
+from outbox_server.cli.output import (
     Output,
     OutputFormat,
     note,
@@ -41,8 +41,8 @@ from cli.output import (
     to_document,
     value_at,
 )
-from cli.progress import upload_progress
-from cli.rejections import new_file, write_again
+from outbox_server.cli.progress import upload_progress
+from outbox_server.cli.rejections import new_file, write_again
 
 _READ_BYTES = 64 * 1024
 _SHOWN_REJECTIONS = 10

@@ -15,6 +15,6 @@ def scheduler() -> None:
     and wants the schema that `outbox migrate` makes. SIGTERM and Ctrl-C
     drain it.
     """
-    from cli.service import run
+    from outbox_server.cli.service import run
 
     run("scheduler")

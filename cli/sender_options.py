@@ -10,9 +10,15 @@ from typing import Annotated, Any
 import typer
 from outbox.v1.sender_pb2 import SmtpEndpoint, SmtpPreset, SmtpSecurity
 
-from cli.oauth2_options import OAuth2Options
-from cli.options import enum_reader, read_duration, read_int32, text_or_file, to_duration
-from cli.sending_hours import HoursOption, ZoneOption, to_sending_hours
+from outbox_server.cli.oauth2_options import OAuth2Options
+from outbox_server.cli.options import (
+    enum_reader,
+    read_duration,
+    read_int32,
+    text_or_file,
+    to_duration,
+)
+from outbox_server.cli.sending_hours import HoursOption, ZoneOption, to_sending_hours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,11 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
 from outbox.v1.sender_pb2 import Sender, SenderState
 
-from cli.client import Server, connection, pages
-from cli.option_groups import with_option_groups
-from cli.options import AllPages, PageSize, PageToken, User, enum_reader
-from cli.output import Output, OutputFormat, note, show, show_list
-from cli.sender_options import SenderOptions
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import AllPages, PageSize, PageToken, User, enum_reader
+from outbox_server.cli.output import Output, OutputFormat, note, show, show_list
+from outbox_server.cli.sender_options import SenderOptions
 
 _COLUMNS = (
     "sender_id",

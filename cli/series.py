@@ -11,10 +11,10 @@ import typer
 from outbox.v1 import stats_service_pb2 as pb
 from outbox.v1.stats_pb2 import SeriesPoint
 
-from cli.client import Server, connection
-from cli.lazy import CommandFailed
-from cli.options import User, read_duration, read_time, to_duration, to_timestamp
-from cli.output import (
+from outbox_server.cli.client import Server, connection
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.options import User, read_duration, read_time, to_duration, to_timestamp
+from outbox_server.cli.output import (
     Output,
     OutputFormat,
     note,

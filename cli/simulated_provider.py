@@ -9,11 +9,11 @@ from typing import Any, Final
 
 import typer
 
-from deploy.providers.catalog import PROFILES
-from deploy.providers.describe import describe, shortened
-from deploy.providers.embedded import EmbeddedProvider
-from deploy.providers.profile import Profile, Rate
-from shared.settings import Settings
+from outbox_server.deploy.providers.catalog import PROFILES
+from outbox_server.deploy.providers.describe import describe, shortened
+from outbox_server.deploy.providers.embedded import EmbeddedProvider
+from outbox_server.deploy.providers.profile import Profile, Rate
+from outbox_server.shared.settings import Settings
 
 NAMES: Final = ", ".join(PROFILES)
 # Settings that are scaled with a provider's periods: a shorter day needs shorter waits.

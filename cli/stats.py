@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from outbox.v1 import stats_service_pb2 as pb
 
-from cli.client import Server, connection, pages
-from cli.forecast import forecast
-from cli.options import AllPages, PageSize, PageToken, User, read_time, to_timestamp
-from cli.output import (
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.forecast import forecast
+from outbox_server.cli.options import AllPages, PageSize, PageToken, User, read_time, to_timestamp
+from outbox_server.cli.output import (
     Output,
     OutputFormat,
     note,
@@ -22,8 +22,8 @@ from cli.output import (
     to_document,
     value_at,
 )
-from cli.series import series
-from cli.service import run
+from outbox_server.cli.series import series
+from outbox_server.cli.service import run
 
 _HOUR_COLUMNS = ("start_time", "sent_count", "failed_count")
 _SENDER_COLUMNS = (

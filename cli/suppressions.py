@@ -8,9 +8,9 @@ import typer
 from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
-from cli.client import Server, connection, pages
-from cli.options import AllPages, PageSize, PageToken, User
-from cli.output import Output, OutputFormat, note, show, show_list
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.options import AllPages, PageSize, PageToken, User
+from outbox_server.cli.output import Output, OutputFormat, note, show, show_list
 
 _COLUMNS = ("email", "reason", "create_time")
 

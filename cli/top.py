@@ -32,11 +32,11 @@ from outbox_client import CallError
 from rich.console import Console
 from rich.live import Live
 
-from cli.client import connection, in_brief
-from cli.lazy import CommandFailed
-from cli.options import User
-from cli.output import Output, OutputFormat, print_json, to_document
-from cli.top_view import SenderView, View, draw
+from outbox_server.cli.client import connection, in_brief
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.options import User
+from outbox_server.cli.output import Output, OutputFormat, print_json, to_document
+from outbox_server.cli.top_view import SenderView, View, draw
 
 # As many as fit on a screen, and cost few calls a look.
 _MOST_SENDERS: Final = 30

@@ -16,7 +16,7 @@ from rich.layout import Layout
 from rich.table import Table
 from rich.text import Text
 
-from cli.output import printable, reply_of
+from outbox_server.cli.output import printable, reply_of
 
 # What each column is worth where they do not all fit: the least goes first.
 _SENDER_COLUMNS: Final = {

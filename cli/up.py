@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import typer
 
-from cli.client import ENDPOINTS
-from cli.foreground import run
-from cli.output import Output, OutputFormat, note, print_json
-from cli.simulated_provider import (
+from outbox_server.cli.client import ENDPOINTS
+from outbox_server.cli.foreground import run
+from outbox_server.cli.output import Output, OutputFormat, note, print_json
+from outbox_server.cli.simulated_provider import (
     NAMES,
     ProviderChoice,
     chosen_provider,
@@ -27,9 +27,9 @@ from cli.simulated_provider import (
     read_provider,
     steps_of,
 )
-from deploy.local.supervisor import LocalSystem
-from deploy.providers.profile import Profile
-from shared.settings import Settings, format_duration, load_settings
+from outbox_server.deploy.embedded.supervisor import LocalSystem
+from outbox_server.deploy.providers.profile import Profile
+from outbox_server.shared.settings import Settings, format_duration, load_settings
 
 # What a shell loads to talk to this stack with other programs than ours.
 _SHELL_VARIABLES: Final = ENDPOINTS.with_name("env")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput
 
 MIB: Final = 1024 * 1024
 

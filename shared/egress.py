@@ -12,8 +12,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
-from shared.errors import ConfigurationError
-from shared.settings import Settings
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.settings import Settings
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network

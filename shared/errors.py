@@ -1,6 +1,6 @@
 """Every error that a caller may see: one class a kind, each instance with a stable reason.
 
-Domain code raises these and knows nothing of gRPC; `shared.grpc_server` maps them to a status code
+Domain code raises these and knows nothing of gRPC; `shared.rpc.server` maps them to a status code
 and `google.rpc` details (AIP-193). Anything else that escapes is INTERNAL, without its text.
 """
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TextIO
 
 import structlog
 
-from shared.settings import Settings
+from outbox_server.shared.settings import Settings
 
 _HIDDEN: Final = "[hidden]"
 # Fields whose value is never written, whatever it is.

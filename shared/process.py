@@ -12,9 +12,9 @@ from typing import Final, Protocol
 import structlog
 import uvloop
 
-from shared.errors import ConfigurationError
-from shared.logs import configure_logging
-from shared.settings import Settings, load_settings
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.logs import configure_logging
+from outbox_server.shared.settings import Settings, load_settings
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
-from shared.errors import ConfigurationError, FailedPrecondition
-from shared.settings import Settings
+from outbox_server.shared.errors import ConfigurationError, FailedPrecondition
+from outbox_server.shared.settings import Settings
 
 _HOW_TO_MAKE_A_KEY = "make a key with `outbox keys generate-encryption-key`"
 

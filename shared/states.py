@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TypeVar
 
-from shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput
 
 E = TypeVar("E", bound=IntEnum)
 

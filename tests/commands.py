@@ -10,7 +10,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from cli.main import app
+from outbox_server.cli.main import app
 from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler
 

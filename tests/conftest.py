@@ -23,9 +23,9 @@ import redis as redis_py
 from psycopg import sql
 from redis.asyncio import Redis
 
-from deploy.local.inbox import Inbox
-from deploy.local.postgres import SUPERUSER, PostgresServer
-from deploy.local.valkey import ValkeyServer
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.postgres import SUPERUSER, PostgresServer
+from outbox_server.deploy.embedded.valkey import ValkeyServer
 
 # No limit of time: a busy machine is slow, and the examples are right all the same.
 hypothesis.settings.register_profile(
@@ -96,7 +96,7 @@ def _choose_stores(kind: str, folder: Path) -> Stores:
 
 
 def _build_schema(url: str) -> None:
-    from shared.database import migrate  # noqa: PLC0415 - unit tests load no SQLAlchemy
+    from outbox_server.shared.database.engine import migrate  # noqa: PLC0415 - unit tests load no SQLAlchemy
 
     migrate(url)
 
@@ -137,7 +137,7 @@ def _run_database(stores: Stores) -> str:
 @pytest.fixture
 def database_url(_run_database: str) -> str:
     """The run's database, migrated, without any row."""
-    from shared.models import Base  # noqa: PLC0415 - unit tests load no SQLAlchemy
+    from outbox_server.shared.database.models import Base  # noqa: PLC0415 - unit tests load no SQLAlchemy
 
     tables = [sql.Identifier(table.name) for table in reversed(Base.metadata.sorted_tables)]
     # Twenty times as fast as TRUNCATE, which writes new files.

@@ -14,9 +14,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
 
-from deploy.local.ports import free_port
-from services.dispatcher.server import serve
-from shared.settings import Settings, load_settings
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.dispatcher.server import serve
+from outbox_server.shared.settings import Settings, load_settings
 
 SERVICE = "outbox.v1.DispatcherService"
 _ROOT = Path(__file__).parent.parent
@@ -98,7 +98,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
 
 
 class DispatcherProcess:
-    """`python -m services.dispatcher`, killed at the end of its block if it still lives."""
+    """A dispatcher process, killed at the end of its block if it still runs."""
 
     def __init__(self, values: Mapping[str, str], log: Path) -> None:
         self.listen = f"127.0.0.1:{free_port()}"
@@ -121,7 +121,7 @@ class DispatcherProcess:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "services.dispatcher",
+                "outbox_server.services.dispatcher",
                 env=self._environment,
                 cwd=_ROOT,
                 stdin=asyncio.subprocess.DEVNULL,

@@ -19,10 +19,10 @@ from typing import Any, Final, Never
 
 import uvloop
 
-from services.dispatcher import server, storage
-from services.dispatcher.smtp.transaction import Transaction
-from shared.queue.queue import Queue
-from shared.smtp.commands import Answer
+from outbox_server.services.dispatcher import server, storage
+from outbox_server.services.dispatcher.smtp.transaction import Transaction
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.smtp.commands import Answer
 from tests.dispatchers import settings_of
 
 Arm = Callable[[int], None]

@@ -7,7 +7,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import sql
 
-from shared.models import Base
+from outbox_server.shared.database.models import Base
 
 # Counts are folded meanwhile, and a marker goes when its head is loaded.
 MOVING: Final = (

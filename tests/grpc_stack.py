@@ -24,9 +24,9 @@ from outbox.v1 import (
     stats_service_pb2_grpc,
 )
 
-from shared.gate import Gate
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.settings import Settings
+from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.settings import Settings
 from tests.eventually import PATIENCE
 
 STATS = "outbox.v1.StatsService"

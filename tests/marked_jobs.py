@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher import storage
-from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.world import World
 
 LEASE = timedelta(minutes=1)

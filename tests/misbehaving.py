@@ -22,8 +22,8 @@ from outbox.v1 import (
 )
 from outbox_client import AsyncClient, Client
 
-from shared.error_mapping import build_status
-from shared.errors import FieldViolation
+from outbox_server.shared.errors import FieldViolation
+from outbox_server.shared.rpc.errors import build_status
 from tests.eventually import PATIENCE
 
 

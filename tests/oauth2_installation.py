@@ -18,9 +18,9 @@ from outbox.v1.sender_service_pb2 import (
     VerifySenderResponse,
 )
 
-from deploy.local.certificates import self_signed, server_context
-from shared.models import Base
-from shared.secrets import generate_key
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.shared.database.models import Base
+from outbox_server.shared.secrets import generate_key
 from tests.dispatchers import options, settings_of
 from tests.oauth2_provider import OAuth2Provider
 from tests.oauth2_smtp import OAuth2SmtpServer

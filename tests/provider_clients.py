@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, suppress
 from email.message import EmailMessage
 from typing import TypeVar
 
-from deploy.local.certificates import Certificate
-from deploy.providers.sasl import Account
-from deploy.providers.server import Provider
+from outbox_server.deploy.embedded.certificates import Certificate
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.server import Provider
 
 T = TypeVar("T")
 

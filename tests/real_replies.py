@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.smtp.replies import Phase, Reply, split_enhanced_code
-from shared.states import ReplyClass
+from outbox_server.shared.smtp.replies import Phase, Reply, split_enhanced_code
+from outbox_server.shared.states import ReplyClass
 
 
 @dataclass(frozen=True)

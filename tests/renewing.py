@@ -17,20 +17,20 @@ from typing import Any
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.cooling import CooldownRules
-from services.dispatcher.judge import Judge
-from services.dispatcher.renewer import HeldJob, Renewer
-from services.dispatcher.settler import Settler
-from services.dispatcher.slots import Slots
-from services.dispatcher.smtp import SendResult
-from services.dispatcher.storage import MarkedJob
-from shared.database import create_engine
-from shared.heads import HeadLoader
-from shared.queue.connection import connect, open_queues
-from shared.queue.queue import Claim
-from shared.settings import Settings, load_settings
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.judge import Judge
+from outbox_server.services.dispatcher.renewer import HeldJob, Renewer
+from outbox_server.services.dispatcher.settler import Settler
+from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.services.dispatcher.smtp import SendResult
+from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.settings import Settings, load_settings
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
 # Longer than any lease of these tests.
 REPLY_LIMIT_S = 600.0

@@ -25,8 +25,8 @@ from outbox.v1 import (
     suppression_service_pb2_grpc,
 )
 
-from services.scheduler.server import serve
-from shared.settings import Settings, load_settings
+from outbox_server.services.scheduler.server import serve
+from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import PATIENCE
 
 _request_ids = itertools.count(1)

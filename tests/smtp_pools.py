@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from deploy.local.inbox import Inbox
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp import Envelope, SendResult, SmtpPool
-from shared.egress import Egress
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.replies import ReplyRules
-from shared.smtp.tls import TlsContexts
-from shared.states import SmtpSecurity
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher.smtp import Envelope, SendResult, SmtpPool
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.replies import ReplyRules
+from outbox_server.shared.states import SmtpSecurity
+from outbox_server.shared.tls import TlsContexts
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer
 

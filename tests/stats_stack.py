@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 
-from services.stats.server import serve
-from shared.settings import load_settings
+from outbox_server.services.stats.server import serve
+from outbox_server.shared.settings import load_settings
 
 
 @asynccontextmanager

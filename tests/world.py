@@ -14,13 +14,13 @@ from typing import Any, Final, Protocol, Self
 import psycopg
 from psycopg.rows import namedtuple_row
 
-from shared.audit.replay import least_gap, most_in_window
-from shared.counts import batch_counts, sender_counts
-from shared.database import create_engine
-from shared.heads import HeadLoader
-from shared.queue.connection import connect, open_queues
-from shared.settings import Settings
-from shared.states import AttemptOutcome, JobState
+from outbox_server.shared.audit.replay import least_gap, most_in_window
+from outbox_server.shared.database.counts import batch_counts, sender_counts
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import AttemptOutcome, JobState
 
 # One transaction, as at an intake: the batch, its jobs, what they add to the counts, the marker.
 _INTAKE: Final = """

@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 import psycopg
 from psycopg import sql
 
-from shared.states import FINAL_STATES
+from outbox_server.shared.states import FINAL_STATES
 
 _Statement: TypeAlias = sql.SQL | sql.Composed
 

@@ -14,17 +14,17 @@ from typing import Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
-from deploy.drill.database import end_connections, fail_writes, heal_writes
-from deploy.drill.plan import LAG_S, Fault
-from deploy.drill.provider_troubles import PROVIDER_TROUBLES
-from deploy.drill.stack import DrillStack
-from deploy.drill.waiting import until
-from deploy.local.child import Child
-from deploy.local.postgres import SUPERUSER
-from deploy.local.proxy import TcpProxy
-from deploy.local.service import Service
-from deploy.local.trouble import InboxTrouble, Way
+from outbox_server.deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
+from outbox_server.deploy.drill.database import end_connections, fail_writes, heal_writes
+from outbox_server.deploy.drill.plan import LAG_S, Fault
+from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
+from outbox_server.deploy.drill.stack import DrillStack
+from outbox_server.deploy.drill.waiting import until
+from outbox_server.deploy.embedded.child import Child
+from outbox_server.deploy.embedded.postgres import SUPERUSER
+from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.deploy.embedded.service import Service
+from outbox_server.deploy.embedded.trouble import InboxTrouble, Way
 
 # A server that another fault has just killed is struck when it is there again.
 _PATIENCE_S: Final = 30.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from deploy.local.trouble import PHASES
+from outbox_server.deploy.embedded.trouble import PHASES
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Final
 
-from deploy.drill.plan import SLOW_REPLY_S
-from deploy.providers.catalog import IONOS, PLAIN, POSTGREY, SES, SHARED_HOST, STRICT_POSTFIX
-from deploy.providers.google import GMAIL, WORKSPACE_RELAY
-from deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_ONLINE
-from deploy.providers.profile import (
+from outbox_server.deploy.drill.plan import SLOW_REPLY_S
+from outbox_server.deploy.providers.catalog import (
+    IONOS,
+    PLAIN,
+    POSTGREY,
+    SES,
+    SHARED_HOST,
+    STRICT_POSTFIX,
+)
+from outbox_server.deploy.providers.google import GMAIL, WORKSPACE_RELAY
+from outbox_server.deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_ONLINE
+from outbox_server.deploy.providers.profile import (
     DAY_S,
     HOUR_S,
     Cap,
@@ -23,7 +30,7 @@ from deploy.providers.profile import (
     Rate,
     RefusingReply,
 )
-from shared.smtp.replies import Phase
+from outbox_server.shared.smtp.replies import Phase
 
 # Few, because the day or the hour does not end within a fault.
 _MAILS_PER_DAY: Final = 5

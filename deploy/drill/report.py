@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.drill.run import RECOVERY_LIMIT_S, DrillOutcome
-from deploy.local.record import ReceivedMail
-from shared.audit.report import AuditReport
+from outbox_server.deploy.drill.run import RECOVERY_LIMIT_S, DrillOutcome
+from outbox_server.deploy.embedded.record import ReceivedMail
+from outbox_server.shared.audit.report import AuditReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from typing import Final
 
 from outbox.v1.sender_pb2 import SMTP_SECURITY_TLS, SmtpEndpoint
 
-from deploy.drill.database import count_open_jobs
-from deploy.drill.faults import Faults
-from deploy.drill.load import Answered, Load
-from deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
-from deploy.drill.stack import DrillStack
-from deploy.drill.waiting import until
-from deploy.local.ports import LOOPBACK
+from outbox_server.deploy.drill.database import count_open_jobs
+from outbox_server.deploy.drill.faults import Faults
+from outbox_server.deploy.drill.load import Answered, Load
+from outbox_server.deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
+from outbox_server.deploy.drill.stack import DrillStack
+from outbox_server.deploy.drill.waiting import until
+from outbox_server.deploy.embedded.ports import LOOPBACK
 
 # After a fault mail has to go on within this: an outage may have begun meanwhile, and most of the
 # rest is a start of Python.

@@ -9,18 +9,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from deploy.drill.clocks import clock_by_file, faketime_library, set_clock
-from deploy.drill.load import WINDOW
-from deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_END_TIMEOUT_S, SMTP_TIMEOUT_S
-from deploy.local.certificates import self_signed, server_context
-from deploy.local.inbox import Inbox
-from deploy.local.ports import LOOPBACK
-from deploy.local.postgres import PostgresServer
-from deploy.local.proxy import TcpProxy
-from deploy.local.service import Service
-from deploy.local.supervisor import LocalSystem
-from deploy.local.valkey import ValkeyServer
-from shared.settings import Settings, load_settings
+from outbox_server.deploy.drill.clocks import clock_by_file, faketime_library, set_clock
+from outbox_server.deploy.drill.load import WINDOW
+from outbox_server.deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_END_TIMEOUT_S, SMTP_TIMEOUT_S
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.embedded.postgres import PostgresServer
+from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.deploy.embedded.service import Service
+from outbox_server.deploy.embedded.supervisor import LocalSystem
+from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.shared.settings import Settings, load_settings
 
 # A mail that meets one fault after the other must not come to the end of a ladder of seconds.
 _LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3] * 16))

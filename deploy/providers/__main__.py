@@ -1,4 +1,4 @@
-"""Runs one simulated provider: `python -m deploy.providers gmail --port 1587`.
+"""Runs one simulated provider: `python -m outbox_server.deploy.providers gmail --port 1587`.
 
 Prints the provider's limits, and its counts as one line of JSON at SIGUSR1 and at the end.
 """
@@ -13,15 +13,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.local.certificates import self_signed, server_context
-from deploy.local.child import LocalServerError
-from deploy.local.mail_store import MailStore
-from deploy.providers.catalog import PROFILES
-from deploy.providers.describe import describe
-from deploy.providers.profile import Profile
-from deploy.providers.sasl import Account
-from deploy.providers.server import Provider
-from deploy.providers.tally import Tally
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.providers.catalog import PROFILES
+from outbox_server.deploy.providers.describe import describe
+from outbox_server.deploy.providers.profile import Profile
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.server import Provider
+from outbox_server.deploy.providers.tally import Tally
 
 
 def main() -> int:
@@ -70,7 +70,7 @@ def _print(tally: Tally) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deploy.providers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="outbox_server.deploy.providers", description=__doc__)
     parser.add_argument("profile", choices=sorted(PROFILES))
     parser.add_argument("--port", type=int, default=0, help="TCP port on 127.0.0.1; 0: a free one")
     parser.add_argument("--scale", type=_positive, default=1.0, help="multiplies all times")

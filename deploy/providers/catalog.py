@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from deploy.providers.google import GMAIL, WORKSPACE_RELAY
-from deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_ONLINE
-from deploy.providers.profile import (
+from outbox_server.deploy.providers.google import GMAIL, WORKSPACE_RELAY
+from outbox_server.deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_ONLINE
+from outbox_server.deploy.providers.profile import (
     DAY_S,
     HOUR_S,
     Cap,
@@ -21,7 +21,7 @@ from deploy.providers.profile import (
     Rate,
     RefusingReply,
 )
-from shared.smtp.replies import Phase
+from outbox_server.shared.smtp.replies import Phase
 
 PLAIN: Final = Profile(
     name="plain",

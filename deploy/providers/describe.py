@@ -7,9 +7,14 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Final
 
-from deploy.providers.policy import reply_of
-from deploy.providers.profile import FULL_PREFIX, UNKNOWN_PREFIX, Profile, RefusingReply
-from shared.settings import format_duration
+from outbox_server.deploy.providers.policy import reply_of
+from outbox_server.deploy.providers.profile import (
+    FULL_PREFIX,
+    UNKNOWN_PREFIX,
+    Profile,
+    RefusingReply,
+)
+from outbox_server.shared.settings import format_duration
 
 _LONGEST_REPLY: Final = 100
 _FIELD: Final = re.compile(r"\{\w+\}")

@@ -7,11 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-from deploy.local.certificates import self_signed, server_context
-from deploy.local.mail_store import MailStore
-from deploy.providers.profile import Profile
-from deploy.providers.sasl import Account
-from deploy.providers.server import Provider
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.providers.profile import Profile
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.server import Provider
 
 # The one account. It is no secret: the server listens on loopback, and delivers nothing.
 USER: Final = "outbox"

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from deploy.providers.profile import DAY_S, MINUTE_S, Cap, Profile, Rate, RefusingReply
-from shared.smtp.replies import Phase
+from outbox_server.deploy.providers.profile import (
+    DAY_S,
+    MINUTE_S,
+    Cap,
+    Profile,
+    Rate,
+    RefusingReply,
+)
+from outbox_server.shared.smtp.replies import Phase
 
 # Gmail and Google Workspace. Texts: https://support.google.com/a/answer/3726730 (Gmail SMTP errors
 # and codes). Limits: https://support.google.com/a/answer/166852 (500 mails per day for a personal

@@ -5,8 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from deploy.providers.profile import DAY_S, MINUTE_S, Cap, Profile, Rate, RefusingReply
-from shared.smtp.replies import Phase
+from outbox_server.deploy.providers.profile import (
+    DAY_S,
+    MINUTE_S,
+    Cap,
+    Profile,
+    Rate,
+    RefusingReply,
+)
+from outbox_server.shared.smtp.replies import Phase
 
 # https://learn.microsoft.com/exchange/troubleshoot/send-emails/smtp-submission-improvements:
 # three connections that submit at once, 30 mails per minute, 10,000 recipients per day, and

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from deploy.providers.limits import Bounded, FirstSeen, SlidingWindow
-from deploy.providers.profile import (
+from outbox_server.deploy.providers.limits import Bounded, FirstSeen, SlidingWindow
+from outbox_server.deploy.providers.profile import (
     CONTENT_MARKER,
     FULL_PREFIX,
     UNKNOWN_PREFIX,
@@ -17,7 +17,7 @@ from deploy.providers.profile import (
     RefusingReply,
     is_qualified,
 )
-from shared.smtp.replies import Phase
+from outbox_server.shared.smtp.replies import Phase
 
 # A window holds one number per mail of its period.
 MOST_ACCOUNTS: Final = 10_000

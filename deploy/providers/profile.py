@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Final, Self
 
-from shared.smtp.replies import Phase
+from outbox_server.shared.smtp.replies import Phase
 
 DAY_S: Final = 86_400.0
 HOUR_S: Final = 3_600.0

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from typing import Final, Self
 from urllib.parse import quote
 
-from deploy.local.child import LocalServerError
-from deploy.local.mail_store import MailStore
-from deploy.local.ports import LOOPBACK
-from deploy.providers.policy import Policy, Visit, reply_of
-from deploy.providers.profile import Profile
-from deploy.providers.sasl import Account
-from deploy.providers.session import Session
-from deploy.providers.speaker import Backend
-from deploy.providers.tally import Ending, Tally
-from deploy.providers.wire import Wire
+from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.providers.policy import Policy, Visit, reply_of
+from outbox_server.deploy.providers.profile import Profile
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.session import Session
+from outbox_server.deploy.providers.speaker import Backend
+from outbox_server.deploy.providers.tally import Ending, Tally
+from outbox_server.deploy.providers.wire import Wire
 
 # Beyond this a connection is refused, whatever the profile says.
 MOST_CONNECTIONS: Final = 1_000

@@ -8,18 +8,18 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
-from deploy.providers.policy import Visit
-from deploy.providers.sasl import (
+from outbox_server.deploy.providers.policy import Visit
+from outbox_server.deploy.providers.sasl import (
     AuthCancelledError,
     BadResponseError,
     authenticate,
     decode,
 )
-from deploy.providers.speaker import Backend, SessionClosedError, Speaker
-from deploy.providers.tally import Ending
-from deploy.providers.transaction import MailTransaction
-from deploy.providers.wire import ConnectionEndedError, LineTooLongError, Wire
-from shared.smtp.replies import Phase
+from outbox_server.deploy.providers.speaker import Backend, SessionClosedError, Speaker
+from outbox_server.deploy.providers.tally import Ending
+from outbox_server.deploy.providers.transaction import MailTransaction
+from outbox_server.deploy.providers.wire import ConnectionEndedError, LineTooLongError, Wire
+from outbox_server.shared.smtp.replies import Phase
 
 _MOST_FAILED_LOGINS: Final = 3
 # RFC 5321, 4.5.3.1.2.

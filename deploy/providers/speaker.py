@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from deploy.local.mail_store import MailStore
-from deploy.providers.policy import GivenReply, Policy, Visit, reply_of
-from deploy.providers.profile import Profile, RefusingReply
-from deploy.providers.sasl import Account
-from deploy.providers.tally import Ending, Tally
-from deploy.providers.wire import Wire
-from shared.smtp.replies import Phase
+from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.providers.policy import GivenReply, Policy, Visit, reply_of
+from outbox_server.deploy.providers.profile import Profile, RefusingReply
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.tally import Ending, Tally
+from outbox_server.deploy.providers.wire import Wire
+from outbox_server.shared.smtp.replies import Phase
 
 _MOST_ERRORS: Final = 20
 

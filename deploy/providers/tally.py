@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from deploy.providers.limits import Bounded
+from outbox_server.deploy.providers.limits import Bounded
 
 # The most mails that are kept. The counts include older ones.
 MOST_MAILS: Final = 100_000

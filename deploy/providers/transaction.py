@@ -8,11 +8,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from deploy.local.mail_store import message_id_of
-from deploy.providers.speaker import Speaker
-from deploy.providers.tally import AcceptedMail
-from deploy.providers.wire import LONGEST_TEXT_LINE, BodyTooLargeError
-from shared.smtp.replies import Phase
+from outbox_server.deploy.embedded.mail_store import message_id_of
+from outbox_server.deploy.providers.speaker import Speaker
+from outbox_server.deploy.providers.tally import AcceptedMail
+from outbox_server.deploy.providers.wire import LONGEST_TEXT_LINE, BodyTooLargeError
+from outbox_server.shared.smtp.replies import Phase
 
 _PATH: Final = re.compile(r"(FROM|TO):\s*<([^<>\s]*)>((?:\s+\S+)*)\s*", re.IGNORECASE)
 # RFC 5321, 4.5.3.1.3, without the angle brackets.

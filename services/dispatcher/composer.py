@@ -8,16 +8,16 @@ from datetime import UTC, datetime
 
 from cachetools import LRUCache
 
-from services.dispatcher.message import MessageBuilder, MessageError
-from services.dispatcher.slots import Route
-from services.dispatcher.smtp import Envelope
-from services.dispatcher.storage import BatchContent, MarkedJob
-from shared.errors import InvalidInput, OutboxError
-from shared.message_ids import message_id_for
-from shared.secrets import SecretBox
-from shared.settings import Settings
-from shared.smtp.endpoint import Endpoint, relay_of, resolve_endpoint
-from shared.templates import BatchTemplate, RenderError, decode_variables
+from outbox_server.services.dispatcher.message import MessageBuilder, MessageError
+from outbox_server.services.dispatcher.slots import Route
+from outbox_server.services.dispatcher.smtp import Envelope
+from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
+from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.errors import InvalidInput, OutboxError
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.endpoint import Endpoint, relay_of, resolve_endpoint
+from outbox_server.shared.templates.batch import BatchTemplate, RenderError, decode_variables
 
 # The number of batches whose parsed templates are kept, unless the concurrency is higher.
 _KEPT_BATCHES = 500

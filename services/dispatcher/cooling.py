@@ -9,11 +9,11 @@ from datetime import timedelta
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher import storage
-from services.dispatcher.storage import AccountRefusal, AttemptRecord
-from shared.queue.keys import JobRef
-from shared.settings import Settings
-from shared.states import JobState, ReplyClass
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import AccountRefusal, AttemptRecord
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import JobState, ReplyClass
 
 _OVER = timedelta(0)
 _log = structlog.get_logger(__name__)

@@ -23,25 +23,30 @@ from typing import Any
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.composer import Composer, CompositionError
-from services.dispatcher.cooling import CooldownRules
-from services.dispatcher.judge import Judge, result_without_smtp
-from services.dispatcher.progress import Progress
-from services.dispatcher.renewer import Renewer
-from services.dispatcher.settler import ClaimOutcome, Settler, UnmarkedClaim, UnsentJob
-from services.dispatcher.slots import Permit, Resume, Route, Slots
-from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
-from services.dispatcher.storage import MarkedJob
-from services.dispatcher.wake import WakeListener
-from shared.database import DATABASE_ERRORS
-from shared.heads import HeadLoader
-from shared.loops import raise_if_cancelled
-from shared.queue.connection import QUEUE_ERRORS
-from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Claimed, Queue
-from shared.settings import Settings
-from shared.states import AttemptOutcome
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.composer import Composer, CompositionError
+from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.judge import Judge, result_without_smtp
+from outbox_server.services.dispatcher.progress import Progress
+from outbox_server.services.dispatcher.renewer import Renewer
+from outbox_server.services.dispatcher.settler import (
+    ClaimOutcome,
+    Settler,
+    UnmarkedClaim,
+    UnsentJob,
+)
+from outbox_server.services.dispatcher.slots import Permit, Resume, Route, Slots
+from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
+from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.services.dispatcher.wake import WakeListener
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.loops import raise_if_cancelled
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim, Claimed, Queue
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import AttemptOutcome
 
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)

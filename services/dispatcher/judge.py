@@ -6,15 +6,15 @@ import random
 import time
 from datetime import timedelta
 
-from services.dispatcher.cooling import Signal
-from services.dispatcher.renewer import HeldJob
-from services.dispatcher.retry import Ladders, Tried, Verdict, decide
-from services.dispatcher.settler import EndedAttempt, UnsentJob
-from services.dispatcher.smtp import SendResult
-from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.queue.queue import Claim, Contact, SlotUse
-from shared.settings import Settings
-from shared.states import CONNECTION_TROUBLE, AttemptOutcome, JobState, ReplyClass
+from outbox_server.services.dispatcher.cooling import Signal
+from outbox_server.services.dispatcher.renewer import HeldJob
+from outbox_server.services.dispatcher.retry import Ladders, Tried, Verdict, decide
+from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
+from outbox_server.services.dispatcher.smtp import SendResult
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.shared.queue.queue import Claim, Contact, SlotUse
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import CONNECTION_TROUBLE, AttemptOutcome, JobState, ReplyClass
 
 
 class Judge:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-from services.dispatcher.encoders import (
+from outbox_server.services.dispatcher.encoders import (
     GOOD_LINE,
     NOT_PRINTABLE,
     TooLargeError,
@@ -21,9 +21,9 @@ from services.dispatcher.encoders import (
     encode_subject,
     encoded_words,
 )
-from shared.message_size import too_large
-from shared.smtp.addresses import envelope_address
-from shared.templates import MAX_SOURCE_BYTES, BatchTemplate, Rendered
+from outbox_server.shared.message_size import too_large
+from outbox_server.shared.smtp.addresses import envelope_address
+from outbox_server.shared.templates.batch import MAX_SOURCE_BYTES, BatchTemplate, Rendered
 
 _ATOM = r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~]+"
 _PLAIN_PHRASE = re.compile(f"{_ATOM}(?: {_ATOM})*")
@@ -119,7 +119,9 @@ class MessageBuilder:
     def build(
         self, recipient: str, values: Mapping[str, str], message_id: str, date: datetime
     ) -> Message:
-        """Return the mail for one row; `date` is aware, `message_id` from `shared.message_ids`.
+        """Return the mail for one row.
+
+        `date` is aware. `message_id` comes from `shared.database.message_ids`.
 
         Raises:
             MessageError: ADDRESS_INVALID, HEADER_INVALID or MESSAGE_TOO_LARGE.

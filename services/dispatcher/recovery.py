@@ -11,14 +11,14 @@ from functools import partial
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher import storage
-from shared.database import DATABASE_ERRORS
-from shared.head_markers import MARKER_AGE, mark_stale
-from shared.heads import HeadLoader
-from shared.loops import Loop
-from shared.queue.connection import QUEUE_ERRORS
-from shared.settings import Settings
-from shared.states import JobState
+from outbox_server.services.dispatcher import storage
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.heads.markers import MARKER_AGE, mark_stale
+from outbox_server.shared.loops import Loop
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import JobState
 
 # A lease's end is looked for a moment later, so that one look finds it.
 _SLACK = timedelta(milliseconds=20)

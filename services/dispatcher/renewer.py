@@ -29,14 +29,14 @@ from functools import partial
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.lease import Lease
-from services.dispatcher.storage import MarkedJob
-from shared.database import DATABASE_ERRORS
-from shared.heads import HeadLoader
-from shared.loops import Loop
-from shared.queue.connection import QUEUE_ERRORS
-from shared.queue.queue import Claim
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.loops import Loop
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.queue import Claim
 
 # The part of a lease that is reserved for recording the outcome, in case PostgreSQL is slow.
 RESERVED_PART = 0.1

@@ -8,7 +8,7 @@ from datetime import timedelta
 from itertools import accumulate
 from typing import Literal
 
-from shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
+from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
 # At most a tenth is added to a wait, so that what failed together does not come back together.
 JITTER = 0.1

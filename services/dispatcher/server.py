@@ -14,32 +14,32 @@ from functools import partial
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.composer import Composer
-from services.dispatcher.dispatcher import Dispatcher
-from services.dispatcher.progress import Progress
-from services.dispatcher.recovery import Recovery
-from services.dispatcher.servicers import DispatcherServicer
-from services.dispatcher.smtp import SmtpPool
-from services.dispatcher.storage import BatchContent
-from services.dispatcher.wake import WakeListener
-from shared.database import create_engine, ping, until_reachable
-from shared.egress import Egress
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.heads import HeadLoader
-from shared.health import follow_dependencies
-from shared.loops import Loop, run_until_stopped
-from shared.message_ids import installation_id
-from shared.oauth2.token_client import TokenClient
-from shared.oauth2.token_source import TokenSource
-from shared.process import serve_until_stopped
-from shared.queue.connection import connect, open_queues
-from shared.secrets import SecretBox
-from shared.settings import Settings
-from shared.smtp.helo import helo_name
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.replies import ReplyRules
-from shared.smtp.tls import TlsContexts
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.composer import Composer
+from outbox_server.services.dispatcher.dispatcher import Dispatcher
+from outbox_server.services.dispatcher.progress import Progress
+from outbox_server.services.dispatcher.recovery import Recovery
+from outbox_server.services.dispatcher.servicers import DispatcherServicer
+from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.services.dispatcher.storage import BatchContent
+from outbox_server.services.dispatcher.wake import WakeListener
+from outbox_server.shared.database.engine import create_engine, ping, until_reachable
+from outbox_server.shared.database.message_ids import installation_id
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.loops import Loop, run_until_stopped
+from outbox_server.shared.oauth2.token_client import TokenClient
+from outbox_server.shared.oauth2.token_source import TokenSource
+from outbox_server.shared.process import serve_until_stopped
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.rpc.health import follow_dependencies
+from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.helo import helo_name
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.replies import ReplyRules
+from outbox_server.shared.tls import TlsContexts
 
 
 async def serve(

@@ -11,16 +11,16 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
 
-from services.dispatcher.dispatcher import Dispatcher
-from services.dispatcher.progress import Progress
-from services.dispatcher.smtp import EndpointState, SmtpPool
-from shared.queue.circuits import Circuit
-from shared.queue.connection import QUEUE_ERRORS
-from shared.queue.queue import Queue
+from outbox_server.services.dispatcher.dispatcher import Dispatcher
+from outbox_server.services.dispatcher.progress import Progress
+from outbox_server.services.dispatcher.smtp import EndpointState, SmtpPool
+from outbox_server.shared.queue.circuits import Circuit
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.queue import Queue
 
 
 class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
-    """Shows and drains this process; for operators alone, as `shared.auth` has it."""
+    """Shows and drains this process; for operators alone, as `shared.callers` has it."""
 
     def __init__(
         self,

@@ -16,18 +16,23 @@ from datetime import timedelta
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.cooling import CooldownRules, Signal, may_matter, record_cooldowns
-from services.dispatcher.slots import Slots
-from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.database import DATABASE_ERRORS
-from shared.head_markers import mark_stale
-from shared.heads import HeadLoader
-from shared.loops import raise_if_cancelled
-from shared.queue.connection import QUEUE_ERRORS
-from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Contact, Settlement, SlotUse
-from shared.states import JobState
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.cooling import (
+    CooldownRules,
+    Signal,
+    may_matter,
+    record_cooldowns,
+)
+from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.loops import raise_if_cancelled
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim, Contact, Settlement, SlotUse
+from outbox_server.shared.states import JobState
 
 _RETRY_S = 0.2
 _NO_SIGNAL = Signal()

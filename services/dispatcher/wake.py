@@ -8,8 +8,8 @@ from datetime import timedelta
 
 from redis.asyncio import Redis
 
-from shared.loops import Loop, raise_if_cancelled
-from shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.loops import Loop, raise_if_cancelled
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
 
 _RETRY = timedelta(milliseconds=500)
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from services.scheduler.send_times import BadScheduleTime, check_time_zone
-from shared import bounds
-from shared.errors import FieldViolation, InvalidInput
-from shared.states import BatchMode, DuplicatePolicy
+from outbox_server.services.scheduler.send_times import BadScheduleTime, check_time_zone
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import FieldViolation, InvalidInput
+from outbox_server.shared.states import BatchMode, DuplicatePolicy
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 

@@ -6,14 +6,14 @@ from collections.abc import Generator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from services.scheduler.batch_options import BatchOptions, under_options
-from services.scheduler.duplicates import DuplicateFinder
-from services.scheduler.payloads import Payload
-from services.scheduler.rows import JobRow, RowPlan, RowRejection, read_blocks
-from shared.errors import InvalidInput
-from shared.message_size import MOST_BYTES
-from shared.states import DuplicatePolicy
-from shared.templates import BatchTemplate, decode_variables
+from outbox_server.services.scheduler.batch_options import BatchOptions, under_options
+from outbox_server.services.scheduler.duplicates import DuplicateFinder
+from outbox_server.services.scheduler.payloads import Payload
+from outbox_server.services.scheduler.rows import JobRow, RowPlan, RowRejection, read_blocks
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.message_size import MOST_BYTES
+from outbox_server.shared.states import DuplicatePolicy
+from outbox_server.shared.templates.batch import BatchTemplate, decode_variables
 
 # A character of a row becomes at most this many bytes of a mail: four in UTF-8 or five escaped, and
 # quoted-printable writes up to three bytes for each.

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from shared.errors import InvalidInput
-from shared.templates import variable_name
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.templates.batch import variable_name
 
 EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address", "recipient", "to"})
 # A cell longer than the largest mail: most likely a quote that is never closed.

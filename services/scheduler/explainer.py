@@ -9,7 +9,7 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler.explaining import (
+from outbox_server.services.scheduler.explaining import (
     MOST_AHEAD,
     Explanation,
     OpenCircuit,
@@ -17,11 +17,11 @@ from services.scheduler.explaining import (
     explain,
     explain_state,
 )
-from services.scheduler.storage import email_jobs as storage
-from services.scheduler.storage.batches import read_expire_after
-from services.scheduler.storage.email_jobs import JobRecord
-from shared.database import from_unix_ms, snapshot
-from shared.forecast.backlog import (
+from outbox_server.services.scheduler.storage import email_jobs as storage
+from outbox_server.services.scheduler.storage.batches import read_expire_after
+from outbox_server.services.scheduler.storage.email_jobs import JobRecord
+from outbox_server.shared.database.engine import from_unix_ms, snapshot
+from outbox_server.shared.forecast.backlog import (
     BacklogPosition,
     Rules,
     SenderPace,
@@ -29,11 +29,11 @@ from shared.forecast.backlog import (
     from_us,
     read_pace,
 )
-from shared.forecast.forecasts import forecast_job
-from shared.heads import HeadLoader
-from shared.queue.connection import QUEUE_ERRORS
-from shared.queue.queue import LimiterState
-from shared.states import JobState
+from outbox_server.shared.forecast.forecasts import forecast_job
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.queue import LimiterState
+from outbox_server.shared.states import JobState
 
 _QUEUE_LIMIT_S: Final = 1.0
 _NO_REDIS: Final = (

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Final
 
-from shared.cooldowns import CooldownRecord
-from shared.smtp.reply_text import describe_reply
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.smtp.reply_text import describe_reply
+from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
 # Jobs before one that are counted.
 MOST_AHEAD = 1_000_000

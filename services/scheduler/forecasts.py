@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.limits import Limits
-from services.scheduler.storage.batches import BatchRecord
-from shared.forecast.backlog import Rules
-from shared.forecast.forecasts import forecast_batch
+from outbox_server.services.scheduler.limits import Limits
+from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.forecast.forecasts import forecast_batch
 
 _PAUSED = "The sender is paused: nothing is sent before ResumeSender."
 

@@ -16,12 +16,12 @@ from typing import Final, TypeVar
 
 import structlog
 
-from services.scheduler.batch_options import BatchOptions, check_spread
-from services.scheduler.blocks import BlockReader, ReadBlock
-from services.scheduler.copy_format import Schedule, format_jobs, format_rejections
-from services.scheduler.payloads import Payload
-from services.scheduler.rows import RowRejection
-from services.scheduler.storage.intake import (
+from outbox_server.services.scheduler.batch_options import BatchOptions, check_spread
+from outbox_server.services.scheduler.blocks import BlockReader, ReadBlock
+from outbox_server.services.scheduler.copy_format import Schedule, format_jobs, format_rejections
+from outbox_server.services.scheduler.payloads import Payload
+from outbox_server.services.scheduler.rows import RowRejection
+from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
     IntakeCounts,
     IntakeSender,
@@ -29,12 +29,12 @@ from services.scheduler.storage.intake import (
     IntakeTransaction,
     KnownRequest,
 )
-from services.scheduler.storage.spreading import Spread
-from shared import bounds
-from shared.errors import AlreadyExists, FieldViolation, InvalidInput
-from shared.gate import Gate
-from shared.proto_mapping import id_text, not_found
-from shared.states import BatchMode
+from outbox_server.services.scheduler.storage.spreading import Spread
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
+from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.rpc.proto_mapping import id_text, not_found
+from outbox_server.shared.states import BatchMode
 
 T = TypeVar("T")
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
-from services.scheduler.senders import check_host
-from services.scheduler.smtp_presets import PresetProvider
-from shared import bounds
-from shared.errors import InvalidInput
-from shared.smtp.endpoint import Endpoint
-from shared.states import SmtpSecurity
+from outbox_server.services.scheduler.senders import check_host
+from outbox_server.services.scheduler.smtp_presets import PresetProvider
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import SmtpSecurity
 
 _DEFAULT_TENANT: Final = "common"
 # These names mean any directory. Client credentials need one directory.

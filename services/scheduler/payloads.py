@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Final, NamedTuple, Protocol
 
-from services.scheduler.csv_reader import read_csv
-from services.scheduler.rows import CsvPlan, RecipientPlan, RowPlan
-from shared.errors import Unavailable
-from shared.templates import BatchTemplate
+from outbox_server.services.scheduler.csv_reader import read_csv
+from outbox_server.services.scheduler.rows import CsvPlan, RecipientPlan, RowPlan
+from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.templates.batch import BatchTemplate
 
 # A caller that sends nothing for so long would hold a transaction open for nothing.
 _PATIENCE: Final = timedelta(seconds=60)

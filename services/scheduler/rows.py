@@ -10,10 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
-from services.scheduler.addresses import BadAddress, address_key, check_address
-from services.scheduler.csv_reader import EMAIL_NAMES, CsvTable
-from services.scheduler.send_times import BadScheduleTime, check_time_zone, parse_schedule_time
-from shared.templates import (
+from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
+from outbox_server.services.scheduler.csv_reader import EMAIL_NAMES, CsvTable
+from outbox_server.services.scheduler.send_times import (
+    BadScheduleTime,
+    check_time_zone,
+    parse_schedule_time,
+)
+from outbox_server.shared.templates.batch import (
     LINE_BREAK,
     BatchTemplate,
     RenderError,

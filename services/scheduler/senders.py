@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final
 
-from services.scheduler.addresses import BadAddress, check_address
-from services.scheduler.send_times import BadScheduleTime, check_time_zone
-from shared import bounds
-from shared.errors import InvalidInput
-from shared.sending_hours import SendingHours
-from shared.settings import format_duration
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.tls import check_ca
-from shared.states import SmtpSecurity, requested_enum
+from outbox_server.services.scheduler.addresses import BadAddress, check_address
+from outbox_server.services.scheduler.send_times import BadScheduleTime, check_time_zone
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.sending_hours import SendingHours
+from outbox_server.shared.settings import format_duration
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import SmtpSecurity, requested_enum
+from outbox_server.shared.tls import check_ca
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _TLS_PORT: Final = 465

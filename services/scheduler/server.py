@@ -13,28 +13,28 @@ from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_serve
 from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler.explainer import Explainer
-from services.scheduler.forecasts import Forecaster
-from services.scheduler.intake import Intake
-from services.scheduler.servicers.batches import BatchServicer
-from services.scheduler.servicers.email_jobs import EmailJobServicer
-from services.scheduler.servicers.senders import SenderServicer
-from services.scheduler.servicers.suppressions import SuppressionServicer
-from services.scheduler.storage.batches import BatchRecord, read_watched
-from services.scheduler.storage.intake import IntakeStore
-from services.scheduler.sweeping import Sweeper
-from shared.database import create_engine, ping, snapshot
-from shared.forecast.backlog import Rules
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.heads import HeadLoader, load_soon
-from shared.health import follow_dependencies
-from shared.oauth2.token_client import TokenClient
-from shared.oauth2.token_source import TokenSource
-from shared.process import serve_until_stopped
-from shared.queue.connection import connect, open_queues
-from shared.secrets import SecretBox
-from shared.settings import Settings
-from shared.watching import Watch
+from outbox_server.services.scheduler.explainer import Explainer
+from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.intake import Intake
+from outbox_server.services.scheduler.servicers.batches import BatchServicer
+from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
+from outbox_server.services.scheduler.servicers.senders import SenderServicer
+from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
+from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
+from outbox_server.services.scheduler.storage.intake import IntakeStore
+from outbox_server.services.scheduler.sweeping import Sweeper
+from outbox_server.shared.database.engine import create_engine, ping, snapshot
+from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.oauth2.token_client import TokenClient
+from outbox_server.shared.oauth2.token_source import TokenSource
+from outbox_server.shared.process import serve_until_stopped
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.rpc.health import follow_dependencies
+from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.rpc.watching import Watch
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings
 
 
 async def serve(

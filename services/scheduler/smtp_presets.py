@@ -8,7 +8,7 @@ from enum import IntEnum
 from types import MappingProxyType
 from typing import Final
 
-from shared.states import SmtpSecurity, requested_enum
+from outbox_server.shared.states import SmtpSecurity, requested_enum
 
 
 class SmtpPreset(IntEnum):

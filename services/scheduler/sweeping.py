@@ -1,4 +1,4 @@
-"""Lets the rows of cancelled batches follow their cancellation (shared/cancellations.py).
+"""Lets the rows of cancelled batches follow their cancellation (shared/database/cancellations.py).
 
 Runs in every scheduler. Nothing waits for it: what is cancelled is CANCELLED for everybody.
 """
@@ -12,10 +12,10 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler.storage import cancelling
-from services.scheduler.storage.access import in_transaction
-from shared.database import DATABASE_ERRORS
-from shared.loops import Loop
+from outbox_server.services.scheduler.storage import cancelling
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.loops import Loop
 
 # While rows are left: those of others, and of what is in flight.
 _BUSY: Final = timedelta(seconds=1)

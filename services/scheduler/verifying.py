@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from shared.egress import Egress
-from shared.errors import ResourceExhausted
-from shared.gate import Gate
-from shared.oauth2.credentials import TokenProvider
-from shared.secrets import SecretBox
-from shared.settings import Settings
-from shared.smtp.addresses import envelope_address
-from shared.smtp.endpoint import StoredEndpoint, resolve_endpoint
-from shared.smtp.helo import helo_name
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.probe import Probe, Prober
-from shared.smtp.replies import ReplyRules
-from shared.smtp.tls import TlsContexts
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.errors import ResourceExhausted
+from outbox_server.shared.oauth2.credentials import TokenProvider
+from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.addresses import envelope_address
+from outbox_server.shared.smtp.endpoint import StoredEndpoint, resolve_endpoint
+from outbox_server.shared.smtp.helo import helo_name
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.probe import Probe, Prober
+from outbox_server.shared.smtp.replies import ReplyRules
+from outbox_server.shared.tls import TlsContexts
 
 # Seconds for the whole session: below the deadline of a call.
 _LIMIT: Final = 20.0

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from outbox.v1 import stats_service_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.stats import storage
-from shared.audit.sender import audit_sender
-from shared.audit.storage import Interval
-from shared.errors import InvalidInput
-from shared.forecast.backlog import Rules
-from shared.proto_mapping import from_timestamp, not_found, parse_id, to_duration
+from outbox_server.services.stats import storage
+from outbox_server.shared.audit.sender import audit_sender
+from outbox_server.shared.audit.storage import Interval
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.rpc.proto_mapping import from_timestamp, not_found, parse_id, to_duration
 
 
 async def audit(

@@ -10,7 +10,7 @@ from typing import Final
 
 import structlog
 
-from shared.loops import Loop
+from outbox_server.shared.loops import Loop
 
 # A fold takes less than 0.1 s; one that takes this long hangs, as on a server that vanished.
 _LIMIT: Final = timedelta(seconds=30)

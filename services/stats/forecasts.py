@@ -8,13 +8,13 @@ from typing import Final
 from outbox.v1 import sender_pb2, stats_service_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.stats import storage
-from services.stats.planned import PlannedBatch, check_planned
-from shared.errors import InvalidInput
-from shared.forecast.backlog import Rules, to_us
-from shared.forecast.forecasts import Forecast, forecast_batch, forecast_planned
-from shared.forecast.simulation import Bound, Run
-from shared.proto_mapping import (
+from outbox_server.services.stats import storage
+from outbox_server.services.stats.planned import PlannedBatch, check_planned
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.forecast.backlog import Rules, to_us
+from outbox_server.shared.forecast.forecasts import Forecast, forecast_batch, forecast_planned
+from outbox_server.shared.forecast.simulation import Bound, Run
+from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
     from_timestamp,
     not_found,

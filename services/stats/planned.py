@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from shared import bounds
-from shared.errors import InvalidInput
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import Final
 from outbox.v1 import stats_pb2, stats_service_pb2
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.stats import storage
-from shared.errors import InvalidInput
-from shared.proto_mapping import (
+from outbox_server.services.stats import storage
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
     from_timestamp,
     not_found,

@@ -8,16 +8,16 @@ from functools import partial
 
 from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 
-from services.stats import storage
-from services.stats.folding import fold_until_stopped
-from services.stats.servicers import StatsServicer
-from shared.database import create_engine, ping
-from shared.forecast.backlog import Rules
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.health import follow_dependencies
-from shared.process import serve_until_stopped
-from shared.settings import Settings
-from shared.watching import Watch
+from outbox_server.services.stats import storage
+from outbox_server.services.stats.folding import fold_until_stopped
+from outbox_server.services.stats.servicers import StatsServicer
+from outbox_server.shared.database.engine import create_engine, ping
+from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.process import serve_until_stopped
+from outbox_server.shared.rpc.health import follow_dependencies
+from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.rpc.watching import Watch
+from outbox_server.shared.settings import Settings
 
 
 async def serve(

@@ -11,16 +11,16 @@ import grpc
 from outbox.v1 import stats_pb2, stats_service_pb2, stats_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.stats import storage
-from services.stats.auditing import audit
-from services.stats.forecasts import forecast
-from services.stats.series import series
-from services.stats.storage import WatchedSender
-from shared import page_tokens
-from shared.auth import current_caller, effective_user, require_user
-from shared.forecast.backlog import Rules
-from shared.paging import requested_page
-from shared.proto_mapping import (
+from outbox_server.services.stats import storage
+from outbox_server.services.stats.auditing import audit
+from outbox_server.services.stats.forecasts import forecast
+from outbox_server.services.stats.series import series
+from outbox_server.services.stats.storage import WatchedSender
+from outbox_server.shared.callers import current_caller, effective_user, require_user
+from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.rpc import page_tokens
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import (
     id_text,
     not_found,
     parse_id,
@@ -28,7 +28,7 @@ from shared.proto_mapping import (
     to_job_counts,
     to_timestamp,
 )
-from shared.watching import Watch
+from outbox_server.shared.rpc.watching import Watch
 
 _WATCHED: Final = "sender_stats"
 

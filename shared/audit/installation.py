@@ -9,13 +9,13 @@ from typing import Final, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.audit import storage
-from shared.audit.jobs import Copies, contradiction_of, delivery_of
-from shared.audit.replay import Replay
-from shared.audit.storage import AuditedSender, Totals
-from shared.database import create_engine, snapshot
-from shared.message_ids import job_of_message_id
-from shared.settings import Settings
+from outbox_server.shared.audit import storage
+from outbox_server.shared.audit.jobs import Copies, contradiction_of, delivery_of
+from outbox_server.shared.audit.replay import Replay
+from outbox_server.shared.audit.storage import AuditedSender, Totals
+from outbox_server.shared.database.engine import create_engine, snapshot
+from outbox_server.shared.database.message_ids import job_of_message_id
+from outbox_server.shared.settings import Settings
 
 _EXAMPLES: Final = 5
 

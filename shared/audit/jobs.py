@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from shared.states import FINAL_STATES, JobState
+from outbox_server.shared.states import FINAL_STATES, JobState
 
 # The numbers that an array of 16 bits can hold.
 _NAMES: Final = 65_536

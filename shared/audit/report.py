@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shared.audit.installation import Findings
-from shared.audit.replay import Replay
-from shared.audit.storage import AuditedSender
-from shared.gap import effective_gap
-from shared.settings import Settings, format_duration
-from shared.states import JobState
+from outbox_server.shared.audit.installation import Findings
+from outbox_server.shared.audit.replay import Replay
+from outbox_server.shared.audit.storage import AuditedSender
+from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.settings import Settings, format_duration
+from outbox_server.shared.states import JobState
 
 # An outcome is recorded when the statement arrives, so an end may look later than it was.
 RECORDING_SLACK_S: Final = 0.1

@@ -8,9 +8,9 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.audit import storage
-from shared.audit.replay import Replay
-from shared.audit.storage import Interval
+from outbox_server.shared.audit import storage
+from outbox_server.shared.audit.replay import Replay
+from outbox_server.shared.audit.storage import Interval
 
 _SECOND: Final = timedelta(seconds=1)
 

@@ -21,10 +21,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.audit.jobs import JobTrace
-from shared.cancellations import state_now
-from shared.counts import JobCounts, batch_counts, in_state, sender_counts
-from shared.models import (
+from outbox_server.shared.audit.jobs import JobTrace
+from outbox_server.shared.database.cancellations import state_now
+from outbox_server.shared.database.counts import JobCounts, batch_counts, in_state, sender_counts
+from outbox_server.shared.database.models import (
     Attempt,
     Batch,
     CountDelta,
@@ -33,8 +33,8 @@ from shared.models import (
     Sender,
     SenderHourCount,
 )
-from shared.ownership import owned_by
-from shared.states import FINAL_STATES, AttemptOutcome, JobState
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.states import FINAL_STATES, AttemptOutcome, JobState
 
 _Statement: TypeAlias = Select[*tuple[Any, ...]]
 _ReadCounts: TypeAlias = Callable[

@@ -27,16 +27,24 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.cancellations import waits_of
-from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
-from shared.cooldowns import CooldownRecord
-from shared.counts import in_state, sender_counts
-from shared.forecast.openings import Openings
-from shared.forecast.runs import first_of, in_order, joined
-from shared.forecast.simulation import Limiter, Run, Sends
-from shared.gap import effective_gap
-from shared.models import Attempt, Batch, BatchCount, Cooldown, CountDelta, EmailJob, Sender
-from shared.states import BatchState, JobState, SenderState
+from outbox_server.shared.cooldowns.columns import COOLDOWN_COLUMNS, cooldown_of
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.database.cancellations import waits_of
+from outbox_server.shared.database.counts import in_state, sender_counts
+from outbox_server.shared.database.models import (
+    Attempt,
+    Batch,
+    BatchCount,
+    Cooldown,
+    CountDelta,
+    EmailJob,
+    Sender,
+)
+from outbox_server.shared.forecast.openings import Openings
+from outbox_server.shared.forecast.runs import first_of, in_order, joined
+from outbox_server.shared.forecast.simulation import Limiter, Run, Sends
+from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.states import BatchState, JobState, SenderState
 
 # Jobs that are read one by one, in about 20 ms.
 MOST_JOBS: Final = 20_000

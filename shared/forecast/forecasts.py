@@ -10,8 +10,8 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.cooldowns import CooldownRecord
-from shared.forecast.backlog import (
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.forecast.backlog import (
     BacklogPosition,
     Rules,
     SenderPace,
@@ -21,8 +21,8 @@ from shared.forecast.backlog import (
     read_pace,
     to_us,
 )
-from shared.forecast.runs import in_order
-from shared.forecast.simulation import Bound, Limiter, Run, SimulatedOutcome, simulate
+from outbox_server.shared.forecast.runs import in_order
+from outbox_server.shared.forecast.simulation import Bound, Limiter, Run, SimulatedOutcome, simulate
 
 # What takes longer than a moment must not hold up the loop.
 _AT_ONCE: Final = 100

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from shared.sending_hours import SendingHours
+from outbox_server.shared.sending_hours import SendingHours
 
 _MILLISECOND: Final = 1_000
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Final
 
-from shared.forecast.simulation import Run
+from outbox_server.shared.forecast.simulation import Run
 
 # Of more runs, the smallest are taken to be due at once: the work grows with their square.
 _MOST_OVERLAPPING: Final = 300

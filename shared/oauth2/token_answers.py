@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-from shared.redaction import redact
+from outbox_server.shared.redaction import redact
 
 # The lifetime of an access token if the answer has no `expires_in`.
 DEFAULT_LIFETIME: Final = timedelta(hours=1)

@@ -12,10 +12,17 @@ from urllib.parse import quote_plus, urlencode, urlsplit
 
 import httpcore
 
-from shared.egress import Egress, EgressRefused
-from shared.oauth2.token_answers import Failure, Grant, clean, outage, read_answer, refusal
-from shared.settings import Settings
-from shared.smtp.tls import operator_ca, trusting_context
+from outbox_server.shared.egress import Egress, EgressRefused
+from outbox_server.shared.oauth2.token_answers import (
+    Failure,
+    Grant,
+    clean,
+    outage,
+    read_answer,
+    refusal,
+)
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.tls import operator_ca, trusting_context
 
 # Limit of the whole exchange, from the look-up of the name to the last byte.
 LIMIT: Final = timedelta(seconds=10)

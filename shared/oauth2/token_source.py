@@ -12,14 +12,14 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from shared.database import DATABASE_ERRORS
-from shared.errors import FailedPrecondition
-from shared.oauth2 import token_store
-from shared.oauth2.credentials import OAuth2Ref, TokenRefused, TokenUnavailable
-from shared.oauth2.token_answers import Failure, Grant, outage, refusal
-from shared.oauth2.token_client import LIMIT, TokenClient, TokenRequest
-from shared.oauth2.token_store import LeasedCredentials, StoredToken
-from shared.secrets import SecretBox
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.errors import FailedPrecondition
+from outbox_server.shared.oauth2 import token_store
+from outbox_server.shared.oauth2.credentials import OAuth2Ref, TokenRefused, TokenUnavailable
+from outbox_server.shared.oauth2.token_answers import Failure, Grant, outage, refusal
+from outbox_server.shared.oauth2.token_client import LIMIT, TokenClient, TokenRequest
+from outbox_server.shared.oauth2.token_store import LeasedCredentials, StoredToken
+from outbox_server.shared.secrets import SecretBox
 
 # The next token is requested when this much of the lifetime is left, or a tenth of it if less.
 REFRESH_MARGIN: Final = timedelta(minutes=5)

@@ -10,8 +10,8 @@ from sqlalchemy import ColumnElement, bindparam, func, or_, select, update
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import OAuth2CredentialsRow as Row
-from shared.oauth2.token_answers import Failure
+from outbox_server.shared.database.models import OAuth2CredentialsRow as Row
+from outbox_server.shared.oauth2.token_answers import Failure
 
 _NOW = func.clock_timestamp()
 

@@ -11,8 +11,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from shared.queue.queue import DEFAULT_LADDER, Queue
-from shared.settings import Settings
+from outbox_server.shared.queue.queue import DEFAULT_LADDER, Queue
+from outbox_server.shared.settings import Settings
 
 _LONGEST_AUTH_WAIT = timedelta(hours=1)
 _CALL_LIMIT_S = 5.0

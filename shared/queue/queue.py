@@ -15,10 +15,10 @@ from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError
 
-from shared.endpoints import RELAY
-from shared.queue.circuits import Circuit, CircuitChange, log_change
-from shared.queue.keys import JobRef, ShardKeys, job_of, member_of
-from shared.queue.scripts import SCRIPTS, read_script
+from outbox_server.shared.queue.circuit_keys import RELAY
+from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_change
+from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
+from outbox_server.shared.queue.scripts import SCRIPTS, read_script
 
 # The first 128 waiting jobs of a sender; up to that size a sorted set stays a compact listpack.
 HEAD_SIZE = 128
@@ -154,7 +154,7 @@ class Head:
     more: bool
     ends: tuple[PastEnd, ...] = ()
     leases: tuple[HeldLease, ...] = field(default=())
-    # Where its mail goes (`shared.endpoints`), and which of its changes this is.
+    # Where its mail goes (`shared.queue.circuit_keys`), and which of its changes this is.
     endpoint: str = RELAY
     revision: int = 1
     # The present or next opening of its sending hours, in Unix ms; None: it has none.

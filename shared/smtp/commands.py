@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from shared.smtp.limits import Deadline
-from shared.smtp.replies import Phase
-from shared.smtp.reply_parser import WireReply
-from shared.smtp.stream import SmtpStream
+from outbox_server.shared.smtp.limits import Deadline
+from outbox_server.shared.smtp.replies import Phase
+from outbox_server.shared.smtp.reply_parser import WireReply
+from outbox_server.shared.smtp.stream import SmtpStream
 
 _CONTROL: Final = re.compile(rb"[\x00-\x1f\x7f]")
 _MAX_SIZE_DIGITS: Final = 20  # RFC 1870, section 3

@@ -6,14 +6,14 @@ from base64 import b64encode
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from shared.auth import is_loopback_host
-from shared.endpoints import RELAY, circuit_key
-from shared.errors import ConfigurationError
-from shared.oauth2.credentials import OAuth2Ref
-from shared.redaction import redact
-from shared.secrets import SecretBox
-from shared.settings import Settings
-from shared.states import SmtpSecurity
+from outbox_server.shared.callers import is_loopback_host
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.oauth2.credentials import OAuth2Ref
+from outbox_server.shared.queue.circuit_keys import RELAY, circuit_key
+from outbox_server.shared.redaction import redact
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import SmtpSecurity
 
 _SCHEMES = {
     "smtp": (SmtpSecurity.NONE, 25),
@@ -42,7 +42,7 @@ class Endpoint:
     # CA certificates (PEM) that are trusted beside the usual ones. Part of equality, so that a
     # sender that trusts fewer does not get a connection that was opened with more.
     ca: str = field(default="", repr=False)
-    # The endpoint's key in Redis (`shared.endpoints`).
+    # The endpoint's key in Redis (`shared.queue.circuit_keys`).
     circuit: str = field(default=RELAY, compare=False)
 
     def shown(self, text: str) -> str:

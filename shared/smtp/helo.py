@@ -7,8 +7,8 @@ import re
 import socket
 from typing import Any
 
-from shared.errors import ConfigurationError
-from shared.settings import Settings
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.settings import Settings
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})+")

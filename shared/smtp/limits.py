@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-from shared.settings import Settings
+from outbox_server.shared.settings import Settings
 
 
 class Deadline(Protocol):

@@ -9,9 +9,9 @@ from typing import Final
 import aiosmtplib
 from aiosmtplib.errors import SMTPAuthenticationError, SMTPException, SMTPResponseException
 
-from shared.oauth2.credentials import OAuth2Ref, TokenProvider
-from shared.redaction import redact
-from shared.smtp.replies import asks_for_other_token
+from outbox_server.shared.oauth2.credentials import OAuth2Ref, TokenProvider
+from outbox_server.shared.redaction import redact
+from outbox_server.shared.smtp.replies import asks_for_other_token
 
 _CONTINUE: Final = 334
 _SUCCESS: Final = 235

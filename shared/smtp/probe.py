@@ -8,16 +8,26 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-from shared.egress import Egress
-from shared.oauth2.credentials import NO_TOKENS, TokenProvider, TokenRefused, TokenUnavailable
-from shared.smtp.commands import Command, mail_command, rcpt_command, size_limit
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.limits import Deadline, FixedDeadline, PhaseLimits
-from shared.smtp.replies import Phase, Reply, ReplyRules, split_enhanced_code
-from shared.smtp.reply_parser import WireReply
-from shared.smtp.session import QUIT_LIMIT, SESSION_ERRORS, SessionRefused, SmtpSession
-from shared.smtp.tls import TlsContexts
-from shared.states import ReplyClass
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.oauth2.credentials import (
+    NO_TOKENS,
+    TokenProvider,
+    TokenRefused,
+    TokenUnavailable,
+)
+from outbox_server.shared.smtp.commands import Command, mail_command, rcpt_command, size_limit
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.limits import Deadline, FixedDeadline, PhaseLimits
+from outbox_server.shared.smtp.replies import Phase, Reply, ReplyRules, split_enhanced_code
+from outbox_server.shared.smtp.reply_parser import WireReply
+from outbox_server.shared.smtp.session import (
+    QUIT_LIMIT,
+    SESSION_ERRORS,
+    SessionRefused,
+    SmtpSession,
+)
+from outbox_server.shared.states import ReplyClass
+from outbox_server.shared.tls import TlsContexts
 
 _STEPS: Final = {
     Phase.CONNECT: "connecting",

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from shared.smtp.phase import Phase
-from shared.smtp.reply_rule_file import built_in_rules, operator_rules
-from shared.smtp.reply_rules import Rule
-from shared.states import ReplyClass
+from outbox_server.shared.smtp.phase import Phase
+from outbox_server.shared.smtp.reply_rule_file import built_in_rules, operator_rules
+from outbox_server.shared.smtp.reply_rules import Rule
+from outbox_server.shared.states import ReplyClass
 
 __all__ = [
     "Meaning",

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from shared.errors import ConfigurationError
-from shared.smtp.reply_rules import Rule, RuleReader
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.smtp.reply_rules import Rule, RuleReader
 
 BUILT_IN_FILE: Final = "reply_rules.toml"
 MAX_FILE_BYTES: Final = 256 * 1024
@@ -32,7 +32,7 @@ class RuleSet:
 
 def built_in_rules() -> tuple[Rule, ...]:
     """Return the rules that ship with Outbox."""
-    data = files("shared.smtp").joinpath(BUILT_IN_FILE).read_bytes()
+    data = files("outbox_server.shared.smtp").joinpath(BUILT_IN_FILE).read_bytes()
     return _RuleFile(BUILT_IN_FILE, data).read(frozenset()).rules
 
 

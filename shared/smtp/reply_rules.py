@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from shared.smtp.phase import Phase
-from shared.states import ReplyClass
+from outbox_server.shared.smtp.phase import Phase
+from outbox_server.shared.states import ReplyClass
 
 MAX_ENTRIES: Final = 100
 MAX_PHRASE: Final = 200

@@ -17,24 +17,24 @@ import aiosmtplib
 from aiosmtplib.protocol import SMTPProtocol
 from aiosmtplib.response import SMTPResponse
 
-from shared.egress import Egress
-from shared.oauth2.credentials import (
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.oauth2.credentials import (
     NO_TOKENS,
     WAIT_LIMIT_S,
     OAuth2Ref,
     TokenProvider,
     TokenUnavailable,
 )
-from shared.smtp.commands import Answer, Command, check_command, reply_within
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.helo import address_literal
-from shared.smtp.limits import Deadline, FixedDeadline, PhaseLimits
-from shared.smtp.oauth2_auth import Login, authenticate, is_token_refused, login_for
-from shared.smtp.replies import Phase, lacks_auth_method, leaves_session_usable
-from shared.smtp.reply_parser import MalformedReply, WireReply
-from shared.smtp.stream import ConnectionLost, SmtpStream
-from shared.smtp.tls import TlsContexts
-from shared.states import SmtpSecurity
+from outbox_server.shared.smtp.commands import Answer, Command, check_command, reply_within
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.helo import address_literal
+from outbox_server.shared.smtp.limits import Deadline, FixedDeadline, PhaseLimits
+from outbox_server.shared.smtp.oauth2_auth import Login, authenticate, is_token_refused, login_for
+from outbox_server.shared.smtp.replies import Phase, lacks_auth_method, leaves_session_usable
+from outbox_server.shared.smtp.reply_parser import MalformedReply, WireReply
+from outbox_server.shared.smtp.stream import ConnectionLost, SmtpStream
+from outbox_server.shared.states import SmtpSecurity
+from outbox_server.shared.tls import TlsContexts
 
 # Limit, in seconds, of the reply to QUIT and of the close after it.
 QUIT_LIMIT: Final = 2.0

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, cast
 
-from shared.smtp.limits import Deadline
-from shared.smtp.reply_parser import MalformedReply, ReplyParser, WireReply
+from outbox_server.shared.smtp.limits import Deadline
+from outbox_server.shared.smtp.reply_parser import MalformedReply, ReplyParser, WireReply
 
 # Replies that may wait unread. A group of commands has at most five, so a server that sends more
 # than this replies to commands that nobody sent.

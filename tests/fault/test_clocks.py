@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from shared.states import JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.states import JobState
 from tests.dispatchers import options, process, settings_of
 from tests.eventually import eventually
 from tests.world import World, gap_of, jobs_in, most_of

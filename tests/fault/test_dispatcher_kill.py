@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import pytest
 
-from deploy.local.inbox import Inbox
-from shared.states import AttemptOutcome, JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import (
     DispatcherClient,
     DispatcherProcess,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.states import AttemptOutcome, JobState
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import DispatcherProcess, options, process, running, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.smtp_servers import ScriptedServer, Wait

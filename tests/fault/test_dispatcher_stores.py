@@ -12,9 +12,9 @@ from functools import partial
 import psycopg
 import pytest
 
-from deploy.local.child import processes_in
-from deploy.local.inbox import Inbox
-from shared.states import JobState
+from outbox_server.deploy.embedded.child import processes_in
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import Running, options, running, settings_of
 from tests.eventually import eventually

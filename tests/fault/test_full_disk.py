@@ -17,10 +17,10 @@ import pytest
 from outbox.v1 import sender_pb2
 from outbox.v1.batch_service_pb2 import UploadBatchRequest
 
-from deploy.local.inbox import Inbox
-from deploy.local.postgres import SUPERUSER, PostgresServer
-from shared.database import migrate
-from shared.states import JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.postgres import SUPERUSER, PostgresServer
+from outbox_server.shared.database.engine import migrate
+from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import PATIENCE, eventually

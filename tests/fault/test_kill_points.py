@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from shared.states import AttemptOutcome, JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import options, running, settings_of
 from tests.dying import POINTS, doomed
 from tests.eventually import eventually

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 import pytest
 
-from deploy.providers.catalog import (
+from outbox_server.deploy.providers.catalog import (
     IONOS,
     PLAIN,
     POSTGREY,
@@ -27,12 +27,12 @@ from deploy.providers.catalog import (
     SLOW_SCANNER,
     STRICT_POSTFIX,
 )
-from deploy.providers.google import GMAIL, WORKSPACE_RELAY
-from deploy.providers.microsoft import EXCHANGE_ONLINE
-from deploy.providers.profile import DAY_S, HOUR_S, MINUTE_S, Profile
-from deploy.providers.sasl import Account
-from deploy.providers.server import Provider
-from shared.states import JobState
+from outbox_server.deploy.providers.google import GMAIL, WORKSPACE_RELAY
+from outbox_server.deploy.providers.microsoft import EXCHANGE_ONLINE
+from outbox_server.deploy.providers.profile import DAY_S, HOUR_S, MINUTE_S, Profile
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.server import Provider
+from outbox_server.shared.states import JobState
 from tests.dispatchers import DispatcherProcess, options, settings_of
 from tests.eventually import eventually
 from tests.world import World, jobs_in

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from deploy.local.inbox import Inbox
-from deploy.local.valkey import ValkeyServer
-from shared.queue import queue as queue_module
-from shared.states import JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.shared.queue import queue as queue_module
+from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually

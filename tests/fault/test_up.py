@@ -26,8 +26,8 @@ from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
-from deploy.local.inbox import Inbox
-from deploy.local.record import ReceivedMail, least_gap_s, read_record
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.record import ReceivedMail, least_gap_s, read_record
 from tests.eventually import PATIENCE, eventually
 
 OUTBOX = Path(sys.executable).with_name("outbox")
@@ -196,7 +196,14 @@ async def test_mail_scheduled_before_a_kill_of_everything_arrives_after_the_next
         assert not (folder / ".outbox/endpoints.json").exists()
 
 
-@pytest.mark.parametrize("service", ["services.dispatcher", "services.scheduler", "services.stats"])
+@pytest.mark.parametrize(
+    "service",
+    [
+        "outbox_server.services.dispatcher",
+        "outbox_server.services.scheduler",
+        "outbox_server.services.stats",
+    ],
+)
 async def test_a_service_that_is_killed_is_started_again_at_its_address(
     folder: Path, service: str
 ) -> None:

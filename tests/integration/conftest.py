@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from shared.database import create_engine
+from outbox_server.shared.database.engine import create_engine
 from tests.world import World
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
-from deploy.local.record import KeptMails, ReceivedMail
-from services.scheduler.storage.cancelling import cancel_batch, sweep
-from shared.audit.installation import audit_installation
-from shared.audit.report import AuditReport
-from shared.counts import sender_counts
-from shared.message_ids import installation_id, message_id_for
-from shared.settings import Settings, load_settings
-from shared.states import AttemptOutcome, JobState
+from outbox_server.cli.main import app
+from outbox_server.deploy.embedded.record import KeptMails, ReceivedMail
+from outbox_server.services.scheduler.storage.cancelling import cancel_batch, sweep
+from outbox_server.shared.audit.installation import audit_installation
+from outbox_server.shared.audit.report import AuditReport
+from outbox_server.shared.database.counts import sender_counts
+from outbox_server.shared.database.message_ids import installation_id, message_id_for
+from outbox_server.shared.settings import Settings, load_settings
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.world import World, address_of
 
 GAP = timedelta(seconds=2)

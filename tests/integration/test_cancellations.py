@@ -18,15 +18,20 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from sqlalchemy import select
 
-from services.dispatcher.storage import AttemptRecord, MarkedJob, mark_sending, settle
-from services.scheduler.storage.cancelling import CancelledBatch, cancel_batch, sweep, unswept
-from services.scheduler.sweeping import Sweeper
-from services.stats.storage import fold_once
-from shared.counts import batch_counts, sender_counts, user_counts
-from shared.models import EmailJob
-from shared.queue.keys import JobRef
-from shared.settings import load_settings
-from shared.states import AttemptOutcome, JobState
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob, mark_sending, settle
+from outbox_server.services.scheduler.storage.cancelling import (
+    CancelledBatch,
+    cancel_batch,
+    sweep,
+    unswept,
+)
+from outbox_server.services.scheduler.sweeping import Sweeper
+from outbox_server.services.stats.storage import fold_once
+from outbox_server.shared.database.counts import batch_counts, sender_counts, user_counts
+from outbox_server.shared.database.models import EmailJob
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.eventually import eventually
 from tests.scheduler_stack import running_scheduler
 from tests.world import World

@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.storage import AccountRefusal
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import AccountRefusal
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.world import World

@@ -12,18 +12,18 @@ from typing import Any, cast
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from deploy.local.proxy import TcpProxy
-from services.dispatcher import storage
-from services.dispatcher.cooling import CooldownRules, Signal, record_cooldowns
-from services.dispatcher.judge import Judge
-from services.dispatcher.settler import EndedAttempt, Settler
-from services.dispatcher.slots import Slots
-from services.dispatcher.smtp import SendResult
-from services.dispatcher.storage import MarkedJob
-from shared.heads import HeadLoader
-from shared.queue.connection import connect, open_queues
-from shared.queue.queue import Claim
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.cooling import CooldownRules, Signal, record_cooldowns
+from outbox_server.services.dispatcher.judge import Judge
+from outbox_server.services.dispatcher.settler import EndedAttempt, Settler
+from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.services.dispatcher.smtp import SendResult
+from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually

@@ -19,11 +19,11 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.stats import storage
-from shared.counts import JobCounts, batch_counts, sender_counts, user_counts
-from shared.database import create_engine
-from shared.settings import load_settings
-from shared.states import FINAL_STATES, JobState
+from outbox_server.services.stats import storage
+from outbox_server.shared.database.counts import JobCounts, batch_counts, sender_counts, user_counts
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.states import FINAL_STATES, JobState
 from tests.eventually import PATIENCE, eventually
 
 WINDOW = timedelta(hours=1)
@@ -351,9 +351,9 @@ async def test_a_fold_whose_connection_is_cut_before_its_commit_changes_nothing(
 
 FOLDER = """
 import asyncio, sys
-from services.stats.storage import fold
-from shared.database import create_engine
-from shared.settings import load_settings
+from outbox_server.services.stats.storage import fold
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.settings import load_settings
 
 async def main():
     engine = create_engine(load_settings(database_url=sys.argv[1]))

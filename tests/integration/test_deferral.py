@@ -11,11 +11,11 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.storage import AttemptRecord, MarkedJob
-from services.scheduler.storage.reopening import FailedJobs, retry_failed
-from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry_failed
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.dispatchers import options, settings_of
 from tests.world import World
 

@@ -11,11 +11,11 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.storage import AccountRefusal
-from shared.database import create_engine
-from shared.head_statements import heads_statement
-from shared.queue.keys import JobRef
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import AccountRefusal
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.heads.statements import heads_statement
+from outbox_server.shared.queue.keys import JobRef
 from tests.dispatchers import options, settings_of
 from tests.world import World
 

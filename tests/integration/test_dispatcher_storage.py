@@ -12,11 +12,11 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.storage import MarkedJob
-from shared.queue.keys import JobRef
-from shared.smtp.endpoint import StoredEndpoint
-from shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.smtp.endpoint import StoredEndpoint
+from outbox_server.shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.marked_jobs import LEASE, OVER, mark, record_of, recover, settle, whole_row

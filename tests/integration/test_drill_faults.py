@@ -11,9 +11,9 @@ import pytest
 from psycopg import errors
 from redis.asyncio import Redis
 
-from deploy.drill.clocks import HOW_TO_GET, clock_by_file, faketime_library, set_clock
-from deploy.drill.database import fail_writes, heal_writes
-from deploy.local.valkey import ValkeyServer
+from outbox_server.deploy.drill.clocks import HOW_TO_GET, clock_by_file, faketime_library, set_clock
+from outbox_server.deploy.drill.database import fail_writes, heal_writes
+from outbox_server.deploy.embedded.valkey import ValkeyServer
 from tests.eventually import eventually
 
 

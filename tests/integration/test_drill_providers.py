@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 import aiosmtplib
 import pytest
 
-from deploy.drill.plan import KINDS, SLOW_REPLY_S
-from deploy.drill.provider_troubles import PROVIDER_TROUBLES
-from deploy.local.inbox import Inbox
-from deploy.local.trouble import InboxTrouble, Way
+from outbox_server.deploy.drill.plan import KINDS, SLOW_REPLY_S
+from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.trouble import InboxTrouble, Way
 from tests.eventually import eventually
 
 

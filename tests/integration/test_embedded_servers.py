@@ -22,20 +22,26 @@ import psycopg
 import pytest
 from redis.asyncio import Redis
 
-from deploy.local.child import Child, LocalServerError, processes_in, run_to_end, stop_orphans
-from deploy.local.ports import free_port
-from deploy.local.postgres import PostgresServer
-from deploy.local.stack import FolderInUseError, Servers
-from deploy.local.system_user import user_for_postgres
-from deploy.local.valkey import ValkeyServer
-from deploy.local.wheels import postgres_binaries
+from outbox_server.deploy.embedded.child import (
+    Child,
+    LocalServerError,
+    processes_in,
+    run_to_end,
+    stop_orphans,
+)
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.embedded.postgres import PostgresServer
+from outbox_server.deploy.embedded.stack import FolderInUseError, Servers
+from outbox_server.deploy.embedded.system_user import user_for_postgres
+from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.deploy.embedded.wheels import postgres_binaries
 from tests.eventually import PATIENCE, eventually
 
 HOLDER = """
 import asyncio, json, sys
 from pathlib import Path
 from urllib.parse import urlsplit
-from deploy.local.stack import Servers
+from outbox_server.deploy.embedded.stack import Servers
 
 async def main():
     async with Servers(Path(sys.argv[1])) as servers:
@@ -168,8 +174,12 @@ def home(tmp_path: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         shutil.copytree(tree, path / tree.name, symlinks=True)
     path.chmod(0o700)
     binaries = path / installed.relative_to(package.parent)
-    monkeypatch.setattr("deploy.local.postgres.postgres_binaries", lambda: binaries)
-    monkeypatch.setattr("deploy.local.system_user.COPIES", empty_folder / "cache" / "outbox")
+    monkeypatch.setattr(
+        "outbox_server.deploy.embedded.postgres.postgres_binaries", lambda: binaries
+    )
+    monkeypatch.setattr(
+        "outbox_server.deploy.embedded.system_user.COPIES", empty_folder / "cache" / "outbox"
+    )
     empty_folder.chmod(0o755)
     return path
 

@@ -13,13 +13,21 @@ import pytest_asyncio
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from deploy.local.ports import free_port
-from shared.heads import HeadLoader, load_soon
-from shared.queue.connection import connect, open_queues
-from shared.queue.keys import job_of
-from shared.queue.queue import HEAD_SIZE, Claim, Claimed, Head, Queue, Settlement, SlotUse
-from shared.settings import Settings, load_settings
-from shared.states import JobState, SenderState
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.keys import job_of
+from outbox_server.shared.queue.queue import (
+    HEAD_SIZE,
+    Claim,
+    Claimed,
+    Head,
+    Queue,
+    Settlement,
+    SlotUse,
+)
+from outbox_server.shared.settings import Settings, load_settings
+from outbox_server.shared.states import JobState, SenderState
 from tests.eventually import PATIENCE
 from tests.integration.queue.shard import scores
 from tests.world import World
@@ -476,7 +484,7 @@ async def test_one_of_two_rebuilders_does_it(world: World) -> None:
 async def test_a_loss_in_the_middle_of_a_rebuild_is_noticed_and_the_next_rebuild_is_whole(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.heads._CHUNK", 2)
+    monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 2)
     senders = [await world.sender() for _ in range(6)]
     for sender in senders:
         await world.schedule(sender, load=False)
@@ -515,8 +523,8 @@ async def test_an_intake_during_a_rebuild_is_not_lost(world: World) -> None:
 async def test_a_rebuild_of_many_senders_goes_by_parts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.heads._CHUNK", 7)
-    monkeypatch.setattr("shared.heads._PAGE", 11)
+    monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 7)
+    monkeypatch.setattr("outbox_server.shared.heads.loader._PAGE", 11)
     senders = [await world.sender() for _ in range(30)]
     for sender in senders:
         await world.schedule(sender, load=False)
@@ -545,7 +553,7 @@ class NotingLoader(HeadLoader):
 async def test_a_rebuild_begins_with_those_that_are_due_first(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.heads._CHUNK", 2)
+    monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 2)
     dues = (30, -10, 20, -20, -10)
     senders = [await world.sender() for _ in dues]
     for sender, due in zip(senders, dues, strict=True):

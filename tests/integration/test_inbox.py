@@ -12,10 +12,10 @@ from pathlib import Path
 import aiosmtplib
 import pytest
 
-from deploy.local.child import Child, LocalServerError
-from deploy.local.inbox import Inbox
-from deploy.local.ports import free_port
-from deploy.local.record import read_record
+from outbox_server.deploy.embedded.child import Child, LocalServerError
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.embedded.record import read_record
 from tests.eventually import eventually
 
 MAIL = b"From: a@x.test\r\nMessage-ID: <1@x.test>\r\n\r\nHello\r\n"
@@ -217,7 +217,7 @@ async def test_a_port_that_is_taken_is_said(inbox: Inbox, tmp_path: Path) -> Non
 
 async def test_the_inbox_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
     port, maildir = free_port(), tmp_path / "inbox"
-    argv = [sys.executable, "-m", "deploy.local.inbox"]
+    argv = [sys.executable, "-m", "outbox_server.deploy.embedded.inbox"]
     argv += ["--port", str(port), "--maildir", str(maildir)]
     child = Child("inbox", argv, log=tmp_path / "log", cwd=Path.cwd())
     child.start()

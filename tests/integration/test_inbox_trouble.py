@@ -7,8 +7,14 @@ import asyncio
 import aiosmtplib
 import pytest
 
-from deploy.local.inbox import Inbox
-from deploy.local.trouble import LONG_LINE, OF_CONNECTIONS, PHASES, InboxTrouble, Way
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.trouble import (
+    LONG_LINE,
+    OF_CONNECTIONS,
+    PHASES,
+    InboxTrouble,
+    Way,
+)
 from tests.eventually import eventually
 
 MAIL = b"Message-ID: <1@x.test>\r\n\r\nhello\r\n"

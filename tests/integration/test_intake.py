@@ -25,10 +25,10 @@ from outbox.v1.sender_service_pb2 import DeleteSenderRequest, PauseSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
-from deploy.local.ports import free_port
-from services.scheduler.payloads import StreamedChunks
-from shared.errors import Unavailable
-from shared.settings import load_settings
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.scheduler.payloads import StreamedChunks
+from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
@@ -167,7 +167,7 @@ async def scheduler_process(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.scheduler",
+        "outbox_server.services.scheduler",
         cwd=folder,
         env={
             **os.environ,

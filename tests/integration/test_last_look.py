@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 
 import pytest_asyncio
 
-from services.dispatcher.storage import MarkedJob, mark_sending
-from shared.database import create_engine
-from shared.queue.keys import JobRef
-from shared.sending_hours import SendingHours
-from shared.settings import load_settings
-from shared.states import JobState
+from outbox_server.services.dispatcher.storage import MarkedJob, mark_sending
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.sending_hours import SendingHours
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.states import JobState
 from tests.world import World
 
 LEASE = timedelta(seconds=60)

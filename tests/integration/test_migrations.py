@@ -9,8 +9,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from shared.database import driver_url, migrate
-from shared.models import Base
+from outbox_server.shared.database.engine import driver_url, migrate
+from outbox_server.shared.database.models import Base
 
 
 def test_the_migrated_schema_is_what_the_models_say(database_url: str) -> None:

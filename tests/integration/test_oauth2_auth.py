@@ -11,8 +11,8 @@ from typing import Any
 import aiosmtplib
 import pytest
 
-from deploy.local.certificates import Certificate, self_signed, server_context
-from shared.smtp.oauth2_auth import Login, authenticate
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.shared.smtp.oauth2_auth import Login, authenticate
 from tests.oauth2_smtp import OAuth2SmtpServer
 
 GOOD = Login("me@example.com", "ya29.good-" + "g" * 1_000)

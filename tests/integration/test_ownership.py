@@ -11,11 +11,11 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from shared.auth import Caller, CallerKind, set_current_caller
-from shared.database import create_engine
-from shared.models import Sender
-from shared.ownership import owned_by, owner_of
-from shared.settings import load_settings
+from outbox_server.shared.callers import Caller, CallerKind, set_current_caller
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.models import Sender
+from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.settings import load_settings
 
 ANN = Caller("ann", CallerKind.USER)
 BACKEND = Caller(None, CallerKind.SERVICE)

@@ -13,13 +13,13 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner, Result
 
-from cli.main import app
-from shared.database import create_engine
-from shared.errors import FailedPrecondition
-from shared.models import OAuth2CredentialsRow, Sender
-from shared.password_rotation import rotate_chunk, rotate_oauth2_chunk
-from shared.secrets import SecretBox, generate_key
-from shared.settings import load_settings
+from outbox_server.cli.main import app
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender
+from outbox_server.shared.database.secret_rotation import rotate_chunk, rotate_oauth2_chunk
+from outbox_server.shared.errors import FailedPrecondition
+from outbox_server.shared.secrets import SecretBox, generate_key
+from outbox_server.shared.settings import load_settings
 
 OLD, NEW, LOST = generate_key(), generate_key(), generate_key()
 BOTH = SecretBox([NEW, OLD])

@@ -14,18 +14,18 @@ from typing import cast
 
 import pytest
 
-from deploy.local.certificates import Certificate, self_signed, server_context
-from deploy.local.mail_store import MailStore
-from deploy.local.record import read_record
-from deploy.providers.catalog import PLAIN
-from deploy.providers.google import GMAIL
-from deploy.providers.microsoft import EXCHANGE_ONLINE
-from deploy.providers.profile import MINUTE_S, Profile, Rate, RefusingReply
-from deploy.providers.sasl import Account
-from deploy.providers.server import Provider
-from deploy.providers.tally import Ending, Tally
-from deploy.providers.wire import LONGEST_COMMAND, LineTooLongError, Wire
-from shared.smtp.replies import Phase
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.providers.catalog import PLAIN
+from outbox_server.deploy.providers.google import GMAIL
+from outbox_server.deploy.providers.microsoft import EXCHANGE_ONLINE
+from outbox_server.deploy.providers.profile import MINUTE_S, Profile, Rate, RefusingReply
+from outbox_server.deploy.providers.sasl import Account
+from outbox_server.deploy.providers.server import Provider
+from outbox_server.deploy.providers.tally import Ending, Tally
+from outbox_server.deploy.providers.wire import LONGEST_COMMAND, LineTooLongError, Wire
+from outbox_server.shared.smtp.replies import Phase
 from tests.eventually import eventually
 from tests.provider_clients import (
     ACCOUNTS,
@@ -483,7 +483,16 @@ async def test_a_provider_that_becomes_another_one_keeps_its_count(plain: Provid
 async def test_a_provider_runs_as_a_process_and_prints_what_it_counted(tmp_path: Path) -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "deploy.providers", "gmail", "--no-tls", "--quota", "2", "--scale", "0.5"),
+        *(
+            "-m",
+            "outbox_server.deploy.providers",
+            "gmail",
+            "--no-tls",
+            "--quota",
+            "2",
+            "--scale",
+            "0.5",
+        ),
         *("--tally", str(tmp_path / "tally.jsonl"), "--maildir", str(tmp_path / "maildir")),
         cwd=Path(__file__).parent.parent.parent,
         stdout=asyncio.subprocess.PIPE,

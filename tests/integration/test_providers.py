@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.certificates import Certificate, self_signed, server_context
-from deploy.local.mail_store import MailStore
-from deploy.local.record import read_record
-from deploy.providers.catalog import (
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.providers.catalog import (
     IONOS,
     PLAIN,
     POSTGREY,
@@ -22,11 +22,11 @@ from deploy.providers.catalog import (
     SLOW_SCANNER,
     STRICT_POSTFIX,
 )
-from deploy.providers.google import GMAIL, WORKSPACE_RELAY
-from deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_ONLINE
-from deploy.providers.profile import CONTENT_MARKER, DAY_S, MINUTE_S, Profile
-from deploy.providers.server import Provider
-from deploy.providers.tally import Ending
+from outbox_server.deploy.providers.google import GMAIL, WORKSPACE_RELAY
+from outbox_server.deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_ONLINE
+from outbox_server.deploy.providers.profile import CONTENT_MARKER, DAY_S, MINUTE_S, Profile
+from outbox_server.deploy.providers.server import Provider
+from outbox_server.deploy.providers.tally import Ending
 from tests.eventually import eventually
 from tests.provider_clients import (
     ACCOUNTS,

@@ -12,12 +12,12 @@ import pytest_asyncio
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import recovery as recovery_module
-from services.dispatcher import storage
-from services.dispatcher.recovery import Recovery
-from shared.heads import HeadLoader
-from shared.queue.connection import QUEUE_ERRORS
-from shared.states import AttemptOutcome, JobState
+from outbox_server.services.dispatcher import recovery as recovery_module
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.recovery import Recovery
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE
 from tests.marked_jobs import LEASE, OVER, mark, record_of, recover, settle

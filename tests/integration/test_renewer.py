@@ -20,15 +20,15 @@ from psycopg.conninfo import conninfo_to_dict
 from redis.asyncio import Redis
 from sqlalchemy import event, text
 
-from deploy.local.proxy import TcpProxy
-from services.dispatcher import storage
-from shared.database import create_engine
-from shared.heads import HeadLoader
-from shared.queue.connection import connect, open_queues
-from shared.queue.keys import member_of
-from shared.queue.queue import Claim
-from shared.settings import Settings
-from shared.states import AttemptOutcome, JobState
+from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.services.dispatcher import storage
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.keys import member_of
+from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually

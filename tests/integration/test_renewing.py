@@ -13,10 +13,10 @@ import pytest_asyncio
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.storage import AttemptRecord, MarkedJob
-from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.world import World

@@ -10,12 +10,12 @@ from typing import Any, cast
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher import storage
-from services.dispatcher.cooling import CooldownRules
-from services.dispatcher.settler import Settler, UnmarkedClaim, UnsentJob
-from services.dispatcher.slots import Slots
-from shared.queue.queue import Claim
-from shared.states import JobState, SenderState
+from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.settler import Settler, UnmarkedClaim, UnsentJob
+from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.lost_answers import LostAnswers

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.certificates import self_signed, server_context
-from services.dispatcher.smtp import SmtpPool
-from shared.bounds import MAX_CA_BYTES, MAX_CA_CERTIFICATES
-from shared.errors import ConfigurationError
-from shared.settings import load_settings
-from shared.smtp.tls import TlsContexts, check_ca
-from shared.states import AttemptOutcome, SmtpSecurity
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.shared.bounds import MAX_CA_BYTES, MAX_CA_CERTIFICATES
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
+from outbox_server.shared.tls import TlsContexts, check_ca
 from tests.smtp_pools import endpoint_of, pool_of, send
 from tests.smtp_servers import ScriptedServer
 

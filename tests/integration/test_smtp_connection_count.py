@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp import GivenBackError, SmtpPool
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher.smtp import GivenBackError, SmtpPool
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from tests.eventually import eventually
 from tests.smtp_pools import (
     LIMIT,
@@ -78,7 +78,7 @@ async def test_connections_drop_to_what_worked_and_rise_again_one_by_one() -> No
 async def test_a_first_connection_that_is_one_too_many_is_tried_again_after_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("outbox_server.services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
     pool = pool_of(timeout=5.0)
     async with Crowded(0) as server:
         for _ in range(3):

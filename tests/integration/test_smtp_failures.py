@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import uvloop
 
-from deploy.local.ports import free_port
-from services.dispatcher.smtp import SmtpPool, session
-from shared.smtp.endpoint import Endpoint
-from shared.states import AttemptOutcome, SmtpSecurity
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.dispatcher.smtp import SmtpPool, session
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
 from tests.eventually import eventually
 from tests.smtp_pools import (
     LIMIT,

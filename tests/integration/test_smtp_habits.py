@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.stream import SmtpStream
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.stream import SmtpStream
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from tests.eventually import PATIENCE, eventually
 from tests.smtp_pools import (
     LIMIT,
@@ -238,7 +238,7 @@ async def test_a_connection_is_used_again_after_a_refusal_of_the_mail_alone(
 async def test_an_outcome_is_known_whatever_comes_of_rset(
     goodbye: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.dispatcher.smtp.session._RESET_LIMIT_S", LIMIT)
+    monkeypatch.setattr("outbox_server.services.dispatcher.smtp.session._RESET_LIMIT_S", LIMIT)
     pool = pool_of(timeout=5.0)
     plan = {"rcpt": [Say("550 5.1.1 nobody")], "rset": goodbye}
     async with ScriptedServer(plan) as server:

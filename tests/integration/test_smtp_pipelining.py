@@ -13,10 +13,10 @@ from typing import Any, Self
 import pytest
 import uvloop
 
-from deploy.local.certificates import self_signed, server_context
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp import GivenBackError, SmtpPool
-from shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.services.dispatcher.smtp import GivenBackError, SmtpPool
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
 from tests.eventually import eventually
 from tests.smtp_pools import LIMIT, MAIL, all_closed, endpoint_of, open_connections, pool_of, send
 from tests.smtp_servers import Close, Say, ScriptedServer, StopReading, Wait, Well

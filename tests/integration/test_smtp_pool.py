@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp import Envelope, GivenBackError, SmtpPool
-from shared.states import AttemptOutcome
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher.smtp import Envelope, GivenBackError, SmtpPool
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.states import AttemptOutcome
 from tests.eventually import eventually
 from tests.smtp_pools import (
     MAIL,

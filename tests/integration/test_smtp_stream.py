@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.dispatcher.lease import Lease
-from shared.smtp.limits import FixedDeadline
-from shared.smtp.reply_parser import MalformedReply
-from shared.smtp.stream import ConnectionLost, SmtpStream
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.smtp.limits import FixedDeadline
+from outbox_server.shared.smtp.reply_parser import MalformedReply
+from outbox_server.shared.smtp.stream import ConnectionLost, SmtpStream
 from tests.eventually import eventually
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from deploy.local.certificates import self_signed, server_context
-from services.dispatcher.smtp import SmtpPool
-from services.dispatcher.smtp import pool as pools
-from shared.egress import Egress
-from shared.states import AttemptOutcome, SmtpSecurity
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.services.dispatcher.smtp import pool as pools
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
 from tests.eventually import eventually
 from tests.smtp_pools import (
     all_closed,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from services.dispatcher.smtp import SmtpPool
-from shared.smtp.limits import PhaseLimits
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from tests.eventually import eventually
 from tests.smtp_pools import LIMIT, all_closed, pool_of, send
 from tests.smtp_servers import Action, Close, Conversation, Say, ScriptedServer, Wait, Well
@@ -169,7 +169,7 @@ async def test_pipelining_that_fails_is_not_used_again(action: Action) -> None:
 
 async def test_pauses_grow_while_each_mail_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the server says so after the opening, as Exchange Online does."""
-    monkeypatch.setattr("services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr("outbox_server.services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
     pool = pool_of(timeout=5.0)
     refused = Say("432 4.3.2 Concurrent connections limit exceeded")
     async with ScriptedServer({"mail": [refused] * 5}) as server:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from deploy.local.certificates import Certificate, self_signed, server_context
-from deploy.local.ports import free_port
-from shared.egress import Egress
-from shared.errors import ConfigurationError
-from shared.oauth2.token_answers import Failure, Grant
-from shared.oauth2.token_client import MAX_ANSWER_BYTES, TokenClient, TokenRequest
-from shared.settings import load_settings
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.oauth2.token_answers import Failure, Grant
+from outbox_server.shared.oauth2.token_client import MAX_ANSWER_BYTES, TokenClient, TokenRequest
+from outbox_server.shared.settings import load_settings
 from tests.oauth2_provider import Endless, Hold, OAuth2Provider, PlannedAnswer
 
 LOOPBACK = Egress(["127.0.0.0/8"])

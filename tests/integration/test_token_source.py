@@ -19,15 +19,15 @@ from psycopg.rows import namedtuple_row
 from sqlalchemy import Engine, event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from deploy.local.certificates import Certificate, self_signed, server_context
-from shared.database import create_engine
-from shared.egress import Egress
-from shared.models import OAuth2CredentialsRow, Sender
-from shared.oauth2.credentials import OAuth2Ref, TokenRefused, TokenUnavailable
-from shared.oauth2.token_client import TokenClient
-from shared.oauth2.token_source import TokenSource
-from shared.secrets import SecretBox, generate_key
-from shared.settings import load_settings
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.oauth2.credentials import OAuth2Ref, TokenRefused, TokenUnavailable
+from outbox_server.shared.oauth2.token_client import TokenClient
+from outbox_server.shared.oauth2.token_source import TokenSource
+from outbox_server.shared.secrets import SecretBox, generate_key
+from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.oauth2_provider import Hold, OAuth2Provider, PlannedAnswer
@@ -242,12 +242,12 @@ async def test_a_token_that_a_mail_server_refused_is_replaced_once_for_all(
 REQUESTER = """
 import asyncio, sys
 from datetime import timedelta
-from shared.database import create_engine
-from shared.oauth2.credentials import OAuth2Ref
-from shared.oauth2.token_client import TokenClient
-from shared.oauth2.token_source import TokenSource
-from shared.secrets import SecretBox
-from shared.settings import load_settings
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.oauth2.credentials import OAuth2Ref
+from outbox_server.shared.oauth2.token_client import TokenClient
+from outbox_server.shared.oauth2.token_source import TokenSource
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import load_settings
 
 async def main():
     settings = load_settings()

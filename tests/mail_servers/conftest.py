@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.dispatcher import dispatcher as dispatcher_module
+from outbox_server.services.dispatcher import dispatcher as dispatcher_module
 from tests.dispatchers import options
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.root import why_servers_cannot_run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Final
 
-from deploy.local.child import Child
-from deploy.local.ports import LOOPBACK
+from outbox_server.deploy.embedded.child import Child
+from outbox_server.deploy.embedded.ports import LOOPBACK
 from tests.mail_servers.root import USERS
 from tests.mail_servers.server import DOMAIN, MAILDIR, PASSWORD, USERNAME, MailServer
 

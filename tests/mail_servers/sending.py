@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from deploy.local.ports import LOOPBACK
-from shared.message_ids import message_id_for
-from shared.secrets import SecretBox, generate_key
-from shared.settings import Settings
-from shared.states import JobState, ReplyClass, SmtpSecurity
+from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.secrets import SecretBox, generate_key
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.states import JobState, ReplyClass, SmtpSecurity
 from tests.dispatchers import running, settings_of
 from tests.eventually import eventually
 from tests.mail_servers.server import PASSWORD, USERNAME, DeliveredMail, MailServer

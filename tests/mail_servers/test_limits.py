@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.states import JobState
+from outbox_server.shared.states import JobState
 from tests.eventually import eventually
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.conftest import Configure

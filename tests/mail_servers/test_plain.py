@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.states import AttemptOutcome, JobState
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.eventually import eventually
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.conftest import Configure

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.states import ReplyClass
+from outbox_server.shared.states import ReplyClass
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.conftest import Configure
 from tests.mail_servers.exim import Exim

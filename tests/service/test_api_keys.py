@@ -32,16 +32,16 @@ from outbox.v1 import (
 from sqlalchemy.ext.asyncio import AsyncEngine
 from typer.testing import CliRunner, Result
 
-from cli.main import app
-from shared import key_authenticator
-from shared.api_key_store import ApiKeyStore, insert_key, revoke_key
-from shared.api_keys import ApiKeyKind, make_key
-from shared.auth import Caller, CallerKind
-from shared.database import create_engine
-from shared.errors import Unauthenticated
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.key_authenticator import CACHE_TIME, KeyAuthenticator
-from shared.settings import load_settings
+from outbox_server.cli.main import app
+from outbox_server.shared.auth import authenticator as key_authenticator
+from outbox_server.shared.auth.authenticator import CACHE_TIME, KeyAuthenticator
+from outbox_server.shared.auth.keys import ApiKeyKind, make_key
+from outbox_server.shared.auth.store import ApiKeyStore, insert_key, revoke_key
+from outbox_server.shared.callers import Caller, CallerKind
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.errors import Unauthenticated
+from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually

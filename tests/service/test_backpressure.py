@@ -16,9 +16,9 @@ import psycopg
 import pytest
 from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
 
-from deploy.local.ports import free_port
-from services.scheduler import intake
-from shared.settings import load_settings
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.scheduler import intake
+from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_scheduler
@@ -116,7 +116,7 @@ async def scheduler_process(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.scheduler",
+        "outbox_server.services.scheduler",
         cwd=folder,
         env={
             **os.environ,

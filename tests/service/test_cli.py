@@ -19,16 +19,16 @@ from outbox.v1.email_job_service_pb2 import ListEmailJobsResponse
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from cli import output
-from cli.client import find_address
-from cli.demo_report import Expected, report_on, to_document
-from cli.main import OutboxGroup, app
-from cli.options import read_time
-from deploy.local.encryption_key import key_in
-from deploy.local.record import ReceivedMail
-from deploy.local.service import environment_of
-from shared.secrets import SecretBox
-from shared.settings import Settings, load_settings
+from outbox_server.cli import output
+from outbox_server.cli.client import find_address
+from outbox_server.cli.demo_report import Expected, report_on, to_document
+from outbox_server.cli.main import OutboxGroup, app
+from outbox_server.cli.options import read_time
+from outbox_server.deploy.embedded.encryption_key import key_in
+from outbox_server.deploy.embedded.record import ReceivedMail
+from outbox_server.deploy.embedded.service import environment_of
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings, load_settings
 
 runner = CliRunner()
 

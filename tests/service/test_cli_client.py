@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cli.main import app
-from deploy.local.ports import free_port
-from services.stats.server import serve as serve_stats
+from outbox_server.cli.main import app
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.stats.server import serve as serve_stats
 from tests import cooldowns
 from tests.commands import Done, outbox, run
 from tests.eventually import PATIENCE

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import cli.connection_check
-from cli.main import app
-from deploy.local.certificates import Certificate, self_signed, server_context
-from shared.grpc_server import GrpcServer, ServiceBinding
-from shared.settings import load_settings
+from outbox_server.cli.main import app
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.settings import load_settings
 from tests.commands import run
 
 HTTP1 = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -36,7 +35,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for half a second only: the server of the test answers never."""
-    monkeypatch.setattr(cli.connection_check, "_LIMIT_S", 0.5)
+    monkeypatch.setattr("outbox_server.cli.connection_check._LIMIT_S", 0.5)
 
 
 @pytest.fixture

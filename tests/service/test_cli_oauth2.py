@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.certificates import self_signed
-from shared.secrets import SecretBox, generate_key
+from outbox_server.deploy.embedded.certificates import self_signed
+from outbox_server.shared.secrets import SecretBox, generate_key
 from tests.commands import Done, outbox
 from tests.scheduler_stack import Scheduler, running_scheduler
 

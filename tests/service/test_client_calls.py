@@ -23,7 +23,7 @@ from outbox_client import (
     Unavailable,
 )
 
-from shared.errors import FieldViolation
+from outbox_server.shared.errors import FieldViolation
 from tests.eventually import PATIENCE, eventually
 from tests.misbehaving import AWAY, EitherClient, FailedCall, Misbehaving, misbehaving_server
 

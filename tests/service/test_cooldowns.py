@@ -23,10 +23,10 @@ from outbox.v1.sender_service_pb2 import (
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from shared.database import create_engine
-from shared.heads import HeadLoader
-from shared.queue.connection import connect, open_queues
-from shared.queue.queue import Queue
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.queue import Queue
 from tests import cooldowns, dispatchers
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler

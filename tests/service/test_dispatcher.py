@@ -16,10 +16,10 @@ import grpc
 import pytest
 from outbox.v1 import dispatcher_pb2
 
-from deploy.local.inbox import Inbox
-from deploy.local.ports import free_port
-from services.dispatcher import dispatcher as dispatcher_module
-from shared.states import AttemptOutcome, JobState, SenderState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.dispatcher import dispatcher as dispatcher_module
+from outbox_server.shared.states import AttemptOutcome, JobState, SenderState
 from tests.dispatchers import Running, options, process, running, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.smtp_servers import Close, Say, ScriptedServer, Wait, Well

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from deploy.local.inbox import Inbox
-from shared.states import AttemptOutcome, JobState, SmtpSecurity
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.states import AttemptOutcome, JobState, SmtpSecurity
 from tests.dispatchers import Running, options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import Close, Say, ScriptedServer, Wait

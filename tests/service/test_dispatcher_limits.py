@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from services.dispatcher import dispatcher as dispatcher_module
-from shared.states import JobState, SenderState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher import dispatcher as dispatcher_module
+from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, process, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import Say, ScriptedServer

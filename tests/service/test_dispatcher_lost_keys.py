@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from services.dispatcher import recovery as recovery_module
-from shared.states import JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher import recovery as recovery_module
+from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Wait, Well

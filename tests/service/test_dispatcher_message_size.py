@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from shared.states import AttemptOutcome, JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
 from tests.world import World, jobs_in

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shared.states import JobState, ReplyClass
+from outbox_server.shared.states import JobState, ReplyClass
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import Conversation, Say, ScriptedServer, Wait, Well

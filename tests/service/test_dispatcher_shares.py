@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from deploy.local.inbox import Inbox
-from services.dispatcher import slots
-from shared.states import JobState, SmtpSecurity
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher import slots
+from outbox_server.shared.states import JobState, SmtpSecurity
 from tests.dispatchers import Running, options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Wait

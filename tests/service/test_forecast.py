@@ -18,9 +18,9 @@ from outbox.v1 import batch_pb2, sender_pb2, stats_service_pb2_grpc
 from outbox.v1 import stats_service_pb2 as proto
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
-from cli.options import to_duration, to_timestamp
-from services.stats.server import serve as serve_stats
-from shared.states import AttemptOutcome
+from outbox_server.cli.options import to_duration, to_timestamp
+from outbox_server.services.stats.server import serve as serve_stats
+from outbox_server.shared.states import AttemptOutcome
 from tests import cooldowns
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 

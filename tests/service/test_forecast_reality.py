@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from outbox.v1 import batch_pb2, sender_pb2
 
-from cli.options import to_duration, to_timestamp
-from deploy.local.inbox import Inbox
+from outbox_server.cli.options import to_duration, to_timestamp
+from outbox_server.deploy.embedded.inbox import Inbox
 from tests import dispatchers
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler

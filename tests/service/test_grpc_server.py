@@ -22,10 +22,15 @@ from outbox.v1 import (
     stats_service_pb2,
 )
 
-from shared.auth import CallerKind, current_caller
-from shared.errors import ConfigurationError, FieldViolation, InvalidInput, Unavailable
-from shared.grpc_server import GrpcServer
-from shared.settings import load_settings
+from outbox_server.shared.callers import CallerKind, current_caller
+from outbox_server.shared.errors import (
+    ConfigurationError,
+    FieldViolation,
+    InvalidInput,
+    Unavailable,
+)
+from outbox_server.shared.rpc.server import GrpcServer
+from outbox_server.shared.settings import load_settings
 from tests.eventually import PATIENCE, eventually
 from tests.grpc_stack import (
     BATCHES,

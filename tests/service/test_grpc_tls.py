@@ -15,12 +15,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
-from cli.main import app
-from deploy.local.certificates import self_signed
-from shared.database import create_engine
-from shared.errors import ConfigurationError
-from shared.grpc_server import GrpcServer
-from shared.settings import load_settings
+from outbox_server.cli.main import app
+from outbox_server.deploy.embedded.certificates import self_signed
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.rpc.server import GrpcServer
+from outbox_server.shared.settings import load_settings
 
 Pair = tuple[str, str]
 

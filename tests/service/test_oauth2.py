@@ -21,9 +21,9 @@ from outbox.v1.sender_service_pb2 import (
     VerifySenderRequest,
 )
 
-from shared.secrets import SecretBox
-from shared.smtp.oauth2_auth import Login
-from shared.states import AttemptOutcome, JobState
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.smtp.oauth2_auth import Login
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import running, settings_of
 from tests.eventually import eventually
 from tests.oauth2_installation import KEY, MAILBOX, REVOKED, OAuth2Installation, installed

@@ -13,7 +13,7 @@ from outbox.v1 import email_job_pb2, sender_pb2
 from outbox.v1 import email_job_service_pb2 as jobs_pb
 from outbox.v1.sender_service_pb2 import SMTP_STEP_AUTH, DeleteSenderRequest
 
-from shared.states import JobState
+from outbox_server.shared.states import JobState
 from tests import cooldowns
 from tests.dispatchers import running, settings_of
 from tests.eventually import eventually

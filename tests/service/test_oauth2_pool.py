@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from services.dispatcher.smtp import SmtpPool
-from shared.database import create_engine
-from shared.oauth2.credentials import OAuth2Ref
-from shared.oauth2.token_client import TokenClient
-from shared.oauth2.token_source import TokenSource
-from shared.secrets import SecretBox
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.tls import TlsContexts
-from shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
+from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.oauth2.credentials import OAuth2Ref
+from outbox_server.shared.oauth2.token_client import TokenClient
+from outbox_server.shared.oauth2.token_source import TokenSource
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
+from outbox_server.shared.tls import TlsContexts
 from tests.dispatchers import settings_of
 from tests.eventually import eventually
 from tests.oauth2_installation import MAILBOX, REVOKED, OAuth2Installation, installed

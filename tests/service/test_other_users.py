@@ -22,11 +22,11 @@ from grpc_status import rpc_status
 from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
 from outbox.v1.dispatcher_service_pb2 import DESCRIPTOR as DISPATCHER
 
-from shared.api_key_store import insert_key
-from shared.api_keys import ApiKeyKind, make_key
-from shared.database import create_engine
-from shared.settings import load_settings
-from shared.states import JobState
+from outbox_server.shared.auth.keys import ApiKeyKind, make_key
+from outbox_server.shared.auth.store import insert_key
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.states import JobState
 from tests import cooldowns
 from tests.dispatchers import options, running, settings_of
 from tests.fingerprint import Fingerprint

@@ -23,11 +23,11 @@ from outbox.v1 import (
     suppression_service_pb2,
 )
 
-from deploy.local.inbox import Inbox
-from services.dispatcher import recovery as recovery_module
-from services.dispatcher import settler as settler_module
-from shared.models import Base
-from shared.states import AttemptOutcome, JobState, SenderState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher import recovery as recovery_module
+from outbox_server.services.dispatcher import settler as settler_module
+from outbox_server.shared.database.models import Base
+from outbox_server.shared.states import AttemptOutcome, JobState, SenderState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 from sqlalchemy.engine import make_url
 
-from deploy.local.inbox import Inbox
-from deploy.local.proxy import TcpProxy
-from shared import database
-from shared.states import JobState
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.shared.database import engine as database
+from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
 from tests.world import World, at_least, jobs_in

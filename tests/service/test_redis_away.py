@@ -13,11 +13,11 @@ from datetime import timedelta
 import pytest
 from redis.asyncio import Redis
 
-from deploy.local.inbox import Inbox
-from services.dispatcher import recovery as recovery_module
-from shared import heads
-from shared.queue import connection
-from shared.queue.queue import HEAD_SIZE
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.services.dispatcher import recovery as recovery_module
+from outbox_server.shared.heads import loader as heads
+from outbox_server.shared.queue import connection
+from outbox_server.shared.queue.queue import HEAD_SIZE
 from tests.conftest import Stores
 from tests.dispatchers import Running, options, running, settings_of
 from tests.eventually import PATIENCE, eventually

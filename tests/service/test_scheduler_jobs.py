@@ -29,16 +29,16 @@ from outbox.v1.suppression_service_pb2 import (
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.dispatcher.storage import mark_sending
-from services.stats.storage import fold_once
-from shared.database import create_engine
-from shared.heads import HeadLoader
-from shared.message_ids import installation_id, message_id_for
-from shared.proto_mapping import to_timestamp
-from shared.queue.connection import connect, open_queues
-from shared.queue.keys import JobRef
-from shared.queue.queue import Queue
-from shared.states import FINAL_STATES, ReplyClass
+from outbox_server.services.dispatcher.storage import mark_sending
+from outbox_server.services.stats.storage import fold_once
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.message_ids import installation_id, message_id_for
+from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.rpc.proto_mapping import to_timestamp
+from outbox_server.shared.states import FINAL_STATES, ReplyClass
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 

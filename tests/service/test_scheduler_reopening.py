@@ -21,11 +21,11 @@ from outbox.v1.email_job_service_pb2 import (
 )
 from outbox.v1.sender_service_pb2 import DeleteSenderRequest
 
-from services.dispatcher.storage import AttemptRecord, mark_sending, settle
-from services.scheduler.storage.reopening import FailedJobs, retry_failed
-from services.stats.storage import fold_once
-from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState
+from outbox_server.services.dispatcher.storage import AttemptRecord, mark_sending, settle
+from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry_failed
+from outbox_server.services.stats.storage import fold_once
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.world import World
 

@@ -10,7 +10,7 @@ import grpc
 import pytest_asyncio
 from outbox.v1 import stats_service_pb2 as proto
 
-from cli.options import to_timestamp
+from outbox_server.cli.options import to_timestamp
 from tests.service.test_stats import Stats, fails, running
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)

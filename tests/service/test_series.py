@@ -12,7 +12,7 @@ import pytest_asyncio
 from outbox.v1 import stats_pb2
 from outbox.v1 import stats_service_pb2 as proto
 
-from cli.options import to_duration, to_timestamp
+from outbox_server.cli.options import to_duration, to_timestamp
 from tests.service.test_stats import Stats, fails, running
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)

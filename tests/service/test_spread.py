@@ -12,7 +12,7 @@ from outbox.v1.batch_service_pb2 import ScheduleBatchResponse, UploadBatchReques
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
-from cli.options import to_duration, to_timestamp
+from outbox_server.cli.options import to_duration, to_timestamp
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 

@@ -22,9 +22,9 @@ from outbox.v1 import stats_service_pb2 as proto
 from outbox.v1 import stats_service_pb2_grpc
 from outbox.v1.email_job_pb2 import EmailJobCounts
 
-from deploy.local.ports import free_port
-from services.stats.server import serve
-from shared.settings import load_settings
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.stats.server import serve
+from outbox_server.shared.settings import load_settings
 from tests import cooldowns
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
@@ -429,7 +429,7 @@ async def test_a_process_ends_by_sigterm_with_code_0(database_url: str) -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.stats",
+        "outbox_server.services.stats",
         env={
             "OUTBOX_DATABASE_URL": database_url,
             "OUTBOX_AUTH": "off",
@@ -454,7 +454,7 @@ async def test_a_wrong_setting_ends_the_process_with_code_2_and_says_which() -> 
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.stats",
+        "outbox_server.services.stats",
         env={"OUTBOX_RATE_WINDOW": "soon"},
         stderr=asyncio.subprocess.PIPE,
     )

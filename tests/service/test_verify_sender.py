@@ -21,9 +21,9 @@ from outbox.v1.sender_pb2 import (
 )
 from outbox.v1.sender_service_pb2 import VerifySenderRequest, VerifySenderResponse
 
-from deploy.local.certificates import self_signed, server_context
-from deploy.local.ports import free_port
-from services.scheduler.verifying import AT_ONCE_PER_USER
+from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.services.scheduler.verifying import AT_ONCE_PER_USER
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.smtp_servers import Close, Conversation, Say, ScriptedServer, Wait, Well, plain_login
@@ -138,7 +138,7 @@ async def test_a_session_takes_no_longer_than_its_limit_in_all(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the limits of its phases are: here, minutes."""
-    monkeypatch.setattr("services.scheduler.verifying._LIMIT", 0.5)
+    monkeypatch.setattr("outbox_server.services.scheduler.verifying._LIMIT", 0.5)
     settings = {"smtp_allow": "127.0.0.0/8"}
     async with (
         running_scheduler(database_url, redis_url, **settings) as scheduler,

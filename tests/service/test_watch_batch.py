@@ -16,7 +16,7 @@ from outbox.v1.batch_service_pb2 import (
 from outbox.v1.email_job_service_pb2 import CancelEmailJobRequest
 from sqlalchemy import Engine, event
 
-from shared.watching import Watch
+from outbox_server.shared.rpc.watching import Watch
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 

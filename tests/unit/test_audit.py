@@ -4,15 +4,15 @@ import random
 
 import pytest
 
-from shared.audit.jobs import (
+from outbox_server.shared.audit.jobs import (
     Copies,
     JobTrace,
     contradiction_of,
     delivery_of,
     sent_twice,
 )
-from shared.audit.replay import Replay, least_gap, most_in_window
-from shared.states import JobState
+from outbox_server.shared.audit.replay import Replay, least_gap, most_in_window
+from outbox_server.shared.states import JobState
 
 
 def test_the_least_gap_runs_from_an_end_to_the_next_start() -> None:

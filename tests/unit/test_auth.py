@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.auth import (
+from outbox_server.shared.callers import (
     Caller,
     CallerKind,
     check_may_call,
@@ -11,7 +11,7 @@ from shared.auth import (
     is_loopback,
     require_user,
 )
-from shared.errors import InvalidInput, PermissionDenied, Unauthenticated
+from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
 
 ANN = Caller(user_id="ann", kind=CallerKind.USER)
 BACKEND = Caller(user_id=None, kind=CallerKind.SERVICE)

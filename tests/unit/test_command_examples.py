@@ -12,7 +12,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from cli.main import app
+from outbox_server.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

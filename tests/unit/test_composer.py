@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from services.dispatcher import composer as composer_module
-from services.dispatcher.composer import Composer, CompositionError, ReadBatches
-from services.dispatcher.storage import BatchContent, MarkedJob
-from shared.endpoints import circuit_key
-from shared.errors import ConfigurationError
-from shared.queue.keys import JobRef
-from shared.secrets import SecretBox, generate_key
-from shared.settings import load_settings
-from shared.smtp.endpoint import Endpoint, StoredEndpoint, relay_of
-from shared.states import SmtpSecurity
+from outbox_server.services.dispatcher import composer as composer_module
+from outbox_server.services.dispatcher.composer import Composer, CompositionError, ReadBatches
+from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.queue.circuit_keys import circuit_key
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.secrets import SecretBox, generate_key
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.smtp.endpoint import Endpoint, StoredEndpoint, relay_of
+from outbox_server.shared.states import SmtpSecurity
 
 BATCH = BatchContent(
     batch_id=1,

@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from shared.cooldowns import CooldownRecord
-from shared.smtp.reply_text import MAX_SHOWN, describe_reply
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.smtp.reply_text import MAX_SHOWN, describe_reply
 
 NOW = datetime(2026, 11, 28, 10, 5, tzinfo=UTC)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.csv_reader import CsvTable, read_csv
-from shared.errors import InvalidInput
+from outbox_server.services.scheduler.csv_reader import CsvTable, read_csv
+from outbox_server.shared.errors import InvalidInput
 
 HEADER = "email,name\n"
 

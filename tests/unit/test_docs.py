@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from deploy.drill.plan import KINDS
 from docs.build_api_reference import build
+from outbox_server.deploy.drill.plan import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
 # How an error gets its reason: by name, or as the first argument of a row's problem.

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from deploy.drill.plan import CARDS, KINDS, OUTAGE_DRILL_S, OUTAGES, Fault, plan
+from outbox_server.deploy.drill.plan import CARDS, KINDS, OUTAGE_DRILL_S, OUTAGES, Fault, plan
 
 PROCESSES = {"dispatcher": 4, "scheduler": 2, "stats": 2}
 

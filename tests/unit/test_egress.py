@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.egress import Egress
-from shared.errors import ConfigurationError
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.errors import ConfigurationError
 
 INSIDE = [
     "0.0.0.0",

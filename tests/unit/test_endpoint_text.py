@@ -6,8 +6,8 @@ from base64 import b64encode
 
 import pytest
 
-from shared.smtp.endpoint import Endpoint
-from shared.states import SmtpSecurity
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import SmtpSecurity
 
 PASSWORD = "a long secret: 0123456789"
 ENDPOINT = Endpoint("mail.test", 587, SmtpSecurity.TLS, "shop@example.test", PASSWORD)

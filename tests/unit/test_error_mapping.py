@@ -10,8 +10,8 @@ import sqlalchemy.exc
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
-from shared import errors
-from shared.error_mapping import error_info, status_of
+from outbox_server.shared import errors
+from outbox_server.shared.rpc.errors import error_info, status_of
 
 SECONDS = timedelta(seconds=7)
 

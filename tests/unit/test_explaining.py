@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-from services.scheduler.explaining import (
+from outbox_server.services.scheduler.explaining import (
     WHY_NOT_COUNTED,
     LastAttempt,
     OpenCircuit,
@@ -16,8 +16,8 @@ from services.scheduler.explaining import (
     WaitReason,
     explain,
 )
-from shared.cooldowns import CooldownRecord
-from shared.states import NOT_COUNTED, AttemptOutcome, ReplyClass
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, ReplyClass
 
 NOW: Final = datetime(2026, 11, 28, 10, 5, tzinfo=UTC)
 MINUTE: Final = timedelta(minutes=1)

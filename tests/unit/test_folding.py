@@ -6,7 +6,7 @@ import asyncio
 import time
 from datetime import timedelta
 
-from services.stats.folding import Pauses, fold_until_stopped
+from outbox_server.services.stats.folding import Pauses, fold_until_stopped
 from tests.eventually import PATIENCE, eventually
 
 MOMENT = timedelta(milliseconds=1)

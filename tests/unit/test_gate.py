@@ -5,8 +5,8 @@ from datetime import timedelta
 
 import pytest
 
-from shared.errors import ResourceExhausted
-from shared.gate import Gate
+from outbox_server.shared.errors import ResourceExhausted
+from outbox_server.shared.rpc.gate import Gate
 from tests.eventually import PATIENCE, eventually
 
 SOON = timedelta(milliseconds=20)

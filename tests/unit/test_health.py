@@ -4,7 +4,7 @@ import asyncio
 from contextlib import suppress
 from datetime import timedelta
 
-from shared.health import follow_dependencies
+from outbox_server.shared.rpc.health import follow_dependencies
 from tests.eventually import PATIENCE
 
 SHORT = timedelta(milliseconds=20)

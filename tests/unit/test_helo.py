@@ -6,9 +6,9 @@ import socket
 
 import pytest
 
-from shared.errors import ConfigurationError
-from shared.settings import load_settings
-from shared.smtp.helo import address_literal, helo_name
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.smtp.helo import address_literal, helo_name
 
 
 @pytest.mark.parametrize(

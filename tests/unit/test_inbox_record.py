@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local.record import (
+from outbox_server.deploy.embedded.record import (
     ReceivedMail,
     RecordFile,
     least_gap_s,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.up import examples
+from outbox_server.cli.up import examples
 
 ROOT = Path(__file__).parents[2]
 # What grpcurl prints by reflection, as far as the script reads it.

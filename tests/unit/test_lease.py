@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from services.dispatcher.lease import Lease
-from shared.smtp.limits import FixedDeadline
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.smtp.limits import FixedDeadline
 from tests.eventually import eventually
 
 

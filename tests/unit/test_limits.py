@@ -6,8 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from services.scheduler.limits import Limits
-from shared.gap import effective_gap
+from outbox_server.services.scheduler.limits import Limits
+from outbox_server.shared.gap import effective_gap
 
 SECOND = timedelta(seconds=1)
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from shared.errors import InvalidInput
-from shared.templates import BatchTemplate, RenderError
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 
 BIG = "x" * 900_000
 # Each of these would take minutes or gigabytes in an unguarded Liquid.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import pytest
 import structlog
 
-from shared.logs import configure_logging
-from shared.settings import load_settings
+from outbox_server.shared.logs import configure_logging
+from outbox_server.shared.settings import load_settings
 
 
 @pytest.fixture(autouse=True)

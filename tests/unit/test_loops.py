@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from structlog.testing import capture_logs
 
-from shared.loops import Loop, raise_if_cancelled, run_until_stopped
+from outbox_server.shared.loops import Loop, raise_if_cancelled, run_until_stopped
 from tests.eventually import PATIENCE, eventually
 
 NOW = timedelta(0)
@@ -176,7 +176,7 @@ async def test_the_pause_doubles_with_each_failure_in_a_row(
     steps = Steps(error, error, error, error, NOW, error, None)
     loop = Loop("test", steps.step, errors=(OSError,), retry=second, longest_retry=5 * second)
     async with running(loop):
-        monkeypatch.setattr("shared.loops.asyncio.timeout", at_once)
+        monkeypatch.setattr("outbox_server.shared.loops.asyncio.timeout", at_once)
         await eventually(lambda: len(pauses) == 7)
         monkeypatch.undo()
     assert pauses == [1, 2, 4, 5, 0, 1, None]

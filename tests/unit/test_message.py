@@ -13,14 +13,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.dispatcher.message import (
+from outbox_server.services.dispatcher.message import (
     MessageBuilder,
     MessageError,
     format_date,
     wire_address,
 )
-from shared.message_ids import message_id_for
-from shared.templates import BatchTemplate, RenderError
+from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 
 NOW = datetime(2026, 11, 24, 9, 5, 3, tzinfo=UTC)
 LIMIT = 1024 * 1024

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.dispatcher.message import MessageBuilder, MessageError
-from services.scheduler.batch_options import BatchOptions
-from services.scheduler.blocks import BlockReader, ReadBlock
-from services.scheduler.payloads import CsvPayload
-from shared.message_size import TextSize, escape_growth, utf8_size
-from shared.templates import BatchTemplate, RenderError
+from outbox_server.services.dispatcher.message import MessageBuilder, MessageError
+from outbox_server.services.scheduler.batch_options import BatchOptions
+from outbox_server.services.scheduler.blocks import BlockReader, ReadBlock
+from outbox_server.services.scheduler.payloads import CsvPayload
+from outbox_server.shared.message_size import TextSize, escape_growth, utf8_size
+from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 
 NOW = datetime(2026, 11, 24, 9, 5, 3, tzinfo=UTC)
 ID = "<outbox.7.demo@shop.example>"

@@ -7,7 +7,7 @@ import base64
 import aiosmtplib
 import pytest
 
-from shared.smtp.oauth2_auth import Login, is_token_refused
+from outbox_server.shared.smtp.oauth2_auth import Login, is_token_refused
 
 # https://developers.google.com/workspace/gmail/imap/xoauth2-protocol has this example.
 GOOGLES = Login("someuser@example.com", "ya29.vF9dft4qmTc2Nvb3RlckBhdHRhdmlzdGEuY29tCg")

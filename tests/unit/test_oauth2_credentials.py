@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 from outbox.v1 import sender_pb2
 
-from services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
-from services.scheduler.smtp_presets import (
+from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
+from outbox_server.services.scheduler.smtp_presets import (
     PROVIDERS,
     SmtpPreset,
     complete_address,
     provider_of,
 )
-from shared.errors import InvalidInput
-from shared.smtp.endpoint import Endpoint
-from shared.states import SmtpSecurity
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import SmtpSecurity
 
 GMAIL, MICROSOFT365 = PROVIDERS[SmtpPreset.GMAIL], PROVIDERS[SmtpPreset.MICROSOFT365]
 ENDPOINT = Endpoint("smtp.example.com", 587, SmtpSecurity.STARTTLS, "me@example.com")

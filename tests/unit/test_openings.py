@@ -8,10 +8,10 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from shared.forecast.backlog import from_us, to_us
-from shared.forecast.openings import Openings
-from shared.forecast.simulation import Bound, Limiter, Run, simulate
-from shared.sending_hours import SendingHours
+from outbox_server.shared.forecast.backlog import from_us, to_us
+from outbox_server.shared.forecast.openings import Openings
+from outbox_server.shared.forecast.simulation import Bound, Limiter, Run, simulate
+from outbox_server.shared.sending_hours import SendingHours
 from tests.unit.test_simulation import HOUR, SECOND, one_by_one
 
 ZONES = ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Apia", "UTC"]

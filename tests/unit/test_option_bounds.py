@@ -6,9 +6,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cli.options import read_duration, read_time
-from cli.senders import app as senders
-from cli.stats import app as stats
+from outbox_server.cli.options import read_duration, read_time
+from outbox_server.cli.senders import app as senders
+from outbox_server.cli.stats import app as stats
 
 
 @pytest.mark.parametrize(

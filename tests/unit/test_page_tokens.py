@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import InvalidInput
-from shared.page_tokens import decode, digest_filters, encode, page_size
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.rpc.page_tokens import decode, digest_filters, encode, page_size
 
 FILTERS = digest_filters("u1", "7", 3)
 START = (0,)

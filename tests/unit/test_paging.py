@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outbox.v1.sender_service_pb2 import ListSendersRequest
 
-from shared.errors import InvalidInput
-from shared.page_tokens import digest_filters, encode
-from shared.paging import Page, requested_page
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.rpc.page_tokens import digest_filters, encode
+from outbox_server.shared.rpc.paging import Page, requested_page
 
 
 def ask(page_size: int = 0, token: str = "", user_id: str = "ann") -> Page[tuple[int]]:

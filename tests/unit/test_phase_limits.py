@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from shared.settings import load_settings
-from shared.smtp.limits import PhaseLimits
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.smtp.limits import PhaseLimits
 
 
 def test_the_defaults_are_those_of_rfc_5321() -> None:

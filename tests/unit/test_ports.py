@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.local.ports import claim_port, free_port
+from outbox_server.deploy.embedded.ports import claim_port, free_port
 
 
 def test_a_port_that_one_stack_has_claimed_is_not_another_s_until_it_stops() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.dispatcher.progress import Progress
+from outbox_server.services.dispatcher.progress import Progress
 
 
 class Clock:

@@ -7,9 +7,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1.email_job_pb2 import EmailJobCounts
 
-from shared.counts import JobCounts
-from shared.errors import InvalidInput, NotFound
-from shared.proto_mapping import (
+from outbox_server.shared.database.counts import JobCounts
+from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
     from_timestamp,
     id_text,
@@ -18,7 +18,7 @@ from shared.proto_mapping import (
     to_job_counts,
     to_timestamp,
 )
-from shared.states import JobState
+from outbox_server.shared.states import JobState
 
 
 @pytest.mark.parametrize("number", [1, 10, 2**63 - 1])

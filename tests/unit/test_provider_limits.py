@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.providers.catalog import PLAIN, POSTGREY, PROFILES, SHARED_HOST
-from deploy.providers.describe import describe
-from deploy.providers.limits import Bounded, FirstSeen, SlidingWindow
-from deploy.providers.policy import Policy, Visit, reply_of
-from deploy.providers.profile import (
+from outbox_server.deploy.providers.catalog import PLAIN, POSTGREY, PROFILES, SHARED_HOST
+from outbox_server.deploy.providers.describe import describe
+from outbox_server.deploy.providers.limits import Bounded, FirstSeen, SlidingWindow
+from outbox_server.deploy.providers.policy import Policy, Visit, reply_of
+from outbox_server.deploy.providers.profile import (
     CONTENT_MARKER,
     DAY_S,
     HOUR_S,
@@ -23,8 +23,8 @@ from deploy.providers.profile import (
     RefusingReply,
     is_qualified,
 )
-from shared.audit.replay import most_in_window
-from shared.smtp.replies import Phase
+from outbox_server.shared.audit.replay import most_in_window
+from outbox_server.shared.smtp.replies import Phase
 
 NO = RefusingReply(Phase.MAIL, 450, "4.7.0", "not now")
 

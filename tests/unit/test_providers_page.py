@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import pytest
 
-from shared.smtp.replies import Meaning, Phase, Reply, ReplyRules, split_enhanced_code
-from shared.states import ReplyClass
+from outbox_server.shared.smtp.replies import Meaning, Phase, Reply, ReplyRules, split_enhanced_code
+from outbox_server.shared.states import ReplyClass
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "providers.md"
 # | limit | `CODE text` | at | `CLASS`[, daily] |

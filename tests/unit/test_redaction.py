@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.redaction import redact
+from outbox_server.shared.redaction import redact
 
 SECRET = "1//0gYx-abcdefghijklmnopqrstuvwxyz"
 

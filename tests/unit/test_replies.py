@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.smtp.replies import (
+from outbox_server.shared.smtp.replies import (
     Meaning,
     Phase,
     Reply,
@@ -14,8 +14,8 @@ from shared.smtp.replies import (
     leaves_session_usable,
     split_enhanced_code,
 )
-from shared.smtp.reply_rule_file import built_in_rules
-from shared.states import ReplyClass
+from outbox_server.shared.smtp.reply_rule_file import built_in_rules
+from outbox_server.shared.states import ReplyClass
 from tests.real_replies import OF_REAL_SERVERS, OF_THE_TABLE, RealReply
 
 BUILT_IN = ReplyRules.load("")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.smtp.reply_parser import (
+from outbox_server.shared.smtp.reply_parser import (
     MAX_LINE_BYTES,
     MAX_REPLY_BYTES,
     MalformedReply,

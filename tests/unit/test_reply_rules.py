@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ConfigurationError
-from shared.smtp.replies import Meaning, Phase, Reply, ReplyRules
-from shared.smtp.reply_rule_file import MAX_FILE_BYTES, MAX_RULES
-from shared.states import ReplyClass
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.smtp.replies import Meaning, Phase, Reply, ReplyRules
+from outbox_server.shared.smtp.reply_rule_file import MAX_FILE_BYTES, MAX_RULES
+from outbox_server.shared.states import ReplyClass
 
 FULL = """\
 # Our relay's own words.
@@ -320,7 +320,9 @@ def test_the_example_of_the_documentation_is_valid(file: Path) -> None:
 
 
 def test_each_built_in_rule_has_a_source() -> None:
-    text = files("shared.smtp").joinpath("reply_rules.toml").read_text(encoding="utf-8")
+    text = (
+        files("outbox_server.shared.smtp").joinpath("reply_rules.toml").read_text(encoding="utf-8")
+    )
     blocks = text.split("\n\n")
     for block in blocks:
         if "[[rule]]" in block:

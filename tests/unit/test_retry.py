@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.dispatcher.retry import JITTER, Ladders, Tried, Verdict, decide
-from shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
+from outbox_server.services.dispatcher.retry import JITTER, Ladders, Tried, Verdict, decide
+from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
 LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 DEFERRALS = tuple(timedelta(minutes=minutes) for minutes in (5, 10, 20, 40, 60))

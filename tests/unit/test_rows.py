@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.scheduler.csv_reader import read_csv
-from services.scheduler.rows import (
+from outbox_server.services.scheduler.csv_reader import read_csv
+from outbox_server.services.scheduler.rows import (
     Block,
     CsvPlan,
     JobRow,
@@ -13,7 +13,7 @@ from services.scheduler.rows import (
     RowRejection,
     read_blocks,
 )
-from shared.templates import BatchTemplate, decode_variables
+from outbox_server.shared.templates.batch import BatchTemplate, decode_variables
 
 PLAIN = BatchTemplate.compile("s", "Dear {{ name }}", None)
 

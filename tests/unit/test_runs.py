@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from shared.forecast.runs import in_order, joined
-from shared.forecast.simulation import Limiter, Run, simulate
+from outbox_server.shared.forecast.runs import in_order, joined
+from outbox_server.shared.forecast.simulation import Limiter, Run, simulate
 
 
 def dues(runs: list[Run]) -> list[int]:

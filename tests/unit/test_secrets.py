@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from shared.errors import ConfigurationError, FailedPrecondition
-from shared.secrets import SecretBox, generate_key
-from shared.settings import load_settings
+from outbox_server.shared.errors import ConfigurationError, FailedPrecondition
+from outbox_server.shared.secrets import SecretBox, generate_key
+from outbox_server.shared.settings import load_settings
 
 
 def test_a_password_comes_back_and_is_not_readable_at_rest() -> None:

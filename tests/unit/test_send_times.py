@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.send_times import BadScheduleTime, check_time_zone, parse_schedule_time
+from outbox_server.services.scheduler.send_times import (
+    BadScheduleTime,
+    check_time_zone,
+    parse_schedule_time,
+)
 
 
 def refusal(text: str, zone: str = "", default: str = "UTC") -> BadScheduleTime:

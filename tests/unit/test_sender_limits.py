@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from outbox.v1 import email_job_service_pb2
 
-from services.scheduler import explaining
-from shared.audit import replay
-from shared.forecast import simulation
-from shared.sender_limits import Limit
+from outbox_server.services.scheduler import explaining
+from outbox_server.shared.audit import replay
+from outbox_server.shared.forecast import simulation
+from outbox_server.shared.sender_limits import Limit
 from tests.integration import queue_model
 
 _MARKER = re.compile(r"(Without )?Limit\.([A-Z_]+)(: \w)?")
@@ -21,7 +21,7 @@ _WAIT_REASON = re.compile(r"^    ([A-Z_]+) = \d+(?P<limits>.*Limit\..*)?$", re.M
 # Wait reasons of one job, and of none of its sender's limits.
 _OF_THE_JOB = {"UNSPECIFIED", "NOT_DUE", "RETRY", "DEFERRED", "DISPATCHER"}
 
-SCRIPT = files("shared.queue") / "lua" / "includes" / "look.lua"
+SCRIPT = files("outbox_server.shared.queue") / "lua" / "includes" / "look.lua"
 # The first file of each place says where the others are.
 PLACES: dict[str, list[Traversable]] = {
     "look.lua": [SCRIPT],

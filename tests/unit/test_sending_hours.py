@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.sending_hours import SendingHours
+from outbox_server.shared.sending_hours import SendingHours
 
 DAY = 24 * 60
 ZONES = [

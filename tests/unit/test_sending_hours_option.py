@@ -6,7 +6,7 @@ import pytest
 import typer
 from outbox.v1.sender_pb2 import SendingHours
 
-from cli.sending_hours import read_hours, to_sending_hours
+from outbox_server.cli.sending_hours import read_hours, to_sending_hours
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from xml.etree import ElementTree as ET
 import pytest
 from outbox.v1.stats_pb2 import SeriesPoint
 
-from cli.lazy import CommandFailed
-from cli.options import to_timestamp
-from cli.series import draw, write_picture
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.options import to_timestamp
+from outbox_server.cli.series import draw, write_picture
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 POINTS = [

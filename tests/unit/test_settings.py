@@ -6,8 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from shared.errors import ConfigurationError
-from shared.settings import format_duration, load_settings, parse_duration
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.settings import format_duration, load_settings, parse_duration
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,11 @@ from datetime import timedelta
 
 import pytest
 
-from cli.simulated_provider import ProviderChoice, chosen_provider, lines_of
-from deploy.providers.catalog import PROFILES
-from deploy.providers.google import GMAIL
-from deploy.providers.profile import DAY_S
-from shared.settings import load_settings
+from outbox_server.cli.simulated_provider import ProviderChoice, chosen_provider, lines_of
+from outbox_server.deploy.providers.catalog import PROFILES
+from outbox_server.deploy.providers.google import GMAIL
+from outbox_server.deploy.providers.profile import DAY_S
+from outbox_server.shared.settings import load_settings
 
 
 def choice(scale: float | None = None, quota: int | None = None) -> ProviderChoice:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from shared.forecast.simulation import Bound, Hours, Limiter, Run, Sends, SimulatedOutcome, simulate
+from outbox_server.shared.forecast.simulation import (
+    Bound,
+    Hours,
+    Limiter,
+    Run,
+    Sends,
+    SimulatedOutcome,
+    simulate,
+)
 
 SECOND = 1_000_000
 HOUR = 3_600 * SECOND

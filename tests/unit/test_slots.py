@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from services.dispatcher import slots as slots_module
-from services.dispatcher.slots import Permit, Route, Slots
+from outbox_server.services.dispatcher import slots as slots_module
+from outbox_server.services.dispatcher.slots import Permit, Route, Slots
 
 SLOW, QUICK, NEW = (Route((f"{name}.test", 25), "anna") for name in ("slow", "quick", "new"))
 

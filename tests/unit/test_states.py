@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.errors import InvalidInput
-from shared.states import DuplicatePolicy, SmtpSecurity, enum_or_none, requested_enum
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.states import DuplicatePolicy, SmtpSecurity, enum_or_none, requested_enum
 
 
 def test_a_number_becomes_the_member_that_has_it() -> None:

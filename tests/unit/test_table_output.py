@@ -14,9 +14,9 @@ from outbox_client import InvalidArgument
 from outbox_client.errors import FieldViolation
 from typer.testing import CliRunner
 
-from cli.output import OutputFormat, show, value_at
-from cli.stats import app as stats
-from shared.settings import parse_duration
+from outbox_server.cli.output import OutputFormat, show, value_at
+from outbox_server.cli.stats import app as stats
+from outbox_server.shared.settings import parse_duration
 
 WRONG = grpc.StatusCode.INVALID_ARGUMENT
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import InvalidInput
-from shared.templates import (
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.templates.batch import (
     BatchTemplate,
     RenderError,
     decode_variables,

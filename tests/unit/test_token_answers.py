@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shared.oauth2.token_answers import MAX_ERROR, Failure, Grant, read_answer
-from shared.redaction import MAX_TEXT
+from outbox_server.shared.oauth2.token_answers import MAX_ERROR, Failure, Grant, read_answer
+from outbox_server.shared.redaction import MAX_TEXT
 
 NOW = datetime(2026, 11, 28, 12, 0, tzinfo=UTC)
 SECRETS = ("shh-client-secret", "1//refresh-token-0001")

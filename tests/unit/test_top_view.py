@@ -13,7 +13,7 @@ from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Cooldown, Sender
 from outbox.v1.stats_pb2 import SenderStats
 from rich.console import Console
 
-from cli.top_view import SenderView, View, draw, why
+from outbox_server.cli.top_view import SenderView, View, draw, why
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 ERROR = "[Errno 111] Connect call failed: connection refused. " * 4 + "The end."

@@ -17,7 +17,7 @@ EXCEPTIONS: Final = {
     "cli/database.py": "turns the driver's errors into a message for the command line",
     "cli/migrate.py": "the same, and it shows the URL of the database without its password",
     "deploy/drill/database.py": "the storage module of the drill",
-    "deploy/local/postgres.py": "creates the role and the database of the embedded server",
+    "deploy/embedded/postgres.py": "creates the role and the database of the embedded server",
 }
 EXECUTING: Final = {"execute", "executemany", "scalar", "scalars", "stream", "stream_scalars"}
 # SQLite holds the addresses of an upload that are too many for the memory.
@@ -53,7 +53,7 @@ def violations(source: str) -> list[str]:
             for name in names
             if name.startswith(".")
             or name.partition(".")[0] in ("sqlalchemy", "psycopg")
-            or name == "shared.models"
+            or name == "outbox_server.shared.database.models"
         ]
     return found
 
@@ -75,7 +75,7 @@ def test_only_storage_modules_have_sql() -> None:
         "from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine",
         "import sqlalchemy.exc",
         "import psycopg",
-        "from shared.models import Sender",
+        "from outbox_server.shared.database.models import Sender",
         "async def read(connection):\n    await connection.scalar('SELECT 1')",
     ],
 )

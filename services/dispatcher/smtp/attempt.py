@@ -6,26 +6,32 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp.endpoint_pool import EndpointPool
-from services.dispatcher.smtp.result import (
+from outbox_server.services.dispatcher.smtp.endpoint_pool import EndpointPool
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.services.dispatcher.smtp.result import (
     OPENING,
     Envelope,
     GivenBackError,
     SendResult,
     outcome_of,
 )
-from services.dispatcher.smtp.session import KeptSession
-from services.dispatcher.smtp.transaction import Transaction
-from shared.oauth2.credentials import TokenRefused, TokenUnavailable
-from shared.smtp.commands import Answer, size_limit
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.replies import Phase, Reply, ReplyRules, leaves_session_usable, split_enhanced_code
-from shared.smtp.reply_parser import WireReply
-from shared.smtp.session import SESSION_ERRORS, SessionRefused
-from shared.smtp.stream import ConnectionLost
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher.smtp.session import KeptSession
+from outbox_server.services.dispatcher.smtp.transaction import Transaction
+from outbox_server.shared.oauth2.credentials import TokenRefused, TokenUnavailable
+from outbox_server.shared.smtp.commands import Answer, size_limit
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.replies import (
+    Phase,
+    Reply,
+    ReplyRules,
+    leaves_session_usable,
+    split_enhanced_code,
+)
+from outbox_server.shared.smtp.reply_parser import WireReply
+from outbox_server.shared.smtp.session import SESSION_ERRORS, SessionRefused
+from outbox_server.shared.smtp.stream import ConnectionLost
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
 # Refusals that are not of the mail alone: the session is of no use for another mail either.
 _OF_THE_SESSION: Final = frozenset(

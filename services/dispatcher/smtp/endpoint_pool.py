@@ -10,9 +10,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp.result import GivenBackError
-from services.dispatcher.smtp.session import KeptSession
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.services.dispatcher.smtp.result import GivenBackError
+from outbox_server.services.dispatcher.smtp.session import KeptSession
 
 # If a connection was idle for longer than this (seconds), a refusal may be about the
 # idle time, so the number of mails that it carried is not learned.

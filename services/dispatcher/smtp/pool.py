@@ -8,18 +8,18 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp.attempt import SendAttempt
-from services.dispatcher.smtp.endpoint_pool import EndpointPool, PoolRules
-from services.dispatcher.smtp.result import Envelope, SendResult
-from services.dispatcher.smtp.session import KeptSession
-from shared.egress import Egress
-from shared.oauth2.credentials import NO_TOKENS, TokenProvider
-from shared.smtp.endpoint import Endpoint
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.replies import ReplyRules
-from shared.smtp.tls import TlsContexts
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.services.dispatcher.smtp.attempt import SendAttempt
+from outbox_server.services.dispatcher.smtp.endpoint_pool import EndpointPool, PoolRules
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.services.dispatcher.smtp.result import Envelope, SendResult
+from outbox_server.services.dispatcher.smtp.session import KeptSession
+from outbox_server.shared.egress import Egress
+from outbox_server.shared.oauth2.credentials import NO_TOKENS, TokenProvider
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.replies import ReplyRules
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
+from outbox_server.shared.tls import TlsContexts
 
 # Endpoints that are remembered without a connection.
 MOST_ENDPOINTS: Final = 1_000

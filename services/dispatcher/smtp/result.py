@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from shared.smtp.replies import Phase
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.shared.smtp.replies import Phase
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
 _OUTCOMES: Final = {
     ReplyClass.SENT: AttemptOutcome.SENT,

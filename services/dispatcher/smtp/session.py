@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from services.dispatcher.lease import Lease
-from shared.smtp.commands import reply_within
-from shared.smtp.limits import FixedDeadline
-from shared.smtp.replies import Phase
-from shared.smtp.session import QUIT_LIMIT, SESSION_ERRORS, SmtpSession
-from shared.smtp.stream import ConnectionLost
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.shared.smtp.commands import reply_within
+from outbox_server.shared.smtp.limits import FixedDeadline
+from outbox_server.shared.smtp.replies import Phase
+from outbox_server.shared.smtp.session import QUIT_LIMIT, SESSION_ERRORS, SmtpSession
+from outbox_server.shared.smtp.stream import ConnectionLost
 
 # Limit of the reply to RSET. A server that takes longer gets a new connection.
 _RESET_LIMIT_S: Final = 5.0

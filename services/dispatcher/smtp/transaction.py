@@ -6,19 +6,19 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from services.dispatcher.lease import Lease
-from services.dispatcher.smtp.result import Envelope, GivenBackError
-from services.dispatcher.smtp.session import KeptSession
-from shared.smtp.commands import (
+from outbox_server.services.dispatcher.smtp.lease import Lease
+from outbox_server.services.dispatcher.smtp.result import Envelope, GivenBackError
+from outbox_server.services.dispatcher.smtp.session import KeptSession
+from outbox_server.shared.smtp.commands import (
     Answer,
     Command,
     mail_command,
     rcpt_command,
     reply_within,
 )
-from shared.smtp.limits import PhaseLimits
-from shared.smtp.replies import Phase
-from shared.smtp.reply_parser import MalformedReply
+from outbox_server.shared.smtp.limits import PhaseLimits
+from outbox_server.shared.smtp.replies import Phase
+from outbox_server.shared.smtp.reply_parser import MalformedReply
 
 _LINE_DOT: Final = re.compile(rb"(?m)^\.")
 _END: Final = b".\r\n"

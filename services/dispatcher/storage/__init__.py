@@ -4,16 +4,21 @@ The guard of every statement is the job's state together with its attempt number
 what a newer attempt has touched cannot be changed by an older one.
 """
 
-from services.dispatcher.storage.cooldowns import (
+from outbox_server.services.dispatcher.storage.cooldowns import (
     AccountRefusal,
     cool_down,
     end_cooldowns,
     refused_in_a_row,
 )
-from services.dispatcher.storage.marking import BatchContent, MarkedJob, mark_sending, read_batches
-from services.dispatcher.storage.recovering import next_expiry, recover_expired
-from services.dispatcher.storage.renewing import renew_leases
-from services.dispatcher.storage.settling import AttemptRecord, give_back, settle
+from outbox_server.services.dispatcher.storage.marking import (
+    BatchContent,
+    MarkedJob,
+    mark_sending,
+    read_batches,
+)
+from outbox_server.services.dispatcher.storage.recovering import next_expiry, recover_expired
+from outbox_server.services.dispatcher.storage.renewing import renew_leases
+from outbox_server.services.dispatcher.storage.settling import AttemptRecord, give_back, settle
 
 __all__ = [
     "AccountRefusal",

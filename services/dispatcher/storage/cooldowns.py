@@ -30,8 +30,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import Attempt, Cooldown, Sender
-from shared.states import AttemptOutcome, ReplyClass
+from outbox_server.shared.database.models import Attempt, Cooldown, Sender
+from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
 # The most attempts that are read to find refusals in a row. Most may be of other classes.
 _LOOKED_AT = 1_000

@@ -11,14 +11,14 @@ from sqlalchemy import BigInteger, SmallInteger, bindparam, case, column, func, 
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.parts import array, counting_ends
-from shared.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
-from shared.message_ids import message_id_address
-from shared.models import Batch, EmailJob, Sender, Suppression
-from shared.queue.keys import JobRef
-from shared.recipient_keys import recipient_key
-from shared.smtp.endpoint import StoredEndpoint
-from shared.states import BatchState, JobState, SenderState
+from outbox_server.services.dispatcher.storage.parts import array, counting_ends
+from outbox_server.shared.database.message_ids import message_id_address
+from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
+from outbox_server.shared.database.recipient_keys import recipient_key
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.smtp.endpoint import StoredEndpoint
+from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
+from outbox_server.shared.states import BatchState, JobState, SenderState
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def _mark_statement() -> Any:
     """Mark claimed jobs, unless their batch is cancelled; end those that must not be sent any more.
 
     FOR SHARE: a cancellation under way is waited for, and the state is looked at again; one that
-    comes later waits for us (see shared/cancellations.py).
+    comes later waits for us (see shared/database/cancellations.py).
     """
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (

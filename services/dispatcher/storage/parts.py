@@ -16,9 +16,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
-from shared.count_deltas import counting_moves
-from shared.models import Attempt
-from shared.states import FINAL_STATES, JobState
+from outbox_server.shared.database.count_deltas import counting_moves
+from outbox_server.shared.database.models import Attempt
+from outbox_server.shared.states import FINAL_STATES, JobState
 
 
 def array(name: str, type_: Any) -> Any:

@@ -18,10 +18,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.parts import counting_ends, log_attempts
-from shared.counts import in_state
-from shared.models import EmailJob
-from shared.states import AttemptOutcome, JobState
+from outbox_server.services.dispatcher.storage.parts import counting_ends, log_attempts
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.models import EmailJob
+from outbox_server.shared.states import AttemptOutcome, JobState
 
 _RECOVERED_AT_ONCE = 1_000
 

@@ -9,10 +9,10 @@ from sqlalchemy import BigInteger, SmallInteger, bindparam, column, func, update
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.parts import array
-from shared.models import EmailJob
-from shared.queue.keys import JobRef
-from shared.states import JobState
+from outbox_server.services.dispatcher.storage.parts import array
+from outbox_server.shared.database.models import EmailJob
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.states import JobState
 
 _held = (
     func.unnest(array("ids", BigInteger), array("attempts", SmallInteger))

@@ -22,12 +22,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.dispatcher.storage.marking import MarkedJob
-from services.dispatcher.storage.parts import array, counting_ends, log_attempts, milliseconds
-from shared.database import unix_ms
-from shared.models import EmailJob
-from shared.queue.keys import JobRef
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from outbox_server.services.dispatcher.storage.marking import MarkedJob
+from outbox_server.services.dispatcher.storage.parts import (
+    array,
+    counting_ends,
+    log_attempts,
+    milliseconds,
+)
+from outbox_server.shared.database.engine import unix_ms
+from outbox_server.shared.database.models import EmailJob
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
 # 24 days: what the column holds.
 _MOST_MS = 2**31 - 1

@@ -9,11 +9,11 @@ from typing import Final, Literal
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import batch_pb2
 
-from services.scheduler.batch_options import BatchOptions, check_options
-from services.scheduler.rows import RowRejection
-from services.scheduler.servicers.calls import whole_ms
-from services.scheduler.storage.batches import BatchRecord
-from shared.proto_mapping import (
+from outbox_server.services.scheduler.batch_options import BatchOptions, check_options
+from outbox_server.services.scheduler.rows import RowRejection
+from outbox_server.services.scheduler.servicers.calls import whole_ms
+from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.shared.rpc.proto_mapping import (
     from_timestamp,
     id_text,
     parse_id,
@@ -21,7 +21,7 @@ from shared.proto_mapping import (
     to_job_counts,
     to_timestamp,
 )
-from shared.states import BatchMode, BatchState, DuplicatePolicy, requested_enum
+from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy, requested_enum
 
 _DUPLICATES: Final = {
     DuplicatePolicy.KEEP_FIRST: batch_pb2.DUPLICATE_POLICY_KEEP_FIRST,

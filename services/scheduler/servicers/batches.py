@@ -11,27 +11,32 @@ from typing import Final
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler.forecasts import Forecaster
-from services.scheduler.intake import Acceptance, Intake
-from services.scheduler.payloads import (
+from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.intake import Acceptance, Intake
+from outbox_server.services.scheduler.payloads import (
     CsvPayload,
     Payload,
     RowsPayload,
     StreamedChunks,
     WholeFile,
 )
-from services.scheduler.servicers.batch_mapping import from_options, to_batch, to_rejections
-from services.scheduler.servicers.calls import Context, acting_user, named_user
-from services.scheduler.storage import batches as storage
-from services.scheduler.storage.access import in_transaction
-from services.scheduler.storage.cancelling import cancel_batch
-from services.scheduler.sweeping import Sweeper
-from shared import bounds, page_tokens
-from shared.errors import InvalidInput, ResourceExhausted
-from shared.heads import HeadLoader, load_soon
-from shared.paging import requested_page
-from shared.proto_mapping import MAX_ID, not_found, parse_id, to_timestamp
-from shared.watching import Watch
+from outbox_server.services.scheduler.servicers.batch_mapping import (
+    from_options,
+    to_batch,
+    to_rejections,
+)
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.storage import batches as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.cancelling import cancel_batch
+from outbox_server.services.scheduler.sweeping import Sweeper
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import InvalidInput, ResourceExhausted
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.rpc import page_tokens
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import MAX_ID, not_found, parse_id, to_timestamp
+from outbox_server.shared.rpc.watching import Watch
 
 _WATCHED: Final = "watched batch"
 # A cancelled batch of so few rows has none left to follow when the call answers.

@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
-from shared.auth import current_caller, effective_user, require_user
-from shared.proto_mapping import from_duration
+from outbox_server.shared.callers import current_caller, effective_user, require_user
+from outbox_server.shared.rpc.proto_mapping import from_duration
 
 # grpcio's class is generic in its stubs alone.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

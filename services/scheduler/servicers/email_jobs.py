@@ -8,27 +8,31 @@ from typing import Final
 from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.scheduler.addresses import BadAddress, check_address
-from services.scheduler.explainer import Explainer
-from services.scheduler.servicers.calls import Context, acting_user, named_user
-from services.scheduler.servicers.job_mapping import to_attempt, to_explanation, to_job
-from services.scheduler.storage import email_jobs as storage
-from services.scheduler.storage.access import in_transaction
-from services.scheduler.storage.cancelling import end_waiting
-from services.scheduler.storage.email_jobs import JobFilter, JobRecord
-from services.scheduler.storage.reopening import (
+from outbox_server.services.scheduler.addresses import BadAddress, check_address
+from outbox_server.services.scheduler.explainer import Explainer
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.servicers.job_mapping import (
+    to_attempt,
+    to_explanation,
+    to_job,
+)
+from outbox_server.services.scheduler.storage import email_jobs as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.cancelling import end_waiting
+from outbox_server.services.scheduler.storage.email_jobs import JobFilter, JobRecord
+from outbox_server.services.scheduler.storage.reopening import (
     FailedJobs,
     lock_sendable,
     resolve,
     retry_failed,
 )
-from shared import bounds
-from shared.errors import FailedPrecondition, InvalidInput, NotFound
-from shared.heads import HeadLoader, load_soon
-from shared.message_ids import installation_id
-from shared.paging import requested_page
-from shared.proto_mapping import id_text, not_found, parse_id
-from shared.states import JobState, requested_enum
+from outbox_server.shared import bounds
+from outbox_server.shared.database.message_ids import installation_id
+from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
+from outbox_server.shared.states import JobState, requested_enum
 
 # How often a job may come back from a failed attempt while we try to cancel it.
 _TRIES: Final = 5

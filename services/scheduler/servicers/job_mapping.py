@@ -7,12 +7,12 @@ from typing import Final
 
 from outbox.v1 import email_job_pb2, email_job_service_pb2
 
-from services.scheduler.explainer import ExplainedJob
-from services.scheduler.explaining import WaitReason
-from services.scheduler.storage.email_jobs import JobRecord, PastAttempt
-from shared.message_ids import message_id_for
-from shared.proto_mapping import id_text, to_timestamp
-from shared.states import AttemptOutcome, JobState, ReplyClass
+from outbox_server.services.scheduler.explainer import ExplainedJob
+from outbox_server.services.scheduler.explaining import WaitReason
+from outbox_server.services.scheduler.storage.email_jobs import JobRecord, PastAttempt
+from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.rpc.proto_mapping import id_text, to_timestamp
+from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
 _STATES: Final = {
     state: email_job_pb2.EmailJobState.Value(f"EMAIL_JOB_STATE_{state.name}") for state in JobState

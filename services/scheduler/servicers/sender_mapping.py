@@ -7,14 +7,14 @@ from datetime import timedelta
 
 from outbox.v1 import email_job_pb2, sender_pb2, sender_service_pb2
 
-from services.scheduler.limits import Limits
-from services.scheduler.storage.senders import SenderRecord
-from services.scheduler.verifying import Verification
-from shared.gap import effective_gap
-from shared.proto_mapping import id_text, to_cooldown, to_duration, to_timestamp
-from shared.sending_hours import SendingHours
-from shared.smtp.replies import Phase
-from shared.states import SenderState, SmtpSecurity
+from outbox_server.services.scheduler.limits import Limits
+from outbox_server.services.scheduler.storage.senders import SenderRecord
+from outbox_server.services.scheduler.verifying import Verification
+from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.rpc.proto_mapping import id_text, to_cooldown, to_duration, to_timestamp
+from outbox_server.shared.sending_hours import SendingHours
+from outbox_server.shared.smtp.replies import Phase
+from outbox_server.shared.states import SenderState, SmtpSecurity
 
 _STATES = {
     SenderState.ACTIVE: sender_pb2.SENDER_STATE_ACTIVE,

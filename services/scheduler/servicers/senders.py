@@ -11,25 +11,34 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler import senders
-from services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
-from services.scheduler.servicers.calls import Context, acting_user, named_user, whole_ms
-from services.scheduler.servicers.sender_mapping import to_sender, to_verification
-from services.scheduler.smtp_presets import PresetProvider, complete_address, provider_of
-from services.scheduler.storage import senders as storage
-from services.scheduler.storage.access import in_transaction
-from services.scheduler.verifying import Verifier
-from shared import bounds
-from shared.cooldowns import CooldownRecord
-from shared.errors import FailedPrecondition, InvalidInput
-from shared.heads import HeadLoader, load_soon
-from shared.oauth2.credentials import TokenProvider
-from shared.paging import requested_page
-from shared.proto_mapping import not_found, parse_id
-from shared.secrets import SecretBox
-from shared.settings import Settings
-from shared.smtp.endpoint import Endpoint
-from shared.states import SenderState, requested_enum
+from outbox_server.services.scheduler import senders
+from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
+from outbox_server.services.scheduler.servicers.calls import (
+    Context,
+    acting_user,
+    named_user,
+    whole_ms,
+)
+from outbox_server.services.scheduler.servicers.sender_mapping import to_sender, to_verification
+from outbox_server.services.scheduler.smtp_presets import (
+    PresetProvider,
+    complete_address,
+    provider_of,
+)
+from outbox_server.services.scheduler.storage import senders as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.verifying import Verifier
+from outbox_server.shared import bounds
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.errors import FailedPrecondition, InvalidInput
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.oauth2.credentials import TokenProvider
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import not_found, parse_id
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.states import SenderState, requested_enum
 
 _Columns = Mapping[str, Any]
 _log = structlog.get_logger("outbox.senders")

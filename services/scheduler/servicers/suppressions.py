@@ -6,16 +6,16 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.scheduler.addresses import BadAddress, address_key, check_address
-from services.scheduler.senders import check_sender_address
-from services.scheduler.servicers.calls import Context, named_user
-from services.scheduler.storage import suppressions as storage
-from services.scheduler.storage.access import in_transaction
-from shared import bounds
-from shared.errors import NotFound
-from shared.heads import HeadLoader, load_soon
-from shared.paging import requested_page
-from shared.proto_mapping import to_timestamp
+from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
+from outbox_server.services.scheduler.senders import check_sender_address
+from outbox_server.services.scheduler.servicers.calls import Context, named_user
+from outbox_server.services.scheduler.storage import suppressions as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.shared import bounds
+from outbox_server.shared.errors import NotFound
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import to_timestamp
 
 
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):

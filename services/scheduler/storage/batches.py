@@ -10,11 +10,11 @@ from typing import Any, Final
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.rows import RowRejection
-from shared.counts import JobCounts, batch_counts
-from shared.models import Batch, BatchRejection
-from shared.ownership import owned_by
-from shared.states import BatchMode, BatchState, DuplicatePolicy
+from outbox_server.services.scheduler.rows import RowRejection
+from outbox_server.shared.database.counts import JobCounts, batch_counts
+from outbox_server.shared.database.models import Batch, BatchRejection
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy
 
 
 @dataclass(frozen=True, slots=True)

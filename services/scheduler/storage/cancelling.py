@@ -1,6 +1,7 @@
 """Ends waiting jobs, with the counts and the marker that belong to it, in one statement.
 
-A whole batch is ended by one row, which its jobs' rows follow: see shared/cancellations.py.
+A whole batch is ended by one row, which its jobs' rows follow
+(shared/database/cancellations.py).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.cancellations import is_now
-from shared.count_deltas import counting_moves
-from shared.counts import batch_counts, in_state
-from shared.head_markers import mark_stale, marking_stale
-from shared.models import Batch, BatchCancellation, EmailJob
-from shared.ownership import owned_by
-from shared.states import BatchState, JobState
+from outbox_server.shared.database.cancellations import is_now
+from outbox_server.shared.database.count_deltas import counting_moves
+from outbox_server.shared.database.counts import batch_counts, in_state
+from outbox_server.shared.database.models import Batch, BatchCancellation, EmailJob
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.heads.markers import mark_stale, marking_stale
+from outbox_server.shared.states import BatchState, JobState
 
 # Rows that one transaction moves: some 0.3 s.
 SWEPT_AT_ONCE: Final = 20_000

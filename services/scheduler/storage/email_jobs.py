@@ -21,11 +21,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.addresses import address_key
-from services.scheduler.explaining import LastAttempt
-from shared.cancellations import finished_now, is_now, state_now
-from shared.message_ids import message_id_address
-from shared.models import (
+from outbox_server.services.scheduler.addresses import address_key
+from outbox_server.services.scheduler.explaining import LastAttempt
+from outbox_server.shared.database.cancellations import finished_now, is_now, state_now
+from outbox_server.shared.database.message_ids import message_id_address
+from outbox_server.shared.database.models import (
     Attempt,
     Batch,
     BatchCancellation,
@@ -34,8 +34,8 @@ from shared.models import (
     EmailJob,
     Sender,
 )
-from shared.ownership import owned_by
-from shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
 
 @dataclass(frozen=True, slots=True)

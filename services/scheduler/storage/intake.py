@@ -26,20 +26,20 @@ from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.scheduler.batch_options import BatchOptions
-from services.scheduler.storage.spreading import (
+from outbox_server.services.scheduler.batch_options import BatchOptions
+from outbox_server.services.scheduler.storage.spreading import (
     COPY_SPREAD_JOBS,
     Spread,
     create_spread_jobs,
     move_spread_jobs,
 )
-from services.scheduler.storage.suppressions import lock_suppressions
-from shared.count_deltas import count_accepted
-from shared.errors import Unavailable
-from shared.head_markers import mark_stale
-from shared.models import Batch, EmailJob, Sender, Suppression
-from shared.ownership import owned_by
-from shared.recipient_keys import recipient_key
+from outbox_server.services.scheduler.storage.suppressions import lock_suppressions
+from outbox_server.shared.database.count_deltas import count_accepted
+from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.database.recipient_keys import recipient_key
+from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.heads.markers import mark_stale
 
 # A suppression is written a moment before it can be seen.
 _SLACK: Final = timedelta(minutes=1)

@@ -8,8 +8,8 @@ from typing import Any, Final
 from sqlalchemy import case, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import OAuth2CredentialsRow as Row
-from shared.models import Sender
+from outbox_server.shared.database.models import OAuth2CredentialsRow as Row
+from outbox_server.shared.database.models import Sender
 
 # The fields of a sender's credentials that callers may see, as one JSON object. NULL: it has none.
 SHOWN: Final = (

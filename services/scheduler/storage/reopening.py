@@ -25,14 +25,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from services.scheduler.storage.access import in_transaction
-from services.scheduler.storage.email_jobs import may_have
-from shared.count_deltas import counting_moves
-from shared.counts import in_state
-from shared.head_markers import marking_stale
-from shared.models import Batch, EmailJob, Sender
-from shared.ownership import owned_by
-from shared.states import BatchState, JobState
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.email_jobs import may_have
+from outbox_server.shared.database.count_deltas import counting_moves
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.models import Batch, EmailJob, Sender
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.heads.markers import marking_stale
+from outbox_server.shared.states import BatchState, JobState
 
 # Jobs that one transaction takes back: some 0.5 s.
 _CHUNK: Final = 20_000

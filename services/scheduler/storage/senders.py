@@ -10,23 +10,23 @@ from typing import Any, Final
 from sqlalchemy import Select, Text, delete, exists, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.storage.cancelling import end_waiting
-from services.scheduler.storage.oauth2_credentials import (
+from outbox_server.services.scheduler.storage.cancelling import end_waiting
+from outbox_server.services.scheduler.storage.oauth2_credentials import (
     SHOWN,
     replace_credentials,
     request_new_token,
 )
-from shared.cancellations import waits_of
-from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
-from shared.cooldowns import CooldownRecord
-from shared.counts import in_state
-from shared.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
-from shared.head_markers import mark_stale
-from shared.models import Cooldown, EmailJob, Sender
-from shared.ownership import owned_by, owner_of
-from shared.sending_hours import SendingHours
-from shared.smtp.endpoint import StoredEndpoint
-from shared.states import JobState, SenderState, SmtpSecurity, enum_or_none
+from outbox_server.shared.cooldowns.columns import COOLDOWN_COLUMNS, cooldown_of
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.database.cancellations import waits_of
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.models import Cooldown, EmailJob, Sender
+from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.sending_hours import SendingHours
+from outbox_server.shared.smtp.endpoint import StoredEndpoint
+from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
+from outbox_server.shared.states import JobState, SenderState, SmtpSecurity, enum_or_none
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import EmailJob
+from outbox_server.shared.database.models import EmailJob
 
 # Core has no CREATE TABLE ... AS; the types are those of `email_jobs`.
 _CREATE: Final = text(

@@ -11,11 +11,11 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from services.scheduler.storage.cancelling import Moved, end_waiting
-from services.scheduler.storage.email_jobs import is_to
-from shared.models import Batch, EmailJob, Suppression
-from shared.ownership import owned_by, owner_of
-from shared.states import JobState
+from outbox_server.services.scheduler.storage.cancelling import Moved, end_waiting
+from outbox_server.services.scheduler.storage.email_jobs import is_to
+from outbox_server.shared.database.models import Batch, EmailJob, Suppression
+from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.states import JobState
 
 # Any number: the first half of the keys of our advisory locks on a user's suppressions.
 _LOCK_SPACE: Final = 0x5355

@@ -1,6 +1,6 @@
 """All SQL of the stats service: folding the count deltas, and reading what the answers hold."""
 
-from services.stats.storage.counting import (
+from outbox_server.services.stats.storage.counting import (
     HourCounts,
     SenderStats,
     UserSender,
@@ -10,15 +10,15 @@ from services.stats.storage.counting import (
     read_user,
     read_watched,
 )
-from services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
-from services.stats.storage.series import BucketCounts, read_series
-from services.stats.storage.subjects import (
+from outbox_server.services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
+from outbox_server.services.stats.storage.series import BucketCounts, read_series
+from outbox_server.services.stats.storage.subjects import (
     EndpointFailure,
     last_failure,
     sender_exists,
     sender_of_batch,
 )
-from shared.database import snapshot
+from outbox_server.shared.database.engine import snapshot
 
 __all__ = [
     "FOLD_LIMIT",

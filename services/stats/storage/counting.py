@@ -19,12 +19,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.cancellations import waits_of
-from shared.cooldown_columns import COOLDOWN_COLUMNS, cooldown_of
-from shared.cooldowns import CooldownRecord
-from shared.counts import JobCounts, sender_counts, user_counts
-from shared.database import snapshot
-from shared.models import (
+from outbox_server.shared.cooldowns.columns import COOLDOWN_COLUMNS, cooldown_of
+from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.database.cancellations import waits_of
+from outbox_server.shared.database.counts import JobCounts, sender_counts, user_counts
+from outbox_server.shared.database.engine import snapshot
+from outbox_server.shared.database.models import (
     Attempt,
     Cooldown,
     CountDelta,
@@ -32,8 +32,8 @@ from shared.models import (
     Sender,
     SenderHourCount,
 )
-from shared.ownership import owned_by
-from shared.states import JobState
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.states import JobState
 
 _HOUR: Final = timedelta(hours=1)
 _HOURS_SHOWN: Final = 24

@@ -19,13 +19,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from shared.models import (
+from outbox_server.shared.database.models import (
     BatchCount,
     CountDelta,
     SenderCount,
     SenderHourCount,
 )
-from shared.states import JobState
+from outbox_server.shared.states import JobState
 
 # Deltas moved by one transaction: under 0.1 s, so that another fold never waits for long.
 FOLD_LIMIT: Final = 10_000

@@ -10,9 +10,9 @@ from sqlalchemy import BigInteger, and_, cast, extract, func, or_, select
 from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.cancellations import is_now
-from shared.models import Attempt, EmailJob
-from shared.states import AttemptOutcome, JobState
+from outbox_server.shared.database.cancellations import is_now
+from outbox_server.shared.database.models import Attempt, EmailJob
+from outbox_server.shared.states import AttemptOutcome, JobState
 
 # A mail counts as late if its lateness is greater.
 _LATE_MS: Final = 1_000

@@ -10,13 +10,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from shared.models import (
+from outbox_server.shared.database.models import (
     Attempt,
     Batch,
     Sender,
 )
-from shared.ownership import owned_by
-from shared.states import CONNECTION_TROUBLE
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.states import CONNECTION_TROUBLE
 
 
 async def sender_exists(connection: AsyncConnection, sender_id: int, user_id: str | None) -> bool:

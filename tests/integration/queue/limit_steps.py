@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-from shared.queue.keys import member_of
-from shared.queue.queue import Contact, SlotUse
+from outbox_server.shared.queue.keys import member_of
+from outbox_server.shared.queue.queue import Contact, SlotUse
 from tests.integration.queue.steps import QueueSteps
 from tests.integration.queue.under_way import Holding, Step
 

@@ -9,10 +9,18 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from shared.endpoints import RELAY
-from shared.queue.circuits import CircuitChange
-from shared.queue.keys import JobRef, member_of
-from shared.queue.queue import Claim, Claimed, Contact, Head, Queue, Settlement, SlotUse
+from outbox_server.shared.queue.circuit_keys import RELAY
+from outbox_server.shared.queue.circuits import CircuitChange
+from outbox_server.shared.queue.keys import JobRef, member_of
+from outbox_server.shared.queue.queue import (
+    Claim,
+    Claimed,
+    Contact,
+    Head,
+    Queue,
+    Settlement,
+    SlotUse,
+)
 
 WINDOW = timedelta(hours=1)
 LEASE = timedelta(seconds=60)

@@ -14,9 +14,9 @@ from hypothesis.stateful import (
 )
 from redis.asyncio import Redis
 
-from shared.queue.keys import JobRef, member_of
-from shared.queue.queue import Contact, Settlement, SlotUse, brings_history
-from shared.states import JobState
+from outbox_server.shared.queue.keys import JobRef, member_of
+from outbox_server.shared.queue.queue import Contact, Settlement, SlotUse, brings_history
+from outbox_server.shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
 from tests.integration.queue.under_way import Holding, LimitHistory, LoadUnderWay, Snapshot, Step
 from tests.integration.queue.world import ModelledInstallation, Send

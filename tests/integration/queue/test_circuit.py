@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from shared.queue.circuits import Circuit, CircuitChange
-from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Head, SlotUse
+from outbox_server.shared.queue.circuits import Circuit, CircuitChange
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim, Head, SlotUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, START_MS, Shard, jobs, milliseconds
 
 PATROL_MS = 30_000

@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 from redis.asyncio import Redis
 
-from shared.queue.circuits import Circuit
-from shared.queue.connection import open_queues
-from shared.queue.queue import Claim, Contact, SlotUse
+from outbox_server.shared.queue.circuits import Circuit
+from outbox_server.shared.queue.connection import open_queues
+from outbox_server.shared.queue.queue import Claim, Contact, SlotUse
 from tests.dispatchers import options, settings_of
 from tests.integration.queue.shard import AUTH_LADDER, LADDER, SENDER, START_MS, Shard, jobs
 

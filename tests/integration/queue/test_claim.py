@@ -8,8 +8,16 @@ from datetime import timedelta
 import pytest
 from redis.asyncio import Redis
 
-from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Claimed, HeldLease, PastEnd, Queue, Settlement, SlotUse
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import (
+    Claim,
+    Claimed,
+    HeldLease,
+    PastEnd,
+    Queue,
+    Settlement,
+    SlotUse,
+)
 from tests.integration.queue.shard import (
     LEASE,
     LEASE_MS,

@@ -17,10 +17,10 @@ import pytest_asyncio
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from deploy.local.child import Child
-from deploy.local.ports import LOOPBACK, free_port
-from deploy.local.valkey import ValkeyServer
-from shared.queue.queue import Settlement, SlotUse
+from outbox_server.deploy.embedded.child import Child
+from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
+from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.shared.queue.queue import Settlement, SlotUse
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs

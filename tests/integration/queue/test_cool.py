@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from shared.queue.keys import JobRef
-from shared.queue.queue import Claim, Contact, PastEnd, SlotUse
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim, Contact, PastEnd, SlotUse
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,

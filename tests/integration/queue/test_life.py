@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from shared.queue.keys import JobRef
-from shared.queue.queue import Head, PastEnd, SlotUse, brings_history
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Head, PastEnd, SlotUse, brings_history
 from tests.integration.queue.shard import SENDER, Shard, jobs, milliseconds
 
 TWO = replace(SENDER, jobs=jobs((1, 0), (2, 0)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from shared.queue.keys import JobRef
-from shared.queue.queue import PastEnd, SlotUse
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import PastEnd, SlotUse
 from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
 
 HEAD = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0), (3, 0)))

@@ -7,8 +7,8 @@ from datetime import timedelta
 
 import pytest
 
-from shared.queue.keys import JobRef
-from shared.queue.queue import HeldLease, PastEnd, SlotUse
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import HeldLease, PastEnd, SlotUse
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,

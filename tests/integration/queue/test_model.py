@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 )
 from redis.asyncio import Redis
 
-import shared.queue.queue
-from shared.queue.queue import Contact, SlotUse
-from shared.states import JobState
+import outbox_server.shared.queue.queue
+from outbox_server.shared.queue.queue import Contact, SlotUse
+from outbox_server.shared.states import JobState
 from tests.integration.queue.limit_steps import Answers, LimitSteps
 from tests.integration.queue.steps import (
     ENDPOINTS,
@@ -283,7 +283,7 @@ class QueueMachine(LimitSteps):
 @pytest.fixture
 def low_water(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head of four asks for a load when one is left."""
-    monkeypatch.setattr(shared.queue.queue, "LOW_WATER", LOW)
+    monkeypatch.setattr(outbox_server.shared.queue.queue, "LOW_WATER", LOW)
 
 
 @pytest.fixture

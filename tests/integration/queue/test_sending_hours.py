@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from shared.forecast.openings import Openings
-from shared.forecast.simulation import Limiter, Run, simulate
-from shared.sending_hours import SendingHours
+from outbox_server.shared.forecast.openings import Openings
+from outbox_server.shared.forecast.simulation import Limiter, Run, simulate
+from outbox_server.shared.sending_hours import SendingHours
 from tests.integration.queue.shard import (
     PATIENCE_MS,
     SENDER,

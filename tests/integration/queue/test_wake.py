@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio.client import PubSub
 
-from shared.queue.queue import SlotUse
+from outbox_server.shared.queue.queue import SlotUse
 from tests.eventually import PATIENCE
 from tests.integration.queue.shard import SENDER, Shard, jobs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
-from shared.queue.queue import Claim, Head, Settlement
+from outbox_server.shared.queue.queue import Claim, Head, Settlement
 from tests.integration.queue.world import Send
 from tests.integration.queue_model import HeadModel
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from shared.queue.keys import JobRef, member_of
-from shared.queue.queue import Head, HeldLease, PastEnd
-from shared.states import JobState
+from outbox_server.shared.queue.keys import JobRef, member_of
+from outbox_server.shared.queue.queue import Head, HeldLease, PastEnd
+from outbox_server.shared.states import JobState
 from tests.integration.queue_model import HeadModel
 
 # Small, so that a head is soon used up.

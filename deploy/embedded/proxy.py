@@ -1,0 +1,140 @@
+"""A TCP proxy on loopback that can refuse, hang, lag and cut: what a network does to its users."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Final, Self
+
+from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
+
+_CHUNK: Final = 64 * 1024
+_BACKLOG: Final = 512
+
+
+class TcpProxy:
+    """Passes everything on to a port on loopback, until it is told otherwise."""
+
+    def __init__(self, target: Callable[[], int], tls: ssl.SSLContext | None = None) -> None:
+        """`target` returns the port to connect to: it is asked at every connection.
+
+        `tls`: what a server with TLS shows; what is passed on is plain.
+        """
+        self._tls = tls
+        # Seconds by which everything comes later.
+        self._lag_s = 0.0
+        self._target = target
+        self._socket = socket.socket()
+        self._accepting: asyncio.Task[None] | None = None
+        self._open = asyncio.Event()
+        self._open.set()
+        self._pairs: dict[asyncio.Task[None], list[asyncio.StreamWriter]] = {}
+
+    @property
+    def port(self) -> int:
+        """The TCP port; known after the start."""
+        return int(self._socket.getsockname()[1])
+
+    async def __aenter__(self) -> Self:
+        """Listen on a free port."""
+        self._socket.setblocking(False)
+        # Its own old connections are no reason not to listen again.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # By its number: a port that the system picks is given up whenever nobody listens (Linux).
+        self._socket.bind((LOOPBACK, free_port()))
+        self.heal()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Cut everything and free the port."""
+        self.refuse()
+        await asyncio.gather(*self._pairs, return_exceptions=True)
+        self._socket.close()
+
+    def refuse(self) -> None:
+        """Cut every connection, and refuse every new one."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            self._accepting = None
+            # Listens no more, and keeps the port: nobody else can take it meanwhile.
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.cut()
+
+    def hang(self) -> None:
+        """Pass not a byte more, and close nothing; new connections are made, and as silent."""
+        self._open.clear()
+
+    def lag(self, seconds: float) -> None:
+        """Pass everything on, later by this."""
+        self._lag_s = seconds
+
+    def cut(self) -> None:
+        """Cut every connection there is; what was on its way is gone."""
+        for task, writers in self._pairs.items():
+            for writer in writers:
+                writer.transport.abort()
+            task.cancel()
+
+    def heal(self) -> None:
+        """Pass everything on at once again, also what was held back by a `hang`."""
+        self._lag_s = 0.0
+        self._open.set()
+        if self._accepting is None:
+            self._socket.listen(_BACKLOG)
+            self._accepting = asyncio.get_running_loop().create_task(self._accept())
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            accepted, _ = await loop.sock_accept(self._socket)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task = loop.create_task(self._serve(accepted))
+            self._pairs[task] = []
+            task.add_done_callback(self._pairs.pop)
+
+    async def _serve(self, accepted: socket.socket) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("this runs as a task")
+        writers = self._pairs[task]
+        try:
+            # Owns the socket from here on.
+            near_reader, near = await self._near(accepted)
+            writers.append(near)
+            await self._open.wait()
+            far_reader, far = await asyncio.open_connection(LOOPBACK, self._target())
+            writers.append(far)
+            async with asyncio.TaskGroup() as both:
+                both.create_task(self._pump(near_reader, far))
+                both.create_task(self._pump(far_reader, near))
+        except* OSError:
+            pass  # the other side is gone: so are we, for this one
+        finally:
+            for writer in writers:
+                writer.close()
+
+    async def _near(
+        self, accepted: socket.socket
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._tls is None:
+            return await asyncio.open_connection(sock=accepted)
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, accepted, ssl=self._tls)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(_CHUNK):
+            if self._lag_s:
+                await asyncio.sleep(self._lag_s)
+            await self._open.wait()
+            writer.write(data)
+            await writer.drain()
+        # What was written is on its way before the end is.
+        if writer.can_write_eof():
+            writer.write_eof()
+        else:
+            writer.close()

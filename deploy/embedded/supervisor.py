@@ -1,0 +1,283 @@
+"""The whole system on one machine: embedded servers, migrated, and our services, kept running."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+from outbox_server.deploy.embedded.child import Child, LocalServerError
+from outbox_server.deploy.embedded.encryption_key import key_in
+from outbox_server.deploy.embedded.ports import LOOPBACK, claim_port, free_port
+from outbox_server.deploy.embedded.service import Service, describe_end, environment_of
+from outbox_server.deploy.embedded.stack import Servers
+from outbox_server.deploy.providers.profile import Profile
+from outbox_server.shared.settings import Settings
+
+# What `up` waits for a send in flight when it stops; OUTBOX_SHUTDOWN_GRACE, if set, goes before.
+_GRACE: Final = timedelta(seconds=5)
+# A service that cannot start shall not take the machine with it.
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 5.0
+_SERVER_PORTS: Final = {"postgres": 5432, "redis": 6379, "smtp": 1025}
+_SERVICE_PORTS: Final = {"scheduler": 50051, "dispatcher": 50052, "stats": 50053}
+_PORT_TRIES: Final = 5
+
+
+class _Kept(Protocol):
+    """A server or service that can be started again."""
+
+    @property
+    def child(self) -> Child:
+        """Its process."""
+
+    async def start(self) -> None:
+        """Start it; returns when it is ready."""
+
+
+class LocalSystem:
+    """Servers and services in one folder, running while the context is open.
+
+    What ends by itself is started again, and `say` is told. All of them die with this process,
+    even at kill -9.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        *,
+        dispatchers: int = 1,
+        schedulers: int = 1,
+        stats: int = 1,
+        smtp_url: str | None = None,
+        provider: Profile | None = None,
+        through: Mapping[str, str] | None = None,
+        default_ports: bool = True,
+        say: Callable[[str], None],
+    ) -> None:
+        """Take `settings`, of which everything counts but addresses, and what tells the user.
+
+        `smtp_url` gets all mail, in place of the inbox; so does a simulated `provider`. `through`
+        are OUTBOX_* variables that lead the services to the servers by a way of the caller's.
+        `default_ports`: each port is the usual one where that is free; else all are any free ones.
+        """
+        # What keeps other stacks off the usual ports of the servers, from now until the end.
+        self._claims: list[socket.socket] = []
+        # None is a free one, and another one if another program takes it meanwhile.
+        ports = {
+            name: port if default_ports and self._claims_port(port) else None
+            for name, port in _SERVER_PORTS.items()
+        }
+        self.servers = Servers(
+            folder,
+            postgres_port=ports["postgres"],
+            redis_port=ports["redis"],
+            smtp_port=ports["smtp"],
+            inbox=smtp_url is None,
+            provider=provider,
+        )
+        self.folder = self.servers.folder
+        self._settings = settings
+        self._wanted = {"scheduler": schedulers, "stats": stats, "dispatcher": dispatchers}
+        self._through = dict(through or {})
+        self._smtp_url = smtp_url
+        self._default_ports = default_ports
+        self._say = say
+        self._services: list[Service] = []
+        self._keepers: asyncio.Task[None] | None = None
+        self._open = AsyncExitStack()
+
+    def _claims_port(self, port: int) -> bool:
+        """Claim a usual port; False if it is taken, or claimed by another stack."""
+        claim = claim_port(port)
+        if claim is None:
+            return False
+        if free_port(port) != port:
+            claim.close()
+            return False
+        self._claims.append(claim)
+        return True
+
+    async def __aenter__(self) -> Self:
+        """Start everything; every service answers SERVING afterwards.
+
+        Raises:
+            FolderInUseError: another process holds the folder.
+            LocalServerError: a server or service did not start; nothing is left running.
+        """
+        async with AsyncExitStack() as stack:
+            for claim in self._claims:
+                stack.callback(claim.close)
+            # SQLAlchemy is imported while PostgreSQL starts, in a thread: both take their time.
+            database = asyncio.to_thread(
+                importlib.import_module, "outbox_server.shared.database.engine"
+            )
+            imported = asyncio.create_task(database)
+            await stack.enter_async_context(self.servers)
+            migrate = (await imported).migrate
+            await asyncio.to_thread(migrate, self.servers.database_url)
+            self._services = self._plan(stack)
+            for service in self._services:
+                service.begin_log()
+            stack.push_async_callback(self._stop_services)
+            started = await asyncio.gather(
+                *(self._first_start(service) for service in self._services),
+                return_exceptions=True,
+            )
+            for outcome in started:
+                if outcome is not None:
+                    raise outcome
+            self._keepers = asyncio.create_task(self._keep_all())
+            stack.push_async_callback(_cancel, self._keepers)
+            self._open = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop the dispatchers, then the other services, then the servers."""
+        await self._open.aclose()
+
+    @property
+    def scheduler(self) -> str:
+        """The scheduler's address."""
+        return self._addresses("scheduler")[0]
+
+    @property
+    def stats(self) -> str:
+        """The stats service's address."""
+        return self._addresses("stats")[0]
+
+    @property
+    def dispatchers(self) -> list[str]:
+        """The dispatchers' addresses."""
+        return self._addresses("dispatcher")
+
+    @property
+    def services(self) -> list[Service]:
+        """Our own services, in the order of their starting."""
+        return list(self._services)
+
+    async def watch(self) -> None:
+        """Return never, while what ends by itself is started again."""
+        if self._keepers is not None:
+            await asyncio.shield(self._keepers)
+
+    async def _keep_all(self) -> None:
+        postgres, valkey = self.servers.postgres, self.servers.valkey
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep("PostgreSQL", postgres))
+            group.create_task(self._keep("Valkey", valkey))
+            for service in self._services:
+                group.create_task(self._keep(service.title, service))
+
+    async def _keep(self, title: str, kept: _Kept) -> None:
+        while True:
+            code = await kept.child.wait()
+            self._say(f"{title} {describe_end(code)}; starting it again")
+            pause = _FIRST_PAUSE_S
+            while True:
+                try:
+                    await kept.start()
+                    break
+                except LocalServerError as error:
+                    self._say(str(error))
+                    await asyncio.sleep(pause)
+                    pause = min(pause * 2, _LONGEST_PAUSE_S)
+            self._say(f"{title} is running again")
+
+    async def _first_start(self, service: Service) -> None:
+        for tries_left in reversed(range(_PORT_TRIES)):
+            try:
+                await service.start()
+            except LocalServerError as error:
+                given = f"{service.name}_listen" in self._settings.model_fields_set
+                if given or not tries_left or "cannot be bound" not in str(error):
+                    raise
+                # Somebody took the port between our look and the start.
+                service.move(f"{LOOPBACK}:{free_port()}")
+            else:
+                return
+
+    def _plan(self, stack: AsyncExitStack) -> list[Service]:
+        environment = self._environment()
+        titles = [
+            (f"{name}-{number}" if wanted > 1 else name, name, number)
+            for name, wanted in self._wanted.items()
+            for number in range(1, wanted + 1)
+        ]
+        return [
+            Service(
+                title,
+                name,
+                self._address(name, number, stack),
+                environment,
+                folder=self.folder,
+                log=self.folder / "logs" / f"{title}.log",
+                grace=self._grace(),
+            )
+            for title, name, number in titles
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        settings = self._settings
+        keys = settings.encryption_keys.get_secret_value() or key_in(self.folder)
+        return environment_of(settings) | {
+            "OUTBOX_DATABASE_URL": self.servers.database_url,
+            "OUTBOX_REDIS_URL": self.servers.redis_url,
+            "OUTBOX_SMTP_URL": self._smtp_url or self.servers.smtp_url,
+            # A simulated provider gets all mail too, so that an audit needs its record alone.
+            "OUTBOX_SMTP_OVERRIDE": "true" if self._smtp_url or self.servers.provider else "false",
+            "OUTBOX_ENCRYPTION_KEYS": keys,
+            # Loopback alone, so neither keys nor TLS.
+            "OUTBOX_AUTH": "off",
+            "OUTBOX_TLS_CERTIFICATE": "",
+            "OUTBOX_TLS_KEY": "",
+            "OUTBOX_TLS_CLIENT_CA": "",
+            # Whoever tries it out may have a mail server on this machine.
+            "OUTBOX_SMTP_ALLOW": settings.smtp_allow or "127.0.0.0/8,::1",
+            "OUTBOX_SHUTDOWN_GRACE": f"{self._grace().total_seconds()}s",
+            **self._trust(),
+            **self._through,
+        }
+
+    def _trust(self) -> dict[str, str]:
+        """Return the variables that make the services trust a simulated provider's certificate."""
+        if self.servers.provider is None:
+            return {}
+        return {"OUTBOX_SMTP_CA": str(self.servers.provider.certificate)}
+
+    def _grace(self) -> timedelta:
+        given = "shutdown_grace" in self._settings.model_fields_set
+        return self._settings.shutdown_grace if given else _GRACE
+
+    def _addresses(self, name: str) -> list[str]:
+        return [service.address for service in self._services if service.name == name]
+
+    def _address(self, name: str, number: int, stack: AsyncExitStack) -> str:
+        if not self._default_ports or number > 1:
+            return f"{LOOPBACK}:{free_port()}"
+        field = f"{name}_listen"
+        if field in self._settings.model_fields_set:
+            return str(getattr(self._settings, field))
+        usual = _SERVICE_PORTS[name]
+        claim = claim_port(usual)
+        if claim is None:
+            return f"{LOOPBACK}:{free_port()}"
+        stack.enter_context(claim)
+        return f"{LOOPBACK}:{free_port(usual)}"
+
+    async def _stop_services(self) -> None:
+        # What sends first: the others may still be asked while it ends.
+        for sends in (True, False):
+            group = [one for one in self._services if (one.name == "dispatcher") == sends]
+            await asyncio.gather(*(service.stop() for service in group))
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})

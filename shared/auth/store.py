@@ -1,0 +1,118 @@
+"""The table of API keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey
+from outbox_server.shared.database.models import ApiKeyRow
+
+# `last_used_at` is written no more often than this, by all processes together.
+USE_INTERVAL: Final = timedelta(minutes=1)
+
+_COLUMNS: Final = (
+    ApiKeyRow.key_id,
+    ApiKeyRow.kind,
+    ApiKeyRow.user_id,
+    ApiKeyRow.name,
+    ApiKeyRow.created_at,
+    ApiKeyRow.last_used_at,
+    ApiKeyRow.revoked_at,
+)
+
+
+def _key(row: Any) -> ApiKey:
+    return ApiKey(
+        key_id=row.key_id,
+        kind=ApiKeyKind(row.kind),
+        user_id=row.user_id,
+        name=row.name,
+        created_at=row.created_at,
+        last_used_at=row.last_used_at,
+        revoked_at=row.revoked_at,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """What a caller is checked against; never of a revoked key."""
+
+    secret_hash: bytes
+    kind: ApiKeyKind
+    user_id: str | None
+    # Whether the last use that was noted is longer ago than USE_INTERVAL.
+    use_is_old: bool
+
+
+class ApiKeyStore:
+    """What a server asks of the table."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def find(self, key_id: str) -> StoredKey | None:
+        """Return a key; None: there is none, or it is revoked."""
+        statement = select(
+            ApiKeyRow.secret_hash,
+            ApiKeyRow.kind,
+            ApiKeyRow.user_id,
+            _use_is_old().label("use_is_old"),
+        ).where(ApiKeyRow.key_id == key_id, ApiKeyRow.revoked_at.is_(None))
+        async with self._engine.connect() as connection:
+            row = (await connection.execute(statement)).one_or_none()
+        if row is None:
+            return None
+        return StoredKey(row.secret_hash, ApiKeyKind(row.kind), row.user_id, row.use_is_old)
+
+    async def note_use(self, key_id: str) -> None:
+        """Write that a key was used now, unless somebody has within USE_INTERVAL."""
+        async with self._engine.begin() as connection:
+            await connection.execute(
+                update(ApiKeyRow)
+                .where(ApiKeyRow.key_id == key_id, _use_is_old())
+                .values(last_used_at=func.now())
+            )
+
+
+def _use_is_old() -> Any:
+    return func.coalesce(ApiKeyRow.last_used_at < func.now() - USE_INTERVAL, True)
+
+
+async def insert_key(
+    connection: AsyncConnection, key: NewKey, kind: ApiKeyKind, user_id: str | None, name: str
+) -> ApiKey:
+    """Store a new key."""
+    statement = (
+        insert(ApiKeyRow)
+        .values(
+            key_id=key.key_id, secret_hash=key.secret_hash, kind=kind, user_id=user_id, name=name
+        )
+        .returning(*_COLUMNS)
+    )
+    return _key((await connection.execute(statement)).one())
+
+
+async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequence[ApiKey]:
+    """Return all keys, or all of one user, the oldest first; revoked ones too."""
+    statement = select(*_COLUMNS).order_by(ApiKeyRow.created_at, ApiKeyRow.key_id)
+    if user_id is not None:
+        statement = statement.where(ApiKeyRow.user_id == user_id)
+    return [_key(row) for row in await connection.execute(statement)]
+
+
+async def revoke_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
+    """Revoke a key, and keep the time of the first call; None: there is none."""
+    statement = (
+        update(ApiKeyRow)
+        .where(ApiKeyRow.key_id == key_id)
+        .values(revoked_at=func.coalesce(ApiKeyRow.revoked_at, func.now()))
+        .returning(*_COLUMNS)
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _key(row)

@@ -1,0 +1,1 @@
+"""PostgreSQL: the engine, the tables, migrations, and conditions that statements share."""

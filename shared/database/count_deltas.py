@@ -1,0 +1,51 @@
+"""Appends to the counts of jobs what a statement changes in them (the table `CountDelta`).
+
+`shared.database.counts` reads the counts. Jobs in SENDING are counted as SCHEDULED.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from sqlalchemy import CTE, SmallInteger, cast, func, insert, literal, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.models import CountDelta
+from outbox_server.shared.states import JobState
+
+_COLUMNS: Final = ("sender_id", "batch_id", "hour", "state", "n")
+
+
+def counting_moves(
+    groups: CTE, *, was: JobState, state: JobState | None = None, hour: Any = None
+) -> CTE:
+    """Return the part of a statement that counts jobs it moved: out of `was`, into another state.
+
+    `groups` has sender_id, batch_id and the number of jobs `n`. `state` and `hour` are the same for
+    all of them, or else columns of `groups`.
+    """
+    into = groups.c.state if state is None else _number(state)
+    at = groups.c.hour if hour is None else hour
+    key = (groups.c.sender_id, groups.c.batch_id, at)
+    removed = select(*key, _number(was), -groups.c.n)
+    added = select(*key, into, groups.c.n)
+    return insert(CountDelta).from_select(_COLUMNS, removed.union_all(added)).cte("deltas")
+
+
+async def count_accepted(
+    connection: AsyncConnection, sender_id: int, batch_id: int, jobs: int
+) -> None:
+    """Count the jobs of a new batch."""
+    await connection.execute(
+        insert(CountDelta).values(
+            sender_id=sender_id,
+            batch_id=batch_id,
+            hour=func.date_trunc("hour", func.now()),
+            state=int(JobState.SCHEDULED),
+            n=jobs,
+        )
+    )
+
+
+def _number(state: JobState) -> Any:
+    return cast(literal(int(state)), SmallInteger)

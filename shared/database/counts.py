@@ -1,0 +1,224 @@
+"""Counts of jobs by state, exact at any moment, at a cost that the number of jobs has no part in.
+
+A count is what was folded plus the deltas that were not folded yet, read by one statement and so
+of one snapshot: a fold in between moves rows from the one to the other and changes no sum. A claim
+writes no delta, so state SCHEDULED stands for all open jobs there, and those in SENDING, always
+few, are counted from their rows by a partial index. What waits of a batch whose cancellation is
+being carried out (shared/database/cancellations.py) is taken from SCHEDULED and given to CANCELLED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    ColumnElement,
+    Integer,
+    Select,
+    SQLColumnExpression,
+    any_,
+    bindparam,
+    cast,
+    func,
+    literal,
+    select,
+    union_all,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.models import (
+    BatchCancellation,
+    BatchCount,
+    CountDelta,
+    EmailJob,
+    Sender,
+    SenderCount,
+)
+from outbox_server.shared.states import JobState
+
+# In place of a state: waits by its row, and is CANCELLED by its batch.
+_WAITS_CANCELLED: Final = 0
+# A key, a state, and how many jobs.
+_Counts: TypeAlias = Select[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """How many jobs are in each JobState; a field a state."""
+
+    scheduled: int = 0
+    sending: int = 0
+    sent: int = 0
+    failed: int = 0
+    uncertain: int = 0
+    cancelled: int = 0
+    suppressed: int = 0
+    expired: int = 0
+
+    def __getitem__(self, state: JobState) -> int:
+        """Return how many jobs are in `state`."""
+        count: int = getattr(self, state.name.lower())
+        return count
+
+    @property
+    def open(self) -> int:
+        """Jobs that wait or are being sent."""
+        return self.scheduled + self.sending
+
+    @property
+    def total(self) -> int:
+        """All jobs."""
+        return sum(self[state] for state in JobState)
+
+
+async def batch_counts(
+    connection: AsyncConnection, batch_ids: Iterable[int]
+) -> dict[int, JobCounts]:
+    """Return the counts of each batch, zeros for one that has none; all of one moment."""
+    return await _read_by_key(connection, _BATCH_COUNTS, batch_ids)
+
+
+async def sender_counts(
+    connection: AsyncConnection, sender_ids: Iterable[int]
+) -> dict[int, JobCounts]:
+    """Return the counts of each sender, zeros for one that has none; all of one moment."""
+    return await _read_by_key(connection, _SENDER_COUNTS, sender_ids)
+
+
+async def user_counts(connection: AsyncConnection, user_id: str) -> JobCounts:
+    """Return the sum over all senders of a user, also of deleted ones; all of one moment."""
+    rows = await connection.execute(_USER_COUNTS, {"user_id": user_id})
+    return _to_counts({state: n for _, state, n in rows})
+
+
+async def _read_by_key(
+    connection: AsyncConnection, statement: _Counts, ids: Iterable[int]
+) -> dict[int, JobCounts]:
+    found: dict[int, dict[int, int]] = {key: {} for key in ids}
+    if not found:
+        return {}
+    for key, state, n in await connection.execute(statement, {"ids": list(found)}):
+        found[key][state] = n
+    return {key: _to_counts(by_state) for key, by_state in found.items()}
+
+
+def _to_counts(by_state: Mapping[int, int]) -> JobCounts:
+    counts = {state.name.lower(): by_state.get(state, 0) for state in JobState}
+    counts["scheduled"] -= counts["sending"]
+    moved = by_state.get(_WAITS_CANCELLED, 0)
+    counts["scheduled"] -= moved
+    counts["cancelled"] += moved
+    return JobCounts(**counts)
+
+
+def in_state(state: JobState) -> ColumnElement[bool]:
+    """Return the condition of a partial index of `email_jobs`.
+
+    The number stands in the text of the statement: under a bound one, the generic plan of a
+    prepared statement cannot know that the index holds all that is asked for.
+    """
+    return EmailJob.state == literal(int(state), Integer, literal_execute=True)
+
+
+def _sending() -> CTE:
+    """Return all jobs in SENDING, of whatever sender: of the whole table, but by the index.
+
+    Materialized, or else a batch's jobs could be read by the index of batches, and filtered.
+    """
+    jobs = select(EmailJob.sender_id, EmailJob.batch_id).where(in_state(JobState.SENDING))
+    return jobs.cte("sending").prefix_with("MATERIALIZED")
+
+
+def _being_cancelled(
+    key: SQLColumnExpression[int], which: ColumnElement[bool], sending: CTE
+) -> tuple[_Counts, _Counts, _Counts]:
+    """Return what waits of the cancelled batches that `which` names: open jobs, less SENDING."""
+    state = literal(_WAITS_CANCELLED)
+    waiting = int(JobState.SCHEDULED)
+    of_batch = BatchCancellation.batch_id
+    return (
+        select(key, state, BatchCount.n)
+        .select_from(BatchCancellation)
+        .join(BatchCount, BatchCount.batch_id == of_batch)
+        .where(which, BatchCount.state == waiting),
+        select(key, state, CountDelta.n)
+        .select_from(BatchCancellation)
+        .join(CountDelta, CountDelta.batch_id == of_batch)
+        .where(which, CountDelta.state == waiting),
+        select(key, state, literal(-1))
+        .select_from(BatchCancellation)
+        .join(sending, sending.c.batch_id == of_batch)
+        .where(which),
+    )
+
+
+def _sum_up(*parts: _Counts) -> _Counts:
+    """Return (key, state, n) from statements with these columns."""
+    part = union_all(*parts).subquery("part")
+    return select(
+        part.c.key, part.c.state, cast(func.sum(part.c.n), BigInteger).label("n")
+    ).group_by(part.c.key, part.c.state)
+
+
+def _batch_statement() -> _Counts:
+    sending = _sending()
+    wanted = any_(bindparam("ids", type_=ARRAY(BigInteger)))
+    return _sum_up(
+        select(BatchCount.batch_id.label("key"), BatchCount.state, BatchCount.n).where(
+            BatchCount.batch_id == wanted
+        ),
+        select(CountDelta.batch_id, CountDelta.state, CountDelta.n).where(
+            CountDelta.batch_id == wanted
+        ),
+        select(sending.c.batch_id, literal(int(JobState.SENDING)), literal(1)).where(
+            sending.c.batch_id == wanted
+        ),
+        *_being_cancelled(
+            BatchCancellation.batch_id, BatchCancellation.batch_id == wanted, sending
+        ),
+    )
+
+
+def _sender_statement() -> _Counts:
+    sending = _sending()
+    wanted = any_(bindparam("ids", type_=ARRAY(BigInteger)))
+    return _sum_up(
+        select(SenderCount.sender_id.label("key"), SenderCount.state, SenderCount.n).where(
+            SenderCount.sender_id == wanted
+        ),
+        select(CountDelta.sender_id, CountDelta.state, CountDelta.n).where(
+            CountDelta.sender_id == wanted
+        ),
+        select(sending.c.sender_id, literal(int(JobState.SENDING)), literal(1)).where(
+            sending.c.sender_id == wanted
+        ),
+        *_being_cancelled(
+            BatchCancellation.sender_id, BatchCancellation.sender_id == wanted, sending
+        ),
+    )
+
+
+def _user_statement() -> _Counts:
+    sending = _sending()
+    wanted = select(Sender.id).where(Sender.user_id == bindparam("user_id"))
+    everything = literal(0).label("key")
+    return _sum_up(
+        select(everything, SenderCount.state, SenderCount.n).where(
+            SenderCount.sender_id.in_(wanted)
+        ),
+        select(everything, CountDelta.state, CountDelta.n).where(CountDelta.sender_id.in_(wanted)),
+        select(everything, literal(int(JobState.SENDING)), literal(1)).where(
+            sending.c.sender_id.in_(wanted)
+        ),
+        *_being_cancelled(everything, BatchCancellation.sender_id.in_(wanted), sending),
+    )
+
+
+_BATCH_COUNTS: Final = _batch_statement()
+_SENDER_COUNTS: Final = _sender_statement()
+_USER_COUNTS: Final = _user_statement()

@@ -1,0 +1,46 @@
+"""The Message-ID of a job: the dispatcher writes it, the scheduler shows it."""
+
+from __future__ import annotations
+
+import re
+
+import idna
+from sqlalchemy import ColumnElement, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.models import Installation, Sender
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9-]+")
+_OURS = re.compile(r"<outbox\.(\d{1,19})\.([A-Za-z0-9-]+)@[^>]*>")
+
+
+def message_id_for(job_id: int, address: str, installation_id: str) -> str:
+    """Return the Message-ID of a job: the same for all its attempts, and nobody else's.
+
+    `address` gives its domain; see `message_id_address`. Job ids of two installations may be
+    equal, so `installation_id` (letters, digits, hyphens) is part of it. RFC 5322, 3.6.4.
+    """
+    if not _SAFE_ID.fullmatch(installation_id):
+        raise ValueError(f"{installation_id!r}: an installation id is letters, digits and hyphens")
+    domain = address.rpartition("@")[2]
+    if not domain.isascii():
+        domain = idna.encode(domain, uts46=True).decode("ascii")
+    return f"<outbox.{job_id}.{installation_id}@{domain}>"
+
+
+def message_id_address() -> ColumnElement[str]:
+    """Return, for `message_id_for`, the address of a sender that no change of it changes."""
+    return func.coalesce(Sender.first_email, Sender.email)
+
+
+def job_of_message_id(message_id: str, installation_id: str) -> int | None:
+    """Return the job that a Message-ID names; None: it is not one of this installation's."""
+    found = _OURS.fullmatch(message_id)
+    return int(found[1]) if found and found[2] == installation_id else None
+
+
+async def installation_id(connection: AsyncConnection) -> str:
+    """Return what tells this installation from every other; made at the first call."""
+    await connection.execute(insert(Installation).on_conflict_do_nothing())
+    return (await connection.execute(select(Installation.installation_id))).scalar_one()

@@ -1,0 +1,434 @@
+"""The tables: PostgreSQL is the truth, every job and every attempt.
+
+Rows of `email_jobs` stay narrow: what a whole batch shares is stored once in `batches`, and of a
+CSV row only the columns that the templates use are kept.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    ForeignKey,
+    Identity,
+    Index,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from outbox_server.shared.states import JobState
+
+_TIME = TIMESTAMP(timezone=True)
+
+
+class Base(DeclarativeBase):
+    """Names every constraint, so that a migration can name it too."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Installation(Base):
+    """One row: what tells this installation from every other, in the Message-IDs of its mails."""
+
+    __tablename__ = "installation"
+
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    installation_id: Mapped[str] = mapped_column(
+        Text, server_default=text("substr(md5((gen_random_uuid())::text), 1, 12)")
+    )
+
+    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
+
+
+class ApiKeyRow(Base):
+    """Who may call. Of its secret only the hash: see `shared.auth.keys`."""
+
+    __tablename__ = "api_keys"
+
+    key_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    # SHA-256 of the 256 random bits that the caller holds.
+    secret_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    kind: Mapped[int] = mapped_column(SmallInteger)
+    user_id: Mapped[str | None] = mapped_column(Text)
+    name: Mapped[str] = mapped_column(Text, server_default="")
+    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    last_used_at: Mapped[datetime | None] = mapped_column(_TIME)
+    revoked_at: Mapped[datetime | None] = mapped_column(_TIME)
+
+    __table_args__ = (
+        CheckConstraint("kind BETWEEN 1 AND 3", name="kind_known"),
+        CheckConstraint("(kind = 1) = (user_id IS NOT NULL)", name="user_of_user_keys"),
+        CheckConstraint("octet_length(secret_hash) = 32", name="secret_hash_is_sha256"),
+    )
+
+
+class Sender(Base):
+    """A From address with its SMTP endpoint and limits; belongs to one user."""
+
+    __tablename__ = "senders"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    user_id: Mapped[str] = mapped_column(Text)
+    email: Mapped[str] = mapped_column(Text)
+    # Before it was changed for the first time: its domain is in the Message-IDs of all jobs, and
+    # that of a job must never change.
+    first_email: Mapped[str | None] = mapped_column(Text)
+    display_name: Mapped[str] = mapped_column(Text, server_default="")
+    # NULL: the relay of OUTBOX_SMTP_URL.
+    smtp_host: Mapped[str | None] = mapped_column(Text)
+    smtp_port: Mapped[int | None]
+    smtp_security: Mapped[int | None] = mapped_column(SmallInteger)
+    smtp_username: Mapped[str | None] = mapped_column(Text)
+    # A Fernet token; the password itself is nowhere.
+    smtp_password: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # PEM: CAs that may sign this endpoint's certificate, beside the machine's. NULL: none.
+    smtp_ca: Mapped[str | None] = mapped_column(Text)
+    hourly_limit: Mapped[int]
+    # NULL: the operator's floor. Never below the floor where it is used.
+    min_gap_ms: Mapped[int | None]
+    # As shared/sending_hours.py writes them; NULL: at any time.
+    sending_hours: Mapped[str | None] = mapped_column(Text)
+    max_in_flight: Mapped[int] = mapped_column(server_default="5")
+    state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
+    # Raised by every change: whoever caches a sender knows when to read it again.
+    revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
+    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    # Set: the sender is gone for every caller; its history stays.
+    deleted_at: Mapped[datetime | None] = mapped_column(_TIME)
+
+    __table_args__ = (
+        CheckConstraint("hourly_limit > 0", name="hourly_limit_positive"),
+        CheckConstraint("min_gap_ms >= 0", name="min_gap_not_negative"),
+        CheckConstraint("max_in_flight > 0", name="max_in_flight_positive"),
+        CheckConstraint("state IN (1, 2)", name="state_known"),
+        CheckConstraint("smtp_security IN (1, 2, 3)", name="smtp_security_known"),
+        CheckConstraint(
+            "(smtp_host IS NULL) = (smtp_port IS NULL)", name="smtp_host_and_port_together"
+        ),
+        Index(None, "user_id", "id"),
+    )
+
+
+class OAuth2CredentialsRow(Base):
+    """The OAuth 2.0 credentials of a sender's endpoint, and the access token that all share.
+
+    They are written with the endpoint. Credentials that replace others get a new id, so that a
+    dispatcher that still has the old endpoint cannot present a new token to the old host.
+    """
+
+    __tablename__ = "oauth2_credentials"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    sender_id: Mapped[int] = mapped_column(ForeignKey("senders.id"))
+    token_url: Mapped[str] = mapped_column(Text)
+    client_id: Mapped[str] = mapped_column(Text)
+    scope: Mapped[str] = mapped_column(Text)
+    # These three are encrypted (Fernet). Without a refresh token the grant is client credentials.
+    client_secret: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # The newest one: some providers return a new one with each access token.
+    refresh_token: Mapped[bytes | None] = mapped_column(LargeBinary)
+    access_token: Mapped[bytes | None] = mapped_column(LargeBinary)
+    # Changes with each access token, so that of two tokens requested at once only one is stored.
+    version: Mapped[UUID] = mapped_column(Uuid, server_default=func.gen_random_uuid())
+    # When to request the next access token, and when this one expires.
+    refresh_at: Mapped[datetime | None] = mapped_column(_TIME)
+    expires_at: Mapped[datetime | None] = mapped_column(_TIME)
+    # Set while one process requests an access token. After this time another process may do so.
+    lease_until: Mapped[datetime | None] = mapped_column(_TIME)
+    # Requests since the last access token: how many failed, when the next one may be made, the last
+    # error, and whether that was a refusal by the provider (else it could not be reached).
+    failures: Mapped[int] = mapped_column(server_default="0")
+    retry_at: Mapped[datetime | None] = mapped_column(_TIME)
+    error: Mapped[str | None] = mapped_column(Text)
+    refused: Mapped[bool] = mapped_column(server_default=text("false"))
+
+    __table_args__ = (
+        CheckConstraint(
+            "(access_token IS NULL) = (expires_at IS NULL)"
+            " AND (access_token IS NULL) = (refresh_at IS NULL)",
+            name="token_and_times_together",
+        ),
+        CheckConstraint("(error IS NULL) = (retry_at IS NULL)", name="error_and_retry_together"),
+        CheckConstraint("failures >= 0", name="failures_not_negative"),
+        Index(None, "sender_id", unique=True),
+    )
+
+
+class Batch(Base):
+    """One accepted request. Written whole, with its jobs, or not at all."""
+
+    __tablename__ = "batches"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    user_id: Mapped[str] = mapped_column(Text)
+    sender_id: Mapped[int] = mapped_column(ForeignKey("senders.id"))
+    request_id: Mapped[str] = mapped_column(Text)
+    # SHA-256 of the options and the payload: tells a repeated request from a reused id.
+    request_hash: Mapped[bytes] = mapped_column(LargeBinary)
+    # Liquid sources; NULL: the row's own column of that name, as it is.
+    subject: Mapped[str | None] = mapped_column(Text)
+    body: Mapped[str | None] = mapped_column(Text)
+    html: Mapped[str | None] = mapped_column(Text)
+    # The names of what `email_jobs.variables` holds, in its order.
+    variable_names: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    start_at: Mapped[datetime] = mapped_column(_TIME)
+    spacing_ms: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    duplicates: Mapped[int] = mapped_column(SmallInteger)
+    mode: Mapped[int] = mapped_column(SmallInteger)
+    expire_after_ms: Mapped[int | None] = mapped_column(BigInteger)
+    state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
+    accepted_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    rejected_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    duplicate_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    suppressed_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    cancelled_at: Mapped[datetime | None] = mapped_column(_TIME)
+    # When the last of its jobs was first due, for forecasts; NULL: it has none.
+    last_due_at: Mapped[datetime | None] = mapped_column(_TIME)
+
+    __table_args__ = (
+        CheckConstraint("state IN (1, 2)", name="state_known"),
+        CheckConstraint("spacing_ms >= 0", name="spacing_not_negative"),
+        Index(None, "user_id", "request_id", unique=True),
+        Index(None, "user_id", "id"),
+        Index(None, "sender_id", "id"),
+    )
+
+
+class BatchRejection(Base):
+    """A row that was not accepted. Rows are numbered from 1, the header not counted."""
+
+    __tablename__ = "batch_rejections"
+
+    batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    row_number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    # The column that is wrong; empty: the row as a whole.
+    column_name: Mapped[str] = mapped_column(Text)
+    # UPPER_SNAKE_CASE, stable; `detail` is for people.
+    reason: Mapped[str] = mapped_column(Text)
+    detail: Mapped[str] = mapped_column(Text)
+
+
+class BatchCancellation(Base):
+    """A cancelled batch whose rows are not all CANCELLED yet (shared/database/cancellations.py)."""
+
+    __tablename__ = "batch_cancellations"
+
+    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    sender_id: Mapped[int] = mapped_column(BigInteger)
+    cancelled_at: Mapped[datetime] = mapped_column(_TIME)
+    # The rows up to this one have been looked at.
+    swept_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+    __table_args__ = (Index(None, "sender_id"),)
+
+
+class EmailJob(Base):
+    """One mail to one recipient. Its id is its identity everywhere."""
+
+    __tablename__ = "email_jobs"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    batch_id: Mapped[int] = mapped_column(BigInteger)
+    sender_id: Mapped[int] = mapped_column(BigInteger)
+    # When it may be sent; a retry moves it.
+    scheduled_at: Mapped[datetime] = mapped_column(_TIME)
+    # From when on it must not be sent any more; NULL: it waits for as long as it takes.
+    expires_at: Mapped[datetime | None] = mapped_column(_TIME)
+    # SENDING only: until when its dispatcher holds it.
+    lease_until: Mapped[datetime | None] = mapped_column(_TIME)
+    # When it reached its final state.
+    finished_at: Mapped[datetime | None] = mapped_column(_TIME)
+    row_number: Mapped[int]
+    state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
+    # Attempts begun; the number of the attempt under way is the fencing token.
+    attempt: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    # Attempts that failed and may be repeated: the place on the ladder of OUTBOX_RETRY_BACKOFF.
+    failures: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    recipient: Mapped[str] = mapped_column(Text)
+    # When its server first asked for it later (reply class DEFERRED); NULL: it has not.
+    deferred_since: Mapped[datetime | None] = mapped_column(_TIME)
+    # What suppressions are compared with. NULL: all its letters are ASCII, and it is their lower
+    # case; PostgreSQL folds no others as Python does, and what lower() knows is its locale's.
+    recipient_key: Mapped[str | None] = mapped_column(Text)
+    # A JSON array of strings, in the order of `batches.variable_names`; NULL: none. Text, not
+    # jsonb: nothing in it is ever asked for by SQL, and jsonb would be parsed at every COPY.
+    variables: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        CheckConstraint("state BETWEEN 1 AND 8", name="state_known"),
+        CheckConstraint("(state = 2) = (lease_until IS NOT NULL)", name="lease_while_sending"),
+        CheckConstraint("(state > 2) = (finished_at IS NOT NULL)", name="finished_when_final"),
+        # A sender's head: the first waiting jobs by (due, id).
+        Index(
+            "ix_email_jobs_head",
+            "sender_id",
+            "scheduled_at",
+            "id",
+            postgresql_where=text(f"state = {JobState.SCHEDULED:d}"),
+        ),
+        Index(None, "batch_id", "id"),
+        # What people look for among very many: empty as long as all goes well.
+        Index(
+            "ix_email_jobs_trouble",
+            "batch_id",
+            "id",
+            postgresql_where=text(f"state IN ({JobState.FAILED:d}, {JobState.UNCERTAIN:d})"),
+        ),
+        # Of the hash: 18 % off the speed of COPY and 30 bytes a row, with the text itself it would
+        # be 42 % and 75 bytes. A statement asks for the hash and for the text.
+        Index("ix_email_jobs_recipient", text("hashtext(lower(recipient))")),
+        Index(
+            "ix_email_jobs_lease",
+            "lease_until",
+            postgresql_where=text(f"state = {JobState.SENDING:d}"),
+        ),
+    )
+
+
+class Attempt(Base):
+    """One try to hand a job to SMTP; kept for ever."""
+
+    __tablename__ = "attempts"
+
+    email_job_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    attempt: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    sender_id: Mapped[int] = mapped_column(BigInteger)
+    started_at: Mapped[datetime] = mapped_column(_TIME)
+    ended_at: Mapped[datetime] = mapped_column(_TIME)
+    outcome: Mapped[int] = mapped_column(SmallInteger)
+    # Whether it takes a slot of the window: its body was begun, or may have been.
+    counted: Mapped[bool]
+    # From the earliest instant at which the limits allowed it to its start. NULL: unknown.
+    late_ms: Mapped[int | None]
+    smtp_code: Mapped[int | None] = mapped_column(SmallInteger)
+    # RFC 3463, such as 5.1.1.
+    enhanced_code: Mapped[str | None] = mapped_column(Text)
+    message: Mapped[str | None] = mapped_column(Text)
+    # What the server's reply meant (`shared.states.ReplyClass`). NULL: there was no reply.
+    reply_class: Mapped[int | None] = mapped_column(SmallInteger)
+
+    __table_args__ = (
+        CheckConstraint("outcome BETWEEN 1 AND 6", name="outcome_known"),
+        CheckConstraint("ended_at >= started_at", name="ends_after_start"),
+        # The limiter's history: what an empty Redis is filled with.
+        Index("ix_attempts_history", "sender_id", "ended_at"),
+    )
+
+
+class Cooldown(Base):
+    """A sender whose account was refused (quota, block): its mail waits, one probe at a time goes.
+
+    An accepted probe, and ResumeSender, delete the row.
+    """
+
+    __tablename__ = "cooldowns"
+
+    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    # When the first refusal ended.
+    since: Mapped[datetime] = mapped_column(_TIME)
+    # When the next probe may begin. A refused attempt that began before it changes nothing.
+    next_probe_at: Mapped[datetime] = mapped_column(_TIME)
+    # Refused probes: the place on the ladder of OUTBOX_COOLDOWN.
+    refusals: Mapped[int] = mapped_column(server_default="1")
+    # Of the last refusal.
+    smtp_code: Mapped[int | None] = mapped_column(SmallInteger)
+    enhanced_code: Mapped[str | None] = mapped_column(Text)
+    message: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (CheckConstraint("refusals > 0", name="refusals_positive"),)
+
+
+class HeadMarker(Base):
+    """Says that a sender's head must be loaded again.
+
+    Written in the transaction that changed what the head depends on, and deleted after the load:
+    who finds one that has grown old knows that somebody died in between.
+    """
+
+    __tablename__ = "head_markers"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    sender_id: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.clock_timestamp())
+
+    __table_args__ = (Index(None, "sender_id"),)
+
+
+class Suppression(Base):
+    """An address that a user's mail must never go to."""
+
+    __tablename__ = "suppressions"
+
+    user_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    # Case-folded: addresses are compared case-insensitively.
+    address: Mapped[str] = mapped_column(Text, primary_key=True)
+    reason: Mapped[str] = mapped_column(Text, server_default="")
+    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+
+
+class CountDelta(Base):
+    """By how much a count changed: appended in the transaction that moved the jobs.
+
+    `state` SCHEDULED counts the open jobs, SENDING among them: those are always few and are
+    counted directly, so that a claim writes no delta.
+    """
+
+    __tablename__ = "count_deltas"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    sender_id: Mapped[int] = mapped_column(BigInteger)
+    batch_id: Mapped[int] = mapped_column(BigInteger)
+    hour: Mapped[datetime] = mapped_column(_TIME)
+    state: Mapped[int] = mapped_column(SmallInteger)
+    n: Mapped[int] = mapped_column(BigInteger)
+
+
+class SenderCount(Base):
+    """Folded: jobs of a sender by state."""
+
+    __tablename__ = "sender_counts"
+
+    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger)
+
+
+class BatchCount(Base):
+    """Folded: jobs of a batch by state."""
+
+    __tablename__ = "batch_counts"
+
+    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger)
+
+
+class SenderHourCount(Base):
+    """Folded: jobs of a sender by the hour (UTC) in which they reached a state."""
+
+    __tablename__ = "sender_hour_counts"
+
+    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    hour: Mapped[datetime] = mapped_column(_TIME, primary_key=True)
+    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger)

@@ -1,0 +1,1 @@
+"""Loads the first waiting jobs of each sender from PostgreSQL into Redis."""

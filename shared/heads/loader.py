@@ -1,0 +1,254 @@
+"""Loads the heads of senders from PostgreSQL into Redis.
+
+One operation serves intake, refill, pause and resume, a rebuild of a lost Redis, and healing. Its
+order is what makes it right: first the epoch, then one snapshot of PostgreSQL, then the head is
+applied if the epoch has not moved. Whoever commits rows raises the epoch afterwards, so a load that
+read too early is refused and reads again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import structlog
+from sqlalchemy import Row
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.shared.database.engine import snapshot
+from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.heads.markers import delete_markers, read_abandoned
+from outbox_server.shared.heads.statements import (
+    concerned_statement,
+    heads_statement,
+    history_statement,
+)
+from outbox_server.shared.queue.circuit_keys import circuit_key
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import (
+    HEAD_SIZE,
+    Head,
+    HeldLease,
+    PastEnd,
+    Queue,
+    QueueFullError,
+    brings_history,
+)
+from outbox_server.shared.sending_hours import SendingHours
+from outbox_server.shared.settings import Settings
+
+# Loads that lose the race against commits are read again; each race was somebody's progress.
+_TRIES = 20
+# Senders a statement and a pipeline: bounds memory during a rebuild.
+_CHUNK = 200
+# Senders that a rebuild sorts by when they are due: 20 us each, and it keeps its lock for 10 s.
+_PAGE = 10_000
+_DAY_MS = 24 * 60 * 60 * 1000
+
+_log = structlog.get_logger(__name__)
+_CONCERNED = concerned_statement()
+
+
+def _opening(hours: str | None, now: int) -> tuple[int, int] | None:
+    """Return the opening that holds `now`, or the next one; None: the sender has no hours."""
+    if hours is None:
+        return None
+    sending_hours = SendingHours.from_text(hours)
+    opens = sending_hours.opens(now)
+    # None in sight: looked for again on the next day.
+    return (now + _DAY_MS, now + _DAY_MS) if opens is None else (opens, sending_hours.closes(opens))
+
+
+def _no_head(sender_id: int) -> Head:
+    """Return the head of a sender that PostgreSQL does not know: nobody looks at it any more."""
+    return Head(
+        sender_id=sender_id,
+        hourly_limit=1,
+        gap=timedelta(0),
+        max_in_flight=1,
+        active=False,
+        jobs=(),
+        more=False,
+    )
+
+
+class HeadLoader:
+    """Loads heads; used by whoever changed what a head depends on, or found one used up."""
+
+    def __init__(self, engine: AsyncEngine, queues: Sequence[Queue], settings: Settings) -> None:
+        self._engine = engine
+        self.queues = queues
+        self._window = settings.rate_window
+        self._floor = settings.min_gap
+        self._override = settings.smtp_override
+
+    def queue_of(self, sender_id: int) -> Queue:
+        """Return the shard that a sender lives in."""
+        return self.queues[sender_id % len(self.queues)]
+
+    async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
+        """Load the heads of these senders and delete the markers that asked for it.
+
+        `committed`: the caller has just committed what the load must see (a batch, a pause).
+
+        Raises:
+            redis.exceptions.RedisError: Redis is gone; the markers stay, so a later load follows.
+            sqlalchemy.exc.DBAPIError: PostgreSQL is gone.
+        """
+        by_queue: dict[Queue, list[int]] = {}
+        for sender_id in dict.fromkeys(sender_ids):
+            by_queue.setdefault(self.queue_of(sender_id), []).append(sender_id)
+        for queue, ids in by_queue.items():
+            for start in range(0, len(ids), _CHUNK):
+                await self._load_chunk(queue, ids[start : start + _CHUNK], committed=committed)
+
+    async def _load_chunk(self, queue: Queue, sender_ids: list[int], *, committed: bool) -> None:
+        again, full = sender_ids, list[int]()
+        for _ in range(_TRIES):
+            epochs = await queue.begin_load(again, committed=committed)
+            full += [sender_id for sender_id in again if sender_id not in epochs]
+            # Heads and history of one moment: a job that begins to wait again between the two
+            # statements would be in neither.
+            history = any(map(brings_history, epochs.values()))
+            async with snapshot(self._engine) if history else self._engine.connect() as connection:
+                heads, markers = await self._read(connection, epochs)
+            again = await queue.load_heads(heads, epochs)
+            done = [
+                marker
+                for sender_id, ids in markers.items()
+                if sender_id not in again
+                for marker in ids
+            ]
+            if done:
+                async with self._engine.begin() as connection:
+                    await delete_markers(connection, done)
+            if not again:
+                break
+            committed = False
+        else:
+            _log.warning("heads_kept_moving", senders=again)
+        if full:
+            raise QueueFullError(f"Redis is out of memory: {len(full)} senders must wait")
+
+    async def _read(
+        self, connection: AsyncConnection, epochs: Mapping[int, str]
+    ) -> tuple[list[Head], dict[int, list[int]]]:
+        rows = (await connection.execute(heads_statement(list(epochs)))).all()
+        ends: dict[int, list[PastEnd]] = {}
+        leases: dict[int, list[HeldLease]] = {}
+        fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
+        if fresh:
+            gaps = (effective_gap(row.min_gap_ms, self._floor) for row in rows if row.id in fresh)
+            reach = max([self._window, *gaps])
+            for row in await connection.execute(history_statement(fresh, reach)):
+                each = zip(row.email_job_id, row.attempt, row.ms, row.counted, strict=True)
+                spans = [
+                    (JobRef(job_id, attempt), timedelta(milliseconds=ms), counted)
+                    for job_id, attempt, ms, counted in each
+                ]
+                if row.leased:
+                    leases[row.sender_id] = [HeldLease(job, left) for job, left, _ in spans]
+                else:
+                    ends[row.sender_id] = [PastEnd(*span) for span in spans]
+        heads = [
+            self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
+            for row in rows
+        ]
+        known = {row.id for row in rows}
+        heads += [_no_head(sender_id) for sender_id in epochs if sender_id not in known]
+        return heads, {row.id: row.markers or [] for row in rows}
+
+    def _head(
+        self, row: Row[Any], ends: tuple[PastEnd, ...], leases: tuple[HeldLease, ...]
+    ) -> Head:
+        jobs = tuple(
+            (JobRef(job_id, attempt + 1), due)
+            for job_id, attempt, due in zip(
+                row.ids or (), row.attempts or (), row.dues or (), strict=True
+            )
+        )
+        return Head(
+            sender_id=row.id,
+            hourly_limit=row.hourly_limit,
+            gap=effective_gap(row.min_gap_ms, self._floor),
+            max_in_flight=row.max_in_flight,
+            active=row.active,
+            jobs=jobs[:HEAD_SIZE],
+            more=len(jobs) > HEAD_SIZE,
+            endpoint=circuit_key(
+                row.user_id,
+                row.smtp_host,
+                row.smtp_port,
+                row.smtp_security,
+                row.smtp_username,
+                override=self._override,
+            ),
+            revision=row.revision,
+            opening=_opening(row.sending_hours, row.now),
+            cooldown=row.cooldown,
+            ends=ends,
+            leases=leases,
+        )
+
+    async def load_abandoned(self) -> Sequence[int]:
+        """Load the heads of senders whose marker has grown old: somebody died before its load."""
+        async with self._engine.connect() as connection:
+            senders = await read_abandoned(connection, _CHUNK)
+        await self.load(senders, committed=True)
+        return senders
+
+    async def rebuild(self, queue: Queue, *, pause: timedelta = timedelta(0)) -> bool:
+        """Load the senders of a shard that are lost: all of them, some, or some of their keys.
+
+        Goes through the senders for which something waits, of each 10,000 those that are due first;
+        a sender with only a history comes when it is used. Returns whether the shard is whole now.
+        False: another process is at it, the last time is less than `pause` ago, or Redis was lost
+        again meanwhile.
+        """
+        token = await queue.begin_rebuild(pause=pause)
+        if token is None:
+            return False
+        loaded, after = 0, 0
+        while senders := await self._concerned(queue.shard, after):
+            after = max(senders)
+            for part in range(0, len(senders), _CHUNK):
+                lost = await queue.find_lost(senders[part : part + _CHUNK])
+                await self.load(lost, committed=False)
+                if not await queue.keep_rebuild(token):
+                    _log.warning("rebuild_overtaken", shard=queue.shard)
+                    return False
+                loaded += len(lost)
+        whole = await queue.finish_rebuild(token)
+        if loaded:
+            _log.warning("heads_restored", shard=queue.shard, senders=loaded, whole=whole)
+        return whole
+
+    async def _concerned(self, shard: int, after: int) -> list[int]:
+        """Return the next senders of a shard, by id, that have a waiting job or a lease."""
+        async with self._engine.connect() as connection:
+            found = await connection.execute(
+                _CONCERNED,
+                {"after": after, "shards": len(self.queues), "shard": shard, "page": _PAGE},
+            )
+            return list(found.scalars())
+
+
+async def load_soon(
+    loader: HeadLoader, sender_ids: Iterable[int], *, limit: timedelta = timedelta(seconds=3)
+) -> bool:
+    """Load after a commit, within `limit`; False if Redis or PostgreSQL is gone, slow or full.
+
+    The commit stands either way, and its marker brings the load later.
+    """
+    from redis.exceptions import RedisError  # noqa: PLC0415 - the driver stays inside shared.queue
+
+    try:
+        async with asyncio.timeout(limit.total_seconds()):
+            await loader.load(sender_ids, committed=True)
+    except (RedisError, SQLAlchemyError, TimeoutError) as error:
+        _log.warning("load_postponed", senders=list(sender_ids), error=type(error).__name__)
+        return False
+    return True

@@ -1,0 +1,48 @@
+"""The markers that ask for a load of a sender's head (`shared.database.models.HeadMarker`).
+
+A transaction that changes what a head depends on writes a marker. The process loads the head after
+its commit and deletes the marker. If the process dies in between, others find the marker by its
+age.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from sqlalchemy import CTE, delete, func, insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.models import HeadMarker
+
+# A marker of this age was left behind by a process that died between its commit and its load.
+MARKER_AGE = timedelta(seconds=5)
+
+
+async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
+    """Ask, within the caller's transaction, for a load of the heads of these senders."""
+    await connection.execute(
+        insert(HeadMarker), [{"sender_id": sender_id} for sender_id in sender_ids]
+    )
+
+
+def marking_stale(moved: CTE) -> CTE:
+    """Return the part of a statement that asks for a load of the heads of `moved.sender_id`."""
+    senders = select(moved.c.sender_id).distinct()
+    return insert(HeadMarker).from_select(("sender_id",), senders).cte("markers")
+
+
+async def read_abandoned(connection: AsyncConnection, limit: int) -> Sequence[int]:
+    """Return up to `limit` senders with a marker older than MARKER_AGE."""
+    senders = (
+        select(HeadMarker.sender_id)
+        .where(HeadMarker.created_at < func.statement_timestamp() - MARKER_AGE)
+        .distinct()
+        .limit(limit)
+    )
+    return (await connection.execute(senders)).scalars().all()
+
+
+async def delete_markers(connection: AsyncConnection, marker_ids: Sequence[int]) -> None:
+    """Delete the markers that a load has answered."""
+    await connection.execute(delete(HeadMarker).where(HeadMarker.id.in_(marker_ids)))

@@ -1,0 +1,175 @@
+"""What is read of senders, to be loaded into Redis (shared/heads/loader.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    SQLColumnExpression,
+    and_,
+    bindparam,
+    cast,
+    extract,
+    func,
+    lateral,
+    literal,
+    null,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import aggregate_order_by
+
+from outbox_server.shared.database.cancellations import waits_of
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.models import Attempt, Cooldown, EmailJob, HeadMarker, Sender
+from outbox_server.shared.queue.queue import HEAD_SIZE
+from outbox_server.shared.states import JobState, SenderState
+
+
+def _array(column: Any, *order: Any) -> Any:
+    return func.array_agg(aggregate_order_by(column, *order))
+
+
+def _age_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
+    return cast(func.floor(extract("epoch", func.clock_timestamp() - time) * 1000), BigInteger)
+
+
+def _unix_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
+    """As shared.database.engine.unix_ms, where that would be called for each job of many heads."""
+    return cast(func.ceil(extract("epoch", time) * 1000), BigInteger)
+
+
+def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
+    """Return live settings, first waiting jobs and markers of senders."""
+    waiting = (
+        select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
+        .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
+        .order_by(EmailJob.scheduled_at, EmailJob.id)
+        .limit(HEAD_SIZE + 1)
+        .correlate(Sender)
+        .subquery()
+    )
+    order = (waiting.c.scheduled_at, waiting.c.id)
+    jobs = lateral(
+        select(
+            _array(waiting.c.id, *order).label("ids"),
+            _array(waiting.c.attempt, *order).label("attempts"),
+            _array(_unix_ms(waiting.c.scheduled_at), *order).label("dues"),
+        )
+    )
+    markers = lateral(
+        select(func.array_agg(HeadMarker.id).label("markers"))
+        .where(HeadMarker.sender_id == Sender.id)
+        .correlate(Sender)
+    )
+    cooldown = (
+        select(Cooldown.next_probe_at - func.statement_timestamp())
+        .where(Cooldown.sender_id == Sender.id)
+        .correlate(Sender)
+        .scalar_subquery()
+    )
+    return (
+        select(
+            Sender.id,
+            Sender.user_id,
+            Sender.hourly_limit,
+            Sender.min_gap_ms,
+            Sender.max_in_flight,
+            Sender.revision,
+            Sender.sending_hours,
+            _unix_ms(func.statement_timestamp()).label("now"),
+            Sender.smtp_host,
+            Sender.smtp_port,
+            Sender.smtp_security,
+            Sender.smtp_username,
+            and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
+            cooldown.label("cooldown"),
+            jobs.c.ids,
+            jobs.c.attempts,
+            jobs.c.dues,
+            markers.c.markers,
+        )
+        .select_from(Sender)
+        .join(jobs, true())
+        .join(markers, true())
+        .where(Sender.id.in_(sender_ids))
+    )
+
+
+def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any]:
+    """Return ends within `reach`, and leases, of senders that Redis has forgotten."""
+    ends = select(
+        Attempt.sender_id,
+        Attempt.email_job_id,
+        Attempt.attempt,
+        _age_ms(Attempt.ended_at).label("ms"),
+        Attempt.counted,
+        literal(False).label("leased"),
+    ).where(
+        Attempt.sender_id.in_(sender_ids),
+        Attempt.ended_at > func.statement_timestamp() - reach,
+    )
+    leases = select(
+        EmailJob.sender_id,
+        EmailJob.id,
+        EmailJob.attempt,
+        -_age_ms(EmailJob.lease_until),
+        literal(True),
+        literal(True),
+    ).where(EmailJob.sender_id.in_(sender_ids), in_state(JobState.SENDING))
+    each = ends.union_all(leases).subquery()
+    # Arrays: a row an end costs ten times as much on the way.
+    return select(
+        each.c.sender_id,
+        each.c.leased,
+        *(
+            func.array_agg(each.c[name]).label(name)
+            for name in ("email_job_id", "attempt", "ms", "counted")
+        ),
+    ).group_by(each.c.sender_id, each.c.leased)
+
+
+def concerned_statement() -> Select[Any]:
+    """Return the next senders by id that have a waiting job or a lease, those due first first.
+
+    From the index of waiting jobs: one probe a sender, none a job.
+    """
+    after: Any = bindparam("after")
+    page: Any = bindparam("page")
+
+    def first_of(senders: ColumnElement[bool]) -> Select[int, datetime]:
+        return (
+            select(EmailJob.sender_id, EmailJob.scheduled_at)
+            .where(in_state(JobState.SCHEDULED), senders)
+            .order_by(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id)
+            .limit(1)
+        )
+
+    def of_shard(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
+        return sender % bindparam("shards") == bindparam("shard")
+
+    walk = first_of(EmailJob.sender_id > after).cte("walk", recursive=True)
+    following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))
+    walk = walk.union_all(select(following).select_from(walk).join(following, true()))
+    # The walk ends where the limit does, for nobody asks it for more.
+    waiting = select(walk).where(of_shard(walk.c.sender_id)).limit(page)
+    sending = select(EmailJob.sender_id, null()).where(
+        in_state(JobState.SENDING),
+        EmailJob.sender_id > after,
+        of_shard(EmailJob.sender_id),
+    )
+    each = waiting.union_all(sending).subquery()
+    first = (
+        select(each.c.sender_id, func.min(each.c.scheduled_at).label("due"))
+        .group_by(each.c.sender_id)
+        .order_by(each.c.sender_id)
+        .limit(page)
+        .subquery()
+    )
+    # What is only being sent has nothing to wait for but its end.
+    return select(first.c.sender_id).order_by(first.c.due.nulls_last(), first.c.sender_id)

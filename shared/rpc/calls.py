@@ -1,0 +1,349 @@
+"""What every call goes through: its caller, its time limit, its errors, its line in the log.
+
+One interceptor and not four: each layer around a handler costs every message of every stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, Final, TypeAlias
+
+import grpc
+import structlog
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from outbox_server.shared.callers import (
+    Authenticator,
+    Caller,
+    CallerKind,
+    check_may_call,
+    set_current_caller,
+)
+from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
+from outbox_server.shared.rpc.gate import Gate
+
+# Of a unary call whose caller set no deadline, in seconds.
+DEFAULT_DEADLINE: Final = 30.0
+# Of an upload: it takes as long as it takes, but a caller that drips bytes must not hold a place
+# for ever.
+UPLOAD_DEADLINE: Final = 3600.0
+# Calls of a server that has no gate of its own for a method. More at once would only wait for a
+# connection of the pool, each with a request of up to 5 MiB; those that wait have no memory yet.
+_CALLS: Final = 64
+_CALLS_WAITING: Final = 1_000
+# Server streams cost a task and a message each, and last.
+_STREAMS: Final = 1_000
+
+# Open to everybody who reaches the server: kubelets and proxies hold no key, and what reflection
+# tells is published. Answered in a drain too, not waited for, and not worth a line of the log at
+# level info.
+_TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
+_ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
+
+# grpcio's classes are generic in their stubs alone.
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Stands around every method of a server; must be its only interceptor.
+
+    Server streams must be async generators, the others coroutines.
+    """
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        *,
+        default_deadline: float = DEFAULT_DEADLINE,
+        gates: Mapping[str, Gate] | None = None,
+    ) -> None:
+        """`gates`: of methods (`/outbox.v1.BatchService/UploadBatch`) with bounds of their own."""
+        self._authenticator = authenticator
+        self._gates = dict(gates or {})
+        self._calls_gate = Gate("calls", at_once=_CALLS, waiting=_CALLS_WAITING)
+        self._streams_gate = Gate("streams", at_once=_STREAMS, waiting=0)
+        self._default_deadline = default_deadline
+        self._log = structlog.get_logger("outbox.calls")
+        # By method: a server has few, and wraps each once.
+        self._handlers: dict[str, _Handler] = {}
+        self._streams: set[asyncio.Timeout] = set()
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._ending_streams = False
+
+    async def wait_until_idle(self) -> None:
+        """Return when no call is under way, health checks and reflection not counted."""
+        await self._idle.wait()
+
+    def end_streams(self) -> None:
+        """End every server stream with UNAVAILABLE (SHUTTING_DOWN): a watch never ends by itself.
+
+        Streams that begin later end at once.
+        """
+        self._ending_streams = True
+        now = asyncio.get_running_loop().time()
+        for limit in self._streams:
+            if not limit.expired():
+                limit.reschedule(now)
+
+    async def intercept_service(
+        self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> _Handler:
+        """Return the method's handler with everything around it."""
+        method = handler_call_details.method
+        known = self._handlers.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return _refuse_unknown_method(method)
+        return self._handlers.setdefault(method, self._surround(method, handler))
+
+    def _surround(self, method: str, handler: _Handler) -> _Handler:
+        if handler.response_streaming:
+            return self._surround_stream(method, handler)
+        behaviour: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        decode: Any = handler.request_deserializer
+        encode: Any = handler.response_serializer
+        streaming = handler.request_streaming
+
+        async def answer(request: Any, context: _Context) -> Any:
+            async def work() -> Any:
+                # Decoded and encoded here, since grpc.aio would send the text of an error.
+                if streaming:
+                    message = _whole(request, context)
+                else:
+                    message = decode(await _only(request, context))
+                return encode(await behaviour(message, context))
+
+            limit = UPLOAD_DEADLINE if streaming else self._default_deadline
+            return await self._run(method, context, work, limit)
+
+        # A unary request too is received like a stream, which on the wire it is: grpc.aio would
+        # take up to 5 MiB of it before we know the caller, or have a place for it.
+        return grpc.stream_unary_rpc_method_handler(answer, decode if streaming else None, None)
+
+    def _surround_stream(self, method: str, handler: _Handler) -> _Handler:
+        behaviour: Any = (
+            handler.stream_stream if handler.request_streaming else handler.unary_stream
+        )
+        decode: Any = handler.request_deserializer
+        encode: Any = handler.response_serializer
+        streaming = handler.request_streaming
+
+        async def answer(request: Any, context: _Context) -> None:
+            async def work() -> None:
+                messages = behaviour(request if streaming else decode(request), context)
+                # Closed here, when the caller goes away, and not at a later garbage collection.
+                async with aclosing(messages):
+                    async for message in messages:
+                        # A stream may outlive its key: what is revoked hears no more.
+                        await self._identify(method, context)
+                        await _unbroken(context.write(message))
+
+            await self._run(method, context, work, None, stream=True)
+
+        if streaming:
+            return grpc.stream_stream_rpc_method_handler(answer, decode, encode)
+        return grpc.unary_stream_rpc_method_handler(answer, None, encode)
+
+    async def _run(
+        self,
+        method: str,
+        context: _Context,
+        work: Callable[[], Awaitable[Any]],
+        default_limit: float | None,
+        *,
+        stream: bool = False,
+    ) -> Any:
+        started = time.perf_counter()
+        tooling = method.startswith(_TOOLING)
+        call = _CallLog(self._log, method, context, quiet=tooling)
+        if not tooling:
+            self._begin()
+        try:
+            return await self._limited(method, context, work, default_limit, stream=stream)
+        except grpc.aio.AbortError:  # the handler has answered by itself
+            call.code = context.code().name
+            raise
+        except (asyncio.CancelledError, grpc.aio.BaseError):  # the caller is gone, or the server
+            call.code = grpc.StatusCode.CANCELLED.name
+            raise
+        except Exception as error:  # noqa: BLE001 - the last line: nothing may leak
+            status = _status_of_call(error, method, context)
+            call.failed(status, error)
+            await context.abort_with_status(rpc_status.to_status(status))
+        finally:
+            if not tooling:
+                self._end()
+            call.write(time.perf_counter() - started)
+
+    async def _limited(
+        self,
+        method: str,
+        context: _Context,
+        work: Callable[[], Awaitable[Any]],
+        default_limit: float | None,
+        *,
+        stream: bool,
+    ) -> Any:
+        left = context.time_remaining()
+        limit = asyncio.timeout(default_limit if left is None else left)
+        try:
+            async with limit:
+                if stream:
+                    self._streams.add(limit)
+                    if self._ending_streams:
+                        limit.reschedule(0)
+                set_current_caller(await self._identify(method, context))
+                if method.startswith(_TOOLING):
+                    return await work()
+                async with self._gate_of(method, stream=stream).entered():
+                    return await work()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            if stream and self._ending_streams:
+                raise Unavailable(
+                    "the server shuts down; call again", reason="SHUTTING_DOWN"
+                ) from error
+            raise _DeadlineExceededError from error
+        finally:
+            self._streams.discard(limit)
+
+    async def _identify(self, method: str, context: _Context) -> Caller:
+        if method.startswith(_TOOLING):
+            return _ANONYMOUS
+        caller = await self._authenticator.authenticate(context.invocation_metadata() or ())
+        check_may_call(caller, method)
+        return caller
+
+    def _gate_of(self, method: str, *, stream: bool) -> Gate:
+        return self._gates.get(method) or (self._streams_gate if stream else self._calls_gate)
+
+    def _begin(self) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+
+
+class _DeadlineExceededError(Exception):
+    """The time that the call had is over."""
+
+
+class _CallLog:
+    """The line that a call leaves in the log."""
+
+    def __init__(self, log: Any, method: str, context: _Context, *, quiet: bool) -> None:
+        self._log = log
+        self._method = method
+        self._peer = context.peer()  # later, when the caller is gone, there is none
+        self._quiet = quiet
+        self._fields: dict[str, str] = {}
+        self.code = grpc.StatusCode.OK.name
+
+    def failed(self, status: Status, error: BaseException) -> None:
+        """Note how it failed; an error that nobody foresaw gets its trace into the log."""
+        info = error_info(status)
+        self.code = _NAMES[status.code]
+        self._fields["reason"] = info.reason
+        if info.reason == INTERNAL_REASON:
+            self._log.error(
+                "unexpected error",
+                method=self._method,
+                incident=info.metadata["incident"],
+                exc_info=error,
+            )
+
+    def write(self, seconds: float) -> None:
+        """Write it: at level debug for health checks and reflection."""
+        (self._log.debug if self._quiet else self._log.info)(
+            "call",
+            method=self._method,
+            code=self.code,
+            milliseconds=round(seconds * 1000, 1),
+            peer=self._peer,
+            **self._fields,
+        )
+
+
+_NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+def _status_of_call(error: Exception, method: str, context: _Context) -> Status:
+    if isinstance(error, _DeadlineExceededError):
+        return build_status(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            "the call took longer than its deadline",
+            "DEADLINE_EXCEEDED",
+            metadata={"method": method},
+        )
+    # What the generated base class does for a method that a servicer does not have.
+    if isinstance(error, NotImplementedError) and context.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return _not_implemented(f"{method} is not served yet", "NOT_IMPLEMENTED", method)
+    return status_of(error)
+
+
+def _not_implemented(message: str, reason: str, method: str) -> Status:
+    return build_status(grpc.StatusCode.UNIMPLEMENTED, message, reason, metadata={"method": method})
+
+
+def _refuse_unknown_method(method: str) -> _Handler:
+    """Stream to stream, so that it answers whatever the caller sends."""
+
+    async def refuse(_: Any, context: _Context) -> None:
+        status = _not_implemented(f"this server has no method {method}", "METHOD_NOT_FOUND", method)
+        await context.abort_with_status(rpc_status.to_status(status))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+async def _whole(messages: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+    """Yield the messages; fail after the last one if it was not the caller who ended the stream.
+
+    grpc.aio tells a read that failed (the caller cancelled or vanished, a message was over the
+    size limit) like the end of the stream, and cancels the handler only some steps later: half an
+    upload could be taken for a whole one. Headers cannot be sent on such a call, which tells.
+    """
+    async for message in messages:
+        yield message
+    await _unbroken(context.send_initial_metadata(()))
+
+
+async def _only(messages: AsyncIterator[bytes], context: _Context) -> bytes:
+    """Return the message of a unary call.
+
+    Raises:
+        InvalidInput: MALFORMED_MESSAGE: there is none.
+    """
+    async for message in messages:
+        return message
+    # As in `_whole`: the end may also be that of the caller, or a message over the size limit.
+    await _unbroken(context.send_initial_metadata(()))
+    raise InvalidInput("the call has no message", reason="MALFORMED_MESSAGE")
+
+
+async def _unbroken(sending: Awaitable[None]) -> None:
+    """Send to the end, then be cancelled: after half a write grpc.aio cannot send a status.
+
+    It would send the headers a second time, which core refuses, and the caller would never hear
+    of the end. A write to a caller that does not read ends with the call.
+    """
+    task = asyncio.ensure_future(sending)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

@@ -1,0 +1,66 @@
+"""One page of a list method (AIP-158): its size, where it begins, and the token of the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from outbox_server.shared.rpc import page_tokens
+from outbox_server.shared.rpc.page_tokens import Position
+
+T = TypeVar("T")
+P = TypeVar("P", bound=Position)
+
+
+class ListRequest(Protocol):
+    """The fields that the requests of all list methods have."""
+
+    @property
+    def page_size(self) -> int:
+        """The most results in one response; 0 means the default."""
+
+    @property
+    def page_token(self) -> str:
+        """The token from the previous page; empty means the first page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[P]):
+    """The page that a caller asks for: the first `size` rows after `after`."""
+
+    kind: str
+    filters: bytes
+    size: int
+    # The position of the last row of the previous page.
+    after: P
+
+    @property
+    def limit(self) -> int:
+        """How many rows to read: one more than the page has, to see whether another one follows."""
+        return self.size + 1
+
+    def cut(self, found: Sequence[T], position_of: Callable[[T], P]) -> tuple[Sequence[T], str]:
+        """Return the rows of this page and the token of the next one, empty on the last page.
+
+        `found` are the first `limit` rows after `after`.
+        """
+        shown = found[: self.size]
+        if len(found) <= self.size:
+            return shown, ""
+        return shown, page_tokens.encode(self.kind, self.filters, position_of(shown[-1]))
+
+
+def requested_page(request: ListRequest, kind: str, *filters: object, start: P) -> Page[P]:
+    """Return the page that a request asks for.
+
+    `kind` is the name of the list. `filters` are all values that decide which rows it has, the user
+    included (see `digest_filters`). `start` is a position before the first row.
+
+    Raises:
+        InvalidInput: PAGE_SIZE_INVALID; PAGE_TOKEN_INVALID: the token is not of this list with
+            these filters.
+    """
+    size = page_tokens.page_size(request.page_size)
+    digest = page_tokens.digest_filters(*filters)
+    return Page(kind, digest, size, page_tokens.decode(request.page_token, kind, digest, start))

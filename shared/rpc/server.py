@@ -1,0 +1,230 @@
+"""The one builder of gRPC servers: calls, health, both reflections, TLS, limits, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox_server.shared.auth.authenticator import KeyAuthenticator
+from outbox_server.shared.auth.store import ApiKeyStore
+from outbox_server.shared.callers import Authenticator, LocalAuthenticator, is_loopback
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.rpc import health
+from outbox_server.shared.rpc.calls import CallInterceptor
+from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.rpc.reflection import add_reflection
+from outbox_server.shared.rpc.tls import server_credentials
+from outbox_server.shared.settings import Settings
+
+_MIB: Final = 1024 * 1024
+
+# A CSV of 4 MiB, and what stands around it in its request.
+MAX_REQUEST_BYTES: Final = 5 * _MIB
+MAX_RESPONSE_BYTES: Final = 16 * _MIB
+
+# How long a server that drains goes on taking calls while others are under way: load balancers
+# learn of it within this time, and nobody is refused meanwhile.
+_LAME_DUCK: Final = timedelta(seconds=5)
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # A second server on a taken port must fail, and not share its calls.
+    ("grpc.so_reuseport", 0),
+    # Finds peers that vanished without a word, below the idle limits of load balancers.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Watchers are silent for long: their keepalive pings are no attack.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    # What a call that waits for its place takes: this much arrives before anyone reads. grpc would
+    # raise it by what it measures, on a fast network to the size of a whole upload.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 256 * 1024),
+    # A client keeps back what is more; without a bound one connection could fill our memory.
+    ("grpc.max_concurrent_streams", 1_000),
+    # Clients of a Kubernetes service see new pods only when they connect again. Streams under
+    # way are not cut.
+    ("grpc.max_connection_age_ms", 30 * 60_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceBinding:
+    """A service: its full name (`outbox.v1.SenderService`), and what adds its servicer."""
+
+    name: str
+    add: Callable[[grpc.aio.Server], None]
+    # Of methods that need bounds of their own, by the method's name.
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+
+
+class GrpcServer:
+    """A server with everything that all three have in common.
+
+    Its health says NOT_SERVING until `set_serving(True)`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        listen: str,
+        services: Sequence[ServiceBinding],
+        *,
+        engine: AsyncEngine | None = None,
+    ) -> None:
+        """Check the settings and bind nothing yet; `listen` is `host:port`, port 0 any free one.
+
+        `engine` is where OUTBOX_AUTH=keys finds the keys.
+
+        Raises:
+            ConfigurationError: OUTBOX_AUTH, OUTBOX_TLS_* or the address is wrong.
+        """
+        self._listen = listen
+        self._variable = _variable_of(settings, listen)
+        _check_address(self._variable, listen)
+        self._services = tuple(services)
+        self._names = [service.name for service in services]
+        self._credentials = server_credentials(settings)
+        self._authenticator = _authenticator(
+            settings, self._variable, listen, engine, encrypted=self._credentials is not None
+        )
+        gates = {
+            f"/{service.name}/{method}": gate
+            for service in services
+            for method, gate in service.gates.items()
+        }
+        self._calls = CallInterceptor(self._authenticator, gates=gates)
+        self._health = health.Health(self._names)
+        self._log = structlog.get_logger("outbox.server").bind(services=self._names)
+        self._draining = False
+        self._server: grpc.aio.Server | None = None
+        self._port: int | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on; `start` binds it.
+
+        Raises:
+            RuntimeError: it was not started.
+        """
+        if self._port is None:
+            raise RuntimeError("the server was not started")
+        return self._port
+
+    @property
+    def serving(self) -> bool:
+        """Whether health says SERVING."""
+        return self._health.serving
+
+    async def start(self) -> None:
+        """Bind and answer calls. Health says NOT_SERVING until `set_serving(True)`.
+
+        Raises:
+            ConfigurationError: the address cannot be bound; the text names its variable.
+        """
+        server = grpc.aio.server(interceptors=(self._calls,), options=_OPTIONS)
+        for service in self._services:
+            service.add(server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_reflection((*self._names, health.SERVICE_NAME), server)
+        try:
+            if self._credentials is None:
+                self._port = server.add_insecure_port(self._listen)
+            else:
+                self._port = server.add_secure_port(self._listen, self._credentials)
+        except RuntimeError as error:
+            await server.stop(None)
+            raise ConfigurationError(
+                f"{self._variable}: {self._listen} cannot be bound: "
+                "taken by another process, or no address of this machine"
+            ) from error
+        await server.start()
+        self._server = server
+        self._log.info("listening", port=self._port, tls=self._credentials is not None)
+
+    def set_serving(self, serving: bool) -> None:
+        """Say by health whether calls can succeed; once a drain began, the answer stays no."""
+        self._health.set(serving=serving and not self._draining)
+
+    def begin_drain(self) -> None:
+        """Say NOT_SERVING from now on, for good, and go on answering."""
+        self._draining = True
+        self._health.set(serving=False)
+
+    async def drain_and_stop(self, grace: timedelta) -> None:
+        """Stop within `grace`: finish the calls under way, end the watches, cancel what is left.
+
+        First new calls are still taken while others are under way, for at most 5 s and half of
+        `grace`; then connections are told to go away.
+        """
+        if self._server is None:
+            return
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace.total_seconds()
+        self.begin_drain()
+        self._calls.end_streams()
+        try:
+            async with asyncio.timeout(min(_LAME_DUCK, grace / 2).total_seconds()):
+                await self._calls.wait_until_idle()
+        except TimeoutError:
+            self._log.info("draining: calls are still under way")
+        await self._server.stop(max(end - loop.time(), 0))
+        await self._authenticator.close()
+        self._log.info("stopped")
+
+
+def _check_address(variable: str, listen: str) -> None:
+    if listen.startswith("unix:"):
+        return
+    found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
+    if found is None or int(found[1]) > 65_535:  # noqa: PLR2004 - the highest port
+        raise ConfigurationError(
+            f"{variable}: {listen!r} is no address; write host:port, such as 127.0.0.1:50051, "
+            "0.0.0.0:50051 or [::1]:50051"
+        )
+
+
+def _authenticator(
+    settings: Settings, variable: str, listen: str, engine: AsyncEngine | None, *, encrypted: bool
+) -> Authenticator:
+    """Return what OUTBOX_AUTH asks for.
+
+    Raises:
+        ConfigurationError: `off` beyond loopback, or keys that would be read on their way.
+    """
+    loopback = is_loopback(listen)
+    if settings.auth == "off":
+        if not loopback:
+            raise ConfigurationError(
+                "OUTBOX_AUTH=off is accepted only by a server that listens on loopback, and "
+                f"{listen} is reachable from elsewhere; listen on 127.0.0.1 or [::1], or set "
+                "OUTBOX_AUTH=keys"
+            )
+        return LocalAuthenticator()
+    if not (loopback or encrypted or settings.plaintext):
+        raise ConfigurationError(
+            f"{variable}: {listen} is reachable from elsewhere, and API keys would be sent there "
+            "in clear; set OUTBOX_TLS_CERTIFICATE and OUTBOX_TLS_KEY, listen on 127.0.0.1 or "
+            "[::1], or set OUTBOX_PLAINTEXT=true where a proxy or mesh encrypts"
+        )
+    if engine is None:
+        raise ConfigurationError("OUTBOX_AUTH=keys: this server has no database to find keys in")
+    return KeyAuthenticator(ApiKeyStore(engine))
+
+
+def _variable_of(settings: Settings, listen: str) -> str:
+    """Return the name of the variable that says `listen`, for messages."""
+    for name in type(settings).model_fields:
+        if name.endswith("_listen") and getattr(settings, name) == listen:
+            return f"OUTBOX_{name.upper()}"
+    return "listen address"

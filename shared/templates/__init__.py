@@ -1,0 +1,1 @@
+"""Liquid templates of a batch: parsed once, rendered for each mail, within limits."""

@@ -1,0 +1,312 @@
+"""The Liquid that strangers may write: python-liquid without ways out, and with its holes closed.
+
+A template sees nothing but the row. The library's own limits do not see ranges outside `for`, what
+a filter builds, or how often a `case` renders a block; unguarded, one line of template can hold a
+process for minutes and gigabytes. Everything here ends in a `ResourceLimitError` in well under a
+second instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from io import StringIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+import liquid
+from liquid.builtin.expressions.primitive import RangeLiteral
+from liquid.builtin.output import Output, OutputNode
+from liquid.builtin.tags.case_tag import CaseTag, MultiExpressionBlockNode
+from liquid.builtin.tags.echo_tag import EchoNode, EchoTag
+from liquid.context import RenderContext
+from liquid.exceptions import ResourceLimitError
+from liquid.expression import Expression
+from liquid.stringify import to_liquid_string
+from liquid.template import BoundTemplate
+from markupsafe import Markup
+
+from outbox_server.shared.message_size import escape_growth, fits_escaped, utf8_size
+
+if TYPE_CHECKING:
+    from liquid.ast import Node
+    from liquid.stream import TokenStream
+
+# Work that one rendering may do, in characters written and read by filters: the largest mail
+# several times over. Output goes through it, captures too.
+RENDER_BUDGET = 32 * 1024 * 1024
+# The longest text and the longest list that a filter takes or gives. A 200 kB cell is nothing.
+MAX_CHARACTERS = 1024 * 1024
+MAX_ITEMS = 1_000
+MAX_NUMBER_BITS = 4_096
+# What a filter call costs besides its characters.
+_CALL_COST = 64
+# Parsers that are slow (html.parser, dateutil) get short texts only.
+_SLOW_FILTERS = {"strip_html": 16 * 1024, "date": 256}
+# strftime pads to any width that the format names: `%999999999d` would be a gigabyte.
+_PADDED_DIRECTIVE = re.compile(r"%[^a-zA-Z%]*\d")
+# Iterations x source characters: bounds how many nodes nested loops may visit (about a second).
+_LOOP_WORK = 5_000_000
+
+
+class OutputTooLargeError(ResourceLimitError):
+    """The output would exceed its limit by at least `over` bytes."""
+
+    def __init__(self, over: int) -> None:
+        super().__init__("the output is too large", token=None)
+        self.over = over
+
+
+class Budget:
+    """The work that a rendering may still do, and the most bytes that its output may have."""
+
+    __slots__ = ("left", "output")
+
+    def __init__(self) -> None:
+        self.left = RENDER_BUDGET
+        self.output = RENDER_BUDGET
+
+    def reset(self, output: int) -> None:
+        """Start a rendering with an output of at most `output` bytes."""
+        self.left = RENDER_BUDGET
+        self.output = output
+
+    def spend(self, amount: int) -> None:
+        """Take `amount` characters of work.
+
+        Raises:
+            ResourceLimitError: nothing is left.
+        """
+        self.left -= amount
+        if self.left < 0:
+            raise ResourceLimitError("the template does too much work", token=None)
+
+
+class _Buffer(StringIO):
+    """A text of at most `room` bytes in UTF-8. Writing to it uses up the rendering's budget."""
+
+    def __init__(self, budget: Budget, room: int) -> None:
+        super().__init__(newline="")
+        self._budget = budget
+        self.room = room
+
+    def write(self, text: str) -> int:
+        self._budget.spend(len(text))
+        self.room -= utf8_size(text)
+        if self.room < 0:
+            self.refuse(-self.room)
+        return super().write(text)
+
+    def refuse(self, over: int) -> NoReturn:  # noqa: ARG002
+        raise ResourceLimitError("a captured text is too long", token=None)
+
+
+class _Output(_Buffer):
+    """The output itself."""
+
+    def refuse(self, over: int) -> NoReturn:
+        raise OutputTooLargeError(over)
+
+
+class _Context(RenderContext):
+    __slots__ = ()
+    env: GuardedEnvironment
+
+    def get_buffer(self, buf: TextIO | None = None) -> StringIO:  # noqa: ARG002
+        # A captured text may be longer than the mail, because a filter may shorten it.
+        budget = self.env.budget
+        return _Buffer(budget, max(budget.output, self.env.local_namespace_limit))
+
+
+class _Template(BoundTemplate):
+    context_class = _Context
+    env: GuardedEnvironment
+
+    def _get_buffer(self) -> StringIO:
+        return _Output(self.env.budget, self.env.budget.output)
+
+
+def _check_escaped(value: object, context: RenderContext, buffer: TextIO) -> None:
+    """Refuse a text that does not fit once it is escaped, before it is escaped."""
+    if (
+        context.autoescape
+        and isinstance(value, str)
+        and not isinstance(value, Markup)
+        and isinstance(buffer, _Buffer)
+        and not fits_escaped(value, buffer.room)
+    ):
+        buffer.refuse(len(value) + escape_growth(value) - buffer.room)
+
+
+class _OutputNode(OutputNode):
+    def render_to_output(self, context: RenderContext, buffer: TextIO) -> int:
+        value = self.expression.evaluate(context)
+        _check_escaped(value, context, buffer)
+        return buffer.write(to_liquid_string(value, context.autoescape))
+
+
+class _OutputTag(Output):
+    node_class = _OutputNode
+
+
+class _EchoNode(_OutputNode, EchoNode):
+    pass
+
+
+class _EchoTag(EchoTag):
+    node_class = _EchoNode
+
+
+class _AnyOf(Expression):
+    """The values of one `when`: true at most once.
+
+    The library renders the block once for each value that matches, so nested cases with repeated
+    values grow without end and no limit sees it.
+    """
+
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Expression) -> None:
+        super().__init__(inner.token)
+        self.inner = inner
+
+    def __str__(self) -> str:
+        return str(self.inner)
+
+    def evaluate(self, context: RenderContext) -> list[bool]:
+        matches = self.inner.evaluate(context)
+        return [isinstance(matches, list) and any(matches)]
+
+    def children(self) -> list[Expression]:
+        return list(self.inner.children())
+
+
+class _CaseTag(CaseTag):
+    def parse(self, stream: TokenStream) -> Node:
+        node = super().parse(stream)
+        for block in node.blocks:  # type: ignore[attr-defined]
+            if isinstance(block, MultiExpressionBlockNode):
+                block.expression = _AnyOf(block.expression)  # type: ignore[assignment]
+        return node
+
+
+class BoundedRange(RangeLiteral):
+    """A range that is never longer than a loop may be.
+
+    Put in place of each range of a parsed template (`bound_ranges`).
+    """
+
+    __slots__ = ()
+
+    def evaluate(self, context: RenderContext) -> range:
+        """Return the range, or refuse it."""
+        result = super().evaluate(context)
+        # Not len(): it overflows from 2**63 on.
+        if result.stop - result.start > MAX_ITEMS:
+            raise ResourceLimitError("a range is too long", token=self.token)
+        return result
+
+
+def bound_ranges(expression: Expression) -> None:
+    """Make every range below `expression` a `BoundedRange`."""
+    if type(expression) is RangeLiteral:
+        expression.__class__ = BoundedRange
+    for child in expression.children():
+        bound_ranges(child)
+
+
+def _size(value: object) -> int:
+    """Return about how many characters `value` is worth.
+
+    Raises:
+        ResourceLimitError: it is too large for a filter.
+    """
+    if isinstance(value, str):
+        size = len(value)
+    elif isinstance(value, (list, tuple)):
+        if len(value) > MAX_ITEMS:
+            raise ResourceLimitError("a list is too long", token=None)
+        size = sum(_size(item) + 1 for item in value)
+    elif isinstance(value, bool):
+        return 0
+    elif isinstance(value, int):
+        if value.bit_length() > MAX_NUMBER_BITS:
+            raise ResourceLimitError("a number is too large", token=None)
+        return 0
+    elif isinstance(value, Decimal):
+        exponent = value.as_tuple().exponent
+        if isinstance(exponent, int) and abs(exponent) > MAX_NUMBER_BITS:
+            raise ResourceLimitError("a number is too large", token=None)
+        return 0
+    else:
+        return 0
+    if size > MAX_CHARACTERS:
+        raise ResourceLimitError("a text is too long for a filter", token=None)
+    return size
+
+
+def _foreseen(name: str, left: object, arguments: tuple[object, ...]) -> int:
+    """Return the size of what `replace` or `join` would build, before it builds it."""
+    if name == "join" and isinstance(left, (list, tuple)):
+        return len(left) * len(str(arguments[0])) if arguments else 0
+    if name == "replace" and len(arguments) > 1:
+        # Escaping makes a character six at most (`&quot;`).
+        return str(left).count(str(arguments[0])) * len(str(arguments[1])) * 6
+    return 0
+
+
+def _guard(name: str, filter_: Callable[..., Any], budget: Budget) -> Callable[..., Any]:
+    slow = _SLOW_FILTERS.get(name)
+
+    @functools.wraps(filter_)  # keeps `with_environment` and the like
+    def guarded(left: object, *arguments: object, **named: object) -> Any:
+        size = _size(left)
+        for argument in (*arguments, *named.values()):
+            size += _size(argument)
+        if slow is not None and size > slow:
+            raise ResourceLimitError(f"a text is too long for `{name}`", token=None)
+        if name == "date" and arguments and _PADDED_DIRECTIVE.search(str(arguments[0])):
+            raise ResourceLimitError("`date` takes no width in its format", token=None)
+        if _foreseen(name, left, arguments) > MAX_CHARACTERS:
+            raise ResourceLimitError(f"`{name}` would build too long a text", token=None)
+        budget.spend(_CALL_COST + size)
+        result = filter_(left, *arguments, **named)
+        _size(result)
+        return result
+
+    return guarded
+
+
+class GuardedEnvironment(liquid.Environment):
+    """Parses and renders one batch's templates; `longest` is the length of the longest source."""
+
+    block_nesting_limit = 20
+    context_depth_limit = 20
+    local_namespace_limit = 4 * MAX_CHARACTERS
+    template_class = _Template
+
+    def __init__(self, *, autoescape: bool, longest: int) -> None:
+        self.budget = Budget()
+        super().__init__(autoescape=autoescape)
+        # An instance's own: the longer the source, the fewer its iterations.
+        self.loop_iteration_limit = min(  # type: ignore[misc]
+            MAX_ITEMS, max(20, _LOOP_WORK // max(1, longest))
+        )
+
+    def setup_tags_and_filters(self, *, extra: bool = False) -> None:
+        """Register what is left of Liquid: no partials, no `safe`, every filter guarded."""
+        super().setup_tags_and_filters(extra=extra)
+        for name in ("include", "render"):
+            del self.tags[name]
+        for tag in (_CaseTag, _OutputTag, _EchoTag):
+            self.add_tag(tag)
+        del self.filters["safe"]
+        for name, filter_ in _sorted_items(self.filters):
+            self.filters[name] = _guard(name, filter_, self.budget)
+
+
+def _sorted_items(
+    filters: dict[str, Callable[..., Any]],
+) -> Iterable[tuple[str, Callable[..., Any]]]:
+    return sorted(filters.items())

@@ -1,0 +1,167 @@
+"""What a parsed Liquid template needs of a row, read from its syntax tree.
+
+A variable is *required* unless each of its uses allows for its absence: it carries the `default`
+filter (`{{ name | default: "friend" }}`), or it stands in the condition of an `if`, `elsif`,
+`unless`, `case` or `when`, or inside a block that such a condition on it guards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from liquid.ast import ConditionalBlockNode
+from liquid.builtin.content import ContentNode
+from liquid.builtin.expressions import FilteredExpression, Path, PositionalArgument, StringLiteral
+from liquid.builtin.output import OutputNode
+from liquid.builtin.tags.case_tag import CaseNode, MultiExpressionBlockNode
+from liquid.builtin.tags.comment_tag import CommentNode
+from liquid.builtin.tags.doc_tag import DocNode
+from liquid.builtin.tags.if_tag import IfNode
+from liquid.builtin.tags.unless_tag import UnlessNode
+from liquid.context import RenderContext
+from liquid.exceptions import LiquidSyntaxError, UnknownFilterError
+
+from outbox_server.shared.templates.guard import bound_ranges
+
+if TYPE_CHECKING:
+    from liquid.ast import Node
+    from liquid.expression import Expression
+    from liquid.template import BoundTemplate
+
+_CONDITIONAL = (IfNode, UnlessNode, CaseNode, ConditionalBlockNode, MultiExpressionBlockNode)
+# The library answers these two by itself where the row does not.
+_BUILT_IN = frozenset({"now", "today"})
+
+
+@dataclass
+class Needs:
+    """The names that a template takes from the row."""
+
+    names: set[str] = field(default_factory=set)
+    required: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place of a plain template: the variable, and what stands there where it is empty."""
+
+    name: str
+    default: str | None
+
+
+def needs_of(template: BoundTemplate) -> Needs:
+    """Return what `template` needs, and bound its ranges on the way.
+
+    Raises:
+        LiquidError: a filter that does not exist, or a variable whose name is computed.
+    """
+    walk = _Walk(template)
+    for node in template.nodes:
+        walk.visit(node, frozenset(), frozenset())
+    return walk.needs
+
+
+class _Walk:
+    def __init__(self, template: BoundTemplate) -> None:
+        self.needs = Needs()
+        self._env = template.env
+        self._static = RenderContext(template)
+        # What `assign` and `capture` made so far, in the order of the source.
+        self._assigned: set[str] = set()
+
+    def visit(self, node: Node, guarded: frozenset[str], scope: frozenset[str]) -> None:
+        """Note what `node` uses; `guarded` may be absent here, `scope` are loop variables."""
+        expressions = list(node.expressions())
+        for expression in expressions:
+            bound_ranges(expression)
+        if isinstance(node, _CONDITIONAL):
+            asked = {
+                name
+                for expression in expressions
+                for name, _ in self._uses(expression, defaulted=False)
+            }
+            self._note(asked, scope, required=False)
+            guarded |= asked
+        else:
+            for expression in expressions:
+                for name, defaulted in self._uses(expression, defaulted=False):
+                    self._note({name}, scope, required=not (defaulted or name in guarded))
+        inner = scope | {str(name) for name in node.block_scope()}
+        for child in node.children(self._static, include_partials=False):
+            self.visit(child, guarded, inner)
+        self._assigned.update(str(name) for name in node.template_scope())
+
+    def _note(self, names: set[str], scope: frozenset[str], *, required: bool) -> None:
+        names = names - scope - self._assigned
+        self.needs.names |= names
+        if required:
+            self.needs.required |= names
+
+    def _uses(self, expression: Expression, *, defaulted: bool) -> Iterator[tuple[str, bool]]:
+        """Yield each variable of `expression`, and whether `default` stands in for it."""
+        if isinstance(expression, Path):
+            head = expression.head()
+            if not isinstance(head, str):
+                raise LiquidSyntaxError(
+                    "the name of a variable cannot be computed", token=expression.token
+                )
+            yield head, defaulted
+        if isinstance(expression, FilteredExpression):
+            filters = expression.filters or []
+            for filter_ in filters:
+                if filter_.name not in self._env.filters:
+                    raise UnknownFilterError(
+                        f"unknown filter '{filter_.name}'", token=filter_.token
+                    )
+            has_default = any(filter_.name == "default" for filter_ in filters)
+            yield from self._uses(expression.left, defaulted=has_default)
+            for filter_ in filters:
+                for argument in filter_.children():
+                    yield from self._uses(argument, defaulted=False)
+            return
+        for child in expression.children():
+            yield from self._uses(child, defaulted=defaulted)
+
+
+def plain_parts(nodes: Sequence[Node]) -> list[str | Slot] | None:
+    """Return texts and slots if the template is nothing else, so that it can be spliced.
+
+    A splice costs a tenth of a rendering. Anything but text, comments, `{{ name }}` and
+    `{{ name | default: "text" }}` gives None: the library renders it.
+    """
+    parts: list[str | Slot] = []
+    for node in nodes:
+        if isinstance(node, ContentNode):
+            parts.append(node.text)
+        elif isinstance(node, (CommentNode, DocNode)):
+            continue
+        elif isinstance(node, OutputNode):
+            slot = _slot(node.expression)
+            if slot is None:
+                return None
+            parts.append(slot)
+        else:
+            return None
+    return parts
+
+
+def _slot(expression: Expression) -> Slot | None:
+    if not isinstance(expression, FilteredExpression) or not isinstance(expression.left, Path):
+        return None
+    path = expression.left.path
+    if len(path) != 1 or not isinstance(path[0], str) or path[0] in _BUILT_IN:
+        return None
+    if not expression.filters:
+        return Slot(path[0], None)
+    if len(expression.filters) > 1 or expression.filters[0].name != "default":
+        return None
+    arguments = expression.filters[0].args
+    if (
+        len(arguments) == 1
+        and isinstance(arguments[0], PositionalArgument)
+        and isinstance(arguments[0].value, StringLiteral)
+    ):
+        return Slot(path[0], arguments[0].value.value)
+    return None
