@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -211,6 +212,15 @@ class HeadLoader:
         token = await queue.begin_rebuild(pause=pause)
         if token is None:
             return False
+        try:
+            return await self._rebuild(queue, token)
+        except Exception:
+            # The next try, here or elsewhere, need not wait until the lock expires.
+            with suppress(Exception):
+                await queue.give_up_rebuild(token)
+            raise
+
+    async def _rebuild(self, queue: Queue, token: str) -> bool:
         loaded, after = 0, 0
         while senders := await self._concerned(queue.shard, after):
             after = max(senders)

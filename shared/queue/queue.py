@@ -429,6 +429,10 @@ class Queue:
         args = (token, _ms(_REBUILD_LOCK))
         return bool(await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), args))
 
+    async def give_up_rebuild(self, token: str) -> None:
+        """Release the lock of a rebuild that failed, if it still has the lock."""
+        await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), (token, 1))
+
     async def finish_rebuild(self, token: str) -> bool:
         """Declare the shard whole; False if Redis was lost again meanwhile."""
         keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)

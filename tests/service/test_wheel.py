@@ -1,4 +1,4 @@
-"""The installed wheel: it adds one import name, whatever the folders of the repository are called."""
+"""The installed wheel adds one import name, whatever the folders of the repository are called."""
 
 from __future__ import annotations
 

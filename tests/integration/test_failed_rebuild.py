@@ -1,0 +1,43 @@
+"""A rebuild of Redis that fails half-way."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+
+import pytest
+import pytest_asyncio
+
+from outbox_server.shared.heads.loader import HeadLoader
+from tests.dispatchers import options, settings_of
+from tests.eventually import eventually
+from tests.world import World
+
+
+class FailsOnce(HeadLoader):
+    """Loses its connection at the first load."""
+
+    failed = False
+
+    async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
+        if not self.failed:
+            self.failed = True
+            raise ConnectionError
+        await super().load(sender_ids, committed=committed)
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    async with World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1"))) as world:
+        yield world
+
+
+async def test_a_rebuild_that_fails_does_not_keep_others_waiting(world: World) -> None:
+    await world.schedule(await world.sender(), load=False)
+    queue = world.queues[0]
+    loader = FailsOnce(world.engine, world.queues, world.settings)
+    with pytest.raises(ConnectionError):
+        await loader.rebuild(queue)
+
+    # The lock would last for 10 s. It is gone, or in its last millisecond.
+    assert await world.redis.pttl(queue.keys.rebuild) <= 1
+    await eventually(lambda: world.loader.rebuild(queue))
