@@ -82,7 +82,7 @@ luacheck:
 	@$(PACKAGES) lua-check
 
 .PHONY: lint
-lint: luacheck $(READY) ## Check style, types, protos and the walls between rooms
+lint: luacheck $(READY) ## Check style, types, protos and import boundaries
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
