@@ -11,7 +11,6 @@ import socket
 import stat
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -198,18 +197,12 @@ async def test_servers_that_root_starts_open_no_folder_to_others(
     assert len(list((empty_folder / "cache" / "outbox").glob("*"))) == (os.geteuid() == 0)
 
 
-async def test_a_second_start_finds_the_data_and_is_faster_than_the_first(folder: Path) -> None:
-    began = time.monotonic()
+async def test_a_second_start_finds_the_data(folder: Path) -> None:
     async with Servers(folder) as servers:
-        first = time.monotonic() - began
         value = keep(servers.database_url)
 
-    began = time.monotonic()
     async with Servers(folder) as servers:
-        second = time.monotonic() - began
         assert value in kept(servers.database_url)
-
-    assert second < first, "measured: 0.15 s, and more than a second"
 
 
 async def test_given_ports_are_taken(folder: Path) -> None:

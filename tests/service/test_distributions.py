@@ -60,7 +60,7 @@ def test_the_client_works_alone(wheels: dict[str, Path], tmp_path: Path) -> None
         "import outbox_client, outbox.v1\n"
         "from outbox.v1.batch_pb2 import BatchOptions\n"
         "outbox_client.Client().close()\n"
-        "found = [importlib.util.find_spec(name) for name in ('services', 'shared', 'cli')]\n"
+        "found = [importlib.util.find_spec(name) for name in ('outbox_server', 'shared', 'cli')]\n"
         "files = importlib.resources.files('outbox.v1'), importlib.resources.files(outbox_client)\n"
         "print(found, outbox_client.__file__)\n"
         "print((files[0] / 'outbox.binpb').is_file(), (files[1] / 'py.typed').is_file())\n"
@@ -75,14 +75,14 @@ def test_the_client_works_alone(wheels: dict[str, Path], tmp_path: Path) -> None
 def test_the_command_line_works_beside_it(wheels: dict[str, Path], tmp_path: Path) -> None:
     install(tmp_path, *wheels.values())
     program = (
-        "import cli.schedule, services.scheduler.server\n"
-        "from cli.main import main\n"
-        "print(cli.__file__)\n"
+        "import outbox_server.cli.schedule, outbox_server.services.scheduler.server\n"
+        "from outbox_server.cli.main import main\n"
+        "print(outbox_server.cli.__file__)\n"
         "sys.argv = ['outbox', '--version']\n"
         "main()\n"
     )
     shown = python(tmp_path, program).splitlines()
-    assert shown == [str(tmp_path / "cli" / "__init__.py"), "outbox 0.1.0"]
+    assert shown == [str(tmp_path / "outbox_server" / "cli" / "__init__.py"), "outbox 0.1.0"]
 
 
 def test_services_start_without_the_libraries_of_the_command_line(
@@ -92,8 +92,9 @@ def test_services_start_without_the_libraries_of_the_command_line(
     program = (
         "for name in ('plotext', 'pygal', 'rich', 'typer'):\n"
         "    sys.modules[name] = None\n"
-        "import services.dispatcher.server, services.scheduler.server, services.stats.server\n"
-        "from cli.__main__ import main\n"
+        "import outbox_server.services.dispatcher.server, outbox_server.services.stats.server\n"
+        "import outbox_server.services.scheduler.server\n"
+        "from outbox_server.cli.__main__ import main\n"
         "try:\n"
         "    main()\n"
         "except SystemExit as exit:\n"
@@ -101,3 +102,22 @@ def test_services_start_without_the_libraries_of_the_command_line(
     )
     (shown,) = python(tmp_path, program).splitlines()
     assert shown.startswith("outbox: the command line is not installed: pip install 'outbox[cli]'")
+
+
+def test_the_servers_work_beside_a_project_with_packages_of_the_same_names(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
+    """A wheel adds one import name, whatever the folders of the repository are called."""
+    install(tmp_path, *wheels.values())
+    for name in ("shared", "services", "cli", "deploy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("OWNER = 'project'\n", encoding="utf-8")
+    program = (
+        "import shared, services, cli, deploy\n"
+        "import outbox_server.services.dispatcher.server, outbox_server.cli.schedule\n"
+        "import outbox_server.deploy.embedded.stack\n"
+        "print(*(package.OWNER for package in (shared, services, cli, deploy)))\n"
+    )
+    assert python(tmp_path, program).split() == ["project"] * 4
+    names = {name.partition("/")[0] for name in zipfile.ZipFile(wheels["outbox"]).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"outbox_server"}

@@ -113,7 +113,6 @@ async def test_whatever_write_of_a_dispatcher_fails_nothing_is_lost_or_doubled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recovery_module, "GRACE", timedelta(milliseconds=50))
-    monkeypatch.setattr(recovery_module, "_RETRY", timedelta(milliseconds=100))
     settings = settings_of(options(database_url, redis_url, inbox.url, lease="20s"))
     async with World(settings) as world:
         senders = [await world.sender() for _ in range(3)]

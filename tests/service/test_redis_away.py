@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import recovery as recovery_module
-from outbox_server.shared.heads import loader as heads
+from outbox_server.shared.heads import markers
 from outbox_server.shared.queue import connection
 from outbox_server.shared.queue.queue import HEAD_SIZE
 from tests.conftest import Stores
@@ -39,7 +39,7 @@ def calls_to_redis_end_soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def markers_are_old_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recovery_module, "MARKER_AGE", timedelta(milliseconds=200))
-    monkeypatch.setattr(heads, "MARKER_AGE", timedelta(milliseconds=200))
+    monkeypatch.setattr(markers, "MARKER_AGE", timedelta(milliseconds=200))
 
 
 @asynccontextmanager

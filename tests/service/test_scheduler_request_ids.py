@@ -61,7 +61,7 @@ async def test_the_same_request_again_gives_the_same_batch(
         {"subject": "Other"},
         {"body": None, "html": "Good day"},
         {"spacing": Duration(seconds=1)},
-        {"start_time": Timestamp(seconds=4_000_000_000)},
+        {"schedule_time": Timestamp(seconds=4_000_000_000)},
         {"mode": STRICT},
         {"duplicates": KEEP_ALL},
         {"time_zone": "Europe/Berlin"},
