@@ -2,7 +2,7 @@
 //
 //	go run . [HOST:PORT of the scheduler]
 //
-// Generate the code first (buf.gen.yaml beside this file), in this folder:
+// First generate the code, in this folder (buf.gen.yaml has the options):
 //
 //	go install google.golang.org/protobuf/cmd/protoc-gen-go@latest
 //	go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@latest
@@ -59,7 +59,7 @@ func run(scheduler string) error {
 	subject, body := "Hello {{ name }}", "Good to see you."
 	answer, err := batches.ScheduleBatch(ctx, &outbox.ScheduleBatchRequest{
 		Options: &outbox.BatchOptions{
-			// The same request_id again gives the same batch: so this call may be repeated.
+			// The same request_id returns the same batch, so this call is safe to repeat.
 			RequestId: rand.Text(),
 			UserId:    user,
 			SenderId:  sender.SenderId,

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # Schedules two mails with grpcurl and waits until they are sent.
 #
-# schedule.sh [HOST:PORT of the scheduler]; GRPCURL names the program.
+# schedule.sh [HOST:PORT of the scheduler]. GRPCURL: the path of grpcurl, if it is not in PATH.
 set -euo pipefail
 scheduler=${1:-127.0.0.1:50051}
 grpcurl=${GRPCURL:-grpcurl}
 
-# With TLS: without -plaintext. With an API key: -H "authorization: Bearer $OUTBOX_API_KEY".
+# With TLS: leave -plaintext out. With an API key: -H "authorization: Bearer $OUTBOX_API_KEY".
 call() { "$grpcurl" -plaintext -max-time 30 -d "$2" "$scheduler" "outbox.v1.$1"; }
-# The first value of a field, by its name without underscores, in lower case: grpcurl writes
-# sender_id by reflection, and senderId with a -protoset. With jq: .sender_id // .senderId
+# Prints the first value of a field. $1 is its name in lower case, without underscores, because grpcurl
+# prints sender_id by reflection and senderId with -protoset. With jq: .sender_id // .senderId
 field() { awk -F '"' -v name="$1" '{ key = tolower($2); gsub("_", "", key) } key == name && !found { print $4; found = 1 }'; }
 
 sender=$(call SenderService/CreateSender '{"user_id": "grpcurl", "sender": {"email": "grpcurl@example.com"}}' | field senderid)
 
-# bytes are base64 in JSON.
+# A field of type bytes is base64 in JSON.
 csv=$(printf 'email,name\nann@example.com,Ann\nbob@example.com,Bob\n' | base64 | tr -d '\n')
-# The same request_id again gives the same batch: so this call may be repeated.
+# The same request_id returns the same batch, so this call is safe to repeat.
 answer=$(call BatchService/ScheduleBatch "{
   \"options\": {
     \"request_id\": \"grpcurl-$(date +%s)-$$\", \"user_id\": \"grpcurl\", \"sender_id\": \"$sender\",

@@ -11,12 +11,12 @@ const { setTimeout: sleep } = require('node:timers/promises');
 const grpc = require('@grpc/grpc-js');
 const { loadFileDescriptorSetFromBuffer } = require('@grpc/proto-loader');
 
-// All protos in one file, which `make protos` writes and the wheel of outbox_client brings along.
-// From the .proto files themselves: protoc -I protos --include_imports --descriptor_set_out=...
+// The descriptors of all protos, written by `make protos` and included in outbox_client's wheel.
+// To write it yourself: protoc -I protos --include_imports --descriptor_set_out=...
 const descriptors =
   process.env.OUTBOX_DESCRIPTORS || join(__dirname, '../../client/src/outbox/v1/outbox.binpb');
 const definition = loadFileDescriptorSetFromBuffer(readFileSync(descriptors), {
-  keepCase: true, // sender_id, as in the contract
+  keepCase: true, // sender_id, as in the protos
   defaults: true, // a count of 0 is 0 and not undefined
   longs: Number,
   enums: String,
@@ -47,7 +47,7 @@ async function main(scheduler) {
     sender: { email: 'node@example.com' },
   });
   const request = {
-    // The same request_id again gives the same batch: so this call may be repeated.
+    // The same request_id returns the same batch, so this call is safe to repeat.
     options: {
       request_id: randomUUID(),
       user_id,

@@ -20,13 +20,13 @@ PEOPLE = [
 
 
 def main(scheduler: str) -> None:
-    """Do what another backend would do."""
+    """Create a sender, schedule two mails and wait until they are sent."""
     # With API keys and TLS: Client(scheduler, api_key="...", tls=Tls()).
     with Client(scheduler) as outbox:
         sender = outbox.senders.CreateSender(
             CreateSenderRequest(user_id="python", sender=Sender(email="python@example.com"))
         )
-        # Rows from a list here; a path, a file, a cursor or a DataFrame will do.
+        # The rows may also be a path, a file, a cursor or a DataFrame.
         answer = outbox.upload(
             PEOPLE,
             BatchOptions(

@@ -1,4 +1,9 @@
-"""Begins and ends cooldowns, in the transaction that records the attempts."""
+"""Begins and ends cooldowns, in the transaction that records the attempts.
+
+The settle that follows tells Redis. After a loss of Redis, the load of the head restores the
+cooldown. Only an attempt that began after the time of the last probe makes the next wait longer:
+mail that was in flight at the first refusal says nothing new.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """Renews the leases of sends in flight, so that leases can be short although replies are slow.
 
+A round takes one UPDATE in PostgreSQL for all sends of the dispatcher, and one script in Redis per
+shard. A dead dispatcher is noticed within one lease, and a slow reply is waited for.
+
 PostgreSQL and Redis both store the lease: PostgreSQL so that no other dispatcher takes the job,
 Redis so that the sender's slot and gap stay in use. A send goes on only while both are renewed;
 otherwise it stops before the lease ends. The cases between the two:
