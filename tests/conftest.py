@@ -106,6 +106,7 @@ def stores() -> Iterator[Stores]:
     """Start both servers, with the schema in a template database."""
     # Not pytest's own folder: nobody but its owner may enter that, and PostgreSQL refuses root.
     folder = Path(tempfile.mkdtemp(prefix="outbox-test-"))
+    folder.chmod(0o711)
     chosen = _choose_stores(_kind_of_stores(), folder)
 
     async def start() -> None:

@@ -16,6 +16,7 @@ from outbox_server.deploy.embedded.child import Child, LocalServerError, run_to_
 from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
 from outbox_server.deploy.embedded.system_user import (
     DEFAULT_USER,
+    all_may_enter,
     runnable_by_all,
     user_for_postgres,
 )
@@ -211,10 +212,13 @@ class PostgresServer:
 def _path_for(user: pwd.struct_passwd | None, folder: Path) -> Path:
     """Return a path of the working directory `folder` that `user` can use.
 
-    Another user may not be able to enter the folders above it, and they are not ours to open. The
-    kernel's link to the working directory leads past them.
+    If other users may not enter the folders above it, this is the kernel's link to the working
+    directory, which leads past them. It is not used otherwise, because the initdb of PostgreSQL 15
+    and earlier changes its working directory.
     """
-    return folder if user is None else Path("/proc/self/cwd")
+    if user is None or all_may_enter(folder.parent):
+        return folder
+    return Path("/proc/self/cwd")
 
 
 async def _has(

@@ -78,9 +78,13 @@ def runnable_by_all(binaries: Path) -> Path:
     return copy / binaries.relative_to(package.parent)
 
 
+def all_may_enter(folder: Path) -> bool:
+    """Return whether every user may enter `folder`, an absolute path."""
+    return all(each.stat().st_mode & _TRAVERSE for each in (folder, *folder.parents))
+
+
 def _all_may_run(binary: Path) -> bool:
-    entered = all(parent.stat().st_mode & _TRAVERSE for parent in binary.parents)
-    return entered and binary.stat().st_mode & _OPEN == _OPEN
+    return all_may_enter(binary.parent) and binary.stat().st_mode & _OPEN == _OPEN
 
 
 def _copy(trees: Sequence[Path], target: Path) -> None:
