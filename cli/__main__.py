@@ -1,11 +1,11 @@
-"""The entry of the `outbox` command and of `python -m cli`."""
+"""The entry point of the `outbox` command and of `python -m cli`."""
 
 from __future__ import annotations
 
 import sys
 
-# Libraries of the command line alone: an image that runs services needs none of them.
-_OF_THE_COMMAND_LINE = ("rich", "typer")
+# Libraries that only the command line needs: an image that runs services has none of them.
+_CLI_LIBRARIES = ("rich", "typer")
 
 
 def main() -> None:
@@ -13,11 +13,11 @@ def main() -> None:
     try:
         from outbox_server.cli.main import main as run
     except ModuleNotFoundError as error:
-        if error.name not in _OF_THE_COMMAND_LINE:
+        if error.name not in _CLI_LIBRARIES:
             raise
         sys.exit(
             "outbox: the command line is not installed: pip install 'outbox[cli]'; "
-            "without it, a service is run by python -m outbox_server.services.NAME"
+            "without it, start a service with python -m outbox_server.services.NAME"
         )
     run()
 

@@ -1,4 +1,4 @@
-"""`outbox audit`: replays all sent times and compares what is recorded with what was promised."""
+"""`outbox audit`: checks that every limit was kept and no mail was lost or duplicated."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
 from outbox_server.shared.settings import Settings, load_settings
 
-_MAX_ROWS: Final = 20
-_COLUMNS: Final = ("sender", "id", "sends", "judged", "least gap", "must be", "most", "limit")
+_MAX_SENDERS_SHOWN: Final = 20
+_COLUMNS: Final = ("sender", "id", "sends", "checked", "shortest gap", "required", "most", "limit")
 
 app = typer.Typer(add_completion=False)
 
@@ -27,35 +27,34 @@ def audit(
         typer.Option(
             "--maildir",
             metavar="DIR",
-            help="Maildir of the mails that arrived. The development inbox keeps a record in it, "
-            "with times.",
+            help="Maildir of the mails that arrived. If it contains the development inbox's "
+            "record, that is used.",
         ),
     ] = None,
     record: Annotated[
         Path | None,
-        typer.Option("--record", metavar="FILE", help="Record of the mails that arrived."),
+        typer.Option("--record", metavar="FILE", help="Record file of the development inbox."),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Check all that was ever sent against the promises.
+    """Check that every limit was kept and no mail was lost. Changes nothing.
 
-    Replays the recorded sends: the least gap of each sender, the most mails
-    in any window, accepted jobs that are lost, mails sent twice (and whether
-    an attempt at them was in doubt), jobs that contradict themselves, counts
-    that differ from a recount. Mail that went to the development inbox is
-    judged by what the inbox saw, all other mail by PostgreSQL alone. Other
-    servers' mails in --maildir are taken to be all that was sent. Changes
-    nothing.
+    Finds the shortest gap of each sender, the most mails in any window, lost
+    jobs, mails sent twice (and whether an attempt was in doubt), inconsistent
+    jobs, and counts that differ from a recount. Mail to the development inbox
+    is checked by the inbox's record, all other mail by PostgreSQL alone.
+    Mails in the --maildir of another server are assumed to be all mails that
+    were sent.
 
     The database is OUTBOX_DATABASE_URL, or that of `outbox up` in this folder,
-    whose inbox is looked at too. Exit code 1 if a promise was broken.
+    with its inbox. Exit code 1 if a promise was broken.
 
     $ outbox audit
     """
-    settings, inbox = _place()
+    settings, inbox = _installation()
     if maildir is None and record is None:
         maildir = inbox
-    # `--help` needs no SQLAlchemy, which takes a third of a second.
+    # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from sqlalchemy.exc import SQLAlchemyError
 
     from outbox_server.deploy.embedded.record import RECORD, KeptMails
@@ -73,7 +72,7 @@ def audit(
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None
     except FileNotFoundError as error:
-        raise CommandFailed(f"{error.filename}: there is no such file or folder") from None
+        raise CommandFailed(f"{error.filename}: no such file or folder") from None
     except ValueError as error:
         raise CommandFailed(str(error)) from None
     report = AuditReport(findings, settings)
@@ -85,13 +84,13 @@ def audit(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _place() -> tuple[Settings, Path | None]:
-    """Return whose installation is audited, and its inbox, if that is `outbox up`'s."""
+def _installation() -> tuple[Settings, Path | None]:
+    """Return the settings of the installation to audit and, for `outbox up`, its inbox."""
     settings = load_settings()
     stack = None if "database_url" in settings.model_fields_set else read_endpoints()
     if stack is None:
         return settings, None
-    # What `up` runs with; what is set here goes before.
+    # The settings of `up`. Variables that are set here take precedence.
     given = {
         name: value
         for name, value in {**stack["settings"], "database_url": stack["database_url"]}.items()
@@ -104,7 +103,7 @@ def _place() -> tuple[Settings, Path | None]:
 def _print(report: Any) -> None:
     senders = report.senders
     rows = []
-    for one in senders[:_MAX_ROWS]:
+    for one in senders[:_MAX_SENDERS_SHOWN]:
         replay, gap = one.replay, one.replay.least_gap
         counts = (one.sender.sender_id, replay.sends, replay.judged)
         gaps = ("" if gap is None else f"{gap:.3f} s", f"{one.min_gap_s:g} s")
@@ -112,17 +111,19 @@ def _print(report: Any) -> None:
         rows.append([one.sender.email, *map(str, counts), *gaps, *most])
     if rows:
         print_rows(_COLUMNS, rows)
-    if len(senders) > _MAX_ROWS:
-        note(f"the {_MAX_ROWS} senders of {len(senders)} that came closest to their limits")
+    if len(senders) > _MAX_SENDERS_SHOWN:
+        note(f"shown: the {_MAX_SENDERS_SHOWN} of {len(senders)} senders closest to their limits")
     sys.stdout.write("\n")
     sys.stdout.flush()
-    print_rows(("what", "figure"), ([name, _text(n)] for name, n in report.figures().items()))
-    side = "as the SMTP side saw them" if report.by_smtp_side else "as PostgreSQL recorded them"
+    print_rows(("figure", "value"), ([name, _text(n)] for name, n in report.figures().items()))
+    side = "as recorded by the inbox" if report.by_smtp_side else "as recorded by PostgreSQL"
     lines = [f"BROKEN: {line}" for line in report.broken] or ["Every promise was kept."]
     elsewhere = report.findings.jobs.elsewhere
     if elsewhere:
         mails, are = ("1 mail", "is") if elsewhere == 1 else (f"{elsewhere:,} mails", "are")
-        lines.append(f"{mails} went to other servers and {are} judged by PostgreSQL alone.")
+        lines.append(
+            f"{mails} went to other servers and {are} checked by PostgreSQL's record alone."
+        )
     sys.stdout.write(f"\n{chr(10).join(lines)}\n")
     sys.stdout.write(f"Sends {side}, compared with {report.compared_with}.\n")
     sys.stdout.flush()

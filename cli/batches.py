@@ -1,4 +1,4 @@
-"""`outbox batches`: BatchService, but for `outbox schedule`, which uploads."""
+"""`outbox batches`: the commands of BatchService, except the upload (`outbox schedule`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BatchId = Annotated[str, typer.Argument(metavar="BATCH_ID")]
 def get(
     batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
-    """Show one batch, with its exact counts."""
+    """Show one batch with exact counts."""
     with connection("scheduler", server) as client:
         batch = client.batches.GetBatch(pb.GetBatchRequest(batch_id=batch_id, user_id=user))
     show(batch, output)
@@ -54,7 +54,7 @@ def get(
 def watch(
     batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
-    """Follow a batch to its end: a bar, or with `-o json` a line a change."""
+    """Follow a batch until all its jobs have ended; `-o json` prints a line per change."""
     with connection("scheduler", server) as client:
         if output is OutputFormat.JSON:
             for batch in client.watch_batch(batch_id, user):
@@ -78,7 +78,7 @@ def list_(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List batches, the newest first.
+    """List batches, newest first.
 
     $ outbox batches list --user demo
     """
@@ -101,7 +101,7 @@ def rejections(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the rows of a batch that were not accepted, and why."""
+    """List the rejected rows of a batch, with the reasons."""
     request = pb.ListRejectionsRequest(
         batch_id=batch_id, user_id=user, page_size=page_size, page_token=page_token
     )
@@ -114,7 +114,7 @@ def rejections(
 def cancel(
     batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
-    """Cancel what still waits of a batch; says how many it was too late for."""
+    """Cancel all waiting jobs of a batch, and count those that it was too late to cancel."""
     with connection("scheduler", server) as client:
         answer = client.batches.CancelBatch(pb.CancelBatchRequest(batch_id=batch_id, user_id=user))
     show(answer, output)

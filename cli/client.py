@@ -1,4 +1,4 @@
-"""The way from a command to a service: which address, one client, and errors as one line."""
+"""Connects a command to a service: its address, its client, and its errors in one line."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from outbox_server.shared.settings import load_settings
 
 ENDPOINTS: Final = Path(".outbox/endpoints.json")
 _DEFAULT: Final = "the default"
-# Of a call that changes very many rows; what others may take is the client's default.
+# For calls that change very many rows. Other calls use the client's default.
 LONG_TIMEOUT_S: Final = 300.0
 _LARGEST_PAGE: Final = 1000
-# Someone waits at the terminal: 4 tries within 0.7 s, unless the server asks for more.
+# A user waits at the terminal: 4 tries within 0.7 s, unless the server asks for longer waits.
 _RETRY: Final = RetryPolicy(tries=4)
 
 _Request = TypeVar("_Request", bound=Message)
@@ -48,39 +48,39 @@ _Page = TypeVar("_Page", bound=Message)
 
 Server = Annotated[
     str | None,
-    typer.Option("--server", metavar="HOST:PORT", help="The service to ask, in place of ours."),
+    typer.Option("--server", metavar="HOST:PORT", help="Server address."),
 ]
 
 
-# An IPv6 address stands in brackets.
+# IPv6 addresses are in brackets.
 _HOST_PORT: Final = re.compile(r"(\[[^\[\]]+\]|[^:/\[\]]+):(\d{1,5})")
-# What gRPC takes beside host:port.
+# Other forms of address that gRPC accepts.
 _GRPC_SCHEMES: Final = ("unix:", "dns:", "ipv4:", "ipv6:")
 _LAST_PORT: Final = 65535
-# An answer of HTTP/2 servers and proxies that are no gRPC servers, as gRPC reports it.
+# How gRPC reports the answer of an HTTP/2 server or proxy that is not a gRPC server.
 _HTTP_STATUS: Final = re.compile(r"http2 header with status: (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a service is asked, and which option, variable or file says that it is there."""
+    """The address of a service, and the option, variable or file that it comes from."""
 
     target: str
     origin: str
     service: str
 
     def __str__(self) -> str:
-        """Return it as messages name it."""
+        """Return the address with its origin, as it appears in messages."""
         return f"{self.target} ({self.origin})"
 
     @property
     def title(self) -> str:
-        """The service's name in a sentence."""
+        """The name of the service in a sentence."""
         return SERVERS[self.service][0]
 
     @property
     def fix(self) -> str:
-        """What to do where no server of this service is at the address."""
+        """The advice if no server of this service is at the address."""
         start = f"start the {self.title} there"
         if self.origin in (_DEFAULT, str(ENDPOINTS)):
             start = "start `outbox up` in this folder"
@@ -89,14 +89,14 @@ class Address:
 
 
 def find_address(service: str, server: str | None) -> Address:
-    """Return where to ask `service`: `scheduler`, `dispatcher` or `stats`.
+    """Return the address of `service`: `scheduler`, `dispatcher` or `stats`.
 
-    In this order: `server`; OUTBOX_..._LISTEN, where it is set; the stack of `outbox up` in this
-    folder; the default.
+    The first of these that is set: `server`, OUTBOX_..._LISTEN, the stack of `outbox up` in this
+    folder, the default.
 
     Raises:
-        CommandFailed: the stack's file cannot be read.
-        ConfigurationError: a variable is wrong, or the address is not host:port.
+        CommandFailed: the file of `outbox up` cannot be read.
+        ConfigurationError: a variable is invalid, or the address is not host:port.
     """
     if server:
         return _checked(Address(server, "--server", service))
@@ -113,10 +113,10 @@ def find_address(service: str, server: str | None) -> Address:
 
 
 def read_endpoints() -> dict[str, Any] | None:
-    """Return what `outbox up` wrote in this folder; None if it does not run here.
+    """Return the addresses that `outbox up` wrote in this folder, or None if it does not run here.
 
     Raises:
-        CommandFailed: the file is not what `up` writes.
+        CommandFailed: the file cannot be read, or is not JSON.
     """
     try:
         found: dict[str, Any] = json.loads(ENDPOINTS.read_text())
@@ -129,10 +129,10 @@ def read_endpoints() -> dict[str, Any] | None:
 
 @contextmanager
 def connection(service: str, server: str | None) -> Iterator[Client]:
-    """A client of one service; a call's error inside becomes a CommandFailed.
+    """Open a client of one service. Errors of its calls become CommandFailed.
 
     Raises:
-        CommandFailed: a call failed; the text says all that the server said, in one line.
+        CommandFailed: a call failed. The text is the server's message in one line.
     """
     address = find_address(service, server)
     credentials = credentials_for(address.target, load_settings())
@@ -149,21 +149,21 @@ def connection(service: str, server: str | None) -> Iterator[Client]:
 def pages(
     method: Callable[[_Request], _Page], request: _Request, field: str, *, everything: bool
 ) -> _Page:
-    """Return one page of a list; with `everything` one that holds what all pages do."""
-    asked: Any = request
+    """Return one page of a list or, with `everything`, all pages joined into one."""
+    next_request: Any = request
     if everything:
-        asked.page_size = asked.page_size or _LARGEST_PAGE
-    page: Any = method(asked)
+        next_request.page_size = next_request.page_size or _LARGEST_PAGE
+    page: Any = method(next_request)
     while everything and page.next_page_token:
-        asked.page_token = page.next_page_token
-        more: Any = method(asked)
+        next_request.page_token = page.next_page_token
+        more: Any = method(next_request)
         getattr(page, field).extend(getattr(more, field))
         page.next_page_token = more.next_page_token
     answer: _Page = page
     return answer
 
 
-# What changed nothing, and says so: to repeat it as it is would help nobody.
+# Errors after which nothing has changed and an identical retry would fail as well.
 _REFUSALS: Final = (
     AlreadyExists,
     FailedPrecondition,
@@ -176,17 +176,17 @@ _REFUSALS: Final = (
 
 
 def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
-    """Return one line: message, reason and field violations; or why no server answered.
+    """Return one line: message, reason and field violations, or why no server answered.
 
-    Takes some seconds where none did: it connects again to find out why.
+    If none answered, this takes some seconds: it connects again to find the cause.
     """
     status = _HTTP_STATUS.search(error.message)
     if isinstance(error, Unimplemented):
         line = _about_unimplemented(error, address, tls)
     elif status is not None and not error.reason:
         line = (
-            f"{address} answered with HTTP status {status[1]}, as no {address.title} does: it is "
-            "another server, or a proxy that cannot reach Outbox"
+            f"{address} answered with HTTP status {status[1]}, so it is not a {address.title} "
+            "but another server, or a proxy that cannot reach Outbox"
         )
     elif isinstance(error, Unavailable) and not error.reason:
         line = _about_no_answer(address, tls)
@@ -199,16 +199,16 @@ def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
     return printable(line)
 
 
-def in_brief(error: CallError, asked: str) -> str:
-    """Return one line at once, without looking for the cause; for views that are drawn again."""
+def in_brief(error: CallError, server: str) -> str:
+    """Return one line at once, without finding the cause, for views that refresh themselves."""
     if isinstance(error, Unavailable | DeadlineExceeded) and not error.reason:
-        return f"no answer from {asked}"
+        return f"no answer from {server}"
     return printable(" ".join(str(error).split()))
 
 
 def _about_no_answer(address: Address, tls: Tls | None) -> str:
     found = _HOST_PORT.fullmatch(address.target)
-    if found is None:  # a form of gRPC's own
+    if found is None:  # Another form of address, such as unix:
         return f"no answer at {address}: {address.fix}"
     target = Target(
         found[1].strip("[]"), int(found[2]), address.title, tls, str(address), address.fix
@@ -217,30 +217,30 @@ def _about_no_answer(address: Address, tls: Tls | None) -> str:
 
 
 def _about_unimplemented(error: CallError, address: Address, tls: Tls | None) -> str:
-    """Tell another server from one that is older than this command."""
-    there = which_server(address.target, tls, address.service)
+    """Return what is wrong: it is another server, or an older version."""
+    actual = which_server(address.target, tls, address.service)
     reason = f" ({error.reason})" if error.reason else ""
-    if there is None:
+    if actual is None:
         return (
-            f"{address} is a gRPC server, but no {address.title} of Outbox{reason}: {address.fix}"
+            f"{address} is a gRPC server, but not an Outbox {address.title}{reason}: {address.fix}"
         )
-    if there != address.service:
-        other = SERVERS[there][0]
+    if actual != address.service:
+        other = SERVERS[actual][0]
         return (
-            f"{address} is the {other}, and this command asks the {address.title}{reason}: "
+            f"{address} is the {other}, but this command needs the {address.title}{reason}: "
             f"{address.fix}"
         )
     return (
         f"the {address.title} at {address} lacks the method of this command{reason}: "
-        "it is older; upgrade it"
+        "it is an older version; upgrade it"
     )
 
 
 def _checked(address: Address) -> Address:
-    """Return the address.
+    """Return the address unchanged if it is valid.
 
     Raises:
-        ConfigurationError: it is not host:port.
+        ConfigurationError: the address is not host:port.
     """
     found = _HOST_PORT.fullmatch(address.target)
     if found is not None and 0 < int(found[2]) <= _LAST_PORT:
@@ -249,12 +249,12 @@ def _checked(address: Address) -> Address:
         return address
     raise ConfigurationError(
         f"{address.origin}: {address.target!r} is not HOST:PORT, such as 127.0.0.1:50051; "
-        "an IPv6 address stands in brackets, and nothing like http:// goes before it"
+        "write an IPv6 address in brackets, and leave out http://"
     )
 
 
 def _reachable(listen: str) -> str:
-    """Return the address under which a listener on all addresses is reached from here."""
+    """Return the address that reaches a local listener: loopback for one on all addresses."""
     host, _, port = listen.rpartition(":")
-    loopback = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - not bound, but asked
+    loopback = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - connected to, not bound
     return f"{loopback.get(host, host)}:{port}" if host else listen

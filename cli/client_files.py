@@ -1,4 +1,4 @@
-"""The options of `outbox` itself: files that say who calls, and whom the client trusts."""
+"""The global options of `outbox`: the files with the caller's credentials and the trusted CA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class ClientFiles:
-    """What the options name; None: the variable of the same meaning decides."""
+    """The values of the options. None means that the corresponding variable applies."""
 
     api_key: Path | None = None
     # A PEM file, or `system`.

@@ -24,7 +24,7 @@ _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x
 _FRAME_HEADER: Final = 9
 _SETTINGS_FRAME: Final = 4
 _TLS_ALERT: Final = b"\x15\x03"
-_MOST_SHOWN: Final = 40
+_MAX_BYTES_SHOWN: Final = 40
 # OpenSSL's X509_V_ERR_* numbers.
 _NOT_YET_VALID: Final = 9
 _EXPIRED: Final = 10
@@ -40,7 +40,7 @@ SERVERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server that a call was for. `at` is its address for people, `fix` what to do about it."""
+    """The server of a failed call. `at` is its address in messages, `fix` the advice."""
 
     host: str
     port: int
@@ -51,7 +51,7 @@ class Target:
 
 
 def why_no_answer(target: Target) -> str:
-    """Connect again, for a few seconds at most, and return one line: what is wrong, what to do."""
+    """Connect again, for a few seconds at most, and return the cause and the fix in one line."""
     try:
         with _connected(target):
             pass
@@ -67,13 +67,16 @@ def why_no_answer(target: Target) -> str:
     except OSError as error:
         return f"no connection to {target.at} ({error.strerror}): {target.fix}"
     wrong = _wrong_without_tls(target) if target.tls is None else _wrong_with_tls(target)
-    return wrong or f"{target.at} broke off the call{_proxy_hint(target)}; try again"
+    return (
+        wrong
+        or f"{target.at} closed the connection during the call{_proxy_hint(target)}; try again"
+    )
 
 
 def which_server(address: str, tls: Tls | None, wanted: str) -> str | None:
-    """Return the key in SERVERS of the server at `address`; None: it is none of Outbox's.
+    """Return the key in SERVERS of the server at `address`, or None if it is not an Outbox server.
 
-    A proxy may lead to several of them: `wanted` is looked for first.
+    A proxy may lead to several of them, so `wanted` is tried first.
     """
     channel = (
         grpc.insecure_channel(address)
@@ -97,20 +100,22 @@ def _connected(target: Target) -> Iterator[socket.socket]:
 
 
 def _wrong_without_tls(target: Target) -> str | None:
-    """Return what is wrong with a connection in clear; None: the server speaks HTTP/2."""
-    said = _said_in_clear(target)
-    if said is not None and _is_http2(said):
+    """Return the problem of a connection without TLS, or None if the server speaks HTTP/2."""
+    received = _first_bytes_without_tls(target)
+    if received is not None and _is_http2(received):
         return None
-    if said is not None and (said.startswith(_TLS_ALERT) or (not said and _does_tls(target))):
+    if received is not None and (
+        received.startswith(_TLS_ALERT) or (not received and _speaks_tls(target))
+    ):
         return (
             f"{target.at} uses TLS: add --tls-ca FILE (or set OUTBOX_TLS_CA) with the CA of its "
             "certificate, or `system` for the CAs of this machine"
         )
-    return _no_grpc(target, said)
+    return _other_server(target, received)
 
 
 def _wrong_with_tls(target: Target) -> str | None:
-    """Return what is wrong with a connection over TLS; None: the server speaks HTTP/2."""
+    """Return the problem of a connection with TLS, or None if the server speaks HTTP/2."""
     tls = target.tls or Tls()
     try:
         context = _context(tls)
@@ -121,21 +126,25 @@ def _wrong_with_tls(target: Target) -> str | None:
             _connected(target) as stream,
             context.wrap_socket(stream, server_hostname=target.host) as encrypted,
         ):
-            said = _answer_to_preface(encrypted)
+            received = _answer_to_preface(encrypted)
     except ssl.SSLCertVerificationError as error:
         return _wrong_certificate(target, tls, error.verify_code)
     except ssl.SSLError as error:
         return _wrong_handshake(target, tls, error.reason or "")
     except OSError:
         return _wrong_handshake(target, tls, "")
-    if said is not None and _is_http2(said):
+    if received is not None and _is_http2(received):
         return None
     # gRPC servers complete the handshake first and close without a TLS alert.
-    return _no_grpc(target, said) if said != b"" else _wrong_own_certificate(target, tls)
+    return (
+        _other_server(target, received)
+        if received != b""
+        else _refused_client_certificate(target, tls)
+    )
 
 
 class _WrongFileError(Exception):
-    """A file of the client's TLS options is not what it should be."""
+    """A file of the client's TLS options has the wrong content."""
 
 
 def _context(tls: Tls) -> ssl.SSLContext:
@@ -175,18 +184,18 @@ def _wrong_certificate(target: Target, tls: Tls, code: int) -> str:
 
 
 def _wrong_handshake(target: Target, tls: Tls, reason: str) -> str:
-    """`reason` is OpenSSL's, such as TLSV13_ALERT_CERTIFICATE_REQUIRED; empty: it broke off."""
+    """Return the problem of a failed handshake. `reason` is OpenSSL's, and may be empty."""
     if "CERTIFICATE" in reason or "UNKNOWN_CA" in reason:
-        return _wrong_own_certificate(target, tls)
-    said = _said_in_clear(target)
-    if said is not None and _is_http2(said):
+        return _refused_client_certificate(target, tls)
+    received = _first_bytes_without_tls(target)
+    if received is not None and _is_http2(received):
         return f"{target.at} does not use TLS: leave out --tls-ca and OUTBOX_TLS_CA"
-    if said and not said.startswith(_TLS_ALERT):
-        return _no_grpc(target, said)
+    if received and not received.startswith(_TLS_ALERT):
+        return _other_server(target, received)
     return f"the TLS handshake with {target.at} failed: it may not be a gRPC server; {target.fix}"
 
 
-def _wrong_own_certificate(target: Target, tls: Tls) -> str:
+def _refused_client_certificate(target: Target, tls: Tls) -> str:
     if tls.certificate:
         return (
             f"{target.at} closes the connection after the TLS handshake: it probably refuses the "
@@ -198,7 +207,7 @@ def _wrong_own_certificate(target: Target, tls: Tls) -> str:
     )
 
 
-def _said_in_clear(target: Target) -> bytes | None:
+def _first_bytes_without_tls(target: Target) -> bytes | None:
     try:
         with _connected(target) as stream:
             return _answer_to_preface(stream)
@@ -207,26 +216,26 @@ def _said_in_clear(target: Target) -> bytes | None:
 
 
 def _answer_to_preface(stream: socket.socket) -> bytes | None:
-    """Return the first bytes that a server says to an HTTP/2 client; None: nothing in time."""
-    said = b""
+    """Return the server's first bytes to an HTTP/2 client, or None if it sends nothing in time."""
+    received = b""
     try:
         stream.sendall(_PREFACE)
-        while len(said) < _MOST_SHOWN and (more := stream.recv(_MOST_SHOWN)):
-            said += more
-            if len(said) >= _FRAME_HEADER and _is_http2(said):
+        while len(received) < _MAX_BYTES_SHOWN and (more := stream.recv(_MAX_BYTES_SHOWN)):
+            received += more
+            if len(received) >= _FRAME_HEADER and _is_http2(received):
                 break
     except TimeoutError:
-        return said or None
+        return received or None
     except ssl.SSLError:
         raise
     except OSError:
-        pass  # it broke off; what it said before counts
-    return said
+        pass  # The connection broke. The bytes before that count.
+    return received
 
 
-def _is_http2(said: bytes) -> bool:
-    """Say whether a SETTINGS frame of stream 0 begins these bytes, as every HTTP/2 server's do."""
-    header = said[:_FRAME_HEADER]
+def _is_http2(received: bytes) -> bool:
+    """Return whether the bytes begin with a SETTINGS frame of stream 0, as HTTP/2 requires."""
+    header = received[:_FRAME_HEADER]
     return (
         len(header) == _FRAME_HEADER
         and header[3] == _SETTINGS_FRAME
@@ -235,40 +244,41 @@ def _is_http2(said: bytes) -> bool:
     )
 
 
-def _does_tls(target: Target) -> bool:
+def _speaks_tls(target: Target) -> bool:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # Only whether it speaks TLS is asked; nothing is sent.
+    # This only checks whether the server speaks TLS. Nothing is sent.
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
         with _connected(target) as stream, context.wrap_socket(stream):
             return True
     except ssl.SSLError as error:
-        # An alert is TLS too.
+        # A TLS alert also shows that the server speaks TLS.
         return "ALERT" in (error.reason or "")
     except OSError:
         return False
 
 
-def _no_grpc(target: Target, said: bytes | None) -> str:
-    if said is None:
-        found = f"accepts connections but says nothing for {_LIMIT_S:g} s"
-    elif not said:
+def _other_server(target: Target, received: bytes | None) -> str:
+    if received is None:
+        found = f"accepts connections but sends nothing for {_LIMIT_S:g} s"
+    elif not received:
         found = "closes each connection at once"
-    elif said.startswith(b"HTTP/1"):
+    elif received.startswith(b"HTTP/1"):
         found = "is an HTTP/1 server, and gRPC needs HTTP/2"
     else:
-        found = f"is another kind of server (it says {said[:_MOST_SHOWN].decode('latin-1')!r})"
-    return f"{target.at} {found}, so it is no {target.title} of Outbox: {target.fix}"
+        shown = received[:_MAX_BYTES_SHOWN].decode("latin-1")
+        found = f"is another kind of server (it sends {shown!r})"
+    return f"{target.at} {found}, so it is not an Outbox {target.title}: {target.fix}"
 
 
 def _proxy_hint(target: Target) -> str:
-    """Name the proxy variable that gRPC obeys, which the check above does not."""
+    """Return a hint at the proxy variable that gRPC obeys. The checks above ignore it."""
     proxies = getproxies()
     found = next((name for name in ("grpc", "https", "http") if name in proxies), None)
     if found is None or proxy_bypass(target.host):
         return ""
     return (
-        f" (the variable {found}_proxy sends it through {proxies[found]}; "
+        f" (the variable {found}_proxy routes it through {proxies[found]}; "
         f"set no_proxy={target.host} to connect directly)"
     )

@@ -1,4 +1,4 @@
-"""Who calls, and whom the client trusts: what the options and variables say."""
+"""The caller's credentials and the trusted CA, from the options and variables."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from outbox_server.cli.lazy import CommandFailed
 from outbox_server.shared.callers import is_loopback
 from outbox_server.shared.settings import Settings
 
-# In place of a file: the certificate authorities that this machine trusts.
+# Given instead of a file, this means the CAs that this machine trusts.
 SYSTEM_ROOTS: Final = "system"
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """The API key, empty if there is none, and TLS, None for plain text."""
+    """The API key (empty if there is none), and TLS (None for plain text)."""
 
     api_key: str
     tls: Tls | None
 
 
 def credentials_for(target: str, settings: Settings) -> Credentials:
-    """Return what to show to `target`.
+    """Return the credentials for a call to `target`.
 
     Raises:
-        CommandFailed: a file cannot be read, or the key would be sent in clear.
+        CommandFailed: a file cannot be read, or the key would be sent unencrypted.
     """
     key = _api_key(settings)
     tls = _tls(settings)
     if tls is None and key and not is_loopback(target) and not settings.plaintext:
         raise CommandFailed(
-            f"the API key would be sent to {target} in clear: set OUTBOX_TLS_CA or --tls-ca, or "
-            "OUTBOX_PLAINTEXT=true where a proxy or mesh encrypts"
+            f"the API key would be sent to {target} in clear text: set OUTBOX_TLS_CA or --tls-ca, "
+            "or OUTBOX_PLAINTEXT=true if a proxy or mesh encrypts the connection"
         )
     return Credentials(key, tls)
 
@@ -50,7 +50,7 @@ def _api_key(settings: Settings) -> str:
     except OSError as error:
         raise CommandFailed(f"--api-key-file: {file} cannot be read: {error.strerror}") from None
     if not key or not key.isprintable():
-        raise CommandFailed(f"--api-key-file: {file} holds no API key")
+        raise CommandFailed(f"--api-key-file: {file} contains no API key")
     return key
 
 
@@ -61,13 +61,13 @@ def _tls(settings: Settings) -> Tls | None:
     key = files.tls_key or settings.tls_client_key
     if bool(certificate) != bool(key):
         raise CommandFailed(
-            "a certificate needs its key: set OUTBOX_TLS_CLIENT_CERTIFICATE and "
+            "a client certificate requires its private key: set OUTBOX_TLS_CLIENT_CERTIFICATE and "
             "OUTBOX_TLS_CLIENT_KEY, or --tls-cert and --tls-key, or neither"
         )
     if not ca and certificate:
         raise CommandFailed(
-            "a client's certificate needs TLS: say whom to trust with OUTBOX_TLS_CA or --tls-ca, "
-            f"a PEM file or `{SYSTEM_ROOTS}`"
+            "a client certificate requires TLS: set OUTBOX_TLS_CA or --tls-ca to a PEM file with "
+            f"the trusted CA, or to `{SYSTEM_ROOTS}`"
         )
     if not ca:
         return None
@@ -79,7 +79,7 @@ def _tls(settings: Settings) -> Tls | None:
 
 
 def _readable(name: str, file: Path | str) -> Path:
-    """Return the file's path: the client reads it, and here we know what it was called."""
+    """Return the path of a readable file. An error of the client could not name the variable."""
     path = Path(file)
     try:
         path.open("rb").close()

@@ -1,4 +1,4 @@
-"""Commands that ask PostgreSQL itself, as the operator: no service has to run."""
+"""Access to PostgreSQL for the operator's commands, which need no running service."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 def with_engine(work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
-    """Return what `work` returns for the database of OUTBOX_DATABASE_URL.
+    """Run `work` on the database of OUTBOX_DATABASE_URL and return its result.
 
     Raises:
-        CommandFailed: it cannot be reached, or its schema is not there.
+        CommandFailed: the database cannot be reached, or has no schema.
     """
 
     async def run() -> T:
@@ -42,10 +42,10 @@ def with_engine(work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
 
 
 def in_one_transaction(work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """Return what `work` returns, committed.
+    """Run `work` in one transaction, commit it, and return its result.
 
     Raises:
-        CommandFailed: the database cannot be reached, or its schema is not there.
+        CommandFailed: the database cannot be reached, or has no schema.
     """
 
     async def run(engine: AsyncEngine) -> T:

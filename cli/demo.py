@@ -1,4 +1,4 @@
-"""`outbox demo`: the main job on a private stack, checked against the promises."""
+"""`outbox demo`: sends a CSV on a private stack, and checks the mails that arrive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outbox_client import AsyncClient, CallError
 
 from outbox_server.cli.client import Address, describe
 from outbox_server.cli.demo_report import SenderReport, report_on, to_document
-from outbox_server.cli.demo_run import Demo, Scheduled
+from outbox_server.cli.demo_run import Demo, ScheduledBatch
 from outbox_server.cli.foreground import run
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
@@ -28,7 +28,7 @@ from outbox_server.shared.settings import Settings, format_duration, load_settin
 
 _WINDOW: Final = timedelta(seconds=20)
 _LIMIT: Final = 8
-# Of another length, a limit that small would make a demo of hours.
+# With a longer window, so small a limit would make the demo take hours.
 _LONGEST_WINDOW: Final = timedelta(minutes=2)
 _UNSUBSCRIBED: Final = "unsubscribed@example.org"
 
@@ -38,17 +38,18 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def demo(
     csv: Annotated[
-        Path | None, typer.Argument(metavar="CSV", help="Recipients; unset: a bundled list.")
+        Path | None,
+        typer.Argument(metavar="CSV", help="CSV file of recipients (default: a bundled list)."),
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show it all in about a minute: a CSV becomes paced mail.
+    """Show the complete system in about a minute: send a CSV as paced mail.
 
-    Starts the whole stack in a private folder, schedules the CSV from two
-    senders at the real gap of 2 s, shows progress, checks what arrived in
-    the inbox against the promises, and stops everything. One sender has a
-    limit so small that you see it wait; to see that within a minute, the
-    window is 20 s here and not an hour. The mails are kept.
+    Starts all servers in a private folder, schedules the CSV for two senders
+    with the default gap of 2 s, shows progress, checks the mails that arrive
+    against the limits, and stops everything. One sender has a small limit,
+    so that you see it wait: the window of the limit is 20 s here, instead of
+    an hour. The mails are kept.
 
     No mail leaves this machine. Exit code 1 if a promise was broken.
     """
@@ -62,11 +63,11 @@ def demo(
     explained = False
     try:
         reports = run(
-            lambda: _play(folder, settings, content, bundled=bundled),
+            lambda: _run_demo(folder, settings, content, bundled=bundled),
             lambda: note("stopping ..."),
         )
     except LocalServerError:
-        explained = True  # by the logs, which its text names
+        explained = True  # Its text names the logs.
         raise
     finally:
         broken = reports is None or any(report.broken for report in reports)
@@ -84,20 +85,20 @@ def demo(
         raise typer.Exit(EXIT_FAILED)
 
 
-async def _play(
+async def _run_demo(
     folder: Path, settings: Settings, csv: bytes, *, bundled: bool
 ) -> list[SenderReport]:
-    note("starting PostgreSQL, Valkey, an inbox, and our services: two dispatchers ...")
+    note("starting PostgreSQL, Valkey, an inbox and the services, with two dispatchers ...")
     system = LocalSystem(folder, settings, dispatchers=2, default_ports=False, say=note)
     async with system, AsyncClient(system.scheduler, stats=system.stats) as client:
         try:
-            return await _main_job(Demo(client), system, settings, csv, bundled=bundled)
+            return await _send_and_check(Demo(client), system, settings, csv, bundled=bundled)
         except CallError as error:
             address = Address(system.scheduler, "the demo's own stack", "scheduler")
             raise CommandFailed(describe(error, address)) from None
 
 
-async def _main_job(
+async def _send_and_check(
     demo: Demo, system: LocalSystem, settings: Settings, csv: bytes, *, bundled: bool
 ) -> list[SenderReport]:
     window_s = settings.rate_window.total_seconds()
@@ -115,13 +116,13 @@ async def _main_job(
             csv,
         ),
     ]
-    _tell(scheduled, settings)
+    _print_limits(scheduled, settings)
     await demo.follow(scheduled, window_s)
     mails = read_record(system.servers.record)
     return [report_on(await demo.expected(one), mails, window_s) for one in scheduled]
 
 
-def _tell(scheduled: list[Scheduled], settings: Settings) -> None:
+def _print_limits(scheduled: list[ScheduledBatch], settings: Settings) -> None:
     window = format_duration(settings.rate_window)
     for one in scheduled:
         batch, sender = one.batch, one.sender
@@ -129,10 +130,10 @@ def _tell(scheduled: list[Scheduled], settings: Settings) -> None:
         note(
             f"{sender.email}: {batch.accepted_count} accepted, {batch.rejected_count} rejected, "
             f"{batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed; at most "
-            f"{sender.hourly_limit} in any {window}, and {gap} from one to the next"
+            f"{sender.hourly_limit} in any {window}, at least {gap} apart"
         )
     if settings.rate_window != timedelta(hours=1):
-        note(f"the window is {window} here, and not 1h, so that you see a limit at work")
+        note(f"the window is {window} here instead of 1h, so that you see the limit at work")
     for rejection in scheduled[0].answer.rejections[:5]:
         note(f"  row {rejection.row_number}: {rejection.message} ({rejection.reason})")
 
@@ -147,7 +148,7 @@ def _read(csv: Path | None) -> tuple[bytes, bool]:
 
 
 def _clear(folder: Path, *, keep_logs: bool) -> None:
-    """Remove what the stack left but the mails, and the logs where they may explain something."""
+    """Remove all files of the stack except the mails and, if `keep_logs`, the logs."""
     kept = {"inbox", "logs"} if keep_logs else {"inbox"}
     for path in folder.iterdir():
         if path.name in kept:
@@ -165,7 +166,7 @@ def _print_summary(
 ) -> None:
     window = format_duration(settings.rate_window)
     names = ("sender", "accepted", "rejected", "sent", "failed", "lost", "sent twice")
-    limits = ("least gap", "must be", f"most in {window}", "limit")
+    limits = ("shortest gap", "required", f"most in {window}", "limit")
     rows = []
     for report in reports:
         expected, gap = report.expected, report.least_gap_s
@@ -185,7 +186,7 @@ def _print_summary(
     print_rows((*names, *limits), rows)
     lines = [line for report in reports for line in report.broken]
     verdict = "\n".join(f"BROKEN: {line}" for line in lines) or (
-        "Every accepted mail arrived, once, and no limit was broken: seen from the inbox's side."
+        "Every accepted mail arrived exactly once, within all limits, as recorded by the inbox."
     )
     where = f"The mails are in {folder / 'inbox'} (a Maildir)"
     logs = f"; logs in {folder / 'logs'}" if lines else ""

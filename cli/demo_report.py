@@ -1,4 +1,4 @@
-"""What the demo finds out: what arrived in the inbox, against what was accepted and promised."""
+"""Compares the mails that arrived in the demo's inbox with accepted jobs and limits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from outbox_server.shared.audit.jobs import sent_twice
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """What one sender was asked for, and what may be seen of it."""
+class ExpectedMails:
+    """The mails and limits that are expected of one sender."""
 
     sender_id: str
     email: str
@@ -22,15 +22,15 @@ class Expected:
     rejected: int
     sent: int
     failed: int
-    # Of all its accepted jobs that must have arrived.
+    # The Message-IDs of all mails that must have arrived.
     message_ids: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class SenderReport:
-    """What arrived from one sender. None: fewer than two mails."""
+    """What arrived from one sender. `least_gap_s` is None for fewer than two mails."""
 
-    expected: Expected
+    expected: ExpectedMails
     lost: int
     duplicates: int
     least_gap_s: float | None
@@ -38,13 +38,13 @@ class SenderReport:
 
     @property
     def broken(self) -> list[str]:
-        """The promises that were broken, a line each."""
+        """The broken promises, one line each."""
         expected = self.expected
         found = []
         if self.lost:
             found.append(f"{expected.email}: {self.lost} accepted mails did not arrive")
         if self.duplicates:
-            found.append(f"{expected.email}: {self.duplicates} mails arrived once more")
+            found.append(f"{expected.email}: {self.duplicates} mails arrived more than once")
         if self.least_gap_s is not None and self.least_gap_s < expected.min_gap_s:
             found.append(
                 f"{expected.email}: a gap of {self.least_gap_s:.3f} s, less than "
@@ -58,12 +58,14 @@ class SenderReport:
         return found
 
 
-def report_on(expected: Expected, mails: Sequence[ReceivedMail], window_s: float) -> SenderReport:
-    """Compare what one sender was asked for with what the inbox recorded of all."""
+def report_on(
+    expected: ExpectedMails, mails: Sequence[ReceivedMail], window_s: float
+) -> SenderReport:
+    """Compare what one sender should have sent with the inbox's record of all mails."""
     own = [mail for mail in mails if mail.mail_from == expected.email]
     arrived = {mail.message_id for mail in own}
     missing = expected.message_ids - arrived
-    # Jobs that nobody can name any more are as lost as mails that did not arrive.
+    # Jobs that are no longer listed count as lost, like mails that did not arrive.
     unnamed = expected.accepted - expected.failed - len(expected.message_ids)
     return SenderReport(
         expected=expected,
@@ -78,7 +80,7 @@ def report_on(expected: Expected, mails: Sequence[ReceivedMail], window_s: float
 def to_document(
     reports: Collection[SenderReport], *, window_s: float, seconds: float, inbox: str
 ) -> dict[str, Any]:
-    """Return the one document of `-o json`."""
+    """Return the JSON document for `-o json`."""
     gaps = [report.least_gap_s for report in reports if report.least_gap_s is not None]
     return {
         "accepted": sum(report.expected.accepted for report in reports),

@@ -1,4 +1,4 @@
-"""The main job, as another backend would do it: over gRPC, on a stack that runs."""
+"""Sends a CSV over gRPC on a running stack, as another backend would do."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from outbox_client import AsyncClient, Unavailable, is_open
 
-from outbox_server.cli.demo_report import Expected
+from outbox_server.cli.demo_report import ExpectedMails
 from outbox_server.cli.follow import ended_count, remark_on
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.progress import JobProgress
 
 USER: Final = "demo"
 _POLL_S: Final = 0.5
-# Beside what the window alone may hold up: a retry, a dispatcher that is started again.
+# Allowed beyond the wait for the window: a retry, or the restart of a dispatcher.
 _PATIENCE_S: Final = 90.0
 
-# A column of the CSV goes before our text.
+# A column of the CSV takes precedence over this text.
 _SUBJECT: Final = (
     '{% if subject %}{{ subject }}{% else %}Hello {{ first_name | default: "there" }}{% endif %}'
 )
@@ -41,8 +41,8 @@ _BODY: Final = (
 
 
 @dataclass
-class Scheduled:
-    """One sender of the demo and its batch, as it was seen last."""
+class ScheduledBatch:
+    """One sender of the demo, and its batch in its last known state."""
 
     sender: Sender
     answer: ScheduleBatchResponse
@@ -50,40 +50,40 @@ class Scheduled:
 
 
 class Demo:
-    """The calls of the demo."""
+    """Makes the gRPC calls of the demo."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
     async def suppress(self, email: str) -> None:
-        """Let no mail of the demo's user go to an address."""
+        """Suppress an address for the demo's user."""
         await self._client.suppressions.CreateSuppression(
             CreateSuppressionRequest(
                 user_id=USER, suppression=Suppression(email=email, reason="unsubscribed")
             )
         )
 
-    async def schedule(self, sender: Sender, csv: bytes) -> Scheduled:
-        """Create a sender and upload the CSV as a batch of it."""
+    async def schedule(self, sender: Sender, csv: bytes) -> ScheduledBatch:
+        """Create a sender, and upload the CSV as its batch."""
         made = await self._client.senders.CreateSender(
             CreateSenderRequest(user_id=USER, sender=sender)
         )
         options = BatchOptions(user_id=USER, sender_id=made.sender_id, subject=_SUBJECT, body=_BODY)
         answer = await self._client.upload(csv, options)
-        return Scheduled(made, answer, answer.batch)
+        return ScheduledBatch(made, answer, answer.batch)
 
-    async def follow(self, scheduled: Sequence[Scheduled], window_s: float) -> None:
+    async def follow(self, scheduled: Sequence[ScheduledBatch], window_s: float) -> None:
         """Show progress until every job has ended.
 
         Raises:
-            CommandFailed: nothing ended for longer than the limits explain.
+            CommandFailed: no job ended for longer than the limits explain.
         """
         totals = {one.sender.email: one.batch.accepted_count for one in scheduled}
         last, since = -1, time.monotonic()
         with JobProgress(totals) as progress:
             while True:
                 for one in scheduled:
-                    await self._look(one, progress)
+                    await self._poll(one, progress)
                 ended = sum(ended_count(one.batch.counts) for one in scheduled)
                 if not any(is_open(one.batch) for one in scheduled):
                     return
@@ -94,12 +94,12 @@ class Demo:
                     raise CommandFailed(f"no job has ended for {now - since:.0f} s")
                 await asyncio.sleep(_POLL_S)
 
-    async def expected(self, one: Scheduled) -> Expected:
-        """Return what must have arrived of a batch whose jobs have all ended."""
+    async def expected(self, one: ScheduledBatch) -> ExpectedMails:
+        """Return the mails that must have arrived from a batch whose jobs have all ended."""
         request = ListEmailJobsRequest(batch_id=one.batch.batch_id)
         jobs = [job async for job in self._client.list_email_jobs(request)]
         counts = one.batch.counts
-        return Expected(
+        return ExpectedMails(
             sender_id=one.sender.sender_id,
             email=one.sender.email,
             hourly_limit=one.sender.hourly_limit,
@@ -113,7 +113,7 @@ class Demo:
             ),
         )
 
-    async def _look(self, one: Scheduled, progress: JobProgress) -> None:
+    async def _poll(self, one: ScheduledBatch, progress: JobProgress) -> None:
         try:
             one.batch = await self._client.batches.GetBatch(
                 GetBatchRequest(batch_id=one.batch.batch_id)
@@ -122,10 +122,10 @@ class Demo:
                 GetSenderStatsRequest(sender_id=one.sender.sender_id)
             )
         except Unavailable:
-            return  # a service that is started again is asked again
+            return  # The next poll asks a restarting service again.
         remarks = [remark_on(one.batch.counts)]
         if stats.waiting_count and stats.window_used_count >= stats.hourly_limit:
-            remarks.append(f"waits: {stats.hourly_limit} of {stats.hourly_limit} in the window")
+            remarks.append(f"waiting: {stats.hourly_limit} of {stats.hourly_limit} in the window")
         progress.update(
             one.sender.email, ended_count(one.batch.counts), ", ".join(filter(None, remarks))
         )

@@ -1,4 +1,4 @@
-"""`outbox dispatcher`: one process; and DispatcherService."""
+"""`outbox dispatcher`: runs a dispatcher, and the commands of DispatcherService."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from outbox_server.cli.client import Server, connection, read_endpoints
 from outbox_server.cli.output import Output, OutputFormat, note, print_rows, show, value_at
 from outbox_server.cli.service import run
 
-# A drain ends when the sends in flight have: an SMTP server may take its time-outs for that.
+# A drain waits for the sends in flight, which may take as long as the SMTP time-outs.
 _DRAIN_TIMEOUT_S = 300.0
 _ENDPOINT_COLUMNS = (
     "host",
@@ -26,11 +26,12 @@ app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 @app.callback()
 def dispatcher(ctx: typer.Context) -> None:
-    """Run a dispatcher: it sends what is due. With a command: ask one that runs.
+    """Run a dispatcher, which sends due mail. Subcommands query a running one.
 
-    Without a command it reads OUTBOX_*, listens on OUTBOX_DISPATCHER_LISTEN
-    (127.0.0.1:50052), and wants the schema that `outbox migrate` makes.
-    SIGTERM and Ctrl-C drain it. As many as you like may run.
+    Its settings are the OUTBOX_* variables. It listens on
+    OUTBOX_DISPATCHER_LISTEN (127.0.0.1:50052) and requires an up-to-date
+    schema (`outbox migrate`). SIGTERM and Ctrl-C drain it. Any number of
+    dispatchers may run at the same time.
     """
     if ctx.invoked_subcommand is None:
         run("dispatcher")
@@ -38,7 +39,7 @@ def dispatcher(ctx: typer.Context) -> None:
 
 @app.command()
 def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
-    """Show what a dispatcher does now; of several, --server says which."""
+    """Show the state of a dispatcher. If several run, choose one with --server."""
     with connection("dispatcher", server) as client:
         found = client.dispatcher.GetDispatcherStatus(pb.GetDispatcherStatusRequest())
     show(found, output, without=("endpoints",))
@@ -49,12 +50,12 @@ def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
         )
     others = [] if server else (read_endpoints() or {}).get("dispatchers", [])[1:]
     if others:
-        note(f"there are more: --server {', '.join(others)}")
+        note(f"more dispatchers run: select one with --server {' or '.join(others)}")
 
 
 @app.command()
 def drain(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
-    """Let a dispatcher finish what is in flight and take no more, for as long as it lives."""
+    """Let a dispatcher finish its sends in flight and take no more jobs until it is restarted."""
     with connection("dispatcher", server) as client:
         request = pb.DrainDispatcherRequest()
         answer = client.dispatcher.DrainDispatcher(request, timeout=_DRAIN_TIMEOUT_S)

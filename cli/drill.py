@@ -1,4 +1,4 @@
-"""`outbox drill`: a private stack under load, its parts killed at random, then the audit."""
+"""`outbox drill`: kills parts of a private stack under load at random, then audits it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SEEDS: Final = 10_000
 
 
 class UncertainPolicy(StrEnum):
-    """What becomes of a mail that may have been sent."""
+    """What to do with a mail that may have been sent."""
 
     RESEND = "resend"
     HOLD = "hold"
@@ -35,10 +35,12 @@ app = typer.Typer(add_completion=False)
 
 
 def _read_faults(text: str) -> str:
-    """Return the names, checked: a wrong one is found before anything starts."""
+    """Return the fault names, checked before anything starts."""
     unknown = [name for name in _split(text) if name not in KINDS]
     if unknown:
-        raise typer.BadParameter(f"there is no fault {unknown[0]!r}; --list-faults shows them")
+        raise typer.BadParameter(
+            f"there is no fault {unknown[0]!r}; --list-faults shows all faults"
+        )
     if set(_split(text)) & CLOCK_KINDS and faketime_library() is None:
         raise typer.BadParameter(HOW_TO_GET)
     return text
@@ -63,10 +65,13 @@ def _lasts(seconds: tuple[float, float]) -> str:
 def drill(
     *,
     minutes: Annotated[
-        float, typer.Option("--minutes", min=0.05, max=10_000, help="How long faults go on.")
+        float, typer.Option("--minutes", min=0.05, max=10_000, help="How long to inject faults.")
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Same seed, same faults; unset: any.")
+        int | None,
+        typer.Option(
+            "--seed", min=0, help="Seed of the faults, to repeat a drill (default: random)."
+        ),
     ] = None,
     faults: Annotated[
         str | None,
@@ -74,14 +79,20 @@ def drill(
             "--faults",
             callback=lambda text: text and _read_faults(text),
             metavar="NAME,...",
-            help="These alone.",
+            help="Inject only these faults (default: all).",
         ),
     ] = None,
-    dispatchers: Annotated[int, typer.Option("--dispatchers", min=1, max=16)] = 2,
-    schedulers: Annotated[int, typer.Option("--schedulers", min=1, max=16)] = 1,
-    stats: Annotated[int, typer.Option("--stats", min=1, max=16)] = 1,
+    dispatchers: Annotated[
+        int, typer.Option("--dispatchers", min=1, max=16, help="Number of dispatchers.")
+    ] = 2,
+    schedulers: Annotated[
+        int, typer.Option("--schedulers", min=1, max=16, help="Number of schedulers.")
+    ] = 1,
+    stats: Annotated[
+        int, typer.Option("--stats", min=1, max=16, help="Number of stats services.")
+    ] = 1,
     policy: Annotated[
-        UncertainPolicy, typer.Option("--policy", help="OUTBOX_UNCERTAIN_POLICY of it all.")
+        UncertainPolicy, typer.Option("--policy", help="OUTBOX_UNCERTAIN_POLICY of the stack.")
     ] = UncertainPolicy.RESEND,
     _list: Annotated[
         bool,
@@ -91,24 +102,24 @@ def drill(
     ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Kill the parts of a private stack at random, under load, and audit it.
+    """Kill parts of a private system under load at random, then audit it.
 
-    Starts everything in a folder of its own, with short windows, gaps and
-    leases; uploads batches all the while; and plays the faults of the seed:
-    kills, pauses, outages and hangs of every part. Each is shown as it
-    happens, with the time until mail went on. A drill of minutes has outages
-    of half a minute too. At the end all is healed, the last job waited for,
-    and everything compared with the promises.
+    Starts all servers in a private folder, with short windows, gaps and
+    leases. While batches are uploaded, it injects the faults of the seed:
+    kills, pauses, outages and hangs of every part. Each fault is printed
+    with the time until mail flowed again. A drill of several minutes also
+    has outages of half a minute. At the end, it ends all faults, waits for
+    the last job, and checks that every limit was kept and no mail was lost.
 
-    Exit code 1 if a promise was broken; then the folder with logs, mails
-    and data is kept.
+    Exit code 1 if a promise was broken; the folder with logs, mails and
+    data is then kept.
 
     $ outbox drill --minutes 1 --seed 1
     """
     names = list(KINDS) if faults is None else _split(faults)
     if faults is not None and set(names) & set(OUTAGES) and minutes * 60 < OUTAGE_DRILL_S:
         raise typer.BadParameter(
-            f"an outage needs --minutes {math.ceil(OUTAGE_DRILL_S / 60)} or more"
+            f"an outage requires --minutes {math.ceil(OUTAGE_DRILL_S / 60)} or more"
         )
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     size = Size(dispatchers, schedulers, stats)
@@ -116,7 +127,7 @@ def drill(
         stack = DrillStack(folder.path, size, drill_settings(policy.value), _say)
         note(f"seed {seed}; starting a stack in {folder.path} ...")
         if stack.missing & set(names):
-            note(f"left out: {', '.join(sorted(stack.missing))}. {HOW_TO_GET}")
+            note(f"faults left out: {', '.join(sorted(stack.missing))}. {HOW_TO_GET}")
         report = run(
             lambda: play(stack, seed=seed, names=names, seconds=minutes * 60, say=note),
             lambda: note("stopping ..."),
@@ -134,7 +145,7 @@ def drill(
 
 
 def _say(text: str) -> None:
-    # Of a server that did not start at once the logs tell more.
+    # Only the first part. If a server did not start at once, the logs tell more.
     note(text.partition("; /")[0].partition("\n")[0])
 
 
@@ -149,10 +160,10 @@ def _print(report: DrillReport, folder: Path, seed: int) -> None:
     sys.stdout.write("\n")
     sys.stdout.flush()
     plain = {name: value for name, value in document.items() if not isinstance(value, dict | list)}
-    print_rows(("what", "figure"), ((name, str(value)) for name, value in plain.items()))
+    print_rows(("figure", "value"), ((name, str(value)) for name, value in plain.items()))
     lines = [f"BROKEN: {line}" for line in report.broken] or ["Every promise was kept."]
     if report.broken:
-        lines.append(f"Logs, mails and data are kept in {folder}. Again: --seed {seed}")
+        lines.append(f"Logs, mails and data are kept in {folder}. To repeat: --seed {seed}")
     sys.stdout.write("\n" + "\n".join(lines) + "\n")
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""`outbox schedule --dry-run`: reads the rows as the scheduler does, and asks for a forecast."""
+"""`outbox schedule --dry-run`: checks the rows as the scheduler does, and gets a forecast."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _READ_BYTES: Final = 64 * 1024
 
 
 @dataclass(slots=True)
-class Reading:
-    """What would become of the rows, but for suppressions, which the scheduler alone knows."""
+class CheckedRows:
+    """How many rows would be accepted or not. Suppressions are unknown here and ignored."""
 
     accepted: int = 0
     duplicates: int = 0
-    # Accepted rows that name their own time.
+    # Accepted rows with their own schedule_time.
     timed: int = 0
     rejections: list[Rejection] = field(default_factory=list)
-    # Whether one rejection refuses all.
+    # Whether one rejected row rejects the batch.
     strict: bool = False
 
     @property
@@ -43,8 +43,8 @@ class Reading:
         return self.accepted + self.duplicates + len(self.rejections)
 
 
-class _File:
-    """A file in chunks."""
+class _ChunkReader:
+    """Reads a file in chunks and counts the bytes."""
 
     def __init__(self, source: BinaryIO) -> None:
         self.read_bytes = 0
@@ -56,68 +56,70 @@ class _File:
             yield chunk
 
     def close(self) -> None:
-        """Do nothing: whoever opened it closes it."""
+        """Do nothing: the caller closes the file."""
 
 
-def read(options: BatchOptions, source: BinaryIO) -> Reading:
+def read(options: BatchOptions, source: BinaryIO) -> CheckedRows:
     """Read the CSV as the scheduler does.
 
     Raises:
-        InvalidInput: the options or a template are wrong, or it is no CSV with an address column.
+        InvalidInput: an option, a template or the header of the CSV is invalid.
     """
     checked = from_options(options)
-    # The scheduler may have another limit (OUTBOX_MAX_MESSAGE_BYTES); this is what it has unset.
+    # This is the default. The scheduler may have another limit (OUTBOX_MAX_MESSAGE_BYTES).
     largest = Settings.model_fields["max_message_bytes"].default
-    file, reading = _File(source), Reading()
+    file, checked_rows = _ChunkReader(source), CheckedRows()
     reader = BlockReader(CsvPayload(file), checked, largest)
     with closing(reader), upload_progress("checking") as progress:
         while block := reader.next():
-            reading.accepted += len(block.rows)
-            reading.duplicates += block.duplicates
-            reading.timed += sum(row.schedule_time is not None for row in block.rows)
-            reading.rejections += to_rejections(block.rejections)
-            progress(UploadProgress(file.read_bytes, _size_of(source), reading.rows))
-    reading.strict = checked.mode is BatchMode.STRICT
+            checked_rows.accepted += len(block.rows)
+            checked_rows.duplicates += block.duplicates
+            checked_rows.timed += sum(row.schedule_time is not None for row in block.rows)
+            checked_rows.rejections += to_rejections(block.rejections)
+            progress(UploadProgress(file.read_bytes, _size_of(source), checked_rows.rows))
+    checked_rows.strict = checked.mode is BatchMode.STRICT
     note(
-        f"{reading.rows} rows read: {reading.accepted} would be accepted, "
-        f"{len(reading.rejections)} rejected, {reading.duplicates} duplicate; "
-        "suppressions were not looked at; nothing was scheduled"
+        f"{checked_rows.rows} rows read: {checked_rows.accepted} would be accepted, "
+        f"{len(checked_rows.rejections)} rejected, {checked_rows.duplicates} duplicate; "
+        "suppressions were not checked; nothing was scheduled"
     )
-    return reading
+    return checked_rows
 
 
 def _size_of(source: BinaryIO) -> int | None:
-    """Return how long the file is; None: nobody knows, as of a pipe."""
+    """Return the size of the file, or None for a pipe, whose size is unknown."""
     if not source.seekable():
         return None
     return os.fstat(source.fileno()).st_size
 
 
-def check(reading: Reading) -> None:
-    """Say whether there would be a batch.
+def check(checked_rows: CheckedRows) -> None:
+    """Check whether the scheduler would accept the batch.
 
     Raises:
-        CommandFailed: it would be refused.
+        CommandFailed: it would reject the batch.
     """
-    if not reading.rejections:
+    if not checked_rows.rejections:
         return
-    first = reading.rejections[0]
-    named = f"the first: row {first.row_number}: {first.message}"
-    if reading.strict:
-        raise CommandFailed(f"the batch would be refused, as its mode is STRICT; {named}")
-    if not reading.accepted + reading.duplicates:
-        raise CommandFailed(f"the batch would be refused, as every row is rejected; {named}")
+    first = checked_rows.rejections[0]
+    named = f"the first one is in row {first.row_number}: {first.message}"
+    if checked_rows.strict:
+        raise CommandFailed(f"the batch would be rejected, because its mode is STRICT; {named}")
+    if not checked_rows.accepted + checked_rows.duplicates:
+        raise CommandFailed(f"the batch would be rejected, because every row is; {named}")
 
 
-def forecast(options: BatchOptions, reading: Reading, server: str | None) -> ForecastBatchResponse:
-    """Ask the stats service when a batch of so many rows would end."""
-    planned = PlannedBatch(options=options, recipient_count=reading.accepted)
+def forecast(
+    options: BatchOptions, checked_rows: CheckedRows, server: str | None
+) -> ForecastBatchResponse:
+    """Forecast when a batch with the accepted rows would end."""
+    planned = PlannedBatch(options=options, recipient_count=checked_rows.accepted)
     request = ForecastBatchRequest(user_id=options.user_id, planned_batch=planned)
     with connection("stats", server) as client:
         try:
             found = client.stats.ForecastBatch(request)
         except Unimplemented:
-            raise CommandFailed("the stats service has no forecasts yet") from None
-    if reading.timed:
-        note(f"{reading.timed} rows have their own schedule_time, which the forecast leaves out")
+            raise CommandFailed("the stats service is too old for forecasts; upgrade it") from None
+    if checked_rows.timed:
+        note(f"{checked_rows.timed} rows have their own schedule_time, which the forecast ignores")
     return found

@@ -1,4 +1,4 @@
-"""Following a batch until nothing of it waits."""
+"""Follows a batch until all its jobs have ended."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ended_count(counts: EmailJobCounts) -> int:
 
 
 def remark_on(counts: EmailJobCounts) -> str:
-    """Return what is not sent and not waiting either, for people."""
+    """Return the counts of jobs that ended without being sent, for people."""
     states = ("failed", "uncertain", "cancelled", "suppressed", "expired")
     return ", ".join(
         f"{count} {state}" for state in states if (count := getattr(counts, f"{state}_count"))
@@ -26,25 +26,25 @@ def remark_on(counts: EmailJobCounts) -> str:
 
 
 def follow_to_end(client: Client, batch: Batch, user: str) -> Batch:
-    """Show the batch's progress until every job has ended, and return it as it is then.
+    """Show the batch's progress until every job has ended, and return its final state.
 
     Raises:
-        CallError: the scheduler refuses, or was away for a minute.
+        CallError: the scheduler refused the call, or was unreachable for a minute.
     """
     accepted = batch
     title, noted = f"batch {batch.batch_id}", False
 
-    def away(_: CallError) -> None:
+    def on_error(_: CallError) -> None:
         nonlocal noted
         if not noted:
-            note("the scheduler does not answer; asking again")
+            note("the scheduler does not answer; trying again")
         noted = True
 
     with JobProgress({title: batch.accepted_count}) as progress:
-        for now in client.watch_batch(batch.batch_id, user, trouble=away):
+        for now in client.watch_batch(batch.batch_id, user, trouble=on_error):
             batch, noted = now, False
             progress.update(title, ended_count(batch.counts), remark_on(batch.counts))
-    # What is watched comes without its texts.
+    # WatchBatch leaves out the templates.
     for name in ("body", "html"):
         if accepted.HasField(name):
             setattr(batch, name, getattr(accepted, name))

@@ -1,4 +1,4 @@
-"""`outbox stats forecast`: StatsService.ForecastBatch."""
+"""`outbox stats forecast`: calls StatsService.ForecastBatch."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ from outbox_server.cli.output import Output, OutputFormat, show
 
 def forecast(
     batch_id: Annotated[
-        str, typer.Argument(metavar="BATCH_ID", help="Leave it out to ask about a planned batch.")
+        str,
+        typer.Argument(
+            metavar="BATCH_ID", help="Batch to forecast; leave it out for a planned batch."
+        ),
     ] = "",
     *,
     sender: Annotated[
-        str, typer.Option("--sender", metavar="ID", help="Who would send the planned batch.")
+        str, typer.Option("--sender", metavar="ID", help="Sender of the planned batch.")
     ] = "",
     recipient_count: Annotated[
         int,
         typer.Option(
-            "--recipient-count", parser=read_int64, metavar="N", help="Of the planned batch."
+            "--recipient-count",
+            parser=read_int64,
+            metavar="N",
+            show_default=False,
+            help="Number of recipients of the planned batch.",
         ),
     ] = 0,
     schedule_time: Annotated[
@@ -47,13 +54,13 @@ def forecast(
     spacing: Annotated[
         timedelta | None,
         typer.Option(
-            "--spacing", parser=read_duration, metavar="DURATION", help="Between its mails."
+            "--spacing", parser=read_duration, metavar="DURATION", help="Time between mails."
         ),
     ] = None,
     spread_until: Annotated[
         datetime | None,
         typer.Option(
-            "--spread-until", parser=read_time, metavar="TIME", help="Spread it evenly to then."
+            "--spread-until", parser=read_time, metavar="TIME", help="Spread evenly until then."
         ),
     ] = None,
     expire_after: Annotated[
@@ -62,21 +69,21 @@ def forecast(
             "--expire-after",
             parser=read_duration,
             metavar="DURATION",
-            help="How long after it was due a mail may still be sent.",
+            help="How long after its due time a mail may still be sent.",
         ),
     ] = None,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Say when a batch will have been sent, and what binds.
+    """Forecast when a batch will have been sent, and which limit decides.
 
     $ outbox stats forecast 17
 
     $ outbox stats forecast --sender 3 --recipient-count 10000 --schedule-time 'in 1h'
     """
     if bool(batch_id) == bool(sender):
-        raise typer.BadParameter("name a batch, or a --sender with a --recipient-count")
+        raise typer.BadParameter("give either a BATCH_ID, or --sender and --recipient-count")
     planned_only = {
         "--recipient-count": recipient_count or None,
         "--schedule-time": schedule_time,
@@ -87,7 +94,7 @@ def forecast(
     named = [name for name, value in planned_only.items() if value is not None]
     if batch_id and named:
         raise typer.BadParameter(
-            f"{', '.join(named)}: of a planned batch; a batch that was accepted has its own"
+            f"{', '.join(named)}: only for a planned batch; an accepted one has its own values"
         )
     request = pb.ForecastBatchRequest(user_id=user)
     if batch_id:

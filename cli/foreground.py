@@ -1,4 +1,4 @@
-"""A command that holds the embedded stack: until it is done, or until Ctrl-C or SIGTERM."""
+"""Runs a command that owns an embedded stack until it is done, or until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], on_stop: Callable[[], None]) -> T | None:
-    """Run `main` to its end and return what it returns; None: a signal cancelled it.
+    """Run `main` to its end and return its result, or None if a signal cancelled it.
 
-    `on_stop` is told of the first signal; a second one ends the process at once, and with it
-    everything that it started.
+    The first signal calls `on_stop`. A second one ends the process at once, and everything that it
+    started.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_until_signal(main, on_stop))

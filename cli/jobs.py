@@ -1,4 +1,4 @@
-"""`outbox jobs`: EmailJobService."""
+"""`outbox jobs`: the commands of EmailJobService."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ _ATTEMPT_COLUMNS = (
     "message",
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show and steer e-mail jobs.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Show, explain, cancel and retry e-mail jobs."
+)
 
 JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID")]
 
@@ -106,7 +108,7 @@ def cancel(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Cancel a job that waits; an error says that it was too late."""
+    """Cancel a waiting job. If it is too late, the command fails."""
     with connection("scheduler", server) as client:
         job = client.email_jobs.CancelEmailJob(
             pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user)
@@ -121,16 +123,16 @@ def retry(
     ] = None,
     *,
     batch: Annotated[
-        str, typer.Option("--batch", metavar="ID", help="The failed jobs of this batch.")
+        str, typer.Option("--batch", metavar="ID", help="Only failed jobs of this batch.")
     ] = "",
     sender: Annotated[
-        str, typer.Option("--sender", metavar="ID", help="The failed jobs of this sender.")
+        str, typer.Option("--sender", metavar="ID", help="Only failed jobs of this sender.")
     ] = "",
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Take failed jobs back: they wait again, due now. What is not FAILED is left alone.
+    """Schedule failed jobs again, due now. Jobs in other states are skipped.
 
     $ outbox jobs retry --batch 17
     """
@@ -143,7 +145,7 @@ def retry(
 
 
 class Resolution(StrEnum):
-    """What is known, or wanted, of a job in UNCERTAIN."""
+    """What to do with a job in UNCERTAIN."""
 
     SENT = "sent"
     RESEND = "resend"
@@ -154,14 +156,16 @@ def resolve(
     email_job_id: JobId,
     resolution: Annotated[
         Resolution,
-        typer.Argument(help="sent: the mail arrived; resend: send it again.", show_default=False),
+        typer.Argument(
+            help="sent if the mail arrived, resend to send it again.", show_default=False
+        ),
     ],
     *,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Decide what becomes of a job in UNCERTAIN: nobody knows whether its mail arrived.
+    """Resolve a job in UNCERTAIN, for which it is unknown whether the mail arrived.
 
     $ outbox jobs resolve 4711 sent
     """
@@ -186,7 +190,7 @@ def attempts(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the ended attempts of a job, the first first."""
+    """List the attempts of a job that have ended, oldest first."""
     request = pb.ListAttemptsRequest(
         email_job_id=email_job_id, user_id=user, page_size=page_size, page_token=page_token
     )
@@ -202,7 +206,7 @@ def explain(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Say why a job was not sent yet, and when it will be."""
+    """Explain why a job has not been sent yet, and when it will be."""
     with connection("scheduler", server) as client:
         found = client.email_jobs.ExplainEmailJob(
             pb.ExplainEmailJobRequest(email_job_id=email_job_id, user_id=user)

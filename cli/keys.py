@@ -1,4 +1,4 @@
-"""`outbox keys`: API keys, and the keys that SMTP passwords are encrypted with."""
+"""`outbox keys`: API keys, and the keys that encrypt stored secrets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLUMNS: Final = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Make, list and revoke API keys; make encryption keys.",
+    help="Create, list and revoke API keys; manage encryption keys.",
 )
 
 
@@ -34,33 +34,33 @@ app = typer.Typer(
 def create(
     *,
     user: Annotated[
-        str, typer.Option("--user", metavar="ID", help="A key that acts for this user only.")
+        str, typer.Option("--user", metavar="ID", help="Key of this user; acts for this user only.")
     ] = "",
     service: Annotated[
         bool,
-        typer.Option("--service", help="A key of another backend: it acts for any user."),
+        typer.Option("--service", help="Key of a backend service; acts for any user."),
     ] = False,
     operator: Annotated[
         bool,
         typer.Option(
-            "--operator", help="An operator's key: any user, and the dispatchers' own methods."
+            "--operator", help="Key of an operator; any user, and the dispatcher commands."
         ),
     ] = False,
-    name: Annotated[str, typer.Option("--name", help="What it is for, in your words.")] = "",
+    name: Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")] = "",
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Make an API key in the database of OUTBOX_DATABASE_URL, and print it: once, here.
+    """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
 
     $ export OUTBOX_API_KEY=$(outbox keys create --user acme --name web)
     """
-    # `--help` needs no SQLAlchemy, which takes a third of a second.
+    # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared import bounds
     from outbox_server.shared.auth.keys import ApiKeyKind, make_key
     from outbox_server.shared.auth.store import insert_key
 
     if [bool(user), service, operator].count(True) != 1:
-        raise typer.BadParameter("say whose key: one of --user ID, --service, --operator")
+        raise typer.BadParameter("give exactly one of --user ID, --service and --operator")
     bounds.DISPLAY_NAME.check("--name", name)
     kind = ApiKeyKind.SERVICE if service else ApiKeyKind.OPERATOR
     if user:
@@ -73,19 +73,19 @@ def create(
     if output is OutputFormat.JSON:
         print_json({"key": key.text, **_document(made)})
     else:
-        note(f"key {made.key_id}; it is shown this once: only its hash is stored")
+        note(f"key {made.key_id}; it is shown only now, because only its hash is stored")
         typer.echo(key.text)
 
 
 @app.command(name="list")
 def list_(
     *,
-    user: Annotated[str, typer.Option("--user", metavar="ID", help="Only this user's.")] = "",
+    user: Annotated[str, typer.Option("--user", metavar="ID", help="Only keys of this user.")] = "",
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the API keys, the oldest first, revoked ones too; never the keys themselves.
+    """List the API keys, oldest first, with revoked ones but without the secrets.
 
-    The last use is written at most once a minute.
+    The time of the last use is updated at most once a minute.
     """
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.store import list_keys
@@ -104,31 +104,31 @@ def list_(
 
 @app.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="As `outbox keys list` has it.")],
+    key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="Id from `outbox keys list`.")],
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Revoke an API key: within 5 s no server takes it any more. Cannot be undone.
+    """Revoke an API key for good. Within 5 s, no server accepts it any more.
 
     $ outbox keys revoke k7m2p4x9qa
     """
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.store import revoke_key
 
-    # Whoever pastes the whole key means the same, and should not see it in the answer.
+    # A pasted complete key works too, and must not appear in the output.
     parts = key_id.split("_")
     wanted = parts[1] if len(parts) > 1 else key_id
     revoked = in_one_transaction(lambda connection: revoke_key(connection, wanted))
     if revoked is None:
-        raise CommandFailed(f"there is no API key {wanted}; `outbox keys list` shows all")
+        raise CommandFailed(f"there is no API key {wanted}; `outbox keys list` shows all keys")
     if output is OutputFormat.JSON:
         print_json(_document(revoked))
     else:
-        note(f"key {revoked.key_id} is revoked; within 5 s no server takes it any more")
+        note(f"key {revoked.key_id} is revoked; within 5 s, no server accepts it any more")
 
 
 @app.command(name="generate-encryption-key")
 def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
-    """Print a new key for OUTBOX_ENCRYPTION_KEYS, which SMTP passwords are stored under.
+    """Print a new key for OUTBOX_ENCRYPTION_KEYS, which encrypts stored secrets.
 
     $ export OUTBOX_ENCRYPTION_KEYS=$(outbox keys generate-encryption-key)
     """
@@ -143,12 +143,12 @@ def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
 
 @app.command(name="rotate-encryption")
 def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
-    """Encrypt all stored secrets of endpoints again, under the first key of OUTBOX_ENCRYPTION_KEYS.
+    """Re-encrypt all stored secrets with the first key of OUTBOX_ENCRYPTION_KEYS.
 
-    Those are SMTP passwords, and the secrets and tokens of OAuth 2.0.
+    Secrets are SMTP passwords, and the secrets and tokens of OAuth 2.0.
 
-    First put the new key before the old ones, in every service, and restart them; when this
-    is done, the old keys can go. Cut off, it is simply run again.
+    First put the new key before the old ones in every service, and restart the services.
+    Afterwards, remove the old keys. If it is interrupted, run it again.
 
     $ OUTBOX_ENCRYPTION_KEYS=NEW,OLD outbox keys rotate-encryption
     """
@@ -165,14 +165,14 @@ def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
         )
     else:
         note(
-            f"{done.rotated} encrypted again, {done.current} were under the newest key already, "
-            f"{len(done.unreadable)} under a key that is not here"
+            f"{done.rotated} re-encrypted, {done.current} already under the first key, "
+            f"{len(done.unreadable)} under a key that OUTBOX_ENCRYPTION_KEYS lacks"
         )
     if done.unreadable:
         raise CommandFailed(
             "no key of OUTBOX_ENCRYPTION_KEYS decrypts the secrets of sender "
-            f"{', '.join(map(str, done.unreadable[:20]))}: add its key and run this again, or "
-            "store its endpoint again"
+            f"{', '.join(map(str, done.unreadable[:20]))}: add the key and run this again, or "
+            "set the sender's endpoint again"
         )
 
 

@@ -1,4 +1,4 @@
-"""A group whose commands are loaded when they are invoked, so that `outbox --help` is quick."""
+"""A command group that loads a command only when it is invoked, so that `outbox --help` is fast."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from outbox_server.shared.errors import ConfigurationError, OutboxError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-# What is missing where one of these libraries is, and the extra that brings it.
+# For each optional library: the feature that needs it, and the extra that installs it.
 _EXTRAS: Final = {
     "aiosmtpd": ("the embedded stack", "local"),
-    "plotext": ("the drawing of charts", "cli"),
-    "pygal": ("the drawing of charts", "cli"),
+    "plotext": ("chart drawing", "cli"),
+    "pygal": ("chart drawing", "cli"),
 }
 
 
 class CommandFailed(OutboxError):
-    """A command did not do what it was asked for; the text is all that the user needs to know."""
+    """A command failed. The text tells the user all that they need to know."""
 
     default_reason = "COMMAND_FAILED"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A command or group: the module whose `app` it is, and its line in the list of commands."""
+    """A command or group: the module that contains its `app`, and its line in the command list."""
 
     module: str
     help: str
@@ -40,7 +40,7 @@ class Entry:
 
 
 class LazyGroup(TyperGroup):
-    """Lists `entries` without importing any of them, and turns errors into a line and a code."""
+    """Lists `entries` without importing them, and turns errors into one line and an exit code."""
 
     entries: ClassVar[Mapping[str, Entry]] = {}
 
@@ -49,15 +49,15 @@ class LazyGroup(TyperGroup):
         return list(self.entries)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - typer's signature
-        """Return what the list of commands needs to know: `resolve_command` gives the real one."""
+        """Return a stub for the command list. `resolve_command` returns the real command."""
         entry = self.entries.get(cmd_name)
         if entry is None:
             return None
         return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Return the command that the first argument names, its module imported."""
-        # A name that is almost right is answered with the right one.
+        """Import and return the command that the first argument names."""
+        # With this, a misspelled name is answered with the closest command.
         self.commands = {name: self.get_command(ctx, name) for name in self.entries}
         name, stub, rest = super().resolve_command(ctx, args)
         if name is None or stub is None:
@@ -68,7 +68,7 @@ class LazyGroup(TyperGroup):
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error of ours is one line on stderr and an exit code."""
+        """Run the command. Our own errors become one line on stderr and an exit code."""
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
@@ -76,15 +76,17 @@ class LazyGroup(TyperGroup):
             if library not in _EXTRAS:
                 raise
             missing, extra = _EXTRAS[library]
-            _say(CommandFailed(f"{missing} is not installed: pip install 'outbox[{extra}]'"))
+            _print_error(
+                CommandFailed(f"{missing} is not installed: pip install 'outbox[{extra}]'")
+            )
             raise typer.Exit(EXIT_FAILED) from None
         except ConfigurationError as error:
-            _say(error)
+            _print_error(error)
             raise typer.Exit(EXIT_USAGE) from None
         except OutboxError as error:
-            _say(error)
+            _print_error(error)
             raise typer.Exit(EXIT_FAILED) from None
 
 
-def _say(error: OutboxError) -> None:
+def _print_error(error: OutboxError) -> None:
     sys.stderr.write(f"outbox: {error}\n")

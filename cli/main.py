@@ -1,4 +1,4 @@
-"""The `outbox` command: the list of its commands, and nothing that any of them needs."""
+"""The `outbox` command: the list of its commands, without importing their modules."""
 
 from __future__ import annotations
 
@@ -13,62 +13,70 @@ import typer
 from outbox_server.cli.client_files import ClientFiles, client_files
 from outbox_server.cli.lazy import Entry, LazyGroup
 
-_SYSTEM = "The whole system on this machine"
-_CLIENT = "Client: one group a service, one command a method"
-_SERVICES = "Services, one process each"
-_WHO = "Of client commands; stands before the command"
+_SYSTEM = "The complete system on this machine"
+_CLIENT = "Client commands: one group per service, one command per method"
+_SERVICES = "Services, one process each, and their administration"
+_CONNECTION = "Options for client commands (before the command)"
 
 
 class OutboxGroup(LazyGroup):
-    """The command's list of commands."""
+    """The commands of `outbox`."""
 
     entries: ClassVar[Mapping[str, Entry]] = {
         "demo": Entry(
             "outbox_server.cli.demo",
-            "Show it all in about a minute: a CSV becomes paced mail.",
+            "Show the complete system in about a minute: send a CSV as paced mail.",
             _SYSTEM,
         ),
-        "up": Entry(
-            "outbox_server.cli.up", "Keep the whole system running on this machine.", _SYSTEM
-        ),
+        "up": Entry("outbox_server.cli.up", "Run the complete system on this machine.", _SYSTEM),
         "audit": Entry(
-            "outbox_server.cli.audit", "Check all that was ever sent against the promises.", _SYSTEM
+            "outbox_server.cli.audit",
+            "Check that every limit was kept and no mail was lost.",
+            _SYSTEM,
         ),
         "drill": Entry(
             "outbox_server.cli.drill",
-            "Kill the parts of a private stack at random, and audit it.",
+            "Kill parts of a private system at random, then audit it.",
             _SYSTEM,
         ),
         "schedule": Entry(
             "outbox_server.cli.schedule", "Upload a CSV of recipients as a batch.", _CLIENT
         ),
         "senders": Entry(
-            "outbox_server.cli.senders", "Create, show, change, pause and delete senders.", _CLIENT
+            "outbox_server.cli.senders", "Create, show, update, pause and delete senders.", _CLIENT
         ),
-        "batches": Entry("outbox_server.cli.batches", "Show and cancel batches.", _CLIENT),
-        "jobs": Entry("outbox_server.cli.jobs", "Show and cancel e-mail jobs.", _CLIENT),
+        "batches": Entry("outbox_server.cli.batches", "Show, watch and cancel batches.", _CLIENT),
+        "jobs": Entry(
+            "outbox_server.cli.jobs", "Show, explain, cancel and retry e-mail jobs.", _CLIENT
+        ),
         "top": Entry(
-            "outbox_server.cli.top", "Watch senders live: limits, what waits and why.", _CLIENT
+            "outbox_server.cli.top",
+            "Watch senders live: limits, waiting mail and reasons.",
+            _CLIENT,
         ),
         "suppressions": Entry(
             "outbox_server.cli.suppressions",
-            "Keep the addresses that mail must never go to.",
+            "Manage the addresses that mail must never go to.",
             _CLIENT,
         ),
         "keys": Entry(
-            "outbox_server.cli.keys", "Make, list and revoke API keys; encryption keys.", _SERVICES
+            "outbox_server.cli.keys",
+            "Create, list and revoke API keys; manage encryption keys.",
+            _SERVICES,
         ),
         "scheduler": Entry("outbox_server.cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
             "outbox_server.cli.dispatcher",
-            "Run a dispatcher; or ask one: status, drain.",
+            "Run a dispatcher, or query a running one (status, drain).",
             _SERVICES,
         ),
         "stats": Entry(
-            "outbox_server.cli.stats", "Run the stats service; or ask it: sender, user.", _SERVICES
+            "outbox_server.cli.stats",
+            "Run the stats service, or query a running one (sender, user, ...).",
+            _SERVICES,
         ),
         "migrate": Entry(
-            "outbox_server.cli.migrate", "Bring the database's schema up to date.", _SERVICES
+            "outbox_server.cli.migrate", "Update the database schema to this version.", _SERVICES
         ),
     }
 
@@ -77,7 +85,7 @@ app = typer.Typer(
     cls=OutboxGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
-    # A trace is for whoever mends it: plain, without the locals, which may hold secrets.
+    # Tracebacks are plain and without local variables, which may contain secrets.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -90,10 +98,9 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="Exit codes: 0 ok, 1 failed, 2 usage.\n\n"
-    "Client commands find the stack of `outbox up` through .outbox/ of the current folder, "
-    "others through OUTBOX_SCHEDULER_LISTEN, OUTBOX_STATS_LISTEN, OUTBOX_DISPATCHER_LISTEN, "
-    "or --server."
+    epilog="Exit codes: 0 success, 1 failure, 2 usage error.\n\n"
+    "Client commands connect to the `outbox up` of the current folder (.outbox/), unless --server "
+    "or OUTBOX_SCHEDULER_LISTEN, OUTBOX_STATS_LISTEN or OUTBOX_DISPATCHER_LISTEN names an address."
 )
 def _outbox(
     *,
@@ -101,8 +108,8 @@ def _outbox(
         Path | None,
         typer.Option(
             "--api-key-file",
-            help="File with the API key to show; unset: OUTBOX_API_KEY.",
-            rich_help_panel=_WHO,
+            help="File containing the API key (default: OUTBOX_API_KEY).",
+            rich_help_panel=_CONNECTION,
         ),
     ] = None,
     tls_ca: Annotated[
@@ -110,24 +117,24 @@ def _outbox(
         typer.Option(
             "--tls-ca",
             metavar="FILE|system",
-            help="Use TLS, and trust this CA; unset: OUTBOX_TLS_CA.",
-            rich_help_panel=_WHO,
+            help="Use TLS and trust this CA (default: OUTBOX_TLS_CA).",
+            rich_help_panel=_CONNECTION,
         ),
     ] = None,
     tls_cert: Annotated[
         Path | None,
         typer.Option(
             "--tls-cert",
-            help="Our certificate for mTLS; unset: OUTBOX_TLS_CLIENT_CERTIFICATE.",
-            rich_help_panel=_WHO,
+            help="Client certificate for mutual TLS (default: OUTBOX_TLS_CLIENT_CERTIFICATE).",
+            rich_help_panel=_CONNECTION,
         ),
     ] = None,
     tls_key: Annotated[
         Path | None,
         typer.Option(
             "--tls-key",
-            help="The key of --tls-cert; unset: OUTBOX_TLS_CLIENT_KEY.",
-            rich_help_panel=_WHO,
+            help="Private key of --tls-cert (default: OUTBOX_TLS_CLIENT_KEY).",
+            rich_help_panel=_CONNECTION,
         ),
     ] = None,
     version: Annotated[
@@ -137,19 +144,19 @@ def _outbox(
         ),
     ] = False,
 ) -> None:
-    """Schedules e-mail: gRPC in, SMTP out, never faster than a sender's limits, nothing lost.
+    """Schedules e-mail by gRPC and sends it by SMTP, within each sender's limits, losing none.
 
-    [bold]outbox demo[/bold] shows it all; [bold]outbox up[/bold] keeps it running.
+    [bold]outbox demo[/bold] shows how it works; [bold]outbox up[/bold] runs it on this machine.
     """
-    del version  # its callback has printed it
+    del version  # The callback has printed it.
     client_files.set(ClientFiles(api_key_file, tls_ca, tls_cert, tls_key))
 
 
 def main() -> None:
-    """Run the command line; the console script's entry."""
-    # grpc reads it when it is imported. Else it says, at every server that is started while a
-    # channel is open, that it skips its fork handlers; no child of ours goes on using grpc.
+    """Run the command line. This is the entry point of the console script."""
+    # grpc reads this at import. Without it, grpc warns that it skips its fork handlers whenever we
+    # start a server while a channel is open. None of our child processes uses the parent's grpc.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    # Else it writes a line of its own about each TLS handshake that fails.
+    # Without it, grpc prints its own line about each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     app(prog_name="outbox")

@@ -1,4 +1,4 @@
-"""`outbox migrate`."""
+"""`outbox migrate`: updates the database schema."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def migrate() -> None:
-    """Bring the schema of OUTBOX_DATABASE_URL up to date.
+    """Update the schema of the database in OUTBOX_DATABASE_URL to this version.
 
     Safe to run at any time, and from several machines at once.
     """
-    # `--help` needs no SQLAlchemy, which takes a third of a second.
+    # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 

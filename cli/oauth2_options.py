@@ -1,4 +1,4 @@
-"""The command-line options of an endpoint that signs in by OAuth 2.0."""
+"""The command-line options of an endpoint that authenticates by OAuth 2.0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outbox_server.cli.options import text_or_file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OAuth2Options:
-    """The options of an endpoint that signs in by OAuth 2.0."""
+    """The options of an endpoint that authenticates by OAuth 2.0."""
 
     oauth2_token_url: Annotated[
         str,
@@ -40,7 +40,7 @@ class OAuth2Options:
         ),
     ] = None
     oauth2_scope: Annotated[
-        str, typer.Option("--oauth2-scope", help="Scopes to ask for, separated by spaces.")
+        str, typer.Option("--oauth2-scope", help="Scopes to request, separated by spaces.")
     ] = ""
     oauth2_tenant: Annotated[
         str,
@@ -49,7 +49,7 @@ class OAuth2Options:
 
     @property
     def given(self) -> bool:
-        """Whether any of them was given."""
+        """Whether any of these options was given."""
         return self != OAuth2Options()
 
     def to_credentials(self) -> OAuth2Credentials | None:

@@ -1,4 +1,4 @@
-"""Options that several commands have: defined once, as the fields of a dataclass."""
+"""Groups of options that several commands share, defined once as the fields of a dataclass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 
 def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of its parameters that are dataclasses.
+    """Add the fields of a command's dataclass parameters to it as options.
 
     The fields of such a class are typer options, or dataclasses of the same kind. Typer sees the
     options as if the command had declared them, and the command gets objects of these classes.

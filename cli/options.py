@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they read: durations, times, enums, texts."""
+"""Options that several commands share, and the parsers of durations, times, enums and texts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from outbox_server.shared.settings import parse_duration
 
 User = Annotated[
     str,
-    typer.Option("--user", metavar="ID", help="Whose; needed where the call may act for several."),
+    typer.Option("--user", metavar="ID", help="Owner; required with a service or operator key."),
 ]
 PageSize = Annotated[
-    int, typer.Option("--page-size", min=0, max=1000, help="The most in one answer; 0: 50.")
+    int,
+    typer.Option(
+        "--page-size",
+        min=0,
+        max=1000,
+        show_default=False,
+        help="Results per page (default 50).",
+    ),
 ]
-AllPages = Annotated[bool, typer.Option("--all", help="All pages, one after the other.")]
-PageToken = Annotated[str, typer.Option("--page-token", help="Where the page before ended.")]
+AllPages = Annotated[bool, typer.Option("--all", help="Fetch all pages.")]
+PageToken = Annotated[str, typer.Option("--page-token", help="Token from the previous page.")]
 
 
 def read_duration(text: str) -> timedelta:
-    """Return the duration of an option.
+    """Parse the duration of an option.
 
     Raises:
-        typer.BadParameter: the text is none.
+        typer.BadParameter: the text is not a duration.
     """
     try:
         return parse_duration(text)
@@ -38,10 +45,10 @@ def read_duration(text: str) -> timedelta:
 
 
 def read_time(text: str) -> datetime:
-    """Return the time that RFC 3339, `now` or `in 10m` says.
+    """Parse a time in RFC 3339, `now` or `in 10m`.
 
     Raises:
-        typer.BadParameter: the text is none, or has no offset.
+        typer.BadParameter: the text is not a time, or has no UTC offset.
     """
     wanted = text.strip()
     if wanted.lower() == "now":
@@ -54,12 +61,14 @@ def read_time(text: str) -> datetime:
             raise typer.BadParameter(f"{wanted} is after the year 9999") from None
     try:
         time = datetime.fromisoformat(wanted)
-    except ValueError as error:
+    except ValueError:
         raise typer.BadParameter(
-            f"{error}; write 2026-12-24T18:00:00+01:00, `in 10m` or `now`"
+            f"{wanted!r} is not a time; use 2026-12-24T18:00:00+01:00, `in 10m` or `now`"
         ) from None
     if time.tzinfo is None:
-        raise typer.BadParameter(f"{wanted} has no offset; add Z for UTC, or one such as +01:00")
+        raise typer.BadParameter(
+            f"{wanted} has no UTC offset; add Z for UTC or, for example, +01:00"
+        )
     try:
         return time.astimezone(UTC)
     except OverflowError:
@@ -67,16 +76,16 @@ def read_time(text: str) -> datetime:
 
 
 def read_int32(text: str) -> int:
-    """Return the whole number of an option; whether it is in bounds is the server's to say.
+    """Parse a whole number that fits in an int32 field. The server checks its bounds.
 
     Raises:
-        typer.BadParameter: the text is none, or no int32 field holds it.
+        typer.BadParameter: the text is not a whole number, or does not fit.
     """
     return _read_whole(text, 31)
 
 
 def read_int64(text: str) -> int:
-    """Return the whole number of an option, as `read_int32`, for an int64 field."""
+    """Parse a whole number like `read_int32`, for an int64 field."""
     return _read_whole(text, 63)
 
 
@@ -84,14 +93,14 @@ def _read_whole(text: str, bits: int) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no whole number") from None
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
     if not -(2**bits) <= number < 2**bits:
-        raise typer.BadParameter(f"{number} is too large" if number > 0 else f"{number} is too low")
+        raise typer.BadParameter(f"{number} is too {'large' if number > 0 else 'small'}")
     return number
 
 
 def to_duration(value: timedelta | None) -> Duration | None:
-    """Return a message field; None: unset."""
+    """Convert a value to a message field. None means unset."""
     if value is None:
         return None
     duration = Duration()
@@ -100,7 +109,7 @@ def to_duration(value: timedelta | None) -> Duration | None:
 
 
 def to_timestamp(value: datetime | None) -> Timestamp | None:
-    """Return a message field; None: unset."""
+    """Convert a value to a message field. None means unset."""
     if value is None:
         return None
     timestamp = Timestamp()
@@ -109,24 +118,24 @@ def to_timestamp(value: datetime | None) -> Timestamp | None:
 
 
 def enum_reader(enum: Any, prefix: str) -> Callable[[str], int]:
-    """Return what reads the values of a protobuf enum, without their prefix, in any case."""
+    """Return a parser for the values of a protobuf enum: without their prefix, in any case."""
     names = [name.removeprefix(prefix) for name in enum.keys()[1:]]
 
     def read(text: str) -> int:
         name = text.strip().upper().replace("-", "_")
         if name not in names:
             known = ", ".join(one.lower().replace("_", "-") for one in names)
-            raise typer.BadParameter(f"{text!r} is none of {known}")
+            raise typer.BadParameter(f"{text!r} is not one of {known}")
         value: int = enum.Value(prefix + name)
         return value
 
-    # What typer shows as the option's kind.
+    # Typer shows this name as the option's type.
     read.__name__ = "|".join(one.lower().replace("_", "-") for one in names)
     return read
 
 
 def text_or_file(text: str | None, file: Path | None, flags: str) -> str | None:
-    """Return the text, or the file's; None: neither was given. `flags` name both.
+    """Return the text or the file's content, or None if neither was given. `flags` names both.
 
     Raises:
         typer.BadParameter: both were given, or the file cannot be read as UTF-8.
@@ -134,7 +143,7 @@ def text_or_file(text: str | None, file: Path | None, flags: str) -> str | None:
     if file is None:
         return text
     if text is not None:
-        raise typer.BadParameter(f"{flags}: give one of them")
+        raise typer.BadParameter(f"{flags}: give only one of them")
     try:
         if str(file) == "-":
             return sys.stdin.read()

@@ -1,4 +1,4 @@
-"""What commands print: one JSON document or a table on stdout, everything else on stderr."""
+"""Prints results on stdout, as a table or one JSON document, and all else on stderr."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from rich.text import Text
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.smtp.reply_text import describe_reply
 
-# Whoever reads from a pipe has no width: nothing is wrapped or cut there.
+# A pipe has no width: nothing is wrapped or cut in it.
 _PIPE_WIDTH: Final = 10_000
 # A cooldown is shown in one cell, as a sentence.
 _COOLDOWN: Final = "outbox.v1.Cooldown"
 _NOT_PLAIN: Final = re.compile(r"[^\x20-\x7e\n]")
-# From here on nobody reads what follows the point.
-_WHOLE_FROM: Final = 100
+# Numbers from here on are shown without decimals.
+_NO_DECIMALS_FROM: Final = 100
 
 
 class OutputFormat(StrEnum):
-    """What stdout gets."""
+    """The format of the result on stdout."""
 
     TABLE = "table"
     JSON = "json"
@@ -44,24 +44,24 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="json: one document on stdout, and nothing else there.",
+        help="With json, stdout holds exactly one JSON document.",
     ),
 ]
 
 
 def stdout() -> Console:
-    """Return a console on stdout that takes no text for markup."""
+    """Return a console on stdout that does not interpret markup."""
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
 def stderr() -> Console:
-    """Return a console on stderr that takes no text for markup."""
+    """Return a console on stderr that does not interpret markup."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
 def note(text: str) -> None:
-    """Say something beside the answer: one line on stderr."""
+    """Print one line on stderr, beside the result."""
     sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()
 
@@ -79,18 +79,18 @@ def print_json_line(document: Any) -> None:
 
 
 def _json(document: Any, indent: int | None = None) -> str:
-    """Return JSON in which every character is escaped that could control a terminal."""
+    """Return JSON with every character escaped that could control a terminal."""
     text = json.dumps(document, ensure_ascii=False, indent=indent)
     return _NOT_PLAIN.sub(lambda found: _escaped(found[0]), text)
 
 
 def _escaped(char: str) -> str:
-    # As json.dumps writes it, without its quotes.
+    # The escape of json.dumps, without its quotes.
     return char if char.isprintable() else json.dumps(char)[1:-1]
 
 
 def to_document(message: Message) -> dict[str, Any]:
-    """Return a message as proto JSON with the original field names, zeros and empty lists too."""
+    """Return a message as proto JSON: original field names, with zeros and empty lists."""
     document: dict[str, Any] = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -98,7 +98,7 @@ def to_document(message: Message) -> dict[str, Any]:
 
 
 def show(message: Message, output: OutputFormat, *, without: Sequence[str] = ()) -> None:
-    """Print one message; the table has a row for every field that is set but those `without`."""
+    """Print one message. The table has a row for each set field, except those in `without`."""
     if output is OutputFormat.JSON:
         print_json(to_document(message))
         return
@@ -110,7 +110,7 @@ def show(message: Message, output: OutputFormat, *, without: Sequence[str] = ())
 def show_list(
     response: Message, field: str, columns: Sequence[str], output: OutputFormat, *, what: str
 ) -> None:
-    """Print one page of a list; `columns` are paths in the items, such as `counts.sent_count`."""
+    """Print one page of a list. `columns` are paths in the items, such as `counts.sent_count`."""
     if output is OutputFormat.JSON:
         print_json(to_document(response))
         return
@@ -122,7 +122,7 @@ def show_list(
         note(f"no {what}")
     more = getattr(response, "next_page_token", "")
     if more:
-        note(f"there are more: --all, or --page-token {more}")
+        note(f"more results: use --all, or --page-token {more}")
 
 
 def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -136,7 +136,7 @@ def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def value_at(message: Message, path: str) -> str:
-    """Return the field at a path, as a table shows it; empty if it is unset."""
+    """Return the field at a path as a table shows it, or an empty text if it is unset."""
     *parents, last = path.split(".")
     for parent in parents:
         message = getattr(message, parent)
@@ -144,7 +144,7 @@ def value_at(message: Message, path: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with what steers a terminal made visible: servers we talk to wrote parts."""
+    """Return `text` with control characters made visible, as servers wrote parts of it."""
     return "".join(
         char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
     )
@@ -214,12 +214,12 @@ def _plain(value: str | float | bool) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= _WHOLE_FROM else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= _NO_DECIMALS_FROM else f"{value:.3g}"
     return printable(str(value))
 
 
 def _duration(value: timedelta) -> str:
-    """Return it as people read it: 250ms, 2s, 1m30s, 33m18s."""
+    """Return a duration for people: 250ms, 2s, 1m30s, 33m18s."""
     if value < timedelta(minutes=1):
         return format_duration(value)
     seconds = round(value.total_seconds())
@@ -231,6 +231,6 @@ def _enum_name(value: int, field: Any) -> str:
     names = field.enum_type.values_by_number
     if not value:
         return ""
-    # EMAIL_JOB_STATE_SENT is SENT: the zero value has the prefix of all.
+    # EMAIL_JOB_STATE_SENT becomes SENT: the zero value shows the prefix of all values.
     prefix = names[0].name.removesuffix("UNSPECIFIED")
     return names[value].name.removeprefix(prefix) if value in names else str(value)

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, now and then a plain line anywhere else."""
+"""Shows progress on stderr: bars on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LINE_EVERY_S: Final = 5.0
 
 
 class UploadBar:
-    """How far an upload is; the client calls it."""
+    """The progress bar of an upload, updated by the client."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self.rows = 0
@@ -34,7 +34,7 @@ class UploadBar:
         self._task = task
 
     def __call__(self, now: UploadProgress) -> None:
-        """Show it."""
+        """Show the progress of the upload."""
         self.rows = now.rows
         self._progress.update(
             self._task, completed=now.sent_bytes, total=now.total_bytes, rows=now.rows
@@ -43,7 +43,7 @@ class UploadBar:
 
 @contextmanager
 def upload_progress(title: str) -> Iterator[UploadBar]:
-    """Show how many bytes and rows of an upload were read."""
+    """Show how many bytes and rows of an upload have been read."""
     console = stderr()
     columns = (
         TextColumn(title),
@@ -59,7 +59,7 @@ def upload_progress(title: str) -> Iterator[UploadBar]:
 
 
 class JobProgress:
-    """How many jobs of each batch have ended, by title."""
+    """Shows how many jobs of each batch have ended, by title."""
 
     def __init__(self, totals: Mapping[str, int]) -> None:
         console = stderr()
@@ -81,7 +81,7 @@ class JobProgress:
         self._printed: dict[str, tuple[int, float]] = {}
 
     def update(self, title: str, ended: int, remark: str = "") -> None:
-        """Show that `ended` jobs of a batch have ended, and a remark on it."""
+        """Show that `ended` jobs of a batch have ended, with a remark."""
         self._progress.update(self._tasks[title], completed=ended, remark=remark)
         if not self._plain:
             return
@@ -93,7 +93,7 @@ class JobProgress:
             note(f"{title}: {ended} of {total}{f', {remark}' if remark else ''}")
 
     def __enter__(self) -> Self:
-        """Begin to show."""
+        """Start the display."""
         self._progress.start()
         return self
 
@@ -103,5 +103,5 @@ class JobProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the last state on the screen."""
+        """Stop the display, and leave its last state on the screen."""
         self._progress.stop()

@@ -1,4 +1,4 @@
-"""The rows that were not accepted, as a CSV that one can mend and send again."""
+"""Writes the rejected rows as a CSV that the user can fix and schedule again."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from outbox_server.cli.lazy import CommandFailed
 from outbox_server.services.scheduler.csv_reader import CsvTable, read_csv
 
 _READ_BYTES: Final = 64 * 1024
-# After the columns of the CSV. Templates need not know them, so they may stay in what is sent.
-ADDED: Final = ("rejected_row", "rejected_column", "rejected_reason", "rejected_message")
+# Added after the columns of the CSV. Templates ignore them, so the user need not remove them.
+ADDED_COLUMNS: Final = ("rejected_row", "rejected_column", "rejected_reason", "rejected_message")
 
 
 def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: TextIO) -> int:
-    """Write the rejected rows of `table`, which is read once more, and return how many they are.
+    """Write the rejected rows of `table`, which is read once more, and return their number.
 
-    All its columns, with its separator; what an earlier mending added is replaced. `rejections` are
-    in the order of the rows. A row with more cells than the header keeps them at its end.
+    They keep all columns and the separator. Columns added by an earlier run are replaced.
+    `rejections` are in row order. A row with more cells than the header keeps them at its end.
     """
     writer = csv.writer(target, delimiter=table.separator)
-    kept = [index for index, name in enumerate(table.names) if name not in ADDED]
-    writer.writerow([*(table.columns[index] for index in kept), *ADDED])
+    kept = [index for index, name in enumerate(table.names) if name not in ADDED_COLUMNS]
+    writer.writerow([*(table.columns[index] for index in kept), *ADDED_COLUMNS])
     width, written = len(table.columns), 0
     rejection = next(rejections, None)
     for number, cells in table.rows():
@@ -46,16 +46,16 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
 
 @contextmanager
 def new_file(path: Path | None) -> Iterator[BinaryIO | None]:
-    """Make the file before anything is sent; gone again if nothing is written to it."""
+    """Create the file before anything is sent, and remove it if it stays empty."""
     if path is None:
         yield None
         return
     try:
         target = path.open("xb")
     except FileExistsError:
-        raise CommandFailed(f"--rejections: {path} is there already: name a new file") from None
+        raise CommandFailed(f"--rejections: {path} exists already; choose a new file") from None
     except OSError as error:
-        raise CommandFailed(f"--rejections: {path} cannot be made: {error.strerror}") from None
+        raise CommandFailed(f"--rejections: {path} cannot be created: {error.strerror}") from None
     try:
         with target:
             yield target
@@ -65,10 +65,10 @@ def new_file(path: Path | None) -> Iterator[BinaryIO | None]:
 
 
 def write_again(source: BinaryIO, rejections: Iterable[Rejection], target: BinaryIO) -> None:
-    """Write the rejected rows of a CSV that was read once; `source` can be read again."""
+    """Write the rejected rows of a CSV that has been read once. `source` must be seekable."""
     source.seek(0)
     if source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
-        target.write(codecs.BOM_UTF8)  # Excel takes a CSV without it for another encoding
+        target.write(codecs.BOM_UTF8)  # Without it, Excel assumes another encoding.
     source.seek(0)
     text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
     table = read_csv(iter(lambda: source.read(_READ_BYTES), b""))

@@ -1,4 +1,4 @@
-"""`outbox keys rotate-encryption`: what it does, with its progress on stderr."""
+"""`outbox keys rotate-encryption`: re-encrypts all secrets, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ _OAUTH2: Final = "OAuth 2.0 credentials"
 
 @dataclass(slots=True)
 class Rotation:
-    """How far it came."""
+    """The results of a rotation, by number of secrets."""
 
     rotated: int = 0
-    # Under the newest key before.
+    # Already encrypted with the first key.
     current: int = 0
     unreadable: list[int] = field(default_factory=list)
 
 
 def rotate_all() -> Rotation:
-    """Rotate every stored password, and every secret and token of OAuth 2.0.
+    """Re-encrypt every stored password, and every secret and token of OAuth 2.0.
 
     Raises:
-        ConfigurationError: there is no new key beside the old ones.
+        ConfigurationError: OUTBOX_ENCRYPTION_KEYS has only one key.
         CommandFailed: the database cannot be reached.
     """
     secrets = SecretBox.from_settings(load_settings())
-    # A new key put in place of the old one, and not before it, would lose every password.
-    if secrets.key_count < 2:  # noqa: PLR2004 - a new one and an old one
+    # If a new key replaced the old one, instead of preceding it, every password would be lost.
+    if secrets.key_count < 2:  # noqa: PLR2004 - a new key and an old one
         raise ConfigurationError(
-            "OUTBOX_ENCRYPTION_KEYS: there is no new key to rotate to; put one, made with "
-            "`outbox keys generate-encryption-key`, before those that are there: NEW,OLD"
+            "OUTBOX_ENCRYPTION_KEYS: has no new key; put one from "
+            "`outbox keys generate-encryption-key` before the existing ones: NEW,OLD"
         )
 
     async def rotate(engine: AsyncEngine) -> Rotation:
@@ -75,7 +75,7 @@ async def _rotate(
     done: Rotation,
     report: Callable[[int], None],
 ) -> None:
-    """Rotate all secrets of one kind, chunk by chunk, and add the results to `done`."""
+    """Re-encrypt all secrets of one kind in chunks, and add the results to `done`."""
     looked_at, after = 0, 0
     while True:
         async with engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""`outbox schedule`: UploadBatch, and following the batch to its end."""
+"""`outbox schedule`: uploads a batch and, with --wait, follows it to its end."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from outbox_server.cli.progress import upload_progress
 from outbox_server.cli.rejections import new_file, write_again
 
 _READ_BYTES = 64 * 1024
-_SHOWN_REJECTIONS = 10
+_MAX_REJECTIONS_SHOWN = 10
 _SUMMARY = (
     "batch_id",
     "state",
@@ -62,20 +62,25 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def schedule(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV with a header; -: stdin.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="CSV file with a header row; - is stdin.")
+    ],
     *,
-    sender: Annotated[str, typer.Option("--sender", metavar="ID", help="Who sends it.")],
+    sender: Annotated[str, typer.Option("--sender", metavar="ID", help="Sender of the mails.")],
     user: User = "",
     subject: Annotated[
-        str | None, typer.Option("--subject", help="A Liquid template: 'Hello {{ first_name }}'.")
+        str | None,
+        typer.Option("--subject", help="Subject, a Liquid template: 'Hello {{ first_name }}'."),
     ] = None,
-    body: Annotated[str | None, typer.Option("--body", help="The plain text, a template.")] = None,
+    body: Annotated[
+        str | None, typer.Option("--body", help="Plain text, a Liquid template.")
+    ] = None,
     body_file: Annotated[
-        Path | None, typer.Option("--body-file", help="The same, from a file.")
+        Path | None, typer.Option("--body-file", help="File containing the --body.")
     ] = None,
-    html: Annotated[str | None, typer.Option("--html", help="The HTML, a template.")] = None,
+    html: Annotated[str | None, typer.Option("--html", help="HTML, a Liquid template.")] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html-file", help="The same, from a file.")
+        Path | None, typer.Option("--html-file", help="File containing the --html.")
     ] = None,
     schedule_time: Annotated[
         datetime | None,
@@ -92,7 +97,7 @@ def schedule(
             "--spacing",
             parser=read_duration,
             metavar="DURATION",
-            help="Between consecutive mails, such as 5s.",
+            help="Time between consecutive mails, such as 5s (default: 0s).",
         ),
     ] = None,
     duplicates: Annotated[
@@ -101,7 +106,7 @@ def schedule(
             "--duplicates",
             parser=enum_reader(DuplicatePolicy, "DUPLICATE_POLICY_"),
             metavar="keep-first|keep-all",
-            help="Of rows with the same address; unset: keep-first.",
+            help="Which rows with the same address to send (default: keep-first).",
         ),
     ] = None,
     mode: Annotated[
@@ -110,7 +115,7 @@ def schedule(
             "--mode",
             parser=enum_reader(BatchMode, "BATCH_MODE_"),
             metavar="permissive|strict",
-            help="strict: one bad row refuses all; unset: permissive.",
+            help="With strict, one bad row rejects the batch (default: permissive).",
         ),
     ] = None,
     expire_after: Annotated[
@@ -119,7 +124,7 @@ def schedule(
             "--expire-after",
             parser=read_duration,
             metavar="DURATION",
-            help="How long after it was due a mail may still go.",
+            help="How long after its due time a mail may still be sent (default: for ever).",
         ),
     ] = None,
     spread_until: Annotated[
@@ -128,7 +133,7 @@ def schedule(
             "--spread-until",
             parser=read_time,
             metavar="TIME",
-            help="Spread evenly until then, in place of --spacing.",
+            help="Spread the mails evenly until this time, instead of --spacing.",
         ),
     ] = None,
     time_zone: Annotated[
@@ -143,7 +148,7 @@ def schedule(
         typer.Option(
             "--request",
             metavar="ID",
-            help="Makes it safe to repeat; unset: a new one, which is printed.",
+            help="Id that makes retries safe (default: a new one, which is printed).",
         ),
     ] = None,
     rejections: Annotated[
@@ -151,23 +156,25 @@ def schedule(
         typer.Option(
             "--rejections",
             metavar="FILE",
-            help="Write the rows that were not accepted, with why: mend them and send that.",
+            help="Write rejected rows and reasons to this new CSV, to fix and schedule again.",
         ),
     ] = None,
-    only_try: Annotated[
+    dry: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the rows and ask when it would end; send nothing."),
+        typer.Option("--dry-run", help="Check the rows and forecast the end; schedule nothing."),
     ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow the batch to its end; failed mail is exit 1.")
+        bool,
+        typer.Option("--wait", help="Follow the batch to its end; exit code 1 if a mail failed."),
     ] = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    r"""Upload a CSV of recipients as a batch, of any size.
+    r"""Upload a CSV of recipients, of any size, as a batch.
 
-    A column `email` is needed; every column is a variable of the templates.
-    Columns subject, body, html, schedule_time and timezone mean what they say.
+    The CSV needs a column `email`; every column is a template variable.
+    The optional columns subject, body, html, schedule_time and timezone
+    apply to their row.
 
     $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}' \
       --body 'Good to see you.' --schedule-time 'in 10m' --wait
@@ -187,14 +194,16 @@ def schedule(
         spread_until=to_timestamp(spread_until),
         time_zone=time_zone or "",
     )
-    if only_try and wait:
-        raise typer.BadParameter("--wait follows a batch, and --dry-run makes none: leave one out")
+    if dry and wait:
+        raise typer.BadParameter(
+            "--wait follows a batch, but --dry-run creates none: use only one of them"
+        )
     with _opened(file, again=rejections is not None) as source:
-        if only_try:
-            _try(options, source, rejections, server, output)
+        if dry:
+            _dry_run(options, source, rejections, server, output)
             return
         if request is None:
-            note(f"request_id {options.request_id}: repeated with --request, it counts once")
+            note(f"request_id {options.request_id}: pass it as --request to retry safely")
         with connection("scheduler", server) as client, new_file(rejections) as unsent:
             answer = _upload(client, source, options)
             if unsent is not None and answer.batch.rejected_count:
@@ -215,27 +224,27 @@ def schedule(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _try(
+def _dry_run(
     options: BatchOptions,
     source: BinaryIO,
     rejections: Path | None,
     server: str | None,
     output: OutputFormat,
 ) -> None:
-    """Say what would become of the rows, and when the last mail would go."""
+    """Show which rows would be accepted, and when the last mail would be sent."""
     with new_file(rejections) as unsent:
-        reading = dry_run.read(options, source)
-        if unsent is not None and reading.rejections:
-            write_again(source, reading.rejections, unsent)
-        if output is OutputFormat.TABLE and reading.rejections:
-            _print_rejections(reading.rejections, rejections)
-    dry_run.check(reading)
-    show(dry_run.forecast(options, reading, server), output)
+        checked = dry_run.read(options, source)
+        if unsent is not None and checked.rejections:
+            write_again(source, checked.rejections, unsent)
+        if output is OutputFormat.TABLE and checked.rejections:
+            _print_rejections(checked.rejections, rejections)
+    dry_run.check(checked)
+    show(dry_run.forecast(options, checked, server), output)
 
 
 @contextmanager
 def _opened(file: Path, *, again: bool) -> Iterator[BinaryIO]:
-    """Open the CSV; a pipe that is to be read `again` by way of a temporary file."""
+    """Open the CSV. A pipe that must be read `again` is copied to a temporary file."""
     try:
         opened = nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
     except OSError as error:
@@ -265,10 +274,10 @@ def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> Non
     print_rows(("field", "value"), _rows_of(answer.batch, _SUMMARY))
     if answer.rejections:
         _print_rejections(answer.rejections, written)
-        if written is None and answer.batch.rejected_count > _SHOWN_REJECTIONS:
-            note(f"all of them: outbox batches rejections {answer.batch.batch_id} --all")
+        if written is None and answer.batch.rejected_count > _MAX_REJECTIONS_SHOWN:
+            note(f"all rejections: outbox batches rejections {answer.batch.batch_id} --all")
     if answer.replayed:
-        note("an earlier call with this request_id made the batch; nothing was changed")
+        note("an earlier call with this request_id created the batch; nothing was changed")
     for notice in answer.notices:
         note(notice)
     end = value_at(answer, "forecast_end_time")
@@ -277,11 +286,11 @@ def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> Non
 
 
 def _print_rejections(rejections: Sequence[Rejection], written: Path | None) -> None:
-    shown = rejections[:_SHOWN_REJECTIONS]
+    shown = rejections[:_MAX_REJECTIONS_SHOWN]
     rows = ([value_at(one, path) for path in REJECTION_COLUMNS] for one in shown)
     print_rows(REJECTION_COLUMNS, rows)
     if written is not None:
-        note(f"all of them, to mend and to schedule again: {written}")
+        note(f"all rejected rows, to fix and schedule again: {written}")
 
 
 def _rows_of(batch: Batch, paths: Sequence[str]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""`outbox scheduler`: one process."""
+"""`outbox scheduler`: runs the scheduler."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def scheduler() -> None:
-    """Run the scheduler: it takes batches in, keeps senders, answers about jobs.
+    """Run the scheduler, which accepts batches and manages senders and jobs.
 
-    It reads OUTBOX_*, listens on OUTBOX_SCHEDULER_LISTEN (127.0.0.1:50051),
-    and wants the schema that `outbox migrate` makes. SIGTERM and Ctrl-C
-    drain it.
+    Its settings are the OUTBOX_* variables. It listens on
+    OUTBOX_SCHEDULER_LISTEN (127.0.0.1:50051) and requires an up-to-date
+    schema (`outbox migrate`). SIGTERM and Ctrl-C stop it gracefully.
     """
     from outbox_server.cli.service import run
 

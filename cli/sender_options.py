@@ -37,7 +37,8 @@ class SmtpOptions:
             "--smtp-port",
             parser=read_int32,
             metavar="N",
-            help="0 means 465 with tls, otherwise 587.",
+            show_default=False,
+            help="SMTP port (default: 465 with tls, otherwise 587).",
         ),
     ] = 0
     smtp_security: Annotated[
@@ -69,8 +70,7 @@ class SmtpOptions:
             "--smtp-preset",
             parser=enum_reader(SmtpPreset, "SMTP_PRESET_"),
             metavar="gmail|microsoft365",
-            help="Use this provider's host, port, security, token URL and scope where none are "
-            "given.",
+            help="Provider whose host, port, security, token URL and scope are the defaults.",
         ),
     ] = None
     oauth2: OAuth2Options
@@ -84,7 +84,7 @@ class SmtpOptions:
         if self.smtp_host is None and self.smtp_preset is None:
             if self != SmtpOptions(oauth2=OAuth2Options()):
                 raise typer.BadParameter(
-                    "an SMTP endpoint is replaced as a whole: give --smtp-host or --smtp-preset too"
+                    "an SMTP endpoint is set as a whole: also give --smtp-host or --smtp-preset"
                 )
             return None
         password = text_or_file(None, self.smtp_password_file, "--smtp-password-file") or ""
@@ -102,7 +102,7 @@ class SmtpOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SenderOptions:
-    """The options of a sender besides its address."""
+    """The options of a sender, except its address."""
 
     display_name: Annotated[
         str | None, typer.Option("--display-name", help="Name shown in From beside the address.")
@@ -113,7 +113,7 @@ class SenderOptions:
             "--hourly-limit",
             parser=read_int32,
             metavar="N",
-            help="The most mails in any trailing hour: 1 to 1000000.",
+            help="Maximum sends in any trailing hour: 1 to 1000000.",
         ),
     ] = None
     min_gap: Annotated[
@@ -122,7 +122,7 @@ class SenderOptions:
             "--min-gap",
             parser=read_duration,
             metavar="DURATION",
-            help="Time from the end of a send to the start of the next, such as 2s.",
+            help="Minimum time from the end of a send to the start of the next, such as 2s.",
         ),
     ] = None
     max_in_flight: Annotated[
@@ -131,7 +131,7 @@ class SenderOptions:
             "--max-in-flight",
             parser=read_int32,
             metavar="N",
-            help="Sends at the same time; matters only without a gap.",
+            help="Maximum concurrent sends; applies only without a gap.",
         ),
     ] = None
     sending_hours: HoursOption = None
@@ -139,7 +139,7 @@ class SenderOptions:
     smtp: SmtpOptions
 
     def to_fields(self) -> dict[str, Any]:
-        """Return the fields of a `Sender` whose options were given.
+        """Return the given options as fields of a `Sender`.
 
         Raises:
             typer.BadParameter: a file cannot be read, or options that belong together are not

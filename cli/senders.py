@@ -1,4 +1,4 @@
-"""`outbox senders`: SenderService."""
+"""`outbox senders`: the commands of SenderService."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLUMNS = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Create, show, change, pause and delete senders.",
+    help="Create, show, update, pause and delete senders.",
 )
 
 SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
@@ -38,7 +38,7 @@ SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
 @app.command()
 @with_option_groups
 def create(
-    email: Annotated[str, typer.Option("--email", help="The address in From.")],
+    email: Annotated[str, typer.Option("--email", help="Address in From.")],
     *,
     user: User = "",
     sender: SenderOptions,
@@ -94,7 +94,7 @@ def list_(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the senders of a user, the oldest first.
+    """List the senders of a user, oldest first.
 
     $ outbox senders list --user demo
     """
@@ -118,18 +118,18 @@ def update(
     sender_id: SenderId,
     *,
     user: User = "",
-    email: Annotated[str | None, typer.Option("--email", help="The address in From.")] = None,
+    email: Annotated[str | None, typer.Option("--email", help="Address in From.")] = None,
     sender: SenderOptions,
     unset: Annotated[
         list[str] | None,
         typer.Option(
-            "--unset", metavar="FIELD", help="Back to its default: min_gap, say. Repeatable."
+            "--unset", metavar="FIELD", help="Reset this field, such as min_gap. Repeatable."
         ),
     ] = None,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change what is named, and nothing else; it holds from the next send on.
+    """Change the given fields of a sender. The change applies from the next send on.
 
     $ outbox senders update SENDER_ID --hourly-limit 100 --unset min_gap
 
@@ -140,7 +140,7 @@ def update(
         given["email"] = email
     paths = [*given, *(name.replace("-", "_") for name in unset or ())]
     if not paths:
-        raise typer.BadParameter("name something to change, or --unset it")
+        raise typer.BadParameter("nothing to change: give an option, or --unset FIELD")
     request = pb.UpdateSenderRequest(
         sender=Sender(sender_id=sender_id, **given),
         update_mask=FieldMask(paths=paths),
@@ -156,12 +156,13 @@ def delete(
     sender_id: SenderId,
     user: User = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Cancel what still waits; else that is an error.")
+        bool,
+        typer.Option("--force", help="Also cancel its waiting jobs, which otherwise prevent this."),
     ] = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Delete a sender. Its jobs and batches stay readable."""
+    """Delete a sender. Its jobs and batches can still be read."""
     with connection("scheduler", server) as client:
         answer = client.senders.DeleteSender(
             pb.DeleteSenderRequest(sender_id=sender_id, user_id=user, force=force)
@@ -177,7 +178,7 @@ def pause(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Begin nothing more from this sender until it is resumed."""
+    """Pause a sender: it begins no more sends until it is resumed."""
     with connection("scheduler", server) as client:
         paused = client.senders.PauseSender(
             pb.PauseSenderRequest(sender_id=sender_id, user_id=user)
@@ -192,7 +193,7 @@ def resume(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Resume a paused sender, and end its cooldown. Its limits still hold."""
+    """Resume a paused sender, and end its cooldown. Its limits still apply."""
     with connection("scheduler", server) as client:
         resumed = client.senders.ResumeSender(
             pb.ResumeSenderRequest(sender_id=sender_id, user_id=user)
@@ -206,14 +207,12 @@ def verify(
     user: User = "",
     recipient: Annotated[
         str,
-        typer.Option(
-            "--recipient", help="Address to name in RCPT (default: the sender's own address)."
-        ),
+        typer.Option("--recipient", help="Address for RCPT (default: the sender's own address)."),
     ] = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Do what a send does, up to the recipient; no mail is sent. Exit code 1 means not ready.
+    """Test a sender's SMTP session up to RCPT, without sending. Exit code 1 means not ready.
 
     $ outbox senders verify 3
     """

@@ -1,4 +1,4 @@
-"""`outbox stats series`: StatsService.QuerySenderSeries, as a table, a plot or a picture."""
+"""`outbox stats series`: shows QuerySenderSeries as a table, a plot or an SVG picture."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _COLUMNS: Final = (
 _COUNTS: Final = ("sent", "failed", "retried", "late")
 _COLORS: Final = {"sent": "green", "failed": "red", "retried": "orange", "late": "blue"}
 _HEIGHT: Final = 20
-_MOST_WIDE: Final = 120
+_MAX_WIDTH: Final = 120
 
 
 def series(
@@ -47,12 +47,17 @@ def series(
     start_time: Annotated[
         datetime | None,
         typer.Option(
-            "--start-time", parser=read_time, metavar="TIME", help="Unset: a day before the end."
+            "--start-time",
+            parser=read_time,
+            metavar="TIME",
+            help="Start (default: a day before the end).",
         ),
     ] = None,
     end_time: Annotated[
         datetime | None,
-        typer.Option("--end-time", parser=read_time, metavar="TIME", help="Unset: now."),
+        typer.Option(
+            "--end-time", parser=read_time, metavar="TIME", help="End, exclusive (default: now)."
+        ),
     ] = None,
     bucket: Annotated[
         timedelta | None,
@@ -60,18 +65,18 @@ def series(
             "--bucket",
             parser=read_duration,
             metavar="DURATION",
-            help="1m to 24h, a divisor of a day; unset: 1h.",
+            help="Length of an interval: 1m to 24h, a divisor of a day (default: 1h).",
         ),
     ] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw it in the terminal.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw a chart in the terminal.")] = False,
     svg: Annotated[
-        Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture of it.")
+        Path | None, typer.Option("--svg", metavar="FILE", help="Write a chart to this SVG file.")
     ] = None,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show how a sender did over time: sent, failed, retried, late; lateness.
+    """Show a sender's sent, failed, retried and late mails over time, with their lateness.
 
     $ outbox stats series 3 --bucket 5m --plot
     """
@@ -109,13 +114,13 @@ def _values(points: Sequence[SeriesPoint]) -> dict[str, list[int]]:
 
 def draw(sender_id: str, points: Sequence[SeriesPoint]) -> None:
     """Draw a series in the terminal."""
-    # Of no use to any other command.
+    # Imported here, as no other command needs it.
     import plotext
 
     places = list(range(len(points)))
     labels = _labels(points)
     plotext.clear_figure()
-    plotext.plotsize(min(stdout().width, _MOST_WIDE), _HEIGHT)
+    plotext.plotsize(min(stdout().width, _MAX_WIDTH), _HEIGHT)
     plotext.theme("clear")
     for name, values in _values(points).items():
         if any(values):
@@ -123,7 +128,7 @@ def draw(sender_id: str, points: Sequence[SeriesPoint]) -> None:
     every = max(1, len(points) // 8)
     plotext.xticks(places[::every], labels[::every])
     plotext.ylim(0)
-    plotext.title(f"sender {sender_id}, mails by the time of their end (UTC)")
+    plotext.title(f"sender {sender_id}, mails by end time (UTC)")
     text: Any = plotext.build()
     console = stdout()
     console.file.write((text if console.is_terminal else plotext.uncolorize(text)) + "\n")
@@ -137,9 +142,9 @@ def write_picture(path: Path, sender_id: str, points: Sequence[SeriesPoint]) -> 
     """
     import pygal
 
-    # No script from elsewhere: the picture stands alone.
+    # The picture loads no script from elsewhere.
     chart = pygal.Line(
-        title=f"Sender {sender_id}: mails by the time of their end (UTC)",
+        title=f"Sender {sender_id}: mails by end time (UTC)",
         js=[],
         x_label_rotation=40,
         show_minor_x_labels=False,

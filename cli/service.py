@@ -1,4 +1,4 @@
-"""Runs the program of a service in this process: the command line imports no service."""
+"""Runs a service in this process by its module name, since the command line imports no service."""
 
 from __future__ import annotations
 

@@ -18,15 +18,15 @@ from outbox_server.shared.settings import Settings
 NAMES: Final = ", ".join(PROFILES)
 # Settings that are scaled with a provider's periods: a shorter day needs shorter waits.
 _SCALED: Final = ("cooldown", "quota_day", "defer_backoff")
-_SHORTEST: Final = timedelta(milliseconds=1)
-# The default of OUTBOX_MIN_GAP, with which a sender reaches a quota or does not.
+_SHORTEST_WAIT: Final = timedelta(milliseconds=1)
+# The default of OUTBOX_MIN_GAP, which decides whether a sender can reach a quota.
 _USUAL_GAP_S: Final = 2.0
-# What takes longer to reach is not waited for in front of a screen.
+# A user does not wait longer than this at a terminal.
 _LONGEST_WAIT_S: Final = 240.0
-# Long enough for 20 mails at that gap, and soon over.
-_GOOD_PERIOD_S: Final = 86.4
-# Mails beyond a quota, so that some wait.
-_BEYOND: Final = 10
+# Long enough for 20 mails at that gap, and short enough to watch.
+_SUGGESTED_PERIOD_S: Final = 86.4
+# Mails scheduled beyond a quota, so that some wait.
+_MAILS_BEYOND_QUOTA: Final = 10
 _MOST_REPLIES: Final = 3
 
 
@@ -38,7 +38,7 @@ class ProviderChoice:
     scale: float
 
     def settings(self, settings: Settings) -> Settings:
-        """Return the settings with waits that are scaled as the provider's periods are.
+        """Return the settings, with waits scaled like the provider's periods.
 
         Settings that the user has set stay unchanged.
         """
@@ -60,7 +60,7 @@ def read_provider(name: str) -> Profile:
         typer.BadParameter: there is no such provider.
     """
     if name not in PROFILES:
-        raise typer.BadParameter(f"there is no provider {name!r}; there are {NAMES}")
+        raise typer.BadParameter(f"there is no provider {name!r}; choose one of {NAMES}")
     return PROFILES[name]
 
 
@@ -95,7 +95,7 @@ def lines_of(found: dict[str, Any], choice: ProviderChoice) -> Iterator[str]:
     if longest is not None and longest.seconds < longest.most * _USUAL_GAP_S:
         yield "            One sender cannot reach the last quota: it sends a mail every 2 s."
     if longest is not None and not _is_soon_reached(longest):
-        scale = choice.scale * _GOOD_PERIOD_S / longest.seconds
+        scale = choice.scale * _SUGGESTED_PERIOD_S / longest.seconds
         yield (
             f"            --provider-quota 20 --provider-scale {min(scale, 1):.1g} lets you see it "
             "within two minutes."
@@ -103,13 +103,15 @@ def lines_of(found: dict[str, Any], choice: ProviderChoice) -> Iterator[str]:
 
 
 def steps_of(profile: Profile, outbox: str) -> list[str]:
-    """Return lines for a shell that lead to the provider's limits and show what happens there.
+    """Return example commands that reach the provider's limits and show the effect.
 
-    Each works when it is pasted after those before it; `outbox` is how the shell calls us.
+    Each works when pasted after the previous ones. `outbox` is the command's name in the shell.
     """
     longest = _longest(profile)
     soon = longest is not None and _is_soon_reached(longest)
-    mails = _BEYOND + (longest.most if longest is not None and soon else _BEYOND)
+    mails = _MAILS_BEYOND_QUOTA + (
+        longest.most if longest is not None and soon else _MAILS_BEYOND_QUOTA
+    )
     find_id = r"""sed -n 's/.*"sender_id": "\(.*\)".*/\1/p'"""
     create = f"{outbox} senders create --user demo --email news@example.com -o json"
     return [
@@ -124,17 +126,17 @@ def steps_of(profile: Profile, outbox: str) -> list[str]:
 
 
 def closing_of_steps(outbox: str) -> list[str]:
-    """Return what to do beside the steps, in words."""
+    """Return further commands, each with its purpose."""
     return [
         f"Watch it live: {outbox} top --user demo",
-        f"Why a mail waits, and until when: {outbox} jobs explain ID",
-        f"Every reply: {outbox} jobs attempts ID",
-        f"Try again before the time: {outbox} senders resume $sender",
+        f"Explain why a mail waits, and until when: {outbox} jobs explain ID",
+        f"Show every reply: {outbox} jobs attempts ID",
+        f"End a cooldown early: {outbox} senders resume $sender",
     ]
 
 
 def closing_line(provider: EmbeddedProvider) -> str:
-    """Return the counts of a provider as one line for people."""
+    """Return the counts of a provider in one line, for people."""
     tally = provider.server.tally
     refused = sum(tally.refusals.values())
     most = tally.refusals.most_common(_MOST_REPLIES)
@@ -151,7 +153,7 @@ def _counted(number: int, thing: str) -> str:
 
 
 def _longest(profile: Profile) -> Rate | None:
-    """Return the provider's limit of its longest period; None: it counts no mails."""
+    """Return the provider's limit with the longest period, or None if it does not count mails."""
     return max(profile.rates, key=lambda rate: rate.seconds, default=None)
 
 
@@ -162,4 +164,4 @@ def _is_soon_reached(rate: Rate) -> bool:
 def _times(value: Any, scale: float) -> Any:
     if isinstance(value, tuple):
         return tuple(_times(one, scale) for one in value)
-    return max(value * scale, _SHORTEST)
+    return max(value * scale, _SHORTEST_WAIT)

@@ -1,4 +1,4 @@
-"""`outbox stats`: one process; and StatsService."""
+"""`outbox stats`: runs the stats service, and the commands of StatsService."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SENDER_COLUMNS = (
     "counts.failed_count",
 )
 
-_WATCHED = (
+_WATCH_COLUMNS = (
     "counts.scheduled_count",
     "counts.sending_count",
     "counts.sent_count",
@@ -48,11 +48,11 @@ app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 @app.callback()
 def stats(ctx: typer.Context) -> None:
-    """Run the stats service: it counts. With a command: ask the one that runs.
+    """Run the stats service: counts, forecasts, audits. Subcommands query a running one.
 
-    Without a command it reads OUTBOX_*, listens on OUTBOX_STATS_LISTEN
-    (127.0.0.1:50053), and wants the schema that `outbox migrate` makes.
-    SIGTERM and Ctrl-C stop it.
+    Its settings are the OUTBOX_* variables. It listens on
+    OUTBOX_STATS_LISTEN (127.0.0.1:50053) and requires an up-to-date schema
+    (`outbox migrate`). SIGTERM and Ctrl-C stop it.
     """
     if ctx.invoked_subcommand is None:
         run("stats")
@@ -65,7 +65,7 @@ def sender(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show the exact counts of a sender, its window, and its last 24 hours."""
+    """Show the exact counts of a sender, its hourly window and its last 24 hours."""
     with connection("stats", server) as client:
         found = client.stats.GetSenderStats(
             pb.GetSenderStatsRequest(sender_id=sender_id, user_id=user)
@@ -88,7 +88,7 @@ def user(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Show the exact counts of a user, in all and by sender.
+    """Show the exact counts of a user, in total and by sender.
 
     $ outbox stats user demo
     """
@@ -102,7 +102,7 @@ def user(
             names, ([value_at(one, path) for path in _SENDER_COLUMNS] for one in found.senders)
         )
         if found.next_page_token:
-            note(f"there are more: --all, or --page-token {found.next_page_token}")
+            note(f"more results: use --all, or --page-token {found.next_page_token}")
 
 
 @app.command()
@@ -112,14 +112,14 @@ def watch(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Follow the counts of a sender until it is deleted: a line a change; Ctrl-C ends it."""
+    """Follow the counts of a sender, one line per change, until it is deleted or Ctrl-C."""
     request = pb.WatchSenderStatsRequest(sender_id=sender_id, user_id=user)
     with connection("stats", server) as client:
         for found in client.stats.WatchSenderStats(request, timeout=None):
             if output is OutputFormat.JSON:
                 print_json_line(to_document(found))
             elif not found.done:
-                shown = [f"{path}={value_at(found.stats, path)}" for path in _WATCHED]
+                shown = [f"{path}={value_at(found.stats, path)}" for path in _WATCH_COLUMNS]
                 if found.stats.HasField("cooldown"):
                     shown.append(f"cooldown={value_at(found.stats, 'cooldown')}")
                 stdout().print(value_at(found.stats, "read_time"), *shown)
@@ -133,18 +133,23 @@ def audit(
     start_time: Annotated[
         datetime | None,
         typer.Option(
-            "--start-time", parser=read_time, metavar="TIME", help="Unset: its first send."
+            "--start-time",
+            parser=read_time,
+            metavar="TIME",
+            help="Start (default: its first send).",
         ),
     ] = None,
     end_time: Annotated[
         datetime | None,
-        typer.Option("--end-time", parser=read_time, metavar="TIME", help="Unset: now."),
+        typer.Option(
+            "--end-time", parser=read_time, metavar="TIME", help="End, exclusive (default: now)."
+        ),
     ] = None,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Replay what a sender sent against its gap and limit.
+    """Compare everything that a sender sent with its gap and hourly limit.
 
     $ outbox stats audit 3
     """

@@ -1,4 +1,4 @@
-"""`outbox suppressions`: SuppressionService."""
+"""`outbox suppressions`: the commands of SuppressionService."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ("email", "reason", "create_time")
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Keep the addresses that mail must never go to.",
+    help="Manage the addresses that mail must never go to.",
 )
 
 Email = Annotated[str, typer.Argument(metavar="ADDRESS")]
@@ -28,11 +28,11 @@ def create(
     email: Email,
     *,
     user: User = "",
-    reason: Annotated[str, typer.Option("--reason", help="Why, in your words.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Reason, in your words.")] = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Suppress an address: no mail of this user goes there any more.
+    """Suppress an address: no mail of this user is sent to it any more.
 
     $ outbox suppressions create ann@example.com --user demo --reason unsubscribed
     """
@@ -48,13 +48,13 @@ def create(
 def delete(
     email: Email, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
 ) -> None:
-    """Let mail go to an address again."""
+    """Allow mail to an address again."""
     with connection("scheduler", server) as client:
         answer = client.suppressions.DeleteSuppression(
             pb.DeleteSuppressionRequest(user_id=user, email=email)
         )
     show(answer, output)
-    note(f"{email} is suppressed no longer")
+    note(f"{email} is no longer suppressed")
 
 
 @app.command(name="list")

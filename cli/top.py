@@ -1,4 +1,4 @@
-"""`outbox top`: a live view of senders, limits, what waits and why, and endpoints."""
+"""`outbox top`: a live view of senders, their limits and waiting mail, and endpoints."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from outbox_server.cli.options import User
 from outbox_server.cli.output import Output, OutputFormat, print_json, to_document
 from outbox_server.cli.top_view import SenderView, View, draw
 
-# As many as fit on a screen, and cost few calls a look.
-_MOST_SENDERS: Final = 30
-_LOOK_S: Final = 1.0
-_PATIENCE_S: Final = 10.0
+# As many as fit on a screen and need few calls per refresh.
+_MAX_SENDERS: Final = 30
+_REFRESH_S: Final = 1.0
+_RETRY_AFTER_S: Final = 10.0
 _UP: Final = ("\x1b[A", "\x1bOA", "k")
 _DOWN: Final = ("\x1b[B", "\x1bOB", "j")
-# An arrow is three characters, "page down" four.
+# An arrow key sends three characters, "page down" four.
 _KEY: Final = re.compile(r"\x1b[\[O](?:\d+~|.)|.", re.DOTALL)
 _NEXT_PAGE: Final = ("\x1b[6~", "n")
 _PREVIOUS_PAGE: Final = ("\x1b[5~", "b")
@@ -58,31 +58,31 @@ def top(
     user: User = "",
     *,
     interval: Annotated[
-        float, typer.Option("--interval", min=0.2, metavar="SECONDS", help="Between two looks.")
-    ] = _LOOK_S,
+        float, typer.Option("--interval", min=0.2, metavar="SECONDS", help="Refresh interval.")
+    ] = _REFRESH_S,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Watch senders live: limits used, what waits and why, endpoints' health.
+    """Watch senders live: used limits, waiting mail with reasons, and endpoint health.
 
-    Keys: up and down select a sender, page up and down (or b and n) turn the page
-    where there are more than 30, p pauses it, r resumes it, e explains its first
-    waiting mail, q quits. With `-o json`: one look as one document.
+    Keys: up and down select a sender; p pauses it, r resumes it, and e explains
+    its first waiting mail. Page up and down (or b and n) turn the page if there
+    are more than 30 senders. q quits. `-o json` prints one snapshot.
 
     $ outbox top --user demo
     """
     with ExitStack() as stack:
-        watched = _Watched(stack, user)
+        monitor = _Monitor(stack, user)
         if output is OutputFormat.JSON:
-            print_json(_document(watched.look()))
+            print_json(_document(monitor.refresh()))
             return
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
-            raise CommandFailed("top needs a terminal; `-o json` does without")
-        _show(watched, interval)
+            raise CommandFailed("top needs a terminal; `-o json` works without one")
+        _show(monitor, interval)
 
 
 @dataclass
-class _Watched:
-    """The services, and what is asked of them."""
+class _Monitor:
+    """The connections to the services, and the state of the view."""
 
     stack: ExitStack
     user: str
@@ -92,24 +92,24 @@ class _Watched:
 
     def __post_init__(self) -> None:
         self._ask_dispatcher_at = 0.0
-        # The tokens of the pages up to the one that is shown, and of the one after it.
+        # The tokens of the pages up to the one shown, and the token of the next page.
         self._pages = [""]
         self._next_page = ""
-        # Whatever one answer waits for, a screen waits for it once.
-        self._pool = self.stack.enter_context(ThreadPoolExecutor(_MOST_SENDERS))
+        # The calls for all senders run in parallel, so that a refresh waits for the slowest only.
+        self._pool = self.stack.enter_context(ThreadPoolExecutor(_MAX_SENDERS))
         self._scheduler = self.stack.enter_context(connection("scheduler", None))
         self._stats = self.stack.enter_context(connection("stats", None))
         self._dispatcher = self.stack.enter_context(connection("dispatcher", None))
 
-    def look(self) -> View:
-        """Ask all three services; what is away is a line and no end."""
+    def refresh(self) -> View:
+        """Query all three services. An unreachable one becomes a line of the view."""
         senders: list[SenderView] = []
         dispatchers: list[DispatcherStatus] = []
         troubles: list[str] = []
         try:
             page = self._scheduler.senders.ListSenders(
                 ListSendersRequest(
-                    user_id=self.user, page_size=_MOST_SENDERS, page_token=self._pages[-1]
+                    user_id=self.user, page_size=_MAX_SENDERS, page_token=self._pages[-1]
                 )
             )
             self._next_page = page.next_page_token
@@ -136,7 +136,7 @@ class _Watched:
         return SenderView(sender, stats, self._explain(stats))
 
     def _explain(self, stats: SenderStats) -> ExplainEmailJobResponse | None:
-        """Ask why a sender's first mail waits; None: none does."""
+        """Return why a sender's first mail waits, or None if no mail waits."""
         if not stats.next_email_job_id:
             return None
         return self._scheduler.email_jobs.ExplainEmailJob(
@@ -151,11 +151,11 @@ class _Watched:
             dispatchers.append(status)
         except CallError as error:
             troubles.append("dispatcher: " + in_brief(error, "it"))
-            # One that is away must not make every look slow.
-            self._ask_dispatcher_at = time.monotonic() + _PATIENCE_S
+            # An unreachable dispatcher must not slow down every refresh.
+            self._ask_dispatcher_at = time.monotonic() + _RETRY_AFTER_S
 
     def press(self, key: str) -> bool:
-        """Do what a key says; return whether something has to be looked at again."""
+        """Handle a key, and return whether the view must be refreshed."""
         if key in _UP or key in _DOWN:
             step = 1 if key in _DOWN else -1
             last = max(len(self.view.senders) - 1, 0)
@@ -172,12 +172,12 @@ class _Watched:
         if key not in ("p", "r", "e") or not self.view.senders:
             return False
         try:
-            self.message = self._steer(key, self.view.senders[self.selected])
+            self.message = self._act(key, self.view.senders[self.selected])
         except CallError as error:
             self.message = in_brief(error, "the scheduler")
         return True
 
-    def _steer(self, key: str, shown: SenderView) -> str:
+    def _act(self, key: str, shown: SenderView) -> str:
         sender_id, email = shown.sender.sender_id, shown.sender.email
         senders = self._scheduler.senders
         if key == "p":
@@ -188,36 +188,36 @@ class _Watched:
             return f"resumed {email}"
         found = self._explain(shown.stats)
         if found is None:
-            return f"nothing of {email} waits"
+            return f"no mail of {email} is waiting"
         return f"{email}, job {found.email_job.email_job_id}: {found.explanation}"
 
 
-def _show(watched: _Watched, interval: float) -> None:
+def _show(monitor: _Monitor, interval: float) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     with _raw_keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
-        next_look = 0.0
+        next_refresh = 0.0
         while True:
-            if time.monotonic() >= next_look:
-                watched.look()
-                next_look = time.monotonic() + interval
+            if time.monotonic() >= next_refresh:
+                monitor.refresh()
+                next_refresh = time.monotonic() + interval
             live.update(
-                draw(watched.view, watched.selected, watched.message, console), refresh=True
+                draw(monitor.view, monitor.selected, monitor.message, console), refresh=True
             )
-            for key in _read_keys(keys, max(next_look - time.monotonic(), 0.0)):
+            for key in _read_keys(keys, max(next_refresh - time.monotonic(), 0.0)):
                 if key in _QUIT:
                     return
-                if watched.press(key):
-                    next_look = 0.0
+                if monitor.press(key):
+                    next_refresh = 0.0
 
 
 @contextmanager
 def _raw_keys() -> Iterator[int]:
-    """Let keys come one by one and unseen, Ctrl-C among them; at the end all is as it was."""
+    """Read single keys without echo, Ctrl-C included, and restore the terminal at the end."""
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
     try:
         tty.setraw(descriptor, termios.TCSANOW)
-        # Lines still end as they did.
+        # The processing of line ends stays as it was.
         now = termios.tcgetattr(descriptor)
         now[1] = before[1]
         termios.tcsetattr(descriptor, termios.TCSANOW, now)
@@ -227,12 +227,12 @@ def _raw_keys() -> Iterator[int]:
 
 
 def _read_keys(descriptor: int, seconds: float) -> list[str]:
-    """Return the keys that were pressed, an arrow's sequence as one; none within `seconds`."""
+    """Return the keys pressed within `seconds`. The sequence of an arrow key is one key."""
     ready, _, _ = select.select([descriptor], [], [], seconds)
     if not ready:
         return []
     data = os.read(descriptor, 64)
-    # A terminal that is gone is as good as `q`.
+    # A closed terminal counts as `q`.
     return _KEY.findall(data.decode("utf-8", "replace")) if data else ["q"]
 
 

@@ -1,4 +1,4 @@
-"""What `outbox top` shows, drawn from one look at the system."""
+"""Draws the screen of `outbox top` from one snapshot of the system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.text import Text
 
 from outbox_server.cli.output import printable, reply_of
 
-# What each column is worth where they do not all fit: the least goes first.
+# The priority of each column. If not all fit, the lowest is dropped first.
 _SENDER_COLUMNS: Final = {
     "sender": 9,
     "id": 3,
@@ -30,17 +30,17 @@ _SENDER_COLUMNS: Final = {
     "next": 1,
     "waits for": 8,
 }
-_LEAST_COLUMNS: Final = 2
-# An address is cut to this before a column is left out.
-_LEAST_ADDRESS: Final = 20
-# The longest and the shortest text of what a sender waits for, in characters.
-_MOST_WHY: Final = 60
-_LEAST_WHY: Final = 40
-# Room for a code, an enhanced code, and the dots of a cut text.
-_LEAST_REPLY: Final = 12
+_MIN_COLUMNS: Final = 2
+# An address is shortened to this before a column is dropped.
+_MIN_ADDRESS: Final = 20
+# The longest and shortest text in the column `waits for`, in characters.
+_MAX_REASON: Final = 60
+_MIN_REASON: Final = 40
+# Room for a code, an enhanced code, and the dots of a shortened text.
+_MIN_REPLY: Final = 12
 _MINUTE_S: Final = 60
 _HOUR_S: Final = 3_600
-# Between two columns.
+# The space between two columns.
 _SPACE: Final = 2
 _REASONS: Final = {
     jobs.WAIT_REASON_NOT_DUE: "not due",
@@ -56,8 +56,8 @@ _REASONS: Final = {
     jobs.WAIT_REASON_DEFERRED: "deferred",
 }
 _KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   q: quit"
-# Senders that are shown, however little room there is.
-_LEAST_SENDERS: Final = 3
+# The number of senders shown even on a small screen.
+_MIN_SENDERS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,26 +66,26 @@ class SenderView:
 
     sender: Sender
     stats: SenderStats
-    # Why its first waiting mail waits; None: nothing waits.
+    # Why its first waiting mail waits. None if no mail waits.
     waits: jobs.ExplainEmailJobResponse | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One look."""
+    """One snapshot of the system."""
 
     at: datetime
     senders: Sequence[SenderView] = ()
     dispatchers: Sequence[DispatcherStatus] = ()
-    # What could not be asked, and why.
+    # Which services could not be reached, and why.
     troubles: Sequence[str] = field(default=())
-    # Of the senders' pages, the first is 1; and whether another follows.
+    # The number of the page of senders, from 1, and whether another one follows.
     page: int = 1
     more: bool = False
 
 
-def why(view: SenderView, now: datetime, most: int = _MOST_WHY) -> str:
-    """Return what holds back the first waiting mail of a sender, in about `most` characters."""
+def why(view: SenderView, now: datetime, most: int = _MAX_REASON) -> str:
+    """Return why the first waiting mail of a sender waits, in about `most` characters."""
     cooldown = _cooldown_of(view)
     if cooldown is not None:
         return _cooling(cooldown, now, most)
@@ -99,7 +99,7 @@ def why(view: SenderView, now: datetime, most: int = _MOST_WHY) -> str:
 
 
 def _cooldown_of(view: SenderView) -> Cooldown | None:
-    """Return the sender's cooldown if that is what holds back its first mail; else None."""
+    """Return the sender's cooldown if its first mail waits for that, otherwise None."""
     if view.sender.state == SENDER_STATE_PAUSED or not view.stats.HasField("cooldown"):
         return None
     cools = view.waits is None or view.waits.wait_reason == jobs.WAIT_REASON_COOLDOWN
@@ -107,11 +107,11 @@ def _cooldown_of(view: SenderView) -> Cooldown | None:
 
 
 def _cooling(cooldown: Cooldown, now: datetime, most: int) -> str:
-    """Return the reply, cut if it is too long, and the time to the next probe."""
+    """Return the reply, shortened if it is too long, and the time to the next probe."""
     left = cooldown.next_probe_time.ToDatetime(UTC) - now
     before, after = "cooling down: ", f", probe {_in(left)}"
     reply = reply_of(cooldown)
-    room = max(most - len(before) - len(after), _LEAST_REPLY)
+    room = max(most - len(before) - len(after), _MIN_REPLY)
     if len(reply) > room:
         reply = f"{reply[: room - 3].rstrip()}..."
     return f"{before}{reply}{after}"
@@ -129,10 +129,10 @@ def _in(left: timedelta) -> str:
 
 
 def draw(view: View, selected: int, message: str, console: Console) -> RenderableType:
-    """Return the screen; `selected` is the place of a sender.
+    """Return the screen. `selected` is the index of the selected sender.
 
-    What does not fit is left out, and never the last lines: senders far from the selected one, then
-    the tables' ends.
+    If not everything fits, senders far from the selected one are left out first, then the ends of
+    the tables, but never the last lines.
     """
     bottom = Group(Text(), Text(_line(message), "yellow"), Text(_KEYS, "dim"))
     below: list[RenderableType] = []
@@ -147,11 +147,11 @@ def draw(view: View, selected: int, message: str, console: Console) -> Renderabl
         ]
     below += [Text(_line(trouble), "red") for trouble in view.troubles]
     under = _height(bottom, console)
-    # The title and the names of the columns are lines too.
+    # Two lines are the title and the column names.
     room = console.height - under - _height(Group(*below), console) - 2
     body = Group(
         Text(f"outbox top  {view.at:%Y-%m-%d %H:%M:%S} UTC", "bold"),
-        _senders(view, selected, max(room, _LEAST_SENDERS), console.width),
+        _senders(view, selected, max(room, _MIN_SENDERS), console.width),
         *below,
     )
     layout = Layout()
@@ -160,7 +160,7 @@ def draw(view: View, selected: int, message: str, console: Console) -> Renderabl
 
 
 def _line(text: str) -> str:
-    """Return a text, which may quote a server, as one line without control characters."""
+    """Return a text, which may quote a server, in one line without control characters."""
     return printable(" ".join(text.split()))
 
 
@@ -176,10 +176,10 @@ def _senders(view: View, selected: int, room: int, width: int) -> Table:
     }
     names = list(_SENDER_COLUMNS)
     least = natural | {
-        "sender": min(natural["sender"], _LEAST_ADDRESS),
-        "waits for": min(natural["waits for"], _LEAST_WHY),
+        "sender": min(natural["sender"], _MIN_ADDRESS),
+        "waits for": min(natural["waits for"], _MIN_REASON),
     }
-    while _width(least, names) > width and len(names) > _LEAST_COLUMNS:
+    while _width(least, names) > width and len(names) > _MIN_COLUMNS:
         names.remove(min(names, key=lambda name: _SENDER_COLUMNS[name]))
     over = max(_width(natural, names) - width, 0)
     natural["waits for"] = max(natural["waits for"] - over, least["waits for"])
@@ -191,7 +191,7 @@ def _senders(view: View, selected: int, room: int, width: int) -> Table:
     first = min(max(selected - room // 2, 0), max(len(rows) - room, 0))
     for place in range(first, min(first + room, len(rows))):
         style = "reverse" if place == selected else None
-        # `why` shortens the text itself, so that the time of the next probe stays visible.
+        # `why` shortens the text, so that the time of the next probe stays visible.
         cells = rows[place] | {"waits for": why(view.senders[place], view.at, natural["waits for"])}
         table.add_row(*(Text(cells[name]) for name in names), style=style)
     return table
@@ -240,7 +240,7 @@ def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for place, name in enumerate(("endpoint", "circuit", "last error")):
         size = max([len(name), *(len(row[place]) for row in rows)])
-        # Only errors are long, and servers that have long names.
+        # Only errors and server names can be long.
         size = min(size, width if name == "last error" else width // 2)
         width -= size + _SPACE
         table.add_column(name, no_wrap=True, overflow="ellipsis", width=max(size, 1))

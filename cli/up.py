@@ -1,4 +1,4 @@
-"""`outbox up`: the embedded stack, kept running."""
+"""`outbox up`: runs the embedded stack until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from outbox_server.deploy.embedded.supervisor import LocalSystem
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings, format_duration, load_settings
 
-# What a shell loads to talk to this stack with other programs than ours.
+# A shell loads this file to use the stack from other programs.
 _SHELL_VARIABLES: Final = ENDPOINTS.with_name("env")
 
-# Set by `up` itself, whatever the environment says.
-_OWN: Final = frozenset(
+# Settings that `up` sets itself and ignores in the environment.
+_SET_BY_UP: Final = frozenset(
     ("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key")
 )
 
@@ -45,11 +45,11 @@ app = typer.Typer(add_completion=False)
 
 
 def _relay(text: str) -> str:
-    """Return the URL of a relay; a wrong one is found here, before anything starts."""
+    """Return the URL of a relay, checked before anything starts."""
     url = urlsplit(text)
     if url.scheme not in _SCHEMES or not url.hostname:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
-        raise typer.BadParameter(f"write [user:password@]host:port after one of {known}")
+        raise typer.BadParameter(f"must be one of {known}, followed by [user:password@]host:port")
     return text
 
 
@@ -57,7 +57,7 @@ def _relay(text: str) -> str:
 def up(
     *,
     dispatchers: Annotated[
-        int, typer.Option("--dispatchers", min=1, max=64, help="How many dispatchers run.")
+        int, typer.Option("--dispatchers", min=1, max=64, help="Number of dispatchers.")
     ] = 1,
     smtp: Annotated[
         str | None,
@@ -65,8 +65,8 @@ def up(
             "--smtp",
             parser=_relay,
             metavar="URL",
-            help="Send everything to this relay (smtp://user:password@host:port, smtps://, "
-            "smtp+starttls://), in place of the development inbox.",
+            help="Send all mail to this relay (smtp://user:password@host:port, smtps://, "
+            "smtp+starttls://) instead of the development inbox.",
         ),
     ] = None,
     provider: Annotated[
@@ -75,8 +75,8 @@ def up(
             "--provider",
             parser=read_provider,
             metavar="NAME",
-            help="Send everything to a simulated mail provider with its limits and replies, in "
-            f"place of the development inbox: {NAMES}.",
+            help="Send all mail to a simulated mail provider, with its limits and replies, "
+            f"instead of the development inbox: {NAMES}.",
         ),
     ] = None,
     provider_quota: Annotated[
@@ -84,7 +84,7 @@ def up(
         typer.Option(
             "--provider-quota",
             min=1,
-            help="Mails that the provider allows in its longest period (default: its own limit).",
+            help="Mails that the provider allows in its longest period (default: its real limit).",
         ),
     ] = None,
     provider_scale: Annotated[
@@ -99,15 +99,16 @@ def up(
     ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Keep the whole system running on this machine, until Ctrl-C.
+    """Run the complete system on this machine until Ctrl-C.
 
-    PostgreSQL, Valkey, a development inbox that takes every mail, the
-    scheduler, the stats service and the dispatchers, all on loopback; the
-    data is kept in .outbox/ of this folder. What dies is started again.
+    Starts PostgreSQL, Valkey, a development inbox that accepts every mail,
+    the scheduler, the stats service and the dispatchers, all on loopback.
+    Processes that crash are restarted. The data stays in .outbox/ of the
+    current folder.
 
-    Ports are the usual ones, or free ones where those are taken. Load the
-    addresses into a shell with `. .outbox/env`: $SCHEDULER, $DISPATCHER and
-    $STATS. OUTBOX_* variables reach the services: OUTBOX_MIN_GAP, ...
+    Each server uses its default port, or a free one if that is in use.
+    `. .outbox/env` sets $SCHEDULER, $DISPATCHER and $STATS in a shell to the
+    addresses. The services get all OUTBOX_* variables, such as OUTBOX_MIN_GAP.
 
     $ outbox up --dispatchers 2
 
@@ -115,13 +116,16 @@ def up(
     """
     choice = chosen_provider(provider, scale=provider_scale, quota=provider_quota, smtp=smtp)
     settings = load_settings()
-    _tell_of_unused(settings, smtp)
+    _note_unused_settings(settings, smtp)
     if choice is not None:
         settings = choice.settings(settings)
-    run(lambda: _hold(settings, dispatchers, smtp, choice, output), lambda: note("stopping ..."))
+    run(
+        lambda: _run_stack(settings, dispatchers, smtp, choice, output),
+        lambda: note("stopping ..."),
+    )
 
 
-async def _hold(
+async def _run_stack(
     settings: Settings,
     dispatchers: int,
     smtp: str | None,
@@ -131,11 +135,11 @@ async def _hold(
     began = time.monotonic()
     folder = ENDPOINTS.parent
     folder.mkdir(exist_ok=True)
-    # Data, keys and mails are nothing to commit.
+    # Data, keys and mails must not be committed.
     (folder / ".gitignore").write_text("*\n")
     profile = None if choice is None else choice.profile
     system = LocalSystem(
-        folder, settings, dispatchers=dispatchers, smtp_url=smtp, provider=profile, say=_say
+        folder, settings, dispatchers=dispatchers, smtp_url=smtp, provider=profile, say=_print_event
     )
     note("starting ...")
     async with system:
@@ -158,20 +162,20 @@ async def _hold(
 
 
 def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
-    """Return where everything is: what client commands read, and what `up` prints."""
+    """Return the addresses and folders of the stack, for client commands and for the output."""
     servers = system.servers
-    ours = servers.inbox is not None or servers.provider is not None
+    receives_mail = servers.inbox is not None or servers.provider is not None
     return {
         "scheduler": system.scheduler,
         "stats": system.stats,
         "dispatchers": system.dispatchers,
         "database_url": servers.database_url,
         "redis_url": servers.redis_url,
-        "smtp_url": servers.smtp_url if ours else None,
-        "inbox": str(servers.maildir) if ours else None,
+        "smtp_url": servers.smtp_url if receives_mail else None,
+        "inbox": str(servers.maildir) if receives_mail else None,
         "provider": servers.provider and servers.provider.server.profile.name,
         "logs": str(system.folder / "logs"),
-        # What an audit compares with.
+        # `outbox audit` compares with these.
         "settings": {
             name: format_duration(getattr(settings, name))
             for name in ("rate_window", "min_gap", "lease")
@@ -186,14 +190,14 @@ def _write(found: dict[str, Any]) -> None:
         (ENDPOINTS, json.dumps(found, indent=2) + "\n"),
         (_SHELL_VARIABLES, f"# Load with: . {_SHELL_VARIABLES}\n{variables}"),
     ):
-        # Renamed when it is whole: a client that reads meanwhile sees all of it or nothing.
+        # The complete file is renamed, so that a client never reads a part of it.
         fresh = path.with_suffix(".new")
         fresh.write_text(content)
         fresh.rename(path)
 
 
 def _addresses(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the names of the shell's variables, and the addresses that they hold."""
+    """Return the names and values of the shell variables."""
     return [
         ("SCHEDULER", found["scheduler"]),
         ("DISPATCHER", found["dispatchers"][0]),
@@ -202,7 +206,7 @@ def _addresses(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _warn_of_other_ports(found: dict[str, Any], settings: Settings) -> None:
-    """Say which usual ports lead to another program."""
+    """Warn if another program uses a default port."""
     taken = [
         usual
         for name, address in _addresses(found)
@@ -217,12 +221,12 @@ def _warn_of_other_ports(found: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def _say(text: str) -> None:
+def _print_event(text: str) -> None:
     note(f"outbox up: {text}")
 
 
-def _tell_of_unused(settings: Settings, smtp: str | None) -> None:
-    for name in sorted(settings.model_fields_set.intersection(_OWN)):
+def _note_unused_settings(settings: Settings, smtp: str | None) -> None:
+    for name in sorted(settings.model_fields_set.intersection(_SET_BY_UP)):
         hint = "; name the relay with --smtp" if name == "smtp_url" and smtp is None else ""
         note(f"OUTBOX_{name.upper()} is not used by `outbox up`{hint}")
 
@@ -253,12 +257,12 @@ def _mail_lines(
     if choice is not None:
         return list(lines_of(found, choice))
     if smtp is not None:
-        return [f"mail        everything goes to {_without_password(smtp)}"]
+        return [f"mail        all mail goes to {_without_password(smtp)}"]
     return [f"inbox       {found['smtp_url']}, mails in {found['inbox']}"]
 
 
 def examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
-    """Return lines for a shell, each of which works when it is pasted after those before it."""
+    """Return example commands, each of which works when pasted after the previous ones."""
     if choice is not None:
         return steps_of(choice.profile, _command("outbox"))
     grpcurl, outbox = _command("grpcurl"), _command("outbox")
@@ -273,13 +277,13 @@ def examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
         {"email": "ann@example.com", "columns": {"name": "Ann"}},
         {"email": "ben@example.com", "columns": {"name": "Ben"}},
     ]
-    # The shell puts the sender's id in: the quotes of the document end before it.
+    # The shell inserts the sender's id, so the quotes of the document end before it.
     stats = _quoted({"sender_id": "SENDER"}).replace("SENDER", "'$sender'")
     batch = _quoted({"options": options, "recipients": {"rows": rows}}).replace(
         "SENDER", "'$sender'"
     )
     scheduler, service = found["scheduler"], "outbox.v1.SenderService/CreateSender"
-    # grpcurl writes senderId where it reads the contract from a file.
+    # grpcurl prints senderId if it reads the contract from a file.
     find_id = r"""sed -n 's/.*"sender_*[Ii]d": "\(.*\)".*/\1/p'"""
     return [
         f"{grpcurl} -plaintext {scheduler} list",
@@ -295,7 +299,7 @@ def _quoted(document: dict[str, Any]) -> str:
 
 
 def _command(name: str) -> str:
-    """Return how the shell calls a command that lies beside this Python, as short as it gets."""
+    """Return the shortest path for a shell to a command in the folder of this Python."""
     path = Path(sys.executable).with_name(name)
     if not path.exists():
         return name

@@ -358,7 +358,7 @@ async def test_the_command_answers_in_a_document_and_by_its_exit_code(
     broken = await asyncio.to_thread(run, "--maildir", str(past.record.parent))
     assert broken.exit_code == 1
     assert "BROKEN: " in broken.stdout
-    said = "1 mail went to other servers and is judged by PostgreSQL alone."
+    said = "1 mail went to other servers and is checked by PostgreSQL's record alone."
     assert said in " ".join(broken.stdout.split())
     assert "at least 3s (OUTBOX_MIN_GAP)" in broken.stdout
     missing = await asyncio.to_thread(run, "--record", "/no/such/file")

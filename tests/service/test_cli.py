@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from outbox_server.cli import output
 from outbox_server.cli.client import find_address
-from outbox_server.cli.demo_report import Expected, report_on, to_document
+from outbox_server.cli.demo_report import ExpectedMails, report_on, to_document
 from outbox_server.cli.main import OutboxGroup, app
 from outbox_server.cli.options import read_time
 from outbox_server.deploy.embedded.encryption_key import key_in
@@ -171,7 +171,7 @@ def test_times_are_rfc_3339_or_now_or_from_now() -> None:
     for text, later in (("now", timedelta(0)), ("in 10m", timedelta(minutes=10))):
         distance = read_time(text) - datetime.now(UTC) - later
         assert abs(distance) < timedelta(seconds=5)
-    with pytest.raises(typer.BadParameter, match="no offset"):
+    with pytest.raises(typer.BadParameter, match="no UTC offset"):
         read_time("2026-12-24T18:00:00")
 
 
@@ -227,15 +227,15 @@ def test_a_table_is_not_cut_in_a_pipe_and_cannot_steer_the_terminal(
     printed = capsys.readouterr()
     assert f"{long}   550 \\x1b[2J[red]no[/red]" in printed.out
     assert "\x1b" not in printed.out
-    assert printed.err == "there are more: --all, or --page-token more\n"
+    assert printed.err == "more results: use --all, or --page-token more\n"
 
 
 def mail(number: int, started_at: float, received_at: float) -> ReceivedMail:
     return ReceivedMail(started_at, received_at, "a@b.de", ("x@y.de",), f"<{number}>", 1, "")
 
 
-def expected(names: int) -> Expected:
-    return Expected(
+def expected(names: int) -> ExpectedMails:
+    return ExpectedMails(
         sender_id="1",
         email="a@b.de",
         hourly_limit=2,

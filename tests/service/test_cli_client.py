@@ -72,7 +72,7 @@ async def schedule(
 
 
 @pytest.mark.parametrize("piped", [False, True])
-async def test_rejections_are_a_csv_that_can_be_mended_and_sent_again(
+async def test_rejections_are_a_csv_that_can_be_fixed_and_sent_again(
     scheduler: Scheduler, piped: bool
 ) -> None:
     write("people.csv", CSV)
@@ -90,13 +90,13 @@ async def test_rejections_are_a_csv_that_can_be_mended_and_sent_again(
     assert lines[2].startswith('lines";3;e_mail;ADDRESS_INVALID;')
     assert lines[3].startswith(";Dan;x;5;e_mail;EMAIL_MISSING;")
     assert lines[4].startswith("e@f.org;Eve;;6;;RAGGED_ROW;")
-    mended = bad.replace("broken", "bob@b.org")
-    write("mended.csv", mended)
-    half = await schedule(scheduler, "mended.csv", "--rejections", "worse.csv")
+    fixed = bad.replace("broken", "bob@b.org")
+    write("fixed.csv", fixed)
+    half = await schedule(scheduler, "fixed.csv", "--rejections", "worse.csv")
     assert "2 accepted, 1 rejected" in half.stderr, half.stderr
     assert read("worse.csv").splitlines()[0] == bad.splitlines()[0]
-    write("mended.csv", mended.replace("\r\n;Dan", "\r\ndan@b.org;Dan"))
-    again = await schedule(scheduler, "mended.csv", "--rejections", "none.csv")
+    write("fixed.csv", fixed.replace("\r\n;Dan", "\r\ndan@b.org;Dan"))
+    again = await schedule(scheduler, "fixed.csv", "--rejections", "none.csv")
     assert "3 accepted, 0 rejected" in again.stderr, again.stderr
     with pytest.raises(FileNotFoundError):
         read("none.csv")
@@ -117,7 +117,7 @@ async def test_a_file_that_is_there_is_never_overwritten_and_nothing_is_sent(
     write("people.csv", CSV)
     failed = await schedule(scheduler, "people.csv", "--rejections", "people.csv")
     assert failed.exit_code == 1
-    assert "people.csv is there already" in failed.stderr
+    assert "people.csv exists already" in failed.stderr
     assert read("people.csv") == CSV
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
@@ -132,8 +132,8 @@ async def test_a_dry_run_has_the_forecast_and_schedules_nothing(
     asked = await asyncio.to_thread(run, [*words, *options, "-o", "json"])
     assert asked.exit_code == 0, asked.stderr
     assert asked.stderr == (
-        "5 rows read: 2 would be accepted, 3 rejected, 0 duplicate; suppressions were not looked"
-        " at; nothing was scheduled\n"
+        "5 rows read: 2 would be accepted, 3 rejected, 0 duplicate; suppressions were not checked;"
+        " nothing was scheduled\n"
     )
     found = json.loads(asked.stdout[asked.stdout.index("{\n") :])
     assert found["job_count"] == "2"
@@ -166,7 +166,7 @@ async def test_a_dry_run_tells_the_rows_apart_as_the_real_run_does(
     ("options", "code", "text"),
     [
         (["--wait"], 2, "--wait follows a batch"),
-        (["--mode", "strict"], 1, "its mode is STRICT; the first: row 3"),
+        (["--mode", "strict"], 1, "its mode is STRICT; the first one is in row 3"),
         (["--body", "{{ order }"], 1, "body"),
         (["--body", "{{ unknown }}"], 1, "unknown"),
         (["--time-zone", "Mars/Olympus"], 1, "Mars/Olympus"),
@@ -193,7 +193,7 @@ async def test_a_dry_run_refuses_what_can_be_no_batch(scheduler: Scheduler) -> N
     # A scheduler has no forecasts, like a stats service of before.
     asked = await schedule(scheduler, "people.csv", "--dry-run")
     assert asked.exit_code == 1
-    assert "no forecasts yet" in asked.stderr
+    assert "too old for forecasts" in asked.stderr
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
@@ -202,7 +202,7 @@ async def test_all_pages_of_a_list_are_one_document(scheduler: Scheduler) -> Non
     write("people.csv", f"email\n{rows}")
     await schedule(scheduler, "people.csv")
     paged = await outbox(scheduler, "jobs", "list", "--user", "ann", "--page-size", "2")
-    assert "there are more: --all" in paged.stderr
+    assert "more results: use --all" in paged.stderr
     words = ("jobs", "list", "--user", "ann", "--page-size", "2", "--all", "-o", "json")
     listed = await outbox(scheduler, *words)
     document = json.loads(listed.stdout[listed.stdout.index("{\n") :])

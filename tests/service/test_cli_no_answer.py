@@ -228,8 +228,8 @@ def test_an_http1_server(certificate: Certificate, tls: bool) -> None:
     options = ("--tls-ca", str(certificate.public)) if tls else ()
     with listening(saying(HTTP1), server_context(certificate) if tls else None) as address:
         assert asked(address, *options) == (
-            f"{address} (--server) is an HTTP/1 server, and gRPC needs HTTP/2, so it is no "
-            f"scheduler of Outbox: {FIX}"
+            f"{address} (--server) is an HTTP/1 server, and gRPC needs HTTP/2, so it is not "
+            f"an Outbox scheduler: {FIX}"
         )
 
 
@@ -241,18 +241,20 @@ def test_an_http1_server_in_clear_is_asked_over_tls(certificate: Certificate) ->
 def test_a_server_of_another_protocol_is_quoted_and_steers_no_terminal() -> None:
     with listening(saying(b"220 mail\x1b[2J ESMTP ready\r\n")) as address:
         line = asked(address)
-    assert "is another kind of server (it says '220 mail\\x1b[2J ESMTP ready" in line
+    assert "is another kind of server (it sends '220 mail\\x1b[2J ESMTP ready" in line
 
 
 def test_a_server_that_closes_each_connection() -> None:
     with listening(closing) as address:
-        assert f"{address} (--server) closes each connection at once, so it is no" in asked(address)
+        assert f"{address} (--server) closes each connection at once, so it is not" in asked(
+            address
+        )
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_server_that_is_silent() -> None:
     with listening(silent) as address:
-        assert "accepts connections but says nothing for 0.5 s, so it is no" in asked(address)
+        assert "accepts connections but sends nothing for 0.5 s, so it is not" in asked(address)
 
 
 def test_a_server_that_speaks_http2_and_breaks_off() -> None:
@@ -261,7 +263,10 @@ def test_a_server_that_speaks_http2_and_breaks_off() -> None:
         stream.sendall(EMPTY_SETTINGS)
 
     with listening(talk) as address:
-        assert asked(address) == f"{address} (--server) broke off the call; try again"
+        assert (
+            asked(address)
+            == f"{address} (--server) closed the connection during the call; try again"
+        )
 
 
 def test_a_proxy_that_a_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,8 +274,9 @@ def test_a_proxy_that_a_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", proxy)
     with listening(saying(EMPTY_SETTINGS)) as address:
         assert asked(address) == (
-            f"{address} (--server) broke off the call (the variable http_proxy sends it through "
-            f"{proxy}; set no_proxy=127.0.0.1 to connect directly); try again"
+            f"{address} (--server) closed the connection during the call (the variable "
+            f"http_proxy routes it through {proxy}; set no_proxy=127.0.0.1 to "
+            "connect directly); try again"
         )
 
 
@@ -302,9 +308,13 @@ def test_an_http2_server_that_is_no_grpc_server(status: int) -> None:
     with listening(talk) as address:
         line = asked(address)
     if status == 404:  # gRPC reports it as UNIMPLEMENTED
-        assert line.startswith(f"{address} (--server) is a gRPC server, but no scheduler")
+        assert line.startswith(
+            f"{address} (--server) is a gRPC server, but not an Outbox scheduler"
+        )
     else:
-        assert line.startswith(f"{address} (--server) answered with HTTP status {status}, as no")
+        assert line.startswith(
+            f"{address} (--server) answered with HTTP status {status}, so it is not"
+        )
 
 
 @asynccontextmanager
@@ -322,9 +332,9 @@ async def serving(*services: str) -> AsyncIterator[str]:
 @pytest.mark.parametrize(
     ("service", "said"),
     [
-        ("outbox.v1.StatsService", "is the stats service, and this command asks the scheduler"),
-        ("outbox.v1.DispatcherService", "is the dispatcher, and this command asks the scheduler"),
-        ("other.v1.Service", "is a gRPC server, but no scheduler of Outbox"),
+        ("outbox.v1.StatsService", "is the stats service, but this command needs the scheduler"),
+        ("outbox.v1.DispatcherService", "is the dispatcher, but this command needs the scheduler"),
+        ("other.v1.Service", "is a gRPC server, but not an Outbox scheduler"),
     ],
 )
 async def test_a_server_of_another_kind(service: str, said: str) -> None:
@@ -339,7 +349,7 @@ async def test_a_server_that_is_older_than_the_command() -> None:
     assert done.exit_code == 1
     assert (
         f"the stats service at {address} (--server) lacks the method of this command "
-        "(METHOD_NOT_FOUND): it is older; upgrade it"
+        "(METHOD_NOT_FOUND): it is an older version; upgrade it"
     ) in done.stderr
 
 

@@ -85,4 +85,4 @@ def test_a_forecast_is_of_a_batch_or_of_a_plan() -> None:
         stats, ["forecast", "17", "--spacing", "5s", "--schedule-time", "now"]
     )
     assert result.exit_code == 2
-    assert "--schedule-time, --spacing: of a planned batch" in " ".join(result.output.split())
+    assert "--schedule-time, --spacing: only for a planned batch" in " ".join(result.output.split())
