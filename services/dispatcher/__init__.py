@@ -1,1 +1,1 @@
-"""Sends what is due: claims, marks, sends by SMTP, settles; retries and recovers."""
+"""Sends due mail: claims and marks jobs, sends them by SMTP, settles, retries and recovers."""

@@ -1,4 +1,4 @@
-"""Turns a marked job into an envelope and an endpoint; what a batch shares is built once."""
+"""Builds the mail of a marked job. The parts that a batch shares are built once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from outbox_server.shared.templates.batch import BatchTemplate, RenderError, dec
 
 # The number of batches whose parsed templates are kept, unless the concurrency is higher.
 _KEPT_BATCHES = 500
-# The route of jobs for which no mail can be built. They use no server, but they take their turn.
+# The route of jobs for which no mail can be built. They use no server, but they need a permit too.
 NO_ROUTE = Route(("", 0), "")
 
 
 class CompositionError(Exception):
-    """No mail can be built for this job, now or later; the text says why."""
+    """No mail can be built for this job, now or later. The text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ ReadBatches = Callable[[Sequence[int]], Awaitable[dict[int, BatchContent]]]
 
 
 class Composer:
-    """Builds mails; reads each batch once, and again after its sender has changed."""
+    """Builds mails. Reads each batch once, and again after its sender has changed."""
 
     def __init__(
         self, settings: Settings, secrets: SecretBox, read: ReadBatches, installation_id: str
     ) -> None:
-        # An invalid OUTBOX_SMTP_URL stops the start of the dispatcher.
+        # Raises an error if OUTBOX_SMTP_URL is invalid, so that the dispatcher does not start.
         relay_of(settings.smtp_url, plaintext=settings.plaintext)
         self._settings = settings
         self._secrets = secrets
@@ -63,9 +63,9 @@ class Composer:
         )
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
-        """Make sure that the batches of these jobs are known, with their senders as of now."""
+        """Read the batches of these jobs, unless they are known with the present senders."""
         revisions = {job.batch_id: job.sender_revision for job in jobs}
-        # This look is a use of each: no batch of the group is evicted before its mails are built.
+        # A read marks each batch as used, so the cache evicts none before its mails are built.
         missing = sorted(
             batch_id
             for batch_id, revision in revisions.items()
@@ -73,7 +73,7 @@ class Composer:
         )
         found = await self._read(missing) if missing else {}
         for batch_id, content in found.items():
-            # Two groups may read at once, and the older reading may be the later one.
+            # Two groups may read at once, and the older data may arrive last.
             if content.sender_revision > self._known_revision(batch_id):
                 self._batches[batch_id] = _KnownBatch(
                     content.sender_revision, self._batch_mail(content)
@@ -113,14 +113,16 @@ class Composer:
         return mail.route if isinstance(mail, _BatchMail) else NO_ROUTE
 
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
-        """Return where the mail goes and what it is; `prepare` came before.
+        """Return the endpoint and the envelope of a job's mail.
+
+        `prepare` must have been called for the job.
 
         Raises:
             CompositionError: no mail can be built.
         """
         batch = self._mail_of(job)
         if batch is None:
-            raise CompositionError(f"batch {job.batch_id} is gone")
+            raise CompositionError(f"batch {job.batch_id} does not exist")
         if isinstance(batch, CompositionError):
             raise batch
         content = batch.content

@@ -70,7 +70,7 @@ async def record_cooldowns(
     """
     waits: dict[JobRef, timedelta] = {}
     cooling: set[int] = set()
-    # In one order everywhere, so that two dispatchers cannot wait for each other's rows.
+    # In a fixed order, so that two dispatchers cannot deadlock.
     for record, signal in sorted(attempts, key=lambda each: (each[0].sender_id, each[0].ended)):
         if signal.probe and record.state is JobState.SENT:
             if await storage.end_cooldowns(connection, [record.sender_id]):

@@ -172,7 +172,7 @@ class Dispatcher:
             listener.clear()
             claimed_at = time.monotonic()
             claimed = await self._claim(queue, slots)
-            # None of these is awaited: jobs that become eligible meanwhile must not wait for them.
+            # Not awaited, so that jobs that become eligible meanwhile do not wait.
             self._load_heads(queue, claimed)
             self._start(queue, claimed.claims, claimed_at)
             pause = self._pause_after(claimed, slots)
@@ -190,7 +190,7 @@ class Dispatcher:
             _log.warning("start_failed", jobs=len(group.claims), error=type(error).__name__)
             self._store_failed = True
         finally:
-            for permit in group.permits.values():  # those that no mail has taken
+            for permit in group.permits.values():  # permits that no mail uses
                 self._slots.end(permit, sent=False)
 
     async def _send_and_settle(self, mail: _Mail) -> None:
@@ -201,7 +201,7 @@ class Dispatcher:
         try:
             claimed = await queue.claim(slots)
         except QUEUE_ERRORS as error:
-            _log.warning("look_failed", shard=queue.shard, error=type(error).__name__)
+            _log.warning("claim_failed", shard=queue.shard, error=type(error).__name__)
             claimed = Claimed(next_look=_RETRY)
         self._slots.release(slots - len(claimed.claims))
         return claimed
@@ -268,7 +268,7 @@ class Dispatcher:
             text = str(error)[:500].replace("\x00", "")
             result = result_without_smtp(AttemptOutcome.PERMANENT_FAILURE, text, started)
         except Exception:  # noqa: BLE001 - see below
-            # An internal error must neither keep the job for ever nor count as the mail's fault.
+            # An internal error must not keep the job for ever, and the mail is not to blame.
             _log.exception("send_failed", job=mail.job.job.job_id)
             text = "internal error of the dispatcher"
             result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
@@ -358,7 +358,7 @@ class Dispatcher:
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         if self._group is None:
-            raise RuntimeError("the dispatcher does not run")
+            raise RuntimeError("the dispatcher is not running")
         try:
             self._group.create_task(coroutine)
         except RuntimeError:  # another task failed, and the whole run ends

@@ -1,7 +1,7 @@
 """Encodes the texts of a mail (RFC 2045 to 2047) within a limit of bytes.
 
-`room` is the number of bytes that a result may have. A text that certainly does not fit is refused
-by a lower bound of its size, before it is encoded. The caller measures the result.
+`room` is the number of bytes that a result may have. If a lower bound of the size shows that a text
+does not fit, it is refused before it is encoded. The caller checks the size of the result.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def encode_subject(text: str, room: int) -> str:
 
 
 def _folded(text: str) -> str | None:
-    """Return `text` folded at single spaces into lines of at most 78 bytes; None if impossible."""
+    """Return `text` folded at single spaces into lines of at most 78 bytes, or None if it fails."""
     if "  " in text:
         return None
     lines: list[str] = []

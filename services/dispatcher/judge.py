@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from outbox_server.services.dispatcher.cooling import Signal
 from outbox_server.services.dispatcher.renewer import HeldJob
-from outbox_server.services.dispatcher.retry import Ladders, Tried, Verdict, decide
+from outbox_server.services.dispatcher.retry import JobAttempt, Ladders, Verdict, decide
 from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
@@ -33,7 +33,7 @@ class Judge:
         port, as shown in logs.
         """
         verdict = decide(
-            Tried(
+            JobAttempt(
                 attempt=job.job.attempt,
                 outcome=result.outcome,
                 reply_class=result.reply_class,

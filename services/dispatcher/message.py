@@ -1,7 +1,7 @@
-"""The mail itself, as bytes: what a batch shares is built once, what differs is spliced in.
+"""Builds mails as bytes. The parts that a batch shares are built once.
 
-Everything that comes from a row goes through an encoder that cannot leave its place: a header value
-holds no line break, and a body cannot hold the boundary. RFC 5322, 2045 to 2047, 6532.
+Everything that comes from a row is encoded so that it stays in its place: a header value contains
+no line break, and a body cannot contain the boundary. See RFC 5322, 2045 to 2047 and 6532.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class MessageError(Exception):
-    """The mail cannot be built. `reason`: ADDRESS_INVALID, HEADER_INVALID, MESSAGE_TOO_LARGE."""
+    """The mail cannot be built: ADDRESS_INVALID, HEADER_INVALID or MESSAGE_TOO_LARGE."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -48,8 +48,8 @@ class MessageError(Exception):
 class Message:
     """One mail, ready for SMTP (dots at line starts are not yet doubled).
 
-    `recipient` is the address for RCPT TO; `needs_smtputf8`: only a server that offers SMTPUTF8
-    (RFC 6531) may get it.
+    `recipient` is the address for RCPT TO. `needs_smtputf8` means that the server must offer
+    SMTPUTF8 (RFC 6531).
     """
 
     data: bytes
@@ -60,7 +60,7 @@ class Message:
 def wire_address(address: str) -> str:
     """Return the form of `address` for SMTP: its domain as Punycode if its local part is ASCII.
 
-    An address with a local part beyond ASCII comes back as it is: it needs SMTPUTF8.
+    An address whose local part is not ASCII is returned unchanged, because it needs SMTPUTF8.
 
     Raises:
         MessageError: ADDRESS_INVALID.
@@ -72,7 +72,7 @@ def wire_address(address: str) -> str:
 
 
 def format_date(moment: datetime) -> str:
-    """Return an aware time as RFC 5322, 3.3 has it, in UTC."""
+    """Return an aware time in the format of RFC 5322, 3.3, in UTC."""
     utc = moment.astimezone(UTC)
     return (
         f"{_DAYS[utc.weekday()]}, {utc.day} {_MONTHS[utc.month - 1]} {utc.year:04} "
@@ -81,7 +81,7 @@ def format_date(moment: datetime) -> str:
 
 
 class MessageBuilder:
-    """Builds the mails of one batch. Not for use by two threads at once.
+    """Builds the mails of one batch. Not thread-safe.
 
     `sender` is the address for MAIL FROM.
     """
@@ -89,10 +89,10 @@ class MessageBuilder:
     def __init__(
         self, sender_email: str, display_name: str, template: BatchTemplate, *, max_bytes: int
     ) -> None:
-        """Encode what all mails share; no mail has more than `max_bytes`.
+        """Encode what all mails share. No mail may have more than `max_bytes`.
 
         Raises:
-            MessageError: ADDRESS_INVALID, the sender's; MESSAGE_TOO_LARGE, the display name.
+            MessageError: ADDRESS_INVALID for the sender, MESSAGE_TOO_LARGE for the display name.
         """
         self.sender = wire_address(sender_email)
         self._smtputf8 = not self.sender.isascii()
@@ -102,13 +102,13 @@ class MessageBuilder:
             self._from = f"From: {_mailbox(display_name, self.sender, max_bytes)}\r\n"
         except TooLargeError as error:
             raise self._too_large(max_bytes + error.over) from None
-        # "=_" stands in no quoted-printable or base64 text (RFC 2045, 6.7), and chance keeps it out
-        # of what a row's author could write.
+        # "=_" never occurs in quoted-printable or base64 text (RFC 2045, 6.7). The rest is random,
+        # so that nobody who writes a row can guess it.
         self._boundary = f"=_{secrets.token_hex(16)}"
-        # A text that does not differ between mails is encoded once.
-        self._encode_subject = _Remembered(encode_subject)
-        self._encode_body = _Remembered(self._text_part)
-        self._encode_html = _Remembered(self._html_part)
+        # A text that is the same in all mails is encoded once.
+        self._encode_subject = _CachingEncoder(encode_subject)
+        self._encode_body = _CachingEncoder(self._text_part)
+        self._encode_html = _CachingEncoder(self._html_part)
         self._multipart = (
             "Content-Type: multipart/alternative;\r\n"
             f' boundary="{self._boundary}"\r\n\r\n--{self._boundary}\r\n'
@@ -129,7 +129,7 @@ class MessageBuilder:
         """
         address = wire_address(recipient)
         if not _SAFE_MESSAGE_ID.fullmatch(message_id):
-            raise MessageError("HEADER_INVALID", f"{message_id!r} is no Message-ID")
+            raise MessageError("HEADER_INVALID", f"{message_id!r} is not a Message-ID")
         rendered = self._template.render(values, self._max_bytes)
         try:
             subject = self._encode_subject(rendered.subject, self._max_bytes)
@@ -149,7 +149,7 @@ class MessageBuilder:
         return Message(b"".join(parts), address, needs_smtputf8)
 
     def _content(self, rendered: Rendered, room: int) -> list[bytes]:
-        """Return what follows the head.
+        """Return the parts after the head: the headers of the content, and the encoded texts.
 
         Raises:
             TooLargeError: it certainly has more than `room` bytes.
@@ -173,8 +173,8 @@ class MessageBuilder:
         return MessageError("MESSAGE_TOO_LARGE", too_large(size, self._max_bytes, exact=exact))
 
 
-class _Remembered(Generic[T]):
-    """An encoder that keeps the result for its last text, unless that is long."""
+class _CachingEncoder(Generic[T]):
+    """An encoder that caches the result for its last text, unless that text is long."""
 
     __slots__ = ("_encode", "_encoded", "_text")
 
@@ -184,7 +184,7 @@ class _Remembered(Generic[T]):
         self._encoded: T
 
     def __call__(self, text: str, room: int) -> T:
-        # The kept result was encoded for another `room`. The caller measures it.
+        # The cached result was encoded for another `room`, so the caller checks its size.
         if text == self._text:
             return self._encoded
         encoded = self._encode(text, room)
@@ -196,7 +196,7 @@ class _Remembered(Generic[T]):
 
 
 def _mailbox(display_name: str, address: str, room: int) -> str:
-    """Return `name <address>` (RFC 5322, 3.4), folded where it is long.
+    """Return `name <address>` (RFC 5322, 3.4), folded if it is long.
 
     Raises:
         TooLargeError: it has more than `room` bytes.

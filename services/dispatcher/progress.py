@@ -1,4 +1,4 @@
-"""What a dispatcher did of late: two counters and a ring of seconds."""
+"""Counts what a dispatcher has sent, in total and over the last minute."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _SPAN_S = 60
 
 
 class Progress:
-    """Counts attempts; `clock` is a monotonic clock in seconds."""
+    """Counts attempts. `clock` is a monotonic clock in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._started = clock()
-        # One entry a second: [second, attempts, sent].
+        # One entry per second: [second, attempts, sent].
         self._seconds: deque[list[int]] = deque()
         self.attempt_count = 0
         self.sent_count = 0
@@ -37,7 +37,7 @@ class Progress:
         self.sent_count += sent
 
     def rates(self) -> tuple[float, float]:
-        """Return attempts and mails sent a second, over the last minute or since the start."""
+        """Return attempts and mails sent per second, over the last minute or since the start."""
         self._forget(int(self._clock()))
         span = min(_SPAN_S, max(1.0, self.uptime))
         attempts = sum(entry[1] for entry in self._seconds)

@@ -1,4 +1,4 @@
-"""Finds what somebody left behind or lost: leases that ran out, heads not loaded, lost keys."""
+"""Recovers from failures: ends expired leases, loads abandoned heads, restores lost keys."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import JobState
 
-# A lease's end is looked for a moment later, so that one look finds it.
+# Expired leases are searched for a moment after the end of a lease, so that one search finds it.
 _SLACK = timedelta(milliseconds=20)
-# After PostgreSQL was away, dispatchers record what ended meanwhile before anybody else ends it.
-# That it was is noticed by an error of any step, and each dispatcher asks every 5 s at least; or by
-# a look for leases that takes longer than `_HANGS`. A shorter outage need not be noticed: a send
-# ends 6 s, a tenth of it, before its lease (dispatcher.py); its record is tried every 0.2 s.
-# What is left is a PostgreSQL that hangs, without an error, from those 6 s before a lease's end
-# until less than `_HANGS` after it: the first to be served has the job then, and at worst its mail
-# is in doubt, as that of a killed dispatcher is.
+# After an outage of PostgreSQL, dispatchers get this time to record the sends that ended meanwhile.
+# Only then are expired leases ended. An outage is detected by an error of any step (at least one
+# query runs every 5 s), or by a recovery that takes longer than `_HANGS`. A shorter outage does no
+# harm: a send stops 6 s (a tenth of the lease) before its lease ends (renewer.py), and recording it
+# is tried every 0.2 s. One case remains: PostgreSQL hangs without an error from those 6 s before
+# the end of a lease until less than `_HANGS` after it. Then the first statement that runs decides.
+# At worst the mail is in doubt, as after the death of a dispatcher.
 GRACE = timedelta(seconds=10)
 _HANGS = timedelta(seconds=2)
-# How often the senders for which something waits are compared with what Redis knows, by one of the
-# dispatchers: 20 us of PostgreSQL and 10 us of Redis a sender.
+# How often one of the dispatchers compares the senders that have waiting jobs with those in Redis:
+# 20 us of PostgreSQL and 10 us of Redis per sender.
 SWEEP = timedelta(seconds=4)
 _ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
 
 
 class Recovery:
-    """Runs in every dispatcher; several at once do no harm (SKIP LOCKED)."""
+    """Runs the recovery steps in every dispatcher. Several may run at once (SKIP LOCKED)."""
 
     def __init__(self, settings: Settings, engine: AsyncEngine, loader: HeadLoader) -> None:
         self._lease = settings.lease
@@ -48,9 +48,9 @@ class Recovery:
         )
         self._engine = engine
         self._loader = loader
-        # Since PostgreSQL was away it has answered, and `GRACE` is over.
-        self._calm = True
-        # The last look gave grace. A PostgreSQL that is always slow is not waited for again.
+        # False from an outage of PostgreSQL until `GRACE` has been given.
+        self._outage_handled = True
+        # Whether the last search gave `GRACE`. If PostgreSQL is always slow, it is given only once.
         self._gave_grace = False
 
     async def run(self) -> None:
@@ -70,26 +70,26 @@ class Recovery:
         except QUEUE_ERRORS:  # first, because OSError is in both
             raise
         except DATABASE_ERRORS:
-            self._calm = False
+            self._outage_handled = False
             raise
 
     async def recover_leases(self) -> timedelta:
-        """End attempts whose lease ran out; returns when the next one can run out.
+        """End attempts whose lease has expired. Return the time until the next one can expire.
 
-        With no lease in sight that is a whole lease from now: one that is taken later lasts longer.
+        Without any lease this is the length of a lease, because a later lease ends later.
         """
         asked = time.monotonic()
         async with self._engine.connect() as connection:
             senders = await storage.recover_expired(connection, self._lease, self._next_state)
             hung = time.monotonic() - asked > _HANGS.total_seconds()
-            self._calm = self._calm and (self._gave_grace or not hung)
+            self._outage_handled = self._outage_handled and (self._gave_grace or not hung)
             if senders:
-                # Redis may be away, or we may die, before the load that follows.
+                # In case Redis cannot be reached or this process dies before the load below.
                 await mark_stale(connection, senders)
-            if senders and not self._calm:
-                # It could be written: PostgreSQL is back, and its disk is not full.
+            if senders and not self._outage_handled:
+                # The statements have shown that PostgreSQL can write again. Now wait for `GRACE`.
                 await connection.rollback()
-                self._calm = self._gave_grace = True
+                self._outage_handled = self._gave_grace = True
                 return GRACE
             await connection.commit()
         self._gave_grace = False
@@ -107,7 +107,7 @@ class Recovery:
         return MARKER_AGE
 
     async def _restore_lost(self) -> timedelta:
-        """Load the senders that Redis lost, in whole or in part, without noticing it."""
+        """Load the senders whose keys Redis has lost, even if only some of them are missing."""
         for queue in self._loader.queues:
             await self._loader.rebuild(queue, pause=SWEEP)
         return SWEEP

@@ -10,11 +10,11 @@ from typing import Literal
 
 from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
-# At most a tenth is added to a wait, so that what failed together does not come back together.
+# A wait becomes up to a tenth longer, so that jobs that failed together are not retried together.
 JITTER = 0.1
 # A job with this many attempts is given up: the database column for attempts ends at 32,767.
 _MOST_ATTEMPTS = 32_000
-# Where the operator's ladder is empty.
+# The wait if the operator's ladder is empty.
 _SHORT_WAIT = timedelta(seconds=5)
 _NO_WAIT = timedelta(0)
 
@@ -29,7 +29,7 @@ class Ladders:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class JobAttempt:
     """One attempt that ended, and the history of its job.
 
     `attempt` is its number, from 1. `failures` counts earlier attempts that used a place on the
@@ -62,12 +62,12 @@ class Verdict:
 
 
 def decide(
-    tried: Tried, *, ladders: Ladders, policy: Literal["resend", "hold"], chance: float
+    tried: JobAttempt, *, ladders: Ladders, policy: Literal["resend", "hold"], chance: float
 ) -> Verdict:
     """Return the verdict on a job after an attempt; `chance` in [0, 1) picks the jitter."""
     if tried.outcome is AttemptOutcome.SENT:
         return Verdict(JobState.SENT, tried.failures)
-    # If a probe is refused by a reply that no rule knows, the account is still refused.
+    # If no rule knows the reply that refused a probe, the account counts as still refused.
     probe_refused = tried.probe and tried.reply_class is ReplyClass.REFUSED
     permanent = tried.outcome is AttemptOutcome.PERMANENT_FAILURE and not probe_refused
     if permanent or tried.attempt >= _MOST_ATTEMPTS:
@@ -84,7 +84,9 @@ def decide(
     return _counted(tried, ladders.retry_backoff, stretch, policy)
 
 
-def _not_counted(tried: Tried, ladders: Ladders, stretch: float, *, cools_down: bool) -> Verdict:
+def _not_counted(
+    tried: JobAttempt, ladders: Ladders, stretch: float, *, cools_down: bool
+) -> Verdict:
     """Return the verdict on a job whose refusal says nothing about the mail."""
     if cools_down or tried.reply_class is ReplyClass.ACCOUNT:
         return Verdict(JobState.SCHEDULED, tried.failures, _NO_WAIT, cools_down=True)
@@ -96,7 +98,10 @@ def _not_counted(tried: Tried, ladders: Ladders, stretch: float, *, cools_down: 
 
 
 def _counted(
-    tried: Tried, backoff: Sequence[timedelta], stretch: float, policy: Literal["resend", "hold"]
+    tried: JobAttempt,
+    backoff: Sequence[timedelta],
+    stretch: float,
+    policy: Literal["resend", "hold"],
 ) -> Verdict:
     """Return the verdict on a job whose attempt uses a place on the ladder."""
     failures = tried.failures
@@ -104,12 +109,12 @@ def _counted(
     if in_doubt and policy == "hold":
         return Verdict(JobState.UNCERTAIN, failures)
     if failures >= len(backoff):
-        # A copy may have arrived: that is not the same as having failed.
+        # A copy may have arrived, so the job must not be reported as FAILED.
         return Verdict(JobState.UNCERTAIN if in_doubt else JobState.FAILED, failures + 1)
     return Verdict(JobState.SCHEDULED, failures + 1, backoff[failures] * stretch)
 
 
-def _deferred(tried: Tried, ladders: Ladders, stretch: float) -> Verdict:
+def _deferred(tried: JobAttempt, ladders: Ladders, stretch: float) -> Verdict:
     """Return the verdict on a job that the server deferred.
 
     The step of the ladder follows from the time since the first deferral: it is the first step that

@@ -1,4 +1,4 @@
-"""Wires the dispatcher together, and nothing else."""
+"""Wires the dispatcher process together, and nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from outbox_server.shared.tls import TlsContexts
 async def serve(
     settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
 ) -> None:
-    """Run a dispatcher until `stop`; `ready` is told its port."""
+    """Run a dispatcher until `stop` is set. `ready` is called with the port once it is bound."""
     async with AsyncExitStack() as stack:
         engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
@@ -99,7 +99,7 @@ async def serve(
             pool=pool,
             progress=progress,
             queues=queues,
-            on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - the server comes later
+            on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - `server` is assigned later
         )
         server = GrpcServer(
             settings,

@@ -1,4 +1,4 @@
-"""DispatcherService: proto to domain and back."""
+"""Implements DispatcherService: converts protos to the domain and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outbox_server.shared.queue.queue import Queue
 
 
 class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
-    """Shows and drains this process; for operators alone, as `shared.callers` has it."""
+    """Shows and drains this process. `shared.callers` allows it only to operators."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         request: dispatcher_service_pb2.GetDispatcherStatusRequest,
         context: grpc.aio.ServicerContext[object, object],
     ) -> dispatcher_pb2.DispatcherStatus:
-        """Return what the dispatcher does now."""
+        """Return the current state of the dispatcher."""
         return await self._status()
 
     async def DrainDispatcher(
@@ -54,7 +54,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         request: dispatcher_service_pb2.DrainDispatcherRequest,
         context: grpc.aio.ServicerContext[object, object],
     ) -> dispatcher_service_pb2.DrainDispatcherResponse:
-        """Take no more jobs; answer when nothing is in flight."""
+        """Take no more jobs, and return when no job is in flight."""
         self._on_drain()
         given_back = await self._dispatcher.drain()
         return dispatcher_service_pb2.DrainDispatcherResponse(
@@ -87,11 +87,11 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         )
 
     async def _circuits(self, endpoints: Collection[str]) -> dict[str, Circuit]:
-        """Return the open circuits; of several shards, that which opened first."""
+        """Return the open circuits by endpoint. If several shards have one, the oldest counts."""
         found: dict[str, Circuit] = {}
         if not endpoints:
             return found
-        # Without Redis the rest of the status is as true as ever.
+        # Without Redis, the rest of the status is still valid.
         with suppress(*QUEUE_ERRORS):
             for queue in self._queues:
                 for endpoint, circuit in (

@@ -1,4 +1,4 @@
-"""Wakes a sleeping dispatcher when something earlier arrives."""
+"""Wakes a waiting dispatcher when a job becomes due earlier than expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RETRY = timedelta(milliseconds=500)
 
 
 class WakeListener:
-    """Listens on a shard's channel; a missed message costs at most a heartbeat."""
+    """Listens on a shard's channel. A missed message delays a claim by at most a heartbeat."""
 
     def __init__(self, redis: Redis, channel: str) -> None:
         self._redis = redis
@@ -23,7 +23,7 @@ class WakeListener:
         self._event = asyncio.Event()
 
     def clear(self) -> None:
-        """Forget what came before the look that follows."""
+        """Forget earlier wake-ups. Called before each claim."""
         self._event.clear()
 
     def wake(self) -> None:
@@ -31,18 +31,18 @@ class WakeListener:
         self._event.set()
 
     async def wait(self) -> None:
-        """Wait until somebody wakes us."""
+        """Wait for the next wake-up."""
         await self._event.wait()
 
     async def run(self) -> None:
-        """Listen until cancelled; a lost connection is made again."""
+        """Listen until cancelled. After a lost connection, connect again."""
         await Loop("listening", self._listen).run()
 
     async def _listen(self) -> timedelta:
         with suppress(*QUEUE_ERRORS):
             async with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
                 await pubsub.subscribe(self._channel)
-                # What was published while nobody listened is made up for by one look.
+                # Messages may have been missed before the subscription, so wake once.
                 self._event.set()
                 async for _ in pubsub.listen():
                     self._event.set()

@@ -1,8 +1,8 @@
-"""What is one mail address: accepted as it will be used, or refused with the reason.
+"""Checks mail addresses, and normalizes them to the form that is used for sending.
 
-The judge is `email_validator`, without DNS. Plain ASCII addresses, nearly all, are accepted by one
-expression first (1 us against 35): a strict subset of what the library accepts, with the same
-result.
+`email_validator` decides, without DNS. Nearly all addresses are plain ASCII, and one regular
+expression accepts those first (1 us instead of 35). It accepts a strict subset of what the library
+accepts, with the same result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES, EMAIL_
 
 _ATOM = r"[A-Za-z0-9_!#$%&'*+\-/=?^`{|}~]+"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-# No two hyphens in a row in the domain: that could be Punycode, which only the library reads.
+# The domain has no two hyphens in a row: it could be Punycode, which only the library decodes.
 _PLAIN = re.compile(
     rf"({_ATOM}(?:\.{_ATOM})*)@(?!.*--)((?:{_LABEL}\.)+([A-Za-z]{{2,63}}))", re.ASCII
 )
@@ -24,13 +24,13 @@ _SPECIAL_LAST_LABELS = frozenset(name.rpartition(".")[2] for name in SPECIAL_USE
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SEPARATORS = re.compile(r"[\s,;|]+")
 _IN_BRACKETS = re.compile(r"<\s*([^<>\s]+@[^<>\s]+)\s*>\Z")
-# White space that people paste around an address. A line break is none of it: it ends a header.
-_AROUND = " \t\u00a0\u200b\ufeff"
-_SHOWN = 80
+# White space that people paste around an address. Line breaks are excluded: they end a header.
+_PASTED_SPACE = " \t\u00a0\u200b\ufeff"
+_MAX_SHOWN = 80
 
 
 class BadAddress(ValueError):
-    """No address to send to.
+    """The text is not one valid mail address.
 
     `reason`: EMAIL_MISSING, TWO_ADDRESSES, CONTROL_CHARACTER or ADDRESS_INVALID.
     """
@@ -42,12 +42,12 @@ class BadAddress(ValueError):
 
 
 def check_address(text: str) -> str:
-    """Return the address in `text` as it will be used: trimmed, its domain in lower case.
+    """Return the address in `text`, trimmed and with its domain in lower case.
 
     Raises:
-        BadAddress: there is no address, more than one, or one that cannot be.
+        BadAddress: there is no address, more than one, or an invalid one.
     """
-    text = text.strip(_AROUND)
+    text = text.strip(_PASTED_SPACE)
     match = _PLAIN.fullmatch(text)
     if match and len(text) <= EMAIL_MAX_LENGTH:
         local, domain, last_label = match.groups()
@@ -56,15 +56,15 @@ def check_address(text: str) -> str:
             local.islower() or local.lower() not in _ROLES
         ):
             return f"{local}@{domain}"
-    return _judge(text)
+    return _check_by_library(text)
 
 
 def address_key(address: str) -> str:
-    """Return what two spellings of an address share: addresses are compared without case."""
+    """Return the key by which addresses are compared, without regard to case."""
     return address.casefold()
 
 
-def _judge(text: str) -> str:
+def _check_by_library(text: str) -> str:
     if not text.strip():
         raise BadAddress("EMAIL_MISSING", "there is no address")
     control = _CONTROL.search(text)
@@ -75,16 +75,17 @@ def _judge(text: str) -> str:
         )
     if sum("@" in part for part in _SEPARATORS.split(text)) > 1:
         raise BadAddress(
-            "TWO_ADDRESSES", f"{_show(text)} is more than one address; a row is one mail to one"
+            "TWO_ADDRESSES", f"{_show(text)} is more than one address; use one row for each"
         )
     bracketed = _IN_BRACKETS.search(text)
     if bracketed:
         raise BadAddress("ADDRESS_INVALID", f"{_show(text)}: write only {_show(bracketed[1])}")
     if len(text) > EMAIL_MAX_LENGTH:
-        # Also keeps long cells from the library, whose splitter is slow.
+        # The library is slow for long texts, so it does not get them.
         raise BadAddress(
             "ADDRESS_INVALID",
-            f"{_show(text)} is too long: {len(text)} characters, {EMAIL_MAX_LENGTH} at most",
+            f"{_show(text)} is too long: it must have at most {EMAIL_MAX_LENGTH} characters "
+            f"(got {len(text)})",
         )
     try:
         return validate_email(text, check_deliverability=False).normalized
@@ -93,4 +94,4 @@ def _judge(text: str) -> str:
 
 
 def _show(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")

@@ -1,4 +1,4 @@
-"""What a caller decides about a batch, checked. Pure."""
+"""Checks the options of a batch. Pure."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 from outbox_server.services.scheduler.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import FieldViolation, InvalidInput
+from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchMode, DuplicatePolicy
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
@@ -17,9 +18,10 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """The options of a batch; `subject`, `body` and `html` None: the rows' own.
+    """The options of a batch.
 
-    `schedule_time` None: now.
+    If `subject`, `body` or `html` is None, the rows have their own. If `schedule_time` is None, the
+    batch begins now.
     """
 
     request_id: str
@@ -32,13 +34,13 @@ class BatchOptions:
     duplicates: DuplicatePolicy = DuplicatePolicy.KEEP_FIRST
     mode: BatchMode = BatchMode.PERMISSIVE
     time_zone: str = "UTC"
-    # None: a job waits for as long as it takes.
+    # None means that jobs never expire.
     expire_after_ms: int | None = None
-    # None: `spacing_ms` decides.
+    # None means that `spacing_ms` sets the times.
     spread_until: datetime | None = None
 
     def canonical(self) -> bytes:
-        """Return the same bytes for the same options: what an unset field means is written out."""
+        """Return bytes that are equal for equal options. Unset fields count as their defaults."""
         return json.dumps(
             [
                 self.sender_id,
@@ -51,21 +53,21 @@ class BatchOptions:
                 int(self.mode),
                 self.time_zone,
                 self.expire_after_ms,
-                # Only where it is set: what was accepted before there was one stays the same.
+                # Only if it is set, so that batches from before the option keep their digests.
                 *([self.spread_until.isoformat()] if self.spread_until else []),
             ]
         ).encode()
 
     @property
     def template_bytes(self) -> int:
-        """The size of the templates together."""
+        """The total size of the templates."""
         return sum(len((text or "").encode()) for text in (self.subject, self.body, self.html))
 
 
 def check_options(options: BatchOptions, field: str = "options") -> BatchOptions:
-    """Return `options`; `field` is where the request has them.
+    """Return `options`. `field` is their path in the request.
 
-    Templates are looked at when they are parsed, all but what no database takes.
+    Templates are checked when they are parsed. Only NUL characters are refused here.
 
     Raises:
         InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
@@ -74,7 +76,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
     if not options.request_id:
         raise InvalidInput.field(
             f"{field}.request_id",
-            "must be set, to another text for each batch: it makes the call safe to repeat",
+            "must be set to a different text for each batch: it makes the call safe to retry",
             reason="REQUEST_ID_REQUIRED",
         )
     bounds.REQUEST_ID.check(f"{field}.request_id", options.request_id)
@@ -83,19 +85,24 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
         if nul >= 0:
             raise InvalidInput.field(
                 f"{field}.{name}",
-                f"character {nul + 1} is a NUL, which no mail can contain",
+                f"must not contain a NUL (got one as character {nul + 1:,})",
                 reason="TEMPLATE_INVALID",
             )
     if not 0 <= options.spacing_ms <= bounds.MAX_SPACING // _MILLISECOND:
         raise InvalidInput.field(
-            f"{field}.spacing", "takes 0 s to 7 days", reason="SPACING_INVALID"
+            f"{field}.spacing",
+            f"must be 0 s to 7 days (got {format_duration(options.spacing_ms * _MILLISECOND)})",
+            reason="SPACING_INVALID",
         )
     shortest, longest = bounds.MIN_EXPIRE_AFTER, bounds.MAX_EXPIRE_AFTER
     if options.expire_after_ms is not None and not (
         shortest <= options.expire_after_ms * _MILLISECOND <= longest
     ):
         raise InvalidInput.field(
-            f"{field}.expire_after", "takes 1 s to 366 days", reason="EXPIRE_AFTER_INVALID"
+            f"{field}.expire_after",
+            "must be 1 s to 366 days "
+            f"(got {format_duration(options.expire_after_ms * _MILLISECOND)})",
+            reason="EXPIRE_AFTER_INVALID",
         )
     check_spread(options, options.schedule_time, field)
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
@@ -107,7 +114,7 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
 
 
 def check_spread(options: BatchOptions, start: datetime | None, field: str = "options") -> None:
-    """Look at `spread_until` once more, now that the `start` of the batch is known.
+    """Check `spread_until`. `start` is None as long as the start of the batch is not known.
 
     Raises:
         InvalidInput: SPREAD_UNTIL_INVALID.
@@ -122,7 +129,7 @@ def check_spread(options: BatchOptions, start: datetime | None, field: str = "op
 
 
 def under_options(error: InvalidInput, field: str = "options") -> InvalidInput:
-    """Return the error of a template with the place that it has in the request."""
+    """Return the error of a template, with the path of the template in the request."""
     return InvalidInput(
         f"{field}.{error.message}",
         reason=error.reason,

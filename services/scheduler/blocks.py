@@ -1,4 +1,4 @@
-"""Reads a payload block by block, in a thread: parsed, checked, without duplicates."""
+"""Reads a payload in blocks of rows: parses and checks them, and removes duplicates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_GROWTH = 3 * MOST_BYTES
 
 
 class ReadBlock(NamedTuple):
-    """Some rows, in their order; `duplicates` of them were left out."""
+    """Consecutive rows, without duplicates. `duplicates` is the number of rows left out."""
 
     rows: list[JobRow]
     rejections: list[RowRejection]
@@ -29,7 +29,7 @@ class ReadBlock(NamedTuple):
 
 
 class BlockReader:
-    """The blocks of one payload. One call at a time, each in any thread."""
+    """Reads the blocks of one payload. Calls may come from any thread, but only one at a time."""
 
     def __init__(self, payload: Payload, options: BatchOptions, max_message_bytes: int) -> None:
         self._payload = payload
@@ -46,32 +46,32 @@ class BlockReader:
 
     @property
     def variable_names(self) -> tuple[str, ...]:
-        """What `JobRow.variables` holds, in its order; known after the first block."""
+        """The names of the values in `JobRow.variables`, in order. Known after the first block."""
         return self._names
 
     def next(self) -> ReadBlock | None:
-        """Return the next block; None after the last.
+        """Return the next block, or None after the last.
 
         Raises:
-            InvalidInput: a template does not parse, or the payload is no CSV.
+            InvalidInput: a template does not parse, or the payload is not a valid CSV.
         """
         return next(self._blocks, None)
 
     def drain(self) -> bytes:
-        """Read what is left, and return the digest of options and payload."""
+        """Read the rest of the payload, and return the digest of options and payload."""
         self._payload.drain()
         return self._payload.digest()
 
     def digest(self) -> bytes:
-        """Return the digest of options and payload; right after the last block."""
+        """Return the digest of options and payload. Valid only right after the last block."""
         return self._payload.digest()
 
     def interrupt(self) -> None:
-        """Make a call in another thread that waits for its caller fail."""
+        """Make a call fail that waits for the caller's data in another thread."""
         self._payload.close()
 
     def close(self) -> None:
-        """Free what the reading took."""
+        """Free the resources of the reader."""
         self._blocks.close()
 
     def _read(self) -> Generator[ReadBlock, None, None]:
@@ -82,7 +82,7 @@ class BlockReader:
             raise under_options(error) from None
         opened = self._payload.open(template, options.time_zone)
         self._names = opened.variable_names
-        plan = _Sized(
+        plan = _SizeLimitedPlan(
             opened.plan,
             limit=self._max_message_bytes,
             room=self._max_message_bytes - options.template_bytes,
@@ -92,18 +92,18 @@ class BlockReader:
         keep_first = options.duplicates is DuplicatePolicy.KEEP_FIRST
         with DuplicateFinder() if keep_first else nullcontext() as finder:
             for rows, rejections in read_blocks(opened.rows, plan):
-                kept = rows if finder is None else _first_ones(rows, finder)
+                kept = rows if finder is None else _without_duplicates(rows, finder)
                 yield ReadBlock(kept, rejections, len(rows) - len(kept))
 
 
-def _first_ones(rows: list[JobRow], finder: DuplicateFinder) -> list[JobRow]:
+def _without_duplicates(rows: list[JobRow], finder: DuplicateFinder) -> list[JobRow]:
     marks = finder.new_in_block([row.address_key for row in rows])
     if all(marks):
         return rows
     return [row for row, new in zip(rows, marks, strict=True) if new]
 
 
-class _Sized:
+class _SizeLimitedPlan:
     """A plan that also rejects rows whose mail would certainly be too large.
 
     It rejects a row that has more bytes than the limit together with the templates, and a row whose
@@ -140,7 +140,7 @@ class _Sized:
                 number,
                 "",
                 "MESSAGE_TOO_LARGE",
-                "the row and the templates together are over the size limit of a mail "
+                "the mail for this row would be larger than the operator's limit "
                 "(OUTBOX_MAX_MESSAGE_BYTES)",
             )
         return row

@@ -1,4 +1,4 @@
-"""Rows as COPY's text format takes them (PostgreSQL's documentation of COPY, "Text Format")."""
+"""Formats rows for COPY (see "Text Format" in PostgreSQL's documentation of COPY)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "
 
 
 class Schedule:
-    """When each accepted row is due: its own time, or its place times the spacing after the start.
+    """Calculates when each accepted row is due and when it expires.
 
-    And when it expires, `expire_after_ms` after that; None: never.
+    A row is due at its own `schedule_time`, or else at the start plus its place times the spacing.
+    It expires `expire_after_ms` later; None means never. `last_due` is the latest due time so far.
 
-    `last_due`: when the last of them is; None: there was none yet. `spread`: rows without a time of
-    their own get their place instead, for their times are known when all rows are.
+    If the batch is `spread`, rows without an own time get their place instead, because their times
+    are known only after the last row.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Schedule:
         self.last_due: datetime | None = None
 
     def times(self, rows: Sequence[JobRow]) -> Iterable[str]:
-        """Return (scheduled_at, expires_at) of the next rows, as COPY takes them.
+        """Return (scheduled_at, expires_at) of the next rows, in COPY's format.
 
-        Of a batch that is spread: (place, scheduled_at, expires_at), the place or the others NULL.
+        For a spread batch it is (place, scheduled_at, expires_at): either the place or both times
+        are NULL.
 
         Raises:
             OverflowError: a time is beyond the year 9999.
@@ -63,7 +65,7 @@ class Schedule:
 
     @property
     def places(self) -> int:
-        """How many rows of a batch that is spread have a place so far."""
+        """The number of rows of a spread batch that have a place so far."""
         return self._place
 
     def _place_or_time(self, row: JobRow) -> str:
@@ -94,7 +96,7 @@ def format_jobs(
     head = f"{batch_id}\t{sender_id}\t"
     lines = []
     for row, time in zip(rows, times, strict=True):
-        # Variables are JSON, which has no raw control characters.
+        # Variables are JSON, which contains no raw control characters.
         variables = "\\N" if row.variables is None else row.variables.replace("\\", "\\\\")
         recipient = row.recipient
         if "\\" in recipient:

@@ -1,9 +1,9 @@
-"""A CSV as spreadsheets really write it, read as a stream: memory does not grow with the file.
+"""Reads CSV files as spreadsheets write them, as a stream: memory does not grow with the file.
 
-RFC 4180 and its relatives: UTF-8 with or without BOM, UTF-16 with BOM; separators `,` `;` tab `|`;
-lines end in CRLF, LF or CR; quoted cells hold line breaks; blank lines are skipped.
+It reads RFC 4180 and its common variants: UTF-8 with or without BOM, UTF-16 with BOM; separators
+`,` `;` tab `|`; line ends CRLF, LF or CR; line breaks in quoted cells. Blank lines are skipped.
 
-Rows are numbered from 1, the header not counted, blank lines counted: row n is line n + 1 of the
+Rows are numbered from 1 after the header. Blank lines count, so that row n is line n + 1 of the
 spreadsheet.
 """
 
@@ -21,30 +21,30 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.templates.batch import variable_name
 
 EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address", "recipient", "to"})
-# A cell longer than the largest mail: most likely a quote that is never closed.
+# More than the largest mail. A longer cell is most likely a quote that is never closed.
 MAX_CELL_CHARACTERS = 16 * 1024 * 1024
 _SEPARATORS = ",;\t|"
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
-# Excel's own note to itself, before the header.
+# The line in which Excel names the separator, before the header.
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 _MAX_SHOWN_COLUMNS = 50
 _MAX_SHOWN = 80
 _TOO_LONG = (
-    f"a cell or line of more than {MAX_CELL_CHARACTERS // 1024 // 1024} Mi characters; "
-    "is a quote never closed?"
+    f"a cell or a line has more than {MAX_CELL_CHARACTERS:,} characters; "
+    "check that each quote is closed"
 )
-# Ends the lines that csv gets. NUL is refused in the input, so no row can look like it, and if the
-# last row has swallowed it, a quote is open.
+# The last line that the csv module gets. The input has no NUL, so no row looks like it. If this
+# line became part of another row, a quote is still open.
 _END = "\0"
 _FINAL = ((b"", True),)
 
 
 @dataclass(frozen=True, slots=True)
 class CsvTable:
-    """An opened CSV.
+    """A CSV whose header has been read.
 
-    `columns` are the header's cells as written, `names` the variable names of them (empty where
-    the cell is), `email_index` is where the address stands.
+    `columns` has the cells of the header as written. `names` has their variable names; an empty
+    cell has an empty name. `email_index` is the index of the address column.
     """
 
     columns: tuple[str, ...]
@@ -54,7 +54,7 @@ class CsvTable:
     _rows: Iterator[tuple[int, list[str]]]
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Return the rows, once: their numbers and cells, as they are.
+        """Return the numbers and cells of the rows. Can be called once.
 
         Raises:
             InvalidInput: while reading; CSV_NO_ROWS, CSV_NOT_UTF8, CSV_NUL, CSV_UNCLOSED_QUOTE,
@@ -64,7 +64,7 @@ class CsvTable:
 
 
 class _BadText(Exception):
-    """The text ends here: `problem` is to be told with the row."""
+    """The text cannot be read further. `at` adds the row to `problem`."""
 
     def __init__(self, reason: str, problem: str, offset: int) -> None:
         super().__init__(problem)
@@ -81,14 +81,14 @@ class _BadText(Exception):
 
 
 def read_csv(chunks: Iterator[bytes]) -> CsvTable:
-    """Read the header of a CSV; the rows follow as they are asked for.
+    """Read the header of a CSV. The rows are read as they are needed.
 
     Raises:
-        InvalidInput: CSV_EMPTY, CSV_NO_EMAIL_COLUMN, CSV_DUPLICATE_COLUMN, and what `rows` raises.
+        InvalidInput: CSV_EMPTY, CSV_NO_EMAIL_COLUMN, CSV_DUPLICATE_COLUMN, or an error of `rows`.
     """
-    # The module knows one limit for the whole process; its default of 131,072 is too short for us.
+    # The csv module has one limit for the whole process. Its default of 131,072 is too low.
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    state = _End()
+    state = _EndMarker()
     lines = _lines(chunks, state)
     try:
         header_lines, separator = _header_lines(lines, state)
@@ -105,8 +105,8 @@ def read_csv(chunks: Iterator[bytes]) -> CsvTable:
     return CsvTable(columns, names, _email_index(columns, names), separator, _rows(reader, state))
 
 
-class _End:
-    """Whether the line that marks the end has been handed out."""
+class _EndMarker:
+    """Knows whether the line that marks the end has been read."""
 
     __slots__ = ("reached",)
 
@@ -119,7 +119,7 @@ class _End:
         yield _END
 
 
-def _rows(reader: Iterator[list[str]], state: _End) -> Iterator[tuple[int, list[str]]]:
+def _rows(reader: Iterator[list[str]], state: _EndMarker) -> Iterator[tuple[int, list[str]]]:
     number = 0
     empty = True
     try:
@@ -138,13 +138,13 @@ def _rows(reader: Iterator[list[str]], state: _End) -> Iterator[tuple[int, list[
     except csv.Error:
         raise _cell_too_long(f"row {number + 1}") from None
     if empty:
-        raise InvalidInput("the CSV has a header and no rows", reason="CSV_NO_ROWS")
+        raise InvalidInput("the CSV has no rows after the header", reason="CSV_NO_ROWS")
 
 
-def _lines(chunks: Iterator[bytes], state: _End) -> Iterator[str]:
-    """Return the lines with their ends, and a last one that marks the end.
+def _lines(chunks: Iterator[bytes], state: _EndMarker) -> Iterator[str]:
+    """Return the lines with their ends, followed by the line that marks the end.
 
-    Lines pass through no Python code on their way to csv.
+    To be fast, no Python code runs for a single line.
     """
     pieces = _pieces(_texts(chunks))
     lines = chain.from_iterable(io.StringIO(piece, newline="") for piece in pieces)
@@ -154,8 +154,8 @@ def _lines(chunks: Iterator[bytes], state: _End) -> Iterator[str]:
 def _pieces(texts: Iterator[str]) -> Iterator[str]:
     """Yield the text cut at line ends.
 
-    Each character is looked at once however long a line is. A CR at the end of a text is kept back:
-    it is a line end of its own only if no LF follows.
+    Each character is read once, however long a line is. A CR at the end of a text is held back,
+    because an LF may follow in the next text.
     """
     tail: list[str] = []
     tail_length = 0
@@ -183,7 +183,7 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
 def _texts(chunks: Iterator[bytes]) -> Iterator[str]:
     """Yield the decoded chunks.
 
-    What comes before bad bytes is yielded first, so that the row is known when they are reported.
+    The text before invalid bytes is yielded first, so that the error can name the row.
     """
     data = b""
     chunks = iter(chunks)
@@ -221,7 +221,7 @@ def _encoding(data: bytes) -> tuple[str, bytes]:
 
 
 def _checked(text: str, start: int, encoding: str) -> Iterator[str]:
-    """Yield `text`, up to the first NUL in it: no text has one, and PostgreSQL takes none."""
+    """Yield `text`, but raise at the first NUL, which PostgreSQL cannot store."""
     nul = text.find("\0")
     if nul < 0:
         yield text
@@ -238,13 +238,16 @@ def _not_text(error: UnicodeDecodeError, start: int, encoding: str) -> _BadText:
     hint = "; save the file as UTF-8" if encoding == "utf-8" else ""
     return _BadText(
         "CSV_NOT_UTF8",
-        f"the bytes {bad} at byte {offset} are no {encoding.upper()}{hint}",
+        f"the bytes {bad} at byte {offset} are not valid {encoding.upper()}{hint}",
         offset,
     )
 
 
-def _header_lines(lines: Iterator[str], state: _End) -> tuple[list[str], str]:
-    """Return the lines of the header, the first that is not blank, and the separator in it."""
+def _header_lines(lines: Iterator[str], state: _EndMarker) -> tuple[list[str], str]:
+    """Return the lines of the header, which is the first row that is not blank, and its separator.
+
+    The header has more than one line if a quoted cell contains a line break.
+    """
     separator = ""
     header: list[str] = []
     length = quotes = 0
@@ -262,7 +265,7 @@ def _header_lines(lines: Iterator[str], state: _End) -> tuple[list[str], str]:
         length += len(line)
         if length > MAX_CELL_CHARACTERS:
             raise _BadText("CSV_CELL_TOO_LONG", _TOO_LONG, -1)
-        # A quoted line break: the header goes on. A doubled quote counts twice, so parity holds.
+        # An odd number of quotes means that one is open. A doubled quote counts as two.
         quotes += line.count('"')
         if quotes % 2 == 0:
             break
@@ -274,9 +277,9 @@ def _header_lines(lines: Iterator[str], state: _End) -> tuple[list[str], str]:
 
 
 def _separator(header: str) -> str:
-    """Return what separates the cells of `header`: what makes an e-mail column, else what is most.
+    """Return the most frequent separator with which `header` has an e-mail column.
 
-    Only what stands outside quotes counts.
+    If there is none, return the most frequent separator. Quoted text does not count.
     """
     bare = _QUOTED.sub("", header)
     candidates = sorted(_SEPARATORS, key=bare.count, reverse=True)
@@ -292,8 +295,8 @@ def _email_index(columns: Sequence[str], names: Sequence[str]) -> int:
     for column, name in zip(columns, names, strict=True):
         if name and name in seen:
             raise InvalidInput(
-                f"two columns have the same name: {_show(seen[name])} and {_show(column)} are both "
-                f"{{{{ {name} }}}}",
+                f"the columns {_show(seen[name])} and {_show(column)} have the same variable name, "
+                f"`{name}`; rename one",
                 reason="CSV_DUPLICATE_COLUMN",
                 metadata={"column": name},
             )
@@ -305,7 +308,7 @@ def _email_index(columns: Sequence[str], names: Sequence[str]) -> int:
             return index
     found = ", ".join(map(_show, columns[:_MAX_SHOWN_COLUMNS]))
     raise InvalidInput(
-        f"the CSV has no column `email`; its columns are {found}",
+        f"the CSV must have a column `email`; its columns are {found}",
         reason="CSV_NO_EMAIL_COLUMN",
         metadata={"columns": found},
     )
@@ -313,7 +316,7 @@ def _email_index(columns: Sequence[str], names: Sequence[str]) -> int:
 
 def _unclosed_quote(where: str) -> InvalidInput:
     return InvalidInput(
-        f'{where}: a quote (") is opened here and never closed', reason="CSV_UNCLOSED_QUOTE"
+        f'{where}: a quote (") that begins here is never closed', reason="CSV_UNCLOSED_QUOTE"
     )
 
 

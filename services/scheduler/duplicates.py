@@ -1,4 +1,4 @@
-"""Which addresses were seen before: exact, in bounded memory, whatever the size of the upload."""
+"""Finds duplicate addresses exactly, in bounded memory, whatever the size of the upload."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-# Pages beyond this go to an unnamed file that the system removes with the process.
+# Pages beyond this go to an unnamed file. The system deletes it when the process ends.
 _CACHE_KIB = 16 * 1024
 
 
 class DuplicateFinder:
-    """A set of keys in a temporary SQLite database. A context manager; for one thread at a time."""
+    """A set of keys in a temporary SQLite database, for one thread at a time."""
 
     def __init__(self, cache_kib: int = _CACHE_KIB) -> None:
-        # The thread may change between blocks (a pool), never within one.
+        # Blocks may run in different threads of a pool, but never two at once.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        # Nothing of it outlives the upload, so nothing needs to be safe on disk.
+        # The database is deleted after the upload, so it needs no durability.
         self._database.execute("PRAGMA journal_mode = OFF")
         self._database.execute("PRAGMA synchronous = OFF")
         self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
         self._database.execute(f"PRAGMA cache_size = -{cache_kib}")
-        # `block` tells what a block has just put in from what was there.
+        # `block` distinguishes the keys of the present block from earlier ones.
         self._database.execute(
             "CREATE TABLE keys (key TEXT PRIMARY KEY, block INTEGER) WITHOUT ROWID"
         )
@@ -44,9 +44,9 @@ class DuplicateFinder:
         self._database.close()
 
     def new_in_block(self, keys: Sequence[str]) -> list[bool]:
-        """Return for each key whether it is its first occurrence, in this block and all before.
+        """Return for each key whether it occurs for the first time, and remember it.
 
-        The keys are remembered.
+        Keys of this block and of all earlier blocks count.
         """
         distinct = set(keys)
         known = self._add(distinct)
@@ -59,12 +59,12 @@ class DuplicateFinder:
         return marks
 
     def _add(self, distinct: set[str]) -> set[str]:
-        """Remember keys; return those that were there before."""
+        """Remember keys. Return those that earlier blocks have added."""
         self._block += 1
         before = self._database.total_changes
         execute = self._database.execute
         execute("BEGIN")
-        # Ascending keys meet the same pages of the tree one after the other.
+        # In ascending order, so that consecutive keys are on the same pages of the tree.
         self._database.executemany(
             "INSERT OR IGNORE INTO keys VALUES (?, ?)",
             [(key, self._block) for key in sorted(distinct)],

@@ -1,4 +1,4 @@
-"""Finds out what a waiting job waits for: from PostgreSQL, and live from Redis if it is there."""
+"""Finds out what a job waits for, from PostgreSQL and, if it can be reached, from Redis."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ from outbox_server.shared.states import JobState
 
 _QUEUE_LIMIT_S: Final = 1.0
 _NO_REDIS: Final = (
-    " Redis cannot be reached: nothing is sent until it is, and this is what PostgreSQL knows."
+    " Redis cannot be reached, so nothing is sent at the moment; this answer is based on "
+    "PostgreSQL alone."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainedJob:
-    """A job, what it waits for, and when it will be sent; `ahead` None: it does not wait."""
+    """A job, what it waits for, and when it will be sent. `ahead` is None if it does not wait."""
 
     job: JobRecord
     explanation: Explanation
@@ -52,7 +53,7 @@ class ExplainedJob:
 
 
 class Explainer:
-    """Explains jobs."""
+    """Explains what jobs wait for."""
 
     def __init__(
         self, engine: AsyncEngine, loader: HeadLoader, rules: Rules, defer_for: timedelta
@@ -64,8 +65,8 @@ class Explainer:
         self._defer_for = defer_for
 
     async def explain(self, job_id: int, user_id: str | None) -> ExplainedJob | None:
-        """Explain a job; None: there is none, or not for this user."""
-        # The job, its sender's past and what waits before it, of one moment.
+        """Explain a job. Return None if it does not exist or belongs to another user."""
+        # One snapshot for the job, the attempts of its sender and the jobs before it.
         async with snapshot(self._engine) as connection:
             job = await storage.read_job(connection, job_id, user_id)
             if job is None:
@@ -88,7 +89,7 @@ class Explainer:
                 )
                 send_time = found.first
         live = await self._read_live(job.sender_id)
-        limiter = live.limiter or _of_postgresql(pace)
+        limiter = live.limiter or _limiter_from(pace)
         situation = _situation(job, pace, ahead, limiter, live.circuit)
         until = _deferred_until(job, self._defer_for)
         explanation = explain(replace(situation, deferred_until=until))
@@ -97,41 +98,41 @@ class Explainer:
                 explanation.reason, explanation.until, explanation.text + _NO_REDIS
             )
         if send_time is not None and live.circuit and send_time < live.circuit.next_probe:
-            # Nothing is sent before the probe, and no one can say whether that will succeed.
+            # Nothing is sent before the probe, and nobody knows whether it will succeed.
             send_time = None
         return ExplainedJob(job, explanation, ahead, send_time)
 
-    async def _read_live(self, sender_id: int) -> _Live:
+    async def _read_live(self, sender_id: int) -> _LiveState:
         queue = self._loader.queue_of(sender_id)
         try:
             async with asyncio.timeout(_QUEUE_LIMIT_S):
                 limiter = await queue.read_limiter(sender_id)
                 circuits = await queue.circuits_of_sender(sender_id)
         except (*QUEUE_ERRORS, TimeoutError):
-            return _Live(reachable=False)
-        # Both may be open; the later probe decides.
+            return _LiveState(reachable=False)
+        # Both circuits may be open. Mail is sent only after the later probe.
         last = max(circuits, key=lambda circuit: circuit.next_probe_ms, default=None)
         if last is None:
-            return _Live(limiter)
+            return _LiveState(limiter)
         circuit = OpenCircuit(
             since=from_unix_ms(last.open_since_ms),
             next_probe=from_unix_ms(last.next_probe_ms),
             reason=last.reason,
         )
-        return _Live(limiter, circuit)
+        return _LiveState(limiter, circuit)
 
 
 @dataclass(frozen=True, slots=True)
-class _Live:
-    """What Redis knows of a sender; `limiter` None: nothing."""
+class _LiveState:
+    """The state of a sender in Redis. `limiter` is None if Redis has no data of the sender."""
 
     limiter: LimiterState | None = None
     circuit: OpenCircuit | None = None
     reachable: bool = True
 
 
-def _of_postgresql(pace: SenderPace) -> LimiterState:
-    """Return what the limiter says by the recorded attempts."""
+def _limiter_from(pace: SenderPace) -> LimiterState:
+    """Calculate the state of the limiter from the attempts recorded in PostgreSQL."""
     limiter = pace.limiter
     gap_end = limiter.gap + (limiter.last_end or 0) if limiter.gap else 0
     window_end, slots = 0, limiter.limit
@@ -181,6 +182,6 @@ def _deferred_until(job: JobRecord, defer_for: timedelta) -> datetime | None:
 
 
 def _opening(pace: SenderPace) -> datetime | None:
-    """Return when the sending hours begin again; None: it is within them, or has none."""
+    """Return when the sending hours begin again. None means that mail may be sent now."""
     opens = pace.limiter.hours.opens(pace.now) if pace.limiter.hours else None
     return None if opens is None or opens <= pace.now else from_us(opens)

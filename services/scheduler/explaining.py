@@ -1,4 +1,4 @@
-"""Why a job was not sent yet: the one thing that binds now. Pure."""
+"""Explains why a job has not been sent yet: names the one limit that delays it now. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.smtp.reply_text import describe_reply
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
-# Jobs before one that are counted.
+# At most this many jobs before a job are counted.
 MOST_AHEAD = 1_000_000
 
 
@@ -31,7 +31,7 @@ class WaitReason(IntEnum):
     SENDER_PAUSED = 5  # Limit.PAUSE
     SENDING_HOURS = 6  # Limit.SENDING_HOURS
     ENDPOINT_DOWN = 7  # Limit.CIRCUIT
-    QUEUE = 8  # Limit.IN_FLIGHT, and the jobs before it
+    QUEUE = 8  # Limit.IN_FLIGHT, or other jobs that come first
     DISPATCHER = 9
     COOLDOWN = 10  # Limit.COOLDOWN
     DEFERRED = 11
@@ -48,7 +48,7 @@ WHY_NOT_COUNTED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class OpenCircuit:
-    """The endpoint, or the sender at it, failed several times in a row."""
+    """An open circuit of the sender or of its endpoint, after several failures in a row."""
 
     since: datetime
     next_probe: datetime
@@ -73,23 +73,23 @@ class LastAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What is known of a waiting job, of the moment `now`."""
+    """The state of a waiting job and of its sender at `now`."""
 
     now: datetime
     due: datetime
-    # Attempts that were begun.
+    # All attempts so far.
     attempts: int
     # Attempts that count as failures.
     failures: int
     sender_active: bool
-    # Other jobs of the sender that wait and come first.
+    # The number of waiting jobs of the sender that come first.
     ahead: int
     in_flight: int
-    # Not above zero: it is over.
+    # How long the gap and the window still delay the sender. Zero or less means not at all.
     gap_left: timedelta
     window_left: timedelta
     hourly_limit: int
-    # When the sending hours begin again; None: it is within them.
+    # When the sending hours begin again. None means that mail may be sent now.
     opens: datetime | None = None
     circuit: OpenCircuit | None = None
     cooldown: CooldownRecord | None = None
@@ -101,7 +101,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What binds, until when (None: no one can say), and both in a sentence."""
+    """What delays a job, until when (None if nobody knows), and both in a sentence."""
 
     reason: WaitReason
     until: datetime | None
@@ -111,8 +111,8 @@ class Explanation:
 _FINAL = {
     JobState.SENDING: "A dispatcher is sending it now.",
     JobState.SENT: "It was sent.",
-    JobState.FAILED: "It failed for good; RetryEmailJobs takes it back.",
-    JobState.UNCERTAIN: "Nobody knows whether it arrived; ResolveEmailJob decides.",
+    JobState.FAILED: "It failed permanently; RetryEmailJobs schedules it again.",
+    JobState.UNCERTAIN: "Nobody knows whether it arrived; call ResolveEmailJob to decide.",
     JobState.CANCELLED: "It was cancelled and will never be sent.",
     JobState.SUPPRESSED: "Its recipient is suppressed: it will never be sent.",
     JobState.EXPIRED: "It expired and will never be sent.",
@@ -125,10 +125,14 @@ def explain_state(state: JobState) -> Explanation:
 
 
 def explain(it: Situation) -> Explanation:
-    """Explain a job that waits: of all that holds it, what is farthest from itself."""
+    """Explain a job that waits.
+
+    Several limits may delay it. The first in this order is named: a pause, the job's due time,
+    limits on all mail of the sender, other jobs that come first, the sender's window and gap.
+    """
     if not it.sender_active:
         return Explanation(
-            WaitReason.SENDER_PAUSED, None, "Its sender is paused: ResumeSender lets it go on."
+            WaitReason.SENDER_PAUSED, None, "Its sender is paused; ResumeSender ends the pause."
         )
     if it.due > it.now:
         if it.attempts:
@@ -165,8 +169,8 @@ def _describe_last_attempt(it: Situation) -> str:
         elif not it.failures:
             why = "no session with the mail server could be opened"
         else:
-            # It counts only if the server was told about the mail, which is not stored. So the
-            # sentence says how many attempts count.
+            # It counts only if MAIL was sent, which is not stored. So the sentence says how many
+            # attempts count.
             return (
                 f"The connection of attempt {it.attempts} failed ({last.reply}); attempts that "
                 f"count as failures so far: {it.failures}"
@@ -195,7 +199,7 @@ def _explain_due(it: Situation) -> Explanation:
 
 
 def _holds(it: Situation) -> Iterator[tuple[datetime, Explanation]]:
-    """Yield what holds back all mail of the sender, with the time when it ends."""
+    """Yield each limit that delays all mail of the sender, with the time when it ends."""
     if it.cooldown is not None and it.cooldown.next_probe_at > it.now:
         until = it.cooldown.next_probe_at
         yield until, Explanation(WaitReason.COOLDOWN, until, it.cooldown.describe(it.now))
@@ -203,7 +207,7 @@ def _holds(it: Situation) -> Iterator[tuple[datetime, Explanation]]:
         until = it.circuit.next_probe
         text = (
             f"The mail server has been failing since {_at(it.circuit.since)} "
-            f"({it.circuit.reason}); it is probed again at {_at(until)}."
+            f"({it.circuit.reason}); the next probe is at {_at(until)}."
         )
         yield until, Explanation(WaitReason.ENDPOINT_DOWN, until, text)
     if it.opens is not None:
@@ -219,7 +223,7 @@ def _explain_first(it: Situation) -> Explanation:
         return Explanation(WaitReason.HOURLY_LIMIT, until, text)
     if it.gap_left > zero:
         until = it.now + it.gap_left
-        text = f"The gap after the sender's last send is over at {_at(until)}."
+        text = f"The gap after the sender's last send ends at {_at(until)}."
         return Explanation(WaitReason.MIN_GAP, until, text)
     if it.in_flight:
         text = "Another mail of its sender is being sent."

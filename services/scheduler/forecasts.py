@@ -1,4 +1,4 @@
-"""What a caller is told about the time of a batch: its forecast end, and what keeps it waiting."""
+"""Forecasts the end of a batch, and names what delays it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class BatchForecast:
 
 
 class Forecaster:
-    """Forecasts from what PostgreSQL knows."""
+    """Forecasts from the data in PostgreSQL."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
 
     async def forecast(self, connection: AsyncConnection, batch: BatchRecord) -> BatchForecast:
-        """Return what is to be said about a batch now; nothing if nothing of it waits."""
+        """Return the forecast of a batch; it is empty if none of its jobs waits."""
         jobs = batch.counts.scheduled
         if not jobs:
             return BatchForecast()

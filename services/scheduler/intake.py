@@ -1,8 +1,8 @@
-"""Takes a batch in, whole or not at all, once per `request_id`.
+"""Accepts a batch, whole or not at all, once per `request_id`.
 
-A thread parses and checks the next block of rows while the loop stores the one before, in one
-transaction. It is opened when the first block is there, so that a slow upload of few rows holds no
-connection.
+A thread parses and checks the next block of rows while the event loop stores the previous one. All
+blocks are stored in one transaction. It begins when the first block has been read, so that a slow
+upload of few rows holds no connection.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from outbox_server.shared.states import BatchMode
 
 T = TypeVar("T")
 
-# Uploads under way. Each holds a block of rows (4 Mi characters at most) and the chunk that it is
-# cut from (4 MiB), the next block beside it once it is being stored; a thread waits for its caller
-# most of the time.
+# Uploads under way. Each holds a block of rows (at most 4 Mi characters) and the chunk that it came
+# from (4 MiB), and the next block too while a block is stored. Its thread waits for the caller most
+# of the time.
 _UPLOADS: Final = 16
-# Batches of one message, 5 MiB each: reading is work, so more at once would not be faster.
+# Batches of one message, at most 5 MiB each. Reading them uses the CPU, so more at once would not
+# be faster.
 _BATCHES: Final = 4
-# Calls beyond those wait before their first message is received, and hold nothing.
+# Further calls wait before their first message is received, so they use no memory.
 _WAITING: Final = 500
-# How long for a transaction, while others are stored.
+# How long an intake waits for a transaction while other intakes are stored.
 _STORE_PATIENCE: Final = timedelta(seconds=30)
-# A rollback takes a moment; one that takes longer must not hold up the end of the process.
+# A rollback is quick. One that takes longer must not delay the end of the process.
 _END_LIMIT: Final = timedelta(seconds=5)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _NOT_LOADED: Final = (
@@ -62,18 +63,18 @@ _log = structlog.get_logger("outbox.intake")
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What came of an intake."""
+    """An accepted batch."""
 
     batch_id: int
     user_id: str
-    # The first of them.
+    # The first rejections.
     rejections: Sequence[RowRejection] = ()
     replayed: bool = False
     notices: Sequence[str] = ()
 
 
 class Intake:
-    """Takes batches in. `load` loads the head of a sender, and says whether it could."""
+    """Accepts batches. `load` loads the head of a sender, and returns whether it succeeded."""
 
     def __init__(
         self,
@@ -83,9 +84,10 @@ class Intake:
         max_message_bytes: int,
         most_open: int,
     ) -> None:
-        """At most `most_open` transactions at a time: other calls need connections too.
+        """Allow at most `most_open` transactions at a time, because other calls need connections.
 
-        As many uploads and as many batches of one message: those must not wait for slow uploads.
+        Half of them are for uploads and half for batches of one message, so that those do not wait
+        for slow uploads.
         """
         self.batches = Gate("batches", at_once=_BATCHES, waiting=_WAITING)
         self.uploads = Gate("uploads", at_once=_UPLOADS, waiting=_WAITING)
@@ -106,12 +108,12 @@ class Intake:
         }
 
     async def close(self) -> None:
-        """Wait until intakes that were cut off have rolled back, and free the threads."""
+        """Wait until interrupted intakes have rolled back, and free the threads."""
         try:
             async with asyncio.timeout(_END_LIMIT.total_seconds()):
                 await self._idle.wait()
         except TimeoutError:
-            _log.warning("an intake does not end", under_way=self._under_way)
+            _log.warning("intake_not_ended", under_way=self._under_way)
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -123,8 +125,8 @@ class Intake:
         Raises:
             NotFound: SENDER_NOT_FOUND.
             AlreadyExists: REQUEST_ID_REUSED.
-            InvalidInput: what is wrong with the payload or a template; ROW_REJECTED,
-                NO_ROW_ACCEPTED, SPACING_INVALID, SPREAD_UNTIL_INVALID.
+            InvalidInput: the payload or a template is invalid; ROW_REJECTED, NO_ROW_ACCEPTED,
+                SPACING_INVALID, SPREAD_UNTIL_INVALID.
             Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS.
             ResourceExhausted: TOO_MANY_CALLS.
         """
@@ -152,7 +154,7 @@ class Intake:
                 if not await self._load(sender.sender_id):
                     done = replace(done, notices=[*done.notices, _NOT_LOADED])
                 return done
-            # Another call with the same request_id came first.
+            # Another call with the same request_id has stored its batch first.
             sender, known = await self._look_up(options, user_id)
         return await _replay(known, options, steps, sender)
 
@@ -167,7 +169,7 @@ class Intake:
     async def _store_batch(
         self, options: BatchOptions, steps: _Steps, sender: IntakeSender
     ) -> Acceptance | None:
-        """Store the batch; None: there is one of this `request_id`."""
+        """Store the batch. Return None if a batch with this `request_id` exists already."""
         block = await steps.next()
         place = self._places[steps.reader.waits].entered()
         async with place, self._store.begin() as transaction:
@@ -177,24 +179,24 @@ class Intake:
             if begun is None:
                 return None
             check_spread(options, begun.start_at)
-            filling = _Filling(transaction, begun, options, sender.user_id, steps)
-            await filling.begin()
+            writer = _BatchWriter(transaction, begun, options, sender.user_id, steps)
+            await writer.begin()
             while block is not None:
                 steps.prefetch()
-                await filling.add(block)
+                await writer.add(block)
                 block = await steps.next()
-            filling.check()
-            last_due, spacing = await filling.end()
+            writer.check()
+            last_due, spacing = await writer.end()
             if not await transaction.finish(
                 begun,
                 sender,
-                filling.counts,
+                writer.counts,
                 last_due=last_due,
                 spacing=spacing,
                 request_hash=steps.reader.digest(),
             ):
                 raise _no_sender(options)
-        return Acceptance(begun.batch_id, sender.user_id, filling.rejections)
+        return Acceptance(begun.batch_id, sender.user_id, writer.rejections)
 
 
 async def _replay(
@@ -204,7 +206,7 @@ async def _replay(
     if known is None or known.request_hash != digest:
         raise AlreadyExists(
             f"request_id {options.request_id!r} was used for another batch; "
-            "take a new one for each batch",
+            "use a new one for each batch",
             reason="REQUEST_ID_REUSED",
             metadata={"request_id": options.request_id},
         )
@@ -229,25 +231,25 @@ class _Steps:
         self._ahead = self._begin(self.reader.next)
 
     async def next(self) -> ReadBlock | None:
-        """Return the next block; None after the last."""
+        """Return the next block, or None after the last."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
             ahead = self._begin(self.reader.next)
-        # A cancelled wait must not make us forget a thread that runs.
+        # Shielded, so that a cancelled wait does not lose a thread that still runs.
         return await asyncio.shield(ahead)
 
     async def run(self, step: Callable[[], T]) -> T:
-        """Run a step that is not the next block."""
+        """Run any other step of the reader."""
         return await asyncio.shield(self._begin(step))
 
     async def end(self) -> None:
-        """End the thread that may still run, and free what the reading took."""
+        """Wait for the thread if it still runs, and free the reader's resources."""
         running = self._running
         if running is not None and not running.done():
             self.reader.interrupt()
             await asyncio.wait([running])
         if running is not None and not running.cancelled():
-            running.exception()  # seen, or asyncio complains
+            running.exception()  # retrieved, because asyncio logs an exception that nobody reads
         self.reader.close()
 
     def _begin(self, step: Callable[[], T]) -> asyncio.Future[T]:
@@ -257,8 +259,8 @@ class _Steps:
 
 
 @dataclass(slots=True)
-class _Filling:
-    """Stores one block after the other, and knows what came of the rows so far."""
+class _BatchWriter:
+    """Stores the blocks of a batch one by one, and counts the rows."""
 
     transaction: IntakeTransaction
     begun: BegunBatch
@@ -279,12 +281,15 @@ class _Filling:
         )
 
     async def begin(self) -> None:
-        """Make ready for the first block."""
+        """Prepare the transaction for the first block."""
         if self.options.spread_until is not None:
             await self.transaction.begin_spread()
 
     async def end(self) -> tuple[datetime | None, timedelta]:
-        """Give a batch that is spread its times; return when the last is due, and the spacing."""
+        """Set the times if the batch is spread. Return when the last job is due, and the spacing.
+
+        The time is None if no job was accepted.
+        """
         until, last_due = self.options.spread_until, self.schedule.last_due
         if until is None:
             return last_due, self.options.spacing_ms * _MILLISECOND
@@ -306,7 +311,7 @@ class _Filling:
         room = bounds.MAX_SHOWN_REJECTIONS - len(self.rejections)
         self.rejections += block.rejections[:room]
         if self.options.mode is BatchMode.STRICT and self.rejections:
-            # Nothing will be stored; only more rejections are of use.
+            # The batch is refused anyway. Reading goes on only to report more rejections.
             if len(self.rejections) >= bounds.MAX_SHOWN_REJECTIONS:
                 self.check()
             return
@@ -339,7 +344,7 @@ class _Filling:
         )
 
     def check(self) -> None:
-        """Look at the whole.
+        """Check the batch after its last block.
 
         Raises:
             InvalidInput: ROW_REJECTED, NO_ROW_ACCEPTED.
@@ -347,20 +352,20 @@ class _Filling:
         if not self.rejections:
             return
         if self.options.mode is BatchMode.STRICT:
-            raise _refused("a row was rejected, and the mode is STRICT", "ROW_REJECTED", self)
+            raise _refused("a row was rejected and the mode is STRICT", "ROW_REJECTED", self)
         counts = self.counts
         if not counts.accepted + counts.duplicate + counts.suppressed:
             raise _refused("every row was rejected", "NO_ROW_ACCEPTED", self)
 
 
-def _refused(why: str, reason: str, filling: _Filling) -> InvalidInput:
-    first = filling.rejections[0]
+def _refused(why: str, reason: str, writer: _BatchWriter) -> InvalidInput:
+    first = writer.rejections[0]
     violations = [
         FieldViolation(
             f"rows[{rejection.row_number}]{'.' if rejection.column else ''}{rejection.column}",
             f"{rejection.reason}: {rejection.message}",
         )
-        for rejection in filling.rejections
+        for rejection in writer.rejections
     ]
     return InvalidInput(
         f"{why}; the first: row {first.row_number}: {first.message}",

@@ -1,4 +1,4 @@
-"""What a sender's limits come to: which one binds. Pure."""
+"""Calculates which of a sender's limits binds. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ZERO: Final = timedelta(0)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The two limits of a sender that are in force; `gap` is the effective one."""
+    """The hourly limit and the effective gap of a sender."""
 
     hourly_limit: int
     gap: timedelta
@@ -26,13 +26,13 @@ class Limits:
 
     @property
     def effective_hourly_limit(self) -> int:
-        """The most mails an hour that both allow: one at least, however long the gap is."""
+        """The number of mails per hour that both limits allow: at least one."""
         if self.gap == _ZERO:
             return self.hourly_limit
         return min(self.hourly_limit, max(_HOUR // self.gap, 1))
 
     def notice(self) -> str:
-        """Return a sentence for people on which limit binds, if it is not the one they set."""
+        """Return a sentence for people if the gap binds, otherwise an empty text."""
         if not self.gap_binds:
             return ""
         return (

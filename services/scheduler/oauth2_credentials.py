@@ -54,12 +54,12 @@ def check_credentials(
         raise _invalid(
             path,
             "needs a refresh_token, or a client_secret for client credentials; "
-            "an endpoint is written whole, with its secrets",
+            "an update of the endpoint must contain its secrets too",
         )
     if not asked.refresh_token and provider and not provider.client_credentials_scope:
         raise _invalid(
             f"{path}.refresh_token",
-            "must be set: this provider has no client credentials for SMTP",
+            "must be set: this provider does not offer client credentials for SMTP",
         )
     token_url = _token_url(path, asked, provider)
     scope = asked.scope
@@ -73,20 +73,18 @@ def check_credentials(
 
 def _check_endpoint(field: str, endpoint: Endpoint) -> None:
     if endpoint.password:
-        raise _invalid(f"{field}.oauth2", "excludes a password: set one of them")
+        raise _invalid(f"{field}.oauth2", "must not be set together with `password`")
     if not endpoint.username:
         raise _invalid(f"{field}.username", "must be the mailbox that oauth2 signs in to")
     if endpoint.security is SmtpSecurity.NONE:
-        raise _invalid(
-            f"{field}.security", "an access token is sent over TLS only: use STARTTLS or TLS"
-        )
+        raise _invalid(f"{field}.security", "must be STARTTLS or TLS if `oauth2` is set")
 
 
 def _token_url(path: str, asked: OAuth2Credentials, provider: PresetProvider | None) -> str:
     if asked.tenant and (asked.token_url or provider is None or not provider.has_tenants):
         raise _invalid(
             f"{path}.tenant",
-            "is for SMTP_PRESET_MICROSOFT365 without a token_url; a token_url names it itself",
+            "may be set only with SMTP_PRESET_MICROSOFT365 and without a token_url",
         )
     if not asked.token_url and provider is not None:
         return provider.token_url.replace("{tenant}", _tenant(path, asked, provider))
@@ -100,8 +98,8 @@ def _tenant(path: str, asked: OAuth2Credentials, provider: PresetProvider) -> st
     if not asked.refresh_token and tenant.lower() in _SHARED_TENANTS:
         raise _invalid(
             f"{path}.tenant",
-            "must name one directory, by its id or a domain of it: "
-            "client credentials, which are used without a refresh_token, belong to one",
+            "must be the id or a domain of one directory, because client credentials belong to one "
+            "(they are used if there is no refresh_token)",
         )
     if not _TENANT.fullmatch(tenant):
         raise _invalid(
@@ -130,7 +128,7 @@ def _check_token_url(field: str, text: str) -> str:
         # The message does not quote the text, because it may contain a secret.
         raise _invalid(field, "must be an https URL, such as https://oauth2.googleapis.com/token")
     if "@" in parts.netloc or "#" in text:
-        raise _invalid(field, "may have neither a user name nor a fragment (#)")
+        raise _invalid(field, "must not contain a user name or a fragment (#)")
     check_host(field, host)
     return text
 

@@ -1,4 +1,4 @@
-"""The recipients of a batch, wherever they come from: read in a thread, hashed as they are read."""
+"""Reads the recipients of a batch in a thread, and hashes what it reads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from outbox_server.services.scheduler.rows import CsvPlan, RecipientPlan, RowPla
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.templates.batch import BatchTemplate
 
-# A caller that sends nothing for so long would hold a transaction open for nothing.
+# A caller that sends nothing for longer would keep a transaction open to no purpose.
 _PATIENCE: Final = timedelta(seconds=60)
 
 
 class OpenedRows(NamedTuple):
-    """Rows that can be read: numbered and raw, with the plan that checks them."""
+    """Numbered raw rows, and the plan that checks them."""
 
     plan: RowPlan[Any]
     variable_names: tuple[str, ...]
@@ -29,7 +29,7 @@ class OpenedRows(NamedTuple):
 
 
 class Payload(Protocol):
-    """Recipients, to be read once. All but `close` is called in a thread."""
+    """Recipients that can be read once. All methods but `close` are called in a thread."""
 
     @property
     def arrives(self) -> bool:
@@ -42,31 +42,31 @@ class Payload(Protocol):
         """Return the rows.
 
         Raises:
-            InvalidInput: it is no CSV with an address column; the rows raise it too.
+            InvalidInput: it is not a CSV with an address column. Reading the rows may raise it too.
         """
 
     def drain(self) -> None:
-        """Read what is left, for the digest alone."""
+        """Read the rest, only to complete the digest."""
 
     def digest(self) -> bytes:
         """Return the SHA-256 of what was read."""
 
     def close(self) -> None:
-        """Make a thread that reads fail at once."""
+        """Make a thread that is reading fail at once."""
 
 
 class UploadChunks(Protocol):
-    """A file, piece by piece."""
+    """The chunks of a file."""
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the pieces."""
+        """Yield the chunks."""
 
     def close(self) -> None:
-        """Make a thread that waits for a piece fail at once."""
+        """Make a thread that waits for a chunk fail at once."""
 
 
 class CsvPayload:
-    """A CSV file, in chunks."""
+    """A CSV file that arrives in chunks."""
 
     def __init__(self, chunks: UploadChunks) -> None:
         self.arrives = isinstance(chunks, StreamedChunks)
@@ -79,13 +79,13 @@ class CsvPayload:
         self._digest.update(prefix)
 
     def open(self, template: BatchTemplate, time_zone: str) -> OpenedRows:
-        """Read the header; the rows follow."""
+        """Read the header. The rows are read as they are needed."""
         table = read_csv(self._chunks)
         plan = CsvPlan(table, template, time_zone)
         return OpenedRows(plan, plan.variable_names, table.rows())
 
     def drain(self) -> None:
-        """Read what is left, for the digest alone."""
+        """Read the rest, only to complete the digest."""
         for _ in self._chunks:
             pass
 
@@ -104,7 +104,7 @@ class CsvPayload:
 
 
 class RowsPayload:
-    """Rows that the caller made: addresses, and the other columns by name."""
+    """Structured rows: addresses, and the other columns by name."""
 
     arrives = False
 
@@ -123,7 +123,7 @@ class RowsPayload:
         return OpenedRows(plan, plan.variable_names, self._rows)
 
     def drain(self) -> None:
-        """Read what is left, for the digest alone."""
+        """Read the rest, only to complete the digest."""
         for _ in self._rows:
             pass
 
@@ -132,39 +132,39 @@ class RowsPayload:
         return self._digest.digest()
 
     def close(self) -> None:
-        """Do nothing: these rows do not wait for anyone."""
+        """Do nothing, because reading these rows never waits."""
 
     def _hashed(self) -> Iterator[tuple[int, tuple[str, Mapping[str, str]]]]:
         for number, row in enumerate(self._source, start=1):
             email, columns = row
-            # The order of a map means nothing.
+            # Sorted, because a map has no order.
             self._digest.update(json.dumps([email, sorted(columns.items())]).encode())
             yield number, row
 
 
 class WholeFile:
-    """A file that is there."""
+    """A file that is in memory."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield it in one piece."""
+        """Yield the file as one chunk."""
         yield self._data
 
     def close(self) -> None:
-        """Do nothing."""
+        """Do nothing, because reading this file never waits."""
 
 
 class StreamedChunks:
-    """Chunks that come over the network, read by a thread while the loop runs on.
+    """Chunks from the network, which a thread reads while the event loop goes on.
 
-    A chunk is fetched when the thread asks for it, so that a caller can send no faster than its
-    rows are stored.
+    A chunk is fetched only when the thread needs it. So a caller cannot send faster than its rows
+    are stored.
     """
 
     def __init__(self, chunks: AsyncIterator[bytes], patience: timedelta = _PATIENCE) -> None:
-        """Take what arrives in the running loop."""
+        """Receive `chunks` in the running event loop, each within `patience`."""
         self._loop = asyncio.get_running_loop()
         self._chunks = chunks
         self._patience = patience
@@ -173,15 +173,15 @@ class StreamedChunks:
         self._waiting: Future[bytes | None] | None = None
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the chunks, in a thread that is not the loop's.
+        """Yield the chunks. Must not be called in the thread of the event loop.
 
         Raises:
             Unavailable: UPLOAD_STALLED.
-            concurrent.futures.CancelledError: it was closed.
+            concurrent.futures.CancelledError: `close` was called.
         """
         while True:
             with self._lock:
-                # A close that came before would otherwise have nothing to cancel.
+                # If `close` was called before, it had nothing to cancel.
                 waiting = asyncio.run_coroutine_threadsafe(self._next(), self._loop)
                 self._waiting = waiting
                 if self._closed:
@@ -204,12 +204,12 @@ class StreamedChunks:
                 return await anext(self._chunks, None)
         except TimeoutError:
             raise Unavailable(
-                f"the upload stood still for {self._patience.total_seconds():g} s, and was given "
-                "up; nothing was accepted, try again",
+                f"no chunk arrived for {self._patience.total_seconds():g} s, so the upload was "
+                "stopped; nothing was accepted, try again",
                 reason="UPLOAD_STALLED",
             ) from None
         except Exception:
-            # Nobody waits for it any more, so asyncio would complain of an error that no one saw.
+            # Nobody waits for the result any more, so asyncio would log the error as unhandled.
             if self._closed:
                 return None
             raise

@@ -1,7 +1,7 @@
-"""From a row as it came to a job as it is stored, or to the rejection that says what is wrong.
+"""Converts each raw row to a job, or to a rejection that says what is wrong.
 
-A row is rejected for the first problem in this order: its shape, the address, `schedule_time` and
-`timezone`, columns that the templates require, the subject, the content.
+A row is rejected for the first problem in this order: its number of cells, the address,
+`schedule_time` and `timezone`, columns that the templates require, the subject, the content.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from outbox_server.shared.templates.batch import (
 )
 
 _BLOCK_SIZE = 5_000
-# A cell may be long: memory follows the characters of a block, not its rows.
+# Limits the memory of a block, because a cell may be long.
 _BLOCK_CHARACTERS = 4 * 1024 * 1024
 _ABSENT = -1
-# The names of columns of a caller's own rows, remembered: they repeat from row to row.
-_MAX_REMEMBERED_NAMES = 10_000
+# The number of column names whose variable names are cached, since rows repeat the same columns.
+_MAX_CACHED_NAMES = 10_000
 
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
 
 
 class JobRow(NamedTuple):
-    """A row that is good. `schedule_time` is UTC, None: the batch decides."""
+    """An accepted row. `schedule_time` is in UTC; None means that the batch sets the time."""
 
     row_number: int
     recipient: str
@@ -47,7 +47,7 @@ class JobRow(NamedTuple):
 
 
 class RowRejection(NamedTuple):
-    """A row that is not. `column` is a variable name; empty: the row as a whole."""
+    """A rejected row. `column` is a variable name; empty means the row as a whole."""
 
     row_number: int
     column: str
@@ -56,14 +56,14 @@ class RowRejection(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some rows, in their order."""
+    """Consecutive rows, in their order."""
 
     rows: list[JobRow]
     rejections: list[RowRejection]
 
 
 class RowPlan(Protocol[Raw_contra]):
-    """Knows where in a raw row everything stands."""
+    """Knows where the cells of a raw row are, and checks the row."""
 
     def read(self, number: int, raw: Raw_contra) -> JobRow | RowRejection:
         """Check one row."""
@@ -72,9 +72,9 @@ class RowPlan(Protocol[Raw_contra]):
 def read_blocks(
     rows: Iterable[tuple[int, Raw_contra]], plan: RowPlan[Raw_contra], block_size: int = _BLOCK_SIZE
 ) -> Iterator[Block]:
-    """Check `rows` (number, raw row) and yield them `block_size` at a time, or fewer.
+    """Check `rows` (number, raw row) and yield them in blocks of `block_size` rows.
 
-    The last block has fewer, and so has one of long variables.
+    The last block may be shorter, and so may a block with long variables.
 
     Raises:
         InvalidInput: what `rows` raises.
@@ -98,9 +98,9 @@ def read_blocks(
 
 
 class CsvPlan:
-    """The plan of a CSV: each row is a list of cells, `CsvTable.rows` gives them.
+    """The plan of a CSV, whose rows are lists of cells from `CsvTable.rows`.
 
-    `variable_names`: what `JobRow.variables` holds, in its order.
+    `variable_names` has the names of the values in `JobRow.variables`, in order.
     """
 
     def __init__(self, table: CsvTable, template: BatchTemplate, default_zone: str = "UTC") -> None:
@@ -112,7 +112,7 @@ class CsvPlan:
         self._schedule_time_index = index_of.get("schedule_time", _ABSENT)
         self._zone_index = index_of.get("timezone", _ABSENT)
         self._width = len(table.columns)
-        # Cells below nameless columns at the end may be left out.
+        # Cells of nameless columns at the end may be missing.
         self._least_width = max(index_of.values()) + 1
         self.variable_names = tuple(name for name in template.variable_names if name in index_of)
         self._indexes = [index_of[name] for name in self.variable_names]
@@ -153,10 +153,10 @@ class CsvPlan:
 
 
 class RecipientPlan:
-    """The plan of rows that a caller made: the address, and the other columns by name.
+    """The plan of structured rows: the address, and the other columns by name.
 
-    Columns may differ from row to row, and are named as a CSV's. `variable_names`: what
-    `JobRow.variables` holds, in its order.
+    Columns may differ from row to row. Their names become variable names as those of a CSV do.
+    `variable_names` has the names of the values in `JobRow.variables`, in order.
     """
 
     def __init__(self, template: BatchTemplate, default_zone: str = "UTC") -> None:
@@ -176,9 +176,9 @@ class RecipientPlan:
                     number,
                     name,
                     "DUPLICATE_COLUMN",
-                    "the address stands in `email` alone"
+                    "the address belongs in `email`, not in a column"
                     if name in EMAIL_NAMES
-                    else f"two columns are both {{{{ {name} }}}}",
+                    else f"two columns have the variable name `{name}`",
                 )
             if name:
                 cells[name] = cell
@@ -207,7 +207,7 @@ class RecipientPlan:
         name = self._names.get(column)
         if name is None:
             name = variable_name(column)
-            if len(self._names) < _MAX_REMEMBERED_NAMES:
+            if len(self._names) < _MAX_CACHED_NAMES:
                 self._names[column] = name
         return name
 
@@ -219,7 +219,7 @@ class _Problem(NamedTuple):
 
 
 class _Checks:
-    """What is asked of every row, wherever it comes from."""
+    """The checks that all rows have in common."""
 
     def __init__(self, template: BatchTemplate, names: Sequence[str], default_zone: str) -> None:
         self._template = template
@@ -233,7 +233,7 @@ class _Checks:
         ]
 
     def schedule_time(self, text: str, zone: str) -> datetime | None:
-        """Return the row's own time; a zone is checked even if nothing needs it."""
+        """Return the row's own time, or None. The zone is checked even if it is not needed."""
         if text and not text.isspace():
             return parse_schedule_time(text, zone, self._default_zone)
         if zone and not zone.isspace():
@@ -241,13 +241,14 @@ class _Checks:
         return None
 
     def texts(self, values: Sequence[str | None]) -> _Problem | None:
-        """Return what is wrong with the texts, as far as it can be known without rendering."""
+        """Return the first problem with the subject or the content, or None."""
         broken = ""
         for index in self._subject_indexes:
             if LINE_BREAK.search(values[index] or ""):
                 broken = self._names[index]
                 break
-        # Rendering costs 25 us, so only where there is a doubt: filters may remove the break.
+        # Only a rendered subject shows whether a filter removes the line break. Rendering takes
+        # 25 us, so it is done only for doubtful rows.
         if broken or self._template.subject_may_break:
             try:
                 self._template.render_subject(
@@ -267,11 +268,11 @@ class _Checks:
 
 
 def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem | None:
-    """Return the first variable that is required and no column, if there is one."""
+    """Return the problem for the first required variable without a column, or None."""
     for name in sorted(template.required.difference(columns)):
         if name == "subject" and template.subject_from_row:
             return _Problem(
-                name, "COLUMN_MISSING", "there is no subject: give one, or a column `subject`"
+                name, "COLUMN_MISSING", "there is no subject: set `subject` or add that column"
             )
         return _Problem(name, "COLUMN_MISSING", missing_column(name, columns))
     return None

@@ -1,8 +1,8 @@
-"""A row's `schedule_time` and `timezone` become one instant, or a reason why they cannot.
+"""Converts a row's `schedule_time` and `timezone` to an instant, or says why it is impossible.
 
-RFC 3339, with a blank in place of the `T` and without seconds if one likes. With an offset it is an
-instant. Without one it is a local time of `timezone` (a name of the IANA database), or of the
-batch's zone, which is UTC unless the caller says otherwise.
+The format is RFC 3339. A blank may replace the `T`, and seconds may be left out. A time without an
+offset is a local time in `timezone` (a name of the IANA database), or else in the time zone of the
+batch, which is UTC by default.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _FORM = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d:\d\d)?", re.ASCII
 )
 _EXAMPLE = "write 2026-11-24T09:00:00+01:00, or 2026-11-24 09:00 with a timezone"
-# Copies of the database that count leap seconds or are no places.
-_NO_ZONES = ("posix/", "right/", "posixrules", "localtime", "Factory")
+# Files of the database that are not time zones, or that count leap seconds.
+_NOT_ZONES = ("posix/", "right/", "posixrules", "localtime", "Factory")
 _ZERO = timedelta(0)
-_SHOWN = 40
+_MAX_SHOWN = 40
 
 
 class BadScheduleTime(ValueError):
-    """No instant.
+    """The texts do not give one instant.
 
     `column` is `schedule_time` or `timezone`; `reason` is SCHEDULE_TIME_INVALID, UNKNOWN_TIME_ZONE,
     LOCAL_TIME_DOES_NOT_EXIST or LOCAL_TIME_AMBIGUOUS.
@@ -47,27 +47,27 @@ def check_time_zone(name: str) -> tzinfo:
         raise BadScheduleTime(
             "timezone",
             "UNKNOWN_TIME_ZONE",
-            f"{_show(name)} is no time zone; write a name such as Europe/Berlin or UTC",
+            f"{_show(name)} is not a time zone; write a name such as Europe/Berlin or UTC",
         )
     return zone
 
 
 def parse_schedule_time(text: str, zone_name: str = "", default_zone: str = "UTC") -> datetime:
-    """Return the instant that `text` says, in UTC.
+    """Return the instant given by `text`, in UTC.
 
-    Without an offset in `text` it is a local time of `zone_name`, or where that is empty of
-    `default_zone`. A local time that the zone's clocks skip or show twice is refused: write the
-    offset.
+    If `text` has no offset, it is a local time in `zone_name`, or in `default_zone` if that is
+    empty. A local time that the zone's clocks skip or show twice is refused.
 
     Raises:
-        BadScheduleTime: no time, a date that does not exist, an unknown zone, no one instant.
+        BadScheduleTime: not a time, a date that does not exist, an unknown zone, or a local time
+            that does not exist or exists twice.
     """
     text = text.strip()
     match = _FORM.fullmatch(text)
     if match is None:
-        raise _invalid(f"{_show(text)} is no time; {_EXAMPLE}")
+        raise _invalid(f"{_show(text)} is not a time; {_EXAMPLE}")
     day, clock, seconds, offset = match.groups()
-    # Always looked at: a wrong name is a mistake, whether it is needed or not.
+    # Always checked: a wrong name is a mistake, even if it is not needed.
     zone = check_time_zone(zone_name.strip() or default_zone)
     try:
         date = datetime.fromisoformat(day)
@@ -83,17 +83,18 @@ def parse_schedule_time(text: str, zone_name: str = "", default_zone: str = "UTC
         raise
     except ValueError:
         raise _invalid(
-            f"{_show(text)}: hours go to 23, minutes and seconds to 59, offsets to 23:59"
+            f"{_show(text)} is out of range: hours must be at most 23, minutes and seconds 59, "
+            "offsets 23:59"
         ) from None
     except OverflowError:
-        raise _invalid(f"{_show(text)} is out of the calendar") from None
+        raise _invalid(f"{_show(text)} is outside the years 1 to 9999 in UTC") from None
 
 
 def _instant(local: datetime, zone: tzinfo, name: str) -> datetime:
     """Return the one instant at which clocks in `zone` show `local`.
 
-    The two readings of a local time (`fold`, PEP 495) differ at a change of the clocks only: in a
-    gap the first has the smaller offset, in an hour that comes twice the larger.
+    The two readings of a local time (`fold`, PEP 495) differ only at a change of the clocks. In a
+    skipped hour the first reading has the smaller offset, in a repeated hour the larger.
     """
     first = local.replace(tzinfo=zone, fold=0)
     second = local.replace(tzinfo=zone, fold=1)
@@ -119,12 +120,12 @@ def _instant(local: datetime, zone: tzinfo, name: str) -> datetime:
 
 @lru_cache(maxsize=1024)
 def _zone(name: str) -> tzinfo | None:
-    """Return the zone, None if there is none; remembers both, since rows repeat the same name."""
-    if name.startswith(_NO_ZONES):
+    """Return the zone, or None if there is none. Cached, because rows repeat the same name."""
+    if name.startswith(_NOT_ZONES):
         return None
     try:
         return ZoneInfo(name)
-    # A folder, a file that is no zone, a name with `..` in it: all no zones.
+    # Also a folder, a file that is not a zone, or a name that contains `..`.
     except (KeyError, ValueError, OSError):
         return None
 
@@ -140,4 +141,4 @@ def _invalid(message: str) -> BadScheduleTime:
 
 
 def _show(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")

@@ -1,4 +1,4 @@
-"""What a sender may be: each field checked, defaults filled in. Pure."""
+"""Checks the fields of a sender and fills in defaults. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from outbox_server.shared.tls import check_ca
 _MILLISECOND: Final = timedelta(milliseconds=1)
 _TLS_PORT: Final = 465
 _SUBMISSION_PORT: Final = 587
-# Underscores occur in the names of containers.
+# With underscores, because names of containers may contain them.
 _LABEL: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _CLOCK: Final = re.compile(r"([01][0-9]|2[0-3]|24(?=:00))(?::)([0-5][0-9])", re.ASCII)
 _DAY_MINUTES: Final = 24 * 60
@@ -29,7 +29,7 @@ _HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 
 
 def check_sender_address(field: str, text: str) -> str:
-    """Return the address as it will be used.
+    """Return the address in the form that is used for sending.
 
     Raises:
         InvalidInput: ADDRESS_INVALID.
@@ -41,7 +41,7 @@ def check_sender_address(field: str, text: str) -> str:
 
 
 def check_hourly_limit(field: str, limit: int | None, default: int) -> int:
-    """Return the limit, the operator's default for None.
+    """Return the limit. None means the operator's default.
 
     Raises:
         InvalidInput: HOURLY_LIMIT_INVALID.
@@ -51,7 +51,7 @@ def check_hourly_limit(field: str, limit: int | None, default: int) -> int:
     if not 1 <= limit <= bounds.MAX_HOURLY_LIMIT:
         raise InvalidInput.field(
             field,
-            f"takes 1 to {bounds.MAX_HOURLY_LIMIT} mails an hour, and is {limit}; "
+            f"must be 1 to {bounds.MAX_HOURLY_LIMIT:,} (got {limit:,}); "
             "to send nothing, pause the sender",
             reason="HOURLY_LIMIT_INVALID",
         )
@@ -59,16 +59,19 @@ def check_hourly_limit(field: str, limit: int | None, default: int) -> int:
 
 
 def check_min_gap(field: str, gap_ms: int | None, floor: timedelta) -> int | None:
-    """Return the gap in ms; None stands for the operator's floor, whatever it becomes.
+    """Return the gap in ms. None means the operator's floor, also after the floor changes.
 
     Raises:
-        InvalidInput: GAP_BELOW_FLOOR, with both in its metadata; MIN_GAP_INVALID: over a day.
+        InvalidInput: GAP_BELOW_FLOOR, with gap and floor in its metadata; MIN_GAP_INVALID: the gap
+            is longer than a day.
     """
     if gap_ms is None:
         return None
     if gap_ms > bounds.MAX_GAP // _MILLISECOND:
         raise InvalidInput.field(
-            field, f"takes at most 1 day, and is {gap_ms} ms", reason="MIN_GAP_INVALID"
+            field,
+            f"must be at most 1 day (got {format_duration(gap_ms * _MILLISECOND)})",
+            reason="MIN_GAP_INVALID",
         )
     if gap_ms * _MILLISECOND < floor:
         lowest = format_duration(floor)
@@ -76,7 +79,7 @@ def check_min_gap(field: str, gap_ms: int | None, floor: timedelta) -> int | Non
         asked = asked or format_duration(gap_ms * _MILLISECOND)
         raise InvalidInput.field(
             field,
-            f"{asked} is below {lowest}, the least gap that the operator allows (OUTBOX_MIN_GAP)",
+            f"must be at least {lowest}, the operator's OUTBOX_MIN_GAP (got {asked})",
             reason="GAP_BELOW_FLOOR",
             metadata={"min_gap": asked, "floor": lowest},
         )
@@ -84,7 +87,7 @@ def check_min_gap(field: str, gap_ms: int | None, floor: timedelta) -> int | Non
 
 
 def check_max_in_flight(field: str, most: int | None) -> int:
-    """Return how many sends may be in flight at once, 5 for None.
+    """Return how many sends may be in flight at once. None means 5.
 
     Raises:
         InvalidInput: MAX_IN_FLIGHT_INVALID.
@@ -94,7 +97,7 @@ def check_max_in_flight(field: str, most: int | None) -> int:
     if not 1 <= most <= bounds.MAX_IN_FLIGHT:
         raise InvalidInput.field(
             field,
-            f"takes 1 to {bounds.MAX_IN_FLIGHT}, and is {most}",
+            f"must be 1 to {bounds.MAX_IN_FLIGHT:,} (got {most:,})",
             reason="MAX_IN_FLIGHT_INVALID",
         )
     return most
@@ -103,7 +106,7 @@ def check_max_in_flight(field: str, most: int | None) -> int:
 def check_sending_hours(
     field: str, weekdays: Iterable[int], start: str, end: str, time_zone: str
 ) -> SendingHours:
-    """Return the hours; an `end` that is not later than `start` is on the next day.
+    """Return the sending hours. An `end` that is not later than `start` is on the next day.
 
     Raises:
         InvalidInput: SENDING_HOURS_INVALID, UNKNOWN_TIME_ZONE.
@@ -111,7 +114,9 @@ def check_sending_hours(
     days = frozenset(weekdays)
     if not days <= set(range(1, 8)):
         raise InvalidInput.field(
-            f"{field}.weekdays", "takes days of the week", reason="SENDING_HOURS_INVALID"
+            f"{field}.weekdays",
+            "must be WEEKDAY_MONDAY to WEEKDAY_SUNDAY",
+            reason="SENDING_HOURS_INVALID",
         )
     bounds.TIME_ZONE.check(f"{field}.time_zone", time_zone)
     try:
@@ -124,7 +129,8 @@ def check_sending_hours(
     if begins in (ends, _DAY_MINUTES):
         raise InvalidInput.field(
             f"{field}.end",
-            "must be another time than `start`; 00:00 to 24:00 is the whole day",
+            "must differ from `start`, which must be before 24:00; for the whole day use 00:00 to "
+            "24:00",
             reason="SENDING_HOURS_INVALID",
         )
     return SendingHours(days, begins, ends, time_zone)
@@ -135,7 +141,7 @@ def _minutes(field: str, text: str) -> int:
     if match is None:
         raise InvalidInput.field(
             field,
-            f"{text[:20]!r} is no time of the day; write it as 08:30, up to 24:00",
+            f"must be a time of day from 00:00 to 24:00, such as 08:30 (got {text[:20]!r})",
             reason="SENDING_HOURS_INVALID",
         )
     return int(match[1]) * 60 + int(match[2])
@@ -144,14 +150,14 @@ def _minutes(field: str, text: str) -> int:
 def check_endpoint(
     field: str, host: str, port: int, *, security: int, username: str, password: str, ca: str
 ) -> Endpoint:
-    """Return the endpoint, with the usual port and security where they are 0.
+    """Return the endpoint. The usual port and security replace a 0.
 
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
     """
     check_host(f"{field}.host", host)
     if not 0 <= port <= bounds.MAX_PORT:
-        raise _invalid(f"{field}.port", f"takes 1 to {bounds.MAX_PORT}, and is {port}")
+        raise _invalid(f"{field}.port", f"must be 1 to {bounds.MAX_PORT} (got {port})")
     chosen = requested_enum(
         SmtpSecurity, security, f"{field}.security", reason="SMTP_ENDPOINT_INVALID"
     )
@@ -162,9 +168,9 @@ def check_endpoint(
     bounds.SMTP_USERNAME.check(f"{field}.username", username)
     bounds.SMTP_PASSWORD.check(f"{field}.password", password)
     if password and not username:
-        raise _invalid(f"{field}.username", "a password needs a user name")
+        raise _invalid(f"{field}.username", "must be set if `password` is set")
     if password and chosen is SmtpSecurity.NONE:
-        raise _invalid(f"{field}.security", "a password is sent over TLS only: use STARTTLS or TLS")
+        raise _invalid(f"{field}.security", "must be STARTTLS or TLS if `password` is set")
     if ca:
         try:
             check_ca(ca)
@@ -174,7 +180,7 @@ def check_endpoint(
 
 
 def check_host(field: str, host: str) -> None:
-    """Look at a host name or IP address.
+    """Check that `host` is a host name or an IP address.
 
     Raises:
         InvalidInput: SMTP_ENDPOINT_INVALID.
@@ -186,7 +192,7 @@ def check_host(field: str, host: str) -> None:
         ipaddress.ip_address(host)
     except ValueError:
         raise _invalid(
-            field, f"{host!r} is no host name or IP address; a port goes into `port`"
+            field, f"{host!r} is not a host name or an IP address; a port belongs in `port`"
         ) from None
 
 

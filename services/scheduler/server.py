@@ -1,4 +1,4 @@
-"""The wiring of the scheduler process."""
+"""Wires the scheduler process together, and nothing else."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from outbox_server.shared.settings import Settings
 async def serve(
     settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
 ) -> None:
-    """Serve until `stop` is set; `ready` is told the port once it is bound.
+    """Serve until `stop` is set. `ready` is called with the port once it is bound.
 
-    Starts without PostgreSQL and Redis too: health says NOT_SERVING until PostgreSQL is there.
-    Without Redis it serves: batches are accepted, and sent later.
+    The process also starts without PostgreSQL and Redis. Health is NOT_SERVING until PostgreSQL can
+    be reached. Without Redis, batches are accepted and sent later.
 
     Raises:
-        ConfigurationError: a setting is wrong, or the address is taken.
+        ConfigurationError: a setting is wrong, or the address is in use.
     """
     async with AsyncExitStack() as stack:
         engine = create_engine(settings, lookups_only=True)
@@ -74,7 +74,7 @@ async def serve(
             engine=engine,
         )
 
-        async def tell_port() -> None:
+        async def announce() -> None:
             if ready is not None:
                 ready(server.port)
 
@@ -83,7 +83,7 @@ async def serve(
             stop,
             settings.shutdown_grace,
             [
-                tell_port,
+                announce,
                 partial(sweeper.run, stop),
                 partial(watch.run, stop),
                 partial(follow_dependencies, server, {"postgresql": partial(ping, engine)}, stop),

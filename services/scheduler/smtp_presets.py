@@ -1,4 +1,4 @@
-"""Providers whose SMTP endpoint and OAuth 2.0 addresses are known. Pure."""
+"""The SMTP endpoints and OAuth 2.0 URLs of known providers. Pure."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class SmtpPreset(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PresetProvider:
-    """What is filled in for a provider. A token URL may have a place for the tenant."""
+    """The values of a preset. A token URL may contain `{tenant}`."""
 
     host: str
     port: int
     security: SmtpSecurity
     token_url: str
     refresh_scope: str
-    # Empty: the provider has no client credentials for SMTP.
+    # Empty means that the provider has no client credentials for SMTP.
     client_credentials_scope: str = ""
 
     @property

@@ -1,4 +1,4 @@
-"""Asks the endpoint of a sender whether mail could be handed in there. Sends nothing."""
+"""Checks that the endpoint of a sender accepts mail, without sending any."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _RETRY_AFTER: Final = timedelta(seconds=5)
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Who was asked, and what was found."""
+    """The endpoint that was checked, and the result."""
 
     host: str
     port: int
@@ -43,7 +43,7 @@ class Verification:
 
 
 class Verifier:
-    """Does what a dispatcher would do for a sender, up to RCPT."""
+    """Opens the session that a dispatcher would open for a sender, and goes as far as RCPT."""
 
     def __init__(self, settings: Settings, secrets: SecretBox, tokens: TokenProvider) -> None:
         # Around every call of VerifySender.
@@ -59,7 +59,7 @@ class Verifier:
 
     @contextmanager
     def turn_of(self, user_id: str | None) -> Iterator[None]:
-        """Count a verification of a user; None: a caller who acts for all users.
+        """Count a verification of a user. None means a caller who may act for all users.
 
         Raises:
             ResourceExhausted: TOO_MANY_CALLS: the user has too many under way.

@@ -1,4 +1,4 @@
-"""AuditSender: from protos to the audit of a sender and back."""
+"""Answers AuditSender: converts protos to the audit of a sender and back."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _interval(request: stats_service_pb2.AuditSenderRequest) -> Interval:
         raise InvalidInput.field(
             "end_time", "must be later than start_time", reason="INTERVAL_INVALID"
         )
-    # Whoever asks for the first year of the calendar asks for all.
+    # A start in the first year of the calendar means all attempts.
     if start is not None and start.year <= 1:
         start = None
     return Interval(start, end)

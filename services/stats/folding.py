@@ -1,4 +1,4 @@
-"""The loop that folds count deltas. Only speed depends on it: reads add up what is not folded."""
+"""The loop that folds count deltas. Readers add the deltas, so only their speed depends on it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import structlog
 
 from outbox_server.shared.loops import Loop
 
-# A fold takes less than 0.1 s; one that takes this long hangs, as on a server that vanished.
+# A fold takes less than 0.1 s. If it takes this long it hangs, as when the server has vanished.
 _LIMIT: Final = timedelta(seconds=30)
 _NO_PAUSE: Final = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Pauses:
-    """How long the loop waits, by what it found."""
+    """How long the loop waits, depending on what it found."""
 
-    # After deltas were folded: there will be more.
+    # After deltas were folded, because more will follow.
     busy: timedelta = timedelta(seconds=1)
-    # Where there are none, each pause is twice the one before, up to this.
+    # If there are no deltas, each pause doubles, up to this.
     idle: timedelta = timedelta(seconds=5)
-    # While folding fails, likewise.
+    # If folding fails, each pause doubles, up to this.
     failing: timedelta = timedelta(seconds=10)
 
 
 async def fold_until_stopped(
     fold: Callable[[], Awaitable[int]], stop: asyncio.Event, pauses: Pauses | None = None
 ) -> None:
-    """Fold until `stop` is set; `fold` folds some deltas and returns how many, 0 if none are left.
+    """Fold until `stop` is set. `fold` folds some deltas and returns how many, 0 if none are left.
 
-    An error is logged and tried again: PostgreSQL may be away for a while.
+    After an error, which is logged, folding is tried again.
     """
     pauses = pauses or Pauses()
     log = structlog.get_logger("outbox.folding")
@@ -54,7 +54,7 @@ async def fold_until_stopped(
         total = 0
         return pause
 
-    # Any error: counts stay exact without folding.
+    # No error ends the loop, because counts stay exact without folding.
     loop = Loop(
         "folding",
         fold_some,

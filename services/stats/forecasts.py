@@ -1,4 +1,4 @@
-"""ForecastBatch: from protos to the forecast and back."""
+"""Answers ForecastBatch: converts protos to the forecast and back."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _LIMITS: Final = {
     Bound.COOLDOWN: sender_pb2.BINDING_LIMIT_COOLDOWN,
 }
 _REASONS: Final = {
-    None: "nothing but its due time keeps it back",
+    None: "only its due time delays it",
     Bound.SPACING: "the spacing of its mails binds",
     Bound.GAP: "the sender's gap binds",
     Bound.WINDOW: "the sender's hourly limit binds",
     Bound.HOURS: "the sender's sending hours bind",
     Bound.COOLDOWN: "the sender's cooldown binds",
-    Bound.PLACES: "what one send takes binds",
+    Bound.PLACES: "the duration of each send binds",
 }
 
 
@@ -51,7 +51,7 @@ async def forecast(
     """Answer ForecastBatch.
 
     Raises:
-        InvalidInput: FORECAST_SUBJECT_REQUIRED, or what is wrong with the planned batch.
+        InvalidInput: FORECAST_SUBJECT_REQUIRED, or an error of the planned batch.
         NotFound: BATCH_NOT_FOUND, SENDER_NOT_FOUND.
     """
     match request.WhichOneof("subject"):
@@ -76,7 +76,7 @@ async def forecast(
                 return _answer(found, await storage.last_failure(connection, sender_id))
     raise InvalidInput.field(
         "batch_id",
-        "say what the forecast is about: set batch_id or planned_batch",
+        "one of `batch_id` and `planned_batch` must be set",
         reason="FORECAST_SUBJECT_REQUIRED",
     )
 
@@ -126,11 +126,11 @@ def _answer(
 
 def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
     if not found.jobs:
-        return "Nothing of the batch waits."
+        return "No job of the batch is waiting."
     if not found.active:
         return "The sender is paused or deleted: nothing is sent before ResumeSender."
     if not found.within_sight:
-        return "The end is too far away to be told."
+        return "The end is too far away for a forecast."
     cause = "" if found.cooldown is None else f"{found.cooldown.describe(found.read_at)} "
     if found.end is None:
         all_expire = "The mail expires" if found.jobs == 1 else f"All {found.jobs:,} mails expire"
@@ -145,7 +145,7 @@ def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
         condition
         for condition, holds in (
             ("the probe is accepted", found.cooldown),
-            ("the endpoint is well again", trouble),
+            ("the endpoint works again", trouble),
         )
         if holds
     ]

@@ -1,4 +1,4 @@
-"""A batch that is only planned: its options, checked. Pure."""
+"""Checks the options of a planned batch. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from datetime import datetime, timedelta
 
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.settings import format_duration
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedBatch:
-    """What decides when the mails of a planned batch are due; `start` None: now."""
+    """The options that decide when mails of a planned batch are due. `start` None means now."""
 
     recipients: int
     start: datetime | None = None
@@ -38,7 +39,7 @@ class PlannedBatch:
 
 
 def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> PlannedBatch:
-    """Return `planned`; `field` is where the request has it.
+    """Return `planned`. `field` is its path in the request.
 
     Raises:
         InvalidInput: RECIPIENT_COUNT_INVALID, SPACING_INVALID, EXPIRE_AFTER_INVALID.
@@ -46,12 +47,14 @@ def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> Planne
     if not 1 <= planned.recipients <= bounds.MAX_RECIPIENTS:
         raise InvalidInput.field(
             f"{field}.recipient_count",
-            f"takes 1 to {bounds.MAX_RECIPIENTS}, and is {planned.recipients}",
+            f"must be 1 to {bounds.MAX_RECIPIENTS:,} (got {planned.recipients:,})",
             reason="RECIPIENT_COUNT_INVALID",
         )
     if not timedelta(0) <= planned.spacing <= bounds.MAX_SPACING:
         raise InvalidInput.field(
-            f"{field}.options.spacing", "takes 0 s to 7 days", reason="SPACING_INVALID"
+            f"{field}.options.spacing",
+            f"must be 0 s to 7 days (got {format_duration(planned.spacing)})",
+            reason="SPACING_INVALID",
         )
     if (
         planned.expire_after is not None
@@ -59,7 +62,7 @@ def check_planned(planned: PlannedBatch, field: str = "planned_batch") -> Planne
     ):
         raise InvalidInput.field(
             f"{field}.options.expire_after",
-            "takes 1 s to 366 days",
+            f"must be 1 s to 366 days (got {format_duration(planned.expire_after)})",
             reason="EXPIRE_AFTER_INVALID",
         )
     return planned

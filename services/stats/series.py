@@ -1,4 +1,4 @@
-"""QuerySenderSeries: how a sender did over time, from its recorded attempts."""
+"""Answers QuerySenderSeries: a sender's results over time, from its recorded attempts."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _LAST: Final = datetime(9999, 12, 31, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """A series: from `start`, a multiple of `length`, to `end`, which may cut the last one."""
+    """Buckets of `length` from `start`, a multiple of it, to `end`. The last may be shorter."""
 
     start: datetime
     end: datetime
     length: timedelta
 
     def starts(self) -> list[datetime]:
-        """Return when each bucket begins."""
+        """Return the start of each bucket."""
         count = -(-(self.end - self.start) // self.length)
         return [self.start + number * self.length for number in range(count)]
 
@@ -44,7 +44,7 @@ class Buckets:
 def check_buckets(
     start: datetime | None, end: datetime | None, length: timedelta | None, now: datetime
 ) -> Buckets:
-    """Return the buckets that are asked for; None: the default.
+    """Return the requested buckets. None means the default.
 
     Raises:
         InvalidInput: BUCKET_INVALID, INTERVAL_INVALID.
@@ -53,7 +53,7 @@ def check_buckets(
     if not _MINUTE <= length <= _DAY or length % _MINUTE or _DAY % length:
         raise InvalidInput.field(
             "bucket",
-            "takes 1 min to 1 day, in whole minutes that divide a day, such as 1m, 5m, 1h or 24h",
+            "must be a whole number of minutes that divides a day: 1m to 24h, such as 5m or 1h",
             reason="BUCKET_INVALID",
         )
     end = now if end is None else end
@@ -65,13 +65,15 @@ def check_buckets(
         )
     if not start >= _EPOCH or end > _LAST:
         raise InvalidInput.field(
-            "start_time", "there is nothing before 1970 or after 9999", reason="INTERVAL_INVALID"
+            "start_time",
+            "must not be before 1970, and end_time not after 9999",
+            reason="INTERVAL_INVALID",
         )
     buckets = Buckets(start - (start - _EPOCH) % length, end, length)
     if (buckets.end - buckets.start) / length > _MOST_BUCKETS:
         raise InvalidInput.field(
             "bucket",
-            f"would make more than {_MOST_BUCKETS:,} buckets; take longer ones",
+            f"must give at most {_MOST_BUCKETS:,} buckets; use a longer bucket",
             reason="BUCKET_INVALID",
         )
     return buckets

@@ -1,4 +1,4 @@
-"""The wiring of the stats process."""
+"""Wires the stats process together, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from outbox_server.shared.settings import Settings
 async def serve(
     settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
 ) -> None:
-    """Serve until `stop` is set; `ready` is told the port once it is bound.
+    """Serve until `stop` is set. `ready` is called with the port once it is bound.
 
-    Starts without PostgreSQL too: health says NOT_SERVING until it is there.
+    The process also starts without PostgreSQL. Health is NOT_SERVING until it can be reached.
 
     Raises:
-        ConfigurationError: a setting is wrong, or the address is taken.
+        ConfigurationError: a setting is wrong, or the address is in use.
     """
     engine = create_engine(settings)
     rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
@@ -41,7 +41,7 @@ async def serve(
     server = GrpcServer(settings, settings.stats_listen, [service], engine=engine)
     dependencies = {"postgresql": partial(ping, engine)}
 
-    async def tell_port() -> None:
+    async def announce() -> None:
         if ready is not None:
             ready(server.port)
 
@@ -51,7 +51,7 @@ async def serve(
             stop,
             settings.shutdown_grace,
             [
-                tell_port,
+                announce,
                 partial(watch.run, stop),
                 partial(follow_dependencies, server, dependencies, stop),
                 partial(fold_until_stopped, partial(storage.fold_once, engine), stop),

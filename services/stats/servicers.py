@@ -1,4 +1,4 @@
-"""StatsService: from protos to the domain and back."""
+"""Implements StatsService: converts protos to the domain and back."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WATCHED: Final = "sender_stats"
 
 
 class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
-    """Answers from PostgreSQL alone."""
+    """Answers from PostgreSQL only."""
 
     def __init__(self, engine: AsyncEngine, rules: Rules, watch: Watch[WatchedSender]) -> None:
         self._watch = watch
@@ -60,7 +60,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         request: stats_service_pb2.GetUserStatsRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_pb2.UserStats:
-        """Return the counts of one user, and of one page of its senders."""
+        """Return the counts of one user, and those of one page of the user's senders."""
         user_id = require_user(current_caller(), request.user_id)
         page = requested_page(request, "user_stats", user_id, start=(0,))
         async with storage.snapshot(self._engine) as connection:
@@ -73,7 +73,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         request: stats_service_pb2.ForecastBatchRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.ForecastBatchResponse:
-        """Return when a batch, a real or a planned one, will have been sent."""
+        """Return when all mails of a batch, real or planned, will have been sent."""
         user_id = effective_user(current_caller(), request.user_id)
         return await forecast(self._engine, request, user_id, self._rules)
 
@@ -82,7 +82,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         request: stats_service_pb2.AuditSenderRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.AuditSenderResponse:
-        """Replay what a sender sent against its limits."""
+        """Check the recorded attempts of a sender against its limits."""
         user_id = effective_user(current_caller(), request.user_id)
         return await audit(self._engine, request, user_id, self._rules)
 
@@ -91,7 +91,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         request: stats_service_pb2.QuerySenderSeriesRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> stats_service_pb2.QuerySenderSeriesResponse:
-        """Return how a sender did over time."""
+        """Return the results of a sender over time."""
         user_id = effective_user(current_caller(), request.user_id)
         return await series(self._engine, request, user_id)
 
@@ -123,7 +123,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
 
 
 def _state_of(found: WatchedSender) -> str:
-    """Return what tells this state from others, whenever it was read."""
+    """Return a digest of the state, without the time at which it was read."""
     if found.stats is None:
         return "deleted"
     values = (getattr(found.stats, each.name) for each in fields(found.stats) if each.compare)

@@ -207,7 +207,7 @@ async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: St
 
     add_attempt(stack.scheduler, sender, AttemptOutcome.CONNECTION_FAILURE, "refused")
     found = await stack.forecast(batch_id=batch.batch_id)
-    assert "If the probe is accepted and the endpoint is well again: the" in found.explanation
+    assert "If the probe is accepted and the endpoint works again: the" in found.explanation
     # Over: as before.
     execute("DELETE FROM cooldowns")
     found = await stack.forecast(batch_id=batch.batch_id)
@@ -238,7 +238,7 @@ async def test_a_forecast_says_that_the_last_attempt_found_no_endpoint(stack: St
     assert trouble not in await explanation()
     add_attempt(stack.scheduler, sender, AttemptOutcome.CONNECTION_FAILURE, trouble)
     found = await explanation()
-    assert found.startswith("If the endpoint is well again: the last of 3 mails")
+    assert found.startswith("If the endpoint works again: the last of 3 mails")
     assert found.endswith(f"UTC, failed: {trouble}")
     # It may have been long ago.
     assert len(re.findall(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", found)) == 2

@@ -280,7 +280,7 @@ async def test_a_batch_that_is_gone_is_an_error_of_its_mails() -> None:
     composer = composer_of(Reader())
     await composer.prepare([job()])
 
-    with pytest.raises(CompositionError, match="batch 1 is gone"):
+    with pytest.raises(CompositionError, match="batch 1 does not exist"):
         composer.compose(job())
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_server.services.dispatcher.retry import JITTER, Ladders, Tried, Verdict, decide
+from outbox_server.services.dispatcher.retry import JITTER, JobAttempt, Ladders, Verdict, decide
 from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
 LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
@@ -32,7 +32,7 @@ def verdict(
     policy: Policy = "resend",
     chance: float = 0.0,
 ) -> Verdict:
-    tried = Tried(attempt=failures + 1, outcome=outcome, failures=failures)
+    tried = JobAttempt(attempt=failures + 1, outcome=outcome, failures=failures)
     return decide(
         tried, ladders=Ladders(backoff, DEFERRALS, DEFER_FOR), policy=policy, chance=chance
     )
@@ -49,7 +49,7 @@ def answered(
     chance: float = 0.0,
 ) -> Verdict:
     """Return the verdict after a reply of this class."""
-    tried = Tried(attempt, outcome, reply_class, failures, deferred_for, probe)
+    tried = JobAttempt(attempt, outcome, reply_class, failures, deferred_for, probe)
     ladders = Ladders(LADDER, DEFERRALS, DEFER_FOR)
     return decide(tried, ladders=ladders, policy="resend", chance=chance)
 
@@ -219,7 +219,7 @@ def test_no_job_is_tried_more_often_than_attempts_can_be_counted(reply_class: Re
 
 @pytest.mark.parametrize("failures", [0, 3, 50])
 def test_a_server_that_is_not_reached_uses_no_attempt(failures: int) -> None:
-    tried = Tried(
+    tried = JobAttempt(
         attempt=failures + 1,
         outcome=AttemptOutcome.CONNECTION_FAILURE,
         failures=failures,

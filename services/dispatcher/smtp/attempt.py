@@ -33,12 +33,12 @@ from outbox_server.shared.smtp.session import SESSION_ERRORS, SessionRefused
 from outbox_server.shared.smtp.stream import ConnectionLost
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
-# Refusals that are not of the mail alone: the session is of no use for another mail either.
-_OF_THE_SESSION: Final = frozenset(
+# Refusals that concern more than the mail: the session cannot carry another mail either.
+_ENDS_SESSION: Final = frozenset(
     {ReplyClass.SESSION, ReplyClass.CONNECTIONS, ReplyClass.AUTH, ReplyClass.ACCOUNT}
 )
-# What may be a limit of connections that the server does not name.
-_UNEXPLAINED: Final = frozenset({ReplyClass.SESSION, ReplyClass.TEMPORARY})
+# Refusals that may be due to a limit of connections, although the server does not say so.
+_POSSIBLY_TOO_MANY: Final = frozenset({ReplyClass.SESSION, ReplyClass.TEMPORARY})
 _BEFORE_RCPT: Final = OPENING | {Phase.MAIL}
 
 
@@ -65,7 +65,7 @@ class SendAttempt:
         self._may_begin = may_begin
         self._started = 0.0
         self._body_begun = False
-        # The connection in use. None means that the attempt holds a place for a connection only.
+        # The connection in use. None means that the attempt only has a place for a connection.
         self._session: KeptSession | None = None
         self._transaction: Transaction | None = None
         # Mails that the kept connection carried before its server refused another one.
@@ -153,7 +153,7 @@ class SendAttempt:
                 return refusal
             answer = await self._hand_over(session, envelope)
         result = self._result_of(answer.phase, answer.reply, 0)
-        if result.reply_class in _UNEXPLAINED and answer.phase in _BEFORE_RCPT:
+        if result.reply_class in _POSSIBLY_TOO_MANY and answer.phase in _BEFORE_RCPT:
             self._pool.may_be_too_many(session)
         if result.reply_class is ReplyClass.SENT and self._carried:
             self._pool.learn_mails(self._carried)
@@ -169,7 +169,7 @@ class SendAttempt:
         try:
             return await transaction.run(envelope)
         except SESSION_ERRORS as error:
-            # That a kept connection is closed says nothing: it was idle.
+            # A kept connection may be closed because it was idle, whatever pipelining does.
             idled = used and isinstance(error, ConnectionLost)
             if not (transaction.body_begun or idled) and self._lease.holds:
                 self._pool.distrust_pipelining()
@@ -188,7 +188,7 @@ class SendAttempt:
         if most is not None and size > most:
             code, text = (
                 552,
-                f"5.3.4 the mail has {size} bytes, and the server takes at most {most} (SIZE)",
+                f"5.3.4 the mail has {size} bytes, but the server accepts at most {most} (SIZE)",
             )
         elif envelope.needs_smtputf8 and "smtputf8" not in session.extensions:
             code, text = 553, "5.6.7 the address needs SMTPUTF8, which the server does not offer"
@@ -214,7 +214,7 @@ class SendAttempt:
         if (
             session.ready
             and leaves_session_usable(answer.reply.code)
-            and result.reply_class not in _OF_THE_SESSION
+            and result.reply_class not in _ENDS_SESSION
             and not (session.in_body or session.needs_dot)
         ):
             session.reset()

@@ -19,9 +19,9 @@ from outbox_server.services.dispatcher.smtp.session import KeptSession
 _IDLING_S: Final = 10.0
 _LEARNED_FOR_S: Final = 3600.0
 _CAP_RISES_AFTER_S: Final = 600.0
-# The same where the server has not said that there are too many, but acted like it.
+# The same if the server did not say that there are too many connections, but behaved like it.
 _GUESSED_CAP_RISES_AFTER_S: Final = 60.0
-# Seconds after an accepted mail for which the server counts as working.
+# The server counts as working for this many seconds after it accepted a mail.
 _WORKS_FOR_S: Final = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
@@ -225,7 +225,7 @@ class EndpointPool:
         return self._clock() - session.idle_since > _IDLING_S
 
     def learn_mails(self, mails: int) -> None:
-        """Note how many mails the server accepted on a connection before it refused the next."""
+        """Remember how many mails the server accepted on a connection before a refusal."""
         self._learned, self._learned_at = mails, self._clock()
 
     def accepted(self) -> None:
@@ -235,40 +235,40 @@ class EndpointPool:
 
     @property
     def trusts_pipelining(self) -> bool:
-        """Whether commands may be sent in groups, where the server offers that."""
+        """Whether commands may be sent in groups, if the server offers pipelining."""
         return self._clock() - self._pipelining_failed_at > _LEARNED_FOR_S
 
     def distrust_pipelining(self) -> None:
-        """Note that a group of commands was not answered, although the server offers that."""
+        """Note that the server offers pipelining, but did not answer a group of commands."""
         self._pipelining_failed_at = self._clock()
 
     def too_many(self, session: KeptSession) -> None:
-        """Note that the server allows fewer connections: as many as work now without this one.
+        """Note that this connection is one too many, and lower the cap to the number of others.
 
-        If no other works, new connections wait: 1 s, doubled by each further refusal, at most 60 s.
+        If there is no other, new connections wait: 1 s, doubled by each further refusal up to 60 s.
         """
-        others = self._working_beside(session)
+        others = self._count_working_except(session)
         self._lower_cap(others, _CAP_RISES_AFTER_S)
-        # Connections that were opened before the pause are refused for the same reason: one step.
+        # Connections opened before the pause are refused for the same reason: they do not count.
         if others == 0 and session.opened_at >= self._opens_at:
             self._pause = min(max(2 * self._pause, _FIRST_PAUSE_S), _LONGEST_PAUSE_S)
             self._opens_at = self._clock() + self._pause
             asyncio.get_running_loop().call_later(self._pause, self.serve)
 
     def may_be_too_many(self, session: KeptSession) -> bool:
-        """Note that a new connection is of no use; return whether others work beside it.
+        """Note that a new connection failed. Return whether other connections work.
 
-        Then it may be one too many: many servers close such a connection without a word. The cap
-        rises again soon, for nobody has said so.
+        If so, it may be one too many: many servers close such a connection without a reply. The cap
+        rises again soon, because the server did not confirm it.
         """
-        others = self._working_beside(session)
+        others = self._count_working_except(session)
         if self._clock() - self._accepted_at > _WORKS_FOR_S:
             others = 0
         if others:
             self._lower_cap(others, _GUESSED_CAP_RISES_AFTER_S)
         return others > 0
 
-    def _working_beside(self, session: KeptSession) -> int:
+    def _count_working_except(self, session: KeptSession) -> int:
         return sum(other.stream.connected for other in self._ready if other is not session)
 
     def _lower_cap(self, cap: int, rises_after: float) -> None:
@@ -281,7 +281,7 @@ class EndpointPool:
         """Return whether there is a place, and the place: an idle connection, or None."""
         while self._idle:
             session = self._idle.pop()
-            if not (session.spoke_unasked or self._is_stale(session)):
+            if not (session.sent_unsolicited_reply or self._is_stale(session)):
                 return True, session
             self.end(session)
         if self._places_taken < self.cap and self._clock() >= self._opens_at:
@@ -318,6 +318,6 @@ class EndpointPool:
         )
 
     def _is_used_up(self, session: KeptSession) -> bool:
-        """Return whether a connection carried all mails that it may, or is one too many."""
+        """Return whether a connection has carried all mails allowed, or is above the cap."""
         most = min(self._rules.mails_per_connection, self.learned_mails or math.inf)
         return session.mails >= most or self._places_taken - self._ending > self.cap

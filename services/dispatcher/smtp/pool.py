@@ -21,7 +21,7 @@ from outbox_server.shared.smtp.replies import ReplyRules
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from outbox_server.shared.tls import TlsContexts
 
-# Endpoints that are remembered without a connection.
+# The number of endpoints that are remembered, even if they have no connection.
 MOST_ENDPOINTS: Final = 1_000
 
 
@@ -117,10 +117,9 @@ class SmtpPool:
         return result
 
     def _make_room(self) -> None:
-        """Forget the endpoint that was not used for the longest time, if there are too many.
+        """Forget the endpoint that was unused for the longest time, if there are too many.
 
-        Each change of a sender's endpoint makes another one, and one may have 64 KiB of
-        certificates.
+        Each change of a sender's endpoint adds one, which may have 64 KiB of certificates.
         """
         if len(self._pools) < MOST_ENDPOINTS:
             return

@@ -22,7 +22,7 @@ _OUTCOMES: Final = {
     ReplyClass.CONTENT: AttemptOutcome.PERMANENT_FAILURE,
     ReplyClass.REFUSED: AttemptOutcome.PERMANENT_FAILURE,
 }
-# The phases before a server is told about a mail.
+# The phases before MAIL, in which the server does not know of the mail.
 OPENING: Final = frozenset({Phase.CONNECT, Phase.EHLO, Phase.STARTTLS, Phase.AUTH})
 # Refusals before MAIL that are about how much is sent, not about the endpoint's health.
 _ALLOWANCES: Final = frozenset({ReplyClass.CONNECTIONS, ReplyClass.RATE, ReplyClass.ACCOUNT})
@@ -57,7 +57,7 @@ class SendResult:
     message: str | None = None
     reply_class: ReplyClass | None = None
     daily: bool = False
-    # The server was told about this mail by MAIL.
+    # Whether the server was told of this mail by MAIL.
     mail_begun: bool = True
 
 

@@ -16,7 +16,7 @@ _RESET_LIMIT_S: Final = 5.0
 
 
 class KeptSession(SmtpSession):
-    """Counts the mails that a session has carried, and knows how it must be ended.
+    """An SMTP session that can carry several mails, and knows how it must be ended.
 
     `opened_at` and `idle_since` are seconds of the pool's clock.
     """
@@ -37,8 +37,8 @@ class KeptSession(SmtpSession):
         self._owes_reset = False
 
     @property
-    def spoke_unasked(self) -> bool:
-        """Whether the server has sent a reply since the last mail, as it may before it closes."""
+    def sent_unsolicited_reply(self) -> bool:
+        """Whether the server has sent a reply without a command, as it may before it closes."""
         if self._owes_reset and self.stream.unread:
             self._owes_reset = False
             return not self.stream.take().accepts or self.stream.unread
@@ -49,11 +49,11 @@ class KeptSession(SmtpSession):
         try:
             self.stream.write(b"RSET\r\n")
         except ConnectionLost:
-            return  # found out when the session is used again
+            return  # the next use of the session finds out
         self._owes_reset = True
 
-    async def until_reset(self, lease: Lease) -> None:
-        """Wait for the reply to RSET if it is still to come.
+    async def wait_for_reset(self, lease: Lease) -> None:
+        """Wait for the reply to RSET if it has not arrived yet.
 
         Raises:
             ConnectionLost: the connection ended, or RSET was refused or not answered in time. This

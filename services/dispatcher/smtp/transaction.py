@@ -53,7 +53,7 @@ class Transaction:
             ConnectionLost: the connection ended.
             MalformedReply: the server does not speak SMTP.
         """
-        await self._session.until_reset(self._lease)
+        await self._session.wait_for_reset(self._lease)
         refusal = await self._announce(envelope)
         if refusal is not None:
             return refusal
@@ -62,14 +62,14 @@ class Transaction:
         if not (self._may_begin() and self._lease.holds):
             raise GivenBackError
         if self._stream.unread:
-            raise MalformedReply("a reply to no command")
+            raise MalformedReply("a reply without a command")
         self.body_begun = True
         answer = await self._send(envelope.data)
         self._session.in_body = not self.end_written
         return answer
 
     async def _announce(self, envelope: Envelope) -> Answer | None:
-        """Send MAIL, RCPT and DATA; return the first refusal. None: the server awaits the body."""
+        """Send MAIL, RCPT and DATA. Return the first refusal, or None if the body may follow."""
         session, limits = self._session, self._limits
         mail = mail_command(
             envelope.mail_from,
@@ -112,7 +112,7 @@ class Transaction:
         return Answer(Phase.BODY, reply)
 
     async def _send_blocks(self, data: memoryview) -> bool:
-        """Write the body as fast as the server accepts it. False: it replied before the end."""
+        """Write the body as fast as the server accepts it. Return False if it replied too early."""
         last = (len(data) - 1) // _BLOCK_BYTES * _BLOCK_BYTES
         for start in range(0, last, _BLOCK_BYTES):
             self._stream.write(data[start : start + _BLOCK_BYTES])

@@ -1,7 +1,7 @@
-"""All SQL of the dispatcher: set-based statements over the jobs of one group (group commit).
+"""All SQL of the dispatcher. Each statement handles all jobs of a group at once (group commit).
 
-The guard of every statement is the job's state together with its attempt number, the fencing token:
-what a newer attempt has touched cannot be changed by an older one.
+Every statement checks the job's state and its attempt number, which is the fencing token. So an
+older attempt cannot change what a newer one has written.
 """
 
 from outbox_server.services.dispatcher.storage.cooldowns import (

@@ -1,4 +1,4 @@
-"""The SQL of cooldowns: senders whose account a mail server refuses.
+"""Stores cooldowns: of senders whose account a mail server refuses.
 
 PostgreSQL stores since when, why and how often an account was refused, so a cooldown survives the
 loss of Redis. Redis holds the sender's mail back until the next probe (`shared.queue`).
@@ -34,7 +34,7 @@ from outbox_server.shared.database.models import Attempt, Cooldown, Sender
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
 # The most attempts that are read to find refusals in a row. Most may be of other classes.
-_LOOKED_AT = 1_000
+_MAX_ATTEMPTS_READ = 1_000
 _SOON = timedelta(milliseconds=1)
 
 
@@ -157,7 +157,7 @@ async def refused_in_a_row(connection: AsyncConnection, sender_id: int, limit: i
         select(Attempt.outcome, Attempt.reply_class, Attempt.ended_at)
         .where(Attempt.sender_id == sender_id)
         .order_by(Attempt.ended_at.desc())
-        .limit(_LOOKED_AT)
+        .limit(_MAX_ATTEMPTS_READ)
         .subquery()
     )
     row = (

@@ -1,4 +1,4 @@
-"""Takes claimed jobs into our hands, and reads what their mails are made of."""
+"""Marks claimed jobs SENDING, and reads what their mails are built from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from outbox_server.shared.states import BatchState, JobState, SenderState
 
 @dataclass(frozen=True, slots=True)
 class MarkedJob:
-    """A job that is SENDING, in our hands until `lease_until`."""
+    """A job that is SENDING, leased by this dispatcher until `lease_until`."""
 
     job: JobRef
     sender_id: int
@@ -39,7 +39,7 @@ class MarkedJob:
 
 @dataclass(frozen=True, slots=True)
 class BatchContent:
-    """What the mails of a batch share, and where they go."""
+    """What the mails of a batch share, and the endpoint that they use."""
 
     batch_id: int
     user_id: str
@@ -60,8 +60,8 @@ _claim = (
     .render_derived()
 )
 
-# A scalar subquery and no join: on a table that was filled a moment ago the planner would begin
-# with the senders and pass over all of their waiting jobs.
+# A scalar subquery, not a join: without statistics, on a table that was just filled, the planner
+# would begin with the senders and read all of their waiting jobs.
 _active_revision = (
     select(Sender.revision)
     .where(
@@ -75,10 +75,11 @@ _active_revision = (
 
 
 def _mark_statement() -> Any:
-    """Mark claimed jobs, unless their batch is cancelled; end those that must not be sent any more.
+    """Return the statement that marks claimed jobs, and ends those that must not be sent any more.
 
-    FOR SHARE: a cancellation under way is waited for, and the state is looked at again; one that
-    comes later waits for us (see shared/database/cancellations.py).
+    Jobs of cancelled batches are left out. FOR SHARE waits for a cancellation that is under way and
+    then checks the state again. A later cancellation waits for this statement (see
+    shared/database/cancellations.py).
     """
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
@@ -96,7 +97,7 @@ def _mark_statement() -> Any:
         .correlate(batches, EmailJob)
         .exists()
     )
-    # Neither can change while the job waits but by its attempt, which is looked at again below.
+    # The verdict is valid as long as the job waits. The update below checks again that it does.
     judged = (
         select(
             EmailJob.id,
@@ -122,7 +123,7 @@ def _mark_statement() -> Any:
         update(EmailJob)
         .values(
             state=judged.c.state,
-            # What is not sent has no attempt.
+            # A job that is not sent has no attempt.
             attempt=case((sends, judged.c.attempt), else_=EmailJob.attempt),
             lease_until=case((sends, leased), else_=null()),
             finished_at=case((sends, null()), else_=func.statement_timestamp()),
@@ -157,10 +158,10 @@ _MARK = _mark_statement()
 async def mark_sending(
     connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta
 ) -> list[MarkedJob]:
-    """Mark claimed jobs SENDING and load them; a job that is missing from the answer is not ours.
+    """Mark claimed jobs SENDING and load them.
 
-    It or its batch was cancelled, it was sent by an earlier claim, its sender was paused; or it
-    must not be sent any more, and is SUPPRESSED or EXPIRED now.
+    A job that is missing from the result must not be sent: it or its batch was cancelled, an
+    earlier claim sent it, its sender was paused, or it is now SUPPRESSED or EXPIRED.
     """
     rows = await connection.execute(
         _MARK,
@@ -189,7 +190,7 @@ async def mark_sending(
 async def read_batches(
     connection: AsyncConnection, batch_ids: Sequence[int]
 ) -> dict[int, BatchContent]:
-    """Return what the mails of each batch share, with the sender as it is now."""
+    """Return what the mails of each batch share, with the present data of the sender."""
     rows = await connection.execute(
         select(
             Batch.id,

@@ -1,4 +1,4 @@
-"""Parts that the statements of several modules share."""
+"""Parts of SQL statements that several modules share."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from outbox_server.shared.states import FINAL_STATES, JobState
 
 
 def array(name: str, type_: Any) -> Any:
-    """Return a parameter that holds one value for each of the jobs of a statement."""
+    """Return a parameter with one value for each job of a statement."""
     return bindparam(name, type_=ARRAY(type_))
 
 
 def milliseconds(value: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the interval of `value` ms."""
+    """Return `value` milliseconds as an interval."""
     return value * cast("1 millisecond", INTERVAL)
 
 
 def log_attempts(source: FromClause, **values: ColumnElement[Any]) -> CTE:
-    """Append the attempts of `source`; `values` by the columns of the log."""
+    """Return the part of a statement that records attempts. `values` are by column name."""
     ended = select(*values.values()).select_from(source)
     return insert(Attempt).from_select(list(values), ended).cte("logged")
 

@@ -1,4 +1,4 @@
-"""Ends the attempts of dispatchers that died: their leases ran out."""
+"""Ends attempts whose leases have expired, as after the death of a dispatcher."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _RECOVERED_AT_ONCE = 1_000
 async def recover_expired(
     connection: AsyncConnection, lease: timedelta, next_state: JobState
 ) -> list[int]:
-    """End the attempts whose lease ran out. Returns the senders concerned.
+    """End the attempts whose lease has expired. Return their senders.
 
-    Nobody knows whether such a mail was sent, so it takes a slot at the latest possible instant.
-    `next_state`: SCHEDULED (it waits again, at its old place) or UNCERTAIN.
+    Nobody knows whether such a mail was sent, so it counts in the window, as of the latest possible
+    time. `next_state` is SCHEDULED (the job waits again, at its old place) or UNCERTAIN.
     """
     expired = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.lease_until)
@@ -73,7 +73,7 @@ async def recover_expired(
         ended_at=expired.c.lease_until,
         outcome=cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
         counted=literal(True),
-        message=literal("the dispatcher recorded no outcome before its lease ran out"),
+        message=literal("the dispatcher recorded no outcome before its lease expired"),
     )
     statement = select(moved.c.sender_id).distinct().add_cte(logged, counting_ends(moved))
     rows = await connection.execute(statement, {"lease": lease})
@@ -81,7 +81,7 @@ async def recover_expired(
 
 
 async def next_expiry(connection: AsyncConnection) -> timedelta | None:
-    """Return how long until the first lease runs out; None if nobody holds one."""
+    """Return the time until the next lease expires, or None if there is no lease."""
     left = extract("epoch", func.min(EmailJob.lease_until) - func.clock_timestamp())
     seconds = await connection.scalar(select(left).where(in_state(JobState.SENDING)))
     return None if seconds is None else timedelta(seconds=float(seconds))

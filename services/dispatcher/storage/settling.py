@@ -1,4 +1,4 @@
-"""Records how attempts ended, and gives back what was not begun."""
+"""Records the outcomes of attempts, and gives back jobs whose body was not begun."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 
-# 24 days: what the column holds.
+# The limit of the column, 24 days.
 _MOST_MS = 2**31 - 1
 
 
@@ -48,11 +48,11 @@ class AttemptRecord:
     failures: int
     outcome: AttemptOutcome
     counted: bool
-    # `time.monotonic` of start and end: PostgreSQL's clock is the only one that is written.
+    # Values of `time.monotonic`. They are converted, so that all stored times are PostgreSQL's.
     started: float
     ended: float
     retry_after: timedelta | None = None
-    # Of the start, since the earliest instant at which the limits allowed it.
+    # How long after the limits allowed it the attempt started.
     late: timedelta | None = None
     smtp_code: int | None = None
     enhanced_code: str | None = None
@@ -107,7 +107,7 @@ _outcome = (
 
 
 def _settle_statement() -> Any:
-    # Ended when the statement began, less what has gone by since: never before the true end.
+    # The start of the statement minus the time since the end. Never before the true end.
     ended = func.statement_timestamp() - milliseconds(_outcome.c.ended_ms)
     moved = (
         update(EmailJob)
@@ -169,10 +169,10 @@ _SETTLE = _settle_statement()
 async def settle(
     connection: AsyncConnection, records: Sequence[AttemptRecord], now: float
 ) -> dict[int, int]:
-    """Record outcomes; returns the due time (Unix ms) of each job that it moved, by id.
+    """Record outcomes. Return the due time (Unix ms) of each job that was moved, by id.
 
-    `now` is `time.monotonic`. A job that is missing was not ours any more: its lease had run out
-    and somebody else has it, or an earlier try of this statement has recorded it.
+    `now` is a value of `time.monotonic`. If a job is missing from the result, its lease had expired
+    and the attempt was ended, or an earlier try of this statement has recorded it.
     """
     records = sorted(records, key=lambda record: record.job)
     rows = await connection.execute(
@@ -184,7 +184,7 @@ async def settle(
             "failures": [r.failures for r in records],
             "outcomes": [int(r.outcome) for r in records],
             "counted": [r.counted for r in records],
-            # Rounded so that a start is never late and an end never early.
+            # Rounded so that no start is too late and no end too early.
             "started_ms": [-int((r.started - now) * 1000 // 1) for r in records],
             "ended_ms": [int((now - r.ended) * 1000) for r in records],
             "retry_ms": [
@@ -224,7 +224,7 @@ _GIVE_BACK = (
         EmailJob.id == _held.c.id,
         EmailJob.state == JobState.SENDING,
         EmailJob.attempt == _held.c.attempt,
-        # The attempt's number is used again, so it is no fence here: the lease's end is.
+        # The attempt number is used again, so here the end of the lease is the fencing token.
         EmailJob.lease_until == _held.c.lease_until,
     )
     .returning(EmailJob.id, EmailJob.scheduled_at)
@@ -232,9 +232,9 @@ _GIVE_BACK = (
 
 
 async def give_back(connection: AsyncConnection, jobs: Sequence[MarkedJob]) -> dict[int, int]:
-    """Undo `mark_sending` of jobs whose body was not begun: no attempt is used up.
+    """Undo `mark_sending` for jobs whose body was not begun. No attempt is used up.
 
-    Returns the due time (Unix ms) of each job that it moved, by id.
+    Return the due time (Unix ms) of each job that was moved, by id.
     """
     jobs = sorted(jobs, key=lambda job: job.job)
     rows = await connection.execute(

@@ -1,1 +1,1 @@
-"""The services of the scheduler, a module each: from protos to the domain and back."""
+"""The gRPC services of the scheduler, one module per service."""

@@ -1,4 +1,4 @@
-"""Batches, their options and rejections: from protos and back."""
+"""Converts batches, their options and rejections from and to protos."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _MODES: Final = {
 
 
 def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
-    """Return the options, checked; what is unset has its default.
+    """Check the options and return them. Unset options get their defaults.
 
     Raises:
-        InvalidInput: one of them is wrong.
-        NotFound: SENDER_NOT_FOUND, for a text that is no id.
+        InvalidInput: an option is wrong.
+        NotFound: SENDER_NOT_FOUND: the sender's id is not a number.
     """
     spacing = whole_ms(options.spacing, "options.spacing") if options.HasField("spacing") else 0
     expire_after = (
@@ -74,7 +74,7 @@ def _time(
 
 
 def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2.Batch:
-    """Return the batch as callers see it; `forecast` is when its last mail will be sent."""
+    """Return the proto of a batch. `forecast` is when its last mail will be sent."""
     batch = batch_pb2.Batch(
         batch_id=id_text(record.batch_id),
         user_id=record.user_id,
@@ -105,7 +105,7 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
 def _state(record: BatchRecord) -> batch_pb2.BatchState.ValueType:
     if record.state is BatchState.CANCELLED:
         return batch_pb2.BATCH_STATE_CANCELLED
-    # Never stored: it would have to be written by whoever ends the last job.
+    # DONE is not stored, because the statement that ends the last job would have to write it.
     return batch_pb2.BATCH_STATE_ACTIVE if record.counts.open else batch_pb2.BATCH_STATE_DONE
 
 
@@ -114,7 +114,7 @@ def _timestamp(time: datetime | None) -> Timestamp | None:
 
 
 def to_rejections(rejections: Iterable[RowRejection]) -> list[batch_pb2.Rejection]:
-    """Return rejections as callers see them."""
+    """Return the protos of rejections."""
     return [
         batch_pb2.Rejection(
             row_number=rejection.row_number,

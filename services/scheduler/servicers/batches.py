@@ -1,4 +1,4 @@
-"""BatchService."""
+"""Implements BatchService."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from outbox_server.shared.rpc.proto_mapping import MAX_ID, not_found, parse_id, 
 from outbox_server.shared.rpc.watching import Watch
 
 _WATCHED: Final = "watched batch"
-# A cancelled batch of so few rows has none left to follow when the call answers.
+# The rows of a cancelled batch with at most this many jobs are updated before the call returns.
 _SWEPT_IN_CALL: Final = 5_000
-# Past a million cancelled rows a head takes 0.4 s; a caller waits no longer than it must.
+# Loading a head takes 0.4 s after a million cancelled rows. The caller waits no longer than this.
 _LOAD_LIMIT: Final = timedelta(seconds=1)
 
 
 class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
-    """Takes batches in, shows, watches and cancels them."""
+    """Accepts, reads, watches and cancels batches."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         user_id = acting_user(request.options.user_id, "options.user_id")
         options = from_options(request.options)
         payload = _payload(request)
-        with _about(request.WhichOneof("payload") or "payload"):
+        with _errors_name(request.WhichOneof("payload") or "payload"):
             accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
@@ -87,11 +87,11 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         messages = aiter(request_iterator)
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "options":
-            raise _out_of_order("options", "the first message must hold the options")
+            raise _out_of_order("options", "must be set in the first message")
         user_id = acting_user(first.options.user_id, "options.user_id")
         options = from_options(first.options)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
-        with _about("chunk"):
+        with _errors_name("chunk"):
             accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
@@ -146,7 +146,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         request: batch_service_pb2.CancelBatchRequest,
         context: Context,
     ) -> batch_service_pb2.CancelBatchResponse:
-        """Cancel what waits of a batch."""
+        """Cancel the waiting jobs of a batch."""
         user_id = acting_user(request.user_id)
         batch_id = parse_id(request.batch_id, "batch_id")
         cancelled = await in_transaction(
@@ -222,8 +222,8 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
 
 
 @contextmanager
-def _about(field: str) -> Iterator[None]:
-    """Name the field in errors of what it holds, which know a row or a byte and no request."""
+def _errors_name(field: str) -> Iterator[None]:
+    """Add the field of the request to errors that name only a row or a byte of the payload."""
     try:
         yield
     except InvalidInput as error:
@@ -237,8 +237,8 @@ def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
         case "csv":
             if len(request.csv) > bounds.MAX_CSV_BYTES:
                 raise ResourceExhausted(
-                    f"csv: takes at most {bounds.MAX_CSV_BYTES // bounds.MIB} MiB; "
-                    "send more by UploadBatch",
+                    f"csv: must be at most {bounds.MAX_CSV_BYTES // bounds.MIB} MiB "
+                    f"(got {len(request.csv):,} bytes); use UploadBatch for larger files",
                     reason="CSV_TOO_LARGE",
                 )
             return CsvPayload(WholeFile(request.csv))
@@ -247,7 +247,7 @@ def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
             return RowsPayload((row.email, dict(row.columns)) for row in rows)
     raise InvalidInput.field(
         "payload",
-        "there are no recipients: give `csv`, or at least one of `recipients.rows`",
+        "must have recipients: set `csv` or at least one of `recipients.rows`",
         reason="PAYLOAD_REQUIRED",
     )
 
@@ -257,10 +257,11 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     async for message in messages:
         if message.WhichOneof("part") != "chunk":
-            raise _out_of_order("chunk", "every message after the first must hold a chunk")
+            raise _out_of_order("chunk", "must be set in every message after the first")
         if len(message.chunk) > bounds.MAX_CHUNK_BYTES:
             raise ResourceExhausted(
-                f"chunk: takes at most {bounds.MAX_CHUNK_BYTES // bounds.MIB} MiB",
+                f"chunk: must be at most {bounds.MAX_CHUNK_BYTES // bounds.MIB} MiB "
+                f"(got {len(message.chunk):,} bytes)",
                 reason="CHUNK_TOO_LARGE",
             )
         yield message.chunk

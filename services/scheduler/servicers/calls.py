@@ -1,4 +1,4 @@
-"""What all methods do first: find out for which user they act, and read their fields."""
+"""What all methods need first: the user to act for, and durations from requests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from google.protobuf.duration_pb2 import Duration
 from outbox_server.shared.callers import current_caller, effective_user, require_user
 from outbox_server.shared.rpc.proto_mapping import from_duration
 
-# grpcio's class is generic in its stubs alone.
+# In quotes, because grpcio's class is generic only in its stubs.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 def acting_user(requested: str, field: str = "user_id") -> str | None:
-    """Return the user to act for; None: whichever, the caller may act for all.
+    """Return the user to act for. None means any user: the caller may act for all.
 
     Raises:
         PermissionDenied: USER_MISMATCH.
@@ -25,7 +25,7 @@ def acting_user(requested: str, field: str = "user_id") -> str | None:
 
 
 def named_user(requested: str) -> str:
-    """Return the user to act for, where there must be one.
+    """Return the user to act for. The call needs one user.
 
     Raises:
         PermissionDenied: USER_MISMATCH.
@@ -35,10 +35,10 @@ def named_user(requested: str) -> str:
 
 
 def whole_ms(duration: Duration, field: str) -> int:
-    """Return the duration in ms, a finer one rounded up.
+    """Return the duration in ms, rounded up.
 
     Raises:
-        InvalidInput: it is no duration.
+        InvalidInput: it is not a valid duration.
     """
     from_duration(duration, field)
     return -(-(duration.seconds * 1_000_000_000 + duration.nanos) // 1_000_000)

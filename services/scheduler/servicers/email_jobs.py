@@ -1,4 +1,4 @@
-"""EmailJobService."""
+"""Implements EmailJobService."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState, requested_enum
 
-# How often a job may come back from a failed attempt while we try to cancel it.
+# A cancellation is repeated if the job returns from a failed attempt meanwhile.
 _TRIES: Final = 5
 _RESOLUTIONS: Final = {
     email_job_service_pb2.UNCERTAIN_RESOLUTION_SENT: JobState.SENT,
@@ -43,7 +43,7 @@ _RESOLUTIONS: Final = {
 
 
 class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
-    """Shows and steers jobs. The methods that it does not have answer UNIMPLEMENTED."""
+    """Reads, cancels, retries, resolves and explains jobs."""
 
     def __init__(self, engine: AsyncEngine, loader: HeadLoader, explainer: Explainer) -> None:
         self._engine = engine
@@ -70,7 +70,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.ListEmailJobsRequest,
         context: Context,
     ) -> email_job_service_pb2.ListEmailJobsResponse:
-        """Return one page of jobs, in the order of their acceptance."""
+        """Return one page of jobs, in the order of acceptance."""
         narrowed = bool(request.sender_id or request.batch_id)
         user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
         filters = (request.sender_id, request.batch_id, request.state, request.recipient)
@@ -91,7 +91,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.CancelEmailJobRequest,
         context: Context,
     ) -> email_job_pb2.EmailJob:
-        """Cancel a job that waits."""
+        """Cancel a waiting job."""
         user_id = acting_user(request.user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
 
@@ -114,7 +114,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             if state is not JobState.SCHEDULED:
                 break
         raise FailedPrecondition(
-            f"it is too late to cancel this job: it is {state.name}",
+            f"only a SCHEDULED job can be cancelled; this job is {state.name}",
             reason="TOO_LATE_TO_CANCEL",
             metadata={"email_job_id": request.email_job_id, "state": state.name},
         )
@@ -124,7 +124,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.RetryEmailJobsRequest,
         context: Context,
     ) -> email_job_service_pb2.RetryEmailJobsResponse:
-        """Take failed jobs back."""
+        """Schedule failed jobs again."""
         narrowed = bool(request.sender_id or request.batch_id)
         user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
         which = _failed(request, user_id)
@@ -142,14 +142,14 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.ResolveEmailJobRequest,
         context: Context,
     ) -> email_job_pb2.EmailJob:
-        """Decide what becomes of a job of which nobody knows whether it was sent."""
+        """Move a job out of UNCERTAIN, as the caller decides."""
         user_id = acting_user(request.user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
         wanted = _RESOLUTIONS.get(request.resolution)
         if wanted is None:
             raise InvalidInput.field(
                 "resolution",
-                "takes UNCERTAIN_RESOLUTION_SENT or UNCERTAIN_RESOLUTION_RESEND",
+                "must be UNCERTAIN_RESOLUTION_SENT or UNCERTAIN_RESOLUTION_RESEND",
                 reason="RESOLUTION_INVALID",
             )
 
@@ -160,8 +160,8 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             resend = wanted is JobState.SCHEDULED
             if resend and await lock_sendable(connection, job.batch_id) is None:
                 raise FailedPrecondition(
-                    "nothing more of this job's batch is sent: the batch is cancelled, or the "
-                    "sender deleted",
+                    "this job cannot be sent again: its batch is cancelled, or its sender is "
+                    "deleted",
                     reason="NOTHING_MORE_IS_SENT",
                     metadata={"batch_id": id_text(job.batch_id)},
                 )
@@ -171,7 +171,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         moved, job = await in_transaction(self._engine, decide)
         if not moved:
             raise FailedPrecondition(
-                f"this job is {job.state.name}, and not UNCERTAIN",
+                f"only an UNCERTAIN job can be resolved; this job is {job.state.name}",
                 reason="NOT_UNCERTAIN",
                 metadata={"email_job_id": request.email_job_id, "state": job.state.name},
             )
@@ -184,7 +184,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.ListAttemptsRequest,
         context: Context,
     ) -> email_job_service_pb2.ListAttemptsResponse:
-        """Return one page of a job's attempts, the first first."""
+        """Return one page of a job's attempts, the oldest first."""
         user_id = acting_user(request.user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
         page = requested_page(request, "attempts", user_id, job_id, start=(0,))
@@ -203,7 +203,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.ExplainEmailJobRequest,
         context: Context,
     ) -> email_job_service_pb2.ExplainEmailJobResponse:
-        """Say what a job waits for, and when it will be sent."""
+        """Return what a job waits for, and when it will be sent."""
         user_id = acting_user(request.user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
         found = await self._explainer.explain(job_id, user_id)
@@ -212,7 +212,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         return to_explanation(found, await self._installation())
 
     async def _installation(self) -> str:
-        """Return what the Message-IDs of this installation have in common; it never changes."""
+        """Return the part that all Message-IDs of this installation share. It never changes."""
         if self._installation_id is None:
             self._installation_id = await in_transaction(self._engine, installation_id)
         return self._installation_id
@@ -221,18 +221,18 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
 def _failed(
     request: email_job_service_pb2.RetryEmailJobsRequest, user_id: str | None
 ) -> FailedJobs | None:
-    """Return which failed jobs are meant; None: there can be none."""
+    """Return the failed jobs of the request. None means that no job can match."""
     if not (request.batch_id or request.sender_id or request.email_job_ids):
         raise InvalidInput.field(
             "batch_id",
-            "name what shall be tried again: `batch_id`, `sender_id` or `email_job_ids`",
+            "one of `batch_id`, `sender_id` and `email_job_ids` must be set",
             reason="FILTER_REQUIRED",
         )
     if len(request.email_job_ids) > bounds.MAX_RETRIED_IDS:
         raise InvalidInput.field(
             "email_job_ids",
-            f"takes at most {bounds.MAX_RETRIED_IDS}, and has {len(request.email_job_ids)}; "
-            "a whole batch is named by `batch_id`",
+            f"must have at most {bounds.MAX_RETRIED_IDS:,} ids "
+            f"(got {len(request.email_job_ids):,}); for a whole batch use `batch_id`",
             reason="TOO_MANY_IDS",
         )
     try:
@@ -252,11 +252,11 @@ def _failed(
 def _filter(
     request: email_job_service_pb2.ListEmailJobsRequest, user_id: str | None
 ) -> JobFilter | None:
-    """Return the filter; None: no job can match it."""
+    """Return the filter of the request. None means that no job can match."""
     recipient = None
     if request.recipient:
         try:
-            # As it is stored: its domain in lower case, as Unicode.
+            # In the form in which addresses are stored: the domain in lower case, as Unicode.
             recipient = check_address(request.recipient)
         except BadAddress:
             return None

@@ -1,4 +1,4 @@
-"""From stored jobs and attempts to the protos."""
+"""Converts stored jobs and attempts to protos."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REASONS: Final = {
 
 
 def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
-    """Return the job as callers see it."""
+    """Return the proto of a job."""
     job = email_job_pb2.EmailJob(
         email_job_id=id_text(record.job_id),
         batch_id=id_text(record.batch_id),
@@ -57,7 +57,7 @@ def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
 
 
 def to_attempt(job_id: str, record: PastAttempt) -> email_job_pb2.Attempt:
-    """Return the attempt as callers see it."""
+    """Return the proto of an attempt."""
     return email_job_pb2.Attempt(
         email_job_id=job_id,
         attempt_number=record.number,
@@ -74,7 +74,7 @@ def to_attempt(job_id: str, record: PastAttempt) -> email_job_pb2.Attempt:
 def to_explanation(
     found: ExplainedJob, installation_id: str
 ) -> email_job_service_pb2.ExplainEmailJobResponse:
-    """Return what a job waits for as callers see it."""
+    """Return the proto of an explanation: what a job waits for."""
     explanation, send_time = found.explanation, found.send_time
     return email_job_service_pb2.ExplainEmailJobResponse(
         email_job=to_job(found.job, installation_id),

@@ -1,4 +1,4 @@
-"""From a stored sender to the proto."""
+"""Converts stored senders and verifications to protos."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _STEPS = {
 
 
 def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
-    """Return the sender as callers see it; `floor` is OUTBOX_MIN_GAP."""
+    """Return the proto of a sender. `floor` is OUTBOX_MIN_GAP."""
     limits = Limits(record.hourly_limit, effective_gap(record.min_gap_ms, floor))
     sender = sender_pb2.Sender(
         sender_id=id_text(record.sender_id),
@@ -97,7 +97,7 @@ def _to_endpoint(record: SenderRecord) -> sender_pb2.SmtpEndpoint:
 
 
 def to_verification(found: Verification) -> sender_service_pb2.VerifySenderResponse:
-    """Return what was found at a sender's endpoint."""
+    """Return the proto of a verification."""
     probe = found.probe
     failed = probe.failed_phase
     return sender_service_pb2.VerifySenderResponse(

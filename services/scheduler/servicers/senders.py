@@ -1,4 +1,4 @@
-"""SenderService."""
+"""Implements SenderService."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _log = structlog.get_logger("outbox.senders")
 
 
 class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
-    """Keeps senders, and asks their endpoints."""
+    """Manages senders, and verifies their endpoints."""
 
     def __init__(
         self,
@@ -153,8 +153,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             raise not_found("sender_id", request.sender_id)
         if not deletion.deleted:
             raise FailedPrecondition(
-                "jobs of this sender wait or are being sent; cancel them, wait for their end, or "
-                "set `force`",
+                "this sender has jobs that wait or are being sent; cancel them, wait until they "
+                "end, or set `force`",
                 reason="SENDER_HAS_OPEN_JOBS",
                 metadata={"sender_id": request.sender_id},
             )
@@ -167,7 +167,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         request: sender_service_pb2.PauseSenderRequest,
         context: Context,
     ) -> sender_pb2.Sender:
-        """Stop a sender."""
+        """Pause a sender."""
         return await self._set_state(request.sender_id, request.user_id, SenderState.PAUSED)
 
     async def ResumeSender(
@@ -175,7 +175,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         request: sender_service_pb2.ResumeSenderRequest,
         context: Context,
     ) -> sender_pb2.Sender:
-        """Let a sender go on: it is neither paused nor does it cool down."""
+        """End the pause and the cooldown of a sender."""
         return await self._set_state(request.sender_id, request.user_id, SenderState.ACTIVE)
 
     async def VerifySender(
@@ -183,7 +183,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         request: sender_service_pb2.VerifySenderRequest,
         context: Context,
     ) -> sender_service_pb2.VerifySenderResponse:
-        """Ask a sender's endpoint whether mail could be handed in."""
+        """Check that a sender's endpoint accepts mail."""
         user_id = acting_user(request.user_id)
         sender_id = parse_id(request.sender_id, "sender_id")
         recipient = request.recipient
@@ -223,13 +223,13 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         return self._answer(record)
 
     def _masked(self, sender: sender_pb2.Sender, mask: FieldMask | None) -> Iterable[str]:
-        """Return the fields to change: those of the mask, without one those that are set."""
+        """Return the fields to change: those of the mask or, without a mask, those that are set."""
         if mask is None or not mask.paths:
             return [
                 name
                 for name in self._columns
                 if (
-                    sender.HasField(name)  # type: ignore[arg-type]  # a name of ours
+                    sender.HasField(name)  # type: ignore[arg-type]  # name is a field
                     if sender.DESCRIPTOR.fields_by_name[name].has_presence
                     else getattr(sender, name)
                 )
@@ -240,8 +240,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             if path not in self._columns:
                 raise InvalidInput.field(
                     "update_mask",
-                    f"{path[:80]!r} is no field that can be changed; those are "
-                    f"{', '.join(self._columns)}, or * for all of them",
+                    f"{path[:80]!r} cannot be changed; use {', '.join(self._columns)}, "
+                    "or * for all of them",
                     reason="UPDATE_MASK_INVALID",
                 )
         return dict.fromkeys(mask.paths)

@@ -1,4 +1,4 @@
-"""SuppressionService."""
+"""Implements SuppressionService."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from outbox_server.shared.rpc.proto_mapping import to_timestamp
 
 
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
-    """Keeps the addresses that a user's mail must never go to."""
+    """Manages the addresses to which a user's mail must never be sent."""
 
     def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
         self._engine = engine
@@ -30,7 +30,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         request: suppression_service_pb2.CreateSuppressionRequest,
         context: Context,
     ) -> suppression_pb2.Suppression:
-        """Suppress an address, and end the jobs to it that wait."""
+        """Suppress an address, and end the waiting jobs to it."""
         user_id = named_user(request.user_id)
         asked = request.suppression
         address = address_key(check_sender_address("suppression.email", asked.email))
@@ -48,12 +48,12 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         request: suppression_service_pb2.DeleteSuppressionRequest,
         context: Context,
     ) -> Empty:
-        """Let mail go to an address again."""
+        """Delete a suppression. Mail may be sent to the address again."""
         user_id = named_user(request.user_id)
         try:
             address = address_key(check_address(request.email))
         except BadAddress:
-            # What is no address was never suppressed.
+            # Only valid addresses can be suppressed.
             raise _not_found(request.email) from None
         deleted = await in_transaction(
             self._engine,

@@ -1,1 +1,1 @@
-"""All SQL of the scheduler, a module a group of tables."""
+"""All SQL of the scheduler, one module per group of tables."""

@@ -1,4 +1,4 @@
-"""Repeats a transaction that collided with another one."""
+"""Repeats a transaction after a deadlock or a serialization failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.Serializati
 
 
 async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """Run `work` in a transaction of its own; once more, a few times, after a deadlock."""
+    """Run `work` in a transaction of its own, and repeat it a few times after a conflict."""
     for tries_left in reversed(range(_TRIES)):
         try:
             async with engine.begin() as connection:
@@ -27,6 +27,6 @@ async def in_transaction(engine: AsyncEngine, work: Callable[[AsyncConnection], 
         except DBAPIError as error:
             if not tries_left or not isinstance(error.orig, _CONFLICTS):
                 raise
-        # Two that collided would collide again if they came back together.
+        # At random, because two that collided would collide again if they were repeated together.
         await asyncio.sleep(_PAUSE_S * random.random())  # noqa: S311 - no secret
     raise AssertionError("unreachable")

@@ -19,7 +19,7 @@ from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """A batch as it is stored, with its counts; in lists without `body` and `html`."""
+    """A stored batch with its counts. In lists, `body` and `html` are left out."""
 
     batch_id: int
     user_id: str
@@ -95,7 +95,7 @@ def _record(row: Any, counts: JobCounts, body: str | None, html: str | None) -> 
 async def read_batch(
     connection: AsyncConnection, batch_id: int, user_id: str | None
 ) -> BatchRecord | None:
-    """Return a batch; None: there is none, or not for this user."""
+    """Return a batch, or None if it does not exist or belongs to another user."""
     statement = owned_by(
         select(*_LISTED, Batch.body, Batch.html).where(Batch.id == batch_id),
         Batch.user_id,
@@ -129,14 +129,14 @@ async def list_batches(
 
 
 async def read_watched(connection: AsyncConnection, ids: Collection[int]) -> dict[int, BatchRecord]:
-    """Return these batches, without `body` and `html`, for callers that have seen them already."""
+    """Return these batches without `body` and `html`, which do not change."""
     rows = (await connection.execute(select(*_LISTED).where(Batch.id.in_(ids)))).all()
     counts = await batch_counts(connection, ids)
     return {row.id: _record(row, counts[row.id], None, None) for row in rows}
 
 
 async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str | None) -> bool:
-    """Return whether there is such a batch for this user."""
+    """Return whether the batch exists and belongs to this user. None means any user."""
     statement = owned_by(select(Batch.id).where(Batch.id == batch_id), Batch.user_id, user_id)
     return (await connection.execute(statement)).one_or_none() is not None
 
@@ -144,7 +144,7 @@ async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str 
 async def list_rejections(
     connection: AsyncConnection, batch_id: int, after_row: int, limit: int
 ) -> Sequence[RowRejection]:
-    """Return the first `limit` rejections after the row `after_row`; ask `batch_exists` first."""
+    """Return the first `limit` rejections after row `after_row`. Check `batch_exists` before."""
     rows = await connection.execute(
         select(
             BatchRejection.row_number,
@@ -160,7 +160,7 @@ async def list_rejections(
 
 
 async def read_expire_after(connection: AsyncConnection, batch_id: int) -> timedelta | None:
-    """Return how long after its due time a mail of the batch may be sent; None: without limit."""
+    """Return how long after their due times mails of the batch expire. None means never."""
     milliseconds = await connection.scalar(
         select(Batch.expire_after_ms).where(Batch.id == batch_id)
     )

@@ -1,6 +1,6 @@
-"""Ends waiting jobs, with the counts and the marker that belong to it, in one statement.
+"""Ends waiting jobs, and updates the counts and the markers, in one statement.
 
-A whole batch is ended by one row, which its jobs' rows follow
+A whole batch is cancelled by one row; the rows of its jobs are updated later
 (shared/database/cancellations.py).
 """
 
@@ -32,17 +32,17 @@ from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import mark_stale, marking_stale
 from outbox_server.shared.states import BatchState, JobState
 
-# Rows that one transaction moves: some 0.3 s.
+# The number of rows that one transaction moves, in about 0.3 s.
 SWEPT_AT_ONCE: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
-    """How many jobs were moved to a final state, and whose heads have changed by that."""
+class EndedJobs:
+    """How many jobs were moved to a final state, and the senders whose heads have changed."""
 
     jobs: int
     sender_ids: tuple[int, ...]
-    # The last of them; 0: there was none.
+    # The id of the last job; 0 if there was none.
     last_id: int
 
 
@@ -51,16 +51,16 @@ async def end_waiting(
     which: ColumnElement[bool],
     state: JobState,
     limit: int | None = None,
-) -> Moved:
-    """Move the waiting jobs that `which` names to a final state; `limit`: the first so many.
+) -> EndedJobs:
+    """Move the waiting jobs that match `which` to a final state, at most `limit` of them.
 
-    What its batch has cancelled already does not wait. A job that a dispatcher is marking SENDING
-    at this moment is waited for, and then left alone: it is no longer SCHEDULED.
+    Jobs of a cancelled batch do not wait. If a dispatcher is marking a job SENDING at this moment,
+    the statement waits for it and then leaves the job alone, because it is no longer SCHEDULED.
     """
     waiting = which & is_now(JobState.SCHEDULED)
     statement = _statement(waiting, state, func.statement_timestamp(), limit)
     row = (await connection.execute(statement)).one()
-    return Moved(row.jobs, tuple(row.senders or ()), row.last_id)
+    return EndedJobs(row.jobs, tuple(row.senders or ()), row.last_id)
 
 
 def _statement(
@@ -71,9 +71,8 @@ def _statement(
     *,
     heads: bool = True,
 ) -> Any:
-    """Move jobs, with their counts; `heads`: with markers for the heads that lose them."""
-    # Locked in the order of ids, as settlements are, so that they wait for one another and do not
-    # deadlock.
+    """Return the statement that moves jobs and updates the counts, and the markers if `heads`."""
+    # Locked in the order of ids, as settlements lock them, so that there are no deadlocks.
     waiting = (
         select(EmailJob.id)
         .where(which)
@@ -82,7 +81,7 @@ def _statement(
         .with_for_update()
         .cte("waiting")
     )
-    # `at` is one time for the rows and their deltas: a recount by hours gives the same.
+    # `at` is used for the rows and for their deltas, so that a recount by hours gives the same.
     moved = (
         update(EmailJob)
         .where(EmailJob.id == waiting.c.id)
@@ -117,7 +116,7 @@ def _statement(
 
 @dataclass(frozen=True, slots=True)
 class CancelledBatch:
-    """What cancelling a batch came to."""
+    """The result of cancelling a batch."""
 
     sender_id: int
     jobs: int
@@ -126,11 +125,11 @@ class CancelledBatch:
 async def cancel_batch(
     connection: AsyncConnection, batch_id: int, user_id: str | None
 ) -> CancelledBatch | None:
-    """Cancel what waits of a batch; None: there is none, or not for this user.
+    """Cancel the waiting jobs of a batch.
 
-    The lock waits for marks of the batch that are under way (they hold it FOR SHARE), and they
-    look at its state again once they have waited for ours. So what waits at the count is not
-    begun any more. Its rows are another matter: `sweep`.
+    Return None if the batch does not exist or belongs to another user. The lock waits for marks of
+    the batch that are under way, which lock it FOR SHARE. Later marks wait for this lock and then
+    check the state again. So no job that is counted here is begun later. `sweep` updates the rows.
     """
     locked = owned_by(
         select(Batch.sender_id, Batch.state).where(Batch.id == batch_id).with_for_update(),
@@ -165,18 +164,18 @@ async def unswept(connection: AsyncConnection) -> Sequence[int]:
 
 
 async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_AT_ONCE) -> bool:
-    """Move up to `limit` rows of a cancelled batch to CANCELLED; return whether more may follow.
+    """Move up to `limit` rows of a cancelled batch to CANCELLED. Return whether to call again.
 
-    The row of the cancellation is locked meanwhile, and left to whoever has it: the work of a
-    process that dies is free at once. What is in flight is for a later call.
+    The row of the cancellation is locked meanwhile; if another process has locked it, nothing is
+    done. When a process dies, its lock ends at once. Jobs in flight are left to a later call.
     """
     this = BatchCancellation.batch_id == batch_id
     locked = select(BatchCancellation.swept_to, BatchCancellation.cancelled_at).where(this)
     found = (await connection.execute(locked.with_for_update(skip_locked=True))).one_or_none()
     if found is None:
         return False
-    # Before the rows: nothing of the batch begins any more, so what is not in flight now cannot
-    # come back behind our look at them.
+    # Read before the rows. No job of the batch begins any more, so if none is in flight now, none
+    # can return to SCHEDULED after the rows were read.
     in_flight = await _is_sending(connection, batch_id)
     statement = _statement(
         (EmailJob.batch_id == batch_id)
@@ -185,12 +184,12 @@ async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_A
         JobState.CANCELLED,
         literal(found.cancelled_at, EmailJob.finished_at.type),
         limit,
-        # They lost them when the batch was cancelled.
+        # The heads were marked when the batch was cancelled.
         heads=False,
     )
     moved = (await connection.execute(statement)).one()
     if moved.jobs == limit:
-        # From the last one on: those before would be looked at in each transaction again.
+        # The next transaction begins after the last row, so that no row is read twice.
         await connection.execute(
             update(BatchCancellation).where(this).values(swept_to=moved.last_id)
         )
@@ -198,7 +197,7 @@ async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_A
     if in_flight:
         return False
     if found.swept_to:
-        # What has come back may be anywhere; now that it is over, once more from the first.
+        # Jobs that were in flight may have returned to any place, so all rows are read once more.
         await connection.execute(update(BatchCancellation).where(this).values(swept_to=0))
         return True
     await connection.execute(delete(BatchCancellation).where(this))
@@ -206,5 +205,5 @@ async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_A
 
 
 async def _is_sending(connection: AsyncConnection, batch_id: int) -> bool:
-    # Of all jobs in flight, which are few: by their index and not by the batch's, see `counts`.
+    # `batch_counts` reads all jobs in flight, which are few, by their own index.
     return bool((await batch_counts(connection, [batch_id]))[batch_id].sending)

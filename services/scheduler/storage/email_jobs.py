@@ -40,7 +40,7 @@ from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, en
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """A job, with what its batch, its sender and its last recorded attempt say of it."""
+    """A job, with data of its batch, its sender and its last recorded attempt."""
 
     job_id: int
     batch_id: int
@@ -57,7 +57,7 @@ class JobRecord:
     # Attempts that count as failures.
     failures: int
     last: LastAttempt | None
-    # Until when it may be sent. None means without limit.
+    # When it expires. None means never.
     expires_at: datetime | None
     # When the server first deferred the mail. None means that it never did.
     deferred_since: datetime | None
@@ -79,7 +79,7 @@ class PastAttempt:
 
 @dataclass(frozen=True, slots=True)
 class JobFilter:
-    """Which jobs are listed; None: whichever. `recipient` in any case of letters."""
+    """Which jobs to list. None means any. `recipient` is compared without regard to case."""
 
     user_id: str | None
     sender_id: int | None = None
@@ -105,10 +105,10 @@ _JOB: Final = (
 
 
 def is_to(address: str) -> ColumnElement[bool]:
-    """Return the condition that a job goes to `address`, in any case of letters.
+    """Return the condition that a job goes to `address`, without regard to case.
 
-    PostgreSQL's lower() knows no letters beyond ASCII under the locale C: of an address with such
-    letters, the spelling given and the one in lower case are found.
+    With the locale C, PostgreSQL's lower() changes ASCII letters only. If the address has other
+    letters, only the given spelling and the lower-case spelling are found.
     """
     spellings = [func.lower(spelling) for spelling in {address, address_key(address)}]
     lowered = func.lower(EmailJob.recipient)
@@ -117,7 +117,7 @@ def is_to(address: str) -> ColumnElement[bool]:
 
 
 def _described(jobs: Subquery) -> Select[Any]:
-    """Return the whole of the jobs in `jobs`, which has their owner too."""
+    """Return the statement that reads all data of `jobs`, a subquery that has their owner too."""
     last = lateral(
         select(
             Attempt.outcome,
@@ -176,7 +176,7 @@ def _last(row: Row[Any]) -> LastAttempt | None:
 async def read_job(
     connection: AsyncConnection, job_id: int, user_id: str | None
 ) -> JobRecord | None:
-    """Return a job; None: there is none, or not for this user."""
+    """Return a job, or None if it does not exist or belongs to another user."""
     job = owned_by(
         select(*_JOB, Batch.user_id)
         .join(Batch, Batch.id == EmailJob.batch_id)
@@ -200,14 +200,15 @@ def _owned_batches(which: JobFilter) -> Select[int, str]:
 def may_have(state: JobState) -> ColumnElement[bool]:
     """Return the condition that a batch has jobs in this state, or had a moment ago.
 
-    By its counts: without it, a list of what waits would read all that ever was sent.
+    The counts of the batch tell this. Without this condition, listing waiting jobs would read all
+    jobs that were ever sent.
     """
-    # Those being sent are counted as waiting.
+    # Jobs that are being sent are counted as waiting.
     counted = int(JobState.SCHEDULED if state is JobState.SENDING else state)
     folded = exists().where(
         BatchCount.batch_id == Batch.id, BatchCount.state == counted, BatchCount.n > 0
     )
-    # If the sum of both is positive, one of them is.
+    # If the sum of rollup and deltas is positive, at least one of the two is.
     unfolded = (
         select(CountDelta.batch_id)
         .where(CountDelta.state == counted)
@@ -221,10 +222,10 @@ def may_have(state: JobState) -> ColumnElement[bool]:
 
 
 def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[Any]:
-    """Return jobs by walking the batches, the oldest first, no further than `limit` jobs need.
+    """Return the statement that reads jobs batch by batch, the oldest first, until `limit`.
 
-    Each batch is read from its own index and gives up to `limit` jobs: a plan that sorted all jobs
-    of a user would cost as many as there are.
+    Each batch is read by its index and yields up to `limit` jobs. A plan that sorts would have to
+    read all jobs of a user.
     """
     batches = _owned_batches(which).where(Batch.id >= after[0]).order_by(Batch.id).subquery("owned")
     jobs = select(*_JOB).where(
@@ -238,7 +239,7 @@ def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[An
 
 
 def _by_recipient(which: JobFilter, after: tuple[int, int], recipient: str) -> Select[Any]:
-    """Return jobs to one address: few, found by their own index."""
+    """Return the statement that reads the jobs to one address, which are few, by their index."""
     batches = _owned_batches(which).subquery("owned")
     jobs = (
         select(*_JOB, batches.c.user_id)
@@ -256,7 +257,7 @@ def _by_recipient(which: JobFilter, after: tuple[int, int], recipient: str) -> S
 async def list_jobs(
     connection: AsyncConnection, which: JobFilter, after: tuple[int, int], limit: int
 ) -> Sequence[JobRecord]:
-    """Return the first `limit` jobs after (batch, job), in this order: that of their acceptance."""
+    """Return the first `limit` jobs after (batch, job), in the order of their acceptance."""
     if which.recipient is None:
         found = _by_batch(which, after, limit)
     else:
@@ -267,13 +268,13 @@ async def list_jobs(
 
 
 def is_job_of(job_id: int, user_id: str | None) -> ColumnElement[bool]:
-    """Return the condition for one job of this user's."""
+    """Return the condition for one job of this user."""
     batch = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
     return (EmailJob.id == job_id) & batch.correlate(EmailJob).exists()
 
 
 async def job_exists(connection: AsyncConnection, job_id: int, user_id: str | None) -> bool:
-    """Return whether there is such a job for this user."""
+    """Return whether the job exists and belongs to this user. None means any user."""
     found = await connection.execute(select(EmailJob.id).where(is_job_of(job_id, user_id)))
     return found.one_or_none() is not None
 
@@ -281,7 +282,7 @@ async def job_exists(connection: AsyncConnection, job_id: int, user_id: str | No
 async def list_attempts(
     connection: AsyncConnection, job_id: int, after: int, limit: int
 ) -> Sequence[PastAttempt]:
-    """Return the first `limit` attempts after number `after`; ask `job_exists` first."""
+    """Return the first `limit` attempts after number `after`. Check `job_exists` before."""
     rows = await connection.execute(
         select(
             Attempt.attempt,

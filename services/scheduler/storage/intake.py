@@ -1,4 +1,4 @@
-"""The one transaction of an intake: the batch row first, then its jobs by COPY, then the counts."""
+"""Stores a batch in one transaction: the row of the batch, its jobs by COPY, then the counts."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ from outbox_server.shared.database.recipient_keys import recipient_key
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
 
-# A suppression is written a moment before it can be seen.
+# A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)
 _MILLISECOND: Final = timedelta(milliseconds=1)
-# How long a call waits for another one with its request_id; below the usual deadline of a call.
+# How long a call waits for another call with the same request_id. Below the usual deadline.
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
     "COPY email_jobs (batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
@@ -57,7 +57,7 @@ _COPY_REJECTIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class IntakeSender:
-    """What an intake asks of its sender."""
+    """What an intake has to know about the sender."""
 
     sender_id: int
     user_id: str
@@ -74,7 +74,7 @@ class KnownRequest:
 
 @dataclass(frozen=True, slots=True)
 class BegunBatch:
-    """A batch whose row is written, and not committed."""
+    """A batch whose row is written but not committed."""
 
     batch_id: int
     start_at: datetime
@@ -83,7 +83,7 @@ class BegunBatch:
 
 @dataclass(frozen=True, slots=True)
 class IntakeCounts:
-    """What became of the rows."""
+    """The numbers of rows by their result."""
 
     accepted: int = 0
     rejected: int = 0
@@ -92,7 +92,7 @@ class IntakeCounts:
 
 
 class IntakeStore:
-    """What an intake reads before it begins, and the way to its transaction."""
+    """Reads what an intake needs before it begins, and opens its transaction."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
@@ -100,9 +100,9 @@ class IntakeStore:
     async def look_up(
         self, sender_id: int, request_id: str, user_id: str | None
     ) -> tuple[IntakeSender, KnownRequest | None] | None:
-        """Return the sender, a deleted one too, and the batch that this request has made.
+        """Return the sender, even if it is deleted, and the batch with this `request_id`.
 
-        None: there is no such sender, or not for this user.
+        Return None if the sender does not exist or belongs to another user.
         """
         request = and_(Batch.user_id == Sender.user_id, Batch.request_id == request_id)
         statement = owned_by(
@@ -121,36 +121,36 @@ class IntakeStore:
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[IntakeTransaction]:
-        """Open the transaction: committed at the end, or rolled back."""
+        """Open the transaction. It is committed at the end of the block, or rolled back."""
         async with self._engine.begin() as connection:
             raw = await connection.get_raw_connection()
             driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
                 yield IntakeTransaction(connection, driver)
             except psycopg.OperationalError:
-                # The pool does not see what happens below it.
+                # COPY bypasses SQLAlchemy, so the pool does not notice a closed connection.
                 if driver.closed:
                     await connection.invalidate()
                 raise
 
 
 class IntakeTransaction:
-    """An open intake."""
+    """The open transaction of an intake."""
 
     def __init__(self, connection: AsyncConnection, driver: psycopg.AsyncConnection[Any]) -> None:
         self._connection = connection
-        # COPY is below SQLAlchemy; it runs in the same transaction.
+        # For COPY, which SQLAlchemy does not have. It runs in the same transaction.
         self._driver = driver
 
     async def insert_batch(
         self, options: BatchOptions, user_id: str, variable_names: Sequence[str]
     ) -> BegunBatch | None:
-        """Write the batch's row; None: there is one of this `request_id`.
+        """Write the row of the batch. Return None if a batch with this `request_id` exists.
 
-        While another intake of the same `request_id` is open, this waits for its end.
+        If another intake with the same `request_id` is open, this waits for its end.
 
         Raises:
-            Unavailable: REQUEST_IN_PROGRESS: it waited for too long.
+            Unavailable: REQUEST_IN_PROGRESS: it waited too long.
         """
         statement = (
             insert_or_ignore(Batch)
@@ -180,7 +180,7 @@ class IntakeTransaction:
             if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise
             raise Unavailable(
-                "another call with this request_id is under way; call again for its outcome",
+                "another call with this request_id is in progress; call again to get its result",
                 reason="REQUEST_IN_PROGRESS",
                 metadata={"request_id": options.request_id},
             ) from None
@@ -206,19 +206,19 @@ class IntakeTransaction:
         return set(found.scalars())
 
     async def begin_spread(self) -> None:
-        """Let jobs be copied to where they wait for `spread`."""
+        """Prepare for jobs that get their times from `spread`."""
         await create_spread_jobs(self._connection)
 
     async def spread(self, spread: Spread, expire_after: timedelta | None) -> None:
-        """Give those jobs their times, and let them be seen."""
+        """Set the times of those jobs, and move them into `email_jobs`."""
         await move_spread_jobs(self._connection, spread, expire_after)
 
     async def copy_jobs(self, data: bytes, *, spread: bool = False) -> None:
-        """Write jobs, formatted by `copy_format`; those to `spread` after `begin_spread`."""
+        """Write jobs formatted by `copy_format`. With `spread`, `begin_spread` must come first."""
         await self._copy(COPY_SPREAD_JOBS if spread else _COPY_JOBS, data)
 
     async def copy_rejections(self, data: bytes) -> None:
-        """Write rejections, formatted by `copy_format`."""
+        """Write rejections formatted by `copy_format`."""
         await self._copy(_COPY_REJECTIONS, data)
 
     async def _copy(self, statement: str, data: bytes) -> None:
@@ -235,17 +235,17 @@ class IntakeTransaction:
         spacing: timedelta,
         request_hash: bytes,
     ) -> bool:
-        """Write what is known at the end; False: the sender was deleted meanwhile.
+        """Write the counts and what else is known at the end.
 
-        The locks are taken here and not at the begin: an upload may take minutes, and neither a
-        pause nor a suppression must wait for it.
+        Return False if the sender was deleted meanwhile. The locks are taken here and not at the
+        beginning, because an upload may take minutes and must not delay a pause or a suppression.
         """
         sender_id = sender.sender_id
         missed = await self._drop_suppressed(begun, sender.user_id)
         counts = replace(
             counts, accepted=counts.accepted - missed, suppressed=counts.suppressed + missed
         )
-        # Until the commit, so that DeleteSender finds these jobs.
+        # Locked until the commit, so that DeleteSender finds these jobs.
         locked = (
             select(Sender.id)
             .where(Sender.id == sender_id, Sender.deleted_at.is_(None))
@@ -272,7 +272,7 @@ class IntakeTransaction:
         return True
 
     async def _drop_suppressed(self, begun: BegunBatch, user_id: str) -> int:
-        """Drop rows to addresses that were suppressed after we had looked; return how many."""
+        """Delete jobs whose addresses were suppressed after `suppressed` ran. Return how many."""
         await lock_suppressions(self._connection, user_id, shared=True)
         new = (Suppression.user_id == user_id, Suppression.created_at > begun.accepted_at - _SLACK)
         if not (await self._connection.execute(select(exists().where(*new)))).scalar_one():

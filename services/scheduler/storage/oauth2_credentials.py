@@ -1,4 +1,4 @@
-"""The SQL of OAuth 2.0 credentials that callers write. Access tokens: `shared.oauth2`."""
+"""Writes the OAuth 2.0 credentials of senders. For access tokens see `shared.oauth2`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.models import OAuth2CredentialsRow as Row
 from outbox_server.shared.database.models import Sender
 
-# The fields of a sender's credentials that callers may see, as one JSON object. NULL: it has none.
-SHOWN: Final = (
+# The fields of a sender's credentials that callers may see, as one JSON object. NULL without any.
+VISIBLE_CREDENTIALS: Final = (
     select(
         func.json_build_object(
             "token_url",
@@ -36,10 +36,10 @@ SHOWN: Final = (
 async def replace_credentials(
     connection: AsyncConnection, sender_id: int, values: Mapping[str, Any] | None
 ) -> None:
-    """Replace the credentials of a sender; None deletes them.
+    """Replace the credentials of a sender. None deletes them.
 
-    The caller has locked the sender. The new row has a new id and no access token, so a request
-    that is under way for the old row cannot store its token.
+    The caller has locked the sender's row. The new row has a new id and no access token, so a
+    request that is under way for the old row cannot store its token.
     """
     await connection.execute(delete(Row).where(Row.sender_id == sender_id))
     if values is not None:

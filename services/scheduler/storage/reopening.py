@@ -1,7 +1,7 @@
-"""Takes jobs out of a final state: failed ones back to waiting, uncertain ones as a caller decides.
+"""Moves jobs out of a final state: FAILED jobs wait again, UNCERTAIN jobs as a caller decides.
 
-The batch is locked against its cancellation and the sender against its deletion, both until the
-commit: whatever they find afterwards is there for them to end.
+The batch is locked against cancellation and the sender against deletion, both until the commit. So
+a later cancellation or deletion finds the jobs and ends them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.states import BatchState, JobState
 
-# Jobs that one transaction takes back: some 0.5 s.
+# The number of jobs that one transaction moves, in about 0.5 s.
 _CHUNK: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class FailedJobs:
-    """Which failed jobs shall be tried again; None: whichever. At least one besides `user_id`."""
+    """Which failed jobs to retry. None means any. A field besides `user_id` must be set."""
 
     user_id: str | None
     batch_id: int | None = None
@@ -49,19 +49,19 @@ class FailedJobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Retried:
-    """How many jobs wait again, how many matched and do not, and whose heads have changed."""
+class RetriedJobs:
+    """How many jobs wait again, how many others matched, and the senders whose heads changed."""
 
     jobs: int
     skipped: int
     sender_ids: tuple[int, ...]
 
 
-async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHUNK) -> Retried:
-    """Take failed jobs back into SCHEDULED, due now, with a new ladder of retries.
+async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHUNK) -> RetriedJobs:
+    """Move failed jobs back to SCHEDULED, due now, with all their retries.
 
-    A transaction for each `chunk` of a batch: what is committed stays, and a call that was cut off
-    is simply made again. What a cancelled batch or a deleted sender has is left alone.
+    Each `chunk` of a batch has its own transaction. If the call is interrupted, the caller can
+    simply repeat it. Jobs of cancelled batches and of deleted senders are left alone.
     """
     async with engine.connect() as connection:
         matched = (await connection.execute(_count_matching(which))).scalar_one()
@@ -74,7 +74,7 @@ async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHU
 
             async def step(
                 connection: AsyncConnection, batch_id: int = batch_id, after: int = after
-            ) -> _Reopened:
+            ) -> _ReopenedJobs:
                 return await _retry_chunk(connection, which, batch_id, after, chunk)
 
             moved = await in_transaction(engine, step)
@@ -82,36 +82,36 @@ async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHU
             if moved.jobs:
                 senders.add(moved.sender_id)
             after = moved.last_id if moved.jobs == chunk else None
-    return Retried(jobs, max(matched - jobs, 0), tuple(sorted(senders)))
+    return RetriedJobs(jobs, max(matched - jobs, 0), tuple(sorted(senders)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Reopened:
+class _ReopenedJobs:
     jobs: int = 0
     sender_id: int = 0
-    # The last of them.
+    # The id of the last job.
     last_id: int = 0
 
 
 async def _retry_chunk(
     connection: AsyncConnection, which: FailedJobs, batch_id: int, after: int, chunk: int
-) -> _Reopened:
+) -> _ReopenedJobs:
     sender_id = await lock_sendable(connection, batch_id)
     if sender_id is None:
-        return _Reopened()
+        return _ReopenedJobs()
     failed = (EmailJob.batch_id == batch_id) & (EmailJob.id > after)
     if which.job_ids is not None:
         failed &= _named(which)
     statement = _reopen(failed, JobState.FAILED, JobState.SCHEDULED, chunk)
     row = (await connection.execute(statement)).one()
-    return _Reopened(row.jobs, sender_id, row.last_id)
+    return _ReopenedJobs(row.jobs, sender_id, row.last_id)
 
 
 async def lock_sendable(connection: AsyncConnection, batch_id: int) -> int | None:
-    """Return the sender of a batch whose jobs may be sent, both locked until the commit.
+    """Lock a batch and its sender until the commit, and return the sender.
 
-    None: the batch is cancelled, or its sender deleted. Under FOR SHARE the conditions are looked
-    at again where a cancellation had to be waited for.
+    Return None if the batch is cancelled or its sender deleted. If FOR SHARE has to wait for a
+    cancellation, PostgreSQL checks the conditions again afterwards.
     """
     statement = (
         select(Batch.sender_id)
@@ -140,7 +140,7 @@ def _named(which: FailedJobs) -> ColumnElement[bool]:
 
 
 def _count_matching(which: FailedJobs) -> Select[int]:
-    """Count all jobs that match, in whatever state; of a batch they are known since its intake."""
+    """Count all jobs that match, in any state. The number of a batch was stored by its intake."""
     if which.job_ids is None:
         batches = _owned(which).with_only_columns(Batch.accepted_count).subquery()
         return select(cast(func.coalesce(func.sum(batches.c.accepted_count), 0), BigInteger))
@@ -162,18 +162,18 @@ def _batches_with_failures(which: FailedJobs) -> Select[int]:
 
 
 async def resolve(connection: AsyncConnection, job_id: int, state: JobState) -> bool:
-    """Move a job out of UNCERTAIN into SENT or SCHEDULED; False: it is not in UNCERTAIN.
+    """Move a job from UNCERTAIN to SENT or SCHEDULED. Return False if it is not UNCERTAIN.
 
-    SENT: at the time at which its last attempt ended, which is when it became UNCERTAIN.
+    A job that becomes SENT counts as sent when its last attempt ended and it became UNCERTAIN.
     """
     statement = _reopen(EmailJob.id == job_id, JobState.UNCERTAIN, state, 1)
     return bool((await connection.execute(statement)).one().jobs)
 
 
 def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: int) -> Any:
-    """Move jobs out of a final state, with the counts and the markers, in one statement."""
+    """Return the statement that moves jobs out of a final state and updates counts and markers."""
     waits = state is JobState.SCHEDULED
-    # In the order of ids, as settlements and cancellations lock them.
+    # Locked in the order of ids, as settlements and cancellations lock them.
     picked = (
         select(EmailJob.id, EmailJob.finished_at)
         .where(which, in_state(was))
@@ -188,7 +188,7 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: i
     )
     again = {
         "scheduled_at": now,
-        # As if it had been due now from the start.
+        # Counts from now, which is the new due time.
         "expires_at": now + expire_after * cast("1 millisecond", INTERVAL),
         "failures": 0,
         "deferred_since": null(),
@@ -201,7 +201,7 @@ def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: i
         .returning(EmailJob.id, EmailJob.sender_id, EmailJob.batch_id, picked.c.finished_at)
         .cte("moved")
     )
-    # What an hour has lost is taken from that hour: a recount by hours gives the same.
+    # Subtracted from the hour in which the jobs ended, so that a recount by hours gives the same.
     hour = func.date_trunc("hour", moved.c.finished_at)
     groups = (
         select(

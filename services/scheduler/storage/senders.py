@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.cancelling import end_waiting
 from outbox_server.services.scheduler.storage.oauth2_credentials import (
-    SHOWN,
+    VISIBLE_CREDENTIALS,
     replace_credentials,
     request_new_token,
 )
@@ -42,7 +42,7 @@ class OAuth2Record:
 
 @dataclass(frozen=True, slots=True)
 class SenderRecord:
-    """A sender as it is stored; of its password only that there is one."""
+    """A stored sender. Of its password it says only whether one is set."""
 
     sender_id: int
     user_id: str
@@ -53,7 +53,7 @@ class SenderRecord:
     smtp_security: SmtpSecurity | None
     smtp_username: str | None
     password_set: bool
-    # Not read for lists.
+    # None in lists.
     smtp_ca: str | None
     oauth2: OAuth2Record | None
     hourly_limit: int
@@ -76,7 +76,7 @@ _COLUMNS: Final = (
     Sender.smtp_security,
     Sender.smtp_username,
     Sender.smtp_password.is_not(None).label("password_set"),
-    SHOWN.label("oauth2"),
+    VISIBLE_CREDENTIALS.label("oauth2"),
     Sender.hourly_limit,
     Sender.min_gap_ms,
     Sender.max_in_flight,
@@ -85,16 +85,16 @@ _COLUMNS: Final = (
     Sender.created_at,
     Sender.updated_at,
 )
-# Lists leave out the only large column.
+# Without the only large column.
 _LISTED: Final = (*_COLUMNS, literal(None, Text).label("smtp_ca"))
 _ALL: Final = (*_COLUMNS, Sender.smtp_ca)
-_THERE: Final = Sender.deleted_at.is_(None)
+_NOT_DELETED: Final = Sender.deleted_at.is_(None)
 
 
 def _read(columns: tuple[Any, ...]) -> Select[Any]:
     """Return the statement that reads these columns of senders, with their cooldowns."""
     senders = select(*columns, *COOLDOWN_COLUMNS)
-    return senders.outerjoin(Cooldown, Cooldown.sender_id == Sender.id).where(_THERE)
+    return senders.outerjoin(Cooldown, Cooldown.sender_id == Sender.id).where(_NOT_DELETED)
 
 
 def _oauth2(shown: Mapping[str, Any] | None) -> OAuth2Record | None:
@@ -129,7 +129,7 @@ def _record(row: Any, cooldown: CooldownRecord | None) -> SenderRecord:
 async def insert_sender(
     connection: AsyncConnection, user_id: str, values: Mapping[str, Any]
 ) -> SenderRecord:
-    """Store a new sender; `values` by the names of columns, and `oauth2` (see `update_sender`)."""
+    """Store a new sender. `values` has its columns by name, and `oauth2` (see `update_sender`)."""
     columns = dict(values)
     oauth2 = columns.pop("oauth2", None)
     statement = insert(Sender).values(user_id=owner_of(user_id), **columns).returning(*_ALL)
@@ -142,16 +142,16 @@ async def insert_sender(
 async def _with_credentials(
     connection: AsyncConnection, sender: SenderRecord, oauth2: Mapping[str, Any] | None
 ) -> SenderRecord:
-    """Replace the credentials of a sender whose row we have locked; return it as it is then."""
+    """Replace the credentials of a sender, whose row is locked, and return the new record."""
     await replace_credentials(connection, sender.sender_id, oauth2)
-    stored = select(SHOWN).select_from(Sender).where(Sender.id == sender.sender_id)
+    stored = select(VISIBLE_CREDENTIALS).select_from(Sender).where(Sender.id == sender.sender_id)
     return replace(sender, oauth2=_oauth2((await connection.execute(stored)).scalar_one()))
 
 
 async def read_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None
 ) -> SenderRecord | None:
-    """Return a sender; None: there is none, or not for this user."""
+    """Return a sender, or None if it does not exist or belongs to another user."""
     statement = owned_by(_read(_ALL).where(Sender.id == sender_id), Sender.user_id, user_id)
     row = (await connection.execute(statement)).one_or_none()
     return None if row is None else _record(row, cooldown_of(row))
@@ -160,9 +160,12 @@ async def read_sender(
 async def read_endpoint(
     connection: AsyncConnection, sender_id: int, user_id: str | None
 ) -> tuple[str, StoredEndpoint] | None:
-    """Return a sender's address and endpoint; None: there is no such sender for this user."""
+    """Return a sender's address and endpoint.
+
+    Return None if the sender does not exist or belongs to another user.
+    """
     statement = owned_by(
-        select(Sender.email, *ENDPOINT_COLUMNS).where(Sender.id == sender_id, _THERE),
+        select(Sender.email, *ENDPOINT_COLUMNS).where(Sender.id == sender_id, _NOT_DELETED),
         Sender.user_id,
         user_id,
     )
@@ -192,7 +195,8 @@ async def list_senders(
 class SenderChange:
     """The result of changing a sender.
 
-    `sender` is None if there is none for this user. `ended` is the cooldown that the change ended.
+    `sender` is None if it does not exist or belongs to another user. `ended` is the cooldown that
+    the change ended.
     """
 
     sender: SenderRecord | None
@@ -203,11 +207,11 @@ class SenderChange:
 async def update_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None, values: Mapping[str, Any]
 ) -> SenderChange:
-    """Change a sender, and ask for a load of its head.
+    """Change a sender, and mark its head to be loaded.
 
     A value that equals the stored one counts as a change too. `oauth2` in `values` is not a column:
-    it has the columns of the credentials that replace the sender's, or None to delete them. A
-    change of the endpoint ends the cooldown, because another account is used from now on.
+    it has the columns of the new credentials, or is None to delete the present ones. A change of
+    the endpoint ends the cooldown, because another account is used from now on.
     """
     columns = dict(values)
     replaces_credentials = "oauth2" in columns
@@ -228,7 +232,7 @@ async def _update(
         columns = {**columns, "first_email": func.coalesce(Sender.first_email, Sender.email)}
     changed = owned_by(
         update(Sender)
-        .where(Sender.id == sender_id, _THERE)
+        .where(Sender.id == sender_id, _NOT_DELETED)
         .values(revision=Sender.revision + 1, updated_at=func.now(), **columns)
         .returning(*_ALL),
         Sender.user_id,
@@ -245,7 +249,7 @@ async def _update(
 
 
 async def _end_cooldown(connection: AsyncConnection, sender_id: int) -> CooldownRecord | None:
-    """End the cooldown of a sender, whose row the caller has locked; None: it had none."""
+    """End the cooldown of a sender, whose row is locked. Return it, or None if there was none."""
     statement = delete(Cooldown).where(Cooldown.sender_id == sender_id).returning(*COOLDOWN_COLUMNS)
     row = (await connection.execute(statement)).one_or_none()
     return None if row is None else cooldown_of(row)
@@ -256,11 +260,13 @@ async def set_state(
 ) -> SenderChange:
     """Pause or resume a sender. A resume ends its cooldown, whether or not it was paused.
 
-    The lock is the one of an UPDATE and no stronger (FOR NO KEY UPDATE): an open intake holds the
-    row by its foreign key, for as long as its upload takes.
+    The lock is FOR NO KEY UPDATE, as that of an UPDATE. A stronger one would wait for uploads,
+    because an open intake holds a key share lock on the row.
     """
     statement = owned_by(
-        select(Sender.state).where(Sender.id == sender_id, _THERE).with_for_update(key_share=True),
+        select(Sender.state)
+        .where(Sender.id == sender_id, _NOT_DELETED)
+        .with_for_update(key_share=True),
         Sender.user_id,
         user_id,
     )
@@ -280,24 +286,27 @@ async def set_state(
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """What came of deleting a sender: it is gone, or it has open jobs."""
+    """The result of deleting a sender. `deleted` is False if it has open jobs."""
 
     deleted: bool
     cancelled: int = 0
-    # The cooldown that ended with it.
+    # The cooldown that the deletion ended.
     ended: CooldownRecord | None = None
 
 
 async def delete_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None, *, force: bool
 ) -> Deletion | None:
-    """Delete a sender; `force`: with what still waits. None: there is none, or not for this user.
+    """Delete a sender. With `force`, its waiting jobs are cancelled.
 
-    The row is locked first. An intake looks at it, under a lock too, before it commits: either its
-    jobs are there when we look for them, or it finds the sender gone.
+    Return None if it does not exist or belongs to another user. The row is locked first. An intake
+    locks and checks it before its commit. So either its jobs are found here, or it finds that the
+    sender is deleted.
     """
     locked = owned_by(
-        select(Sender.id).where(Sender.id == sender_id, _THERE).with_for_update(key_share=True),
+        select(Sender.id)
+        .where(Sender.id == sender_id, _NOT_DELETED)
+        .with_for_update(key_share=True),
         Sender.user_id,
         user_id,
     )

@@ -1,8 +1,8 @@
-"""Jobs of a batch that is spread: when each is due is known once all have come.
+"""Stores the jobs of a spread batch, whose due times are known only after the last row.
 
-They wait in a temporary table, which has no index and no log, and which PostgreSQL keeps on disk
-beyond `temp_buffers`; one statement then moves them into `email_jobs`. To COPY them there at once
-and to UPDATE their times would write every row and all of its index entries twice.
+The jobs are first copied to a temporary table, which has no index and no log. PostgreSQL keeps it
+on disk beyond `temp_buffers`. One statement then moves them into `email_jobs`. A COPY into
+`email_jobs` with an UPDATE of the times would write each row and its index entries twice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import EmailJob
 
-# Core has no CREATE TABLE ... AS; the types are those of `email_jobs`.
+# As text, because Core has no CREATE TABLE ... AS. It copies the types of `email_jobs`.
 _CREATE: Final = text(
     "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, batch_id,"
     " sender_id, scheduled_at, expires_at, row_number, recipient,"
@@ -46,7 +46,7 @@ _jobs: Final = Table(
     MetaData(),
     Column("batch_id", BigInteger),
     Column("sender_id", BigInteger),
-    # Where it stands among those without a time of their own; NULL: it has one.
+    # The job's place among the jobs without their own time. NULL means that it has its own time.
     Column("place", BigInteger),
     Column("scheduled_at", _TIME),
     Column("expires_at", _TIME),
@@ -59,7 +59,7 @@ _jobs: Final = Table(
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """`count` mails between two times, the first at the one and the last at the other."""
+    """`count` mails at equal distances, the first at `start` and the last at `until`."""
 
     start: datetime
     until: datetime
@@ -67,27 +67,27 @@ class Spread:
 
     @property
     def spacing(self) -> timedelta:
-        """The time between two of them, to the microsecond."""
+        """The time between two mails, rounded to microseconds."""
         if self.count < 2:  # noqa: PLR2004 - between two
             return timedelta(0)
         return (self.until - self.start) / (self.count - 1)
 
     @property
     def last_due(self) -> datetime:
-        """When the last of them is due."""
+        """The due time of the last mail."""
         return self.until if self.count > 1 else self.start
 
 
 async def create_spread_jobs(connection: AsyncConnection) -> None:
-    """Make the temporary table; it is gone with the transaction."""
+    """Create the temporary table. It is dropped when the transaction ends."""
     await connection.execute(_CREATE)
 
 
 async def move_spread_jobs(
     connection: AsyncConnection, spread: Spread, expire_after: timedelta | None
 ) -> None:
-    """Move all jobs from the temporary table to where they wait, each with its times."""
-    # Not `spacing`: the error of its microseconds would grow with the place.
+    """Move all jobs from the temporary table to `email_jobs`, with their times."""
+    # Not `spacing`, whose rounding error would grow with the place.
     way = (spread.until - spread.start).total_seconds() / max(spread.count - 1, 1)
     due = func.coalesce(
         _jobs.c.scheduled_at,
@@ -127,5 +127,5 @@ async def move_spread_jobs(
 
 
 def _seconds(number: Any) -> Any:
-    """Return an interval of seconds alone: days would follow the clocks of the session's zone."""
+    """Return an interval without days, whose length would depend on the session's time zone."""
     return func.make_interval(0, 0, 0, 0, 0, 0, number)

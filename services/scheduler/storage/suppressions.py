@@ -11,19 +11,19 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.storage.cancelling import Moved, end_waiting
+from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
 from outbox_server.services.scheduler.storage.email_jobs import is_to
 from outbox_server.shared.database.models import Batch, EmailJob, Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.states import JobState
 
-# Any number: the first half of the keys of our advisory locks on a user's suppressions.
+# The first half of the keys of the advisory locks on a user's suppressions. Any number would do.
 _LOCK_SPACE: Final = 0x5355
 
 
 @dataclass(frozen=True, slots=True)
 class SuppressionRecord:
-    """A suppression as it is stored."""
+    """A stored suppression."""
 
     user_id: str
     address: str
@@ -44,8 +44,8 @@ async def lock_suppressions(
 ) -> None:
     """Lock the user's suppressions against new ones, until the end of the transaction.
 
-    A new suppression takes the lock alone, and then ends the waiting jobs that it can see. An
-    intake takes it with others, right before its commit, and then looks for suppressions that it
+    A new suppression takes an exclusive lock, and then ends the waiting jobs that it can see. An
+    intake takes a shared lock right before its commit, and then searches for suppressions that it
     has missed. So one of the two sees the other.
     """
     lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
@@ -54,8 +54,11 @@ async def lock_suppressions(
 
 async def insert_suppression(
     connection: AsyncConnection, user_id: str, address: str, reason: str
-) -> tuple[SuppressionRecord, Moved]:
-    """Suppress a case-folded address and end the jobs to it that wait; keep what there is."""
+) -> tuple[SuppressionRecord, EndedJobs]:
+    """Suppress a case-folded address, and end the waiting jobs to it.
+
+    If the address is suppressed already, that suppression is kept.
+    """
     await lock_suppressions(connection, user_id)
     await connection.execute(
         insert(Suppression)
@@ -63,7 +66,7 @@ async def insert_suppression(
             user_id=user_id,
             address=address,
             reason=reason,
-            # Not now(), the begin of the transaction: that could be long before the lock.
+            # Not now(): the transaction may have begun long before it got the lock.
             created_at=func.clock_timestamp(),
         )
         .on_conflict_do_nothing()
@@ -85,9 +88,10 @@ async def insert_suppression(
 
 
 async def delete_suppression(connection: AsyncConnection, user_id: str, address: str) -> bool:
-    """Take a suppression away; False: there was none.
+    """Delete a suppression. Return False if there was none.
 
-    Under the lock too: else it could go between the two statements of `insert_suppression`.
+    It takes the lock too: otherwise it could run between the two statements of
+    `insert_suppression`.
     """
     await lock_suppressions(connection, user_id)
     statement = owned_by(

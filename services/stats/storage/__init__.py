@@ -1,4 +1,4 @@
-"""All SQL of the stats service: folding the count deltas, and reading what the answers hold."""
+"""All SQL of the stats service: folds the count deltas, and reads what the methods return."""
 
 from outbox_server.services.stats.storage.counting import (
     HourCounts,

@@ -1,4 +1,4 @@
-"""What the counts answer: rollups and the deltas that are not yet folded, of one moment."""
+"""Reads counts: the rollups plus the deltas that are not yet folded, in one snapshot."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _HOURS_SHOWN: Final = 24
 
 @dataclass(frozen=True, slots=True)
 class HourCounts:
-    """What ended in the hour that begins at `start` (UTC)."""
+    """The jobs that ended in the hour that begins at `start` (UTC)."""
 
     start: datetime
     sent: int = 0
@@ -50,20 +50,20 @@ class HourCounts:
 
 @dataclass(frozen=True, slots=True)
 class SenderStats:
-    """What GetSenderStats answers, all of the moment `read_at`."""
+    """The result of GetSenderStats, as of `read_at`."""
 
     sender_id: int
     counts: JobCounts
-    # 24 of them, the current hour last.
+    # The last 24 hours. The current hour comes last.
     hours: Sequence[HourCounts]
-    # The first waiting job by (due, id), and when it is due; None: nothing waits.
+    # The first waiting job by (due, id), and its due time. None means that no job waits.
     next_job_id: int | None
     next_due: datetime | None
     # Sends in the trailing window.
     window_used: int
     hourly_limit: int
     cooldown: CooldownRecord | None
-    # No part of what is compared: whoever watches would see nothing but changes.
+    # Not compared, because watchers would otherwise see a change each time.
     read_at: datetime = field(compare=False)
 
 
@@ -78,7 +78,7 @@ class UserSender:
 
 @dataclass(frozen=True, slots=True)
 class UserStats:
-    """What GetUserStats answers, all of the moment `read_at`."""
+    """The result of GetUserStats, as of `read_at`."""
 
     counts: JobCounts
     senders: Sequence[UserSender]
@@ -88,7 +88,7 @@ class UserStats:
 async def read_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None, window: timedelta
 ) -> SenderStats | None:
-    """Return the stats of one sender; None: there is none, or `user_id` is set and not its owner.
+    """Return the stats of one sender, or None if it does not exist or belongs to another user.
 
     The connection must be a `snapshot`. `window` is the length of the trailing window.
     """
@@ -116,7 +116,7 @@ async def read_sender(
 
 @dataclass(frozen=True, slots=True)
 class WatchedSender:
-    """The stats of a sender that is watched; None: it was deleted."""
+    """The stats of a watched sender. None means that it was deleted."""
 
     stats: SenderStats | None
 
@@ -124,7 +124,7 @@ class WatchedSender:
 async def read_watched(
     engine: AsyncEngine, window: timedelta, sender_ids: Iterable[int]
 ) -> dict[int, WatchedSender]:
-    """Return what is watched, all of one moment; whose it is must be known already."""
+    """Return the watched senders in one snapshot. The caller has checked who owns them."""
     async with snapshot(engine) as connection:
         return {
             sender_id: WatchedSender(await read_sender(connection, sender_id, None, window))
@@ -146,7 +146,7 @@ def _sender_statement(window: timedelta) -> Select[Any]:
         .where(
             Attempt.sender_id == Sender.id,
             Attempt.counted,
-            # Not clock_timestamp(): an index is not searched for what changes on the way.
+            # Not clock_timestamp(): an index cannot be searched by a value that changes meanwhile.
             Attempt.ended_at > func.statement_timestamp() - window,
         )
         .correlate(Sender)
@@ -169,7 +169,7 @@ def _sender_statement(window: timedelta) -> Select[Any]:
 async def _read_hours(
     connection: AsyncConnection, sender_id: int, now: datetime
 ) -> Sequence[HourCounts]:
-    """Return the 24 hours that end with the one of `now`, the oldest first."""
+    """Return the counts of the last 24 hours, the oldest first. The last hour contains `now`."""
     current = now.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
     first = current - (_HOURS_SHOWN - 1) * _HOUR
     rows = await connection.execute(_HOURS, {"sender_id": sender_id, "first": first})
@@ -210,8 +210,8 @@ async def read_user(
 ) -> UserStats:
     """Return the stats of one user, and of its first `limit` senders after `after_sender_id`.
 
-    Deleted senders are among them, so that the parts add up to the whole. The connection must be
-    a `snapshot`.
+    Deleted senders are included, so that the counts of all senders add up to those of the user. The
+    connection must be a `snapshot`.
     """
     statement = owned_by(
         select(Sender.id, Sender.email)

@@ -1,4 +1,4 @@
-"""Folding: count deltas become sums, in one statement."""
+"""Folds count deltas into sums, in one statement."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from outbox_server.shared.database.models import (
 )
 from outbox_server.shared.states import JobState
 
-# Deltas moved by one transaction: under 0.1 s, so that another fold never waits for long.
+# The number of deltas that one transaction moves, in less than 0.1 s, so that no other fold waits
+# long.
 FOLD_LIMIT: Final = 10_000
 
 
 async def fold_once(engine: AsyncEngine) -> int:
-    """Fold up to FOLD_LIMIT deltas in a transaction of its own; return how many there were."""
+    """Fold up to FOLD_LIMIT deltas in a transaction of their own. Return how many were folded."""
     async with engine.begin() as connection:
         return await fold(connection)
 
 
 async def fold(connection: AsyncConnection, limit: int = FOLD_LIMIT) -> int:
-    """Move the oldest deltas, at most `limit`, into the three rollups; return how many there were.
+    """Move the oldest deltas, at most `limit`, into the three rollups. Return how many were moved.
 
-    One statement: before the commit a reader sees the deltas, after it their sums, never both or
-    neither, and a crash leaves the one or the other. Deltas that another process is folding are
+    It is one statement: before the commit a reader sees the deltas, after it their sums, but never
+    both or neither. This holds after a crash too. Deltas that another process is folding are
     skipped, so that nothing is folded twice.
     """
     moved: int = (await connection.execute(_FOLD, {"limit": limit})).scalar_one()
@@ -70,7 +71,7 @@ def _fold_statement() -> Select[Any]:
     )
     by_sender = _add_to(SenderCount, ("sender_id", "state"), moved, name="by_sender")
     by_batch = _add_to(BatchCount, ("batch_id", "state"), moved, name="by_batch", after=by_sender)
-    # Open jobs come in one hour and go in another: only ends have an hour that says something.
+    # Hours count only jobs that ended, because open jobs do not belong to one hour.
     ends = moved.c.state != int(JobState.SCHEDULED)
     by_hour = _add_to(
         SenderHourCount,
@@ -92,11 +93,11 @@ def _add_to(
     where: ColumnElement[bool] | None = None,
     after: CTE | None = None,
 ) -> CTE:
-    """Return the part that adds the sums of `moved` to a rollup.
+    """Return the part of the statement that adds the sums of `moved` to a rollup.
 
-    Two folds at once may want the same rows of a rollup. Both take them in the order of the key,
-    and the tables in the same order, or each could wait for the other. PostgreSQL runs the parts
-    of a WITH in no promised order, so a part asks the one before (`after`) for its end.
+    Two folds at once may lock the same rows of a rollup. To avoid deadlocks, both lock the rows in
+    the order of the key, and the tables in the same order. PostgreSQL does not define the order of
+    the parts of a WITH, so each part reads the result of the part before it (`after`).
     """
     columns = [moved.c[column] for column in key]
     total = cast(func.sum(moved.c.n), BigInteger)

@@ -27,21 +27,21 @@ class BucketCounts:
     failed: int
     retried: int
     late: int
-    # The 50th, 95th and 99th percentile of what was sent. Empty: no lateness is known.
+    # The 50th, 95th and 99th percentile of the mails sent. Empty if no lateness is known.
     lateness: tuple[timedelta, ...]
 
 
 async def read_series(
     connection: AsyncConnection, sender_id: int, start: datetime, end: datetime, length: timedelta
 ) -> dict[datetime, BucketCounts]:
-    """Return the counts of each bucket in which something ended, by its start.
+    """Return the counts of each bucket in which an attempt ended, by the start of the bucket.
 
     `start` is a multiple of `length` after 1970.
     """
     seconds = int(length.total_seconds())
     number = cast(func.floor(extract("epoch", Attempt.ended_at) / seconds), BigInteger)
     sent = Attempt.outcome == int(AttemptOutcome.SENT)
-    # Of a job that is FAILED, the last attempt made it so; the others were followed by one more.
+    # The last attempt of a FAILED job counts as failed. The earlier ones were retried.
     failed = and_(
         EmailJob.state == int(JobState.FAILED), EmailJob.attempt == Attempt.attempt, ~sent
     )
@@ -56,7 +56,7 @@ async def read_series(
             func.count().filter(sent, Attempt.late_ms > _LATE_MS).label("late"),
             percentiles.within_group(Attempt.late_ms).filter(sent).label("lateness"),
         )
-        # Only what was not sent is looked up.
+        # Jobs are read only for attempts that did not send the mail.
         .join(EmailJob, and_(EmailJob.id == Attempt.email_job_id, ~sent), isouter=True)
         .where(
             Attempt.sender_id == sender_id,

@@ -1,4 +1,4 @@
-"""Whom a forecast or a series is about, and what is known of the endpoint."""
+"""Reads the sender of a forecast or a series, and its last endpoint failure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from outbox_server.shared.states import CONNECTION_TROUBLE
 
 
 async def sender_exists(connection: AsyncConnection, sender_id: int, user_id: str | None) -> bool:
-    """Return whether there is such a sender, and for this user if one is named."""
+    """Return whether the sender exists and belongs to this user. None means any user."""
     statement = select(Sender.id).where(Sender.id == sender_id, Sender.deleted_at.is_(None))
     return await connection.scalar(owned_by(statement, Sender.user_id, user_id)) is not None
 
@@ -28,21 +28,21 @@ async def sender_exists(connection: AsyncConnection, sender_id: int, user_id: st
 async def sender_of_batch(
     connection: AsyncConnection, batch_id: int, user_id: str | None
 ) -> int | None:
-    """Return the sender of a batch; None: there is no such batch, or not for this user."""
+    """Return the sender of a batch, or None if it does not exist or belongs to another user."""
     statement = select(Batch.sender_id).where(Batch.id == batch_id)
     return await connection.scalar(owned_by(statement, Batch.user_id, user_id))
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointFailure:
-    """An attempt that came to nothing for want of its endpoint."""
+    """An attempt that failed because of the endpoint or the connection to it."""
 
     ended_at: datetime
     message: str
 
 
 async def last_failure(connection: AsyncConnection, sender_id: int) -> EndpointFailure | None:
-    """Return what the sender's last attempt met; None: it was no trouble of the endpoint."""
+    """Return the sender's last attempt if it failed because of the endpoint, otherwise None."""
     statement = (
         select(Attempt.ended_at, Attempt.outcome, Attempt.message)
         .where(Attempt.sender_id == sender_id)
