@@ -1,1 +1,1 @@
-"""What two services need, one module a duty."""
+"""Code that more than one service needs: one module or folder per duty."""

@@ -1,4 +1,4 @@
-"""What the fields of requests may be: every bound of every service, in one place."""
+"""The bounds of request fields of all services."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from outbox_server.shared.errors import InvalidInput
 
 MIB: Final = 1024 * 1024
 
-# The `csv` of ScheduleBatch, and a chunk of UploadBatch.
+# Size of the `csv` of ScheduleBatch, and of a chunk of UploadBatch.
 MAX_CSV_BYTES: Final = 4 * MIB
 MAX_CHUNK_BYTES: Final = 4 * MIB
-# Rejections in an answer, and in the error of a refused batch.
+# Number of rejections in a response, and in the error of a refused batch.
 MAX_SHOWN_REJECTIONS: Final = 100
 MAX_SPACING: Final = timedelta(days=7)
 MIN_EXPIRE_AFTER: Final = timedelta(seconds=1)
 MAX_EXPIRE_AFTER: Final = timedelta(days=366)
-# Of a batch that is only planned.
+# Number of recipients in a forecast of a batch that does not exist yet.
 MAX_RECIPIENTS: Final = 10_000_000
 MAX_GAP: Final = timedelta(days=1)
 MAX_HOURLY_LIMIT: Final = 1_000_000
 MAX_IN_FLIGHT: Final = 1_000
 DEFAULT_MAX_IN_FLIGHT: Final = 5
-# Jobs that one RetryEmailJobs names.
+# Number of jobs that one RetryEmailJobs may name.
 MAX_RETRIED_IDS: Final = 1_000
 MAX_PORT: Final = 65_535
-# Of the private CAs of an endpoint, or of OUTBOX_SMTP_CA.
+# For the private CAs of an endpoint, and for OUTBOX_SMTP_CA.
 MAX_CA_BYTES: Final = 64 * 1024
 MAX_CA_CERTIFICATES: Final = 50
 
@@ -37,22 +37,22 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 @dataclass(frozen=True, slots=True)
 class TextBounds:
-    """How long a text may be, in characters, and the reason of the error if it is not right."""
+    """The permitted length of a text, in characters, and the reason of the error if it is wrong."""
 
     most: int
     reason: str
     least: int = 0
 
     def check(self, field: str, text: str) -> str:
-        """Return `text`; `field` is where the request has it.
+        """Return `text`. `field` is its path in the request.
 
         Raises:
-            InvalidInput: it is too short or too long, or holds a control character.
+            InvalidInput: it is too short or too long, or contains a control character.
         """
         if not self.least <= len(text) <= self.most:
-            wanted = f"{self.least} to {self.most}" if self.least else f"at most {self.most}"
+            wanted = f"{self.least} to {self.most:,}" if self.least else f"at most {self.most:,}"
             raise InvalidInput.field(
-                field, f"takes {wanted} characters, and has {len(text)}", reason=self.reason
+                field, f"must have {wanted} characters (got {len(text):,})", reason=self.reason
             )
         control = _CONTROL.search(text)
         if control:
@@ -72,7 +72,7 @@ def check_spread(
     start: datetime | None,
     longest_wait: timedelta | None = None,
 ) -> None:
-    """Look at a batch's `spread_until`; `start` None: not known yet.
+    """Check a batch's `spread_until`. If `start` is None, it is not known yet.
 
     Raises:
         InvalidInput: SPREAD_UNTIL_INVALID.
@@ -81,9 +81,9 @@ def check_spread(
         return
     wrong = ""
     if spacing:
-        wrong = "excludes spacing: set one of them"
+        wrong = "cannot be combined with spacing; set one of them"
     elif start is not None and spread_until <= start:
-        wrong = f"must be later than schedule_time, {start.isoformat(timespec='seconds')}"
+        wrong = f"must be later than schedule_time ({start.isoformat(timespec='seconds')})"
     else:
         try:
             spread_until + (longest_wait or timedelta(0))

@@ -1,6 +1,6 @@
-"""Who calls, and for which user: the caller of the call under way.
+"""The caller of the current call, and the user that it acts for.
 
-`current_caller()` holds inside a servicer's method and in every task that it starts.
+`current_caller()` works in a servicer's method and in every task that the method starts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Metadata = Iterable[tuple[str, str | bytes]]
 
 
 class CallerKind(StrEnum):
-    """What a caller may act for."""
+    """The kinds of callers, which differ in the users that they may act for."""
 
-    # OUTBOX_AUTH=off: whoever reaches the loopback listener. May act for any user.
+    # OUTBOX_AUTH=off: any process that reaches the loopback listener. May act for any user.
     LOCAL = "local"
-    # A key of one user. May act for that user alone.
+    # A key of one user. May act for that user only.
     USER = "user"
     # A key of another backend. May act for any user.
     SERVICE = "service"
@@ -31,38 +31,38 @@ class CallerKind(StrEnum):
     OPERATOR = "operator"
 
 
-# Services that tell of, and change, the whole system.
+# Services that show and change the whole system, not one user's resources.
 _OPERATOR_SERVICES: Final = frozenset({"outbox.v1.DispatcherService"})
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who made a call. `user_id` is set for kind USER, and for no other."""
+    """The caller of a call. `user_id` is set for kind USER only."""
 
     user_id: str | None
     kind: CallerKind
 
 
 class Authenticator(Protocol):
-    """Finds out who calls."""
+    """Authenticates calls."""
 
     async def authenticate(self, metadata: Metadata) -> Caller:
         """Return the caller that the call's metadata prove.
 
         Raises:
-            Unauthenticated: they prove none.
+            Unauthenticated: the metadata have no valid credentials.
         """
 
     async def close(self) -> None:
-        """Finish what goes on beside the calls; none follows."""
+        """Finish background work, after the last call."""
 
 
 class LocalAuthenticator:
-    """OUTBOX_AUTH=off: everybody is the LOCAL caller."""
+    """The authenticator of OUTBOX_AUTH=off: every caller is LOCAL."""
 
     _caller = Caller(user_id=None, kind=CallerKind.LOCAL)
 
-    async def authenticate(self, metadata: Metadata) -> Caller:  # noqa: ARG002 - nothing is asked
+    async def authenticate(self, metadata: Metadata) -> Caller:  # noqa: ARG002 - needs no metadata
         """Return the LOCAL caller."""
         return self._caller
 
@@ -71,24 +71,24 @@ class LocalAuthenticator:
 
 
 def is_loopback(listen: str) -> bool:
-    """Say whether only this machine reaches `listen` (`host:port`, or `unix:path`)."""
+    """Return whether only this machine can reach `listen` (`host:port` or `unix:path`)."""
     if listen.startswith("unix:"):
         return True
     return is_loopback_host(listen.rpartition(":")[0].strip("[]"))
 
 
 def is_loopback_host(host: str) -> bool:
-    """Say whether `host`, a name or an address, is this machine alone."""
+    """Return whether `host`, a name or an address, is a loopback address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name may mean any address tomorrow
+        return False  # a name may resolve to any address later
 
 
 class Call:
-    """A call under way: who makes it, and whether its statements are bound to a user yet."""
+    """A call in progress: its caller, and whether its SQL is restricted to one user yet."""
 
     __slots__ = ("bounded", "caller")
 
@@ -102,15 +102,15 @@ _current: ContextVar[Call | None] = ContextVar("outbox_call", default=None)
 
 
 def set_current_caller(caller: Caller) -> None:
-    """Make `caller` the one of the call under way; the server does this for every call."""
+    """Set the caller of the current call. The server does this for every call."""
     _current.set(Call(caller))
 
 
 def current_caller() -> Caller:
-    """Return the caller of the call under way.
+    """Return the caller of the current call.
 
     Raises:
-        Unauthenticated: there is none, outside of a call.
+        Unauthenticated: the code does not run in a call.
     """
     call = _current.get()
     if call is None:
@@ -119,7 +119,7 @@ def current_caller() -> Caller:
 
 
 def call_under_way() -> Call | None:
-    """Return the call under way; None outside of one."""
+    """Return the current call; None outside of a call."""
     return _current.get()
 
 
@@ -127,7 +127,8 @@ def check_may_call(caller: Caller, method: str) -> None:
     """Check that `caller` may call `method` (`/outbox.v1.StatsService/GetUserStats`) at all.
 
     Raises:
-        PermissionDenied: it is the operator's, and the caller is none (OPERATOR_REQUIRED).
+        PermissionDenied: the method is for operators, and the caller is not one
+            (OPERATOR_REQUIRED).
     """
     service = method.removeprefix("/").partition("/")[0]
     if service in _OPERATOR_SERVICES and caller.kind not in (
@@ -142,13 +143,13 @@ def check_may_call(caller: Caller, method: str) -> None:
 
 
 def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id") -> str | None:
-    """Return the user to act for: the one asked for, or the caller's own where none is ("").
+    """Return the user to act for: the requested one or, if that is "", the caller's own user.
 
-    None: the caller may act for any user and named none.
+    None means any user: the caller may act for all users and named none.
 
     Raises:
-        PermissionDenied: the caller is a user and asked for another (USER_MISMATCH).
-        InvalidInput: what is asked for can be no user's id (USER_ID_INVALID, of `field`).
+        PermissionDenied: the caller is a user and requested another one (USER_MISMATCH).
+        InvalidInput: the requested id is not valid (USER_ID_INVALID, with `field`).
     """
     if requested_user_id:
         USER_ID.check(field, requested_user_id)
@@ -156,7 +157,7 @@ def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id
         return requested_user_id or None
     if requested_user_id and requested_user_id != caller.user_id:
         raise PermissionDenied(
-            "the API key belongs to another user than user_id",
+            "the API key does not belong to the user user_id",
             reason="USER_MISMATCH",
             metadata={"user_id": requested_user_id},
         )
@@ -164,18 +165,18 @@ def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id
 
 
 def require_user(caller: Caller, requested_user_id: str) -> str:
-    """Return the user to act for, where a call makes no sense without one.
+    """Return the user to act for, in a call that needs one.
 
     Raises:
-        PermissionDenied: the caller is a user and asked for another (USER_MISMATCH).
-        InvalidInput: the caller may act for any user and named none (USER_ID_REQUIRED), or what
-            it named can be no user's id (USER_ID_INVALID).
+        PermissionDenied: the caller is a user and requested another one (USER_MISMATCH).
+        InvalidInput: the caller may act for all users and named none (USER_ID_REQUIRED), or the
+            requested id is not valid (USER_ID_INVALID).
     """
     user_id = effective_user(caller, requested_user_id)
     if user_id is None:
         raise InvalidInput.field(
             "user_id",
-            "say for which user; only a user's own API key can leave it out",
+            "is required unless you use a user's own API key",
             reason="USER_ID_REQUIRED",
         )
     return user_id

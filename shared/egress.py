@@ -1,7 +1,7 @@
-"""Where SMTP endpoints that users name may lead: never into the operator's own network.
+"""Restricts outgoing SMTP connections: users' endpoints cannot reach the operator's network.
 
-A name is looked up once, each address is judged, and the connection is opened to an address that
-was judged: a name that answers otherwise a moment later (DNS rebinding) changes nothing.
+A name is resolved once, each address is checked, and the connection is opened to a checked
+address. So DNS rebinding (another address at a second lookup) has no effect.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from outbox_server.shared.settings import Settings
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-# One answer of getaddrinfo: family, type, protocol, canonical name, socket address.
+# One result of getaddrinfo: family, type, protocol, canonical name, socket address.
 _Found: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
 
-# IANA's special-purpose registry (RFC 6890 and its updates), in full rather than by Python's
-# `is_global`, whose answers differ between patch releases.
+# IANA's special-purpose registry (RFC 6890 and its updates). It is listed here because the results
+# of Python's `is_global` differ between patch releases.
 _REFUSED_V4: Final = tuple(
     map(
         ipaddress.IPv4Network,
         (
-            "0.0.0.0/8",  # this network; 0.0.0.0 reaches the own host
+            "0.0.0.0/8",  # this network; 0.0.0.0 reaches this host
             "10.0.0.0/8",
             "100.64.0.0/10",  # CGNAT, and Alibaba's metadata
             "127.0.0.0/8",
@@ -45,14 +45,14 @@ _REFUSED_V4: Final = tuple(
         ),
     )
 )
-# What is not global unicast is refused whatever it is: loopback, link-local, unique local (AWS's
-# metadata among them), multicast, unspecified, NAT64 for local use.
+# All addresses outside global unicast are refused: loopback, link-local, unique local (including
+# AWS's metadata), multicast, unspecified, NAT64 for local use.
 _GLOBAL_V6: Final = ipaddress.IPv6Network("2000::/3")
 _REFUSED_V6: Final = tuple(
     map(
         ipaddress.IPv6Network,
         (
-            "2001::/23",  # protocol assignments, Teredo among them
+            "2001::/23",  # protocol assignments, including Teredo
             "2001:db8::/32",
             "3fff::/20",
         ),
@@ -62,11 +62,11 @@ _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class EgressRefused(OSError):
-    """An endpoint that a user named leads where it may not; no packet was sent there."""
+    """A user's endpoint resolves to a forbidden address. No packet was sent there."""
 
 
 class Egress:
-    """Judges addresses; `allow` lists networks (CIDR), addresses and host names that may be."""
+    """Checks addresses. `allow` lists permitted networks (CIDR), addresses and host names."""
 
     def __init__(self, allow: Sequence[str] = ()) -> None:
         """Read the list of OUTBOX_SMTP_ALLOW.
@@ -95,22 +95,22 @@ class Egress:
         return cls(settings.smtp_allow.split(","))
 
     def allows(self, host: str, address: str) -> bool:
-        """Say whether a connection to `address`, which `host` was resolved to, may be opened."""
+        """Return whether a connection to `address`, which `host` resolved to, is permitted."""
         if _folded(host) in self._hosts:
             return True
         reached = _reached(ipaddress.ip_address(address.partition("%")[0]))
         return any(reached in network for network in self._networks) or _is_public(reached)
 
     async def connect(self, host: str, port: int) -> socket.socket:
-        """Return a socket that is connected to an address of `host` that may be.
+        """Return a socket that is connected to a permitted address of `host`.
 
         Has no time limit of its own.
 
         Raises:
-            EgressRefused: none of the host's addresses may be.
-            OSError: there is no such host, or none of its addresses answers.
+            EgressRefused: none of the host's addresses is permitted.
+            OSError: the host does not exist, or none of its addresses accepts a connection.
         """
-        allowed = await self._judged(host, port)
+        allowed = await self._permitted(host, port)
         failure: OSError | None = None
         for family, kind, protocol, _, address in allowed:
             try:
@@ -129,9 +129,9 @@ class Egress:
             EgressRefused: none of the host's addresses is permitted.
             OSError: there is no such host.
         """
-        return [str(found[4][0]) for found in await self._judged(host, port)]
+        return [str(found[4][0]) for found in await self._permitted(host, port)]
 
-    async def _judged(self, host: str, port: int) -> Sequence[_Found]:
+    async def _permitted(self, host: str, port: int) -> Sequence[_Found]:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -139,10 +139,10 @@ class Egress:
             raise OSError(f"{host} cannot be resolved: {error.strerror}") from None
         allowed = [one for one in found if self.allows(host, str(one[4][0]))]
         if not allowed:
-            # Without the address: users are not told what the operator's names stand for.
+            # The text omits the address: users must not learn the operator's internal addresses.
             raise EgressRefused(
-                f"{host} leads into the operator's network, where a sender's endpoint may not; the "
-                "operator can list it in OUTBOX_SMTP_ALLOW"
+                f"{host} is in the operator's network, which senders' endpoints must not use; "
+                "the operator can permit it in OUTBOX_SMTP_ALLOW"
             )
         return allowed
 
@@ -161,7 +161,7 @@ async def _open(
 
 
 def _reached(address: Address) -> Address:
-    """Return where a packet to `address` arrives: an IPv6 address may stand for an IPv4 one."""
+    """Return the address that a packet arrives at: an IPv6 address may contain an IPv4 one."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     inner = address.ipv4_mapped or address.sixtofour
@@ -177,17 +177,17 @@ def _is_public(address: Address) -> bool:
 
 
 def _network(entry: str) -> _Network | None:
-    """Return the network that an entry names; None: it is a host name.
+    """Return the network of an entry; None if the entry is a host name.
 
     Raises:
-        ConfigurationError: it can be neither.
+        ConfigurationError: it is neither.
     """
     try:
         return ipaddress.ip_network(entry.strip("[]"), strict=False)
     except ValueError:
         if "/" in entry or ":" in entry or any(char.isspace() for char in entry):
             raise ConfigurationError(
-                f"OUTBOX_SMTP_ALLOW: {entry!r} is no network, address or host name; write "
+                f"OUTBOX_SMTP_ALLOW: {entry!r} is not a network, address or host name; write "
                 "10.1.0.0/16, fd00::/8, 10.1.2.3 or mail.internal, separated by commas"
             ) from None
         return None

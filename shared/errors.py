@@ -1,7 +1,7 @@
-"""Every error that a caller may see: one class a kind, each instance with a stable reason.
+"""All errors that a caller may see: one class per kind, and a stable reason in each instance.
 
-Domain code raises these and knows nothing of gRPC; `shared.rpc.server` maps them to a status code
-and `google.rpc` details (AIP-193). Anything else that escapes is INTERNAL, without its text.
+Domain code raises these without knowing gRPC. `shared.rpc.errors` maps them to a status code and
+`google.rpc` details (AIP-193). Any other exception becomes INTERNAL, without its text.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from datetime import timedelta
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One bad field: its path in the request (`smtp.port`), and what would be right."""
+    """One wrong field: its path in the request (`smtp.port`), and what would be right."""
 
     field: str
     description: str
 
 
 class OutboxError(Exception):
-    """Base of all errors with a meaning for the caller.
+    """Base class of all errors that are shown to callers.
 
-    `reason` is UPPER_SNAKE_CASE and never changes; `metadata` holds the values that the text names,
+    `reason` is UPPER_SNAKE_CASE and never changes. `metadata` has the values of the text in a form
     for programs (ErrorInfo, AIP-193).
     """
 
@@ -42,7 +42,7 @@ class OutboxError(Exception):
 
 
 class InvalidInput(OutboxError):
-    """The request is wrong by itself, whatever the state of the system (INVALID_ARGUMENT)."""
+    """The request is wrong, regardless of the state of the system (INVALID_ARGUMENT)."""
 
     default_reason = "INVALID_INPUT"
 
@@ -66,7 +66,7 @@ class InvalidInput(OutboxError):
         reason: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> InvalidInput:
-        """Return the error of one bad field; the message is `field: description`."""
+        """Return an error about one field; the message is `field: description`."""
         return cls(
             f"{field}: {description}",
             reason=reason,
@@ -85,37 +85,37 @@ class InvalidInput(OutboxError):
 
 
 class NotFound(OutboxError):
-    """There is no such thing, or it belongs to another user: the caller cannot tell (NOT_FOUND)."""
+    """The resource does not exist or belongs to another user, indistinguishably (NOT_FOUND)."""
 
     default_reason = "NOT_FOUND"
 
 
 class AlreadyExists(OutboxError):
-    """The same identity with another content, such as a used `request_id` (ALREADY_EXISTS)."""
+    """The id is used already, such as a `request_id` with another payload (ALREADY_EXISTS)."""
 
     default_reason = "ALREADY_EXISTS"
 
 
 class FailedPrecondition(OutboxError):
-    """Right in itself, but not in the present state, such as a too late cancel."""
+    """The request is valid, but not in the current state, such as a cancel that is too late."""
 
     default_reason = "FAILED_PRECONDITION"
 
 
 class Unauthenticated(OutboxError):
-    """The caller did not say who it is, or not credibly (UNAUTHENTICATED)."""
+    """The credentials of the caller are missing or not valid (UNAUTHENTICATED)."""
 
     default_reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(OutboxError):
-    """The caller is known and may not do this (PERMISSION_DENIED)."""
+    """The caller is authenticated, but may not do this (PERMISSION_DENIED)."""
 
     default_reason = "PERMISSION_DENIED"
 
 
 class _Transient(OutboxError):
-    """Something that a later try may not meet; carries RetryInfo."""
+    """An error that may disappear if the caller tries again later; carries RetryInfo."""
 
     def __init__(
         self,
@@ -130,18 +130,18 @@ class _Transient(OutboxError):
 
 
 class ResourceExhausted(_Transient):
-    """More than the server takes at once, or than the caller's share (RESOURCE_EXHAUSTED)."""
+    """A limit of the server or of the caller's share is reached (RESOURCE_EXHAUSTED)."""
 
     default_reason = "RESOURCE_EXHAUSTED"
 
 
 class Unavailable(_Transient):
-    """A dependency is gone; nothing was changed, try again (UNAVAILABLE)."""
+    """A dependency cannot be reached; nothing was changed, try again (UNAVAILABLE)."""
 
     default_reason = "UNAVAILABLE"
 
 
 class ConfigurationError(OutboxError):
-    """A setting is wrong: the process must not start. Names the variable and what it takes."""
+    """A setting is wrong, so the process must not start. The text says what would be right."""
 
     default_reason = "CONFIGURATION"

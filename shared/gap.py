@@ -1,4 +1,4 @@
-"""The gap of a sender that is in force. Pure."""
+"""Computes the effective gap of a sender. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logging: one JSON document a line, or text for people, always on stderr, without secrets."""
+"""Logging to stderr without secrets: one JSON document per line, or text for people."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import structlog
 from outbox_server.shared.settings import Settings
 
 _HIDDEN: Final = "[hidden]"
-# Fields whose value is never written, whatever it is.
+# The values of these fields are never written.
 _SECRET_FIELD: Final = re.compile(
     r"password|passwd|secret|token|authorization|api_?key|encryption_?key", re.IGNORECASE
 )
-# The password in a URL, wherever it turns up: a setting, a driver's message, a trace.
+# The password in a URL, which may be in a setting, a driver's message or a trace.
 _URL_PASSWORD: Final = re.compile(r"(://[^\s:/@\"']*:)[^\s@\"']+(?=@)")
 
 
 def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
-    """Set up structlog, and the standard library's logging with it, once a process.
+    """Set up structlog and the standard library's logging; called once per process.
 
-    Both write to `stream` (stderr) as OUTBOX_LOG_LEVEL and OUTBOX_LOG_FORMAT say.
+    Both write to `stream` (default: stderr), by OUTBOX_LOG_LEVEL and OUTBOX_LOG_FORMAT.
     """
     out = stream or sys.stderr
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
@@ -32,7 +32,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
-        # Traces without the locals of their frames, in both formats: locals hold secrets.
+        # In both formats, traces omit the locals of their frames: locals contain secrets.
         structlog.processors.format_exc_info,
         hide_secret_fields,
     ]
@@ -64,7 +64,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    # What libraries say at level debug is about themselves, and may quote what they were given.
+    # At level debug, libraries log their own details, which may contain secrets.
     root.setLevel(max(level, logging.INFO))
     logging.captureWarnings(capture=True)
 
@@ -72,7 +72,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
 def hide_secret_fields(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """Hide the value of every field whose name says that it is a secret."""
+    """Hide the value of every field whose name indicates a secret."""
     for name in event:
         if _SECRET_FIELD.search(name):
             event[name] = _HIDDEN
@@ -80,5 +80,5 @@ def hide_secret_fields(
 
 
 def hide_url_passwords(_logger: object, _method: str, line: Any) -> str:
-    """Hide the password of every URL in `line`, which is rendered."""
+    """Hide the password of every URL in the rendered `line`."""
     return _URL_PASSWORD.sub(rf"\1{_HIDDEN}", line) if "://" in line else line

@@ -1,4 +1,4 @@
-"""Background loops: do some work, then pause until it is time, a wake-up or the end.
+"""Background loops: do some work, then pause until the next step, a wake-up or the end.
 
 A loop ends in one of two ways. When its `stop` event is set, it finishes the step that is running.
 When its task is cancelled, it ends at once; `run_until_stopped` does this at a `stop` event.
@@ -20,9 +20,9 @@ _log = structlog.get_logger("outbox.loops")
 class Loop:
     """Repeats an asynchronous step. The step returns the pause after it; None waits for `wake`.
 
-    An error of `errors` is waited out: the pause is `retry`, and doubles with each further failure
-    up to `longest_retry` (default: it stays the same). The first failure in a row is logged under
-    `name`, with its stack trace if `trace` is set. Any other error ends the loop.
+    After an error in `errors` the step is tried again. The pause before that is `retry` and doubles
+    with each failure in a row up to `longest_retry` (default: no growth). The first failure in a
+    row is logged under `name`, with its trace if `trace` is set. Any other error ends the loop.
     """
 
     def __init__(

@@ -60,6 +60,6 @@ def fits_escaped(text: str, room: int) -> bool:
 
 
 def too_large(size: int, limit: int, *, exact: bool = False) -> str:
-    """Return the text of MESSAGE_TOO_LARGE. Without `exact`, `size` is a lower bound."""
+    """Return the message of MESSAGE_TOO_LARGE. Without `exact`, `size` is a lower bound."""
     least = "" if exact else "at least "
     return f"the mail has {least}{size:,} bytes, OUTBOX_MAX_MESSAGE_BYTES permits {limit:,}"

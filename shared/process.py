@@ -1,4 +1,4 @@
-"""The life of a process: its loop, its signals, its exit code, and the order in which it stops."""
+"""Runs a process: its event loop, its signals, its exit code, and the order of its shutdown."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     """Run `main` to its end in a uvloop and return the exit code of the process.
 
-    SIGTERM and SIGINT set the event that `main` is given; a second one ends the process at once.
-    The code is 0 if `main` returned, 2 after a ConfigurationError (one line on stderr), 1 after
-    any other error, which is logged.
+    SIGTERM and SIGINT set the event that is passed to `main`; a second signal ends the process at
+    once. The code is 0 if `main` returned, 2 after a ConfigurationError (one line on stderr), 1
+    after any other error, which is logged.
     """
     if not structlog.is_configured():
-        # Its own default is stdout, with the locals of every frame in a trace.
+        # By default structlog writes to stdout, and traces contain the locals of every frame.
         configure_logging(Settings.model_construct())
     code = EXIT_OK
     try:
@@ -59,16 +59,16 @@ def run_with_settings(serve: Callable[[Settings, asyncio.Event], Awaitable[None]
 
 
 class Drainable(Protocol):
-    """What `serve_until_stopped` asks of a server; GrpcServer has it."""
+    """The methods of a server that `serve_until_stopped` uses, such as GrpcServer's."""
 
     async def start(self) -> None:
-        """Bind and answer."""
+        """Bind the port and accept calls."""
 
     def begin_drain(self) -> None:
-        """Say NOT_SERVING for good, and go on answering."""
+        """Report NOT_SERVING from now on, but still accept calls."""
 
     async def drain_and_stop(self, grace: timedelta) -> None:
-        """Finish what is under way, for at most `grace`."""
+        """Let calls in progress finish, for at most `grace`, and stop."""
 
 
 async def serve_until_stopped(
@@ -77,17 +77,17 @@ async def serve_until_stopped(
     grace: timedelta,
     work: Sequence[Callable[[], Awaitable[None]]] = (),
 ) -> None:
-    """Serve, with `work` running beside it, until `stop` is set; then drain within `grace`.
+    """Run the server and `work` until `stop` is set; then drain within `grace`.
 
-    Each of `work` is expected to end by itself once `stop` is set; what has not after `grace` is
-    cancelled. The server answers until the work has ended, with health at NOT_SERVING.
+    Each part of `work` must end by itself once `stop` is set, and is cancelled after `grace`. The
+    server accepts calls until the work has ended, with health at NOT_SERVING.
 
     Raises:
-        ExceptionGroup: one of `work` failed; the rest was cancelled and the server stopped.
+        ExceptionGroup: a part of `work` failed; the others were cancelled, the server stopped.
     """
     loop = asyncio.get_running_loop()
     await server.start()
-    left = timedelta(0)  # a failure leaves nothing to be waited for
+    left = timedelta(0)  # after a failure there is nothing to wait for
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_as_coroutine(part)) for part in work]
@@ -108,8 +108,8 @@ async def _until_done(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     stop = asyncio.Event()
 
     def on_signal(number: signal.Signals) -> None:
-        # The second one is the kernel's: it ends the process even if the loop hangs, and the
-        # parent sees by which signal.
+        # The kernel handles a second signal: it ends the process even if the loop hangs, and the
+        # parent process sees the signal.
         for handled in _SIGNALS:
             loop.remove_signal_handler(handled)
             signal.signal(handled, signal.SIG_DFL)

@@ -11,7 +11,7 @@ MAX_TEXT: Final = 600
 # Servers that quote a long secret often cut it. So every part of a secret with this length is
 # hidden.
 _PART: Final = 12
-# Every reply to a mail is searched, so words without a part of a secret are skipped fast. Any 12
+# Every reply to a mail is searched, so words without a part of a secret are skipped quickly. Any 12
 # characters contain 8 that begin at a multiple of 5. If none of those is in the secret, no part is.
 _ANCHOR: Final = 8
 _STRIDE: Final = _PART - _ANCHOR + 1

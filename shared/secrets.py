@@ -1,4 +1,4 @@
-"""SMTP passwords at rest: Fernet tokens under the keys of OUTBOX_ENCRYPTION_KEYS."""
+"""Encrypts SMTP passwords for storage, as Fernet tokens with the keys of OUTBOX_ENCRYPTION_KEYS."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def generate_key() -> str:
 
 
 class SecretBox:
-    """Encrypts with the first key; decrypts with any, so that keys can be rotated."""
+    """Encrypts with the first key and decrypts with any key, so that keys can be rotated."""
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
-        """Take the keys, the newest first; with none, every use is refused.
+        """Take the keys, the newest first. Without keys, every use is refused.
 
         Raises:
-            ConfigurationError: a key is malformed; the text says which one, and not what it is.
+            ConfigurationError: a key is malformed; the text has its number, not the key.
         """
         fernets = [_fernet(number, key) for number, key in enumerate(keys, start=1)]
         self._newest = fernets[0] if fernets else None
         self._fernet = MultiFernet(fernets) if fernets else None
-        # Different ones.
+        # The number of different keys.
         self.key_count = len(set(keys))
 
     @classmethod
@@ -51,11 +51,11 @@ class SecretBox:
         return self._configured().encrypt(text.encode())
 
     def decrypt(self, token: bytes) -> str:
-        """Return the text that `encrypt` was given.
+        """Return the text of a token (the reverse of `encrypt`).
 
         Raises:
-            FailedPrecondition: there is no key (ENCRYPTION_NOT_CONFIGURED), or none of them made
-                this token (DECRYPTION_FAILED).
+            FailedPrecondition: there is no key (ENCRYPTION_NOT_CONFIGURED), or the token is of
+                another key (DECRYPTION_FAILED).
         """
         try:
             return self._configured().decrypt(token).decode()
@@ -63,7 +63,7 @@ class SecretBox:
             raise _undecryptable() from None
 
     def rotate(self, token: bytes) -> bytes | None:
-        """Return the token under the newest key; None: it is under that already.
+        """Return the token encrypted with the newest key; None if it already is.
 
         Raises:
             FailedPrecondition: ENCRYPTION_NOT_CONFIGURED, DECRYPTION_FAILED, as `decrypt`.
@@ -84,7 +84,7 @@ class SecretBox:
     def _configured(self) -> MultiFernet:
         if self._fernet is None:
             raise FailedPrecondition(
-                f"passwords are stored encrypted only, and OUTBOX_ENCRYPTION_KEYS is not set; "
+                f"passwords are stored only encrypted, and OUTBOX_ENCRYPTION_KEYS is not set; "
                 f"{_HOW_TO_MAKE_A_KEY}",
                 reason="ENCRYPTION_NOT_CONFIGURED",
             )
@@ -93,7 +93,7 @@ class SecretBox:
 
 def _undecryptable() -> FailedPrecondition:
     return FailedPrecondition(
-        "no key of OUTBOX_ENCRYPTION_KEYS decrypts what is stored; "
+        "no key of OUTBOX_ENCRYPTION_KEYS decrypts the stored password; "
         "add the key that it was encrypted with, or store the password again",
         reason="DECRYPTION_FAILED",
     )
@@ -104,6 +104,6 @@ def _fernet(number: int, key: str) -> Fernet:
         return Fernet(key)
     except ValueError:
         raise ConfigurationError(
-            f"OUTBOX_ENCRYPTION_KEYS: key {number} is no Fernet key (32 bytes in base64url); "
+            f"OUTBOX_ENCRYPTION_KEYS: key {number} is not a Fernet key (32 bytes in base64url); "
             f"{_HOW_TO_MAKE_A_KEY}"
         ) from None

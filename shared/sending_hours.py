@@ -1,8 +1,8 @@
-"""The hours of the week in which a sender may send, as instants. Pure.
+"""Computes when a sender may send, from its sending hours. Pure.
 
-Each day has at most one opening, from `start` to `end` by the clocks of a time zone; an `end` that
-is not after `start` belongs to the next day. Where the clocks skip a time, the opening begins or
-ends at the skip; where they show it twice, the first time counts. Instants are Unix ms.
+Each day has at most one opening, from `start` to `end` by the wall clock of a time zone. An `end`
+that is not after `start` belongs to the next day. If the clock skips a time, the opening begins or
+ends at the skip; if the clock shows a time twice, the first one counts. Instants are Unix ms.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 _SECOND: Final = timedelta(seconds=1)
 _DAY: Final = timedelta(days=1)
 _DAY_MINUTES: Final = 24 * 60
-# Around an instant: two weeks hold every opening of a week, also where a change of the clocks, or
-# of the date line, swallows one.
+# The days around an instant that are searched for openings. Two weeks contain every opening of a
+# week, even if a change of the clock, or of the date line, removes one.
 _BEFORE, _AFTER = 2, 15
 
 
 @dataclass(frozen=True, slots=True)
 class SendingHours:
-    """When a sender may send: `weekdays` from 1, Monday (none: all); minutes of the day."""
+    """The hours in which a sender may send.
+
+    `weekdays` are 1 (Monday) to 7; empty means all. `start` and `end` are minutes of the day.
+    """
 
     weekdays: frozenset[int]
     start: int
@@ -35,24 +38,24 @@ class SendingHours:
     zone: str
 
     def to_text(self) -> str:
-        """Return it as it is stored."""
+        """Return the text that is stored."""
         return json.dumps([sorted(self.weekdays), self.start, self.end, self.zone])
 
     @classmethod
     def from_text(cls, text: str) -> SendingHours:
-        """Return what was stored."""
+        """Return the hours of a stored text."""
         weekdays, start, end, zone = json.loads(text)
         return cls(frozenset(weekdays), start, end, zone)
 
     def opens(self, at: int) -> int | None:
-        """Return the first open instant from `at` on; None: there is none in sight."""
+        """Return the first open instant from `at` on; None if the next two weeks have none."""
         for begins, ends in self._openings(at):
             if ends > at:
                 return max(begins, at)
         return None
 
     def closes(self, at: int) -> int:
-        """Return when the opening ends that holds `at`; a later look may find that it goes on."""
+        """Return when the opening that contains `at` ends, as far as the searched days show."""
         until = at
         for begins, ends in self._openings(at):
             if begins <= until < ends:
@@ -77,7 +80,7 @@ class SendingHours:
 
 @lru_cache(maxsize=4096)
 def _instant(zone_name: str, day: date, minutes: int) -> int:
-    """Return the first instant at which the clocks show this time of this day, or a later one."""
+    """Return the first instant at which the clock shows this time of this day, or a later time."""
     zone = ZoneInfo(zone_name)
     wall = datetime.combine(day, time()) + timedelta(minutes=minutes)
     found = wall.replace(tzinfo=zone).astimezone(UTC)
@@ -87,7 +90,7 @@ def _instant(zone_name: str, day: date, minutes: int) -> int:
 
 
 def _skip_before(after: datetime, zone: ZoneInfo, wall: datetime) -> datetime:
-    """Return the instant at which the clocks skipped `wall`; `after` is a little later."""
+    """Return the instant at which the clock skipped `wall`; `after` is a little later."""
     before = wall.replace(tzinfo=zone, fold=1).astimezone(UTC)
     while after - before > _SECOND:
         middle = before + (after - before) // 2

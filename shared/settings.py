@@ -1,6 +1,6 @@
-"""The one typed settings class: every `OUTBOX_*` variable, its default and its bounds.
+"""The typed settings: every `OUTBOX_*` variable with its default and its bounds.
 
-Nothing else reads the environment. An instance is frozen and is passed down by constructors.
+No other code reads the environment. An instance is frozen, and constructors pass it down.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _LONGEST_WAIT = timedelta(days=30)
 
 
 def parse_duration(text: str) -> timedelta:
-    """Return the duration that `250ms`, `2s`, `1.5h` or `1h30m` says; a bare `0` is zero.
+    """Return the duration of a text such as `250ms`, `2s`, `1.5h`, `1h30m` or `0`.
 
     Raises:
-        ValueError: the text is no duration.
+        ValueError: the text is not a duration.
     """
     text = text.strip()
     if text == "0":
         return timedelta(0)
     if not text or _DURATION.sub("", text):
-        raise ValueError(f"{text!r} is no duration; write 250ms, 2s, 5m or 1h")
+        raise ValueError(f"{text!r} is not a duration; write 250ms, 2s, 5m or 1h")
     try:
         return timedelta(
             seconds=sum(float(number) * _UNITS[unit] for number, unit in _DURATION.findall(text))
         )
     except OverflowError:
-        raise ValueError(f"{text!r} is too long; {timedelta.max.days} days are the most") from None
+        raise ValueError(f"must be at most {timedelta.max.days} days (got {text!r})") from None
 
 
 def format_duration(value: timedelta) -> str:
@@ -74,12 +74,12 @@ def _waits(value: Any) -> Any:
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
 Durations = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_durations)]
-# Of what mail servers are asked again: never at once, and never so late that no date says it.
+# The waits before a mail server is tried again: never zero, and short enough to give a valid date.
 Waits = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_waits)]
 
 
 class Settings(BaseSettings):
-    """What the operator may set. Durations read `250ms`, `2s`, `1h`."""
+    """The settings of the operator. Durations are written as `250ms`, `2s`, `1h`."""
 
     model_config = SettingsConfigDict(
         env_prefix="OUTBOX_", env_file=".env", extra="ignore", frozen=True
@@ -100,41 +100,44 @@ class Settings(BaseSettings):
     dispatcher_listen: str = Field("127.0.0.1:50052", description="host:port of the dispatcher")
     stats_listen: str = Field("127.0.0.1:50053", description="host:port of the stats service")
     auth: Literal["keys", "off"] = Field(
-        "keys", description="`off` is accepted only by a server that listens on loopback"
+        "keys",
+        description="how callers authenticate: `keys` (API keys), or `off`, which only a server "
+        "that listens on loopback accepts",
     )
     plaintext: bool = Field(
         False,
-        description="API keys and the relay's password may cross a network without TLS: only where "
-        "a proxy or mesh encrypts",
+        description="permits API keys and the relay's password to cross a network without TLS; use "
+        "it only if a proxy or mesh encrypts",
     )
     api_key: SecretStr = Field(
-        SecretStr(""), description="API key of the command line client; or `--api-key-file`"
+        SecretStr(""), description="API key of the command line client, or use `--api-key-file`"
     )
     tls_certificate: str = Field("", description="PEM file of the servers' certificate chain")
     tls_key: str = Field("", description="PEM file of the servers' private key")
     tls_client_ca: str = Field(
-        "", description="PEM file: servers take only clients with a certificate of this CA"
+        "", description="PEM file of a CA: servers accept only clients with its certificates"
     )
     tls_ca: str = Field(
         "",
-        description="clients use TLS and trust this CA: a PEM file, or `system` for the machine's",
+        description="clients use TLS and trust this CA: a PEM file, or `system` for the machine's "
+        "CAs",
     )
     tls_client_certificate: str = Field(
-        "", description="PEM file of the client's certificate chain, where servers ask for one"
+        "", description="PEM file of the client's certificate chain, if servers require one"
     )
     tls_client_key: str = Field("", description="PEM file of the client's private key")
     smtp_url: str = Field(
         "smtp://127.0.0.1:1025",
-        description="relay of senders that name none: smtp://[user:password@]host:port, "
+        description="relay of senders without their own: smtp://[user:password@]host:port, "
         "smtps:// for TLS from the start, smtp+starttls:// for STARTTLS",
     )
     smtp_override: bool = Field(
-        False, description="send everything to OUTBOX_SMTP_URL, whatever relay a sender names"
+        False, description="send all mail to OUTBOX_SMTP_URL, even of senders with their own relay"
     )
     smtp_allow: str = Field(
         "",
-        description="networks and hosts inside the operator's network that senders' own relays may "
-        "be in: 10.1.0.0/16,mail.internal",
+        description="networks and hosts of the operator that senders may use as their own relay: "
+        "10.1.0.0/16,mail.internal",
     )
     smtp_timeout: Duration | None = Field(
         None,
@@ -165,7 +168,7 @@ class Settings(BaseSettings):
     smtp_block_timeout: Duration = Field(
         timedelta(minutes=3),
         gt=_ZERO,
-        description="longest pause in which a server accepts nothing more of a body",
+        description="longest time in which a server accepts no more bytes of a body",
     )
     smtp_end_timeout: Duration = Field(
         timedelta(minutes=10), gt=_ZERO, description="limit of the reply to a body"
@@ -184,11 +187,12 @@ class Settings(BaseSettings):
     )
     smtp_ca: str = Field(
         "",
-        description="PEM file of a private CA that may sign mail servers' certificates, beside the "
-        "machine's CAs",
+        description="PEM file of a private CA that may sign mail servers' certificates, in "
+        "addition to the machine's CAs",
     )
     reply_rules: str = Field(
-        "", description="TOML file of rules for SMTP replies that add to or override the built-in"
+        "",
+        description="TOML file of rules for SMTP replies, which extend or replace built-in rules",
     )
     cooldown: Waits = Field(
         (timedelta(minutes=5), timedelta(minutes=15), timedelta(hours=1)),
@@ -206,7 +210,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1000,
         description="number of permanent refusals in a row, by replies that no rule knows, after "
-        "which a sender cools down; 0: never",
+        "which a sender cools down; 0 means never",
     )
     defer_backoff: Waits = Field(
         (
@@ -233,7 +237,7 @@ class Settings(BaseSettings):
         5, ge=1, le=1000, description="sends in flight in one dispatcher"
     )
     default_hourly_limit: int = Field(
-        200, ge=1, le=1_000_000, description="hourly_limit of senders that name none"
+        200, ge=1, le=1_000_000, description="hourly_limit of senders that do not set it"
     )
     rate_window: Duration = Field(
         timedelta(hours=1),
@@ -242,7 +246,10 @@ class Settings(BaseSettings):
         description="the trailing window of hourly_limit; shorter only in tests",
     )
     min_gap: Duration = Field(
-        timedelta(seconds=2), ge=_ZERO, le=timedelta(days=1), description="floor of every gap"
+        timedelta(seconds=2),
+        ge=_ZERO,
+        le=timedelta(days=1),
+        description="least gap of every sender",
     )
     retry_backoff: Durations = Field(
         (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125)),
@@ -256,8 +263,8 @@ class Settings(BaseSettings):
     )
     uncertain_policy: Literal["resend", "hold"] = Field(
         "resend",
-        description="what happens to a mail whose server died before it replied: `resend`, or "
-        "`hold` until a caller decides",
+        description="what happens to a mail if the connection is lost before the server's reply: "
+        "`resend`, or `hold` until a caller decides",
     )
     encryption_keys: SecretStr = Field(
         SecretStr(""),
@@ -265,7 +272,7 @@ class Settings(BaseSettings):
         "newest first",
     )
     shutdown_grace: Duration = Field(
-        timedelta(seconds=30), gt=_ZERO, description="how long a SIGTERM waits for work in flight"
+        timedelta(seconds=30), gt=_ZERO, description="longest wait for work in flight on SIGTERM"
     )
     max_message_bytes: int = Field(
         10 * 1024 * 1024,
@@ -274,7 +281,7 @@ class Settings(BaseSettings):
         description="largest mail, in bytes, as built and encoded",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least level that is logged: `debug`, `info`, `warning` or `error`"
+        "info", description="lowest level that is logged: `debug`, `info`, `warning` or `error`"
     )
     log_format: Literal["json", "text"] = Field(
         "json", description="`json`: one JSON document per line; `text`: lines for people"
@@ -285,7 +292,7 @@ def load_settings(**overrides: Any) -> Settings:
     """Read the environment and `.env`; `overrides` win.
 
     Raises:
-        ConfigurationError: a variable is wrong; the text names it and says what it takes.
+        ConfigurationError: a variable is wrong; the text names it and says what would be right.
     """
     try:
         return Settings(**overrides)
@@ -294,11 +301,11 @@ def load_settings(**overrides: Any) -> Settings:
         for detail in error.errors():
             name = str(detail["loc"][0])
             takes = Settings.model_fields[name].description if name in Settings.model_fields else ""
-            lines.append(f"OUTBOX_{name.upper()}: {_said(detail)} ({takes})")
+            lines.append(f"OUTBOX_{name.upper()}: {_explain(detail)} ({takes})")
         raise ConfigurationError("; ".join(lines)) from None
 
 
-def _said(detail: ErrorDetails) -> str:
-    """Return what is wrong, without the words of the library that looked."""
+def _explain(detail: ErrorDetails) -> str:
+    """Return what is wrong, with the library's phrases replaced by ours."""
     said = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
     return said.replace(repr(_ZERO), "0 seconds")

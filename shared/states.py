@@ -1,4 +1,4 @@
-"""The enumerations that protos, tables and code share; the numbers are those of `outbox.v1`."""
+"""The enumerations that protos, tables and code share, with the numbers of `outbox.v1`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ E = TypeVar("E", bound=IntEnum)
 
 
 def enum_or_none(kind: type[E], number: int | None) -> E | None:
-    """Return the member with a number; None for no number, and for 0, which stands for unset.
+    """Return the member with a number; None for None and for 0, which means unset.
 
     Raises:
         ValueError: no member has the number.
@@ -36,7 +36,7 @@ def requested_enum(
 
 
 class JobState(IntEnum):
-    """Where an e-mail job is (docs/states.md has the diagram)."""
+    """The states of an e-mail job (docs/states.md has the diagram)."""
 
     SCHEDULED = 1
     SENDING = 2
@@ -61,14 +61,14 @@ FINAL_STATES = frozenset(
 
 
 class SenderState(IntEnum):
-    """Whether a sender sends."""
+    """The states of a sender."""
 
     ACTIVE = 1
     PAUSED = 2
 
 
 class BatchState(IntEnum):
-    """What a caller decided about a batch. That nothing waits any more is counted, not stored."""
+    """The stored states of a batch. Whether its jobs are finished is counted, not stored."""
 
     ACTIVE = 1
     CANCELLED = 2
@@ -83,14 +83,14 @@ class SmtpSecurity(IntEnum):
 
 
 class DuplicatePolicy(IntEnum):
-    """What becomes of a second row with the same address."""
+    """What happens to further rows with the same address."""
 
     KEEP_FIRST = 1
     KEEP_ALL = 2
 
 
 class BatchMode(IntEnum):
-    """What one bad row does to its batch."""
+    """What a bad row does to its batch."""
 
     PERMISSIVE = 1
     STRICT = 2
@@ -104,48 +104,48 @@ class AttemptOutcome(IntEnum):
     TEMPORARY_FAILURE = 2
     # 5xx, or a mail that cannot be built: will never succeed.
     PERMANENT_FAILURE = 3
-    # Refused, time-out, TLS, 421, AUTH: the endpoint, not the mail.
+    # Refused, time-out, TLS, 421, AUTH: a failure of the endpoint, not of the mail.
     CONNECTION_FAILURE = 4
     # The connection died between the end of the body and the reply.
     IN_DOUBT = 5
-    # The dispatcher died, or its lease ran out, before it recorded an outcome.
+    # The dispatcher died, or its lease expired, before it recorded an outcome.
     LEASE_EXPIRED = 6
 
 
 class ReplyClass(IntEnum):
     """What an SMTP reply means, as shared/smtp/replies.py decides; numbered as in the proto.
 
-    The comments say what becomes of the mail.
+    The comments say what happens to the mail.
     """
 
     # Accepted.
     SENT = 1
-    # This connection is used up: the same mail goes at once over a new one.
+    # The server ends this connection: the mail is tried again at once over a new one.
     SESSION = 2
     # The sender's account is refused (quota, block): the sender cools down.
     ACCOUNT = 3
     # Too many connections at once: fewer are kept open.
     CONNECTIONS = 4
-    # Too fast: the sender's gap doubles.
+    # Mail comes too fast: the sender's gap doubles.
     RATE = 5
-    # The server asks for this mail later: it alone waits, on a long ladder.
+    # The server asks for this mail later: only this mail waits, with the long back-off.
     DEFERRED = 6
-    # Any other 4xx: the ladder of OUTBOX_RETRY_BACKOFF.
+    # Any other 4xx: tried again after the waits of OUTBOX_RETRY_BACKOFF.
     TEMPORARY = 7
-    # Authentication failed or is missing: the circuit.
+    # Authentication failed or is missing: counts for the circuit.
     AUTH = 8
-    # This recipient is refused for good: FAILED.
+    # This recipient is permanently refused: FAILED.
     RECIPIENT = 9
-    # This message is refused for good: FAILED.
+    # This message is permanently refused: FAILED.
     CONTENT = 10
     # A permanent refusal that no rule knows: FAILED. Many in a row make the sender cool down.
     REFUSED = 11
 
 
 # Refusals that say nothing about the mail. An attempt that ends with one of them does not count as
-# a failure: the job keeps its place on the ladder of OUTBOX_RETRY_BACKOFF.
+# a failure: the job keeps its position in the waits of OUTBOX_RETRY_BACKOFF.
 NOT_COUNTED = frozenset(
     {ReplyClass.ACCOUNT, ReplyClass.CONNECTIONS, ReplyClass.RATE, ReplyClass.AUTH}
 )
-# What counts against an endpoint: a time-out after the body is one too.
+# The outcomes that count as failures of an endpoint; a time-out after the body does as well.
 CONNECTION_TROUBLE = frozenset({AttemptOutcome.CONNECTION_FAILURE, AttemptOutcome.IN_DOUBT})

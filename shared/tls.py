@@ -15,8 +15,8 @@ from outbox_server.shared.bounds import MAX_CA_BYTES, MAX_CA_CERTIFICATES
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.settings import Settings
 
-# A context with the machine's CAs takes almost a megabyte.
-_KEPT: Final = 64
+# The number of contexts that are kept. One with the machine's CAs takes almost a megabyte.
+_MAX_CONTEXTS: Final = 64
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _NOT_PEM: Final = re.compile(r"[^\t\r\n\x20-\x7e]")
 
@@ -29,7 +29,7 @@ class TlsContexts:
 
     def __init__(self, ca: str = "") -> None:
         self._ca = ca
-        self._contexts: LRUCache[str, ssl.SSLContext] = LRUCache(_KEPT)
+        self._contexts: LRUCache[str, ssl.SSLContext] = LRUCache(_MAX_CONTEXTS)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> TlsContexts:
@@ -80,18 +80,18 @@ def check_ca(text: str) -> None:
     if strange:
         raise ValueError(f"must be PEM, in ASCII (got a character U+{ord(strange[0]):04X})")
     if "PRIVATE KEY-----" in text:
-        # What is stored is not encrypted, and is shown to whoever reads the sender.
-        raise ValueError("must hold certificates only, and holds a private key")
+        # The stored text is not encrypted, and GetSender returns it.
+        raise ValueError("must contain certificates only (got a private key)")
     if (count := text.count(_BEGIN)) > MAX_CA_CERTIFICATES:
-        raise ValueError(f"must hold at most {MAX_CA_CERTIFICATES} certificates (got {count})")
+        raise ValueError(f"must contain at most {MAX_CA_CERTIFICATES} certificates (got {count})")
     try:
         certificates = x509.load_pem_x509_certificates(text.encode("ascii"))
-        # OpenSSL will read the text, and may refuse what `cryptography` accepts.
+        # OpenSSL reads the text later, and may refuse what `cryptography` accepts.
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
     except (ValueError, ssl.SSLError):
         certificates = []
     if not certificates:
-        raise ValueError("must hold at least one certificate in PEM (-----BEGIN CERTIFICATE-----)")
+        raise ValueError("must contain a certificate in PEM (-----BEGIN CERTIFICATE-----)")
 
 
 def operator_ca(settings: Settings) -> str:

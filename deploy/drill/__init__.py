@@ -1,1 +1,1 @@
-"""The drill: a private stack under load, whose parts are killed at random, from a seed."""
+"""The drill: runs a private stack under load and injects random faults, planned from a seed."""

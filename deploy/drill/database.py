@@ -12,7 +12,7 @@ from outbox_server.shared.states import FINAL_STATES
 
 _Statement: TypeAlias = sql.SQL | sql.Composed
 
-# Whoever wants a lock of a table makes all others queue behind: not for longer than this.
+# A session that waits for a table lock makes all others queue behind it, so limit that wait.
 _SETTINGS: Final = "-c lock_timeout=200ms"
 _TABLES: Final = (
     "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() ORDER BY tablename"
@@ -39,18 +39,18 @@ _END_OTHERS: Final = (
 
 
 async def fail_writes(url: str, state: str, share: float) -> bool:
-    """Let this share of all writing statements fail with an SQLSTATE; False: say it once more."""
+    """Make this share of all writing statements fail with an SQLSTATE; False: call it again."""
     fail = sql.SQL(_FAIL).format(share=sql.Literal(share), state=sql.Literal(state))
     return await _everywhere(url, [fail], _ON, [])
 
 
 async def heal_writes(url: str) -> bool:
-    """Let writes be as before; False: not all are yet, say it once more."""
+    """Make writes work again; False if some tables are not done: call it again."""
     return await _everywhere(url, [], _OFF, [sql.SQL(_GONE)])
 
 
 async def end_connections(url: str) -> bool:
-    """End every other connection to the server; False: it cannot be reached, try once more."""
+    """End every other connection to the server; False if it cannot be reached: call it again."""
     try:
         async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
             await connection.execute(_END_OTHERS)
@@ -60,7 +60,7 @@ async def end_connections(url: str) -> bool:
 
 
 async def count_open_jobs(url: str) -> int:
-    """Return how many jobs are in no final state."""
+    """Return how many jobs are not in a final state."""
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
         cursor = await connection.execute(_COUNT_OPEN, [[int(state) for state in FINAL_STATES]])
         row = await cursor.fetchone()
@@ -70,7 +70,7 @@ async def count_open_jobs(url: str) -> int:
 async def _everywhere(
     url: str, before: Sequence[_Statement], each: str, after: Sequence[_Statement]
 ) -> bool:
-    # Each on its own: whoever holds the locks of several tables may be waited for by another one.
+    # One table per transaction: holding locks of several tables could block or deadlock others.
     try:
         async with await psycopg.AsyncConnection.connect(
             url, autocommit=True, options=_SETTINGS

@@ -1,4 +1,4 @@
-"""A whole drill: plays its faults on a stack, then audits what the stack did."""
+"""Runs a drill: injects its faults into a stack, then audits the stack."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from outbox_server.shared.audit.report import AuditReport
 
 
 class DrillFolder:
-    """A new folder for a drill, removed at the end of the context unless `keep` is set.
+    """A new folder for a drill. The end of the context removes it unless `keep` is set.
 
-    It is also kept if a server did not start, since the error then names logs in it.
+    It is also kept if a server did not start, because the error then names logs in it.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class DrillFolder:
 async def drill(
     stack: DrillStack, *, seed: int, names: list[str], seconds: float, say: Callable[[str], None]
 ) -> DrillReport:
-    """Run the stack, strike it with the faults `names` for so many seconds, and audit it.
+    """Run the stack, inject the faults `names` for `seconds`, and audit it.
 
     Raises:
         LocalServerError: a server or service did not start.

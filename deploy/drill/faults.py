@@ -1,4 +1,4 @@
-"""How each kind of fault is done to a running stack, and undone."""
+"""Injects each kind of fault into a running stack, and undoes it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.trouble import InboxTrouble, Way
 
-# A server that another fault has just killed is struck when it is there again.
+# If another fault has just killed a server, wait this long until it runs again.
 _PATIENCE_S: Final = 30.0
-# Writes must be healed again, whoever holds a table's lock while it is paused or killed.
+# Writes must work again within this time, even if a paused or killed process holds a table's lock.
 _HEAL_LIMIT_S: Final = 120.0
-# A service is not well while PostgreSQL is out: a start is waited for no longer than this.
+# The longest wait for a service to start, which does not report SERVING without PostgreSQL.
 _START_LIMIT_S: Final = 30.0
 _HOUR_S: Final = {"ahead": 3600.0, "behind": -3600.0}
-# By the fault, and the phase that it has where there is no choice. (421 and 450 say so.)
+# The trouble of each fault, with its phase if the fault has no variants.
 _TROUBLES: Final = {
     "smtp_stall": InboxTrouble(Way.HANG),
     "smtp_silent": InboxTrouble(Way.CLOSE, "reply"),
@@ -47,7 +47,7 @@ _TROUBLES: Final = {
 
 
 class Faults:
-    """Strikes one stack."""
+    """Injects faults into one stack."""
 
     def __init__(self, stack: DrillStack) -> None:
         self._stack = stack
@@ -70,7 +70,7 @@ class Faults:
         }
 
     async def strike(self, fault: Fault) -> float:
-        """Do it, wait for as long as it lasts, undo it; returns the time at which it was over."""
+        """Inject a fault for its duration, undo it, and return the time at which it was over."""
         target, _, way = fault.name.partition("_")
         if fault.name in self._ways:
             await self._ways[fault.name](fault)
@@ -110,8 +110,8 @@ class Faults:
             await asyncio.sleep(lasts)
         finally:
             if cut_after:
-                # A body that came through now would have been sent long ago: by whom the inbox
-                # sees late, not by whom it is sent late.
+                # Bytes that were held back were sent long ago. If they arrived now, the inbox
+                # would record wrong times for them.
                 proxy.cut()
             proxy.heal()
 
@@ -125,7 +125,7 @@ class Faults:
         finally:
             inbox.trouble = None
             if trouble.way is Way.HANG:
-                # Nobody hears of them any more: what hangs would hang for ever.
+                # Hanging connections never end by themselves.
                 inbox.cut()
 
     async def _slow_down(self, fault: Fault) -> None:
@@ -157,14 +157,14 @@ class Faults:
 
     async def _restart(self, service: Service, more: Mapping[str, str]) -> None:
         service.begin_with(more)
-        # One that was just killed by another fault is started by somebody, before or after this.
+        # If another fault has just killed the service, it is started before or after this.
         old = service.child.pid
         service.child.signal(signal.SIGTERM)
 
         async def again() -> bool:
             return service.child.pid != old and await service.serving()
 
-        # Should it take longer, whoever waits for it to be whole will say so.
+        # If it takes longer, the wait for the recovery reports it.
         with suppress(TimeoutError):
             await until(again, _START_LIMIT_S)
 
@@ -188,7 +188,7 @@ class Faults:
             (valkey.folder / "dump.rdb").unlink(missing_ok=True)
 
     async def _delete_keys(self, fault: Fault) -> None:
-        chance = random.Random(fault.at)  # noqa: S311 - which keys, no secret
+        chance = random.Random(fault.at)  # noqa: S311 - a choice of keys, not a secret
 
         async def delete(client: redis.asyncio.Redis) -> None:
             keys = sorted([key async for key in client.scan_iter(count=1000)])
@@ -199,7 +199,7 @@ class Faults:
         await self._redis(delete)
 
     async def _fill(self, fault: Fault) -> None:
-        # Every server of ours is started without a bound, so nothing is evicted: writes fail.
+        # The server is started without an eviction policy, so writes fail and no key is evicted.
         await self._redis(lambda client: client.config_set("maxmemory", 1))
         try:
             await asyncio.sleep(fault.lasts)
@@ -212,7 +212,7 @@ class Faults:
         try:
             await asyncio.sleep(fault.lasts)
         finally:
-            # A step forward, and limits would end too early: whoever makes it starts with nothing.
+            # After a step forward, limits would end too early. So Redis starts empty afterwards.
             child = self._stack.valkey.child
             child.signal(signal.SIGSTOP)
             set_clock(file, 0)
@@ -237,7 +237,7 @@ class Faults:
     # PostgreSQL ------------------------------------------------------------------------------
 
     async def _kill_postgres(self, _: Fault) -> None:
-        # Not the server's `kill`, which waits: it is started again as soon as it is gone.
+        # Do not use the server's `kill`, which waits: the stack starts it again at once.
         self._stack.postgres.child.signal(signal.SIGKILL)
 
     async def _restart_postgres(self, _: Fault) -> None:
@@ -255,7 +255,7 @@ class Faults:
 
     async def _fail_writes(self, state: str, share: float, lasts: float) -> None:
         url = self._stack.system.servers.database_url
-        # One that takes its time may meet the next.
+        # A slow fault of this kind may overlap with the next one.
         async with self._writes:
             try:
                 with suppress(TimeoutError):

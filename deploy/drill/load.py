@@ -1,4 +1,4 @@
-"""The load of a drill: many senders, batches uploaded all the while, each until it is answered."""
+"""The load of a drill: uploads batches of many senders, and repeats each until it is answered."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ T = TypeVar("T")
 USER: Final = "drill"
 WINDOW: Final = timedelta(seconds=5)
 _SENDERS: Final = 24
-# Of four senders one has no gap and several mails under way, the others are paced.
+# One of four senders has no gap and several mails in flight; the others have a gap.
 _FAST_EVERY: Final = 4
-# And one of three has a relay of its own.
+# One of three senders has its own relay.
 _OWN_EVERY: Final = 3
 _PAUSE_S: Final = (0.05, 0.3)
 _ROWS: Final = (2, 12)
-# Jobs that may wait at once: as many as go within some five seconds.
+# Jobs that may wait at once: as many as are sent within about five seconds.
 _MOST_WAITING: Final = 200
 _TRY_LIMIT_S: Final = 8.0
 _TRY_PAUSE_S: Final = (0.05, 0.3)
@@ -48,7 +48,7 @@ _CHANNEL: Final = (
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
 )
-# What a caller repeats; anything else says that the request is wrong, or the server.
+# The codes after which a caller tries again. Any other code means a wrong request or server.
 _REPEATED: Final = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
@@ -60,15 +60,15 @@ _REPEATED: Final = frozenset(
 )
 
 
-# A server's fault: repeated too, but it is one.
+# Bugs of the server: the call is repeated, but the answer is recorded as wrong.
 _OURS: Final = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
-# What grpc.aio, and no server, says where a connection ends while a stream is being sent.
+# The text of grpc.aio (not of a server) when a connection ends while a stream is being sent.
 _CUT_OFF: Final = "Internal error from Core"
 
 
 @dataclass
 class Answered:
-    """What the schedulers answered: the drill's own knowledge of what was accepted."""
+    """The answers of the schedulers, from which the drill knows what was accepted."""
 
     # Accepted rows by batch.
     batches: dict[str, int] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Answered:
 
 
 class Load:
-    """Uploads until it is told to stop, and no more than what goes within some seconds."""
+    """Uploads until it is stopped, but never more than can be sent within some seconds."""
 
     def __init__(
         self,
@@ -95,19 +95,19 @@ class Load:
         refused: Sequence[str],
         endpoint: SmtpEndpoint,
     ) -> None:
-        """Take the schedulers' addresses, two lists that become longer, and a relay.
+        """Take the schedulers' addresses, two lists that grow, and a relay.
 
-        `arrived` are the mails that have arrived, `refused` the senders' addresses of those that
-        were refused for good. Every third sender names `endpoint` for its own; the others have
+        `arrived` has the mails that have arrived, `refused` the sender address of each mail that
+        was permanently refused. Every third sender has `endpoint` as its own relay; the others use
         the operator's relay.
         """
-        self._chance = random.Random(seed)  # noqa: S311 - a load, no secret
+        self._chance = random.Random(seed)  # noqa: S311 - a load, not a secret
         self._addresses = addresses
         self._arrived = arrived
         self._refused = refused
         self._endpoint = endpoint
         self._looked_at = (0, 0)
-        # By sender, as far as this side knows.
+        # Number of waiting jobs per sender, as far as this side knows.
         self._waiting: Counter[str] = Counter()
         self.answered = Answered()
         self._schedulers: list[grpc.aio.Channel] = []
@@ -116,7 +116,7 @@ class Load:
         self._number = 0
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Upload until `stop`, then see that everything begun is answered."""
+        """Upload until `stop`, then wait until all uploads in progress are answered."""
         self._schedulers = [
             grpc.aio.insecure_channel(address, options=_CHANNEL) for address in self._addresses
         ]
@@ -127,7 +127,7 @@ class Load:
             async with asyncio.TaskGroup() as group:
                 while not stop.is_set():
                     self._count_ended()
-                    # Of two senders the one with less to do: else a slow one's work would pile up.
+                    # Use the less busy one of two senders, so that no work piles up at a slow one.
                     sender = min(
                         self._chance.sample(sorted(self._senders), 2),
                         key=lambda one: self._waiting[one],
@@ -201,7 +201,7 @@ class Load:
         )
         if answer is None:
             return 0
-        # A repeated call finds less: the batch's own count says how many it were in all.
+        # A repeated call finds fewer jobs, so take the batch's count of all cancelled jobs.
         cancelled = answer.batch.counts.cancelled_count
         self.answered.cancelled += cancelled
         return cancelled

@@ -1,4 +1,4 @@
-"""What goes wrong in a drill, and when: pure, so that the same seed gives the same plan."""
+"""Plans the faults of a drill. Pure, so that the same seed gives the same plan."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ class Kind:
     """A kind of fault."""
 
     text: str
-    # What it strikes: two faults never strike the same thing at once. A service's name stands for
-    # one of its processes.
+    # The target. Two faults never hit the same target at once. The name of a service means one of
+    # its processes.
     strikes: str
-    # How long it lasts, in seconds: from, to. Zeros: it is over at once.
+    # The least and the longest duration, in seconds. Zeros mean that it is over at once.
     lasts: tuple[float, float] = (0.0, 0.0)
-    # The seed picks one of them. Empty: there is one way.
+    # The seed picks one of them. Empty means that there are no variants.
     variants: tuple[str, ...] = ()
 
 
-# Longer than the lease of a drill, LEASE_S.
+# The lease of a drill. A paused process sleeps for longer.
 LEASE_S: Final = 3.0
 _PAUSE: Final = (LEASE_S * 1.2, LEASE_S * 1.8)
 _SHORT: Final = (0.5, 4.0)
-# The length of a fault that imitates a provider: a mail meets the limit more than once.
+# The duration of a fault that imitates a provider, so that a mail meets the limit more than once.
 _HABIT: Final = (2.0, 5.0)
 SMTP_TIMEOUT_S: Final = 2.0
 # The limit of the reply to a body, and the delay of a reply that is longer than a lease.
 SMTP_END_TIMEOUT_S: Final = 8.0
 SLOW_REPLY_S: Final = LEASE_S * 1.5
-# Of each of the seven replies to a mail on a new connection: below the lease in all.
+# The delay of each of the seven replies to a mail on a new connection; in sum below the lease.
 LAG_S: Final = 0.1
 OUTAGE_S: Final = 30.0
 _OUTAGE_TEXT: Final = f"unreachable for {OUTAGE_S:.0f} s: connections cut and refused"
-# From the begin of one outage to the next, so that there is as much time without one.
+# From the start of one outage to the next, so that half of the time or more has no outage.
 _OUTAGE_PAUSES_S: Final = (60.0, 90.0)
-# What an outage must have left when it is over.
+# The least time from the end of the last outage to the end of the drill.
 _OUTAGE_CALM_S: Final = 20.0
-# A drill as long as this has one in any case.
+# A drill of this length always has an outage.
 OUTAGE_DRILL_S: Final = _OUTAGE_PAUSES_S[1] + OUTAGE_S + _OUTAGE_CALM_S
 
-# Dealt like cards.
+# The faults that are dealt like cards: each comes about as often as every other.
 CARDS: Final[Mapping[str, Kind]] = {
     "dispatcher_kill": Kind("kill -9 of a dispatcher", "dispatcher"),
     "dispatcher_pause": Kind("SIGSTOP beyond the lease, then SIGCONT", "dispatcher", _PAUSE),
-    "dispatcher_term": Kind("SIGTERM of a dispatcher in full flight", "dispatcher"),
+    "dispatcher_term": Kind("SIGTERM of a dispatcher that is sending", "dispatcher"),
     "dispatcher_clock": Kind(
         "runs with a wall clock an hour off", "dispatcher", (2.0, 6.0), ("ahead", "behind")
     ),
@@ -63,22 +63,20 @@ CARDS: Final[Mapping[str, Kind]] = {
         "kill -9; starts with a snapshot that is seconds old", "redis", (1.0, 6.0)
     ),
     "redis_keys": Kind("half of all keys are deleted", "redis"),
-    "redis_full": Kind("out of memory, and evicts nothing", "redis", _SHORT),
+    "redis_full": Kind("out of memory, without eviction", "redis", _SHORT),
     "redis_clock": Kind(
-        "its clock steps back; at last kill -9, starts empty and right",
+        "its clock steps back; then kill -9, starts empty with the right clock",
         "redis",
         _SHORT,
         ("0.5s", "2s", "8s"),
     ),
     "redis_refuse": Kind("connections cut and refused", "redis", _SHORT),
-    "redis_hang": Kind("not a byte passes; then all that was held back does", "redis", _SHORT),
+    "redis_hang": Kind("no byte passes; then the held-back bytes do", "redis", _SHORT),
     "postgres_kill": Kind("kill -9 of the server", "postgres"),
     "postgres_restart": Kind("immediate shutdown, then recovery", "postgres"),
     "postgres_cut": Kind("pg_terminate_backend of every connection", "postgres"),
     "postgres_refuse": Kind("connections cut and refused", "postgres", _SHORT),
-    "postgres_hang": Kind(
-        "not a byte passes; then all that was held back does", "postgres", _SHORT
-    ),
+    "postgres_hang": Kind("no byte passes; then the held-back bytes do", "postgres", _SHORT),
     "postgres_full": Kind("every write fails: disk full (53100)", "postgres", _SHORT),
     "postgres_conflict": Kind(
         "every third write fails: deadlock (40P01), serialisation (40001)",
@@ -87,38 +85,38 @@ CARDS: Final[Mapping[str, Kind]] = {
         ("40P01", "40001"),
     ),
     "smtp_refuse": Kind("connections cut and refused", "smtp", _SHORT),
-    "smtp_hang": Kind("not a byte passes; then every connection is cut", "smtp", _SHORT),
+    "smtp_hang": Kind("no byte passes; then every connection is cut", "smtp", _SHORT),
     "smtp_stall": Kind(
-        "says nothing in one phase of a session; then every connection is cut",
+        "does not reply in one phase of a session; then every connection is cut",
         "smtp",
         # Longer than the time limit of a phase, SMTP_TIMEOUT_S.
         (SMTP_TIMEOUT_S * 1.1, SMTP_TIMEOUT_S * 2),
         PHASES,
     ),
-    "smtp_silent": Kind("takes each body and closes without an answer", "smtp", (0.2, 1.0)),
+    "smtp_silent": Kind("accepts each body and closes without a reply", "smtp", (0.2, 1.0)),
     "smtp_421": Kind("421, and closes", "smtp", _SHORT, ("greeting", "mail", "rcpt", "data")),
     "smtp_450": Kind("450", "smtp", _SHORT, ("mail", "rcpt", "reply")),
-    "smtp_552": Kind("552: refuses for good", "smtp", (0.2, 0.6), ("mail", "rcpt", "reply")),
+    "smtp_552": Kind("552: refuses permanently", "smtp", (0.2, 0.6), ("mail", "rcpt", "reply")),
     "smtp_auth": Kind("535: user name and password are wrong", "smtp", _SHORT),
     "smtp_bytes": Kind("replies in pieces of one byte", "smtp", _SHORT),
     "smtp_line": Kind("a reply is a line of 1 MB", "smtp", (0.2, 1.0), ("mail", "rcpt", "reply")),
     "smtp_daily_quota": Kind(
-        "an account has sent its mails of the day: refused, whatever it sends",
+        "the daily quota of an account is used up: all its mail is refused",
         "smtp",
         _HABIT,
         ("gmail", "exchange", "ses", "workspace"),
     ),
     "smtp_hourly_quota": Kind(
-        "an account has sent its mails of the hour", "smtp", _HABIT, ("cpanel", "ionos")
+        "the hourly quota of an account is used up", "smtp", _HABIT, ("cpanel", "ionos")
     ),
     "smtp_mails_per_connection": Kind(
-        "takes two mails on a connection", "smtp", _HABIT, ("421", "451", "452", "503")
+        "accepts two mails per connection", "smtp", _HABIT, ("421", "451", "452", "503")
     ),
     "smtp_too_many_connections": Kind(
-        "takes mail on two connections of an account", "smtp", _HABIT, ("exim", "exchange")
+        "accepts mail on two connections per account", "smtp", _HABIT, ("exim", "exchange")
     ),
     "smtp_rate": Kind(
-        "takes two mails of an account a second",
+        "accepts two mails per second of an account",
         "smtp",
         _HABIT,
         ("gmail", "exchange", "ses", "workspace"),
@@ -137,67 +135,67 @@ CARDS: Final[Mapping[str, Kind]] = {
     ),
     "smtp_helo": Kind("504, unless EHLO has a fully qualified name", "smtp", _HABIT),
     "smtp_mailbox_full": Kind("452 at RCPT: every mailbox is full", "smtp", _HABIT),
-    "smtp_unknown_recipient": Kind("550 5.1.1 at RCPT: refuses for good", "smtp", (0.2, 0.6)),
-    "smtp_content": Kind("554 5.7.1 after the body: refuses for good", "smtp", (0.2, 0.6)),
+    "smtp_unknown_recipient": Kind("550 5.1.1 at RCPT: refuses permanently", "smtp", (0.2, 0.6)),
+    "smtp_content": Kind("554 5.7.1 after the body: refuses permanently", "smtp", (0.2, 0.6)),
     "endpoint_slow": Kind(
-        f"one of two endpoints: all comes {LAG_S} s later, both ways", "endpoint", _SHORT
+        f"one of two endpoints: all bytes arrive {LAG_S} s later, both ways", "endpoint", _SHORT
     ),
     "endpoint_refuse": Kind(
         "one of two endpoints: connections cut and refused", "endpoint", _SHORT
     ),
     "endpoint_hang": Kind(
-        "one of two endpoints: not a byte passes; then every connection is cut",
+        "one of two endpoints: no byte passes; then every connection is cut",
         "endpoint",
         _SHORT,
     ),
     "endpoint_certificate": Kind(
-        "one of two endpoints: connections cut; its certificate is one that nobody trusts",
+        "one of two endpoints: connections cut; its certificate is not trusted",
         "endpoint",
         _SHORT,
     ),
 }
 
-# What takes a while: now and then beside the others, in a drill of minutes.
+# Long faults. They come now and then, beside the others, in a drill of minutes.
 OUTAGES: Final[Mapping[str, Kind]] = {
     f"{server}_outage": Kind(_OUTAGE_TEXT, server, (OUTAGE_S, OUTAGE_S))
     for server in ("redis", "postgres", "smtp")
 }
 KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES}
 
-# They need libfaketime.
+# The kinds that need libfaketime.
 CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
 
-# From one fault to the next, so that they come alone and in mixtures.
+# The time from one fault to the next, so that faults come both alone and overlapping.
 _PAUSES_S: Final = (0.3, 4.0)
 _FIRST_S: Final = 2.0
-# So long before the end nothing begins any more.
+# No fault begins in this time before the end.
 _QUIET_S: Final = 2.0
-# After a fault its own target is left alone, or it would never be seen to recover.
+# The time after a fault in which its target is spared, so that its recovery can be seen.
 _REST_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault: seconds since the load began, and which process of a service (from 1)."""
+    """One fault: its start in seconds since the load began, and its process (from 1)."""
 
     at: float
     name: str
     lasts: float = 0.0
     number: int = 1
-    # One of its kind's.
+    # One of the variants of its kind.
     variant: str = ""
 
 
 def plan(
     seed: int, duration_s: float, names: Sequence[str], processes: Mapping[str, int]
 ) -> list[Fault]:
-    """Return the faults of a drill in their order.
+    """Return the faults of a drill, ordered by time.
 
-    `processes` says how many of each service there are. Kinds are dealt like cards: each comes
-    about as often as every other. Outages have a rhythm of their own.
+    `processes` has the number of processes per service. Kinds are dealt like cards: each comes
+    about as often as every other. Outages are planned separately.
     """
     outages = _outages(seed, duration_s, sorted(set(names) & set(OUTAGES)))
-    chance = random.Random(seed)  # noqa: S311 - a plan, no secret
+    chance = random.Random(seed)  # noqa: S311 - a plan, not a secret
     cards = sorted(set(names) & set(CARDS))
     hand: list[str] = []
     free_at: dict[tuple[str, int], float] = {}
@@ -206,7 +204,7 @@ def plan(
     while cards and now < duration_s - _QUIET_S:
         if not hand:
             hand = chance.sample(cards, len(cards))
-        # Drawn for every card and moment, struck or not: nothing else may decide what comes next.
+        # Draw these at every step, used or not, so that only the seed decides what comes next.
         number = chance.randint(1, 1_000_000)
         share, pause = chance.random(), chance.uniform(*_PAUSES_S)
         for name in hand:
@@ -227,7 +225,7 @@ def plan(
 
 
 def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
-    chance = random.Random(f"outages of {seed}")  # noqa: S311 - a plan, no secret
+    chance = random.Random(f"outages of {seed}")  # noqa: S311 - a plan, not a secret
     hand: list[str] = []
     found = []
     now = chance.uniform(*_OUTAGE_PAUSES_S)

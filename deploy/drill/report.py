@@ -1,4 +1,4 @@
-"""What a drill proves: its audit, and what the drill itself knows beside."""
+"""The report of a drill: its audit, and what the drill itself saw."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from outbox_server.shared.audit.report import AuditReport
 
 @dataclass(frozen=True, slots=True)
 class DrillReport:
-    """An audit's report beside what the drill was answered and saw."""
+    """The audit's report, together with the answers and mails that the drill saw."""
 
     outcome: DrillOutcome
     audit: AuditReport
     policy: str
-    # Recipients, each of one job alone, whose mails had different Message-IDs.
+    # Number of recipients (each has one job) whose mails had different Message-IDs.
     renamed: int
 
     @property
     def broken(self) -> list[str]:
-        """The promises that were broken, a line each."""
+        """The promises that were broken, one per line."""
         outcome, figures = self.outcome, self.audit.figures()
         accepted, recorded = outcome.answered.accepted, figures["accepted"]
         silent = sum(one.recovery_s is None for one in outcome.faults)
         copies = figures["duplicates"] if self.policy == "hold" else 0
         given_up = max(0, figures["failed"] - outcome.refused)
         found = (
-            (outcome.open_jobs, "jobs are in no final state, and nothing moves any more"),
-            (max(0, accepted - recorded), "jobs were answered as accepted, and are not there"),
-            (max(0, recorded - accepted), "jobs are there more than were answered as accepted"),
+            (outcome.open_jobs, "jobs are not in a final state, and none changes any more"),
+            (max(0, accepted - recorded), "jobs were reported as accepted, but do not exist"),
+            (max(0, recorded - accepted), "jobs exist in addition to those reported as accepted"),
             (figures["sent_elsewhere"], "mails went to another server than the inbox"),
             (self.renamed, "recipients got different Message-IDs for one job"),
-            (given_up, "jobs FAILED, more than mails were refused for good"),
-            (silent, f"faults had no mail after them for {RECOVERY_LIMIT_S:.0f} s"),
-            (copies, "mails came twice, though those in doubt are held"),
-            (outcome.unanswered, "upload at least was never answered"),
+            (given_up, "jobs FAILED although their mail was not permanently refused"),
+            (silent, f"faults were not followed by a mail within {RECOVERY_LIMIT_S:.0f} s"),
+            (copies, "mails came twice, although mails in doubt are held"),
+            (outcome.unanswered, "or more uploads were never answered"),
         )
         lines = [f"{int(number)} {text}" for number, text in found if number]
         wrong = Counter(outcome.answered.wrong)

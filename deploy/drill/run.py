@@ -1,4 +1,4 @@
-"""A drill from the first upload to the last job's end."""
+"""Runs the load and the faults of a drill, up to the end of the last job."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from outbox_server.deploy.drill.stack import DrillStack
 from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.embedded.ports import LOOPBACK
 
-# After a fault mail has to go on within this: an outage may have begun meanwhile, and most of the
-# rest is a start of Python.
+# After a fault, a mail must be sent within this time. An outage may have begun meanwhile, and most
+# of the rest is the start of Python.
 RECOVERY_LIMIT_S: Final = 60.0 + OUTAGE_S
-# At the end: without any job that ends, for longer than this, none will.
+# If no job ends for this long at the end of the drill, no job will end any more.
 _STANDSTILL_S: Final = 60.0
 _ANSWER_LIMIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """A fault that happened. `recovery_s` None: no mail within RECOVERY_LIMIT_S after it."""
+    """An injected fault. `recovery_s` is None if no mail followed within RECOVERY_LIMIT_S."""
 
     fault: Fault
     recovery_s: float | None
@@ -37,21 +37,21 @@ class Struck:
 
 @dataclass
 class DrillOutcome:
-    """What a drill came to, before its audit."""
+    """The result of a drill, before its audit."""
 
     answered: Answered
     faults: list[Struck] = field(default_factory=list)
-    # Jobs in no final state when nothing moved any more.
+    # Jobs that were not in a final state when none changed any more.
     open_jobs: int = 0
-    # Mails that the SMTP side refused for good: so many jobs may be FAILED.
+    # Mails that the SMTP side permanently refused: as many jobs may be FAILED.
     refused: int = 0
-    # Uploads that were never answered, also when everything was whole again.
+    # Whether an upload was never answered, not even after the last fault was over.
     unanswered: bool = False
     seconds: float = 0.0
 
 
 class Drill:
-    """Plays a plan on a stack under load; `say` is told of each fault."""
+    """Injects planned faults into a stack under load, and reports each to `say`."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Drill:
     ) -> None:
         self._stack = stack
         self._faults = Faults(stack)
-        # Planned with all of them: what cannot be had here changes nothing of the others.
+        # Plan with all kinds, so that kinds that are missing here do not change the others.
         faults = plan(seed, seconds, names, stack.processes)
         self._plan = [fault for fault in faults if fault.name not in stack.missing]
         self._seconds = seconds
@@ -83,7 +83,7 @@ class Drill:
         self._outage_over = 0.0
 
     async def run(self) -> DrillOutcome:
-        """Play the plan, heal everything, and wait for the last job's end."""
+        """Inject the planned faults, undo them all, and wait for the end of the last job."""
         self._began = time.monotonic()
         outcome = DrillOutcome(self._load.answered)
         stop = asyncio.Event()
@@ -101,7 +101,7 @@ class Drill:
             loading.cancel()
             with suppress(asyncio.CancelledError):
                 await loading
-        self._say("everything is whole again; waiting for the last job")
+        self._say("all faults are over; waiting for the last job")
         outcome.open_jobs = await self._until_final()
         outcome.refused = len(self._stack.inbox.refused)
         outcome.seconds = time.monotonic() - self._began
@@ -123,13 +123,13 @@ class Drill:
         except TimeoutError:
             self._say(f"{self._now():7.2f} s  {fault.name}{which}: still no mail")
             return Struck(fault, None)
-        # What an outage took meanwhile is the outage's.
+        # The time of an outage meanwhile counts for the outage.
         recovery = time.time() - max(ended, self._outage_over)
-        self._say(f"{self._now():7.2f} s  {fault.name}{which}: over; whole after {recovery:.2f} s")
+        self._say(f"{self._now():7.2f} s  {fault.name}{which}: recovered after {recovery:.2f} s")
         return Struck(fault, recovery)
 
     async def _whole_after(self, fault: Fault, ended: float) -> bool:
-        """Whether a mail was begun after the fault, and the process that it struck is well."""
+        """Whether a mail was begun after the fault, and the process that it hit is serving."""
         mails = self._stack.inbox.mails
         if not mails or mails[-1].started_at <= ended:
             return False
@@ -139,7 +139,7 @@ class Drill:
         return await self._stack.service(name, fault.number).serving()
 
     async def _until_final(self) -> int:
-        """Return how many jobs are open when all have ended, or when none ends any more."""
+        """Wait until no job is open or none ends any more; return how many are open."""
         left, since = await self._open_jobs(), time.monotonic()
         while left and time.monotonic() - since < _STANDSTILL_S:
             await asyncio.sleep(0.2)

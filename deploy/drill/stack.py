@@ -1,4 +1,4 @@
-"""The private stack of a drill: the embedded one, with a proxy before every server."""
+"""The private stack of a drill: the embedded stack, with a proxy in front of every server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from outbox_server.deploy.embedded.supervisor import LocalSystem
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.shared.settings import Settings, load_settings
 
-# A mail that meets one fault after the other must not come to the end of a ladder of seconds.
+# Long enough that a mail which meets one fault after the other does not use up all its attempts.
 _LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3] * 16))
 # Short, so that refused and deferred mail is sent within seconds after the fault.
 _SHORT_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.3, 0.6, 1))
@@ -32,7 +32,7 @@ _PHASE_LIMIT: Final = timedelta(seconds=SMTP_TIMEOUT_S)
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How many of each service there are."""
+    """The number of processes of each service."""
 
     dispatchers: int = 2
     schedulers: int = 1
@@ -40,14 +40,14 @@ class Size:
 
 
 def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
-    """Return what the services of a drill run with: all times are short."""
+    """Return the settings of the services in a drill: all times are short."""
     return load_settings(
         rate_window=WINDOW,
-        # So that there are senders without a gap too; the others have their own.
+        # Zero, so that some senders have no gap; the others set their own.
         min_gap=timedelta(0),
         lease=timedelta(seconds=LEASE_S),
         retry_backoff=_LADDER,
-        # Not smtp_timeout: the reply to a body may take longer than every other.
+        # Each phase instead of smtp_timeout: the reply to a body may take longer than the others.
         smtp_connect_timeout=_PHASE_LIMIT,
         smtp_greeting_timeout=_PHASE_LIMIT,
         smtp_ehlo_timeout=_PHASE_LIMIT,
@@ -67,7 +67,7 @@ def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
 
 
 class DrillStack:
-    """Runs while the context is open; what dies is started again."""
+    """The stack, which runs while the context is open. Processes that die are started again."""
 
     def __init__(
         self,
@@ -85,10 +85,10 @@ class DrillStack:
             "postgres": TcpProxy(lambda: self.postgres.port),
             "redis": TcpProxy(lambda: self.valkey.port),
             "smtp": TcpProxy(lambda: self.inbox.port),
-            # The relay of senders that name their own: by TLS, with a certificate that they trust.
+            # The relay of senders with their own endpoint: over TLS, with a trusted certificate.
             "endpoint": TcpProxy(lambda: self.inbox.port, self._tls),
         }
-        # Says what the clock is that Redis runs by.
+        # The file that sets the clock of Redis.
         self.redis_clock = folder / "redis_clock"
         self._faketime = faketime_library()
         self._folder = folder
@@ -97,7 +97,7 @@ class DrillStack:
         self._open = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        """Start everything; every service answers SERVING afterwards.
+        """Start everything, and return when every service reports SERVING.
 
         Raises:
             LocalServerError: a server or service did not start; nothing is left running.
@@ -137,7 +137,7 @@ class DrillStack:
 
     @property
     def missing(self) -> frozenset[str]:
-        """The kinds of faults that cannot be had here: they need libfaketime."""
+        """The kinds of faults that are not possible here, because libfaketime is missing."""
         return frozenset() if self._faketime else CLOCK_KINDS
 
     @property
@@ -149,12 +149,12 @@ class DrillStack:
 
     @property
     def postgres(self) -> PostgresServer:
-        """PostgreSQL, not by its proxy."""
+        """PostgreSQL itself, not its proxy."""
         return self.system.servers.postgres
 
     @property
     def valkey(self) -> ValkeyServer:
-        """Valkey, not by its proxy."""
+        """Valkey itself, not its proxy."""
         return self.system.servers.valkey
 
     @property
@@ -166,17 +166,17 @@ class DrillStack:
         return inbox
 
     def distrust(self) -> None:
-        """Let the second endpoint show a certificate that nobody trusts, until `heal`."""
+        """Make the second endpoint use an untrusted certificate, until `heal`."""
         self._tls.load_cert_chain(*self._distrusted)
         self.proxies["endpoint"].cut()
 
     def trust(self) -> None:
-        """Let it show the right one again."""
+        """Make the second endpoint use the trusted certificate again."""
         self._tls.load_cert_chain(*self._trusted)
 
     @property
     def processes(self) -> dict[str, int]:
-        """How many of each service there are, by its name."""
+        """The number of processes of each service, by its name."""
         return {
             "dispatcher": self.size.dispatchers,
             "scheduler": self.size.schedulers,
@@ -185,7 +185,7 @@ class DrillStack:
 
     @property
     def audit_settings(self) -> Settings:
-        """For an audit of what this stack did."""
+        """The settings for an audit of this stack."""
         url = self.system.servers.database_url
         return self.settings.model_copy(update={"database_url": url})
 
@@ -194,7 +194,7 @@ class DrillStack:
         return [one for one in self.system.services if one.name == name][number - 1]
 
     def heal(self) -> None:
-        """Undo whatever a fault may have left."""
+        """Undo all effects of faults."""
         for proxy in self.proxies.values():
             proxy.heal()
         self.inbox.trouble = None

@@ -1,4 +1,4 @@
-"""Certificates that nobody but their maker trusts, for servers on loopback."""
+"""Self-signed certificates for servers on loopback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outbox_server.deploy.embedded.ports import LOOPBACK
 
 
 class Certificate(NamedTuple):
-    """A certificate and its key, PEM files both."""
+    """The PEM files of a certificate and its key."""
 
     public: Path
     private: Path
@@ -58,7 +58,7 @@ def self_signed(
 
 
 def server_context(certificate: Certificate) -> ssl.SSLContext:
-    """Return what a server shows it with."""
+    """Return the TLS context of a server with this certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     return context

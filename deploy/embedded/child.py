@@ -1,4 +1,4 @@
-"""A server as a child process that neither outlives its parent nor needs a sleep to be watched."""
+"""Runs a server as a child process that ends with its parent, and waits for events of it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from outbox_server.shared.errors import OutboxError
 _LAST_LINES: Final = 15
 _POLL: Final = 0.01
 _PR_SET_PDEATHSIG: Final = 1
-# A child is told nothing that this process was told: no PG* variables, no secrets.
+# A child does not inherit this process's environment, such as PG* variables and secrets.
 CHILD_ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C"}
 
 
 class LocalServerError(OutboxError):
-    """An embedded server did not start, or ended by itself; the text quotes its log's end."""
+    """An embedded server did not start or ended by itself; the text quotes the end of its log."""
 
     default_reason = "LOCAL_SERVER_FAILED"
 
 
 class Child:
-    """One process, in a session of its own, with its output appended to a log file.
+    """One process in a session of its own, whose output is appended to a log file.
 
-    It gets `death_signal` when the thread that called `start` ends, so also at kill -9 of the
-    parent (Linux: prctl(2), PR_SET_PDEATHSIG); start it from a thread that lives as long as it is
-    needed. Its own session keeps the terminal's Ctrl-C away from it: who holds it says when it
-    stops, after those that use it.
+    It gets `death_signal` when the thread that called `start` ends, even at a kill -9 of the parent
+    (Linux: prctl(2), PR_SET_PDEATHSIG). So start it from a thread that lives long enough. Because
+    of its own session, Ctrl-C in the terminal does not reach it: its owner stops it, after the
+    processes that use it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Child:
         self._log = log
         self._cwd = cwd
         self._user = user
-        # Of the next start.
+        # Takes effect at the next start.
         self.environment = dict(environment)
         self._death_signal = death_signal
         self._process: subprocess.Popen[bytes] | None = None
@@ -74,7 +74,7 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process; returns before it is ready."""
+        """Start the process, and return before it is ready."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(  # noqa: S603 - our own command line
@@ -93,7 +93,7 @@ class Child:
             )
 
     async def wait(self) -> int:
-        """Return the exit code once the process has ended; negative: the signal that ended it."""
+        """Return the exit code once the process has ended; a negative one is a signal."""
         process = self._process
         if process is None:
             raise RuntimeError(f"{self.name} was not started")
@@ -104,7 +104,7 @@ class Child:
     async def until_ready(
         self, is_ready: Callable[[], Coroutine[None, None, bool]], limit: float
     ) -> None:
-        """Ask `is_ready` until it says True, for at most `limit` seconds.
+        """Call `is_ready` until it returns True, for at most `limit` seconds.
 
         Raises:
             LocalServerError: the process ended first, or the time is over.
@@ -115,7 +115,7 @@ class Child:
                 while not ended.done():
                     if await _first(is_ready(), ended):
                         return
-                    # Before the next try to connect; the end of the process ends it at once.
+                    # Pause before the next try; the end of the process ends the pause.
                     await asyncio.wait({ended}, timeout=_POLL)
         except TimeoutError:
             raise LocalServerError(
@@ -126,9 +126,9 @@ class Child:
         raise LocalServerError(f"{self.name} did not start{self.tail()}")
 
     async def stop(self, *steps: tuple[signal.Signals, float]) -> None:
-        """Send each signal and wait for its number of seconds, until the process has ended.
+        """Send each signal and wait its number of seconds, until the process has ended.
 
-        SIGKILL follows the last step, so that this always ends.
+        SIGKILL follows the last step, so the process always ends.
         """
         for number, seconds in steps:
             if not self.running:
@@ -146,7 +146,7 @@ class Child:
             self._process.send_signal(number)
 
     def tail(self) -> str:
-        """Return the log's last lines, as the end of an error's text."""
+        """Return the last lines of the log, to append to an error message."""
         try:
             lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         except FileNotFoundError:
@@ -172,14 +172,15 @@ async def run_to_end(child: Child, limit: float) -> None:
 
 
 def processes_in(folder: Path, name: str) -> dict[int, bool]:
-    """Return the processes of a server whose working directory is `folder`; True: it leads them.
+    """Return the processes of a server whose working directory is `folder`; True for the leader.
 
-    A pid in a file may by now be anybody's; the working directory cannot lie. A process that is
-    led (PostgreSQL's) calls itself `name: what it does`. Empty where there is no /proc.
+    The working directory is reliable, while the pid in a pid file may belong to another process by
+    now. A child of the leader (PostgreSQL's) has the title `name: what it does`. The result is
+    empty on systems without /proc.
     """
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        # Gone meanwhile, or another user's: not ours.
+        # Skip a process that has ended or belongs to another user.
         with contextlib.suppress(OSError):
             if (entry / "comm").read_text().strip() != name or (entry / "cwd").readlink() != folder:
                 continue
@@ -192,9 +193,9 @@ def processes_in(folder: Path, name: str) -> dict[int, bool]:
 async def stop_orphans(
     folder: Path, name: str, steps: Sequence[tuple[signal.Signals, float]]
 ) -> None:
-    """End what a holder that is gone left running in `folder`: each signal, then its seconds.
+    """End the processes that a dead parent left running in `folder`, by signals with a time each.
 
-    Only the leader is signalled, its children end with it; SIGKILL, the last step, is for all.
+    Only the leader gets them, as its children end with it. SIGKILL, the last step, goes to all.
 
     Raises:
         LocalServerError: they cannot be ended.
@@ -207,16 +208,16 @@ async def stop_orphans(
                     os.kill(pid, number)
         end = time.monotonic() + seconds
         while left and time.monotonic() < end:
-            # They are not our children, so there is nothing but to look again.
+            # They are not our children, so there is no event to wait for.
             await asyncio.sleep(_POLL)
             left = processes_in(folder, name)
         if not left:
             return
-    raise LocalServerError(f"processes {sorted(left)} hold {folder} and cannot be ended")
+    raise LocalServerError(f"processes {sorted(left)} use {folder} and cannot be ended")
 
 
 async def _first(asked: Coroutine[None, None, bool], ended: asyncio.Task[int]) -> bool:
-    """Return the answer, or False once the process has ended: a stranger may never answer."""
+    """Return the answer, or False once the process has ended, as then no answer may come."""
     answer = asyncio.create_task(asked)
     try:
         await asyncio.wait({answer, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -249,12 +250,12 @@ def _libc() -> ctypes.CDLL:
 def _die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None
-    prctl = _libc().prctl  # looked up here: the forked child must take no lock of the loader
+    prctl = _libc().prctl  # looked up here, because the forked child must not lock the loader
     parent = os.getpid()
 
     def prepare() -> None:
         prctl(_PR_SET_PDEATHSIG, int(number))
-        if os.getppid() != parent:  # it died between fork and prctl
+        if os.getppid() != parent:  # the parent died between fork and prctl
             os._exit(1)
 
     return prepare

@@ -1,4 +1,4 @@
-"""The key that the embedded stack encrypts SMTP passwords with: made once, kept in its folder."""
+"""The key by which the embedded stack encrypts SMTP passwords, stored in its folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from outbox_server.shared.secrets import generate_key
 
 
 def key_in(folder: Path) -> str:
-    """Return the key of a stack's folder, made if there is none; only its owner may read it.
+    """Return the key of a stack's folder, created if missing. Only its owner may read it.
 
-    Whoever calls holds the folder's lock.
+    The caller must hold the folder's lock.
     """
     path = folder / "encryption_key"
     try:
@@ -23,6 +23,6 @@ def key_in(folder: Path) -> str:
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(generate_key() + "\n")
-    # Renamed when it is whole: what is encrypted under half a key is lost.
+    # Rename the complete file: passwords that are encrypted with half a key would be lost.
     fresh.rename(path)
     return path.read_text().strip()

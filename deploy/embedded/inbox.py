@@ -1,6 +1,6 @@
-"""The development inbox: an SMTP server that takes every mail and stores it in a Maildir.
+"""The development inbox: an SMTP server that accepts every mail and stores it in a Maildir.
 
-As a process of its own:
+To run it as a process of its own:
 
     python -m outbox_server.deploy.embedded.inbox --port 1025 --maildir ./inbox
 """
@@ -36,9 +36,9 @@ DEFAULT_SIZE_LIMIT: Final = 64 * 1024 * 1024
 
 
 class Inbox:
-    """Takes every mail on loopback and stores it as it came, byte by byte, CRLF included.
+    """Accepts every mail on loopback and stores its exact bytes, including CRLF.
 
-    Offers SIZE, 8BITMIME and SMTPUTF8, and AUTH, where any name and password will do; refuses what
+    It offers SIZE, 8BITMIME, SMTPUTF8, and AUTH with any name and password. It refuses mail that
     RFC 5321 forbids (a line over 998 bytes).
     """
 
@@ -48,7 +48,7 @@ class Inbox:
         """Take a `port`, or None for a free one, and the largest mail in bytes."""
         self.maildir = maildir
         self.mails: list[ReceivedMail] = []
-        # The MAIL FROM of every mail that a trouble refused for good.
+        # The MAIL FROM of every mail that a trouble refused permanently.
         self.refused: list[str] = []
         self._trouble: InboxTrouble | None = None
         # The policy of a trouble that imitates a provider.
@@ -63,7 +63,7 @@ class Inbox:
 
     @property
     def trouble(self) -> InboxTrouble | None:
-        """The present trouble; None if there is none."""
+        """The current trouble; None if there is none."""
         return self._trouble
 
     @trouble.setter
@@ -89,11 +89,11 @@ class Inbox:
 
     @property
     def record(self) -> Path:
-        """The record's file, for `read_record`; `mails` holds those since the start."""
+        """The record's file, for `read_record`; `mails` has only those since the start."""
         return self._store.record
 
     async def start(self) -> None:
-        """Listen on the running event loop; a mail is refused to nobody from now on.
+        """Listen on the running event loop, and accept mail from now on.
 
         Raises:
             LocalServerError: the port is taken.
@@ -114,7 +114,7 @@ class Inbox:
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
-        """Stop listening and cut every connection; what was answered with 250 is stored."""
+        """Stop listening and cut every connection. Mails that got a 250 are stored."""
         if self._server is None:
             return
         self._server.close()
@@ -124,12 +124,12 @@ class Inbox:
         self._store.close()
 
     def note_refusal(self, trouble: InboxTrouble, envelope: Envelope | None) -> None:
-        """Remember a mail that a trouble refuses for good."""
+        """Record a mail that a trouble refuses permanently."""
         if trouble.for_good and envelope is not None:
             self.refused.append(envelope.mail_from or "")
 
     def cut(self) -> None:
-        """Close every connection without a word, as a dying server does."""
+        """Close every connection without a reply, like a dying server."""
         for connection in tuple(self.connections):
             connection.cut()
 
@@ -144,7 +144,7 @@ class Inbox:
     async def handle_DATA(  # noqa: N802
         self, connection: InboxConnection, _session: Session, envelope: Envelope
     ) -> str:
-        """Store one mail. Awaits nothing before, so that it is stored whole or not at all."""
+        """Store one mail. No await comes before, so it is stored completely or not at all."""
         connection.phase = "reply"
         trouble, policy = self._trouble, self.policy
         if trouble is not None and trouble.way is Way.REFUSE and trouble.phase == "reply":

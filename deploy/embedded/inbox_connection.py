@@ -34,23 +34,23 @@ class ConnectedInbox(Protocol):
     # Gives each connection its number.
     numbers: Iterator[int]
     connections: set[InboxConnection]
-    # The MAIL FROM of every mail that was refused for good.
+    # The MAIL FROM of every mail that was permanently refused.
     refused: list[str]
 
     @property
     def trouble(self) -> InboxTrouble | None:
-        """The present trouble; None if there is none."""
+        """The current trouble; None if there is none."""
 
     @property
     def policy(self) -> Policy | None:
         """The policy of a trouble that imitates a provider; None without such a trouble."""
 
     def note_refusal(self, trouble: InboxTrouble, envelope: Envelope | None) -> None:
-        """Remember a mail that a trouble refuses for good."""
+        """Record a mail that a trouble refuses permanently."""
 
 
 class InboxConnection(SMTP):
-    """aiosmtpd's protocol, which notes the time of MAIL FROM and registers with its inbox."""
+    """aiosmtpd's protocol, which records the time of MAIL FROM and registers with its inbox."""
 
     def __init__(self, inbox: ConnectedInbox) -> None:
         super().__init__(
@@ -71,14 +71,14 @@ class InboxConnection(SMTP):
         self.phase = "greeting"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Join the inbox's connections."""
+        """Register with the inbox."""
         self._inbox.connections.add(self)
         if self._policy is not None:
             self._policy.enter(self.visit)
         super().connection_made(transport)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Leave the inbox's connections."""
+        """Unregister from the inbox."""
         self._inbox.connections.discard(self)
         if self._policy is not None:
             self._policy.leave(self.visit)
@@ -101,7 +101,7 @@ class InboxConnection(SMTP):
         await super().smtp_AUTH(arg)
 
     async def smtp_MAIL(self, arg: str | None) -> None:  # noqa: N802
-        """Answer MAIL, and note its time."""
+        """Answer MAIL, and record its time."""
         self.mail_began_at = time.time()
         self.phase = "mail"
         await super().smtp_MAIL(arg)
@@ -117,7 +117,7 @@ class InboxConnection(SMTP):
         await super().smtp_DATA(arg)
 
     async def push(self, status: AnyStr) -> None:
-        """Send a line of a reply, or what a trouble makes of it."""
+        """Send a line of a reply, unless a trouble replaces it."""
         phase, trouble = self.phase, self._inbox.trouble
         # A reply to EHLO has several lines.
         self.phase = phase if phase == "ehlo" else ""
@@ -138,7 +138,7 @@ class InboxConnection(SMTP):
     async def _trouble(self, trouble: InboxTrouble, phase: str) -> None:
         match trouble.way:
             case Way.HANG:
-                # Until the connection is closed, by whichever side: that cancels us.
+                # Wait until either side closes the connection, which cancels this task.
                 await asyncio.Event().wait()
             case Way.CLOSE:
                 self.cut()
@@ -172,7 +172,7 @@ class InboxConnection(SMTP):
     def refused_by(
         self, policy: Policy | None, phase: Phase, content: bytes = b""
     ) -> GivenReply | None:
-        """Return the refusal of a provider's policy, if any. Refusals for good are recorded."""
+        """Return the refusal of a provider's policy, if any. Permanent refusals are recorded."""
         if policy is None:
             return None
         envelope = self.envelope
@@ -193,10 +193,10 @@ class InboxConnection(SMTP):
         text = status.encode() if isinstance(status, str) else status
         for byte in text + b"\r\n":
             self._writer.write(bytes((byte,)))
-            await asyncio.sleep(0)  # one piece a turn of the loop
+            await asyncio.sleep(0)  # one piece per iteration of the event loop
 
     def cut(self) -> None:
-        """Close the connection without a word, as a dying server does."""
+        """Close the connection without a reply, like a dying server."""
         if isinstance(self.transport, asyncio.Transport):
             self.transport.abort()
 

@@ -21,10 +21,10 @@ _END_OF_HEADERS: Final = b"\r\n\r\n"
 
 
 class MailStore:
-    """Stores mails as they arrived, byte by byte.
+    """Stores mails exactly as they arrived.
 
-    The Maildir (`tmp`, `new`, `cur`) opens with the standard library's `mailbox.Maildir` and with
-    mail programs; `record.jsonl` in it says what the SMTP side saw. Nothing is synced to disk.
+    The standard library's `mailbox.Maildir` and mail programs can open the Maildir (`tmp`, `new`,
+    `cur`). It also contains `record.jsonl`, the record of arrivals. Nothing is synced to disk.
     """
 
     def __init__(self, maildir: Path) -> None:

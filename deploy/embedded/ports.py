@@ -9,14 +9,14 @@ LOOPBACK = "127.0.0.1"
 
 
 def free_port(preferred: int | None = None) -> int:
-    """Return `preferred` if it can be bound on loopback now, else a port that can be.
+    """Return `preferred` if it can be bound on loopback now, else another port that can be.
 
-    Somebody else may take it before the caller does: a server that was given a free port must be
-    ready to be given another.
+    Another process may take the port before the caller does, so the caller must be able to try
+    another one.
     """
     for port in (preferred, 0) if preferred else (0,):
         with socket.socket() as probe:
-            # As servers do: a connection in TIME_WAIT is no reason to go elsewhere.
+            # Servers set it too: a connection in TIME_WAIT does not block the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((LOOPBACK, port))
@@ -29,13 +29,12 @@ def free_port(preferred: int | None = None) -> int:
 
 
 def claim_port(port: int) -> socket.socket | None:
-    """Return what keeps other stacks off a port until it is closed; None: one has it.
+    """Return a socket that reserves a port among stacks until it is closed; None if it is taken.
 
-    Seconds pass between the check of a port and the start of a server on it. Two stacks that were
-    started together both found the usual ports free, and the one that lost took the other's
-    answers to its health checks for those of its own service. A name in Linux's abstract namespace
-    is known to all users and folders of a network namespace, as a port is, and ends with its
-    process.
+    Seconds pass between the check of a port and the start of a server on it. Without a claim, two
+    stacks that start together both find the usual ports free, and the slower one takes the other's
+    health answers for those of its own service. Like a port, a name in Linux's abstract namespace
+    is visible to all users of a network namespace, and it disappears with its process.
     """
     claim = socket.socket(socket.AF_UNIX)
     if sys.platform == "linux":

@@ -24,31 +24,31 @@ from outbox_server.deploy.embedded.wheels import postgres_binaries
 
 SUPERUSER: Final = "postgres"
 _INITDB_LIMIT: Final = 120.0
-# Recovery after a crash may replay a whole max_wal_size.
+# The recovery after a crash may replay max_wal_size of WAL.
 _START_LIMIT: Final = 120.0
-# SIGINT is PostgreSQL's fast shutdown: sessions are ended, a checkpoint is written. SIGQUIT is the
-# immediate one: nothing is lost by it, the next start recovers.
+# SIGINT is PostgreSQL's fast shutdown: it ends sessions and writes a checkpoint. SIGQUIT is the
+# immediate shutdown: nothing is lost, because the next start recovers.
 _STOP: Final = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0))
 _PORT_TRIES: Final = 5
 _SETTINGS: Final = {
     "listen_addresses": LOOPBACK,
-    # The path of a socket may have 107 bytes, a data folder's may be longer.
+    # The path of a socket may have 107 bytes only; that of a data folder may be longer.
     "unix_socket_directories": "",
     # Three services with a pool each, several dispatchers, and the command line.
     "max_connections": "200",
     "timezone": "UTC",
     "log_timezone": "UTC",
 }
-# Commits stay synchronous: without fsync that costs a write to the page cache, and without it a
-# kill -9 of PostgreSQL would lose what was committed in the last 0.6 s.
+# Commits stay synchronous. Without fsync that only costs a write to the page cache; with
+# asynchronous commits, a kill -9 of PostgreSQL would lose the commits of the last 0.6 s.
 _NOT_DURABLE: Final = {"fsync": "off", "full_page_writes": "off"}
 
 
 class PostgresServer:
-    """PostgreSQL on loopback, every local user trusted, with its data in `folder`.
+    """PostgreSQL on loopback with its data in `folder`. It trusts every local user.
 
-    It may be started again after `stop` or `kill`, on the same port. One holder a folder at a
-    time: whoever constructs it makes sure of that (`Servers` does, by a lock).
+    It may be started again after `stop` or `kill`, on the same port. The caller makes sure that
+    only one process uses the folder at a time (`Servers` does, by a lock).
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class PostgresServer:
         binaries: Path | None = None,
         system_user: str = DEFAULT_USER,
     ) -> None:
-        """Take a `port`, None for a free one, and a folder of `binaries`, None for the wheel's.
+        """Create a server. `port` None means a free port, `binaries` None those of the wheel.
 
-        Not `durable`: what was committed survives the death of every process, but not of the
-        machine. `system_user` is who PostgreSQL runs as if this process is root.
+        If not `durable`, commits survive the death of processes, but not a crash of the machine.
+        `system_user` is the user that PostgreSQL runs as if this process is root.
         """
         self.folder = folder.resolve()
         self._wanted_port = port
@@ -94,9 +94,9 @@ class PostgresServer:
         return f"postgresql://{role}@{LOOPBACK}:{self.port}/{database}"
 
     async def start(self) -> None:
-        """Start on the data folder, made if there is none; returns when a connection works.
+        """Start on the data folder, created if missing, and return when a connection works.
 
-        Ends an orphan on the same folder first.
+        Orphans on the same folder are ended first.
 
         Raises:
             LocalServerError: it did not start; the text quotes its log.
@@ -109,8 +109,8 @@ class PostgresServer:
             binaries = runnable_by_all(binaries)
         if not (self.folder / "PG_VERSION").exists():
             await self._initialise(binaries, user)
-        # Nobody runs here, as we saw; its pid may by now be another process, which PostgreSQL
-        # would take for a running server.
+        # No server runs here. The pid in the file may belong to another process by now, which
+        # PostgreSQL would take for a running server.
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
         for tries_left in reversed(range(_PORT_TRIES)):
             self._port = self._port or free_port()
@@ -123,13 +123,13 @@ class PostgresServer:
                     or "Address already in use" not in str(error)
                 ):
                     raise
-                self._port = None  # somebody was faster; take another
+                self._port = None  # another process took the port; take another one
             else:
-                self._wanted_port = self._port  # whoever uses it counts on it from now on
+                self._wanted_port = self._port  # clients use this port from now on
                 return
 
     async def stop(self) -> None:
-        """Stop in an orderly way, in at most some 15 s; does nothing if it does not run."""
+        """Stop cleanly, in at most about 15 s; do nothing if it does not run."""
         if self._child is not None:
             await self._child.stop(*_STOP)
 
@@ -139,7 +139,7 @@ class PostgresServer:
         await stop_orphans(self.folder, "postgres", ())
 
     async def ensure_database(self, database: str = "outbox", role: str = "outbox") -> None:
-        """Make the role (no superuser; may create databases) and its database, if missing."""
+        """Create the role (not a superuser; may create databases) and its database, if missing."""
         name, owner = sql.Identifier(database), sql.Identifier(role)
         connection = await psycopg.AsyncConnection.connect(
             self.url("postgres", SUPERUSER), autocommit=True
@@ -151,7 +151,7 @@ class PostgresServer:
                 await connection.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(name, owner))
 
     async def _initialise(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
-        # Made beside and renamed, so that a kill in the middle leaves no half folder behind.
+        # Create it under another name and rename it, so that a kill leaves no incomplete folder.
         fresh = self.folder.with_name(f"{self.folder.name}.new")
         await stop_orphans(fresh, "postgres", ())
         shutil.rmtree(fresh, ignore_errors=True)
@@ -164,13 +164,13 @@ class PostgresServer:
         initdb = Child("initdb", argv, log=self._log, cwd=fresh, user=user)
         await run_to_end(initdb, _INITDB_LIMIT)
         if self._durable:
-            # initdb's own sync asks for every file, one by one; one sync of all is as good.
+            # initdb itself would sync the files one by one; one sync of all is as good.
             os.sync()
         try:
             fresh.rename(self.folder)
         except OSError as error:
             raise LocalServerError(
-                f"{self.folder} is no data folder of PostgreSQL: {error}"
+                f"{self.folder} is not a data folder of PostgreSQL: {error}"
             ) from None
 
     async def _run(self, binaries: Path, user: pwd.struct_passwd | None, port: int) -> None:
@@ -184,7 +184,7 @@ class PostgresServer:
             log=self._log,
             cwd=self.folder,
             user=user,
-            # Its own children end when it does.
+            # The postmaster ends its own children.
             death_signal=signal.SIGINT,
         )
         self._child = child
@@ -205,16 +205,16 @@ class PostgresServer:
                 found = await (await connection.execute(pid_file)).fetchone()
         except psycopg.Error:
             return False
-        # Another server may have the port; ours will then end with its own words.
+        # Another server may have the port; ours then ends with an error in its log.
         return found == (self.child.pid,)
 
 
 def _path_for(user: pwd.struct_passwd | None, folder: Path) -> Path:
     """Return a path of the working directory `folder` that `user` can use.
 
-    If other users may not enter the folders above it, this is the kernel's link to the working
-    directory, which leads past them. It is not used otherwise, because the initdb of PostgreSQL 15
-    and earlier changes its working directory.
+    If other users may not enter the folders above it, and we must not change their permissions,
+    this is the kernel's link to the working directory. It is not used otherwise, because the
+    initdb of PostgreSQL 15 and earlier changes its working directory.
     """
     if user is None or all_may_enter(folder.parent):
         return folder

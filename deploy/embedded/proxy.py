@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can refuse, hang, lag and cut: what a network does to its users."""
+"""A TCP proxy on loopback that simulates network faults: refuse, hang, lag and cut."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _BACKLOG: Final = 512
 
 
 class TcpProxy:
-    """Passes everything on to a port on loopback, until it is told otherwise."""
+    """Forwards all bytes to a port on loopback, until a fault is set."""
 
     def __init__(self, target: Callable[[], int], tls: ssl.SSLContext | None = None) -> None:
-        """`target` returns the port to connect to: it is asked at every connection.
+        """`target` returns the port to connect to, and is called for every connection.
 
-        `tls`: what a server with TLS shows; what is passed on is plain.
+        With `tls` the proxy accepts TLS, and forwards the decrypted bytes.
         """
         self._tls = tls
-        # Seconds by which everything comes later.
+        # The delay of all bytes, in seconds.
         self._lag_s = 0.0
         self._target = target
         self._socket = socket.socket()
@@ -40,15 +40,15 @@ class TcpProxy:
     async def __aenter__(self) -> Self:
         """Listen on a free port."""
         self._socket.setblocking(False)
-        # Its own old connections are no reason not to listen again.
+        # So that its own old connections do not keep it from listening again.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # By its number: a port that the system picks is given up whenever nobody listens (Linux).
+        # Bind a number: Linux releases a port that it picked itself whenever nobody listens.
         self._socket.bind((LOOPBACK, free_port()))
         self.heal()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Cut everything and free the port."""
+        """Cut all connections and free the port."""
         self.refuse()
         await asyncio.gather(*self._pairs, return_exceptions=True)
         self._socket.close()
@@ -58,27 +58,27 @@ class TcpProxy:
         if self._accepting is not None:
             self._accepting.cancel()
             self._accepting = None
-            # Listens no more, and keeps the port: nobody else can take it meanwhile.
+            # Stop listening, but keep the port, so that no other process can take it.
             self._socket.shutdown(socket.SHUT_RDWR)
         self.cut()
 
     def hang(self) -> None:
-        """Pass not a byte more, and close nothing; new connections are made, and as silent."""
+        """Forward no more bytes, but close no connection. New connections hang too."""
         self._open.clear()
 
     def lag(self, seconds: float) -> None:
-        """Pass everything on, later by this."""
+        """Forward all bytes with this delay."""
         self._lag_s = seconds
 
     def cut(self) -> None:
-        """Cut every connection there is; what was on its way is gone."""
+        """Cut every open connection. Bytes in transit are lost."""
         for task, writers in self._pairs.items():
             for writer in writers:
                 writer.transport.abort()
             task.cancel()
 
     def heal(self) -> None:
-        """Pass everything on at once again, also what was held back by a `hang`."""
+        """Forward all bytes at once again, including those that `hang` held back."""
         self._lag_s = 0.0
         self._open.set()
         if self._accepting is None:
@@ -97,10 +97,10 @@ class TcpProxy:
     async def _serve(self, accepted: socket.socket) -> None:
         task = asyncio.current_task()
         if task is None:
-            raise RuntimeError("this runs as a task")
+            raise RuntimeError("_serve must run as a task")
         writers = self._pairs[task]
         try:
-            # Owns the socket from here on.
+            # The transport owns the socket from here on.
             near_reader, near = await self._near(accepted)
             writers.append(near)
             await self._open.wait()
@@ -110,7 +110,7 @@ class TcpProxy:
                 both.create_task(self._pump(near_reader, far))
                 both.create_task(self._pump(far_reader, near))
         except* OSError:
-            pass  # the other side is gone: so are we, for this one
+            pass  # one side closed the connection, so the other is closed as well
         finally:
             for writer in writers:
                 writer.close()
@@ -133,7 +133,7 @@ class TcpProxy:
             await self._open.wait()
             writer.write(data)
             await writer.drain()
-        # What was written is on its way before the end is.
+        # Forward the end of the stream after the bytes.
         if writer.can_write_eof():
             writer.write_eof()
         else:

@@ -1,4 +1,4 @@
-"""The development inbox's record: what the SMTP side saw, one JSON line a mail."""
+"""The record of the development inbox: one JSON line for each mail that it received."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outbox_server.shared.audit.replay import least_gap, most_in_window
 RECORD: Final = "record.jsonl"
 # A file beside the record.
 _RECEIVER_ID: Final = "receiver_id"
-# In the headers alone; a folded one has its value on the next line.
+# For searches in headers only. The value of a folded header is on the next line.
 MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S[^\r\n]*?)\s*$")
 
 
@@ -26,16 +26,16 @@ MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S[^\r\n]*?)\s*$")
 class ReceivedMail:
     """One mail as the inbox received it. Times are seconds since 1970.
 
-    `started_at` is at MAIL FROM, `received_at` when the body had ended and before the reply: both
-    lie inside the time that the sending side counts as the send. So a gap or window seen here is
-    never narrower than the sender's own.
+    `started_at` is the time of MAIL FROM, `received_at` the time between the end of the body and
+    the reply. Both lie within the send as the sender measures it. So a gap seen here is never
+    shorter than the sender's own.
     """
 
     started_at: float
     received_at: float
     mail_from: str
     rcpt_tos: tuple[str, ...]
-    # As in the header, with its angle brackets; empty: the mail has none.
+    # As in the header, with angle brackets. Empty means that the mail has none.
     message_id: str
     bytes: int
     # The mail's file name in the Maildir's `new`.
@@ -43,10 +43,10 @@ class ReceivedMail:
 
 
 class RecordFile:
-    """Appends mails to a record: kill -9 loses none of them, the death of the machine may."""
+    """Appends mails to a record. A kill -9 loses none of them; a crash of the machine may."""
 
     def __init__(self, path: Path) -> None:
-        """Open the record to append; a line that a crash of the machine cut off is dropped."""
+        """Open the record to append. A last line that a crash cut off is dropped."""
         self._file: BinaryIO = path.open("ab+", buffering=0)
         self._file.seek(0)
         kept = self._file.read().rfind(b"\n") + 1
@@ -62,9 +62,9 @@ class RecordFile:
 
 
 def read_record(path: Path) -> list[ReceivedMail]:
-    """Return the mails of a record in the order of their arrival; none if there is no file yet.
+    """Return the mails of a record in the order of their arrival; none if the file is missing.
 
-    May be called while the inbox writes: a last line without its end is left out.
+    It may be called while the inbox writes: an incomplete last line is left out.
     """
     try:
         return list(iterate_record(path))
@@ -73,11 +73,11 @@ def read_record(path: Path) -> list[ReceivedMail]:
 
 
 def iterate_record(path: Path) -> Iterator[ReceivedMail]:
-    """Return the mails of a record, however long, in the order of their arrival.
+    """Yield the mails of a record of any length, in the order of their arrival.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no record.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a record.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -87,14 +87,14 @@ def iterate_record(path: Path) -> Iterator[ReceivedMail]:
                 mail = json.loads(line)
                 yield ReceivedMail(**mail | {"rcpt_tos": tuple(mail["rcpt_tos"])})
             except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number} is not a mail's record") from None
+                raise ValueError(f"{path}, line {number}: not the record of a mail") from None
 
 
 def message_ids_in(maildir: Path) -> Iterator[str]:
-    """Return the Message-ID of every mail in `new` and `cur`; empty for one that has none.
+    """Yield the Message-ID of every mail in `new` and `cur`, or "" for a mail without one.
 
     Raises:
-        FileNotFoundError: there is no Maildir.
+        FileNotFoundError: the Maildir does not exist.
     """
     for folder in (maildir / "new", maildir / "cur"):
         for entry in os.scandir(folder):
@@ -117,7 +117,7 @@ def receiver_id_of(folder: Path) -> str | None:
 
 
 def ensure_receiver_id(folder: Path) -> str:
-    """Return the same; a new one is stored if there is none."""
+    """Return the receiver id of a folder, and store a new one if it has none."""
     known = receiver_id_of(folder)
     if known is not None:
         return known
@@ -130,7 +130,7 @@ def ensure_receiver_id(folder: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class KeptMails:
-    """The mails that a server kept, for an audit: in a record with times, or in a Maildir.
+    """The mails that a server received, for an audit: a record with times, or a Maildir.
 
     The Maildir is not read if there is a record.
     """
@@ -140,16 +140,16 @@ class KeptMails:
 
     @property
     def receiver_id(self) -> str | None:
-        """The text in each of the server's replies to a mail; None: unknown."""
+        """The text in each of the server's replies to a mail; None if it is unknown."""
         folder = self.maildir if self.record is None else self.record.parent
         return None if folder is None else receiver_id_of(folder)
 
     def message_ids(self) -> Iterator[str]:
-        """Return the Message-ID of every mail.
+        """Yield the Message-ID of every mail.
 
         Raises:
-            FileNotFoundError: there is no such file or folder.
-            ValueError: it is no record.
+            FileNotFoundError: the file or folder does not exist.
+            ValueError: the file is not a record.
         """
         if self.record is not None:
             yield from (mail.message_id for mail in iterate_record(self.record))
@@ -157,7 +157,7 @@ class KeptMails:
             yield from message_ids_in(self.maildir)
 
     def sends(self) -> Iterator[tuple[str, float, float]] | None:
-        """Return (Message-ID, start, end) of every mail; None: only a record has times."""
+        """Return (Message-ID, start, end) of every mail; None for a Maildir, which has no times."""
         if self.record is None:
             return None
         mails = iterate_record(self.record)
@@ -173,7 +173,7 @@ def by_sender(mails: Iterable[ReceivedMail]) -> dict[str, list[ReceivedMail]]:
 
 
 def least_gap_s(mails: Iterable[ReceivedMail]) -> float | None:
-    """Return the least gap of any sender, in seconds; None: no sender sent twice."""
+    """Return the least gap of any sender, in seconds; None if no sender sent twice."""
     gaps = (
         least_gap((mail.started_at, mail.received_at) for mail in sent)
         for sent in by_sender(mails).values()
@@ -182,7 +182,7 @@ def least_gap_s(mails: Iterable[ReceivedMail]) -> float | None:
 
 
 def most_in_any_window(mails: Iterable[ReceivedMail], window_s: float) -> dict[str, int]:
-    """Return the most mails of each sender in any trailing window of so many seconds."""
+    """Return the most mails of each sender in any trailing window of `window_s` seconds."""
     return {
         sender: most_in_window((mail.received_at for mail in sent), window_s)
         for sender, sent in by_sender(mails).items()

@@ -1,4 +1,4 @@
-"""One of Outbox's own services as a child process of the embedded stack."""
+"""Runs one of Outbox's own services as a child process of the embedded stack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outbox_server.deploy.embedded.child import Child
 from outbox_server.shared.settings import Settings, format_duration
 
-# Python alone takes a second to import a service, and several when the machine is busy.
+# Importing a service takes Python a second, and several when the machine is busy.
 _START_LIMIT_S: Final = 60.0
 _CHECK_LIMIT_S: Final = 1.0
 _BESIDE_GRACE_S: Final = 3.0
@@ -25,7 +25,7 @@ _CHANNEL: Final = (
     ("grpc.initial_reconnect_backoff_ms", 20),
     ("grpc.min_reconnect_backoff_ms", 20),
     ("grpc.max_reconnect_backoff_ms", 50),
-    # The process that was there before it was killed had the same address.
+    # Do not reuse the connection to an earlier process with the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )
 # Settings that name a file.
@@ -34,7 +34,7 @@ _PLACE: Final = {"PATH": os.defpath, "LC_ALL": "C.UTF-8"}
 
 
 def environment_of(settings: Settings) -> dict[str, str]:
-    """Return the OUTBOX_* variables that say what is set in `settings`, and no default.
+    """Return the OUTBOX_* variables of the values that are set in `settings`, without defaults.
 
     The services run in another folder, so paths are made absolute.
     """
@@ -63,7 +63,7 @@ class Service:
         log: Path,
         grace: timedelta,
     ) -> None:
-        """`title` is for people; `grace` is how long the service itself takes to drain."""
+        """`title` is for people; `grace` is the time that the service may take to drain."""
         self.title = title
         self.name = name
         self.address = address
@@ -74,24 +74,24 @@ class Service:
         self.child = self._child_at(address)
 
     def move(self, address: str) -> None:
-        """Listen elsewhere from the next start on; it must not run now."""
+        """Use another address from the next start on. The service must not be running."""
         self.address = address
         self.child = self._child_at(address)
 
     def begin_with(self, more: Mapping[str, str]) -> None:
-        """Have these variables too, and no others of an earlier call, from the next start on."""
+        """Add these variables from the next start on, in place of those of an earlier call."""
         self.child.environment = self._environment_at(self.address) | dict(more)
 
     def begin_log(self) -> None:
-        """Keep what was logged so far beside, as `.log.1`, so that logs do not grow for ever."""
+        """Rename the current log to `.log.1`, so that logs do not grow for ever."""
         if self._log.exists():
             self._log.replace(self._log.with_name(f"{self._log.name}.1"))
 
     async def start(self) -> None:
-        """Start; returns when health says SERVING.
+        """Start, and return when health reports SERVING.
 
         Raises:
-            LocalServerError: it did not; nothing is left running, the text quotes its log.
+            LocalServerError: it did not start; nothing is left running, the text quotes its log.
         """
         self.child.start()
         try:
@@ -101,7 +101,7 @@ class Service:
             raise
 
     async def stop(self) -> None:
-        """Drain and stop, within the grace and a little more."""
+        """Drain and stop, within the grace period and a few seconds more."""
         await self.child.stop((signal.SIGTERM, self._grace_s + _BESIDE_GRACE_S))
 
     def _child_at(self, address: str) -> Child:
@@ -117,8 +117,8 @@ class Service:
         return {**self._variables, f"OUTBOX_{self.name.upper()}_LISTEN": address}
 
     async def serving(self) -> bool:
-        """Return whether health says SERVING."""
-        # Not grpc.aio: its thread would be inside grpc whenever a later child is forked.
+        """Return whether health reports SERVING."""
+        # Not grpc.aio: its thread would be running inside grpc when a later child is forked.
         return await asyncio.to_thread(_serves, self.address)
 
 

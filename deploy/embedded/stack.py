@@ -1,4 +1,4 @@
-"""The servers that the embedded stack stands on, in one folder, for one holder at a time."""
+"""The servers of the embedded stack, in one folder that one process uses at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from outbox_server.shared.errors import OutboxError
 
 
 class FolderInUseError(OutboxError):
-    """Another process holds the stack's folder."""
+    """Another process uses the stack's folder."""
 
     default_reason = "FOLDER_IN_USE"
 
@@ -27,9 +27,9 @@ class FolderInUseError(OutboxError):
 class Servers:
     """PostgreSQL, Valkey and the development inbox, running while the context is open.
 
-    A simulated mail provider can take the inbox's place; its mails go to the same Maildir.
-    The folder holds `postgres/`, `valkey/`, `inbox/`, `logs/` and a lock that dies with its
-    holder. The servers die with the thread that opened the context, even at kill -9.
+    A simulated mail provider can replace the inbox; its mails go to the same Maildir.
+    The folder contains `postgres/`, `valkey/`, `inbox/`, `logs/` and a lock that ends with its
+    process. The servers end with the thread that opened the context, even at a kill -9.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Servers:
         inbox: bool = True,
         provider: Profile | None = None,
     ) -> None:
-        """Take the folder, made if missing, and ports, or None for free ones.
+        """Take the folder, created if missing, and ports; None means a free port.
 
-        Not `durable`: PostgreSQL does without fsync, for tests. With a `provider` there is no
+        If not `durable`, PostgreSQL runs without fsync, for tests. With a `provider` there is no
         inbox.
         """
         self.folder = folder.resolve()
@@ -66,34 +66,34 @@ class Servers:
 
     @property
     def database_url(self) -> str:
-        """For OUTBOX_DATABASE_URL."""
+        """The value for OUTBOX_DATABASE_URL."""
         return self.postgres.url()
 
     @property
     def redis_url(self) -> str:
-        """For OUTBOX_REDIS_URL."""
+        """The value for OUTBOX_REDIS_URL."""
         return self.valkey.url
 
     @property
     def smtp_url(self) -> str:
-        """For OUTBOX_SMTP_URL."""
+        """The value for OUTBOX_SMTP_URL."""
         return self._inbox().url if self.provider is None else self.provider.url
 
     @property
     def maildir(self) -> Path:
-        """Where the inbox, or the provider, stores its mails."""
+        """The Maildir of the inbox or the provider."""
         return self._inbox().maildir if self.provider is None else self.provider.store.maildir
 
     @property
     def record(self) -> Path:
-        """The record of the inbox, or of the provider, for `read_record`."""
+        """The record of the inbox or the provider, for `read_record`."""
         return self._inbox().record if self.provider is None else self.provider.store.record
 
     async def __aenter__(self) -> Self:
-        """Start everything; role and database `outbox` exist afterwards.
+        """Start everything, and create the role and the database `outbox` if missing.
 
         Raises:
-            FolderInUseError: another process holds the folder.
+            FolderInUseError: another process uses the folder.
             LocalServerError: a server did not start; nothing is left running.
         """
         async with AsyncExitStack() as stack:
@@ -122,11 +122,11 @@ class Servers:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop the servers, in at most some 20 s, and free the folder."""
+        """Stop the servers, in at most about 20 s, and release the folder."""
         await self._open.aclose()
 
     async def watch(self) -> None:
-        """Return never.
+        """Wait until a server ends.
 
         Raises:
             LocalServerError: a server ended by itself; the text quotes its log.
@@ -160,7 +160,7 @@ def _lock(folder: Path) -> TextIO:
         holder = file.read().strip() or "?"
         file.close()
         raise FolderInUseError(
-            f"{folder} is in use by process {holder}: stop it first, or take another folder",
+            f"{folder} is in use by process {holder}: stop it first, or use another folder",
             metadata={"folder": str(folder), "pid": holder},
         ) from None
     file.truncate(0)

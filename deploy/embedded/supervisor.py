@@ -1,4 +1,4 @@
-"""The whole system on one machine: embedded servers, migrated, and our services, kept running."""
+"""Runs the whole system on one machine: embedded servers and our services. Restarts dead ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings
 
-# What `up` waits for a send in flight when it stops; OUTBOX_SHUTDOWN_GRACE, if set, goes before.
+# How long `up` waits for a send in flight when it stops, unless OUTBOX_SHUTDOWN_GRACE is set.
 _GRACE: Final = timedelta(seconds=5)
-# A service that cannot start shall not take the machine with it.
+# The pauses between restarts grow, so that a service that cannot start does not use the whole CPU.
 _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
 _SERVER_PORTS: Final = {"postgres": 5432, "redis": 6379, "smtp": 1025}
@@ -29,7 +29,7 @@ _SERVICE_PORTS: Final = {"scheduler": 50051, "dispatcher": 50052, "stats": 50053
 _PORT_TRIES: Final = 5
 
 
-class _Kept(Protocol):
+class _Restartable(Protocol):
     """A server or service that can be started again."""
 
     @property
@@ -37,14 +37,14 @@ class _Kept(Protocol):
         """Its process."""
 
     async def start(self) -> None:
-        """Start it; returns when it is ready."""
+        """Start it, and return when it is ready."""
 
 
 class LocalSystem:
     """Servers and services in one folder, running while the context is open.
 
-    What ends by itself is started again, and `say` is told. All of them die with this process,
-    even at kill -9.
+    A process that ends by itself is started again and reported to `say`. All processes end with
+    this one, even at a kill -9.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class LocalSystem:
         default_ports: bool = True,
         say: Callable[[str], None],
     ) -> None:
-        """Take `settings`, of which everything counts but addresses, and what tells the user.
+        """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
 
-        `smtp_url` gets all mail, in place of the inbox; so does a simulated `provider`. `through`
-        are OUTBOX_* variables that lead the services to the servers by a way of the caller's.
-        `default_ports`: each port is the usual one where that is free; else all are any free ones.
+        `smtp_url` or a simulated `provider` gets all mail instead of the inbox. `through` has
+        OUTBOX_* variables by which services reach the servers, such as proxies. With
+        `default_ports` each port is the usual one if that is free; otherwise all are any free ones.
         """
-        # What keeps other stacks off the usual ports of the servers, from now until the end.
+        # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
-        # None is a free one, and another one if another program takes it meanwhile.
+        # None means a free port, and another one if another program takes it meanwhile.
         ports = {
             name: port if default_ports and self._claims_port(port) else None
             for name, port in _SERVER_PORTS.items()
@@ -105,16 +105,16 @@ class LocalSystem:
         return True
 
     async def __aenter__(self) -> Self:
-        """Start everything; every service answers SERVING afterwards.
+        """Start everything, and return when every service reports SERVING.
 
         Raises:
-            FolderInUseError: another process holds the folder.
+            FolderInUseError: another process uses the folder.
             LocalServerError: a server or service did not start; nothing is left running.
         """
         async with AsyncExitStack() as stack:
             for claim in self._claims:
                 stack.callback(claim.close)
-            # SQLAlchemy is imported while PostgreSQL starts, in a thread: both take their time.
+            # Import SQLAlchemy in a thread while PostgreSQL starts, because both are slow.
             database = asyncio.to_thread(
                 importlib.import_module, "outbox_server.shared.database.engine"
             )
@@ -159,11 +159,11 @@ class LocalSystem:
 
     @property
     def services(self) -> list[Service]:
-        """Our own services, in the order of their starting."""
+        """Our own services, in the order in which they start."""
         return list(self._services)
 
     async def watch(self) -> None:
-        """Return never, while what ends by itself is started again."""
+        """Wait for ever, while processes that end by themselves are started again."""
         if self._keepers is not None:
             await asyncio.shield(self._keepers)
 
@@ -175,7 +175,7 @@ class LocalSystem:
             for service in self._services:
                 group.create_task(self._keep(service.title, service))
 
-    async def _keep(self, title: str, kept: _Kept) -> None:
+    async def _keep(self, title: str, kept: _Restartable) -> None:
         while True:
             code = await kept.child.wait()
             self._say(f"{title} {describe_end(code)}; starting it again")
@@ -198,7 +198,7 @@ class LocalSystem:
                 given = f"{service.name}_listen" in self._settings.model_fields_set
                 if given or not tries_left or "cannot be bound" not in str(error):
                     raise
-                # Somebody took the port between our look and the start.
+                # Another process took the port between the check and the start.
                 service.move(f"{LOOPBACK}:{free_port()}")
             else:
                 return
@@ -230,15 +230,15 @@ class LocalSystem:
             "OUTBOX_DATABASE_URL": self.servers.database_url,
             "OUTBOX_REDIS_URL": self.servers.redis_url,
             "OUTBOX_SMTP_URL": self._smtp_url or self.servers.smtp_url,
-            # A simulated provider gets all mail too, so that an audit needs its record alone.
+            # A simulated provider gets all mail too, so that its record suffices for an audit.
             "OUTBOX_SMTP_OVERRIDE": "true" if self._smtp_url or self.servers.provider else "false",
             "OUTBOX_ENCRYPTION_KEYS": keys,
-            # Loopback alone, so neither keys nor TLS.
+            # The services listen on loopback only, so they need neither keys nor TLS.
             "OUTBOX_AUTH": "off",
             "OUTBOX_TLS_CERTIFICATE": "",
             "OUTBOX_TLS_KEY": "",
             "OUTBOX_TLS_CLIENT_CA": "",
-            # Whoever tries it out may have a mail server on this machine.
+            # Users who try Outbox may have a mail server on this machine.
             "OUTBOX_SMTP_ALLOW": settings.smtp_allow or "127.0.0.0/8,::1",
             "OUTBOX_SHUTDOWN_GRACE": f"{self._grace().total_seconds()}s",
             **self._trust(),
@@ -272,7 +272,7 @@ class LocalSystem:
         return f"{LOOPBACK}:{free_port(usual)}"
 
     async def _stop_services(self) -> None:
-        # What sends first: the others may still be asked while it ends.
+        # Stop the dispatchers first: the other services stay available meanwhile.
         for sends in (True, False):
             group = [one for one in self._services if (one.name == "dispatcher") == sends]
             await asyncio.gather(*(service.stop() for service in group))

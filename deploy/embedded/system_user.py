@@ -1,4 +1,4 @@
-"""The system user that PostgreSQL runs as when we are root, since it refuses to be root."""
+"""The system user that PostgreSQL runs as when we are root, because it refuses to run as root."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _OPEN: Final = _READ | _TRAVERSE
 
 
 def user_for_postgres(name: str = DEFAULT_USER) -> pwd.struct_passwd | None:
-    """Return the user to run PostgreSQL as, made if it is missing; None: we are not root.
+    """Return the user to run PostgreSQL as, created if missing; None if we are not root.
 
     Raises:
-        LocalServerError: the user is missing and cannot be made.
+        LocalServerError: the user is missing and cannot be created.
     """
     if os.geteuid() != 0:
         return None
@@ -39,7 +39,7 @@ def user_for_postgres(name: str = DEFAULT_USER) -> pwd.struct_passwd | None:
     useradd = shutil.which("useradd", path="/usr/sbin:/usr/bin:/sbin:/bin")
     if useradd is None:
         raise LocalServerError(
-            f"PostgreSQL cannot run as root: make a system user {name}, or run as another user"
+            f"PostgreSQL cannot run as root: create a system user {name}, or run as another user"
         )
     made = subprocess.run(  # noqa: S603 - our own command line
         [useradd, "--system", "--shell", "/bin/sh", "--no-create-home", name],

@@ -1,4 +1,4 @@
-"""What an inbox can be told to do in place of taking a mail: what a bad relay does to its users."""
+"""The faults that an inbox can simulate: the behaviour of bad mail servers."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Final
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.smtp.replies import Phase
 
-# The phases of a session, by what the server has to say in them: `body` is after the 354, while
-# the mail comes; `reply` is the answer to all of it.
+# The phases of a session, by the server's reply in them. `body` is after the 354, while the body
+# arrives; `reply` is the reply to the body.
 PHASES: Final = ("greeting", "ehlo", "auth", "mail", "rcpt", "data", "body", "reply")
-# A server that has them under way shows its trouble to new connections alone.
+# A trouble in these phases affects new connections only.
 OF_CONNECTIONS: Final = frozenset({"greeting", "ehlo", "auth"})
 LONG_LINE: Final = 1_000_000
 
 
 class Way(Enum):
-    """What is done in a phase."""
+    """What the inbox does in a phase."""
 
-    # Says nothing, and keeps the connection. After a body the mail is stored.
+    # Does not reply, and keeps the connection open. After a body the mail is stored.
     HANG = auto()
-    # Closes without a word. After a body the mail is stored: nobody can know.
+    # Closes without a reply. After a body the mail is stored, so the sender is in doubt.
     CLOSE = auto()
-    # Says a text in place of its reply; a 421 closes. After a body the mail is not stored.
+    # Sends a text instead of its reply; a 421 closes. After a body the mail is not stored.
     REFUSE = auto()
-    # Its reply is a line of 1 MB.
+    # Replies with a line of 1 MB.
     LONG = auto()
-    # Every reply comes in pieces of one byte, whatever the phase.
+    # Sends every reply in pieces of one byte, in every phase.
     PIECES = auto()
-    # Replies as a mail provider with a profile does, in every phase.
+    # Replies like a mail provider with a profile, in every phase.
     PROVIDER = auto()
 
 
@@ -45,12 +45,12 @@ class InboxTrouble:
 
     @property
     def for_good(self) -> bool:
-        """Whether the mail is refused so that nobody tries again."""
+        """Whether the mail is permanently refused."""
         return self.way is Way.REFUSE and self.text.startswith("552")
 
     @property
     def of_connections(self) -> bool:
-        """Whether it concerns new connections only."""
+        """Whether it affects new connections only."""
         connections = self.profile.connections if self.profile is not None else None
         return self.phase in OF_CONNECTIONS or (
             connections is not None and connections.refusal.phase is Phase.CONNECT

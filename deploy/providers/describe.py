@@ -47,7 +47,7 @@ def _lines(profile: Profile) -> Iterator[str]:
         yield f"a fully qualified name in EHLO, else: {_short(profile.bad_helo)}"
     if profile.reply_delay_s:
         yield f"replies {_period(profile.reply_delay_s)} after the end of each mail"
-    yield f"{UNKNOWN_PREFIX}...@ is refused for good: {_short(profile.unknown_recipient)}"
+    yield f"{UNKNOWN_PREFIX}...@ is permanently refused: {_short(profile.unknown_recipient)}"
     yield (
         f"{FULL_PREFIX}...@ is refused for {_period(profile.full_for_s)}: "
         f"{_short(profile.full_mailbox)}"

@@ -13,7 +13,7 @@ from outbox_server.deploy.providers.profile import Profile
 from outbox_server.deploy.providers.sasl import Account
 from outbox_server.deploy.providers.server import Provider
 
-# The one account. It is no secret: the server listens on loopback, and delivers nothing.
+# The only account. It is not secret: the server listens on loopback, and delivers nothing.
 USER: Final = "outbox"
 PASSWORD: Final = "outbox"  # noqa: S105
 # A new certificate is made at each start.
@@ -30,7 +30,7 @@ class EmbeddedProvider:
 
     @property
     def url(self) -> str:
-        """For OUTBOX_SMTP_URL."""
+        """The value for OUTBOX_SMTP_URL."""
         return self.server.url(USER if self.server.profile.requires_auth else "")
 
 

@@ -132,7 +132,7 @@ class Session:
         elif argument:
             self._speaker.error(501, "5.5.4", "Syntax: STARTTLS")
         elif self._wire.has_input:
-            # RFC 3207, 6: what was sent in clear must not be taken for sent under TLS.
+            # RFC 3207, 6: bytes that were sent without TLS must not be taken for encrypted ones.
             self._speaker.error(
                 454, "4.5.0",
                 "SMTP protocol violation, no commands allowed to pipeline after STARTTLS, "

@@ -60,7 +60,7 @@ class Tally:
         self.mails: deque[AcceptedMail] = deque(maxlen=MOST_MAILS)
         # By the first line of the reply.
         self.refusals: Counter[str] = Counter()
-        # Mails that were refused for good; for refusals at RCPT, recipients.
+        # Mails that were permanently refused; for refusals at RCPT, recipients.
         self.refused_for_good = 0
         self.helo_names: Counter[str] = Counter()
         self.endings: Counter[str] = Counter()

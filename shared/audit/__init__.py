@@ -1,5 +1,5 @@
-"""The audit: compares what was sent with what was promised.
+"""The audit: compares the mails that were sent with the promises of Outbox.
 
-`installation` audits a whole installation, and `report` says which promises were broken; `sender`
-audits one sender. `replay` and `jobs` judge and are pure. All SQL is in `storage`.
+`installation` audits a whole installation, and `report` lists the broken promises. `sender` audits
+one sender. `replay` and `jobs` do the comparison and are pure. All SQL is in `storage`.
 """

@@ -1,4 +1,4 @@
-"""Audits a whole installation: reads PostgreSQL and what the SMTP side kept, and compares both."""
+"""Audits a whole installation: compares PostgreSQL with the mails that the SMTP side received."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _EXAMPLES: Final = 5
 
 
 class SmtpSide(Protocol):
-    """The mails that a receiving server kept."""
+    """The mails that a receiving server has stored."""
 
     @property
     def receiver_id(self) -> str | None:
         """The text that the server puts in each reply to a mail that it accepts.
 
-        What has another reply went to another server. None: the server has no such text, and is
-        taken to have received everything that was sent.
+        A mail with another reply went to another server. None means that the server has no such
+        text; then it is assumed to have received all mail.
         """
 
     def message_ids(self) -> Iterable[str]:
         """Return the Message-ID of every mail.
 
         Raises:
-            FileNotFoundError: there is no such file or folder.
-            ValueError: it is no record.
+            FileNotFoundError: the file or folder does not exist.
+            ValueError: the file is not a record.
         """
 
     def sends(self) -> Iterable[tuple[str, float, float]] | None:
-        """Return (Message-ID, start, end) of every mail by the ends; None: no times were kept.
+        """Return (Message-ID, start, end) of every mail, ordered by end; None without times.
 
         Times are seconds since 1970.
         """
@@ -48,9 +48,9 @@ class SmtpSide(Protocol):
 
 @dataclass
 class JobFindings:
-    """What the jobs, their attempts and the copies of their mails come to."""
+    """The result of comparing jobs with their attempts and the copies of their mails."""
 
-    # None: nobody looked at the SMTP side.
+    # Number of mails on the SMTP side. None means that the SMTP side was not read.
     seen: int | None = None
     lost: int = 0
     duplicates: int = 0
@@ -59,42 +59,42 @@ class JobFindings:
     # Mails of jobs that PostgreSQL does not know.
     unknown: int = 0
     contradictions: int = 0
-    # Jobs that were sent to another server than the one looked at, and their senders.
+    # Jobs that were sent to a server other than the audited one, and their senders.
     elsewhere: int = 0
     senders_elsewhere: set[int] = field(default_factory=set)
-    # What was found of some of them, for people.
+    # A few of the findings, for people.
     examples: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Keep a few of the findings."""
+        """Add a finding to the examples, up to a few."""
         if len(self.examples) < _EXAMPLES:
             self.examples.append(text)
 
 
 @dataclass
 class Findings:
-    """All that an audit found; `shared.audit.report` says what of it breaks a promise."""
+    """The findings of an audit; `shared.audit.report` decides which of them break a promise."""
 
     senders: dict[int, AuditedSender]
     totals: Totals
     stats_mismatch: int
     jobs: JobFindings
-    # By sender: as PostgreSQL recorded the sends; as the SMTP side saw them, if it kept times.
+    # By sender: the sends that PostgreSQL recorded, and those that the SMTP side saw, with times.
     recorded: dict[int, Replay]
     seen: dict[int, Replay] | None
 
 
 async def audit_installation(settings: Settings, smtp_side: SmtpSide | None) -> Findings:
-    """Audit the installation of `settings`, of which window, gap and lease count too.
+    """Audit the installation of `settings`, against their window, gap and lease.
 
-    Without an `smtp_side`, all is judged by PostgreSQL alone.
+    Without an `smtp_side`, only the data in PostgreSQL is checked.
 
     Raises:
-        FileNotFoundError: the SMTP side's file or folder is not there.
-        ValueError: it is no record.
-        sqlalchemy.exc.SQLAlchemyError: PostgreSQL is gone, or has no schema.
+        FileNotFoundError: the file or folder of the SMTP side does not exist.
+        ValueError: the file is not a record.
+        sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or has no schema.
     """
-    # An audit of a large installation takes its time.
+    # The audit of a large installation takes long.
     engine = create_engine(settings, patient=True)
     try:
         async with snapshot(engine) as connection:
@@ -110,7 +110,7 @@ async def _audit(
     totals = await storage.read_totals(connection)
     installation = await storage.installation_id(connection) or ""
     sender_of = array("q", bytes(8 * (totals.highest_job_id + 1)))
-    # The SMTP side after the snapshot: of a job that was SENT by then it has the mail.
+    # Read the SMTP side after the snapshot, so that it has the mail of every job that is SENT.
     copies = None if smtp_side is None else _copies(smtp_side, installation, totals)
     receiver_id = None if smtp_side is None else smtp_side.receiver_id
     jobs = await _jobs(connection, copies, receiver_id, sender_of)
@@ -162,10 +162,10 @@ async def _jobs(
             found.elsewhere += 1
             found.senders_elsewhere.add(sender_id)
         if delivery.lost:
-            found.note(f"job {job.job_id} was sent, and the SMTP side never saw it")
+            found.note(f"job {job.job_id} was sent, but the SMTP side never saw it")
         if delivery.unexplained:
             sent = f"{job.sent} sent, {job.doubtful} in doubt"
-            copies_seen = "" if came is None else f"came {came} times, with "
+            copies_seen = "" if came is None else f"arrived {came} times, with "
             found.note(f"job {job.job_id} ({job.state.name}) {copies_seen}attempts: {sent}")
         contradiction = contradiction_of(job)
         if contradiction:
@@ -180,7 +180,7 @@ async def _jobs(
 
 
 class _Replays:
-    """One replay a sender, made at its first send."""
+    """One replay per sender, created at its first send."""
 
     def __init__(self, senders: dict[int, AuditedSender], settings: Settings) -> None:
         self._senders = senders

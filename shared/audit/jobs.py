@@ -10,20 +10,20 @@ from typing import Final
 
 from outbox_server.shared.states import FINAL_STATES, JobState
 
-# The numbers that an array of 16 bits can hold.
+# The number of different values in an array of 16-bit numbers.
 _NAMES: Final = 65_536
 
 
 def sent_twice(message_ids: Iterable[str]) -> dict[str, int]:
-    """Return how often each Message-ID came, for those that came more than once."""
+    """Return how often each Message-ID arrived, for those that arrived more than once."""
     return {name: times for name, times in Counter(message_ids).items() if times > 1}
 
 
 class Copies:
-    """How often the mail of each job came: three bytes a job, for the ids of jobs are dense."""
+    """The number of copies of each job's mail. Takes three bytes per job, as job ids are dense."""
 
     def __init__(self, highest_job_id: int) -> None:
-        """Take the highest id that there is: what is said to be beyond it is not counted."""
+        """Take the highest job id. Mails with a higher one are not counted."""
         self._times = bytearray(highest_job_id + 1)
         self._names = array("H", bytes(2 * (highest_job_id + 1)))
         self._known: dict[str, int] = {}
@@ -34,7 +34,7 @@ class Copies:
         """Count one copy of a job's mail."""
         if job_id >= len(self._times):
             return
-        # What follows the job's own number is that of a domain: there are few of them.
+        # The rest of the Message-ID depends only on the domain, so there are few values.
         rest = message_id.replace(str(job_id), "", 1)
         name = self._known.setdefault(rest, len(self._known) % _NAMES)
         if self._times[job_id] and self._names[job_id] != name:
@@ -43,71 +43,71 @@ class Copies:
         self._times[job_id] = min(self._times[job_id] + 1, 255)
 
     def of(self, job_id: int) -> int:
-        """Return how many copies came; 255 stands for more."""
+        """Return how many copies arrived; 255 means 255 or more."""
         return self._times[job_id] if job_id < len(self._times) else 0
 
     def jobs(self) -> Iterator[int]:
-        """Return the jobs whose mail came."""
+        """Return the jobs whose mail arrived."""
         return (job_id for job_id, times in enumerate(self._times) if times)
 
 
 @dataclass(frozen=True, slots=True)
 class JobTrace:
-    """What PostgreSQL says of one job: its state, and its attempts in numbers."""
+    """One job in PostgreSQL: its state, and numbers about its attempts."""
 
     job_id: int
     state: JobState
     # The number of its newest attempt, and of the newest that was recorded.
     attempt: int
     recorded: int
-    # Attempts that SMTP answered with 250.
+    # Number of attempts that got a 250.
     sent: int
-    # Those of them whose reply shows that the audited SMTP side accepted the mail.
+    # Number of those whose reply shows that the audited SMTP side accepted the mail.
     sent_to_smtp_side: int
-    # Attempts of which nobody knows whether they sent it.
+    # Number of attempts whose outcome is unknown (in doubt, or the lease expired).
     doubtful: int
-    # An attempt began after the job had reached its final state.
+    # Whether an attempt began after the job had reached its final state.
     began_after_end: bool
 
 
 def contradiction_of(job: JobTrace) -> str | None:
-    """Return what cannot be true of a job at once; None: all of it can."""
-    # A batch is cancelled as a whole, at one instant. What was SENDING by then ends as SENT or, if
-    # its attempt fails, as CANCELLED from that instant on: the attempt may be the younger one.
+    """Return the contradiction in a job's data; None if there is none."""
+    # A batch is cancelled at one instant. A job that was SENDING then ends as SENT or, if its
+    # attempt fails, as CANCELLED with that instant. So its attempt may have begun later.
     if job.began_after_end and job.state is not JobState.CANCELLED:
         return f"an attempt began after it was {job.state.name}"
     if job.recorded > job.attempt:
-        return f"it has attempt {job.recorded}, and counts {job.attempt}"
+        return f"it has attempt {job.recorded}, but its attempt count is {job.attempt}"
     if job.sent and job.state is not JobState.SENT:
-        return f"it was sent, and is {job.state.name}"
-    # A caller may have said of one in doubt that it was sent.
+        return f"it was sent, but is {job.state.name}"
+    # A caller may have decided that a job in doubt was sent.
     if job.state is JobState.SENT and not job.sent and not job.doubtful:
-        return "it is SENT, and no attempt sent it"
+        return "it is SENT, but no attempt sent it"
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the copies of a job's mail and its attempts show together."""
+    """The result of comparing the copies of a job's mail with its attempts."""
 
-    # The SMTP side accepted the mail, and has no copy of it.
+    # The SMTP side accepted the mail, but has no copy of it.
     lost: bool
-    # Copies beyond the first; and those of them that no attempt in doubt explains.
+    # Number of copies after the first, and of those that no attempt in doubt explains.
     duplicates: int
     unexplained: int
-    # Recorded sends to a server that nobody looked at: PostgreSQL alone judges them.
+    # Number of recorded sends to servers that are not audited.
     elsewhere: int = 0
 
 
 def delivery_of(job: JobTrace, copies: int | None) -> Delivery:
-    """Compare a job with the `copies` of it that the SMTP side saw; None: nobody looked there."""
-    # A second recorded send explains nothing: it is the fault itself.
+    """Compare a job with the copies on the SMTP side; `copies` is None if that was not read."""
+    # A second recorded send is no explanation: it is the fault itself.
     sent_again = max(0, job.sent - 1)
     if copies is None:
         return Delivery(lost=False, duplicates=sent_again, unexplained=sent_again)
-    # An open one may have been sent since PostgreSQL was read.
+    # An open job may have been sent since PostgreSQL was read.
     unrecorded = job.doubtful + (job.state not in FINAL_STATES)
-    # A copy that only a send without a known reply explains shows that this send came here too.
+    # Copies beyond these must come from sends whose reply does not name the SMTP side.
     came_unknown = max(0, copies - job.sent_to_smtp_side - unrecorded)
     elsewhere = max(0, job.sent - job.sent_to_smtp_side - came_unknown)
     return Delivery(

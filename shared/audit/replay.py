@@ -1,12 +1,12 @@
-"""Gaps and windows of the sends of one sender, from their start and end times.
+"""Computes the gaps and windows of one sender's sends from their start and end times.
 
 Pure arithmetic. Times are numbers in one unit of the caller's choice: ints of microseconds are
-exact; floats of seconds since 1970 are good to 0.3 us.
+exact; floats of seconds since 1970 are exact to 0.3 us.
 
 The limits of a sender are implemented here, in look.lua (which decides), simulation.py (forecast)
 and queue_model.py (tests), and named in explaining.py: sender_limits.py has the list. The replay
-judges what the attempts alone prove.
-Without Limit.IN_FLIGHT: no promise of the audit; with a gap, two at once show as a negative gap.
+checks only the limits that the attempts can prove.
+Without Limit.IN_FLIGHT: not audited; with a gap, two sends at once show as a negative gap.
 Without Limit.PAUSE: when a sender was paused is not stored.
 Without Limit.SENDING_HOURS: the sending hours of the past are not stored.
 Without Limit.COOLDOWN: the cooldowns of the past are not stored.
@@ -27,9 +27,10 @@ Time = TypeVar("Time", int, float)
 def least_gap(sends: Iterable[tuple[Time, Time]]) -> Time | None:
     """Return the least time from the end of a send of one sender to the start of its next.
 
-    `sends` are (start, end), in any order. Negative: two overlapped. None: fewer than two sends.
+    `sends` are (start, end), in any order. A negative result means that two sends overlapped, None
+    that there were fewer than two sends.
     """
-    # Neighbours will do: a send that outlasts its next has its least gap, a negative one, to that.
+    # Neighbours suffice: a send that outlasts the next one has its least gap (negative) to that.
     neighbours = pairwise(sorted(sends))
     return min((start - end for (_, end), (start, _) in neighbours), default=None)
 
@@ -37,7 +38,7 @@ def least_gap(sends: Iterable[tuple[Time, Time]]) -> Time | None:
 def most_in_window(ends: Iterable[Time], window: Time) -> int:
     """Return the most sends of one sender whose ends lie in one trailing window.
 
-    At the instant t the window is (t - window, t]: an end has left it exactly `window` later.
+    At the instant t the window is (t - window, t]: an end leaves it exactly `window` later.
     """
     inside: deque[Time] = deque()
     most = 0
@@ -50,10 +51,10 @@ def most_in_window(ends: Iterable[Time], window: Time) -> int:
 
 
 class Replay:
-    """The sends of one sender, given in the order of their ends; holds no more than a window's.
+    """Replays the sends of one sender, in the order of their ends, with the memory of one window.
 
-    Times are seconds. With `since`, what started earlier is not judged, for other limits may have
-    held then; in a later send's gap and window it counts all the same.
+    Times are seconds. Sends that started before `since` are not judged, because other limits may
+    have been valid then. They still count in the gap and window of later sends.
     """
 
     def __init__(self, window: float, limit: int, since: float | None = None) -> None:
@@ -64,14 +65,14 @@ class Replay:
         self._last_end: float | None = None
         self.sends = 0
         self.judged = 0
-        # Equal to `least_gap` of all; where sends overlap, negative like that.
+        # Equal to the function `least_gap` of these sends; if sends overlap, both are negative.
         self.least_gap: float | None = None
         self.most_in_window = 0
-        # The least time in which one send more than the limit ended; None: no window held that.
+        # The shortest time in which `limit + 1` sends ended. None if no window had so many.
         self.shortest: float | None = None
 
     def add(self, start: float, end: float) -> None:
-        """Replay one send more, whose end is not before the last one's."""
+        """Replay the next send. Its end must not be before that of the last one."""
         inside = self._inside
         while inside and inside[0] <= end - self._window:
             inside.popleft()
@@ -92,9 +93,10 @@ class Replay:
             self.least_gap = gap if self.least_gap is None else min(self.least_gap, gap)
 
     def overshoot(self, slack: float = 0.0) -> int:
-        """Return by how many mails the limit was exceeded in some window.
+        """Return the most mails by which the limit was exceeded in a window.
 
-        `slack`: by how much the time between two ends may be wrong; what it explains is none.
+        `slack` is the error that the time between two ends may have. An excess that it explains
+        does not count.
         """
         if self.shortest is None or self.shortest > self._window - slack:
             return 0

@@ -1,4 +1,4 @@
-"""What an audit's findings mean: which promises were broken, as a document and for people."""
+"""The report of an audit: which promises were broken, as a JSON document and for people."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.settings import Settings, format_duration
 from outbox_server.shared.states import JobState
 
-# An outcome is recorded when the statement arrives, so an end may look later than it was.
+# PostgreSQL records an end when the statement arrives, so it may be later than the real end.
 RECORDING_SLACK_S: Final = 0.1
 _JUDGED_BY: Final = {True: "smtp side", False: "postgresql"}
 
 
 @dataclass(frozen=True, slots=True)
 class SenderVerdict:
-    """One sender against the limits that it has now."""
+    """The sends of one sender, compared with its current limits."""
 
     sender: AuditedSender
     min_gap_s: float
@@ -30,12 +30,12 @@ class SenderVerdict:
 
     @property
     def slack_s(self) -> float:
-        """By how much a time may be wrong."""
+        """The error that a time may have, in seconds."""
         return 0.0 if self.by_smtp_side else RECORDING_SLACK_S
 
     @property
     def overshoot(self) -> int:
-        """By how many mails its limit was exceeded."""
+        """The number of mails by which its limit was exceeded."""
         return self.replay.overshoot(self.slack_s)
 
     @property
@@ -46,7 +46,7 @@ class SenderVerdict:
 
     @property
     def margin(self) -> float:
-        """How far it stayed from its limits, as a share of them; what is broken is below 0."""
+        """The distance to its limits, as a share of them; below 0 if a limit was exceeded."""
         window = 1 - self.replay.most_in_window / self.sender.hourly_limit
         gap = self.replay.least_gap
         if gap is None or not self.min_gap_s:
@@ -54,7 +54,7 @@ class SenderVerdict:
         return min(window, gap / self.min_gap_s - 1)
 
     def broken(self, window: str) -> Iterator[str]:
-        """Return what was broken, a line each."""
+        """Yield the broken promises, one per line."""
         sender, replay = self.sender, self.replay
         if self.gap_broken:
             yield (
@@ -70,19 +70,19 @@ class SenderVerdict:
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """An audit's answer."""
+    """The findings of an audit, with the settings that they are compared with."""
 
     findings: Findings
     settings: Settings
 
     @property
     def by_smtp_side(self) -> bool:
-        """Whether gap and window are judged by the times of the SMTP side, where it has them."""
+        """Whether gaps and windows are checked with the times of the SMTP side."""
         return self.findings.seen is not None
 
     @property
     def senders(self) -> list[SenderVerdict]:
-        """Every sender that has sent, the one that came closest to its limits first."""
+        """All senders that have sent, ordered by the distance to their limits, closest first."""
         verdicts = [self._verdict(sender) for sender in self.findings.senders.values()]
         return sorted(filter(None, verdicts), key=lambda verdict: verdict.margin)
 
@@ -98,33 +98,33 @@ class AuditReport:
 
     @property
     def lost(self) -> int:
-        """Accepted jobs that are gone, stuck, or SENT and never seen by the SMTP side."""
+        """Accepted jobs that are missing, stuck, or SENT but never seen by the SMTP side."""
         totals = self.findings.totals
         return totals.missing + totals.stuck + self.findings.jobs.lost
 
     @property
     def compared_with(self) -> str:
-        """Which settings the sends were compared with."""
+        """The settings that the sends were compared with."""
         window = format_duration(self.settings.rate_window)
         floor = format_duration(self.settings.min_gap)
         return (
             f"each sender's hourly_limit in any {window} (OUTBOX_RATE_WINDOW) and its min_gap, at "
-            f"least {floor} (OUTBOX_MIN_GAP), as they are now; what a sender sent before its last "
-            "change is not judged"
+            f"least {floor} (OUTBOX_MIN_GAP), as they are now; sends before the last change of "
+            "their sender are not checked"
         )
 
     @property
     def broken(self) -> list[str]:
-        """The promises that were broken, a line each; empty: all were kept."""
+        """The promises that were broken, one per line; empty if all were kept."""
         findings, jobs, totals = self.findings, self.findings.jobs, self.findings.totals
         found = (
             (totals.missing, "accepted jobs have no row"),
             (totals.stuck, "jobs are SENDING long after their lease: does a dispatcher run?"),
-            (jobs.lost, "jobs were sent, and the SMTP side never saw them"),
-            (jobs.unexplained, "mails were sent once more, and no attempt was in doubt"),
+            (jobs.lost, "jobs were sent, but the SMTP side never saw them"),
+            (jobs.unexplained, "mails were sent again, although no attempt was in doubt"),
             (jobs.renamed, "jobs have copies with different Message-IDs"),
-            (jobs.unknown, "jobs were sent that PostgreSQL does not know"),
-            (jobs.contradictions, "jobs say two things that cannot both be true"),
+            (jobs.unknown, "mails belong to jobs that PostgreSQL does not have"),
+            (jobs.contradictions, "jobs have contradictory data"),
             (findings.stats_mismatch, "counts differ from a recount"),
         )
         lines = [f"{number} {text}" for number, text in found if number]
@@ -137,9 +137,9 @@ class AuditReport:
         return effective_gap(sender.min_gap_ms, self.settings.min_gap).total_seconds()
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures that `outbox drill` has in its document too."""
+        """Return the figures that are also in the document of `outbox drill`."""
         senders, jobs, by_state = self.senders, self.findings.jobs, self.findings.totals.by_state
-        # Without a gap several sends of a sender may be under way at once.
+        # Without a gap, several sends of a sender may be in flight at once.
         with_gap = [one.replay.least_gap for one in senders if one.min_gap_s > 0]
         gaps = [gap for gap in with_gap if gap is not None]
         states = (JobState.SENT, JobState.FAILED, JobState.UNCERTAIN)
@@ -160,7 +160,7 @@ class AuditReport:
         }
 
     def document(self) -> dict[str, Any]:
-        """Return the one document of `-o json`."""
+        """Return the JSON document of `-o json`."""
         by_state = self.findings.totals.by_state
         return {
             **self.figures(),
@@ -184,7 +184,7 @@ def _sender(verdict: SenderVerdict) -> dict[str, Any]:
         "email": sender.email,
         "judged_by": _JUDGED_BY[verdict.by_smtp_side],
         "sends": replay.sends,
-        # Fewer: the others were sent before its last change.
+        # May be fewer: sends before the sender's last change are not judged.
         "judged": replay.judged,
         "hourly_limit": sender.hourly_limit,
         "most_in_window": replay.most_in_window,

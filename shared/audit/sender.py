@@ -17,15 +17,15 @@ _SECOND: Final = timedelta(seconds=1)
 
 @dataclass(frozen=True, slots=True)
 class SenderFindings:
-    """What the recorded sends of one sender show, and the limits that they are compared with."""
+    """The recorded sends of one sender, and the limits that they are compared with."""
 
-    # None: fewer than two sends.
+    # None if there were fewer than two sends.
     least_gap: timedelta | None
     most_in_window: int
-    # Jobs that were sent, and sends that were not the first of their job.
+    # Number of jobs that were sent, and of sends that were not the first of their job.
     sent: int
     duplicates: int
-    # Accepted jobs that have no row.
+    # Number of accepted jobs without a row.
     lost: int
     effective_min_gap: timedelta
     hourly_limit: int
@@ -40,7 +40,7 @@ async def audit_sender(
     floor: timedelta,
     window: timedelta,
 ) -> SenderFindings | None:
-    """Audit what a sender sent in an interval; None: there is no such sender for this user.
+    """Audit the sends of a sender in an interval; None if this user has no such sender.
 
     `floor` is OUTBOX_MIN_GAP, and `window` is OUTBOX_RATE_WINDOW.
     """

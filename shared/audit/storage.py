@@ -1,4 +1,4 @@
-"""All SQL of the audit. Large tables are read row by row, by server-side cursors."""
+"""All SQL of the audit. Large tables are read row by row, with server-side cursors."""
 
 from __future__ import annotations
 
@@ -43,39 +43,39 @@ _ReadCounts: TypeAlias = Callable[
 
 _ROWS_AT_ONCE: Final = 2_000
 _DOUBTFUL: Final = (AttemptOutcome.IN_DOUBT, AttemptOutcome.LEASE_EXPIRED)
-# A lease that ran out is taken back within moments by any dispatcher that runs.
+# Any running dispatcher recovers a job within moments after its lease expired.
 _STUCK_AFTER: Final = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
 class AuditedSender:
-    """A sender, a deleted one too, with its limits of now."""
+    """A sender (it may be deleted) with its current limits."""
 
     sender_id: int
     email: str
     hourly_limit: int
     min_gap_ms: int | None
-    # When it was last changed; None: it is as it was made.
+    # The time of its last change. None means that it was never changed.
     changed_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a recount of the rows comes to."""
+    """The result of a recount of the rows."""
 
-    # A row that follows the cancellation of its batch is CANCELLED.
+    # A waiting job of a cancelled batch counts as CANCELLED.
     by_state: dict[JobState, int]
-    # What the batches say they accepted, and how much of that has no row.
+    # Number of jobs that the batches accepted, and of those without a row.
     accepted: int
     missing: int
-    # SENDING, though the lease ran out long ago.
+    # Number of jobs in SENDING although their lease expired long ago.
     stuck: int
     in_doubt: int
     highest_job_id: int
 
 
 async def installation_id(connection: AsyncConnection) -> str | None:
-    """Return what the Message-IDs of this installation have in them; None: it has sent none."""
+    """Return the id in the Message-IDs of this installation; None if it has sent no mail."""
     return await connection.scalar(select(Installation.installation_id))
 
 
@@ -95,7 +95,7 @@ async def read_senders(connection: AsyncConnection) -> dict[int, AuditedSender]:
 
 
 async def read_totals(connection: AsyncConnection) -> Totals:
-    """Count everything again, by the rows."""
+    """Count all jobs again from their rows."""
     states = select(state_now().label("state")).subquery("states")
     by_state = await connection.execute(
         select(states.c.state, func.count()).group_by(states.c.state)
@@ -130,9 +130,9 @@ def _seconds(time: Any) -> ColumnElement[float]:
 
 
 async def stream_sends(connection: AsyncConnection) -> AsyncIterator[tuple[int, float, float]]:
-    """Return (sender, start, end) of every send, a sender after the other, by the ends.
+    """Yield (sender, start, end) of every send, ordered by sender and end.
 
-    Without those whose lease ran out: when they were sent, if at all, nobody knows.
+    Attempts whose lease expired are left out: whether and when they were sent is unknown.
     """
     statement = (
         select(Attempt.sender_id, _seconds(Attempt.started_at), _seconds(Attempt.ended_at))
@@ -146,7 +146,7 @@ async def stream_sends(connection: AsyncConnection) -> AsyncIterator[tuple[int, 
 async def stream_jobs(
     connection: AsyncConnection, receiver_id: str | None
 ) -> AsyncIterator[tuple[JobTrace, int]]:
-    """Return every job and its sender, by the ids of the jobs.
+    """Yield every job and its sender, ordered by the job's id.
 
     A send went to the SMTP side if its reply names `receiver_id`; None means that all did.
     """
@@ -182,10 +182,10 @@ async def _stream(connection: AsyncConnection, statement: _Statement) -> Any:
 
 
 async def stats_mismatch(connection: AsyncConnection) -> int:
-    """Return how many counts differ from a recount: by sender, by batch, by hour of the end.
+    """Return how many counts differ from a recount: by sender, by batch, and by hour of the end.
 
-    Senders and batches by what callers are told, also of a batch whose rows are following its
-    cancellation; hours by the rows, for an hour of rows that are to follow is told to nobody.
+    Counts by sender and batch are compared as callers see them, including cancellations in
+    progress. Counts by hour are compared with the rows: jobs still to be cancelled have no hour.
     """
     return (
         await _count_mismatch(connection, Sender.id, EmailJob.sender_id, sender_counts)
@@ -197,7 +197,7 @@ async def stats_mismatch(connection: AsyncConnection) -> int:
 async def _count_mismatch(
     connection: AsyncConnection, owner: Any, owner_of: Any, read: _ReadCounts
 ) -> int:
-    """Compare the counts of all senders or batches with their rows, so many of them at once."""
+    """Compare the counts of all senders or batches with their rows, page by page."""
     off, last = 0, 0
     while True:
         page = select(owner).where(owner > last).order_by(owner).limit(_ROWS_AT_ONCE)
@@ -271,7 +271,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class SenderLimits:
-    """The present limits of one sender."""
+    """The current limits of one sender."""
 
     hourly_limit: int
     min_gap_ms: int | None
@@ -280,7 +280,7 @@ class SenderLimits:
 async def read_limits(
     connection: AsyncConnection, sender_id: int, user_id: str | None
 ) -> SenderLimits | None:
-    """Return the limits of a sender; None: there is none, or not for this user."""
+    """Return the limits of a sender; None if this user has no such sender."""
     statement = select(Sender.hourly_limit, Sender.min_gap_ms).where(
         Sender.id == sender_id, Sender.deleted_at.is_(None)
     )
@@ -291,7 +291,7 @@ async def read_limits(
 async def stream_sends_of(
     connection: AsyncConnection, sender_id: int, interval: Interval, reach: timedelta
 ) -> AsyncIterator[tuple[datetime, datetime]]:
-    """Return (start, end) of the sends that took a slot, in the order of their ends.
+    """Yield (start, end) of the sends that took a slot, in the order of their ends.
 
     They ended within the interval, or up to `reach` before it.
     """

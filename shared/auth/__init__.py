@@ -1,1 +1,1 @@
-"""API keys: their form, their store, and how a call is authenticated by one."""
+"""API keys: their format, their store, and the authentication of calls."""

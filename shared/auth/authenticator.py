@@ -1,7 +1,7 @@
-"""OUTBOX_AUTH=keys: who calls, by the API key of the call's metadata.
+"""The authenticator of OUTBOX_AUTH=keys: reads the API key in the call's metadata.
 
-A key that was looked up is believed for CACHE_TIME, so that calls cost no statement each; within
-that time after `outbox keys revoke` the key stops working, on every server.
+A looked-up key is cached for CACHE_TIME, so that not every call costs a statement. A revoked key
+stops working on every server within that time.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from outbox_server.shared.auth.store import ApiKeyStore, StoredKey
 from outbox_server.shared.callers import Caller, CallerKind, Metadata
 from outbox_server.shared.errors import Unauthenticated
 
-# Revocation takes hold within this time.
+# A revocation takes effect within this time.
 CACHE_TIME: Final = timedelta(seconds=5)
-# Keys that are remembered, wrong ones among them: bounds what strangers can make us keep.
+# The most cached keys, including wrong ones: bounds the memory that strangers can make us use.
 _CACHE_SIZE: Final = 10_000
 
 _HEADER: Final = "authorization"
@@ -37,14 +37,14 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What a key came to; None: to nothing."""
+    """A cached look-up: the caller of a key, or None if the key is not valid."""
 
     caller: Caller | None
     until: float
 
 
 class KeyAuthenticator:
-    """Looks keys up in PostgreSQL, each at most once in `cache_time`."""
+    """Looks keys up in PostgreSQL, each at most once per `cache_time`."""
 
     def __init__(self, store: ApiKeyStore, cache_time: timedelta = CACHE_TIME) -> None:
         self._store = store
@@ -52,8 +52,8 @@ class KeyAuthenticator:
         self._known: TLRUCache[PresentedKey, _Known] = TLRUCache(
             _CACHE_SIZE, ttu=lambda _key, known, _now: known.until, timer=time.monotonic
         )
-        # Of many calls with a key that is not known (any more), one asks.
-        self._asking: dict[PresentedKey, asyncio.Task[Caller | None]] = {}
+        # The look-ups in progress: calls with the same key share one.
+        self._lookups: dict[PresentedKey, asyncio.Task[Caller | None]] = {}
         self._noting: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger("outbox.auth")
 
@@ -61,35 +61,35 @@ class KeyAuthenticator:
         """Return the caller whose key is in the metadata.
 
         Raises:
-            Unauthenticated: there is no key (API_KEY_MISSING), or it is none of ours or revoked
-                (API_KEY_INVALID): the caller cannot tell which.
-            sqlalchemy.exc.SQLAlchemyError: PostgreSQL is gone, and the key is not remembered.
+            Unauthenticated: there is no key (API_KEY_MISSING), or it is unknown or revoked
+                (API_KEY_INVALID, which does not say which).
+            sqlalchemy.exc.SQLAlchemyError: PostgreSQL is unreachable and the key is not cached.
         """
         presented = _presented(metadata)
         known = self._known.get(presented)
-        caller = await self._ask_once(presented) if known is None else known.caller
+        caller = await self._look_up_once(presented) if known is None else known.caller
         if caller is None:
             raise _invalid()
         return caller
 
     async def close(self) -> None:
-        """Wait for what is being written; to be called before the engine is disposed of."""
-        tasks = [*self._noting, *self._asking.values()]
+        """Wait for unfinished statements. Call it before the engine is disposed of."""
+        tasks = [*self._noting, *self._lookups.values()]
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _ask_once(self, presented: PresentedKey) -> Caller | None:
-        task = self._asking.get(presented)
+    async def _look_up_once(self, presented: PresentedKey) -> Caller | None:
+        task = self._lookups.get(presented)
         if task is None:
-            # In no call's context: many wait for it, and it is about none of their users.
-            task = asyncio.create_task(self._ask(presented), context=Context())
-            self._asking[presented] = task
-            task.add_done_callback(lambda _: self._asking.pop(presented, None))
-        # The call that asks may be cancelled; the others wait for the same answer.
+            # It has no call's context: many calls wait for it, and it belongs to none of them.
+            task = asyncio.create_task(self._look_up(presented), context=Context())
+            self._lookups[presented] = task
+            task.add_done_callback(lambda _: self._lookups.pop(presented, None))
+        # If this call is cancelled, the others still wait for the look-up.
         return await asyncio.shield(task)
 
-    async def _ask(self, presented: PresentedKey) -> Caller | None:
-        # From before the look on: a revocation that comes beside it counts from its commit.
+    async def _look_up(self, presented: PresentedKey) -> Caller | None:
+        # Counted from before the look-up: a revocation committed meanwhile takes effect in time.
         until = time.monotonic() + self._cache_s
         stored = await self._store.find(presented.key_id)
         caller = None
@@ -100,7 +100,7 @@ class KeyAuthenticator:
         return caller
 
     def _note_use(self, key_id: str, stored: StoredKey) -> None:
-        """Write `last_used_at` beside the call: no caller waits for it."""
+        """Write `last_used_at` in the background: no caller waits for it."""
         if not stored.use_is_old:
             return
         task = asyncio.create_task(self._write_use(key_id))
@@ -118,7 +118,7 @@ def _presented(metadata: Metadata) -> PresentedKey:
     values = [value for name, value in metadata if name == _HEADER]
     if not values:
         raise Unauthenticated(
-            "this server asks for an API key: send the metadata `authorization: Bearer <key>`",
+            "this server requires an API key: send the metadata `authorization: Bearer <key>`",
             reason="API_KEY_MISSING",
         )
     text = values[0].decode("latin-1") if isinstance(values[0], bytes) else values[0]
@@ -131,7 +131,6 @@ def _presented(metadata: Metadata) -> PresentedKey:
 
 def _invalid() -> Unauthenticated:
     return Unauthenticated(
-        "the API key is not valid: it was never made here, or it is revoked; "
-        "`outbox keys create` makes one",
+        "the API key is not valid: it is unknown or revoked; create one with `outbox keys create`",
         reason="API_KEY_INVALID",
     )

@@ -1,9 +1,9 @@
-"""API keys: what one looks like, and what of it is stored. Pure.
+"""The format of API keys, and the part of them that is stored. Pure.
 
 A key is `obx_<key id>_<secret>`. The id is public: it finds the row, and names the key in lists and
 logs. The secret is 256 random bits, of which only the SHA-256 is stored. A slow hash (bcrypt,
-Argon2) protects what people make up and others can guess; nobody guesses 2^256 values, however fast
-they are tried, and a fast hash costs no call more than a microsecond.
+Argon2) protects passwords that can be guessed. 256 random bits cannot be guessed, and a fast hash
+costs a call no more than a microsecond.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _KEY: Final = re.compile(rf"{PREFIX}_([{_ID_ALPHABET}]{{{_ID_LENGTH}}})_([A-Za-z
 
 
 class ApiKeyKind(IntEnum):
-    """Whom a key acts for, as it is stored."""
+    """The kinds of keys, which differ in the users that they act for, as stored."""
 
-    # One user, and nobody else.
+    # Acts for one user only.
     USER = 1
-    # Any user: another backend.
+    # Another backend; acts for any user.
     SERVICE = 2
-    # Any user, and the operator's own methods.
+    # Acts for any user, and may call the operator's own methods.
     OPERATOR = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key as it is stored. `user_id` is set for kind USER, and for no other."""
+    """A key as it is stored. `user_id` is set for kind USER only."""
 
     key_id: str
     kind: ApiKeyKind
@@ -50,19 +50,19 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class PresentedKey:
-    """What a caller showed: which key it claims to be, and the hash of the secret."""
+    """A key that a caller sent: its id, and the hash of its secret."""
 
     key_id: str
     secret_hash: bytes
 
     def proves(self, stored_hash: bytes) -> bool:
-        """Say whether it is the key that was stored, in a time that tells nothing of it."""
+        """Return whether it is the stored key, with a comparison in constant time."""
         return hmac.compare_digest(self.secret_hash, stored_hash)
 
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made: `text` is shown once, and kept nowhere."""
+    """A new key. `text` is shown once and stored nowhere."""
 
     key_id: str
     text: str
@@ -77,7 +77,7 @@ def make_key() -> NewKey:
 
 
 def read_key(text: str) -> PresentedKey | None:
-    """Return what `text` presents; None: it is no key."""
+    """Return the key in `text`; None if `text` is not a key."""
     found = _KEY.fullmatch(text)
     return None if found is None else PresentedKey(found[1], _hash(found[2]))
 

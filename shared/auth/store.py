@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey
 from outbox_server.shared.database.models import ApiKeyRow
 
-# `last_used_at` is written no more often than this, by all processes together.
+# `last_used_at` is written at most once in this time, by all processes together.
 USE_INTERVAL: Final = timedelta(minutes=1)
 
 _COLUMNS: Final = (
@@ -41,23 +41,23 @@ def _key(row: Any) -> ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """What a caller is checked against; never of a revoked key."""
+    """The stored part of a key that callers are checked against; never a revoked key."""
 
     secret_hash: bytes
     kind: ApiKeyKind
     user_id: str | None
-    # Whether the last use that was noted is longer ago than USE_INTERVAL.
+    # Whether `last_used_at` is older than USE_INTERVAL.
     use_is_old: bool
 
 
 class ApiKeyStore:
-    """What a server asks of the table."""
+    """The statements on the table of API keys that servers use."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
     async def find(self, key_id: str) -> StoredKey | None:
-        """Return a key; None: there is none, or it is revoked."""
+        """Return a key; None if it does not exist or is revoked."""
         statement = select(
             ApiKeyRow.secret_hash,
             ApiKeyRow.kind,
@@ -71,7 +71,7 @@ class ApiKeyStore:
         return StoredKey(row.secret_hash, ApiKeyKind(row.kind), row.user_id, row.use_is_old)
 
     async def note_use(self, key_id: str) -> None:
-        """Write that a key was used now, unless somebody has within USE_INTERVAL."""
+        """Record that a key was used now, unless a use within USE_INTERVAL is recorded."""
         async with self._engine.begin() as connection:
             await connection.execute(
                 update(ApiKeyRow)
@@ -99,7 +99,7 @@ async def insert_key(
 
 
 async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequence[ApiKey]:
-    """Return all keys, or all of one user, the oldest first; revoked ones too."""
+    """Return all keys, or all keys of one user, the oldest first, including revoked ones."""
     statement = select(*_COLUMNS).order_by(ApiKeyRow.created_at, ApiKeyRow.key_id)
     if user_id is not None:
         statement = statement.where(ApiKeyRow.user_id == user_id)
@@ -107,7 +107,7 @@ async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequenc
 
 
 async def revoke_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
-    """Revoke a key, and keep the time of the first call; None: there is none."""
+    """Revoke a key, keeping the time of the first revocation; None if it does not exist."""
     statement = (
         update(ApiKeyRow)
         .where(ApiKeyRow.key_id == key_id)

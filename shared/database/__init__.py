@@ -1,1 +1,1 @@
-"""PostgreSQL: the engine, the tables, migrations, and conditions that statements share."""
+"""PostgreSQL: the engine, the tables, the migrations, and conditions that statements share."""

@@ -1,13 +1,13 @@
-"""A cancelled batch at once, its rows later: the state of a job as everybody must see it.
+"""Computes the state of jobs whose batch is cancelled, while their rows are being updated.
 
 A million rows take 13 s to update, and a caller waits 2 s at most. So a cancellation is one row in
-`batch_cancellations`: from its commit on, every job of the batch whose row says SCHEDULED *is*
-CANCELLED. The rows follow, by whoever is alive (services/scheduler/sweeping.py), and the row goes
-when nothing of the batch waits or is being sent any more.
+`batch_cancellations`: from its commit on, every job of the batch whose row has SCHEDULED *is*
+CANCELLED. Any live scheduler updates the rows later (services/scheduler/sweeping.py), and deletes
+the row of the cancellation when no job of the batch waits or is being sent any more.
 
-Nothing is marked SENDING afterwards, for a mark holds the batch FOR SHARE and looks at its state.
-What is in flight may come back to SCHEDULED, and is CANCELLED by that. Whoever reads SCHEDULED rows
-for what they mean asks here.
+No job is marked SENDING afterwards: a mark locks the batch FOR SHARE and checks its state. A job in
+flight may return to SCHEDULED, and then is CANCELLED. Code that needs the state of a SCHEDULED row
+must use these functions.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _cancelled_at() -> Any:
 
 
 def being_cancelled() -> ColumnElement[bool]:
-    """Return the condition that the batch of a job is cancelled and its rows are following."""
+    """Return the condition that a job's batch is cancelled and its rows are being updated."""
     found: ColumnElement[bool] = (
         select(BatchCancellation.batch_id)
         .where(BatchCancellation.batch_id == EmailJob.batch_id)
@@ -42,7 +42,7 @@ def being_cancelled() -> ColumnElement[bool]:
 
 
 def is_now(state: JobState) -> ColumnElement[bool]:
-    """Return the condition that a job is in `state`, whatever its row says."""
+    """Return the condition that a job is in `state`, including cancellations."""
     if state is JobState.SCHEDULED:
         return in_state(state) & ~being_cancelled()
     if state is JobState.CANCELLED:
@@ -51,13 +51,13 @@ def is_now(state: JobState) -> ColumnElement[bool]:
 
 
 def state_now() -> ColumnElement[int]:
-    """Return the state that a job is in, whatever its row says."""
+    """Return the state of a job, including cancellations."""
     cancelled = in_state(JobState.SCHEDULED) & being_cancelled()
     return case((cancelled, literal(int(JobState.CANCELLED))), else_=EmailJob.state)
 
 
 def finished_now() -> ColumnElement[Any]:
-    """Return when a job reached its final state, NULL if it has not; see `state_now`."""
+    """Return when a job reached its final state (see `state_now`); NULL if it has not."""
     waits = in_state(JobState.SCHEDULED)
     return case((waits, _cancelled_at()), else_=EmailJob.finished_at)
 
@@ -65,8 +65,8 @@ def finished_now() -> ColumnElement[Any]:
 def waits_of(sender: Any) -> ColumnElement[bool]:
     """Return the condition that a job waits; `sender` is the column that names its sender.
 
-    `is_now(SCHEDULED)` for whoever walks the index of heads, past a cancelled million if need be:
-    with the few batches in an array that takes 0.3 s, with a probe for each row 2 s.
+    Same as `is_now(SCHEDULED)`, but faster for statements that walk the index of heads. To pass a
+    million cancelled rows takes 0.3 s with the few batches in an array, 2 s with a probe per row.
     """
     batches = (
         select(BatchCancellation.batch_id)
@@ -74,7 +74,7 @@ def waits_of(sender: Any) -> ColumnElement[bool]:
         .correlate_except(BatchCancellation)
         .scalar_subquery()
     )
-    # `+ 0`: where one batch has most of the rows, the planner would take it for the cancelled one,
-    # and sort the few that it believes are left.
+    # `+ 0`: if one batch has most of the rows, the planner would assume that it is the cancelled
+    # one, and sort the few rows that it expects to remain.
     cancelled = EmailJob.batch_id + 0 == any_(func.array(batches))
     return in_state(JobState.SCHEDULED) & cancelled.is_not(true())

@@ -1,4 +1,4 @@
-"""Appends to the counts of jobs what a statement changes in them (the table `CountDelta`).
+"""Appends the changes of job counts to the table `CountDelta`.
 
 `shared.database.counts` reads the counts. Jobs in SENDING are counted as SCHEDULED.
 """
@@ -19,10 +19,10 @@ _COLUMNS: Final = ("sender_id", "batch_id", "hour", "state", "n")
 def counting_moves(
     groups: CTE, *, was: JobState, state: JobState | None = None, hour: Any = None
 ) -> CTE:
-    """Return the part of a statement that counts jobs it moved: out of `was`, into another state.
+    """Return the part of a statement that counts jobs which it moved from `was` to another state.
 
     `groups` has sender_id, batch_id and the number of jobs `n`. `state` and `hour` are the same for
-    all of them, or else columns of `groups`.
+    all groups; if they are None, they are columns of `groups`.
     """
     into = groups.c.state if state is None else _number(state)
     at = groups.c.hour if hour is None else hour

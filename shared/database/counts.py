@@ -1,10 +1,10 @@
-"""Counts of jobs by state, exact at any moment, at a cost that the number of jobs has no part in.
+"""Counts jobs by state: exact at any moment, at a cost independent of the number of jobs.
 
-A count is what was folded plus the deltas that were not folded yet, read by one statement and so
-of one snapshot: a fold in between moves rows from the one to the other and changes no sum. A claim
-writes no delta, so state SCHEDULED stands for all open jobs there, and those in SENDING, always
-few, are counted from their rows by a partial index. What waits of a batch whose cancellation is
-being carried out (shared/database/cancellations.py) is taken from SCHEDULED and given to CANCELLED.
+A count is the folded count plus the deltas that are not folded yet. One statement reads both from
+one snapshot, so a concurrent fold, which moves rows from one to the other, changes no sum. A claim
+writes no delta, so SCHEDULED means all open jobs there; the jobs in SENDING, always few, are
+counted from their rows by a partial index. The waiting jobs of a batch whose rows are still being
+cancelled (shared/database/cancellations.py) are moved from SCHEDULED to CANCELLED.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from outbox_server.shared.database.models import (
 )
 from outbox_server.shared.states import JobState
 
-# In place of a state: waits by its row, and is CANCELLED by its batch.
+# Used in place of a state, for jobs whose row is SCHEDULED and whose batch is cancelled.
 _WAITS_CANCELLED: Final = 0
-# A key, a state, and how many jobs.
+# A key, a state, and the number of jobs.
 _Counts: TypeAlias = Select[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class JobCounts:
-    """How many jobs are in each JobState; a field a state."""
+    """The number of jobs in each JobState; one field per state."""
 
     scheduled: int = 0
     sending: int = 0
@@ -79,19 +79,19 @@ class JobCounts:
 async def batch_counts(
     connection: AsyncConnection, batch_ids: Iterable[int]
 ) -> dict[int, JobCounts]:
-    """Return the counts of each batch, zeros for one that has none; all of one moment."""
+    """Return the counts of each batch from one snapshot; a batch without jobs has zeros."""
     return await _read_by_key(connection, _BATCH_COUNTS, batch_ids)
 
 
 async def sender_counts(
     connection: AsyncConnection, sender_ids: Iterable[int]
 ) -> dict[int, JobCounts]:
-    """Return the counts of each sender, zeros for one that has none; all of one moment."""
+    """Return the counts of each sender from one snapshot; a sender without jobs has zeros."""
     return await _read_by_key(connection, _SENDER_COUNTS, sender_ids)
 
 
 async def user_counts(connection: AsyncConnection, user_id: str) -> JobCounts:
-    """Return the sum over all senders of a user, also of deleted ones; all of one moment."""
+    """Return the sum over all senders of a user, including deleted ones, from one snapshot."""
     rows = await connection.execute(_USER_COUNTS, {"user_id": user_id})
     return _to_counts({state: n for _, state, n in rows})
 
@@ -117,18 +117,18 @@ def _to_counts(by_state: Mapping[int, int]) -> JobCounts:
 
 
 def in_state(state: JobState) -> ColumnElement[bool]:
-    """Return the condition of a partial index of `email_jobs`.
+    """Return the condition that selects a state, in the form of the partial indexes.
 
-    The number stands in the text of the statement: under a bound one, the generic plan of a
-    prepared statement cannot know that the index holds all that is asked for.
+    The number is part of the statement's text. If it were a bound value, the generic plan of a
+    prepared statement could not use a partial index.
     """
     return EmailJob.state == literal(int(state), Integer, literal_execute=True)
 
 
 def _sending() -> CTE:
-    """Return all jobs in SENDING, of whatever sender: of the whole table, but by the index.
+    """Return all jobs in SENDING, of all senders, read by the partial index.
 
-    Materialized, or else a batch's jobs could be read by the index of batches, and filtered.
+    It is materialized, or else the planner might read a batch's jobs by another index and filter.
     """
     jobs = select(EmailJob.sender_id, EmailJob.batch_id).where(in_state(JobState.SENDING))
     return jobs.cte("sending").prefix_with("MATERIALIZED")
@@ -137,7 +137,7 @@ def _sending() -> CTE:
 def _being_cancelled(
     key: SQLColumnExpression[int], which: ColumnElement[bool], sending: CTE
 ) -> tuple[_Counts, _Counts, _Counts]:
-    """Return what waits of the cancelled batches that `which` names: open jobs, less SENDING."""
+    """Return the waiting jobs of the cancelled batches in `which`: open jobs minus SENDING."""
     state = literal(_WAITS_CANCELLED)
     waiting = int(JobState.SCHEDULED)
     of_batch = BatchCancellation.batch_id

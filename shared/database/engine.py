@@ -1,4 +1,4 @@
-"""The way to PostgreSQL: engine, migrations, and conversions that every storage module needs."""
+"""Access to PostgreSQL: the engine, migrations, and conversions for storage modules."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 5
 _RETRY_S = 0.5
-# A statement that takes longer than this is stuck; a long intake is many statements.
+# A statement that takes longer is stuck; a long intake consists of many statements.
 _STATEMENT_TIMEOUT_MS = 60_000
-# PostgreSQL ends a statement itself, and says so. Where it says nothing for as long, while the
-# network acknowledges all that we send (a proxy that lost the way, a frozen host behind it),
-# keep-alives see nothing, and only this ends the wait.
+# PostgreSQL ends such a statement itself and reports an error. If no reply comes although the
+# network acknowledges all packets (such as a frozen host behind a proxy), keep-alives detect
+# nothing, and only this limit ends the wait.
 _ANSWER_LIMIT_S = _STATEMENT_TIMEOUT_MS / 1000 + 10
 _log = structlog.get_logger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
-# What a call raises when PostgreSQL is gone, slow, full, or took back a transaction: a later try
-# may succeed. Anything else is a fault of ours.
+# The errors of calls when PostgreSQL is unreachable, slow, full, or rolled back a transaction. A
+# later try may succeed. Any other error is a bug.
 DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
 
 
 class _Connection(psycopg.AsyncConnection[Any]):
-    """A connection whose every wait for PostgreSQL has an end."""
+    """A connection whose waits for PostgreSQL all have a time limit."""
 
     async def wait(self, *args: Any, **options: Any) -> Any:
         try:
             async with asyncio.timeout(_ANSWER_LIMIT_S):
                 return await super().wait(*args, **options)
         except TimeoutError:
-            # Nobody knows what is still on its way; and by this the pool drops all of its age.
+            # A late reply could still arrive, so close; the pool then drops all older connections.
             self.pgconn.finish()
-            raise psycopg.OperationalError("PostgreSQL gives no answer") from None
+            raise psycopg.OperationalError("PostgreSQL does not reply") from None
 
 
 def driver_url(url: str) -> str:
@@ -67,30 +67,30 @@ def create_engine(
     single_statements: bool = False,
     patient: bool = False,
 ) -> AsyncEngine:
-    """Return the engine of one process: a bounded pool, every wait with an end.
+    """Return the engine of one process, with a bounded pool and a time limit on every wait.
 
-    `lookups_only`: every statement finds its rows by keys. Its plans must not change with what
-    the statistics say of a table that was filled a moment ago.
+    `lookups_only`: every statement finds its rows by keys. Its plan must not depend on the
+    statistics, which are wrong for a table that was just filled.
+    `single_statements`: each statement is its own transaction, in one round trip instead of four.
+    `patient`: statements have no time limit, because nobody waits for them.
     No statement of a call runs before the call is bound to its user: `shared.database.ownership`.
-    `single_statements`: each statement is its own transaction, in one round trip and not four.
-    `patient`: a statement may take as long as it takes, for nobody waits for it.
     """
     limit = 0 if patient else _STATEMENT_TIMEOUT_MS
     options = f"-c statement_timeout={limit} -c timezone=UTC -c jit=off"
     if lookups_only:
         options += " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
-        # And in the order of the index: a bitmap of a sender's jobs, sorted for the first 128 of
-        # them, takes 0.5 s at a million.
+        # Read in the order of the index, too: a bitmap scan that sorts a million jobs of a sender
+        # to find the first 128 takes 0.5 s.
         options += " -c enable_bitmapscan=off"
     engine = create_async_engine(
         driver_url(settings.database_url),
         pool_size=settings.database_pool,
         max_overflow=0,
         pool_timeout=10,
-        # A connection that PostgreSQL's restart cut must not be what a caller finds out with. A
-        # process of single statements repeats what failed, and saves the round trip.
+        # A call must not fail because a restart of PostgreSQL closed a pooled connection. A process
+        # of single statements repeats failed ones, and saves the round trip.
         pool_pre_ping=not single_statements,
-        # Bound values are mail addresses and more: they stay out of error texts.
+        # Bound values contain personal data, such as mail addresses: keep them out of error texts.
         hide_parameters=True,
         isolation_level="AUTOCOMMIT" if single_statements else "READ COMMITTED",
         pool_reset_on_return=None if single_statements else "rollback",
@@ -110,10 +110,10 @@ def create_engine(
 
 
 def _leave_standby(context: ExceptionContext) -> None:
-    """Treat a read-only server as one that is gone.
+    """Treat a read-only server as a lost connection.
 
-    After a failover it is a standby now: a new connection finds the new primary, and the old ones
-    never will. psycopg counts the error (25006) among internal ones, which are faults of ours.
+    After a failover the server is a standby. New connections reach the new primary, old ones never
+    do. psycopg reports the error (25006) as an internal one, which would count as a bug.
     """
     if isinstance(context.original_exception, psycopg.errors.ReadOnlySqlTransaction):
         context.is_disconnect = True
@@ -146,7 +146,7 @@ async def ping(engine: AsyncEngine) -> None:
 
 
 def unix_ms(time: datetime) -> int:
-    """Return the time in whole ms since 1970, rounded up: nothing is due a part of a ms early."""
+    """Return the time in whole ms since 1970, rounded up, so that nothing is due too early."""
     return -((_EPOCH - time) // _MILLISECOND)
 
 
@@ -172,7 +172,7 @@ def migrate(url: str) -> None:
 async def until_reachable(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[T]]) -> T:
     """Return what `ask` returns, in a transaction of its own, once PostgreSQL answers.
 
-    A service that starts beside its database must not fail because it was the faster one.
+    A service that starts together with its database must not fail because it is ready first.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The Message-ID of a job: the dispatcher writes it, the scheduler shows it."""
+"""The Message-IDs of jobs: the dispatcher writes them, the scheduler shows them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ _OURS = re.compile(r"<outbox\.(\d{1,19})\.([A-Za-z0-9-]+)@[^>]*>")
 
 
 def message_id_for(job_id: int, address: str, installation_id: str) -> str:
-    """Return the Message-ID of a job: the same for all its attempts, and nobody else's.
+    """Return the Message-ID of a job: the same for all its attempts, and globally unique.
 
-    `address` gives its domain; see `message_id_address`. Job ids of two installations may be
-    equal, so `installation_id` (letters, digits, hyphens) is part of it. RFC 5322, 3.6.4.
+    Its domain is that of `address` (see `message_id_address`). Two installations may have equal job
+    ids, so `installation_id` (letters, digits, hyphens) is part of it. RFC 5322, 3.6.4.
     """
     if not _SAFE_ID.fullmatch(installation_id):
-        raise ValueError(f"{installation_id!r}: an installation id is letters, digits and hyphens")
+        raise ValueError(
+            f"installation_id must be letters, digits and hyphens (got {installation_id!r})"
+        )
     domain = address.rpartition("@")[2]
     if not domain.isascii():
         domain = idna.encode(domain, uts46=True).decode("ascii")
@@ -30,17 +32,17 @@ def message_id_for(job_id: int, address: str, installation_id: str) -> str:
 
 
 def message_id_address() -> ColumnElement[str]:
-    """Return, for `message_id_for`, the address of a sender that no change of it changes."""
+    """Return the sender's first address, which `message_id_for` uses because it never changes."""
     return func.coalesce(Sender.first_email, Sender.email)
 
 
 def job_of_message_id(message_id: str, installation_id: str) -> int | None:
-    """Return the job that a Message-ID names; None: it is not one of this installation's."""
+    """Return the job of a Message-ID; None if it is not from this installation."""
     found = _OURS.fullmatch(message_id)
     return int(found[1]) if found and found[2] == installation_id else None
 
 
 async def installation_id(connection: AsyncConnection) -> str:
-    """Return what tells this installation from every other; made at the first call."""
+    """Return the unique id of this installation, which the first call creates."""
     await connection.execute(insert(Installation).on_conflict_do_nothing())
     return (await connection.execute(select(Installation.installation_id))).scalar_one()

@@ -1,7 +1,7 @@
-"""The tables: PostgreSQL is the truth, every job and every attempt.
+"""The tables. PostgreSQL is the source of truth: it stores every job and every attempt.
 
-Rows of `email_jobs` stay narrow: what a whole batch shares is stored once in `batches`, and of a
-CSV row only the columns that the templates use are kept.
+Rows of `email_jobs` are narrow: `batches` stores what the jobs of a batch share, and only the CSV
+columns that the templates use are stored.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TIME = TIMESTAMP(timezone=True)
 
 
 class Base(DeclarativeBase):
-    """Names every constraint, so that a migration can name it too."""
+    """Base of all tables. It names every constraint, so that migrations can refer to it."""
 
     metadata = MetaData(
         naming_convention={
@@ -46,7 +46,7 @@ class Base(DeclarativeBase):
 
 
 class Installation(Base):
-    """One row: what tells this installation from every other, in the Message-IDs of its mails."""
+    """One row with the unique id of this installation, which is part of all Message-IDs."""
 
     __tablename__ = "installation"
 
@@ -59,12 +59,12 @@ class Installation(Base):
 
 
 class ApiKeyRow(Base):
-    """Who may call. Of its secret only the hash: see `shared.auth.keys`."""
+    """An API key, with only the hash of its secret (see `shared.auth.keys`)."""
 
     __tablename__ = "api_keys"
 
     key_id: Mapped[str] = mapped_column(Text, primary_key=True)
-    # SHA-256 of the 256 random bits that the caller holds.
+    # SHA-256 of the caller's secret of 256 random bits.
     secret_hash: Mapped[bytes] = mapped_column(LargeBinary)
     kind: Mapped[int] = mapped_column(SmallInteger)
     user_id: Mapped[str | None] = mapped_column(Text)
@@ -81,38 +81,38 @@ class ApiKeyRow(Base):
 
 
 class Sender(Base):
-    """A From address with its SMTP endpoint and limits; belongs to one user."""
+    """A From address with its SMTP endpoint and limits. It belongs to one user."""
 
     __tablename__ = "senders"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     user_id: Mapped[str] = mapped_column(Text)
     email: Mapped[str] = mapped_column(Text)
-    # Before it was changed for the first time: its domain is in the Message-IDs of all jobs, and
-    # that of a job must never change.
+    # `email` before its first change. Its domain is in the Message-IDs of all jobs, which must
+    # never change.
     first_email: Mapped[str | None] = mapped_column(Text)
     display_name: Mapped[str] = mapped_column(Text, server_default="")
-    # NULL: the relay of OUTBOX_SMTP_URL.
+    # NULL means the relay of OUTBOX_SMTP_URL.
     smtp_host: Mapped[str | None] = mapped_column(Text)
     smtp_port: Mapped[int | None]
     smtp_security: Mapped[int | None] = mapped_column(SmallInteger)
     smtp_username: Mapped[str | None] = mapped_column(Text)
-    # A Fernet token; the password itself is nowhere.
+    # A Fernet token. The password is stored only in this form.
     smtp_password: Mapped[bytes | None] = mapped_column(LargeBinary)
-    # PEM: CAs that may sign this endpoint's certificate, beside the machine's. NULL: none.
+    # PEM of CAs that may sign this endpoint's certificate, in addition to the machine's CAs.
     smtp_ca: Mapped[str | None] = mapped_column(Text)
     hourly_limit: Mapped[int]
-    # NULL: the operator's floor. Never below the floor where it is used.
+    # NULL means the operator's floor. The effective gap is never below the floor.
     min_gap_ms: Mapped[int | None]
-    # As shared/sending_hours.py writes them; NULL: at any time.
+    # In the format of shared/sending_hours.py. NULL means at any time.
     sending_hours: Mapped[str | None] = mapped_column(Text)
     max_in_flight: Mapped[int] = mapped_column(server_default="5")
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
-    # Raised by every change: whoever caches a sender knows when to read it again.
+    # Every change increments it, so that caches of a sender know when to read it again.
     revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-    # Set: the sender is gone for every caller; its history stays.
+    # If set, callers do not see the sender any more. Its history stays.
     deleted_at: Mapped[datetime | None] = mapped_column(_TIME)
 
     __table_args__ = (
@@ -174,7 +174,7 @@ class OAuth2CredentialsRow(Base):
 
 
 class Batch(Base):
-    """One accepted request. Written whole, with its jobs, or not at all."""
+    """One accepted request. One transaction writes it with all its jobs."""
 
     __tablename__ = "batches"
 
@@ -182,13 +182,13 @@ class Batch(Base):
     user_id: Mapped[str] = mapped_column(Text)
     sender_id: Mapped[int] = mapped_column(ForeignKey("senders.id"))
     request_id: Mapped[str] = mapped_column(Text)
-    # SHA-256 of the options and the payload: tells a repeated request from a reused id.
+    # SHA-256 of the options and the payload. It distinguishes a repeated request from a reused id.
     request_hash: Mapped[bytes] = mapped_column(LargeBinary)
-    # Liquid sources; NULL: the row's own column of that name, as it is.
+    # Liquid sources. NULL means the row's own column of that name, unchanged.
     subject: Mapped[str | None] = mapped_column(Text)
     body: Mapped[str | None] = mapped_column(Text)
     html: Mapped[str | None] = mapped_column(Text)
-    # The names of what `email_jobs.variables` holds, in its order.
+    # The names of the values in `email_jobs.variables`, in the same order.
     variable_names: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     start_at: Mapped[datetime] = mapped_column(_TIME)
     spacing_ms: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -202,7 +202,7 @@ class Batch(Base):
     suppressed_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
     cancelled_at: Mapped[datetime | None] = mapped_column(_TIME)
-    # When the last of its jobs was first due, for forecasts; NULL: it has none.
+    # The latest first due time of its jobs, for forecasts. NULL means that it has no jobs.
     last_due_at: Mapped[datetime | None] = mapped_column(_TIME)
 
     __table_args__ = (
@@ -215,15 +215,15 @@ class Batch(Base):
 
 
 class BatchRejection(Base):
-    """A row that was not accepted. Rows are numbered from 1, the header not counted."""
+    """A CSV row that was not accepted. Rows are numbered from 1, without the header."""
 
     __tablename__ = "batch_rejections"
 
     batch_id: Mapped[int] = mapped_column(ForeignKey("batches.id"), primary_key=True)
     row_number: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    # The column that is wrong; empty: the row as a whole.
+    # The wrong column. Empty means the row as a whole.
     column_name: Mapped[str] = mapped_column(Text)
-    # UPPER_SNAKE_CASE, stable; `detail` is for people.
+    # UPPER_SNAKE_CASE and stable. `detail` is for people.
     reason: Mapped[str] = mapped_column(Text)
     detail: Mapped[str] = mapped_column(Text)
 
@@ -236,7 +236,7 @@ class BatchCancellation(Base):
     batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     sender_id: Mapped[int] = mapped_column(BigInteger)
     cancelled_at: Mapped[datetime] = mapped_column(_TIME)
-    # The rows up to this one have been looked at.
+    # The rows up to this id are done.
     swept_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
     __table_args__ = (Index(None, "sender_id"),)
@@ -250,35 +250,35 @@ class EmailJob(Base):
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     batch_id: Mapped[int] = mapped_column(BigInteger)
     sender_id: Mapped[int] = mapped_column(BigInteger)
-    # When it may be sent; a retry moves it.
+    # The due time. A retry moves it.
     scheduled_at: Mapped[datetime] = mapped_column(_TIME)
-    # From when on it must not be sent any more; NULL: it waits for as long as it takes.
+    # From this time on it must not be sent any more. NULL means that it never expires.
     expires_at: Mapped[datetime | None] = mapped_column(_TIME)
-    # SENDING only: until when its dispatcher holds it.
+    # SENDING only: when the dispatcher's lease expires.
     lease_until: Mapped[datetime | None] = mapped_column(_TIME)
     # When it reached its final state.
     finished_at: Mapped[datetime | None] = mapped_column(_TIME)
     row_number: Mapped[int]
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
-    # Attempts begun; the number of the attempt under way is the fencing token.
+    # Number of attempts begun. The number of the attempt in flight is the fencing token.
     attempt: Mapped[int] = mapped_column(SmallInteger, server_default="0")
-    # Attempts that failed and may be repeated: the place on the ladder of OUTBOX_RETRY_BACKOFF.
+    # Number of attempts that failed and may be repeated: the position in OUTBOX_RETRY_BACKOFF.
     failures: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     recipient: Mapped[str] = mapped_column(Text)
-    # When its server first asked for it later (reply class DEFERRED); NULL: it has not.
+    # When the server first deferred it (reply class DEFERRED). NULL means that it has not.
     deferred_since: Mapped[datetime | None] = mapped_column(_TIME)
-    # What suppressions are compared with. NULL: all its letters are ASCII, and it is their lower
-    # case; PostgreSQL folds no others as Python does, and what lower() knows is its locale's.
+    # The address for comparison with suppressions. NULL means the lower case of `recipient`, all
+    # ASCII: for other letters lower() differs from Python and depends on the locale.
     recipient_key: Mapped[str | None] = mapped_column(Text)
-    # A JSON array of strings, in the order of `batches.variable_names`; NULL: none. Text, not
-    # jsonb: nothing in it is ever asked for by SQL, and jsonb would be parsed at every COPY.
+    # A JSON array of strings, in the order of `batches.variable_names`. NULL means none. It is text
+    # instead of jsonb: SQL never reads into it, and jsonb would be parsed at every COPY.
     variables: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("state BETWEEN 1 AND 8", name="state_known"),
         CheckConstraint("(state = 2) = (lease_until IS NOT NULL)", name="lease_while_sending"),
         CheckConstraint("(state > 2) = (finished_at IS NOT NULL)", name="finished_when_final"),
-        # A sender's head: the first waiting jobs by (due, id).
+        # For a sender's head: the first waiting jobs by (due, id).
         Index(
             "ix_email_jobs_head",
             "sender_id",
@@ -287,15 +287,15 @@ class EmailJob(Base):
             postgresql_where=text(f"state = {JobState.SCHEDULED:d}"),
         ),
         Index(None, "batch_id", "id"),
-        # What people look for among very many: empty as long as all goes well.
+        # Finds failed jobs in large batches. It is empty as long as all goes well.
         Index(
             "ix_email_jobs_trouble",
             "batch_id",
             "id",
             postgresql_where=text(f"state IN ({JobState.FAILED:d}, {JobState.UNCERTAIN:d})"),
         ),
-        # Of the hash: 18 % off the speed of COPY and 30 bytes a row, with the text itself it would
-        # be 42 % and 75 bytes. A statement asks for the hash and for the text.
+        # An index of the hash makes COPY 18 % slower and costs 30 bytes per row; one of the text
+        # would cost 42 % and 75 bytes. Statements must compare both the hash and the text.
         Index("ix_email_jobs_recipient", text("hashtext(lower(recipient))")),
         Index(
             "ix_email_jobs_lease",
@@ -306,7 +306,7 @@ class EmailJob(Base):
 
 
 class Attempt(Base):
-    """One try to hand a job to SMTP; kept for ever."""
+    """One try to hand a job to SMTP. It is kept for ever."""
 
     __tablename__ = "attempts"
 
@@ -318,27 +318,28 @@ class Attempt(Base):
     outcome: Mapped[int] = mapped_column(SmallInteger)
     # Whether it takes a slot of the window: its body was begun, or may have been.
     counted: Mapped[bool]
-    # From the earliest instant at which the limits allowed it to its start. NULL: unknown.
+    # Its start minus the earliest instant at which the limits allowed it. NULL means unknown.
     late_ms: Mapped[int | None]
     smtp_code: Mapped[int | None] = mapped_column(SmallInteger)
     # RFC 3463, such as 5.1.1.
     enhanced_code: Mapped[str | None] = mapped_column(Text)
     message: Mapped[str | None] = mapped_column(Text)
-    # What the server's reply meant (`shared.states.ReplyClass`). NULL: there was no reply.
+    # The meaning of the server's reply (`shared.states.ReplyClass`). NULL means no reply.
     reply_class: Mapped[int | None] = mapped_column(SmallInteger)
 
     __table_args__ = (
         CheckConstraint("outcome BETWEEN 1 AND 6", name="outcome_known"),
         CheckConstraint("ended_at >= started_at", name="ends_after_start"),
-        # The limiter's history: what an empty Redis is filled with.
+        # The limiter's history, which is loaded into an empty Redis.
         Index("ix_attempts_history", "sender_id", "ended_at"),
     )
 
 
 class Cooldown(Base):
-    """A sender whose account was refused (quota, block): its mail waits, one probe at a time goes.
+    """The cooldown of a sender whose account was refused (quota, block).
 
-    An accepted probe, and ResumeSender, delete the row.
+    Its mail waits, except for one probe at a time. An accepted probe or ResumeSender deletes the
+    row.
     """
 
     __tablename__ = "cooldowns"
@@ -348,9 +349,9 @@ class Cooldown(Base):
     since: Mapped[datetime] = mapped_column(_TIME)
     # When the next probe may begin. A refused attempt that began before it changes nothing.
     next_probe_at: Mapped[datetime] = mapped_column(_TIME)
-    # Refused probes: the place on the ladder of OUTBOX_COOLDOWN.
+    # Number of refusals in a row: the position in the waits of OUTBOX_COOLDOWN.
     refusals: Mapped[int] = mapped_column(server_default="1")
-    # Of the last refusal.
+    # The reply of the last refusal.
     smtp_code: Mapped[int | None] = mapped_column(SmallInteger)
     enhanced_code: Mapped[str | None] = mapped_column(Text)
     message: Mapped[str] = mapped_column(Text)
@@ -359,10 +360,10 @@ class Cooldown(Base):
 
 
 class HeadMarker(Base):
-    """Says that a sender's head must be loaded again.
+    """A request to load a sender's head again.
 
-    Written in the transaction that changed what the head depends on, and deleted after the load:
-    who finds one that has grown old knows that somebody died in between.
+    The transaction that changes what the head depends on writes it, and the load deletes it. An old
+    marker means that a process died in between.
     """
 
     __tablename__ = "head_markers"
@@ -380,16 +381,16 @@ class Suppression(Base):
     __tablename__ = "suppressions"
 
     user_id: Mapped[str] = mapped_column(Text, primary_key=True)
-    # Case-folded: addresses are compared case-insensitively.
+    # Case-folded, because addresses are compared without regard to case.
     address: Mapped[str] = mapped_column(Text, primary_key=True)
     reason: Mapped[str] = mapped_column(Text, server_default="")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
 
 
 class CountDelta(Base):
-    """By how much a count changed: appended in the transaction that moved the jobs.
+    """A change of a count, appended in the transaction that moved the jobs.
 
-    `state` SCHEDULED counts the open jobs, SENDING among them: those are always few and are
+    `state` SCHEDULED counts all open jobs, including those in SENDING. These are always few and are
     counted directly, so that a claim writes no delta.
     """
 
@@ -404,7 +405,7 @@ class CountDelta(Base):
 
 
 class SenderCount(Base):
-    """Folded: jobs of a sender by state."""
+    """The folded count of a sender's jobs by state."""
 
     __tablename__ = "sender_counts"
 
@@ -414,7 +415,7 @@ class SenderCount(Base):
 
 
 class BatchCount(Base):
-    """Folded: jobs of a batch by state."""
+    """The folded count of a batch's jobs by state."""
 
     __tablename__ = "batch_counts"
 
@@ -424,7 +425,7 @@ class BatchCount(Base):
 
 
 class SenderHourCount(Base):
-    """Folded: jobs of a sender by the hour (UTC) in which they reached a state."""
+    """The folded count of a sender's jobs by the hour (UTC) in which they reached a state."""
 
     __tablename__ = "sender_hour_counts"
 

@@ -1,9 +1,9 @@
-"""Whose rows a statement sees: the one place that bounds what a call reads and changes.
+"""Restricts the statements of a call to the rows of its user (tenant isolation).
 
-A method cannot forget it. Every statement of a call goes through `refuse_unbounded`, which lets
-none pass before `owned_by` or `owner_of` has bound the call to its user; and those take no other
-user than the one that the interceptor found. A method that forgets fails at its first statement,
-for every caller, and so in its first test.
+A method cannot forget the restriction. `refuse_unbounded` checks every statement of a call, and
+refuses it unless `owned_by` or `owner_of` has bound the call to its user. Those accept only the
+user that the interceptor authenticated. A method that does not call them fails at its first
+statement, for every caller, and so in its first test.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ S = TypeVar("S", bound=_Narrowable)
 
 
 def owned_by(statement: S, owner: SQLColumnExpression[Any], user_id: str | None) -> S:
-    """Return the statement, narrowed to rows whose `owner` is this user; None: of any user.
+    """Return the statement, restricted to rows whose `owner` is this user. None means any user.
 
     Raises:
-        AssertionError: the call under way is another user's.
+        AssertionError: the current call belongs to another user.
     """
     _bind(user_id)
     return statement if user_id is None else statement.where(owner == user_id)
 
 
 def owner_of(user_id: str) -> str:
-    """Return the user that a new row will belong to, or whose rows are asked for by name.
+    """Return the user that a new row will belong to, or whose rows a statement names.
 
     Raises:
-        AssertionError: the call under way is another user's.
+        AssertionError: the current call belongs to another user.
     """
     _bind(user_id)
     return user_id
@@ -48,15 +48,15 @@ def _bind(user_id: str | None) -> None:
     if call is None:
         return
     if call.caller.user_id is not None and call.caller.user_id != user_id:
-        raise AssertionError("a statement asks for rows of another user than the caller")
+        raise AssertionError("a statement uses rows of another user than the caller")
     call.bounded = True
 
 
 def refuse_unbounded(engine: AsyncEngine) -> None:
-    """Let no statement of a call reach the database before the call is bound to its user.
+    """Refuse every statement of a call that is not bound to its user yet.
 
-    What runs outside of calls (folding, healing, the look-up of keys) is not asked. What calls
-    share must be started outside of them: a task belongs to the call that starts it.
+    Work outside of calls (folding, healing, the look-up of keys) is not checked. Tasks that calls
+    share must be started outside of calls: a task belongs to the call that starts it.
     """
     event.listen(engine.sync_engine, "before_execute", _check)
 
@@ -65,6 +65,6 @@ def _check(*_: object) -> None:
     call = call_under_way()
     if call is not None and not call.bounded:
         raise AssertionError(
-            "a statement of a call that is not bound to its user: narrow the first one by "
+            "this call is not bound to its user: restrict its first statement with "
             "outbox_server.shared.database.ownership.owned_by"
         )

@@ -1,4 +1,4 @@
-"""What the address of a job shares with a suppression of it, in SQL."""
+"""The key by which a job's address is compared with suppressions, in SQL."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from outbox_server.shared.database.models import EmailJob
 
 
 def recipient_key() -> ColumnElement[str]:
-    """Return a job's key: the one that the intake kept, or its address in lower case.
+    """Return a job's key: the one that the intake stored, or its address in lower case.
 
-    Under "C", for the locale may know letters beyond ASCII or, as Turkish does, another lower case
-    of an ASCII one; and back, for the index of suppressions is in the order of the database.
+    The address is lowered under the collation "C", because a locale may change letters beyond ASCII
+    or, like Turkish, lower an ASCII letter differently. The result has the default collation again,
+    which the index of suppressions uses.
     """
     lowered = func.lower(collate(EmailJob.recipient, "C"))
     return func.coalesce(EmailJob.recipient_key, collate(lowered, "default"))

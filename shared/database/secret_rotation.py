@@ -1,7 +1,7 @@
-"""Encrypts the stored secrets of endpoints under the newest key, one chunk per transaction.
+"""Re-encrypts the stored secrets of endpoints with the newest key, one chunk per transaction.
 
-The secrets are SMTP passwords, and the secrets and tokens of OAuth 2.0. A secret that is under the
-newest key already is left alone, so a rotation that was interrupted can be started again.
+The secrets are SMTP passwords, and the secrets and tokens of OAuth 2.0. Secrets that already use
+the newest key do not change, so an interrupted rotation can be started again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender
 from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.secrets import SecretBox
 
-# Some 50 ms of work, for which an UpdateSender of one of these senders may have to wait.
+# About 50 ms of work. An UpdateSender of one of these senders may have to wait for it.
 CHUNK: Final = 500
 _STORED: Final = Sender.smtp_password.is_not(None)
 _OAUTH2_SECRETS: Final = ("client_secret", "refresh_token", "access_token")
@@ -29,9 +29,9 @@ class RotatedChunk:
 
     looked_at: int
     rotated: int
-    # No key decrypts them.
+    # The senders whose secrets no key decrypts.
     unreadable: Sequence[int]
-    # The last sender; None: there was none left.
+    # The last sender of the chunk. None means that none was left.
     last_id: int | None
 
 
@@ -48,7 +48,7 @@ async def rotate_chunk(
 ) -> RotatedChunk:
     """Rotate the first `limit` passwords of senders after `after_id`.
 
-    The sender's revision stays: the password is the same, and nobody has to read it again.
+    The sender's revision does not change: the password is the same, and caches stay valid.
     """
     rows: Sequence[Any] = (
         await connection.execute(

@@ -1,4 +1,4 @@
-"""When waiting mail will be sent: one arithmetic for every answer that names a time.
+"""Forecasts when waiting mail will be sent, for all methods that return such a time.
 
-`simulation` is pure; `backlog` reads what it needs from PostgreSQL; `forecasts` joins them.
+`simulation` is pure; `backlog` reads its input from PostgreSQL; `forecasts` joins the two.
 """

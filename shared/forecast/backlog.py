@@ -1,7 +1,7 @@
-"""What a forecast starts from: a sender's limits, its past and its waiting mail, by PostgreSQL.
+"""Reads the input of a forecast from PostgreSQL: a sender's limits, past sends and waiting mail.
 
-The past is at most the window's sends; the waiting mail is read job by job only while it is little,
-and else as what its batches are known to be. So a forecast costs about the same at any size.
+The past sends are at most those of the window. Waiting mail is read job by job if it is little, and
+otherwise computed from its batches. So a forecast costs about the same at any size.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from outbox_server.shared.forecast.simulation import Limiter, Run, Sends
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.states import BatchState, JobState, SenderState
 
-# Jobs that are read one by one, in about 20 ms.
+# The most jobs that are read one by one, in about 20 ms.
 MOST_JOBS: Final = 20_000
-# Sends of the window that are read; of more, every n-th.
+# The most sends of the window that are read. If there are more, every n-th is read.
 _MOST_SENDS: Final = 2_000
-# Recent sends that say what a send takes.
+# The number of recent sends from which the duration of a send is computed.
 _SAMPLE: Final = 50
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -58,7 +58,7 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the operator sets: `OUTBOX_MIN_GAP`, `OUTBOX_RATE_WINDOW`, `OUTBOX_LEASE`."""
+    """The operator's settings: `OUTBOX_MIN_GAP`, `OUTBOX_RATE_WINDOW`, `OUTBOX_LEASE`."""
 
     floor: timedelta
     window: timedelta
@@ -67,25 +67,25 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class SenderPace:
-    """What decides how fast a sender's mail goes, of the moment `now`."""
+    """What decides how fast a sender's mail is sent, as of `now`."""
 
     now: int
     active: bool
     limiter: Limiter
-    # Jobs that wait or are being sent.
+    # Number of jobs that wait.
     waiting: int
     cooldown: CooldownRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BacklogPosition:
-    """A place in the order of sending: that of one job."""
+    """The position of a job in the order of sending."""
 
     due: datetime
     job_id: int
 
     def before(self) -> ColumnElement[bool]:
-        """Return the condition that a job comes before; one that the head's index answers."""
+        """Return the condition that a job comes before this one; the head's index serves it."""
         return tuple_(EmailJob.scheduled_at, EmailJob.id) < tuple_(
             literal(self.due, EmailJob.scheduled_at.type), literal(self.job_id)
         )
@@ -106,7 +106,7 @@ def from_us(microseconds: int) -> datetime:
 
 
 async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -> SenderPace:
-    """Return the pace of a sender, a deleted one too; whose it is must be known already."""
+    """Return the pace of a sender, even of a deleted one. The caller has checked its owner."""
     last_end = (
         select(func.max(Attempt.ended_at)).where(Attempt.sender_id == Sender.id).scalar_subquery()
     )
@@ -158,10 +158,10 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
 
 
 async def _read_takes(connection: AsyncConnection, sender_id: int) -> int:
-    """Return what a send took of late, from the instant at which it was allowed to its end.
+    """Return how long recent sends took, from the instant at which they were allowed to their end.
 
-    The mean of what SMTP took, and the median of the lateness: a sender that was idle, or a
-    dispatcher that was away, says nothing of the pace.
+    It is the mean duration of SMTP plus the median lateness: the median ignores a few long waits,
+    such as those for a dispatcher that was down.
     """
     recent = (
         select((Attempt.ended_at - Attempt.started_at).label("took"), Attempt.late_ms)
@@ -185,7 +185,7 @@ async def _read_takes(connection: AsyncConnection, sender_id: int) -> int:
 async def _read_sends(
     connection: AsyncConnection, sender_id: int, limit: int, window: timedelta
 ) -> list[Sends]:
-    """Return the ends in the window, at most `limit`; of very many, what every n-th says."""
+    """Return the ends in the window, at most `limit`; if they are many, from every n-th one."""
     ends = (
         select(
             Attempt.ended_at,
@@ -195,7 +195,7 @@ async def _read_sends(
         .where(
             Attempt.sender_id == sender_id,
             Attempt.counted,
-            # Not clock_timestamp(): an index is not searched for what changes on the way.
+            # Not clock_timestamp(): PostgreSQL uses no index for a value that changes meanwhile.
             Attempt.ended_at > func.statement_timestamp() - window,
         )
         .subquery()
@@ -223,7 +223,7 @@ async def _read_sends(
 async def _read_in_flight(
     connection: AsyncConnection, sender_id: int, lease: timedelta
 ) -> Sequence[datetime]:
-    """Return since when each job in SENDING is held."""
+    """Return the start of the lease of each job in SENDING."""
     rows = await connection.execute(
         select(EmailJob.lease_until - lease)
         .where(EmailJob.sender_id == sender_id, in_state(JobState.SENDING))
@@ -235,7 +235,7 @@ async def _read_in_flight(
 async def read_backlog(
     connection: AsyncConnection, sender_id: int, waiting: int, batch_id: int | None
 ) -> list[Run]:
-    """Return what waits of a sender, in the order of sending; mine are the jobs of `batch_id`."""
+    """Return a sender's waiting mail in the order of sending; `mine` counts jobs of `batch_id`."""
     if waiting <= MOST_JOBS:
         return await _read_jobs(connection, sender_id, batch_id)
     return await _read_batches(connection, sender_id, batch_id)
@@ -257,7 +257,7 @@ async def count_ahead(
 async def read_ahead(
     connection: AsyncConnection, sender_id: int, place: BacklogPosition, ahead: int
 ) -> list[Run]:
-    """Return the `ahead` jobs that wait before `place`, in the order of sending."""
+    """Return the `ahead` waiting jobs before `place`, in the order of sending."""
     if ahead <= MOST_JOBS:
         return await _read_jobs(connection, sender_id, None, place)
     return first_of(await _read_batches(connection, sender_id, None), ahead)
@@ -269,15 +269,15 @@ async def _read_jobs(
     batch_id: int | None,
     until: BacklogPosition | None = None,
 ) -> list[Run]:
-    """Return runs as the jobs are: of one batch each, due and expiring at once."""
+    """Return runs from the jobs; each run is of one batch, due time and expiry."""
     order = (EmailJob.scheduled_at, EmailJob.id)
     place = func.row_number().over(order_by=order)
     place_in_batch = func.row_number().over(
         partition_by=(EmailJob.scheduled_at, EmailJob.batch_id, EmailJob.expires_at),
         order_by=EmailJob.id,
     )
-    # Neighbours of one batch and one due time have the same difference. A retry moves that time,
-    # and not when the job expires.
+    # Neighbours of one batch and due time have the same difference. A retry moves the due time, but
+    # not the time at which the job expires.
     jobs = (
         select(
             EmailJob.id,
@@ -320,7 +320,7 @@ async def _read_jobs(
 async def _read_batches(
     connection: AsyncConnection, sender_id: int, batch_id: int | None
 ) -> list[Run]:
-    """Return runs as the batches say: the last jobs of each, evenly spaced up to its last."""
+    """Return runs computed from the batches: the last jobs of each, evenly spaced."""
     state = int(JobState.SCHEDULED)
     parts = union_all(
         select(BatchCount.batch_id, BatchCount.n)

@@ -1,4 +1,4 @@
-"""What a caller is told about the time of waiting mail."""
+"""Forecasts of the send times of batches and jobs, as callers get them."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from outbox_server.shared.forecast.backlog import (
 from outbox_server.shared.forecast.runs import in_order
 from outbox_server.shared.forecast.simulation import Bound, Limiter, Run, SimulatedOutcome, simulate
 
-# What takes longer than a moment must not hold up the loop.
-_AT_ONCE: Final = 100
+# The most runs that are simulated in the event loop. More would block it for too long.
+_MOST_RUNS_IN_LOOP: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """When mail will be sent.
 
-    `first`, `end` None: nothing will be sent, or no one can say; then `active` is False, or
-    `within_sight` is.
+    If `first` and `end` are None, nothing will be sent, or the time is unknown. In the latter case
+    `active` or `within_sight` is False.
     """
 
-    # What the sender may do.
+    # The limits of the sender.
     limiter: Limiter
     # The time at which the data was read.
     read_at: datetime
     jobs: int = 0
     first: datetime | None = None
     end: datetime | None = None
-    # What most of the time until the end goes by; None: the due time.
+    # The limit that causes most of the wait. None means only the due time.
     bound: Bound | None = None
-    # Other jobs of the sender that come before the last one.
+    # Number of other jobs of the sender that come before the last one.
     ahead: int = 0
     expiring: int = 0
-    # Whether the sender sends at all.
+    # Whether the sender is active.
     active: bool = True
     within_sight: bool = True
     # The sender's cooldown. Its next probe is assumed to be accepted.
@@ -58,9 +58,9 @@ class Forecast:
 async def forecast_batch(
     connection: AsyncConnection, sender_id: int, batch_id: int, rules: Rules
 ) -> Forecast:
-    """Return the forecast of what waits of a batch.
+    """Return the forecast of the waiting jobs of a batch.
 
-    The connection must see one moment. Whose the batch is must be known already.
+    The connection must use one snapshot. The caller has checked the owner of the batch.
     """
     pace = await read_pace(connection, sender_id, rules)
     runs = await read_backlog(connection, sender_id, pace.waiting, batch_id)
@@ -73,12 +73,12 @@ async def forecast_planned(
     plan: Callable[[datetime], Run],
     rules: Rules,
 ) -> Forecast:
-    """Return the forecast of a batch that is only planned, behind what waits already.
+    """Return the forecast of a batch that is only planned, behind the mail that waits already.
 
-    `plan` returns its mails as they are if it is accepted at the time that it is told.
+    `plan` returns the mails of the batch if it is accepted at the given time.
     """
     pace = await read_pace(connection, sender_id, rules)
-    # Behind all that is due at the same time, for its ids are new.
+    # It comes after all mail with the same due time, because its ids will be the newest.
     planned = plan(from_us(pace.now))
     others = await read_backlog(connection, sender_id, pace.waiting, None)
     return await _forecast(pace, in_order([*others, replace(planned, mine=planned.count)]))
@@ -93,7 +93,7 @@ async def forecast_job(
     ahead: int,
     expire_after: timedelta | None,
 ) -> Forecast:
-    """Return the forecast of one job that waits, with `ahead` others before it."""
+    """Return the forecast of one waiting job with `ahead` other jobs before it."""
     others = await read_ahead(connection, sender_id, place, ahead)
     expiry = None if expire_after is None else expire_after // timedelta(microseconds=1)
     return await _forecast(pace, [*others, Run(to_us(place.due), mine=1, expire_after=expiry)])
@@ -103,7 +103,7 @@ async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
     jobs = sum(run.mine for run in runs)
     read_at = from_us(pace.now)
     known = Forecast(pace.limiter, read_at, jobs, active=pace.active, cooldown=pace.cooldown)
-    # Limit.PAUSE: nobody can say when a paused sender goes on.
+    # Limit.PAUSE: the time at which a paused sender resumes is unknown.
     if not jobs or not pace.active:
         return known
     found = await _simulate(pace.limiter, runs, pace.now)
@@ -124,6 +124,6 @@ async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
 
 
 async def _simulate(limiter: Limiter, runs: Sequence[Run], now: int) -> SimulatedOutcome:
-    if len(runs) <= _AT_ONCE:
+    if len(runs) <= _MOST_RUNS_IN_LOOP:
         return simulate(limiter, runs, now)
     return await asyncio.to_thread(simulate, limiter, runs, now)

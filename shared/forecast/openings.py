@@ -1,4 +1,4 @@
-"""The sending hours of a sender as the simulation asks for them: in microseconds. Pure."""
+"""The sending hours of a sender in microseconds, for the simulation. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _MILLISECOND: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Openings:
-    """Sending hours; openings begin and end at whole milliseconds."""
+    """Sending hours, whose openings begin and end at whole milliseconds."""
 
     hours: SendingHours
 
     @classmethod
     def from_text(cls, text: str) -> Openings:
-        """Return what was stored."""
+        """Return the openings of stored sending hours."""
         return cls(SendingHours.from_text(text))
 
     def opens(self, at: int) -> int | None:
-        """Return the first open instant from `at` on; None: there is none in sight."""
+        """Return the first open instant from `at` on; None if none is found."""
         try:
             found = self.hours.opens(at // _MILLISECOND)
         except OverflowError:
@@ -31,7 +31,7 @@ class Openings:
         return None if found is None else max(found * _MILLISECOND, at)
 
     def closes(self, at: int) -> int:
-        """Return when it closes, where `at` is open; it may go on from there."""
+        """Return when the opening at `at` closes. Another opening may follow at once."""
         try:
             return self.hours.closes(at // _MILLISECOND) * _MILLISECOND
         except OverflowError:

@@ -1,4 +1,4 @@
-"""Runs of waiting mail, brought into the order of sending. Pure."""
+"""Brings runs of waiting mail into the order of sending. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Final
 
 from outbox_server.shared.forecast.simulation import Run
 
-# Of more runs, the smallest are taken to be due at once: the work grows with their square.
+# The most runs that are merged exactly, because the work grows with their square. If there are
+# more, the mails of each of the smallest runs are assumed to be due at once.
 _MOST_OVERLAPPING: Final = 300
 
 
 def joined(runs: Iterable[tuple[int, Run]]) -> Iterator[Run]:
-    """Join neighbours of one batch, with its id, that expire alike and are due by a spacing."""
+    """Join neighbours of one batch that have equal expiries and evenly spaced due times.
+
+    Each run comes with the id of its batch.
+    """
     last: Run | None = None
     last_batch = 0
     for batch, run in runs:
@@ -32,17 +36,17 @@ def joined(runs: Iterable[tuple[int, Run]]) -> Iterator[Run]:
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """Return runs by their due times, those of equal ones as they come.
+    """Return runs ordered by due time; runs with equal due times keep their order.
 
-    Where runs overlap, the mails of all between two of their ends become one run, evenly spaced: a
-    mail's place is right to within one spacing.
+    If runs overlap, their mails between two of their ends become one run with even spacing, so the
+    position of a mail is exact to within one spacing.
     """
     waiting = deque(sorted(_few_overlapping(list(runs)), key=lambda run: run.due))
     ends = sorted({end for run in waiting for end in (run.due, run.last_due + 1)})
     active: list[Run] = []
     ordered: list[Run] = []
     for end in ends:
-        # What is due before this end, of the runs that have begun.
+        # Cut off the mails of active runs that are due before this end.
         parts, rests = [], []
         for run in active:
             count = run.count if run.last_due < end else -((run.due - end) // run.step)
@@ -95,7 +99,7 @@ def _merged(parts: list[Run]) -> list[Run]:
             count,
             (last - first) // (count - 1),
             sum(part.mine for part in parts),
-            # Only a part may expire: then all are taken to wait.
+            # If only some parts expire, assume that none does.
             max(expiries) if len(expiries) == len(parts) else None,
         )
     ]

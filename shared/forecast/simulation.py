@@ -1,24 +1,24 @@
-"""When the limits of a sender will let its waiting mail go: exact, and never a step a mail. Pure.
+"""Computes exactly when a sender's limits allow its waiting mail, without a step per mail. Pure.
 
-A sender is a queue: mail goes in the order (due, id), so what is due later never delays what is due
-earlier, and the start of the k-th send is the greatest of
+A sender is a queue: mail is sent in the order (due, id), so a mail never delays one that is due
+earlier, and the start of the k-th send is the latest of
 
     its due time
-    the start of the send before + the gap + what a send takes
-    the start of the send `limit` places before + the window + what a send takes
+    the start of the previous send + the gap + the duration of a send
+    the start of the send `limit` places before + the window + the duration of a send
     the next opening of the sending hours
     the next probe of the sender's cooldown
 
-All of these are arithmetic sequences over long stretches: mails that are due at once or by a fixed
-spacing, sends a gap apart, a window that empties as it was filled. A piece is as many sends as are
-led by one of them; once a whole window has been sent as the window before it allowed, every later
-one repeats it, and all whole windows are one step. So the cost follows the number of changes, and
-not the number of mails. Times are whole microseconds since 1970.
+All of these are arithmetic sequences over long stretches: mails due at once or with a fixed
+spacing, sends one gap apart, a window that empties as it was filled. A piece is a series of sends
+whose times one of these sequences decides. Once the window alone has decided a whole window of
+sends, every later window repeats it, so all whole windows are one step. The cost depends on the
+number of changes, not on the number of mails. Times are whole microseconds since 1970.
 
 The limits of a sender are implemented here, in look.lua (which decides), replay.py (audit) and
 queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
 Without Limit.CIRCUIT: a forecast assumes that every endpoint works from now on.
-Without Limit.PACE: a forecast assumes that no server complains of the rate; only Redis knows it.
+Without Limit.PACE: a forecast assumes that no server complains about the rate; only Redis knows it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Protocol
 
-# About half a second of work: a bound for what no real sender comes near to.
+# The most pieces: about half a second of work. No real sender needs nearly as many.
 _MOST_PIECES: Final = 200_000
 
 
@@ -37,14 +37,14 @@ class Hours(Protocol):
     """The sending hours of a sender."""
 
     def opens(self, at: int) -> int | None:
-        """Return the first open instant from `at` on; None: it never opens again."""
+        """Return the first open instant from `at` on; None if it never opens again."""
 
     def closes(self, at: int) -> int | None:
-        """Return when it closes, where `at` is open; None: it stays open."""
+        """Return when the opening at `at` closes; None if it stays open."""
 
 
 class Bound(Enum):
-    """What decided the time of a send."""
+    """The limit that decided the time of a send."""
 
     DUE = "due"
     SPACING = "spacing"
@@ -52,13 +52,13 @@ class Bound(Enum):
     WINDOW = "window"
     HOURS = "hours"
     COOLDOWN = "cooldown"
-    # Gap 0: the places in flight.
+    # With a gap of 0: the number of sends in flight.
     PLACES = "places"
 
 
 @dataclass(frozen=True, slots=True)
 class Sends:
-    """Evenly spaced sends of the past, by their ends."""
+    """Evenly spaced sends in the past, by their ends."""
 
     first: int
     count: int = 1
@@ -67,26 +67,26 @@ class Sends:
 
 @dataclass(frozen=True, slots=True)
 class Limiter:
-    """What a sender may do, and what it has done."""
+    """The limits of a sender, and its past sends."""
 
     limit: int
     gap: int
     window: int
     max_in_flight: int = 1
-    # What one send takes, from the instant at which it was allowed to its end.
+    # The duration of a send, from the instant at which it was allowed to its end.
     takes: int = 0
     hours: Hours | None = None
     # The next probe of the cooldown. Nothing is sent before it, and it is assumed to be accepted.
     next_probe: int | None = None
-    # Ends that take slots of the window now, the earliest first.
+    # The ends that take slots of the window now, the earliest first.
     sent: Sequence[Sends] = ()
-    # The gap runs from it, whether or not it took a slot.
+    # The end from which the gap runs, whether or not it took a slot.
     last_end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Waiting mails in the order of sending, due `step` apart; `mine` of them are asked about."""
+    """Waiting mails in the order of sending, due `step` apart. `mine` of them are forecast."""
 
     due: int
     count: int = 1
@@ -97,29 +97,29 @@ class Run:
 
     @property
     def last_due(self) -> int:
-        """When the last of them is due."""
+        """The due time of the last mail."""
         return self.due + (self.count - 1) * self.step
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedOutcome:
-    """What will become of the mails that were asked about."""
+    """The forecast for the mails that are `mine`."""
 
-    # Starts of the first and of the last send; None: nothing will be sent, or not within sight.
+    # Starts of the first and the last send. None if nothing will be sent, or not within sight.
     first: int | None = None
     last: int | None = None
-    # Of the last one.
+    # End of the last send.
     end: int | None = None
     expiring: int = 0
-    # What the time until the last send went by, by what decided it.
+    # The time until the last send, divided by the limits that caused it.
     spent: dict[Bound, int] = field(default_factory=dict)
-    # Sends before the last one, those asked about among them.
+    # Number of sends up to the last one, including other mails.
     sends: int = 0
     within_sight: bool = True
 
     @property
     def bound(self) -> Bound | None:
-        """What most of the time goes by; None: nothing but the due time."""
+        """The limit that causes most of the wait; None if only the due time does."""
         limits = {bound: span for bound, span in self.spent.items() if bound is not Bound.DUE}
         return max(limits, key=limits.__getitem__) if any(limits.values()) else None
 
@@ -158,7 +158,7 @@ class _Simulation:
     """The state after the sends so far."""
 
     def __init__(self, limiter: Limiter, now: int, since: int) -> None:
-        """The time from `since` on is accounted for."""
+        """`since` is the time from which on `spent` is counted."""
         self._now = now
         self._since = since
         self._limit = limiter.limit
@@ -179,7 +179,7 @@ class _Simulation:
             self._remember(sends.first - takes, sends.step, sends.count)
         last_end = limiter.last_end
         self._last = now - self._cycle if last_end is None else last_end - takes
-        # Sends in a row that the window alone decided.
+        # Number of sends in a row that the window alone decided.
         self._repeated = 0
         self._pieces = 0
         self.spent: dict[Bound, int] = {}
@@ -202,7 +202,7 @@ class _Simulation:
             if run.expire_after is not None:
                 late = start - due - run.expire_after
                 if late > 0:
-                    # Those that would be too late even at this instant go first.
+                    # First drop the mails that would be too late even at this instant.
                     gone = left if not run.step else min(left, -(-late // run.step))
                     expired += gone
                     left -= gone
@@ -221,9 +221,9 @@ class _Simulation:
         return first, None if first is None else self._last, expired
 
     def _lead(self, due: int, spacing: int, left: int) -> tuple[int, int, Bound, int]:
-        """Return (start, step, what decides, how many) of the sends that come next."""
+        """Return (start, step, bound, count) of the next sends."""
         terms = [
-            # Limit.GAP or, where there is none, Limit.IN_FLIGHT.
+            # Limit.GAP or, without a gap, Limit.IN_FLIGHT.
             (self._last + self._cycle, self._cycle, self._pacer),
             (due, spacing, Bound.SPACING if spacing else Bound.DUE),
             (self._now, 0, Bound.DUE),
@@ -248,7 +248,7 @@ class _Simulation:
         elif not self._goes_on_for_ever(start, step):
             count = min(count, self._recent[0][2])
         if bound is not self._pacer and step < self._cycle:
-            # The next one waits for this one.
+            # The next send waits for this one.
             count = 1
         for other, other_step, _ in terms:
             if other_step > step:
@@ -258,7 +258,7 @@ class _Simulation:
         return start, step, bound, count
 
     def _goes_on_for_ever(self, start: int, step: int) -> bool:
-        """Whether the window cannot bind: all of it was sent by this step, which is slow enough."""
+        """Whether the window cannot bind: all its sends have this step, which is slow enough."""
         if len(self._recent) > 1:
             return False
         first, recent_step, count = self._recent[0]
@@ -269,7 +269,7 @@ class _Simulation:
         )
 
     def _is_open(self, start: int) -> bool:
-        """Whether it is open at `start`; if not, moves to the next opening."""
+        """Return whether it is open at `start`; if not, move to the next opening."""
         if self._hours is None or self._closing is None or start < self._closing:
             return True
         opening = self._hours.opens(start)
@@ -281,7 +281,7 @@ class _Simulation:
         return opening == start
 
     def _skip_windows(self, run: Run, due: int, left: int, start: int, bound: Bound) -> int:
-        """Make all whole windows that repeat the last one in one step; return how many sends."""
+        """Skip all whole windows that repeat the last one; return the number of their sends."""
         if bound is not Bound.WINDOW or self._repeated < self._limit:
             return 0
         if run.step * self._limit > self._period:

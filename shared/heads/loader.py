@@ -1,9 +1,9 @@
 """Loads the heads of senders from PostgreSQL into Redis.
 
-One operation serves intake, refill, pause and resume, a rebuild of a lost Redis, and healing. Its
-order is what makes it right: first the epoch, then one snapshot of PostgreSQL, then the head is
-applied if the epoch has not moved. Whoever commits rows raises the epoch afterwards, so a load that
-read too early is refused and reads again.
+One operation serves intake, refill, pause and resume, the rebuild of a lost Redis, and healing. Its
+order makes it correct: it reads the epoch, then one snapshot of PostgreSQL, and then applies the
+head if the epoch has not changed. Every process that commits rows raises the epoch afterwards, so a
+load that read too early is refused and reads again.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from outbox_server.shared.queue.queue import (
 from outbox_server.shared.sending_hours import SendingHours
 from outbox_server.shared.settings import Settings
 
-# Loads that lose the race against commits are read again; each race was somebody's progress.
+# A load that loses a race against a commit reads again. Each lost race means progress elsewhere.
 _TRIES = 20
-# Senders a statement and a pipeline: bounds memory during a rebuild.
+# Senders per statement and pipeline, which bounds the memory of a rebuild.
 _CHUNK = 200
-# Senders that a rebuild sorts by when they are due: 20 us each, and it keeps its lock for 10 s.
+# Senders that a rebuild sorts by due time at once: 20 us each, and its lock lasts 10 s.
 _PAGE = 10_000
 _DAY_MS = 24 * 60 * 60 * 1000
 
@@ -54,17 +54,17 @@ _CONCERNED = concerned_statement()
 
 
 def _opening(hours: str | None, now: int) -> tuple[int, int] | None:
-    """Return the opening that holds `now`, or the next one; None: the sender has no hours."""
+    """Return the opening that contains `now`, or the next one; None without sending hours."""
     if hours is None:
         return None
     sending_hours = SendingHours.from_text(hours)
     opens = sending_hours.opens(now)
-    # None in sight: looked for again on the next day.
+    # No opening within two weeks: search again on the next day.
     return (now + _DAY_MS, now + _DAY_MS) if opens is None else (opens, sending_hours.closes(opens))
 
 
 def _no_head(sender_id: int) -> Head:
-    """Return the head of a sender that PostgreSQL does not know: nobody looks at it any more."""
+    """Return an empty head, for a sender that PostgreSQL does not have: it is not visited again."""
     return Head(
         sender_id=sender_id,
         hourly_limit=1,
@@ -77,7 +77,7 @@ def _no_head(sender_id: int) -> Head:
 
 
 class HeadLoader:
-    """Loads heads; used by whoever changed what a head depends on, or found one used up."""
+    """Loads heads, after a change of what they depend on or when they are used up."""
 
     def __init__(self, engine: AsyncEngine, queues: Sequence[Queue], settings: Settings) -> None:
         self._engine = engine
@@ -87,17 +87,17 @@ class HeadLoader:
         self._override = settings.smtp_override
 
     def queue_of(self, sender_id: int) -> Queue:
-        """Return the shard that a sender lives in."""
+        """Return the shard of a sender."""
         return self.queues[sender_id % len(self.queues)]
 
     async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
-        """Load the heads of these senders and delete the markers that asked for it.
+        """Load the heads of these senders, and delete the markers that requested it.
 
         `committed`: the caller has just committed what the load must see (a batch, a pause).
 
         Raises:
-            redis.exceptions.RedisError: Redis is gone; the markers stay, so a later load follows.
-            sqlalchemy.exc.DBAPIError: PostgreSQL is gone.
+            redis.exceptions.RedisError: Redis is unreachable; the markers stay for a later load.
+            sqlalchemy.exc.DBAPIError: PostgreSQL is unreachable.
         """
         by_queue: dict[Queue, list[int]] = {}
         for sender_id in dict.fromkeys(sender_ids):
@@ -111,8 +111,8 @@ class HeadLoader:
         for _ in range(_TRIES):
             epochs = await queue.begin_load(again, committed=committed)
             full += [sender_id for sender_id in again if sender_id not in epochs]
-            # Heads and history of one moment: a job that begins to wait again between the two
-            # statements would be in neither.
+            # Read heads and history from one snapshot: otherwise a job that begins to wait again
+            # between the two statements would be in neither.
             history = any(map(brings_history, epochs.values()))
             async with snapshot(self._engine) if history else self._engine.connect() as connection:
                 heads, markers = await self._read(connection, epochs)
@@ -195,19 +195,19 @@ class HeadLoader:
         )
 
     async def load_abandoned(self) -> Sequence[int]:
-        """Load the heads of senders whose marker has grown old: somebody died before its load."""
+        """Load the heads of senders with an old marker, which a process left when it died."""
         async with self._engine.connect() as connection:
             senders = await read_abandoned(connection, _CHUNK)
         await self.load(senders, committed=True)
         return senders
 
     async def rebuild(self, queue: Queue, *, pause: timedelta = timedelta(0)) -> bool:
-        """Load the senders of a shard that are lost: all of them, some, or some of their keys.
+        """Load all senders of a shard that Redis lost completely or in part.
 
-        Goes through the senders for which something waits, of each 10,000 those that are due first;
-        a sender with only a history comes when it is used. Returns whether the shard is whole now.
-        False: another process is at it, the last time is less than `pause` ago, or Redis was lost
-        again meanwhile.
+        It visits the senders with waiting jobs, in pages of 10,000, of each page those due first. A
+        sender with only a history is loaded when it is used. Returns whether the shard is complete.
+        False means that another process rebuilds it, that the last rebuild ended less than `pause`
+        ago, or that Redis was lost again meanwhile.
         """
         token = await queue.begin_rebuild(pause=pause)
         if token is None:
@@ -215,7 +215,7 @@ class HeadLoader:
         try:
             return await self._rebuild(queue, token)
         except Exception:
-            # The next try, here or elsewhere, need not wait until the lock expires.
+            # So that the next try, here or elsewhere, does not wait until the lock expires.
             with suppress(Exception):
                 await queue.give_up_rebuild(token)
             raise
@@ -249,9 +249,9 @@ class HeadLoader:
 async def load_soon(
     loader: HeadLoader, sender_ids: Iterable[int], *, limit: timedelta = timedelta(seconds=3)
 ) -> bool:
-    """Load after a commit, within `limit`; False if Redis or PostgreSQL is gone, slow or full.
+    """Load heads after a commit, within `limit`; False if Redis or PostgreSQL fails or is slow.
 
-    The commit stands either way, and its marker brings the load later.
+    The commit is valid either way, and its marker causes the load later.
     """
     from redis.exceptions import RedisError  # noqa: PLC0415 - the driver stays inside shared.queue
 

@@ -1,4 +1,4 @@
-"""The markers that ask for a load of a sender's head (`shared.database.models.HeadMarker`).
+"""The markers that request a load of a sender's head (`shared.database.models.HeadMarker`).
 
 A transaction that changes what a head depends on writes a marker. The process loads the head after
 its commit and deletes the marker. If the process dies in between, others find the marker by its
@@ -20,14 +20,14 @@ MARKER_AGE = timedelta(seconds=5)
 
 
 async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
-    """Ask, within the caller's transaction, for a load of the heads of these senders."""
+    """Request a load of the heads of these senders, within the caller's transaction."""
     await connection.execute(
         insert(HeadMarker), [{"sender_id": sender_id} for sender_id in sender_ids]
     )
 
 
 def marking_stale(moved: CTE) -> CTE:
-    """Return the part of a statement that asks for a load of the heads of `moved.sender_id`."""
+    """Return the part of a statement that requests a load of the heads of `moved.sender_id`."""
     senders = select(moved.c.sender_id).distinct()
     return insert(HeadMarker).from_select(("sender_id",), senders).cte("markers")
 
@@ -44,5 +44,5 @@ async def read_abandoned(connection: AsyncConnection, limit: int) -> Sequence[in
 
 
 async def delete_markers(connection: AsyncConnection, marker_ids: Sequence[int]) -> None:
-    """Delete the markers that a load has answered."""
+    """Delete the markers whose load is done."""
     await connection.execute(delete(HeadMarker).where(HeadMarker.id.in_(marker_ids)))

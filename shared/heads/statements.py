@@ -1,4 +1,4 @@
-"""What is read of senders, to be loaded into Redis (shared/heads/loader.py)."""
+"""The statements that read senders to load them into Redis (shared/heads/loader.py)."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def _age_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
 
 
 def _unix_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
-    """As shared.database.engine.unix_ms, where that would be called for each job of many heads."""
+    """Convert like shared.database.engine.unix_ms, but in SQL, as heads have many jobs."""
     return cast(func.ceil(extract("epoch", time) * 1000), BigInteger)
 
 
 def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
-    """Return live settings, first waiting jobs and markers of senders."""
+    """Return the statement for settings, first waiting jobs and markers of senders."""
     waiting = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
         .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
@@ -102,7 +102,7 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
 
 
 def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any]:
-    """Return ends within `reach`, and leases, of senders that Redis has forgotten."""
+    """Return the statement for ends within `reach`, and leases, of senders that Redis lost."""
     ends = select(
         Attempt.sender_id,
         Attempt.email_job_id,
@@ -123,7 +123,7 @@ def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any
         literal(True),
     ).where(EmailJob.sender_id.in_(sender_ids), in_state(JobState.SENDING))
     each = ends.union_all(leases).subquery()
-    # Arrays: a row an end costs ten times as much on the way.
+    # As arrays: one row per end would be ten times as expensive to transfer.
     return select(
         each.c.sender_id,
         each.c.leased,
@@ -135,9 +135,9 @@ def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any
 
 
 def concerned_statement() -> Select[Any]:
-    """Return the next senders by id that have a waiting job or a lease, those due first first.
+    """Return the statement for the next senders by id with a waiting job or a lease, by due time.
 
-    From the index of waiting jobs: one probe a sender, none a job.
+    It costs one probe of the index of waiting jobs per sender, and none per job.
     """
     after: Any = bindparam("after")
     page: Any = bindparam("page")
@@ -156,7 +156,7 @@ def concerned_statement() -> Select[Any]:
     walk = first_of(EmailJob.sender_id > after).cte("walk", recursive=True)
     following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))
     walk = walk.union_all(select(following).select_from(walk).join(following, true()))
-    # The walk ends where the limit does, for nobody asks it for more.
+    # The limit ends the recursion, because PostgreSQL computes only the rows that are read.
     waiting = select(walk).where(of_shard(walk.c.sender_id)).limit(page)
     sending = select(EmailJob.sender_id, null()).where(
         in_state(JobState.SENDING),
@@ -171,5 +171,5 @@ def concerned_statement() -> Select[Any]:
         .limit(page)
         .subquery()
     )
-    # What is only being sent has nothing to wait for but its end.
+    # Senders with only jobs in SENDING come last: nothing of theirs waits to be sent.
     return select(first.c.sender_id).order_by(first.c.due.nulls_last(), first.c.sender_id)

@@ -99,7 +99,7 @@ def read_answer(
             or error in _TEMPORARY_ERRORS
         )
         return outage(said, wait) if temporary else refusal(said)
-    # The body is not quoted: it may be a page of a server that is no token endpoint.
+    # The body is not quoted: it may be a page of a server that is not a token endpoint.
     said = f"the token URL answered {status} without an OAuth 2.0 error"
     if status in _CLIENT_ERRORS and status not in (_REQUEST_TIMEOUT, _TOO_MANY_REQUESTS):
         return refusal(said)

@@ -83,7 +83,7 @@ class TokenSource:
                 stored = await self._read(ref)
                 token = self._usable(stored, refused)
             elif not (stored.fresh or stored.leased or stored.failure):
-                # In the background, because the present token is still valid.
+                # In the background, because the current token is still valid.
                 self._renewal(ref, stored.version)
         except TokenUnavailable:
             raise
@@ -95,7 +95,7 @@ class TokenSource:
         raise (TokenRefused if failure.refused else TokenUnavailable)(failure.message)
 
     async def close(self) -> None:
-        """Wait for requests under way, for about 12 s, and cancel the rest."""
+        """Wait for requests in progress, for about 12 s, and cancel the rest."""
         if self._renewals:
             _, stuck = await asyncio.wait(self._renewals.values(), timeout=_CLOSE_LIMIT_S)
             for task in stuck:
@@ -115,7 +115,7 @@ class TokenSource:
         try:
             token = self._secrets.decrypt(stored.access_token)
         except FailedPrecondition:
-            # Its encryption key was removed. The next token is encrypted with a present key.
+            # Its encryption key was removed. The next token is encrypted with a current key.
             return None
         return None if token == refused else token
 

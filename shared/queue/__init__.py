@@ -1,4 +1,4 @@
-"""All that Outbox keeps in Redis: each sender's head, its limiter, and when to look at it next.
+"""All data that Outbox keeps in Redis: heads, limiters and circuits of senders.
 
-Redis is disposable: everything here is worked out from PostgreSQL (`shared.heads.loader`).
+Redis is disposable: all of this is rebuilt from PostgreSQL (`shared.heads.loader`).
 """

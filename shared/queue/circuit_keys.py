@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hashlib import blake2s
 
-# The relay of OUTBOX_SMTP_URL, whatever that is: a scheduler need not know it.
+# The key of the relay of OUTBOX_SMTP_URL. A constant, so that a scheduler need not know the URL.
 RELAY = "relay"
 
 

@@ -1,4 +1,4 @@
-"""The way to Redis: every call has an end, and none is repeated behind our back."""
+"""Connections to Redis: every call has a time limit, and the client retries none by itself."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from outbox_server.shared.settings import Settings
 _LONGEST_AUTH_WAIT = timedelta(hours=1)
 _CALL_LIMIT_S = 5.0
 _CONNECT_LIMIT_S = 2.0
-# A listener waits without end, so the kernel has to find out that the other side is gone.
+# A listener waits without a time limit, so the kernel must detect that the server is gone.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 3}
 
-# What a call raises when Redis is gone, slow or full.
+# The errors of calls when Redis is unreachable, slow or out of memory.
 QUEUE_ERRORS = (RedisError, OSError)
 
 
 def connect(settings: Settings, *, listening: bool = False) -> Redis:
-    """Return a client; `listening`: for subscriptions, which may be silent for ever.
+    """Return a client. `listening` is for subscriptions, whose reads have no time limit.
 
-    A claim must not be repeated by the client: the first one may have been carried out.
+    The client must not retry a claim: the first call may have been executed.
     """
     return Redis.from_url(
         settings.redis_url,
@@ -41,10 +41,10 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
     )
 
 
-def _grown(ladder: Sequence[timedelta]) -> tuple[timedelta, ...]:
+def _auth_ladder(ladder: Sequence[timedelta]) -> tuple[timedelta, ...]:
     """Return `ladder` continued by doubling its last wait, up to one hour.
 
-    For probes after a failed authentication: a wrong password that is tried too often locks the
+    This is for probes after a failed authentication: trying a wrong password too often locks the
     account.
     """
     waits = [wait for wait in ladder if wait] or [*DEFAULT_LADDER]
@@ -62,7 +62,7 @@ def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
             window=settings.rate_window,
             lease=settings.lease,
             ladder=settings.retry_backoff,
-            auth_ladder=_grown(settings.retry_backoff),
+            auth_ladder=_auth_ladder(settings.retry_backoff),
         )
         for shard in range(settings.shards)
     ]

@@ -1,4 +1,4 @@
-"""Names of what lives in Redis, and how a job is written there."""
+"""The names of the keys in Redis, and how a job is written there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class JobRef(NamedTuple):
-    """A job and the number of one attempt at it: what is claimed, sent and settled."""
+    """A job and the number of one attempt at it: the unit that is claimed, sent and settled."""
 
     job_id: int
     attempt: int
@@ -15,15 +15,15 @@ class JobRef(NamedTuple):
 def member_of(job: JobRef) -> str:
     """Return the sorted-set member of a job.
 
-    Members of one score sort as text, so the id is padded to twelve digits: jobs due at the same
-    time are sent in the order of their ids. The attempt makes a claim a compare-and-swap: a stale
-    member can be claimed, and is then refused by PostgreSQL.
+    Members with the same score sort as text, so the id is padded to twelve digits: jobs due at the
+    same time are sent in the order of their ids. The attempt makes a claim a compare-and-swap: a
+    stale member can be claimed, but PostgreSQL then refuses it.
     """
     return f"{job.job_id:012d}:{job.attempt}"
 
 
 def job_of(member: str) -> JobRef:
-    """Return the job that `member_of` wrote."""
+    """Return the job of a member (the reverse of `member_of`)."""
     job_id, _, attempt = member.partition(":")
     return JobRef(int(job_id), int(attempt))
 

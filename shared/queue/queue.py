@@ -1,4 +1,4 @@
-"""The queue: one method a Lua step, its result unpacked at once into a frozen dataclass."""
+"""The queue: one method per Lua script, with the result as a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_chan
 from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
 
-# The first 128 waiting jobs of a sender; up to that size a sorted set stays a compact listpack.
+# The most jobs in a sender's head; up to this size Redis stores a sorted set as a compact listpack.
 HEAD_SIZE = 128
-# A head that is a quarter full is loaded again while the rest of it is being sent.
+# A head with fewer jobs is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
-# Waits before the probes of an open circuit, where the operator's ladder is empty.
+# The waits before the probes of an open circuit if the operator's ladder is empty.
 DEFAULT_LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
-# At most a tenth is added to a wait.
+# The largest share of a wait that is added to it at random.
 _JITTER = 0.1
-# Of a server's answer, that is kept as the reason of a circuit.
+# The reason of a circuit is the server's reply, cut to this many characters.
 _MAX_REASON = 200
-# Longer than one part of a rebuild takes; how long a dead rebuilder keeps others from it.
+# Must be longer than one part of a rebuild takes. After a crash, no rebuild starts for this long.
 _REBUILD_LOCK = timedelta(seconds=10)
 
 
 class QueueFullError(OutOfMemoryError):
-    """Redis takes no more memory: what it knows goes on, and new senders must wait."""
+    """Redis is out of memory: known senders continue, and new ones must wait."""
 
 
 class SlotUse(StrEnum):
@@ -46,7 +46,7 @@ class SlotUse(StrEnum):
     COUNTED = "COUNTED"
     # SMTP was tried and no body was begun: the gap runs from its end.
     BEGUN = "BEGUN"
-    # SMTP never heard of it.
+    # SMTP was not tried.
     UNUSED = "UNUSED"
 
 
@@ -54,7 +54,7 @@ class Contact(StrEnum):
     """What an attempt says about the endpoint, as settle.lua reads it."""
 
     NONE = ""
-    # It replied, with whatever reply.
+    # It sent any reply.
     ANSWERED = "OK"
     # It accepted a mail.
     ACCEPTED = "SENT"
@@ -68,16 +68,16 @@ class Contact(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job that the caller holds until its lease runs out."""
+    """A job that the caller holds until its lease expires."""
 
     sender_id: int
     job: JobRef
-    # Since the earliest instant at which due time, gap and window allowed it.
+    # Time since the earliest instant at which due time, gap and window allowed it.
     waited: timedelta
-    # When its lease runs out, in Unix ms of Redis' clock: tells it from another claim of the same
-    # attempt, which there may be after a loss of Redis.
+    # When its lease expires, in Unix ms of Redis' clock. It distinguishes this claim from another
+    # claim of the same attempt, which is possible after a loss of Redis.
     lease_ms: int
-    # When it was due, in Unix ms: its place in the head, should it come to nothing.
+    # When it was due, in Unix ms: its place in the head if the claim is not used.
     due_ms: int
     # The sender cools down, and this job is its probe.
     probe: bool = False
@@ -85,15 +85,15 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What a look at a shard found."""
+    """The result of a claim on one shard."""
 
-    # The shard is not whole, after a loss of Redis or a start with an old snapshot: rebuild it.
-    # What is loaded by now may be sent meanwhile.
+    # The shard is incomplete, after a loss of Redis or a start with an old snapshot: rebuild it.
+    # Loaded senders may send meanwhile.
     lost: bool = False
     claims: tuple[Claim, ...] = ()
     # Senders whose head must be loaded.
     loads: tuple[int, ...] = ()
-    # When something may be claimed next; None: not before somebody adds something.
+    # Time until something may be claimed next. None means not before something is added.
     next_look: timedelta | None = None
 
 
@@ -104,21 +104,21 @@ class Settlement:
     sender_id: int
     job: JobRef
     use: SlotUse
-    # Since the end of the send, by the monotonic clock of whoever sent.
+    # Time since the end of the send, by the monotonic clock of the process that sent.
     age: timedelta = timedelta(0)
-    # The job waits again, under the number of its next attempt, until then (Unix ms).
+    # The job's next attempt, if it waits again, and when that is due (Unix ms).
     next_job: JobRef | None = None
     next_due_ms: int = 0
-    # Of the claim, where its slot is UNUSED: it frees no other's lease.
+    # `lease_ms` of the claim. Used with UNUSED, so that no other claim's lease is released.
     lease_ms: int = 0
-    # What it says about the endpoint.
+    # How the endpoint reacted.
     contact: Contact = Contact.NONE
     # Why the connection failed. Used with FAILED and AUTH_FAILED.
     connection_error: str = ""
     # Time from now until the sender's next probe may begin. Zero means that its cooldown is over,
     # None that the cooldown does not change.
     cooldown: timedelta | None = None
-    # Host and port that it was sent by, for people.
+    # Host and port of the mail server, for people.
     server: str = ""
 
 
@@ -133,7 +133,7 @@ class PastEnd:
 
 @dataclass(frozen=True, slots=True)
 class HeldLease:
-    """A job that some dispatcher is sending."""
+    """A job that a dispatcher is sending."""
 
     job: JobRef
     left: timedelta
@@ -141,7 +141,7 @@ class HeldLease:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What PostgreSQL knows of one sender: live settings and its first waiting jobs."""
+    """A sender's settings and its first waiting jobs, as read from PostgreSQL."""
 
     sender_id: int
     hourly_limit: int
@@ -150,14 +150,14 @@ class Head:
     active: bool
     # In the order of (due, id), with the due time in Unix ms.
     jobs: tuple[tuple[JobRef, int], ...]
-    # More wait behind the last of `jobs`.
+    # Whether more jobs wait behind the last of `jobs`.
     more: bool
     ends: tuple[PastEnd, ...] = ()
     leases: tuple[HeldLease, ...] = field(default=())
-    # Where its mail goes (`shared.queue.circuit_keys`), and which of its changes this is.
+    # The key of its endpoint (`shared.queue.circuit_keys`), and the sender's revision.
     endpoint: str = RELAY
     revision: int = 1
-    # The present or next opening of its sending hours, in Unix ms; None: it has none.
+    # The current or next opening of its sending hours, in Unix ms. None means no sending hours.
     opening: tuple[int, int] | None = None
     # Time to the next probe of the sender's cooldown. None means that it does not cool down.
     cooldown: timedelta | None = None
@@ -165,7 +165,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LimiterState:
-    """What the limits of a sender say now; a time that is over is not above zero."""
+    """The current state of a sender's limits. A time that is over is zero or negative."""
 
     in_flight: int
     gap_left: timedelta
@@ -173,7 +173,7 @@ class LimiterState:
 
 
 def brings_history(epoch: str) -> bool:
-    """Whether a load of this epoch is of a sender whose history Redis does not know."""
+    """Whether a load with this epoch must restore the sender's history, which Redis lost."""
     return epoch.startswith("new:")
 
 
@@ -184,7 +184,7 @@ def _contact(settlement: Settlement) -> str:
 
 
 def _cooldown(settlement: Settlement) -> int | None:
-    """Return the ms to the next probe as settle.lua reads them. A time that is over is 1 ms."""
+    """Return the ms to the next probe, as settle.lua reads them. A time that is over is 1 ms."""
     if settlement.cooldown is None:
         return None
     return max(1, _ms(settlement.cooldown)) if settlement.cooldown else 0
@@ -242,8 +242,8 @@ def _ms(duration: timedelta) -> int:
 class Queue:
     """One shard of the queue.
 
-    Raises redis-py's errors when Redis is gone; nothing is retried here, for a claim that was
-    retried could be taken twice.
+    Raises redis-py's errors when Redis is unreachable. Nothing is retried here, because a retried
+    claim could take jobs twice.
     """
 
     def __init__(
@@ -261,8 +261,8 @@ class Queue:
     ) -> None:
         """Set up one shard.
 
-        `ladder` has the waits before the probes of an open circuit, `auth_ladder` those where
-        authentication failed. `on_change` is called for each circuit that a call of this object
+        `ladder` has the waits before the probes of an open circuit, `auth_ladder` the waits after
+        failed authentications. `on_change` is called for each circuit that a call of this object
         opens or closes.
         """
         self.keys = ShardKeys(shard)
@@ -282,7 +282,7 @@ class Queue:
         return await self._scripts[name](keys=[*keys], args=[*args])
 
     async def claim(self, want: int) -> Claimed:
-        """Take up to `want` jobs that may be sent now, each held for one lease."""
+        """Claim up to `want` jobs that may be sent now, each held for one lease."""
         answer = await self._run(
             "claim",
             (self.keys.ready, self.keys.generation),
@@ -307,17 +307,17 @@ class Queue:
         )
 
     async def confirm(self, claims: Sequence[Claim]) -> list[bool]:
-        """Say of each claim whether it still holds (see confirm.lua for the race)."""
+        """Return for each claim whether it still holds (see confirm.lua for the race)."""
         args: list[Any] = [self._window]
         for claim in claims:
             args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
         return [held == 1 for held in await self._run("confirm", (self.keys.ready,), args)]
 
     async def renew(self, claims: Sequence[tuple[int, JobRef]]) -> list[int | None]:
-        """Move the ends of the leases of these (sender, job) to a whole lease from now.
+        """Renew the leases of these (sender, job) pairs: each ends a full lease time from now.
 
-        Returns the new end of each, in Unix ms of Redis' clock. None means that the lease is gone,
-        or that Redis does not know the sender now.
+        Returns the new end of each, in Unix ms of Redis' clock. None means that the lease does not
+        exist any more, or that Redis does not know the sender.
         """
         args: list[Any] = [self._window, self._lease]
         for sender_id, job in claims:
@@ -335,10 +335,10 @@ class Queue:
         args += map(_settlement_arg, settlements)
         unknown, changes = await self._run("settle", (self.keys.ready,), args)
         for *change, place in changes:
-            self._tell(change, settlements[place].server)
+            self._report(change, settlements[place].server)
         return [int(sender) for sender in unknown]
 
-    def _tell(self, change: Sequence[Any], server: str = "") -> None:
+    def _report(self, change: Sequence[Any], server: str = "") -> None:
         what, sender, since, reason = change
         self._on_change(
             CircuitChange(
@@ -347,14 +347,14 @@ class Queue:
         )
 
     async def circuits_of_sender(self, sender_id: int) -> tuple[Circuit, ...]:
-        """Return the open circuits for which this sender waits; both, if there are two."""
+        """Return the open circuits that delay this sender: its own and its endpoint's."""
         (found,) = await self._circuits([("sender", str(sender_id))])
         return found
 
     async def circuits_of_endpoints(self, endpoints: Sequence[str]) -> dict[str, Circuit]:
         """Return the open circuits of these endpoints.
 
-        Where the failures in a row are all of one sender, it is that sender's circuit.
+        If all failures of an endpoint belong to one sender, it is that sender's circuit.
         """
         found = await self._circuits([("endpoint", endpoint) for endpoint in endpoints])
         return {
@@ -363,9 +363,9 @@ class Queue:
             if circuits
         }
 
-    async def _circuits(self, asked: Sequence[tuple[str, str]]) -> list[tuple[Circuit, ...]]:
+    async def _circuits(self, queries: Sequence[tuple[str, str]]) -> list[tuple[Circuit, ...]]:
         answers = await self._run(
-            "circuits", (self.keys.ready,), [word for pair in asked for word in pair]
+            "circuits", (self.keys.ready,), [word for query in queries for word in query]
         )
         return [
             tuple(
@@ -378,9 +378,9 @@ class Queue:
     async def begin_load(self, sender_ids: Sequence[int], *, committed: bool) -> dict[int, str]:
         """Return the epoch of each sender (see `brings_history`).
 
-        `committed`: the caller has just committed something that the load must see, so that a
-        load under way, which may have read too early, is refused. A sender that Redis has no
-        memory for is missing from the answer.
+        `committed` means that the caller has just committed something that the load must see, so
+        a load in progress, which may have read too early, is refused. A sender that Redis has no
+        memory for is missing from the result.
         """
         epochs = await self._run("begin_load", (self.keys.ready,), (int(committed), *sender_ids))
         return {each: epoch for each, epoch in zip(sender_ids, epochs, strict=True) if epoch}
@@ -396,13 +396,13 @@ class Queue:
                 )
             answers = await pipeline.execute()
         for change in [change for changes in answers for change in changes or ()]:
-            self._tell(change)
+            self._report(change)
         return [
             head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
         ]
 
     async def read_limiter(self, sender_id: int) -> LimiterState | None:
-        """Return what the limiter of a sender says now; None: Redis does not know the sender."""
+        """Return the state of a sender's limiter; None if Redis does not know the sender."""
         found = await self._run("limiter", (self.keys.ready,), (self._window, sender_id))
         if found is None:
             return None
@@ -410,14 +410,14 @@ class Queue:
         return LimiterState(in_flight, timedelta(milliseconds=gap), timedelta(milliseconds=window))
 
     async def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
-        """Say which of these senders, for each of which something waits, must be loaded."""
+        """Return which of these senders, all with waiting jobs, must be loaded."""
         args = (self._window, *sender_ids)
         return [int(lost) for lost in await self._run("find_lost", (self.keys.ready,), args)]
 
     async def begin_rebuild(self, *, pause: timedelta = timedelta(0)) -> str | None:
-        """Return the token of a rebuild.
+        """Take the lock of a rebuild and return its token.
 
-        None while another one is under way, or if the last one ended less than `pause` ago.
+        None means that another rebuild is running, or the last one ended less than `pause` ago.
         """
         token = secrets.token_hex(8)
         args = (token, _ms(_REBUILD_LOCK), _ms(pause))
@@ -425,7 +425,7 @@ class Queue:
         return token if taken else None
 
     async def keep_rebuild(self, token: str) -> bool:
-        """Keep the lock for the next part; False if Redis was lost again, or the lock was."""
+        """Extend the lock for the next part; False if Redis or the lock was lost."""
         args = (token, _ms(_REBUILD_LOCK))
         return bool(await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), args))
 
@@ -434,6 +434,6 @@ class Queue:
         await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), (token, 1))
 
     async def finish_rebuild(self, token: str) -> bool:
-        """Declare the shard whole; False if Redis was lost again meanwhile."""
+        """Mark the shard as completely loaded; False if Redis was lost again meanwhile."""
         keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)
         return bool(await self._run("finish_rebuild", keys, (token,)))

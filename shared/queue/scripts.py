@@ -25,9 +25,9 @@ _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 
 
 def read_script(name: str, replace: dict[str, str] | None = None) -> str:
-    """Return the source of `lua/<name>.lua` with every include in its place.
+    """Return the source of `lua/<name>.lua` with its includes inserted.
 
-    `replace` gives another text for an include: tests set the time by it.
+    `replace` has other texts for includes: tests use it to set the time.
     """
     folder = files(__package__).joinpath("lua")
     includes = replace or {}
@@ -42,7 +42,7 @@ def read_script(name: str, replace: dict[str, str] | None = None) -> str:
 
 
 def write_scripts(folder: Path) -> None:
-    """Write every script, as Redis gets it, into `folder`: for a linter that knows no includes."""
+    """Write every script, as Redis gets it, into `folder`, for a linter that has no includes."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in SCRIPTS:
         folder.joinpath(f"{name}.lua").write_text(read_script(name), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What every call goes through: its caller, its time limit, its errors, its line in the log.
+"""The interceptor of all calls: authentication, deadline, error mapping and the call log.
 
-One interceptor and not four: each layer around a handler costs every message of every stream.
+It is one interceptor, because each layer around a handler costs time for every streamed message.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
 from outbox_server.shared.rpc.gate import Gate
 
-# Of a unary call whose caller set no deadline, in seconds.
+# The deadline of a unary call whose caller set none, in seconds.
 DEFAULT_DEADLINE: Final = 30.0
-# Of an upload: it takes as long as it takes, but a caller that drips bytes must not hold a place
-# for ever.
+# The deadline of an upload, in seconds. A large upload takes long, but a caller that sends very
+# slowly must not hold a place for ever.
 UPLOAD_DEADLINE: Final = 3600.0
-# Calls of a server that has no gate of its own for a method. More at once would only wait for a
-# connection of the pool, each with a request of up to 5 MiB; those that wait have no memory yet.
+# The most calls at once, for methods without a gate of their own. More calls would only wait for a
+# database connection, each with a request of up to 5 MiB. Waiting calls have no request in memory.
 _CALLS: Final = 64
 _CALLS_WAITING: Final = 1_000
-# Server streams cost a task and a message each, and last.
+# The most server streams at once. Each costs a task and a message, and lasts long.
 _STREAMS: Final = 1_000
 
-# Open to everybody who reaches the server: kubelets and proxies hold no key, and what reflection
-# tells is published. Answered in a drain too, not waited for, and not worth a line of the log at
-# level info.
+# Services that need no API key: kubelets and proxies have none, and the API that reflection shows
+# is published. Their calls are answered during a drain as well, do not delay it, and are logged at
+# level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
 _ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
 
-# grpcio's classes are generic in their stubs alone.
+# grpcio's classes are generic in their stubs only.
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]]"
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Stands around every method of a server; must be its only interceptor.
+    """Wraps every method of a server; must be its only interceptor.
 
-    Server streams must be async generators, the others coroutines.
+    Server streams must be async generators, other methods coroutines.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         default_deadline: float = DEFAULT_DEADLINE,
         gates: Mapping[str, Gate] | None = None,
     ) -> None:
-        """`gates`: of methods (`/outbox.v1.BatchService/UploadBatch`) with bounds of their own."""
+        """`gates` is by method (`/outbox.v1.BatchService/UploadBatch`), for own bounds."""
         self._authenticator = authenticator
         self._gates = dict(gates or {})
         self._calls_gate = Gate("calls", at_once=_CALLS, waiting=_CALLS_WAITING)
         self._streams_gate = Gate("streams", at_once=_STREAMS, waiting=0)
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
-        # By method: a server has few, and wraps each once.
+        # By method, so that each method is wrapped once.
         self._handlers: dict[str, _Handler] = {}
         self._streams: set[asyncio.Timeout] = set()
         self._in_flight = 0
@@ -80,13 +80,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._ending_streams = False
 
     async def wait_until_idle(self) -> None:
-        """Return when no call is under way, health checks and reflection not counted."""
+        """Return when no call is in progress, except health checks and reflection."""
         await self._idle.wait()
 
     def end_streams(self) -> None:
-        """End every server stream with UNAVAILABLE (SHUTTING_DOWN): a watch never ends by itself.
+        """End every server stream with UNAVAILABLE (SHUTTING_DOWN).
 
-        Streams that begin later end at once.
+        A watch never ends by itself. Streams that begin later end at once.
         """
         self._ending_streams = True
         now = asyncio.get_running_loop().time()
@@ -97,7 +97,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self, continuation: _Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> _Handler:
-        """Return the method's handler with everything around it."""
+        """Return the method's handler, wrapped."""
         method = handler_call_details.method
         known = self._handlers.get(method)
         if known is not None:
@@ -105,11 +105,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return _refuse_unknown_method(method)
-        return self._handlers.setdefault(method, self._surround(method, handler))
+        return self._handlers.setdefault(method, self._wrap(method, handler))
 
-    def _surround(self, method: str, handler: _Handler) -> _Handler:
+    def _wrap(self, method: str, handler: _Handler) -> _Handler:
         if handler.response_streaming:
-            return self._surround_stream(method, handler)
+            return self._wrap_stream(method, handler)
         behaviour: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
         decode: Any = handler.request_deserializer
         encode: Any = handler.response_serializer
@@ -117,21 +117,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         async def answer(request: Any, context: _Context) -> Any:
             async def work() -> Any:
-                # Decoded and encoded here, since grpc.aio would send the text of an error.
+                # Decode and encode here: grpc.aio would send the text of an error to the caller.
                 if streaming:
-                    message = _whole(request, context)
+                    message = _complete_stream(request, context)
                 else:
-                    message = decode(await _only(request, context))
+                    message = decode(await _single_message(request, context))
                 return encode(await behaviour(message, context))
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
             return await self._run(method, context, work, limit)
 
-        # A unary request too is received like a stream, which on the wire it is: grpc.aio would
-        # take up to 5 MiB of it before we know the caller, or have a place for it.
+        # A unary request is read as a stream, too (on the wire it is one). Otherwise grpc.aio would
+        # read up to 5 MiB of it before the caller is authenticated and has passed the gate.
         return grpc.stream_unary_rpc_method_handler(answer, decode if streaming else None, None)
 
-    def _surround_stream(self, method: str, handler: _Handler) -> _Handler:
+    def _wrap_stream(self, method: str, handler: _Handler) -> _Handler:
         behaviour: Any = (
             handler.stream_stream if handler.request_streaming else handler.unary_stream
         )
@@ -142,12 +142,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answer(request: Any, context: _Context) -> None:
             async def work() -> None:
                 messages = behaviour(request if streaming else decode(request), context)
-                # Closed here, when the caller goes away, and not at a later garbage collection.
+                # Close the generator when the caller leaves, not at a later garbage collection.
                 async with aclosing(messages):
                     async for message in messages:
-                        # A stream may outlive its key: what is revoked hears no more.
-                        await self._identify(method, context)
-                        await _unbroken(context.write(message))
+                        # A stream may outlive its key: after a revocation it gets no more messages.
+                        await self._authenticate(method, context)
+                        await _uninterrupted(context.write(message))
 
             await self._run(method, context, work, None, stream=True)
 
@@ -171,13 +171,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             self._begin()
         try:
             return await self._limited(method, context, work, default_limit, stream=stream)
-        except grpc.aio.AbortError:  # the handler has answered by itself
+        except grpc.aio.AbortError:  # the handler has sent a status itself
             call.code = context.code().name
             raise
-        except (asyncio.CancelledError, grpc.aio.BaseError):  # the caller is gone, or the server
+        except (asyncio.CancelledError, grpc.aio.BaseError):  # the caller left, or the server stops
             call.code = grpc.StatusCode.CANCELLED.name
             raise
-        except Exception as error:  # noqa: BLE001 - the last line: nothing may leak
+        except Exception as error:  # noqa: BLE001 - the text of no other error may reach a caller
             status = _status_of_call(error, method, context)
             call.failed(status, error)
             await context.abort_with_status(rpc_status.to_status(status))
@@ -203,7 +203,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._streams.add(limit)
                     if self._ending_streams:
                         limit.reschedule(0)
-                set_current_caller(await self._identify(method, context))
+                set_current_caller(await self._authenticate(method, context))
                 if method.startswith(_TOOLING):
                     return await work()
                 async with self._gate_of(method, stream=stream).entered():
@@ -213,13 +213,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 raise
             if stream and self._ending_streams:
                 raise Unavailable(
-                    "the server shuts down; call again", reason="SHUTTING_DOWN"
+                    "the server is shutting down; call again", reason="SHUTTING_DOWN"
                 ) from error
             raise _DeadlineExceededError from error
         finally:
             self._streams.discard(limit)
 
-    async def _identify(self, method: str, context: _Context) -> Caller:
+    async def _authenticate(self, method: str, context: _Context) -> Caller:
         if method.startswith(_TOOLING):
             return _ANONYMOUS
         caller = await self._authenticator.authenticate(context.invocation_metadata() or ())
@@ -240,22 +240,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _DeadlineExceededError(Exception):
-    """The time that the call had is over."""
+    """The deadline of the call has passed."""
 
 
 class _CallLog:
-    """The line that a call leaves in the log."""
+    """Writes the log line of a call."""
 
     def __init__(self, log: Any, method: str, context: _Context, *, quiet: bool) -> None:
         self._log = log
         self._method = method
-        self._peer = context.peer()  # later, when the caller is gone, there is none
+        self._peer = context.peer()  # not available any more when the caller has left
         self._quiet = quiet
         self._fields: dict[str, str] = {}
         self.code = grpc.StatusCode.OK.name
 
     def failed(self, status: Status, error: BaseException) -> None:
-        """Note how it failed; an error that nobody foresaw gets its trace into the log."""
+        """Record how the call failed, and log the trace of an unexpected error."""
         info = error_info(status)
         self.code = _NAMES[status.code]
         self._fields["reason"] = info.reason
@@ -268,7 +268,7 @@ class _CallLog:
             )
 
     def write(self, seconds: float) -> None:
-        """Write it: at level debug for health checks and reflection."""
+        """Write the line, at level debug for health checks and reflection."""
         (self._log.debug if self._quiet else self._log.info)(
             "call",
             method=self._method,
@@ -290,7 +290,7 @@ def _status_of_call(error: Exception, method: str, context: _Context) -> Status:
             "DEADLINE_EXCEEDED",
             metadata={"method": method},
         )
-    # What the generated base class does for a method that a servicer does not have.
+    # The generated base class does this for a method that a servicer does not implement.
     if isinstance(error, NotImplementedError) and context.code() == grpc.StatusCode.UNIMPLEMENTED:
         return _not_implemented(f"{method} is not served yet", "NOT_IMPLEMENTED", method)
     return status_of(error)
@@ -301,7 +301,7 @@ def _not_implemented(message: str, reason: str, method: str) -> Status:
 
 
 def _refuse_unknown_method(method: str) -> _Handler:
-    """Stream to stream, so that it answers whatever the caller sends."""
+    """Return a handler that refuses calls. It is stream to stream, so it takes any call."""
 
     async def refuse(_: Any, context: _Context) -> None:
         status = _not_implemented(f"this server has no method {method}", "METHOD_NOT_FOUND", method)
@@ -310,19 +310,19 @@ def _refuse_unknown_method(method: str) -> _Handler:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-async def _whole(messages: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
-    """Yield the messages; fail after the last one if it was not the caller who ended the stream.
+async def _complete_stream(messages: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
+    """Yield the messages; fail after the last one if the caller did not end the stream itself.
 
-    grpc.aio tells a read that failed (the caller cancelled or vanished, a message was over the
-    size limit) like the end of the stream, and cancels the handler only some steps later: half an
-    upload could be taken for a whole one. Headers cannot be sent on such a call, which tells.
+    grpc.aio reports a failed read (the caller cancelled or vanished, a message exceeded the size
+    limit) as the end of the stream, and cancels the handler some steps later. So half an upload
+    would look complete. Sending headers fails on such a call, which reveals it.
     """
     async for message in messages:
         yield message
-    await _unbroken(context.send_initial_metadata(()))
+    await _uninterrupted(context.send_initial_metadata(()))
 
 
-async def _only(messages: AsyncIterator[bytes], context: _Context) -> bytes:
+async def _single_message(messages: AsyncIterator[bytes], context: _Context) -> bytes:
     """Return the message of a unary call.
 
     Raises:
@@ -330,16 +330,16 @@ async def _only(messages: AsyncIterator[bytes], context: _Context) -> bytes:
     """
     async for message in messages:
         return message
-    # As in `_whole`: the end may also be that of the caller, or a message over the size limit.
-    await _unbroken(context.send_initial_metadata(()))
+    # As in `_complete_stream`: the caller may have left, or a message exceeded the size limit.
+    await _uninterrupted(context.send_initial_metadata(()))
     raise InvalidInput("the call has no message", reason="MALFORMED_MESSAGE")
 
 
-async def _unbroken(sending: Awaitable[None]) -> None:
-    """Send to the end, then be cancelled: after half a write grpc.aio cannot send a status.
+async def _uninterrupted(sending: Awaitable[None]) -> None:
+    """Finish sending before a cancellation: after half a write grpc.aio cannot send a status.
 
-    It would send the headers a second time, which core refuses, and the caller would never hear
-    of the end. A write to a caller that does not read ends with the call.
+    It would send the headers a second time, which grpc's core refuses, so the caller would never
+    learn that the call ended. A write to a caller that does not read ends with the call.
     """
     task = asyncio.ensure_future(sending)
     try:

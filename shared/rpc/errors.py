@@ -1,7 +1,7 @@
-"""From an exception to what the caller sees: a status code with `google.rpc` details (AIP-193).
+"""Maps exceptions to a status code with `google.rpc` details (AIP-193).
 
-The only place that knows both our errors and those of the drivers. What it does not know is
-INTERNAL, without its text, under an incident id that the log names too.
+Only this module knows both our errors and those of the drivers. Any other exception becomes
+INTERNAL, without its text, with an incident id that is also in the log.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from outbox_server.shared import errors
 DOMAIN: Final = "outbox"
 INTERNAL_REASON: Final = "INTERNAL"
 
-# Clients take 8 KiB of trailers for granted, and each byte of the message may be three there
-# (percent-encoding): beyond that they may drop the whole answer. So texts are cut.
+# Texts are cut, because clients may drop a response with more than 8 KiB of trailers, and
+# percent-encoding can triple each byte of the message.
 _MESSAGE_BYTES: Final = 1_000
 _VALUE_BYTES: Final = 200
 _VIOLATIONS_BYTES: Final = 2_000
@@ -48,7 +48,7 @@ _CODES: Final[tuple[tuple[type[errors.OutboxError], grpc.StatusCode], ...]] = (
 _QUEUE_GONE: Final = (
     redis.exceptions.ConnectionError,
     redis.exceptions.TimeoutError,
-    # A failover under way: a replica that is no master yet, a slot without a node.
+    # A failover in progress: a replica that is not a master yet, a slot without a node.
     redis.exceptions.ReadOnlyError,
     redis.exceptions.ClusterDownError,
     redis.exceptions.TryAgainError,
@@ -65,7 +65,7 @@ def build_status(
     violations: Sequence[errors.FieldViolation] = (),
     retry_after: timedelta | None = None,
 ) -> Status:
-    """Return the status with ErrorInfo, and BadRequest and RetryInfo where they say something."""
+    """Return the status with ErrorInfo and, if they apply, BadRequest and RetryInfo."""
     details: list[Message] = [
         error_details_pb2.ErrorInfo(
             reason=reason,
@@ -88,7 +88,7 @@ def build_status(
 
 
 def status_of(error: BaseException) -> Status:
-    """Return what the caller sees of `error`; of a group, its first member that has a meaning.
+    """Return the status for `error`; for a group, that of its first known member.
 
     An unknown error gives INTERNAL with reason INTERNAL and `incident` in its metadata.
     """
@@ -99,7 +99,7 @@ def status_of(error: BaseException) -> Status:
     incident = secrets.token_hex(8)
     return build_status(
         grpc.StatusCode.INTERNAL,
-        f"internal error; the server's log has more under incident {incident}",
+        f"internal error; see incident {incident} in the server's log",
         INTERNAL_REASON,
         metadata={"incident": incident},
     )
@@ -128,7 +128,7 @@ def _status_of_ours(error: BaseException) -> Status | None:
     if isinstance(error, DecodeError):
         return build_status(
             grpc.StatusCode.INVALID_ARGUMENT,
-            "the request is no message of this method",
+            "the request cannot be decoded as this method's message",
             "MALFORMED_MESSAGE",
         )
     return None
@@ -143,7 +143,7 @@ def _status_of_driver(error: BaseException) -> Status | None:
 
 
 def _status_of_database(error: BaseException) -> Status | None:
-    if isinstance(error, sqlalchemy.exc.TimeoutError):  # no connection of the pool came free
+    if isinstance(error, sqlalchemy.exc.TimeoutError):  # no connection of the pool became free
         return _unavailable("the database is busy", "DATABASE_UNAVAILABLE")
     lost = isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated
     cause = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) else error
@@ -153,14 +153,14 @@ def _status_of_database(error: BaseException) -> Status | None:
     if state in ("40001", "40P01"):  # serialization failure, deadlock
         return build_status(
             grpc.StatusCode.ABORTED,
-            "another change came between; nothing was changed, try again",
+            "another call changed the same data; nothing was changed, try again",
             "CONFLICT",
             retry_after=_RETRY_AFTER,
         )
     if state in ("57014", "55P03"):  # statement_timeout, lock_timeout
         return _unavailable("the database took too long", "DATABASE_UNAVAILABLE")
     gone = isinstance(cause, psycopg.OperationalError | psycopg.InterfaceError)
-    # 25006: a read-only server, which is what a standby is in a failover.
+    # 25006: the server is read-only, as a standby is during a failover.
     if lost or gone or state == "25006":
         return _unavailable("the database cannot be reached", "DATABASE_UNAVAILABLE")
     return None
@@ -186,7 +186,7 @@ def _exhausted(message: str, reason: str, **metadata: str) -> Status:
 
 
 def _bad_request(violations: Sequence[errors.FieldViolation]) -> error_details_pb2.BadRequest:
-    """Return as many of the violations as clients take, from the first on."""
+    """Return the first violations, as many as fit into the trailers."""
     request = error_details_pb2.BadRequest()
     room = _VIOLATIONS_BYTES
     for violation in violations:

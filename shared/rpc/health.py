@@ -1,7 +1,7 @@
-"""`grpc.health.v1` of one server, and what decides it: all its services serve, or none does.
+"""The health service (`grpc.health.v1`) of one server: all its services serve, or none does.
 
-Not grpcio-health-checking's servicer: that one holds a lock while it writes to a watcher, so one
-watcher that does not read would keep the server from ever telling that it drains.
+The servicer of grpcio-health-checking is not used. It holds a lock while it writes to a watcher, so
+one watcher that does not read would keep the server from reporting that it drains.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Status = health_pb2.HealthCheckResponse
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
-    """Answers for each name of `services`, and for "" (the server). Starts NOT_SERVING."""
+    """Reports the health of each name in `services` and of "" (the server); first NOT_SERVING."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(("", SERVICE_NAME, *services))
@@ -32,11 +32,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
 
     @property
     def serving(self) -> bool:
-        """Whether the answer is SERVING."""
+        """Whether it reports SERVING."""
         return self._serving
 
     def set(self, *, serving: bool) -> None:
-        """Answer SERVING or NOT_SERVING from now on, and tell every watcher."""
+        """Report SERVING or NOT_SERVING from now on, also to every watcher."""
         if serving == self._serving:
             return
         self._serving = serving
@@ -46,9 +46,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
-        """Answer the state now; NOT_FOUND for a name that this server does not serve."""
+        """Return the current state; NOT_FOUND for a name that this server does not serve."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND, f"this server has no service {request.service!r}"
+            )
         return _Status(status=self._state(request.service))
 
     async def List(
@@ -56,7 +58,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         request: health_pb2.HealthListRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> health_pb2.HealthListResponse:
-        """Answer the state of every name."""
+        """Return the state of every name."""
         return health_pb2.HealthListResponse(
             statuses={name: _Status(status=self._state(name)) for name in self._services}
         )
@@ -66,7 +68,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         request: health_pb2.HealthCheckRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        """Answer the state now, and again whenever it changes."""
+        """Return the current state, and each change of it."""
         last = None
         while True:
             changed = self._changed
@@ -83,10 +85,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
 
 
 class Switch(Protocol):
-    """What `follow_dependencies` sets; GrpcServer has it."""
+    """The part of a server that `follow_dependencies` uses, such as GrpcServer's."""
 
     def set_serving(self, serving: bool) -> None:
-        """Say by health whether calls can succeed."""
+        """Set whether health reports SERVING."""
 
 
 async def follow_dependencies(
@@ -97,11 +99,11 @@ async def follow_dependencies(
     interval: timedelta = timedelta(seconds=1),
     limit: timedelta = timedelta(seconds=2),
 ) -> None:
-    """Let health say SERVING while every dependency answers, until `stop` is set.
+    """Let health report SERVING while every dependency answers, until `stop` is set.
 
-    Each check asks one dependency (by name, for the log) and raises if it is gone; one that takes
-    longer than `limit` counts as gone. It is cancelled then, but not waited for: psycopg asks a
-    server to end the statement, and one that is frozen takes 10 s not to answer that.
+    Each check asks one dependency (its name is for the log) and raises if that cannot be reached. A
+    check that takes longer than `limit` counts as failed. It is cancelled, but not awaited: psycopg
+    then asks the server to end the statement, which takes 10 s if the server hangs.
     """
     log = structlog.get_logger("outbox.health")
     gone_before: set[str] | None = None
@@ -136,5 +138,5 @@ async def _run(check: Callable[[], Awaitable[object]]) -> None:
 
 
 def _answered(check: asyncio.Task[None]) -> bool:
-    """Whether it ended well; whatever a driver raises, the dependency did not answer."""
+    """Whether a check succeeded. After any error, the dependency counts as unreachable."""
     return check.done() and not check.cancelled() and check.exception() is None

@@ -1,4 +1,4 @@
-"""Pages of a list (AIP-158): opaque tokens that hold a position, and the rule of page sizes."""
+"""Opaque page tokens (AIP-158), which contain a position, and the bounds of page sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAX_PAGE_SIZE: Final = 1000
 Position = tuple[int | str, ...]
 P = TypeVar("P", bound=Position)
 
-_SUM_BYTES: Final = 9  # with it the first twelve characters of a token are the sum
+_SUM_BYTES: Final = 9  # so the first twelve characters of a token are the checksum
 _MAX_TOKEN: Final = 4096
 
 
 def page_size(requested: int) -> int:
-    """Return the size to use: 50 where it is unset (0), at most 1000.
+    """Return the page size to use: 50 if it is unset (0), at most 1000.
 
     Raises:
         InvalidInput: it is negative (PAGE_SIZE_INVALID).
@@ -28,29 +28,28 @@ def page_size(requested: int) -> int:
     if requested < 0:
         raise InvalidInput.field(
             "page_size",
-            f"must be from 0 (the default, {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}, "
-            f"and is {requested}",
+            f"must be 0 (the default, {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE:,} (got {requested})",
             reason="PAGE_SIZE_INVALID",
         )
     return min(requested or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
 
 
 def digest_filters(*filters: object) -> bytes:
-    """Return a digest of what a list was asked for, the user included, the page size not.
+    """Return a digest of the filters of a list, including the user, without the page size.
 
-    Each must have a `repr` that says its value: str, int, bool, None, enums, tuples of them.
+    Each must have a `repr` with its value: str, int, bool, None, enums, tuples of them.
     """
     return hashlib.blake2b(repr(filters).encode(), digest_size=16).digest()
 
 
 def encode(kind: str, filters_digest: bytes, position: Position) -> str:
-    """Return the token that goes on after `position` in the list `kind` with these filters."""
+    """Return the token that continues after `position` in the list `kind` with these filters."""
     payload = json.dumps(position, separators=(",", ":")).encode()
     return _text(_sum(kind, filters_digest, payload) + payload)
 
 
 def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | None:
-    """Return where a stream was broken; None for an empty token, a stream from its start.
+    """Return the position at which to resume a stream; None (the start) for an empty token.
 
     Raises:
         InvalidInput: the token is damaged, not ours, or of another stream (RESUME_TOKEN_INVALID).
@@ -59,17 +58,17 @@ def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | No
     if token and position is None:
         raise InvalidInput.field(
             "resume_token",
-            "is not a token of this stream; pass the last one that it gave, or none to start over",
+            "is not a token of this stream; pass its last resume_token, or none to start over",
             reason="RESUME_TOKEN_INVALID",
         )
     return position
 
 
 def decode(token: str, kind: str, filters_digest: bytes, start: P) -> P:
-    """Return the position in a token of `encode`; `start` for an empty token, the first page.
+    """Return the position in a token of `encode`; `start` (the first page) for an empty token.
 
-    The sum finds mistakes; it is no secret, and need not be: a position only says where to go on
-    among the rows that the caller may see anyway.
+    The checksum detects mistakes. It is not secret and need not be: a position only says where to
+    continue among the rows that the caller may see anyway.
 
     Raises:
         InvalidInput: the token is damaged, not ours, or of another query (PAGE_TOKEN_INVALID).
@@ -81,7 +80,7 @@ def decode(token: str, kind: str, filters_digest: bytes, start: P) -> P:
         raise InvalidInput.field(
             "page_token",
             "is not a token of this list with these filters; "
-            "pass next_page_token of the last answer with the same filters, or none to start over",
+            "pass next_page_token of the last page with the same filters, or none to start over",
             reason="PAGE_TOKEN_INVALID",
         )
     return cast(P, position)
@@ -92,10 +91,10 @@ def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
         return None
     try:
         raw = base64.urlsafe_b64decode(token.encode("ascii") + b"=" * (-len(token) % 4))
-    except ValueError:  # no ASCII, or no base64
+    except ValueError:  # not ASCII, or not base64
         return None
     payload = raw[_SUM_BYTES:]
-    # The decoder skips strange characters and ignores spare bits: only the one spelling is ours.
+    # The decoder skips other characters and ignores spare bits, so compare with our own spelling.
     if _text(raw) != token or raw[:_SUM_BYTES] != _sum(kind, filters_digest, payload):
         return None
     return tuple(json.loads(payload))

@@ -1,4 +1,4 @@
-"""One page of a list method (AIP-158): its size, where it begins, and the token of the next one."""
+"""One page of a list method (AIP-158): its size, its start, and the token of the next page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Page(Generic[P]):
 
     @property
     def limit(self) -> int:
-        """How many rows to read: one more than the page has, to see whether another one follows."""
+        """How many rows to read: one more than the page has, to see if another page follows."""
         return self.size + 1
 
     def cut(self, found: Sequence[T], position_of: Callable[[T], P]) -> tuple[Sequence[T], str]:

@@ -1,4 +1,4 @@
-"""From protos to Python's own types and back: ids, times, durations, counts. Written once."""
+"""Converts between protos and Python's types: ids, times, durations, counts."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.database.counts import JobCounts
 from outbox_server.shared.errors import InvalidInput, NotFound
 
-# As `id_text` writes them: ASCII, no sign, no leading zero. One thing has one id.
+# The ids that `id_text` writes: ASCII, no sign, no leading zero, so that each has one spelling.
 _ID: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
 # The largest id in PostgreSQL (bigint).
 MAX_ID: Final = 2**63 - 1
-_SHOWN: Final = 40
+_MAX_SHOWN_ID: Final = 40
 
 
 def id_text(number: int) -> str:
-    """Return the id that callers see; opaque to them."""
+    """Return the id that callers see, which is opaque to them."""
     return str(number)
 
 
 def parse_id(text: str, field: str) -> int:
-    """Return the database's id. `field`, such as `sender_id`, is where the request has it.
+    """Return the database's id. `field`, such as `sender_id`, is its path in the request.
 
     Raises:
         InvalidInput: it is empty (SENDER_ID_REQUIRED for the field `sender_id`).
-        NotFound: no id of ours reads like that, so there is no such thing (SENDER_NOT_FOUND).
+        NotFound: it is not in the form of an id, so no resource has it (SENDER_NOT_FOUND).
     """
     if not text:
         raise InvalidInput.field(field, "must be set", reason=f"{_leaf(field)}_REQUIRED")
@@ -41,14 +41,14 @@ def parse_id(text: str, field: str) -> int:
 
 
 def not_found(field: str, text: str) -> NotFound:
-    """Return the error for an id that names nothing, or nothing of this user's.
+    """Return the error for an id that no resource of this user has.
 
     `field`, such as `sender_id`, decides the reason, such as SENDER_NOT_FOUND.
     """
     leaf = _leaf(field)
     thing = leaf.removesuffix("_ID")
     words = thing.lower().replace("_", " ").replace("email", "e-mail")
-    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    shown = text if len(text) <= _MAX_SHOWN_ID else f"{text[:_MAX_SHOWN_ID]}..."
     return NotFound(
         f"there is no {words} {shown!r}",
         reason=f"{thing}_NOT_FOUND",
@@ -57,14 +57,14 @@ def not_found(field: str, text: str) -> NotFound:
 
 
 def to_timestamp(time: datetime) -> Timestamp:
-    """Return the proto of an aware time."""
+    """Return the proto of a time with a time zone."""
     stamp = Timestamp()
     stamp.FromDatetime(time)
     return stamp
 
 
 def from_timestamp(stamp: Timestamp, field: str) -> datetime:
-    """Return the UTC time, its fraction cut to whole us; `field` is where the request has it.
+    """Return the UTC time, its fraction cut to whole us. `field` is its path in the request.
 
     Raises:
         InvalidInput: it is outside of the years 1 to 9999, or its nanos are.
@@ -85,13 +85,13 @@ def to_duration(span: timedelta) -> Duration:
 
 
 def from_duration(duration: Duration, field: str) -> timedelta:
-    """Return the length of time, cut to whole us; `field` is where the request has it.
+    """Return the length of time, cut to whole us. `field` is its path in the request.
 
     Raises:
-        InvalidInput: it is longer than 10,000 years, or its nanos are no fraction of its seconds.
+        InvalidInput: it is longer than 10,000 years, or its nanos do not fit its seconds.
     """
     try:
-        duration.ToJsonString()  # the one method that looks at the bounds
+        duration.ToJsonString()  # the only method that checks the bounds
         return duration.ToTimedelta()
     except (ValueError, OverflowError):
         raise InvalidInput.field(

@@ -1,7 +1,7 @@
-"""Server reflection, v1 and v1alpha: how grpcurl, buf curl and their like find the methods.
+"""Server reflection, v1 and v1alpha, by which grpcurl, buf curl and similar tools find the methods.
 
-The two are the same on the wire, so grpcio-reflection's v1alpha servicer, the only one that it
-has, answers both.
+The two are the same on the wire, so the v1alpha servicer of grpcio-reflection, which has no other,
+serves both.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def add_reflection(services: Iterable[str], server: grpc.aio.Server) -> None:
 
 
 def _describe_v1() -> None:
-    """Put v1's descriptor into the pool, so that tools can describe it: v1alpha's, renamed."""
+    """Add v1's descriptor, which is v1alpha's renamed, to the pool, so that tools can show it."""
     alpha = FileDescriptorProto()
     reflection_pb2.DESCRIPTOR.CopyToProto(alpha)
     v1 = Parse(MessageToJson(alpha).replace("v1alpha", "v1"), FileDescriptorProto())
-    # The same file again is nothing new to the pool.
+    # Adding the same file a second time has no effect.
     Default().AddSerializedFile(v1.SerializeToString())

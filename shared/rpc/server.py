@@ -1,4 +1,4 @@
-"""The one builder of gRPC servers: calls, health, both reflections, TLS, limits, drain."""
+"""The gRPC server of all three services: interceptor, health, reflection, TLS, limits, drain."""
 
 from __future__ import annotations
 
@@ -27,51 +27,51 @@ from outbox_server.shared.settings import Settings
 
 _MIB: Final = 1024 * 1024
 
-# A CSV of 4 MiB, and what stands around it in its request.
+# A CSV of 4 MiB and the other fields of its request.
 MAX_REQUEST_BYTES: Final = 5 * _MIB
 MAX_RESPONSE_BYTES: Final = 16 * _MIB
 
-# How long a server that drains goes on taking calls while others are under way: load balancers
-# learn of it within this time, and nobody is refused meanwhile.
+# How long a draining server still accepts calls while others are in progress. Load balancers notice
+# the drain within this time, so no call is refused.
 _LAME_DUCK: Final = timedelta(seconds=5)
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
-    # A second server on a taken port must fail, and not share its calls.
+    # A second server on the same port must fail instead of sharing the calls.
     ("grpc.so_reuseport", 0),
-    # Finds peers that vanished without a word, below the idle limits of load balancers.
+    # Detects peers that vanished; more often than the idle limits of load balancers.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Watchers are silent for long: their keepalive pings are no attack.
+    # Watchers send nothing for a long time, so their keepalive pings must be accepted.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    # What a call that waits for its place takes: this much arrives before anyone reads. grpc would
-    # raise it by what it measures, on a fast network to the size of a whole upload.
+    # How much of a waiting call's request arrives before it is read. Without this, grpc measures
+    # the network, and raises the limit up to the size of a whole upload.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 256 * 1024),
-    # A client keeps back what is more; without a bound one connection could fill our memory.
+    # A client holds back further calls; without a bound one connection could fill our memory.
     ("grpc.max_concurrent_streams", 1_000),
-    # Clients of a Kubernetes service see new pods only when they connect again. Streams under
-    # way are not cut.
+    # Clients of a Kubernetes service find new pods only when they connect again. Streams in
+    # progress are not cut.
     ("grpc.max_connection_age_ms", 30 * 60_000),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceBinding:
-    """A service: its full name (`outbox.v1.SenderService`), and what adds its servicer."""
+    """A service: its full name (`outbox.v1.SenderService`), and the function that adds it."""
 
     name: str
     add: Callable[[grpc.aio.Server], None]
-    # Of methods that need bounds of their own, by the method's name.
+    # Gates of methods that need bounds of their own, by the method's name.
     gates: Mapping[str, Gate] = field(default_factory=dict)
 
 
 class GrpcServer:
-    """A server with everything that all three have in common.
+    """A gRPC server with all that the three services have in common.
 
-    Its health says NOT_SERVING until `set_serving(True)`.
+    Its health reports NOT_SERVING until `set_serving(True)`.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class GrpcServer:
         *,
         engine: AsyncEngine | None = None,
     ) -> None:
-        """Check the settings and bind nothing yet; `listen` is `host:port`, port 0 any free one.
+        """Check the settings, without binding. `listen` is `host:port`; port 0 means any free one.
 
-        `engine` is where OUTBOX_AUTH=keys finds the keys.
+        `engine` reads the API keys for OUTBOX_AUTH=keys.
 
         Raises:
             ConfigurationError: OUTBOX_AUTH, OUTBOX_TLS_* or the address is wrong.
@@ -123,11 +123,11 @@ class GrpcServer:
 
     @property
     def serving(self) -> bool:
-        """Whether health says SERVING."""
+        """Whether health reports SERVING."""
         return self._health.serving
 
     async def start(self) -> None:
-        """Bind and answer calls. Health says NOT_SERVING until `set_serving(True)`.
+        """Bind the port and accept calls. Health reports NOT_SERVING until `set_serving(True)`.
 
         Raises:
             ConfigurationError: the address cannot be bound; the text names its variable.
@@ -146,26 +146,26 @@ class GrpcServer:
             await server.stop(None)
             raise ConfigurationError(
                 f"{self._variable}: {self._listen} cannot be bound: "
-                "taken by another process, or no address of this machine"
+                "another process uses it, or it is not an address of this machine"
             ) from error
         await server.start()
         self._server = server
         self._log.info("listening", port=self._port, tls=self._credentials is not None)
 
     def set_serving(self, serving: bool) -> None:
-        """Say by health whether calls can succeed; once a drain began, the answer stays no."""
+        """Set whether health reports SERVING. After the start of a drain it never does."""
         self._health.set(serving=serving and not self._draining)
 
     def begin_drain(self) -> None:
-        """Say NOT_SERVING from now on, for good, and go on answering."""
+        """Report NOT_SERVING from now on, but still accept calls."""
         self._draining = True
         self._health.set(serving=False)
 
     async def drain_and_stop(self, grace: timedelta) -> None:
-        """Stop within `grace`: finish the calls under way, end the watches, cancel what is left.
+        """Stop within `grace`: let calls finish, end the watches, then cancel the rest.
 
-        First new calls are still taken while others are under way, for at most 5 s and half of
-        `grace`; then connections are told to go away.
+        New calls are still accepted while others are in progress, for at most 5 s and half of
+        `grace`. Then clients are told to close their connections.
         """
         if self._server is None:
             return
@@ -177,7 +177,7 @@ class GrpcServer:
             async with asyncio.timeout(min(_LAME_DUCK, grace / 2).total_seconds()):
                 await self._calls.wait_until_idle()
         except TimeoutError:
-            self._log.info("draining: calls are still under way")
+            self._log.info("draining: calls are still in progress")
         await self._server.stop(max(end - loop.time(), 0))
         await self._authenticator.close()
         self._log.info("stopped")
@@ -189,7 +189,7 @@ def _check_address(variable: str, listen: str) -> None:
     found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
     if found is None or int(found[1]) > 65_535:  # noqa: PLR2004 - the highest port
         raise ConfigurationError(
-            f"{variable}: {listen!r} is no address; write host:port, such as 127.0.0.1:50051, "
+            f"{variable}: {listen!r} is not an address; write host:port, such as 127.0.0.1:50051, "
             "0.0.0.0:50051 or [::1]:50051"
         )
 
@@ -197,33 +197,33 @@ def _check_address(variable: str, listen: str) -> None:
 def _authenticator(
     settings: Settings, variable: str, listen: str, engine: AsyncEngine | None, *, encrypted: bool
 ) -> Authenticator:
-    """Return what OUTBOX_AUTH asks for.
+    """Return the authenticator for OUTBOX_AUTH.
 
     Raises:
-        ConfigurationError: `off` beyond loopback, or keys that would be read on their way.
+        ConfigurationError: `off` beyond loopback, or keys would cross a network unencrypted.
     """
     loopback = is_loopback(listen)
     if settings.auth == "off":
         if not loopback:
             raise ConfigurationError(
-                "OUTBOX_AUTH=off is accepted only by a server that listens on loopback, and "
-                f"{listen} is reachable from elsewhere; listen on 127.0.0.1 or [::1], or set "
+                "OUTBOX_AUTH=off is accepted only by a server that listens on loopback, and other "
+                f"machines can reach {listen}; listen on 127.0.0.1 or [::1], or set "
                 "OUTBOX_AUTH=keys"
             )
         return LocalAuthenticator()
     if not (loopback or encrypted or settings.plaintext):
         raise ConfigurationError(
-            f"{variable}: {listen} is reachable from elsewhere, and API keys would be sent there "
-            "in clear; set OUTBOX_TLS_CERTIFICATE and OUTBOX_TLS_KEY, listen on 127.0.0.1 or "
-            "[::1], or set OUTBOX_PLAINTEXT=true where a proxy or mesh encrypts"
+            f"{variable}: other machines can reach {listen}, and API keys would be sent there "
+            "unencrypted; set OUTBOX_TLS_CERTIFICATE and OUTBOX_TLS_KEY, listen on 127.0.0.1 or "
+            "[::1], or set OUTBOX_PLAINTEXT=true if a proxy or mesh encrypts"
         )
     if engine is None:
-        raise ConfigurationError("OUTBOX_AUTH=keys: this server has no database to find keys in")
+        raise ConfigurationError("OUTBOX_AUTH=keys: this server has no database with API keys")
     return KeyAuthenticator(ApiKeyStore(engine))
 
 
 def _variable_of(settings: Settings, listen: str) -> str:
-    """Return the name of the variable that says `listen`, for messages."""
+    """Return the name of the variable that has the value `listen`, for messages."""
     for name in type(settings).model_fields:
         if name.endswith("_listen") and getattr(settings, name) == listen:
             return f"OUTBOX_{name.upper()}"

@@ -1,4 +1,4 @@
-"""TLS of the servers: the files of OUTBOX_TLS_*, read again when they change."""
+"""TLS for the servers: reads the files of OUTBOX_TLS_*, again whenever they change."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import structlog
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.settings import Settings
 
-# Of each file: where it lies, how long it is, and when it was written.
+# For each file: inode, size and modification time.
 _Stamp: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """A server's certificate chain, its key, and the CA of its clients; "": any client."""
+    """The files of a server's certificate chain, its key and its clients' CA ("": any client)."""
 
     certificate: str
     key: str
     client_ca: str = ""
 
     def read(self) -> grpc.ServerCertificateConfiguration:
-        """Return what the files hold, checked.
+        """Return the checked content of the files.
 
         Raises:
-            OSError: one is missing, no PEM, or the key is another certificate's.
+            OSError: a file is missing or not PEM, or the key does not match the certificate.
         """
-        # grpc says only at a handshake that a pair does not match, or that it is no PEM.
+        # grpc would report a wrong pair, or one that is not PEM, only at a handshake.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, self.key)
         roots = None
@@ -42,14 +42,14 @@ class CertificateFiles:
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
 
     def stamp(self) -> _Stamp:
-        """Return what changes when the files do, at the cost of a system call each."""
+        """Return a value that changes when the files change; costs a system call per file."""
         names = (self.certificate, self.key, self.client_ca)
         found = [Path(name).stat() for name in names if name]
         return tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in found)
 
 
 class _Reloader:
-    """Asked by grpc, on a thread of its own, at each handshake."""
+    """Reads changed files. grpc calls it at each handshake, on a thread of its own."""
 
     def __init__(self, files: CertificateFiles, stamp: _Stamp) -> None:
         self._files = files
@@ -57,19 +57,19 @@ class _Reloader:
         self._log = structlog.get_logger("outbox.tls")
 
     def __call__(self) -> grpc.ServerCertificateConfiguration | None:
-        """Return the files' new content; None: what there is holds.
+        """Return the new content of the files; None if they did not change.
 
-        Files that are wrong, as between two writes, change nothing, and are looked at again.
+        Wrong files, as between two writes, change nothing, and are read again at the next call.
         """
         try:
             stamp = self._files.stamp()
             if stamp == self._stamp:
                 return None
-            # The stamp is older than the content: a change in between is another one.
+            # The stamp is taken first: a change after it is noticed at the next call.
             read = self._files.read()
         except OSError as error:  # ssl.SSLError is one
             self._log.warning(
-                "certificate not reloaded; the one before is in use",
+                "certificate not reloaded; the previous one stays in use",
                 certificate=self._files.certificate,
                 error=str(error),
             )
@@ -80,7 +80,7 @@ class _Reloader:
 
 
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Return the credentials of OUTBOX_TLS_*; None: no TLS.
+    """Return the credentials of OUTBOX_TLS_*; None means no TLS.
 
     Raises:
         ConfigurationError: a file is missing or wrong.
@@ -93,7 +93,7 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     if not certificate and not key:
         if client_ca:
             raise ConfigurationError(
-                "OUTBOX_TLS_CLIENT_CA: clients can show a certificate over TLS only; set "
+                "OUTBOX_TLS_CLIENT_CA: client certificates require TLS; set "
                 "OUTBOX_TLS_CERTIFICATE and OUTBOX_TLS_KEY too"
             )
         return None
@@ -107,10 +107,10 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         asked = f", OUTBOX_TLS_CLIENT_CA={client_ca}" if client_ca else ""
         raise ConfigurationError(
             f"OUTBOX_TLS_CERTIFICATE={certificate}, OUTBOX_TLS_KEY={key}{asked}: "
-            f"no PEM certificate chain with its private key: {error}"
+            f"not a PEM certificate chain and its private key: {error}"
         ) from error
     return grpc.dynamic_ssl_server_credentials(
         read,
-        _Reloader(files, stamp),  # type: ignore[arg-type]  # its stubs know of no None
+        _Reloader(files, stamp),  # type: ignore[arg-type]  # the stubs do not allow None
         require_client_authentication=bool(client_ca),
     )

@@ -1,9 +1,9 @@
-"""Follows things of the database for callers: their state first, then each change.
+"""Streams rows of the database to watching callers: their state first, then each change.
 
-One statement by their keys a few times a second, for all watchers of a process at once, and none
-while nobody watches: it costs what is watched, never what there is. No NOTIFY, which would make
-every commit of a dispatcher take one lock of the whole server; and no log of changes either: counts
-move without one (a claim writes none), and are folded away.
+One statement reads the watched keys of all watchers of a process, a few times a second, and only
+while somebody watches. So the cost depends on what is watched, not on the size of the tables.
+NOTIFY is not used, because every commit of a dispatcher would take one lock of the whole server.
+Nor is a log of changes: some counts change without one (a claim writes none).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from outbox_server.shared.loops import Loop
 
 T = TypeVar("T")
 
-# Between two looks, so a change is seen within this and the time of the statement.
+# The time between two reads: a change is seen within this and the duration of the statement.
 PAUSE: Final = timedelta(milliseconds=250)
 
 
 @dataclass(eq=False, slots=True)
 class _Watcher(Generic[T]):
     key: int
-    # Of the newest only: whoever reads slowly misses what was in between, and nothing piles up.
+    # Only the newest state: a slow reader misses the states in between, so none pile up.
     found: T | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Watch(Generic[T]):
-    """What is watched in one process; `read` returns what there is by key, as it is now."""
+    """The watchers of one process; `read` returns the current states of keys."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Watch(Generic[T]):
         self._loop = Loop("watching", self._look, errors=DATABASE_ERRORS)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Look, while somebody watches, until `stop`. Outside of calls: it is nobody's own."""
+        """Read while somebody watches, until `stop`. Run it outside of calls, as all share it."""
         await self._loop.run(stop)
 
     async def _look(self) -> timedelta | None:
@@ -61,9 +61,9 @@ class Watch(Generic[T]):
         return self._pause
 
     async def follow(self, key: int) -> AsyncGenerator[T, None]:
-        """Yield what is under `key` at once, then whenever it has changed; never ends by itself.
+        """Yield the state of `key` at once, then after each change; never ends by itself.
 
-        Whether the caller may see it must be known already.
+        The caller must have checked that `key` may be seen.
         """
         watcher = _Watcher[T](key)
         self._watchers.add(watcher)

@@ -1,1 +1,1 @@
-"""SMTP as dispatchers and VerifySender speak it: sessions, and what a reply means."""
+"""The SMTP client of dispatchers and VerifySender: sessions, and the meaning of replies."""

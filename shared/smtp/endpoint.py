@@ -39,7 +39,7 @@ class Endpoint:
     # is checked, because a user chose it. Part of equality, so that a user who names the relay does
     # not get a connection that was opened without the check.
     operators: bool = False
-    # CA certificates (PEM) that are trusted beside the usual ones. Part of equality, so that a
+    # CA certificates (PEM) that are trusted in addition to the usual ones. Part of equality, so a
     # sender that trusts fewer does not get a connection that was opened with more.
     ca: str = field(default="", repr=False)
     # The endpoint's key in Redis (`shared.queue.circuit_keys`).
@@ -137,7 +137,7 @@ def relay_of(url: str, *, plaintext: bool = False) -> Endpoint:
         and not (plaintext or is_loopback_host(host))
     ):
         raise ConfigurationError(
-            f"OUTBOX_SMTP_URL: its password would be sent to {host} in clear; use "
+            f"OUTBOX_SMTP_URL: its password would be sent to {host} unencrypted; use "
             "smtp+starttls:// or smtps://, or set OUTBOX_PLAINTEXT=true"
         )
     return Endpoint(

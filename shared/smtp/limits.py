@@ -17,7 +17,7 @@ class Deadline(Protocol):
 
     @property
     def until(self) -> float:
-        """The present end, as a value of `time.monotonic`."""
+        """The current end, as a value of `time.monotonic`."""
 
     def limit(self, seconds: float) -> AbstractAsyncContextManager[Any]:
         """Bound a wait by `seconds` from now and by the deadline.

@@ -1,4 +1,4 @@
-"""Does what a send does, up to RCPT, and reports the result. Sends no mail."""
+"""Does the steps of a send up to RCPT, and reports the result. Sends no mail."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ _METHOD_UNKNOWN: Final = frozenset({500, 502, 504})
 
 
 class ReplyRules:
-    """The rules in force: the operator's, then the built-in ones. The first match decides.
+    """The active rules: the operator's, then the built-in ones. The first match decides.
 
     Immutable, so all tasks may share one object.
     """
@@ -151,7 +151,7 @@ def leaves_session_usable(code: int) -> bool:
 
 
 def lacks_auth_method(code: int) -> bool:
-    """Return whether a refusal of AUTH with this code is of the method, and not of the password."""
+    """Return whether a refusal of AUTH with this code is about the method, not the password."""
     return code in _METHOD_UNKNOWN
 
 

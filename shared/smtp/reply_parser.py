@@ -41,7 +41,7 @@ class WireReply(NamedTuple):
 
     @property
     def refuses(self) -> bool:
-        """Whether the command was refused, for now or for good."""
+        """Whether the command was refused, temporarily or permanently."""
         return self.code >= 400  # noqa: PLR2004
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class WireReply(NamedTuple):
 
 
 class ReplyParser:
-    """Takes bytes in any pieces and puts whole replies into `replies`."""
+    """Takes bytes in any pieces and puts complete replies into `replies`."""
 
     def __init__(self) -> None:
         self.replies: deque[WireReply] = deque()

@@ -122,7 +122,7 @@ class RuleReader:
             self.fail("", f"a rule needs a class, one of {known}")
         value = self._table["class"]
         if not isinstance(value, str) or value not in _CLASSES:
-            self.fail("class", f"{_shown(value)} is none of {known}")
+            self.fail("class", f"{_shown(value)} is not one of {known}")
         return _CLASSES[value]
 
     def _flag(self, key: str) -> bool | None:

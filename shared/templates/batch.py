@@ -1,8 +1,8 @@
 """The templates of one batch: Liquid, parsed once, rendered for each mail.
 
-Columns are named in lower case (`First Name` is `{{ first_name }}`): `variable_name` says how.
-An absent column that a template requires is an error of the row; an empty cell is an empty text,
-for which `default` stands in as well. What is required: `shared.templates.variables`.
+Templates use lower-case names of columns (`First Name` is `{{ first_name }}`, see `variable_name`).
+If a required column is missing, the row is rejected. An empty cell is an empty text, which
+`default` also replaces. `shared.templates.variables` decides what is required.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
     "variable_name",
 ]
 
-# A line break ends a header: neither a subject nor an address may hold one.
+# A line break ends a header, so neither a subject nor an address may contain one.
 LINE_BREAK = re.compile(r"[\r\n]")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
 
 
 class Rendered(NamedTuple):
-    """The texts of one mail. At least one of `body` and `html` is there."""
+    """The texts of one mail. At least one of `body` and `html` is not None."""
 
     subject: str
     body: str | None
@@ -52,13 +52,14 @@ class Rendered(NamedTuple):
 
 
 def variable_name(column: str) -> str:
-    """Return how a template names a column: `First Name` is `first_name`.
+    """Return the name of a column in templates: `First Name` is `first_name`.
 
-    Lower case; anything that is neither letter nor digit becomes one underscore, none at the ends;
-    a leading digit gets one in front. A name that is an identifier already keeps its underscores.
-    Letters of all alphabets stay: Liquid takes them. Empty if nothing is left to name.
+    The name is in lower case. Each series of other characters than letters and digits becomes one
+    underscore, except at the ends. A leading digit gets an underscore in front. A name that is an
+    identifier already keeps its underscores. Letters of all alphabets stay, because Liquid accepts
+    them. The result is empty if nothing is left.
     """
-    # One spelling of an accented letter, and none as letter plus accent: an accent is no letter.
+    # Compose accented letters: an accent that is a character of its own would not be a letter.
     text = unicodedata.normalize("NFC", column.strip()).lower()
     if _IDENTIFIER.fullmatch(text):
         return text
@@ -67,14 +68,14 @@ def variable_name(column: str) -> str:
 
 
 def encode_variables(values: Sequence[str | None]) -> str | None:
-    """Return the stored form of a row's values: a compact JSON array, None if there are none."""
+    """Return a row's values as stored: a compact JSON array, or None without values."""
     if not values:
         return None
     return "[" + ",".join(["null" if v is None else encode_basestring(v) for v in values]) + "]"
 
 
 def decode_variables(names: Sequence[str], variables: str | None) -> dict[str, str]:
-    """Return the values by name that `encode_variables` stored in the order of `names`."""
+    """Return the values by name. `encode_variables` stored them in the order of `names`."""
     if variables is None:
         return {}
     return {
@@ -85,10 +86,10 @@ def decode_variables(names: Sequence[str], variables: str | None) -> dict[str, s
 
 
 class BatchTemplate:
-    """Subject, text and HTML of one batch. Not for use by two threads at once.
+    """Subject, text and HTML of one batch. Two threads must not use it at once.
 
-    `variable_names`: the columns that are needed at all, sorted; what `render` looks at.
-    `required`: those that every row must have. `subject_names`: those that the subject uses.
+    `variable_names` are all columns that `render` uses, sorted. `required` are those that every row
+    must have. `subject_names` are those that the subject uses.
     """
 
     def __init__(
@@ -120,20 +121,20 @@ class BatchTemplate:
         )
         # How often the mail uses its most used column, as far as `least_size` counts.
         self.most_uses: int = max(uses.values(), default=1)
-        # Whether the subject's template can break the line by itself, so that each row has to be
-        # tried; otherwise only a value with a line break can.
+        # Whether the subject's template can produce a line break by itself, so that each row must
+        # be rendered; otherwise only a value with a line break can.
         self.subject_may_break: bool = subject is not None and subject.may_break
-        # Whether a row can be without content: both its texts are its own.
+        # Whether a row can have no content: neither text nor HTML has a template.
         self.content_from_row: bool = body is None and html is None
         self.subject_from_row: bool = subject is None
 
     @classmethod
     def compile(cls, subject: str | None, body: str | None, html: str | None) -> BatchTemplate:
-        """Parse the sources. None: the row's own column of that name, as it is, no template.
+        """Parse the sources. None means the row's own column of that name, without a template.
 
         Raises:
-            InvalidInput: TEMPLATE_INVALID, a violation of `subject`, `body` or `html`, with line
-                and column; TEMPLATE_TOO_LARGE; SUBJECT_LINE_BREAK.
+            InvalidInput: TEMPLATE_INVALID, for the field `subject`, `body` or `html`, with line and
+                column; TEMPLATE_TOO_LARGE; SUBJECT_LINE_BREAK.
         """
         longest = max(len(source or "") for source in (subject, body, html))
         plain = GuardedEnvironment(autoescape=False, longest=longest)
@@ -145,7 +146,7 @@ class BatchTemplate:
             if len(text.encode("utf-8", "replace")) > MAX_SOURCE_BYTES:
                 raise InvalidInput.field(
                     field,
-                    f"a template takes at most {MAX_SOURCE_BYTES // 1024} KiB",
+                    f"a template must have at most {MAX_SOURCE_BYTES // 1024} KiB",
                     reason="TEMPLATE_TOO_LARGE",
                 )
             env = GuardedEnvironment(autoescape=True, longest=longest) if field == "html" else plain
@@ -162,7 +163,7 @@ class BatchTemplate:
         """Return the subject for one row, without white space around it.
 
         Raises:
-            RenderError: as `render`.
+            RenderError: see `render`.
         """
         room = Room(RENDER_BUDGET) if room is None else room
         text = (self._text("subject", self._subject, values, room) or "").strip()
@@ -171,7 +172,7 @@ class BatchTemplate:
         return text
 
     def render(self, values: Mapping[str, str], max_bytes: int = RENDER_BUDGET) -> Rendered:
-        """Return the texts for one row; `values` by variable name, absent columns left out.
+        """Return the texts for one row. `values` are by variable name, without missing columns.
 
         Rendering stops as soon as the texts have more than `max_bytes` in UTF-8.
 
@@ -210,12 +211,12 @@ class BatchTemplate:
 
 
 def missing_column(name: str, columns: Iterable[str]) -> str:
-    """Return what to tell a user whose template requires `name`, which is none of `columns`."""
+    """Return the error for a template that requires `name`, which is not among `columns`."""
     known = set(columns)
     proper = variable_name(name)
     if proper != name and proper in known:
         return f"there is no column {name!r}; variables are in lower case: write {{{{ {proper} }}}}"
     return (
-        f"the template needs {{{{ {name} }}}}, and there is no such column; "
-        f'add it, or give a default: {{{{ {name} | default: "..." }}}}'
+        f"the template needs {{{{ {name} }}}}, but there is no such column; "
+        f'add it, or set a default: {{{{ {name} | default: "..." }}}}'
     )

@@ -1,9 +1,9 @@
-"""The Liquid that strangers may write: python-liquid without ways out, and with its holes closed.
+"""Makes python-liquid safe for untrusted templates: a sandbox with limits on time and memory.
 
-A template sees nothing but the row. The library's own limits do not see ranges outside `for`, what
-a filter builds, or how often a `case` renders a block; unguarded, one line of template can hold a
-process for minutes and gigabytes. Everything here ends in a `ResourceLimitError` in well under a
-second instead.
+A template can read only the row. The library's own limits do not cover ranges outside `for`, the
+results of filters, or how often a `case` renders a block: without this guard, one line of template
+can use minutes and gigabytes. With it, rendering ends with a `ResourceLimitError` in well under a
+second.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from liquid.ast import Node
     from liquid.stream import TokenStream
 
-# Work that one rendering may do, in characters written and read by filters: the largest mail
-# several times over. Output goes through it, captures too.
+# The work of one rendering, in characters that are written or that filters read: several times the
+# largest mail. Output and captures count.
 RENDER_BUDGET = 32 * 1024 * 1024
-# The longest text and the longest list that a filter takes or gives. A 200 kB cell is nothing.
+# The longest text and the longest list that a filter accepts or returns.
 MAX_CHARACTERS = 1024 * 1024
 MAX_ITEMS = 1_000
 MAX_NUMBER_BITS = 4_096
-# What a filter call costs besides its characters.
+# The cost of a filter call in addition to its characters.
 _CALL_COST = 64
 # Parsers that are slow (html.parser, dateutil) get short texts only.
 _SLOW_FILTERS = {"strip_html": 16 * 1024, "date": 256}
 # strftime pads to any width that the format names: `%999999999d` would be a gigabyte.
 _PADDED_DIRECTIVE = re.compile(r"%[^a-zA-Z%]*\d")
-# Iterations x source characters: bounds how many nodes nested loops may visit (about a second).
+# Iterations x source characters, which bounds the nodes that nested loops visit (about a second).
 _LOOP_WORK = 5_000_000
 
 
@@ -73,7 +73,7 @@ class Budget:
         self.output = output
 
     def spend(self, amount: int) -> None:
-        """Take `amount` characters of work.
+        """Use up `amount` characters of work.
 
         Raises:
             ResourceLimitError: nothing is left.
@@ -103,7 +103,7 @@ class _Buffer(StringIO):
 
 
 class _Output(_Buffer):
-    """The output itself."""
+    """The buffer of a rendering's output."""
 
     def refuse(self, over: int) -> NoReturn:
         raise OutputTooLargeError(over)
@@ -159,10 +159,10 @@ class _EchoTag(EchoTag):
 
 
 class _AnyOf(Expression):
-    """The values of one `when`: true at most once.
+    """The values of one `when`, combined so that they are true at most once.
 
     The library renders the block once for each value that matches, so nested cases with repeated
-    values grow without end and no limit sees it.
+    values grow exponentially, which no limit of the library covers.
     """
 
     __slots__ = ("inner",)
@@ -194,13 +194,13 @@ class _CaseTag(CaseTag):
 class BoundedRange(RangeLiteral):
     """A range that is never longer than a loop may be.
 
-    Put in place of each range of a parsed template (`bound_ranges`).
+    It replaces each range of a parsed template (`bound_ranges`).
     """
 
     __slots__ = ()
 
     def evaluate(self, context: RenderContext) -> range:
-        """Return the range, or refuse it."""
+        """Return the range; raise ResourceLimitError if it is too long."""
         result = super().evaluate(context)
         # Not len(): it overflows from 2**63 on.
         if result.stop - result.start > MAX_ITEMS:
@@ -217,7 +217,7 @@ def bound_ranges(expression: Expression) -> None:
 
 
 def _size(value: object) -> int:
-    """Return about how many characters `value` is worth.
+    """Return the size of `value` in characters, approximately.
 
     Raises:
         ResourceLimitError: it is too large for a filter.
@@ -246,12 +246,12 @@ def _size(value: object) -> int:
     return size
 
 
-def _foreseen(name: str, left: object, arguments: tuple[object, ...]) -> int:
-    """Return the size of what `replace` or `join` would build, before it builds it."""
+def _result_size(name: str, left: object, arguments: tuple[object, ...]) -> int:
+    """Return the size of the result of `replace` or `join`, without computing the result."""
     if name == "join" and isinstance(left, (list, tuple)):
         return len(left) * len(str(arguments[0])) if arguments else 0
     if name == "replace" and len(arguments) > 1:
-        # Escaping makes a character six at most (`&quot;`).
+        # Escaping turns a character into at most six (`&quot;`).
         return str(left).count(str(arguments[0])) * len(str(arguments[1])) * 6
     return 0
 
@@ -259,7 +259,7 @@ def _foreseen(name: str, left: object, arguments: tuple[object, ...]) -> int:
 def _guard(name: str, filter_: Callable[..., Any], budget: Budget) -> Callable[..., Any]:
     slow = _SLOW_FILTERS.get(name)
 
-    @functools.wraps(filter_)  # keeps `with_environment` and the like
+    @functools.wraps(filter_)  # keeps attributes such as `with_environment`
     def guarded(left: object, *arguments: object, **named: object) -> Any:
         size = _size(left)
         for argument in (*arguments, *named.values()):
@@ -267,9 +267,9 @@ def _guard(name: str, filter_: Callable[..., Any], budget: Budget) -> Callable[.
         if slow is not None and size > slow:
             raise ResourceLimitError(f"a text is too long for `{name}`", token=None)
         if name == "date" and arguments and _PADDED_DIRECTIVE.search(str(arguments[0])):
-            raise ResourceLimitError("`date` takes no width in its format", token=None)
-        if _foreseen(name, left, arguments) > MAX_CHARACTERS:
-            raise ResourceLimitError(f"`{name}` would build too long a text", token=None)
+            raise ResourceLimitError("the format of `date` must not have a width", token=None)
+        if _result_size(name, left, arguments) > MAX_CHARACTERS:
+            raise ResourceLimitError(f"the result of `{name}` is too long", token=None)
         budget.spend(_CALL_COST + size)
         result = filter_(left, *arguments, **named)
         _size(result)
@@ -289,13 +289,13 @@ class GuardedEnvironment(liquid.Environment):
     def __init__(self, *, autoescape: bool, longest: int) -> None:
         self.budget = Budget()
         super().__init__(autoescape=autoescape)
-        # An instance's own: the longer the source, the fewer its iterations.
+        # Set per instance: a longer source may have fewer iterations.
         self.loop_iteration_limit = min(  # type: ignore[misc]
             MAX_ITEMS, max(20, _LOOP_WORK // max(1, longest))
         )
 
     def setup_tags_and_filters(self, *, extra: bool = False) -> None:
-        """Register what is left of Liquid: no partials, no `safe`, every filter guarded."""
+        """Register Liquid's tags and filters: no partials, no `safe`, every filter guarded."""
         super().setup_tags_and_filters(extra=extra)
         for name in ("include", "render"):
             del self.tags[name]

@@ -1,8 +1,8 @@
-"""What a parsed Liquid template needs of a row, read from its syntax tree.
+"""Finds the variables that a parsed Liquid template needs from a row.
 
-A variable is *required* unless each of its uses allows for its absence: it carries the `default`
-filter (`{{ name | default: "friend" }}`), or it stands in the condition of an `if`, `elsif`,
-`unless`, `case` or `when`, or inside a block that such a condition on it guards.
+A variable is *required* unless each of its uses works without it: it has the `default` filter
+(`{{ name | default: "friend" }}`), or it is in the condition of an `if`, `elsif`, `unless`, `case`
+or `when`, or in a block whose condition tests it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from liquid.template import BoundTemplate
 
 _CONDITIONAL = (IfNode, UnlessNode, CaseNode, ConditionalBlockNode, MultiExpressionBlockNode)
-# The library answers these two by itself where the row does not.
+# The library has values for these two if the row has none.
 _BUILT_IN = frozenset({"now", "today"})
 
 
 @dataclass
 class Needs:
-    """The names that a template takes from the row."""
+    """The variables that a template uses from the row."""
 
     names: set[str] = field(default_factory=set)
     required: set[str] = field(default_factory=set)
@@ -45,17 +45,17 @@ class Needs:
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place of a plain template: the variable, and what stands there where it is empty."""
+    """A variable in a plain template, and the text that replaces it if it is empty."""
 
     name: str
     default: str | None
 
 
 def needs_of(template: BoundTemplate) -> Needs:
-    """Return what `template` needs, and bound its ranges on the way.
+    """Return the variables that `template` needs, and bound its ranges.
 
     Raises:
-        LiquidError: a filter that does not exist, or a variable whose name is computed.
+        LiquidError: a filter does not exist, or the name of a variable is computed.
     """
     walk = _Walk(template)
     for node in template.nodes:
@@ -68,11 +68,14 @@ class _Walk:
         self.needs = Needs()
         self._env = template.env
         self._static = RenderContext(template)
-        # What `assign` and `capture` made so far, in the order of the source.
+        # The names that `assign` and `capture` have set so far, in the order of the source.
         self._assigned: set[str] = set()
 
     def visit(self, node: Node, guarded: frozenset[str], scope: frozenset[str]) -> None:
-        """Note what `node` uses; `guarded` may be absent here, `scope` are loop variables."""
+        """Record the variables of `node`. Those in `guarded` may be absent.
+
+        `scope` has the variables of the loops around it.
+        """
         expressions = list(node.expressions())
         for expression in expressions:
             bound_ranges(expression)
@@ -100,7 +103,7 @@ class _Walk:
             self.needs.required |= names
 
     def _uses(self, expression: Expression, *, defaulted: bool) -> Iterator[tuple[str, bool]]:
-        """Yield each variable of `expression`, and whether `default` stands in for it."""
+        """Yield each variable of `expression`, and whether it has the `default` filter."""
         if isinstance(expression, Path):
             head = expression.head()
             if not isinstance(head, str):
@@ -126,10 +129,10 @@ class _Walk:
 
 
 def plain_parts(nodes: Sequence[Node]) -> list[str | Slot] | None:
-    """Return texts and slots if the template is nothing else, so that it can be spliced.
+    """Return the texts and slots of a template that has nothing else, so that it can be spliced.
 
-    A splice costs a tenth of a rendering. Anything but text, comments, `{{ name }}` and
-    `{{ name | default: "text" }}` gives None: the library renders it.
+    A splice costs a tenth of a rendering by the library. The result is None if the template has
+    anything but text, comments, `{{ name }}` and `{{ name | default: "text" }}`.
     """
     parts: list[str | Slot] = []
     for node in nodes:

@@ -348,7 +348,7 @@ async def test_a_folder_with_other_things_in_it_is_left_alone(empty_folder: Path
     (empty_folder / "postgres").mkdir()
     (empty_folder / "postgres" / "mine").write_text("precious")
 
-    with pytest.raises(LocalServerError, match="is no data folder of PostgreSQL"):
+    with pytest.raises(LocalServerError, match="is not a data folder of PostgreSQL"):
         await Servers(empty_folder, durable=False).__aenter__()
 
     assert (empty_folder / "postgres" / "mine").read_text() == "precious"

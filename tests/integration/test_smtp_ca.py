@@ -84,7 +84,7 @@ async def test_a_context_is_built_once_for_each_text_of_certificates(tmp_path: P
 
 @pytest.mark.parametrize("text", ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n"])
 def test_a_text_without_a_certificate_is_no_ca(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one certificate in PEM"):
+    with pytest.raises(ValueError, match="must contain a certificate in PEM"):
         check_ca(text)
     file = tmp_path / "ca.pem"
     file.write_text(text)
@@ -108,7 +108,7 @@ def test_certificates_are_text_that_can_be_stored_and_shown(strange: str, tmp_pa
 
 def test_a_private_key_among_certificates_is_refused(tmp_path: Path) -> None:
     pair = self_signed(tmp_path)
-    with pytest.raises(ValueError, match="holds a private key"):
+    with pytest.raises(ValueError, match="got a private key"):
         check_ca(pair.public.read_text() + pair.private.read_text())
 
 

@@ -194,8 +194,8 @@ async def test_a_users_endpoint_never_leads_into_the_operators_network(host: str
 
         assert (result.outcome, result.body_begun) == (CONNECTION, False)
         assert result.message == (
-            f"{host} leads into the operator's network, where a sender's endpoint may not; the "
-            "operator can list it in OUTBOX_SMTP_ALLOW"
+            f"{host} is in the operator's network, which senders' endpoints must not use; "
+            "the operator can permit it in OUTBOX_SMTP_ALLOW"
         )
         assert server.connections == 0
         assert open_connections(pool) == 0

@@ -245,8 +245,8 @@ async def test_the_operators_network_is_not_reached(
     found = await failure(client, request)
     assert found.refused
     assert found.message == (
-        f"OAuth 2.0: {host.strip('[]')} leads into the operator's network, where a sender's "
-        "endpoint may not; the operator can list it in OUTBOX_SMTP_ALLOW"
+        f"OAuth 2.0: {host.strip('[]')} is in the operator's network, which senders' endpoints "
+        "must not use; the operator can permit it in OUTBOX_SMTP_ALLOW"
     )
     assert provider.connections == 0
 
@@ -277,7 +277,7 @@ async def test_the_client_connects_to_the_address_that_was_checked(
     # At the next request the name is judged again.
     found = await failure(client, wanted(provider, token_url=url))
     assert found.refused
-    assert "rebinding.test leads into the operator's network" in found.message
+    assert "rebinding.test is in the operator's network" in found.message
 
 
 async def test_a_name_that_does_not_exist_is_no_refusal(client: TokenClient) -> None:

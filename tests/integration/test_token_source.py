@@ -546,7 +546,7 @@ async def test_a_database_that_is_away_is_no_refusal(
     source = new_source()
     await stores.postgres.stop()
     try:
-        with pytest.raises(TokenUnavailable, match="PostgreSQL gives no answer"):
+        with pytest.raises(TokenUnavailable, match="PostgreSQL does not reply"):
             await source.token(ref)
     finally:
         await stores.postgres.start()

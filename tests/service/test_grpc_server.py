@@ -451,7 +451,8 @@ async def test_auth_off_beyond_loopback_stops_the_start() -> None:
 async def test_keys_in_clear_beyond_loopback_stop_the_start() -> None:
     settings = load_settings(stats_listen="0.0.0.0:0")
     with pytest.raises(
-        ConfigurationError, match=r"OUTBOX_STATS_LISTEN: 0\.0\.0\.0:0.*in clear.*OUTBOX_PLAINTEXT"
+        ConfigurationError,
+        match=r"OUTBOX_STATS_LISTEN: .* 0\.0\.0\.0:0.*unencrypted.*OUTBOX_PLAINTEXT",
     ):
         GrpcServer(settings, "0.0.0.0:0", [])
 

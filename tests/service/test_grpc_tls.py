@@ -155,15 +155,15 @@ def test_a_file_that_is_missing_or_no_pem_stops_the_start(
     certificate, key = make_pair("one")
     refused(str(tmp_path / "missing"), key, "No such file")
     (tmp_path / "text").write_text("no PEM")
-    refused(str(tmp_path / "text"), key, "no PEM")
-    refused(certificate, str(tmp_path / "text"), "no PEM")
+    refused(str(tmp_path / "text"), key, "not a PEM")
+    refused(certificate, str(tmp_path / "text"), "not a PEM")
 
 
 def test_a_client_ca_needs_tls_and_must_be_one(
     make_pair: Callable[[str], Pair], tmp_path: Path
 ) -> None:
     certificate, key = make_pair("one")
-    with pytest.raises(ConfigurationError, match=r"OUTBOX_TLS_CLIENT_CA: .*over TLS only"):
+    with pytest.raises(ConfigurationError, match=r"OUTBOX_TLS_CLIENT_CA: .*require TLS"):
         GrpcServer(load_settings(auth="off", tls_client_ca=certificate), "127.0.0.1:0", [])
     missing = str(tmp_path / "missing")
     settings = load_settings(

@@ -176,7 +176,7 @@ async def test_a_token_url_may_not_lead_into_the_operators_network(
     async with running_scheduler(database_url, redis_url, encryption_keys=KEY) as strict:
         answer = await strict.senders.VerifySender(VerifySenderRequest(sender_id=sender.sender_id))
     assert not answer.ready
-    assert f"{host.strip('[]')} leads into the operator's network" in answer.failure
+    assert f"{host.strip('[]')} is in the operator's network" in answer.failure
     assert "OUTBOX_SMTP_ALLOW" in answer.failure
     assert installation.provider.connections == 0
 

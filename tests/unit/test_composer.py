@@ -355,7 +355,7 @@ def test_a_wrong_url_is_told_by_its_variable_and_without_its_password(url: str) 
 
 def test_a_relays_password_in_clear_is_refused_unless_told_so() -> None:
     url = "smtp://anna:s3cret@mail.test"
-    with pytest.raises(ConfigurationError, match=r"in clear.*OUTBOX_PLAINTEXT") as caught:
+    with pytest.raises(ConfigurationError, match=r"unencrypted.*OUTBOX_PLAINTEXT") as caught:
         relay_of(url)
     assert "s3cret" not in str(caught.value)
     assert relay_of(url, plaintext=True).password == "s3cret"

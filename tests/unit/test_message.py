@@ -283,7 +283,7 @@ def test_a_message_id_is_stable_and_belongs_to_the_installation() -> None:
     assert first == "<outbox.42.prod-1@xn--bcher-kva.example>"
     assert first == message_id_for(42, "shop@bücher.example", "prod-1")
     assert first != message_id_for(42, "shop@bücher.example", "prod-2")
-    with pytest.raises(ValueError, match="installation id"):
+    with pytest.raises(ValueError, match="installation_id"):
         message_id_for(42, "shop@b.example", "a@b>")
 
 

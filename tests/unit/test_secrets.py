@@ -42,5 +42,5 @@ def test_a_token_of_a_key_that_is_gone_says_so() -> None:
 def test_a_malformed_key_stops_the_start_and_is_not_repeated(bad: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         SecretBox.from_settings(load_settings(encryption_keys=f"{generate_key()},{bad}"))
-    assert "OUTBOX_ENCRYPTION_KEYS: key 2 is no Fernet key" in caught.value.message
+    assert "OUTBOX_ENCRYPTION_KEYS: key 2 is not a Fernet key" in caught.value.message
     assert bad not in caught.value.message

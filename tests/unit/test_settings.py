@@ -13,13 +13,13 @@ from outbox_server.shared.settings import format_duration, load_settings, parse_
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("SMTP_TIMEOUT", "30", "'30' is no duration; write 250ms, 2s, 5m or 1h"),
+        ("SMTP_TIMEOUT", "30", "'30' is not a duration; write 250ms, 2s, 5m or 1h"),
         ("SMTP_TIMEOUT", "0", "must be greater than 0 seconds"),
-        ("SMTP_END_TIMEOUT", "ten", "'ten' is no duration"),
+        ("SMTP_END_TIMEOUT", "ten", "'ten' is not a duration"),
         ("SMTP_MAILS_PER_CONNECTION", "0", "must be greater than or equal to 1"),
         ("QUOTA_DAY", "30d", "must be less than or equal to 7 days"),
         ("COOLDOWN", "", "write at least one duration, such as 5m"),
-        ("COOLDOWN", "5m,x", "'x' is no duration"),
+        ("COOLDOWN", "5m,x", "'x' is not a duration"),
         # A probe without a wait would go round as fast as the server answers.
         ("COOLDOWN", "5m,0", "each must be more than 0 and at most 30d"),
         ("DEFER_BACKOFF", "0s", "each must be more than 0 and at most 30d"),

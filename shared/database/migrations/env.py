@@ -1,4 +1,4 @@
-"""Alembic's entry: one transaction, and one migrator at a time."""
+"""The entry point of Alembic: migrates in one transaction, one process at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, pool, text
 
 from outbox_server.shared.database.models import Base
 
-# Any constant: whoever holds it migrates, the others wait and then find nothing to do.
+# Any constant. The process with this lock migrates; the others wait and then have nothing to do.
 _ADVISORY_LOCK = 7_402_311_915
 
 engine = create_engine(

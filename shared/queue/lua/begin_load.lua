@@ -1,32 +1,32 @@
--- Starts a load: returns each sender's epoch, which the load must still find when it is applied.
+-- Starts a load: returns each sender's epoch. load_head.lua refuses the load if it changed since.
 --
 -- KEYS[1] ready
--- ARGV[1] raise    1: the caller has just committed something that a load under way cannot have
---                  read, so the epoch is raised and that load will be refused; 0: only read it
+-- ARGV[1] raise    1: raise the epoch first, because the caller has just committed something that a
+--                  load in progress may have missed (so that load is refused); 0: only read it
 -- ARGV    then senders
--- Returns an array of epochs, with 'new:' before that of a sender that Redis does not know; ''
--- for such a sender while Redis is out of memory
+-- Returns an array of epochs. The epoch of a sender that Redis does not know begins with 'new:', or
+-- is '' while Redis is out of memory
 --!include keys
 --!include time
 --!include run
 --!include life
 --!include epoch
 
--- ms for which the epoch of a sender that is not known is kept; later its load is refused.
+-- ms for which the epoch of an unknown sender is kept. A load that takes longer is refused.
 local NEW_MS = 60000
 local epochs = {}
 for i = 2, #ARGV do
     local id = ARGV[i]
     local key, epoch = settings_of(id), epoch_of(id)
     if epoch == NO_EPOCH then
-        -- What may be left of an earlier life, or of a sender that is not whole.
+        -- Delete leftovers of an earlier life, or of a sender that lost some of its keys.
         redis.call('DEL', due_of(id), lease_of(id), window_of(id), key)
     end
     if FULL and is_new(epoch) then
         epochs[#epochs + 1] = ''
     else
         if epoch == NO_EPOCH then
-            -- One that no earlier life of this sender can have had.
+            -- An epoch from the clock: no earlier life of this sender can have had it.
             redis.call('HSET', key, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
             redis.call('PEXPIRE', key, NEW_MS)
         elseif ARGV[1] == '1' then

@@ -1,9 +1,9 @@
--- Tells which circuits are open.
+-- Returns open circuits of senders and endpoints.
 --
 -- KEYS[1] ready
--- ARGV    what is asked, as kind, id: `sender` for those that it waits for, `endpoint` for that of
---         the endpoint, or of the one sender that has all of its failures
--- Returns for each an array of circuits: sender or '', open since (ms), next probe (ms), reason
+-- ARGV    queries, as kind, id: `sender` for the circuits that delay a sender, `endpoint` for the
+--         circuit of an endpoint, or of the one sender that all its failures belong to
+-- Returns an array of circuits per query: sender or '', open since (ms), next probe (ms), reason
 --!include keys
 --!include time
 --!include run

@@ -1,21 +1,21 @@
--- Takes jobs that may be sent now, oldest look first, and reserves their slots by a lease.
+-- Claims jobs that may be sent now, oldest look first. A lease on each job reserves its slot.
 --
 -- KEYS[1] ready       the shard's senders by next look (ms)
--- KEYS[2] generation  the life in which the shard became whole; gone with a lost Redis
--- ARGV[1] want        most jobs to take
+-- KEYS[2] generation  the life in which the shard was completely loaded; lost if Redis is lost
+-- ARGV[1] want        most jobs to claim
 -- ARGV[2] lease       ms that the caller holds each of them
 -- ARGV[3] window      ms of the trailing window
--- ARGV[4] low         a head with fewer waiting jobs than this asks for a load, if there are more
--- ARGV[5] patience    ms after which a load that was asked for is asked for again
+-- ARGV[4] low         a head with fewer jobs than this requests a load, if PostgreSQL has more
+-- ARGV[5] patience    ms after which a load is requested again
 --
 -- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads}:
---   LOST    the shard is not whole: start a rebuild. What is loaded by now may be sent meanwhile
+--   LOST    the shard is incomplete: start a rebuild. Loaded senders may send meanwhile
 --   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
---           when its lease runs out, when it was due, 1 if it is the probe of a cooldown
+--           when its lease expires, when it was due, 1 if it is the probe of a cooldown
 --   loads   senders whose head the caller must load
 --
--- A sender that is not eligible is not in reach here: its score in `ready` is later. So the cost
--- follows the jobs taken, never the jobs that wait.
+-- A sender that may not send yet has a later score in `ready`, so it is not visited. The cost
+-- depends on the jobs claimed, never on the jobs that wait.
 --!include keys
 --!include time
 --!include run
@@ -28,9 +28,9 @@ local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 
 local claims, loads, taken = {}, {}, 0
 
--- A lease that ran out: nobody knows whether it was sent, so its slot counts from the last instant
--- at which its holder may have ended, and the head is loaded again, for the job may wait once more.
--- The slot is assumed: the same attempt may be claimed again, and what that one sends has its own.
+-- Turns expired leases into used slots. Whether such a job was sent is unknown, so its slot counts
+-- from the end of the lease, and the head is loaded again, since the job may wait again. The slot
+-- has its own member (`assumed`): the same attempt may be claimed again and take another slot.
 local function expire_leases(s)
     local leases = lease_of(s.id)
     local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', NOW, 'WITHSCORES')
@@ -43,13 +43,13 @@ local function expire_leases(s)
     end
     if #expired > 0 then
         redis.call('HSET', settings_of(s.id), 'end', s.last_end)
-        -- A load under way may have read PostgreSQL too early for it.
+        -- A load in progress may have read PostgreSQL before this.
         redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
         s.loading = NOW
     end
 end
 
--- Returns whether its limits are what keeps the next job, and not want of room.
+-- Returns whether the next job waits for the sender's limits, not for room in the dispatcher.
 local function take(s)
     local leases, due = lease_of(s.id), due_of(s.id)
     local in_flight = redis.call('ZCARD', leases)
@@ -76,15 +76,15 @@ end
 local function visit(sender)
     local s = read_sender(sender)
     if not s then
-        -- Lost in whole or in part, or of an earlier life: nothing is sent before a load.
+        -- Some keys are lost or from an earlier life: send nothing before a load.
         loads[#loads + 1] = sender
         redis.call('ZADD', READY, NOW + patience, sender)
         return
     end
     expire_leases(s)
     local limited = not s.active or take(s)
-    -- Only now, for a job is late since an end left the window; and where one is kept for want of
-    -- room, that is still to be asked.
+    -- Not before `take`, which computes a job's lateness from the ends that left the window. If
+    -- the next job waits for room in the dispatcher, its lateness is still to be computed.
     local keep = math.max(window, s.gap) * (limited and 1 or 2)
     redis.call('ZREMRANGEBYSCORE', window_of(sender), '-inf', NOW - keep)
     if s.horizon < math.huge and redis.call('ZCARD', due_of(sender)) < low then
@@ -101,8 +101,8 @@ local function visit(sender)
     schedule_look(s, window)
 end
 
--- Every visit takes a job or moves the sender's look past NOW; the bound is for what neither does,
--- such as many expired leases at once.
+-- Almost every visit claims a job or moves the sender's look past NOW. The bound on visits is for
+-- those that do neither, such as many expired leases at once.
 local visits = 0
 while taken < want and visits < want + 64 do
     local senders = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, want - taken)
@@ -115,7 +115,7 @@ end
 
 local look = first_look()
 if taken < want then
-    -- The caller has room left and will sleep until `look`; another may sleep for longer.
+    -- The caller has room left and will sleep until `look`; others may sleep for longer.
     local asleep = redis.call('GET', ASLEEP)
     if not asleep or asleep ~= 'inf' and (not look or look > tonumber(asleep)) then
         redis.call('SET', ASLEEP, look or 'inf')

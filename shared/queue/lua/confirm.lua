@@ -1,10 +1,10 @@
--- Says which claims still hold, asked after the jobs were marked in PostgreSQL and before SMTP.
--- If Redis was lost in between, a rebuild cannot have seen a mark that came after its look, and
--- would hand the sender's slot to another: such a claim must be given back, unsent.
+-- Returns which claims still hold. Called after the jobs were marked in PostgreSQL, before SMTP.
+-- If Redis was lost in between, a rebuild may have read PostgreSQL before the mark, and would give
+-- the sender's slot to another job: such a claim must be released unsent.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
--- ARGV    then flat: sender, member, when its lease runs out as claim.lua said
+-- ARGV    then flat: sender, member, when its lease expires as returned by claim.lua
 -- Returns an array of 1 (held) and 0 (gone), in the order of ARGV
 --!include keys
 --!include time
@@ -17,11 +17,12 @@ local window = tonumber(ARGV[1])
 local held = {}
 for i = 2, #ARGV, 3 do
     local id, member, until_ms = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
-    -- A sender whose keys are gone is about to be loaded anew, its leases from what was marked.
+    -- A sender whose keys are lost will be loaded again, with leases from the marks in PostgreSQL.
     local s = read_sender(id)
     local found = s and redis.call('ZSCORE', lease_of(id), member)
     if found and tonumber(found) ~= until_ms then
-        -- Claimed again since a loss, by one whose mark is refused: it must not free our lease.
+        -- Claimed again after a loss, by a dispatcher whose mark will be refused. Restore our
+        -- lease, so that the other claim does not release it.
         redis.call('ZADD', lease_of(id), until_ms, member)
         schedule_look(s, window)
     end

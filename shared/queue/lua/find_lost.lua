@@ -1,6 +1,6 @@
--- Says which of these senders, for each of which something waits in PostgreSQL, must be loaded: all
--- or some of their keys are gone, or of an earlier life. Where only the entry in `ready` is gone,
--- it is put back.
+-- Returns which of these senders must be loaded: those with keys that are lost or from an earlier
+-- life. If only the entry in `ready` is lost, it is restored here. The caller passes senders that
+-- have waiting jobs in PostgreSQL.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
@@ -17,7 +17,7 @@ local lost = {}
 for i = 2, #ARGV do
     local s = read_sender(ARGV[i])
     if s then schedule_look(s, tonumber(ARGV[1])) end
-    -- Known, active, and nothing to look for: a load that nobody finished.
+    -- Known and active, but without a next look: a load did not finish.
     if not s or s.active and not redis.call('ZSCORE', READY, s.id) then
         lost[#lost + 1] = ARGV[i]
     end

@@ -1,8 +1,8 @@
--- Declares the shard whole, if the rebuild that asks is still the one under way: a Redis that was
--- lost again in the meantime has lost the rebuild's lock as well.
+-- Marks the shard as completely loaded, if the caller's rebuild still has the lock: if Redis was
+-- lost again in the meantime, it lost the lock as well.
 --
 -- KEYS[1] ready
--- KEYS[2] generation  the life in which the shard became whole
+-- KEYS[2] generation  the life in which the shard was completely loaded
 -- KEYS[3] rebuild     the lock: a life and the token of its owner
 -- ARGV[1] token
 -- Returns 1, or 0: start again

@@ -1,10 +1,10 @@
--- Keeps the lock of a rebuild that goes on, if it is still the one under way.
+-- Extends the lock of a rebuild, if the caller still has it.
 --
 -- KEYS[1] ready
 -- KEYS[2] rebuild     the lock: a life and the token of its owner
 -- ARGV[1] token
 -- ARGV[2] limit       ms that the lock lasts from now on
--- Returns 1, or 0: Redis was lost again, or the lock ran out and another has it
+-- Returns 1, or 0: Redis was lost again, or the lock expired and another process has it
 --!include keys
 --!include time
 --!include run

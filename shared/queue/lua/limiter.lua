@@ -1,10 +1,10 @@
--- Tells what the limiter of a sender says now. Changes nothing of it.
+-- Returns the current state of a sender's limiter, without changing it.
 --
 -- KEYS[1] ready
 -- ARGV[1] window  ms of the trailing window
 -- ARGV[2] sender
 -- Returns nil if Redis does not know the sender, or
---   {in flight, ms until its gap is over, ms until its window has room}; not above 0: it is, it has
+--   {in flight, ms until its gap is over, ms until its window has room}; 0 or less: already so
 --!include keys
 --!include time
 --!include run

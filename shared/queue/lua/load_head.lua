@@ -1,5 +1,5 @@
--- Replaces the head of one sender by what PostgreSQL said. Where Redis does not know the sender,
--- its limiter's history is restored as well.
+-- Replaces the head of one sender with the jobs read from PostgreSQL. If Redis does not know the
+-- sender, the history of its limiter is restored as well.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
@@ -7,17 +7,17 @@
 -- ARGV[3] head     a map (cmsgpack):
 --   sender, limit, gap (ms), flight, state (1 active)
 --   horizon        due ms of the last job loaded, or 'inf' if no more wait
---   endpoint       that its mail goes to
+--   endpoint       key of the endpoint that its mail goes to
 --   revision       of the sender, as text
 --   jobs           of the head, each as member, due ms
 --   ends           each as member, ms since it ended, 1 if it takes a slot
 --   leases         each as member, ms left
---                  Those three are words between spaces, which cost the caller least.
---   opens, closes  the present or next opening of its sending hours (ms; 0 and 'inf': always)
+--                  These three are texts with spaces between the values, the cheapest for callers.
+--   opens, closes  the current or next opening of its sending hours (ms; 0 and 'inf': always)
 --   cooldown       ms until the next probe, at least 1; nil: the sender does not cool down
 --
--- Returns changes of circuits (circuit.lua), or nil if the epoch has moved: somebody committed or
--- lost something meanwhile; the caller reads PostgreSQL again.
+-- Returns changes of circuits (circuit.lua), or nil if the epoch has changed, because something was
+-- committed or lost meanwhile: the caller reads PostgreSQL again.
 --!include keys
 --!include time
 --!include run
@@ -26,26 +26,26 @@
 --!include circuit
 --!include look
 
--- ms until a load that brought nothing is asked for again.
+-- ms until a load that brought nothing is requested again.
 local SOON = 100
 local window, epoch, head = tonumber(ARGV[1]), ARGV[2], cmsgpack.unpack(ARGV[3])
 local id, settings = head.sender, settings_of(head.sender)
 if epoch_of(id) ~= epoch then return nil end
 
--- In parts, for Lua's stack is short.
+-- Adds the scores in parts, because Lua's stack is small.
 local function add_all(key, scores)
     for i = 1, #scores, 1000 do
         redis.call('ZADD', key, unpack(scores, i, math.min(i + 999, #scores)))
     end
 end
 
--- Returns whether a job was left out, since it is claimed.
+-- Returns whether a job was left out because it is claimed.
 local function replace_head()
     local due, leases, scores, left_out = due_of(id), lease_of(id), {}, false
     redis.call('DEL', due)
     local leased = redis.call('EXISTS', leases) == 1
     for member, at in string.gmatch(head.jobs, '(%S+) (%S+)') do
-        -- A leased one is claimed, and was not yet marked in PostgreSQL when that was read.
+        -- A job with a lease was claimed, but not yet marked when PostgreSQL was read.
         if leased and redis.call('ZSCORE', leases, member) then
             left_out = true
         else
@@ -80,13 +80,13 @@ end
 local before = read_sender(id)
 if before and (before.endpoint ~= head.endpoint
     or redis.call('HGET', settings, 'revision') ~= head.revision) then
-    -- Another endpoint, or a right password now: what is known says nothing of that.
+    -- The endpoint or its password changed, so the old failures and pace no longer apply.
     forget_troubles(before)
     leave_held(circuit(before.endpoint), id)
     redis.call('HDEL', settings, 'pace')
 end
 if replace_head() then
-    -- Should its claim come to nothing, see settle.lua.
+    -- settle.lua reads this if the claim is not used.
     redis.call('HSET', settings, 'left', 1)
 else
     redis.call('HDEL', settings, 'left')
@@ -101,7 +101,7 @@ else
     redis.call('HDEL', settings, 'cool')
 end
 if head.horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
-    -- All that was read is under lease and not yet marked in PostgreSQL; more waits behind it.
+    -- All jobs read are claimed and not yet marked in PostgreSQL; more jobs wait behind them.
     redis.call('HSET', settings, 'loading', NOW + SOON)
 else
     redis.call('HDEL', settings, 'loading')

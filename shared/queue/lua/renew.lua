@@ -1,11 +1,11 @@
--- Renews leases: moves their ends to a whole lease from now.
+-- Renews leases: each ends a full lease time from now.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
 -- ARGV[2] lease    ms from now
 -- ARGV    then flat: sender, member
--- Returns an array of the new ends (ms), in the order of ARGV. 0: the lease is gone, or Redis does
--- not know the sender now
+-- Returns an array of the new ends (ms), in the order of ARGV. 0: the lease does not exist any
+-- more, or Redis does not know the sender
 --!include keys
 --!include time
 --!include run

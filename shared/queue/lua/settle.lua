@@ -1,25 +1,25 @@
--- Ends claims: turns each lease into its slot of the window, or gives the slot back.
+-- Ends claims: turns each lease into a used slot of the window, or frees the slot.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
 -- ARGV[2] ladder   ms before the first, second, ... probe of an open circuit, comma-separated;
 --                  the last repeats
--- ARGV[3] ladder   the same where authentication failed
+-- ARGV[3] ladder   the same, for failed authentications
 -- ARGV    then, for each claim, a map (cmsgpack) of sender, member and
 --   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
---                the gap counts) or UNUSED (SMTP never heard of it)
+--                the gap counts) or UNUSED (SMTP was not tried)
 --   age          ms since the send ended, measured by the caller's monotonic clock
---   lease        of an UNUSED one: when its lease runs out, as claim.lua said
+--   lease        if UNUSED: when its lease expires, as returned by claim.lua
 --   next_member  nil, or the job's next attempt, with its due time (ms) in next_due
---   contact      what it says about the endpoint: '' nothing; 'OK' it replied; 'SENT' it accepted a
+--   contact      how the endpoint reacted: '' not contacted; 'OK' it replied; 'SENT' it accepted a
 --                mail; 'RATE' it replied that mail comes too fast; '!' and the reason: the
 --                connection failed; '?' and the reason: authentication failed
 --   cooldown     nil no change; 0 the sender's cooldown is over; else ms from now until its next
 --                probe may begin
 --
 -- Returns {senders, changes}:
---   senders  whose head must be loaded (Redis knows them no more)
---   changes  of circuits (circuit.lua), each with the place of the claim that did it, from 0
+--   senders  whose head must be loaded (Redis does not know them any more)
+--   changes  of circuits (circuit.lua), each with the index (from 0) of the claim that caused it
 --!include keys
 --!include time
 --!include run
@@ -31,7 +31,7 @@
 local window = tonumber(ARGV[1])
 local ladders = { ['!'] = ARGV[2], ['?'] = ARGV[3] }
 local touched, order, unknown = {}, {}, {}
-local told = 0
+local reported = 0
 
 local function sender_of(id)
     local s = touched[id]
@@ -43,8 +43,8 @@ local function sender_of(id)
     return s
 end
 
--- The same attempt may have been claimed again, after a loss of Redis or after the lease ran out:
--- one that did not even begin frees nothing but what its own lease has left.
+-- Frees a lease or a slot. With `lease` (of an UNUSED claim), only if it ends with that lease: the
+-- same attempt may have been claimed again after a loss of Redis or an expired lease.
 local function release(key, member, lease)
     if not lease or tonumber(redis.call('ZSCORE', key, member) or 0) == lease then
         redis.call('ZREM', key, member)
@@ -52,7 +52,7 @@ local function release(key, member, lease)
 end
 
 -- Applies a contact to the circuit of the endpoint and to the pace of the sender.
-local function hear(s, member, contact)
+local function apply_contact(s, member, contact)
     local ladder = ladders[string.sub(contact, 1, 1)]
     if ladder then
         local cleared = failed(s, member, string.sub(contact, 2), ladder)
@@ -80,7 +80,7 @@ for i = 4, #ARGV do
         local ended = NOW_UP - claim.age
         local lease = kind == 'UNUSED' and claim.lease
         release(lease_of(id), member, lease)
-        -- The lease had run out, so the slot was assumed to be used; now its holder says what is.
+        -- If the lease had expired, its slot was assumed to be used; now the holder reports it.
         release(window_of(id), assumed(member), lease)
         if kind == 'COUNTED' then redis.call('ZADD', window_of(id), ended, member) end
         if kind ~= 'UNUSED' and ended > s.last_end then
@@ -88,12 +88,12 @@ for i = 4, #ARGV do
             redis.call('HSET', settings_of(id), 'end', ended)
         end
         end_probe(s, member, lease)
-        hear(s, member, claim.contact)
+        apply_contact(s, member, claim.contact)
         set_cooldown(s, claim.cooldown)
-        for n = told + 1, #changes do changes[n][5] = i - 4 end
-        told = #changes
+        for n = reported + 1, #changes do changes[n][5] = i - 4 end
+        reported = #changes
         if claim.next_member then
-            -- A load that read PostgreSQL before this must not wipe it out.
+            -- A load that read PostgreSQL before this must not remove it.
             redis.call('HINCRBY', settings_of(id), 'epoch', 1)
             redis.call('PERSIST', settings_of(id))
             redis.call('PERSIST', window_of(id))
@@ -102,7 +102,7 @@ for i = 4, #ARGV do
                 redis.call('ZADD', due_of(id), claim.next_due, claim.next_member)
             end
         elseif kind == 'UNUSED' and redis.call('HGET', settings_of(id), 'left') then
-            -- Refused, as in a pause; and a load, as at the end of the pause, has left it to us.
+            -- Its mark was refused, as in a pause, and a load left the claimed job out: load again.
             s.loading = NOW
             redis.call('HSET', settings_of(id), 'loading', NOW)
         end

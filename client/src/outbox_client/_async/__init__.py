@@ -1,1 +1,1 @@
-"""The client itself, written once with `async`; `_sync` is made from it."""
+"""The client, written once with `async`. `_sync` is generated from it."""

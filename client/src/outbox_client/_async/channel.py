@@ -1,4 +1,4 @@
-"""What the generated stubs call: a channel whose calls have a caller, a deadline and retries."""
+"""The channel of the generated stubs: it adds an API key, a deadline and retries to calls."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from outbox_client.settings import Connection
 
 
 class Channel:
-    """Stands in for gRPC's channel. Raises CallError for every call that fails."""
+    """Replaces gRPC's channel. Raises CallError for every call that fails."""
 
     def __init__(self, address: str, connection: Connection) -> None:
         self._connection = connection
         self._channel = io.open_channel(address, connection)
-        # Of uploads: `io.send_all` says why. Connects when it is first used, like the other.
+        # A channel for uploads (see `io.send_all`). Like the other, it connects at its first use.
         self._uploads = open_channel(address, connection)
 
     async def close(self) -> None:
-        """Close it; calls under way are cancelled."""
+        """Close the channel, and cancel calls in progress."""
         await self._channel.close()
         self._uploads.close()
 
     def unary_unary(self, method: str, *coders: Any, **named: Any) -> Callable[..., io.Answer]:
-        """Return what makes the calls of a method. Those that are safe to repeat are."""
+        """Return the function that calls a method. Calls that are safe to repeat are retried."""
         call = self._channel.unary_unary(method, *coders, **named)
         by_request_id = method in BY_REQUEST_ID
         safe = by_request_id or method in READS
@@ -63,7 +63,7 @@ class Channel:
         return answer
 
     def unary_stream(self, method: str, *coders: Any, **named: Any) -> Callable[..., Any]:
-        """Return what opens the streams of a method: no deadline but the caller's, no retries."""
+        """Return the function that opens a stream: only the caller's deadline, and no retries."""
         call = self._channel.unary_stream(method, *coders, **named)
 
         async def answer(
@@ -83,7 +83,7 @@ class Channel:
         return answer
 
     def stream_unary(self, method: str, *coders: Any, **named: Any) -> Callable[..., io.Answer]:
-        """Return what uploads: one try each, since what was streamed is gone."""
+        """Return the function that uploads. It tries once, since the stream cannot be repeated."""
         call = self._uploads.stream_unary(method, *coders, **named)
 
         async def answer(

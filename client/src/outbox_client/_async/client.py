@@ -1,4 +1,4 @@
-"""The client: the stubs of all services, and what a caller would otherwise write around them."""
+"""The client: the stubs of all services, with uploads, watches and paging for convenience."""
 
 from __future__ import annotations
 
@@ -48,21 +48,20 @@ if TYPE_CHECKING:  # names that only the type stubs know
     from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceAsyncStub
 
 _PAGE: Final = 1000
-# A batch is followed for as long as it takes: a scheduler that is started again is back long
-# before this is over.
+# How long a watch tries to reach a server again. A restart of the scheduler takes much less.
 _PATIENCE_S: Final = 60.0
 _PATIENT: Final = RetryPolicy(tries=1000)
 _LOOK: Final = RetryPolicy(first=timedelta(milliseconds=200), factor=1.3)
 
 
 class AsyncClient:
-    """A client of one Outbox. Open until `close`, or as a context manager.
+    """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
     `senders`, `batches`, `email_jobs`, `suppressions`, `stats` and `dispatcher` are the generated
-    stubs with all methods of the contract, such as `client.senders.CreateSender(request)`. A call
-    takes `timeout` (seconds, all tries together; `timeout` of the client by default) and
-    `metadata`, and raises CallError. Reads, `ScheduleBatch` and `upload` are repeated while the
-    server is away; nothing else is, unless the server says that it has changed nothing.
+    stubs with all methods of the API, such as `client.senders.CreateSender(request)`. A call takes
+    `timeout` (in seconds, for all tries together; default: the client's `timeout`) and `metadata`,
+    and raises CallError. Reads, `ScheduleBatch` and `upload` are retried while the server is
+    unreachable; other calls only if the server says that it has changed nothing.
     """
 
     def __init__(
@@ -78,19 +77,19 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """Connect to nothing yet: a channel is opened when its service is first used.
+        """Create a client without connecting: a channel opens when its service is first used.
 
         Args:
             scheduler: host:port of the scheduler, or of a proxy in front of it. A client without
-                any address asks the default ports of this machine.
-            stats: of the stats service.
-            dispatcher: of a dispatcher.
-            api_key: goes with every call; over TLS, unless you trust the way.
-            tls: None: plain text.
-            timeout: of a call, in seconds, all its tries together.
-            upload_timeout: of an upload.
-            retry: None: 7 tries within 6.3 s.
-            options: gRPC's channel options; they win over ours.
+                any address uses the default ports of this machine.
+            stats: host:port of the stats service.
+            dispatcher: host:port of a dispatcher.
+            api_key: sent with every call; use TLS, unless you trust the network.
+            tls: None means no TLS.
+            timeout: limit of a call in seconds, for all its tries together.
+            upload_timeout: limit of an upload in seconds.
+            retry: None means 7 tries within 6.3 s.
+            options: gRPC's channel options, which override those of this client.
 
         Raises:
             OSError, ValueError: the files of `tls` cannot be used.
@@ -116,7 +115,7 @@ class AsyncClient:
 
     @property
     def batches(self) -> BatchServiceAsyncStub:
-        """BatchService; of UploadBatch see `upload`."""
+        """BatchService. For UploadBatch, see `upload`."""
         return cast("BatchServiceAsyncStub", self._stub("scheduler", BatchServiceStub))
 
     @property
@@ -147,29 +146,29 @@ class AsyncClient:
         progress: ProgressCallback | None = None,
         timeout: float | None = None,
     ) -> ScheduleBatchResponse:
-        """Schedule a batch of any size, streamed: memory does not grow with it.
+        """Schedule a batch of any size, streamed, so that memory does not grow with its size.
 
-        Without a `request_id` it gets one. While the server is away the upload is repeated with
-        it, if `rows` can be read again: a path, bytes, a file that can seek, a list, a table. What
-        can be read once, an iterator or a pipe, is sent once; the error has the `request_id`.
+        If `options` has no `request_id`, a new one is used. While the server is unreachable, the
+        upload is retried with the same id if `rows` can be read again: a path, bytes, a seekable
+        file, a list, a table. An iterator or a pipe is sent once; the error has the `request_id`.
 
         Args:
-            rows: a path, bytes, a binary file; an iterable of bytes; an iterable of rows, mappings
-                with the same columns, one of them `email`; a table with `to_csv` (pandas) or
-                `write_csv` (polars).
-            options: what is decided about the batch.
-            progress: is called after every chunk, 64 KiB, that was handed over.
-            timeout: in seconds, all tries together; None: the client's `upload_timeout`.
+            rows: a path, bytes or a binary file; an iterable of bytes; an iterable of rows, which
+                are mappings with the same columns, one of them `email`; or a table with `to_csv`
+                (pandas) or `write_csv` (polars).
+            options: the options of the batch.
+            progress: called after each chunk (64 KiB) that was passed on.
+            timeout: in seconds, for all tries together. None means the client's `upload_timeout`.
 
         Raises:
-            CallError: the server refused, or did not answer.
-            TypeError, ValueError: `rows` are none of these, or not all of one kind.
+            CallError: the server refused the batch or did not answer.
+            TypeError, ValueError: `rows` is none of these, or mixes kinds.
             OSError: the file cannot be read.
         """
         first = with_request_id(UploadBatchRequest(options=options))
         source = source_of(rows)
         limit = self._connection.upload_timeout if timeout is None else timeout
-        # Whatever the server says, what was read once is gone.
+        # Rows that can be read only once cannot be sent again, even if the server permits a retry.
         retry = self._connection.retry if source.repeatable else NO_RETRIES
         attempts = Attempts(retry, limit, safe=True)
         try:
@@ -192,13 +191,13 @@ class AsyncClient:
         timeout: float | None = None,
         trouble: Callable[[CallError], None] | None = None,
     ) -> AsyncIterator[Batch]:
-        """Yield a batch as it is, then after each change, until every job is in a final state.
+        """Yield a batch at once, then after each change, until every job is in a final state.
 
-        A server that is away is asked again for a minute; `trouble` is told each time. One without
-        WatchBatch is asked with GetBatch, with pauses that grow to 5 s.
+        If the server is unreachable, the client tries again for a minute and calls `trouble` at
+        each failure. A server without WatchBatch is polled with GetBatch, with pauses up to 5 s.
 
         Raises:
-            CallError: the server refused, was away for a minute, or `timeout` seconds are over.
+            CallError: the server refused, was unreachable for a minute, or `timeout` has passed.
         """
         end = None if timeout is None else time.monotonic() + timeout
         token = ""
@@ -208,7 +207,7 @@ class AsyncClient:
             pause = _LOOK.first.total_seconds()
             try:
                 stream = self.batches.WatchBatch(request, timeout=_left(end))
-                async with aclosing(stream):  # type: ignore[type-var]  # ours is a generator
+                async with aclosing(stream):  # type: ignore[type-var]  # it is a generator
                     async for update in stream:
                         token = update.resume_token
                         patience = Attempts(_PATIENT, _PATIENCE_S, safe=True)
@@ -222,16 +221,16 @@ class AsyncClient:
                 if trouble is not None:
                     trouble(error)
             await io.sleep(pause)
-        async for batch in self._look_at(batch_id, user_id, end, trouble):
+        async for batch in self._poll(batch_id, user_id, end, trouble):
             yield batch
 
     async def wait_for_batch(
         self, batch_id: str, user_id: str = "", *, timeout: float | None = None
     ) -> Batch:
-        """Return a batch when every job of it is in a final state.
+        """Return a batch when all its jobs are in a final state.
 
         Raises:
-            CallError: as `watch_batch`.
+            CallError: see `watch_batch`.
         """
         batch = Batch()
         async for now in self.watch_batch(batch_id, user_id, timeout=timeout):
@@ -239,31 +238,31 @@ class AsyncClient:
         return batch
 
     def list_senders(self, request: ListSendersRequest) -> AsyncIterator[Sender]:
-        """Yield what ListSenders lists, from all its pages."""
+        """Yield the senders from all pages of ListSenders."""
         return self._items(self.senders.ListSenders, request, "senders")
 
     def list_batches(self, request: ListBatchesRequest) -> AsyncIterator[Batch]:
-        """Yield what ListBatches lists, from all its pages."""
+        """Yield the batches from all pages of ListBatches."""
         return self._items(self.batches.ListBatches, request, "batches")
 
     def list_rejections(self, request: ListRejectionsRequest) -> AsyncIterator[Rejection]:
-        """Yield what ListRejections lists, from all its pages."""
+        """Yield the rejections from all pages of ListRejections."""
         return self._items(self.batches.ListRejections, request, "rejections")
 
     def list_email_jobs(self, request: ListEmailJobsRequest) -> AsyncIterator[EmailJob]:
-        """Yield what ListEmailJobs lists, from all its pages."""
+        """Yield the jobs from all pages of ListEmailJobs."""
         return self._items(self.email_jobs.ListEmailJobs, request, "email_jobs")
 
     def list_attempts(self, request: ListAttemptsRequest) -> AsyncIterator[Attempt]:
-        """Yield what ListAttempts lists, from all its pages."""
+        """Yield the attempts from all pages of ListAttempts."""
         return self._items(self.email_jobs.ListAttempts, request, "attempts")
 
     def list_suppressions(self, request: ListSuppressionsRequest) -> AsyncIterator[Suppression]:
-        """Yield what ListSuppressions lists, from all its pages."""
+        """Yield the suppressions from all pages of ListSuppressions."""
         return self._items(self.suppressions.ListSuppressions, request, "suppressions")
 
     async def close(self) -> None:
-        """Close the channels; calls under way are cancelled."""
+        """Close the channels, and cancel calls in progress."""
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
@@ -279,15 +278,15 @@ class AsyncClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close it."""
+        """Close the client."""
         await self.close()
 
     def _stub(self, service: str, stub: Any) -> Any:
-        """Return a stub, made when it is first wanted, over the one channel of its address."""
+        """Return a stub, created at its first use, on the one channel of its address."""
         if stub not in self._stubs:
             address = self._addresses[service]
             if address is None:
-                raise ValueError(f"no address: Client(..., {service}='host:port')")
+                raise ValueError(f"{service} has no address; pass Client({service}='host:port')")
             if address not in self._channels:
                 self._channels[address] = Channel(address, self._connection)
             self._stubs[stub] = stub(cast("grpc.aio.Channel", self._channels[address]))
@@ -305,7 +304,7 @@ class AsyncClient:
             if not page.next_page_token:
                 return
 
-    async def _look_at(
+    async def _poll(
         self,
         batch_id: str,
         user_id: str,
@@ -333,7 +332,7 @@ class AsyncClient:
                     trouble(error)
             pause = min(pause, _LOOK.longest.total_seconds())
             if end is not None and time.monotonic() + pause >= end:
-                raise deadline_exceeded(f"batch {batch_id} has not ended in time")
+                raise deadline_exceeded(f"batch {batch_id} did not finish in time")
             await io.sleep(pause)
 
 

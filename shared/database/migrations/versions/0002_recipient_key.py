@@ -10,5 +10,5 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    # Without a default it is a change of the catalog alone, whatever waits.
+    # A column without a default changes only the catalog, so this is fast for any number of rows.
     op.add_column("email_jobs", sa.Column("recipient_key", sa.Text(), nullable=True))

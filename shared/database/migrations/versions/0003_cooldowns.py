@@ -13,7 +13,7 @@ _TIME = TIMESTAMP(timezone=True)
 
 
 def upgrade() -> None:
-    # Columns without a default are a change of the catalog alone, however many rows there are.
+    # Columns without a default change only the catalog, so this is fast for any number of rows.
     op.add_column("email_jobs", sa.Column("deferred_since", _TIME, nullable=True))
     op.add_column("attempts", sa.Column("reply_class", sa.SmallInteger(), nullable=True))
     op.add_column("senders", sa.Column("smtp_ca", sa.Text(), nullable=True))

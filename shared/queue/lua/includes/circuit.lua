@@ -1,19 +1,21 @@
--- Circuits: connections that fail in a row make what would fail as well wait, unattempted, while
--- one probe at a time follows the ladder. One of the sender, in its settings: its mails alone fail.
--- One of the endpoint: those of several senders do; so that one sender in trouble stops no other.
+-- Circuit breakers. A circuit stops sends to an endpoint after three connection failures in a row.
+-- While it is open, one probe at a time is sent, with the waits of the ladder in between.
+-- A sender's circuit (in its settings) opens if only its own connections fail, an endpoint's if
+-- those of several senders fail. So one failing sender stops no other.
 --
--- While an endpoint's circuit is open, a sender that could send is in `held`, by the time since
--- when it could; in `ready` only for a patrol, so that a loss of these keys strands nobody. The
--- first of them is appointed to probe: a job that failed is due later than one never tried. While
--- none is open, `held` says nothing: what stands there was left by a circuit that was lost.
+-- While an endpoint's circuit is open, the senders that could send are in `held`, scored by the
+-- time since when they could. In `ready` they are scored for a periodic recheck, so that a loss of
+-- the circuit's keys strands no sender. The first sender in `held` sends the next probe: a job that
+-- failed is due later than one never tried. `held` of a closed circuit may be stale: ignore it.
 
 local FAILURES = 3
-local PATROL = 30000
--- ms for which what is known of an endpoint outlives the last that is heard of it.
+-- ms between two rechecks of a sender in `held`.
+local RECHECK = 30000
+-- ms for which a circuit is kept after its last change.
 local KEEP = 3600000
 local SEVERAL = '*'
 local circuits = {}
--- What opened and closed in this script, so that whoever ran it, and nobody else, can tell. Each as
+-- The circuits that this run of the script opened or closed; only its caller reports them. Each as
 -- 'opened' or 'closed', the sender or '' (the endpoint's), open since (ms), reason.
 local changes = {}
 
@@ -23,18 +25,18 @@ local function circuit(endpoint)
         local f = redis.call('HMGET', circuit_of(endpoint), 'failures', 'by', 'open', 'next',
             'probe', 'until', 'life')
         if f[7] and f[7] ~= LIFE then
-            -- Its times may be of another clock.
+            -- Its times may be from before a step of the clock.
             redis.call('DEL', circuit_of(endpoint))
             f = {}
         end
         c = {
             id = endpoint,
             failures = tonumber(f[1] or 0),
-            -- The sender that they are of, or SEVERAL.
+            -- The sender whose connections failed, or SEVERAL.
             by = f[2],
             open = f[3] and true,
             next = tonumber(f[4] or 0),
-            -- The probe under way, and when its lease runs out.
+            -- The probe in flight, and when its lease expires.
             probe = f[5],
             busy_until = tonumber(f[6] or 0),
         }
@@ -51,17 +53,17 @@ end
 -- Whether one more job may be sent to the endpoint now.
 local function admits(c) return not c.open or math.max(c.next, c.busy_until) <= NOW end
 
--- Lets the sender that could send for the longest time look when the next probe may be.
-local function appoint(c)
+-- Schedules the longest-waiting sender in `held` for the time of the next probe.
+local function schedule_prober(c)
     local first = redis.call('ZRANGE', held_of(c.id), 0, 0)[1]
     if first then redis.call('ZADD', READY, 'LT', math.max(c.next, c.busy_until), first) end
 end
 
 local function leave_held(c, id)
-    if c.open and redis.call('ZREM', held_of(c.id), id) == 1 then appoint(c) end
+    if c.open and redis.call('ZREM', held_of(c.id), id) == 1 then schedule_prober(c) end
 end
 
--- Returns when to look at a sender that its own limits allow to send from `at` on.
+-- Returns when to check a sender whose own limits allow a send from `at` on.
 local function through_circuit(s, at)
     local c = circuit(s.endpoint)
     if not c.open then return at end
@@ -72,8 +74,8 @@ local function through_circuit(s, at)
     local held = held_of(c.id)
     redis.call('ZADD', held, at, s.id)
     redis.call('PEXPIRE', held, KEEP + math.max(0, c.next - NOW))
-    if redis.call('ZRANGE', held, 0, 0)[1] ~= s.id then return NOW + PATROL end
-    return math.min(NOW + PATROL, math.max(c.next, c.busy_until))
+    if redis.call('ZRANGE', held, 0, 0)[1] ~= s.id then return NOW + RECHECK end
+    return math.min(NOW + RECHECK, math.max(c.next, c.busy_until))
 end
 
 local function begin_probe(s, member, until_ms)
@@ -83,8 +85,8 @@ local function begin_probe(s, member, until_ms)
     c.probe, c.busy_until = s.id .. ' ' .. member, until_ms
     write_circuit(c, 'probe', c.probe, 'until', until_ms)
     redis.call('ZREM', held_of(c.id), s.id)
-    -- Should whoever probes die.
-    appoint(c)
+    -- In case the dispatcher that sends the probe dies.
+    schedule_prober(c)
 end
 
 -- Moves the end of a probe whose lease was renewed.
@@ -95,14 +97,14 @@ local function extend_probe(s, member, until_ms)
     write_circuit(c, 'until', until_ms)
 end
 
--- `lease`: of one that came to nothing; it ends no other's probe.
+-- `lease` is set for a claim that was not used: it must not end the probe of a later claim.
 local function end_probe(s, member, lease)
     local c = circuit(s.endpoint)
     if c.probe ~= s.id .. ' ' .. member or (lease and lease ~= c.busy_until) then return end
     c.busy_until, c.ended = 0, c.probe
     redis.call('HDEL', circuit_of(c.id), 'probe', 'until')
     c.probe = false
-    appoint(c)
+    schedule_prober(c)
 end
 
 local function has_closed(key, sender)
@@ -121,7 +123,7 @@ local function forget_troubles(s)
     s.troubles, s.open, s.probe = 0, false, 0
 end
 
--- The endpoint answers: whoever is held may send again, as its own limits say.
+-- The endpoint replied: all senders in `held` may send again, within their own limits.
 local function answered(s)
     forget_troubles(s)
     local c = circuit(s.endpoint)
@@ -145,8 +147,8 @@ local function rung_of(ladder, number)
     return wait
 end
 
--- The connection of this attempt failed. Returns a sender whose troubles turn out to be those of
--- the endpoint, if there is one.
+-- The connection of this attempt failed. If that opens the endpoint's circuit, returns the sender
+-- that the failures were counted for so far, if it was only one: they are the endpoint's now.
 local function failed(s, member, reason, ladder)
     local c, settings = circuit(s.endpoint), settings_of(s.id)
     if s.open and redis.call('HGET', settings, 'prober') == member then
@@ -155,15 +157,15 @@ local function failed(s, member, reason, ladder)
         redis.call('HSET', settings, 'probe', s.probe, 'reason', reason)
     end
     if c.open then
-        -- One that was under way when the circuit opened says nothing new.
+        -- A send that was in flight when the circuit opened is no probe: it changes nothing.
         if c.ended ~= s.id .. ' ' .. member then return nil end
         c.next = NOW + rung_of(ladder, redis.call('HINCRBY', circuit_of(c.id), 'rung', 1))
         write_circuit(c, 'next', c.next, 'reason', reason)
-        appoint(c)
+        schedule_prober(c)
         return nil
     end
     if s.open then
-        -- Its own trouble: that alone opens no circuit of the endpoint.
+        -- Failures of a sender whose own circuit is open do not open the endpoint's circuit.
         if c.failures > 0 then write_circuit(c, 'reason', reason) end
         return nil
     end

@@ -1,9 +1,11 @@
--- What a load must still find. A sender that Redis does not know, and whose history the load will
--- bring, has an epoch too: a load that began before Redis lost the sender would bring an old one.
+-- The epoch of a sender: a load is refused if it changed after `begin_load` returned it. A sender
+-- that Redis does not know, whose history the load will restore, has an epoch too: a load that
+-- began before Redis lost the sender would restore an outdated history.
 local NO_EPOCH = 'new:'
 local function is_new(epoch) return string.sub(epoch, 1, 4) == NO_EPOCH end
 
--- Read as text: a Lua number keeps only 14 of its digits. NO_EPOCH: no load has begun.
+-- Returns the epoch as text, because a Lua number keeps only 14 of its digits. NO_EPOCH means that
+-- no load has begun.
 local function epoch_of(sender)
     local f = redis.call('HMGET', settings_of(sender), 'epoch', 'life', 'limit', 'parts')
     if f[2] ~= LIFE then return NO_EPOCH end

@@ -1,5 +1,5 @@
--- The only place where a script builds a key. Every key of a shard carries the shard's hash tag, so
--- that a sender lives in one slot of a cluster; KEYS[1] is always the shard's `ready`.
+-- The only place where scripts build keys. Every key of a shard has the shard's hash tag, so all
+-- keys of a sender are in one slot of a cluster. KEYS[1] is always the shard's `ready`.
 local prefix = string.match(KEYS[1], '^(.-%}):') .. ':'
 local READY = KEYS[1]
 local ASLEEP = prefix .. 'asleep'
@@ -12,5 +12,5 @@ local function settings_of(sender) return prefix .. 'sender:' .. sender end
 local function circuit_of(endpoint) return prefix .. 'circuit:' .. endpoint end
 local function held_of(endpoint) return prefix .. 'held:' .. endpoint end
 
--- The member of a slot whose holder has not said whether it was used.
+-- Returns the member of a slot that counts as used because the claim's lease expired unsettled.
 local function assumed(member) return member .. '?' end

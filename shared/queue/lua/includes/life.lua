@@ -1,13 +1,15 @@
--- The life of a shard: what was loaded in another life is not believed, and is loaded anew.
--- A life ends with the server's process, for what a snapshot or a replica has of leases and ends
--- may be old; with a step back of the server's clock by a second or more, for the ends then lie in
--- its future; and with this key. A smaller step back: the time stands still until it is made up.
+-- The life of a shard: data that was loaded in an earlier life is discarded and loaded again.
+-- A life ends when
+-- - the server's process ends: leases and ends in a snapshot or on a replica may be outdated;
+-- - the server's clock steps back by a second or more: stored ends would lie in the future (after
+--   a smaller step, NOW stands still until the clock has caught up);
+-- - LIFE_KEY is lost.
 
 local LIFE_KEY = prefix .. 'life'
 local STEP = 1000
 local LIFE
--- Whether Redis takes no more memory (noeviction). What ends or moves claims goes on, for that
--- frees memory; a sender that it does not know must wait.
+-- Whether Redis is out of memory (noeviction). Settling and renewing claims still works, because
+-- it frees memory; no new sender is loaded.
 local FULL = false
 do
     local f = redis.call('HMGET', LIFE_KEY, 'run', 'id', 'seen')
@@ -21,20 +23,20 @@ do
     local kept = redis.pcall('HSET', LIFE_KEY, 'run', RUN, 'id', LIFE, 'seen', NOW)
     if type(kept) == 'table' and kept.err then
         FULL = true
-        -- Once a script has written, Redis refuses it no more memory: it cannot be stopped half
-        -- way. A deletion is a write that is never refused.
+        -- Redis never refuses a deletion, and it refuses a script no memory after its first write,
+        -- so that scripts do not stop half way.
         redis.call('HDEL', LIFE_KEY, '')
         redis.call('HSET', LIFE_KEY, 'run', RUN, 'id', LIFE, 'seen', NOW)
     end
 end
 
--- How many of a sender's sorted sets there are. Its settings say how many there must be, so that
--- the loss of any one of them is noticed.
+-- Returns how many of a sender's sorted sets exist. Its settings store how many must exist, so
+-- that the loss of one of them is noticed.
 local function parts_of(sender)
     return redis.call('EXISTS', due_of(sender), lease_of(sender), window_of(sender))
 end
 
--- Whether what Redis holds of a sender is whole and of this life, given its settings' fields.
+-- Whether Redis has all data of a sender, from this life, given fields of the sender's settings.
 local function is_known(sender, limit, life, parts)
     return limit and life == LIFE and tonumber(parts) == parts_of(sender)
 end

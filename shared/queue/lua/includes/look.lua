@@ -1,9 +1,10 @@
--- When a sender is to be looked at next, worked out exactly, and put into `ready`.
+-- Computes exactly when a sender must be checked next (its look), and puts that into `ready`.
 --
 -- The limits of a sender are implemented here, in simulation.py (forecast), replay.py (audit) and
 -- queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
 
--- A sender that nothing waits for is forgotten when its history is: memory follows active senders.
+-- ms for which the keys of a sender without waiting mail outlive its history. Then they expire, so
+-- that memory depends on the number of active senders only.
 local IDLE_MARGIN = 60000
 
 local function number_or(value, default)
@@ -11,7 +12,7 @@ local function number_or(value, default)
     return default
 end
 
--- nil: not known (see life.lua).
+-- Returns nil if Redis does not know the sender (see life.lua).
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
         'horizon', 'loading', 'life', 'parts', 'endpoint', 'troubles', 'open', 'probe',
@@ -21,7 +22,7 @@ local function read_sender(sender)
     return {
         id = sender,
         limit = tonumber(f[1]),
-        -- Limit.PACE: the longer one of the sender's own gap and its pace (pace.lua).
+        -- Limit.PACE: the longer of the sender's own gap and its pace (pace.lua).
         gap = math.max(tonumber(f[2]), pace),
         own_gap = tonumber(f[2]),
         pace = pace,
@@ -29,19 +30,19 @@ local function read_sender(sender)
         active = f[4] == '1',
         last_end = number_or(f[5], 0),
         horizon = f[6] == 'inf' and math.huge or tonumber(f[6]),
-        -- Set while a load is wanted: when to ask for it again.
+        -- Set while a load is requested: when to request it again.
         loading = number_or(f[7], nil),
         parts = tonumber(f[9]),
         endpoint = f[10] or '',
-        -- Its own circuit (circuit.lua): connection failures in a row; whether it is open, and then
-        -- when its next probe may be.
+        -- The sender's circuit (circuit.lua): connection failures in a row, whether it is open, and
+        -- the earliest time of its next probe.
         troubles = number_or(f[11], 0),
         open = f[12] ~= false,
         probe = number_or(f[13], 0),
-        -- The present or next opening of its sending hours; what comes after needs a load.
+        -- The current or next opening of its sending hours; a load brings the one after it.
         opens = number_or(f[14], 0),
         closes = (not f[15] or f[15] == 'inf') and math.huge or tonumber(f[15]),
-        -- In a cooldown: when the next probe may begin. 0: the sender does not cool down.
+        -- In a cooldown: the earliest time of the next probe. 0: the sender does not cool down.
         cool = number_or(f[16], 0),
     }
 end
@@ -54,8 +55,8 @@ local function places(s, in_flight)
     return math.min(most, s.limit) - in_flight
 end
 
--- Limit.WINDOW: the instant from which the window has room for one more send, given `in_flight`
--- reservations: when the n-th newest end, n = limit - in_flight, has left it.
+-- Limit.WINDOW: the instant from which the window has room for one more send, with `in_flight`
+-- slots reserved: when the n-th newest end leaves the window, with n = limit - in_flight.
 local function window_room_at(s, in_flight, window)
     local rank = s.limit - in_flight
     local oldest = redis.call('ZRANGE', window_of(s.id), -rank, -rank, 'WITHSCORES')
@@ -69,7 +70,7 @@ local function allowed_at(s, in_flight, window)
     return math.max(s.probe, s.cool, s.opens, gap_end, window_room_at(s, in_flight, window))
 end
 
--- Puts the sender into `ready` at the next instant at which a look can find something to do.
+-- Puts the sender into `ready` for the next instant at which there can be something to do.
 local function schedule_look(s, window)
     local parts = parts_of(s.id)
     if parts ~= s.parts then
@@ -80,19 +81,19 @@ local function schedule_look(s, window)
     local leases = lease_of(s.id)
     local in_flight = redis.call('ZCARD', leases)
     if in_flight > 0 then
-        -- If nobody settles them, the first lease to run out is the next thing to happen.
+        -- The next event, unless the jobs in flight are settled before, is the first lease expiry.
         look = tonumber(redis.call('ZRANGE', leases, 0, 0, 'WITHSCORES')[2])
     end
     local first = redis.call('ZRANGE', due_of(s.id), 0, 0, 'WITHSCORES')[2]
     if s.loading then
-        -- A load was asked for: look when it is overdue, for who was asked may have died.
+        -- A load was requested: check when it is overdue, since the dispatcher may have died.
         look = math.min(look, s.loading)
     end
     local sends = math.huge
     -- Limit.PAUSE: a sender that is not active has no next send.
     if s.active and first and places(s, in_flight) > 0 then
         sends = math.max(tonumber(first), allowed_at(s, in_flight, window))
-        -- Not within this opening: when it is over, a load brings the next one.
+        -- Too late for this opening: when it ends, a load brings the next one.
         if math.max(sends, NOW) >= s.closes then sends = s.loading and math.huge or s.closes end
     end
     look = math.min(look, through_circuit(s, sends))
@@ -113,8 +114,8 @@ local function first_look()
     return first and tonumber(first) or nil
 end
 
--- Wakes the dispatchers that sleep, if there is now something to do earlier than they know.
--- `asleep` holds until when the last of them does; nobody asleep costs one GET and no message.
+-- Wakes sleeping dispatchers if there is something to do before the time they sleep until.
+-- `asleep` has the latest of these times. If no dispatcher sleeps, this costs one GET.
 local function wake_sleepers()
     local asleep = redis.call('GET', ASLEEP)
     if not asleep then return end

@@ -1,3 +1,3 @@
--- Which process answers: a restart, and a replica that takes over, have another run_id. It is
--- never in a snapshot. 6 us, once a script. Tests replace this file to play a restart.
+-- Identifies the server process: after a restart or a failover the run_id differs. It is never in
+-- a snapshot. Costs 6 us per script run. Tests replace this file to simulate a restart.
 local RUN = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
