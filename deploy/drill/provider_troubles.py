@@ -1,7 +1,7 @@
 """Limits of mail providers as faults of a drill, with the providers' own replies.
 
 Each is a profile with a single limit, so low that it is reached within seconds. No mail may end as
-FAILED because of it, except by a reply that refuses the mail for good.
+FAILED because of it, except by a reply that refuses the mail permanently.
 """
 
 from __future__ import annotations

@@ -211,10 +211,10 @@ async def _count_mismatch(
             select(rows.c.key, rows.c.state, func.count()).group_by(rows.c.key, rows.c.state)
         )
         recount = {(key, state): n for key, state, n in found}
-        told = await read(connection, ids)
+        counted = await read(connection, ids)
         off += sum(
             counts[state] != recount.get((key, int(state)), 0)
-            for key, counts in told.items()
+            for key, counts in counted.items()
             for state in JobState
         )
 

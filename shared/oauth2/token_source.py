@@ -88,7 +88,7 @@ class TokenSource:
         except TokenUnavailable:
             raise
         except DATABASE_ERRORS as error:
-            raise TokenUnavailable("OAuth 2.0: PostgreSQL gives no answer") from error
+            raise TokenUnavailable("OAuth 2.0: PostgreSQL does not reply") from error
         if token is not None:
             return token
         failure = stored.failure or outage("another process is still requesting an access token")
