@@ -1,4 +1,4 @@
-"""`python -m bench`: prints a table and writes build/bench.json. Every figure is of this run."""
+"""`python -m bench`: prints a table and writes build/bench.json. All figures are from this run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def _upload(
 
 
 async def intake(stack: BenchStack) -> dict[str, float]:
-    """Upload one CSV, and cancel it: rows a second, the scheduler's largest size, seconds."""
+    """Upload one CSV, then cancel it: rows per second, the scheduler's peak memory, seconds."""
     csv = _csv(UPLOADED, "r")
     with stack.process("scheduler") as process:
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
@@ -113,7 +113,7 @@ async def intake(stack: BenchStack) -> dict[str, float]:
 
 
 async def _schedule(stack: BenchStack, rows: int, start: datetime, spacing: timedelta) -> None:
-    """Give each of the senders as many rows, their first mails evenly apart."""
+    """Give each sender the same number of rows, their first mails evenly apart."""
     with stack.process("scheduler"):
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
             for i, sender in enumerate(await _senders(channel, SENDERS)):
@@ -144,7 +144,7 @@ async def _one_row(stack: BenchStack, query: str) -> tuple[float, ...]:
 
 
 async def dispatch(stack: BenchStack, concurrency: int) -> dict[str, float]:
-    """Send what waits, gap 0, many senders, one dispatcher process: mails a second."""
+    """Send waiting mail of many senders with gap 0, one dispatcher process: mails per second."""
     await _schedule(stack, DISPATCHED // SENDERS, datetime.now(UTC), timedelta(0))
     with stack.process("dispatcher", dispatcher_concurrency=str(concurrency)) as process:
         await _until_sent(stack, DISPATCHED)
@@ -160,7 +160,7 @@ async def dispatch(stack: BenchStack, concurrency: int) -> dict[str, float]:
 
 
 async def lateness(stack: BenchStack) -> dict[str, float]:
-    """Send 200 due mails a second: how late each of them starts, in ms."""
+    """Send 200 due mails per second: how late each of them starts, in ms."""
     total = DUE_A_SECOND * DUE_SECONDS
     spacing = timedelta(seconds=SENDERS / DUE_A_SECOND)
     start = datetime.now(UTC) + timedelta(seconds=15)

@@ -1,4 +1,4 @@
-"""How soon a Redis that was emptied is whole again, and for how long nothing is sent meanwhile."""
+"""How soon an emptied Redis is rebuilt, and for how long nothing is sent meanwhile."""
 
 from __future__ import annotations
 

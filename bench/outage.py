@@ -1,4 +1,4 @@
-"""`python -m bench.outage`: a relay that is gone for ten minutes while 10,000 mails are due.
+"""`python -m bench.outage`: a relay is down for ten minutes while 10,000 mails are due.
 
 Half of the senders have a gap of 2 s, the others none and a limit that they reach at once. What the
 outage cost is read from PostgreSQL; what came afterwards, and how fast, from the SMTP side.
@@ -65,7 +65,7 @@ _STATES = "SELECT state, count(*) FROM email_jobs GROUP BY state"
 async def outage(
     stack: BenchStack, servers: Servers, proxy: TcpProxy, how: argparse.Namespace
 ) -> None:
-    """Let the relay be gone, come back, and print what it came to."""
+    """Take the relay down, bring it back, and print the results."""
     inbox = servers.inbox
     if inbox is None:
         raise RuntimeError("there is no relay")

@@ -47,7 +47,7 @@ class BenchStack:
 
     @contextmanager
     def process(self, service: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run one service; on leaving it is asked to end."""
+        """Run one service; the context stops it at its end."""
         listen = f"127.0.0.1:{free_port()}"
         if service == "scheduler":
             listen = self.scheduler
@@ -83,7 +83,7 @@ def _wait_until_serving(listen: str, child: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def smtp_sink() -> Iterator[int]:
-    """Run Postfix's smtp-sink, which takes every mail and keeps none; yields its port."""
+    """Run Postfix's smtp-sink, which accepts every mail and keeps none; yield its port."""
     if not shutil.which(_SINK):
         raise SystemExit("the benchmark needs smtp-sink: apt-get install postfix")
     port = free_port()
@@ -106,7 +106,7 @@ async def world(folder: Path) -> AsyncIterator[BenchStack]:
 
 
 def peak_memory_mib(process: subprocess.Popen[bytes]) -> float:
-    """Return the largest resident size that a process has had."""
+    """Return the peak resident memory of a process."""
     for line in Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

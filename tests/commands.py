@@ -1,4 +1,4 @@
-"""Runs the `outbox` command, in this process or as one of its own."""
+"""Runs the `outbox` command, in this process or as a separate one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One PostgreSQL and one Redis a run, real ones, and what isolates the tests from one another.
+"""One real PostgreSQL and one real Redis per run, and the isolation of tests from one another.
 
 By default the embedded pair; `OUTBOX_TEST_STORES=debian` takes Debian's PostgreSQL 15 and Redis
 7.0, and only the tests that use them: the others would be the same ones again. A server that is
@@ -27,7 +27,7 @@ from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.postgres import SUPERUSER, PostgresServer
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 
-# No limit of time: a busy machine is slow, and the examples are right all the same.
+# No time limit: a busy machine is slow, and the examples are still right.
 hypothesis.settings.register_profile(
     "outbox", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -61,7 +61,7 @@ class Stores:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is the same on any pair of stores, where it is not the usual one."""
+    """Deselect tests that do not depend on the stores, unless these are the default pair."""
     if _kind_of_stores() == "embedded":
         return
     chosen: list[pytest.Item] = []
@@ -104,7 +104,7 @@ def _build_schema(url: str) -> None:
 @pytest.fixture(scope="session")
 def stores() -> Iterator[Stores]:
     """Start both servers, with the schema in a template database."""
-    # Not pytest's own folder: nobody but its owner may enter that, and PostgreSQL refuses root.
+    # Not pytest's own folder: only its owner may enter that, and PostgreSQL refuses root.
     folder = Path(tempfile.mkdtemp(prefix="outbox-test-"))
     folder.chmod(0o711)
     chosen = _choose_stores(_kind_of_stores(), folder)
@@ -119,7 +119,7 @@ def stores() -> Iterator[Stores]:
         await chosen.postgres.stop()
         await chosen.redis.stop()
 
-    # A loop of its own, which is not made the thread's loop: each test has another one.
+    # A separate loop, which is not made the thread's loop: each test has another one.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         try:
             runner.run(start())
@@ -144,7 +144,7 @@ def database_url(_run_database: str) -> str:
     # Twenty times as fast as TRUNCATE, which writes new files.
     clear = sql.SQL(";").join(sql.SQL("DELETE FROM {}").format(table) for table in tables)
     with psycopg.connect(_run_database, autocommit=True) as connection:
-        # A test that left a transaction open fails the next one, with words, instead of hanging.
+        # If a test left a transaction open, the next one fails with a message instead of hanging.
         connection.execute("SET lock_timeout = '5s'")
         connection.execute(clear)
     return _run_database
@@ -152,7 +152,7 @@ def database_url(_run_database: str) -> str:
 
 @pytest.fixture
 def new_database(stores: Stores) -> Iterator[Callable[[], str]]:
-    """Return a function that makes a migrated database of the test's own, and its URL."""
+    """Return a function that creates a migrated database for one test and returns its URL."""
     names: list[str] = []
     numbers = itertools.count(1)
 
@@ -182,6 +182,6 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def inbox(tmp_path: Path) -> AsyncIterator[Inbox]:
-    """An SMTP server of the test's own, which takes every mail."""
+    """An SMTP server for one test, which accepts every mail."""
     async with Inbox(tmp_path / "inbox") as server:
         yield server

@@ -1,4 +1,4 @@
-"""A sender that cools down, written as a dispatcher writes it."""
+"""A sender in cooldown, stored the way a dispatcher stores it."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def row_for(
 
 
 def begin(execute: Callable[..., Any], sender: int | str, **changes: Any) -> Any:
-    """Begin a cooldown by `execute(statement, *parameters)`; Redis is not told."""
+    """Begin a cooldown with `execute(statement, *parameters)`; Redis is not changed."""
     return execute(INSERT, *row_for(sender, **changes))

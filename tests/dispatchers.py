@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parent.parent
 def options(
     database_url: str, redis_url: str, smtp_url: str, **changes: str | int
 ) -> dict[str, str]:
-    """Return settings by name, as text: time is short, and nothing limits a sender."""
+    """Return settings as text, by name: short times, and senders without limits."""
     defaults = {
         "database_url": database_url,
         "redis_url": redis_url,
@@ -85,7 +85,7 @@ class Running(DispatcherClient):
 
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Running]:
-    """Run a dispatcher in this process; on leaving it is asked to stop, and has stopped."""
+    """Run a dispatcher in this process; the context stops it at its end."""
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as group:
@@ -139,7 +139,7 @@ class DispatcherProcess:
         self.process.send_signal(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        """Let it go on after a `pause`."""
+        """Resume it after a `pause`."""
         self.process.send_signal(signal.SIGCONT)
 
     async def terminate(self) -> int:
@@ -157,13 +157,13 @@ class DispatcherProcess:
             return await DispatcherClient(channel).serving()
 
     async def not_serving(self) -> bool:
-        """Return whether its health says anything else, or nothing."""
+        """Return whether its health is not SERVING, or does not answer."""
         return not await self.serving()
 
 
 @asynccontextmanager
 async def process(values: Mapping[str, str], log: Path) -> AsyncIterator[DispatcherProcess]:
-    """Run a dispatcher as a process of its own."""
+    """Run a dispatcher as a separate process."""
     child = DispatcherProcess(values, log)
     await child.start()
     try:

@@ -1,6 +1,6 @@
-"""Dispatchers that end with kill -9 at one point of a send, which no line of the product knows of.
+"""Dispatchers that kill themselves with -9 at one point of a send; the product has no code for it.
 
-Each is a process of its own: forked, with every module imported, from a server of forks. That takes
+Each is a separate process, forked with every module imported from a fork server. That takes
 0.1 s, where a new Python takes a second or more.
 """
 
@@ -38,7 +38,7 @@ def _die() -> Never:
 
 
 def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True) -> Arm:
-    """Return what makes us die right after a call that answered something `of_use`."""
+    """Return a function that arms a kill right after a call whose result is `of_use`."""
 
     def arm(visit: int) -> None:
         call = getattr(owner, name)
@@ -56,7 +56,7 @@ def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True
 
 
 def _in_body(share: float) -> Arm:
-    """Return what makes us die when that share of a body, dot included, is with the kernel."""
+    """Return a function that arms a kill once the kernel has that share of a body, dot included."""
     send = Transaction._send
     visits = itertools.count(1)
 
@@ -98,7 +98,7 @@ def _run(values: Mapping[str, str], point: str, visit: int) -> None:
 async def doomed(
     values: Mapping[str, str], point: str, visit: int = 1
 ) -> AsyncIterator[BaseProcess]:
-    """Run a dispatcher that kills itself when it comes to the point for the n-th time."""
+    """Run a dispatcher that kills itself when it reaches the point for the n-th time."""
     child = _forks.Process(target=_run, args=(values, point, visit), daemon=True)
     await asyncio.to_thread(child.start)
     try:

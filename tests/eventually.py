@@ -1,4 +1,4 @@
-"""Waiting on a condition: the only place of the tests with a sleep."""
+"""Waits for a condition; no other code of the tests sleeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, overload
 T = TypeVar("T")
 
 _PAUSE = 0.01
-# A wait costs what it takes; this is when to give up, on a machine that is busy with other work.
+# A wait ends as soon as its condition is true; this is when to give up, on a busy machine.
 PATIENCE: Final = 120.0
 
 

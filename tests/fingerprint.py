@@ -1,4 +1,4 @@
-"""What the tables hold, to see that a call has changed nothing."""
+"""The contents of all tables, to check that a call changed nothing."""
 
 from __future__ import annotations
 

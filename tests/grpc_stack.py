@@ -1,4 +1,4 @@
-"""A server with two services that do what the test says, and its clients."""
+"""A server with two services that a test scripts, and its clients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 class Stats(stats_service_pb2_grpc.StatsServiceServicer):
-    """Does what a test says; the methods that it does not have are the generated ones."""
+    """Runs the handlers of a test; all other methods are the generated ones."""
 
     def __init__(self) -> None:
         self.behaviour: Callable[[], Awaitable[None]] = self.nothing
@@ -83,7 +83,7 @@ class Stats(stats_service_pb2_grpc.StatsServiceServicer):
 
 
 class Batches(batch_service_pb2_grpc.BatchServiceServicer):
-    """Remembers whether an upload looked whole."""
+    """Records whether an upload looked complete."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()

@@ -103,7 +103,7 @@ _WELL_KNOWN: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
 
 
 class Requests:
-    """Makes requests; the same seed makes the same ones."""
+    """Creates requests; the same seed creates the same requests."""
 
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 
 class LostAnswers:
-    """An engine whose first commit is carried out, and its answer lost with the connection."""
+    """An engine whose first commit succeeds but loses its answer with the connection."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine

@@ -1,4 +1,4 @@
-"""A gRPC server that misbehaves as it is told, and either client of ours against it."""
+"""A gRPC server that misbehaves as a test wants, and both clients of ours to call it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ AWAY = FailedCall(grpc.StatusCode.UNAVAILABLE)
 
 @dataclass
 class Misbehaving:
-    """What happens to the next calls, and what they were."""
+    """The faults of the next calls, and the calls received."""
 
     address: str = ""
     # One a call, in order; after the last every call is answered.
@@ -173,7 +173,7 @@ async def misbehaving_server(
 
 
 class EitherClient:
-    """One of the two clients, used as if it were asynchronous: a test holds for both."""
+    """One of the two clients behind an async interface, so that each test covers both."""
 
     def __init__(self, kind: str) -> None:
         self._kind: Any = {"asyncio": AsyncClient, "threads": Client}[kind]

@@ -1,4 +1,4 @@
-"""An installation whose senders sign in by OAuth 2.0: a scheduler, a provider, a mail server."""
+"""An installation whose senders use OAuth 2.0: a scheduler, a provider, a mail server."""
 
 from __future__ import annotations
 

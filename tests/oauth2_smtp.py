@@ -1,4 +1,4 @@
-"""A mail server over TLS that takes access tokens: AUTH XOAUTH2 and OAUTHBEARER."""
+"""A mail server over TLS that accepts access tokens: AUTH XOAUTH2 and OAUTHBEARER."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Presented:
 
 
 class OAuth2SmtpServer:
-    """Takes mail from whoever presents a token for which `accepts(username, token)` is true."""
+    """Accepts mail from clients with a token for which `accepts(username, token)` is true."""
 
     def __init__(
         self,

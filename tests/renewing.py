@@ -77,7 +77,7 @@ class SendingWithoutSmtp:
                 await task
 
     async def begin(self, want: int = 1, *, in_body: bool = True) -> list[HeldSend]:
-        """Claim and mark up to so many jobs of each shard; they are sent by `send`."""
+        """Claim and mark up to a number of jobs of each shard; `send` sends them."""
         sends: list[HeldSend] = []
         for queue in self.loader.queues:
             asked = time.monotonic()
@@ -104,7 +104,7 @@ class SendingWithoutSmtp:
             send.ended = time.monotonic()
 
     async def settle(self, *sends: HeldSend) -> None:
-        """Record how these ended: SENT, in doubt, or given back."""
+        """Record the outcome of these sends: SENT, in doubt, or given back."""
         transactions = create_engine(self.settings, lookups_only=True)
         settler = Settler(
             self.statements,
@@ -140,7 +140,7 @@ class SendingWithoutSmtp:
 
 
 async def _main(values: dict[str, str]) -> None:
-    """Send one job and say how that ended; a line on stdin is the reply."""
+    """Send one job and print its outcome; a line on stdin is the reply."""
     settings = load_settings(**values)
     statements = create_engine(settings, lookups_only=True, single_statements=True)
     redis = connect(settings)

@@ -1,4 +1,4 @@
-"""A scheduler in this process, on a free port, and what tests ask of it."""
+"""A scheduler in this process, on a free port, and calls that tests make to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _request_ids = itertools.count(1)
 
 @dataclass(frozen=True)
 class Refusal:
-    """How a call was refused."""
+    """The refusal of a call."""
 
     code: str
     reason: str
@@ -45,7 +45,7 @@ class Refusal:
 
 
 async def refusal_of(call: Awaitable[Any]) -> Refusal:
-    """Return how `call` is refused; it fails the test if it is not."""
+    """Return the refusal of `call`; the test fails if it is accepted."""
     with pytest.raises(grpc.RpcError) as caught:
         async with asyncio.timeout(PATIENCE):
             await call
@@ -83,7 +83,7 @@ class Scheduler:
         address: str,
         stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`stop` begins the scheduler's end; it is over when `running_scheduler` is."""
+        """`stop` begins to stop the scheduler; `running_scheduler` waits until it has ended."""
         self.settings = settings
         self.address = address
         self.stop = stop
@@ -137,7 +137,7 @@ class Scheduler:
 
 
 def options_for(sender: sender_pb2.Sender, **options: Any) -> batch_pb2.BatchOptions:
-    """Return options that are right, but for what a test changes."""
+    """Return valid options with the changes of a test."""
     options = {
         "request_id": f"request-{next(_request_ids)}",
         "sender_id": sender.sender_id,

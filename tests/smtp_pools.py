@@ -61,7 +61,7 @@ def endpoint_of(server: Listening, **changes: Any) -> Endpoint:
 
 
 def relay_at(server: ScriptedServer, **changes: Any) -> Endpoint:
-    """An endpoint of the operator, which gets its password without TLS too."""
+    """An endpoint of the operator: its password is sent without TLS too."""
     return endpoint_of(server, operators=True, **changes)
 
 

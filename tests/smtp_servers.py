@@ -1,4 +1,4 @@
-"""An SMTP server that does, in each phase of a session, what the test tells it to."""
+"""An SMTP server that performs a test's action in each phase of a session."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ class Close:
 
 @dataclass(frozen=True)
 class Wait:
-    """Say nothing until the event is set; one that nobody sets is a server that hangs."""
+    """Send nothing until the event is set; if it is never set, the server hangs."""
 
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
 class StopReading:
-    """Take not a byte more from the network until the event is set."""
+    """Read nothing more from the network until the event is set."""
 
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True)
 class Well:
-    """Answer as a server does to which nothing is wrong."""
+    """Answer with success."""
 
 
 Step = Say | Close | Wait | StopReading | Well
@@ -99,7 +99,7 @@ class Taken:
 
 
 class ScriptedServer:
-    """Takes every mail on loopback, but for what `plan` says of a phase.
+    """Accepts every mail on loopback, except where `plan` names an action for a phase.
 
     Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, noop, rset, quit. A list in the
     plan is used up, one action a time that the phase is come to; anything else holds for ever. A
@@ -274,7 +274,7 @@ class _Session:
             self._accepted.clear()
 
     def _missing(self, phase: str) -> str:
-        """Return what refuses a command whose predecessor was refused."""
+        """Return the refusal of a command whose predecessor was refused."""
         if self._server._careless:
             return ""
         if phase == "rcpt" and "mail" not in self._accepted:

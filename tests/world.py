@@ -62,7 +62,7 @@ _JOB_IN_MESSAGE_ID = re.compile(r"<outbox\.(\d+)\.")
 
 
 class Mail(Protocol):
-    """What any SMTP server of the tests says of a mail that it took."""
+    """A mail accepted by any SMTP server of the tests."""
 
     @property
     def mail_from(self) -> str: ...
@@ -119,7 +119,7 @@ class World:
         )
 
     async def sql(self, statement: str, *values: Any) -> list[Any]:
-        """Run a statement in a transaction of its own; return its rows, if it has any."""
+        """Run a statement in its own transaction; return its rows, if it has any."""
         if self._connection.closed:
             self._connection = await self.connect()
         cursor = await self._connection.execute(statement, values or None)
@@ -156,7 +156,7 @@ class World:
         spacing: timedelta = timedelta(0),
         load: bool = True,
     ) -> list[int]:
-        """Accept a batch of `n` mails; `load`: tell Redis, as the scheduler does after a commit."""
+        """Accept a batch of `n` mails; `load`: load it into Redis, as the scheduler does."""
         cursor = await self._connection.execute(
             _INTAKE,
             {
@@ -195,7 +195,7 @@ class World:
     async def cancel(
         self, jobs: Sequence[int], connection: psycopg.AsyncConnection[Any] | None = None
     ) -> int:
-        """Cancel the waiting ones of these jobs; return how many those were."""
+        """Cancel those of these jobs that wait; return their number."""
         cursor = await (connection or self._connection).execute(_CANCEL, [list(jobs)])
         row = await cursor.fetchone()
         return int(row.n) if row else 0
@@ -246,7 +246,7 @@ class World:
         ]
 
     async def leases_in_redis(self, sender: int) -> int:
-        """Return how many claims of a sender Redis knows of."""
+        """Return how many claims of a sender Redis holds."""
         key = self.loader.queue_of(sender).keys.ready.replace("ready", f"lease:{sender}")
         return int(await self.redis.zcard(key))
 
@@ -297,12 +297,12 @@ def address_of(sender: int) -> str:
 
 
 def at_least(n: int, mails: Sized) -> bool:
-    """Return whether so many have come."""
+    """Return whether so many mails have arrived."""
     return len(mails) >= n
 
 
 def jobs_in(mails: Iterable[Mail]) -> Counter[int]:
-    """Return how often the mail of each job came."""
+    """Return how often the mail of each job arrived."""
     found: Counter[int] = Counter()
     for mail in mails:
         match = _JOB_IN_MESSAGE_ID.match(mail.message_id)
@@ -317,7 +317,7 @@ def mails_of(mails: Iterable[Mail], sender: int) -> list[Mail]:
 
 
 def gap_of(mails: Iterable[Mail], sender: int) -> float:
-    """Return the least gap of a sender in seconds, as the SMTP side saw it; inf: there is none."""
+    """Return the smallest gap of a sender in seconds, as the SMTP side saw it, or inf."""
     gap = least_gap((mail.started_at, mail.received_at) for mail in mails_of(mails, sender))
     return float("inf") if gap is None else gap
 

@@ -1,4 +1,4 @@
-"""Dispatchers that sleep beyond their lease, and what the dead had asked for is done after all.
+"""Dispatchers paused past their lease, and statements of dead dispatchers that run late.
 
 test_kill_points.py has the kills between any two steps.
 """
@@ -45,7 +45,7 @@ def configure(database_url: str, redis_url: str) -> Configure:
 
 
 def short_lease(values: dict[str, str]) -> dict[str, str]:
-    """Return the settings of a dispatcher that dies or sleeps: the test waits for its lease.
+    """Return the settings of a dispatcher that is killed or paused, with a short lease.
 
     The others keep a lease that they can renew in time on a busy machine.
     """
@@ -54,7 +54,7 @@ def short_lease(values: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Start:
-    """Return what runs a dispatcher as a process, its log in the test's folder."""
+    """Return a function that runs a dispatcher process, with its log in the test's folder."""
 
     def run(values: dict[str, str]) -> Any:
         return process(values, tmp_path / "dispatcher.log")
@@ -69,7 +69,7 @@ async def outcomes(world: World, job: int) -> list[AttemptOutcome]:
 # How the statements of a dispatcher begin.
 MARK, SETTLE = "WITH sendable AS", "WITH moved AS"
 
-# Dead, and its statement goes on ---------------------------------------------------------------
+# Its statement runs after its death ---------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -90,7 +90,7 @@ async def waits(world: World, statement: str) -> bool:
     return bool(rows[0].n)
 
 
-async def test_a_mark_that_is_carried_out_after_its_dispatcher_died_holds_for_one_lease(
+async def test_a_mark_executed_after_its_dispatcher_died_holds_for_one_lease(
     configure: Configure, start: Start, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)
@@ -109,7 +109,7 @@ async def test_a_mark_that_is_carried_out_after_its_dispatcher_died_holds_for_on
         await world.check_counts()
 
 
-async def test_an_outcome_that_is_recorded_after_its_dispatcher_died_counts(
+async def test_an_outcome_recorded_after_its_dispatcher_died_counts(
     configure: Configure, start: Start, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)
@@ -127,7 +127,7 @@ async def test_an_outcome_that_is_recorded_after_its_dispatcher_died_counts(
         await world.check_counts()
 
 
-async def test_a_lease_that_ran_out_in_redis_alone_has_its_slot_in_the_window(
+async def test_a_lease_that_expired_only_in_redis_takes_a_slot_in_the_window(
     configure: Configure, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)
@@ -177,7 +177,7 @@ async def nothing_in_flight(child: DispatcherProcess) -> bool:
 
 
 @pytest.mark.parametrize("policy", ["resend", "hold"])
-async def test_who_slept_through_its_lease_sends_nothing_and_overwrites_nothing(
+async def test_a_dispatcher_paused_past_its_lease_sends_nothing_and_overwrites_nothing(
     configure: Configure, start: Start, policy: str
 ) -> None:
     async with held_in_three_phases() as (server, release):
@@ -209,7 +209,7 @@ async def test_who_slept_through_its_lease_sends_nothing_and_overwrites_nothing(
             await world.check_counts()
 
 
-async def test_who_slept_through_its_lease_in_its_mark_gives_the_job_up(
+async def test_a_job_whose_lease_expired_during_mark_is_given_up(
     configure: Configure, start: Start, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)
@@ -233,7 +233,7 @@ async def test_who_slept_through_its_lease_in_its_mark_gives_the_job_up(
         await world.check_counts()
 
 
-async def test_a_sleeper_among_others_breaks_neither_gap_nor_record(
+async def test_a_paused_dispatcher_among_others_breaks_neither_gap_nor_record(
     configure: Configure, start: Start, inbox: Inbox
 ) -> None:
     values = configure(inbox.url, min_gap="20ms")

@@ -1,4 +1,4 @@
-"""A dispatcher that is told to end in full flight, and does not get the time that it wants."""
+"""A dispatcher that is stopped under load without enough time for its drain."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def a_second_signal(child: DispatcherProcess) -> int:
     ("end", "grace", "code"),
     [(end_of_the_grace, "300ms", 0), (a_second_signal, "1h", -signal.SIGTERM)],
 )
-async def test_what_is_in_its_body_when_the_time_is_over_is_left_to_its_lease(
+async def test_a_mail_still_in_its_body_after_the_grace_period_is_left_to_its_lease(
     database_url: str, redis_url: str, tmp_path: Path, *, end: End, grace: str, code: int
 ) -> None:
     async with ScriptedServer({"body": [Wait()]}) as server:

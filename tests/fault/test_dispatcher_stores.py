@@ -1,4 +1,4 @@
-"""PostgreSQL and Redis killed with -9 under load, and started again; the dispatcher goes on."""
+"""PostgreSQL and Redis killed with -9 under load, then restarted; the dispatcher continues."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
 
 
 async def done(world: World) -> bool:
-    """As World.done, while PostgreSQL may be away."""
+    """Return what World.done does; False while PostgreSQL is unreachable."""
     try:
         return await world.done()
     except psycopg.OperationalError:
         return False
 
 
-async def test_a_postgresql_that_is_killed_under_load_costs_time_and_nothing_else(
+async def test_killing_postgresql_under_load_only_delays_mail(
     configure: Configure, inbox: Inbox, stores: Stores
 ) -> None:
     settings = settings_of(configure(lease="5s", dispatcher_concurrency=10))
@@ -58,7 +58,7 @@ async def test_a_postgresql_that_is_killed_under_load_costs_time_and_nothing_els
         assert await world.states() == {JobState.SENT: len(jobs)}
         arrived = jobs_in(inbox.mails)
         assert set(arrived) == set(jobs)
-        # Marked by a statement whose answer never came, or sent with no outcome in time.
+        # Marked by a statement whose answer never arrived, or sent without an outcome in time.
         expired = await world.sql("SELECT email_job_id AS id FROM attempts WHERE outcome = 6")
         assert {job for job, n in arrived.items() if n > 1} <= {row.id for row in expired}
         assert len(expired) <= 10
@@ -66,7 +66,7 @@ async def test_a_postgresql_that_is_killed_under_load_costs_time_and_nothing_els
         await eventually(dispatcher.serving)
 
 
-async def test_a_postgresql_that_is_frozen_under_load_costs_time_and_nothing_else(
+async def test_freezing_postgresql_under_load_only_delays_mail(
     configure: Configure, inbox: Inbox, stores: Stores
 ) -> None:
     settings = settings_of(configure(lease="20s", min_gap="20ms"))
@@ -103,7 +103,7 @@ async def not_serving(dispatcher: Running) -> bool:
     return not await dispatcher.serving()
 
 
-async def test_a_redis_that_is_killed_under_load_costs_time_and_nothing_else(
+async def test_killing_redis_under_load_only_delays_mail(
     configure: Configure, inbox: Inbox, stores: Stores
 ) -> None:
     settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))

@@ -1,4 +1,4 @@
-"""`outbox drill` as a process: what it answers, and what it leaves behind."""
+"""`outbox drill` as a process: its output, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_short_drill_keeps_every_promise_and_leaves_nothing(folder: Path) -> N
 
 
 async def test_an_interrupted_drill_leaves_neither_processes_nor_files(folder: Path) -> None:
-    # A stopped one too: it is let go on, or killed.
+    # A paused one too: it is resumed or killed.
     drill = start(folder, "--minutes", "5", "--dispatchers", "1", "--faults", "dispatcher_pause")
     assert drill.stderr is not None
     while "SIGSTOP" not in (line := drill.stderr.readline()):

@@ -1,4 +1,4 @@
-"""A disk that is really full: PostgreSQL's data, its log of changes too, on a small file system."""
+"""A disk that is really full: PostgreSQL's data and its WAL on a small file system."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOST = ("", "")
 
 @pytest.fixture
 def disk() -> Iterator[Path]:
-    """Return a file system of its own."""
+    """Return a separate small file system."""
     # Not pytest's own folder, which PostgreSQL may not enter.
     folder = Path(tempfile.mkdtemp(prefix="outbox-disk-"))
     try:
@@ -96,7 +96,7 @@ async def flood(
 
 
 @pytest.mark.parametrize("log_too", [False, True])
-async def test_a_full_disk_refuses_with_a_time_to_come_again_and_loses_nothing(
+async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
     postgres: PostgresServer, redis_url: str, inbox: Inbox, disk: Path, log_too: bool
 ) -> None:
     await postgres.ensure_database()

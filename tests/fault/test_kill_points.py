@@ -31,7 +31,7 @@ def urls(database_url: str, redis_url: str) -> tuple[str, str]:
 @pytest.mark.parametrize("dispatchers", [1, 4])
 @pytest.mark.parametrize("policy", ["resend", "hold"])
 @pytest.mark.parametrize("point", POINTS)
-async def test_a_kill_between_two_steps_loses_nothing_and_doubles_only_what_was_in_doubt(
+async def test_a_kill_between_two_steps_loses_nothing_and_duplicates_only_mail_in_doubt(
     urls: tuple[str, str], inbox: Inbox, point: str, policy: str, dispatchers: int
 ) -> None:
     values = options(
@@ -84,7 +84,7 @@ async def test_a_kill_between_two_steps_loses_nothing_and_doubles_only_what_was_
 
 
 async def left_behind(world: World) -> list[int]:
-    """Return the jobs of the dead: the leases of all others are twenty times as long."""
+    """Return the jobs of killed dispatchers: all other leases are twenty times as long."""
     rows = await world.sql(
         "SELECT id FROM email_jobs WHERE state = 2 AND lease_until < now() + interval '1 s'"
     )
@@ -92,7 +92,7 @@ async def left_behind(world: World) -> list[int]:
 
 
 async def without_outcome(world: World) -> set[int]:
-    """Return the jobs with an attempt that nobody knows the end of."""
+    """Return the jobs with an attempt whose outcome is unknown."""
     unknown = [AttemptOutcome.LEASE_EXPIRED, AttemptOutcome.IN_DOUBT]
     rows = await world.sql(
         "SELECT email_job_id AS id FROM attempts WHERE outcome = ANY(%s)", unknown

@@ -1,4 +1,4 @@
-"""Mail through each simulated provider while dispatchers are killed, judged by its own count.
+"""Mail through each simulated provider while dispatchers are killed, checked by its counts.
 
 Every mail is accepted, and once: copies are those alone that were in doubt at a kill. None is
 FAILED except what the provider refuses for good.

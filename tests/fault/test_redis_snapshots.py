@@ -1,4 +1,4 @@
-"""Redis comes back with what it knew some time ago: a snapshot, or a replica that takes over."""
+"""Redis returns with old data: from a snapshot, or from a replica that takes over."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
 
 @pytest.fixture
 async def redis_server(stores: Stores) -> AsyncIterator[ValkeyServer]:
-    """The run's Redis, which loses what it saved when the test is over."""
+    """The run's Redis; its snapshots are deleted after the test."""
     yield stores.redis
     async with Redis.from_url(stores.redis.url) as client:
         await client.replicaof("NO", "ONE")
@@ -46,7 +46,7 @@ async def restart(server: ValkeyServer, world: World) -> None:
     await world.redis.connection_pool.disconnect()
 
 
-async def test_an_old_snapshot_does_not_bring_back_a_limit_that_is_used_up(
+async def test_an_old_snapshot_does_not_restore_a_used_up_limit(
     configure: Configure, inbox: Inbox, redis_server: ValkeyServer
 ) -> None:
     settings = settings_of(configure(min_gap="300ms"))
@@ -89,7 +89,7 @@ async def test_old_snapshots_under_load_break_no_promise(
         await world.check_counts()
 
 
-async def test_a_mail_in_flight_that_an_old_snapshot_does_not_know_holds_its_slot(
+async def test_a_mail_in_flight_that_is_missing_from_an_old_snapshot_holds_its_slot(
     configure: Configure, redis_server: ValkeyServer
 ) -> None:
     held = Wait()
@@ -110,7 +110,7 @@ async def test_a_mail_in_flight_that_an_old_snapshot_does_not_know_holds_its_slo
             assert jobs_in(mails_of(server.taken, sender)) == {first: 1, second: 1}
 
 
-async def test_a_lock_of_a_rebuild_that_an_old_snapshot_brings_back_keeps_nobody(
+async def test_a_rebuild_lock_restored_by_an_old_snapshot_blocks_no_rebuild(
     configure: Configure,
     inbox: Inbox,
     redis_server: ValkeyServer,
@@ -131,7 +131,7 @@ async def test_a_lock_of_a_rebuild_that_an_old_snapshot_brings_back_keeps_nobody
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
 
 
-async def test_a_replica_that_is_behind_and_takes_over_breaks_no_promise(
+async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
     configure: Configure, inbox: Inbox, redis_server: ValkeyServer, tmp_path: Path
 ) -> None:
     settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))

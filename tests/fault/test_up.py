@@ -100,7 +100,7 @@ class Up:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    # Not pytest's own: nobody but its owner may enter that, and PostgreSQL refuses root.
+    # Not pytest's own: only its owner may enter that, and PostgreSQL refuses root.
     path = Path(tempfile.mkdtemp(prefix="outbox-up-"))
     yield path
     shutil.rmtree(path)
@@ -218,7 +218,7 @@ async def test_a_service_that_is_killed_is_started_again_at_its_address(
         assert up.ask("stats", "user", "u")["user_id"] == "u"
 
 
-async def test_a_second_up_in_the_same_folder_says_who_holds_it(folder: Path) -> None:
+async def test_a_second_up_in_the_same_folder_names_the_process_that_holds_it(folder: Path) -> None:
     async with running(folder) as up:
         second = up.outbox("up")
         assert second.returncode == 1
@@ -226,7 +226,7 @@ async def test_a_second_up_in_the_same_folder_says_who_holds_it(folder: Path) ->
         assert up.ask("senders", "list", "--user", "u") == {"senders": [], "next_page_token": ""}
 
 
-async def test_the_lines_that_up_prints_run_as_printed(folder: Path) -> None:
+async def test_the_commands_that_up_prints_run_as_printed(folder: Path) -> None:
     async with running(folder, "--dispatchers", "2") as up:
         printed = (folder / "stdout").read_text()
         lines = [line for line in printed.splitlines() if line.startswith("  ")]
@@ -239,7 +239,7 @@ async def test_the_lines_that_up_prints_run_as_printed(folder: Path) -> None:
 
 
 def pasted(folder: Path, lines: list[str]) -> str:
-    """Run lines in one shell, each of which must succeed, and return what they print."""
+    """Run lines in one shell and return their output; each of them must succeed."""
     shell = subprocess.run(
         ["bash", "-euo", "pipefail"],
         input="\n".join(lines),
@@ -254,7 +254,7 @@ def pasted(folder: Path, lines: list[str]) -> str:
     return shell.stdout
 
 
-async def test_the_lines_that_up_prints_with_a_provider_lead_to_its_quota(folder: Path) -> None:
+async def test_the_commands_that_up_prints_with_a_provider_reach_its_quota(folder: Path) -> None:
     options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.001")
     async with running(folder, *options) as up:
         printed = (folder / "stdout").read_text()
@@ -265,7 +265,7 @@ async def test_the_lines_that_up_prints_with_a_provider_lead_to_its_quota(folder
         assert len(up.mails()) == 20
 
 
-async def test_with_a_relay_nothing_goes_to_an_inbox_of_our_own(folder: Path) -> None:
+async def test_with_a_relay_no_mail_goes_to_an_embedded_inbox(folder: Path) -> None:
     async with Inbox(folder / "relay") as relay, running(folder, "--smtp", relay.url) as up:
         assert up.endpoints["inbox"] is None
         schedule(up, "first", None, ["ann"])
@@ -273,7 +273,7 @@ async def test_with_a_relay_nothing_goes_to_an_inbox_of_our_own(folder: Path) ->
         assert not up.mails()
 
 
-async def test_the_audit_judges_mail_to_other_servers_by_postgresql_alone(folder: Path) -> None:
+async def test_the_audit_checks_mail_to_other_servers_only_in_postgresql(folder: Path) -> None:
     names = ["ann", "ben", "cy"]
 
     async def all_sent(up: Up, count: int) -> bool:
@@ -306,7 +306,7 @@ async def test_the_audit_judges_mail_to_other_servers_by_postgresql_alone(folder
     assert judged_by == ["postgresql", "postgresql", "smtp side"]
 
 
-async def test_a_simulated_provider_takes_all_mail_by_its_rules_and_the_audit_knows(
+async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_audit_agrees(
     folder: Path,
 ) -> None:
     options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.5")

@@ -1,4 +1,4 @@
-"""What tests of the dispatcher's parts share."""
+"""Fixtures shared by the tests of the dispatcher's parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.world import World
 
 @pytest_asyncio.fixture
 async def statements(world: World) -> AsyncIterator[AsyncEngine]:
-    """As the dispatcher has it: every statement its own transaction."""
+    """A connection as the dispatcher uses it: every statement is its own transaction."""
     engine = create_engine(world.settings, lookups_only=True, single_statements=True)
     yield engine
     await engine.dispose()

@@ -1,4 +1,4 @@
-"""The limiter and the queue once more, in plain Python: what the Lua scripts have to decide.
+"""A model of the limiter and the queue in plain Python: what the Lua scripts must decide.
 
 Pure, and by definition rather than by speed: the instant from which the window has room is looked
 for among all instants, and the next sender among all senders. Times are Unix ms.
@@ -27,7 +27,7 @@ PACE_SHRINKS_TO = 0.9
 
 @dataclass
 class CircuitModel:
-    """What the queue knows of one endpoint."""
+    """The state of one endpoint in the queue."""
 
     failures: int = 0
     # Whose failures these are.
@@ -56,7 +56,7 @@ class CircuitModel:
 
 @dataclass
 class SenderModel:
-    """What the queue knows of one sender."""
+    """The state of one sender in the queue."""
 
     epoch: int
     limit: int = 1
@@ -116,12 +116,12 @@ class SenderModel:
         return max(free, self.probe, self.cool, self.last_end + self.gap if self.gap else 0)
 
     def slow_down(self) -> None:
-        """Learn that mail comes too fast. What began before the pace held says nothing of it."""
+        """Raise the pace: mail comes too fast. Sends begun before the pace held do not count."""
         if not self.pace or not self.leases:
             self.pace = min(PACE_MOST, max(2 * self.gap, PACE_FIRST))
 
     def speed_up(self) -> None:
-        """Learn that a mail was accepted."""
+        """Record that a mail was accepted."""
         if self.pace and not self.leases:
             pace = math.floor(self.pace * PACE_SHRINKS_TO)
             self.pace = pace if pace > max(self.own_gap, PACE_FIRST / 2) else 0
@@ -129,7 +129,7 @@ class SenderModel:
 
 @dataclass(frozen=True)
 class HeadModel:
-    """What a load brings."""
+    """The contents of a load."""
 
     limit: int
     gap: int
@@ -317,7 +317,7 @@ class QueueModel:
             s.last_end = max(s.last_end, ended)
 
     def confirm(self, now: int, sender_id: int, member: str, lease: int) -> bool:
-        """Say whether a claim still holds; if so, under its own lease."""
+        """Return whether a claim still holds; if so, under its own lease."""
         s = self.senders.get(sender_id)
         if s is None or member not in s.leases:
             return False
@@ -327,7 +327,7 @@ class QueueModel:
         return True
 
     def renew(self, now: int, sender_id: int, member: str) -> int | None:
-        """Move the end of a lease; return the new one. None: it is gone."""
+        """Move the end of a lease and return it; None if the lease is gone."""
         s = self.senders.get(sender_id)
         if s is None or member not in s.leases:
             return None
@@ -432,7 +432,7 @@ class QueueModel:
         return f"new:{self.new_epochs.get(sender_id)}" if s is None else str(s.epoch)
 
     def load_head(self, now: int, now_up: int, sender_id: int, epoch: str, head: HeadModel) -> bool:
-        """Replace the head of a sender; False: its epoch has moved."""
+        """Replace the head of a sender; False if its epoch has changed."""
         if self._epoch(sender_id) != epoch:
             return False
         s = self.senders.get(sender_id)
@@ -468,12 +468,12 @@ class QueueModel:
         return lost
 
     def lose(self, sender_id: int) -> None:
-        """Lose any of the keys of a sender: the rest of them is not believed."""
+        """Lose any of the keys of a sender: the others are not used any more."""
         self.senders.pop(sender_id, None)
         self.new_epochs.pop(sender_id, None)
 
     def lose_all(self, ready: Mapping[int, int]) -> None:
-        """Lose everything, but for an old `ready` of a snapshot."""
+        """Lose everything except an old `ready` from a snapshot."""
         self.senders.clear()
         self.new_epochs.clear()
         self.ready = dict(ready)

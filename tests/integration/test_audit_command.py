@@ -37,7 +37,7 @@ def settings(database_url: str, redis_url: str) -> Settings:
 
 
 class Past:
-    """An installation that has sent: every job at its time, and what the other side saw."""
+    """An installation with sent mail: the time of every job, and what the SMTP side saw."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
@@ -141,7 +141,7 @@ async def sender(past: Past) -> int:
 
 
 @pytest.mark.parametrize("smtp_side", [True, False])
-async def test_kept_promises_are_found_kept(
+async def test_kept_promises_pass(
     past: Past, settings: Settings, sender: int, smtp_side: bool
 ) -> None:
     other = await past.world.sender(limit=1, gap_ms=5000)
@@ -174,7 +174,7 @@ async def test_a_short_gap_and_a_full_window_are_found(
     assert report.document()["overshoot"] == 1
 
 
-async def test_sends_before_a_change_of_the_limits_are_not_judged(
+async def test_sends_before_a_change_of_the_limits_are_not_checked(
     past: Past, settings: Settings, sender: int
 ) -> None:
     await past.sent(sender, 6.5)
@@ -209,7 +209,7 @@ async def test_a_job_without_a_row_or_stuck_in_sending_is_lost(
     assert report.document()["stats_mismatch"] == 2
 
 
-async def test_a_copy_is_excused_by_a_doubt_alone_and_must_have_the_same_message_id(
+async def test_a_copy_is_allowed_only_after_doubt_and_with_the_same_message_id(
     past: Past, settings: Settings, sender: int
 ) -> None:
     job = (await past.world.schedule(sender, 1, load=False))[0]
@@ -241,7 +241,7 @@ async def test_two_recorded_sends_of_one_job_are_found_without_the_smtp_side(
     assert "an attempt began after it was SENT" in report.broken[-1]
 
 
-async def test_mail_that_went_to_another_server_is_judged_by_postgresql_alone(
+async def test_mail_sent_to_another_server_is_checked_only_in_postgresql(
     past: Past, settings: Settings, sender: int
 ) -> None:
     own_server = await past.world.sender(limit=2)
@@ -262,7 +262,7 @@ async def test_mail_that_went_to_another_server_is_judged_by_postgresql_alone(
     assert "3 mails within 10s, more than 2" in broken
 
 
-async def test_a_sender_whose_mail_went_to_two_servers_is_judged_by_all_of_it(
+async def test_a_sender_whose_mail_went_to_two_servers_is_checked_on_all_its_mail(
     past: Past, settings: Settings, sender: int
 ) -> None:
     # Between a mail that the inbox has and one that it has not.
@@ -274,7 +274,7 @@ async def test_a_sender_whose_mail_went_to_two_servers_is_judged_by_all_of_it(
     assert "4 mails within 10s, more than 3" in found["broken"][1]
 
 
-async def test_a_mail_is_lost_if_the_inbox_accepted_it_and_has_it_no_more(
+async def test_a_mail_that_vanished_from_the_inbox_is_lost(
     past: Past, settings: Settings, sender: int
 ) -> None:
     await past.sent_elsewhere(sender, 20)
@@ -284,7 +284,7 @@ async def test_a_mail_is_lost_if_the_inbox_accepted_it_and_has_it_no_more(
 
 
 @pytest.mark.usefixtures("sender")
-async def test_all_mail_is_looked_for_in_a_maildir_of_an_unknown_server(
+async def test_all_mail_is_expected_in_a_maildir_of_an_unknown_server(
     past: Past, settings: Settings
 ) -> None:
     (past.record.parent / "receiver_id").unlink()
@@ -302,7 +302,7 @@ async def test_a_count_that_is_off_by_one_is_found(past: Past, settings: Setting
     assert (await past.audit(settings)).document()["stats_mismatch"] == 3
 
 
-async def test_audit_and_stats_agree_while_the_rows_of_a_cancelled_batch_follow(
+async def test_audit_and_stats_agree_before_the_rows_of_a_cancelled_batch_are_updated(
     past: Past, settings: Settings
 ) -> None:
     world = past.world
@@ -339,7 +339,7 @@ async def test_audit_and_stats_agree_while_the_rows_of_a_cancelled_batch_follow(
 
 
 @pytest.mark.usefixtures("sender")
-async def test_the_command_answers_in_a_document_and_by_its_exit_code(
+async def test_the_command_reports_in_a_json_document_and_its_exit_code(
     past: Past, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await past.sent_elsewhere(await past.world.sender(), 0)

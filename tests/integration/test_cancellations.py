@@ -1,4 +1,4 @@
-"""A batch is cancelled by one row, its jobs' rows follow: what everybody sees meanwhile."""
+"""One row cancels a batch and its jobs' rows are updated later; what is seen meanwhile."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def somebody_waits(world: World) -> bool:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 6, 7])
-async def test_counts_are_right_at_every_step_of_the_rows(world: World, limit: int) -> None:
+async def test_counts_are_right_at_every_step_of_a_cancellation(world: World, limit: int) -> None:
     sender = await world.sender()
     jobs = await world.schedule(sender, 6)
     others = await world.schedule(sender, 2)
@@ -130,7 +130,7 @@ async def test_counts_are_right_at_every_step_of_the_rows(world: World, limit: i
     assert [row.finished_at for row in rows] == [cancelled.cancelled_at]
 
 
-async def test_what_comes_back_from_a_failed_attempt_is_cancelled(world: World) -> None:
+async def test_a_job_that_returns_from_a_failed_attempt_is_cancelled(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 5)
     batch = await batch_of(world, jobs[0])
     marked = await mark(world, jobs[:2])
@@ -174,7 +174,7 @@ async def test_a_cancellation_waits_for_a_mark_and_is_too_late_for_it(world: Wor
     await end(world, marked, JobState.SENT)
 
 
-async def test_a_head_has_no_job_of_a_cancelled_batch(world: World) -> None:
+async def test_a_head_holds_no_job_of_a_cancelled_batch(world: World) -> None:
     sender = await world.sender()
     jobs = await world.schedule(sender, 200)
     others = await world.schedule(sender, 2, due=timedelta(milliseconds=1))
@@ -189,7 +189,7 @@ async def test_a_head_has_no_job_of_a_cancelled_batch(world: World) -> None:
     assert await eventually(claim) == set(others)
 
 
-async def test_a_sweep_that_dies_leaves_its_work_to_another_one(world: World) -> None:
+async def test_another_sweep_finishes_the_work_of_one_that_died(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 4)
     batch = await batch_of(world, jobs[0])
     await cancel(world, batch)
@@ -203,7 +203,7 @@ async def test_a_sweep_that_dies_leaves_its_work_to_another_one(world: World) ->
     assert await world.in_state(JobState.CANCELLED) == set(jobs)
 
 
-async def test_a_scheduler_that_starts_ends_what_another_one_began(world: World) -> None:
+async def test_a_scheduler_finishes_at_its_start_the_cancellations_of_another(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 3)
     await cancel(world, await batch_of(world, jobs[0]))
     settings = world.settings
@@ -215,7 +215,7 @@ async def test_a_scheduler_that_starts_ends_what_another_one_began(world: World)
         await eventually(ended)
 
 
-async def test_callers_see_cancelled_jobs_before_their_rows_say_so(world: World) -> None:
+async def test_callers_see_jobs_as_cancelled_before_their_rows_are_updated(world: World) -> None:
     sender = await world.sender()
     jobs = await world.schedule(sender, 3)
     batch = await batch_of(world, jobs[0])

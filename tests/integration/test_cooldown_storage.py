@@ -134,7 +134,7 @@ async def test_the_first_refusal_begins_a_cooldown_with_its_reply(
     assert await cooldown(world, other) is None
 
 
-async def test_what_was_in_flight_at_the_refusal_changes_nothing(
+async def test_sends_in_flight_at_the_refusal_change_nothing(
     world: World, connection: AsyncConnection
 ) -> None:
     sender = await world.sender()
@@ -147,7 +147,7 @@ async def test_what_was_in_flight_at_the_refusal_changes_nothing(
     assert timedelta(0) < again <= first
 
 
-async def test_of_two_that_are_refused_at_once_one_counts(
+async def test_only_one_of_two_concurrent_refusals_counts(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -254,7 +254,7 @@ async def test_a_daily_quota_never_waits_for_less_than_the_ladder_says(
 # The end -------------------------------------------------------------------------------------
 
 
-async def test_the_end_of_cooldowns_tells_who_had_one(
+async def test_ending_cooldowns_returns_the_senders_that_had_one(
     world: World, connection: AsyncConnection
 ) -> None:
     cooling, other, stays = [await world.sender() for _ in range(3)]
@@ -323,7 +323,7 @@ async def test_only_refusals_in_a_row_are_counted(
         ("R" * 999, 1000, False),
     ],
 )
-async def test_the_look_for_refusals_is_bounded(
+async def test_the_search_for_refusals_is_bounded(
     world: World, connection: AsyncConnection, kinds: str, limit: int, found: bool
 ) -> None:
     sender = await world.sender()
@@ -340,7 +340,7 @@ async def test_a_deleted_sender_gets_no_cooldown(world: World, connection: Async
     assert await cooldown(world, sender) is None
 
 
-async def test_a_deletion_under_way_is_not_waited_for(
+async def test_storing_a_cooldown_does_not_wait_for_a_deletion_under_way(
     world: World, connection: AsyncConnection
 ) -> None:
     sender = await world.sender()

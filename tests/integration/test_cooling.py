@@ -1,4 +1,4 @@
-"""Cooldowns from the record of an attempt to Redis, whatever comes in between."""
+"""Cooldowns from the record of an attempt to Redis, with interruptions of any kind."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def cooldown(world: World) -> Any:
 
 
 async def probe_in(world: World, sender: int) -> timedelta | None:
-    """Return how long Redis makes the sender wait for its next probe; None: it may send."""
+    """Return the wait in Redis for the sender's next probe; None if it may send."""
     found = await world.redis.hget(
         world.queues[0].keys.ready.replace("ready", f"sender:{sender}"), "cool"
     )
@@ -153,7 +153,7 @@ async def test_a_refused_account_cools_down_in_both_stores_and_its_mail_waits(
     assert await world.sql("TABLE head_markers") == []
 
 
-async def test_of_many_that_were_in_flight_one_counts(
+async def test_only_one_of_many_refusals_in_flight_counts(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -169,7 +169,7 @@ async def test_of_many_that_were_in_flight_one_counts(
     assert about(await probe_in(world, sender), FIRST)
 
 
-async def test_a_refused_probe_climbs_and_an_accepted_one_ends_it(
+async def test_a_refused_probe_climbs_the_ladder_and_an_accepted_one_ends_the_cooldown(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -210,7 +210,7 @@ async def test_a_daily_quota_waits_for_the_oldest_send_of_the_day(
     assert about(await probe_in(world, sender), timedelta(hours=4))
 
 
-async def test_the_last_unknown_refusal_of_a_row_begins_a_cooldown(
+async def test_the_last_of_the_unknown_refusals_in_a_row_begins_a_cooldown(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -241,7 +241,7 @@ async def test_refusals_that_are_recorded_together_are_counted_together(
     assert about(await probe_in(world, sender), FIRST)
 
 
-async def test_a_probe_climbs_although_an_older_refusal_is_recorded_with_it(
+async def test_a_refused_probe_climbs_even_if_an_older_refusal_is_recorded_with_it(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -265,7 +265,7 @@ async def test_a_probe_climbs_although_an_older_refusal_is_recorded_with_it(
     assert about(waits[probe[1].job], SECOND)
 
 
-async def test_a_cooldown_whose_commit_got_no_answer_is_one_and_is_known_at_once(
+async def test_a_cooldown_whose_commit_got_no_answer_holds_and_is_known_at_once(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -282,7 +282,7 @@ async def test_a_cooldown_whose_commit_got_no_answer_is_one_and_is_known_at_once
     assert about(await probe_in(world, sender), FIRST)
 
 
-async def test_an_end_whose_commit_got_no_answer_is_known_at_once(
+async def test_an_end_of_a_cooldown_whose_commit_got_no_answer_is_known_at_once(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -299,7 +299,7 @@ async def test_an_end_whose_commit_got_no_answer_is_known_at_once(
     assert await probe_in(world, sender) is None
 
 
-async def test_a_cooldown_that_redis_was_not_told_of_is_found_by_its_marker(
+async def test_a_cooldown_that_did_not_reach_redis_is_found_by_its_marker(
     world: World, statements: AsyncEngine, stores: Stores
 ) -> None:
     sender = await world.sender()

@@ -1,4 +1,4 @@
-"""Counts against a recount of the rows, on a real PostgreSQL, while everything happens at once."""
+"""Counts compared with a recount of the rows, on a real PostgreSQL, under concurrent changes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ WAITING_ENDS = (JobState.CANCELLED, JobState.SUPPRESSED, JobState.EXPIRED)
 
 @dataclass(frozen=True)
 class CountedWorld:
-    """Two users, three senders, two batches a sender."""
+    """Two users, three senders, two batches per sender."""
 
     url: str
     engine: AsyncEngine
@@ -237,7 +237,7 @@ async def test_counts_equal_a_recount_at_any_moment(world: CountedWorld) -> None
     assert all(counts[state] for state in FINAL_STATES), "the test reaches every state"
 
 
-async def test_scheduled_and_sending_are_told_apart_without_a_delta(
+async def test_scheduled_and_sending_are_counted_separately_without_a_delta(
     world: CountedWorld,
 ) -> None:
     batch = next(iter(world.batches))
@@ -252,14 +252,14 @@ async def test_scheduled_and_sending_are_told_apart_without_a_delta(
     assert await world.unfolded() == 0
 
 
-async def test_what_has_no_jobs_counts_zero(world: CountedWorld) -> None:
+async def test_batches_and_senders_without_jobs_count_zero(world: CountedWorld) -> None:
     async with world.engine.connect() as connection:
         assert await batch_counts(connection, [987654321]) == {987654321: JobCounts()}
         assert await sender_counts(connection, []) == {}
         assert await user_counts(connection, "nobody") == JobCounts()
 
 
-async def test_a_fold_before_its_commit_is_seen_by_nobody(world: CountedWorld) -> None:
+async def test_a_fold_is_invisible_before_its_commit(world: CountedWorld) -> None:
     batch = next(iter(world.batches))
     await world.intake(batch, 10)
     async with world.engine.begin() as connection:
@@ -285,7 +285,7 @@ async def test_a_fold_takes_no_more_deltas_than_its_limit_and_the_oldest_first(
     await world.check()
 
 
-async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
+async def test_a_fold_skips_deltas_that_another_fold_has_locked(
     world: CountedWorld,
 ) -> None:
     first, *_, last = world.batches
@@ -300,7 +300,7 @@ async def test_a_fold_skips_what_another_is_folding_and_does_not_wait_for_it(
     assert await world.unfolded() == 0
 
 
-async def test_folds_at_once_over_the_same_rows_do_not_block_each_other_for_ever(
+async def test_concurrent_folds_of_the_same_rows_do_not_deadlock(
     world: CountedWorld,
 ) -> None:
     chance = random.Random(7)
@@ -370,7 +370,7 @@ asyncio.run(main())
 async def folder_in_a_fold(
     world: CountedWorld, folds: int
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a process that has folded so many deltas, one by one, and is folding one more."""
+    """Run a process that has folded a number of deltas, one by one, and is folding one more."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -402,7 +402,7 @@ async def begin_and_end_some(world: CountedWorld) -> None:
         await world.do(END, before=2, state=3, n=3)
 
 
-async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
+async def test_a_process_killed_during_a_fold_loses_and_doubles_nothing(
     world: CountedWorld,
 ) -> None:
     await begin_and_end_some(world)
@@ -417,7 +417,7 @@ async def test_a_folder_killed_with_9_in_the_middle_loses_and_doubles_nothing(
     await world.check()
 
 
-async def test_a_folder_that_sleeps_in_the_middle_keeps_nobody_and_its_fold_counts_once(
+async def test_a_process_paused_during_a_fold_blocks_no_other_and_its_fold_counts_once(
     world: CountedWorld,
 ) -> None:
     await begin_and_end_some(world)
@@ -454,7 +454,7 @@ async def waits_for_a_lock(world: CountedWorld) -> bool:
         )
 
 
-async def test_counts_do_not_read_the_jobs_but_for_those_in_sending(
+async def test_counts_read_no_jobs_except_those_in_sending(
     world: CountedWorld,
 ) -> None:
     batch, sender = next(iter(world.batches.items()))

@@ -88,7 +88,7 @@ async def test_the_first_deferral_sets_the_time_and_later_ones_keep_it(
     assert await since(world, job) == began
 
 
-async def test_a_mark_tells_for_how_long_the_job_has_been_deferred(
+async def test_a_mark_returns_how_long_the_job_has_been_deferred(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await world.schedule(await world.sender(), load=False)
@@ -101,7 +101,7 @@ async def test_a_mark_tells_for_how_long_the_job_has_been_deferred(
     assert timedelta(hours=3) <= second.deferred_for < timedelta(hours=3, minutes=5)
 
 
-async def test_a_job_that_failed_while_deferred_begins_anew_when_it_is_retried(
+async def test_a_retry_of_a_job_that_failed_while_deferred_restarts_its_deferral(
     world: World, connection: AsyncConnection
 ) -> None:
     sender = await world.sender()

@@ -1,4 +1,4 @@
-"""The plans of the dispatcher's statements: indexes alone, however many attempts there are."""
+"""The plans of the dispatcher's statements use only indexes, however many attempts exist."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
     [(True, True), (True, False), (False, False)],
     ids=["any plan", "as the dispatcher", "as the dispatcher, just filled"],
 )
-async def test_no_statement_reads_more_of_jobs_and_attempts_than_it_needs(
+async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
     new_database: Callable[[], str], redis_url: str, analysed: bool, free: bool
 ) -> None:
     async with filled(new_database(), redis_url, analysed=analysed, free=free) as engine:

@@ -1,4 +1,4 @@
-"""Every statement of the dispatcher on a real PostgreSQL, also against others of its kind."""
+"""Every statement of the dispatcher on a real PostgreSQL, also run concurrently."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 # Mark ----------------------------------------------------------------------------------------
 
 
-async def test_a_marked_job_is_sending_and_comes_with_what_its_mail_needs(
+async def test_a_marked_job_is_sending_and_is_returned_with_the_data_for_its_mail(
     world: World, connection: AsyncConnection
 ) -> None:
     sender = await world.sender()
@@ -80,7 +80,7 @@ async def test_a_marked_job_is_sending_and_comes_with_what_its_mail_needs(
     ],
     ids=["cancelled", "sent", "with another", "a newer attempt", "much newer", "gone"],
 )
-async def test_a_job_that_is_not_ours_is_not_marked(
+async def test_a_job_that_changed_after_its_claim_is_not_marked(
     world: World, connection: AsyncConnection, spoil: str
 ) -> None:
     sender = await world.sender()
@@ -95,7 +95,7 @@ async def test_a_job_that_is_not_ours_is_not_marked(
 @pytest.mark.parametrize(
     "change", [{"state": SenderState.PAUSED}, {"deleted_at": datetime(2026, 1, 1, tzinfo=UTC)}]
 )
-async def test_a_sender_that_is_paused_or_gone_sends_nothing_that_was_claimed_before(
+async def test_jobs_claimed_before_their_sender_was_paused_or_deleted_are_not_sent(
     world: World, connection: AsyncConnection, change: dict[str, Any]
 ) -> None:
     stopped, other = await world.sender(), await world.sender()
@@ -107,7 +107,7 @@ async def test_a_sender_that_is_paused_or_gone_sends_nothing_that_was_claimed_be
     assert (await world.job(job)).attempt == 0
 
 
-async def test_a_mark_brings_the_revision_of_its_sender(
+async def test_a_mark_returns_the_revision_of_its_sender(
     world: World, connection: AsyncConnection
 ) -> None:
     sender = await world.sender()
@@ -129,7 +129,7 @@ async def test_nothing_is_marked_twice(world: World, connection: AsyncConnection
 
 
 async def blocked(world: World) -> bool:
-    """Whether somebody waits for a lock in PostgreSQL."""
+    """Whether any session waits for a lock in PostgreSQL."""
     rows = await world.sql(
         "SELECT count(*) AS n FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -137,7 +137,7 @@ async def blocked(world: World) -> bool:
     return bool(rows[0].n)
 
 
-async def test_of_two_that_mark_overlapping_groups_each_gets_its_own(
+async def test_two_dispatchers_that_mark_overlapping_groups_each_get_only_their_own_jobs(
     world: World, statements: AsyncEngine
 ) -> None:
     jobs = await world.schedule(await world.sender(), 6, load=False)
@@ -169,7 +169,7 @@ async def test_a_cancel_that_commits_while_a_mark_waits_for_it_wins(
     await world.check_counts()
 
 
-async def test_a_cancel_that_is_taken_back_while_a_mark_waits_for_it_changes_nothing(
+async def test_a_cancel_that_rolls_back_while_a_mark_waits_for_it_changes_nothing(
     world: World, statements: AsyncEngine
 ) -> None:
     jobs = await world.schedule(await world.sender(), 2, load=False)
@@ -181,7 +181,7 @@ async def test_a_cancel_that_is_taken_back_while_a_mark_waits_for_it_changes_not
         assert set(await marking) == set(jobs)
 
 
-async def test_of_two_settlements_of_overlapping_groups_each_job_has_one(
+async def test_two_settlements_of_overlapping_groups_settle_each_job_once(
     world: World, statements: AsyncEngine
 ) -> None:
     jobs = await world.schedule(await world.sender(), 6, load=False)
@@ -238,7 +238,7 @@ async def test_every_final_state_is_counted(
     await world.check_counts()
 
 
-async def test_a_job_that_is_to_be_tried_again_waits_from_the_end_of_its_attempt(
+async def test_the_wait_for_a_retry_starts_at_the_end_of_the_attempt(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await world.schedule(await world.sender(), load=False)
@@ -268,7 +268,7 @@ async def test_a_job_that_is_to_be_tried_again_waits_from_the_end_of_its_attempt
 
 
 async def test_settling_again_changes_nothing(world: World, connection: AsyncConnection) -> None:
-    """A try whose answer was lost is repeated."""
+    """A settlement whose answer was lost is repeated."""
     [job] = await world.schedule(await world.sender(), load=False)
     record = record_of((await mark(connection, [job]))[job])
     await settle(connection, [record])
@@ -296,7 +296,7 @@ async def test_a_job_that_was_cancelled_meanwhile_stays_cancelled(
 # Fencing -------------------------------------------------------------------------------------
 
 
-async def test_who_lost_the_lease_cannot_overwrite_a_newer_attempt(
+async def test_a_dispatcher_that_lost_its_lease_cannot_overwrite_a_newer_attempt(
     world: World, connection: AsyncConnection
 ) -> None:
     jobs = await world.schedule(await world.sender(), 4, load=False)
@@ -317,7 +317,7 @@ async def test_who_lost_the_lease_cannot_overwrite_a_newer_attempt(
     await world.check_counts()
 
 
-async def test_a_job_given_back_waits_where_it_was_and_no_attempt_is_used_up(
+async def test_a_job_given_back_keeps_its_place_and_uses_no_attempt(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await world.schedule(await world.sender(), load=False)
@@ -332,10 +332,10 @@ async def test_a_job_given_back_waits_where_it_was_and_no_attempt_is_used_up(
     await world.check_counts()
 
 
-async def test_a_job_is_given_back_by_the_lease_that_took_it_and_by_no_other(
+async def test_a_job_is_given_back_only_by_the_lease_that_holds_it(
     world: World, connection: AsyncConnection
 ) -> None:
-    """The number of an attempt that was given back is used again, so it is no fence here."""
+    """The attempt number of a job given back is used again, so it is no fencing token here."""
     [job] = await world.schedule(await world.sender(), load=False)
     first = (await mark(connection, [job]))[job]
     await storage.give_back(connection, [first])
@@ -351,7 +351,7 @@ async def test_a_job_is_given_back_by_the_lease_that_took_it_and_by_no_other(
 # Batches -------------------------------------------------------------------------------------
 
 
-async def test_a_batch_comes_with_its_sender_as_it_is_now(
+async def test_a_batch_is_read_with_the_current_state_of_its_sender(
     world: World, connection: AsyncConnection
 ) -> None:
     plain = await world.sender()
@@ -380,7 +380,9 @@ async def test_a_batch_comes_with_its_sender_as_it_is_now(
     assert (second.display_name, second.sender_revision) == ("Anna", 2)
 
 
-async def test_many_jobs_are_one_statement(world: World, connection: AsyncConnection) -> None:
+async def test_many_jobs_are_handled_in_one_statement(
+    world: World, connection: AsyncConnection
+) -> None:
     jobs = await world.schedule(await world.sender(), 1_000, load=False)
     marked = await mark(connection, jobs)
     moved = await settle(connection, [record_of(marked[job]) for job in jobs])

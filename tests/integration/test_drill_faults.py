@@ -1,4 +1,4 @@
-"""What a drill does to PostgreSQL's writes and to Redis' clock, before the real servers."""
+"""The faults of a drill in PostgreSQL's writes and in Redis' clock, on real servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outbox_server.deploy.embedded.valkey import ValkeyServer
 from tests.eventually import eventually
 
 
-async def test_every_write_fails_with_the_error_of_a_full_disk_until_it_is_healed(
+async def test_writes_fail_with_the_error_of_a_full_disk_until_the_fault_is_healed(
     database_url: str,
 ) -> None:
     async with await psycopg.AsyncConnection.connect(database_url, autocommit=True) as connection:
@@ -39,7 +39,7 @@ async def test_every_write_fails_with_the_error_of_a_full_disk_until_it_is_heale
         assert await left.fetchall() == []
 
 
-async def test_a_table_that_is_locked_is_not_queued_for(database_url: str) -> None:
+async def test_the_fault_does_not_queue_for_a_locked_table(database_url: str) -> None:
     async with await psycopg.AsyncConnection.connect(database_url) as paused:
         await paused.execute("LOCK TABLE email_jobs IN ROW EXCLUSIVE MODE")
         assert not await fail_writes(database_url, "53100", 1.0)

@@ -1,4 +1,4 @@
-"""The habits of mail providers that a drill's inbox can have, as a client sees them."""
+"""The provider behaviours that a drill's inbox can simulate, as a client sees them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def trouble_of(name: str, variant: str) -> InboxTrouble:
     return InboxTrouble(Way.PROVIDER, profile=profile)
 
 
-def test_every_habit_is_a_kind_of_fault_with_the_same_variants() -> None:
+def test_every_provider_behaviour_is_a_kind_of_fault_with_the_same_variants() -> None:
     names = {name for name, _ in PROVIDER_TROUBLES}
     for name in names:
         variants = {variant for one, variant in PROVIDER_TROUBLES if one == name}
@@ -139,7 +139,7 @@ async def said_to(inbox: Inbox, *commands: str) -> list[str]:
     return codes
 
 
-async def test_a_refused_command_begins_nothing(inbox: Inbox) -> None:
+async def test_a_refused_command_starts_no_transaction(inbox: Inbox) -> None:
     inbox.trouble = trouble_of("smtp_account_blocked", "gmail")
     said = await said_to(inbox, "MAIL FROM:<a@x.test>", "RCPT TO:<b@y.test>")
     assert said == ["220", "250", "550", "503"]
@@ -173,7 +173,7 @@ async def test_a_new_connection_takes_two_more_mails(inbox: Inbox, variant: str)
 async def test_two_connections_work_and_a_third_is_refused(inbox: Inbox, variant: str) -> None:
     trouble = trouble_of("smtp_too_many_connections", variant)
     inbox.trouble = trouble
-    # What is refused in the greeting shows to new connections alone.
+    # Only new connections see a refusal in the greeting.
     assert trouble.of_connections == (variant == "exim")
     async with client(inbox) as first, client(inbox) as second:
         if variant == "exim":
@@ -190,7 +190,7 @@ async def test_two_connections_work_and_a_third_is_refused(inbox: Inbox, variant
             assert await send(fourth, 4) == "accepted"
 
 
-async def test_connections_from_before_the_fault_count_too(inbox: Inbox) -> None:
+async def test_connections_opened_before_the_fault_count(inbox: Inbox) -> None:
     async with client(inbox) as first, client(inbox) as second, client(inbox) as third:
         inbox.trouble = trouble_of("smtp_too_many_connections", "exchange")
         said = [await send(one, 1) for one in (third, second, first)]
@@ -215,7 +215,7 @@ async def test_a_slow_reply_comes_after_the_mail_was_taken(inbox: Inbox) -> None
         assert inbox.mails[0].received_at <= began
 
 
-async def test_accounts_are_counted_apart_from_senders_without_one(inbox: Inbox) -> None:
+async def test_accounts_are_counted_separately_from_senders_without_one(inbox: Inbox) -> None:
     inbox.trouble = trouble_of("smtp_daily_quota", "gmail")
     async with client(inbox) as smtp:
         for number in range(5):

@@ -83,7 +83,7 @@ def folder(shared_folder: Path) -> Iterator[Path]:
 
 @asynccontextmanager
 async def holder(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
-    """Hold the servers in a process of its own; yields it and its three URLs."""
+    """Hold the servers in a separate process; yield it and its three URLs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HOLDER, str(folder), stdout=asyncio.subprocess.PIPE
     )
@@ -105,7 +105,7 @@ def execute(url: str, statement: str) -> list[tuple[object, ...]]:
 
 
 def keep(url: str) -> str:
-    """Commit a row; return what is in it."""
+    """Commit a row; return its value."""
     value = uuid.uuid4().hex
     execute(url, "CREATE TABLE IF NOT EXISTS kept (value text)")
     execute(url, f"INSERT INTO kept VALUES ('{value}')")
@@ -127,7 +127,7 @@ def left_running(folder: Path) -> set[int]:
     }
 
 
-async def test_all_servers_answer_while_the_context_is_open_and_none_afterwards(
+async def test_servers_answer_only_while_the_context_is_open(
     empty_folder: Path,
 ) -> None:
     async with Servers(empty_folder, durable=False) as servers:
@@ -146,7 +146,7 @@ async def test_all_servers_answer_while_the_context_is_open_and_none_afterwards(
 
 
 def listening() -> dict[int, list[str]]:
-    """Return the hexadecimal addresses at which somebody listens, by port."""
+    """Return the hexadecimal addresses with a listener, by port."""
     found: dict[int, list[str]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
@@ -157,7 +157,7 @@ def listening() -> dict[int, list[str]]:
     return found
 
 
-async def test_they_listen_on_loopback_alone(folder: Path) -> None:
+async def test_servers_listen_only_on_loopback(folder: Path) -> None:
     async with Servers(folder, durable=False) as servers:
         for url in (servers.database_url, servers.redis_url, servers.smtp_url):
             assert listening()[urlsplit(url).port or 0] == ["0100007F"]
@@ -165,7 +165,7 @@ async def test_they_listen_on_loopback_alone(folder: Path) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that its owner alone may enter, with PostgreSQL's programs installed in it."""
+    """A folder that only its owner may enter, with PostgreSQL's programs installed in it."""
     path = tmp_path / "home"
     installed = postgres_binaries()
     package = installed.parents[1]
@@ -183,7 +183,7 @@ def home(tmp_path: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     return path
 
 
-async def test_servers_that_root_starts_open_no_folder_to_others(
+async def test_servers_started_by_root_open_no_folder_to_others(
     home: Path, empty_folder: Path
 ) -> None:
     for _ in range(2):  # the copy is made once, the data folder is found again
@@ -197,7 +197,7 @@ async def test_servers_that_root_starts_open_no_folder_to_others(
     assert len(list((empty_folder / "cache" / "outbox").glob("*"))) == (os.geteuid() == 0)
 
 
-async def test_a_second_start_finds_the_data(folder: Path) -> None:
+async def test_a_second_start_keeps_the_data(folder: Path) -> None:
     async with Servers(folder) as servers:
         value = keep(servers.database_url)
 
@@ -205,7 +205,7 @@ async def test_a_second_start_finds_the_data(folder: Path) -> None:
         assert value in kept(servers.database_url)
 
 
-async def test_given_ports_are_taken(folder: Path) -> None:
+async def test_given_ports_are_used(folder: Path) -> None:
     ports = free_port(), free_port(), free_port()
     async with Servers(
         folder, postgres_port=ports[0], redis_port=ports[1], smtp_port=ports[2], durable=False
@@ -216,7 +216,7 @@ async def test_given_ports_are_taken(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("taken", ["postgres_port", "redis_port", "smtp_port"])
-async def test_a_port_that_is_taken_is_said_and_leaves_nothing_running(
+async def test_a_port_in_use_is_an_error_and_leaves_nothing_running(
     folder: Path, taken: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as squatter:
@@ -230,7 +230,7 @@ async def test_a_port_that_is_taken_is_said_and_leaves_nothing_running(
         pass
 
 
-async def test_another_server_on_the_port_is_not_taken_for_ours(
+async def test_another_server_on_the_port_is_not_mistaken_for_ours(
     folder: Path, empty_folder: Path
 ) -> None:
     async with Servers(folder, durable=False) as one:
@@ -257,7 +257,7 @@ async def test_kill_9_of_the_holder_leaves_nothing_running_and_the_next_start_wo
         assert value in kept(servers.database_url)
 
 
-async def test_a_next_start_need_not_wait_for_what_a_killed_holder_left(folder: Path) -> None:
+async def test_the_next_start_does_not_wait_for_processes_of_a_killed_holder(folder: Path) -> None:
     async with holder(folder) as (process, (database_url, *_)):
         open_transaction = psycopg.connect(database_url)
         open_transaction.execute("CREATE TABLE not_kept ()")
@@ -271,7 +271,7 @@ async def test_a_next_start_need_not_wait_for_what_a_killed_holder_left(folder: 
         open_transaction.close()
 
 
-async def test_a_second_holder_is_refused_and_the_first_goes_on(folder: Path) -> None:
+async def test_a_second_holder_is_refused_and_the_first_keeps_running(folder: Path) -> None:
     async with holder(folder) as (process, (database_url, *_)):
         with pytest.raises(FolderInUseError, match=f"{folder} is in use by process {process.pid}"):
             await Servers(folder).__aenter__()
@@ -279,13 +279,13 @@ async def test_a_second_holder_is_refused_and_the_first_goes_on(folder: Path) ->
         assert execute(database_url, "SELECT 1") == [(1,)]
 
 
-async def test_the_servers_do_not_hear_the_terminals_interrupt(folder: Path) -> None:
+async def test_ctrl_c_in_the_terminal_does_not_reach_the_servers(folder: Path) -> None:
     async with Servers(folder, durable=False) as servers:
         for server in (servers.postgres, servers.valkey):
             assert os.getsid(server.child.pid) == server.child.pid
 
 
-async def test_an_orphan_that_outlived_its_holder_is_ended(folder: Path) -> None:
+async def test_an_orphan_that_outlived_its_holder_is_stopped(folder: Path) -> None:
     data = folder / "postgres"
     postgres = PostgresServer(data, durable=False)
     await postgres.start()
@@ -310,7 +310,7 @@ async def test_an_orphan_that_outlived_its_holder_is_ended(folder: Path) -> None
     assert not processes_in(data, "postgres")
 
 
-async def test_a_stale_pid_file_that_names_a_strangers_process_is_no_hindrance(
+async def test_a_stale_pid_file_that_names_another_process_does_not_prevent_a_start(
     folder: Path,
 ) -> None:
     postgres = PostgresServer(folder / "postgres", durable=False)
@@ -331,7 +331,7 @@ async def test_a_stale_pid_file_that_names_a_strangers_process_is_no_hindrance(
     await postgres.stop()
 
 
-async def test_a_folder_that_was_being_made_when_it_was_killed_is_made_anew(
+async def test_a_folder_left_half_made_by_a_kill_is_created_again(
     empty_folder: Path,
 ) -> None:
     half = empty_folder / "postgres.new"
@@ -344,7 +344,7 @@ async def test_a_folder_that_was_being_made_when_it_was_killed_is_made_anew(
     assert not half.exists()
 
 
-async def test_a_folder_with_other_things_in_it_is_left_alone(empty_folder: Path) -> None:
+async def test_a_folder_with_foreign_files_is_left_alone(empty_folder: Path) -> None:
     (empty_folder / "postgres").mkdir()
     (empty_folder / "postgres" / "mine").write_text("precious")
 
@@ -375,7 +375,7 @@ async def test_a_store_that_was_killed_starts_again_on_its_port(folder: Path) ->
 
 
 @pytest.mark.parametrize("victim", ["PostgreSQL", "Valkey"])
-async def test_a_server_that_ends_by_itself_is_noticed(folder: Path, victim: str) -> None:
+async def test_a_server_that_exits_by_itself_is_noticed(folder: Path, victim: str) -> None:
     async with Servers(folder, durable=False, inbox=False) as servers:
         watch = asyncio.create_task(servers.watch())
         store = servers.postgres if victim == "PostgreSQL" else servers.valkey
@@ -401,7 +401,7 @@ async def test_a_server_that_ignores_its_signals_is_killed_in_the_end(tmp_path: 
     assert await deaf.wait() == -signal.SIGKILL
 
 
-async def test_a_child_that_never_becomes_ready_is_given_up_with_its_last_words(
+async def test_a_child_that_never_becomes_ready_is_an_error_with_its_last_output(
     tmp_path: Path,
 ) -> None:
     child = Child(
@@ -422,5 +422,5 @@ async def test_a_child_that_never_becomes_ready_is_given_up_with_its_last_words(
         await child.until_ready(never, 10)
 
 
-async def test_nothing_to_end_is_no_error(folder: Path) -> None:
+async def test_stopping_nothing_is_no_error(folder: Path) -> None:
     await stop_orphans(folder, "postgres", ())

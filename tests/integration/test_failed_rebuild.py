@@ -31,7 +31,7 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
         yield world
 
 
-async def test_a_rebuild_that_fails_does_not_keep_others_waiting(world: World) -> None:
+async def test_a_failed_rebuild_does_not_delay_the_next_one(world: World) -> None:
     await world.schedule(await world.sender(), load=False)
     queue = world.queues[0]
     loader = FailsOnce(world.engine, world.queues, world.settings)

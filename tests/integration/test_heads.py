@@ -44,7 +44,7 @@ def settings(database_url: str, redis_url: str) -> Settings:
 
 @pytest_asyncio.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
-    """A whole shard, no senders."""
+    """A complete shard without senders."""
     async with World(settings) as world:
         assert await world.loader.rebuild(world.queues[0])
         yield world
@@ -128,7 +128,7 @@ async def test_a_load_after_a_commit_brings_the_jobs_and_deletes_the_marker(worl
     assert await markers(world) == []
 
 
-async def test_nothing_is_due_a_part_of_a_millisecond_early(world: World) -> None:
+async def test_no_job_is_due_a_fraction_of_a_millisecond_early(world: World) -> None:
     sender = await world.sender()
     (job,) = await world.schedule(sender, load=False)
     await world.sql(
@@ -140,7 +140,7 @@ async def test_nothing_is_due_a_part_of_a_millisecond_early(world: World) -> Non
     assert looks == {str(sender): 1_893_456_000_001}
 
 
-async def test_settings_hold_as_they_are_now(world: World, settings: Settings) -> None:
+async def test_a_load_uses_the_current_settings(world: World, settings: Settings) -> None:
     sender = await world.sender(limit=7, gap_ms=5, max_in_flight=3)
     await world.schedule(sender)
     key = f"outbox:{{0}}:sender:{sender}"
@@ -157,7 +157,7 @@ async def test_settings_hold_as_they_are_now(world: World, settings: Settings) -
     assert await ready(world) == set()
 
 
-async def test_jobs_beyond_the_horizon_come_with_refills_each_once_and_in_order(
+async def test_jobs_beyond_the_horizon_are_loaded_by_refills_once_each_and_in_order(
     world: World,
 ) -> None:
     sender = await world.sender(max_in_flight=7)
@@ -184,7 +184,7 @@ async def test_jobs_beyond_the_horizon_come_with_refills_each_once_and_in_order(
     assert loads <= 4
 
 
-async def test_what_is_due_before_the_horizon_comes_at_once_and_the_rest_makes_place(
+async def test_a_job_due_before_the_horizon_is_loaded_at_once_in_place_of_later_jobs(
     world: World,
 ) -> None:
     sender = await world.sender()
@@ -233,7 +233,7 @@ async def test_each_sender_lives_in_its_shard(world: World, settings: Settings) 
 
 
 class SlowLoader(HeadLoader):
-    """Stops between its first look into PostgreSQL and Redis, until `go`."""
+    """Stops between its first read of PostgreSQL and Redis, until `go`."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world.engine, world.queues, world.settings)
@@ -271,7 +271,7 @@ async def test_two_loads_and_an_intake_in_between_lose_nothing(world: World, kno
     assert await markers(world) == []
 
 
-async def test_a_load_that_overtakes_an_intake_is_made_up_for_by_it(world: World) -> None:
+async def test_an_intake_repairs_a_load_that_overtook_it(world: World) -> None:
     sender = await world.sender()
     jobs = await world.schedule(sender, 2)
     slow = SlowLoader(world)
@@ -303,7 +303,7 @@ async def test_a_marker_of_a_commit_that_a_load_has_not_seen_survives_it(world: 
     assert await markers(world) == [sender]
 
 
-async def test_a_sender_that_moves_all_the_time_keeps_its_marker(world: World) -> None:
+async def test_a_sender_that_changes_constantly_keeps_its_marker(world: World) -> None:
     class Moving(HeadLoader):
         async def _read(
             self, connection: AsyncConnection, epochs: Mapping[int, str]
@@ -321,7 +321,7 @@ async def test_a_sender_that_moves_all_the_time_keeps_its_marker(world: World) -
     assert await markers(world) == [sender]
 
 
-async def test_a_job_that_begins_to_wait_again_between_the_two_looks_of_a_first_load_is_not_lost(
+async def test_a_job_that_is_requeued_between_the_two_reads_of_a_first_load_is_not_lost(
     world: World, settings: Settings
 ) -> None:
     sender = await world.sender()
@@ -349,7 +349,7 @@ async def test_a_job_that_begins_to_wait_again_between_the_two_looks_of_a_first_
 # Markers -------------------------------------------------------------------------------------
 
 
-async def test_a_marker_that_has_grown_old_brings_the_load_and_a_new_one_does_not(
+async def test_only_an_old_marker_causes_a_load(
     world: World,
 ) -> None:
     old, new = await world.sender(), await world.sender()
@@ -428,7 +428,7 @@ async def test_a_rebuild_restores_heads_window_and_leases(world: World) -> None:
     assert (await claim(world.queues[0])).claims == ()
 
 
-async def test_a_sender_that_only_has_a_history_gets_it_back_with_its_next_job(
+async def test_the_history_of_a_sender_without_jobs_is_restored_with_its_next_job(
     world: World,
 ) -> None:
     sender = await world.sender(limit=1)
@@ -463,7 +463,7 @@ async def test_a_gap_longer_than_the_window_survives_a_loss(world: World) -> Non
     assert await waiting(world, sender) == [second]
 
 
-async def test_one_of_two_rebuilders_does_it(world: World) -> None:
+async def test_only_one_of_two_concurrent_rebuilds_runs(world: World) -> None:
     senders = [await world.sender() for _ in range(3)]
     for sender in senders:
         await world.schedule(sender, load=False)
@@ -481,7 +481,7 @@ async def test_one_of_two_rebuilders_does_it(world: World) -> None:
     assert len((await claim(world.queues[0])).claims) == 3
 
 
-async def test_a_loss_in_the_middle_of_a_rebuild_is_noticed_and_the_next_rebuild_is_whole(
+async def test_a_loss_during_a_rebuild_is_noticed_and_the_next_rebuild_is_complete(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 2)
@@ -520,7 +520,7 @@ async def test_an_intake_during_a_rebuild_is_not_lost(world: World) -> None:
     assert await waiting(world, other) == others
 
 
-async def test_a_rebuild_of_many_senders_goes_by_parts(
+async def test_a_rebuild_of_many_senders_runs_in_chunks(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 7)
@@ -538,7 +538,7 @@ async def test_a_rebuild_of_many_senders_goes_by_parts(
 
 
 class NotingLoader(HeadLoader):
-    """Notes who is loaded, in their order."""
+    """Records the senders that are loaded, in order."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world.engine, world.queues, world.settings)
@@ -550,7 +550,7 @@ class NotingLoader(HeadLoader):
         await super().load(ids, committed=committed)
 
 
-async def test_a_rebuild_begins_with_those_that_are_due_first(
+async def test_a_rebuild_starts_with_the_senders_that_are_due_first(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 2)
@@ -569,7 +569,7 @@ async def test_a_rebuild_begins_with_those_that_are_due_first(
     assert loader.loaded == [*(senders[n] for n in (3, 1, 4, 2, 0)), sends]
 
 
-async def test_a_claim_that_was_not_yet_marked_when_redis_was_lost_does_not_hold(
+async def test_a_claim_not_yet_marked_when_redis_was_lost_does_not_hold(
     world: World,
 ) -> None:
     sender = await world.sender(gap_ms=60_000)
@@ -583,7 +583,7 @@ async def test_a_claim_that_was_not_yet_marked_when_redis_was_lost_does_not_hold
     assert await waiting(world, sender) == jobs, "the slot is another's now"
 
 
-async def test_a_claim_that_was_marked_when_redis_was_lost_holds(world: World) -> None:
+async def test_a_claim_marked_before_redis_was_lost_holds(world: World) -> None:
     sender = await world.sender(gap_ms=60_000)
     jobs = await world.schedule(sender, 2)
     (old,) = (await claim(world.queues[0])).claims

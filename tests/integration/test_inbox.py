@@ -62,7 +62,7 @@ async def test_the_maildir_opens_with_the_standard_library(inbox: Inbox) -> None
     assert not list((inbox.maildir / "tmp").iterdir())
 
 
-async def test_the_record_says_who_sent_what_to_whom_and_when(inbox: Inbox) -> None:
+async def test_the_record_holds_sender_message_recipient_and_times(inbox: Inbox) -> None:
     before = time.time()
     async with await client(inbox) as smtp:
         connected = time.time()
@@ -118,7 +118,7 @@ async def test_the_message_id_is_read_from_the_headers_alone(
     assert inbox.mails[0].message_id == message_id
 
 
-async def test_addresses_outside_ascii_are_offered_and_taken(inbox: Inbox) -> None:
+async def test_non_ascii_addresses_are_offered_and_accepted(inbox: Inbox) -> None:
     async with await client(inbox) as smtp:
         await smtp.ehlo()
         offered = {
@@ -137,7 +137,7 @@ async def test_addresses_outside_ascii_are_offered_and_taken(inbox: Inbox) -> No
     assert read_record(inbox.record) == inbox.mails
 
 
-async def test_a_bounce_without_a_sender_is_taken(inbox: Inbox) -> None:
+async def test_a_bounce_with_an_empty_sender_is_accepted(inbox: Inbox) -> None:
     async with await client(inbox) as smtp:
         await smtp.ehlo()
         await smtp.execute_command(b"MAIL", b"FROM:<>")
@@ -182,7 +182,7 @@ async def test_a_connection_that_dies_in_the_body_leaves_nothing(inbox: Inbox) -
     assert len(read_record(inbox.record)) == 1
 
 
-async def test_many_connections_at_once_lose_and_mix_nothing(inbox: Inbox) -> None:
+async def test_concurrent_connections_neither_lose_nor_mix_mails(inbox: Inbox) -> None:
     contents = {f"m{n}@x.test": b"Subject: %d\r\n\r\n%s\r\n" % (n, b"y" * n) for n in range(100)}
 
     await asyncio.gather(*(send(inbox, content, name) for name, content in contents.items()))
@@ -193,7 +193,7 @@ async def test_many_connections_at_once_lose_and_mix_nothing(inbox: Inbox) -> No
     assert kept == contents
 
 
-async def test_an_inbox_that_starts_again_keeps_its_port_its_mails_and_its_record(
+async def test_an_inbox_keeps_its_port_mails_and_record_over_a_restart(
     tmp_path: Path,
 ) -> None:
     inbox = Inbox(tmp_path / "inbox")
@@ -210,12 +210,12 @@ async def test_an_inbox_that_starts_again_keeps_its_port_its_mails_and_its_recor
     assert len(list((inbox.maildir / "new").iterdir())) == 2
 
 
-async def test_a_port_that_is_taken_is_said(inbox: Inbox, tmp_path: Path) -> None:
+async def test_a_port_in_use_is_an_error_that_names_it(inbox: Inbox, tmp_path: Path) -> None:
     with pytest.raises(LocalServerError, match="address already in use"):
         await Inbox(tmp_path / "other", port=inbox.port).start()
 
 
-async def test_the_inbox_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
+async def test_the_inbox_runs_as_a_separate_process(tmp_path: Path) -> None:
     port, maildir = free_port(), tmp_path / "inbox"
     argv = [sys.executable, "-m", "outbox_server.deploy.embedded.inbox"]
     argv += ["--port", str(port), "--maildir", str(maildir)]

@@ -1,4 +1,4 @@
-"""What the inbox does in place of taking a mail, as a client sees it."""
+"""The faults of the inbox as a client sees them."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ async def send(inbox: Inbox, limit: float = 10) -> None:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("way", [Way.HANG, Way.CLOSE])
-async def test_it_says_nothing_in_one_phase(inbox: Inbox, phase: str, way: Way) -> None:
+async def test_the_inbox_is_silent_in_one_phase(inbox: Inbox, phase: str, way: Way) -> None:
     inbox.trouble = InboxTrouble(way, phase)
     hangs = way is Way.HANG
     with pytest.raises(GONE):
         await send(inbox, 0.2 if hangs else 10)
-    # What came whole is stored, though nobody was told so.
+    # A complete mail is stored, although the client got no reply.
     assert len(inbox.mails) == (phase == "reply")
     inbox.trouble = None
     await send(inbox)
 
 
-async def test_what_hangs_is_ended_by_a_cut(inbox: Inbox) -> None:
+async def test_a_cut_ends_a_hanging_connection(inbox: Inbox) -> None:
     inbox.trouble = InboxTrouble(Way.HANG, "rcpt")
     sending = asyncio.create_task(send(inbox))
     await eventually(lambda: any(one.phase == "" for one in inbox.connections))
@@ -60,7 +60,9 @@ async def test_what_hangs_is_ended_by_a_cut(inbox: Inbox) -> None:
 
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "reply"])
-async def test_a_refusal_for_good_is_remembered_and_not_stored(inbox: Inbox, phase: str) -> None:
+async def test_a_permanent_refusal_is_recorded_and_its_mail_not_stored(
+    inbox: Inbox, phase: str
+) -> None:
     inbox.trouble = InboxTrouble(Way.REFUSE, phase, "552 5.2.2 full")
     with pytest.raises(aiosmtplib.SMTPException) as refusal:
         await send(inbox)
@@ -73,7 +75,7 @@ async def test_a_refusal_for_good_is_remembered_and_not_stored(inbox: Inbox, pha
     assert inbox.refused == ["a@x.test"]
 
 
-async def test_a_wrong_password_is_wrong(inbox: Inbox) -> None:
+async def test_a_wrong_password_is_refused(inbox: Inbox) -> None:
     inbox.trouble = InboxTrouble(Way.REFUSE, "auth", "535 5.7.8 wrong")
     with pytest.raises(aiosmtplib.SMTPAuthenticationError):
         await send(inbox)

@@ -1,4 +1,4 @@
-"""What happens to an intake when something dies, or changes, in the middle of it."""
+"""Intakes during which something dies or changes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def stored(scheduler: Scheduler) -> int:
 
 
 async def opened(scheduler: Scheduler) -> None:
-    """Wait until an intake has opened its transaction, and waits for more."""
+    """Wait until an intake has opened its transaction and waits for more rows."""
     await eventually(lambda: scheduler.value(_OPEN_INTAKES) == 1)
 
 
@@ -162,7 +162,7 @@ async def test_a_client_that_is_killed_leaves_nothing(
 async def scheduler_process(
     database_url: str, redis_url: str, folder: Path
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, Scheduler]]:
-    """Run a scheduler as a process of its own, which can be killed and stopped."""
+    """Run a scheduler as a separate process, which can be killed and paused."""
     address = f"127.0.0.1:{free_port()}"
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -207,7 +207,7 @@ async def test_a_scheduler_that_is_killed_leaves_nothing(
         assert not (await scheduler.schedule(sender, request_id="once")).replayed
 
 
-async def test_a_scheduler_that_slept_in_the_middle_of_an_upload_goes_on_where_it_was(
+async def test_a_scheduler_paused_during_an_upload_continues_the_upload(
     scheduler: Scheduler, database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
     async with scheduler_process(database_url, redis_url, tmp_path) as (process, sleeper):
@@ -240,7 +240,7 @@ async def broken(call: Awaitable[ScheduleBatchResponse]) -> str:
     return caught.value.code().name
 
 
-async def test_a_request_that_waits_for_a_failed_one_takes_its_place(
+async def test_a_request_that_waits_for_an_equal_one_runs_if_that_fails(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     first = Upload(scheduler, sender, request_id="once")
@@ -332,7 +332,7 @@ async def test_a_sender_is_not_deleted_right_before_the_commit_of_its_jobs(
     assert (await deleting).reason == "SENDER_HAS_OPEN_JOBS"
 
 
-async def test_rows_that_are_wrong_late_refuse_the_whole_upload(
+async def test_bad_rows_late_in_an_upload_refuse_the_whole_upload(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     upload = Upload(scheduler, sender)
@@ -367,7 +367,7 @@ async def test_a_batch_is_accepted_while_redis_is_gone(
     assert scheduler.value("SELECT count(*) FROM head_markers") == 1
 
 
-async def test_a_lost_connection_to_postgresql_refuses_the_batch_and_the_next_one_is_fine(
+async def test_a_lost_connection_to_postgresql_refuses_only_the_current_batch(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     # By a blocking client: one of grpc.aio waits for ever where it is refused while it writes.
@@ -434,7 +434,7 @@ def _peak_kib() -> int:
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
-async def test_calls_that_are_cut_off_in_a_statement_leave_a_good_connection(
+async def test_calls_cancelled_during_a_statement_leave_a_usable_connection(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     pause = PauseSenderRequest(sender_id=sender.sender_id)
@@ -447,7 +447,7 @@ async def test_calls_that_are_cut_off_in_a_statement_leave_a_good_connection(
         await scheduler.schedule(sender)
 
 
-async def test_a_scheduler_that_stops_ends_an_upload_that_stands_still(
+async def test_a_scheduler_that_stops_ends_a_stalled_upload(
     database_url: str, redis_url: str
 ) -> None:
     async with asyncio.timeout(PATIENCE):
@@ -460,7 +460,7 @@ async def test_a_scheduler_that_stops_ends_an_upload_that_stands_still(
     assert stored(scheduler) == 0
 
 
-async def test_an_upload_that_stands_still_for_too_long_is_given_up() -> None:
+async def test_an_upload_that_stalls_for_too_long_is_aborted() -> None:
     async def silence() -> AsyncIterator[bytes]:
         yield b"email\n"
         await asyncio.Event().wait()
@@ -471,7 +471,7 @@ async def test_an_upload_that_stands_still_for_too_long_is_given_up() -> None:
     assert caught.value.reason == "UPLOAD_STALLED"
 
 
-async def test_uploads_that_stand_still_do_not_hold_up_a_batch_of_one_message(
+async def test_stalled_uploads_do_not_delay_a_batch_sent_in_one_message(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     uploads = [Upload(scheduler, sender) for _ in range(scheduler.settings.database_pool)]

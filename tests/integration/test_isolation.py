@@ -1,4 +1,4 @@
-"""What the fixtures promise: real servers, and nothing left of another test."""
+"""The promises of the fixtures: real servers, and nothing left over from another test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SENDER = "INSERT INTO senders (user_id, email, hourly_limit) VALUES ('u', 'a@x.t
 
 
 @pytest.mark.parametrize("visit", [1, 2])
-def test_a_database_has_the_schema_and_no_rows(database_url: str, visit: int) -> None:
+def test_the_test_database_has_the_schema_and_no_rows(database_url: str, visit: int) -> None:
     with psycopg.connect(database_url) as connection:
         assert connection.execute("SELECT count(*) FROM senders").fetchone() == (0,)
         connection.execute(SENDER)
@@ -20,7 +20,7 @@ def test_a_database_has_the_schema_and_no_rows(database_url: str, visit: int) ->
 
 
 @pytest.mark.parametrize("visit", [1, 2])
-async def test_a_redis_is_empty(redis: Redis, redis_url: str, visit: int) -> None:
+async def test_the_test_redis_is_empty(redis: Redis, redis_url: str, visit: int) -> None:
     assert await redis.dbsize() == 0
     await redis.set("left", visit)
     async with Redis.from_url(redis_url) as another:
@@ -28,7 +28,7 @@ async def test_a_redis_is_empty(redis: Redis, redis_url: str, visit: int) -> Non
 
 
 @pytest.mark.parametrize("visit", [1, 2])
-def test_a_new_database_is_the_tests_own(
+def test_a_new_database_belongs_to_one_test(
     database_url: str, new_database: Callable[[], str], visit: int
 ) -> None:
     first, second = new_database(), new_database()

@@ -1,4 +1,4 @@
-"""What a job must pass at its claim: a suppression, and its expiry, after it was accepted."""
+"""The last checks of a job at its claim: suppressions and its expiry."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_a_job_to_a_suppressed_address_ends_at_its_claim(world: World) -> 
     assert row.finished_at is not None
 
 
-async def test_a_job_whose_time_ran_out_expires_at_its_claim(world: World) -> None:
+async def test_a_job_past_its_expiry_expires_at_its_claim(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 3)
     for job, left in zip(jobs, ("-1 ms", "1 hour"), strict=False):
         await world.sql(
@@ -66,7 +66,7 @@ async def test_a_job_whose_time_ran_out_expires_at_its_claim(world: World) -> No
     assert await mark(world, jobs[:1]) == []
 
 
-async def test_only_jobs_that_wait_are_judged(world: World) -> None:
+async def test_only_waiting_jobs_are_checked(world: World) -> None:
     (job,) = await world.schedule(await world.sender(), 1)
     assert len(await mark(world, [job])) == 1
     await suppress(world, "r1@y.test")
@@ -81,7 +81,7 @@ async def test_only_jobs_that_wait_are_judged(world: World) -> None:
     assert await world.in_state(JobState.SCHEDULED) == {other}
 
 
-async def test_a_sender_outside_its_hours_is_looked_at_when_they_begin(world: World) -> None:
+async def test_a_sender_outside_its_hours_is_checked_when_they_begin(world: World) -> None:
     now = datetime.now(UTC)
     begins = (now.hour + 12) % 24
     hours = SendingHours(frozenset(), begins * 60, begins * 60 + 30, "UTC")

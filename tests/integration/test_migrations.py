@@ -13,7 +13,7 @@ from outbox_server.shared.database.engine import driver_url, migrate
 from outbox_server.shared.database.models import Base
 
 
-def test_the_migrated_schema_is_what_the_models_say(database_url: str) -> None:
+def test_the_migrated_schema_equals_the_models(database_url: str) -> None:
     engine = create_engine(driver_url(database_url), poolclass=NullPool)
     with engine.connect() as connection:
         context = MigrationContext.configure(
@@ -37,7 +37,9 @@ def test_every_check_of_the_models_is_in_the_schema(database_url: str) -> None:
     assert expected <= found
 
 
-def test_two_migrators_at_once_are_as_good_as_one(new_database: Callable[[], str]) -> None:
+def test_two_concurrent_migrations_give_the_same_schema_as_one(
+    new_database: Callable[[], str],
+) -> None:
     url = new_database()
     engine = create_engine(driver_url(url), poolclass=NullPool)
     with engine.begin() as connection:

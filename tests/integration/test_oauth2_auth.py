@@ -57,7 +57,7 @@ async def session(
         ("oauthbearer", "OAUTHBEARER"),
     ],
 )
-async def test_the_mechanism_is_one_that_the_server_offers(
+async def test_only_a_mechanism_that_the_server_offers_is_used(
     certificate: Certificate, offered: str, mechanism: str
 ) -> None:
     async with session(certificate, mechanisms=offered) as (server, client):

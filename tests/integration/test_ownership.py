@@ -1,4 +1,4 @@
-"""No statement of a call runs before the call is bound to its user, and to no other."""
+"""No statement of a call runs before the call is bound to its own user."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_a_method_that_forgets_its_user_reads_nothing(
         await call(caller, lambda: run(engine, select(Sender.id)))
 
 
-async def test_a_bound_call_reads_what_is_its_users(engine: AsyncEngine) -> None:
+async def test_a_call_bound_to_a_user_reads_only_that_users_rows(engine: AsyncEngine) -> None:
     async def method() -> None:
         bound = owned_by(select(Sender.id), Sender.user_id, "ann")
         assert "user_id" in str(bound)
@@ -76,7 +76,7 @@ async def test_a_users_call_cannot_be_bound_to_others(user_id: str | None) -> No
         await call(ANN, write)
 
 
-async def test_a_backend_may_act_for_anybody(engine: AsyncEngine) -> None:
+async def test_a_backend_may_act_for_any_user(engine: AsyncEngine) -> None:
     async def method() -> None:
         for user_id in ("ann", "bob", None):
             assert await run(engine, owned_by(select(Sender.id), Sender.user_id, user_id)) == []
@@ -84,5 +84,5 @@ async def test_a_backend_may_act_for_anybody(engine: AsyncEngine) -> None:
     await call(BACKEND, method)
 
 
-async def test_outside_of_calls_nobody_asks(engine: AsyncEngine) -> None:
+async def test_queries_outside_of_a_call_need_no_user(engine: AsyncEngine) -> None:
     assert await run(engine, select(Sender.id)) == []

@@ -49,7 +49,7 @@ async def store(engine: AsyncEngine, key: str, passwords: Sequence[str | None]) 
 
 
 async def passwords(engine: AsyncEngine, key: str) -> dict[int, str]:
-    """Return what this key alone decrypts."""
+    """Return the passwords that this key alone decrypts."""
     box, found = SecretBox([key]), {}
     async with engine.connect() as connection:
         rows = (await connection.execute(select(Sender.id, Sender.smtp_password))).all()
@@ -73,7 +73,7 @@ async def command(database_url: str, *keys: str) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, app, argv, env=environment)
 
 
-async def test_every_password_is_under_the_new_key_and_says_the_same(
+async def test_every_password_is_encrypted_with_the_new_key_and_unchanged(
     engine: AsyncEngine, database_url: str
 ) -> None:
     old = await store(engine, OLD, ["p1", None, "p2"])
@@ -92,7 +92,7 @@ async def test_every_password_is_under_the_new_key_and_says_the_same(
     assert json.loads(again.stdout)["rotated_count"] == 0
 
 
-async def test_a_rotation_that_was_cut_off_goes_on(engine: AsyncEngine, database_url: str) -> None:
+async def test_an_interrupted_rotation_continues(engine: AsyncEngine, database_url: str) -> None:
     ids = await store(engine, OLD, [f"p{n}" for n in range(5)])
     async with engine.begin() as connection:
         chunk = await rotate_chunk(connection, BOTH, 0, limit=2)
@@ -107,7 +107,7 @@ async def test_a_rotation_that_was_cut_off_goes_on(engine: AsyncEngine, database
     assert len(await passwords(engine, NEW)) == 5
 
 
-async def test_a_password_of_a_lost_key_is_named_and_stops_no_other(
+async def test_a_password_of_a_lost_key_is_reported_and_stops_no_other(
     engine: AsyncEngine, database_url: str
 ) -> None:
     (lost,) = await store(engine, LOST, ["gone"])
@@ -181,7 +181,7 @@ async def test_secrets_and_tokens_of_oauth2_are_rotated_too(
     assert json.loads(again.stdout)["rotated_count"] == 0
 
 
-async def test_a_lost_secret_of_oauth2_is_named_and_a_lost_access_token_is_not(
+async def test_only_lost_oauth2_secrets_are_reported_not_lost_access_tokens(
     engine: AsyncEngine, database_url: str
 ) -> None:
     lost, old = SecretBox([LOST]), SecretBox([OLD])
@@ -217,7 +217,7 @@ async def test_oauth2_is_rotated_in_chunks(engine: AsyncEngine) -> None:
 
 
 @pytest.mark.parametrize("keys", [(), (OLD,), (OLD, ""), (OLD, OLD)])
-async def test_without_a_new_key_it_refuses(
+async def test_a_rotation_without_a_new_key_is_refused(
     engine: AsyncEngine, database_url: str, keys: tuple[str, ...]
 ) -> None:
     await store(engine, OLD, ["p1"])

@@ -1,4 +1,4 @@
-"""What a simulated provider makes of SMTP: order, limits, TLS and AUTH, over a bare socket."""
+"""SMTP of a simulated provider over a bare socket: order, limits, TLS and AUTH."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ async def test_dots_are_unstuffed_and_the_body_is_stored_as_it_was_written(tmp_p
     assert [one.bytes for one in provider.tally.mails] == [len(one) for one in stored]
 
 
-async def test_a_mail_above_size_is_refused_before_and_after_its_body() -> None:
+async def test_a_mail_above_the_size_limit_is_refused_before_and_after_its_body() -> None:
     async with Provider(dataclasses.replace(PLAIN, size=1000)) as provider:
         async with bare_client(provider) as client:
             assert "SIZE 1000" in await greeted(client)
@@ -171,7 +171,7 @@ def buffered(reader: asyncio.StreamReader) -> int:
     return len(buffer)
 
 
-async def test_a_line_without_an_end_takes_no_memory() -> None:
+async def test_an_endless_line_takes_no_memory() -> None:
     reader = asyncio.StreamReader()
     # Replies are not sent here, so nothing is written.
     wire = Wire(reader, cast(asyncio.StreamWriter, None), idle_s=10)
@@ -197,7 +197,7 @@ async def test_a_line_without_an_end_takes_no_memory() -> None:
         ("EHLO x\0", "500"),
     ],
 )
-async def test_what_comes_before_ehlo_or_is_no_command_is_refused(
+async def test_unknown_commands_and_commands_before_ehlo_are_refused(
     plain: Provider, line: str, code: str
 ) -> None:
     async with bare_client(plain) as client:
@@ -231,7 +231,7 @@ async def test_commands_are_checked(plain: Provider, line: str, code: str) -> No
         assert (await client.say(line)).startswith(code)
 
 
-async def test_a_client_that_makes_nothing_but_errors_is_let_go(plain: Provider) -> None:
+async def test_a_client_that_sends_only_errors_is_disconnected(plain: Provider) -> None:
     async with bare_client(plain) as client:
         await greeted(client)
         client.write(*["NONSENSE"] * 30)
@@ -249,7 +249,7 @@ async def _until_closed(client: BareClient) -> AsyncIterator[str]:
         return
 
 
-async def test_how_a_connection_ended_is_counted(plain: Provider) -> None:
+async def test_connections_are_counted_by_how_they_ended(plain: Provider) -> None:
     async with bare_client(plain) as client:
         await greeted(client)
         assert (await client.say("QUIT")).startswith("221")
@@ -267,7 +267,7 @@ async def test_how_a_connection_ended_is_counted(plain: Provider) -> None:
     assert (plain.tally.connections, plain.tally.open_connections) == (3, 0)
 
 
-async def test_greeting_and_empty_lines_come_as_the_profile_says() -> None:
+async def test_the_profile_sets_the_greeting_delay_and_the_blank_lines_before_a_reply() -> None:
     profile = dataclasses.replace(PLAIN, greeting_delay_s=0.1, blank_lines=2)
     async with Provider(profile) as provider, bare_client(provider) as client:
         with pytest.raises(TimeoutError):
@@ -334,7 +334,7 @@ async def test_a_session_starts_again_after_starttls(
         assert (await client.say("AUTH LOGIN")).startswith("503")
 
 
-async def test_what_was_pipelined_after_starttls_is_not_taken_for_encrypted(
+async def test_commands_pipelined_after_starttls_are_not_treated_as_encrypted(
     gmail: Provider,
 ) -> None:
     async with bare_client(gmail) as client:
@@ -368,7 +368,7 @@ OAUTHBEARER = "n,a={user},\x01host=smtp.x.test\x01port=587\x01auth=Bearer {secre
     ],
 )
 @pytest.mark.parametrize("initial", [True, False])
-async def test_a_secret_signs_in_and_another_does_not(
+async def test_only_the_right_secret_authenticates(
     mechanism: str, response: str, secret: str, initial: bool
 ) -> None:
     async with Provider(GMAIL, accounts=ACCOUNTS) as provider, bare_client(provider) as client:
@@ -402,7 +402,7 @@ async def test_login_asks_for_name_and_password() -> None:
         assert (await client.say(encoded(PASSWORD))).startswith("235")
 
 
-async def test_a_token_that_is_revoked_signs_in_no_longer() -> None:
+async def test_a_revoked_token_no_longer_authenticates() -> None:
     accounts = {USER: Account(tokens={"old"})}
     async with Provider(GMAIL, accounts=accounts) as provider:
         for tokens, code in (({"old"}, "235"), ({"new"}, "334")):
@@ -423,7 +423,7 @@ async def test_a_token_that_is_revoked_signs_in_no_longer() -> None:
         (["AUTH CRAM-MD5"], "504"),
     ],
 )
-async def test_an_exchange_that_comes_to_no_end_is_an_error(lines: list[str], code: str) -> None:
+async def test_an_unfinished_auth_exchange_is_an_error(lines: list[str], code: str) -> None:
     async with Provider(GMAIL, accounts=ACCOUNTS) as provider, bare_client(provider) as client:
         await greeted(client)
         for line in lines:
@@ -431,7 +431,7 @@ async def test_an_exchange_that_comes_to_no_end_is_an_error(lines: list[str], co
         assert reply.startswith(code)
 
 
-async def test_the_third_wrong_password_of_a_connection_is_its_last() -> None:
+async def test_a_connection_is_closed_after_the_third_wrong_password() -> None:
     async with Provider(EXCHANGE_ONLINE, accounts=ACCOUNTS) as provider:
         async with bare_client(provider) as client:
             await greeted(client)
@@ -464,7 +464,7 @@ async def test_a_stop_cuts_connections_and_what_was_written_is_complete(tmp_path
     assert provider.tally.summary()["accepted"] == 1
 
 
-async def test_a_provider_that_becomes_another_one_keeps_its_count(plain: Provider) -> None:
+async def test_a_provider_that_changes_its_profile_keeps_its_counts(plain: Provider) -> None:
     blocked = RefusingReply(Phase.MAIL, 550, "5.7.1", "blocked", closes=True)
     other: Profile = dataclasses.replace(
         PLAIN, always=(blocked,), rates=(Rate(1, MINUTE_S, blocked),)

@@ -1,4 +1,4 @@
-"""Each simulated provider, driven by a foreign client: its limits, its words, its counts."""
+"""Each simulated provider, driven by a foreign client: its limits, its replies, its counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 
 def rate(profile: Profile, seconds: float, most: int, *, last: float | None = None) -> Profile:
-    """Return a profile with the rate of one period alone, with another number."""
+    """Return a profile with only the rate of one period, with another number."""
     [found] = [one for one in profile.rates if one.seconds == seconds]
     changed = dataclasses.replace(found, most=most, seconds=last or seconds)
     return dataclasses.replace(profile, rates=(changed,))
@@ -189,7 +189,7 @@ async def test_ionos_counts_mails_per_hour() -> None:
     ],
     ids=lambda one: getattr(one, "name", ""),
 )
-async def test_mails_per_connection_are_limited_and_a_new_connection_starts_again(
+async def test_mails_per_connection_are_limited_and_a_new_connection_resets_the_count(
     profile: Profile, words: str, closes: bool
 ) -> None:
     async with Provider(profile) as provider:
@@ -282,7 +282,7 @@ async def test_postgrey_refuses_a_new_triplet_and_takes_it_after_the_delay() -> 
         assert provider.tally.accepted == 2
 
 
-async def test_a_slow_scanner_has_accepted_before_it_replies() -> None:
+async def test_a_slow_scanner_accepts_the_mail_before_it_replies() -> None:
     async with Provider(dataclasses.replace(SLOW_SCANNER, reply_delay_s=60.0)) as provider:
         async with foreign_client(provider) as client:
             assert client.smtp.sock is not None
@@ -331,7 +331,7 @@ async def test_a_wrong_password_is_refused_in_the_words_of_the_provider(profile:
 @pytest.mark.parametrize(
     "profile", [one for one in PROFILES.values() if not one.always], ids=lambda one: one.name
 )
-async def test_permanent_refusals_are_counted_and_the_session_goes_on(
+async def test_permanent_refusals_are_counted_and_the_session_continues(
     profile: Profile,
 ) -> None:
     profile = dataclasses.replace(profile, greylist=None, reply_delay_s=0)
@@ -346,7 +346,7 @@ async def test_permanent_refusals_are_counted_and_the_session_goes_on(
         assert (tally.accepted, tally.refused_for_good, tally.copies) == (1, 2, 0)
 
 
-async def test_a_copy_is_a_message_id_that_was_accepted_before() -> None:
+async def test_a_repeated_message_id_counts_as_a_copy() -> None:
     async with Provider(PLAIN) as provider:
         async with foreign_client(provider) as client:
             for number in (1, 2, 1, 1):
@@ -354,7 +354,7 @@ async def test_a_copy_is_a_message_id_that_was_accepted_before() -> None:
         assert (provider.tally.accepted, provider.tally.copies) == (4, 2)
 
 
-async def test_accounts_are_counted_apart() -> None:
+async def test_accounts_are_counted_separately() -> None:
     accounts = {**ACCOUNTS, "ben": ACCOUNTS[USER]}
     async with Provider(of_day(GMAIL, 1), accounts=accounts) as provider:
         clients: list[ForeignClient] = []

@@ -29,7 +29,7 @@ async def proxy(stores: Stores, redis_url: str) -> AsyncIterator[TcpProxy]:
 
 @pytest.fixture
 async def client(proxy: TcpProxy) -> AsyncIterator[Redis]:
-    """One connection, which is never repeated behind our back."""
+    """One connection, which is never reopened automatically."""
     never = Retry(NoBackoff(), 0)
     async with Redis(
         host=LOOPBACK, port=proxy.port, single_connection_client=True, retry=never
@@ -37,13 +37,13 @@ async def client(proxy: TcpProxy) -> AsyncIterator[Redis]:
         yield client
 
 
-async def test_what_is_said_goes_through_both_ways(client: Redis) -> None:
+async def test_the_proxy_forwards_both_ways(client: Redis) -> None:
     value = b"x" * 1_000_000
     await client.set("a", value)
     assert await client.get("a") == value
 
 
-async def test_it_refuses_and_heals_on_the_same_port_again_and_again(
+async def test_the_proxy_refuses_and_heals_repeatedly_on_the_same_port(
     proxy: TcpProxy, client: Redis
 ) -> None:
     for _ in range(3):
@@ -58,7 +58,7 @@ async def test_it_refuses_and_heals_on_the_same_port_again_and_again(
         proxy.heal()
 
 
-async def test_a_cut_ends_what_there_is_and_no_more(proxy: TcpProxy, client: Redis) -> None:
+async def test_a_cut_ends_only_existing_connections(proxy: TcpProxy, client: Redis) -> None:
     assert await client.ping()
     proxy.cut()
     with pytest.raises(RedisConnectionError):
@@ -66,7 +66,7 @@ async def test_a_cut_ends_what_there_is_and_no_more(proxy: TcpProxy, client: Red
     assert await client.ping()
 
 
-async def test_what_comes_late_comes_whole(proxy: TcpProxy, client: Redis) -> None:
+async def test_delayed_data_arrives_complete(proxy: TcpProxy, client: Redis) -> None:
     assert await client.ping()
     proxy.lag(0.1)
     began = time.monotonic()
@@ -76,9 +76,7 @@ async def test_what_comes_late_comes_whole(proxy: TcpProxy, client: Redis) -> No
     assert await client.incr("n") == 2
 
 
-async def test_it_shows_the_certificate_that_it_has_at_the_moment(
-    stores: Stores, tmp_path: Path
-) -> None:
+async def test_the_proxy_presents_its_current_certificate(stores: Stores, tmp_path: Path) -> None:
     trusted, other = self_signed(tmp_path), self_signed(tmp_path / "other")
     context = server_context(trusted)
     async with TcpProxy(lambda: stores.redis.port, context) as proxy:
@@ -94,7 +92,7 @@ async def test_it_shows_the_certificate_that_it_has_at_the_moment(
                     await client.ping()
 
 
-async def test_what_a_hang_holds_back_comes_after_it(proxy: TcpProxy, client: Redis) -> None:
+async def test_data_held_back_by_a_hang_arrives_after_it(proxy: TcpProxy, client: Redis) -> None:
     assert await client.ping()
     proxy.hang()
     slow = asyncio.ensure_future(client.incr("n"))
@@ -106,7 +104,7 @@ async def test_what_a_hang_holds_back_comes_after_it(proxy: TcpProxy, client: Re
     writer.close()
 
 
-async def test_a_command_of_a_client_that_gave_up_is_carried_out_late(
+async def test_a_command_of_a_client_that_gave_up_is_executed_later(
     proxy: TcpProxy, client: Redis, redis: Redis
 ) -> None:
     assert await client.ping()

@@ -1,4 +1,4 @@
-"""Recovery of leases that ran out, on a real PostgreSQL, also against others of its kind."""
+"""Recovery of expired leases on a real PostgreSQL, also run concurrently."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_a_recovery_and_a_settlement_at_once_record_one_outcome(
     await world.check_counts()
 
 
-async def test_next_expiry_is_that_of_the_first_lease(
+async def test_the_next_expiry_is_that_of_the_first_lease(
     world: World, connection: AsyncConnection
 ) -> None:
     jobs = await world.schedule(await world.sender(), 2, load=False)
@@ -146,7 +146,7 @@ def recovery_of(world: World) -> Callable[..., Recovery]:
 @pytest.mark.parametrize(
     ("policy", "state"), [("resend", JobState.SCHEDULED), ("hold", JobState.UNCERTAIN)]
 )
-async def test_the_policy_decides_about_jobs_whose_lease_ran_out(
+async def test_the_policy_decides_about_jobs_whose_lease_expired(
     world: World,
     connection: AsyncConnection,
     recovery_of: Callable[..., Recovery],
@@ -166,7 +166,7 @@ async def test_the_policy_decides_about_jobs_whose_lease_ran_out(
     assert due == ([f"{job:012d}:2"] if state is JobState.SCHEDULED else [])
 
 
-async def test_a_recovered_job_is_not_forgotten_if_redis_is_away_at_that_moment(
+async def test_a_job_recovered_while_redis_is_unreachable_is_not_lost(
     world: World, connection: AsyncConnection
 ) -> None:
     """The marker, of the same transaction, brings the load later."""
@@ -185,7 +185,7 @@ async def test_a_recovered_job_is_not_forgotten_if_redis_is_away_at_that_moment(
     assert [row.sender_id for row in await world.sql("SELECT * FROM head_markers")] == [sender]
 
 
-async def test_whoever_sent_while_postgresql_hung_is_given_time_to_record_it(
+async def test_a_dispatcher_that_sent_while_postgresql_hung_gets_time_to_record_it(
     world: World,
     connection: AsyncConnection,
     recovery_of: Callable[..., Recovery],

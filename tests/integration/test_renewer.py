@@ -101,7 +101,7 @@ async def held_in_redis(world: World) -> int:
 # While all goes well -------------------------------------------------------------------------
 
 
-async def test_a_reply_that_comes_after_several_leases_is_waited_for(
+async def test_a_reply_that_takes_several_leases_is_awaited(
     world: World, sending: SendingWithoutSmtp
 ) -> None:
     await world.schedule(await world.sender())
@@ -224,7 +224,7 @@ async def test_a_send_that_cannot_be_renewed_stops_before_its_lease_ends_and_has
         await eventually(sent_again)
 
 
-async def test_a_shard_that_is_away_stops_no_send_of_another(
+async def test_an_unreachable_shard_stops_no_send_of_another_shard(
     world: World, proxies: dict[str, TcpProxy]
 ) -> None:
     senders = [await world.sender() for _ in range(2)]
@@ -245,7 +245,7 @@ async def test_a_shard_that_is_away_stops_no_send_of_another(
     assert (sends[0].replied, sends[1].replied) == (False, True)
 
 
-async def test_a_connection_to_postgresql_that_is_silent_stops_no_send(
+async def test_a_silent_connection_to_postgresql_stops_no_send(
     world: World, proxies: dict[str, TcpProxy]
 ) -> None:
     proxy = proxies["postgres"]
@@ -295,7 +295,7 @@ async def test_a_lost_redis_stops_no_send_that_is_restored_in_time(
     assert await held_in_redis(world) == 0
 
 
-async def test_a_lost_redis_that_nobody_restores_stops_the_send(
+async def test_a_lost_redis_that_is_not_restored_stops_the_send(
     world: World, sending: SendingWithoutSmtp
 ) -> None:
     await world.schedule(await world.sender())
@@ -331,7 +331,7 @@ async def test_a_send_whose_job_was_recovered_stops_at_once_and_overwrites_nothi
     assert (await world.job(send.job), await world.attempts(send.job)) == before
 
 
-async def test_a_dispatcher_that_slept_past_a_renewed_lease_stops_and_overwrites_nothing(
+async def test_a_dispatcher_paused_past_a_renewed_lease_stops_and_overwrites_nothing(
     world: World, sending: SendingWithoutSmtp
 ) -> None:
     await world.schedule(await world.sender())
@@ -392,7 +392,7 @@ async def test_a_dispatcher_that_slept_past_a_renewed_lease_stops_and_overwrites
 # What a send knows of its lease --------------------------------------------------------------
 
 
-async def test_a_send_is_given_back_by_the_lease_that_was_renewed(
+async def test_a_send_is_given_back_under_its_renewed_lease(
     world: World, sending: SendingWithoutSmtp
 ) -> None:
     await world.schedule(await world.sender())

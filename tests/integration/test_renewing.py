@@ -1,4 +1,4 @@
-"""Renewals of leases in PostgreSQL, and what else may have a job at the same time."""
+"""Renewals of leases in PostgreSQL, also concurrent with other statements on the same job."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def waiting_for_locks(world: World, n: int) -> None:
     await eventually(waiting)
 
 
-async def test_a_renewal_moves_the_end_to_a_whole_lease_from_now(
+async def test_a_renewal_moves_the_end_to_a_full_lease_from_now(
     world: World, connection: AsyncConnection
 ) -> None:
     first, second, other = await marked_jobs(world, connection, 3)
@@ -101,7 +101,7 @@ async def test_a_renewal_moves_the_end_to_a_whole_lease_from_now(
     ],
     ids=["sent", "waiting", "a newer attempt", "gone"],
 )
-async def test_a_job_that_is_not_ours_is_not_renewed(
+async def test_a_job_that_changed_after_its_mark_is_not_renewed(
     world: World, connection: AsyncConnection, spoil: str
 ) -> None:
     job, good = await marked_jobs(world, connection, 2)
@@ -144,7 +144,7 @@ async def test_a_renewal_whose_answer_was_lost_is_repeated(
     assert again[job.job.job_id] > lost[job.job.job_id]
 
 
-async def test_a_renewed_job_is_given_back_by_its_new_end_alone(
+async def test_a_renewed_job_is_given_back_only_by_its_new_end(
     world: World, connection: AsyncConnection
 ) -> None:
     # So a send that does not know its end is recorded as an attempt (HeldJob.known).
@@ -168,7 +168,7 @@ async def test_a_renewed_job_is_settled_by_its_attempt(
 # Against a recovery --------------------------------------------------------------------------
 
 
-async def test_a_lease_that_ran_out_unnoticed_is_renewed_and_not_recovered(
+async def test_an_expired_lease_that_nobody_noticed_is_renewed_and_not_recovered(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await marked_jobs(world, connection, lease=OVER)
@@ -177,7 +177,7 @@ async def test_a_lease_that_ran_out_unnoticed_is_renewed_and_not_recovered(
     assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == []
 
 
-async def test_a_recovery_passes_over_a_lease_that_is_being_renewed(
+async def test_a_recovery_skips_a_lease_that_is_being_renewed(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await marked_jobs(world, connection, lease=OVER)
@@ -203,7 +203,7 @@ async def test_a_renewal_waits_for_a_recovery_under_way(
         assert set(await renewing) == (set() if recovered else {job.job.job_id})
 
 
-async def test_a_recovered_attempt_that_was_renewed_started_with_its_last_lease_at_the_latest(
+async def test_a_recovered_attempt_starts_no_later_than_its_last_renewal(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await marked_jobs(world, connection)

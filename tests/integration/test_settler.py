@@ -1,4 +1,4 @@
-"""What the settler tells Redis, whatever came in between."""
+"""What the settler writes to Redis after interruptions of any kind."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def claim_before_tomorrows(world: World, sender: int) -> tuple[int, Claim]
     return job, await claim_one(world)
 
 
-async def test_a_job_that_was_given_back_by_a_commit_without_an_answer_is_claimed_again(
+async def test_a_job_given_back_by_an_unanswered_commit_is_claimed_again(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()
@@ -82,7 +82,7 @@ async def test_a_job_that_was_given_back_by_a_commit_without_an_answer_is_claime
     assert (await claim_one(world)).job == claim.job
 
 
-async def test_a_claim_that_came_to_nothing_does_not_make_the_next_one_late(
+async def test_an_unused_claim_does_not_make_the_next_one_late(
     world: World, statements: AsyncEngine
 ) -> None:
     await world.schedule(await world.sender())
@@ -95,7 +95,7 @@ async def test_a_claim_that_came_to_nothing_does_not_make_the_next_one_late(
     assert claim.waited <= again.waited < timedelta(minutes=5)
 
 
-async def test_a_job_refused_in_a_pause_that_is_over_before_redis_knows_is_claimed_again(
+async def test_a_job_refused_in_a_pause_that_ends_before_redis_learns_of_it_is_claimed_again(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()

@@ -36,7 +36,7 @@ async def test_the_operators_ca_is_trusted_for_every_endpoint(
         await pool.close()
 
 
-async def test_a_senders_ca_is_trusted_for_its_endpoint_alone(
+async def test_a_senders_ca_is_trusted_only_for_its_endpoint(
     security: SmtpSecurity, tmp_path: Path
 ) -> None:
     pool = pool_of(timeout=5.0)
@@ -66,7 +66,7 @@ def serving(folder: Path, security: SmtpSecurity) -> ScriptedServer:
     return ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS)
 
 
-async def test_a_ca_that_cannot_be_used_is_the_endpoints_fault(security: SmtpSecurity) -> None:
+async def test_an_unusable_ca_is_a_failure_of_the_endpoint(security: SmtpSecurity) -> None:
     pool = pool_of(timeout=5.0)
     async with ScriptedServer(extensions=["STARTTLS"]) as server:
         result = await send(pool, endpoint_of(server, security=security, ca="no certificate"))
@@ -92,7 +92,7 @@ def test_a_text_without_a_certificate_is_no_ca(text: str, tmp_path: Path) -> Non
         TlsContexts.from_settings(load_settings(smtp_ca=str(file)))
 
 
-def test_certificates_have_a_limit_of_size(tmp_path: Path) -> None:
+def test_the_size_of_certificates_is_limited(tmp_path: Path) -> None:
     text = self_signed(tmp_path).public.read_text()
     check_ca(text + "#" * (MAX_CA_BYTES - len(text)))
     with pytest.raises(ValueError, match="at most 65536 bytes"):
@@ -100,7 +100,7 @@ def test_certificates_have_a_limit_of_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strange", ["\x00", "\x1b[2J", "\u00e4"])
-def test_certificates_are_text_that_can_be_stored_and_shown(strange: str, tmp_path: Path) -> None:
+def test_certificates_must_be_storable_text(strange: str, tmp_path: Path) -> None:
     text = self_signed(tmp_path).public.read_text()
     with pytest.raises(ValueError, match=r"must be PEM, in ASCII \(got a character U\+00"):
         check_ca(text + strange)
@@ -119,6 +119,6 @@ def test_the_number_of_certificates_has_a_limit(tmp_path: Path) -> None:
         check_ca(text * (MAX_CA_CERTIFICATES + 1))
 
 
-def test_a_file_that_is_missing_stops_the_start() -> None:
+def test_a_missing_file_prevents_the_start() -> None:
     with pytest.raises(ConfigurationError, match="OUTBOX_SMTP_CA: /no/such/file cannot be read"):
         TlsContexts.from_settings(load_settings(smtp_ca="/no/such/file"))

@@ -36,7 +36,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 class Crowded(ScriptedServer):
-    """Refuses connections that are one too many, in the greeting."""
+    """Refuses connections above its limit in the greeting."""
 
     def __init__(self, most: int, **plan: Any) -> None:
         super().__init__({"greeting": self._greet, **plan})
@@ -51,7 +51,7 @@ class Crowded(ScriptedServer):
         return Say("421 4.7.0 too many concurrent connections")
 
 
-async def test_connections_drop_to_what_worked_and_rise_again_one_by_one() -> None:
+async def test_connections_drop_to_the_number_that_worked_and_rise_one_by_one() -> None:
     clock, gate = PoolClock(), asyncio.Event()
     pool = pool_of(timeout=5.0, clock=clock, size=5, idle=10_000.0, connection_age=10_000.0)
     async with Crowded(2, mail=(Wait(gate), Well())) as server:
@@ -75,7 +75,7 @@ async def test_connections_drop_to_what_worked_and_rise_again_one_by_one() -> No
     await pool.close()
 
 
-async def test_a_first_connection_that_is_one_too_many_is_tried_again_after_a_pause(
+async def test_a_refused_first_connection_is_retried_after_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("outbox_server.services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
@@ -116,7 +116,7 @@ def waiting_in(pool: SmtpPool) -> list[Any]:
     return list(only._waiters)
 
 
-async def test_the_place_of_a_connection_that_died_is_given_once() -> None:
+async def test_the_slot_of_a_connection_that_died_is_reused_once() -> None:
     pool = pool_of(timeout=5.0, size=1)
     async with ScriptedServer() as server:
         await send(pool, server)

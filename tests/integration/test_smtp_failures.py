@@ -52,7 +52,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 @pytest.fixture
 async def hasty() -> AsyncIterator[SmtpPool]:
-    """A pool that gives a silent server up soon."""
+    """A pool with a short time-out for a silent server."""
     pool = pool_of()
     yield pool
     await pool.close()
@@ -74,7 +74,7 @@ async def hasty() -> AsyncIterator[SmtpPool]:
         ("530 5.7.0 authenticate first", (CONNECTION, 530, "5.7.0")),
     ],
 )
-async def test_a_refusal_says_by_its_code_what_it_is(
+async def test_the_code_of_a_refusal_decides_its_outcome(
     pool: SmtpPool, phase: str, answer: str, expected: tuple[AttemptOutcome, int, str | None]
 ) -> None:
     async with ScriptedServer({phase: [Say(answer)]}) as server:
@@ -91,7 +91,7 @@ async def test_a_refusal_says_by_its_code_what_it_is(
 
 @pytest.mark.parametrize("phase", ["greeting", "ehlo"])
 @pytest.mark.parametrize("answer", ["421 4.3.2 closing", "554 5.7.1 not you", "450 4.7.1 later"])
-async def test_a_server_that_refuses_us_is_not_a_mail_that_is_refused(
+async def test_a_server_that_refuses_the_session_does_not_refuse_the_mail(
     pool: SmtpPool, phase: str, answer: str
 ) -> None:
     async with ScriptedServer({phase: Say(answer)}) as server:
@@ -103,7 +103,7 @@ async def test_a_server_that_refuses_us_is_not_a_mail_that_is_refused(
         await all_closed(pool)
 
 
-async def test_nobody_listens(pool: SmtpPool) -> None:
+async def test_a_port_without_a_listener_is_a_connection_failure(pool: SmtpPool) -> None:
     port = free_port()
     result = await send(pool, Endpoint("127.0.0.1", port, SmtpSecurity.NONE))
 
@@ -114,7 +114,7 @@ async def test_nobody_listens(pool: SmtpPool) -> None:
     assert state.last_error_at == pytest.approx(time.time(), abs=5)
 
 
-async def test_a_name_that_does_not_resolve(pool: SmtpPool) -> None:
+async def test_a_name_that_does_not_resolve_is_a_connection_failure(pool: SmtpPool) -> None:
     result = await send(pool, Endpoint("no-such-host.invalid", 25, SmtpSecurity.NONE))
 
     assert (result.outcome, result.body_begun) == (CONNECTION, False)
@@ -134,7 +134,7 @@ async def test_a_name_that_does_not_resolve(pool: SmtpPool) -> None:
     ],
 )
 @pytest.mark.parametrize("phase", ["mail", "body"])
-async def test_an_answer_that_is_no_smtp_is_trouble_with_the_connection(
+async def test_an_answer_that_is_not_smtp_is_a_connection_failure(
     hasty: SmtpPool, phase: str, answer: bytes
 ) -> None:
     async with ScriptedServer({phase: [Say(answer)]}) as server:
@@ -153,7 +153,7 @@ async def test_an_answer_that_is_no_smtp_is_trouble_with_the_connection(
 
 
 @pytest.mark.parametrize("phase", OPENING)
-async def test_a_connection_that_dies_before_the_body_is_no_doubt(
+async def test_a_connection_that_dies_before_the_body_leaves_no_doubt(
     pool: SmtpPool, phase: str
 ) -> None:
     async with ScriptedServer({phase: Close()}) as server:
@@ -164,7 +164,9 @@ async def test_a_connection_that_dies_before_the_body_is_no_doubt(
     assert server.body_bytes == 0
 
 
-async def test_a_connection_that_dies_after_the_body_is_a_doubt(pool: SmtpPool) -> None:
+async def test_a_connection_that_dies_after_the_body_leaves_the_mail_in_doubt(
+    pool: SmtpPool,
+) -> None:
     async with ScriptedServer({"body": Close()}) as server:
         result = await send(pool, server)
 
@@ -174,7 +176,7 @@ async def test_a_connection_that_dies_after_the_body_is_a_doubt(pool: SmtpPool) 
 
 
 @pytest.mark.parametrize("phase", OPENING)
-async def test_a_server_that_hangs_before_the_body_is_given_up(hasty: SmtpPool, phase: str) -> None:
+async def test_a_server_that_hangs_before_the_body_times_out(hasty: SmtpPool, phase: str) -> None:
     async with ScriptedServer({phase: Wait()}) as server:
         began = time.monotonic()
         result = await send(hasty, server)
@@ -186,7 +188,7 @@ async def test_a_server_that_hangs_before_the_body_is_given_up(hasty: SmtpPool, 
         await eventually(lambda: not server.open)
 
 
-async def test_a_server_that_hangs_after_the_body_is_a_doubt(hasty: SmtpPool) -> None:
+async def test_a_server_that_hangs_after_the_body_leaves_the_mail_in_doubt(hasty: SmtpPool) -> None:
     async with ScriptedServer({"body": Wait()}) as server:
         began = time.monotonic()
         result = await send(hasty, server)
@@ -198,8 +200,8 @@ async def test_a_server_that_hangs_after_the_body_is_a_doubt(hasty: SmtpPool) ->
         await eventually(lambda: not server.open)
 
 
-async def test_a_server_that_is_slow_in_every_phase_is_given_up(hasty: SmtpPool) -> None:
-    """Each answer comes within its limit; together they would take the lease."""
+async def test_a_server_that_is_slow_in_every_phase_times_out(hasty: SmtpPool) -> None:
+    """Each reply comes within its limit, but together they would exceed the lease."""
 
     def slowly() -> Any:
         event = asyncio.Event()
@@ -229,7 +231,7 @@ async def test_a_silent_server_does_not_hold_a_mail_beyond_the_lease() -> None:
         assert time.monotonic() - began < 3600
 
 
-async def test_a_server_that_hangs_at_rset_does_not_hold_the_outcome_back(
+async def test_a_server_that_hangs_at_rset_does_not_delay_the_outcome(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(session, "_RESET_LIMIT_S", LIMIT)
@@ -246,7 +248,7 @@ async def test_a_server_that_hangs_at_rset_does_not_hold_the_outcome_back(
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_what_a_server_does_not_read_is_not_sent_after_the_end(loop_factory: Any) -> None:
+def test_data_that_a_server_did_not_read_is_not_sent_after_the_deadline(loop_factory: Any) -> None:
     """The rest of a body must not trickle out later, nor hold a socket for ever."""
     data = b"Subject: s\r\n\r\n" + b"line\r\n" * 3_000_000
 

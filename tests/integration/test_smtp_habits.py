@@ -1,4 +1,4 @@
-"""Habits of real mail servers: nothing is lost to them and nothing is sent twice."""
+"""Behaviour of real mail servers: it loses no mail and makes no copies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 def after(mails: int, answer: str) -> Habit:
-    """Return what refuses every mail of a connection after so many."""
+    """Return a plan that refuses every mail of a connection after so many."""
     return lambda heard: Say(answer) if heard.begun > mails else Well()
 
 
@@ -82,7 +82,7 @@ def once_each(count: int) -> dict[str, int]:
         ("body", 5, "421 4.3.2 closing"),
     ],
 )
-async def test_a_server_that_accepts_some_mails_per_connection_gets_all_of_them(
+async def test_a_server_that_limits_mails_per_connection_gets_all_mails(
     pool: SmtpPool, extensions: tuple[str, ...], phase: str, mails: int, answer: str
 ) -> None:
     plan = {phase: after(mails, answer)}
@@ -116,7 +116,7 @@ async def test_a_learned_number_of_mails_is_forgotten_after_an_hour() -> None:
     await pool.close()
 
 
-async def test_a_refusal_after_idling_teaches_nothing() -> None:
+async def test_a_refusal_after_idling_sets_no_limit_of_mails_per_connection() -> None:
     """The server ended the connection for its age, not for the number of its mails."""
     clock = PoolClock()
     pool = pool_of(timeout=5.0, clock=clock)
@@ -137,7 +137,7 @@ async def test_a_refusal_after_idling_teaches_nothing() -> None:
         ("550 5.4.5 daily quota", ReplyClass.ACCOUNT),
     ],
 )
-async def test_a_refusal_on_a_new_connection_as_well_is_what_it_says(
+async def test_a_refusal_that_repeats_on_a_new_connection_is_taken_literally(
     pool: SmtpPool, answer: str, expected: ReplyClass
 ) -> None:
     plan = {"mail": [Well(), Say("421 4.3.2 enough"), Say(answer), Well()]}
@@ -170,7 +170,7 @@ async def test_the_old_connection_is_closed_before_the_new_one_is_opened() -> No
     await pool.close()
 
 
-async def test_the_last_look_comes_again_before_a_body_is_sent_again(pool: SmtpPool) -> None:
+async def test_the_last_check_is_repeated_before_a_body_is_sent_again(pool: SmtpPool) -> None:
     """The refusal of the body is then the outcome: the server has seen it."""
     plan = {"body": [Well(), Say("451 mails per session limit exceeded")]}
     async with ScriptedServer(plan) as server:
@@ -192,7 +192,7 @@ async def test_a_mail_whose_connection_is_used_up_is_given_back_if_it_must_not_b
         await all_closed(pool)
 
 
-async def test_what_a_server_says_unasked_belongs_to_no_mail(
+async def test_an_unsolicited_reply_is_attributed_to_no_mail(
     pool: SmtpPool, extensions: tuple[str, ...]
 ) -> None:
     """As a 421 that comes right after the last mail, before the server hangs up."""
@@ -235,7 +235,7 @@ async def test_a_connection_is_used_again_after_a_refusal_of_the_mail_alone(
 
 
 @pytest.mark.parametrize("goodbye", [Say("421 4.3.2 bye"), Say("500 what?"), Close(), Wait()])
-async def test_an_outcome_is_known_whatever_comes_of_rset(
+async def test_the_outcome_does_not_depend_on_the_reply_to_rset(
     goodbye: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.services.dispatcher.smtp.session._RESET_LIMIT_S", LIMIT)
@@ -251,7 +251,7 @@ async def test_an_outcome_is_known_whatever_comes_of_rset(
 # A reply that is late ------------------------------------------------------------------------
 
 
-async def test_a_reply_that_is_late_is_waited_for_while_the_lease_is_renewed(
+async def test_a_late_reply_is_awaited_while_the_lease_is_renewed(
     extensions: tuple[str, ...],
 ) -> None:
     pool, gate = pool_of(timeout=20.0), asyncio.Event()
@@ -272,7 +272,7 @@ async def test_a_reply_that_is_late_is_waited_for_while_the_lease_is_renewed(
     await pool.close()
 
 
-async def test_a_lease_that_is_lost_ends_the_wait_at_once() -> None:
+async def test_a_lost_lease_ends_the_wait_at_once() -> None:
     pool = pool_of(timeout=60.0)
     async with ScriptedServer({"body": Wait()}) as server:
         lease = Lease(time.monotonic() + 60)
@@ -353,7 +353,7 @@ async def ended(server: ScriptedServer) -> list[str]:
     return server.endings
 
 
-async def test_an_idle_connection_ends_by_quit() -> None:
+async def test_an_idle_connection_ends_with_quit() -> None:
     clock = PoolClock()
     pool = pool_of(timeout=5.0, clock=clock, idle=30.0)
     async with ScriptedServer() as server:
@@ -364,7 +364,7 @@ async def test_an_idle_connection_ends_by_quit() -> None:
         await all_closed(pool)
 
 
-async def test_a_connection_ends_by_quit_after_its_mails() -> None:
+async def test_a_connection_ends_with_quit_after_its_mails() -> None:
     pool = pool_of(timeout=5.0, mails_per_connection=3)
     async with ScriptedServer() as server:
         await send_many(pool, server, 6)
@@ -373,7 +373,7 @@ async def test_a_connection_ends_by_quit_after_its_mails() -> None:
     await pool.close()
 
 
-async def test_a_connection_ends_by_quit_at_its_age() -> None:
+async def test_a_connection_ends_with_quit_at_its_maximum_age() -> None:
     clock = PoolClock()
     pool = pool_of(timeout=5.0, clock=clock, connection_age=60.0, idle=1_000.0)
     async with ScriptedServer() as server:
@@ -385,7 +385,7 @@ async def test_a_connection_ends_by_quit_at_its_age() -> None:
     await pool.close()
 
 
-async def test_closing_the_pool_says_quit_on_all_connections_at_once() -> None:
+async def test_closing_the_pool_sends_quit_on_all_connections_at_once() -> None:
     pool, gate = pool_of(timeout=5.0), asyncio.Event()
     async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
         sends = [asyncio.create_task(send(pool, server)) for _ in range(4)]
@@ -425,13 +425,13 @@ async def test_a_mail_that_ends_after_the_pool_was_closed_ends_its_connection(
 
 
 @pytest.mark.parametrize("phase", ["greeting", "ehlo"])
-async def test_a_server_that_refuses_us_hears_quit(pool: SmtpPool, phase: str) -> None:
+async def test_a_server_that_refuses_the_session_receives_quit(pool: SmtpPool, phase: str) -> None:
     async with ScriptedServer({phase: Say("554 5.7.1 not you")}) as server:
         assert (await send(pool, server)).outcome is CONNECTION
         assert await ended(server) == ["QUIT"]
 
 
-async def test_a_connection_that_is_used_up_by_a_refused_mail_hears_reset_and_quit() -> None:
+async def test_a_connection_used_up_by_a_refused_mail_ends_with_rset_and_quit() -> None:
     pool = pool_of(timeout=5.0, mails_per_connection=1)
     async with ScriptedServer({"rcpt": Say("550 5.1.1 nobody")}) as server:
         await send(pool, server)
@@ -453,7 +453,7 @@ async def test_a_connection_that_is_used_up_by_a_refused_mail_hears_reset_and_qu
         ({"body": Say("354 more")}, ()),
     ],
 )
-async def test_a_reply_that_answers_something_else_is_no_acceptance(
+async def test_a_reply_to_another_command_is_no_acceptance(
     pool: SmtpPool, plan: dict[str, Any], extensions: tuple[str, ...]
 ) -> None:
     async with ScriptedServer(plan, extensions=extensions) as server:
@@ -475,7 +475,7 @@ def fully_qualified(heard: Conversation) -> Any:
 
 
 @pytest.mark.parametrize(("helo", "said"), [("", "[127.0.0.1]"), ("mail.x.test", "mail.x.test")])
-async def test_a_server_that_wants_a_fully_qualified_name_gets_one(helo: str, said: str) -> None:
+async def test_a_server_that_requires_a_fully_qualified_name_gets_one(helo: str, said: str) -> None:
     pool = pool_of(timeout=5.0, helo=helo)
     async with ScriptedServer({"rcpt": fully_qualified}) as server:
         assert (await send(pool, server)).outcome is SENT
@@ -487,7 +487,7 @@ async def test_a_server_that_wants_a_fully_qualified_name_gets_one(helo: str, sa
 
 
 @pytest.mark.parametrize("limit", ["", "0", "1000", "x", "9" * 30])
-async def test_the_size_of_a_mail_is_said_where_the_server_asks_for_it(
+async def test_the_size_of_a_mail_is_declared_if_the_server_offers_size(
     pool: SmtpPool, limit: str
 ) -> None:
     async with ScriptedServer(extensions=[f"SIZE {limit}".strip()]) as server:

@@ -1,4 +1,4 @@
-"""MAIL, RCPT and DATA in one write, and what servers make of that."""
+"""MAIL, RCPT and DATA in one write, and the replies of servers to it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ async def test_three_commands_go_in_one_write_and_their_replies_come_in_one_segm
 @pytest.mark.parametrize(
     "replies", [b"250 ok\r\n250 ok\r\n354 go\r\n250 again\r\n", b"250 ok\r\n" * 40]
 )
-async def test_a_reply_too_many_is_trouble_and_no_mail(pool: SmtpPool, replies: bytes) -> None:
+async def test_an_unexpected_extra_reply_is_a_connection_failure_and_sends_no_mail(
+    pool: SmtpPool, replies: bytes
+) -> None:
     async with OneSegment(replies) as server:
         result = await send(pool, endpoint_of(server))
         assert (result.outcome, result.body_begun) == (CONNECTION, False)
@@ -98,7 +100,7 @@ async def test_a_reply_too_many_is_trouble_and_no_mail(pool: SmtpPool, replies: 
         assert open_connections(pool) == 0
 
 
-async def test_commands_go_one_by_one_where_pipelining_is_not_offered(pool: SmtpPool) -> None:
+async def test_commands_are_sent_one_by_one_if_pipelining_is_not_offered(pool: SmtpPool) -> None:
     async with ScriptedServer({"mail": [Say("550 5.7.1 no")]}) as server:
         await send(pool, server)
         assert (server.visits["rcpt"], server.visits["data"]) == (0, 0)
@@ -128,10 +130,10 @@ async def test_the_first_refusal_decides_and_the_next_mail_is_sent(
 
 
 @pytest.mark.parametrize("end", [Say("554 5.5.1 no valid recipients"), Well(), Close(), Wait()])
-async def test_a_refused_recipient_whose_data_is_wanted_gets_a_lone_dot(
+async def test_a_lone_dot_is_sent_if_data_is_accepted_for_a_refused_recipient(
     pool: SmtpPool, end: Any
 ) -> None:
-    """Whatever the server says to the dot: it is no reply to the mail."""
+    """No reply of the server to the dot is a reply to the mail."""
     plan = {"rcpt": [Say("550 5.1.1 nobody")], "body": [end]}
     async with ScriptedServer(plan, extensions=PIPELINING, careless=True) as server:
         result = await send(pool, server)
@@ -145,7 +147,9 @@ async def test_a_refused_recipient_whose_data_is_wanted_gets_a_lone_dot(
         assert (await send(pool, server)).outcome is SENT
 
 
-async def test_a_refused_sender_whose_recipient_is_accepted_gets_no_dot(pool: SmtpPool) -> None:
+async def test_no_dot_is_sent_if_the_sender_is_refused_and_the_recipient_accepted(
+    pool: SmtpPool,
+) -> None:
     """The dot would be an empty mail to that recipient."""
     plan = {"mail": [Say("452 4.3.2 too many")]}
     async with ScriptedServer(plan, extensions=PIPELINING, careless=True) as server:
@@ -159,7 +163,7 @@ async def test_a_refused_sender_whose_recipient_is_accepted_gets_no_dot(pool: Sm
 # The last look -------------------------------------------------------------------------------
 
 
-async def test_a_no_after_354_is_a_mail_that_the_server_never_saw(pool: SmtpPool) -> None:
+async def test_a_send_stopped_after_354_never_reaches_the_server(pool: SmtpPool) -> None:
     async with ScriptedServer(extensions=PIPELINING) as server:
         with pytest.raises(GivenBackError):
             await send(pool, server, may_begin=lambda: server.visits["data"] == 0)
@@ -168,7 +172,7 @@ async def test_a_no_after_354_is_a_mail_that_the_server_never_saw(pool: SmtpPool
         assert open_connections(pool) == 0
 
 
-async def test_a_lease_that_ends_with_354_begins_no_body(pool: SmtpPool) -> None:
+async def test_no_body_begins_if_the_lease_ends_at_354(pool: SmtpPool) -> None:
     lease = Lease(time.monotonic() + 60)
 
     def may_begin() -> bool:
@@ -188,7 +192,7 @@ async def test_a_lease_that_ends_with_354_begins_no_body(pool: SmtpPool) -> None
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "data"])
 @pytest.mark.parametrize("partial", [b"", b"25", b"250-2.1.0 o"])
-async def test_a_connection_that_dies_before_the_body_is_no_doubt(
+async def test_a_connection_that_dies_before_the_body_leaves_no_doubt(
     pool: SmtpPool, phase: str, partial: bytes
 ) -> None:
     steps = (Say(partial), Close()) if partial else (Close(),)
@@ -199,7 +203,7 @@ async def test_a_connection_that_dies_before_the_body_is_no_doubt(
 
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "data"])
-async def test_a_kept_connection_that_dies_at_the_next_mail_costs_nothing(
+async def test_a_kept_connection_that_dies_at_the_next_mail_costs_no_attempt(
     pool: SmtpPool, phase: str
 ) -> None:
     async with ScriptedServer({phase: [Well(), Close()]}, extensions=PIPELINING) as server:
@@ -258,7 +262,7 @@ def test_a_refusal_before_the_end_of_the_body_is_honoured(loop_factory: Any) -> 
         runner.run(scenario())
 
 
-async def test_an_acceptance_before_the_end_of_the_body_counts_as_nothing() -> None:
+async def test_an_acceptance_before_the_end_of_the_body_is_ignored() -> None:
     pool = pool_of(timeout=20.0)
     async with OneSegment(ACCEPTED, b"250 thanks\r\n") as server:
         result = await send(pool, endpoint_of(server), LARGE)
@@ -275,15 +279,15 @@ async def test_a_server_that_accepts_no_more_of_a_body_cannot_have_accepted_the_
         assert open_connections(pool) == 0
 
 
-async def test_a_body_that_was_written_to_its_end_is_a_doubt() -> None:
-    """The kernel has all of it; nobody knows what the server has."""
+async def test_a_connection_lost_after_the_whole_body_leaves_the_mail_in_doubt() -> None:
+    """The kernel has all of it; how much the server has is unknown."""
     pool = pool_of(timeout=LIMIT)
     async with ScriptedServer({"data": (Well(), StopReading())}, extensions=PIPELINING) as server:
         result = await send(pool, server)
         assert (result.outcome, result.body_begun) == (IN_DOUBT, True)
 
 
-async def test_a_connection_that_is_cut_within_a_body_is_no_doubt(pool: SmtpPool) -> None:
+async def test_a_connection_cut_within_a_body_leaves_no_doubt(pool: SmtpPool) -> None:
     unread = asyncio.Event()
     plan = {"data": (Well(), StopReading(unread))}
     async with ScriptedServer(plan, extensions=PIPELINING) as server:

@@ -91,7 +91,7 @@ async def test_a_body_that_begins_with_a_dot_is_one_mail(pool: SmtpPool) -> None
     assert [mail.data for mail in server.taken] == [b"..\r\nQUIT\r\n"]
 
 
-async def test_a_line_of_a_megabyte_is_sent_as_it_is(pool: SmtpPool) -> None:
+async def test_a_line_of_a_megabyte_is_sent_unchanged(pool: SmtpPool) -> None:
     data = b"Subject: s\r\n\r\n" + b"x" * 1_000_000 + b"\r\n"
     async with ScriptedServer() as server:
         result = await send(pool, server, replace(MAIL, data=data))
@@ -100,7 +100,7 @@ async def test_a_line_of_a_megabyte_is_sent_as_it_is(pool: SmtpPool) -> None:
     assert server.taken[0].data == data
 
 
-async def test_answers_that_come_byte_by_byte_are_understood(pool: SmtpPool) -> None:
+async def test_replies_that_arrive_byte_by_byte_are_read(pool: SmtpPool) -> None:
     refusal = Say("450-4.2.0 try\r\n450 4.2.0 later")
     async with ScriptedServer({"rcpt": [refusal]}, byte_by_byte=True) as server:
         result = await send(pool, server)
@@ -110,7 +110,7 @@ async def test_answers_that_come_byte_by_byte_are_understood(pool: SmtpPool) -> 
     assert result.message == "4.2.0 try\n4.2.0 later"
 
 
-async def test_a_server_that_knows_helo_alone_gets_its_mail(pool: SmtpPool) -> None:
+async def test_a_server_that_knows_only_helo_gets_its_mail(pool: SmtpPool) -> None:
     plan = [Say("502 5.5.1 what?"), Say("250 scripted.test")]
     async with ScriptedServer({"ehlo": plan}) as server:
         assert (await send(pool, server)).outcome is SENT
@@ -124,7 +124,7 @@ async def test_a_forwarded_recipient_is_accepted(pool: SmtpPool) -> None:
 
 
 @pytest.mark.parametrize("code", [250, 252, 259])
-async def test_any_completion_after_the_body_is_one(pool: SmtpPool, code: int) -> None:
+async def test_any_2xx_reply_after_the_body_is_an_acceptance(pool: SmtpPool, code: int) -> None:
     """RFC 5321, 4.2.1: the first digit says whether it is good, also of an unknown code."""
     async with ScriptedServer({"body": Say(f"{code} 2.0.0 queued")}) as server:
         result = await send(pool, server)
@@ -135,7 +135,7 @@ async def test_any_completion_after_the_body_is_one(pool: SmtpPool, code: int) -
 # Kept connections ----------------------------------------------------------------------------
 
 
-async def test_connections_are_kept_and_used_again(pool: SmtpPool) -> None:
+async def test_connections_are_kept_and_reused(pool: SmtpPool) -> None:
     async with ScriptedServer() as server:
         for _ in range(5):
             assert (await send(pool, server)).outcome is SENT
@@ -146,7 +146,7 @@ async def test_connections_are_kept_and_used_again(pool: SmtpPool) -> None:
         assert open_connections(pool) == 1
 
 
-async def test_no_more_connections_than_the_pool_has(pool: SmtpPool) -> None:
+async def test_the_pool_opens_no_more_connections_than_its_size(pool: SmtpPool) -> None:
     gate = asyncio.Event()
     async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
         pool = pool_of(size=3, timeout=5.0)
@@ -161,7 +161,7 @@ async def test_no_more_connections_than_the_pool_has(pool: SmtpPool) -> None:
         assert len(server.taken) == 9
 
 
-async def test_a_refused_mail_leaves_its_connection_of_use(pool: SmtpPool) -> None:
+async def test_a_connection_is_reused_after_a_refused_mail(pool: SmtpPool) -> None:
     async with ScriptedServer({"rcpt": [Say("550 5.1.1 nobody")]}) as server:
         assert (await send(pool, server)).outcome is PERMANENT
         assert (await send(pool, server)).outcome is SENT
@@ -170,7 +170,7 @@ async def test_a_refused_mail_leaves_its_connection_of_use(pool: SmtpPool) -> No
         assert server.visits["rset"] == 1
 
 
-async def test_a_connection_that_was_closed_while_idle_costs_nothing(pool: SmtpPool) -> None:
+async def test_a_connection_closed_while_idle_costs_no_attempt(pool: SmtpPool) -> None:
     async with ScriptedServer() as server:
         await send(pool, server)
         server.cut()
@@ -185,7 +185,7 @@ async def test_a_connection_that_was_closed_while_idle_costs_nothing(pool: SmtpP
 @pytest.mark.parametrize(
     "goodbye", [Close(), Say("421 4.4.2 idle for too long"), (Say("421 4.4.2 bye"), Close())]
 )
-async def test_a_kept_connection_that_ends_at_the_next_mail_costs_nothing(
+async def test_a_kept_connection_that_ends_at_the_next_mail_costs_no_attempt(
     pool: SmtpPool, goodbye: Any
 ) -> None:
     async with ScriptedServer({"mail": [Well(), goodbye]}) as server:
@@ -197,7 +197,7 @@ async def test_a_kept_connection_that_ends_at_the_next_mail_costs_nothing(
         assert open_connections(pool) == 1
 
 
-async def test_all_kept_connections_may_be_dead_at_once() -> None:
+async def test_all_kept_connections_may_be_dead_at_the_same_time() -> None:
     pool = pool_of(timeout=5.0)
     gate = asyncio.Event()
     async with ScriptedServer({"mail": [(Wait(gate), Well())] * 4}) as server:
@@ -224,7 +224,7 @@ async def test_a_new_connection_that_is_closed_at_once_is_a_failure(pool: SmtpPo
         assert open_connections(pool) == 0
 
 
-async def test_a_connection_that_was_idle_for_too_long_is_not_used_again() -> None:
+async def test_a_connection_idle_for_too_long_is_not_reused() -> None:
     pool = pool_of(idle=0.0)
     async with ScriptedServer() as server:
         await send(pool, server)
@@ -248,7 +248,7 @@ async def test_closing_the_pool_closes_its_connections(pool: SmtpPool) -> None:
 # Not begun -----------------------------------------------------------------------------------
 
 
-async def test_a_send_that_may_not_begin_says_nothing_to_the_server(pool: SmtpPool) -> None:
+async def test_a_send_that_may_not_begin_opens_no_connection(pool: SmtpPool) -> None:
     async with ScriptedServer() as server:
         with pytest.raises(GivenBackError):
             await send(pool, server, may_begin=lambda: False)
@@ -259,7 +259,7 @@ async def test_a_send_that_may_not_begin_says_nothing_to_the_server(pool: SmtpPo
     assert open_connections(pool) == 0
 
 
-async def test_a_no_after_354_is_a_mail_that_the_server_never_saw(pool: SmtpPool) -> None:
+async def test_a_send_stopped_after_354_never_reaches_the_server(pool: SmtpPool) -> None:
     gate = asyncio.Event()
     async with ScriptedServer({"data": (Wait(gate), Well())}) as server:
         sending = asyncio.create_task(
@@ -275,7 +275,7 @@ async def test_a_no_after_354_is_a_mail_that_the_server_never_saw(pool: SmtpPool
     assert open_connections(pool) == 0
 
 
-async def test_a_lease_that_ran_out_while_the_process_stood_still_begins_no_body() -> None:
+async def test_no_body_begins_after_the_lease_expired_while_the_process_was_paused() -> None:
     """As after SIGSTOP: 354 is there, and nothing ran until the deadline was over."""
     pool = pool_of(timeout=20.0)
     gate = asyncio.Event()
@@ -314,7 +314,7 @@ async def test_a_send_that_is_cancelled_leaves_no_connection(pool: SmtpPool) -> 
 INTERNATIONAL = Envelope("jürgen@x.test", "名@y.test", "Subject: ü\r\n\r\nHi\r\n".encode(), True)
 
 
-async def test_smtputf8_is_asked_for_where_it_is_needed(pool: SmtpPool) -> None:
+async def test_smtputf8_is_requested_only_when_needed(pool: SmtpPool) -> None:
     async with ScriptedServer() as server:
         assert (await send(pool, server, INTERNATIONAL)).outcome is SENT
         assert (await send(pool, server)).outcome is SENT
@@ -324,7 +324,7 @@ async def test_smtputf8_is_asked_for_where_it_is_needed(pool: SmtpPool) -> None:
     assert server.taken[0].rcpt_to == "名@y.test"
 
 
-async def test_smtputf8_that_is_needed_and_not_offered_fails_this_mail_alone(
+async def test_a_mail_that_needs_smtputf8_fails_alone_if_the_server_lacks_it(
     pool: SmtpPool,
 ) -> None:
     async with ScriptedServer(extensions=["8BITMIME"]) as server:

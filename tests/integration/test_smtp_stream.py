@@ -1,4 +1,4 @@
-"""A connection's one timer, and what a wait on it ends by."""
+"""The single timer of a connection, and what ends a wait on it."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ async def stream(peer: Peer) -> AsyncIterator[SmtpStream]:
     await server.wait_closed()
 
 
-async def test_waits_that_come_after_each_other_have_limits_of_their_own(
-    stream: SmtpStream, peer: Peer
-) -> None:
+async def test_consecutive_waits_have_separate_limits(stream: SmtpStream, peer: Peer) -> None:
     """The timer of a long wait must not serve for a short one, nor the other way round."""
     for seconds in (60.0, 0.05, 60.0, 0.05):
         waiting = asyncio.create_task(stream.reply(seconds, FixedDeadline(60)))
@@ -81,7 +79,9 @@ async def test_a_short_timer_that_fires_in_a_later_wait_does_not_end_it(
     assert (await waiting).text == "two"
 
 
-async def test_a_deadline_that_moves_moves_the_wait(stream: SmtpStream, peer: Peer) -> None:
+async def test_moving_the_deadline_moves_the_end_of_the_wait(
+    stream: SmtpStream, peer: Peer
+) -> None:
     lease = Lease(time.monotonic() + 0.1)
     waiting = asyncio.create_task(stream.reply(60, lease))
     await asyncio.sleep(0)
@@ -96,7 +96,7 @@ async def test_a_deadline_that_moves_moves_the_wait(stream: SmtpStream, peer: Pe
     assert (await stream.reply(60, FixedDeadline(60))).text == "late"
 
 
-async def test_a_deadline_that_is_over_ends_a_wait_at_once(stream: SmtpStream) -> None:
+async def test_a_deadline_in_the_past_ends_a_wait_at_once(stream: SmtpStream) -> None:
     with pytest.raises(TimeoutError):
         await stream.reply(60, Lease(time.monotonic() - 1))
 
@@ -115,7 +115,7 @@ async def test_an_end_of_the_connection_ends_a_wait(
         stream.write(b"QUIT\r\n")
 
 
-async def test_a_reply_before_the_end_of_the_connection_is_heard(
+async def test_a_reply_just_before_the_connection_ends_is_read(
     stream: SmtpStream, peer: Peer
 ) -> None:
     peer.say(b"421 bye\r\n")
@@ -125,7 +125,9 @@ async def test_a_reply_before_the_end_of_the_connection_is_heard(
         await stream.reply(60, FixedDeadline(60))
 
 
-async def test_nonsense_ends_a_connection_for_good(stream: SmtpStream, peer: Peer) -> None:
+async def test_a_reply_that_is_not_smtp_closes_the_connection_permanently(
+    stream: SmtpStream, peer: Peer
+) -> None:
     peer.say(b"hello\r\n")
     for _ in range(2):
         with pytest.raises(MalformedReply, match="not an SMTP reply: hello"):

@@ -48,7 +48,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 @pytest.fixture
 async def hasty() -> AsyncIterator[SmtpPool]:
-    """A pool that gives a silent server up soon."""
+    """A pool with a short time-out for a silent server."""
     pool = pool_of()
     yield pool
     await pool.close()
@@ -78,7 +78,7 @@ async def test_a_mail_goes_over_tls(
 
 @pytest.mark.parametrize("security", [SmtpSecurity.STARTTLS, SmtpSecurity.TLS])
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
-async def test_a_certificate_that_is_not_to_be_trusted_gets_no_mail(
+async def test_a_server_with_an_untrusted_certificate_gets_no_mail(
     security: SmtpSecurity, host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = self_signed(tmp_path, host=host)
@@ -97,7 +97,7 @@ async def test_a_certificate_that_is_not_to_be_trusted_gets_no_mail(
         assert open_connections(pool) == 0
 
 
-async def test_a_certificate_that_has_expired_gets_no_mail(
+async def test_a_server_with_an_expired_certificate_gets_no_mail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     certificate = self_signed(tmp_path, until=-timedelta(minutes=1))
@@ -112,7 +112,7 @@ async def test_a_certificate_that_has_expired_gets_no_mail(
         assert server.visits["mail"] == 0
 
 
-async def test_starttls_that_is_not_offered_is_not_done_without(pool: SmtpPool) -> None:
+async def test_a_server_that_does_not_offer_starttls_gets_no_mail(pool: SmtpPool) -> None:
     async with ScriptedServer() as server:
         result = await send(pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
 
@@ -122,7 +122,7 @@ async def test_starttls_that_is_not_offered_is_not_done_without(pool: SmtpPool) 
 
 
 @pytest.mark.parametrize("action", [Say("454 4.7.0 not now"), Close(), Wait()])
-async def test_starttls_that_fails_gets_no_mail(
+async def test_a_server_whose_starttls_fails_gets_no_mail(
     hasty: SmtpPool, action: Any, tmp_path: Path
 ) -> None:
     context = server_context(self_signed(tmp_path))
@@ -137,7 +137,7 @@ async def test_starttls_that_fails_gets_no_mail(
 AUTH = ("8BITMIME", "AUTH PLAIN")
 
 
-async def test_a_sender_with_a_password_logs_in_once_a_connection(pool: SmtpPool) -> None:
+async def test_a_sender_with_a_password_logs_in_once_per_connection(pool: SmtpPool) -> None:
     async with ScriptedServer(extensions=AUTH) as server:
         endpoint = relay_at(server, username="anna", password="s3cret-word")
         for _ in range(2):
@@ -159,7 +159,7 @@ async def test_a_sender_with_a_password_logs_in_once_a_connection(pool: SmtpPool
         (AUTH, Say("535 5.7.8 s3cret-word is wrong")),
     ],
 )
-async def test_a_login_that_fails_is_the_endpoints_fault_and_tells_no_password(
+async def test_a_failed_login_counts_against_the_endpoint_and_does_not_leak_the_password(
     pool: SmtpPool, extensions: tuple[str, ...], action: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
@@ -187,7 +187,7 @@ async def test_senders_with_other_credentials_never_share_a_connection(pool: Smt
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0", "2130706433", "::ffff:127.0.0.1"])
-async def test_a_users_endpoint_never_leads_into_the_operators_network(host: str) -> None:
+async def test_a_users_endpoint_cannot_reach_the_operators_network(host: str) -> None:
     pool = pool_of(egress=Egress(), timeout=5.0)
     async with ScriptedServer() as server:
         result = await send(pool, endpoint_of(server, host=host))
@@ -210,7 +210,7 @@ async def test_the_operators_relay_may_be_anywhere_and_shares_no_connection() ->
     await pool.close()
 
 
-async def test_a_name_is_looked_up_once_and_the_checked_address_is_called(
+async def test_a_name_is_resolved_once_and_the_checked_address_is_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -245,7 +245,7 @@ async def test_a_password_is_tried_once_unless_the_server_lacks_the_method(
         assert (result.outcome is SENT) == (tries == 2)
 
 
-async def test_a_users_password_never_goes_in_clear(pool: SmtpPool) -> None:
+async def test_a_users_password_is_never_sent_in_clear(pool: SmtpPool) -> None:
     async with ScriptedServer(extensions=AUTH) as server:
         result = await send(pool, endpoint_of(server, username="anna", password="s3cret-word"))
 
@@ -254,7 +254,7 @@ async def test_a_users_password_never_goes_in_clear(pool: SmtpPool) -> None:
         assert server.connections == 0
 
 
-async def test_the_number_of_endpoints_that_are_remembered_is_bounded(
+async def test_the_number_of_remembered_endpoints_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A user may give a sender another endpoint before each mail."""

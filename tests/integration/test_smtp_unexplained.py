@@ -1,4 +1,4 @@
-"""Servers that act on a limit without a word for it."""
+"""Servers that enforce a limit without naming it in a reply."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Crowded(ScriptedServer):
-    """Does in one phase what it is told on every connection that is one too many."""
+    """Performs an action in one phase, on every connection above its limit."""
 
     def __init__(self, most: int, phase: str, action: Action) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def shown(value: object) -> str:
     ],
     ids=shown,
 )
-async def test_a_new_connection_that_fails_while_others_work_is_one_too_many(
+async def test_a_new_connection_that_fails_while_others_work_exceeds_the_servers_limit(
     phase: str, action: Action
 ) -> None:
     pool = pool_of(limits=replace(PhaseLimits.of(5.0), greeting=LIMIT))
@@ -98,7 +98,7 @@ async def test_a_new_connection_that_fails_while_others_work_is_one_too_many(
     ("phase", "reply"),
     [("greeting", "421 no"), ("greeting", "554 no"), ("ehlo", "450 no"), ("mail", "451 no")],
 )
-async def test_a_refusal_that_nothing_explains_while_others_work_lowers_the_cap(
+async def test_an_unexplained_refusal_while_other_connections_work_lowers_the_cap(
     phase: str, reply: str
 ) -> None:
     clock = Clock()
@@ -114,7 +114,7 @@ async def test_a_refusal_that_nothing_explains_while_others_work_lowers_the_cap(
     await pool.close()
 
 
-async def test_a_connection_that_fails_where_none_works_is_a_failure() -> None:
+async def test_a_connection_that_fails_while_no_other_works_is_a_connection_failure() -> None:
     pool = pool_of()
     async with ScriptedServer({"greeting": Close()}) as server:
         result = await send(pool, server)
@@ -125,7 +125,7 @@ async def test_a_connection_that_fails_where_none_works_is_a_failure() -> None:
     await pool.close()
 
 
-async def test_a_connection_that_fails_beside_one_that_has_sent_nothing_is_a_failure() -> None:
+async def test_a_connection_that_fails_beside_an_unused_one_is_a_connection_failure() -> None:
     pool = pool_of()
     async with Crowded(1, "greeting", Close()) as server:
         result = await send_beside(pool, server)
@@ -149,7 +149,7 @@ async def test_a_kept_connection_that_has_died_is_replaced_before_the_body(
 
 
 @pytest.mark.parametrize("action", [Wait(), Close(), Say("what")], ids=shown)
-async def test_pipelining_that_fails_is_not_used_again(action: Action) -> None:
+async def test_pipelining_is_not_used_again_after_it_failed(action: Action) -> None:
     clock = Clock()
     pool = pool_of(timeout=LIMIT, clock=clock)
     async with ScriptedServer({"rcpt": [action]}, extensions=("PIPELINING",)) as server:
@@ -167,7 +167,9 @@ async def test_pipelining_that_fails_is_not_used_again(action: Action) -> None:
     await pool.close()
 
 
-async def test_pauses_grow_while_each_mail_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pauses_grow_while_every_connection_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Also where the server says so after the opening, as Exchange Online does."""
     monkeypatch.setattr("outbox_server.services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
     pool = pool_of(timeout=5.0)
@@ -177,13 +179,13 @@ async def test_pauses_grow_while_each_mail_is_one_too_many(monkeypatch: pytest.M
             result = await send(pool, server)
         assert result.outcome is SENT
         waits = [later - earlier for earlier, later in pairwise(server.began)]
-        # Each pause is the least that passes, whatever the machine does.
+        # Each pause is a minimum, however slow the machine is.
         pauses = [0.05, 0.1, 0.2, 0.4, 0.8]
         assert all(wait >= pause for wait, pause in zip(waits, pauses, strict=True))
     await pool.close()
 
 
-async def test_connections_that_are_refused_together_are_one_step_of_the_pause() -> None:
+async def test_connections_refused_at_the_same_time_raise_the_pause_once() -> None:
     clock, gate = Clock(), asyncio.Event()
     pool = pool_of(timeout=5.0, clock=clock)
     refused = Say("421 4.7.0 too many concurrent connections")

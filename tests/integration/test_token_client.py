@@ -97,7 +97,7 @@ async def test_client_credentials_become_an_access_token(
     ]
 
 
-async def test_a_new_refresh_token_is_handed_on(
+async def test_a_new_refresh_token_is_returned(
     client: TokenClient, certificate: Certificate
 ) -> None:
     async with OAuth2Provider(server_context(certificate), style="microsoft") as provider:
@@ -123,7 +123,7 @@ async def test_the_errors_of_both_providers_are_refusals(
             assert wrong.message.startswith("OAuth 2.0: invalid_client: ")
 
 
-async def test_a_busy_provider_says_when_to_come_back(
+async def test_the_retry_delay_of_a_busy_provider_is_returned(
     client: TokenClient, provider: OAuth2Provider
 ) -> None:
     provider.plan = [PlannedAnswer(429, {"error": "too_many"}, {"Retry-After": "42"})]
@@ -139,16 +139,14 @@ async def test_a_redirect_is_not_followed(client: TokenClient, provider: OAuth2P
     assert provider.connections == 1
 
 
-async def test_an_answer_that_does_not_end_is_cut_off(
-    client: TokenClient, provider: OAuth2Provider
-) -> None:
+async def test_an_endless_answer_is_cut_off(client: TokenClient, provider: OAuth2Provider) -> None:
     provider.plan = [Endless()]
     found = await failure(client, wanted(provider))
     assert not found.refused
     assert f"more than {MAX_ANSWER_BYTES} bytes" in found.message
 
 
-async def test_a_compressed_answer_is_not_unpacked(
+async def test_a_compressed_answer_is_not_decompressed(
     client: TokenClient, provider: OAuth2Provider
 ) -> None:
     provider.plan = [PlannedAnswer(200, body=b"\x1f\x8b...", headers={"Content-Encoding": "gzip"})]
@@ -165,7 +163,7 @@ async def test_an_answer_that_breaks_off_is_no_token(
     assert found.message.startswith("OAuth 2.0: no answer from 127.0.0.1: ")
 
 
-async def test_a_silent_provider_is_given_up(
+async def test_a_silent_provider_times_out(
     certificate: Certificate, provider: OAuth2Provider
 ) -> None:
     provider.plan = [Hold()]
@@ -177,14 +175,14 @@ async def test_a_silent_provider_is_given_up(
     )
 
 
-async def test_a_port_where_nobody_listens_is_no_refusal(client: TokenClient) -> None:
+async def test_a_port_without_a_listener_is_not_a_refusal(client: TokenClient) -> None:
     request = TokenRequest(f"https://127.0.0.1:{free_port()}/token", "id", "", "secret-of-mine")
     found = await failure(client, request)
     assert not found.refused
     assert "no connection to 127.0.0.1" in found.message
 
 
-async def test_a_protocol_that_is_not_http_quotes_no_secret(
+async def test_an_error_about_an_answer_that_is_not_http_quotes_no_secret(
     client: TokenClient, certificate: Certificate
 ) -> None:
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -237,7 +235,7 @@ def test_a_ca_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "host", ["127.0.0.1", "localhost", "169.254.169.254", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1"]
 )
-async def test_the_operators_network_is_not_reached(
+async def test_the_operators_network_cannot_be_reached(
     certificate: Certificate, provider: OAuth2Provider, host: str
 ) -> None:
     client = client_of(certificate, smtp_allow="")
@@ -280,7 +278,7 @@ async def test_the_client_connects_to_the_address_that_was_checked(
     assert "rebinding.test is in the operator's network" in found.message
 
 
-async def test_a_name_that_does_not_exist_is_no_refusal(client: TokenClient) -> None:
+async def test_a_name_that_does_not_exist_is_not_a_refusal(client: TokenClient) -> None:
     found = await failure(client, TokenRequest("https://nowhere.invalid/token", "id", "", "s" * 20))
     assert not found.refused
     assert "nowhere.invalid cannot be resolved" in found.message

@@ -1,4 +1,4 @@
-"""Access tokens that processes share: requested once, in time, and never lost to each other."""
+"""Access tokens shared by processes: requested once, in time, and never lost."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class NewSource(Protocol):
 
 @pytest.fixture
 async def new_source(database_url: str, certificate: Certificate) -> AsyncIterator[NewSource]:
-    """Return what makes the source of another process: with connections of its own."""
+    """Return a function that creates the token source of another process."""
     async with AsyncExitStack() as stack:
 
         def make(*, box: SecretBox = BOX, lease: timedelta = timedelta(seconds=20)) -> TokenSource:
@@ -141,7 +141,7 @@ async def test_a_token_is_requested_once_and_shared(
     assert abs(stored.left - stored.until_refresh - timedelta(minutes=5)) < timedelta(seconds=1)
 
 
-async def test_a_short_life_is_used_to_its_last_tenth(
+async def test_a_short_lived_token_is_used_until_a_tenth_of_its_lifetime_is_left(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider, database_url: str
 ) -> None:
     provider.lifetime = 100
@@ -166,7 +166,7 @@ async def test_processes_that_need_a_token_at_once_request_one(
     assert len(provider.requests) == 1
 
 
-async def test_a_request_of_another_process_is_looked_at_less_and_less_often(
+async def test_a_request_of_another_process_is_polled_less_and_less_often(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider
 ) -> None:
     ref = await store(engine, provider)
@@ -192,7 +192,7 @@ async def test_a_request_of_another_process_is_looked_at_less_and_less_often(
     assert await waiting == await requesting
 
 
-async def test_a_token_that_grows_old_is_replaced_while_it_is_still_used(
+async def test_a_token_about_to_expire_is_replaced_while_it_is_still_used(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider, database_url: str
 ) -> None:
     ref = await store(engine, provider)
@@ -224,7 +224,7 @@ async def test_a_token_that_has_expired_is_not_used(
     assert await source.token(ref) != old
 
 
-async def test_a_token_that_a_mail_server_refused_is_replaced_once_for_all(
+async def test_a_token_that_a_mail_server_refused_is_replaced_once_for_all_processes(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider
 ) -> None:
     ref = await store(engine, provider)
@@ -340,7 +340,7 @@ async def test_a_provider_that_names_no_new_refresh_token_keeps_the_old(
 async def test_a_token_is_stored_although_its_lease_ran_out(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider, database_url: str
 ) -> None:
-    """What a provider gave is kept: an old refresh token may have ended with it."""
+    """The new refresh token is kept: it may have invalidated the old one."""
     provider.style = "microsoft"
     ref = await store(engine, provider)
     slow, late = Hold(), Hold()
@@ -382,7 +382,7 @@ async def test_a_token_that_cannot_be_stored_at_once_is_stored_later(
     assert len(provider.requests) == 1
 
 
-async def test_a_refusal_is_told_with_the_providers_words(
+async def test_a_refusal_is_reported_with_the_providers_text(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider
 ) -> None:
     ref = await store(engine, provider)
@@ -396,7 +396,7 @@ async def test_a_refusal_is_told_with_the_providers_words(
     assert len(provider.requests) == 1
 
 
-async def test_a_refusal_of_one_process_answers_those_that_wait_for_it(
+async def test_a_refusal_is_shared_with_the_processes_that_wait_for_it(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider
 ) -> None:
     ref = await store(engine, provider)
@@ -516,7 +516,7 @@ async def test_credentials_replaced_during_a_request_do_not_get_its_token(
         await asking
 
 
-async def test_secrets_of_a_lost_key_hold_the_sender_and_ask_nobody(
+async def test_a_sender_with_undecryptable_credentials_waits_and_requests_no_token(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider
 ) -> None:
     ref = await store(engine, provider)
@@ -525,7 +525,7 @@ async def test_secrets_of_a_lost_key_hold_the_sender_and_ask_nobody(
     assert provider.requests == []
 
 
-async def test_an_access_token_of_a_lost_key_is_replaced(
+async def test_an_undecryptable_access_token_is_replaced(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider
 ) -> None:
     lost = SecretBox([generate_key()])
@@ -539,7 +539,7 @@ async def test_an_access_token_of_a_lost_key_is_replaced(
     assert len(provider.requests) == 2
 
 
-async def test_a_database_that_is_away_is_no_refusal(
+async def test_an_unreachable_database_is_not_a_refusal(
     new_source: NewSource, provider: OAuth2Provider, engine: AsyncEngine, stores: Stores
 ) -> None:
     ref = await store(engine, provider)

@@ -25,7 +25,7 @@ class ServerCertificate(NamedTuple):
 
 
 class Authority:
-    """Signs certificates for servers on loopback. Nobody trusts it who was not told to."""
+    """Signs certificates for servers on loopback. Only clients configured with it trust it."""
 
     def __init__(self, name: str = "Outbox test CA") -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())

@@ -47,5 +47,5 @@ def configure(database_url: str, redis_url: str, authority: Authority, tmp_path:
 
 @pytest.fixture(autouse=True)
 def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is found by chance: every look at the queue is computed, or something causes it."""
+    """Disable polling: the dispatcher acts only on computed times and on wake-ups."""
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))

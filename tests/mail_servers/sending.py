@@ -1,4 +1,4 @@
-"""Outbox sends to a real mail server, and the server's own Maildir says what arrived."""
+"""Outbox sends to a real mail server, whose Maildir shows what arrived."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ class SendingRun:
         ]
 
     async def finished(self) -> None:
-        """Wait until every job is in a final state and the server has delivered what it took."""
+        """Wait until every job is in a final state and the server has delivered its mail."""
         await eventually(self.world.done)
         await eventually(lambda: self.server.queued() == 0)
 
@@ -170,7 +170,7 @@ class SendingRun:
         assert used == []
 
     async def classes(self, job: int) -> list[ReplyClass | None]:
-        """Return what the server's reply to each recorded attempt at a job meant."""
+        """Return the class of the server's reply to each recorded attempt at a job."""
         rows = await self.world.sql(
             "SELECT reply_class FROM attempts WHERE email_job_id = %s ORDER BY attempt", job
         )

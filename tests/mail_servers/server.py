@@ -61,7 +61,7 @@ class DeliveredMail:
 
 
 class MailServer(ABC):
-    """A real mail server in a root folder of its own, on a free loopback port.
+    """A real mail server in its own root folder, on a free loopback port.
 
     It requires AUTH after STARTTLS, from everyone. `settings` are lines of its own configuration,
     which a variant adds; what they may say is up to the server.

@@ -49,14 +49,12 @@ async def server(
         yield running
 
 
-async def test_the_default_name_in_ehlo_is_accepted(
-    configure: Configure, server: MailServer
-) -> None:
+async def test_the_default_ehlo_name_is_accepted(configure: Configure, server: MailServer) -> None:
     async with sending(server, configure()) as run:
         await run.check_all_sent(await run.schedule(await run.sender()))
 
 
-async def test_the_name_of_the_setting_is_said_in_ehlo(
+async def test_the_configured_name_is_sent_in_ehlo(
     configure: Configure, server: MailServer
 ) -> None:
     async with sending(server, configure(smtp_helo="mailer.example.com")) as run:
@@ -71,7 +69,7 @@ async def test_the_name_of_the_setting_is_said_in_ehlo(
 async def test_the_servers_accept_only_names_with_a_dot_and_address_literals(
     server: MailServer, name: str, codes: set[int]
 ) -> None:
-    """Shows that the servers check the name, or the tests above would mean nothing."""
+    """The servers do check the name, without which the tests above would prove nothing."""
 
     def reply() -> int:
         with smtplib.SMTP("127.0.0.1", server.port, name, timeout=30) as client:

@@ -48,7 +48,7 @@ def _listeners(pids: set[int]) -> set[str]:
     return {line[1] for line in lines if line[3] == _LISTENING and line[9] in inodes}
 
 
-async def test_the_server_listens_on_its_port_of_loopback_alone(server: MailServer) -> None:
+async def test_the_server_listens_on_its_port_only_on_loopback(server: MailServer) -> None:
     assert _listeners(server.root.processes()) == {f"0100007F:{server.port:04X}"}
 
 

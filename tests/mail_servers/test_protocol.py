@@ -56,7 +56,7 @@ async def test_large_mails_arrive_at_a_server_with_a_deadline_per_request(
 
 
 @pytest.mark.parametrize("offered", ["*", ""], ids=["pipelining", "no-pipelining"])
-async def test_commands_stay_in_step_with_a_server_that_enforces_it(
+async def test_a_server_that_enforces_command_synchronization_reports_no_error(
     configure: Configure, authority: Authority, tmp_path: Path, offered: str
 ) -> None:
     settings = f"smtp_enforce_sync = true\npipelining_advertise_hosts = {offered}"

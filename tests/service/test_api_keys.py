@@ -87,7 +87,7 @@ def create(scheduler: Scheduler, text: str, user_id: str = "") -> Any:
     return scheduler.senders.CreateSender(request, metadata=bearer(text))
 
 
-async def test_a_users_key_acts_for_its_user_without_saying_so(
+async def test_a_user_key_acts_for_its_user_without_a_user_id(
     scheduler: Scheduler, engine: AsyncEngine
 ) -> None:
     ann = await key(engine, ApiKeyKind.USER, "ann")
@@ -95,7 +95,7 @@ async def test_a_users_key_acts_for_its_user_without_saying_so(
     assert (await create(scheduler, ann, "ann")).user_id == "ann"
 
 
-async def test_a_users_key_for_another_user_is_a_mismatch(
+async def test_a_user_key_with_another_user_id_is_a_mismatch(
     scheduler: Scheduler, engine: AsyncEngine
 ) -> None:
     ann = await key(engine, ApiKeyKind.USER, "ann")
@@ -104,7 +104,7 @@ async def test_a_users_key_for_another_user_is_a_mismatch(
 
 
 @pytest.mark.parametrize("kind", [ApiKeyKind.SERVICE, ApiKeyKind.OPERATOR])
-async def test_a_service_key_acts_for_whom_it_names(
+async def test_a_service_key_acts_for_the_user_that_it_names(
     scheduler: Scheduler, engine: AsyncEngine, kind: ApiKeyKind
 ) -> None:
     backend = await key(engine, kind)
@@ -113,13 +113,13 @@ async def test_a_service_key_acts_for_whom_it_names(
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "USER_ID_REQUIRED")
 
 
-async def test_without_a_key_there_is_no_call(scheduler: Scheduler) -> None:
+async def test_a_call_without_a_key_is_refused(scheduler: Scheduler) -> None:
     refusal = await refusal_of(scheduler.sender())
     assert (refusal.code, refusal.reason) == ("UNAUTHENTICATED", "API_KEY_MISSING")
     assert "authorization: Bearer" in refusal.message
 
 
-async def test_what_is_no_key_of_ours_is_refused_in_the_same_words(
+async def test_all_invalid_keys_are_refused_with_the_same_message(
     scheduler: Scheduler, engine: AsyncEngine
 ) -> None:
     good = await key(engine, ApiKeyKind.SERVICE)
@@ -152,7 +152,7 @@ async def test_an_upload_is_refused_before_its_first_message_is_read(
         assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_health_and_reflection_are_open(scheduler: Scheduler) -> None:
+async def test_health_and_reflection_need_no_key(scheduler: Scheduler) -> None:
     async with grpc.aio.insecure_channel(scheduler.address) as channel:
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -183,7 +183,7 @@ async def test_a_revoked_key_stops_within_the_cache_time(
 
 
 class Watched(stats_service_pb2_grpc.StatsServiceServicer):
-    """Streams a message whenever it is told to."""
+    """Streams a message whenever a test asks for one."""
 
     def __init__(self) -> None:
         self.next = asyncio.Semaphore(1)
@@ -245,7 +245,7 @@ async def test_a_key_is_looked_up_once_for_many_calls(engine: AsyncEngine) -> No
     assert len(looks) == 1
 
 
-async def test_a_caller_that_goes_away_does_not_take_the_others_answer(
+async def test_a_cancelled_caller_does_not_cancel_the_key_lookup_of_others(
     engine: AsyncEngine,
 ) -> None:
     text = await key(engine, ApiKeyKind.SERVICE)
@@ -259,7 +259,7 @@ async def test_a_caller_that_goes_away_does_not_take_the_others_answer(
     await authenticator.close()
 
 
-async def test_the_last_use_is_written_once_a_minute(
+async def test_the_last_use_is_written_at_most_once_a_minute(
     scheduler: Scheduler, engine: AsyncEngine
 ) -> None:
     text = await key(engine, ApiKeyKind.SERVICE)
@@ -277,7 +277,7 @@ async def test_the_last_use_is_written_once_a_minute(
     assert scheduler.value(last_use) >= noted
 
 
-async def test_without_postgresql_a_key_is_unavailable_and_not_wrong(
+async def test_without_postgresql_a_key_check_is_unavailable_and_not_unauthenticated(
     stores: Stores, database_url: str, redis_url: str
 ) -> None:
     async with running_scheduler(database_url, redis_url, auth="keys") as scheduler:
@@ -297,7 +297,7 @@ async def test_without_postgresql_a_key_is_unavailable_and_not_wrong(
     assert info.reason == "DATABASE_UNAVAILABLE"
 
 
-async def test_a_dispatcher_is_for_operators(
+async def test_the_dispatcher_requires_an_operator_key(
     database_url: str, redis_url: str, engine: AsyncEngine
 ) -> None:
     values = options(database_url, redis_url, "smtp://127.0.0.1:9", auth="keys")
@@ -329,7 +329,7 @@ class Shell:
         return json.loads(done.stdout)
 
 
-async def test_the_command_makes_lists_uses_and_revokes_a_key(
+async def test_the_command_creates_lists_uses_and_revokes_a_key(
     scheduler: Scheduler, tmp_path: Path
 ) -> None:
     shell = Shell(
@@ -364,7 +364,7 @@ async def test_the_command_makes_lists_uses_and_revokes_a_key(
     assert (unknown.exit_code, "no API key nothing" in unknown.stderr) == (1, True)
 
 
-async def test_a_key_has_one_kind_and_never_goes_out_in_clear(database_url: str) -> None:
+async def test_a_key_has_one_kind_and_is_never_sent_in_clear(database_url: str) -> None:
     shell = Shell(OUTBOX_DATABASE_URL=database_url, OUTBOX_API_KEY=make_key().text)
     for argv in ((), ("--user", "ann", "--operator"), ("--service", "--operator")):
         done = await shell.run("keys", "create", *argv)

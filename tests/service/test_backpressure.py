@@ -1,4 +1,4 @@
-"""A scheduler under pressure says so, with the time to come again, and neither grows nor hangs."""
+"""An overloaded scheduler refuses calls with a retry delay, and neither grows nor hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_sc
 
 
 async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
-    """Return code and reason of a refusal, which must say when to come again."""
+    """Return code and reason of a refusal, which must have a retry delay."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(PATIENCE):
             await call
@@ -36,7 +36,7 @@ async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("table", ["email_jobs", "batches", "count_deltas"])
-async def test_a_full_disk_refuses_the_batch_and_a_later_try_is_fine(
+async def test_a_full_disk_refuses_the_batch_and_a_later_try_succeeds(
     database_url: str, redis_url: str, table: str
 ) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:
@@ -61,7 +61,7 @@ async def test_a_full_disk_refuses_the_batch_and_a_later_try_is_fine(
         assert not (await scheduler.schedule(sender, request_id="once")).replayed
 
 
-async def test_a_postgresql_without_a_connection_to_give_is_unavailable_until_it_has(
+async def test_calls_are_unavailable_while_postgresql_has_no_free_connection(
     database_url: str, redis_url: str, stores: Stores
 ) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:
@@ -83,7 +83,7 @@ async def test_a_postgresql_without_a_connection_to_give_is_unavailable_until_it
 # A flood -------------------------------------------------------------------------------------
 
 
-async def test_a_flood_into_a_database_that_stands_still_is_refused_at_once(
+async def test_a_flood_while_the_database_hangs_is_refused_at_once(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "_WAITING", 3)
@@ -154,7 +154,7 @@ async def upload(
 
 
 @pytest.mark.parametrize(("kind", "calls"), [("uploads", 200), ("batches", 100)])
-async def test_a_flood_ends_and_does_not_grow_the_scheduler(
+async def test_a_flood_ends_and_does_not_grow_the_schedulers_memory(
     database_url: str, redis_url: str, tmp_path: Path, kind: str, calls: int
 ) -> None:
     async with AsyncExitStack() as stack:

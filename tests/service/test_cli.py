@@ -1,4 +1,4 @@
-"""The command line where it needs no server: help, usage, addresses, texts."""
+"""The parts of the command line that need no server: help, usage, addresses, texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stack of ours in this folder, and no OUTBOX_* of whoever runs the tests."""
+    """Remove the OUTBOX_* variables of the developer and use a folder without a stack."""
     monkeypatch.chdir(tmp_path)
     for name in Settings.model_fields:
         monkeypatch.delenv(f"OUTBOX_{name.upper()}", raising=False)
@@ -47,7 +47,7 @@ def closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_the_list_of_commands_loads_neither_grpc_nor_pydantic_nor_sqlalchemy() -> None:
+def test_listing_the_commands_imports_neither_grpc_nor_pydantic_nor_sqlalchemy() -> None:
     program = (
         "import sys\n"
         "from typer.testing import CliRunner\n"
@@ -62,7 +62,7 @@ def test_the_list_of_commands_loads_neither_grpc_nor_pydantic_nor_sqlalchemy() -
 
 
 @pytest.mark.parametrize("name", OutboxGroup.entries)
-def test_every_command_of_the_list_has_a_help_of_its_own(name: str) -> None:
+def test_every_listed_command_has_its_own_help(name: str) -> None:
     shown = runner.invoke(app, [name, "--help"])
     assert shown.exit_code == 0
     assert f"Usage: outbox {name}" in shown.output.replace("Usage: root", "Usage: outbox")
@@ -71,7 +71,7 @@ def test_every_command_of_the_list_has_a_help_of_its_own(name: str) -> None:
         assert runner.invoke(app, [name, command, "--help"]).exit_code == 0
 
 
-def test_the_version_is_the_package_s() -> None:
+def test_the_version_is_that_of_the_package() -> None:
     shown = runner.invoke(app, ["--version"])
     assert (shown.exit_code, shown.stdout) == (0, "outbox 0.1.0\n")
 
@@ -95,19 +95,21 @@ def test_the_version_is_the_package_s() -> None:
         ["up", "--smtp", "relay:25"],
     ],
 )
-def test_wrong_usage_is_exit_code_2_with_nothing_on_stdout(words: list[str]) -> None:
+def test_wrong_usage_exits_with_code_2_and_an_empty_stdout(words: list[str]) -> None:
     refused = runner.invoke(app, words)
     assert (refused.exit_code, refused.stdout) == (2, "")
 
 
-def test_a_wrong_variable_is_exit_code_2_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_variable_exits_with_code_2_and_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("OUTBOX_MIN_GAP", "soon")
     refused = runner.invoke(app, ["senders", "list"])
     assert refused.exit_code == 2
     assert "OUTBOX_MIN_GAP" in refused.stderr
 
 
-def test_no_answer_says_which_address_was_asked_and_what_to_do() -> None:
+def test_the_error_for_no_answer_names_the_address_and_what_to_do() -> None:
     address = f"127.0.0.1:{closed_port()}"
     failed = runner.invoke(app, ["senders", "get", "1", "--server", address])
     assert (failed.exit_code, failed.stdout) == (1, "")
@@ -117,7 +119,7 @@ def test_no_answer_says_which_address_was_asked_and_what_to_do() -> None:
     )
 
 
-def test_a_service_is_found_by_server_then_variable_then_stack_then_default(
+def test_an_address_comes_from_option_then_variable_then_stack_then_default(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert find_address("stats", None).target == "127.0.0.1:50053"
@@ -135,7 +137,7 @@ def test_a_service_is_found_by_server_then_variable_then_stack_then_default(
     assert find_address("stats", "example.com:7").target == "example.com:7"
 
 
-def test_a_broken_file_of_the_stack_is_named() -> None:
+def test_a_broken_stack_file_is_named() -> None:
     Path(".outbox").mkdir()
     Path(".outbox/endpoints.json").write_text("{")
     failed = runner.invoke(app, ["stats", "user", "u"])
@@ -143,13 +145,13 @@ def test_a_broken_file_of_the_stack_is_named() -> None:
     assert ".outbox/endpoints.json cannot be read" in failed.stderr
 
 
-def test_a_csv_that_is_not_there_fails_before_anything_is_asked() -> None:
+def test_a_missing_csv_fails_before_any_call() -> None:
     failed = runner.invoke(app, ["schedule", "nope.csv", "--sender", "1", "--request", "r"])
     assert failed.exit_code == 1
     assert failed.stderr == "outbox: nope.csv cannot be read: No such file or directory\n"
 
 
-def test_an_encryption_key_is_one_that_the_services_take() -> None:
+def test_a_generated_encryption_key_is_accepted_by_the_services() -> None:
     made = runner.invoke(app, ["keys", "generate-encryption-key"])
     box = SecretBox([made.stdout.strip()])
     assert box.decrypt(box.encrypt("secret")) == "secret"
@@ -159,13 +161,13 @@ def test_an_encryption_key_is_one_that_the_services_take() -> None:
     assert SecretBox([document["encryption_key"]])
 
 
-def test_the_key_of_a_stack_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
+def test_the_key_of_a_stack_is_created_once_and_readable_only_by_its_owner(tmp_path: Path) -> None:
     key = key_in(tmp_path)
     assert key_in(tmp_path) == key
     assert stat.S_IMODE((tmp_path / "encryption_key").stat().st_mode) == 0o600
 
 
-def test_times_are_rfc_3339_or_now_or_from_now() -> None:
+def test_times_are_rfc_3339_or_now_or_relative() -> None:
     assert read_time("2026-12-24T18:00:00+01:00") == datetime(2026, 12, 24, 17, tzinfo=UTC)
     assert read_time("2026-12-24T17:00:00Z") == datetime(2026, 12, 24, 17, tzinfo=UTC)
     for text, later in (("now", timedelta(0)), ("in 10m", timedelta(minutes=10))):
@@ -175,7 +177,7 @@ def test_times_are_rfc_3339_or_now_or_from_now() -> None:
         read_time("2026-12-24T18:00:00")
 
 
-def test_services_are_told_what_is_set_and_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_services_receive_only_the_variables_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {
         "OUTBOX_MIN_GAP": "250ms",
         "OUTBOX_RETRY_BACKOFF": "1s,90s",
@@ -189,9 +191,7 @@ def test_services_are_told_what_is_set_and_no_default(monkeypatch: pytest.Monkey
     assert told == variables | {"OUTBOX_RETRY_BACKOFF": "1s,90s"}
 
 
-def test_services_are_told_absolute_paths_for_they_run_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_services_receive_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OUTBOX_REPLY_RULES", "rules.toml")
     monkeypatch.setenv("OUTBOX_SMTP_CA", "/etc/ca.pem")
@@ -203,7 +203,7 @@ def test_services_are_told_absolute_paths_for_they_run_elsewhere(
     }
 
 
-def test_json_is_proto_json_with_the_original_names_and_zeros(
+def test_json_output_is_proto_json_with_original_names_and_zeros(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = EmailJob(email_job_id="7", state=EmailJobState.EMAIL_JOB_STATE_SENT)
@@ -213,7 +213,7 @@ def test_json_is_proto_json_with_the_original_names_and_zeros(
     assert (document["state"], document["attempt_count"]) == ("EMAIL_JOB_STATE_SENT", 0)
 
 
-def test_a_table_is_not_cut_in_a_pipe_and_cannot_steer_the_terminal(
+def test_a_table_is_not_cut_in_a_pipe_and_cannot_control_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     long = "x" * 300
@@ -248,7 +248,7 @@ def expected(names: int) -> ExpectedMails:
     )
 
 
-def test_the_demo_s_report_is_clean_where_every_promise_held() -> None:
+def test_the_demo_report_is_clean_if_every_promise_held() -> None:
     mails = [mail(0, 0.0, 0.5), mail(1, 1.5, 2.0), mail(2, 10.5, 11.0)]
     report = report_on(expected(3), mails, 10.0)
     assert (report.broken, report.lost, report.duplicates) == ([], 0, 0)
@@ -256,7 +256,7 @@ def test_the_demo_s_report_is_clean_where_every_promise_held() -> None:
     assert (document["least_gap_s"], document["most_in_window"]) == (1.0, 2)
 
 
-def test_the_demo_s_report_names_each_broken_promise() -> None:
+def test_the_demo_report_names_each_broken_promise() -> None:
     mails = [mail(0, 0.0, 0.5), mail(1, 1.0, 2.0), mail(1, 8.0, 9.0)]
     report = report_on(expected(3), mails, 10.0)
     assert (report.lost, report.duplicates, report.least_gap_s, report.most_in_window) == (
@@ -268,13 +268,13 @@ def test_the_demo_s_report_names_each_broken_promise() -> None:
     assert len(report.broken) == 4
 
 
-def test_a_job_that_nobody_can_name_counts_as_lost() -> None:
+def test_a_job_missing_from_every_record_counts_as_lost() -> None:
     nameless = dataclasses.replace(expected(2), accepted=3)
     report = report_on(nameless, [mail(0, 0.0, 0.5), mail(1, 1.5, 2.0)], 10.0)
     assert report.lost == 1
 
 
-def test_without_the_embedded_servers_up_says_what_to_install() -> None:
+def test_up_without_the_embedded_servers_says_what_to_install() -> None:
     program = (
         "import sys\n"
         "sys.modules['aiosmtpd'] = None\n"

@@ -1,4 +1,4 @@
-"""The commands that ask a scheduler, against a real one."""
+"""The commands that call a scheduler, against a real one."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_rejections_are_a_csv_that_can_be_fixed_and_sent_again(
         read("none.csv")
 
 
-async def test_more_rejections_than_an_answer_holds_are_all_written(scheduler: Scheduler) -> None:
+async def test_rejections_beyond_one_response_are_all_written(scheduler: Scheduler) -> None:
     rows = "".join("broken\n" if n % 2 else f"{n}@b.org\n" for n in range(3000))
     write("people.csv", f"email\n{rows}")
     done = await schedule(scheduler, "people.csv", "--rejections", "bad.csv", "-o", "json")
@@ -111,7 +111,7 @@ async def test_more_rejections_than_an_answer_holds_are_all_written(scheduler: S
     assert numbers == [str(n) for n in range(2, 3001, 2)]
 
 
-async def test_a_file_that_is_there_is_never_overwritten_and_nothing_is_sent(
+async def test_an_existing_file_is_never_overwritten_and_nothing_is_sent(
     scheduler: Scheduler,
 ) -> None:
     write("people.csv", CSV)
@@ -122,7 +122,7 @@ async def test_a_file_that_is_there_is_never_overwritten_and_nothing_is_sent(
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
-async def test_a_dry_run_has_the_forecast_and_schedules_nothing(
+async def test_a_dry_run_shows_the_forecast_and_schedules_nothing(
     scheduler: Scheduler, stats: str
 ) -> None:
     sender = await scheduler.sender()
@@ -142,7 +142,7 @@ async def test_a_dry_run_has_the_forecast_and_schedules_nothing(
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
-async def test_a_dry_run_tells_the_rows_apart_as_the_real_run_does(
+async def test_a_dry_run_classifies_rows_like_the_real_run(
     scheduler: Scheduler, stats: str
 ) -> None:
     sender = await scheduler.sender()
@@ -172,7 +172,7 @@ async def test_a_dry_run_tells_the_rows_apart_as_the_real_run_does(
         (["--time-zone", "Mars/Olympus"], 1, "Mars/Olympus"),
     ],
 )
-async def test_a_dry_run_refuses_what_the_real_run_would(
+async def test_a_dry_run_refuses_the_same_input_as_the_real_run(
     scheduler: Scheduler, stats: str, options: list[str], code: int, text: str
 ) -> None:
     sender = await scheduler.sender()
@@ -184,7 +184,7 @@ async def test_a_dry_run_refuses_what_the_real_run_would(
     assert text in " ".join(refused.stderr.split())
 
 
-async def test_a_dry_run_refuses_what_can_be_no_batch(scheduler: Scheduler) -> None:
+async def test_a_dry_run_refuses_input_that_cannot_become_a_batch(scheduler: Scheduler) -> None:
     write("people.csv", "name\nAnn\n")
     refused = await schedule(scheduler, "people.csv", "--dry-run")
     assert refused.exit_code == 1
@@ -214,7 +214,7 @@ async def test_all_pages_of_a_list_are_one_document(scheduler: Scheduler) -> Non
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 
-async def test_a_cooldown_is_shown_everywhere_and_its_reply_steers_no_terminal(
+async def test_a_cooldown_is_shown_everywhere_without_terminal_escapes(
     scheduler: Scheduler, stats: str
 ) -> None:
     sender, well = await scheduler.sender(), await scheduler.sender()
@@ -281,7 +281,7 @@ async def test_a_watch_prints_the_cooldown_beside_the_counts(
         await watch.wait()
 
 
-def test_an_upload_without_an_answer_says_how_to_try_it_again() -> None:
+def test_an_upload_without_an_answer_says_how_to_retry_it() -> None:
     write("people.csv", "email\na@b.org\n")
     server = f"127.0.0.1:{free_port()}"
     words = ["schedule", "people.csv", "--sender", "1", "--request", "r1", "--server", server]

@@ -1,4 +1,4 @@
-"""What the command line says when no Outbox server answers: each cause with its own remedy."""
+"""The messages of the command line when no Outbox server answers: a remedy per cause."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for half a second only: the server of the test answers never."""
+    """Wait for only half a second: the server of the test never answers."""
     monkeypatch.setattr("outbox_server.cli.connection_check._LIMIT_S", 0.5)
 
 
@@ -108,7 +108,7 @@ def listening(
 
 
 def asked(address: str, *options: str) -> str:
-    """Return the one line that a command says when it asks the scheduler at `address`."""
+    """Return the one line that a command prints when it calls the scheduler at `address`."""
     words = [*options, "senders", "get", "1", "--server", address]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1
@@ -123,12 +123,12 @@ def asked(address: str, *options: str) -> str:
 FIX = "start the scheduler there, or name the address of the scheduler with --server"
 
 
-def test_a_name_that_cannot_be_resolved() -> None:
+def test_a_host_name_that_cannot_be_resolved_is_reported() -> None:
     address = "no-such-host.invalid:50051"
     assert asked(address) == f"the host name in {address} (--server) cannot be resolved: {FIX}"
 
 
-def test_a_port_where_nothing_listens() -> None:
+def test_a_port_without_a_listener_is_reported() -> None:
     address = f"127.0.0.1:{closed_port()}"
     assert asked(address) == f"nothing listens at {address} (--server): {FIX}"
     assert asked(address, "--tls-ca", "system") == f"nothing listens at {address} (--server): {FIX}"
@@ -159,7 +159,7 @@ def test_the_advice_names_where_the_address_comes_from(
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_host_that_drops_packets() -> None:
+def test_a_host_that_drops_packets_is_reported() -> None:
     # A full queue of connections: further ones get no answer.
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket())
@@ -173,12 +173,12 @@ def test_a_host_that_drops_packets() -> None:
     assert "within 0.5 s: the host is down, or a firewall drops the connection; start" in line
 
 
-def test_a_client_in_clear_asks_a_server_with_tls(certificate: Certificate) -> None:
+def test_a_plaintext_call_to_a_tls_server_is_reported(certificate: Certificate) -> None:
     with listening(silent, server_context(certificate)) as address:
         assert asked(address).startswith(f"{address} (--server) uses TLS: add --tls-ca FILE")
 
 
-def test_a_client_with_tls_asks_a_server_in_clear(certificate: Certificate) -> None:
+def test_a_tls_call_to_a_plaintext_server_is_reported(certificate: Certificate) -> None:
     with listening(saying(EMPTY_SETTINGS)) as address:
         line = asked(address, "--tls-ca", str(certificate.public))
         assert line == (
@@ -186,7 +186,7 @@ def test_a_client_with_tls_asks_a_server_in_clear(certificate: Certificate) -> N
         )
 
 
-async def test_real_servers_that_use_tls_and_do_not(certificate: Certificate) -> None:
+async def test_tls_mismatches_with_real_servers_are_reported(certificate: Certificate) -> None:
     public, private = map(str, certificate)
     for settings, options, said in (
         ({"tls_certificate": public, "tls_key": private}, (), "uses TLS: add --tls-ca FILE"),
@@ -206,7 +206,9 @@ async def test_real_servers_that_use_tls_and_do_not(certificate: Certificate) ->
         assert said in line
 
 
-async def test_a_client_certificate_of_another_ca(certificate: Certificate, tmp_path: Path) -> None:
+async def test_a_client_certificate_of_another_ca_is_reported(
+    certificate: Certificate, tmp_path: Path
+) -> None:
     public, private = map(str, certificate)
     stranger = self_signed(tmp_path / "stranger")
     server = GrpcServer(
@@ -224,7 +226,7 @@ async def test_a_client_certificate_of_another_ca(certificate: Certificate, tmp_
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_an_http1_server(certificate: Certificate, tls: bool) -> None:
+def test_an_http1_server_is_reported(certificate: Certificate, tls: bool) -> None:
     options = ("--tls-ca", str(certificate.public)) if tls else ()
     with listening(saying(HTTP1), server_context(certificate) if tls else None) as address:
         assert asked(address, *options) == (
@@ -233,18 +235,18 @@ def test_an_http1_server(certificate: Certificate, tls: bool) -> None:
         )
 
 
-def test_an_http1_server_in_clear_is_asked_over_tls(certificate: Certificate) -> None:
+def test_a_tls_call_to_a_plaintext_http1_server_is_reported(certificate: Certificate) -> None:
     with listening(saying(HTTP1)) as address:
         assert "is an HTTP/1 server" in asked(address, "--tls-ca", str(certificate.public))
 
 
-def test_a_server_of_another_protocol_is_quoted_and_steers_no_terminal() -> None:
+def test_a_server_of_another_protocol_is_quoted_without_terminal_escapes() -> None:
     with listening(saying(b"220 mail\x1b[2J ESMTP ready\r\n")) as address:
         line = asked(address)
     assert "is another kind of server (it sends '220 mail\\x1b[2J ESMTP ready" in line
 
 
-def test_a_server_that_closes_each_connection() -> None:
+def test_a_server_that_closes_each_connection_is_reported() -> None:
     with listening(closing) as address:
         assert f"{address} (--server) closes each connection at once, so it is not" in asked(
             address
@@ -252,12 +254,12 @@ def test_a_server_that_closes_each_connection() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_server_that_is_silent() -> None:
+def test_a_silent_server_is_reported() -> None:
     with listening(silent) as address:
         assert "accepts connections but sends nothing for 0.5 s, so it is not" in asked(address)
 
 
-def test_a_server_that_speaks_http2_and_breaks_off() -> None:
+def test_a_server_that_breaks_off_http2_is_reported() -> None:
     def talk(stream: socket.socket) -> None:
         stream.recv(65536)
         stream.sendall(EMPTY_SETTINGS)
@@ -269,7 +271,7 @@ def test_a_server_that_speaks_http2_and_breaks_off() -> None:
         )
 
 
-def test_a_proxy_that_a_variable_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_set_by_a_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     proxy = f"http://127.0.0.1:{closed_port()}"
     monkeypatch.setenv("http_proxy", proxy)
     with listening(saying(EMPTY_SETTINGS)) as address:
@@ -290,7 +292,7 @@ def streams_begun(received: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("status", [404, 503])
-def test_an_http2_server_that_is_no_grpc_server(status: int) -> None:
+def test_an_http2_server_without_grpc_is_reported(status: int) -> None:
     # A block with `:status` as its only header.
     headers = b"\x08\x03" + str(status).encode()
 
@@ -319,7 +321,7 @@ def test_an_http2_server_that_is_no_grpc_server(status: int) -> None:
 
 @asynccontextmanager
 async def serving(*services: str) -> AsyncIterator[str]:
-    """Run a server that has the services by name, and none of their methods."""
+    """Run a server that has the services by name but none of their methods."""
     added = [ServiceBinding(name, lambda _: None) for name in services]
     server = GrpcServer(load_settings(auth="off"), "127.0.0.1:0", added)
     await server.start()
@@ -337,13 +339,13 @@ async def serving(*services: str) -> AsyncIterator[str]:
         ("other.v1.Service", "is a gRPC server, but not an Outbox scheduler"),
     ],
 )
-async def test_a_server_of_another_kind(service: str, said: str) -> None:
+async def test_another_service_at_the_address_is_reported(service: str, said: str) -> None:
     async with serving(service) as address:
         line = await asyncio.to_thread(asked, address)
     assert line == f"{address} (--server) {said} (METHOD_NOT_FOUND): {FIX}"
 
 
-async def test_a_server_that_is_older_than_the_command() -> None:
+async def test_a_server_older_than_the_command_is_reported() -> None:
     async with serving("outbox.v1.SenderService", "outbox.v1.StatsService") as address:
         done = await asyncio.to_thread(run, ["stats", "sender", "1", "--server", address])
     assert done.exit_code == 1
@@ -353,7 +355,7 @@ async def test_a_server_that_is_older_than_the_command() -> None:
     ) in done.stderr
 
 
-def test_a_certificate_that_is_not_trusted(certificate: Certificate, tmp_path: Path) -> None:
+def test_an_untrusted_certificate_is_reported(certificate: Certificate, tmp_path: Path) -> None:
     other = self_signed(tmp_path / "other")
     with listening(silent, server_context(certificate)) as address:
         at = f"the certificate of {address} (--server)"
@@ -367,14 +369,16 @@ def test_a_certificate_that_is_not_trusted(certificate: Certificate, tmp_path: P
         assert f"the certificate of {name} (--server) is not for localhost: use a host" in line
 
 
-def test_a_certificate_that_has_expired(tmp_path: Path) -> None:
+def test_an_expired_certificate_is_reported(tmp_path: Path) -> None:
     old = self_signed(tmp_path / "old", until=timedelta(minutes=-5))
     with listening(silent, server_context(old)) as address:
         line = asked(address, "--tls-ca", str(old.public))
     assert line == f"the certificate of {address} (--server) has expired: renew it on the server"
 
 
-def test_files_that_are_no_certificates_are_named(certificate: Certificate, tmp_path: Path) -> None:
+def test_files_that_are_not_certificates_are_named(
+    certificate: Certificate, tmp_path: Path
+) -> None:
     text = tmp_path / "text"
     text.write_text("no PEM")
     public = str(certificate.public)
@@ -398,7 +402,7 @@ def test_an_address_that_is_not_host_and_port_is_wrong_usage(address: str) -> No
     assert f"--server: {address!r} is not HOST:PORT, such as 127.0.0.1:50051" in done.stderr
 
 
-def test_a_variable_that_is_no_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_with_an_invalid_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTBOX_STATS_LISTEN", "stats.example.com")
     done = run(["stats", "sender", "1"])
     assert done.exit_code == 2

@@ -53,7 +53,7 @@ def stored(scheduler: Scheduler) -> list[str | None]:
     return [None if each is None else box.decrypt(each) for each in (secret, token)]
 
 
-async def test_a_preset_and_two_files_make_a_sender_of_gmail(scheduler: Scheduler) -> None:
+async def test_a_preset_and_two_files_create_a_gmail_sender(scheduler: Scheduler) -> None:
     files = ("--oauth2-client-secret-file", "secret", "--oauth2-refresh-token-file", "token")
     done = await create(scheduler, *GMAIL, *files)
     assert done.exit_code == 0, done.stderr
@@ -70,7 +70,7 @@ async def test_a_preset_and_two_files_make_a_sender_of_gmail(scheduler: Schedule
     assert stored(scheduler) == ["a-client-secret", "1//refresh-token"]
 
 
-async def test_a_private_ca_goes_with_a_preset_and_a_token(
+async def test_a_private_ca_can_be_combined_with_a_preset_and_a_token(
     scheduler: Scheduler, certificate: str
 ) -> None:
     words = ("--oauth2-refresh-token-file", "token", "--smtp-ca", "127.0.0.1.crt")
@@ -81,7 +81,7 @@ async def test_a_private_ca_goes_with_a_preset_and_a_token(
     assert smtp["oauth2"]["refresh_token_set"]
 
 
-async def test_a_secret_may_come_from_stdin_and_an_update_writes_the_endpoint_whole(
+async def test_a_secret_may_come_from_stdin_and_an_update_replaces_the_whole_endpoint(
     scheduler: Scheduler,
 ) -> None:
     made = json.loads((await create(scheduler)).stdout)

@@ -81,14 +81,14 @@ async def test_a_service_command_serves_until_sigterm(
         assert (process.returncode, out) == (0, "")
 
 
-def test_a_service_command_with_a_wrong_variable_is_exit_code_2(tmp_path: Path) -> None:
+def test_a_service_command_with_an_invalid_variable_exits_with_code_2(tmp_path: Path) -> None:
     with running(tmp_path, "stats", {"OUTBOX_LEASE": "1y"}) as process:
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (2, "")
     assert "OUTBOX_LEASE" in err
 
 
-def test_migrate_makes_the_schema_and_may_be_run_again(stores: Stores, tmp_path: Path) -> None:
+def test_migrate_creates_the_schema_and_can_be_run_again(stores: Stores, tmp_path: Path) -> None:
     name = sql.Identifier("outbox_to_migrate")
     stores.administrate(sql.SQL("CREATE DATABASE {} OWNER outbox").format(name))
     url = stores.postgres.url("outbox_to_migrate")

@@ -40,7 +40,7 @@ async def options(scheduler: Scheduler, **more: Any) -> BatchOptions:
 
 
 @pytest.mark.parametrize("kind", ["path", "file", "bytes", "iterator", "rows"])
-async def test_a_batch_is_made_from_whatever_has_the_rows(
+async def test_a_batch_is_created_from_any_supported_source_of_rows(
     scheduler: Scheduler, client: EitherClient, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "people.csv"
@@ -74,7 +74,7 @@ async def test_the_same_request_id_counts_once_and_with_other_rows_is_refused(
     assert (caught.value.reason, caught.value.request_id) == ("REQUEST_ID_REUSED", "once")
 
 
-async def test_a_refusal_of_the_options_arrives_though_the_upload_is_under_way(
+async def test_a_refusal_of_the_options_arrives_during_the_upload(
     scheduler: Scheduler, client: EitherClient
 ) -> None:
     wanted = BatchOptions(sender_id="999", subject="x", body="y", user_id="ann")
@@ -84,7 +84,7 @@ async def test_a_refusal_of_the_options_arrives_though_the_upload_is_under_way(
         assert caught.value.reason == "SENDER_NOT_FOUND"
 
 
-async def test_jobs_and_rejections_are_listed_over_their_pages(
+async def test_jobs_and_rejections_are_listed_across_pages(
     scheduler: Scheduler, client: EitherClient
 ) -> None:
     wanted = await options(scheduler)
@@ -103,7 +103,7 @@ async def test_jobs_and_rejections_are_listed_over_their_pages(
     assert [one.row_number for one in rejections] == [1, 3, 5, 7, 9]
 
 
-async def test_waiting_ends_when_nothing_of_the_batch_waits(
+async def test_waiting_ends_when_no_job_of_the_batch_waits(
     scheduler: Scheduler, client: EitherClient
 ) -> None:
     wanted = await options(scheduler)
@@ -119,7 +119,7 @@ async def test_waiting_ends_when_nothing_of_the_batch_waits(
     assert batch.counts.cancelled_count == 2
 
 
-async def test_a_call_outlives_a_restart_of_the_scheduler(
+async def test_a_call_survives_a_restart_of_the_scheduler(
     database_url: str, redis_url: str
 ) -> None:
     async with running_scheduler(database_url, redis_url) as first:
@@ -134,7 +134,7 @@ async def test_a_call_outlives_a_restart_of_the_scheduler(
     await client.close()
 
 
-async def test_a_client_shows_its_certificate_to_a_server_that_asks(
+async def test_a_client_presents_its_certificate_to_a_server_that_requires_one(
     client: EitherClient, tmp_path: Path
 ) -> None:
     server_certificate, server_key = self_signed(tmp_path / "server")
@@ -156,6 +156,6 @@ async def test_a_client_shows_its_certificate_to_a_server_that_asks(
                 await client.do(server.address, use, tls=Tls(server_certificate), retry=NO_RETRIES)
 
 
-def test_half_a_certificate_is_refused() -> None:
+def test_a_certificate_without_its_key_is_refused() -> None:
     with pytest.raises(ValueError, match="both"):
         AsyncClient("127.0.0.1:1", tls=Tls(certificate="x.crt"))

@@ -1,4 +1,4 @@
-"""Both clients against a server that misbehaves: what is repeated, and what an error says."""
+"""Both clients against a server that misbehaves: which calls are retried, and the errors."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def upload(rows: Any, **options: Any) -> Callable[[Any], Any]:
     return lambda client: client.upload(rows, BatchOptions(sender_id="7", **options))
 
 
-async def test_a_read_is_repeated_while_the_server_is_away(
+async def test_a_read_is_retried_while_the_server_is_unreachable(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
@@ -60,7 +60,7 @@ async def test_a_read_is_repeated_while_the_server_is_away(
     assert len(server.requests) == 3
 
 
-async def test_what_changes_something_is_never_repeated(
+async def test_a_write_is_never_retried_after_it_may_have_run(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
@@ -78,7 +78,7 @@ async def test_what_changes_something_is_never_repeated(
         FailedCall(Code.ABORTED, "again", "CONFLICT", timedelta(milliseconds=1)),
     ],
 )
-async def test_what_changes_something_is_repeated_where_nothing_can_have_happened(
+async def test_a_write_is_retried_if_it_cannot_have_run(
     server: Misbehaving, client: EitherClient, fault: FailedCall
 ) -> None:
     server.faults = [fault, fault]
@@ -87,7 +87,7 @@ async def test_what_changes_something_is_repeated_where_nothing_can_have_happene
     assert len(server.requests) == 3
 
 
-async def test_a_batch_is_repeated_with_the_request_id_that_the_client_made(
+async def test_a_batch_is_retried_with_the_request_id_that_the_client_generated(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
@@ -107,7 +107,7 @@ async def test_a_request_id_of_the_caller_is_kept(
     assert server.requests[0].options.request_id == "mine"
 
 
-async def test_the_delay_that_the_server_asks_for_is_kept(
+async def test_the_retry_delay_of_the_server_is_respected(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [
@@ -130,7 +130,7 @@ async def test_the_delay_that_the_server_asks_for_is_kept(
         FailedCall(Code.INVALID_ARGUMENT, "no", "INVALID_INPUT"),
     ],
 )
-async def test_what_would_fail_again_is_not_repeated(
+async def test_permanent_errors_are_not_retried(
     server: Misbehaving, client: EitherClient, fault: FailedCall
 ) -> None:
     server.faults = [fault]
@@ -148,22 +148,20 @@ async def test_after_the_last_try_the_error_is_raised(
     assert len(server.requests) == 4
 
 
-async def test_no_pause_goes_beyond_the_deadline(server: Misbehaving, client: EitherClient) -> None:
+async def test_no_pause_exceeds_the_deadline(server: Misbehaving, client: EitherClient) -> None:
     server.faults = [FailedCall(Code.UNAVAILABLE, "later", "SHUTTING_DOWN", timedelta(seconds=60))]
     with pytest.raises(Unavailable, match="later"):
         await client.do(server.address, get, timeout=5)
     assert len(server.requests) == 1
 
 
-async def test_a_call_has_a_deadline_though_nobody_set_one(
-    server: Misbehaving, client: EitherClient
-) -> None:
+async def test_a_call_has_a_default_deadline(server: Misbehaving, client: EitherClient) -> None:
     server.silent = True
     with pytest.raises(DeadlineExceeded):
         await client.do(server.address, get, timeout=0.2)
 
 
-async def test_an_error_says_all_that_the_server_said(
+async def test_an_error_has_all_details_of_the_server(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [
@@ -187,7 +185,7 @@ async def test_an_error_says_all_that_the_server_said(
     assert str(error) == "two fields are wrong (INVALID_INPUT); sender.email: is no address"
 
 
-async def test_an_error_without_details_has_its_code_for_a_reason(
+async def test_an_error_without_details_uses_its_code_as_the_reason(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [FailedCall(Code.NOT_FOUND, "no such route")]
@@ -196,7 +194,9 @@ async def test_an_error_without_details_has_its_code_for_a_reason(
     assert (str(caught.value), caught.value.reason) == ("no such route (NOT_FOUND)", "")
 
 
-async def test_the_api_key_goes_with_every_call(server: Misbehaving, client: EitherClient) -> None:
+async def test_the_api_key_is_sent_with_every_call(
+    server: Misbehaving, client: EitherClient
+) -> None:
     await client.do(server.address, get, api_key="k1")
     await client.do(server.address, upload(b"email\n"), api_key="k1")
     assert [each["authorization"] for each in server.metadata] == ["Bearer k1"] * 2
@@ -211,7 +211,7 @@ async def test_a_list_is_read_page_by_page(server: Misbehaving, client: EitherCl
     assert not request.page_token
 
 
-async def test_an_upload_that_can_be_read_again_is_repeated_whole(
+async def test_an_upload_that_can_be_read_again_is_retried_from_the_start(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
@@ -231,7 +231,7 @@ async def test_an_upload_that_can_be_read_once_is_sent_once_and_its_error_has_th
     assert [each.options.request_id for each in server.requests] == [caught.value.request_id]
 
 
-async def test_an_upload_whose_rows_break_off_never_ends_for_the_server(
+async def test_an_upload_whose_rows_fail_never_looks_complete_to_the_server(
     server: Misbehaving, client: EitherClient
 ) -> None:
     def rows() -> Iterator[dict[str, str]]:
@@ -245,7 +245,7 @@ async def test_an_upload_whose_rows_break_off_never_ends_for_the_server(
     assert server.uploads == []
 
 
-async def test_a_row_that_is_none_is_an_error_of_the_caller(
+async def test_an_invalid_row_is_an_error_of_the_caller(
     server: Misbehaving, client: EitherClient
 ) -> None:
     with pytest.raises(TypeError, match="int"):
@@ -272,7 +272,7 @@ async def test_a_refused_upload_is_not_read_to_its_end(
         stop.set()
 
 
-async def test_rows_become_a_csv_and_progress_is_told(
+async def test_rows_become_a_csv_and_progress_is_reported(
     server: Misbehaving, client: EitherClient
 ) -> None:
     seen: list[tuple[int, int | None, int]] = []
@@ -300,7 +300,7 @@ async def test_asynchronous_rows_are_uploaded_too(server: Misbehaving) -> None:
     assert server.uploads == [b"email\r\n0@b.org\r\n1@b.org\r\n2@b.org\r\n"]
 
 
-async def test_an_upload_that_is_cancelled_ends_at_once_and_for_the_server_too(
+async def test_a_cancelled_upload_ends_at_once_on_both_sides(
     server: Misbehaving,
 ) -> None:
     async def endless() -> AsyncIterator[bytes]:
@@ -324,7 +324,7 @@ def update(sent: int, *, done: bool = False) -> WatchBatchResponse:
     return WatchBatchResponse(batch=batch, resume_token=f"t{sent}", done=done)
 
 
-async def test_a_broken_watch_goes_on_from_its_token(
+async def test_a_broken_watch_resumes_from_its_token(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.streams = [[update(1), update(2)], [], [update(3, done=True)]]
@@ -336,7 +336,7 @@ async def test_a_broken_watch_goes_on_from_its_token(
     assert [type(error) for error in told] == [Unavailable]
 
 
-async def test_without_a_watch_the_batch_is_looked_at_until_it_ends(
+async def test_without_a_watch_the_batch_is_polled_until_it_ends(
     server: Misbehaving, client: EitherClient
 ) -> None:
     server.faults = [FailedCall(Code.UNIMPLEMENTED)]
@@ -347,14 +347,14 @@ async def test_without_a_watch_the_batch_is_looked_at_until_it_ends(
     assert seen == [going, done]
 
 
-async def test_waiting_has_an_end(server: Misbehaving, client: EitherClient) -> None:
+async def test_waiting_times_out(server: Misbehaving, client: EitherClient) -> None:
     server.faults = [FailedCall(Code.UNIMPLEMENTED)]
     server.batches = [Batch(state=BatchState.BATCH_STATE_ACTIVE)] * 9
     with pytest.raises(DeadlineExceeded):
         await client.do(server.address, lambda c: c.wait_for_batch("1", timeout=0.5))
 
 
-async def test_a_service_without_an_address_is_named(
+async def test_a_missing_service_address_is_named(
     server: Misbehaving, client: EitherClient
 ) -> None:
     with pytest.raises(ValueError, match="stats='host:port'"):

@@ -1,4 +1,4 @@
-"""A sender whose account a mail server refuses: who shows it, and what ends it."""
+"""A sender whose account a mail server refuses: which methods show it and which end it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def rows(scheduler: Scheduler) -> list[int]:
     return [sender for (sender,) in scheduler.rows("SELECT sender_id FROM cooldowns ORDER BY 1")]
 
 
-async def test_every_answer_with_a_sender_shows_its_cooldown(scheduler: Scheduler) -> None:
+async def test_every_response_with_a_sender_shows_its_cooldown(scheduler: Scheduler) -> None:
     well, cooling = await scheduler.sender(), await scheduler.sender()
     cool_down(scheduler, cooling, probe_in=30 * MINUTE)
     found = await get(scheduler, cooling)
@@ -109,7 +109,7 @@ async def test_every_answer_with_a_sender_shows_its_cooldown(scheduler: Schedule
 
 
 @pytest.mark.parametrize("paused", [False, True])
-async def test_a_resume_ends_the_cooldown_of_any_sender_and_says_so_in_the_log(
+async def test_a_resume_ends_the_cooldown_of_any_sender_and_logs_it(
     scheduler: Scheduler, *, paused: bool
 ) -> None:
     other, sender = await scheduler.sender(), await scheduler.sender()
@@ -151,7 +151,7 @@ async def test_after_a_resume_the_next_claim_finds_the_mail(
         ({"hourly_limit": 5, "display_name": "News", "email": "b@example.com"}, False),
     ],
 )
-async def test_another_endpoint_ends_the_cooldown_and_no_other_change_does(
+async def test_only_a_change_of_the_endpoint_ends_the_cooldown(
     scheduler: Scheduler, fields: dict[str, Any], *, ends: bool
 ) -> None:
     sender = await scheduler.sender(smtp=sender_pb2.SmtpEndpoint(host="old.example.com"))
@@ -164,7 +164,7 @@ async def test_another_endpoint_ends_the_cooldown_and_no_other_change_does(
     assert ended == (["UpdateSender"] if ends else [])
 
 
-async def test_a_deleted_sender_has_no_cooldown_and_one_that_is_kept_has(
+async def test_a_deletion_ends_the_cooldown_only_if_it_succeeds(
     scheduler: Scheduler,
 ) -> None:
     sender = await scheduler.sender()
@@ -199,7 +199,7 @@ async def test_another_user_neither_sees_nor_ends_a_cooldown(scheduler: Schedule
     assert rows(scheduler) == [int(sender.sender_id)]
 
 
-async def test_a_batch_is_accepted_during_a_cooldown_and_its_answer_says_what_it_waits_for(
+async def test_a_batch_is_accepted_during_a_cooldown_and_the_answer_names_it(
     scheduler: Scheduler,
 ) -> None:
     sender = await scheduler.sender()

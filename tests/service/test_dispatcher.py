@@ -38,7 +38,7 @@ def configure(database_url: str, redis_url: str) -> Configure:
 
 @pytest.fixture(autouse=True)
 def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look is worked out, or somebody wakes the dispatcher: nothing is found by chance."""
+    """Disable polling: the dispatcher acts only on computed times and on wake-ups."""
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))
 
 
@@ -73,7 +73,7 @@ async def test_every_mail_arrives_once(configure: Configure, inbox: Inbox) -> No
     assert mail.get_content() == "Hello\r\n"
 
 
-async def test_what_must_not_be_sent_any_more_ends_unsent_and_holds_up_nothing(
+async def test_expired_and_suppressed_jobs_end_unsent_and_delay_no_other_mail(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with working(configure(inbox.url, min_gap="20ms")) as (world, _):
@@ -91,7 +91,7 @@ async def test_what_must_not_be_sent_any_more_ends_unsent_and_holds_up_nothing(
     assert set(jobs_in(inbox.mails)) == set(jobs[200:]) - {jobs[249]}
 
 
-async def test_an_attempt_is_never_recorded_as_over_before_it_was(
+async def test_an_attempt_is_never_recorded_as_ended_too_early(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with working(configure(inbox.url)) as (world, _):
@@ -140,7 +140,7 @@ async def test_a_mail_that_cannot_be_built_fails_alone(configure: Configure, inb
 # Retries -------------------------------------------------------------------------------------
 
 
-async def test_a_4xx_is_tried_again_by_the_ladder(configure: Configure) -> None:
+async def test_a_4xx_reply_is_retried_by_the_ladder(configure: Configure) -> None:
     plan = {"rcpt": [Say("451 4.4.0 no route"), Say("452 4.5.3 too many")]}
     async with ScriptedServer(plan) as server, working(configure(server.url)) as (world, _):
         [job] = await world.schedule(await world.sender())
@@ -164,7 +164,7 @@ async def test_a_4xx_is_tried_again_by_the_ladder(configure: Configure) -> None:
         await world.check_counts()
 
 
-async def test_a_ladder_has_an_end(configure: Configure) -> None:
+async def test_a_job_fails_after_the_last_step_of_the_ladder(configure: Configure) -> None:
     async with (
         ScriptedServer({"body": Say("451 4.4.0 no route")}) as server,
         working(configure(server.url, retry_backoff="20ms,30ms")) as (world, _),
@@ -180,7 +180,7 @@ async def test_a_ladder_has_an_end(configure: Configure) -> None:
         await world.check_counts()
 
 
-async def test_a_5xx_fails_at_once_and_says_why(configure: Configure) -> None:
+async def test_a_5xx_reply_fails_the_job_at_once_with_its_reason(configure: Configure) -> None:
     plan = {"rcpt": [Well(), Say("550-5.1.1 no such\r\n550 5.1.1 mailbox")]}
     async with ScriptedServer(plan) as server, working(configure(server.url)) as (world, _):
         good, bad, also_good = await world.schedule(await world.sender(max_in_flight=1), 3)
@@ -194,7 +194,7 @@ async def test_a_5xx_fails_at_once_and_says_why(configure: Configure) -> None:
         await world.check_counts()
 
 
-async def test_a_server_that_comes_back_gets_what_waited_for_it(configure: Configure) -> None:
+async def test_a_server_that_recovers_gets_the_waiting_mail(configure: Configure) -> None:
     """However long it was away: its mail does not fail meanwhile, even if there is just one."""
     server = ScriptedServer()
     await server.start()
@@ -236,7 +236,7 @@ async def test_a_mail_in_doubt_is_sent_again_under_the_same_message_id(
         assert first.message_id == copy.message_id
 
 
-async def test_a_mail_in_doubt_is_held_if_the_operator_wants_it_so(configure: Configure) -> None:
+async def test_a_mail_in_doubt_is_held_if_the_operator_chose_hold(configure: Configure) -> None:
     async with ScriptedServer({"body": [Close()]}) as server:
         values = configure(server.url, uncertain_policy="hold", retry_backoff="1ms")
         async with working(values) as (world, _):
@@ -250,7 +250,7 @@ async def test_a_mail_in_doubt_is_held_if_the_operator_wants_it_so(configure: Co
         assert jobs_in(server.taken) == dict.fromkeys([doubtful, *others], 1)
 
 
-async def test_a_failure_of_ours_is_neither_the_end_nor_the_mails_fault(
+async def test_an_internal_failure_neither_stops_the_dispatcher_nor_fails_the_mail(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with working(configure(inbox.url)) as (world, _):
@@ -372,7 +372,7 @@ async def test_a_sender_that_is_resumed_wakes_a_dispatcher_that_has_nothing_to_d
 
 @asynccontextmanager
 async def four_in_flight() -> AsyncIterator[tuple[ScriptedServer, asyncio.Event, asyncio.Event]]:
-    """Take mails so that two are in their body, and two wait for a recipient's answer.
+    """Accept mails so that two are in their body and two wait for the reply to RCPT.
 
     There are five slots, one of which is reserved for endpoints that are not slow.
     """
@@ -390,7 +390,7 @@ def begun(server: ScriptedServer) -> bool:
 
 
 async def check_drained(world: World, server: ScriptedServer) -> None:
-    """What was in its body is sent, the rest waits and has used up no attempt."""
+    """Check that mails in their body were sent, and that the others wait and used no attempt."""
     sent = set(jobs_in(server.taken))
     assert await world.states() == {JobState.SENT: 2, JobState.SCHEDULED: 4}
     assert await world.in_state(JobState.SENT) == sent
@@ -400,7 +400,7 @@ async def check_drained(world: World, server: ScriptedServer) -> None:
     await world.check_counts()
 
 
-async def test_drain_finishes_what_is_in_its_body_and_gives_back_the_rest(
+async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_the_queue(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with four_in_flight() as (server, before, after):
@@ -424,7 +424,7 @@ async def test_drain_finishes_what_is_in_its_body_and_gives_back_the_rest(
             assert answer.status.in_flight_count == 0
             assert answer.status.rates.sent_count == 2
             await check_drained(world, server)
-            # It says so, goes on answering, and can be asked again.
+            # It reports the drain, keeps answering, and can be drained again.
             assert not await dispatcher.serving()
             assert (await dispatcher.drain()).given_back_count == 2
             # Another one takes over at once: no lease was left behind.
@@ -438,7 +438,7 @@ async def is_draining(dispatcher: Running) -> bool:
     return bool(state == dispatcher_pb2.DISPATCHER_STATE_DRAINING)
 
 
-async def test_a_deadline_of_the_caller_does_not_end_the_draining(configure: Configure) -> None:
+async def test_the_deadline_of_the_caller_does_not_end_the_drain(configure: Configure) -> None:
     async with four_in_flight() as (server, before, after):
         values = configure(server.url, dispatcher_concurrency=5)
         async with working(values) as (world, dispatcher):
@@ -459,7 +459,7 @@ async def is_idle(dispatcher: Running) -> bool:
     return (await dispatcher.status()).in_flight_count == 0
 
 
-async def test_sigterm_finishes_what_is_in_its_body_and_gives_back_the_rest(
+async def test_on_sigterm_mails_being_transmitted_finish_and_all_others_return_to_the_queue(
     configure: Configure, tmp_path: Path
 ) -> None:
     async with four_in_flight() as (server, before, after):
@@ -480,7 +480,7 @@ async def test_sigterm_finishes_what_is_in_its_body_and_gives_back_the_rest(
             assert await world.redis.keys(key) == []
 
 
-async def test_status_tells_of_rates_and_endpoints(configure: Configure, inbox: Inbox) -> None:
+async def test_the_status_shows_rates_and_endpoints(configure: Configure, inbox: Inbox) -> None:
     async with working(configure(inbox.url, dispatcher_concurrency=7, retry_backoff="1h")) as (
         world,
         dispatcher,
@@ -514,13 +514,13 @@ async def test_status_tells_of_rates_and_endpoints(configure: Configure, inbox: 
         assert await dispatcher.serving()
 
 
-async def test_a_fault_in_the_record_of_outcomes_ends_the_process_and_hangs_nobody(
+async def test_a_bug_while_recording_outcomes_ends_the_process_without_hanging(
     new_database: Callable[[], str],
     redis_url: str,
     inbox: Inbox,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whoever watches the process starts it again; a process that hangs would be thought alive."""
+    """A supervisor restarts a process that ended; one that hangs would seem alive."""
     caplog.set_level(logging.CRITICAL)
     settings = settings_of(options(new_database(), redis_url, inbox.url))
     async with World(settings) as world:

@@ -1,4 +1,4 @@
-"""Circuits, with whole dispatchers: a sick endpoint costs its probes, and nobody else anything."""
+"""Circuits in whole dispatchers: a failing endpoint costs its probes and delays no others."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def failed_attempts(world: World) -> list[float]:
 @pytest.mark.parametrize(
     ("kind", "dispatchers"), [*((kind, 1) for kind in OUTAGES), ("refuses", 3), ("hangs", 3)]
 )
-async def test_an_outage_uses_up_the_attempts_of_its_probes_alone(
+async def test_an_outage_uses_only_the_attempts_of_its_probes(
     configure: Configure, inbox: Inbox, kind: str, dispatchers: int
 ) -> None:
     plan = OUTAGES[kind]

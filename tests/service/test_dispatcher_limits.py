@@ -1,4 +1,4 @@
-"""Gap and window, proven from what the SMTP side saw; and what they cost those they do not hold.
+"""Gap and window, checked on the SMTP side, and their cost for senders that they do not limit.
 
 Time is compressed: an "hour" of a second or two, gaps of some ms.
 """
@@ -35,7 +35,7 @@ def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
 
 @pytest.fixture
 def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look is worked out, or somebody wakes the dispatcher: nothing is found by chance."""
+    """Disable polling: the dispatcher acts only on computed times and on wake-ups."""
     monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(hours=1))
 
 
@@ -46,11 +46,11 @@ async def working(values: dict[str, str]) -> AsyncIterator[World]:
         yield world
 
 
-# From the record alone -----------------------------------------------------------------------
+# From the record only -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dispatchers", [1, 3])
-async def test_no_gap_is_too_short_and_no_window_too_full(
+async def test_no_gap_is_too_short_and_no_window_exceeds_its_limit(
     configure: Configure, inbox: Inbox, tmp_path: Path, dispatchers: int
 ) -> None:
     values = configure(min_gap="80ms", rate_window="1s")
@@ -91,7 +91,7 @@ async def test_no_gap_is_too_short_and_no_window_too_full(
 
 
 @pytest.mark.parametrize("dispatchers", [1, 3])
-async def test_without_a_gap_the_window_holds_for_mails_that_are_sent_at_once(
+async def test_without_a_gap_the_window_holds_for_mails_sent_concurrently(
     configure: Configure, inbox: Inbox, dispatchers: int
 ) -> None:
     values = configure(rate_window="1s", dispatcher_concurrency=10)
@@ -161,7 +161,7 @@ async def test_a_blocked_sender_delays_nobody_and_causes_no_work(
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_a_pause_holds_from_the_next_claim_on_and_resume_goes_on_where_it_stopped(
+async def test_a_pause_holds_from_the_next_claim_on_and_a_resume_continues_where_it_stopped(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with working(configure(min_gap="60ms")) as world:
@@ -189,7 +189,7 @@ async def test_a_pause_holds_from_the_next_claim_on_and_resume_goes_on_where_it_
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_another_limit_holds_from_the_next_claim_on(
+async def test_a_changed_limit_holds_from_the_next_claim_on(
     configure: Configure, inbox: Inbox
 ) -> None:
     async with working(configure()) as world:
@@ -211,7 +211,9 @@ async def test_another_limit_holds_from_the_next_claim_on(
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_another_gap_holds_from_the_next_claim_on(configure: Configure, inbox: Inbox) -> None:
+async def test_a_changed_gap_holds_from_the_next_claim_on(
+    configure: Configure, inbox: Inbox
+) -> None:
     async with working(configure(min_gap="20ms")) as world:
         sender = await world.sender(gap_ms=600_000)
         jobs = await world.schedule(sender, 8)

@@ -1,4 +1,4 @@
-"""Some keys of Redis are gone, as after a partial loss or an eviction: it heals by itself."""
+"""Some keys of Redis are lost, as after an eviction: Outbox restores them by itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def lose(world: World, senders: list[int], kinds: tuple[str, ...]) -> None
         await pipeline.execute()
 
 
-async def test_any_key_that_is_lost_under_load_breaks_no_promise(
+async def test_losing_any_key_under_load_breaks_no_promise(
     configure: Configure, inbox: Inbox
 ) -> None:
     settings = settings_of(configure(rate_window="1s", min_gap="20ms", lease="2s"))
@@ -76,7 +76,7 @@ async def test_any_key_that_is_lost_under_load_breaks_no_promise(
         await world.check_counts()
 
 
-async def test_a_sender_at_its_limit_stays_there_whatever_is_lost(
+async def test_a_sender_at_its_limit_sends_nothing_after_the_loss_of_any_key(
     configure: Configure, inbox: Inbox
 ) -> None:
     settings = settings_of(configure())
@@ -86,7 +86,7 @@ async def test_a_sender_at_its_limit_stays_there_whatever_is_lost(
         await eventually(lambda: world.in_state(JobState.SENT))
         for kinds in LOSSES:
             await lose(world, [limited], kinds)
-            # Something that makes Redis work out the sender's next look anew.
+            # Something that makes Redis compute the sender's next look again.
             await world.change(limited, max_in_flight=4)
             await world.schedule(control, 2)
             await eventually(lambda: world.done(control))
@@ -103,7 +103,7 @@ async def is_known(world: World, sender: int) -> bool:
 
 
 @pytest.mark.parametrize("kinds", LOSSES, ids="+".join)
-async def test_a_mail_in_flight_keeps_its_senders_slot_whatever_is_lost(
+async def test_a_mail_in_flight_keeps_its_senders_slot_after_the_loss_of_any_key(
     configure: Configure, kinds: tuple[str, ...]
 ) -> None:
     held = Wait()
@@ -132,7 +132,7 @@ async def has_lease(world: World, sender: int) -> bool:
 
 
 @pytest.mark.parametrize("kinds", LOSSES, ids="+".join)
-async def test_a_sender_that_sleeps_wakes_in_time_whatever_is_lost(
+async def test_a_waiting_sender_resumes_in_time_after_the_loss_of_any_key(
     configure: Configure, inbox: Inbox, kinds: tuple[str, ...]
 ) -> None:
     settings = settings_of(configure())
@@ -148,7 +148,7 @@ async def test_a_sender_that_sleeps_wakes_in_time_whatever_is_lost(
         assert 0 <= late < 10
 
 
-async def test_a_sender_whose_keys_alone_are_lost_goes_on_within_10_s(
+async def test_a_sender_that_lost_only_its_own_keys_resumes_within_10_s(
     configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery_module, "SWEEP", SWEEP)
@@ -165,7 +165,7 @@ async def test_a_sender_whose_keys_alone_are_lost_goes_on_within_10_s(
 
 
 @pytest.mark.parametrize("key", SHARD_KEYS)
-async def test_a_shard_that_sleeps_wakes_in_time_whichever_of_its_keys_is_lost(
+async def test_a_waiting_shard_resumes_in_time_after_the_loss_of_any_of_its_keys(
     configure: Configure, inbox: Inbox, key: str
 ) -> None:
     settings = settings_of(configure())

@@ -1,4 +1,4 @@
-"""A mail over OUTBOX_MAX_MESSAGE_BYTES ends FAILED, and no server hears of it."""
+"""A mail over OUTBOX_MAX_MESSAGE_BYTES ends FAILED and is sent to no server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.world import World, jobs_in
         pytest.param("\x01" * 330, id="only when it is encoded"),
     ],
 )
-async def test_a_mail_over_the_limit_is_failed_and_the_others_are_sent(
+async def test_a_mail_over_the_size_limit_fails_and_the_others_are_sent(
     database_url: str, redis_url: str, inbox: Inbox, cell: str
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url, max_message_bytes=8_192))

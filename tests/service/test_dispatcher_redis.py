@@ -1,4 +1,4 @@
-"""Redis is disposable: it is lost, in whole, at once and under load, and no promise is broken."""
+"""Redis is disposable: losing all of it under load breaks no promise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
     return build
 
 
-async def test_an_empty_redis_and_a_full_postgresql_go_to_work(
+async def test_dispatching_starts_with_an_empty_redis_and_jobs_in_postgresql(
     configure: Configure, inbox: Inbox
 ) -> None:
     settings = settings_of(configure(dispatcher_concurrency=20))
@@ -46,7 +46,7 @@ async def test_an_empty_redis_and_a_full_postgresql_go_to_work(
         assert list(jobs_in(mails_of(inbox.mails, senders[1]))) == jobs[-3:]
 
 
-async def test_an_empty_redis_learns_what_was_sent_before(
+async def test_an_empty_redis_is_loaded_with_the_history_of_sends(
     configure: Configure, inbox: Inbox
 ) -> None:
     settings = settings_of(configure(min_gap="300ms"))
@@ -108,7 +108,7 @@ async def test_flushall_without_a_gap_sends_nothing_twice_and_loses_nothing(
         assert await world.sql("SELECT * FROM attempts WHERE outcome <> 1") == []
 
 
-async def test_a_mail_that_is_being_sent_when_redis_is_lost_still_counts(
+async def test_a_mail_in_flight_when_redis_is_lost_still_counts(
     configure: Configure,
 ) -> None:
     held = Wait()
@@ -135,7 +135,7 @@ async def test_a_mail_that_is_being_sent_when_redis_is_lost_still_counts(
             assert mails_of(server.taken, sender)[1].started_at - attempt.ended_at >= 0.095
 
 
-async def test_a_lost_redis_is_noticed_by_a_dispatcher_that_sleeps(
+async def test_a_sleeping_dispatcher_notices_a_lost_redis(
     configure: Configure, inbox: Inbox
 ) -> None:
     settings = settings_of(configure())
@@ -172,7 +172,9 @@ async def no_markers(world: World) -> bool:
     return not await world.sql("SELECT * FROM head_markers")
 
 
-async def test_redis_memory_follows_the_senders_and_not_the_jobs(configure: Configure) -> None:
+async def test_redis_memory_grows_with_the_senders_and_not_with_the_jobs(
+    configure: Configure,
+) -> None:
     settings = settings_of(configure())
     async with World(settings) as world:
         sender = await world.sender()
@@ -187,10 +189,10 @@ async def memory(world: World) -> int:
     return sum([int(await world.redis.memory_usage(key) or 0) for key in keys])
 
 
-async def test_a_job_that_is_claimed_twice_around_a_loss_holds_its_senders_slot(
+async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_slot(
     configure: Configure,
 ) -> None:
-    """Claimed, not yet marked, Redis lost, rebuilt and claimed again: one of the two is refused.
+    """A job claimed before and after a loss of Redis, not marked yet: one claim is refused.
 
     Its giving up must not free the slot under which the other one sends.
     """

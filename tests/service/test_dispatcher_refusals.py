@@ -1,4 +1,4 @@
-"""What a dispatcher does when a mail server refuses, by what the server counted."""
+"""Reactions of a dispatcher to refusals, checked by the counts of the mail server."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def cooldown(world: World, sender: int) -> Any:
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "data", "body"])
 @pytest.mark.parametrize("reply", ["451 no", "452 no", "500 no", "550 no", "554 no"])
-async def test_a_limit_of_mails_per_connection_fails_no_mail_whatever_its_reply(
+async def test_a_limit_of_mails_per_connection_fails_no_mail_under_any_reply(
     configure: Configure, phase: str, reply: str
 ) -> None:
     def refuse_the_second(heard: Conversation) -> Any:
@@ -101,7 +101,7 @@ async def test_a_limit_of_mails_per_connection_fails_no_mail_whatever_its_reply(
         ("mail", Say("550 5.7.1 Service unavailable, sender blocked")),
     ],
 )
-async def test_a_refused_account_fails_no_mail_and_is_probed_one_at_a_time(
+async def test_a_refused_account_fails_no_mail_and_is_probed_with_one_mail_at_a_time(
     configure: Configure, phase: str, reply: Say, dispatchers: int
 ) -> None:
     async with (
@@ -141,7 +141,7 @@ async def _refused(world: World, sender: int, n: int) -> bool:
     return row is not None and row.refusals >= n
 
 
-async def test_a_cooldown_outlives_redis(configure: Configure) -> None:
+async def test_a_cooldown_survives_the_loss_of_redis(configure: Configure) -> None:
     async with (
         ScriptedServer({"mail": [QUOTA]}) as server,
         working(configure(server.url, cooldown="3s", min_gap="10ms")) as world,
@@ -178,7 +178,7 @@ async def test_a_daily_quota_is_not_probed_before_the_oldest_send_has_left_the_d
             assert server.began[4] - first >= 3
 
 
-async def test_a_deferred_mail_waits_alone_and_the_others_go_on(configure: Configure) -> None:
+async def test_a_deferred_mail_waits_alone_and_the_others_are_sent(configure: Configure) -> None:
     async with (
         ScriptedServer({"rcpt": [GREYLISTED]}) as server,
         working(configure(server.url, min_gap="10ms", defer_backoff="2s")) as world,
@@ -213,7 +213,9 @@ async def test_a_mail_that_is_deferred_for_too_long_fails_with_the_last_reply(
         assert len(attempts) >= 3
 
 
-async def test_too_fast_slows_the_sender_down_and_fails_nothing(configure: Configure) -> None:
+async def test_a_reply_that_mail_comes_too_fast_slows_the_sender_and_fails_no_mail(
+    configure: Configure,
+) -> None:
     too_fast = Say("450 4.2.1 The user you are trying to contact is receiving mail at a rate that")
     async with (
         ScriptedServer({"mail": [Well(), *[too_fast] * 4]}) as server,
@@ -230,7 +232,7 @@ async def test_too_fast_slows_the_sender_down_and_fails_nothing(configure: Confi
         assert (await classes(world))[ReplyClass.RATE] == 4
 
 
-async def test_unknown_refusals_in_a_row_make_the_sender_cool_down(configure: Configure) -> None:
+async def test_unknown_refusals_in_a_row_begin_a_cooldown(configure: Configure) -> None:
     async with ScriptedServer({"rcpt": Say("550 computer says no")}) as server:
         values = configure(server.url, refusals_in_a_row=4, min_gap="10ms")
         async with working(values) as world:
@@ -246,7 +248,7 @@ async def test_unknown_refusals_in_a_row_make_the_sender_cool_down(configure: Co
             assert await world.states() == {JobState.FAILED: 4, JobState.SENT: len(jobs) - 4}
 
 
-async def test_refusals_in_a_row_begin_no_cooldown_if_the_setting_is_zero(
+async def test_refusals_in_a_row_begin_no_cooldown_if_the_setting_is_0(
     configure: Configure,
 ) -> None:
     async with ScriptedServer({"rcpt": Say("550 computer says no")}) as server:

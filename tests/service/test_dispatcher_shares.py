@@ -136,7 +136,7 @@ async def test_a_drain_gives_back_the_claims_that_wait_for_a_slot(configure: Con
         await world.check_counts()
 
 
-async def test_ten_slow_mails_at_once_where_there_is_one_endpoint(configure: Configure) -> None:
+async def test_a_single_slow_endpoint_gets_ten_mails_at_once(configure: Configure) -> None:
     """A relay that is slow and alone gets all slots except the reserved ones."""
     settings = settings_of(configure(dispatcher_concurrency=10))
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
@@ -188,7 +188,7 @@ def waiting_for_greeting(servers: list[ScriptedServer]) -> int:
     return sum(server.waiting["greeting"] for server in servers)
 
 
-async def test_claims_beyond_those_that_may_wait_take_no_reserved_slot(
+async def test_claims_beyond_the_limit_of_waiters_take_no_reserved_slot(
     configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slots, "MAX_WAITING", 2)

@@ -47,13 +47,15 @@ def install(folder: Path, *wheels: Path) -> None:
     run(sys.executable, "-m", "pip", "install", *options, *wheels)
 
 
-def test_no_file_belongs_to_both(wheels: dict[str, Path]) -> None:
+def test_no_file_belongs_to_two_distributions(wheels: dict[str, Path]) -> None:
     names = [set(zipfile.ZipFile(wheel).namelist()) for wheel in wheels.values()]
     assert len(names) == 2
     assert names[0] & names[1] == set()
 
 
-def test_the_client_works_alone(wheels: dict[str, Path], tmp_path: Path) -> None:
+def test_the_client_works_without_the_server_package(
+    wheels: dict[str, Path], tmp_path: Path
+) -> None:
     install(tmp_path, wheels["outbox_client"])
     program = (
         "import importlib.resources, importlib.util\n"
@@ -72,7 +74,7 @@ def test_the_client_works_alone(wheels: dict[str, Path], tmp_path: Path) -> None
     ]
 
 
-def test_the_command_line_works_beside_it(wheels: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_line_works_beside_the_client(wheels: dict[str, Path], tmp_path: Path) -> None:
     install(tmp_path, *wheels.values())
     program = (
         "import outbox_server.cli.schedule, outbox_server.services.scheduler.server\n"

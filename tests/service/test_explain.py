@@ -62,7 +62,7 @@ def left(until: Any) -> float:
     return float((until.ToDatetime(UTC) - datetime.now(UTC)).total_seconds())
 
 
-async def test_a_job_that_may_be_sent_waits_for_a_dispatcher(scheduler: Scheduler) -> None:
+async def test_a_sendable_job_waits_for_a_dispatcher(scheduler: Scheduler) -> None:
     (job,) = await scheduled(scheduler, await scheduler.sender())
     found = await explain(scheduler, job)
     assert found.wait_reason == pb.WAIT_REASON_DISPATCHER
@@ -72,7 +72,7 @@ async def test_a_job_that_may_be_sent_waits_for_a_dispatcher(scheduler: Schedule
     assert left(found.estimated_send_time) == pytest.approx(0, abs=5)
 
 
-async def test_a_job_behind_others_is_told_its_place_and_time(scheduler: Scheduler) -> None:
+async def test_a_job_behind_others_shows_its_place_and_time(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(hourly_limit=20)
     jobs = await scheduled(scheduler, sender, 50)
     found = await explain(scheduler, jobs[45])
@@ -92,7 +92,7 @@ async def test_a_job_that_is_not_due_waits_for_its_time(scheduler: Scheduler) ->
     assert found.estimated_send_time.ToDatetime(UTC) == start
 
 
-async def test_a_job_outside_the_hours_of_its_sender_waits_for_them(scheduler: Scheduler) -> None:
+async def test_a_job_outside_the_sending_hours_waits_for_them(scheduler: Scheduler) -> None:
     zone = ZoneInfo("America/St_Johns")
     now = datetime.now(zone)
     # Wherever it stands now, in two days; the hour after is the time of the second mail.
@@ -140,7 +140,7 @@ async def test_a_paused_sender_is_named_before_anything_else(scheduler: Schedule
 
 
 @pytest.mark.parametrize("reachable", [True, False])
-async def test_gap_and_window_are_told_apart_with_and_without_redis(
+async def test_gap_and_window_are_reported_separately_with_and_without_redis(
     database_url: str, redis_url: str, *, reachable: bool
 ) -> None:
     url = redis_url if reachable else f"redis://127.0.0.1:{free_port()}/0"
@@ -189,7 +189,7 @@ async def test_an_endpoint_that_is_down_is_named_with_its_error_and_next_probe(
     assert "does not count as a failure, since no session with the mail" in found.explanation
 
 
-async def test_a_job_of_a_sender_that_cools_down_is_told_the_reply_and_the_next_probe(
+async def test_a_job_of_a_sender_in_cooldown_shows_the_reply_and_the_next_probe(
     scheduler: Scheduler,
 ) -> None:
     sender = await scheduler.sender()
@@ -211,7 +211,7 @@ async def test_a_job_of_a_sender_that_cools_down_is_told_the_reply_and_the_next_
 
 
 @pytest.mark.parametrize(("expires", "until"), [(None, "24 hours"), ("3 hours", "3 hours")])
-async def test_a_deferred_job_is_told_until_when_it_is_tried(
+async def test_a_deferred_job_shows_until_when_it_is_retried(
     scheduler: Scheduler, expires: str | None, until: str
 ) -> None:
     sender = await scheduler.sender()
@@ -237,7 +237,7 @@ async def test_a_deferred_job_is_told_until_when_it_is_tried(
     assert f"until {end.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" in found.explanation
 
 
-async def test_a_job_that_does_not_wait_says_what_became_of_it(scheduler: Scheduler) -> None:
+async def test_a_job_that_does_not_wait_shows_its_outcome(scheduler: Scheduler) -> None:
     (job,) = await scheduled(scheduler, await scheduler.sender())
     await scheduler.jobs.CancelEmailJob(pb.CancelEmailJobRequest(email_job_id=str(job)))
     found = await explain(scheduler, job)
@@ -247,7 +247,7 @@ async def test_a_job_that_does_not_wait_says_what_became_of_it(scheduler: Schedu
     assert "cancelled" in found.explanation
 
 
-async def test_another_users_job_is_not_there(scheduler: Scheduler) -> None:
+async def test_the_job_of_another_user_is_not_found(scheduler: Scheduler) -> None:
     (job,) = await scheduled(scheduler, await scheduler.sender(user_id="ann"))
     refusal = await refusal_of(explain(scheduler, job, user_id="bob"))
     assert (refusal.code, refusal.reason) == ("NOT_FOUND", "EMAIL_JOB_NOT_FOUND")

@@ -1,4 +1,4 @@
-"""ForecastBatch on real servers, and what it says against what a dispatcher then does."""
+"""ForecastBatch on real servers, compared with what a dispatcher then does."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_batch_is_forecast_by_the_gap_and_by_the_window(stack: Stack) ->
     assert since(found.end_time, batch) == pytest.approx(3 * 3_600, abs=5)
 
 
-async def test_mail_that_is_due_earlier_counts_and_later_mail_does_not(stack: Stack) -> None:
+async def test_only_mail_that_is_due_earlier_counts_in_a_forecast(stack: Stack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=5_000)
     await stack.scheduler.schedule(sender, csv_of(10))
     later = to_timestamp(datetime.now(UTC) + timedelta(hours=1))
@@ -109,7 +109,7 @@ async def test_mail_that_is_due_earlier_counts_and_later_mail_does_not(stack: St
     assert since(found.end_time, batch) == pytest.approx(3_608, abs=5)
 
 
-async def test_a_planned_batch_is_forecast_as_the_real_one_will_be(stack: Stack) -> None:
+async def test_a_planned_batch_has_the_same_forecast_as_the_real_one(stack: Stack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=100)
     await stack.scheduler.schedule(sender, csv_of(50))
     begin = to_timestamp(datetime.now(UTC) + timedelta(minutes=5))
@@ -130,7 +130,7 @@ async def test_a_planned_batch_is_forecast_as_the_real_one_will_be(stack: Stack)
         assert real.binding_limit == planned.binding_limit
 
 
-async def test_a_spread_batch_ends_when_it_shall_and_what_is_late_expires(stack: Stack) -> None:
+async def test_a_spread_batch_ends_on_time_and_late_mail_expires(stack: Stack) -> None:
     sender = await stack.scheduler.sender(hourly_limit=100)
     until = datetime.now(UTC) + timedelta(hours=1)
     found = await stack.plan(sender, 61, spread_until=to_timestamp(until))
@@ -141,7 +141,7 @@ async def test_a_spread_batch_ends_when_it_shall_and_what_is_late_expires(stack:
     assert "50 expire" in found.explanation
 
 
-async def test_a_job_that_is_tried_again_expires_when_it_was_to_expire(stack: Stack) -> None:
+async def test_a_forecast_keeps_the_expiry_of_a_retried_job(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     in_time = to_duration(timedelta(seconds=100))
     batch = (await stack.scheduler.schedule(sender, csv_of(3), expire_after=in_time)).batch
@@ -175,7 +175,9 @@ async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: Stack) -> 
     assert since(found.end_time, second) == pytest.approx(15_000 * 10, abs=60)
 
 
-async def test_a_paused_sender_has_no_forecast_end_and_the_answer_says_why(stack: Stack) -> None:
+async def test_a_paused_sender_has_no_forecast_end_and_the_answer_has_the_reason(
+    stack: Stack,
+) -> None:
     sender = await stack.scheduler.sender()
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
     await stack.scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
@@ -215,7 +217,7 @@ async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: St
     assert since(found.end_time, batch) == pytest.approx(4, abs=8)
 
 
-async def test_mail_that_expires_during_a_cooldown_is_said_to_expire(stack: Stack) -> None:
+async def test_mail_that_expires_during_a_cooldown_is_forecast_to_expire(stack: Stack) -> None:
     sender = await stack.scheduler.sender()
     cooldowns.begin(stack.scheduler.execute, sender.sender_id, probe_in=timedelta(hours=1))
     found = await stack.plan(sender, 5, expire_after=to_duration(timedelta(minutes=30)))
@@ -224,7 +226,9 @@ async def test_mail_that_expires_during_a_cooldown_is_said_to_expire(stack: Stac
     assert found.explanation.endswith("All 5 mails expire before the limits allow to send any.")
 
 
-async def test_a_forecast_says_that_the_last_attempt_found_no_endpoint(stack: Stack) -> None:
+async def test_a_forecast_shows_that_the_last_attempt_failed_to_reach_the_endpoint(
+    stack: Stack,
+) -> None:
     sender = await stack.scheduler.sender()
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
     trouble = "Connection refused"
@@ -261,7 +265,7 @@ def add_attempt(
     )
 
 
-async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
+async def test_an_invalid_forecast_request_is_refused(stack: Stack) -> None:
     sender = await stack.scheduler.sender(user_id="ann")
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
     for request, reason in (
@@ -288,7 +292,7 @@ async def test_what_cannot_be_forecast_is_refused(stack: Stack) -> None:
     assert (await refusal_of(stack.plan(other, 1))).reason == "SENDER_NOT_FOUND"
 
 
-async def test_hours_are_part_of_a_forecast_and_bind_it(stack: Stack) -> None:
+async def test_a_forecast_respects_the_sending_hours(stack: Stack) -> None:
     zone = ZoneInfo("Europe/Berlin")
     # Wherever it stands now, in a day it opens once, for an hour.
     opens = datetime.now(zone) - timedelta(hours=2)

@@ -1,4 +1,4 @@
-"""What ForecastBatch says against what a dispatcher then does, in seconds instead of hours.
+"""ForecastBatch compared with what a dispatcher then does, in seconds instead of hours.
 
 Random senders and batches with spacing, later starts, other waiting mail, sending hours and expiry.
 """

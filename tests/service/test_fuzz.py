@@ -40,7 +40,7 @@ AT_ONCE: Final = 20
 SECOND_MESSAGE_S: Final = 0.05
 SCHEDULER: Final = ("SenderService", "BatchService", "EmailJobService", "SuppressionService")
 
-# What a caller who asks for nonsense may be told.
+# The codes that a nonsensical request may get.
 ANSWERS: Final = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -174,10 +174,10 @@ async def test_hostile_requests_get_a_clear_answer_and_change_nothing(
         complaints: dict[str, str] = {}
         made = 0
         names = {method.name for method, _ in served}
-        # After that, only the methods that none of the calls was right for.
+        # After that, only the methods that no call has succeeded for.
         while wanted := names if made < CALLS else _without_answer(names, codes):
             assert made < MOST_CALLS, wanted
-            # Anew, for some calls that are right end what there is.
+            # Created again, because some valid calls end what exists.
             requests.learn(await right_values(scheduler))
             group = [
                 (_call(method, requests), channels[where])

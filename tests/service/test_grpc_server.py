@@ -56,7 +56,7 @@ async def stack() -> AsyncIterator[Stack]:
 # Errors
 
 
-async def test_an_error_of_ours_arrives_with_its_details(stack: Stack) -> None:
+async def test_a_domain_error_arrives_with_its_details(stack: Stack) -> None:
     async def fail() -> None:
         raise InvalidInput.field("sender_id", "is no number", metadata={"sender_id": "x"})
 
@@ -81,7 +81,7 @@ async def test_an_error_in_a_stream_arrives_after_its_messages(stack: Stack) -> 
     assert detail(status, error_details_pb2.RetryInfo).retry_delay.seconds == 3
 
 
-async def test_an_unknown_error_tells_an_incident_and_nothing_else(
+async def test_an_unknown_error_reports_only_an_incident_id(
     stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def fail() -> None:
@@ -119,18 +119,18 @@ async def test_an_error_of_many_fields_still_reaches_the_client(stack: Stack) ->
 
 
 @pytest.mark.parametrize("method", ["ForecastBatch", "AuditSender", "QuerySenderSeries"])
-async def test_a_method_that_is_not_served_yet_says_so(stack: Stack, method: str) -> None:
+async def test_an_unimplemented_method_says_so(stack: Stack, method: str) -> None:
     status = await stack.refused(stack.channel.unary_unary(f"/{STATS}/{method}")(b""))
     assert reason(status) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
     assert method in status.message
 
 
-async def test_a_stream_that_is_not_served_yet_says_so(stack: Stack) -> None:
+async def test_an_unimplemented_stream_says_so(stack: Stack) -> None:
     watch = stack.channel.unary_stream(f"/{BATCHES}/WatchBatch")(b"")
     assert reason(await stack.refused(watch.read())) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
 
 
-async def test_a_method_that_does_not_exist_says_so_to_every_kind_of_call(stack: Stack) -> None:
+async def test_an_unknown_method_says_so_for_every_kind_of_call(stack: Stack) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b""
 
@@ -144,7 +144,7 @@ async def test_a_method_that_does_not_exist_says_so_to_every_kind_of_call(stack:
         assert reason(await stack.refused(call)) == ("UNIMPLEMENTED", "METHOD_NOT_FOUND")
 
 
-async def test_bytes_that_are_no_message_are_the_callers_error(stack: Stack) -> None:
+async def test_bytes_that_are_not_a_message_are_an_invalid_argument(stack: Stack) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b"\xff\xff"
 
@@ -160,7 +160,7 @@ async def test_bytes_that_are_no_message_are_the_callers_error(stack: Stack) -> 
 # Deadlines and callers
 
 
-async def test_a_servicer_learns_the_caller(stack: Stack) -> None:
+async def test_a_servicer_receives_the_caller(stack: Stack) -> None:
     kinds: list[CallerKind] = []
 
     async def ask() -> None:
@@ -171,7 +171,7 @@ async def test_a_servicer_learns_the_caller(stack: Stack) -> None:
     assert kinds == [CallerKind.LOCAL]
 
 
-async def test_the_callers_deadline_ends_the_work(stack: Stack) -> None:
+async def test_the_callers_deadline_cancels_the_work(stack: Stack) -> None:
     stack.stats.behaviour = stack.stats.wait
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stack.call(timeout=0.1)
@@ -193,7 +193,7 @@ async def test_a_stream_has_no_default_deadline(stack: Stack) -> None:
     assert [answer async for answer in watch] == [stats_service_pb2.WatchSenderStatsResponse()]
 
 
-async def test_a_caller_that_goes_away_ends_the_work(stack: Stack) -> None:
+async def test_a_disconnected_caller_cancels_the_work(stack: Stack) -> None:
     stack.stats.behaviour = stack.stats.wait
     watch = stack.stub.WatchSenderStats(stats_service_pb2.WatchSenderStatsRequest())
     await watch.read()
@@ -210,7 +210,7 @@ def chunk(size: int) -> bytes:
     return batch_service_pb2.UploadBatchRequest(chunk=b"a" * size).SerializeToString()
 
 
-async def test_a_whole_upload_is_whole(stack: Stack) -> None:
+async def test_a_complete_upload_is_seen_as_complete(stack: Stack) -> None:
     call = stack.upload()
     for _ in range(3):
         await call.write(chunk(64 * 1024))
@@ -220,7 +220,7 @@ async def test_a_whole_upload_is_whole(stack: Stack) -> None:
     assert await stack.batches.ended == "whole"
 
 
-async def test_a_cancelled_upload_never_looks_whole(stack: Stack) -> None:
+async def test_a_cancelled_upload_never_looks_complete(stack: Stack) -> None:
     call = stack.upload()
     await call.write(chunk(1000))
     await stack.batches.begun.wait()
@@ -229,7 +229,7 @@ async def test_a_cancelled_upload_never_looks_whole(stack: Stack) -> None:
         assert await stack.batches.ended != "whole"
 
 
-async def test_an_upload_with_a_message_over_the_limit_never_looks_whole(stack: Stack) -> None:
+async def test_an_upload_with_a_message_over_the_limit_never_looks_complete(stack: Stack) -> None:
     call = stack.upload()
     await call.write(chunk(1000))
     await stack.batches.begun.wait()
@@ -242,7 +242,7 @@ async def test_an_upload_with_a_message_over_the_limit_never_looks_whole(stack: 
         assert await stack.batches.ended != "whole"
 
 
-async def test_an_upload_of_a_client_that_is_killed_never_looks_whole(stack: Stack) -> None:
+async def test_an_upload_of_a_client_that_is_killed_never_looks_complete(stack: Stack) -> None:
     client = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -261,7 +261,7 @@ grpc.insecure_channel("{stack.address}").stream_unary("/{BATCHES}/UploadBatch")(
         assert await stack.batches.ended != "whole"
 
 
-async def test_a_unary_call_without_a_message_is_the_callers_error(stack: Stack) -> None:
+async def test_a_unary_call_without_a_message_is_an_error_of_the_caller(stack: Stack) -> None:
     async def nothing() -> AsyncIterator[bytes]:
         for message in tuple[bytes]():
             yield message
@@ -279,7 +279,7 @@ async def test_a_message_over_the_size_limit_is_refused_unread(stack: Stack) -> 
     assert not stack.stats.entered.is_set()
 
 
-async def test_calls_beyond_what_is_done_at_once_wait_and_the_rest_is_refused(
+async def test_calls_beyond_the_concurrency_limit_wait_and_the_rest_is_refused(
     stack: Stack,
 ) -> None:
     stack.stats.behaviour = stack.stats.wait
@@ -295,7 +295,7 @@ async def test_calls_beyond_what_is_done_at_once_wait_and_the_rest_is_refused(
         assert (await call).sender_id == "7"
 
 
-async def test_streams_have_a_bound_too_and_an_end_makes_room(stack: Stack) -> None:
+async def test_streams_are_limited_too_and_one_that_ends_makes_room(stack: Stack) -> None:
     request = stats_service_pb2.WatchSenderStatsRequest(sender_id="7")
     stack.stats.behaviour = stack.stats.wait
     first = stack.stub.WatchSenderStats(request)
@@ -327,7 +327,7 @@ async def test_a_csv_of_4_mib_fits_into_a_unary_call(stack: Stack) -> None:
 # Health and reflection
 
 
-async def test_health_starts_with_not_serving_for_every_name(stack: Stack) -> None:
+async def test_health_starts_as_not_serving_for_every_service(stack: Stack) -> None:
     for name in ("", STATS, BATCHES):
         assert await stack.state(name) == NOT_SERVING
     stack.server.set_serving(True)
@@ -335,13 +335,13 @@ async def test_health_starts_with_not_serving_for_every_name(stack: Stack) -> No
         assert await stack.state(name) == SERVING
 
 
-async def test_health_of_another_service_is_not_found(stack: Stack) -> None:
+async def test_health_of_an_unknown_service_is_not_found(stack: Stack) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await stack.state("outbox.v1.Nonsense")
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_watcher_of_health_hears_of_every_change(stack: Stack) -> None:
+async def test_a_watcher_of_health_receives_every_change(stack: Stack) -> None:
     watch = stack.health.Watch(health_pb2.HealthCheckRequest(service=STATS))
     assert (await watch.read()).status == NOT_SERVING
     for serving in (True, False, True):
@@ -392,7 +392,7 @@ async def test_buf_curl_finds_the_methods_by_both_reflections(stack: Stack, prot
 # The drain
 
 
-async def test_a_drain_says_not_serving_and_finishes_the_calls_under_way() -> None:
+async def test_a_drain_reports_not_serving_and_finishes_the_calls_under_way() -> None:
     async with running(load_settings(auth="off")) as stack:
         stack.server.set_serving(True)
         stack.stats.behaviour = stack.stats.wait
@@ -425,7 +425,7 @@ async def test_a_drain_ends_the_watches_at_once() -> None:
         assert reason(await stack.refused(watch.read())) == ("UNAVAILABLE", "SHUTTING_DOWN")
 
 
-async def test_a_drain_takes_no_longer_than_its_grace() -> None:
+async def test_a_drain_takes_no_longer_than_its_grace_period() -> None:
     async with running(load_settings(auth="off")) as stack:
         stack.stats.behaviour = stack.stats.wait
         call = asyncio.create_task(stack.call())
@@ -442,13 +442,13 @@ async def test_a_drain_takes_no_longer_than_its_grace() -> None:
 # The start
 
 
-async def test_auth_off_beyond_loopback_stops_the_start() -> None:
+async def test_auth_off_beyond_loopback_prevents_the_start() -> None:
     with pytest.raises(ConfigurationError, match="OUTBOX_AUTH=off is accepted only") as caught:
         GrpcServer(load_settings(auth="off"), "0.0.0.0:0", [])
     assert "127.0.0.1" in caught.value.message
 
 
-async def test_keys_in_clear_beyond_loopback_stop_the_start() -> None:
+async def test_keys_in_clear_beyond_loopback_prevent_the_start() -> None:
     settings = load_settings(stats_listen="0.0.0.0:0")
     with pytest.raises(
         ConfigurationError,
@@ -458,13 +458,13 @@ async def test_keys_in_clear_beyond_loopback_stop_the_start() -> None:
 
 
 @pytest.mark.parametrize("listen", ["", "50051", "127.0.0.1", "127.0.0.1:99999", "::1:5", "a b:1"])
-async def test_an_address_that_is_none_stops_the_start(listen: str) -> None:
+async def test_an_invalid_address_prevents_the_start(listen: str) -> None:
     settings = load_settings(auth="off", stats_listen=listen)
     with pytest.raises(ConfigurationError, match="OUTBOX_STATS_LISTEN"):
         GrpcServer(settings, listen, [])
 
 
-async def test_a_taken_port_stops_the_start() -> None:
+async def test_a_port_in_use_prevents_the_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = load_settings(auth="off", dispatcher_listen=listen)

@@ -71,7 +71,7 @@ async def answers(address: str, trust: str = "", own: Pair | None = None) -> boo
     return True
 
 
-async def test_a_client_that_trusts_the_certificate_is_served_and_plain_text_is_not(
+async def test_a_client_that_trusts_the_certificate_is_served_and_plaintext_is_refused(
     make_pair: Callable[[str], Pair],
 ) -> None:
     certificate, key = make_pair("one")
@@ -88,7 +88,7 @@ async def test_a_renewed_certificate_is_served_without_a_restart(
     async with serving(tls_certificate=certificate, tls_key=key) as address:
         old = shutil.copyfile(certificate, f"{certificate}.old")
         renewed = make_pair("renewed")
-        # Between the two writes the files do not fit together: the old pair goes on.
+        # Between the two writes the files do not match: the old pair stays in use.
         shutil.copyfile(renewed[0], certificate)
         assert await answers(address, trust=old)
         assert not await answers(address, trust=certificate)
@@ -97,7 +97,7 @@ async def test_a_renewed_certificate_is_served_without_a_restart(
         assert not await answers(address, trust=old)
 
 
-async def test_with_a_client_ca_only_its_clients_come_through(
+async def test_with_a_client_ca_only_its_clients_are_accepted(
     make_pair: Callable[[str], Pair],
 ) -> None:
     certificate, key = make_pair("server")
@@ -126,7 +126,7 @@ async def test_the_command_line_speaks_tls_with_its_own_certificate(
 
         trusted = ("--tls-ca", certificate)
         own = ("--tls-cert", client[0], "--tls-key", client[1])
-        # This server has no services; whoever comes through is told so.
+        # This server has no services; an accepted client gets METHOD_NOT_FOUND.
         assert "METHOD_NOT_FOUND" in await asyncio.to_thread(run, *trusted, *own)
         variables = {
             "OUTBOX_TLS_CA": certificate,
@@ -140,16 +140,18 @@ async def test_the_command_line_speaks_tls_with_its_own_certificate(
         assert "cannot be read" in await asyncio.to_thread(run, "--tls-ca", "nowhere.crt")
 
 
-def test_a_pair_that_does_not_match_stops_the_start(make_pair: Callable[[str], Pair]) -> None:
+def test_a_certificate_and_key_that_do_not_match_prevent_the_start(
+    make_pair: Callable[[str], Pair],
+) -> None:
     refused(make_pair("one")[0], make_pair("two")[1], "OUTBOX_TLS_CERTIFICATE=.*OUTBOX_TLS_KEY=")
 
 
-def test_half_a_pair_stops_the_start(make_pair: Callable[[str], Pair]) -> None:
+def test_a_certificate_without_its_key_prevents_the_start(make_pair: Callable[[str], Pair]) -> None:
     refused(make_pair("one")[0], "", "set both, or neither")
     refused("", make_pair("two")[1], "set both, or neither")
 
 
-def test_a_file_that_is_missing_or_no_pem_stops_the_start(
+def test_a_file_that_is_missing_or_not_pem_prevents_the_start(
     make_pair: Callable[[str], Pair], tmp_path: Path
 ) -> None:
     certificate, key = make_pair("one")
@@ -159,7 +161,7 @@ def test_a_file_that_is_missing_or_no_pem_stops_the_start(
     refused(certificate, str(tmp_path / "text"), "not a PEM")
 
 
-def test_a_client_ca_needs_tls_and_must_be_one(
+def test_a_client_ca_must_be_valid_and_requires_tls(
     make_pair: Callable[[str], Pair], tmp_path: Path
 ) -> None:
     certificate, key = make_pair("one")
@@ -173,7 +175,7 @@ def test_a_client_ca_needs_tls_and_must_be_one(
         GrpcServer(settings, "127.0.0.1:0", [])
 
 
-async def test_with_a_certificate_keys_are_served_beyond_loopback(
+async def test_a_server_with_a_certificate_may_listen_beyond_loopback(
     make_pair: Callable[[str], Pair],
 ) -> None:
     certificate, key = make_pair("one")

@@ -1,4 +1,4 @@
-"""Senders that sign in by OAuth 2.0: created by call, verified, sending, refused."""
+"""Senders that authenticate with OAuth 2.0: created by call, verified, sending, refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def installation(
         yield running
 
 
-async def test_credentials_are_stored_and_shown_without_their_secrets(
+async def test_credentials_are_stored_and_returned_without_their_secrets(
     installation: OAuth2Installation,
 ) -> None:
     sender = await installation.sender(scope="mail")
@@ -63,7 +63,9 @@ async def test_credentials_are_stored_and_shown_without_their_secrets(
     assert box.decrypt(token) == installation.provider.refresh_token
 
 
-async def test_a_preset_is_filled_in_and_not_returned(installation: OAuth2Installation) -> None:
+async def test_a_preset_fills_in_fields_and_is_not_returned(
+    installation: OAuth2Installation,
+) -> None:
     sender = await installation.scheduler.sender(
         smtp=sender_pb2.SmtpEndpoint(
             preset=sender_pb2.SMTP_PRESET_MICROSOFT365,
@@ -87,7 +89,7 @@ async def test_a_preset_is_filled_in_and_not_returned(installation: OAuth2Instal
     )
 
 
-async def test_a_preset_serves_a_password_too(installation: OAuth2Installation) -> None:
+async def test_a_preset_works_with_a_password_too(installation: OAuth2Installation) -> None:
     smtp = sender_pb2.SmtpEndpoint(
         preset=sender_pb2.SMTP_PRESET_GMAIL, username=MAILBOX, password="app word"
     )
@@ -97,7 +99,7 @@ async def test_a_preset_serves_a_password_too(installation: OAuth2Installation) 
     assert not sender.smtp.HasField("oauth2")
 
 
-async def test_a_wrong_endpoint_is_refused_and_nothing_is_stored(
+async def test_an_invalid_endpoint_is_refused_and_nothing_is_stored(
     installation: OAuth2Installation,
 ) -> None:
     endpoint = installation.endpoint()
@@ -115,7 +117,7 @@ async def test_a_wrong_endpoint_is_refused_and_nothing_is_stored(
     assert installation.scheduler.value("SELECT count(*) FROM senders") == 0
 
 
-async def test_an_endpoint_is_replaced_whole(installation: OAuth2Installation) -> None:
+async def test_an_endpoint_is_replaced_as_a_whole(installation: OAuth2Installation) -> None:
     sender = await installation.sender()
     ids = "SELECT id FROM oauth2_credentials"
     first = installation.scheduler.value(ids)
@@ -157,7 +159,9 @@ async def test_a_sender_is_verified_with_an_access_token(installation: OAuth2Ins
     assert installation.server.mails == []
 
 
-async def test_verifying_says_what_the_provider_said(installation: OAuth2Installation) -> None:
+async def test_verifying_returns_the_error_of_the_provider(
+    installation: OAuth2Installation,
+) -> None:
     sender = await installation.sender()
     installation.provider.refresh_tokens.clear()
     answer = await installation.verify(sender)
@@ -168,7 +172,7 @@ async def test_verifying_says_what_the_provider_said(installation: OAuth2Install
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "169.254.169.254", "[::1]"])
-async def test_a_token_url_may_not_lead_into_the_operators_network(
+async def test_a_token_url_may_not_point_into_the_operators_network(
     database_url: str, redis_url: str, installation: OAuth2Installation, host: str
 ) -> None:
     url = f"https://{host}:{installation.provider.port}/token"
@@ -200,7 +204,7 @@ async def test_another_user_neither_sees_nor_uses_the_credentials(
     assert installation.provider.connections == 0
 
 
-async def test_dispatchers_send_with_one_token(installation: OAuth2Installation) -> None:
+async def test_dispatchers_share_one_token(installation: OAuth2Installation) -> None:
     sender = int((await installation.sender()).sender_id)
     async with AsyncExitStack() as stack:
         for _ in range(2):
@@ -248,7 +252,7 @@ async def test_a_mailbox_that_refuses_every_token_is_tried_twice_per_session(
     assert (attempt.outcome, attempt.smtp_code) == (AttemptOutcome.CONNECTION_FAILURE, 535)
 
 
-async def test_a_refused_refresh_is_told_and_opens_no_connection(
+async def test_a_refused_refresh_is_recorded_and_opens_no_connection(
     installation: OAuth2Installation,
 ) -> None:
     sender = await installation.sender()
@@ -284,7 +288,7 @@ async def test_new_credentials_are_tried_at_once(installation: OAuth2Installatio
     assert len(installation.provider.requests) == 2
 
 
-async def test_resuming_a_sender_asks_the_provider_at_once(
+async def test_resuming_a_sender_requests_a_token_at_once(
     installation: OAuth2Installation,
 ) -> None:
     sender = await installation.sender()
@@ -320,7 +324,7 @@ async def test_a_token_of_replaced_credentials_is_not_used(
 
 
 @pytest.mark.parametrize("style", ["google", "microsoft"])
-async def test_no_secret_is_anywhere_in_clear(
+async def test_no_secret_is_stored_or_logged_in_clear(
     installation: OAuth2Installation, capfd: pytest.CaptureFixture[str], style: Any
 ) -> None:
     provider, server = installation.provider, installation.server

@@ -1,4 +1,4 @@
-"""A provider refuses an access token: the sender cools down, and what ends that."""
+"""A provider refuses an access token: the sender's cooldown, and what ends it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ca(installation: OAuth2Installation) -> str:
 async def cooling(
     installation: OAuth2Installation, **options: str
 ) -> AsyncIterator[tuple[sender_pb2.Sender, int]]:
-    """Run a dispatcher, a sender that cools down as its token was revoked, and its only job."""
+    """Run a dispatcher, a sender in cooldown because of a revoked token, and its only job."""
     sender = await installation.sender()
     installation.provider.refresh_tokens.clear()
     async with running(settings_of(installation.values | {"cooldown": "1h"} | options)):
@@ -96,7 +96,9 @@ async def test_a_refused_token_begins_a_cooldown_with_the_providers_error(
         assert installation.server.connections == 0
 
 
-async def test_an_accepted_probe_ends_it(installation: OAuth2Installation) -> None:
+async def test_an_accepted_probe_ends_the_cooldown_of_a_token(
+    installation: OAuth2Installation,
+) -> None:
     good = set(installation.provider.refresh_tokens)
     async with cooling(installation, cooldown="1s") as (sender, job):
         await eventually(lambda: rows(installation)[0][1] > 1)
@@ -108,7 +110,7 @@ async def test_an_accepted_probe_ends_it(installation: OAuth2Installation) -> No
         assert set((await classes(installation, job))[:-1]) == {ACCOUNT}
 
 
-async def test_a_resume_ends_it_and_asks_the_provider_at_once(
+async def test_a_resume_ends_the_cooldown_and_requests_a_token_at_once(
     installation: OAuth2Installation,
 ) -> None:
     good = set(installation.provider.refresh_tokens)
@@ -121,7 +123,7 @@ async def test_a_resume_ends_it_and_asks_the_provider_at_once(
         assert len(installation.provider.requests) == 2
 
 
-async def test_a_new_endpoint_ends_it_and_its_credentials_are_used(
+async def test_a_new_endpoint_ends_the_cooldown_and_its_credentials_are_used(
     installation: OAuth2Installation,
 ) -> None:
     async with cooling(installation) as (sender, _):
@@ -153,7 +155,7 @@ async def test_a_deleted_sender_leaves_no_password_ca_credentials_or_cooldown(
     assert left == [(None, None)] * 2
 
 
-async def test_a_mailbox_that_refuses_two_tokens_is_a_failed_sign_in_and_no_cooldown(
+async def test_a_mailbox_that_refuses_two_tokens_is_a_failed_authentication_and_no_cooldown(
     installation: OAuth2Installation,
 ) -> None:
     installation.server._accepts = lambda _name, _token: False
@@ -164,7 +166,7 @@ async def test_a_mailbox_that_refuses_two_tokens_is_a_failed_sign_in_and_no_cool
     assert rows(installation) == []
 
 
-async def test_a_senders_own_ca_serves_a_session_by_token(
+async def test_a_senders_own_ca_works_with_a_token(
     database_url: str, redis_url: str, tmp_path: Path
 ) -> None:
     async with installed(database_url, redis_url, tmp_path, apart=True) as installation:
@@ -181,7 +183,7 @@ async def test_a_senders_own_ca_serves_a_session_by_token(
             await eventually(lambda: sent(installation, sender))
 
 
-async def test_verifying_says_that_the_account_is_refused(installation: OAuth2Installation) -> None:
+async def test_verifying_reports_a_refused_account(installation: OAuth2Installation) -> None:
     sender = await installation.sender()
     installation.provider.refresh_tokens.clear()
     answer = await installation.verify(sender)
@@ -194,7 +196,7 @@ async def test_verifying_says_that_the_account_is_refused(installation: OAuth2In
 async def test_a_cooldown_that_began_with_a_reply_then_shows_the_providers_error(
     installation: OAuth2Installation,
 ) -> None:
-    """The probe finds another reason: that is the one which is shown."""
+    """The probe finds another reason, which is then shown."""
     sender = await installation.sender()
     cooldowns.begin(installation.scheduler.execute, sender.sender_id)
     installation.scheduler.execute("UPDATE cooldowns SET next_probe_at = now()")

@@ -58,7 +58,7 @@ async def new_endpoint(
     return endpoint_of(installation.server, security=security, username=MAILBOX, oauth2=ref)
 
 
-async def test_a_connection_is_kept_with_the_token_that_it_was_opened_with(
+async def test_a_connection_is_reused_with_the_token_that_it_was_opened_with(
     installation: OAuth2Installation,
 ) -> None:
     endpoint = await new_endpoint(installation)
@@ -68,7 +68,7 @@ async def test_a_connection_is_kept_with_the_token_that_it_was_opened_with(
         assert len(installation.server.presented) == installation.server.connections == 1
 
 
-async def test_a_refused_token_is_about_the_account_and_has_no_code(
+async def test_a_refused_token_has_the_class_account_and_no_code(
     installation: OAuth2Installation,
 ) -> None:
     endpoint = await new_endpoint(installation)
@@ -88,7 +88,7 @@ async def test_a_refused_token_is_about_the_account_and_has_no_code(
         assert (await send(pool, endpoint)).outcome is AttemptOutcome.SENT
 
 
-async def test_a_provider_without_an_answer_of_use_is_a_connection_failure(
+async def test_a_provider_without_a_usable_answer_is_a_connection_failure(
     installation: OAuth2Installation,
 ) -> None:
     endpoint = await new_endpoint(installation)
@@ -114,7 +114,7 @@ async def test_a_send_whose_lease_ends_during_the_request_stops_waiting(
         assert result.outcome is AttemptOutcome.CONNECTION_FAILURE
         assert result.message == "OAuth 2.0: no access token in time"
         assert installation.server.connections == open_connections(pool) == 0
-        # The request goes on for the next send.
+        # The request continues for the next send.
         hold.event.set()
         assert (await send(pool, endpoint)).outcome is AttemptOutcome.SENT
         assert len(installation.provider.requests) == 1
@@ -140,7 +140,9 @@ async def test_a_revoked_token_is_replaced_once_on_a_new_connection(
         assert open_connections(pool) == 1
 
 
-async def test_a_second_refusal_is_a_failed_sign_in(installation: OAuth2Installation) -> None:
+async def test_a_second_refusal_is_a_failed_authentication(
+    installation: OAuth2Installation,
+) -> None:
     installation.server._accepts = lambda _name, _token: False
     installation.server._quotes = True
     endpoint = await new_endpoint(installation)

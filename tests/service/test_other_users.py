@@ -56,7 +56,7 @@ IDS: Final = ("sender_id", "batch_id", "email_job_id", "email_job_ids")
 
 @dataclass(frozen=True)
 class Owned:
-    """What a user owns, by the names of the fields that say which."""
+    """The resources of a user, by the names of their id fields."""
 
     sender_id: str
     batch_id: str
@@ -69,7 +69,7 @@ class Owned:
 
 
 class Walk:
-    """Both servers, Ann with all that one may own, and Bob with his key."""
+    """Both servers, Ann with every kind of resource, and Bob with his key."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Walk:
     async def ask(
         self, method: MethodDescriptor, channel: grpc.aio.Channel, messages: list[Message]
     ) -> str:
-        """Return all that Bob is told, as text."""
+        """Return everything that Bob receives, as text."""
         path = f"/{method.containing_service.full_name}/{method.name}"
         encoded = [message.SerializeToString() for message in messages]
         answer_type = message_factory.GetMessageClass(method.output_type)
@@ -281,7 +281,7 @@ def forbidden_requests(
                 yield ids, forbidden, missing
 
 
-async def test_what_another_user_owns_is_not_there(walk: Walk) -> None:
+async def test_resources_of_another_user_are_not_found(walk: Walk) -> None:
     answers: dict[str, set[str]] = defaultdict(set)
     before = await walk.fingerprint.take()
     for method, channel in await walk.methods():
@@ -315,7 +315,7 @@ async def test_another_users_id_is_a_mismatch_in_every_method(walk: Walk) -> Non
     assert await walk.fingerprint.take() == before
 
 
-async def test_what_is_not_named_is_the_callers_own(walk: Walk) -> None:
+async def test_an_unset_user_id_means_the_callers_own_resources(walk: Walk) -> None:
     for method, channel in await walk.methods():
         for messages in requests(method, walk.his.ids()):
             told = await walk.ask(method, channel, messages)
@@ -326,7 +326,7 @@ async def test_what_is_not_named_is_the_callers_own(walk: Walk) -> None:
     assert walk.scheduler.rows("SELECT state FROM senders WHERE user_id = 'ann'") == [(1,)]
 
 
-async def test_a_dispatcher_has_no_method_for_users_and_services(
+async def test_the_dispatcher_has_no_method_for_users_and_services(
     database_url: str, redis_url: str
 ) -> None:
     engine = create_engine(load_settings(database_url=database_url))

@@ -1,4 +1,4 @@
-"""PostgreSQL refuses statements: every kind of write fails now and then, in every service."""
+"""PostgreSQL refuses statements: every kind of write fails at times, in every service."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.scheduler_stack import Scheduler, options_for, running_scheduler
 from tests.smtp_servers import ScriptedServer, Wait, Well
 from tests.world import World, jobs_in
 
-# SQLSTATEs, and what a caller is told.
+# SQLSTATEs, and the error that a caller gets.
 CODES = {
     # Serialisation failure, deadlock. Where the scheduler can, it repeats them itself.
     "40001": ("ABORTED", "CONFLICT"),
@@ -105,7 +105,7 @@ async def failing_writes(
 
 # To a dispatcher the others are the same.
 @pytest.mark.parametrize("state", ["40001", "53100", "25006"])
-async def test_whatever_write_of_a_dispatcher_fails_nothing_is_lost_or_doubled(
+async def test_a_failed_write_of_a_dispatcher_loses_and_duplicates_no_mail(
     database_url: str,
     redis_url: str,
     inbox: Inbox,
@@ -147,7 +147,7 @@ async def test_whatever_write_of_a_dispatcher_fails_nothing_is_lost_or_doubled(
         await world.check_counts()
 
 
-async def test_a_mail_that_ended_while_postgresql_was_away_for_longer_than_its_lease_is_sent_once(
+async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_sent_once(
     database_url: str,
     redis_url: str,
     stores: Stores,
@@ -176,7 +176,7 @@ async def test_a_mail_that_ended_while_postgresql_was_away_for_longer_than_its_l
 
 
 async def done(world: World) -> bool:
-    """As World.done, while PostgreSQL may be away."""
+    """Return what World.done does; False while PostgreSQL is unreachable."""
     try:
         return await world.done()
     except psycopg.OperationalError:
@@ -188,7 +188,7 @@ async def no_markers(world: World) -> bool:
 
 
 @pytest.mark.parametrize("state", CODES)
-async def test_a_write_of_the_scheduler_that_fails_is_said_and_can_be_repeated(
+async def test_a_failed_write_of_the_scheduler_is_reported_and_can_be_retried(
     database_url: str, redis_url: str, state: str
 ) -> None:
     seen = set()
@@ -209,7 +209,7 @@ async def test_a_write_of_the_scheduler_that_fails_is_said_and_can_be_repeated(
     assert seen == {CODES[state]}
 
 
-async def test_a_full_disk_after_a_commit_takes_no_acceptance_back(
+async def test_a_full_disk_after_a_commit_does_not_revoke_an_acceptance(
     database_url: str, redis_url: str
 ) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:

@@ -1,4 +1,4 @@
-"""PostgreSQL answers, but not on the connections that there are: these stay open, and silent."""
+"""PostgreSQL answers, but not on existing connections: these stay open and silent."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.world import World, at_least, jobs_in
 
 
 class LosesItsWay(TcpProxy):
-    """As a balancer that lost its table: what is connected stays so, and is heard by nobody."""
+    """Like a balancer that lost its table: connections stay open, and their data is dropped."""
 
     _era = 0
 
     def lose(self) -> None:
-        """Swallow all that comes on the connections there are; new ones are as ever."""
+        """Drop all data of the existing connections; new ones work as usual."""
         self._era += 1
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -34,7 +34,7 @@ class LosesItsWay(TcpProxy):
         writer.close()
 
 
-async def test_connections_that_never_answer_again_are_given_up_and_mail_goes_on(
+async def test_silent_connections_are_closed_and_mail_continues(
     database_url: str, redis_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "_ANSWER_LIMIT_S", 1.5)

@@ -58,7 +58,7 @@ async def errors(child: asyncio.subprocess.Process) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_stops_a_serving_process_with_code_0(number: signal.Signals) -> None:
+async def test_a_serving_process_exits_with_code_0_on_a_signal(number: signal.Signals) -> None:
     main = """
 async def main(stop):
     settings = load_settings(auth="off")
@@ -98,7 +98,7 @@ async def main(stop):
         assert await child.wait() == -number
 
 
-async def test_a_wrong_setting_is_one_line_and_code_2() -> None:
+async def test_an_invalid_setting_prints_one_line_and_exits_with_code_2() -> None:
     main = """
 async def main(stop):
     async with asyncio.TaskGroup() as group:
@@ -112,7 +112,7 @@ async def start():
         assert await child.wait() == 2
 
 
-async def test_an_unknown_error_is_logged_with_its_trace_and_code_1() -> None:
+async def test_an_unknown_error_is_logged_with_its_trace_and_exits_with_code_1() -> None:
     main = """
 async def main(stop):
     raise ValueError("boom")
@@ -124,7 +124,7 @@ async def main(stop):
         assert await child.wait() == 1
 
 
-async def test_what_fails_before_logging_is_set_up_is_on_stderr_too() -> None:
+async def test_failures_before_logging_is_set_up_are_printed_on_stderr() -> None:
     main = """
 import structlog
 structlog.reset_defaults()
@@ -170,7 +170,7 @@ async def test_the_server_drains_first_and_stops_after_the_work() -> None:
     assert server.told.index("worked") < server.told.index("stop")
 
 
-async def test_work_that_does_not_end_is_cancelled_after_the_grace() -> None:
+async def test_work_that_does_not_end_is_cancelled_after_the_grace_period() -> None:
     server, stop = Server(), asyncio.Event()
     cancelled = asyncio.Event()
 
@@ -186,7 +186,7 @@ async def test_work_that_does_not_end_is_cancelled_after_the_grace() -> None:
     assert server.told == ["start", "drain", "stop now"]
 
 
-async def test_work_that_fails_stops_the_server_and_the_rest() -> None:
+async def test_failing_work_stops_the_server_and_all_other_work() -> None:
     server, stop = Server(), asyncio.Event()
     cancelled = asyncio.Event()
 

@@ -1,4 +1,4 @@
-"""What the README prints is what a new user types: it is run here, letter by letter."""
+"""The commands in the README are run here exactly as a new user types them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_choice_of_a_setting_is_listed() -> None:
 
 @pytest.fixture
 def others() -> Iterator[None]:
-    """Other programs on the usual ports; a command that asks one of them gets no answer."""
+    """Other programs on the default ports; a command that calls one of them gets no answer."""
     with ExitStack() as stack:
         for address in USUAL:
             host, _, port = address.partition(":")
@@ -126,7 +126,9 @@ def shell(folder: Path, node: Path, command: str) -> str:
     return done.stdout
 
 
-def test_the_tour_runs_as_printed_where_the_usual_ports_are_taken(folder: Path, node: Path) -> None:
+def test_the_readme_tour_runs_as_printed_while_the_default_ports_are_in_use(
+    folder: Path, node: Path
+) -> None:
     log = (folder / "up.log").read_text(encoding="utf-8")
     address = r"^(?:scheduler|dispatcher|stats) +(127\.0\.0\.1:\d+)$"
     assert len(set(re.findall(address, log, re.MULTILINE)) - USUAL) == len(USUAL), log

@@ -1,4 +1,4 @@
-"""Redis is full, hangs or refuses: intake goes on and says so, and the mails are sent later."""
+"""Redis is full, hangs or refuses: intake continues and the mails are sent later."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def full(stores: Stores) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("away", [refusing, hanging, full])
-async def test_intake_goes_on_without_redis_and_says_so_and_the_mails_follow(
+async def test_intake_continues_without_redis_and_the_mails_are_sent_later(
     database_url: str,
     redis_url: str,
     inbox: Inbox,
@@ -96,7 +96,7 @@ async def test_intake_goes_on_without_redis_and_says_so_and_the_mails_follow(
         await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 
-async def test_intake_goes_on_without_dispatchers_and_the_mails_follow(
+async def test_intake_continues_without_dispatchers_and_the_mails_are_sent_later(
     database_url: str, redis_url: str, inbox: Inbox
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url))
@@ -108,7 +108,7 @@ async def test_intake_goes_on_without_dispatchers_and_the_mails_follow(
             await eventually(lambda: len(inbox.mails) == 2)
 
 
-async def test_what_redis_knows_is_sent_while_it_is_full(
+async def test_jobs_already_in_redis_are_sent_while_redis_is_full(
     database_url: str, redis_url: str, inbox: Inbox, stores: Stores
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url, min_gap="10ms"))
@@ -121,7 +121,7 @@ async def test_what_redis_knows_is_sent_while_it_is_full(
             assert await dispatcher.serving()
 
 
-async def test_a_redis_that_hangs_for_long_holds_up_nothing_but_itself(
+async def test_a_long_hang_of_redis_delays_mail_only_until_it_ends(
     database_url: str, redis_url: str, inbox: Inbox, stores: Stores
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url, lease="4s"))

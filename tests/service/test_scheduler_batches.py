@@ -66,7 +66,7 @@ def timestamp(time: datetime) -> Timestamp:
 # What is accepted
 
 
-async def test_a_csv_becomes_jobs_with_only_the_columns_that_are_used(
+async def test_a_csv_becomes_jobs_that_store_only_the_used_columns(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = 'E-Mail;First Name;Unused\nann@b.org;"Ann ""\\"" Lee";x\nBOB@B.org;Bob\tR;y\n'
@@ -96,9 +96,7 @@ async def test_a_csv_becomes_jobs_with_only_the_columns_that_are_used(
     assert scheduler.value("SELECT count(*) FROM head_markers") == 0
 
 
-async def test_rows_of_the_callers_own_become_jobs(
-    scheduler: Scheduler, sender: sender_pb2.Sender
-) -> None:
+async def test_inline_rows_become_jobs(scheduler: Scheduler, sender: sender_pb2.Sender) -> None:
     recipients = batch_pb2.Recipients(
         rows=[
             batch_pb2.Recipient(email="ann@b.org", columns={"First Name": "Ann"}),
@@ -118,7 +116,7 @@ async def test_rows_of_the_callers_own_become_jobs(
     ]
 
 
-async def test_an_upload_in_single_bytes_is_the_same_batch(
+async def test_an_upload_in_single_bytes_gives_the_same_batch(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = "email,name\nann@b.org,Zoë\nbob@b.org,李\n"
@@ -132,7 +130,7 @@ async def test_an_upload_in_single_bytes_is_the_same_batch(
     assert (again.replayed, again.batch.batch_id) == (True, first.batch.batch_id)
 
 
-async def test_a_mail_is_due_by_its_place_or_by_its_own_time(
+async def test_a_mail_is_due_by_its_place_in_the_batch_or_its_own_time(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     start = datetime.now(UTC).replace(microsecond=0) + timedelta(days=1)
@@ -156,14 +154,16 @@ async def test_a_mail_is_due_by_its_place_or_by_its_own_time(
     assert due["d@b.org"] == answer.batch.create_time.ToDatetime(UTC)
 
 
-async def test_a_start_in_the_past_is_now(scheduler: Scheduler, sender: sender_pb2.Sender) -> None:
+async def test_a_start_in_the_past_means_now(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
     answer = await scheduler.schedule(
         sender, schedule_time=timestamp(datetime(2001, 1, 1, tzinfo=UTC))
     )
     assert answer.batch.schedule_time == answer.batch.create_time
 
 
-async def test_duplicates_and_suppressed_addresses_are_counted_and_are_no_rejections(
+async def test_duplicates_and_suppressed_addresses_are_counted_but_not_rejected(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     for user_id, address in (("ann", "bob@b.org"), ("bob", "cid@b.org")):
@@ -189,7 +189,7 @@ async def test_a_batch_whose_rows_are_all_suppressed_is_done(
     assert not answer.HasField("forecast_end_time")
 
 
-async def test_a_cell_of_200_kb_is_no_error(database_url: str, redis_url: str) -> None:
+async def test_a_cell_of_200_kb_is_accepted(database_url: str, redis_url: str) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:
         sender = await scheduler.sender()
         csv = f"email,story\na@b.org,{'x' * 200_000}\n"
@@ -197,7 +197,9 @@ async def test_a_cell_of_200_kb_is_no_error(database_url: str, redis_url: str) -
         assert answer.batch.accepted_count == 1
 
 
-async def test_the_answer_says_when_the_last_mail_goes_and_what_binds(scheduler: Scheduler) -> None:
+async def test_the_answer_has_the_time_of_the_last_mail_and_the_limit_that_binds(
+    scheduler: Scheduler,
+) -> None:
     sender = await scheduler.sender(hourly_limit=5_000)
     csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(31))
     answer = await scheduler.schedule(sender, csv)
@@ -212,7 +214,7 @@ async def test_the_answer_says_when_the_last_mail_goes_and_what_binds(scheduler:
     assert took >= timedelta(seconds=122)
 
 
-async def test_a_batch_of_a_paused_sender_is_accepted_and_the_answer_says_so(
+async def test_a_batch_of_a_paused_sender_is_accepted_and_the_answer_says_it_is_paused(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     await scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
@@ -241,7 +243,7 @@ CSV = "email,name,schedule_time,timezone\n"
     ],
 )
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_a_file_that_is_no_csv_is_refused_and_nothing_is_stored(
+async def test_a_file_that_is_not_csv_is_refused_and_nothing_is_stored(
     scheduler: Scheduler,
     sender: sender_pb2.Sender,
     csv: bytes,
@@ -284,7 +286,7 @@ async def test_a_file_that_is_no_csv_is_refused_and_nothing_is_stored(
         (f"a@b.org,{'x' * 4096},,", "", "MESSAGE_TOO_LARGE"),
     ],
 )
-async def test_a_wrong_row_is_rejected_or_refuses_a_strict_batch(
+async def test_a_bad_row_is_rejected_or_makes_a_strict_batch_fail(
     scheduler: Scheduler, sender: sender_pb2.Sender, row: str, column: str, reason: str
 ) -> None:
     csv = f"{CSV}good@b.org,Good,,\n{row}\nfine@b.org,Fine,,\n"
@@ -324,7 +326,7 @@ async def test_a_wrong_row_is_rejected_or_refuses_a_strict_batch(
         ({"user_id": "a\0b"}, "user_id", "USER_ID_INVALID"),
     ],
 )
-async def test_a_wrong_option_is_named_and_nothing_is_stored(
+async def test_an_invalid_option_is_named_and_nothing_is_stored(
     scheduler: Scheduler,
     sender: sender_pb2.Sender,
     options: dict[str, Any],
@@ -337,7 +339,7 @@ async def test_a_wrong_option_is_named_and_nothing_is_stored(
     assert nothing_is_stored(scheduler)
 
 
-async def test_a_template_that_does_not_parse_says_where(
+async def test_a_template_that_does_not_parse_is_refused_with_its_position(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     refusal = await refusal_of(scheduler.schedule(sender, body="one\ntwo {{ name | nonsense }}"))
@@ -356,7 +358,7 @@ async def test_times_beyond_the_calendar_are_refused(
     assert nothing_is_stored(scheduler)
 
 
-async def test_a_batch_of_which_no_row_is_good_is_refused(
+async def test_a_batch_without_a_valid_row_is_refused(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     refusal = await refusal_of(scheduler.schedule(sender, "email\nx\n\ny\n"))
@@ -374,7 +376,7 @@ async def test_a_batch_without_recipients_is_refused(
         assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "PAYLOAD_REQUIRED")
 
 
-async def test_a_csv_over_4_mib_is_sent_by_upload(
+async def test_a_csv_over_4_mib_must_be_uploaded(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = b"email,x\na@b.org," + b"x" * 4 * 1024 * 1024 + b"\n"
@@ -427,7 +429,7 @@ async def test_a_strict_batch_names_the_first_rejections(
 # Reading and cancelling
 
 
-async def test_a_batch_of_another_user_looks_like_none(
+async def test_a_batch_of_another_user_is_not_found(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     batch = (await scheduler.schedule(sender, "email\na@b.org\nx\n")).batch.batch_id
@@ -451,7 +453,7 @@ async def test_a_batch_of_another_user_looks_like_none(
     assert scheduler.value("SELECT state FROM batches") == 1
 
 
-async def test_batches_come_in_pages_the_newest_first(
+async def test_batches_are_listed_in_pages_newest_first(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     other = await scheduler.sender()
@@ -474,7 +476,7 @@ async def test_batches_come_in_pages_the_newest_first(
     assert len(everything.batches) == 4
 
 
-async def test_rejections_come_in_pages_in_the_order_of_the_rows(
+async def test_rejections_are_listed_in_pages_in_the_order_of_the_rows(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = "email,\u00dcber Name\na@b.org,x\n" + "".join(f'x{i}\\\t"a"\n' for i in range(120))
@@ -492,7 +494,7 @@ async def test_rejections_come_in_pages_in_the_order_of_the_rows(
     assert [rejection.row_number for rejection in seen] == list(range(2, 122))
 
 
-async def test_cancelling_a_batch_says_how_many_it_was_too_late_for(
+async def test_cancelling_a_batch_reports_how_many_jobs_were_too_late(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(6))
@@ -525,7 +527,7 @@ async def test_cancelling_a_batch_says_how_many_it_was_too_late_for(
     await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 
-async def test_a_batch_is_done_when_its_last_job_is(
+async def test_a_batch_is_done_when_its_last_job_is_done(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     batch = (await scheduler.schedule(sender)).batch

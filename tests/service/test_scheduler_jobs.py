@@ -116,7 +116,7 @@ def cancel(scheduler: Scheduler, job: str, **fields: Any) -> Awaitable[email_job
     return scheduler.jobs.CancelEmailJob(CancelEmailJobRequest(email_job_id=job, **fields))
 
 
-async def test_a_job_says_what_is_known_of_it(
+async def test_a_job_has_all_its_known_fields(
     scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine
 ) -> None:
     answer = await scheduler.schedule(sender, "email\n\n\nAnna@B.org\n")
@@ -132,7 +132,7 @@ async def test_a_job_says_what_is_known_of_it(
     assert job.message_id == message_id_for(job_id, sender.email, installation)
 
 
-async def test_a_job_tells_of_its_last_attempt_and_lists_all(
+async def test_a_job_shows_its_last_attempt_and_lists_all(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     (job_id,) = await make_jobs(scheduler, sender)
@@ -187,7 +187,7 @@ async def test_a_job_tells_of_its_last_attempt_and_lists_all(
 
 
 @pytest.mark.parametrize("folded", [False, True])
-async def test_jobs_are_listed_by_every_filter_in_the_order_of_acceptance(
+async def test_every_filter_lists_jobs_in_the_order_of_acceptance(
     scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine, *, folded: bool
 ) -> None:
     other, foreign = await scheduler.sender(), await scheduler.sender("bob")
@@ -235,7 +235,7 @@ async def test_jobs_are_listed_by_every_filter_in_the_order_of_acceptance(
         assert await ids(**nothing) == []
 
 
-async def test_jobs_to_one_address_in_one_batch_come_in_pages(
+async def test_jobs_to_one_address_in_one_batch_are_listed_in_pages(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     keep_all = batch_pb2.DUPLICATE_POLICY_KEEP_ALL
@@ -244,12 +244,12 @@ async def test_jobs_to_one_address_in_one_batch_come_in_pages(
     assert [job.recipient for job in seen] == ["a@b.org", "A@b.org", "a@b.org"]
 
 
-async def test_jobs_of_nobody_in_particular_are_not_listed(scheduler: Scheduler) -> None:
+async def test_listing_jobs_without_a_user_is_refused(scheduler: Scheduler) -> None:
     refusal = await refusal_of(scheduler.jobs.ListEmailJobs(ListEmailJobsRequest()))
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "USER_ID_REQUIRED")
 
 
-async def test_a_page_token_goes_with_its_filters(
+async def test_a_page_token_is_valid_only_for_its_filters(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     await make_jobs(scheduler, sender, 2)
@@ -289,7 +289,7 @@ async def test_a_cancelled_job_is_never_claimed(
         (8, "EXPIRED"),
     ],
 )
-async def test_it_is_too_late_to_cancel_in_every_other_state(
+async def test_only_a_scheduled_job_can_be_cancelled(
     scheduler: Scheduler, sender: sender_pb2.Sender, state: int, name: str
 ) -> None:
     (job,) = await make_jobs(scheduler, sender)
@@ -305,7 +305,7 @@ async def test_it_is_too_late_to_cancel_in_every_other_state(
     assert scheduler.value("SELECT state FROM email_jobs") == state
 
 
-async def test_of_a_cancel_and_a_claim_at_once_exactly_one_wins(
+async def test_exactly_one_of_a_concurrent_cancel_and_claim_wins(
     scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine
 ) -> None:
     jobs = await make_jobs(scheduler, sender, 60)
@@ -338,7 +338,7 @@ async def test_of_a_cancel_and_a_claim_at_once_exactly_one_wins(
     assert (counts.sending_count, counts.cancelled_count) == (won["claim"], won["cancel"])
 
 
-async def test_a_job_of_another_user_looks_like_none(
+async def test_a_job_of_another_user_is_not_found(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     (job,) = await make_jobs(scheduler, sender)
@@ -385,7 +385,7 @@ async def test_a_suppression_ends_the_users_waiting_jobs_to_the_address(
     assert (counts.scheduled_count, counts.suppressed_count) == (1, 1)
 
 
-async def test_no_spelling_of_a_suppressed_address_passes_the_last_look(
+async def test_no_spelling_of_a_suppressed_address_passes_the_last_check(
     scheduler: Scheduler, sender: sender_pb2.Sender, engine: AsyncEngine
 ) -> None:
     spellings = ["Straße@b.org", "ÄNNE@b.org", "Info@b.org"]
@@ -405,7 +405,7 @@ async def test_no_spelling_of_a_suppressed_address_passes_the_last_look(
     assert scheduler.value("SELECT count(*) FROM email_jobs WHERE state = 7") == 6
 
 
-async def test_a_suppression_keeps_its_first_reason_and_can_be_taken_away(
+async def test_a_suppression_keeps_its_first_reason_and_can_be_removed(
     scheduler: Scheduler,
 ) -> None:
     first = await suppress(scheduler, "a@b.org", reason="one")
@@ -421,7 +421,7 @@ async def test_a_suppression_keeps_its_first_reason_and_can_be_taken_away(
     assert refusal.reason == "SUPPRESSION_NOT_FOUND"
 
 
-async def test_a_suppression_is_not_taken_away_while_one_is_being_made(
+async def test_a_suppression_is_not_removed_while_one_is_being_created(
     scheduler: Scheduler,
 ) -> None:
     await suppress(scheduler, "a@b.org")
@@ -437,7 +437,7 @@ async def test_a_suppression_is_not_taken_away_while_one_is_being_made(
     await deletion
 
 
-async def test_a_wrong_suppression_is_refused(scheduler: Scheduler) -> None:
+async def test_an_invalid_suppression_is_refused(scheduler: Scheduler) -> None:
     for email in ("", "x", "a@b.org\n", "a@b.org, c@d.org"):
         refusal = await refusal_of(suppress(scheduler, email))
         assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "ADDRESS_INVALID")
@@ -449,7 +449,9 @@ async def test_a_wrong_suppression_is_refused(scheduler: Scheduler) -> None:
     assert scheduler.value("SELECT count(*) FROM suppressions") == 0
 
 
-async def test_suppressions_come_in_pages_in_the_order_of_addresses(scheduler: Scheduler) -> None:
+async def test_suppressions_are_listed_in_pages_in_the_order_of_addresses(
+    scheduler: Scheduler,
+) -> None:
     for address in ("c@b.org", "a@b.org", "b@b.org"):
         await suppress(scheduler, address)
     await suppress(scheduler, "d@b.org", user_id="bob")

@@ -1,4 +1,4 @@
-"""RetryEmailJobs and ResolveEmailJob: jobs that leave a final state, and what counts then."""
+"""RetryEmailJobs and ResolveEmailJob: jobs that leave a final state, and their counts."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def batch_of(world: World, job: int) -> str:
     return str((await world.job(job)).batch_id)
 
 
-async def test_the_failed_jobs_of_a_batch_wait_again_and_are_claimed(
+async def test_retried_jobs_of_a_batch_wait_again_and_are_claimed(
     scheduler: Scheduler, world: World
 ) -> None:
     sender = await world.sender()
@@ -107,7 +107,7 @@ async def test_the_failed_jobs_of_a_batch_wait_again_and_are_claimed(
     assert await world.in_state(JobState.SCHEDULED) == {*jobs[:3], jobs[4], others[1]}
     for job in jobs[:3]:
         row = await world.job(job)
-        # Attempts go on counting; the ladder begins anew.
+        # Attempts keep counting; the ladder starts again.
         assert (row.attempt, row.failures, row.finished_at) == (1, 0, None)
         assert before - 1 < row.scheduled_at.timestamp() < time.time() + 1
     (queue,) = world.queues
@@ -116,7 +116,7 @@ async def test_the_failed_jobs_of_a_batch_wait_again_and_are_claimed(
     assert claimed >= {JobRef(job, 2) for job in jobs[:3]}
 
 
-async def test_a_retry_expires_as_long_after_it_as_the_batch_says(
+async def test_a_retried_job_expires_after_the_expire_after_of_its_batch(
     scheduler: Scheduler, world: World
 ) -> None:
     sender = await scheduler.sender(USER)
@@ -137,7 +137,9 @@ async def test_a_retry_expires_as_long_after_it_as_the_batch_says(
         assert refusal.reason == "EXPIRE_AFTER_INVALID"
 
 
-async def test_a_retry_tells_redis_without_being_asked(scheduler: Scheduler, world: World) -> None:
+async def test_a_retry_loads_its_jobs_into_redis_by_itself(
+    scheduler: Scheduler, world: World
+) -> None:
     (queue,) = world.queues
     assert await world.loader.rebuild(queue)
     sender = await world.sender()
@@ -147,7 +149,7 @@ async def test_a_retry_tells_redis_without_being_asked(scheduler: Scheduler, wor
     assert [claim.job for claim in (await queue.claim(10)).claims] == [JobRef(job, 2)]
 
 
-async def test_filters_of_a_retry_must_all_match(scheduler: Scheduler, world: World) -> None:
+async def test_all_filters_of_a_retry_must_match(scheduler: Scheduler, world: World) -> None:
     one, other = await world.sender(), await world.sender()
     mine = await world.schedule(one, 3)
     more = await world.schedule(one, 2)
@@ -170,7 +172,7 @@ async def test_filters_of_a_retry_must_all_match(scheduler: Scheduler, world: Wo
     assert await world.in_state(JobState.FAILED) == {theirs[1]}
 
 
-async def test_a_retry_of_everything_is_refused(scheduler: Scheduler) -> None:
+async def test_a_retry_without_a_filter_is_refused(scheduler: Scheduler) -> None:
     for fields, reason in (
         ({"user_id": USER}, "FILTER_REQUIRED"),
         ({"email_job_ids": ["1"]}, "USER_ID_REQUIRED"),
@@ -181,7 +183,7 @@ async def test_a_retry_of_everything_is_refused(scheduler: Scheduler) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 6, 7])
-async def test_a_retry_takes_several_transactions_without_a_rest(world: World, chunk: int) -> None:
+async def test_a_retry_in_several_transactions_misses_no_job(world: World, chunk: int) -> None:
     sender = await world.sender()
     jobs = await world.schedule(sender, 6)
     await end(world, jobs, JobState.FAILED)
@@ -189,11 +191,11 @@ async def test_a_retry_takes_several_transactions_without_a_rest(world: World, c
     which = FailedJobs(user_id=None, sender_id=sender)
     done = await retry_failed(world.engine, which, chunk)
     assert (done.jobs, done.skipped, done.sender_ids) == (6, 0, (sender,))
-    # For whoever finds it, should this process die before the load.
+    # Another process finds it if this one dies before the load.
     assert await world.sql("SELECT 1 FROM head_markers WHERE sender_id = %s", sender)
 
 
-async def test_of_two_retries_at_once_each_job_is_taken_back_by_one(
+async def test_two_concurrent_retries_reopen_each_job_once(
     scheduler: Scheduler, world: World
 ) -> None:
     sender = await world.sender()
@@ -202,7 +204,7 @@ async def test_of_two_retries_at_once_each_job_is_taken_back_by_one(
     assert sum(answer.retried_count for answer in answers) == 200
 
 
-async def test_nothing_of_a_cancelled_batch_or_a_deleted_sender_is_tried_again(
+async def test_jobs_of_a_cancelled_batch_or_a_deleted_sender_are_not_retried(
     scheduler: Scheduler, world: World
 ) -> None:
     sender, deleted = await world.sender(), await world.sender()
@@ -223,7 +225,7 @@ async def test_nothing_of_a_cancelled_batch_or_a_deleted_sender_is_tried_again(
         assert job_now.state == email_job_pb2.EMAIL_JOB_STATE_SENT
 
 
-async def test_an_uncertain_job_that_arrived_is_sent_at_the_end_of_its_attempt(
+async def test_an_uncertain_job_resolved_as_sent_has_the_end_of_its_attempt_as_send_time(
     scheduler: Scheduler, world: World
 ) -> None:
     (job,) = await world.schedule(await world.sender())

@@ -32,7 +32,7 @@ async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
     return await scheduler.sender()
 
 
-async def test_the_same_request_again_gives_the_same_batch(
+async def test_a_repeated_request_gives_the_same_batch(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = "email,name\na@b.org,Ann\nx,y\n"
@@ -68,7 +68,7 @@ async def test_the_same_request_again_gives_the_same_batch(
         {"csv": b"\xff"},
     ],
 )
-async def test_another_batch_under_a_used_request_id_is_an_error(
+async def test_a_different_batch_with_a_used_request_id_is_an_error(
     scheduler: Scheduler, sender: sender_pb2.Sender, change: dict[str, Any]
 ) -> None:
     first = await scheduler.schedule(sender, request_id="once")
@@ -77,7 +77,7 @@ async def test_another_batch_under_a_used_request_id_is_an_error(
     assert scheduler.rows("SELECT id FROM batches") == [(int(first.batch.batch_id),)]
 
 
-async def test_users_have_request_ids_of_their_own(scheduler: Scheduler) -> None:
+async def test_request_ids_are_separate_per_user(scheduler: Scheduler) -> None:
     first = await scheduler.schedule(await scheduler.sender("ann"), request_id="once")
     second = await scheduler.schedule(await scheduler.sender("bob"), request_id="once")
     assert first.batch.batch_id != second.batch.batch_id
@@ -86,7 +86,7 @@ async def test_users_have_request_ids_of_their_own(scheduler: Scheduler) -> None
     assert refusal.reason == "REQUEST_ID_REUSED"
 
 
-async def test_ten_equal_requests_at_once_make_one_batch(
+async def test_ten_concurrent_equal_requests_create_one_batch(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(7_000))
@@ -97,7 +97,7 @@ async def test_ten_equal_requests_at_once_make_one_batch(
     assert scheduler.value("SELECT count(*) FROM email_jobs") == 7_000
 
 
-async def test_of_different_requests_at_once_under_one_id_one_wins(
+async def test_one_of_several_concurrent_requests_with_the_same_id_wins(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     calls = [

@@ -48,7 +48,7 @@ def endpoint(**fields: Any) -> sender_pb2.SmtpEndpoint:
     return sender_pb2.SmtpEndpoint(**{"host": "mail.example.com", **fields})
 
 
-async def test_a_sender_has_the_operators_defaults(scheduler: Scheduler) -> None:
+async def test_a_new_sender_has_the_operators_defaults(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(email="Ann@EXAMPLE.com")
     assert sender.user_id == "ann"
     assert sender.email == "Ann@example.com"
@@ -117,7 +117,7 @@ async def test_a_gap_is_rounded_up_to_whole_milliseconds(scheduler: Scheduler) -
         ),
     ],
 )
-async def test_a_wrong_field_is_named_and_nothing_is_stored(
+async def test_an_invalid_field_is_named_and_nothing_is_stored(
     scheduler: Scheduler, fields: dict[str, Any], where: str, reason: str
 ) -> None:
     refusal = await refusal_of(scheduler.sender(**fields))
@@ -126,7 +126,7 @@ async def test_a_wrong_field_is_named_and_nothing_is_stored(
     assert scheduler.value("SELECT count(*) FROM senders") == 0
 
 
-async def test_a_gap_below_the_floor_names_both(scheduler: Scheduler) -> None:
+async def test_the_error_for_a_gap_below_the_floor_names_both(scheduler: Scheduler) -> None:
     refusal = await refusal_of(scheduler.sender(min_gap=Duration(nanos=500_000_000)))
     assert refusal.metadata == {"min_gap": "500ms", "floor": "2s"}
     assert "500ms" in refusal.message
@@ -153,14 +153,14 @@ async def test_a_sender_needs_a_user(scheduler: Scheduler, user_id: str, reason:
         ({"host": "::1"}, 587, sender_pb2.SMTP_SECURITY_STARTTLS),
     ],
 )
-async def test_an_endpoint_has_the_usual_port_and_security(
+async def test_an_endpoint_has_a_default_port_and_security(
     scheduler: Scheduler, fields: dict[str, Any], port: int, security: int
 ) -> None:
     sender = await scheduler.sender(smtp=endpoint(**fields))
     assert (sender.smtp.port, sender.smtp.security) == (port, security)
 
 
-async def test_a_password_is_stored_encrypted_and_never_answered(scheduler: Scheduler) -> None:
+async def test_a_password_is_stored_encrypted_and_never_returned(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(smtp=endpoint(username="ann", password="open sesame"))
     assert sender.smtp.password_set
     assert "open sesame" not in str(sender)
@@ -169,7 +169,7 @@ async def test_a_password_is_stored_encrypted_and_never_answered(scheduler: Sche
     assert SecretBox([KEY]).decrypt(stored) == "open sesame"
 
 
-async def test_a_password_without_a_key_to_encrypt_it_is_refused(
+async def test_a_password_without_an_encryption_key_is_refused(
     database_url: str, redis_url: str
 ) -> None:
     async with running_scheduler(database_url, redis_url, encryption_keys="") as scheduler:
@@ -190,7 +190,7 @@ async def update(
     )
 
 
-async def test_an_update_changes_what_the_mask_names(scheduler: Scheduler) -> None:
+async def test_an_update_changes_the_fields_in_its_mask(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(hourly_limit=7, display_name="Ann", min_gap=Duration(seconds=9))
     changed = await update(
         scheduler, sender, ["hourly_limit", "min_gap"], email="other@example.com", hourly_limit=8
@@ -202,13 +202,15 @@ async def test_an_update_changes_what_the_mask_names(scheduler: Scheduler) -> No
     assert scheduler.value("SELECT revision FROM senders") == 2
 
 
-async def test_an_update_without_a_mask_changes_what_is_set(scheduler: Scheduler) -> None:
+async def test_an_update_without_a_mask_changes_the_fields_that_are_set(
+    scheduler: Scheduler,
+) -> None:
     sender = await scheduler.sender(hourly_limit=7, display_name="Ann")
     changed = await update(scheduler, sender, None, display_name="Bea")
     assert (changed.display_name, changed.hourly_limit, changed.email) == ("Bea", 7, sender.email)
 
 
-async def test_an_update_of_everything_resets_what_is_unset(scheduler: Scheduler) -> None:
+async def test_an_update_with_the_mask_star_resets_unset_fields(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(hourly_limit=7, display_name="Ann", smtp=endpoint())
     changed = await update(scheduler, sender, ["*"], email="other@example.com")
     assert (changed.email, changed.display_name) == ("other@example.com", "")
@@ -216,7 +218,7 @@ async def test_an_update_of_everything_resets_what_is_unset(scheduler: Scheduler
 
 
 @pytest.mark.parametrize("path", ["state", "user_id", "smtp.host", "nonsense", ""])
-async def test_a_mask_with_another_path_is_refused(scheduler: Scheduler, path: str) -> None:
+async def test_a_mask_with_an_unknown_path_is_refused(scheduler: Scheduler, path: str) -> None:
     sender = await scheduler.sender()
     refusal = await refusal_of(update(scheduler, sender, ["email", path], email="x@example.com"))
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", "UPDATE_MASK_INVALID")
@@ -232,7 +234,7 @@ async def test_an_update_that_is_refused_changes_nothing(scheduler: Scheduler) -
     assert scheduler.rows("SELECT email, revision FROM senders") == [("news@example.com", 1)]
 
 
-async def test_an_endpoint_is_replaced_whole(scheduler: Scheduler) -> None:
+async def test_an_endpoint_is_replaced_as_a_whole(scheduler: Scheduler) -> None:
     sender = await scheduler.sender(smtp=endpoint(username="ann", password="open sesame"))
     changed = await update(
         scheduler, sender, ["smtp"], smtp=endpoint(host="evil.example.com", username="ann")
@@ -241,7 +243,7 @@ async def test_an_endpoint_is_replaced_whole(scheduler: Scheduler) -> None:
     assert scheduler.value("SELECT smtp_password FROM senders") is None
 
 
-async def test_an_endpoint_has_certificates_of_its_own(
+async def test_an_endpoint_may_have_its_own_ca_certificates(
     scheduler: Scheduler, tmp_path: Path
 ) -> None:
     ca = self_signed(tmp_path).public.read_text()
@@ -288,7 +290,7 @@ async def queue(scheduler: Scheduler, redis: Redis) -> AsyncIterator[Queue]:
     await engine.dispose()
 
 
-async def test_a_paused_sender_stops_and_goes_on_where_it_stopped(
+async def test_a_resumed_sender_continues_where_it_stopped(
     scheduler: Scheduler, queue: Queue
 ) -> None:
     sender = await scheduler.sender()
@@ -306,7 +308,7 @@ async def test_a_paused_sender_stops_and_goes_on_where_it_stopped(
     await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 
-async def test_a_change_while_redis_is_gone_is_loaded_later(
+async def test_a_change_while_redis_is_unreachable_is_loaded_later(
     scheduler: Scheduler, stores: Stores
 ) -> None:
     sender = await scheduler.sender()
@@ -321,7 +323,7 @@ async def test_a_change_while_redis_is_gone_is_loaded_later(
     assert scheduler.rows("SELECT sender_id FROM head_markers") == [(int(sender.sender_id),)]
 
 
-async def test_a_sender_of_another_user_looks_like_none(scheduler: Scheduler) -> None:
+async def test_a_sender_of_another_user_is_not_found(scheduler: Scheduler) -> None:
     sender = await scheduler.sender("ann")
     foreign, unknown = sender.sender_id, "999999999"
     calls = (
@@ -348,12 +350,12 @@ async def test_a_sender_of_another_user_looks_like_none(scheduler: Scheduler) ->
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "0", "1.5", "9" * 30, "\u0661"])
-async def test_what_is_no_id_of_ours_is_not_found(scheduler: Scheduler, text: str) -> None:
+async def test_a_malformed_sender_id_is_not_found(scheduler: Scheduler, text: str) -> None:
     refusal = await refusal_of(scheduler.senders.GetSender(GetSenderRequest(sender_id=text)))
     assert (refusal.code, refusal.reason) == ("NOT_FOUND", "SENDER_NOT_FOUND")
 
 
-async def test_senders_come_in_pages_the_oldest_first(scheduler: Scheduler) -> None:
+async def test_senders_are_listed_in_pages_oldest_first(scheduler: Scheduler) -> None:
     mine = [(await scheduler.sender()).sender_id for _ in range(5)]
     await scheduler.sender("bob")
     seen: list[str] = []
@@ -405,7 +407,7 @@ async def test_a_sender_with_open_jobs_is_not_deleted(scheduler: Scheduler) -> N
     assert scheduler.value("SELECT deleted_at FROM senders") is None
 
 
-async def test_a_forced_deletion_cancels_what_waits_and_keeps_the_history(
+async def test_a_forced_deletion_cancels_waiting_jobs_and_keeps_the_history(
     scheduler: Scheduler, queue: Queue
 ) -> None:
     smtp = endpoint(username="ann", password="open sesame")
@@ -436,12 +438,12 @@ async def test_a_forced_deletion_cancels_what_waits_and_keeps_the_history(
     assert again.replayed
 
 
-async def test_a_sender_is_created_only_with_a_sender(scheduler: Scheduler) -> None:
+async def test_a_create_without_a_sender_is_refused(scheduler: Scheduler) -> None:
     refusal = await refusal_of(scheduler.senders.CreateSender(CreateSenderRequest(user_id="ann")))
     assert refusal.reason == "ADDRESS_INVALID"
 
 
-async def test_sending_hours_are_kept_changed_and_taken_away(scheduler: Scheduler) -> None:
+async def test_sending_hours_are_stored_changed_and_removed(scheduler: Scheduler) -> None:
     def hours(start: str, end: str, zone: str = "Europe/Berlin") -> sender_pb2.SendingHours:
         days = [sender_pb2.WEEKDAY_MONDAY, sender_pb2.WEEKDAY_FRIDAY]
         return sender_pb2.SendingHours(weekdays=days, start=start, end=end, time_zone=zone)

@@ -46,7 +46,7 @@ async def audit(stats: Stats, sender: int, **more: Any) -> proto.AuditSenderResp
     return answer
 
 
-async def test_gap_and_window_are_those_of_the_recorded_sends(stats: Stats) -> None:
+async def test_the_audit_measures_gap_and_window_from_the_recorded_sends(stats: Stats) -> None:
     sender, other = await stats.sender(limit=3), await stats.sender()
     for job, at in enumerate((0, 10, 13.5, 3_600, 3_700, 3_800)):
         await send(stats, sender, job, at)
@@ -63,7 +63,7 @@ async def test_gap_and_window_are_those_of_the_recorded_sends(stats: Stats) -> N
     assert found.hourly_limit == 3
 
 
-async def test_an_interval_is_judged_with_what_came_before_it(stats: Stats) -> None:
+async def test_an_interval_is_audited_including_the_sends_before_it(stats: Stats) -> None:
     sender = await stats.sender()
     for job, at in enumerate((0, 2, 100, 104, 200, 201.5)):
         await send(stats, sender, job, at)
@@ -77,7 +77,7 @@ async def test_an_interval_is_judged_with_what_came_before_it(stats: Stats) -> N
     assert (found.sent_count, found.most_in_window_count) == (2, 4)
 
 
-async def test_a_second_send_of_a_job_is_a_duplicate_also_after_one_in_doubt(stats: Stats) -> None:
+async def test_a_second_send_of_a_job_is_a_duplicate_even_after_doubt(stats: Stats) -> None:
     sender = await stats.sender()
     await send(stats, sender, 1, 0, outcome=DOUBT)
     await send(stats, sender, 1, 10, attempt=2)
@@ -110,7 +110,7 @@ async def test_a_sender_that_sent_nothing_has_no_gap(stats: Stats) -> None:
     assert (found.sent_count, found.most_in_window_count) == (0, 0)
 
 
-async def test_a_wrong_audit_is_refused(stats: Stats) -> None:
+async def test_an_invalid_audit_request_is_refused(stats: Stats) -> None:
     sender = await stats.sender()
     now = to_timestamp(NOW)
     assert await fails(audit(stats, sender, start_time=now, end_time=now)) == (

@@ -56,7 +56,7 @@ async def series(stats: Stats, sender: int, **more: Any) -> list[stats_pb2.Serie
     return list((await stats.stub.QuerySenderSeries(request)).points)
 
 
-async def test_each_bucket_has_what_ended_in_it(stats: Stats) -> None:
+async def test_each_bucket_counts_the_attempts_that_ended_in_it(stats: Stats) -> None:
     sender, other = await stats.sender(), await stats.sender()
     await job(stats, sender, DONE, (NOON, SENT, 0))
     await job(
@@ -82,7 +82,7 @@ async def test_each_bucket_has_what_ended_in_it(stats: Stats) -> None:
     assert not points[2].HasField("lateness_p50")
 
 
-async def test_what_its_batch_has_cancelled_is_followed_by_no_retry(stats: Stats) -> None:
+async def test_jobs_of_a_cancelled_batch_are_not_counted_as_retried(stats: Stats) -> None:
     sender = await stats.sender()
     await job(stats, sender, SCHEDULED, (NOON, TEMPORARY, 0))
     hour = {"start_time": to_timestamp(NOON), "end_time": to_timestamp(NOON + 60 * MINUTE)}
@@ -94,7 +94,7 @@ async def test_what_its_batch_has_cancelled_is_followed_by_no_retry(stats: Stats
     assert point.retried_count == 0
 
 
-async def test_lateness_is_told_by_percentiles_of_what_was_sent(stats: Stats) -> None:
+async def test_lateness_is_given_as_percentiles_of_the_sent_mails(stats: Stats) -> None:
     sender = await stats.sender()
     for late_ms in range(10, 1_011, 10):
         await job(stats, sender, DONE, (NOON, SENT, late_ms))
@@ -111,7 +111,7 @@ async def test_lateness_is_told_by_percentiles_of_what_was_sent(stats: Stats) ->
     assert [span.ToMilliseconds() for span in late] == [510, 960, 1_000]
 
 
-async def test_the_last_day_by_the_hour_is_what_nothing_asked_for_gives(stats: Stats) -> None:
+async def test_the_default_series_is_the_last_day_by_the_hour(stats: Stats) -> None:
     points = await series(stats, await stats.sender())
     assert len(points) == 25
     span = points[-1].start_time.ToDatetime(UTC) - points[0].start_time.ToDatetime(UTC)
@@ -129,7 +129,7 @@ async def test_the_last_day_by_the_hour_is_what_nothing_asked_for_gives(stats: S
         ({"start_time": datetime(1, 1, 1, tzinfo=UTC)}, "INTERVAL_INVALID"),
     ],
 )
-async def test_a_wrong_series_is_refused(stats: Stats, fields: Any, reason: str) -> None:
+async def test_an_invalid_series_request_is_refused(stats: Stats, fields: Any, reason: str) -> None:
     request: dict[str, Any] = {"end_time": to_timestamp(NOON)}
     for name, value in fields.items():
         request[name] = to_duration(value) if name == "bucket" else to_timestamp(value)
@@ -137,6 +137,6 @@ async def test_a_wrong_series_is_refused(stats: Stats, fields: Any, reason: str)
     assert await fails(call) == (grpc.StatusCode.INVALID_ARGUMENT, reason)
 
 
-async def test_another_users_series_is_not_there(stats: Stats) -> None:
+async def test_the_series_of_another_user_is_not_found(stats: Stats) -> None:
     call = series(stats, await stats.sender("anna"), user_id="bert")
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")

@@ -54,7 +54,7 @@ def times(scheduler: Scheduler) -> list[tuple[int, datetime, datetime | None]]:
     ]
 
 
-async def test_accepted_rows_are_spread_from_the_start_to_the_end_and_others_do_not_count(
+async def test_only_accepted_rows_are_spread_from_the_start_to_the_end(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     gone = Suppression(user_id="ann", email="gone@b.org")
@@ -108,7 +108,7 @@ async def test_a_batch_of_one_message_begins_now_and_its_last_mail_is_due_at_the
     assert refusal.reason == "REQUEST_ID_REUSED"
 
 
-async def test_one_row_is_due_at_the_start_and_none_is_a_batch_too(
+async def test_a_single_spread_row_is_due_at_the_start_and_a_batch_without_one_is_accepted(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     start = soon()
@@ -130,7 +130,7 @@ async def test_one_row_is_due_at_the_start_and_none_is_a_batch_too(
     assert (await scheduler.schedule(sender, **options)).batch.accepted_count == 0
 
 
-async def test_what_excludes_a_spread_is_refused_and_changes_nothing(
+async def test_options_that_exclude_a_spread_are_refused_and_change_nothing(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     start = soon()

@@ -33,7 +33,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
 class Stats:
-    """A stats server of the test's own, its clients, and its database."""
+    """A stats server for one test, its clients, and its database."""
 
     def __init__(self, database_url: str, channel: grpc.aio.Channel) -> None:
         self.database_url = database_url
@@ -131,7 +131,7 @@ async def fails(call: Any) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), info.reason
 
 
-async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> None:
+async def test_the_counts_of_a_sender_equal_a_count_of_its_rows(stats: Stats) -> None:
     sender, other = await stats.sender(limit=20), await stats.sender()
     now = datetime.now(UTC)
     await stats.delta(sender, 1, 9)
@@ -163,7 +163,7 @@ async def test_the_counts_of_a_sender_are_those_of_its_rows(stats: Stats) -> Non
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
 
 
-async def test_a_sender_without_mail_has_zeros_and_no_next_time(stats: Stats) -> None:
+async def test_a_sender_without_mail_has_zero_counts_and_no_next_time(stats: Stats) -> None:
     request = proto.GetSenderStatsRequest(sender_id=str(await stats.sender()))
     answer = await stats.stub.GetSenderStats(request)
     assert answer.counts == EmailJobCounts()
@@ -177,7 +177,9 @@ def far_from_the_next_hour() -> bool:
     return (datetime.now(UTC) + timedelta(seconds=15)).hour == datetime.now(UTC).hour
 
 
-async def test_the_hours_are_the_last_24_by_the_time_of_the_end(stats: Stats) -> None:
+async def test_hourly_counts_cover_the_last_24_hours_by_the_end_of_the_attempts(
+    stats: Stats,
+) -> None:
     await eventually(far_from_the_next_hour)
     sender = await stats.sender()
     now = datetime.now(UTC)
@@ -203,7 +205,7 @@ async def test_the_hours_are_the_last_24_by_the_time_of_the_end(stats: Stats) ->
     assert await hours() == found
 
 
-async def test_the_window_holds_what_ended_in_it_and_took_a_slot(database_url: str) -> None:
+async def test_the_window_counts_sends_that_ended_in_it_and_took_a_slot(database_url: str) -> None:
     now = datetime.now(UTC)
     async with running(database_url, rate_window=timedelta(minutes=10)) as stats:
         sender, other = await stats.sender(), await stats.sender()
@@ -222,7 +224,7 @@ async def test_a_sender_that_does_not_exist_is_not_found(stats: Stats, text: str
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")
 
 
-async def test_another_users_sender_is_not_found_and_the_owners_is(stats: Stats) -> None:
+async def test_a_sender_is_found_only_by_its_owner(stats: Stats) -> None:
     sender = str(await stats.sender("anna"))
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest(sender_id=sender, user_id="bert"))
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")
@@ -237,7 +239,7 @@ async def test_a_deleted_sender_is_not_found(stats: Stats) -> None:
     assert await fails(call) == (grpc.StatusCode.NOT_FOUND, "SENDER_NOT_FOUND")
 
 
-async def test_no_sender_id_is_invalid(stats: Stats) -> None:
+async def test_a_missing_sender_id_is_invalid(stats: Stats) -> None:
     call = stats.stub.GetSenderStats(proto.GetSenderStatsRequest())
     assert await fails(call) == (grpc.StatusCode.INVALID_ARGUMENT, "SENDER_ID_REQUIRED")
 
@@ -268,7 +270,7 @@ async def test_the_counts_of_a_user_are_the_sum_of_its_senders(stats: Stats) -> 
     assert abs(answer.read_time.ToDatetime(UTC) - datetime.now(UTC)) < timedelta(seconds=5)
 
 
-async def test_a_users_senders_come_in_pages_under_the_same_sum(stats: Stats) -> None:
+async def test_the_senders_of_a_user_are_listed_in_pages_with_the_same_total(stats: Stats) -> None:
     senders = [await stats.sender("anna") for _ in range(5)]
     await stats.sender("bert")
     for sender in senders:
@@ -288,20 +290,20 @@ async def test_a_users_senders_come_in_pages_under_the_same_sum(stats: Stats) ->
     assert pages == [ids[:2], ids[2:4], ids[4:]]
 
 
-async def test_a_page_that_ends_with_the_last_sender_has_no_next(stats: Stats) -> None:
+async def test_a_page_that_ends_with_the_last_sender_has_no_next_page(stats: Stats) -> None:
     for _ in range(2):
         await stats.sender("anna")
     request = proto.GetUserStatsRequest(user_id="anna", page_size=2)
     assert not (await stats.stub.GetUserStats(request)).next_page_token
 
 
-async def test_a_user_without_senders_has_zeros(stats: Stats) -> None:
+async def test_a_user_without_senders_has_zero_counts(stats: Stats) -> None:
     answer = await stats.stub.GetUserStats(proto.GetUserStatsRequest(user_id="nobody"))
     assert answer.counts == EmailJobCounts()
     assert not answer.senders
 
 
-async def test_a_wrong_request_for_a_user_is_refused(stats: Stats) -> None:
+async def test_an_invalid_request_for_a_user_is_refused(stats: Stats) -> None:
     for _ in range(2):
         await stats.sender("anna")
     answer = await stats.stub.GetUserStats(proto.GetUserStatsRequest(user_id="anna", page_size=1))
@@ -320,7 +322,7 @@ async def test_a_wrong_request_for_a_user_is_refused(stats: Stats) -> None:
         )
 
 
-async def test_a_watch_begins_with_the_state_and_goes_on_with_each_change(stats: Stats) -> None:
+async def test_a_watch_begins_with_the_state_and_then_sends_each_change(stats: Stats) -> None:
     sender = await stats.sender()
     await stats.delta(sender, 3, 1)
     request = proto.WatchSenderStatsRequest(sender_id=str(sender), user_id="anna")
@@ -346,7 +348,7 @@ async def test_a_watch_begins_with_the_state_and_goes_on_with_each_change(stats:
         assert await stream.read() == grpc.aio.EOF
 
 
-async def test_a_watch_tells_when_a_cooldown_begins_changes_and_ends(stats: Stats) -> None:
+async def test_a_watch_reports_when_a_cooldown_begins_changes_and_ends(stats: Stats) -> None:
     sender, other = await stats.sender(), await stats.sender()
     stream = stats.stub.WatchSenderStats(proto.WatchSenderStatsRequest(sender_id=str(sender)))
     async with asyncio.timeout(PATIENCE):
@@ -372,7 +374,7 @@ async def test_a_watch_tells_when_a_cooldown_begins_changes_and_ends(stats: Stat
     stream.cancel()
 
 
-async def test_a_wrong_watch_is_refused(stats: Stats) -> None:
+async def test_an_invalid_watch_is_refused(stats: Stats) -> None:
     sender = str(await stats.sender("anna"))
     for request, reason in (
         (proto.WatchSenderStatsRequest(sender_id=sender, user_id="bert"), "SENDER_NOT_FOUND"),
@@ -385,7 +387,7 @@ async def test_a_wrong_watch_is_refused(stats: Stats) -> None:
         assert (await fails(stream.read()))[1] == reason
 
 
-async def test_the_service_lives_through_a_restart_of_postgresql(
+async def test_the_service_survives_a_restart_of_postgresql(
     stores: Stores, database_url: str
 ) -> None:
     async with running(database_url) as stats:
@@ -414,7 +416,7 @@ async def test_the_service_lives_through_a_restart_of_postgresql(
         assert (await stats.stub.GetSenderStats(request)).counts.sent_count == 7
 
 
-async def test_the_service_starts_without_postgresql_and_says_so() -> None:
+async def test_the_service_starts_without_postgresql_and_reports_not_serving() -> None:
     url = f"postgresql://outbox@127.0.0.1:{free_port()}/outbox"
     async with running(url, healthy=False) as stats:
         assert not await stats.serving()
@@ -424,7 +426,7 @@ async def test_the_service_starts_without_postgresql_and_says_so() -> None:
         assert not await stats.serving()
 
 
-async def test_a_process_ends_by_sigterm_with_code_0(database_url: str) -> None:
+async def test_a_process_exits_with_code_0_on_sigterm(database_url: str) -> None:
     port = free_port()
     child = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -450,7 +452,7 @@ async def test_a_process_ends_by_sigterm_with_code_0(database_url: str) -> None:
         await child.communicate()
 
 
-async def test_a_wrong_setting_ends_the_process_with_code_2_and_says_which() -> None:
+async def test_an_invalid_setting_exits_with_code_2_and_is_named() -> None:
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -95,7 +95,7 @@ async def stats(scheduler: Scheduler) -> AsyncIterator[str]:
         stop.set()
 
 
-async def test_top_shows_pauses_resumes_explains_and_leaves_the_terminal_as_it_was(
+async def test_top_shows_pauses_resumes_explains_and_restores_the_terminal(
     scheduler: Scheduler, stats: str, tmp_path: Path
 ) -> None:
     first = await scheduler.sender(email="first@x.org", hourly_limit=77)
@@ -149,7 +149,7 @@ async def test_top_shows_a_cooldown_with_the_reply_until_a_resume_ends_it(
     assert scheduler.value("SELECT count(*) FROM cooldowns") == 0
 
 
-async def test_without_a_terminal_one_look_is_one_document_or_a_clear_error(
+async def test_top_without_a_terminal_prints_one_document_or_a_clear_error(
     scheduler: Scheduler, stats: str, tmp_path: Path
 ) -> None:
     sender = await scheduler.sender(email="first@x.org")
@@ -173,7 +173,7 @@ async def test_without_a_terminal_one_look_is_one_document_or_a_clear_error(
     assert "waiting_count" in found["stats"]
 
 
-async def test_top_turns_the_pages_of_more_senders_than_fit(
+async def test_top_pages_through_more_senders_than_fit(
     scheduler: Scheduler, stats: str, tmp_path: Path
 ) -> None:
     for n in range(30):

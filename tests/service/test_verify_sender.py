@@ -1,4 +1,4 @@
-"""VerifySender: what it finds at endpoints that work, and at those that do not."""
+"""VerifySender: its findings at endpoints that work and at those that do not."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def verify(
     )
 
 
-async def test_an_endpoint_that_takes_mail_is_ready(scheduler: Scheduler) -> None:
+async def test_an_endpoint_that_accepts_mail_is_ready(scheduler: Scheduler) -> None:
     async with ScriptedServer() as server:
         answer = await verify(scheduler, server.port)
         assert answer.ready, answer.failure
@@ -68,7 +68,7 @@ async def test_an_endpoint_that_takes_mail_is_ready(scheduler: Scheduler) -> Non
 
 
 @pytest.mark.parametrize("extensions", [("SIZE 35882577",), ("SIZE 35882577", "PIPELINING")])
-async def test_the_answer_tells_what_the_server_offers_and_what_it_was_told(
+async def test_the_answer_lists_the_extensions_offered_and_the_ehlo_name_sent(
     scheduler: Scheduler, extensions: tuple[str, ...]
 ) -> None:
     async with ScriptedServer(extensions=extensions) as server:
@@ -90,7 +90,7 @@ async def test_the_answer_tells_what_the_server_offers_and_what_it_was_told(
         ("anna@m\u00fcnchen.example", "anna@xn--mnchen-3ya.example"),
     ],
 )
-async def test_the_server_is_asked_about_a_recipient(
+async def test_a_given_recipient_is_verified(
     scheduler: Scheduler, recipient: str, expected: str
 ) -> None:
     async with ScriptedServer() as server:
@@ -103,7 +103,7 @@ async def test_the_server_is_asked_about_a_recipient(
         assert f"RCPT TO:<{expected}>" in server.commands
 
 
-async def test_a_recipient_that_is_no_address_is_refused(scheduler: Scheduler) -> None:
+async def test_an_invalid_recipient_is_refused(scheduler: Scheduler) -> None:
     sender = await scheduler.sender()
     call = scheduler.senders.VerifySender(
         VerifySenderRequest(sender_id=sender.sender_id, recipient="nobody")
@@ -111,7 +111,7 @@ async def test_a_recipient_that_is_no_address_is_refused(scheduler: Scheduler) -
     assert (await refusal_of(call)).reason == "ADDRESS_INVALID"
 
 
-async def test_a_server_that_wants_a_fully_qualified_name_gets_one_or_says_so(
+async def test_a_server_that_requires_a_fully_qualified_name_gets_one_or_its_reply_is_shown(
     database_url: str, redis_url: str
 ) -> None:
     def wants_a_dot(heard: Conversation) -> Any:
@@ -134,10 +134,10 @@ async def test_a_refusal_has_its_class(scheduler: Scheduler) -> None:
     assert (answer.reply_class, answer.failed_step) == (REPLY_CLASS_ACCOUNT, pb.SMTP_STEP_MAIL)
 
 
-async def test_a_session_takes_no_longer_than_its_limit_in_all(
+async def test_a_session_takes_no_longer_in_total_than_its_limit(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the limits of its phases are: here, minutes."""
+    """Even if the limits of its phases are longer: here, minutes."""
     monkeypatch.setattr("outbox_server.services.scheduler.verifying._LIMIT", 0.5)
     settings = {"smtp_allow": "127.0.0.0/8"}
     async with (
@@ -173,7 +173,7 @@ async def test_a_private_ca_of_the_sender_is_trusted(scheduler: Scheduler, tmp_p
         ({"rcpt": Say("504 5.5.2 need fully-qualified name")}, "naming a recipient (RCPT)", 504),
     ],
 )
-async def test_a_failure_names_its_step_and_is_no_error(
+async def test_a_failed_verification_names_its_step_and_is_not_a_grpc_error(
     scheduler: Scheduler, plan: dict[str, Any], step: str, code: int | None
 ) -> None:
     async with ScriptedServer(plan) as server:
@@ -183,7 +183,7 @@ async def test_a_failure_names_its_step_and_is_no_error(
     assert (answer.smtp_code if answer.HasField("smtp_code") else None) == code
 
 
-async def test_a_port_where_nobody_listens_is_not_ready(scheduler: Scheduler) -> None:
+async def test_a_port_without_a_listener_is_not_ready(scheduler: Scheduler) -> None:
     answer = await verify(scheduler, free_port())
     assert not answer.ready
     assert answer.failure.startswith("connecting: ")
@@ -230,7 +230,7 @@ async def test_a_session_is_encrypted_and_logged_in(
         await eventually(lambda: not server.open)
 
 
-async def test_the_operators_network_is_not_reached(database_url: str, redis_url: str) -> None:
+async def test_the_operators_network_cannot_be_reached(database_url: str, redis_url: str) -> None:
     async with (
         running_scheduler(database_url, redis_url) as scheduler,
         ScriptedServer() as server,
@@ -249,7 +249,7 @@ async def test_a_sender_of_another_user_is_not_verified(scheduler: Scheduler) ->
     assert (await refusal_of(call)).reason == "SENDER_NOT_FOUND"
 
 
-async def test_a_user_has_a_few_verifications_at_a_time_and_delays_no_other_call(
+async def test_verifications_per_user_are_limited_and_delay_no_other_call(
     database_url: str, redis_url: str
 ) -> None:
     async with (

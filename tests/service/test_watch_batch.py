@@ -1,4 +1,4 @@
-"""WatchBatch: first the batch as it is, then every change, and a last word."""
+"""WatchBatch: first the current batch, then every change, and a final message."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def cancel_one(scheduler: Scheduler) -> None:
     await scheduler.jobs.CancelEmailJob(CancelEmailJobRequest(email_job_id=str(job)))
 
 
-async def test_a_watch_begins_with_what_is_and_ends_with_the_last_job(
+async def test_a_watch_begins_with_the_current_counts_and_ends_with_the_last_job(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     batch = (await scheduler.schedule(sender, CSV)).batch
@@ -93,7 +93,7 @@ async def test_a_job_that_is_being_sent_is_seen(
     stream.cancel()
 
 
-async def test_a_watch_goes_on_where_it_was_broken(
+async def test_a_watch_resumes_where_it_was_interrupted(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     batch = (await scheduler.schedule(sender, CSV)).batch
@@ -119,7 +119,7 @@ async def test_a_watch_goes_on_where_it_was_broken(
     assert [update.done for update in await rest(late)] == [True]
 
 
-async def test_a_watch_of_nothing_is_refused(
+async def test_a_watch_without_a_batch_is_refused(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     batch, other = [(await scheduler.schedule(sender, CSV)).batch for _ in range(2)]
@@ -134,7 +134,7 @@ async def test_a_watch_of_nothing_is_refused(
         assert (await refusal_of(watch(scheduler, batch, **fields).read())).reason == reason
 
 
-async def test_a_batch_that_is_cancelled_during_a_look_is_never_shown_as_done(
+async def test_a_batch_cancelled_during_a_read_is_never_shown_as_done(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     batch = (await scheduler.schedule(sender, CSV)).batch
@@ -162,7 +162,7 @@ async def test_a_batch_that_is_cancelled_during_a_look_is_never_shown_as_done(
     assert states == [batch_pb2.BATCH_STATE_CANCELLED]
 
 
-async def test_nothing_is_read_while_nobody_watches_and_once_for_all_who_do() -> None:
+async def test_batches_are_read_only_while_watched_and_once_for_all_watchers() -> None:
     reads: list[set[int]] = []
     state = {1: "a", 2: "b"}
 

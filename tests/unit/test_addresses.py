@@ -38,7 +38,7 @@ def reason(text: str) -> str:
 @example("a@" + "b." * 125 + "com")
 @example("Webmaster@EXAMPLE.com")
 @example("a@example.com\n")
-def test_what_is_accepted_fast_is_what_the_library_accepts(text: str) -> None:
+def test_the_fast_check_accepts_only_what_the_library_accepts(text: str) -> None:
     try:
         # Blanks around an address are trimmed before anybody judges it.
         expected = validate_email(text.strip(" "), check_deliverability=False).normalized
@@ -60,7 +60,7 @@ def test_what_is_accepted_fast_is_what_the_library_accepts(text: str) -> None:
         ("jürgen@example.com", "jürgen@example.com"),
     ],
 )
-def test_an_address_comes_back_as_it_will_be_used(text: str, address: str) -> None:
+def test_an_address_is_returned_in_the_form_that_is_used(text: str, address: str) -> None:
     assert check_address(text) == address
 
 
@@ -87,11 +87,11 @@ def test_an_address_comes_back_as_it_will_be_used(text: str, address: str) -> No
         pytest.param("é" * 200_000 + "@example.com", "ADDRESS_INVALID", id="long, not ASCII"),
     ],
 )
-def test_what_is_no_address_is_refused_with_a_reason(text: str, expected: str) -> None:
+def test_an_invalid_address_is_refused_with_a_reason(text: str, expected: str) -> None:
     assert reason(text) == expected
 
 
-def test_a_name_with_an_address_says_what_to_write() -> None:
+def test_the_error_for_an_address_with_a_name_says_what_to_write() -> None:
     with pytest.raises(BadAddress, match=r"write only 'ann@example\.com'") as caught:
         check_address("Ann Smith <ann@example.com>")
     assert caught.value.reason == "ADDRESS_INVALID"

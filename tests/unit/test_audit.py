@@ -15,7 +15,7 @@ from outbox_server.shared.audit.replay import Replay, least_gap, most_in_window
 from outbox_server.shared.states import JobState
 
 
-def test_the_least_gap_runs_from_an_end_to_the_next_start() -> None:
+def test_the_smallest_gap_is_measured_from_an_end_to_the_next_start() -> None:
     assert least_gap([(0, 1), (3, 4), (9, 10)]) == 2
 
 
@@ -32,7 +32,7 @@ def test_sends_that_overlap_have_a_negative_gap() -> None:
     assert least_gap([(0, 5), (3, 6)]) == -2
 
 
-def test_a_send_that_outlasts_several_others_counts_to_the_first_of_them() -> None:
+def test_the_gap_of_a_send_that_outlasts_others_is_measured_to_the_first_of_them() -> None:
     assert least_gap([(0, 10), (1, 2), (4, 5)]) == -9
     assert least_gap([(0, 10), (8, 9), (9, 12)]) == -2
 
@@ -42,11 +42,11 @@ def test_microseconds_as_ints_are_exact() -> None:
     assert least_gap([(start, start + 1), (start + 2_000_001, start + 2_000_002)]) == 2_000_000
 
 
-def test_no_sends_fill_no_window() -> None:
+def test_a_window_without_sends_is_empty() -> None:
     assert most_in_window([], 10) == 0
 
 
-def test_a_window_trails_and_does_not_tumble() -> None:
+def test_windows_are_sliding_and_not_fixed() -> None:
     # Two on each side of a full ten: four within ten.
     assert most_in_window([8, 9, 10, 11], 10) == 4
 
@@ -64,7 +64,7 @@ def test_ends_at_the_same_instant_all_count() -> None:
     assert most_in_window([5, 5, 5], 10) == 3
 
 
-def test_only_what_came_more_than_once_was_sent_twice() -> None:
+def test_only_mail_that_arrived_more_than_once_was_sent_twice() -> None:
     assert sent_twice(["<a@x>", "<b@x>", "<a@x>", "<a@x>"]) == {"<a@x>": 3}
     assert sent_twice(["<a@x>", "<b@x>"]) == {}
 
@@ -84,7 +84,7 @@ def trace(
     return JobTrace(7, state, attempt, recorded, sent, sent_to_smtp_side, doubtful, began_after_end)
 
 
-def test_a_replay_finds_what_the_lists_as_a_whole_say() -> None:
+def test_a_replay_finds_the_same_as_the_complete_lists() -> None:
     chance = random.Random(1)
     for _ in range(200):
         sends = sorted(
@@ -106,7 +106,7 @@ def test_a_replay_finds_what_the_lists_as_a_whole_say() -> None:
         assert (replay.least_gap == gap) or (replay.least_gap < 0 and gap < 0)
 
 
-def test_what_was_sent_before_a_change_is_not_judged_but_is_in_later_windows() -> None:
+def test_sends_before_a_change_are_not_checked_but_count_in_later_windows() -> None:
     replay = Replay(10, limit=2, since=3)
     for second in (0, 1, 2):
         replay.add(second, second + 0.5)
@@ -115,7 +115,7 @@ def test_what_was_sent_before_a_change_is_not_judged_but_is_in_later_windows() -
     assert (replay.sends, replay.judged, replay.least_gap, replay.overshoot()) == (4, 1, 0.5, 2)
 
 
-def test_an_overshoot_that_the_slack_explains_is_none() -> None:
+def test_an_excess_within_the_tolerance_is_not_reported() -> None:
     replay = Replay(10, limit=1)
     replay.add(0, 1)
     replay.add(10, 10.95)
@@ -158,7 +158,7 @@ def test_copies_are_counted_by_job_and_compared_by_message_id() -> None:
         ),
     ],
 )
-def test_a_job_that_says_two_things_is_found(job: JobTrace, said: str | None) -> None:
+def test_a_job_with_contradictory_records_is_found(job: JobTrace, said: str | None) -> None:
     assert contradiction_of(job) == said
 
 
@@ -178,7 +178,7 @@ def test_a_job_that_says_two_things_is_found(job: JobTrace, said: str | None) ->
         (trace(JobState.SENT, sent=2), None, (False, 1, 1)),
     ],
 )
-def test_copies_are_explained_by_sends_and_doubts(
+def test_copies_are_explained_by_sends_and_attempts_in_doubt(
     job: JobTrace, copies: int | None, found: tuple[bool, int, int]
 ) -> None:
     delivery = delivery_of(job, copies)
@@ -200,7 +200,7 @@ def test_copies_are_explained_by_sends_and_doubts(
         (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), None, (False, 0, 0, 0)),
     ],
 )
-def test_a_send_to_a_server_that_nobody_looked_at_is_not_lost(
+def test_a_send_to_a_server_that_was_not_checked_is_not_lost(
     job: JobTrace, copies: int | None, found: tuple[bool, int, int, int]
 ) -> None:
     delivery = delivery_of(job, copies)

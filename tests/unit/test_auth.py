@@ -30,7 +30,7 @@ def test_a_user_cannot_act_for_another() -> None:
 
 
 @pytest.mark.parametrize("caller", [BACKEND, LOCAL, Caller(None, CallerKind.OPERATOR)])
-def test_all_others_act_for_whom_they_name(caller: Caller) -> None:
+def test_services_and_operators_act_for_the_user_that_they_name(caller: Caller) -> None:
     assert effective_user(caller, "bob") == "bob"
     assert effective_user(caller, "") is None
     with pytest.raises(InvalidInput) as caught:
@@ -38,7 +38,7 @@ def test_all_others_act_for_whom_they_name(caller: Caller) -> None:
     assert caught.value.reason == "USER_ID_REQUIRED"
 
 
-def test_outside_of_a_call_nobody_is_the_caller() -> None:
+def test_there_is_no_caller_outside_of_a_call() -> None:
     with pytest.raises(Unauthenticated):
         current_caller()
 
@@ -46,19 +46,19 @@ def test_outside_of_a_call_nobody_is_the_caller() -> None:
 @pytest.mark.parametrize(
     "listen", ["127.0.0.1:1", "127.8.8.8:1", "[::1]:1", "localhost:1", "unix:/run/outbox"]
 )
-def test_only_this_machine_reaches_a_loopback_address(listen: str) -> None:
+def test_loopback_addresses_are_reachable_only_from_this_machine(listen: str) -> None:
     assert is_loopback(listen)
 
 
 @pytest.mark.parametrize(
     "listen", ["0.0.0.0:1", "[::]:1", "10.0.0.1:1", "mail.example:1", "localhost.example:1", ":1"]
 )
-def test_other_addresses_are_reached_from_elsewhere(listen: str) -> None:
+def test_other_addresses_are_reachable_from_other_machines(listen: str) -> None:
     assert not is_loopback(listen)
 
 
 @pytest.mark.parametrize("caller", [ANN, BACKEND])
-def test_the_operators_services_are_for_operators(caller: Caller) -> None:
+def test_operator_services_require_an_operator_key(caller: Caller) -> None:
     with pytest.raises(PermissionDenied) as caught:
         check_may_call(caller, "/outbox.v1.DispatcherService/DrainDispatcher")
     assert caught.value.reason == "OPERATOR_REQUIRED"

@@ -1,4 +1,4 @@
-"""What the command line says of a call that failed."""
+"""The messages of the command line for a failed call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ADDRESS = Address("127.0.0.1:50051", "--server", "scheduler")
         (CallError(grpc.StatusCode.INTERNAL, "broken"), True),
     ],
 )
-def test_a_batch_that_was_refused_is_not_called_doubtful(error: CallError, in_doubt: bool) -> None:
+def test_a_refused_batch_is_not_reported_as_uncertain(error: CallError, in_doubt: bool) -> None:
     error.request_id = "once"
     assert ("--request once" in describe(error, ADDRESS)) is in_doubt
 
@@ -46,5 +46,7 @@ def test_a_server_that_is_too_slow_is_named() -> None:
         ),
     ],
 )
-def test_a_live_view_says_in_brief_who_does_not_answer(error: CallError, line: str) -> None:
+def test_a_live_view_names_briefly_the_server_that_does_not_answer(
+    error: CallError, line: str
+) -> None:
     assert in_brief(error, "the scheduler") == line

@@ -20,7 +20,7 @@ def chunks_of(*items: Any) -> tuple[bytes, int]:
     return b"".join(parts), chunks.rows
 
 
-def test_what_is_safe_to_repeat_is_what_reads() -> None:
+def test_only_reads_count_as_safe_to_repeat() -> None:
     methods = {path.rpartition("/")[2] for path in READS}
     verbs = ("Get", "List", "Watch", "Query", "Forecast", "Audit", "Explain")
     assert {name for name in methods if not name.startswith(verbs)} == set()
@@ -28,7 +28,7 @@ def test_what_is_safe_to_repeat_is_what_reads() -> None:
     assert {path.rpartition("/")[2] for path in BY_REQUEST_ID} == {"ScheduleBatch"}
 
 
-def test_small_pieces_are_gathered_and_large_ones_are_cut() -> None:
+def test_small_pieces_are_joined_and_large_ones_are_split() -> None:
     data, _ = chunks_of(*[b"x"] * 100, b"y" * (3 * CHUNK_BYTES + 1))
     assert data == b"x" * 100 + b"y" * (3 * CHUNK_BYTES + 1)
     chunks = Chunks()
@@ -48,7 +48,9 @@ def test_small_pieces_are_gathered_and_large_ones_are_cut() -> None:
         ([b'email,x\na@b.org,"1\n2', b'\n""3"\n'], 1),
     ],
 )
-def test_rows_of_a_csv_are_its_line_ends_outside_of_quotes(pieces: list[bytes], rows: int) -> None:
+def test_csv_rows_are_counted_by_line_ends_outside_of_quotes(
+    pieces: list[bytes], rows: int
+) -> None:
     assert chunks_of(*pieces)[1] == rows
 
 
@@ -61,7 +63,7 @@ def test_rows_are_quoted_where_needed_and_times_are_rfc_3339() -> None:
     assert rows == 2
 
 
-def test_a_path_a_file_and_a_list_can_be_read_again_and_a_pipe_and_an_iterator_cannot(
+def test_only_paths_files_and_lists_can_be_read_again(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "people.csv"
@@ -82,7 +84,7 @@ def test_a_path_a_file_and_a_list_can_be_read_again_and_a_pipe_and_an_iterator_c
 
 
 @pytest.mark.parametrize("wrong", [7, None, {"email": "a@b.org"}, io.StringIO("email\n")])
-def test_what_is_none_of_these_is_named(wrong: Any) -> None:
+def test_an_unsupported_source_is_a_type_error(wrong: Any) -> None:
     with pytest.raises(TypeError):
         source_of(wrong)
 
@@ -106,7 +108,7 @@ def test_a_table_writes_itself_and_can_do_so_again(table: Any) -> None:
             assert opened.read() == "email\r\nä@b.org\r\n".encode()
 
 
-def test_a_source_of_any_length_needs_the_memory_of_a_chunk() -> None:
+def test_reading_a_source_needs_only_the_memory_of_a_chunk() -> None:
     import tracemalloc  # noqa: PLC0415 - of this test alone
 
     def rows() -> Iterator[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Every `outbox ...` that --help, the README or the documents show is one that is understood."""
+"""Every `outbox ...` command shown in --help, the README or the documents parses."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def of_pages() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("where", "example"), [*of_help(), *of_pages()])
-def test_what_is_shown_is_understood(where: str, example: str) -> None:  # noqa: ARG001 - its name
+def test_every_command_shown_in_the_docs_parses(where: str, example: str) -> None:  # noqa: ARG001 - its name
     context: Any = None
     command: Any = get_command(app)
     arguments = [word for word in shlex.split(example) if word != "..."]
@@ -69,6 +69,6 @@ def test_what_is_shown_is_understood(where: str, example: str) -> None:  # noqa:
     # A command or a group that is named and not called.
 
 
-def test_examples_are_found() -> None:
+def test_the_docs_contain_command_examples() -> None:
     assert len([*of_help()]) > 20
     assert len([*of_pages()]) > 40

@@ -1,4 +1,4 @@
-"""What a mail is made of, and where it goes; the reader of batches is injected."""
+"""How a mail is composed and routed; the reader of batches is injected."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def composer_of(reader: ReadBatches, secrets: SecretBox | None = None, **setting
     return Composer(load_settings(**settings), secrets or SecretBox(), reader, "inst")
 
 
-async def test_a_mail_has_its_row_its_addresses_and_a_message_id_of_its_own() -> None:
+async def test_a_mail_has_its_row_its_addresses_and_a_unique_message_id() -> None:
     composer = composer_of(Reader(BATCH))
     await composer.prepare([job(41)])
 
@@ -93,7 +93,7 @@ async def test_the_message_id_is_the_same_for_every_attempt() -> None:
     assert all(b"<outbox.41.inst@shop.test>" in mail for mail in mails)
 
 
-async def test_a_batch_is_read_once_and_again_when_its_sender_has_changed() -> None:
+async def test_a_batch_is_read_once_until_its_sender_changes() -> None:
     reader = Reader(BATCH)
     composer = composer_of(reader)
     for number in range(3):
@@ -108,7 +108,7 @@ async def test_a_batch_is_read_once_and_again_when_its_sender_has_changed() -> N
     assert composer.compose(job(4, revision=2))[1].mail_from == "new@shop.test"
 
 
-async def test_a_reading_that_is_late_does_not_bring_back_what_was_changed() -> None:
+async def test_a_late_read_does_not_restore_old_sender_data() -> None:
     gate, reading = asyncio.Event(), asyncio.Event()
     newer = Reader(replace(BATCH, sender_revision=2, email="new@shop.test"))
 
@@ -140,7 +140,7 @@ async def test_the_batches_of_one_group_are_read_together() -> None:
     assert composer.compose(job(1, batch=2))[1].data.endswith(b"Two\r\n")
 
 
-async def test_no_batch_of_a_group_is_forgotten_before_its_mails_are_built(
+async def test_no_batch_of_a_group_is_evicted_before_its_mails_are_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
@@ -158,7 +158,7 @@ async def test_no_batch_of_a_group_is_forgotten_before_its_mails_are_built(
         composer.compose(each)
 
 
-async def test_a_batch_is_not_forgotten_while_another_batch_of_its_group_is_read(
+async def test_a_batch_is_not_evicted_while_another_batch_of_its_group_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
@@ -185,7 +185,7 @@ async def test_a_batch_is_not_forgotten_while_another_batch_of_its_group_is_read
         composer.compose(job(n, batch=n))
 
 
-async def test_a_group_of_more_batches_than_are_kept_is_sent_all_the_same(
+async def test_a_group_with_more_batches_than_the_cache_holds_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
@@ -200,7 +200,7 @@ async def test_a_group_of_more_batches_than_are_kept_is_sent_all_the_same(
         composer.compose(each)
 
 
-async def test_the_batches_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_cached_batches_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
     reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 40)))
     composer = composer_of(reader, dispatcher_concurrency=2)
@@ -214,7 +214,7 @@ async def test_the_batches_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyP
     composer.compose(job(1, batch=1))
 
 
-async def test_a_row_that_cannot_be_a_mail_says_why() -> None:
+async def test_a_row_that_cannot_become_a_mail_has_a_reason() -> None:
     # One of the row's own subject.
     composer = composer_of(Reader(replace(BATCH, subject=None, variable_names=("subject", "name"))))
     await composer.prepare([job()])
@@ -276,7 +276,7 @@ async def test_a_batch_that_cannot_be_built_fails_its_mails_and_no_others(
     composer.compose(job(2, batch=2))
 
 
-async def test_a_batch_that_is_gone_is_an_error_of_its_mails() -> None:
+async def test_a_missing_batch_is_an_error_of_its_mails() -> None:
     composer = composer_of(Reader())
     await composer.prepare([job()])
 
@@ -287,7 +287,7 @@ async def test_a_batch_that_is_gone_is_an_error_of_its_mails() -> None:
 OWN = StoredEndpoint("anna", "own.test", 2525, username="anna")
 
 
-async def test_a_sender_with_a_relay_of_its_own_uses_it_and_starttls_by_default() -> None:
+async def test_a_sender_with_its_own_relay_uses_it_with_starttls_by_default() -> None:
     secrets = SecretBox([generate_key()])
     own = replace(OWN, password=secrets.encrypt("s3cret"))
     composer = composer_of(Reader(replace(BATCH, endpoint=own)), secrets)
@@ -346,14 +346,14 @@ def test_a_relay_is_read_from_its_url(url: str, endpoint: Endpoint) -> None:
         "smtp://anna:s3cret@mail.test:70000",
     ],
 )
-def test_a_wrong_url_is_told_by_its_variable_and_without_its_password(url: str) -> None:
+def test_an_invalid_url_is_reported_by_its_variable_without_its_password(url: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^OUTBOX_SMTP_URL: .*smtp://host:port") as caught:
         relay_of(url)
 
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_relays_password_in_clear_is_refused_unless_told_so() -> None:
+def test_a_relays_password_in_clear_is_refused_unless_allowed() -> None:
     url = "smtp://anna:s3cret@mail.test"
     with pytest.raises(ConfigurationError, match=r"unencrypted.*OUTBOX_PLAINTEXT") as caught:
         relay_of(url)

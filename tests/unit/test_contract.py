@@ -1,4 +1,4 @@
-"""The protos as other projects take them: the folder alone, and in every language."""
+"""The protos as other projects use them: without other protos, and in every language."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def rest_calls(contract: FileDescriptorSet) -> set[tuple[str, str, str, str]]:
     return found
 
 
-def test_protoc_builds_the_folder_alone(copied: Path) -> None:
+def test_protoc_builds_the_folder_without_other_protos(copied: Path) -> None:
     # grpc_tools' protoc knows google/protobuf, as every protoc does, and nothing of google/api.
     protoc = (sys.executable, "-m", "grpc_tools.protoc", "-I", copied)
     sources = sorted(copied.rglob("*.proto"))
     run(*protoc, "--descriptor_set_out=contract.binpb", *sources, cwd=copied.parent)
 
 
-def test_buf_builds_the_folder_alone(copied: Path) -> None:
+def test_buf_builds_the_folder_without_other_protos(copied: Path) -> None:
     run(BUF, "build", cwd=copied)
 
 
@@ -80,14 +80,14 @@ def test_lint_refuses_to_rename_a_released_field(copied: Path) -> None:
     assert b"BatchOptions" in done.stdout
 
 
-def test_no_released_rest_call_is_gone() -> None:
+def test_every_released_rest_call_still_exists() -> None:
     # buf compares no options of google.api.
     released = rest_calls(read(RELEASED))
     assert len(released) > 30
     assert released <= rest_calls(read(CONTRACT))
 
 
-def test_every_file_names_its_code_in_every_language() -> None:
+def test_every_proto_file_has_all_language_options() -> None:
     files = [file for file in read(CONTRACT).file if file.name.startswith("outbox/")]
     assert len(files) == len([*(ROOT / "protos" / "outbox").rglob("*.proto")])
     for file in files:

@@ -1,4 +1,4 @@
-"""The words for a cooldown, and for the reply that caused it."""
+"""The texts for a cooldown and for the reply that caused it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cooldown(probe: datetime) -> CooldownRecord:
     )
 
 
-def test_a_cooldown_says_since_when_why_and_when_the_next_probe_goes() -> None:
+def test_a_cooldown_shows_its_start_its_reason_and_the_next_probe() -> None:
     # Wherever the database believes to be.
     there = datetime(2026, 11, 28, 12, 7, tzinfo=timezone(timedelta(hours=2)))
     assert cooldown(there).describe(NOW) == (
@@ -33,14 +33,14 @@ def test_a_cooldown_says_since_when_why_and_when_the_next_probe_goes() -> None:
     )
 
 
-def test_without_a_code_it_is_the_access_token_that_is_missing() -> None:
+def test_a_cooldown_without_a_code_reports_a_missing_access_token() -> None:
     refused = replace(cooldown(NOW), smtp_code=None, enhanced_code=None, message="OAuth 2.0: no")
     assert refused.refusal == (
         "The sender has had no access token since 2026-11-28 10:02:00 UTC (OAuth 2.0: no)"
     )
 
 
-def test_a_probe_whose_time_has_come_waits_for_the_limits_alone() -> None:
+def test_a_due_probe_waits_only_for_the_limits() -> None:
     assert (
         cooldown(NOW)
         .describe(NOW)

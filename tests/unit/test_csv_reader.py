@@ -39,7 +39,7 @@ def refusal(data: str | bytes, size: int = 7) -> InvalidInput:
     return errors[0]
 
 
-def test_rows_come_with_their_numbers_and_cells() -> None:
+def test_rows_are_returned_with_their_numbers_and_cells() -> None:
     opened = table("Email,First Name\na@b.de,Ann\nc@d.de,\n")
     assert opened.columns == ("Email", "First Name")
     assert opened.names == ("email", "first_name")
@@ -50,7 +50,7 @@ def test_rows_come_with_their_numbers_and_cells() -> None:
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
-def test_every_dialect_of_spreadsheets_is_read(separator: str, end: str, encoding: str) -> None:
+def test_csv_dialects_of_all_spreadsheets_are_read(separator: str, end: str, encoding: str) -> None:
     text = end.join(
         [
             separator.join(["email", "Größe, x; y | z" if separator == "\t" else "Größe"]),
@@ -83,7 +83,7 @@ CELLS = st.text(alphabet='a,;|"\t\r\n é🎉', max_size=6)
     size=st.integers(1, 40),
 )
 @example(body=[["\r", "\n"]], style=(csv.QUOTE_ALL, "\r"), size=1)
-def test_what_a_writer_wrote_is_what_is_read(
+def test_rows_written_by_the_csv_module_are_read_unchanged(
     body: list[list[str]], style: tuple[int, str], size: int
 ) -> None:
     out = io.StringIO(newline="")
@@ -101,7 +101,7 @@ def test_a_separator_inside_a_quoted_name_does_not_count() -> None:
     assert table("email\na@b.de\n").columns == ("email",)
 
 
-def test_excels_note_on_the_separator_is_followed() -> None:
+def test_the_sep_line_of_excel_is_honoured() -> None:
     assert rows("sep=;\r\nemail;name\r\na,b;c\r\n") == [(1, ["a,b", "c"])]
 
 
@@ -128,7 +128,7 @@ def test_the_column_of_the_address_is_found(header: str, index: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000, 65536])
-def test_a_cell_of_200_kb_is_no_error(size: int) -> None:
+def test_a_cell_of_200_kb_is_accepted(size: int) -> None:
     cell = 'é "quoted" \r\n' * 20_000
     quoted = cell.replace('"', '""')
     assert rows(f'{HEADER}a@b.de,"{quoted}"\n', size) == [(1, ["a@b.de", cell])]
@@ -140,11 +140,11 @@ def test_an_empty_file_is_refused(data: str) -> None:
 
 
 @pytest.mark.parametrize("data", ["email,name", "email,name\n", "email\n\n  \n"])
-def test_a_header_alone_is_refused(data: str) -> None:
+def test_a_file_with_only_a_header_is_refused(data: str) -> None:
     assert refusal(data).reason == "CSV_NO_ROWS"
 
 
-def test_without_an_email_column_the_columns_are_named() -> None:
+def test_the_error_for_a_missing_email_column_names_the_columns() -> None:
     error = refusal("Name,Mail adress\na,b\n")
     assert error.reason == "CSV_NO_EMAIL_COLUMN"
     assert "'Name', 'Mail adress'" in error.message
@@ -188,7 +188,7 @@ def test_a_quote_that_is_never_closed_is_refused_with_its_row() -> None:
     assert refusal('email,name\na,"').reason == "CSV_UNCLOSED_QUOTE"
 
 
-def test_an_endless_cell_is_refused_before_it_fills_the_memory() -> None:
+def test_an_endless_cell_is_refused_using_little_memory() -> None:
     def endless(start: bytes) -> Iterator[bytes]:
         yield start
         for _ in range(300):

@@ -1,4 +1,4 @@
-"""The pages say what the code does: every reason of an error, every method."""
+"""The documentation matches the code: every error reason, every method."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def reasons_in_code() -> set[str]:
     return found - _OTHERS
 
 
-def test_every_reason_is_explained() -> None:
+def test_every_error_reason_is_documented() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     missing = {reason for reason in reasons_in_code() if f"`{reason}`" not in page}
     assert not missing, "docs/errors.md says nothing of these"
 
 
-def test_no_reason_is_explained_that_nobody_gives() -> None:
+def test_every_documented_error_reason_is_used() -> None:
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     code = "".join(
         path.read_text(encoding="utf-8")
@@ -70,7 +70,7 @@ def test_the_api_reference_has_every_method_and_its_comment() -> None:
     assert "\n\n\n\n" not in page, "something has no comment"
 
 
-def test_every_test_and_file_that_the_page_of_reliability_names_exists() -> None:
+def test_every_test_and_file_named_in_reliability_md_exists() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     code, named = "", 0
     # A test stands behind the file that it is in.
@@ -85,7 +85,7 @@ def test_every_test_and_file_that_the_page_of_reliability_names_exists() -> None
     assert named > 50
 
 
-def test_the_page_of_reliability_has_every_promise_and_every_fault() -> None:
+def test_reliability_md_has_every_promise_and_every_fault() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     promises = re.findall(r"(?m)^\| (\d+) [A-Z]", page.partition("## Each promise")[2])
     assert [*map(str, range(1, 13))] == promises[:12]

@@ -27,7 +27,7 @@ def test_the_same_seed_gives_the_same_faults_at_the_same_times() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_kind_comes_about_as_often_as_every_other(seed: int) -> None:
+def test_all_kinds_of_fault_occur_about_equally_often(seed: int) -> None:
     faults = plan(seed, 900, tuple(KINDS), PROCESSES)
     for kinds in (CARDS, OUTAGES):
         counts = Counter(fault.name for fault in faults if fault.name in kinds)
@@ -36,13 +36,13 @@ def test_every_kind_comes_about_as_often_as_every_other(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.variants])
-def test_every_variant_of_a_kind_comes_in_a_long_drill(name: str) -> None:
+def test_every_variant_of_a_kind_occurs_in_a_long_drill(name: str) -> None:
     several = plan(1, 900, (name,), PROCESSES)
     assert {fault.variant for fault in several} == set(KINDS[name].variants)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_outages_come_one_at_a_time_in_a_drill_that_is_long_enough(seed: int) -> None:
+def test_a_long_enough_drill_has_one_outage_at_a_time(seed: int) -> None:
     names = tuple(OUTAGES)
     assert plan(seed, 60, names, PROCESSES) == []
     assert plan(seed, OUTAGE_DRILL_S, names, PROCESSES)
@@ -55,7 +55,7 @@ def test_outages_come_one_at_a_time_in_a_drill_that_is_long_enough(seed: int) ->
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_two_faults_strike_the_same_thing_at_once(seed: int) -> None:
+def test_no_two_faults_hit_the_same_target_at_once(seed: int) -> None:
     ends: dict[tuple[str, int], float] = defaultdict(float)
     faults = plan(seed, 300, tuple(KINDS), PROCESSES)
     for fault in faults:
@@ -69,7 +69,7 @@ def test_no_two_faults_strike_the_same_thing_at_once(seed: int) -> None:
     assert any(a.at < b.at < a.at + a.lasts for a in faults for b in faults)
 
 
-def test_a_drill_of_some_seconds_has_the_faults_that_were_asked_for() -> None:
+def test_a_drill_of_a_few_seconds_has_the_requested_faults() -> None:
     assert {fault.name for fault in plan(1, 12, ("redis_flush", "dispatcher_kill"), {})} == {
         "redis_flush",
         "dispatcher_kill",

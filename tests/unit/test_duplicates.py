@@ -22,7 +22,7 @@ def test_only_the_first_of_equal_keys_is_new(blocks: list[list[str]]) -> None:
             assert finder.new_in_block(block) == expected
 
 
-def test_keys_beyond_the_cache_are_remembered() -> None:
+def test_keys_beyond_the_cache_are_still_detected() -> None:
     with DuplicateFinder(cache_kib=64) as finder:
         for start in range(0, 50_000, 5_000):
             keys = [

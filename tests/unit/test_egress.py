@@ -61,16 +61,16 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("address", INSIDE)
-def test_what_is_inside_is_refused(address: str) -> None:
+def test_internal_addresses_are_refused(address: str) -> None:
     assert not Egress().allows("mail.example.com", address)
 
 
 @pytest.mark.parametrize("address", OUTSIDE)
-def test_the_internet_is_allowed(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     assert Egress().allows("mail.example.com", address)
 
 
-def test_the_operator_lists_networks_addresses_and_hosts() -> None:
+def test_the_operator_may_allow_networks_addresses_and_hosts() -> None:
     egress = Egress([" 10.1.0.0/16", "fd00::/8 ", "127.0.0.1", "Mail.Internal", ""])
     assert egress.allows("a.test", "10.1.2.3")
     assert egress.allows("a.test", "::ffff:10.1.2.3")
@@ -83,6 +83,6 @@ def test_the_operator_lists_networks_addresses_and_hosts() -> None:
 
 
 @pytest.mark.parametrize("entry", ["10.0.0.0/33", "fd00::/129", "a b", "host:25"])
-def test_a_wrong_entry_stops_the_start(entry: str) -> None:
+def test_an_invalid_allowed_entry_prevents_the_start(entry: str) -> None:
     with pytest.raises(ConfigurationError, match="OUTBOX_SMTP_ALLOW"):
         Egress([entry])

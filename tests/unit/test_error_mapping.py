@@ -64,7 +64,7 @@ def test_an_error_has_its_code_and_reason(error: Exception, code: str, reason: s
     assert has(status, error_details_pb2.RetryInfo()) == transient
 
 
-def test_what_a_driver_says_does_not_reach_the_caller() -> None:
+def test_the_text_of_a_driver_error_does_not_reach_the_caller() -> None:
     for error in (
         psycopg.OperationalError("host db.internal"),
         redis.exceptions.ConnectionError("host db.internal"),
@@ -73,7 +73,7 @@ def test_what_a_driver_says_does_not_reach_the_caller() -> None:
         assert "db.internal" not in str(status_of(error))
 
 
-def test_the_time_to_retry_and_the_metadata_arrive() -> None:
+def test_the_retry_delay_and_the_metadata_arrive() -> None:
     status = status_of(errors.Unavailable("x", retry_after=SECONDS, metadata={"part": "queue"}))
     retry = error_details_pb2.RetryInfo()
     assert has(status, retry)
@@ -89,17 +89,17 @@ def test_each_violation_names_its_field() -> None:
     ]
 
 
-def test_a_group_is_what_its_first_known_member_is() -> None:
+def test_an_exception_group_maps_like_its_first_known_member() -> None:
     inner = ExceptionGroup("in", [KeyError("y"), errors.NotFound("gone")])
     assert status_of(ExceptionGroup("out", [ValueError("x"), inner])).message == "gone"
 
 
-def test_every_unknown_error_has_an_incident_of_its_own() -> None:
+def test_every_unknown_error_has_its_own_incident_id() -> None:
     first, second = (error_info(status_of(KeyError("x"))).metadata["incident"] for _ in range(2))
     assert first != second
 
 
-def test_text_that_is_no_unicode_is_no_second_error() -> None:
+def test_invalid_unicode_in_an_error_text_causes_no_second_error() -> None:
     assert status_of(errors.InvalidInput("\ud800")).message == "?"
 
 

@@ -5,7 +5,7 @@ import pytest
 from tests.eventually import eventually
 
 
-async def test_it_returns_the_first_true_value() -> None:
+async def test_eventually_returns_the_first_true_value() -> None:
     values = iter(["", None, "found"])
 
     assert await eventually(lambda: next(values)) == "found"
@@ -20,7 +20,7 @@ async def test_a_condition_may_be_async() -> None:
     assert await eventually(condition)
 
 
-async def test_it_fails_with_the_condition_and_its_last_value() -> None:
+async def test_eventually_fails_with_the_condition_and_its_last_value() -> None:
     def full() -> list[int]:
         return []
 

@@ -1,4 +1,4 @@
-"""Which of all that holds a job back is named, and in which words."""
+"""Which reason for a job's wait is named, and with which text."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_cooldown_comes_after_pause_and_due_time_and_before_the_limits(
         (2, 2, 2, WaitReason.COOLDOWN),
     ],
 )
-def test_of_all_that_holds_the_sender_back_the_last_to_end_is_named(
+def test_the_reason_that_ends_last_is_named(
     probe: int, down_until: int, opens: int, reason: WaitReason
 ) -> None:
     found = explain(
@@ -96,19 +96,19 @@ def test_of_all_that_holds_the_sender_back_the_last_to_end_is_named(
 
 
 @pytest.mark.parametrize("change", [{"ahead": 1}, {"in_flight": 1}])
-def test_behind_a_probe_no_one_can_say_until_when(change: dict[str, int]) -> None:
+def test_jobs_behind_a_probe_have_no_known_end_of_their_wait(change: dict[str, int]) -> None:
     found = explain(replace(FREE, cooldown=cooldown(NOW), **change))  # type: ignore[arg-type]  # by name
     assert (found.reason, found.until) == (WaitReason.COOLDOWN, None)
     assert "another mail goes first as a probe" in found.text
 
 
-def test_the_probe_itself_waits_for_what_any_mail_waits_for() -> None:
+def test_a_probe_waits_for_the_same_limits_as_any_mail() -> None:
     probe = replace(FREE, cooldown=cooldown(NOW))
     assert explain(probe).reason is WaitReason.DISPATCHER
     assert explain(replace(probe, gap_left=MINUTE)).reason is WaitReason.MIN_GAP
 
 
-def test_a_deferred_job_says_the_reply_the_next_attempt_and_the_end() -> None:
+def test_a_deferred_job_shows_the_reply_the_next_attempt_and_the_end() -> None:
     outcome = AttemptOutcome.TEMPORARY_FAILURE
     deferred = LastAttempt(outcome, "4.7.1 Greylisted", 450, "4.7.1", ReplyClass.DEFERRED)
     it = replace(
@@ -142,7 +142,7 @@ def test_a_refusal_that_uses_no_attempt_is_not_called_a_failure(reply_class: Rep
     assert "(432 4.3.2 too many); attempt 2 is at" in found.text
 
 
-def test_every_class_that_uses_no_attempt_has_its_words() -> None:
+def test_every_class_that_uses_no_attempt_has_a_text() -> None:
     assert set(WHY_NOT_COUNTED) == NOT_COUNTED
 
 
@@ -169,7 +169,7 @@ def test_a_server_that_was_never_reached_is_not_called_a_failure() -> None:
     )
 
 
-def test_a_connection_that_failed_after_other_failures_says_how_many_count() -> None:
+def test_the_explanation_of_a_failed_connection_counts_earlier_failures() -> None:
     broken = LastAttempt(AttemptOutcome.CONNECTION_FAILURE, "connection reset")
     found = explain(replace(FREE, attempts=4, failures=2, due=NOW + MINUTE, last=broken))
     assert found.text == (

@@ -1,4 +1,4 @@
-"""The loop that folds: when it goes on, when it waits, what it survives."""
+"""The folding loop: when it continues, when it waits, which errors it survives."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ async def run(deltas: Deltas, calls: int, pauses: Pauses) -> None:
     assert deltas.calls == at_the_stop
 
 
-async def test_it_folds_without_a_pause_until_nothing_is_left() -> None:
+async def test_folding_runs_without_a_pause_until_no_deltas_are_left() -> None:
     deltas = Deltas(10_000, 10_000, 3)
     await run(deltas, 4, Pauses(busy=LONG, idle=LONG, failing=LONG))
     assert deltas.calls == 4
 
 
-async def test_after_deltas_it_pauses_for_the_busy_time() -> None:
+async def test_folding_pauses_for_the_busy_time_after_deltas() -> None:
     started = time.monotonic()
     # Three rounds, each with a last call that finds nothing; two pauses between them.
     await run(Deltas(3, 0, 2, 0, 1), 6, Pauses(busy=20 * MOMENT, idle=LONG, failing=LONG))
     assert time.monotonic() - started >= 2 * 0.020
 
 
-async def test_where_nothing_is_left_the_pauses_grow_up_to_the_idle_time() -> None:
+async def test_without_deltas_the_pauses_grow_up_to_the_idle_time() -> None:
     started = time.monotonic()
     await run(Deltas(), 6, Pauses(busy=5 * MOMENT, idle=20 * MOMENT, failing=LONG))
     assert time.monotonic() - started >= 0.010 + 4 * 0.020
 
 
-async def test_an_error_is_survived_and_tried_again_after_a_pause() -> None:
+async def test_folding_retries_after_an_error_and_a_pause() -> None:
     deltas = Deltas(OSError("gone"), ValueError("odd"), OSError("gone"), 5)
     await run(deltas, 5, Pauses(busy=MOMENT, idle=LONG, failing=2 * MOMENT))
 

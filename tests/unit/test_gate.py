@@ -14,7 +14,7 @@ LATER = timedelta(seconds=30)
 
 
 class Crowd:
-    """Holds places of a gate until it is let go."""
+    """Holds places of a gate until it is released."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
@@ -30,7 +30,7 @@ class Crowd:
             self.inside -= 1
 
 
-async def test_no_more_than_the_places_are_inside_and_all_who_wait_get_in() -> None:
+async def test_no_more_calls_than_the_limit_run_and_all_waiting_calls_enter() -> None:
     crowd = Crowd(Gate("calls", at_once=3, waiting=7, patience=LATER))
     async with asyncio.TaskGroup() as group:
         for _ in range(10):
@@ -40,7 +40,7 @@ async def test_no_more_than_the_places_are_inside_and_all_who_wait_get_in() -> N
     assert crowd.most == 3
 
 
-async def test_who_finds_the_line_full_is_refused_at_once_and_hears_when_to_come_again() -> None:
+async def test_a_call_beyond_the_queue_is_refused_at_once_with_a_retry_delay() -> None:
     crowd = Crowd(Gate("uploads", at_once=1, waiting=1, patience=LATER))
     async with asyncio.TaskGroup() as group:
         for _ in range(2):
@@ -53,7 +53,7 @@ async def test_who_finds_the_line_full_is_refused_at_once_and_hears_when_to_come
     assert caught.value.retry_after > timedelta(0)
 
 
-async def test_a_wait_has_an_end_and_leaves_no_trace() -> None:
+async def test_a_wait_times_out_and_leaves_no_trace() -> None:
     gate = Gate("calls", at_once=1, waiting=1, patience=SOON)
     crowd = Crowd(gate)
     async with asyncio.TaskGroup() as group:
@@ -66,7 +66,7 @@ async def test_a_wait_has_an_end_and_leaves_no_trace() -> None:
     await crowd.enter()
 
 
-async def test_who_gives_up_waiting_takes_no_place_with_them() -> None:
+async def test_a_cancelled_wait_takes_no_place() -> None:
     gate = Gate("calls", at_once=1, waiting=5, patience=LATER)
     crowd = Crowd(gate)
     inside = asyncio.create_task(crowd.enter())

@@ -25,7 +25,7 @@ class Recorder:
                 pass
 
 
-async def test_health_follows_what_a_dependency_answers() -> None:
+async def test_health_follows_the_state_of_a_dependency() -> None:
     recorder, stop = Recorder(), asyncio.Event()
     broken = asyncio.Event()
 
@@ -43,7 +43,7 @@ async def test_health_follows_what_a_dependency_answers() -> None:
         stop.set()
 
 
-async def test_a_dependency_that_hangs_is_gone() -> None:
+async def test_a_dependency_that_hangs_is_unhealthy() -> None:
     recorder, stop = Recorder(), asyncio.Event()
 
     async def hang() -> None:
@@ -60,7 +60,7 @@ async def test_a_dependency_that_hangs_is_gone() -> None:
         stop.set()
 
 
-async def test_a_dependency_that_does_not_even_end_when_cancelled_is_gone() -> None:
+async def test_a_dependency_check_that_ignores_cancellation_is_unhealthy() -> None:
     """As psycopg does not while PostgreSQL is frozen; and it is back when it answers again."""
     recorder, stop = Recorder(), asyncio.Event()
     thawed = asyncio.Event()

@@ -29,7 +29,7 @@ from outbox_server.shared.smtp.helo import address_literal, helo_name
         ("localhost.localdomain", "mail.example.com", ""),
     ],
 )
-def test_the_host_name_is_said_if_it_is_fully_qualified(
+def test_the_host_name_is_used_in_ehlo_if_it_is_fully_qualified(
     monkeypatch: pytest.MonkeyPatch, host: str, resolved: str, expected: str
 ) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: host)
@@ -37,13 +37,13 @@ def test_the_host_name_is_said_if_it_is_fully_qualified(
     assert helo_name(load_settings()) == expected
 
 
-def test_the_operators_name_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operators_name_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "host.example.com")
     assert helo_name(load_settings(smtp_helo="relay.example.com")) == "relay.example.com"
 
 
 @pytest.mark.parametrize("name", ["[192.0.2.7]", "[IPv6:2001:db8::7]"])
-def test_the_operator_may_name_an_address(name: str) -> None:
+def test_the_operator_may_set_an_address_literal(name: str) -> None:
     assert helo_name(load_settings(smtp_helo=name)) == name
 
 
@@ -55,7 +55,7 @@ def test_the_operator_may_name_an_address(name: str) -> None:
         *("[192.0.2]", "[192.0.2.7", "[2001:db8::7]", "[IPv6:192.0.2.7]", "[mail.x.test]"),
     ],
 )
-def test_a_name_that_cannot_be_said_stops_the_start(name: str) -> None:
+def test_an_invalid_ehlo_name_prevents_the_start(name: str) -> None:
     with pytest.raises(ConfigurationError, match="OUTBOX_SMTP_HELO: must be a host name"):
         helo_name(load_settings(smtp_helo=name))
 
@@ -69,5 +69,5 @@ def test_a_name_that_cannot_be_said_stops_the_start(name: str) -> None:
         (("::ffff:192.0.2.7", 1234, 0, 0), "[192.0.2.7]"),
     ],
 )
-def test_an_address_stands_in_brackets(sockname: tuple[object, ...], expected: str) -> None:
+def test_an_address_literal_is_put_in_brackets(sockname: tuple[object, ...], expected: str) -> None:
     assert address_literal(sockname) == expected

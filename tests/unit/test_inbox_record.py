@@ -39,7 +39,7 @@ def append(path: Path, *mails: ReceivedMail) -> None:
     record.close()
 
 
-def test_a_record_gives_back_what_was_written(path: Path) -> None:
+def test_a_record_returns_what_was_written(path: Path) -> None:
     mails = [mail(), mail(mail_from="\u00fc\udce4\n@x.test", started_at=1795534914.123456)]
 
     append(path, *mails)
@@ -47,18 +47,18 @@ def test_a_record_gives_back_what_was_written(path: Path) -> None:
     assert read_record(path) == mails
 
 
-def test_a_record_that_is_not_there_yet_is_empty(path: Path) -> None:
+def test_a_missing_record_file_reads_as_empty(path: Path) -> None:
     assert read_record(path) == []
 
 
-def test_a_record_goes_on_where_it_stopped(path: Path) -> None:
+def test_appending_to_a_record_keeps_its_earlier_lines(path: Path) -> None:
     append(path, mail(1.0))
     append(path, mail(3.0))
 
     assert [one.started_at for one in read_record(path)] == [1.0, 3.0]
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_spoils_no_other(path: Path) -> None:
+def test_a_truncated_line_is_skipped_and_affects_no_other(path: Path) -> None:
     append(path, mail(1.0))
     with path.open("ab") as file:
         file.write(b'{"started_at": 2')
@@ -68,7 +68,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_spoils_no_other(path: Path) -> 
     assert [one.started_at for one in read_record(path)] == [1.0, 3.0]
 
 
-def test_the_least_gap_is_that_of_any_one_sender() -> None:
+def test_the_smallest_gap_is_measured_per_sender() -> None:
     mails = [
         mail(0.0, 1.0, "a@x.test"),
         mail(1.1, 1.2, "b@x.test"),
@@ -80,7 +80,7 @@ def test_the_least_gap_is_that_of_any_one_sender() -> None:
     assert least_gap_s(mails[:2]) is None
 
 
-def test_every_sender_has_its_own_windows() -> None:
+def test_windows_are_counted_per_sender() -> None:
     mails = [mail(0, float(end), name) for end in (1, 2, 30) for name in ("a@x.test", "b@x.test")]
 
     assert most_in_any_window(mails[1:], 10) == {"a@x.test": 1, "b@x.test": 2}

@@ -44,12 +44,12 @@ def run(command: str | Path, grpcurl: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_shell_example_understands_both(grpcurl: Path) -> None:
+def test_the_shell_example_reads_both_json_spellings(grpcurl: Path) -> None:
     script = ROOT / "examples" / "grpcurl" / "schedule.sh"
     assert run(script, grpcurl) == ["accepted 2", "sent 2"]
 
 
-def test_the_hint_of_up_understands_both(grpcurl: Path) -> None:
+def test_the_hint_of_up_reads_both_json_spellings(grpcurl: Path) -> None:
     found = {"scheduler": "127.0.0.1:1", "stats": "127.0.0.1:2"}
     (hint,) = (line for line in examples(found, None) if line.startswith("sender="))
     _, _, pipe = hint.partition("grpcurl ")

@@ -12,7 +12,7 @@ from outbox_server.shared.smtp.limits import FixedDeadline
 from tests.eventually import eventually
 
 
-async def test_a_renewal_lets_a_wait_go_on() -> None:
+async def test_a_renewal_extends_a_wait() -> None:
     lease = Lease(time.monotonic() + 0.05)
     async with lease.limit(60):
         first = lease.until
@@ -28,7 +28,7 @@ async def test_a_renewal_does_not_move_the_waits_own_limit() -> None:
             await asyncio.Event().wait()
 
 
-def test_watchers_hear_of_an_end_that_comes_earlier() -> None:
+def test_watchers_are_notified_of_an_earlier_end() -> None:
     lease, heard = Lease(1_000.0), list[float]()
 
     def watcher() -> None:

@@ -25,7 +25,7 @@ SECOND = timedelta(seconds=1)
         (600, 7, 514, True),
     ],
 )
-def test_the_smaller_of_limit_and_hour_over_gap_binds(
+def test_the_smaller_of_limit_and_hour_divided_by_gap_binds(
     hourly_limit: int, gap_s: int, effective: int, *, gap_binds: bool
 ) -> None:
     limits = Limits(hourly_limit, gap_s * SECOND)
@@ -36,7 +36,7 @@ def test_the_smaller_of_limit_and_hour_over_gap_binds(
 @pytest.mark.parametrize(
     ("min_gap_ms", "floor_s", "gap_s"), [(None, 2, 2), (3_000, 2, 3), (1_000, 2, 2), (0, 0, 0)]
 )
-def test_the_floor_holds_for_senders_that_were_made_before_it(
+def test_the_floor_applies_to_senders_created_before_it(
     min_gap_ms: int | None, floor_s: int, gap_s: int
 ) -> None:
     assert effective_gap(min_gap_ms, floor_s * SECOND) == gap_s * SECOND

@@ -52,7 +52,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_template_that_would_not_end_is_stopped_at_once(name: str) -> None:
+def test_an_endless_template_is_stopped_at_once(name: str) -> None:
     # Its own processor time: a busy machine makes it no longer.
     start = time.thread_time()
     reason = ""
@@ -65,7 +65,7 @@ def test_a_template_that_would_not_end_is_stopped_at_once(name: str) -> None:
     assert time.thread_time() - start < 10
 
 
-def test_a_case_renders_its_block_once_however_many_values_match() -> None:
+def test_a_case_renders_its_block_once_even_if_several_values_match() -> None:
     source = "{% case x %}{% when '1', y, '1' %}one{% when '2' %}two{% else %}else{% endcase %}"
     template = BatchTemplate.compile("s", source, None)
     assert template.render({"x": "1", "y": "1"}).body == "one"
@@ -80,7 +80,7 @@ def test_a_cell_of_200_kb_goes_through_filters_and_loops() -> None:
     assert rendered.body == cell.strip().upper() + 3 * cell
 
 
-def test_a_rendering_that_was_stopped_does_not_hurt_the_next() -> None:
+def test_a_stopped_rendering_does_not_affect_the_next() -> None:
     template = BatchTemplate.compile("s", "{% for i in (1..n) %}{{ x | upcase }}{% endfor %}", None)
     with pytest.raises(RenderError):
         template.render({"n": "1000", "x": BIG})
@@ -88,7 +88,7 @@ def test_a_rendering_that_was_stopped_does_not_hurt_the_next() -> None:
 
 
 @pytest.mark.parametrize("name", ["__class__", "x.__class__", "x['__class__']", "x.upper"])
-def test_a_template_sees_nothing_but_the_row(name: str) -> None:
+def test_a_template_sees_only_the_row(name: str) -> None:
     source = f"[{{{{ {name} | default: '' }}}}]"
     assert BatchTemplate.compile("s", source, None).render({"x": "v"}).body == "[]"
 

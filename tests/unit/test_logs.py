@@ -34,7 +34,7 @@ def documents(out: io.StringIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
-def test_json_is_one_document_a_line_from_structlog_and_from_logging() -> None:
+def test_structlog_and_logging_both_write_one_json_document_per_line() -> None:
     out = configured()
     structlog.get_logger().info("batch accepted", rows=3)
     logging.getLogger("alembic").warning("two\nlines %s", 1)
@@ -44,7 +44,7 @@ def test_json_is_one_document_a_line_from_structlog_and_from_logging() -> None:
     assert theirs["time"].endswith("Z")
 
 
-def test_what_is_below_the_level_is_not_written() -> None:
+def test_messages_below_the_level_are_not_written() -> None:
     out = configured(level="warning")
     structlog.get_logger().info("x")
     logging.getLogger("y").info("y")
@@ -69,7 +69,7 @@ def test_no_secret_is_written(log_format: Literal["json", "text"]) -> None:
     assert "postgresql://outbox:[hidden]@db/outbox" in text
 
 
-def test_the_console_is_for_people() -> None:
+def test_the_console_format_is_human_readable() -> None:
     out = configured("text")
     structlog.get_logger().info("listening", port=5)
     assert "listening" in out.getvalue()

@@ -91,7 +91,7 @@ async def test_a_wake_during_a_step_skips_the_pause_after_it() -> None:
         await eventually(lambda: calls == 2)
 
 
-async def test_a_wake_counts_for_one_step() -> None:
+async def test_a_wake_triggers_only_one_step() -> None:
     steps = Steps()
     loop = Loop("test", steps.step)
     async with running(loop):
@@ -144,13 +144,13 @@ async def test_a_loop_without_a_stop_runs_until_it_is_cancelled() -> None:
         await task
 
 
-async def test_an_error_of_a_given_kind_is_waited_out() -> None:
+async def test_an_expected_error_is_retried_after_a_pause() -> None:
     steps = Steps(OSError(), ConnectionError(), None)
     async with running(Loop("test", steps.step, errors=(OSError,), retry=NOW)):
         await steps.reached(3)
 
 
-async def test_any_other_error_ends_the_loop() -> None:
+async def test_an_unexpected_error_ends_the_loop() -> None:
     steps = Steps(ValueError("a fault"))
     with pytest.raises(ValueError, match="a fault"):
         await Loop("test", steps.step, errors=(OSError,)).run()
@@ -196,7 +196,7 @@ async def test_the_first_failure_in_a_row_is_logged_and_so_is_its_end() -> None:
 
 
 @pytest.mark.parametrize("trace", [False, True])
-async def test_the_stack_trace_is_logged_if_it_is_wanted(trace: bool) -> None:
+async def test_the_stack_trace_is_logged_on_request(trace: bool) -> None:
     error = OSError()
     loop = Loop("reading", Steps(error).step, errors=(OSError,), retry=NOW, trace=trace)
     with capture_logs() as logs:
@@ -205,7 +205,7 @@ async def test_the_stack_trace_is_logged_if_it_is_wanted(trace: bool) -> None:
     assert logs[0].get("exc_info") == (error if trace else None)
 
 
-async def test_a_loop_whose_step_lost_its_cancellation_ends() -> None:
+async def test_a_loop_whose_step_swallowed_its_cancellation_ends() -> None:
     begun = asyncio.Event()
 
     async def step() -> timedelta:
@@ -222,7 +222,7 @@ async def test_a_loop_whose_step_lost_its_cancellation_ends() -> None:
     assert task.cancelled()
 
 
-async def test_a_loop_that_lost_its_cancellation_ends_all_the_same() -> None:
+async def test_a_loop_that_lost_its_cancellation_still_ends() -> None:
     async def loop_for_ever() -> None:
         while True:
             raise_if_cancelled()

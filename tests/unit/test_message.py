@@ -90,7 +90,7 @@ def test_a_text_mail_has_the_headers_and_nothing_else() -> None:
         ("名前", "base64"),
     ],
 )
-def test_a_text_goes_in_the_shortest_encoding(text: str, encoding: str) -> None:
+def test_a_text_uses_the_shortest_encoding(text: str, encoding: str) -> None:
     assert parse(build("s", text, None))["Content-Transfer-Encoding"] == encoding
 
 
@@ -100,7 +100,7 @@ def test_an_html_mail_is_one_part() -> None:
     assert message.get_content().rstrip() == "<p>Dear Ann</p>"
 
 
-def test_text_and_html_are_alternatives_and_the_html_comes_last() -> None:
+def test_text_and_html_are_alternatives_with_the_html_last() -> None:
     message = parse(build("Hello", "text", "<p>html</p>"))
     assert message.get_content_type() == "multipart/alternative"
     assert [part.get_content_type() for part in message.iter_parts()] == ["text/plain", "text/html"]
@@ -113,7 +113,7 @@ def test_text_and_html_are_alternatives_and_the_html_comes_last() -> None:
 @example(body=".\n..\n.x", html="é\n.\n..\n.é")
 @example(body="x" * 999, html="é" + "x" * 5000)
 @example(body="a\0b", html="\x7f")
-def test_every_text_arrives_as_it_was_but_for_its_line_ends(body: str, html: str) -> None:
+def test_every_text_arrives_unchanged_except_for_its_line_ends(body: str, html: str) -> None:
     if body and html:
         message = parse(build("s", body, html))
         parts = list(message.iter_parts())
@@ -135,7 +135,7 @@ def test_every_text_arrives_as_it_was_but_for_its_line_ends(body: str, html: str
 @example("a" * 66 + " " * 90 + "b")
 @example("two  blanks " * 20)
 @example("名" * 200)
-def test_every_subject_arrives_as_it_was(subject: str) -> None:
+def test_every_subject_arrives_unchanged(subject: str) -> None:
     subject = subject.strip()
     if "\n" in subject or "\r" in subject:
         with pytest.raises(RenderError):
@@ -158,7 +158,7 @@ def test_every_subject_arrives_as_it_was(subject: str) -> None:
 @example("Müller, Söhne & Co. KG, Abteilung für außerordentlich lange Namen")
 @example("x\r\nBcc: victim@example.org")
 @example("=?utf-8?q?x?= <evil@example.org>,")
-def test_a_display_name_never_becomes_more_than_a_name(name: str) -> None:
+def test_a_display_name_cannot_inject_an_address(name: str) -> None:
     template = BatchTemplate.compile("s", "b", None)
     data = (
         MessageBuilder("shop@shop.example", name, template, max_bytes=LIMIT)
@@ -171,7 +171,7 @@ def test_a_display_name_never_becomes_more_than_a_name(name: str) -> None:
     assert [address.addr_spec for address in addresses] == ["shop@shop.example"]
 
 
-def test_a_display_name_arrives() -> None:
+def test_a_display_name_arrives_unchanged() -> None:
     template = BatchTemplate.compile("s", "b", None)
     for name in ("Shop", "Ann (Shop)", 'The "Shop" \\', "Müller & Söhne", "名前" * 40, "a. b, c;"):
         builder = MessageBuilder("shop@shop.example", name, template, max_bytes=LIMIT)
@@ -228,7 +228,7 @@ def test_no_cell_adds_a_header(value: str) -> None:
         "a@b@c.org",
     ],
 )
-def test_no_recipient_becomes_two_or_a_header(recipient: str) -> None:
+def test_no_recipient_adds_a_recipient_or_a_header(recipient: str) -> None:
     with pytest.raises(MessageError) as caught:
         build("s", "b", None, to=recipient)
     assert caught.value.reason == "ADDRESS_INVALID"
@@ -252,7 +252,7 @@ def test_no_body_can_close_its_part() -> None:
     assert lines(content(parts[0])) == value
 
 
-def test_an_international_domain_goes_as_punycode() -> None:
+def test_an_international_domain_is_sent_as_punycode() -> None:
     builder = MessageBuilder(
         "post@bücher.example", "", BatchTemplate.compile("s", "b", None), max_bytes=LIMIT
     )
@@ -288,12 +288,12 @@ def test_a_message_id_is_stable_and_belongs_to_the_installation() -> None:
 
 
 @given(st.datetimes(min_value=datetime(1971, 1, 1), timezones=st.just(UTC)))  # noqa: DTZ001
-def test_a_date_reads_back_as_the_same_second(moment: datetime) -> None:
+def test_a_date_round_trips_to_the_second(moment: datetime) -> None:
     text = format_date(moment.astimezone(timezone(timedelta(hours=5, minutes=30))))
     assert email.utils.parsedate_to_datetime(text) == moment.replace(microsecond=0)
 
 
-def test_a_date_is_rfc_5322() -> None:
+def test_a_date_has_the_format_of_rfc_5322() -> None:
     assert format_date(NOW) == "Tue, 24 Nov 2026 09:05:03 +0000"
 
 

@@ -91,7 +91,7 @@ def test_a_mail_of_exactly_the_limit_is_built_and_one_byte_more_is_refused(name:
 @example(subject="é" * 22, body="x", html="")
 @example(subject="", body=" \n" * 40, html="\t\n" * 40)
 @example(subject="", body="名\n" * 10, html="é=" * 100)
-def test_no_mail_that_fits_is_refused(subject: str, body: str, html: str) -> None:
+def test_a_mail_within_the_limit_is_never_refused(subject: str, body: str, html: str) -> None:
     values = {"subject": re.sub(r"[\r\n]", " ", subject), "body": body or "b", "html": html}
     size = len(build(values, MEBIBYTE))
 
@@ -101,7 +101,7 @@ def test_no_mail_that_fits_is_refused(subject: str, body: str, html: str) -> Non
 
 @settings(max_examples=100)
 @given(name=TEXT | AWKWARD, times=st.integers(0, 4))
-def test_no_row_that_fits_is_rejected_by_an_estimate(name: str, times: int) -> None:
+def test_a_row_within_the_limit_is_never_rejected_by_the_estimate(name: str, times: int) -> None:
     source = "{{ name }}" * times + "{{ other | default: 'é' }}"
     template = BatchTemplate.compile("s", source, f"<p>{source}</p>")
 
@@ -110,7 +110,7 @@ def test_no_row_that_fits_is_rejected_by_an_estimate(name: str, times: int) -> N
     assert template.least_size({"name": name}) <= len(data)
 
 
-def test_a_remembered_text_counts_in_every_mail() -> None:
+def test_a_cached_text_counts_in_every_mail() -> None:
     template = BatchTemplate.compile("{{ s }}", "same\n" * 100, "<p>same</p>")
     size = len(build({"s": "x"}, MEBIBYTE, "{{ s }}", "same\n" * 100, "<p>same</p>"))
     builder = MessageBuilder("shop@shop.example", "Shop", template, max_bytes=size + 50)
@@ -156,7 +156,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("name", HUGE)
-def test_a_mail_that_would_be_huge_is_refused_in_little_memory(name: str) -> None:
+def test_a_huge_mail_is_refused_using_little_memory(name: str) -> None:
     subject, body, html, cell = HUGE[name]
     template = BatchTemplate.compile(subject, body, html)
     builder = MessageBuilder("shop@shop.example", "", template, max_bytes=MEBIBYTE)
@@ -210,7 +210,7 @@ def test_a_captured_text_may_be_longer_than_the_mail() -> None:
 
 
 @given(TEXT | AWKWARD)
-def test_sizes_are_those_of_the_text_itself(text: str) -> None:
+def test_estimated_sizes_equal_the_sizes_of_the_text(text: str) -> None:
     raw = text.encode()
     assert utf8_size(text) == len(raw)
     assert TextSize.of(text) == (len(raw), sum(byte > 127 for byte in raw))
@@ -252,7 +252,7 @@ def rows_of(csv: str, body: str | None = None, html: str | None = None) -> ReadB
         ({"body": "{% if t %}b{% endif %}"}, "x" * 100_001),
     ],
 )
-def test_a_row_whose_mail_certainly_is_too_large_is_rejected(
+def test_a_row_whose_mail_is_certainly_too_large_is_rejected(
     options: dict[str, str], cell: str
 ) -> None:
     block = rows_of(f"email,t\na@b.org,short\nb@b.org,{cell}\n", **options)

@@ -25,7 +25,7 @@ ERRORS: Final = {"shared/errors.py", "client/src/outbox_client/errors.py"}
 ALLOWED: Final = {"Endpoint"}
 
 
-def test_each_class_has_a_name_of_its_own() -> None:
+def test_class_names_are_unique() -> None:
     found: dict[str, list[str]] = defaultdict(list)
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):

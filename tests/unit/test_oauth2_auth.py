@@ -1,4 +1,4 @@
-"""What a session says when it signs in with an access token."""
+"""The AUTH exchange of a session that authenticates with an access token."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ GOOGLES = Login("someuser@example.com", "ya29.vF9dft4qmTc2Nvb3RlckBhdHRhdmlzdGEu
 TOKEN = "ya29." + "".join(f"{number:03}" for number in range(100))
 
 
-def test_xoauth2_is_what_google_documents() -> None:
+def test_xoauth2_has_the_format_that_google_documents() -> None:
     assert GOOGLES.xoauth2() == (
         "dXNlcj1zb21ldXNlckBleGFtcGxlLmNvbQFhdXRoPUJlYXJlciB5YTI5LnZGOWRmdDRxbVRjMk52YjNSbGNrQmhk"
         "SFJoZG1semRHRXVZMjl0Q2cBAQ=="
     )
 
 
-def test_oauthbearer_is_what_rfc_7628_says() -> None:
+def test_oauthbearer_has_the_format_of_rfc_7628() -> None:
     said = base64.b64decode(Login("user@example.com", "vF9dft4qmTc2").oauthbearer()).decode()
     assert said == "n,a=user@example.com,\x01auth=Bearer vF9dft4qmTc2\x01\x01"
 
 
-def test_a_name_cannot_end_its_field() -> None:
+def test_a_name_cannot_inject_a_field() -> None:
     said = base64.b64decode(Login("a=b,c@x.test", "t").oauthbearer()).decode()
     assert said.startswith("n,a=a=3Db=2Cc@x.test,\x01")
 
 
-def test_a_name_of_any_language_is_utf_8() -> None:
+def test_a_non_ascii_name_is_sent_as_utf_8() -> None:
     said = base64.b64decode(Login("ä@x.test", "t").xoauth2()).decode()
     assert said.startswith("user=ä@x.test\x01")
 
@@ -55,7 +55,7 @@ def test_a_login_shows_no_token() -> None:
     assert TOKEN not in repr(Login("me@x.test", TOKEN))
 
 
-def test_only_invalid_credentials_ask_for_another_token() -> None:
+def test_only_invalid_credentials_request_another_token() -> None:
     assert is_token_refused(aiosmtplib.SMTPAuthenticationError(535, "5.7.8 no"))
     assert not is_token_refused(aiosmtplib.SMTPAuthenticationError(454, "4.7.0 later"))
     assert not is_token_refused(aiosmtplib.SMTPResponseException(535, "5.7.8 no"))

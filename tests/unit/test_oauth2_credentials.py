@@ -45,14 +45,14 @@ def refused_field(
     return violation.field
 
 
-def test_the_presets_are_those_of_the_contract() -> None:
+def test_the_presets_are_those_of_the_proto() -> None:
     known = dict(sender_pb2.SmtpPreset.items())
     del known["SMTP_PRESET_UNSPECIFIED"]
     assert known == {f"SMTP_PRESET_{preset.name}": preset.value for preset in SmtpPreset}
     assert set(PROVIDERS) == set(SmtpPreset)
 
 
-def test_no_preset_fills_nothing() -> None:
+def test_without_a_preset_no_field_is_filled() -> None:
     assert provider_of("smtp.preset", 0) is None
     assert complete_address(None, "", 0, 0) == ("", 0, 0)
 
@@ -71,7 +71,7 @@ def test_a_preset_fills_the_address(preset: SmtpPreset, host: str) -> None:
     assert complete_address(provider, "", 0, 0) == (host, 587, SmtpSecurity.STARTTLS)
 
 
-def test_a_preset_leaves_what_was_given() -> None:
+def test_a_preset_does_not_replace_given_values() -> None:
     assert complete_address(GMAIL, "relay.example.com", 0, 0)[0] == "relay.example.com"
     # 465 is TLS from the first byte, and TLS is at 465: the endpoint's own rules decide the other.
     assert complete_address(GMAIL, "", 465, 0) == ("smtp.gmail.com", 465, 0)
@@ -96,14 +96,14 @@ def test_microsoft_fills_the_tenant_and_the_scope_of_the_grant() -> None:
     assert by_client.scope == "https://outlook.office365.com/.default"
 
 
-def test_what_was_given_is_not_filled() -> None:
+def test_given_credentials_are_not_replaced() -> None:
     asked = credentials(refresh_token="r", token_url=URL, scope="mail")
     for provider in (GMAIL, MICROSOFT365, None):
         checked = check_credentials("smtp", asked, ENDPOINT, provider)
         assert (checked.token_url, checked.scope) == (URL, "mail")
 
 
-def test_without_a_preset_no_scope_is_asked_for() -> None:
+def test_without_a_preset_no_scope_is_requested() -> None:
     asked = credentials(refresh_token="r", token_url=URL)
     assert check_credentials("smtp", asked, ENDPOINT, None).scope == ""
 

@@ -30,7 +30,7 @@ def at(text: str, zone: str = "UTC") -> int:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_forecast_over_a_change_of_the_clocks_is_that_of_mail_after_mail(seed: int) -> None:
+def test_the_forecast_across_a_clock_change_equals_a_simulation_mail_by_mail(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(10):
         now = to_us(datetime(*chance.choice(CHANGES), tzinfo=UTC)) + chance.randrange(48 * HOUR)
@@ -73,7 +73,7 @@ def test_the_forecast_over_a_change_of_the_clocks_is_that_of_mail_after_mail(see
         ("2026-10-23 15:00", "2026-10-26 09:00", "2026-10-26 08:00"),
     ],
 )
-def test_what_is_left_on_friday_goes_on_monday_after_the_clocks_changed(
+def test_mail_left_on_friday_is_sent_on_monday_after_a_clock_change(
     now: str, opens: str, utc: str
 ) -> None:
     berlin = "Europe/Berlin"
@@ -84,7 +84,7 @@ def test_what_is_left_on_friday_goes_on_monday_after_the_clocks_changed(
     assert found.bound is Bound.HOURS
 
 
-def test_an_instant_between_two_milliseconds_is_kept_and_boundaries_are_exact() -> None:
+def test_fractions_of_a_millisecond_are_kept_and_boundaries_are_exact() -> None:
     hours = openings("", "09:00", "17:00", "UTC")
     inside = at("2026-06-01 12:00") + 123
     assert hours.opens(inside) == inside
@@ -94,7 +94,7 @@ def test_an_instant_between_two_milliseconds_is_kept_and_boundaries_are_exact() 
     assert hours.opens(end) == at("2026-06-02 09:00")
 
 
-def test_hours_beyond_the_calendar_leave_the_end_out_of_sight() -> None:
+def test_hours_beyond_the_calendar_give_no_forecast_end() -> None:
     late = to_us(datetime(9999, 12, 31, 23, tzinfo=UTC))
     hours = openings("1", "09:00", "10:00", "Europe/Berlin")
     assert hours.opens(late) is None
@@ -102,7 +102,7 @@ def test_hours_beyond_the_calendar_leave_the_end_out_of_sight() -> None:
     assert (found.end, found.within_sight) == (None, False)
 
 
-def test_a_million_mails_over_years_of_working_days_are_forecast_at_once() -> None:
+def test_forecasting_a_million_mails_over_years_of_working_days_is_fast() -> None:
     hours = openings("12345", "09:00", "17:00", "Europe/Berlin")
     now = at("2026-11-25 14:00")
     began = datetime.now(UTC)

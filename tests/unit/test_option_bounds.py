@@ -25,7 +25,7 @@ def test_a_time_outside_the_calendar_is_refused(text: str) -> None:
         read_time(text)
 
 
-def test_a_duration_beyond_all_measure_is_refused() -> None:
+def test_an_overflowing_duration_is_refused() -> None:
     with pytest.raises(typer.BadParameter, match="must be at most"):
         read_duration("99999999999999h")
 
@@ -39,7 +39,7 @@ def test_a_duration_beyond_all_measure_is_refused() -> None:
         (stats, ["forecast", "--sender", "1", "--recipient-count", "9" * 20]),
     ],
 )
-def test_a_number_that_no_field_holds_is_wrong_usage(
+def test_a_number_too_large_for_its_field_is_wrong_usage(
     app: typer.Typer, arguments: list[str]
 ) -> None:
     result = CliRunner().invoke(app, arguments)

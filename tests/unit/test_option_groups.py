@@ -53,7 +53,7 @@ def second(*, loud: Annotated[bool, typer.Option("--loud")] = False, outer: Oute
         (["second", "--loud", "--name", "x"], f"True {Outer(name='x', inner=Inner())}"),
     ],
 )
-def test_two_commands_have_the_options_of_one_group(words: list[str], printed: str) -> None:
+def test_two_commands_share_the_options_of_one_group(words: list[str], printed: str) -> None:
     done = CliRunner().invoke(app, words)
     assert (done.exit_code, done.output.strip()) == (0, printed)
 

@@ -13,14 +13,14 @@ positions = st.lists(st.integers() | st.text(max_size=50), min_size=1, max_size=
 
 
 @given(position=positions)
-def test_a_token_leads_back_to_its_position(position: tuple[int | str, ...]) -> None:
+def test_a_page_token_round_trips_its_position(position: tuple[int | str, ...]) -> None:
     token = encode("jobs", FILTERS, position)
     start = tuple(type(part)() for part in position)
     assert decode(token, "jobs", FILTERS, start) == position
     assert "=" not in token
 
 
-def test_no_token_is_the_first_page() -> None:
+def test_an_empty_token_is_the_first_page() -> None:
     assert decode("", "jobs", FILTERS, (0, "")) == (0, "")
 
 
@@ -36,11 +36,11 @@ def test_a_token_with_one_other_character_is_refused(
 
 
 @pytest.mark.parametrize("token", ["x", "hello", "\u2713", "AAAA", "=" * 8, "A" * 100_000])
-def test_what_is_no_token_of_ours_is_refused(token: str) -> None:
+def test_a_malformed_page_token_is_refused(token: str) -> None:
     refused(token)
 
 
-def test_a_token_of_other_filters_is_refused() -> None:
+def test_a_page_token_of_other_filters_is_refused() -> None:
     refused(encode("jobs", digest_filters("u2", "7", 3), (1,)))
 
 
@@ -54,14 +54,16 @@ def test_a_longer_or_shorter_token_is_refused() -> None:
         refused(damaged)
 
 
-def test_filters_that_only_look_alike_have_other_digests() -> None:
+def test_filters_that_look_alike_have_different_digests() -> None:
     assert digest_filters("1", "23") != digest_filters("12", "3")
     assert digest_filters("1") != digest_filters(1)
     assert digest_filters(None) != digest_filters("")
 
 
 @pytest.mark.parametrize(("requested", "used"), [(0, 50), (1, 1), (1000, 1000), (1001, 1000)])
-def test_an_unset_page_size_is_50_and_a_large_one_1000(requested: int, used: int) -> None:
+def test_an_unset_page_size_means_50_and_a_large_one_is_capped_at_1000(
+    requested: int, used: int
+) -> None:
     assert page_size(requested) == used
 
 

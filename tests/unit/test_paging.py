@@ -28,7 +28,9 @@ def read(rows: Sequence[int], page: Page[tuple[int]]) -> Sequence[int]:
     rows=st.lists(st.integers(1, 500), unique=True, max_size=40).map(sorted),
     size=st.integers(1, 45),
 )
-def test_the_pages_of_a_list_have_each_row_once_and_in_order(rows: list[int], size: int) -> None:
+def test_paging_through_a_list_returns_each_row_once_and_in_order(
+    rows: list[int], size: int
+) -> None:
     seen: list[int] = []
     token, pages = "", 0
     while token or not pages:
@@ -60,7 +62,7 @@ def test_a_token_whose_position_has_another_shape_is_refused(position: tuple[int
     assert reason_of(token=token) == "PAGE_TOKEN_INVALID"
 
 
-def test_a_token_of_other_filters_is_refused() -> None:
+def test_a_page_token_of_other_filters_is_refused() -> None:
     _, token = ask(1).cut([1, 2], lambda row: (row,))
     assert ask(1, token).after == (1,)
     assert reason_of(token=token, user_id="bob") == "PAGE_TOKEN_INVALID"

@@ -21,12 +21,12 @@ def test_the_defaults_are_those_of_rfc_5321() -> None:
     }
 
 
-def test_one_setting_replaces_them_all() -> None:
+def test_one_setting_replaces_all_phase_limits() -> None:
     settings = load_settings(smtp_timeout="7s", smtp_end_timeout="1h")
     assert PhaseLimits.from_settings(settings) == PhaseLimits.of(7)
 
 
-def test_each_has_its_setting() -> None:
+def test_each_phase_has_its_setting() -> None:
     names = ("connect", "greeting", "ehlo", "mail", "rcpt", "data", "block", "end")
     values = {f"smtp_{name}_timeout": f"{n + 1}s" for n, name in enumerate(names)}
     found = asdict(PhaseLimits.from_settings(load_settings(**values)))

@@ -5,7 +5,7 @@ import pytest
 from outbox_server.deploy.embedded.ports import claim_port, free_port
 
 
-def test_a_port_that_one_stack_has_claimed_is_not_another_s_until_it_stops() -> None:
+def test_a_port_claimed_by_one_stack_is_not_given_to_another_until_it_stops() -> None:
     port = free_port()
     first = claim_port(port)
     assert first is not None
@@ -16,7 +16,7 @@ def test_a_port_that_one_stack_has_claimed_is_not_another_s_until_it_stops() -> 
     again.close()
 
 
-def test_a_claim_counts_for_stacks_with_another_folder_for_temporary_files(
+def test_a_port_claim_holds_for_stacks_with_another_temporary_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     port = free_port()

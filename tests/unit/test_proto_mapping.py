@@ -22,7 +22,7 @@ from outbox_server.shared.states import JobState
 
 
 @pytest.mark.parametrize("number", [1, 10, 2**63 - 1])
-def test_an_id_comes_back(number: int) -> None:
+def test_an_id_round_trips(number: int) -> None:
     assert parse_id(id_text(number), "batch_id") == number
 
 
@@ -30,7 +30,7 @@ def test_an_id_comes_back(number: int) -> None:
 @pytest.mark.parametrize(
     "text", ["x", "0", "01", "-1", "+1", " 1", "1 ", "1\n", "1_0", str(2**63), "\u0661"]
 )
-def test_what_no_id_of_ours_reads_like_is_not_found(text: str) -> None:
+def test_a_malformed_id_is_not_found(text: str) -> None:
     with pytest.raises(NotFound) as caught:
         parse_id(text, "email_job_id")
     assert caught.value.reason == "EMAIL_JOB_NOT_FOUND"
@@ -45,7 +45,7 @@ def test_an_empty_id_is_invalid_and_names_its_field() -> None:
     assert [violation.field for violation in caught.value.violations] == ["sender.sender_id"]
 
 
-def test_a_time_comes_back_in_utc_to_the_microsecond() -> None:
+def test_a_time_round_trips_in_utc_to_the_microsecond() -> None:
     time = datetime(2026, 2, 3, 4, 5, 6, 789012, tzinfo=timezone(timedelta(hours=-5)))
     back = from_timestamp(to_timestamp(time), "start_time")
     assert back == time
@@ -61,13 +61,13 @@ def test_a_time_comes_back_in_utc_to_the_microsecond() -> None:
         Timestamp(nanos=1_000_000_000),
     ],
 )
-def test_a_timestamp_out_of_its_bounds_is_invalid(stamp: Timestamp) -> None:
+def test_an_out_of_range_timestamp_is_invalid(stamp: Timestamp) -> None:
     with pytest.raises(InvalidInput, match="start_time: must be from 0001"):
         from_timestamp(stamp, "start_time")
 
 
 @pytest.mark.parametrize("span", [timedelta(0), timedelta(microseconds=1), timedelta(days=-1.5)])
-def test_a_length_of_time_comes_back(span: timedelta) -> None:
+def test_a_duration_round_trips(span: timedelta) -> None:
     assert from_duration(to_duration(span), "spacing") == span
 
 
@@ -79,12 +79,12 @@ def test_a_length_of_time_comes_back(span: timedelta) -> None:
         Duration(nanos=1_000_000_000),
     ],
 )
-def test_a_duration_out_of_its_bounds_is_invalid(duration: Duration) -> None:
+def test_an_out_of_range_duration_is_invalid(duration: Duration) -> None:
     with pytest.raises(InvalidInput, match="spacing: must be within"):
         from_duration(duration, "spacing")
 
 
-def test_every_state_has_its_own_count_in_the_proto() -> None:
+def test_every_state_has_a_count_in_the_proto() -> None:
     counts = JobCounts(*range(1, len(JobState) + 1))
     proto = to_job_counts(counts)
     assert len(EmailJobCounts.DESCRIPTOR.fields) == len(JobState)

@@ -39,7 +39,7 @@ def visit(number: int = 1, account: str = "anna", mail_from: str = "a@x.test") -
     most=st.integers(1, 5),
     seconds=st.integers(1, 100),
 )
-def test_no_trailing_window_ever_holds_more_than_its_most(
+def test_no_sliding_window_ever_exceeds_its_limit(
     steps: list[int], most: int, seconds: int
 ) -> None:
     window, now, added = SlidingWindow(most, seconds), 0, list[int]()
@@ -62,7 +62,7 @@ def test_a_window_has_room_again_when_its_oldest_mail_has_left_it() -> None:
     assert window.used(60) == 1
 
 
-def test_minute_hour_and_day_are_counted_apart_and_the_tightest_decides() -> None:
+def test_minute_hour_and_day_are_counted_separately_and_the_tightest_decides() -> None:
     periods = ((2, MINUTE_S), (3, HOUR_S), (4, DAY_S))
     rates = tuple(
         Rate(most, seconds, RefusingReply(Phase.MAIL, 450, "", f"{used}"))
@@ -83,7 +83,7 @@ def test_minute_hour_and_day_are_counted_apart_and_the_tightest_decides() -> Non
     assert tried_at(DAY_S) == "accepted"
 
 
-def test_accounts_have_quotas_of_their_own_and_without_accounts_senders_have() -> None:
+def test_quotas_are_per_account_or_per_sender_if_there_are_no_accounts() -> None:
     policy = Policy(dataclasses.replace(PLAIN, rates=(Rate(1, 10, NO),)))
     policy.accept(visit(account="anna"), 0)
     assert policy.refused(Phase.MAIL, visit(2, account="Anna"), 1)
@@ -93,7 +93,7 @@ def test_accounts_have_quotas_of_their_own_and_without_accounts_senders_have() -
     assert not policy.refused(Phase.MAIL, visit(5, account="", mail_from="b@x.test"), 1)
 
 
-def test_a_quota_that_is_said_at_mail_holds_for_mails_that_are_already_under_way() -> None:
+def test_a_quota_refused_at_mail_counts_mails_already_under_way() -> None:
     policy = Policy(dataclasses.replace(PLAIN, rates=(Rate(1, 10, NO),)))
     first, second = visit(1), visit(2)
     assert not policy.refused(Phase.MAIL, first, 0)
@@ -103,7 +103,7 @@ def test_a_quota_that_is_said_at_mail_holds_for_mails_that_are_already_under_way
     assert policy.refused(Phase.BODY, second, 1)
 
 
-def test_the_connections_that_were_there_first_go_on_working() -> None:
+def test_the_oldest_connections_keep_working() -> None:
     policy = Policy(dataclasses.replace(PLAIN, connections=Cap(2, NO)))
     visits = [visit(number) for number in (1, 2, 3)]
     other = visit(4, account="ben")
@@ -138,7 +138,7 @@ def test_mails_of_a_connection_are_counted_when_they_begin_or_when_they_end(
     assert not policy.refused(phase, one, 0)
 
 
-def test_a_triplet_passes_when_it_is_old_enough_and_another_one_starts_again() -> None:
+def test_a_triplet_passes_when_it_is_old_enough_and_a_new_one_must_wait() -> None:
     policy = Policy(POSTGREY)
 
     def said(now: float, recipient: str = "ann@y.test", mail_from: str = "a@x.test") -> str:
@@ -157,7 +157,7 @@ def test_a_triplet_passes_when_it_is_old_enough_and_another_one_starts_again() -
     assert said(10_000, mail_from="b@x.test")
 
 
-def test_unknown_is_refused_for_good_and_full_until_there_is_room() -> None:
+def test_unknown_recipients_are_refused_permanently_and_full_ones_until_there_is_room() -> None:
     policy = Policy(PLAIN)
     unknown = policy.refused(Phase.RCPT, visit(), 0, recipient="unknown1@y.test")
     full = policy.refused(Phase.RCPT, visit(), 0, recipient="full1@y.test")
@@ -201,7 +201,7 @@ def test_every_line_of_a_reply_has_its_codes() -> None:
     assert reply_of(250, "Ok") == "250 Ok"
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_the_memory_of_a_provider_is_bounded() -> None:
     kept: Bounded[int, list[int]] = Bounded(list, 3)
     seen: FirstSeen[int] = FirstSeen(3)
     for number in range(10):
@@ -214,7 +214,7 @@ def test_what_is_remembered_is_bounded() -> None:
     assert seen.age(9, 100) == 91
 
 
-def test_scaled_times_shrink_together_and_limits_stay() -> None:
+def test_scaling_shrinks_all_times_and_keeps_the_limits() -> None:
     for profile in PROFILES.values():
         scaled = profile.scaled(0.01)
         assert [(rate.most, rate.seconds) for rate in scaled.rates] == [
@@ -228,14 +228,14 @@ def test_scaled_times_shrink_together_and_limits_stay() -> None:
     assert greylist.delay_s == 3.0
 
 
-def test_another_quota_is_that_of_the_longest_period() -> None:
+def test_the_quota_option_sets_the_limit_of_the_longest_period() -> None:
     gmail = PROFILES["gmail"].with_quota(20)
     assert [(rate.most, rate.seconds) for rate in gmail.rates] == [(20, MINUTE_S), (20, DAY_S)]
     assert [rate.most for rate in PROFILES["gmail"].with_quota(5000).rates] == [100, 5000]
     assert PLAIN.with_quota(20) == PLAIN
 
 
-def test_every_profile_is_described_and_every_reply_can_be_said() -> None:
+def test_every_profile_has_a_description_and_valid_replies() -> None:
     for name, profile in PROFILES.items():
         assert profile.name == name
         lines = describe(profile)

@@ -68,7 +68,7 @@ def test_every_row_with_a_reply_is_read() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"line {row.line}: {row.reply[:40]}")
-def test_the_page_names_the_class_that_the_rules_give(row: Row) -> None:
+def test_the_classes_on_the_page_match_the_rules(row: Row) -> None:
     rules = ReplyRules.load("")
     enhanced, text = split_enhanced_code(row.code, row.reply)
     found = {

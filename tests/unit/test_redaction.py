@@ -29,7 +29,7 @@ def test_a_short_secret_is_hidden_whole() -> None:
     assert redact("the word is sesame, Sesame", ["sesame"]) == "the word is [secret], Sesame"
 
 
-def test_a_very_short_secret_is_left_alone() -> None:
+def test_a_very_short_secret_is_not_hidden() -> None:
     assert redact("a b c", ["b"]) == "a b c"
 
 
@@ -41,7 +41,7 @@ def test_a_secret_with_blanks_is_hidden_too() -> None:
     assert redact("say open sesame, please", ["open sesame, please"]) == "say [secret]"
 
 
-def test_a_part_is_found_wherever_it_begins() -> None:
+def test_a_part_of_a_secret_is_found_at_any_offset() -> None:
     for start in range(len(SECRET) - 11):
         for before in range(12):
             quoted = f"{'?' * before}{SECRET[start : start + 12]}?"

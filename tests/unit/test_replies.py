@@ -43,7 +43,7 @@ def row_id(row: RealReply) -> str:
 
 
 @pytest.mark.parametrize("row", OF_THE_TABLE, ids=row_id)
-def test_the_examples_of_the_table_of_classes_mean_what_it_says(row: RealReply) -> None:
+def test_the_examples_in_the_table_of_classes_have_their_class(row: RealReply) -> None:
     assert BUILT_IN.meaning(row.reply()) == Meaning(row.expected, daily=row.daily)
 
 
@@ -55,7 +55,7 @@ def test_a_reply_of_a_real_server_has_its_class(row: RealReply) -> None:
 
 
 @pytest.mark.parametrize("name", BUILT_IN.names)
-def test_without_a_built_in_rule_a_real_reply_means_something_else(name: str) -> None:
+def test_removing_any_built_in_rule_changes_the_class_of_a_real_reply(name: str) -> None:
     others = ReplyRules(rule for rule in built_in_rules() if rule.name != name)
 
     assert any(
@@ -100,7 +100,7 @@ def test_a_step_that_succeeds_is_sent(phase: Phase, code: int) -> None:
         (Phase.RCPT, 99_999),
     ],
 )
-def test_a_reply_that_breaks_the_protocol_is_no_success_and_no_refusal(
+def test_a_reply_that_breaks_the_protocol_is_neither_a_success_nor_a_refusal(
     phase: Phase, code: int
 ) -> None:
     assert meaning(phase, code) == Meaning(ReplyClass.TEMPORARY)
@@ -119,7 +119,7 @@ def test_a_refusal_of_the_next_mail_concerns_the_session(phase: Phase, code: int
 @pytest.mark.parametrize("phase", TRANSACTION)
 @pytest.mark.parametrize("code", [450, 451, 452, 503, 550, 554])
 @pytest.mark.parametrize("text", ["Mails per session exceeded", "Only 5 per Connection"])
-def test_a_limit_of_a_session_counts_only_where_mail_was_carried(
+def test_a_session_limit_applies_only_to_a_connection_that_has_carried_mail(
     phase: Phase, code: int, text: str
 ) -> None:
     assert meaning(phase, code, text=text, earlier=5).reply_class is ReplyClass.SESSION
@@ -155,7 +155,7 @@ def test_every_reply_has_a_class(
 
 
 @pytest.mark.parametrize("phase", list(Phase))
-def test_without_a_text_the_code_and_the_phase_decide(phase: Phase) -> None:
+def test_the_code_and_the_phase_decide_about_a_reply_without_text(phase: Phase) -> None:
     for code in range(400, 500):
         assert meaning(phase, code).reply_class in {
             ReplyClass.SESSION,
@@ -175,7 +175,7 @@ def test_without_a_text_the_code_and_the_phase_decide(phase: Phase) -> None:
 
 
 @pytest.mark.parametrize("phase", TRANSACTION)
-def test_on_a_used_connection_a_refusal_that_nothing_explains_is_of_the_session(
+def test_an_unexplained_refusal_on_a_used_connection_concerns_the_session(
     phase: Phase,
 ) -> None:
     for code in (*EXPLAINED_BY_NO_CODE, 451, 452, 454, 503):
@@ -205,14 +205,14 @@ def test_a_hostile_text_changes_nothing(text: str) -> None:
     assert meaning(Phase.RCPT, 550, None, text) == Meaning(ReplyClass.REFUSED)
 
 
-def test_only_the_beginning_of_a_text_is_looked_at() -> None:
+def test_only_the_beginning_of_a_text_is_searched() -> None:
     text = "Daily limit exceeded"
 
     assert meaning(Phase.RCPT, 550, text="x" * 1_900 + text).reply_class is ReplyClass.ACCOUNT
     assert meaning(Phase.RCPT, 550, text="x" * 2_000 + text).reply_class is ReplyClass.REFUSED
 
 
-def test_phrases_are_found_without_regard_to_case_and_across_lines() -> None:
+def test_phrases_match_case_insensitively_and_across_lines() -> None:
     text = "TOO\r\n\tMANY \n CONNECTIONS"
 
     assert meaning(Phase.RCPT, 550, text=text).reply_class is ReplyClass.CONNECTIONS
@@ -222,13 +222,13 @@ def test_phrases_are_found_without_regard_to_case_and_across_lines() -> None:
     "address",
     ["throttle@example.com", "ratelimit@x.test", "spam@x.test", "greylist@x.test", "overquota@x"],
 )
-def test_an_address_that_a_server_repeats_is_no_phrase(address: str) -> None:
+def test_an_address_that_a_server_repeats_matches_no_phrase(address: str) -> None:
     for said in (f"<{address}>: no", f"{address} no", f"{address}... no"):
         assert meaning(Phase.RCPT, 550, text=said).reply_class is ReplyClass.REFUSED
         assert meaning(Phase.RCPT, 452, text=said).reply_class is ReplyClass.TEMPORARY
 
 
-def test_a_url_is_no_phrase() -> None:
+def test_a_url_matches_no_phrase() -> None:
     said = "no, see https://x.test/throttled-greylisted"
 
     assert meaning(Phase.RCPT, 550, text=said).reply_class is ReplyClass.REFUSED
@@ -270,14 +270,14 @@ def test_a_url_is_no_phrase() -> None:
         (550, "sorry (#4.1.1)", (None, "sorry (#4.1.1)")),
     ],
 )
-def test_the_enhanced_code_and_the_text_of_a_reply_are_told_apart(
+def test_the_enhanced_code_is_separated_from_the_text_of_a_reply(
     code: int, text: str, expected: tuple[str | None, str]
 ) -> None:
     assert split_enhanced_code(code, text) == expected
 
 
 @given(st.integers(200, 599), st.text(max_size=400))
-def test_what_is_found_is_an_enhanced_code_of_the_same_class(code: int, text: str) -> None:
+def test_an_enhanced_code_must_have_the_class_of_the_reply(code: int, text: str) -> None:
     enhanced, kept = split_enhanced_code(code, text)
 
     assert enhanced is None or enhanced[0] == str(code)[0]
@@ -292,5 +292,7 @@ def test_an_enhanced_code_that_does_not_fit_the_reply_is_ignored(enhanced: str) 
 @pytest.mark.parametrize(
     ("code", "usable"), [(250, True), (421, False), (450, False), (503, False), (550, True)]
 )
-def test_a_session_stays_usable_after_a_permanent_refusal_but_503(code: int, usable: bool) -> None:
+def test_a_session_stays_usable_after_any_permanent_refusal_except_503(
+    code: int, usable: bool
+) -> None:
     assert leaves_session_usable(code) is usable

@@ -50,7 +50,7 @@ def parse(*pieces: bytes) -> list[WireReply]:
         (b"\r\n\r\n", []),
     ],
 )
-def test_whole_replies_are_parsed(data: bytes, expected: list[tuple[int, str]]) -> None:
+def test_complete_replies_are_parsed(data: bytes, expected: list[tuple[int, str]]) -> None:
     assert [tuple(reply) for reply in parse(data)] == expected
     # One byte at a time, it is the same.
     assert [
@@ -77,12 +77,12 @@ def test_whole_replies_are_parsed(data: bytes, expected: list[tuple[int, str]]) 
         b"250-a\r\nb\r\n",
     ],
 )
-def test_what_is_not_smtp_is_refused(data: bytes) -> None:
+def test_input_that_is_not_smtp_is_refused(data: bytes) -> None:
     with pytest.raises(MalformedReply):
         parse(data)
 
 
-def test_the_replies_before_nonsense_are_kept() -> None:
+def test_replies_before_invalid_input_are_kept() -> None:
     parser = ReplyParser()
     with pytest.raises(MalformedReply, match="not an SMTP reply: hello"):
         parser.feed(b"552 no\r\nhello\r\n")
@@ -90,7 +90,7 @@ def test_the_replies_before_nonsense_are_kept() -> None:
 
 
 @pytest.mark.parametrize("end", [b"", b"\r\n"])
-def test_a_line_has_a_limit(end: bytes) -> None:
+def test_the_length_of_a_line_is_limited(end: bytes) -> None:
     fits = b"250 " + b"x" * (MAX_LINE_BYTES - 6) + b"\r\n"
     assert len(parse(fits)) == 1
     with pytest.raises(MalformedReply, match="a line of more than 8192 bytes"):
@@ -100,7 +100,7 @@ def test_a_line_has_a_limit(end: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", [b"250-" + b"x" * 96 + b"\r\n", b"\r\n"])
-def test_a_reply_has_a_limit(line: bytes) -> None:
+def test_the_length_of_a_reply_is_limited(line: bytes) -> None:
     count = MAX_REPLY_BYTES // len(line)
     assert parse(line * (count - 4), b"250 ok\r\n")
     with pytest.raises(MalformedReply, match="a reply of more than 32768 bytes"):
@@ -122,7 +122,7 @@ LINE = st.tuples(
     replies=st.lists(st.tuples(st.lists(LINE, max_size=3), LINE), max_size=6),
     ends=st.randoms(use_true_random=False),
 )
-def test_pieces_make_no_difference(
+def test_replies_split_at_any_byte_are_parsed_the_same(
     replies: list[tuple[list[tuple[int, str]], tuple[int, str]]], ends: object
 ) -> None:
     data = b"".join(

@@ -139,7 +139,7 @@ def test_a_phrase_that_begins_and_ends_with_a_space_is_a_whole_word(file: Path) 
         assert rules.meaning(Reply(Phase.RCPT, 550, None, text)).rule != "own"
 
 
-def test_a_rule_of_the_session_needs_a_connection_that_has_carried_mail(file: Path) -> None:
+def test_a_session_rule_needs_a_connection_that_has_carried_mail(file: Path) -> None:
     rules = load(file, rule(class_='"SESSION"'))
 
     assert rules.meaning(Reply(Phase.RCPT, 550, None, "", 1)) == Meaning(ReplyClass.SESSION)
@@ -151,7 +151,7 @@ def test_a_rule_of_the_session_needs_a_connection_that_has_carried_mail(file: Pa
 @pytest.mark.parametrize(
     "content", ["", "# nothing yet\n", "\ufeff" + FULL, FULL.replace("\n", "\r\n")]
 )
-def test_files_as_editors_write_them_are_read(file: Path, content: str) -> None:
+def test_files_with_bom_or_other_line_ends_are_read(file: Path, content: str) -> None:
     file.write_bytes(content.encode())
 
     assert len(ReplyRules.load(str(file)).names) >= len(ReplyRules.load("").names)
@@ -237,7 +237,7 @@ TWO = rule(name='"first"') + "\n# another\n"  # The second rule begins in line 7
         ("[rule]\n", 7, "this is not valid TOML"),
     ],
 )  # fmt: skip
-def test_a_mistake_stops_the_start_and_names_the_line(
+def test_a_mistake_prevents_the_start_and_its_line_is_named(
     file: Path, bad: str, line: int, says: str
 ) -> None:
     message = error_of(file, TWO + bad)
@@ -262,7 +262,7 @@ def test_a_mistake_stops_the_start_and_names_the_line(
     ],
     ids=lambda value: ascii(value)[:30],
 )  # fmt: skip
-def test_a_file_of_the_wrong_form_is_refused(
+def test_a_rules_file_of_the_wrong_structure_is_refused(
     file: Path, content: str | bytes, line: int, says: str
 ) -> None:
     message = error_of(file, content)
@@ -283,13 +283,13 @@ def test_a_file_that_is_too_big_is_refused(file: Path) -> None:
     ReplyRules.load(str(file))
 
 
-def test_an_error_message_is_short_whatever_the_file_says(file: Path) -> None:
+def test_an_error_message_is_short_for_any_file(file: Path) -> None:
     assert len(error_of(file, rule(**{"k" * 100_000: "1"}))) < 1_000
     assert len(error_of(file, rule(class_='"' + "x" * 100_000 + '"'))) < 1_000
     assert len(error_of(file, rule(code='["' + "x" * 100_000 + '"]'))) < 1_000
 
 
-def test_a_file_that_is_not_there_or_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_irregular_rules_file_is_refused(tmp_path: Path) -> None:
     missing, pipe = tmp_path / "missing.toml", tmp_path / "pipe"
     os.mkfifo(pipe)
     for path, says in (
@@ -308,7 +308,7 @@ def test_a_file_that_is_not_there_or_is_no_file_is_refused(tmp_path: Path) -> No
 # What ships with Outbox ----------------------------------------------------------------------
 
 
-def test_the_example_of_the_documentation_is_valid(file: Path) -> None:
+def test_the_documented_example_is_valid(file: Path) -> None:
     page = Path(__file__).parents[2].joinpath("docs", "reply-rules.md").read_text(encoding="utf-8")
     example = page.split("```toml\n")[1].split("```")[0]
 

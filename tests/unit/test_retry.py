@@ -1,4 +1,4 @@
-"""What becomes of a job after an attempt."""
+"""The verdict on a job after an attempt."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def answered(
 
 @pytest.mark.parametrize("policy", ["resend", "hold"])
 @pytest.mark.parametrize("failures", [0, 1, 3, 9])
-def test_what_was_sent_is_sent_whatever_failed_before(policy: Policy, failures: int) -> None:
+def test_a_sent_mail_is_final_regardless_of_earlier_failures(policy: Policy, failures: int) -> None:
     assert verdict(AttemptOutcome.SENT, failures, policy=policy) == Verdict(JobState.SENT, failures)
 
 
@@ -68,7 +68,7 @@ def test_a_permanent_failure_is_final_at_once(failures: int) -> None:
 
 
 @pytest.mark.parametrize("outcome", RETRIED)
-def test_the_ladder_is_climbed_step_by_step(outcome: AttemptOutcome) -> None:
+def test_each_failure_climbs_one_step_of_the_ladder(outcome: AttemptOutcome) -> None:
     for failures, wait in enumerate(LADDER):
         assert verdict(outcome, failures) == Verdict(JobState.SCHEDULED, failures + 1, wait)
 
@@ -90,14 +90,14 @@ def test_after_the_last_step_a_job_has_failed_or_is_uncertain(
 
 
 @pytest.mark.parametrize("failures", [0, 2, 3])
-def test_in_doubt_under_hold_waits_for_a_decision(failures: int) -> None:
+def test_a_mail_in_doubt_waits_for_a_decision_under_hold(failures: int) -> None:
     held = verdict(AttemptOutcome.IN_DOUBT, failures, policy="hold")
 
     assert held == Verdict(JobState.UNCERTAIN, failures)
 
 
 @pytest.mark.parametrize("outcome", RETRIED[:2])
-def test_hold_changes_nothing_for_a_failure_that_is_known(outcome: AttemptOutcome) -> None:
+def test_hold_does_not_change_known_failures(outcome: AttemptOutcome) -> None:
     for failures in range(len(LADDER) + 2):
         assert verdict(outcome, failures, policy="hold") == verdict(outcome, failures)
 
@@ -116,7 +116,7 @@ def test_jitter_never_shortens_a_wait_and_adds_a_tenth_at_most(
     assert LADDER[failures] <= waited <= LADDER[failures] * (1 + JITTER)
 
 
-def test_jitter_differs_with_chance() -> None:
+def test_jitter_is_random() -> None:
     waits = {
         verdict(AttemptOutcome.TEMPORARY_FAILURE, chance=chance).retry_after
         for chance in (0.0, 0.25, 0.5, 0.75)
@@ -130,7 +130,7 @@ def test_jitter_differs_with_chance() -> None:
     steps=st.integers(0, 5),
     policy=st.sampled_from(["resend", "hold"]),
 )
-def test_a_wait_goes_with_scheduled_and_with_nothing_else(
+def test_only_scheduled_jobs_have_a_wait(
     outcome: AttemptOutcome, failures: int, steps: int, policy: Policy
 ) -> None:
     decided = verdict(outcome, failures, backoff=(timedelta(seconds=1),) * steps, policy=policy)
@@ -141,7 +141,7 @@ def test_a_wait_goes_with_scheduled_and_with_nothing_else(
 
 @pytest.mark.parametrize("reply_class", sorted(NOT_COUNTED))
 @pytest.mark.parametrize("failures", [0, 3, 50])
-def test_a_refusal_that_says_nothing_of_the_mail_uses_no_attempt(
+def test_a_refusal_unrelated_to_the_mail_uses_no_attempt(
     reply_class: ReplyClass, failures: int
 ) -> None:
     decided = answered(reply_class, failures=failures)
@@ -149,7 +149,7 @@ def test_a_refusal_that_says_nothing_of_the_mail_uses_no_attempt(
     assert (decided.state, decided.failures) == (JobState.SCHEDULED, failures)
 
 
-def test_a_refused_account_makes_the_sender_cool_down_and_not_the_job() -> None:
+def test_a_refused_account_starts_a_cooldown_of_the_sender_and_does_not_fail_the_job() -> None:
     decided = answered(ReplyClass.ACCOUNT)
 
     assert decided == Verdict(JobState.SCHEDULED, 0, NO_WAIT, cools_down=True)
@@ -173,7 +173,7 @@ def test_an_unknown_refusal_fails_the_job_unless_it_is_the_probe_of_a_cooldown()
 
 
 @pytest.mark.parametrize("reply_class", [ReplyClass.RECIPIENT, ReplyClass.CONTENT])
-def test_a_probe_whose_own_mail_is_refused_fails_and_says_nothing_of_the_account(
+def test_a_probe_whose_mail_is_refused_fails_and_does_not_count_against_the_account(
     reply_class: ReplyClass,
 ) -> None:
     decided = answered(reply_class, AttemptOutcome.PERMANENT_FAILURE, probe=True)
@@ -197,7 +197,7 @@ def test_a_deferred_job_climbs_a_ladder_of_its_own_and_the_last_step_repeats() -
     gone=st.timedeltas(timedelta(0), timedelta(days=3)),
     chance=st.floats(0, 1, exclude_max=True),
 )
-def test_a_deferred_job_is_tried_until_its_time_is_over_and_never_after(
+def test_a_deferred_job_is_retried_only_until_its_time_limit(
     gone: timedelta, chance: float
 ) -> None:
     decided = answered(ReplyClass.DEFERRED, deferred_for=gone, chance=chance)
@@ -212,7 +212,7 @@ def test_a_deferred_job_is_tried_until_its_time_is_over_and_never_after(
 
 
 @pytest.mark.parametrize("reply_class", [ReplyClass.RATE, ReplyClass.ACCOUNT, ReplyClass.AUTH])
-def test_no_job_is_tried_more_often_than_attempts_can_be_counted(reply_class: ReplyClass) -> None:
+def test_the_number_of_attempts_does_not_overflow_its_column(reply_class: ReplyClass) -> None:
     assert answered(reply_class, attempt=31_999).state is JobState.SCHEDULED
     assert answered(reply_class, attempt=32_000).state is JobState.FAILED
 

@@ -53,12 +53,12 @@ def test_variables_are_stored_in_the_order_of_the_plans_names() -> None:
     assert decode_variables(plan.variable_names, row.variables) == {"a": '1 "x"\n', "z": "2"}
 
 
-def test_a_batch_without_variables_stores_none() -> None:
+def test_a_batch_without_variables_stores_no_variables() -> None:
     template = BatchTemplate.compile("s", "b", "h")
     assert read("email\nann@example.com\n", template).rows[0].variables is None
 
 
-def test_the_address_is_a_variable_whatever_its_column_is_called() -> None:
+def test_the_address_is_a_variable_under_any_column_name() -> None:
     template = BatchTemplate.compile("s", "for {{ email }}", "h")
     assert read("recipient\nann@example.com\n", template).rows[0].variables == '["ann@example.com"]'
     row = read_recipient("ann@example.com", {}, BatchTemplate.compile("s", "for {{ email }}", "h"))
@@ -89,7 +89,7 @@ def test_empty_cells_beyond_the_header_are_tolerated() -> None:
     assert len(read("email,name,,\nann@example.com,Ann\n").rows) == 1
 
 
-def test_the_first_problem_is_told() -> None:
+def test_the_first_problem_of_a_row_is_reported() -> None:
     text = "email,schedule_time,timezone\nann,never,Mars\n"
     assert rejection(text).reason == "ADDRESS_INVALID"
     assert rejection(text.replace("ann", "a@example.com")).reason == "SCHEDULE_TIME_INVALID"
@@ -97,7 +97,7 @@ def test_the_first_problem_is_told() -> None:
     assert rejection(good).reason == "COLUMN_MISSING"
 
 
-def test_a_row_has_its_own_time() -> None:
+def test_a_row_may_have_its_own_time() -> None:
     template = BatchTemplate.compile("s", "b", "h")
     block = read(
         "email,schedule_time,timezone\n"
@@ -122,7 +122,7 @@ def test_a_row_has_its_own_time() -> None:
     ]
 
 
-def test_a_missing_column_rejects_every_row_and_names_the_variable() -> None:
+def test_a_missing_column_rejects_every_row_and_is_named() -> None:
     block = read("email,FirstName\na@example.com,A\nb@example.com,B\n")
     assert [(found.row_number, found.column, found.reason) for found in block.rejections] == [
         (1, "name", "COLUMN_MISSING"),
@@ -155,7 +155,7 @@ def test_a_line_break_in_a_subject_rejects_the_row() -> None:
     assert found[1:3] == ("subject", "SUBJECT_LINE_BREAK")
 
 
-def test_a_row_without_a_subject_of_its_own_is_rejected() -> None:
+def test_a_row_without_a_subject_is_rejected() -> None:
     found = rejection("email\na@example.com\n", BatchTemplate.compile(None, "b", "h"))
     assert found[1:3] == ("subject", "COLUMN_MISSING")
 
@@ -168,7 +168,7 @@ def test_a_row_with_neither_text_nor_html_is_rejected() -> None:
     assert rejection("email\na@example.com\n", own).reason == "NO_CONTENT"
 
 
-def test_blocks_have_the_size_that_was_asked_for() -> None:
+def test_blocks_have_the_requested_size() -> None:
     lines = [f"user{n}@example.com" if n % 3 else "bad" for n in range(10)]
     table = read_csv(iter([("email\n" + "\n".join(lines)).encode()]))
     plan = CsvPlan(table, BatchTemplate.compile("s", "b", "h"))
@@ -179,7 +179,7 @@ def test_blocks_have_the_size_that_was_asked_for() -> None:
     assert sorted(numbers) == list(range(1, 11))
 
 
-def test_rows_of_a_caller_are_read_like_those_of_a_csv() -> None:
+def test_inline_rows_are_read_like_csv_rows() -> None:
     row = read_recipient("Ann@EXAMPLE.com", {"Name": "Ann", "schedule_time": "2026-11-24 09:00"})
     at = datetime(2026, 11, 24, 9, tzinfo=UTC)
     assert row == JobRow(1, "Ann@example.com", "ann@example.com", at, '[null,"Ann"]')
@@ -197,9 +197,7 @@ def test_rows_of_a_caller_are_read_like_those_of_a_csv() -> None:
         ("a@example.com", {"name": "Ann", "timezone": "Mars"}, "UNKNOWN_TIME_ZONE"),
     ],
 )
-def test_a_bad_row_of_a_caller_is_rejected(
-    email: str, columns: dict[str, str], reason: str
-) -> None:
+def test_a_bad_inline_row_is_rejected(email: str, columns: dict[str, str], reason: str) -> None:
     found = read_recipient(email, columns)
     assert isinstance(found, RowRejection)
     assert found.reason == reason

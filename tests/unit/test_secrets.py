@@ -7,14 +7,14 @@ from outbox_server.shared.secrets import SecretBox, generate_key
 from outbox_server.shared.settings import load_settings
 
 
-def test_a_password_comes_back_and_is_not_readable_at_rest() -> None:
+def test_an_encrypted_password_decrypts_and_is_not_readable_at_rest() -> None:
     box = SecretBox([generate_key()])
     token = box.encrypt("pässword")
     assert box.decrypt(token) == "pässword"
     assert "pässword".encode() not in token
 
 
-def test_a_rotated_key_still_decrypts_and_the_newest_encrypts() -> None:
+def test_old_keys_decrypt_and_the_newest_key_encrypts() -> None:
     old, new = generate_key(), generate_key()
     token = SecretBox([old]).encrypt("p")
     both = SecretBox.from_settings(load_settings(encryption_keys=f" {new}, {old},"))
@@ -22,7 +22,7 @@ def test_a_rotated_key_still_decrypts_and_the_newest_encrypts() -> None:
     assert SecretBox([new]).decrypt(both.encrypt("q")) == "q"
 
 
-def test_without_a_key_nothing_is_stored_and_the_error_says_what_to_do() -> None:
+def test_without_a_key_encryption_fails_and_the_error_says_what_to_do() -> None:
     box = SecretBox.from_settings(load_settings(encryption_keys=""))
     with pytest.raises(FailedPrecondition) as caught:
         box.encrypt("p")
@@ -31,7 +31,7 @@ def test_without_a_key_nothing_is_stored_and_the_error_says_what_to_do() -> None
     assert "outbox keys generate-encryption-key" in caught.value.message
 
 
-def test_a_token_of_a_key_that_is_gone_says_so() -> None:
+def test_decrypting_with_a_lost_key_is_a_clear_error() -> None:
     token = SecretBox([generate_key()]).encrypt("p")
     with pytest.raises(FailedPrecondition) as caught:
         SecretBox([generate_key()]).decrypt(token)

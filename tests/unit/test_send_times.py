@@ -37,11 +37,11 @@ def refusal(text: str, zone: str = "", default: str = "UTC") -> BadScheduleTime:
         ("2028-02-29 12:00", "", "2028-02-29T12:00:00"),
     ],
 )
-def test_a_time_is_one_instant(text: str, zone: str, expected: str) -> None:
+def test_a_time_is_read_as_one_instant(text: str, zone: str, expected: str) -> None:
     assert parse_schedule_time(text, zone) == datetime.fromisoformat(expected).replace(tzinfo=UTC)
 
 
-def test_without_a_zone_of_its_own_a_row_has_the_batchs() -> None:
+def test_a_row_without_a_zone_uses_that_of_the_batch() -> None:
     expected = datetime(2026, 11, 24, 8, tzinfo=UTC)
     assert parse_schedule_time("2026-11-24 09:00", "", "Europe/Berlin") == expected
     assert parse_schedule_time("2026-11-24 08:00", "UTC", "Europe/Berlin") == expected
@@ -68,7 +68,7 @@ def test_without_a_zone_of_its_own_a_row_has_the_batchs() -> None:
         "9999-12-31T23:59-10:00",
     ],
 )
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_an_invalid_time_is_refused(text: str) -> None:
     error = refusal(text)
     assert (error.column, error.reason) == ("schedule_time", "SCHEDULE_TIME_INVALID")
     assert len(error.message) < 200
@@ -96,13 +96,13 @@ def test_a_date_that_does_not_exist_is_refused() -> None:
         pytest.param("x" * 5000, id="long"),
     ],
 )
-def test_an_unknown_time_zone_is_refused_even_where_an_offset_stands(zone: str) -> None:
+def test_an_unknown_time_zone_is_refused_even_beside_an_offset(zone: str) -> None:
     for text in ("2026-11-24T09:00", "2026-11-24T09:00Z"):
         error = refusal(text, zone)
         assert (error.column, error.reason) == ("timezone", "UNKNOWN_TIME_ZONE")
 
 
-def test_an_empty_zone_is_none() -> None:
+def test_an_empty_zone_counts_as_unset() -> None:
     with pytest.raises(BadScheduleTime):
         check_time_zone("")
     assert check_time_zone("Europe/Berlin") == ZoneInfo("Europe/Berlin")
@@ -115,7 +115,7 @@ def test_a_local_time_that_the_clocks_skip_is_refused_with_the_rule() -> None:
     assert "from UTC+01:00 to UTC+02:00" in error.message
 
 
-def test_a_local_time_that_comes_twice_is_refused_and_both_offsets_are_named() -> None:
+def test_an_ambiguous_local_time_is_refused_with_both_offsets() -> None:
     error = refusal("2026-10-25 02:30", "", "Europe/Berlin")
     assert error.reason == "LOCAL_TIME_AMBIGUOUS"
     assert "UTC+02:00 and at UTC+01:00" in error.message

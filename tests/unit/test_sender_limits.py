@@ -49,13 +49,13 @@ def test_each_place_implements_every_limit_or_says_why_not(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_each_place_names_the_other_places_and_the_list(place: str) -> None:
+def test_each_place_refers_to_the_other_places_and_the_list(place: str) -> None:
     text = PLACES[place][0].read_text(encoding="utf-8")
     for other in (*PLACES, "sender_limits.py"):
         assert other == place or other in text, f"{place} does not name {other}"
 
 
-def test_every_wait_reason_is_that_of_a_limit_or_of_the_job() -> None:
+def test_every_wait_reason_belongs_to_a_limit_or_to_the_job() -> None:
     text = PLACES["explaining.py"][0].read_text(encoding="utf-8")
     of_limits = {match[1] for match in _WAIT_REASON.finditer(text) if match["limits"]}
 

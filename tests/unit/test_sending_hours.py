@@ -63,7 +63,7 @@ def is_set_back(zone: str, at: int) -> bool:
     at=st.integers(ms("2005-01-01"), ms("2040-01-01")),
 )
 @settings(max_examples=300, deadline=None)
-def test_an_instant_is_open_where_the_clocks_say_so(
+def test_opening_follows_the_local_clock(
     weekdays: frozenset[int], start: int, length: int, zone: str, at: int
 ) -> None:
     end = start + length
@@ -108,7 +108,9 @@ def test_openings_do_not_overlap_and_are_open_throughout(zone: str, change: int,
         ((9, 17), "2026-10-23 17:00", "2026-10-26 09:00", "2026-10-26 17:00"),
     ],
 )
-def test_working_days_in_berlin(hours: tuple[int, int], at: str, opens: str, closes: str) -> None:
+def test_working_days_in_berlin_follow_the_local_clock(
+    hours: tuple[int, int], at: str, opens: str, closes: str
+) -> None:
     berlin = "Europe/Berlin"
     week = SendingHours(frozenset(range(1, 6)), hours[0] * 60, hours[1] * 60, berlin)
     found = week.opens(ms(at, berlin))
@@ -116,7 +118,7 @@ def test_working_days_in_berlin(hours: tuple[int, int], at: str, opens: str, clo
     assert week.closes(found) == ms(closes, berlin)
 
 
-def test_a_time_that_the_clocks_skip_is_the_skip_and_one_shown_twice_the_first() -> None:
+def test_a_skipped_local_time_means_the_skip_and_a_repeated_one_the_first() -> None:
     night = SendingHours(frozenset(), 150, 210, "Europe/Berlin")  # 02:30 to 03:30
     opens = night.opens(ms("2026-03-29 00:00"))
     assert opens == ms("2026-03-29 01:00")  # 03:00 there, straight after 01:59
@@ -126,13 +128,13 @@ def test_a_time_that_the_clocks_skip_is_the_skip_and_one_shown_twice_the_first()
     assert night.closes(opens) == ms("2026-10-25 02:30")
 
 
-def test_whole_days_run_together() -> None:
+def test_consecutive_whole_days_are_one_opening() -> None:
     weekend = SendingHours(frozenset({6, 7}), 0, DAY, "Europe/Berlin")
     opens = weekend.opens(ms("2026-11-25 12:00"))
     assert opens == ms("2026-11-28 00:00", "Europe/Berlin")
     assert weekend.closes(opens) == ms("2026-11-30 00:00", "Europe/Berlin")
 
 
-def test_it_is_stored_as_it_is() -> None:
+def test_sending_hours_are_stored_unchanged() -> None:
     hours = SendingHours(frozenset({1, 5}), 90, 180, "Europe/Berlin")
     assert SendingHours.from_text(hours.to_text()) == hours

@@ -30,12 +30,12 @@ def test_days_and_times_are_read(text: str, weekdays: list[int], times: tuple[st
 @pytest.mark.parametrize(
     "text", ["", "mon-fri", "9-17", "mon-fry 09:00-17:00", "mon- 09:00-17:00x"]
 )
-def test_what_is_none_is_refused(text: str) -> None:
+def test_invalid_hours_are_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         read_hours(text)
 
 
-def test_hours_and_zone_are_given_together_or_not_at_all() -> None:
+def test_hours_and_zone_must_be_given_together() -> None:
     assert to_sending_hours(None, None) is None
     for hours, zone in ((read_hours("09:00-17:00"), None), (None, "UTC")):
         with pytest.raises(typer.BadParameter):

@@ -40,7 +40,7 @@ def test_a_plot_has_its_lines_its_labels_and_no_colours_in_a_pipe(
     assert "\x1b" not in text
 
 
-def test_a_picture_stands_alone(tmp_path: Path) -> None:
+def test_a_picture_is_self_contained(tmp_path: Path) -> None:
     file = tmp_path / "series.svg"
     write_picture(file, "7", POINTS)
     picture = ET.parse(file).getroot()
@@ -50,6 +50,6 @@ def test_a_picture_stands_alone(tmp_path: Path) -> None:
     assert "Sender 7" in text
 
 
-def test_a_picture_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="No such file"):
         write_picture(tmp_path / "nowhere" / "series.svg", "7", POINTS)

@@ -1,4 +1,4 @@
-"""A wrong variable stops the start with one line that names it and says what is right."""
+"""An invalid variable prevents the start with one line that names it and says what is right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from outbox_server.shared.settings import format_duration, load_settings, parse_
         ("REFUSALS_IN_A_ROW", "-1", "must be greater than or equal to 0"),
     ],
 )
-def test_a_wrong_value_is_named(
+def test_an_invalid_setting_is_named(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, complaint: str
 ) -> None:
     monkeypatch.setenv(f"OUTBOX_{name}", value)
@@ -57,6 +57,6 @@ def test_a_limit_for_every_phase_may_be_unset(monkeypatch: pytest.MonkeyPatch) -
         (timedelta(milliseconds=60), "60ms"),
     ],
 )
-def test_a_duration_is_written_as_it_is_read(time: timedelta, text: str) -> None:
+def test_a_duration_is_written_in_the_format_that_is_read(time: timedelta, text: str) -> None:
     assert format_duration(time) == text
     assert parse_duration(text) == time

@@ -17,16 +17,16 @@ def choice(scale: float | None = None, quota: int | None = None) -> ProviderChoi
     return chosen
 
 
-def test_the_waits_of_outbox_shrink_with_the_day_of_the_provider() -> None:
+def test_the_waits_of_outbox_are_scaled_with_the_providers_periods() -> None:
     settings = choice(scale=0.001).settings(load_settings())
     assert settings.quota_day == timedelta(seconds=86.4)
     assert settings.cooldown[0] == timedelta(seconds=0.3)
     assert settings.defer_backoff[-1] == timedelta(seconds=3.6)
-    # So that the services are told.
+    # So that the services receive it.
     assert {"quota_day", "cooldown", "defer_backoff"} <= settings.model_fields_set
 
 
-def test_waits_that_the_user_has_set_stay() -> None:
+def test_waits_set_by_the_user_are_not_scaled() -> None:
     given = load_settings(cooldown=(timedelta(seconds=7),))
     settings = choice(scale=0.001).settings(given)
     assert settings.cooldown == (timedelta(seconds=7),)
@@ -55,7 +55,7 @@ def test_quota_and_scale_shape_the_profile() -> None:
         ("plain", None, None, ""),
     ],
 )
-def test_up_says_with_which_options_the_quota_is_reached(
+def test_up_prints_the_options_that_reach_the_quota(
     name: str, scale: float | None, quota: int | None, advice: str
 ) -> None:
     chosen = chosen_provider(PROFILES[name], scale=scale, quota=quota, smtp=None)

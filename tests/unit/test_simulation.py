@@ -118,7 +118,7 @@ def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_forecast_is_what_the_recursion_over_all_mails_gives(seed: int) -> None:
+def test_the_forecast_equals_a_simulation_mail_by_mail(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(100):
         limiter, runs, now = random_case(chance)
@@ -150,27 +150,27 @@ def test_a_full_window_empties_as_it_was_filled() -> None:
     assert after(limiter, 200).end == 9 * HOUR + 38 * SECOND
 
 
-def test_what_was_sent_in_the_window_counts() -> None:
+def test_sends_already_in_the_window_count() -> None:
     limiter = Limiter(20, 2 * SECOND, HOUR, sent=[Sends(-600 * SECOND, 20, SECOND)])
     assert after(limiter, 1).end == 3_000 * SECOND
 
 
-def test_what_a_send_takes_comes_on_top_of_the_gap() -> None:
+def test_the_duration_of_a_send_is_added_to_the_gap() -> None:
     limiter = Limiter(5_000, 2 * SECOND, HOUR, takes=SECOND)
     assert after(limiter, 3).end == 7 * SECOND
 
 
-def test_without_a_gap_the_places_in_flight_decide() -> None:
+def test_without_a_gap_max_in_flight_decides() -> None:
     limiter = Limiter(5_000, 0, HOUR, takes=SECOND, max_in_flight=5)
     assert after(limiter, 51).end == 11 * SECOND
 
 
-def test_a_spacing_binds_where_the_limits_allow_more() -> None:
+def test_a_spacing_binds_if_the_limits_allow_more() -> None:
     found = after(Limiter(5_000, 2 * SECOND, HOUR), 10, step=5 * SECOND)
     assert (found.end, found.bound) == (45 * SECOND, Bound.SPACING)
 
 
-def test_other_mail_that_is_due_earlier_comes_first_and_later_mail_does_not_count() -> None:
+def test_only_other_mail_that_is_due_earlier_delays_the_forecast() -> None:
     limiter = Limiter(5_000, 2 * SECOND, HOUR)
     runs = [Run(0, 5), Run(1, 1, mine=1), Run(2, 1_000)]
     found = simulate(limiter, runs, 0)
@@ -193,13 +193,13 @@ def test_nothing_is_sent_before_the_next_probe_of_a_cooldown() -> None:
     assert simulate(limiter, [Run(6 * HOUR, 1, mine=1)], 0).first == 6 * HOUR
 
 
-def test_a_probe_outside_of_the_hours_waits_for_them() -> None:
+def test_a_probe_outside_the_sending_hours_waits_for_them() -> None:
     hours = Daily(8 * HOUR, 10 * HOUR)
     limiter = Limiter(5_000, 2 * SECOND, HOUR, hours=hours, next_probe=11 * HOUR)
     assert after(limiter, 1).first == DAY + 8 * HOUR
 
 
-def test_what_does_not_fit_into_the_hours_of_a_day_goes_on_the_next() -> None:
+def test_mail_that_does_not_fit_into_the_hours_of_a_day_is_sent_on_the_next() -> None:
     limiter = Limiter(100, 2 * SECOND, HOUR, hours=Daily(8 * HOUR, 10 * HOUR))
     found = after(limiter, 250)
     assert found.first == 8 * HOUR
@@ -207,19 +207,19 @@ def test_what_does_not_fit_into_the_hours_of_a_day_goes_on_the_next() -> None:
     assert found.bound is Bound.HOURS
 
 
-def test_mail_that_comes_too_late_expires_and_takes_no_slot() -> None:
+def test_mail_that_would_be_late_expires_and_takes_no_slot() -> None:
     limiter = Limiter(10, 2 * SECOND, HOUR)
     found = after(limiter, 100, expire_after=3 * HOUR + 1)
     assert (found.expiring, found.sends, found.end) == (69, 31, 3 * HOUR)
 
 
-def test_where_all_expires_there_is_no_end() -> None:
+def test_if_all_mail_expires_there_is_no_forecast_end() -> None:
     limiter = Limiter(1, 0, HOUR, sent=[Sends(0)])
     found = after(limiter, 5, expire_after=60 * SECOND)
     assert (found.end, found.expiring) == (None, 5)
 
 
-def test_hours_that_never_open_again_leave_it_out_of_sight() -> None:
+def test_hours_that_never_open_again_give_no_forecast_end() -> None:
     class Never:
         def opens(self, at: int) -> int | None:  # noqa: ARG002 - the protocol's signature
             return None
@@ -234,7 +234,9 @@ def test_hours_that_never_open_again_leave_it_out_of_sight() -> None:
 @pytest.mark.parametrize("limit", [1, 7, 200, 5_000, 1_000_000])
 @pytest.mark.parametrize("gap", [0, 1_000, 2 * SECOND])
 @pytest.mark.parametrize("step", [0, SECOND])
-def test_ten_million_mails_cost_no_more_than_a_hundred(limit: int, gap: int, step: int) -> None:
+def test_forecasting_ten_million_mails_costs_no_more_than_a_hundred(
+    limit: int, gap: int, step: int
+) -> None:
     chance = random.Random(limit)
     ends = sorted(chance.randrange(-HOUR, 0) for _ in range(min(limit, 1_000)))
     limiter = Limiter(limit, gap, HOUR, takes=100_000, sent=[Sends(end) for end in ends])

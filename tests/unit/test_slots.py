@@ -47,7 +47,7 @@ def send(slots: Slots, clock: Clock, route: Route, seconds: float) -> None:
 # Permits -------------------------------------------------------------------------------------
 
 
-def test_a_quick_endpoint_that_is_alone_gets_all_slots(slots: Slots, clock: Clock) -> None:
+def test_a_single_quick_endpoint_gets_all_slots(slots: Slots, clock: Clock) -> None:
     send(slots, clock, QUICK, 0.01)
     assert len(take_all(slots, QUICK)) == 5
 
@@ -163,7 +163,7 @@ async def test_all_free_slots_are_taken_at_once(slots: Slots) -> None:
     assert await slots.take_free() == 2
 
 
-async def test_slots_that_are_released_go_to_one_of_those_who_wait_for_them(slots: Slots) -> None:
+async def test_a_released_slot_goes_to_one_waiter(slots: Slots) -> None:
     await slots.take_free()
     takers = {asyncio.create_task(slots.take_free()) for _ in range(2)}
     await asyncio.sleep(0)
@@ -242,7 +242,7 @@ def few_may_wait(monkeypatch: pytest.MonkeyPatch) -> int:
     return 2
 
 
-async def test_a_claim_that_waits_has_no_slot_until_it_goes_on(slots: Slots, clock: Clock) -> None:
+async def test_a_waiting_claim_holds_no_slot(slots: Slots, clock: Clock) -> None:
     send(slots, clock, SLOW, 2)
     await take(slots, 4)
     held = take_all(slots, SLOW)
@@ -271,7 +271,9 @@ async def test_a_claim_that_waits_comes_before_new_claims(slots: Slots, clock: C
     await new_claims
 
 
-async def test_a_permit_alone_lets_no_waiting_claim_go_on(slots: Slots, clock: Clock) -> None:
+async def test_a_permit_without_a_free_slot_resumes_no_waiting_claim(
+    slots: Slots, clock: Clock
+) -> None:
     """It also needs a slot."""
     send(slots, clock, SLOW, 2)
     await take(slots, 4)
@@ -285,7 +287,7 @@ async def test_a_permit_alone_lets_no_waiting_claim_go_on(slots: Slots, clock: C
     assert waiting.permit is not None
 
 
-async def test_a_permit_goes_to_the_user_who_has_the_fewest(slots: Slots, clock: Clock) -> None:
+async def test_a_permit_goes_to_the_user_with_the_fewest_slots(slots: Slots, clock: Clock) -> None:
     eve, bert = (route("relay.test", user) for user in ("eve", "bert"))
     send(slots, clock, eve, 2)
     await take(slots, 4)
@@ -333,7 +335,7 @@ async def test_a_new_claim_gets_no_permit_before_the_claims_that_wait(
     assert slots.permit(SLOW) is None
 
 
-async def test_a_slot_stays_reserved_although_very_many_claims_wait(
+async def test_a_slot_stays_reserved_while_very_many_claims_wait(
     slots: Slots, clock: Clock, few_may_wait: int
 ) -> None:
     send(slots, clock, SLOW, 2)
@@ -346,7 +348,7 @@ async def test_a_slot_stays_reserved_although_very_many_claims_wait(
     assert slots.permit(NEW)
 
 
-async def test_a_claim_beyond_those_that_may_wait_gets_no_permit_and_ends_by_time(
+async def test_a_claim_beyond_the_limit_of_waiters_gets_no_permit_and_times_out(
     slots: Slots, clock: Clock, few_may_wait: int
 ) -> None:
     send(slots, clock, SLOW, 2)
@@ -369,7 +371,7 @@ def test_a_single_slot_is_not_reserved(clock: Clock) -> None:
     assert slots.permit(SLOW)
 
 
-async def test_a_wait_ends_by_time(slots: Slots, clock: Clock) -> None:
+async def test_a_wait_for_a_slot_times_out(slots: Slots, clock: Clock) -> None:
     send(slots, clock, SLOW, 2)
     await take(slots, 4)
     take_all(slots, SLOW)
@@ -382,7 +384,7 @@ async def test_a_wait_ends_by_time(slots: Slots, clock: Clock) -> None:
     assert slots.in_flight == 4
 
 
-async def test_the_waits_for_one_endpoint_end_and_no_others(slots: Slots, clock: Clock) -> None:
+async def test_only_the_waits_for_one_endpoint_end(slots: Slots, clock: Clock) -> None:
     for each in (SLOW, NEW):
         send(slots, clock, each, 2)
     await take(slots, 4)
@@ -422,7 +424,7 @@ async def test_slots_are_not_idle_while_the_last_claim_waits(slots: Slots, clock
     assert not await is_idle(slots)
 
 
-async def test_after_close_no_claim_waits(slots: Slots, clock: Clock) -> None:
+async def test_no_claim_waits_after_close(slots: Slots, clock: Clock) -> None:
     send(slots, clock, SLOW, 2)
     await take(slots, 5)
     take_all(slots, SLOW)

@@ -6,7 +6,7 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.states import DuplicatePolicy, SmtpSecurity, enum_or_none, requested_enum
 
 
-def test_a_number_becomes_the_member_that_has_it() -> None:
+def test_a_number_becomes_its_enum_member() -> None:
     assert enum_or_none(SmtpSecurity, 2) is SmtpSecurity.STARTTLS
     assert requested_enum(SmtpSecurity, 2, "smtp.security") is SmtpSecurity.STARTTLS
 
@@ -17,12 +17,12 @@ def test_an_unset_value_becomes_none() -> None:
     assert requested_enum(SmtpSecurity, 0, "smtp.security") is None
 
 
-def test_a_stored_number_without_a_member_is_a_fault() -> None:
+def test_an_unknown_stored_number_is_an_internal_error() -> None:
     with pytest.raises(ValueError, match="7 is not a valid SmtpSecurity"):
         enum_or_none(SmtpSecurity, 7)
 
 
-def test_a_requested_number_without_a_member_is_refused_with_the_members() -> None:
+def test_an_unknown_requested_number_is_refused_with_the_allowed_members() -> None:
     with pytest.raises(InvalidInput) as caught:
         requested_enum(SmtpSecurity, 7, "smtp.security", reason="SMTP_ENDPOINT_INVALID")
     assert caught.value.message == "smtp.security: must be NONE, STARTTLS or TLS (got 7)"

@@ -32,7 +32,7 @@ WRONG = grpc.StatusCode.INVALID_ARGUMENT
         (timedelta(hours=30, seconds=7), "30h7s"),
     ],
 )
-def test_a_duration_is_short_and_can_be_read_back(time: timedelta, text: str) -> None:
+def test_a_duration_is_short_and_round_trips(time: timedelta, text: str) -> None:
     uptime = Duration()
     uptime.FromTimedelta(time)
     assert value_at(DispatcherStatus(uptime=uptime), "uptime") == text
@@ -48,7 +48,7 @@ def test_a_rate_has_three_digits(rate: float, text: str) -> None:
     assert value_at(status, "rates.sent_per_second") == text
 
 
-def test_a_cooldown_is_one_cell_that_does_not_steer_a_terminal(
+def test_a_cooldown_is_one_cell_without_terminal_escapes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     cooldown = Cooldown(
@@ -71,7 +71,7 @@ def test_a_cooldown_is_one_cell_that_does_not_steer_a_terminal(
     assert "cooldown.message" not in out
 
 
-def test_what_an_error_says_once_is_not_said_again() -> None:
+def test_an_error_is_not_repeated() -> None:
     empty = "the CSV is empty"
     one = InvalidArgument(WRONG, empty, violations=(FieldViolation("chunk", empty),))
     assert str(one).count(empty) == 1

@@ -42,7 +42,7 @@ def test_a_column_has_one_variable_name(column: str, name: str) -> None:
     assert variable_name(column) == name
 
 
-def test_every_variable_name_is_one_that_liquid_reads() -> None:
+def test_every_variable_name_is_valid_in_liquid() -> None:
     for column in ("First Name", "2nd item", "Straße", "名前", "имя отчество"):
         name = variable_name(column)
         template = BatchTemplate.compile("x", f"{{{{ {name} }}}}", None)
@@ -57,7 +57,7 @@ def test_subject_and_text_are_plain_and_html_is_escaped() -> None:
     assert rendered.html == "<b>&lt;&amp;&#39;&#34;&gt;</b>"
 
 
-def test_without_a_template_the_column_is_taken_as_it_is() -> None:
+def test_without_a_template_the_column_is_used_unchanged() -> None:
     template = BatchTemplate.compile(None, None, None)
     values = {"subject": "{{ x }}", "body": "{{ y }} {%", "html": "<b>{{ z }}</b>"}
     assert template.variable_names == ("body", "html", "subject")
@@ -65,7 +65,7 @@ def test_without_a_template_the_column_is_taken_as_it_is() -> None:
     assert template.render(values) == ("{{ x }}", "{{ y }} {%", "<b>{{ z }}</b>")
 
 
-def test_an_empty_cell_of_html_is_no_html() -> None:
+def test_an_empty_html_cell_means_no_html() -> None:
     template = BatchTemplate.compile("s", None, None)
     assert template.render({"body": "b", "html": ""}) == ("s", "b", None)
     assert template.render({"body": "", "html": "h"}) == ("s", None, "h")
@@ -142,14 +142,14 @@ def test_a_variable_is_required_unless_each_use_allows_for_its_absence(
     assert template.required == required
 
 
-def test_default_stands_in_for_an_absent_column_and_for_an_empty_cell() -> None:
+def test_default_replaces_an_absent_column_and_an_empty_cell() -> None:
     template = BatchTemplate.compile("s", 'Dear {{ name | default: "friend" }}', None)
     assert template.render({"html": ""}).body == "Dear friend"
     assert template.render({"name": ""}).body == "Dear friend"
     assert template.render({"name": "Ann"}).body == "Dear Ann"
 
 
-def test_a_missing_column_of_another_case_is_pointed_out() -> None:
+def test_a_missing_column_that_differs_only_in_case_is_pointed_out() -> None:
     assert "write {{ firstname }}" in missing_column("FirstName", ["firstname"])
     assert 'default: "..."' in missing_column("city", ["email"])
 
@@ -176,7 +176,7 @@ def test_a_filter_that_fails_is_an_error_of_the_row() -> None:
 
 
 @given(st.lists(st.one_of(st.none(), TEXT), max_size=5))
-def test_stored_variables_come_back_as_they_were(values: list[str | None]) -> None:
+def test_stored_variables_round_trip(values: list[str | None]) -> None:
     names = [f"v{index}" for index in range(len(values))]
     stored = encode_variables(values)
     assert (stored is None) == (not values)
@@ -205,7 +205,7 @@ PIECES = st.sampled_from(
     source=st.lists(PIECES, max_size=8).map("".join),
     values=st.dictionaries(st.sampled_from("abc"), TEXT | st.sampled_from(["", " ", "<&>"])),
 )
-def test_a_spliced_template_gives_what_liquid_gives(source: str, values: dict[str, str]) -> None:
+def test_a_spliced_template_renders_the_same_as_liquid(source: str, values: dict[str, str]) -> None:
     template = BatchTemplate.compile("s", source, source)
     rendered = template.render(values)
     assert rendered.body == liquid.Environment().from_string(source).render(values)

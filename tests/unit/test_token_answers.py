@@ -27,7 +27,7 @@ def failure(status: int, document: Any, retry_after: str | None = None) -> Failu
     return found
 
 
-def test_an_answer_of_google_is_a_token_without_a_new_refresh_token() -> None:
+def test_an_answer_of_google_has_a_token_and_no_new_refresh_token() -> None:
     answer = read(200, GOOGLE)
     assert answer == Grant("ya29.token", timedelta(seconds=3599), None)
     assert "ya29" not in repr(answer)
@@ -82,7 +82,7 @@ def test_a_lifetime_is_bounded_and_may_be_missing(given: dict[str, Any], seconds
         {"access_token": "t", "refresh_token": "r" * 8_193},
     ],
 )
-def test_an_answer_that_is_no_token_is_a_failure_that_may_pass(document: Any) -> None:
+def test_an_answer_without_a_token_is_a_temporary_failure(document: Any) -> None:
     found = failure(200, document)
     assert not found.refused
     assert found.message.startswith("OAuth 2.0: the token URL answered")
@@ -96,7 +96,7 @@ def test_an_error_of_the_provider_is_a_refusal(error: str) -> None:
     assert found == Failure(f"OAuth 2.0: {error}: Token has been revoked.", refused=True)
 
 
-def test_an_error_without_a_description_stands_alone() -> None:
+def test_an_error_without_a_description_is_shown_without_one() -> None:
     assert failure(401, {"error": "invalid_client"}).message == "OAuth 2.0: invalid_client"
 
 
@@ -115,7 +115,7 @@ def test_an_error_without_a_description_stands_alone() -> None:
         (204, b""),
     ],
 )
-def test_trouble_of_the_provider_may_pass(status: int, document: Any) -> None:
+def test_a_server_error_of_the_provider_is_a_temporary_failure(status: int, document: Any) -> None:
     assert not failure(status, document).refused
 
 
@@ -149,7 +149,7 @@ def test_a_redirect_is_a_refusal(status: int) -> None:
         ("9" * 5_000, None),
     ],
 )
-def test_the_wait_that_a_provider_asks_for_is_bounded(
+def test_the_wait_requested_by_a_provider_is_bounded(
     header: str | None, wait: timedelta | None
 ) -> None:
     assert failure(429, b"", header).retry_after == wait
@@ -164,11 +164,11 @@ def test_the_wait_that_a_provider_asks_for_is_bounded(
         "9" * 5_000,
     ],
 )
-def test_a_wait_that_no_date_can_be_is_no_wait(header: str) -> None:
+def test_an_impossible_retry_date_is_ignored(header: str) -> None:
     assert failure(503, b"", header).retry_after is None
 
 
-def test_an_error_with_status_200_is_what_it_says() -> None:
+def test_an_error_with_status_200_is_still_an_error() -> None:
     refused = failure(200, {"error": "bad_refresh_token", "error_description": "It is revoked."})
     assert refused.refused
     assert refused.message == "OAuth 2.0: bad_refresh_token: It is revoked."
@@ -198,7 +198,7 @@ def test_secrets_that_a_provider_quotes_are_hidden(field: str) -> None:
 
 
 @pytest.mark.parametrize("before", range(MAX_TEXT - 10, MAX_TEXT + 1))
-def test_a_secret_where_a_long_text_is_cut_leaves_nothing(before: int) -> None:
+def test_a_secret_at_the_cut_of_a_long_text_is_hidden_completely(before: int) -> None:
     quoted = f"{SECRETS[1]}{SECRETS[0]}" * 100
     said = quoted[:before] + " " + SECRETS[0]
     found = failure(400, {"error": "e", "error_description": said})

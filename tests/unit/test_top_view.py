@@ -58,7 +58,7 @@ def screen(width: int, height: int, *, senders: int, selected: int = 0) -> list[
 
 @pytest.mark.parametrize(("width", "height"), [(60, 30), (80, 24), (140, 40), (60, 14)])
 @pytest.mark.parametrize("selected", [0, 13, 29])
-def test_a_screen_of_any_size_has_what_matters(width: int, height: int, selected: int) -> None:
+def test_a_screen_of_any_size_shows_the_essentials(width: int, height: int, selected: int) -> None:
     lines = screen(width, height, senders=30, selected=selected)
     assert len(lines) == height
     assert max(map(len, lines)) <= width
@@ -93,14 +93,14 @@ def test_a_wide_screen_has_every_column() -> None:
         (jobs.WAIT_REASON_ENDPOINT_DOWN, "endpoint till 12:00:05"),
     ],
 )
-def test_what_a_sender_waits_for_is_what_its_mail_waits_for(
+def test_a_sender_shows_the_wait_reason_of_its_mail(
     reason: jobs.WaitReason.ValueType, text: str
 ) -> None:
     assert why(sender(1, reason), NOW) == text
     assert why(sender(1, reason), NOW - timedelta(days=1)).endswith("till 11-24 12:00")
 
 
-def test_a_sender_without_waiting_mail_waits_for_nothing() -> None:
+def test_a_sender_without_waiting_mail_shows_no_wait_reason() -> None:
     assert why(SenderView(Sender(), SenderStats()), NOW) == "nothing waits"
     paused = Sender(state=SENDER_STATE_PAUSED)
     assert why(SenderView(paused, SenderStats()), NOW) == "paused"
@@ -130,7 +130,7 @@ def test_a_cooldown_shows_the_reply_and_the_time_to_the_next_probe(
     assert why(cooling(short, minutes), NOW) == (f"cooling down: 550 5.4.5 {short}, probe {probe}")
 
 
-def test_a_sender_that_cools_down_says_so_unless_something_else_comes_first() -> None:
+def test_a_cooldown_is_shown_unless_another_reason_has_priority() -> None:
     view = cooling()
     idle = SenderView(view.sender, view.stats)
     assert why(idle, NOW).startswith("cooling down: 550 5.4.5")
@@ -141,7 +141,7 @@ def test_a_sender_that_cools_down_says_so_unless_something_else_comes_first() ->
 
 
 @pytest.mark.parametrize("width", [64, 80, 140])
-def test_a_long_reply_is_cut_and_the_time_of_the_probe_stays(width: int) -> None:
+def test_a_long_reply_is_cut_but_the_time_of_the_probe_is_kept(width: int) -> None:
     view = View(NOW, [cooling("You have exceeded your quota. " * 20), sender(2)])
     out = io.StringIO()
     console = Console(file=out, width=width, height=24, markup=False, force_terminal=False)
@@ -152,7 +152,7 @@ def test_a_long_reply_is_cut_and_the_time_of_the_probe_stays(width: int) -> None
     assert "news-1@" in line
 
 
-def test_nothing_that_a_foreign_server_wrote_steers_the_terminal() -> None:
+def test_text_of_a_foreign_server_cannot_control_the_terminal() -> None:
     steering = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\nanother line"
     endpoint = EndpointStatus(host="smtp.example.com", port=587, last_error=steering)
     dispatcher = DispatcherStatus(dispatcher_id="one", concurrency=5, endpoints=[endpoint])
@@ -166,7 +166,7 @@ def test_nothing_that_a_foreign_server_wrote_steers_the_terminal() -> None:
     assert not any(line.startswith("another line") for line in shown.splitlines())
 
 
-def test_every_reason_has_words_of_its_own() -> None:
+def test_every_wait_reason_has_its_own_text() -> None:
     reasons = set(jobs.WaitReason.values()) - {jobs.WAIT_REASON_UNSPECIFIED}
     words = {why(sender(1, reason), NOW) for reason in reasons}
     assert len(words) == len(reasons)

@@ -1,4 +1,4 @@
-"""Statements are built and executed in the modules of `storage/` alone."""
+"""Statements are built and executed only in the modules of `storage/`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def modules() -> list[str]:
 
 
 def violations(source: str) -> list[str]:
-    """What of a module belongs into a storage module."""
+    """Return the names used in a module that only a storage module may use."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -58,7 +58,7 @@ def violations(source: str) -> list[str]:
     return found
 
 
-def test_only_storage_modules_have_sql() -> None:
+def test_only_storage_modules_contain_sql() -> None:
     found = {module: violations((ROOT / module).read_text()) for module in modules()}
     for module in NOT_POSTGRESQL:
         found[module] = [name for name in found[module] if not name.startswith(".")]
@@ -83,5 +83,5 @@ def test_sql_is_recognized(line: str) -> None:
     assert violations(line)
 
 
-def test_an_engine_may_be_passed_on() -> None:
+def test_importing_engine_types_is_allowed() -> None:
     assert not violations("from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine")

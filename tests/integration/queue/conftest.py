@@ -10,7 +10,7 @@ from tests.integration.queue.shard import Shard
 
 @pytest.fixture
 async def bare_shard(redis_url: str) -> AsyncIterator[Shard]:
-    """A shard as a lost Redis leaves it: nothing in it but the test's clock."""
+    """A shard after a loss of Redis: it holds only the test's clock."""
     async with Redis.from_url(redis_url, decode_responses=True) as client:
         shard = Shard(client)
         await shard.at(0)
@@ -19,6 +19,6 @@ async def bare_shard(redis_url: str) -> AsyncIterator[Shard]:
 
 @pytest.fixture
 async def shard(bare_shard: Shard) -> Shard:
-    """A whole shard without senders."""
+    """A complete shard without senders."""
     await bare_shard.whole()
     return bare_shard

@@ -1,4 +1,4 @@
-"""Steps of the model for what a server's replies teach, and for leases that are renewed."""
+"""Steps of the model for limits learned from replies, and for renewed leases."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LimitSteps(QueueSteps):
         holding.deadline = holding.send.deadline = deadline
 
     async def _linger(self, sender_id: int, pauses: list[tuple[int, Answers]]) -> None:
-        """Let what a sender may send be slow, and renew it after each pause (us)."""
+        """Send a sender's mail slowly, renewing its leases after each pause (us)."""
         await self._advance((self.model.first_look or 0) * 1000)
         await self._claim(3)
         for holding in self._of(sender_id):
@@ -73,7 +73,7 @@ class LimitSteps(QueueSteps):
             await self._go_on(holding)
 
     async def _teach(self, sender_id: int, rounds: int, **how: object) -> None:
-        """Let each mail of a sender end like this; those of others go on as they are."""
+        """End each mail of a sender like this; mails of other senders are not changed."""
         for _ in range(rounds):
             await self._advance((self.model.first_look or 0) * 1000)
             await self._claim(3)

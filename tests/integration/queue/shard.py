@@ -1,4 +1,4 @@
-"""One shard on a real Redis whose clock stands still, with what is in it laid open."""
+"""One shard on a real Redis with a fixed clock, and a view of its contents."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def scores(redis: Redis, key: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StoredSender:
-    """All that Redis holds of one sender."""
+    """Everything that Redis holds about one sender."""
 
     due: dict[str, int]
     leases: dict[str, int]
@@ -98,7 +98,7 @@ class Shard:
         auth_ladder: Sequence[timedelta] = AUTH_LADDER,
     ) -> None:
         self.redis = redis
-        # Of circuits, in the order in which they were told.
+        # Changes of circuits, in the order in which they were reported.
         self.changes: list[CircuitChange] = []
         self.queue = Queue(
             redis,
@@ -125,13 +125,13 @@ class Shard:
         await self.redis.set(self.prefix + "test:now", self.now_us)
 
     async def whole(self) -> None:
-        """Declare the shard whole, as a rebuild does."""
+        """Mark the shard as complete, as a rebuild does."""
         token = await self.queue.begin_rebuild()
         assert token is not None
         assert await self.queue.finish_rebuild(token)
 
     async def load(self, *heads: Head, committed: bool = False) -> None:
-        """Load heads that nobody else loads."""
+        """Load heads that no other load is loading."""
         epochs = await self.queue.begin_load([h.sender_id for h in heads], committed=committed)
         assert await self.queue.load_heads(heads, epochs) == []
 
@@ -187,17 +187,17 @@ class Shard:
         return [end and end - START_MS for end in ends]
 
     async def ready(self) -> dict[int, int]:
-        """When each sender is looked at next, in ms after START."""
+        """The time of each sender's next look, in ms after START."""
         found = await scores(self.redis, self.prefix + "ready")
         return {int(sender): look - START_MS for sender, look in found.items()}
 
     async def held(self, endpoint: str = RELAY) -> dict[int, int]:
-        """Who waits for an endpoint's circuit, and since when, in ms after START."""
+        """The senders that wait for an endpoint's circuit, and since when, in ms after START."""
         found = await scores(self.redis, f"{self.prefix}held:{endpoint}")
         return {int(sender): at - START_MS for sender, at in found.items()}
 
     async def circuit(self, endpoint: str = RELAY) -> dict[str, str]:
-        """What is known of an endpoint."""
+        """The state of an endpoint's circuit."""
         found: Any = await self.redis.hgetall(f"{self.prefix}circuit:{endpoint}")
         return dict(found)
 
@@ -206,7 +206,7 @@ class Shard:
         return state
 
     async def senders(self, sender_ids: Iterable[int]) -> list[StoredSender]:
-        """All that Redis holds of these senders; times in ms after START."""
+        """Everything that Redis holds about these senders; times in ms after START."""
         ids = list(sender_ids)
         async with self.redis.pipeline(transaction=False) as pipeline:
             for sender_id in ids:

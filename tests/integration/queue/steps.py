@@ -1,4 +1,4 @@
-"""The steps that the model and real Redis take together, each compared as it is taken."""
+"""The steps that the model and a real Redis take together; each result is compared."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SENDERS = (9, 10, 11)
 
 
 class QueueSteps(RuleBasedStateMachine):
-    """Senders, dispatchers, PostgreSQL and Redis; which step comes next is for others to say."""
+    """Senders, dispatchers, PostgreSQL and Redis; the caller chooses the next step."""
 
     def __init__(self, runner: asyncio.Runner, redis: Redis, raw: Redis) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class QueueSteps(RuleBasedStateMachine):
         return -(-self.now // 1000)
 
     async def _outage(self, spared: int | None, *, waits: bool, rounds: int) -> None:
-        """Fail for a while, but for one sender; `waits`: look again before the next probe."""
+        """Fail for a while, except for one sender; `waits`: claim again before the next probe."""
         for _ in range(rounds):
             await self._claim(3)
             for holding in tuple(self.holdings):
@@ -172,7 +172,7 @@ class QueueSteps(RuleBasedStateMachine):
             await self._rebuild()
 
     def _probes_allowed(self, sender_id: int) -> float:
-        """Return how many jobs may be claimed of the senders of this one's endpoint."""
+        """Return how many jobs of all senders of this sender's endpoint may be claimed."""
         s = self.model.senders[sender_id]
         c = self.model.circuit(s)
         if not c.open:
@@ -242,7 +242,7 @@ class QueueSteps(RuleBasedStateMachine):
         cools: int | None = None,
         waits: bool = False,
     ) -> None:
-        """`cools`: its account was refused, and cools down for so many ms."""
+        """`cools`: its account was refused; the cooldown lasts so many ms."""
         send, claim = holding.send, holding.claim
         assert send is not None
         if use is SlotUse.UNUSED and not holding.known:
@@ -276,7 +276,7 @@ class QueueSteps(RuleBasedStateMachine):
     def _cool_down(
         self, holding: Holding, retry: int | None, contact: Contact, cools: int | None
     ) -> timedelta | None:
-        """Store a cooldown, or its end; return how long the next probe has to wait."""
+        """Store a cooldown, or its end; return the wait until the next probe."""
         sender_id = holding.claim.sender_id
         if cools is not None:
             self.world.cooldowns[sender_id] = self.now + cools * 1000
@@ -367,7 +367,7 @@ class QueueSteps(RuleBasedStateMachine):
         self.model.whole = True
 
     async def _sweep(self, *, waits: bool = False) -> None:
-        """Load those of the senders for which something waits that are lost."""
+        """Load the lost senders that have waiting jobs."""
         concerned = {
             job.sender_id
             for state in (JobState.SCHEDULED, JobState.SENDING)
@@ -422,7 +422,7 @@ class QueueSteps(RuleBasedStateMachine):
         assert told == self.model.changes
 
     async def _drain(self) -> None:
-        """Go on as a good dispatcher would: everything that waits gets sent."""
+        """Continue like a working dispatcher until all waiting mail is sent."""
         while self.loads:
             await self._apply(self.loads.pop())
         for sender_id, row in self.world.senders.items():

@@ -10,7 +10,7 @@ from tests.integration.queue.shard import SENDER, START_MS, Shard
 FIRST_EPOCH = str(START_MS * 1000)
 
 
-async def test_a_sender_that_redis_does_not_know_gets_an_epoch_that_goes_by_itself(
+async def test_an_epoch_of_a_sender_unknown_to_redis_expires_by_itself(
     shard: Shard,
 ) -> None:
     epochs = await shard.queue.begin_load([7], committed=True)
@@ -23,7 +23,7 @@ async def test_a_sender_that_redis_does_not_know_gets_an_epoch_that_goes_by_itse
     assert not brings_history((await shard.queue.begin_load([7], committed=True))[7])
 
 
-async def test_the_epoch_is_raised_by_a_commit_and_by_nothing_else(shard: Shard) -> None:
+async def test_only_a_commit_raises_the_epoch(shard: Shard) -> None:
     await shard.load(SENDER)
 
     assert await shard.queue.begin_load([7], committed=False) == {7: FIRST_EPOCH}
@@ -32,7 +32,9 @@ async def test_the_epoch_is_raised_by_a_commit_and_by_nothing_else(shard: Shard)
     assert await shard.queue.begin_load([7], committed=False) == raised
 
 
-async def test_epochs_of_many_senders_come_in_their_order(shard: Shard) -> None:
+async def test_epochs_of_many_senders_are_returned_in_the_order_of_the_senders(
+    shard: Shard,
+) -> None:
     await shard.load(replace(SENDER, sender_id=9))
     await shard.at(5)
     await shard.load(replace(SENDER, sender_id=8))
@@ -44,7 +46,7 @@ async def test_epochs_of_many_senders_come_in_their_order(shard: Shard) -> None:
     }
 
 
-async def test_no_life_of_a_sender_repeats_an_epoch(shard: Shard) -> None:
+async def test_an_epoch_is_not_used_again_after_redis_lost_its_data(shard: Shard) -> None:
     await shard.load(SENDER)
     old = await shard.queue.begin_load([7], committed=True)
     await shard.redis.flushall()
@@ -54,10 +56,10 @@ async def test_no_life_of_a_sender_repeats_an_epoch(shard: Shard) -> None:
     assert await shard.queue.load_heads([SENDER], old) == [7]
 
 
-async def test_no_load_of_an_earlier_life_brings_its_history_into_a_later_one(
+async def test_a_load_begun_before_a_loss_does_not_restore_its_history_after_it(
     shard: Shard,
 ) -> None:
-    # It read PostgreSQL when nobody had a lease, and was stopped.
+    # It read PostgreSQL when no job was leased, and was paused.
     old = await shard.queue.begin_load([7], committed=False)
     await shard.load(SENDER)
     await shard.redis.flushall()

@@ -1,4 +1,4 @@
-"""includes/circuit.lua: what would fail as well waits, while one probe at a time is sent."""
+"""includes/circuit.lua: mail to a failing endpoint waits while one probe at a time is sent."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def answer(shard: Shard, claim: Claim) -> None:
 
 
 async def outage(shard: Shard, times: int = 3, *, want: int = 1) -> None:
-    """Let so many sends fail, one after the other."""
+    """Let a number of sends fail, one after the other."""
     for _ in range(times):
         for claim in (await shard.claim(want)).claims:
             await fail(shard, claim)
@@ -76,7 +76,7 @@ async def test_three_failures_in_a_row_stop_a_sender_and_its_probes_follow_the_l
         await fail(shard, probe)
 
 
-async def test_an_answer_breaks_the_row(shard: Shard) -> None:
+async def test_an_answer_resets_the_count_of_failures(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard, 2)
     [claim] = (await shard.claim(1)).claims
@@ -86,7 +86,7 @@ async def test_an_answer_breaks_the_row(shard: Shard) -> None:
     assert len((await shard.claim()).claims) == 5
 
 
-async def test_what_says_nothing_neither_breaks_the_row_nor_is_part_of_it(shard: Shard) -> None:
+async def test_outcomes_without_contact_do_not_change_the_count_of_failures(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard, 2)
     # A mail that could not be built; one given back; one whose dispatcher died.
@@ -98,7 +98,7 @@ async def test_what_says_nothing_neither_breaks_the_row_nor_is_part_of_it(shard:
     assert (await shard.sender()).settings["troubles"] == "2"
 
 
-async def test_a_probe_that_is_answered_lets_the_sender_go_on_at_once(shard: Shard) -> None:
+async def test_a_probe_that_is_answered_resumes_the_sender_at_once(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard)
     await shard.at(5_000)
@@ -109,7 +109,7 @@ async def test_a_probe_that_is_answered_lets_the_sender_go_on_at_once(shard: Sha
     assert "troubles" not in (await shard.sender()).settings
 
 
-async def test_what_was_under_way_when_a_circuit_opened_does_not_climb_the_ladder(
+async def test_sends_begun_before_a_circuit_opened_do_not_climb_the_ladder(
     shard: Shard,
 ) -> None:
     await shard.load(sender(7))
@@ -119,7 +119,7 @@ async def test_what_was_under_way_when_a_circuit_opened_does_not_climb_the_ladde
     assert await shard.ready() == {7: 5_000}
 
 
-async def test_a_changed_sender_is_tried_at_once(shard: Shard) -> None:
+async def test_a_sender_whose_endpoint_changed_is_tried_at_once(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard)
     await shard.load(replace(sender(7), jobs=jobs((709, 0)), revision=1))
@@ -129,7 +129,7 @@ async def test_a_changed_sender_is_tried_at_once(shard: Shard) -> None:
     assert await shard.claimed() == [709]
 
 
-async def test_a_sender_in_trouble_stops_no_other_sender_of_its_endpoint(shard: Shard) -> None:
+async def test_failures_of_one_sender_stop_no_other_sender_of_its_endpoint(shard: Shard) -> None:
     await shard.load(sender(1))
     await outage(shard, 20)
     await shard.load(sender(2))
@@ -167,7 +167,9 @@ async def test_one_probe_at_a_time_over_all_senders_of_an_endpoint(shard: Shard)
     assert len(set(tried)) == 4
 
 
-async def test_an_answer_lets_all_of_them_go_on_within_their_limits(shard: Shard) -> None:
+async def test_an_answer_resumes_all_senders_of_the_endpoint_within_their_limits(
+    shard: Shard,
+) -> None:
     slow = replace(sender(3, 5), gap=milliseconds(2_000))
     await stop(shard, sender(1, 5), sender(2, 5), slow)
     await shard.at(5_000)
@@ -196,7 +198,7 @@ async def test_a_job_that_was_never_tried_probes_before_one_that_failed(shard: S
     ]
 
 
-async def test_when_a_prober_dies_another_probes_once_its_lease_has_run_out(shard: Shard) -> None:
+async def test_when_a_prober_dies_another_probes_after_its_lease_expired(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
     await shard.at(5_000)
     [dead] = (await shard.claim()).claims
@@ -213,7 +215,7 @@ async def test_when_a_prober_dies_another_probes_once_its_lease_has_run_out(shar
     assert (await shard.circuit())["rung"] == "2"
 
 
-async def test_a_probe_that_came_to_nothing_makes_room_for_another_at_once(shard: Shard) -> None:
+async def test_a_probe_that_was_not_sent_makes_room_for_another_at_once(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
     await shard.at(5_000)
     [cancelled] = (await shard.claim()).claims
@@ -223,7 +225,7 @@ async def test_a_probe_that_came_to_nothing_makes_room_for_another_at_once(shard
     assert probe.job != cancelled.job
 
 
-async def test_when_the_next_prober_is_paused_another_is_found(shard: Shard) -> None:
+async def test_when_the_next_prober_is_paused_another_sender_probes(shard: Shard) -> None:
     heads = {number: sender(number, 5) for number in (1, 2, 3)}
     await stop(shard, *heads.values())
     [first] = [number for number, look in (await shard.ready()).items() if look == 5_000]
@@ -234,7 +236,7 @@ async def test_when_the_next_prober_is_paused_another_is_found(shard: Shard) -> 
     assert probe.sender_id != first
 
 
-async def test_the_first_sender_in_trouble_waits_for_the_endpoint_once_another_fails(
+async def test_the_first_failing_sender_waits_for_the_endpoint_once_another_fails(
     shard: Shard,
 ) -> None:
     await shard.load(sender(1))
@@ -254,7 +256,7 @@ async def test_the_first_sender_in_trouble_waits_for_the_endpoint_once_another_f
     assert {claim.sender_id for claim in (await shard.claim()).claims} == {1, 2}
 
 
-async def test_a_sender_with_another_endpoint_waits_no_more(shard: Shard) -> None:
+async def test_a_sender_that_changes_its_endpoint_no_longer_waits(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
     await shard.load(replace(sender(3, 5, endpoint="other"), revision=2))
 
@@ -262,7 +264,7 @@ async def test_a_sender_with_another_endpoint_waits_no_more(shard: Shard) -> Non
     assert 3 not in await shard.held()
 
 
-async def test_a_loss_of_what_is_known_strands_nobody(shard: Shard) -> None:
+async def test_losing_the_keys_of_a_circuit_strands_no_sender(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
     await shard.redis.delete(f"{shard.prefix}circuit:relay", f"{shard.prefix}held:relay")
     await shard.at(1 + PATROL_MS)
@@ -270,7 +272,7 @@ async def test_a_loss_of_what_is_known_strands_nobody(shard: Shard) -> None:
     assert len(await shard.claimed()) == 12
 
 
-async def test_the_sweep_brings_back_at_once_who_was_held_when_a_circuit_was_lost(
+async def test_the_sweep_restores_at_once_the_senders_held_by_a_lost_circuit(
     shard: Shard,
 ) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
@@ -281,7 +283,9 @@ async def test_the_sweep_brings_back_at_once_who_was_held_when_a_circuit_was_los
     assert await shard.claimed() == [103, 104, 105, 202, 203, 204, 205, 301, 302, 303, 304, 305]
 
 
-async def test_who_moved_away_while_a_circuit_was_lost_is_held_no_more(shard: Shard) -> None:
+async def test_a_sender_that_changed_its_endpoint_while_a_circuit_was_lost_is_not_held(
+    shard: Shard,
+) -> None:
     heads = [sender(number, 5) for number in (1, 2, 3)]
     await stop(shard, *heads)
     await shard.redis.delete(f"{shard.prefix}circuit:relay")
@@ -291,7 +295,7 @@ async def test_who_moved_away_while_a_circuit_was_lost_is_held_no_more(shard: Sh
     assert await shard.held() == {1: 0, 2: 0}
 
 
-async def test_no_circuit_outlives_its_life_of_redis(shard: Shard) -> None:
+async def test_no_circuit_survives_a_restart_of_redis(shard: Shard) -> None:
     heads = [sender(number, 5) for number in (1, 2, 3)]
     await stop(shard, *heads)
     # Redis starts again with what it had on disk: its clock may be another now.
@@ -303,7 +307,7 @@ async def test_no_circuit_outlives_its_life_of_redis(shard: Shard) -> None:
     assert len(await shard.claimed()) == 15
 
 
-async def test_a_claim_that_came_to_nothing_ends_no_later_probe_of_its_attempt(
+async def test_an_unused_claim_does_not_end_a_later_probe_of_the_same_attempt(
     shard: Shard,
 ) -> None:
     heads = sender(1, 2), sender(2, 1)
@@ -323,17 +327,17 @@ async def test_a_claim_that_came_to_nothing_ends_no_later_probe_of_its_attempt(
     assert (await shard.circuit())["rung"] == "2"
 
 
-async def test_nothing_is_known_of_an_endpoint_for_ever(shard: Shard) -> None:
+async def test_the_keys_of_a_circuit_expire(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5))
 
     for key in ("circuit:relay", "held:relay"):
         assert 3_600_000 < await shard.redis.pttl(shard.prefix + key) <= 3_605_000
 
 
-# What is told --------------------------------------------------------------------------------
+# Reported changes --------------------------------------------------------------------------------
 
 
-async def test_the_circuits_that_a_sender_waits_for_are_told(shard: Shard) -> None:
+async def test_the_circuits_that_a_sender_waits_for_are_reported(shard: Shard) -> None:
     await shard.load(sender(1, 5), sender(2, 5), sender(3, 5, endpoint="other"))
     assert await shard.queue.circuits_of_sender(1) == ()
     await shard.at(40)
@@ -358,7 +362,7 @@ def change(sender_id: int | None, since: int, server: str, *, opened: bool) -> C
     return CircuitChange(opened, sender_id, START_MS + since, "refused", server)
 
 
-async def test_what_opens_and_closes_is_told_once(shard: Shard) -> None:
+async def test_the_opening_and_closing_of_a_circuit_are_reported_once(shard: Shard) -> None:
     await shard.load(sender(1))
     await outage(shard, 2)
     assert shard.changes == []
@@ -386,7 +390,7 @@ async def test_what_opens_and_closes_is_told_once(shard: Shard) -> None:
     assert shard.changes == [opened, *of_endpoint, answered]
 
 
-async def test_a_circuit_that_closes_by_a_change_of_its_sender_is_told(shard: Shard) -> None:
+async def test_a_circuit_closed_by_a_change_of_its_sender_is_reported(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard)
     await shard.load(replace(sender(7), revision=2))

@@ -1,4 +1,4 @@
-"""Circuits after failed authentications: probes have a ladder of their own, which is longer."""
+"""Circuits after failed authentications: probes have their own, longer ladder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ async def outage(shard: Shard, *contacts: Contact) -> None:
         await fail(shard, claim, contact)
 
 
-async def test_probes_after_failed_authentications_back_off_to_the_last_wait(shard: Shard) -> None:
+async def test_probes_after_failed_authentications_back_off_up_to_the_last_wait(
+    shard: Shard,
+) -> None:
     await shard.load(FREE)
     await outage(shard, *[Contact.AUTH_FAILED] * 3)
     time = 0
@@ -49,7 +51,7 @@ async def test_probes_after_failed_authentications_back_off_to_the_last_wait(sha
         await fail(shard, probe, Contact.AUTH_FAILED)
 
 
-async def test_the_reply_is_told_as_the_reason(shard: Shard) -> None:
+async def test_the_reply_is_reported_as_the_reason_of_the_circuit(shard: Shard) -> None:
     await shard.load(FREE)
     await outage(shard, *[Contact.AUTH_FAILED] * 3)
 
@@ -89,7 +91,7 @@ async def test_the_circuit_of_an_endpoint_follows_the_same_ladder(shard: Shard) 
     assert int((await shard.circuit())["next"]) == START_MS + AUTH_MS[0] + AUTH_MS[1]
 
 
-async def test_an_authentication_that_succeeds_closes_it(shard: Shard) -> None:
+async def test_a_successful_authentication_closes_the_circuit(shard: Shard) -> None:
     await shard.load(FREE)
     await outage(shard, *[Contact.AUTH_FAILED] * 3)
     await shard.at(AUTH_MS[0])
@@ -110,7 +112,7 @@ async def test_an_authentication_that_succeeds_closes_it(shard: Shard) -> None:
         ("0", (5, 25, 125, 250, 500, 1000, 2000, 3600)),
     ],
 )
-async def test_the_ladder_of_retries_goes_on_to_one_hour(
+async def test_the_ladder_after_failed_authentications_extends_the_retries_to_one_hour(
     redis: Redis, ladder: str, expected: tuple[int, ...]
 ) -> None:
     values = options("postgresql://outbox@localhost/outbox", "redis://localhost", "smtp://x.test")

@@ -1,4 +1,4 @@
-"""claim.lua: what may be sent now, oldest look first, whatever else waits."""
+"""claim.lua: which jobs may be sent now, oldest look first, regardless of what else waits."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from tests.integration.queue.shard import (
 NO_GAP = replace(SENDER, gap=timedelta(0))
 
 
-async def test_an_empty_shard_has_nothing_and_no_next_look(shard: Shard) -> None:
+async def test_a_claim_on_an_empty_shard_returns_no_job_and_no_next_look(shard: Shard) -> None:
     assert await shard.queue.claim(5) == Claimed()
 
 
-async def test_without_its_generation_a_shard_is_lost_and_what_is_loaded_is_claimed(
+async def test_a_shard_without_its_generation_is_lost_but_its_loaded_jobs_are_claimed(
     bare_shard: Shard,
 ) -> None:
     await bare_shard.load(replace(SENDER, jobs=jobs((1, 0))))
@@ -52,7 +52,7 @@ async def test_without_its_generation_a_shard_is_lost_and_what_is_loaded_is_clai
     assert not (await bare_shard.queue.claim(5)).lost
 
 
-async def test_a_claim_is_a_lease_and_its_job_waits_no_more(shard: Shard) -> None:
+async def test_a_claimed_job_is_leased_and_no_longer_waits(shard: Shard) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
     await shard.at(250)
 
@@ -79,7 +79,7 @@ async def test_a_job_is_not_claimed_before_it_is_due(shard: Shard) -> None:
     assert await shard.claimed() == [1]
 
 
-async def test_jobs_of_a_sender_come_by_due_time_and_then_by_id(shard: Shard) -> None:
+async def test_jobs_of_a_sender_are_claimed_by_due_time_and_then_by_id(shard: Shard) -> None:
     head = jobs((9, 0), (1_000_000_000, 0), (10, 5), (2, 7), (11, 7))
     await shard.load(replace(NO_GAP, max_in_flight=9, jobs=head))
     await shard.at(10)
@@ -87,7 +87,7 @@ async def test_jobs_of_a_sender_come_by_due_time_and_then_by_id(shard: Shard) ->
     assert await shard.claimed() == [9, 1_000_000_000, 10, 2, 11]
 
 
-async def test_senders_come_by_their_next_look_and_then_by_their_key(shard: Shard) -> None:
+async def test_senders_are_served_by_their_next_look_and_then_by_their_key(shard: Shard) -> None:
     for sender_id, due in ((7, 30), (10, 10), (9, 20), (12, 10)):
         await shard.load(replace(SENDER, sender_id=sender_id, jobs=jobs((sender_id, due))))
     await shard.at(100)
@@ -96,7 +96,7 @@ async def test_senders_come_by_their_next_look_and_then_by_their_key(shard: Shar
     assert await shard.claimed(3) == [7]
 
 
-async def test_no_more_is_claimed_than_wanted(shard: Shard) -> None:
+async def test_no_more_jobs_are_claimed_than_requested(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs(*((n, 0) for n in range(1, 9)))))
 
     claimed = await shard.claim(2)
@@ -123,7 +123,7 @@ async def test_with_a_gap_one_send_is_in_flight_and_the_next_begins_a_gap_after_
     )
 
 
-async def test_without_a_gap_as_many_are_in_flight_as_the_sender_takes(shard: Shard) -> None:
+async def test_without_a_gap_max_in_flight_sends_run_at_once(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, max_in_flight=3, jobs=jobs(*((n, 0) for n in range(1, 9)))))
 
     claimed = await shard.claim()
@@ -133,7 +133,7 @@ async def test_without_a_gap_as_many_are_in_flight_as_the_sender_takes(shard: Sh
     assert await shard.claimed() == [4]
 
 
-async def test_the_window_holds_ends_and_reservations_together(shard: Shard) -> None:
+async def test_ends_and_reservations_share_the_window(shard: Shard) -> None:
     ends = tuple(
         PastEnd(JobRef(100 + n, 1), milliseconds(age), counted=True)
         for n, age in enumerate((WINDOW_MS - 1, 3000, 2000))
@@ -167,7 +167,7 @@ async def test_an_end_leaves_the_window_exactly_one_window_later(shard: Shard) -
 
 
 @pytest.mark.parametrize("gap", [0, 2000])
-async def test_a_job_that_the_window_kept_is_late_only_since_it_had_room(
+async def test_lateness_of_a_job_counts_only_from_when_the_window_had_room(
     shard: Shard, gap: int
 ) -> None:
     ends = tuple(
@@ -182,7 +182,7 @@ async def test_a_job_that_the_window_kept_is_late_only_since_it_had_room(
     assert claim.waited == milliseconds(500)
 
 
-async def test_a_job_that_the_caller_had_no_room_for_is_late_since_it_was_allowed(
+async def test_lateness_counts_while_the_caller_has_no_room_for_the_job(
     shard: Shard,
 ) -> None:
     ends = tuple(
@@ -220,7 +220,7 @@ async def test_a_lower_limit_and_a_longer_gap_hold_from_the_next_claim_on(shard:
     assert await shard.claimed() == [4, 5, 6, 7, 8]
 
 
-async def test_a_paused_sender_is_not_looked_at_and_goes_on_where_it_stopped(
+async def test_a_paused_sender_is_skipped_and_resumes_where_it_stopped(
     shard: Shard,
 ) -> None:
     head = replace(SENDER, jobs=jobs((1, 0), (2, 50)))
@@ -232,7 +232,7 @@ async def test_a_paused_sender_is_not_looked_at_and_goes_on_where_it_stopped(
     assert await shard.claimed() == [1]
 
 
-async def test_a_lease_that_ran_out_takes_a_slot_at_its_deadline_and_asks_for_a_load(
+async def test_an_expired_lease_takes_a_slot_at_its_deadline_and_requests_a_load(
     shard: Shard,
 ) -> None:
     head = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0)))
@@ -256,7 +256,7 @@ async def test_a_lease_that_ran_out_takes_a_slot_at_its_deadline_and_asks_for_a_
     assert await shard.ready() == {7: LEASE_MS + 2000}
 
 
-async def test_a_load_that_was_asked_for_is_asked_for_again_when_it_is_overdue(
+async def test_an_overdue_load_is_requested_again(
     shard: Shard,
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
@@ -272,7 +272,7 @@ async def test_a_load_that_was_asked_for_is_asked_for_again_when_it_is_overdue(
     assert await shard.ready() == {}
 
 
-async def test_a_head_that_runs_low_asks_for_a_load_once_if_more_wait_behind_it(
+async def test_a_head_that_runs_low_requests_a_load_once_if_more_jobs_wait(
     shard: Shard,
 ) -> None:
     head = replace(NO_GAP, max_in_flight=50, jobs=jobs(*((n, 0) for n in range(1, 41))), more=True)
@@ -286,7 +286,7 @@ async def test_a_head_that_runs_low_asks_for_a_load_once_if_more_wait_behind_it(
     assert (await shard.claim(9)).loads == (), "nothing waits behind this one"
 
 
-async def test_a_sender_whose_settings_are_gone_sends_nothing_until_it_is_loaded(
+async def test_a_sender_whose_settings_are_lost_sends_nothing_until_it_is_loaded(
     shard: Shard,
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
@@ -299,7 +299,7 @@ async def test_a_sender_whose_settings_are_gone_sends_nothing_until_it_is_loaded
     assert await shard.claimed() == [1]
 
 
-async def test_a_lease_of_before_a_loss_blocks_the_gap_until_it_ends(shard: Shard) -> None:
+async def test_a_lease_from_before_a_loss_blocks_the_gap_until_it_ends(shard: Shard) -> None:
     lease = HeldLease(JobRef(1, 1), milliseconds(900))
     await shard.load(replace(SENDER, leases=(lease,), jobs=jobs((2, 0))))
 
@@ -338,7 +338,9 @@ async def test_a_blocked_sender_costs_nothing(shard: Shard, blocked: str) -> Non
     assert await calls_of_a_claim(shard, 1) == alone
 
 
-async def test_what_a_claim_costs_follows_what_it_takes_and_not_what_waits(shard: Shard) -> None:
+async def test_the_cost_of_a_claim_depends_on_the_jobs_it_takes_not_on_those_waiting(
+    shard: Shard,
+) -> None:
     costs = []
     for waiting in (33, 128):
         await shard.redis.delete("outbox:{0}:asleep")
@@ -348,7 +350,7 @@ async def test_what_a_claim_costs_follows_what_it_takes_and_not_what_waits(shard
     assert costs[0] == costs[1]
 
 
-async def test_many_senders_without_settings_do_not_hold_up_a_claim(shard: Shard) -> None:
+async def test_many_senders_without_settings_do_not_slow_a_claim(shard: Shard) -> None:
     strangers = {str(n): START_MS - 1 for n in range(1000, 1500)}
     await shard.redis.zadd("outbox:{0}:ready", strangers)
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
@@ -365,7 +367,7 @@ async def test_many_senders_without_settings_do_not_hold_up_a_claim(shard: Shard
     assert found == [1]
 
 
-async def test_the_clock_is_that_of_redis(redis_url: str) -> None:
+async def test_scripts_use_the_clock_of_redis(redis_url: str) -> None:
     async with Redis.from_url(redis_url, decode_responses=True) as redis:
         queue = Queue(redis, 0, window=WINDOW, lease=LEASE)
         token = await queue.begin_rebuild()

@@ -1,4 +1,4 @@
-"""Every script keeps to the keys of its shard: a cluster runs it, told to check each access.
+"""Every script uses only the keys of its shard: a cluster runs it and checks each access.
 
 With `#!lua` before it a script may touch no key of another slot; without, a node lets it have all
 that happens to live there. One server with all slots is a cluster that can show it.
@@ -27,7 +27,7 @@ from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
 
 
 class ClusterServer(ValkeyServer):
-    """A cluster of one, with all slots."""
+    """A cluster of one node, with all slots."""
 
     async def _run(self, binary: Path, port: int) -> None:
         argv: list[str | Path] = [binary, "--port", str(port), "--bind", LOOPBACK]

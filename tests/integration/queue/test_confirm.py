@@ -1,4 +1,4 @@
-"""confirm.lua: does a claim still hold, after its job was marked and before SMTP hears of it?"""
+"""confirm.lua: whether a claim still holds after its job was marked and before SMTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs, members
 HEAD = replace(SENDER, gap=timedelta(0), jobs=jobs((1, 0), (2, 0), (3, 0)))
 
 
-async def test_each_claim_is_answered_in_its_place(shard: Shard) -> None:
+async def test_confirmations_are_returned_in_the_order_of_the_claims(shard: Shard) -> None:
     await shard.load(HEAD)
     claims = (await shard.claim()).claims
     await shard.settle(claims[1])
@@ -19,7 +19,7 @@ async def test_each_claim_is_answered_in_its_place(shard: Shard) -> None:
     assert await shard.queue.confirm(claims) == [True, False, True]
 
 
-async def test_a_claim_of_before_a_loss_of_redis_is_gone(shard: Shard) -> None:
+async def test_a_claim_from_before_a_loss_of_redis_is_not_confirmed(shard: Shard) -> None:
     await shard.load(HEAD)
     claims = (await shard.claim(2)).claims
     await shard.redis.flushall()
@@ -30,7 +30,7 @@ async def test_a_claim_of_before_a_loss_of_redis_is_gone(shard: Shard) -> None:
     assert await shard.queue.confirm(claims) == [False, False]
 
 
-async def test_a_job_that_was_claimed_again_since_a_loss_is_held_by_whoever_marked_it(
+async def test_a_job_claimed_twice_around_a_loss_belongs_to_the_dispatcher_that_marked_it(
     shard: Shard,
 ) -> None:
     await shard.load(HEAD)
@@ -50,7 +50,7 @@ async def test_a_job_that_was_claimed_again_since_a_loss_is_held_by_whoever_mark
     assert (await shard.sender()).leases == {}
 
 
-async def test_a_claim_whose_lease_was_found_to_have_run_out_is_gone(shard: Shard) -> None:
+async def test_a_claim_whose_lease_was_found_expired_is_not_confirmed(shard: Shard) -> None:
     await shard.load(HEAD)
     claims = (await shard.claim(1)).claims
     await shard.at(LEASE_MS)
@@ -60,7 +60,7 @@ async def test_a_claim_whose_lease_was_found_to_have_run_out_is_gone(shard: Shar
     assert await shard.queue.confirm(claims) == [False]
 
 
-async def test_a_claim_of_a_sender_whose_settings_are_gone_is_gone(shard: Shard) -> None:
+async def test_a_claim_of_a_sender_whose_settings_are_lost_is_not_confirmed(shard: Shard) -> None:
     # A first load that read PostgreSQL before the mark would forget its lease.
     await shard.load(HEAD)
     claims = (await shard.claim(1)).claims

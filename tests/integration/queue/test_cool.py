@@ -19,7 +19,7 @@ from tests.integration.queue.shard import (
 
 # Nothing but the cooldown holds it: no gap, and several sends at once.
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))
-# Longer than the lease of whoever probes.
+# Longer than the lease of a probe.
 COOLDOWN_MS = 300_000
 IDLE_MARGIN_MS = 60_000
 
@@ -30,7 +30,7 @@ async def claim_one(shard: Shard) -> Claim:
 
 
 async def refuse(shard: Shard, claim: Claim, wait_ms: int = COOLDOWN_MS) -> None:
-    """End a send whose account was refused; its job waits on."""
+    """End a send whose account was refused; its job keeps waiting."""
     await shard.settle(
         claim,
         SlotUse.BEGUN,
@@ -67,7 +67,7 @@ async def test_nothing_is_claimed_before_the_next_probe(shard: Shard) -> None:
     await one_probe(shard)
 
 
-async def test_one_probe_at_a_time_is_sent_although_its_time_is_long_over(shard: Shard) -> None:
+async def test_one_probe_at_a_time_is_sent_even_long_after_its_time(shard: Shard) -> None:
     await cool(shard)
     await shard.at(COOLDOWN_MS)
     probe = await one_probe(shard)
@@ -123,7 +123,7 @@ async def test_a_claim_that_says_nothing_about_the_account_changes_no_cooldown(
     assert (await one_probe(shard)).job == probe.job
 
 
-async def test_a_load_that_read_before_the_refusal_does_not_undo_it(shard: Shard) -> None:
+async def test_a_load_read_before_the_refusal_does_not_undo_it(shard: Shard) -> None:
     await shard.load(FREE)
     claim = await claim_one(shard)
     early = await shard.queue.begin_load([7], committed=False)
@@ -133,7 +133,7 @@ async def test_a_load_that_read_before_the_refusal_does_not_undo_it(shard: Shard
     assert await shard.claimed() == []
 
 
-async def test_a_load_that_read_before_the_end_of_a_cooldown_does_not_bring_it_back(
+async def test_a_load_read_before_the_end_of_a_cooldown_does_not_restore_it(
     shard: Shard,
 ) -> None:
     await cool(shard)
@@ -218,7 +218,7 @@ async def test_a_sender_with_an_open_circuit_waits_for_the_later_of_both(shard: 
     await one_probe(shard)
 
 
-async def test_a_sender_that_cools_down_is_no_prober_of_its_endpoint(shard: Shard) -> None:
+async def test_a_sender_in_cooldown_does_not_probe_its_endpoint(shard: Shard) -> None:
     heads = [
         replace(FREE, sender_id=n, jobs=jobs(*((n * 100 + i, 0) for i in range(5)))) for n in (1, 2)
     ]
@@ -237,7 +237,7 @@ async def test_a_sender_that_cools_down_is_no_prober_of_its_endpoint(shard: Shar
     assert (probe.sender_id, probe.probe) == (2, False)
 
 
-async def test_a_probe_whose_time_falls_out_of_the_sending_hours_waits_for_the_next(
+async def test_a_probe_outside_the_sending_hours_waits_for_the_next_opening(
     shard: Shard,
 ) -> None:
     def within(opens: int, closes: int) -> tuple[int, int]:
@@ -284,7 +284,7 @@ async def test_a_paused_sender_sends_no_probe(shard: Shard) -> None:
 # What is kept --------------------------------------------------------------------------------
 
 
-async def test_a_sender_that_cools_down_is_forgotten_when_nothing_waits(shard: Shard) -> None:
+async def test_a_sender_in_cooldown_is_deleted_when_no_mail_waits(shard: Shard) -> None:
     # PostgreSQL has the cooldown: the next load brings it.
     await shard.load(replace(FREE, jobs=jobs((1, 0))))
     claim = await claim_one(shard)
@@ -296,7 +296,7 @@ async def test_a_sender_that_cools_down_is_forgotten_when_nothing_waits(shard: S
     assert WINDOW_MS < left <= WINDOW_MS + IDLE_MARGIN_MS
 
 
-async def test_a_sender_that_cools_down_is_kept_while_a_mail_waits(shard: Shard) -> None:
+async def test_a_sender_in_cooldown_is_kept_while_a_mail_waits(shard: Shard) -> None:
     await shard.load(replace(FREE, jobs=jobs((1, 0))))
     claim = await claim_one(shard)
     await shard.settle(claim, retry_at=0, cooldown=timedelta(days=1))

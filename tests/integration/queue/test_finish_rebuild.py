@@ -1,11 +1,11 @@
-"""begin_, keep_ and finish_rebuild.lua: a shard is whole if nothing was lost meanwhile."""
+"""begin_, keep_ and finish_rebuild.lua: a shard is complete if nothing was lost meanwhile."""
 
 from __future__ import annotations
 
 from tests.integration.queue.shard import Shard
 
 
-async def test_one_rebuild_is_under_way_at_a_time(bare_shard: Shard) -> None:
+async def test_one_rebuild_runs_at_a_time(bare_shard: Shard) -> None:
     queue = bare_shard.queue
     token = await queue.begin_rebuild()
     assert token is not None
@@ -15,7 +15,7 @@ async def test_one_rebuild_is_under_way_at_a_time(bare_shard: Shard) -> None:
     assert not (await bare_shard.claim()).lost
 
 
-async def test_a_rebuild_during_which_redis_was_lost_again_does_not_make_it_whole(
+async def test_a_rebuild_interrupted_by_another_loss_does_not_complete(
     bare_shard: Shard,
 ) -> None:
     queue = bare_shard.queue
@@ -28,7 +28,7 @@ async def test_a_rebuild_during_which_redis_was_lost_again_does_not_make_it_whol
     assert (await queue.claim(1)).lost
 
 
-async def test_a_rebuild_does_not_finish_that_of_another(bare_shard: Shard) -> None:
+async def test_a_rebuild_does_not_finish_the_rebuild_of_another(bare_shard: Shard) -> None:
     queue = bare_shard.queue
     first = await queue.begin_rebuild()
     await bare_shard.redis.flushall()
@@ -43,13 +43,13 @@ async def test_a_rebuild_does_not_finish_that_of_another(bare_shard: Shard) -> N
     assert not await queue.finish_rebuild(second), "once"
 
 
-async def test_a_rebuild_that_died_frees_its_lock_by_itself(bare_shard: Shard) -> None:
+async def test_the_lock_of_a_rebuild_that_died_expires(bare_shard: Shard) -> None:
     assert await bare_shard.queue.begin_rebuild() is not None
 
     assert 0 < await bare_shard.redis.pttl(bare_shard.queue.keys.rebuild) <= 10_000
 
 
-async def test_a_rebuild_that_goes_on_keeps_its_lock(bare_shard: Shard) -> None:
+async def test_a_running_rebuild_keeps_its_lock(bare_shard: Shard) -> None:
     queue, redis = bare_shard.queue, bare_shard.redis
     token = await queue.begin_rebuild()
     assert token is not None
@@ -61,7 +61,7 @@ async def test_a_rebuild_that_goes_on_keeps_its_lock(bare_shard: Shard) -> None:
     assert await queue.finish_rebuild(token)
 
 
-async def test_a_rebuild_that_lost_its_lock_does_not_take_that_of_another(
+async def test_a_rebuild_that_lost_its_lock_does_not_extend_the_lock_of_another(
     bare_shard: Shard,
 ) -> None:
     queue, redis = bare_shard.queue, bare_shard.redis

@@ -1,4 +1,4 @@
-"""life.lua: what ends a life of the shard, and what goes on when Redis takes no more memory."""
+"""life.lua: what ends a life of the shard, and what still works while Redis is full."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ Ends = Callable[[Shard], Coroutine[Any, Any, None]]
 
 
 @ENDS
-async def test_what_was_loaded_in_another_life_is_not_believed(shard: Shard, ends: Ends) -> None:
+async def test_data_loaded_before_a_restart_or_clock_step_back_is_not_used(
+    shard: Shard, ends: Ends
+) -> None:
     await shard.load(TWO)
     [claim] = (await shard.claim()).claims
     await ends(shard)
@@ -55,7 +57,9 @@ async def test_what_was_loaded_in_another_life_is_not_believed(shard: Shard, end
 
 
 @ENDS
-async def test_a_load_that_began_in_another_life_is_refused(shard: Shard, ends: Ends) -> None:
+async def test_a_load_begun_before_a_restart_or_clock_step_back_is_refused(
+    shard: Shard, ends: Ends
+) -> None:
     first = await shard.queue.begin_load([7], committed=True)
     await ends(shard)
     assert await shard.queue.load_heads([TWO], first) == [7]
@@ -68,7 +72,9 @@ async def test_a_load_that_began_in_another_life_is_refused(shard: Shard, ends: 
 
 
 @ENDS
-async def test_a_rebuild_does_not_outlive_its_life(shard: Shard, ends: Ends) -> None:
+async def test_a_rebuild_does_not_survive_a_restart_or_clock_step_back(
+    shard: Shard, ends: Ends
+) -> None:
     token = await shard.queue.begin_rebuild()
     assert token is not None
     await ends(shard)
@@ -81,7 +87,7 @@ async def test_a_rebuild_does_not_outlive_its_life(shard: Shard, ends: Ends) -> 
     assert not (await shard.claim()).lost
 
 
-async def test_a_sender_that_is_loaded_in_the_new_life_is_believed(shard: Shard) -> None:
+async def test_a_sender_loaded_after_a_restart_or_clock_step_back_is_used(shard: Shard) -> None:
     await shard.load(TWO)
     await restarts(shard)
     await shard.load(TWO)
@@ -91,7 +97,7 @@ async def test_a_sender_that_is_loaded_in_the_new_life_is_believed(shard: Shard)
     assert [claim.job.job_id for claim in claimed.claims] == [1]
 
 
-async def test_time_stands_still_after_a_small_step_back_and_no_gap_is_short(shard: Shard) -> None:
+async def test_a_small_step_back_of_the_clock_stops_time_and_shortens_no_gap(shard: Shard) -> None:
     await shard.at(10_000)
     await shard.load(TWO)
     [claim] = (await shard.claim()).claims
@@ -107,7 +113,7 @@ async def test_time_stands_still_after_a_small_step_back_and_no_gap_is_short(sha
     assert await shard.claimed() == [2]
 
 
-async def test_after_a_long_step_back_the_history_counts_by_its_age(shard: Shard) -> None:
+async def test_after_a_long_step_back_of_the_clock_history_counts_by_its_age(shard: Shard) -> None:
     await shard.at(7_200_000)
     await shard.load(TWO)
     [claim] = (await shard.claim()).claims
@@ -129,7 +135,7 @@ async def test_after_a_long_step_back_the_history_counts_by_its_age(shard: Shard
 
 @pytest.fixture
 async def full(shard: Shard) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
-    """Return a function after which Redis takes no more memory."""
+    """Return a function that makes Redis refuse more memory."""
 
     async def fill() -> None:
         await shard.redis.config_set("maxmemory", "1")
@@ -141,7 +147,7 @@ async def full(shard: Shard) -> AsyncIterator[Callable[[], Coroutine[Any, Any, N
 Fill = Callable[[], Coroutine[Any, Any, None]]
 
 
-async def test_what_redis_knows_goes_on_when_it_is_full(shard: Shard, full: Fill) -> None:
+async def test_loaded_senders_continue_while_redis_is_full(shard: Shard, full: Fill) -> None:
     head: Head = replace(TWO, gap=timedelta(0), more=True)
     await shard.load(head)
     await full()
@@ -160,7 +166,7 @@ async def test_what_redis_knows_goes_on_when_it_is_full(shard: Shard, full: Fill
     assert await shard.queue.finish_rebuild(token)
 
 
-async def test_a_sender_that_redis_does_not_know_waits_until_it_has_memory(
+async def test_a_sender_that_is_not_loaded_waits_until_redis_has_memory(
     shard: Shard, full: Fill
 ) -> None:
     await shard.load(SENDER)

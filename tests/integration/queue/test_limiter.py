@@ -1,4 +1,4 @@
-"""limiter.lua: what the limits of a sender say now."""
+"""limiter.lua: the current limits of a sender."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HEAD = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0), (3, 0)))
 ID = SENDER.sender_id
 
 
-async def test_a_sender_that_redis_does_not_know_has_no_limiter(shard: Shard) -> None:
+async def test_a_sender_that_is_not_loaded_has_no_limiter(shard: Shard) -> None:
     assert await shard.queue.read_limiter(ID) is None
 
 
-async def test_gap_and_window_are_told_apart(shard: Shard) -> None:
+async def test_the_limiter_reports_gap_and_window_separately(shard: Shard) -> None:
     ends = [
         PastEnd(JobRef(90 + n, 1), milliseconds(ago), True) for n, ago in ((1, 500), (2, 9_000))
     ]
@@ -29,7 +29,9 @@ async def test_gap_and_window_are_told_apart(shard: Shard) -> None:
     assert found.window_left == milliseconds(WINDOW_MS - 9_000)
 
 
-async def test_what_is_in_flight_takes_a_slot_and_asking_changes_nothing(shard: Shard) -> None:
+async def test_sends_in_flight_take_a_slot_and_reading_the_limiter_changes_nothing(
+    shard: Shard,
+) -> None:
     await shard.load(HEAD)
     (claim,) = (await shard.claim()).claims
     found = await shard.queue.read_limiter(ID)

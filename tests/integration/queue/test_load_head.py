@@ -1,4 +1,4 @@
-"""load_head.lua: what PostgreSQL said takes the place of the head, if it is still true."""
+"""load_head.lua: data read from PostgreSQL replaces the head if it is still current."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_a_load_replaces_the_head_and_the_settings(shard: Shard) -> None:
     assert await shard.ready() == {7: 20}
 
 
-async def test_the_horizon_is_the_last_job_loaded_if_more_wait_and_else_none(
+async def test_the_horizon_is_the_last_loaded_job_only_if_more_jobs_wait(
     shard: Shard,
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 10)), more=True))
@@ -47,7 +47,7 @@ async def test_the_horizon_is_the_last_job_loaded_if_more_wait_and_else_none(
     assert (await shard.sender()).settings["horizon"] == "inf"
 
 
-async def test_a_load_that_read_before_a_commit_is_refused_and_changes_nothing(
+async def test_a_load_read_before_a_commit_is_refused_and_changes_nothing(
     shard: Shard,
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
@@ -59,7 +59,7 @@ async def test_a_load_that_read_before_a_commit_is_refused_and_changes_nothing(
     assert (await shard.sender(), await shard.ready()) == before
 
 
-async def test_of_two_first_loads_the_second_is_refused(shard: Shard) -> None:
+async def test_the_second_of_two_first_loads_is_refused(shard: Shard) -> None:
     epochs = await shard.queue.begin_load([7], committed=True)
     assert await shard.queue.load_heads([replace(SENDER, jobs=jobs((1, 0)))], epochs) == []
 
@@ -67,7 +67,7 @@ async def test_of_two_first_loads_the_second_is_refused(shard: Shard) -> None:
     assert (await shard.sender()).due == dict.fromkeys(members(1), 0)
 
 
-async def test_a_load_of_before_a_loss_of_redis_is_refused(shard: Shard) -> None:
+async def test_a_load_from_before_a_loss_of_redis_is_refused(shard: Shard) -> None:
     await shard.load(SENDER)
     epochs = await shard.queue.begin_load([7], committed=False)
     await shard.redis.flushall()
@@ -76,7 +76,7 @@ async def test_a_load_of_before_a_loss_of_redis_is_refused(shard: Shard) -> None
     assert await shard.queue.load_heads([SENDER], epochs) == [7], "its history is not known"
 
 
-async def test_each_sender_of_a_load_is_refused_by_itself(shard: Shard) -> None:
+async def test_senders_of_one_load_are_refused_separately(shard: Shard) -> None:
     heads = [replace(SENDER, sender_id=n, jobs=jobs((n, 0))) for n in (1, 2, 3)]
     await shard.load(*heads)
     epochs = await shard.queue.begin_load([1, 2, 3], committed=False)
@@ -86,7 +86,7 @@ async def test_each_sender_of_a_load_is_refused_by_itself(shard: Shard) -> None:
     assert await shard.queue.load_heads([], {}) == []
 
 
-async def test_a_job_under_lease_is_not_put_back(shard: Shard) -> None:
+async def test_a_load_does_not_requeue_a_leased_job(shard: Shard) -> None:
     head = replace(SENDER, jobs=jobs((1, 0), (2, 0)))
     await shard.load(head)
     assert await shard.claimed() == [1]
@@ -97,7 +97,7 @@ async def test_a_job_under_lease_is_not_put_back(shard: Shard) -> None:
     assert (await shard.sender()).due == dict.fromkeys(members(2), 0)
 
 
-async def test_where_all_that_was_loaded_is_under_lease_a_load_is_asked_for_soon(
+async def test_a_load_is_requested_soon_if_all_loaded_jobs_are_leased(
     shard: Shard,
 ) -> None:
     head = replace(NO_GAP, max_in_flight=200, hourly_limit=1000)
@@ -137,14 +137,14 @@ async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
     assert int(state.settings["end"]) == START_MS + 901
 
 
-async def test_a_first_load_puts_no_job_both_under_lease_and_in_the_head(shard: Shard) -> None:
+async def test_a_first_load_puts_no_leased_job_in_the_head(shard: Shard) -> None:
     lease = HeldLease(JobRef(1, 1), milliseconds(5000))
     await shard.load(replace(NO_GAP, leases=(lease,), jobs=jobs((1, 0), (2, 0))))
 
     assert await shard.claimed() == [2]
 
 
-async def test_a_lease_that_had_run_out_before_a_first_load_is_found_at_once(
+async def test_a_lease_that_expired_before_a_first_load_is_found_at_once(
     shard: Shard,
 ) -> None:
     await shard.load(replace(NO_GAP, leases=(HeldLease(JobRef(1, 1), timedelta(0)),)))
@@ -153,7 +153,7 @@ async def test_a_lease_that_had_run_out_before_a_first_load_is_found_at_once(
     assert len((await shard.sender()).window) == 1
 
 
-async def test_what_is_left_of_an_earlier_life_does_not_survive_a_first_load(
+async def test_a_first_load_deletes_leftovers_of_a_lost_sender(
     shard: Shard,
 ) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 0), (3, 0))))
@@ -182,7 +182,7 @@ async def test_a_later_load_leaves_history_and_leases_as_they_are(shard: Shard) 
     assert await shard.queue.confirm([second]) == [True]
 
 
-async def test_a_load_answers_the_wish_for_one(shard: Shard) -> None:
+async def test_a_load_clears_the_request_for_one(shard: Shard) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
     await shard.claim()
     await shard.at(LEASE_MS)
@@ -196,7 +196,7 @@ async def test_a_load_answers_the_wish_for_one(shard: Shard) -> None:
 # Memory --------------------------------------------------------------------------------------
 
 
-async def test_a_full_head_stays_a_listpack(shard: Shard) -> None:
+async def test_a_full_head_stays_encoded_as_a_listpack(shard: Shard) -> None:
     # Ids and times as large as they get.
     head = [(JobRef(10**12 - n, 12), START_MS + 10**11 + n) for n in range(128)]
     await shard.load(replace(SENDER, jobs=tuple(head), more=True))
@@ -209,7 +209,7 @@ async def test_a_full_head_stays_a_listpack(shard: Shard) -> None:
     assert size < 128 * 33
 
 
-async def test_a_sender_that_waits_for_nothing_is_forgotten_after_its_history(
+async def test_a_sender_without_jobs_is_deleted_after_its_history(
     shard: Shard,
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
@@ -226,7 +226,7 @@ async def test_a_sender_that_waits_for_nothing_is_forgotten_after_its_history(
     assert WINDOW_MS < settings < window <= WINDOW_MS + 120_000, "the history goes last"
 
 
-async def test_a_sender_with_a_gap_longer_than_the_window_is_remembered_for_its_gap(
+async def test_a_sender_with_a_gap_longer_than_the_window_is_kept_for_its_gap(
     shard: Shard,
 ) -> None:
     head = replace(SENDER, gap=timedelta(hours=5), jobs=jobs((1, 0)))

@@ -1,4 +1,4 @@
-"""The Lua scripts decide as the model does, and what they decide keeps the promises.
+"""The Lua scripts decide like the model, and their decisions keep the promises.
 
 Random senders, limits, gaps, times; dispatchers that are stopped or die anywhere; loads that are
 overtaken; losses of Redis, of some of its keys, and starts with an old snapshot. After every step
@@ -93,7 +93,7 @@ class QueueMachine(LimitSteps):
         further=st.integers(0, 2),
     )
     def mark(self, pick: int, fails: bool, waits: bool, further: int) -> None:
-        """And perhaps confirm, and begin to send."""
+        """Mark, and perhaps confirm and begin to send."""
         holding = self._pick(Step.CLAIMED, pick)
         self.do(self._mark(holding, fails=fails, waits=waits))
         for step in (Step.MARKED, Step.CONFIRMED)[:further]:
@@ -282,7 +282,7 @@ class QueueMachine(LimitSteps):
 
 @pytest.fixture
 def low_water(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head of four asks for a load when one is left."""
+    """A head of four requests a load when one is left."""
     monkeypatch.setattr(outbox_server.shared.queue.queue, "LOW_WATER", LOW)
 
 
@@ -293,7 +293,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.mark.usefixtures("low_water")
-def test_the_scripts_decide_as_the_model_and_keep_the_promises(
+def test_the_scripts_agree_with_the_model_and_keep_the_promises(
     redis_url: str, runner: asyncio.Runner
 ) -> None:
     redis, raw = Redis.from_url(redis_url, decode_responses=True), Redis.from_url(redis_url)

@@ -1,4 +1,4 @@
-"""includes/pace.lua: the gap that a server teaches a sender by saying "too fast"."""
+"""includes/pace.lua: the gap learned from replies that mail comes too fast."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ async def claim_one(shard: Shard) -> Claim:
 
 
 async def too_fast(shard: Shard, claim: Claim) -> None:
-    """End a send that the server refused as too fast; its job waits on."""
+    """End a send that the server refused as too fast; its job keeps waiting."""
     await shard.settle(claim, SlotUse.BEGUN, contact=Contact.TOO_FAST, retry_at=shard.now)
 
 
 async def pace(shard: Shard) -> int:
-    """Return the pace of the sender in ms; 0: it has none."""
+    """Return the pace of the sender in ms, or 0 if it has none."""
     return int((await shard.sender()).settings.get("pace", 0))
 
 
 async def teach(shard: Shard, head: Head, times: int) -> None:
-    """Load a sender and let its server say "too fast", each time that it may send."""
+    """Load a sender and let its server reply "too fast" to each mail."""
     await shard.load(head)
     for _ in range(times):
         (claim,) = (await shard.claim(1)).claims
@@ -53,13 +53,13 @@ async def test_each_reply_doubles_the_gap_up_to_a_minute(shard: Shard) -> None:
         await shard.at(time)
 
 
-async def test_the_gap_of_the_sender_is_what_is_doubled(shard: Shard) -> None:
+async def test_the_pace_doubles_the_gap_of_the_sender(shard: Shard) -> None:
     await teach(shard, replace(FREE, gap=milliseconds(2_000)), 2)
 
     assert await pace(shard) == 8_000
 
 
-async def test_a_gap_beyond_a_minute_holds_as_it_is(shard: Shard) -> None:
+async def test_a_gap_over_a_minute_is_not_changed(shard: Shard) -> None:
     await teach(shard, replace(FREE, gap=milliseconds(90_000)), 1)
     await shard.at(89_999)
     assert await shard.claimed() == []
@@ -85,7 +85,9 @@ async def test_accepted_mails_shrink_the_pace_until_the_senders_own_gap_holds_ag
 
 
 @pytest.mark.parametrize("contact", [Contact.NONE, Contact.ANSWERED, Contact.FAILED])
-async def test_what_says_nothing_of_the_pace_leaves_it(shard: Shard, contact: Contact) -> None:
+async def test_replies_unrelated_to_the_pace_do_not_change_it(
+    shard: Shard, contact: Contact
+) -> None:
     await teach(shard, FREE, 2)
     await shard.settle(await claim_one(shard), SlotUse.BEGUN, contact=contact)
 
@@ -100,7 +102,7 @@ async def test_with_a_pace_one_send_is_in_flight(shard: Shard) -> None:
     assert await shard.claimed() == []
 
 
-async def test_what_was_sent_before_the_pace_held_says_nothing_of_it(shard: Shard) -> None:
+async def test_a_refusal_of_a_mail_sent_before_the_pace_does_not_raise_it(shard: Shard) -> None:
     await shard.load(FREE)
     first, *others, last = (await shard.claim()).claims
     await too_fast(shard, first)
@@ -112,7 +114,7 @@ async def test_what_was_sent_before_the_pace_held_says_nothing_of_it(shard: Shar
     assert await pace(shard) == 250
 
 
-async def test_what_was_accepted_before_the_pace_held_does_not_shrink_it(shard: Shard) -> None:
+async def test_a_mail_accepted_before_the_pace_does_not_shrink_it(shard: Shard) -> None:
     await shard.load(FREE)
     first, *others, _ = (await shard.claim()).claims
     await too_fast(shard, first)
@@ -126,7 +128,7 @@ async def test_what_was_accepted_before_the_pace_held_does_not_shrink_it(shard: 
     ("change", "left"),
     [({"revision": 2}, 0), ({"endpoint": "other"}, 0), ({"hourly_limit": 50}, 250)],
 )
-async def test_a_changed_sender_forgets_its_pace_and_a_load_of_the_same_does_not(
+async def test_a_load_resets_the_pace_only_if_the_sender_changed(
     shard: Shard, change: dict[str, int | str], left: int
 ) -> None:
     await teach(shard, FREE, 2)
@@ -136,7 +138,7 @@ async def test_a_changed_sender_forgets_its_pace_and_a_load_of_the_same_does_not
     assert await pace(shard) == left
 
 
-async def test_the_limiter_tells_the_pace_as_the_gap(shard: Shard) -> None:
+async def test_the_limiter_reports_the_pace_as_the_gap(shard: Shard) -> None:
     await shard.load(FREE)
     await too_fast(shard, (await shard.claim(1)).claims[0])
     await shard.at(25)
@@ -168,7 +170,7 @@ async def test_a_pace_longer_than_the_window_keeps_the_promise_of_the_window(
         assert len(await shard.claimed()) == 1
 
 
-async def test_a_sender_with_a_pace_is_forgotten_when_nothing_waits(redis_url: str) -> None:
+async def test_a_sender_with_a_pace_is_deleted_when_no_mail_waits(redis_url: str) -> None:
     async with Redis.from_url(redis_url, decode_responses=True) as client:
         shard = Shard(client, window=milliseconds(10_000))
         await shard.at(0)

@@ -1,4 +1,4 @@
-"""renew.lua: the end of a lease moves while its send goes on."""
+"""renew.lua: the end of a lease moves while its send runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def claim_one(shard: Shard) -> Claim:
     return claim
 
 
-async def test_a_renewal_moves_the_end_to_a_whole_lease_from_now(shard: Shard) -> None:
+async def test_a_renewal_moves_the_end_to_a_full_lease_from_now(shard: Shard) -> None:
     await shard.load(HEAD)
     first, second = (await shard.claim(2)).claims
     await shard.at(20_000.5)
@@ -37,14 +37,14 @@ async def test_a_renewal_moves_the_end_to_a_whole_lease_from_now(shard: Shard) -
     assert second.job.job_id == 2
 
 
-async def test_a_renewal_within_the_same_millisecond_tells_the_end(shard: Shard) -> None:
+async def test_a_renewal_within_the_same_millisecond_returns_the_end(shard: Shard) -> None:
     await shard.load(HEAD)
     claim = await claim_one(shard)
 
     assert await shard.renew(claim, claim) == [LEASE_MS, LEASE_MS]
 
 
-async def test_each_lease_is_answered_in_its_place(shard: Shard) -> None:
+async def test_renewals_are_answered_in_the_order_of_the_leases(shard: Shard) -> None:
     other = replace(HEAD, sender_id=8, jobs=jobs((4, 0)))
     await shard.load(HEAD, other)
     claims = {claim.job.job_id: claim for claim in (await shard.claim()).claims}
@@ -57,11 +57,11 @@ async def test_each_lease_is_answered_in_its_place(shard: Shard) -> None:
     assert await shard.renew(*order) == [end, None, None, end, end]
 
 
-async def test_nothing_to_renew_is_no_error(shard: Shard) -> None:
+async def test_renewing_no_leases_is_no_error(shard: Shard) -> None:
     assert await shard.renew() == []
 
 
-async def test_a_renewal_never_brings_back_a_lease_that_is_gone(shard: Shard) -> None:
+async def test_a_renewal_never_restores_a_lease_that_is_gone(shard: Shard) -> None:
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.settle(claim)
@@ -90,14 +90,14 @@ async def test_a_renewed_lease_outlives_its_first_end(shard: Shard) -> None:
     assert (claimed.claims, claimed.loads) == ((), ())
     assert (await shard.sender()).leases != {}
 
-    # Renewed no more: its slot is assumed, from the end that was moved.
+    # No longer renewed: its slot is assumed taken, from the renewed end.
     await shard.at(20_000 + LEASE_MS)
     assert (await shard.claim()).loads == (7,)
     assert list((await shard.sender()).window.values()) == [20_000 + LEASE_MS]
 
 
-async def test_a_lease_that_ran_out_unnoticed_is_renewed(shard: Shard) -> None:
-    # Nobody has looked at the sender, so nobody has its slot.
+async def test_an_expired_lease_that_nobody_noticed_is_renewed(shard: Shard) -> None:
+    # No claim has examined the sender, so its slot is still reserved.
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(LEASE_MS + 5)
@@ -106,7 +106,7 @@ async def test_a_lease_that_ran_out_unnoticed_is_renewed(shard: Shard) -> None:
     assert (await shard.claim()).loads == ()
 
 
-async def test_a_lease_that_was_found_to_have_run_out_is_gone(shard: Shard) -> None:
+async def test_a_lease_found_expired_is_not_renewed(shard: Shard) -> None:
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(LEASE_MS)
@@ -115,7 +115,7 @@ async def test_a_lease_that_was_found_to_have_run_out_is_gone(shard: Shard) -> N
     assert await shard.renew(claim) == [None]
 
 
-async def test_the_probe_of_an_open_circuit_keeps_others_out_while_it_is_renewed(
+async def test_renewing_the_probe_of_an_open_circuit_keeps_other_probes_out(
     shard: Shard,
 ) -> None:
     heads = [
@@ -155,7 +155,7 @@ async def test_the_renewal_of_another_send_extends_no_probe(shard: Shard) -> Non
     assert await shard.circuit() == before
 
 
-async def test_a_claim_that_was_refused_does_not_free_the_lease_that_was_renewed(
+async def test_a_refused_claim_does_not_release_a_renewed_lease(
     shard: Shard,
 ) -> None:
     await shard.load(HEAD)
@@ -174,7 +174,7 @@ async def test_a_claim_that_was_refused_does_not_free_the_lease_that_was_renewed
     assert (await shard.sender()).leases == dict.fromkeys(members(1), 2 + LEASE_MS)
 
 
-async def test_a_send_that_was_renewed_frees_its_slot_by_the_end_that_it_was_told(
+async def test_a_renewed_send_releases_its_slot_by_the_end_that_the_renewal_returned(
     shard: Shard,
 ) -> None:
     await shard.load(HEAD)
@@ -189,7 +189,7 @@ async def test_a_send_that_was_renewed_frees_its_slot_by_the_end_that_it_was_tol
     assert (await claim_one(shard)).job == claim.job
 
 
-async def test_a_send_whose_renewal_got_no_answer_is_recorded_by_its_attempt(
+async def test_a_send_whose_renewal_got_no_answer_is_settled_by_its_attempt(
     shard: Shard,
 ) -> None:
     # It knows the old end alone, so a give-back would free nothing. An attempt is its own fence.
@@ -207,7 +207,7 @@ async def test_a_send_whose_renewal_got_no_answer_is_recorded_by_its_attempt(
     assert members(1, attempt=2)[0] in state.due
 
 
-async def test_a_lease_that_a_load_restored_is_renewed(shard: Shard) -> None:
+async def test_a_lease_restored_by_a_load_is_renewed(shard: Shard) -> None:
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.redis.flushall()

@@ -1,4 +1,4 @@
-"""Sending hours in Redis: nothing is claimed outside of an opening, and a load brings the next."""
+"""Sending hours in Redis: no claims outside of an opening; a load brings the next one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opening(begins: int, ends: int) -> tuple[int, int]:
     return START_MS + begins, START_MS + ends
 
 
-async def test_a_job_waits_for_the_opening_and_is_not_late_by_that(shard: Shard) -> None:
+async def test_waiting_for_the_sending_hours_is_not_lateness(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 0)), opening=opening(1_000, 5_000)))
     assert await shard.ready() == {SENDER.sender_id: 1_000}
     await shard.at(999)
@@ -38,7 +38,9 @@ async def test_a_job_waits_for_the_opening_and_is_not_late_by_that(shard: Shard)
     assert claimed.claims[0].waited == timedelta(milliseconds=10)
 
 
-async def test_after_the_opening_a_load_is_asked_for_and_nothing_is_claimed(shard: Shard) -> None:
+async def test_after_the_loaded_opening_a_load_is_requested_and_no_job_is_claimed(
+    shard: Shard,
+) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 6_000)), opening=opening(0, 5_000)))
     # Due when it is over: nothing is to be seen before that.
     assert await shard.ready() == {SENDER.sender_id: 5_000}
@@ -54,7 +56,7 @@ async def test_after_the_opening_a_load_is_asked_for_and_nothing_is_claimed(shar
     assert await shard.claimed() == [1]
 
 
-async def test_the_end_of_an_opening_stops_what_is_due(shard: Shard) -> None:
+async def test_no_due_job_is_claimed_after_the_end_of_an_opening(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 0)), opening=opening(0, 5_000)))
     await shard.at(4_999)
     assert await shard.claimed(1) == [1]
@@ -105,9 +107,7 @@ async def sends_of(shard: Shard, hours: SendingHours, dues: list[int], **limits:
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_what_is_sent_over_changes_of_the_clocks_is_what_was_forecast(
-    shard: Shard, seed: int
-) -> None:
+async def test_sends_across_clock_changes_match_the_forecast(shard: Shard, seed: int) -> None:
     chance = random.Random(seed)
     # The clocks of Berlin, New York and Lord Howe (half an hour) change within the next days.
     zone, change = (

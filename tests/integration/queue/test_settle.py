@@ -1,4 +1,4 @@
-"""settle.lua: a lease becomes a slot of the window, or goes back."""
+"""settle.lua: a lease becomes a slot of the window, or is given back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def claim_one(shard: Shard) -> Claim:
     return claim
 
 
-async def test_counted_takes_a_slot_at_the_true_end_rounded_up(shard: Shard) -> None:
+async def test_a_counted_send_takes_a_slot_at_its_true_end_rounded_up(shard: Shard) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
     await shard.at(1000.2)
@@ -41,7 +41,7 @@ async def test_counted_takes_a_slot_at_the_true_end_rounded_up(shard: Shard) -> 
     assert await shard.ready() == {7: 2701}
 
 
-async def test_begun_takes_no_slot_and_begins_the_gap(shard: Shard) -> None:
+async def test_a_begun_send_takes_no_slot_and_starts_the_gap(shard: Shard) -> None:
     await shard.load(replace(SENDER, hourly_limit=1, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
     await shard.at(1000)
@@ -53,7 +53,7 @@ async def test_begun_takes_no_slot_and_begins_the_gap(shard: Shard) -> None:
     assert await shard.ready() == {7: 2700}
 
 
-async def test_unused_leaves_no_trace(shard: Shard) -> None:
+async def test_an_unused_claim_leaves_no_trace(shard: Shard) -> None:
     await shard.load(replace(SENDER, hourly_limit=1, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
     await shard.at(1000)
@@ -95,11 +95,13 @@ async def test_many_claims_of_many_senders_are_settled_at_once(shard: Shard) -> 
         assert len(sender.window) == 2
 
 
-async def test_nothing_to_settle_is_no_error(shard: Shard) -> None:
+async def test_settling_no_claims_is_no_error(shard: Shard) -> None:
     assert await shard.queue.settle([]) == []
 
 
-async def test_a_retry_waits_under_its_next_attempt_and_raises_the_epoch(shard: Shard) -> None:
+async def test_a_retry_waits_with_the_next_attempt_number_and_raises_the_epoch(
+    shard: Shard,
+) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
     claim = await claim_one(shard)
     stale = await shard.queue.begin_load([7], committed=False)
@@ -112,7 +114,7 @@ async def test_a_retry_waits_under_its_next_attempt_and_raises_the_epoch(shard: 
     assert (await shard.claim()).claims[0].job == JobRef(1, 2)
 
 
-async def test_a_retry_up_to_the_horizon_is_written_and_one_beyond_it_is_not(
+async def test_a_retry_is_written_only_up_to_the_horizon(
     shard: Shard,
 ) -> None:
     head = jobs(*((n, 0) for n in range(1, 40)), (40, 5000))
@@ -127,7 +129,7 @@ async def test_a_retry_up_to_the_horizon_is_written_and_one_beyond_it_is_not(
     assert members(2, attempt=2)[0] not in waiting, "it comes with a later load, in its order"
 
 
-async def test_what_was_given_back_waits_under_the_same_attempt(shard: Shard) -> None:
+async def test_a_job_given_back_waits_with_the_same_attempt_number(shard: Shard) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
 
@@ -152,7 +154,7 @@ async def test_a_claim_settled_twice_is_as_if_settled_once(shard: Shard, use: Sl
 
 
 async def late_claim(shard: Shard, *, limit: int = 1) -> Claim:
-    """A claim whose lease ran out; the load that this asked for found the job waiting again."""
+    """A claim whose lease expired; the load that this requested found the job waiting again."""
     head = replace(NO_GAP, hourly_limit=limit, jobs=jobs((1, 0)))
     await shard.load(head)
     claim = await claim_one(shard)
@@ -162,7 +164,7 @@ async def late_claim(shard: Shard, *, limit: int = 1) -> Claim:
     return claim
 
 
-async def test_a_late_counted_is_stamped_with_its_true_end(shard: Shard) -> None:
+async def test_a_counted_send_settled_late_takes_its_slot_at_its_true_end(shard: Shard) -> None:
     claim = await late_claim(shard)
     assert await shard.ready() == {7: LEASE_MS + WINDOW_MS}
 
@@ -175,9 +177,7 @@ async def test_a_late_counted_is_stamped_with_its_true_end(shard: Shard) -> None
 
 
 @pytest.mark.parametrize("use", [SlotUse.BEGUN, SlotUse.UNUSED])
-async def test_a_late_claim_that_sent_nothing_gives_its_slot_back(
-    shard: Shard, use: SlotUse
-) -> None:
+async def test_a_late_claim_that_sent_nothing_releases_its_slot(shard: Shard, use: SlotUse) -> None:
     claim = await late_claim(shard)
 
     await shard.settle(claim, use)
@@ -186,7 +186,7 @@ async def test_a_late_claim_that_sent_nothing_gives_its_slot_back(
     assert await shard.claimed() == [1]
 
 
-async def test_whoever_comes_too_late_does_not_take_the_slot_of_who_sent_the_job_since(
+async def test_a_late_settle_does_not_release_the_slot_of_the_dispatcher_that_sent_the_job(
     shard: Shard,
 ) -> None:
     # Stopped between its claim and its mark; the same attempt was claimed by another and sent.
@@ -200,7 +200,7 @@ async def test_whoever_comes_too_late_does_not_take_the_slot_of_who_sent_the_job
     assert (await shard.sender()).window == dict.fromkeys(members(1), LEASE_MS)
 
 
-async def test_whoever_comes_too_late_does_not_end_the_lease_of_who_has_the_job_now(
+async def test_a_late_settle_does_not_end_the_lease_of_the_current_holder(
     shard: Shard,
 ) -> None:
     stopped = await late_claim(shard, limit=2)
@@ -214,7 +214,7 @@ async def test_whoever_comes_too_late_does_not_end_the_lease_of_who_has_the_job_
     assert (await shard.sender()).window == dict.fromkeys(members(1), LEASE_MS)
 
 
-async def test_two_leases_of_one_attempt_that_ran_out_are_two_slots(shard: Shard) -> None:
+async def test_two_expired_leases_of_one_attempt_take_two_slots(shard: Shard) -> None:
     stopped = await late_claim(shard, limit=2)
     assert (await claim_one(shard)).job == stopped.job
     await shard.at(2 * LEASE_MS)
@@ -226,7 +226,7 @@ async def test_two_leases_of_one_attempt_that_ran_out_are_two_slots(shard: Shard
     assert len((await shard.sender()).window) == 1, "the other may have sent it"
 
 
-async def test_a_job_under_lease_is_not_put_back_by_whoever_comes_too_late(shard: Shard) -> None:
+async def test_a_late_settle_does_not_requeue_a_leased_job(shard: Shard) -> None:
     stopped = await late_claim(shard, limit=3)
     again = await claim_one(shard)
     assert again.job == stopped.job
@@ -236,7 +236,7 @@ async def test_a_job_under_lease_is_not_put_back_by_whoever_comes_too_late(shard
     assert await shard.claimed() == [2]
 
 
-async def test_a_late_retry_keeps_the_keys_of_a_sender_that_had_become_idle(shard: Shard) -> None:
+async def test_a_late_retry_keeps_the_keys_of_an_idle_sender(shard: Shard) -> None:
     claim = await late_claim(shard, limit=5)
     await shard.load(NO_GAP)
     state = await shard.sender()

@@ -1,4 +1,4 @@
-"""Wake-ups: who sleeps is told of what comes earlier than it knows, and of nothing else."""
+"""Wake-ups: a sleeping dispatcher is woken only for jobs due before its next look."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ear:
         self._shard = shard
 
     async def heard(self) -> int:
-        """How many messages came since the last time, none of them left out."""
+        """Return how many messages have arrived since the last call."""
         await self._shard.redis.publish(self._shard.queue.keys.wake, "end")
         messages = 0
         async with asyncio.timeout(PATIENCE):
@@ -44,19 +44,21 @@ async def ear(shard: Shard) -> AsyncIterator[Ear]:
         yield Ear(pubsub, shard)
 
 
-async def test_where_nobody_sleeps_nobody_is_told(shard: Shard, ear: Ear) -> None:
+async def test_no_wake_is_sent_when_no_dispatcher_sleeps(shard: Shard, ear: Ear) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
     assert await ear.heard() == 0
 
 
-async def test_whoever_sleeps_without_end_is_told_of_anything(shard: Shard, ear: Ear) -> None:
+async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_for_any_job(
+    shard: Shard, ear: Ear
+) -> None:
     await shard.claim()
     await shard.load(replace(SENDER, jobs=jobs((1, 999_999))))
     assert await ear.heard() == 1
 
 
 @pytest.mark.parametrize(("due", "told"), [(99, 1), (100, 0), (101, 0)])
-async def test_whoever_sleeps_until_a_look_is_told_of_what_is_earlier(
+async def test_a_dispatcher_that_sleeps_until_its_next_look_is_woken_only_for_earlier_jobs(
     shard: Shard, ear: Ear, due: int, told: int
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 100))))
@@ -67,7 +69,7 @@ async def test_whoever_sleeps_until_a_look_is_told_of_what_is_earlier(
     assert await ear.heard() == told
 
 
-async def test_one_message_wakes_all_and_the_next_waits_for_a_new_sleeper(
+async def test_one_message_wakes_all_dispatchers_and_no_other_follows_until_one_sleeps_again(
     shard: Shard, ear: Ear
 ) -> None:
     await shard.claim()
@@ -79,7 +81,7 @@ async def test_one_message_wakes_all_and_the_next_waits_for_a_new_sleeper(
     assert await ear.heard() == 1
 
 
-async def test_a_settle_that_frees_a_place_tells(shard: Shard, ear: Ear) -> None:
+async def test_a_settle_that_frees_a_slot_wakes_a_dispatcher(shard: Shard, ear: Ear) -> None:
     await shard.load(replace(NO_GAP, max_in_flight=1, jobs=jobs((1, 0), (2, 0))))
     (claim,) = (await shard.claim()).claims
     assert await ear.heard() == 0
@@ -90,21 +92,23 @@ async def test_a_settle_that_frees_a_place_tells(shard: Shard, ear: Ear) -> None
     assert await shard.claimed() == [2]
 
 
-async def test_a_settle_after_which_nothing_waits_tells_nobody(shard: Shard, ear: Ear) -> None:
+async def test_a_settle_after_which_no_job_waits_wakes_no_dispatcher(
+    shard: Shard, ear: Ear
+) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
     (claim,) = (await shard.claim()).claims
     await shard.settle(claim)
     assert await ear.heard() == 0
 
 
-async def test_a_retry_tells_of_its_time(shard: Shard, ear: Ear) -> None:
+async def test_a_retry_wakes_a_dispatcher_for_its_time(shard: Shard, ear: Ear) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
     (claim,) = (await shard.claim()).claims
     await shard.settle(claim, SlotUse.BEGUN, retry_at=5000)
     assert await ear.heard() == 1
 
 
-async def test_a_pause_tells_nobody_and_a_resume_does(shard: Shard, ear: Ear) -> None:
+async def test_a_resume_wakes_a_dispatcher_and_a_pause_does_not(shard: Shard, ear: Ear) -> None:
     head = replace(SENDER, jobs=jobs((1, 100)))
     await shard.load(head)
     await shard.claim()
@@ -115,7 +119,9 @@ async def test_a_pause_tells_nobody_and_a_resume_does(shard: Shard, ear: Ear) ->
     assert await ear.heard() == 1
 
 
-async def test_whoever_is_full_tells_the_sleepers_what_it_leaves(shard: Shard, ear: Ear) -> None:
+async def test_a_full_dispatcher_wakes_the_sleepers_for_the_jobs_it_leaves(
+    shard: Shard, ear: Ear
+) -> None:
     await shard.claim()
     for sender_id in (1, 2):
         await shard.load(replace(SENDER, sender_id=sender_id, jobs=jobs((sender_id, 0))))
@@ -128,7 +134,9 @@ async def test_whoever_is_full_tells_the_sleepers_what_it_leaves(shard: Shard, e
     assert await ear.heard() == 1
 
 
-async def test_a_short_sleeper_does_not_make_the_long_one_forgotten(shard: Shard, ear: Ear) -> None:
+async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_after_another_slept_briefly(
+    shard: Shard, ear: Ear
+) -> None:
     # One dispatcher sleeps without end.
     await shard.claim()
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 100), (3, 100))))
@@ -144,7 +152,7 @@ async def test_a_short_sleeper_does_not_make_the_long_one_forgotten(shard: Shard
     assert await ear.heard() == 1, "the first has room, and would sleep on"
 
 
-async def test_the_end_of_a_rebuild_tells(bare_shard: Shard) -> None:
+async def test_the_end_of_a_rebuild_wakes_a_dispatcher(bare_shard: Shard) -> None:
     async with bare_shard.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe(bare_shard.queue.keys.wake)
         ear = Ear(pubsub, bare_shard)

@@ -1,4 +1,4 @@
-"""What is under way in a run of the model: loads, claims in hand, limits, a snapshot."""
+"""The operations under way in a run of the model: loads, claims, limits, a snapshot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.integration.queue_model import HeadModel
 
 
 class Step(Enum):
-    """How far a dispatcher has come with a claim."""
+    """How far a dispatcher has processed a claim."""
 
     CLAIMED = auto()
     MARKED = auto()
@@ -22,7 +22,7 @@ class Step(Enum):
 
 @dataclass
 class LoadUnderWay:
-    """A load under way: PostgreSQL was read, Redis is not yet told."""
+    """A load under way: PostgreSQL was read, Redis is not yet written."""
 
     sender_id: int
     epoch: str
@@ -49,11 +49,11 @@ class Holding:
     ended: int = 0
     # Whether it knows the present ends of its lease in both stores.
     known: bool = True
-    # PostgreSQL alone knows where the job waits now.
+    # Only PostgreSQL knows where the job waits now.
     stale: bool = False
 
     def renewed(self, lease_ms: int) -> None:
-        """Note the end of the lease that both stores have confirmed."""
+        """Record the end of the lease that both stores have confirmed."""
         self.claim = replace(self.claim, lease_ms=lease_ms)
         self.known = True
 
@@ -71,7 +71,7 @@ class Holding:
 
 @dataclass
 class LimitHistory:
-    """When which limit came into force, of one sender."""
+    """The limits of one sender, with the time at which each came into force."""
 
     changes: list[tuple[int, int]] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class LimitHistory:
 
 @dataclass
 class Snapshot:
-    """All keys as they were, with their ms to live; and the model's `ready`."""
+    """All keys of an earlier time, with their ms to live, and the model's `ready`."""
 
     keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     ready: dict[int, int] = field(default_factory=dict)

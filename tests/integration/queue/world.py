@@ -1,4 +1,4 @@
-"""What stands around the queue, in memory: PostgreSQL's rows, and what was really sent when.
+"""The surroundings of the queue in memory: PostgreSQL's rows, and what was sent when.
 
 Pure. The rows change by the rules of the services' statements; the sends are the truth that the
 limits are held against. Times are in us since 1970, but for due times (Unix ms).
@@ -50,7 +50,7 @@ class ModelledAttempt:
 
 @dataclass
 class Send:
-    """One hand-over to SMTP, from its claim on."""
+    """One hand-over to SMTP, from its claim."""
 
     job_id: int
     claimed: int
@@ -72,7 +72,7 @@ class ModelledInstallation:
     senders: dict[int, SenderRow] = field(default_factory=dict)
     jobs: dict[int, ModelledJob] = field(default_factory=dict)
     attempts: list[ModelledAttempt] = field(default_factory=list)
-    # Loads that are wanted, should whoever committed die: number and sender.
+    # Loads needed if the committing process dies: number and sender.
     markers: dict[int, int] = field(default_factory=dict)
     marker_ids: Iterator[int] = field(default_factory=itertools.count)
     sends: dict[int, list[Send]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class ModelledInstallation:
                 yield job
 
     def read_head(self, sender_id: int, now: int, *, fresh: bool) -> tuple[Head, HeadModel]:
-        """Return what a load reads, for the queue and for its model."""
+        """Return the data that a load reads, for the queue and for its model."""
         row = self.senders[sender_id]
         waiting = sorted(
             self.in_state(JobState.SCHEDULED, sender_id), key=lambda job: (job.due, job.job_id)
@@ -157,7 +157,7 @@ class ModelledInstallation:
         return True
 
     def renew(self, job: JobRef, now: int) -> int | None:
-        """Move the end of a lease; return the new one. None: the job is not ours any more."""
+        """Move the end of a lease and return it; None if the job is no longer ours."""
         row = self.jobs[job.job_id]
         if not self._holds(job):
             return None
@@ -183,7 +183,7 @@ class ModelledInstallation:
         return True
 
     def recover(self, now: int) -> set[int]:
-        """End the attempts whose lease ran out; return the senders concerned."""
+        """End the attempts whose lease expired; return their senders."""
         concerned = set()
         for row in self.in_state(JobState.SENDING):
             if row.lease_until < now:
@@ -200,7 +200,7 @@ class ModelledInstallation:
     # What was really sent --------------------------------------------------------------------
 
     def begin_send(self, sender_id: int, send: Send, now: int, limit: int) -> None:
-        """Note the start of a send, and hold the promises against it.
+        """Record the start of a send, and check the promises.
 
         `limit` is the highest in force since it was claimed.
         """
