@@ -62,12 +62,12 @@ async def healing(stack: BenchStack) -> dict[str, float]:
             await connection.execute(statement, size)
         await connection.execute("ANALYZE")
         with stack.process("dispatcher", dispatcher_concurrency="20", min_gap="2s"):
-            await _until_whole(redis)
+            await _until_rebuilt(redis)
             await asyncio.sleep(_WATCHED.total_seconds() / 2)
             cursor = await connection.execute("SELECT clock_timestamp()")
             row = await cursor.fetchone()
             await redis.flushall()
-            took = await _until_whole(redis)
+            took = await _until_rebuilt(redis)
             await asyncio.sleep(_WATCHED.total_seconds())
         if row is None:
             raise RuntimeError("PostgreSQL has no time")
@@ -85,7 +85,7 @@ async def healing(stack: BenchStack) -> dict[str, float]:
     }
 
 
-async def _until_whole(redis: Redis) -> float:
+async def _until_rebuilt(redis: Redis) -> float:
     """Return the seconds until every sender is loaded."""
     started = time.monotonic()
     while not await redis.exists("outbox:{0}:generation"):

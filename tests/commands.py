@@ -16,7 +16,7 @@ from tests.scheduler_stack import Scheduler
 
 
 @dataclass(frozen=True)
-class Done:
+class CommandResult:
     """How a command ended."""
 
     exit_code: int
@@ -24,11 +24,11 @@ class Done:
     stderr: str
 
 
-def run(words: list[str], stdin: bytes | None = None) -> Done:
+def run(words: list[str], stdin: bytes | None = None) -> CommandResult:
     """Run a command here; with `stdin` as a process, which reads it from a pipe."""
     if stdin is None:
         done = CliRunner().invoke(app, words)
-        return Done(done.exit_code, done.stdout, done.stderr)
+        return CommandResult(done.exit_code, done.stdout, done.stderr)
     ended = subprocess.run(
         [Path(sys.executable).with_name("outbox"), *words],
         input=stdin,
@@ -36,8 +36,8 @@ def run(words: list[str], stdin: bytes | None = None) -> Done:
         check=False,
         timeout=PATIENCE,
     )
-    return Done(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+    return CommandResult(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
-async def outbox(scheduler: Scheduler, *words: str, stdin: bytes | None = None) -> Done:
+async def outbox(scheduler: Scheduler, *words: str, stdin: bytes | None = None) -> CommandResult:
     return await asyncio.to_thread(run, [*words, "--server", scheduler.address], stdin)

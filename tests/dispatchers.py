@@ -75,7 +75,7 @@ class DispatcherClient:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-class Running(DispatcherClient):
+class RunningDispatcher(DispatcherClient):
     """A dispatcher of this process."""
 
     def __init__(self, channel: grpc.aio.Channel, stop: asyncio.Event) -> None:
@@ -84,7 +84,7 @@ class Running(DispatcherClient):
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Running]:
+async def running(settings: Settings) -> AsyncIterator[RunningDispatcher]:
     """Run a dispatcher in this process; the context stops it at its end."""
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
@@ -92,7 +92,7 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         group.create_task(serve(settings, stop, ready=port.set_result))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{await port}") as channel:
             try:
-                yield Running(channel, stop)
+                yield RunningDispatcher(channel, stop)
             finally:
                 stop.set()
 
@@ -138,7 +138,7 @@ class DispatcherProcess:
         """Stop it as a debugger or an overcommitted host does (SIGSTOP)."""
         self.process.send_signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Resume it after a `pause`."""
         self.process.send_signal(signal.SIGCONT)
 

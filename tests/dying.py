@@ -65,7 +65,7 @@ def _in_body(share: float) -> Arm:
             return await send(transaction, data)
         sent = data + b".\r\n"
         connection = transaction._stream.transport.get_extra_info("socket")
-        # Past the transport, which writes later.
+        # Bypasses the transport, which writes later.
         os.write(connection.fileno(), sent[: int(len(sent) * share)])
         _die()
 

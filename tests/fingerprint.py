@@ -9,7 +9,7 @@ from psycopg import sql
 
 from outbox_server.shared.database.models import Base
 
-# Counts are folded meanwhile, and a marker goes when its head is loaded.
+# Counts may be folded at any time, and a marker is deleted when its head is loaded.
 MOVING: Final = (
     "count_deltas",
     "batch_counts",

@@ -17,7 +17,7 @@ from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
-# A lease that ran out before it began.
+# A lease that expired before it began.
 OVER = timedelta(milliseconds=-1)
 
 

@@ -56,7 +56,7 @@ AWAY = FailedCall(grpc.StatusCode.UNAVAILABLE)
 
 
 @dataclass
-class Misbehaving:
+class MisbehavingServer:
     """The faults of the next calls, and the calls received."""
 
     address: str = ""
@@ -68,7 +68,7 @@ class Misbehaving:
     # Of each upload that ended: all bytes.
     uploads: list[bytes] = field(default_factory=list)
     cancelled: int = 0
-    # Of each WatchBatch: what it streams before it ends.
+    # The messages that each WatchBatch streams before it ends.
     streams: list[list[batch_service_pb2.WatchBatchResponse]] = field(default_factory=list)
     # Of GetBatch.
     batches: list[batch_pb2.Batch] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Misbehaving:
 
 
 class _Senders(sender_service_pb2_grpc.SenderServiceServicer):
-    def __init__(self, state: Misbehaving) -> None:
+    def __init__(self, state: MisbehavingServer) -> None:
         self._state = state
 
     async def GetSender(self, request: Any, context: Any) -> sender_pb2.Sender:  # noqa: N802
@@ -108,7 +108,7 @@ class _Senders(sender_service_pb2_grpc.SenderServiceServicer):
 
 
 class _Batches(batch_service_pb2_grpc.BatchServiceServicer):
-    def __init__(self, state: Misbehaving) -> None:
+    def __init__(self, state: MisbehavingServer) -> None:
         self._state = state
 
     async def ScheduleBatch(  # noqa: N802
@@ -149,11 +149,11 @@ class _Batches(batch_service_pb2_grpc.BatchServiceServicer):
 @asynccontextmanager
 async def misbehaving_server(
     credentials: grpc.ServerCredentials | None = None,
-) -> AsyncIterator[Misbehaving]:
+) -> AsyncIterator[MisbehavingServer]:
     """Run the server on a free port."""
-    state = Misbehaving()
+    state = MisbehavingServer()
     server = grpc.aio.server()
-    # Abstract: what is left out answers UNIMPLEMENTED, as it should.
+    # Abstract: missing methods answer UNIMPLEMENTED, as they should.
     kinds: tuple[Any, Any] = (_Senders, _Batches)
     for kind in kinds:
         kind.__abstractmethods__ = frozenset()

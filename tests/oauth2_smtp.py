@@ -19,7 +19,7 @@ _USER: Final = {
 
 
 @dataclass(frozen=True)
-class Presented:
+class PresentedToken:
     """One AUTH: what was presented, and whether it was accepted."""
 
     mechanism: str
@@ -48,7 +48,7 @@ class OAuth2SmtpServer:
         self.mechanisms = mechanisms
         self._challenges = challenges
         self._quotes = quotes
-        self.presented: list[Presented] = []
+        self.presented: list[PresentedToken] = []
         # What clients answered to challenges.
         self.dummies: list[str] = []
         self.mails: list[bytes] = []
@@ -135,7 +135,9 @@ class _OAuth2SmtpSession:
         assert user, said
         name = user[1].replace("=2C", ",").replace("=3D", "=")
         accepted = self._server._accepts(name, token[1])
-        self._server.presented.append(Presented(mechanism, name, token[1], accepted, self._number))
+        self._server.presented.append(
+            PresentedToken(mechanism, name, token[1], accepted, self._number)
+        )
         if accepted:
             self._signed_in, self._token = True, token[1]
             await self._say("235 2.7.0 Accepted")

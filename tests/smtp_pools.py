@@ -48,7 +48,7 @@ def pool_of(*, timeout: float = LIMIT, **settings: Any) -> SmtpPool:
     return SmtpPool(**(defaults | settings))
 
 
-class Listening(Protocol):
+class ListeningServer(Protocol):
     """A server on loopback."""
 
     @property
@@ -56,7 +56,7 @@ class Listening(Protocol):
         """Its port."""
 
 
-def endpoint_of(server: Listening, **changes: Any) -> Endpoint:
+def endpoint_of(server: ListeningServer, **changes: Any) -> Endpoint:
     return replace(Endpoint("127.0.0.1", server.port, SmtpSecurity.NONE), **changes)
 
 

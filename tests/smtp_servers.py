@@ -55,11 +55,11 @@ class StopReading:
 
 
 @dataclass(frozen=True)
-class Well:
+class Succeed:
     """Answer with success."""
 
 
-Step = Say | Close | Wait | StopReading | Well
+Step = Say | Close | Wait | StopReading | Succeed
 # What happens in a phase: some steps, one after the other.
 Action = Step | tuple[Step, ...]
 
@@ -79,7 +79,7 @@ Habit = Callable[[Conversation], Action]
 
 
 @dataclass
-class Taken:
+class TakenMail:
     """A mail whose body came to its end. Times are seconds since 1970."""
 
     mail_from: str
@@ -121,7 +121,7 @@ class ScriptedServer:
         self.plan = dict(plan or {})
         self.visits: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
-        self.taken: list[Taken] = []
+        self.taken: list[TakenMail] = []
         # Bytes of bodies, also of those that did not come to their end.
         self.body_bytes = 0
         self.commands: list[str] = []
@@ -209,11 +209,11 @@ class ScriptedServer:
             writer.transport.abort()
 
     def _action(self, phase: str, conversation: Conversation) -> tuple[Step, ...]:
-        action = self.plan.get(phase, Well())
+        action = self.plan.get(phase, Succeed())
         if callable(action):
             action = action(conversation)
         if isinstance(action, list):
-            action = action.pop(0) if action else Well()
+            action = action.pop(0) if action else Succeed()
         return action if isinstance(action, tuple) else (action,)
 
 
@@ -237,9 +237,9 @@ class _Session:
         while line := await self._reader.readline():
             command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
             self._server.commands.append(command)
-            await self._obey(command)
+            await self._answer_command(command)
 
-    async def _obey(self, command: str) -> None:
+    async def _answer_command(self, command: str) -> None:
         verb = command.partition(" ")[0].upper()
         if verb == "MAIL":
             self._began = time.time()
@@ -290,7 +290,7 @@ class _Session:
             if not line.endswith(b"\n"):
                 raise EOFError
             lines.append(line)
-        mail = Taken(self._from, self._to, b"".join(lines), self._began, time.time())
+        mail = TakenMail(self._from, self._to, b"".join(lines), self._began, time.time())
         self._server.taken.append(mail)
         answer = await self._do("body")
         mail.answered = answer == "250"
@@ -304,7 +304,7 @@ class _Session:
             match step:
                 case Say(text):
                     said = await self._say(text)
-                case Well():
+                case Succeed():
                     said = await self._say(self._well(phase))
                 case Wait(event):
                     await self._wait(phase, event)

@@ -22,7 +22,7 @@ from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 
-# One transaction, as at an intake: the batch, its jobs, what they add to the counts, the marker.
+# One transaction, as at an intake: the batch, its jobs, their count deltas, the marker.
 _INTAKE: Final = """
 WITH batch AS (
     INSERT INTO batches (user_id, sender_id, request_id, request_hash, subject, body, start_at,
@@ -252,7 +252,7 @@ class World:
 
     async def check_counts(self) -> None:
         """Compare every count with a recount of the rows, also by the hour of each final state."""
-        # Of a cancelled batch, a row that says SCHEDULED is on its way to CANCELLED.
+        # A SCHEDULED row of a cancelled batch will become CANCELLED.
         jobs = """(
             SELECT j.sender_id, j.batch_id, CASE WHEN c.batch_id IS NOT NULL AND j.state = 1
                    THEN 6 ELSE j.state END AS state

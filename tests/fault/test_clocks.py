@@ -40,7 +40,7 @@ async def test_a_dispatcher_whose_clock_is_an_hour_off_breaks_no_limit_and_recor
     async with World(settings) as world:
         sender, later = await world.sender(limit=5), await world.sender()
         jobs = await world.schedule(sender, 12)
-        # Due in half an hour: not now, though one of the clocks says that it is.
+        # Due in half an hour: not now, although one of the clocks says so.
         waiting = await world.schedule(later, due=timedelta(minutes=30))
         began = time.time()
         with monkeypatch.context() as patch:

@@ -26,7 +26,7 @@ from tests.dispatchers import (
 )
 from tests.dying import doomed
 from tests.eventually import eventually
-from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, gap_of, jobs_in
 
 Configure = Callable[..., dict[str, str]]
@@ -162,7 +162,7 @@ async def is_sent(world: World, job: int) -> bool:
 async def held_in_three_phases() -> AsyncIterator[tuple[ScriptedServer, asyncio.Event]]:
     """Take mails, but hold the first three until the event: before 354 or the body, and after."""
     release = asyncio.Event()
-    held = [(Wait(release), Well())]
+    held = [(Wait(release), Succeed())]
     async with ScriptedServer({"rcpt": [*held], "data": [*held], "body": [*held]}) as server:
         yield server, release
 
@@ -194,7 +194,7 @@ async def test_a_dispatcher_paused_past_its_lease_sends_nothing_and_overwrites_n
                 # The server says 354 to the one, and 250 to the other that is in doubt.
                 release.set()
                 await eventually(lambda: not server.waiting.total())
-                sleeper.go_on()
+                sleeper.resume()
                 await eventually(lambda: nothing_in_flight(sleeper))
 
             assert [(await world.job(job), await world.attempts(job)) for job in jobs] == before
@@ -224,7 +224,7 @@ async def test_a_job_whose_lease_expired_during_mark_is_given_up(
         async with running(settings_of(values)):
             await eventually(world.done)
             before = await world.attempts(job)
-            sleeper.go_on()
+            sleeper.resume()
             await eventually(lambda: nothing_in_flight(sleeper))
 
         assert [a.outcome for a in before] == [LEASE_EXPIRED, SENT]
@@ -248,7 +248,7 @@ async def test_a_paused_dispatcher_among_others_breaks_neither_gap_nor_record(
             # the first may have looked while it saw its own long leases alone.
             async with running(settings_of(values)):
                 await eventually(world.done)
-            sleeper.go_on()
+            sleeper.resume()
             await eventually(lambda: nothing_in_flight(sleeper))
 
         arrived = jobs_in(inbox.mails)

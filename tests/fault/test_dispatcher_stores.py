@@ -16,7 +16,7 @@ from outbox_server.deploy.embedded.child import processes_in
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.shared.states import JobState
 from tests.conftest import Stores
-from tests.dispatchers import Running, options, running, settings_of
+from tests.dispatchers import RunningDispatcher, options, running, settings_of
 from tests.eventually import eventually
 from tests.world import World, at_least, gap_of, jobs_in, most_of
 
@@ -49,7 +49,7 @@ async def test_killing_postgresql_under_load_only_delays_mail(
         await eventually(lambda: len(inbox.mails) >= 100)
         await stores.postgres.kill()
         try:
-            # What is in flight comes to its end, and nothing more is begun.
+            # Sends in flight finish, and no others begin.
             await eventually(lambda: not_serving(dispatcher))
         finally:
             await stores.postgres.start()
@@ -99,7 +99,7 @@ def signal_all(processes: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-async def not_serving(dispatcher: Running) -> bool:
+async def not_serving(dispatcher: RunningDispatcher) -> bool:
     return not await dispatcher.serving()
 
 

@@ -101,7 +101,7 @@ async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
 ) -> None:
     await postgres.ensure_database()
     if not log_too:
-        # Else what becomes full is the log of changes, and PostgreSQL ends until there is space.
+        # Otherwise the WAL fills the disk, and PostgreSQL stops until there is space.
         await administrate(postgres, "ALTER SYSTEM SET max_wal_size = '32MB'")
         await administrate(postgres, "SELECT pg_reload_conf()")
     await asyncio.to_thread(migrate, postgres.url())
@@ -125,7 +125,7 @@ async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
                 accepted += Counter({name: rows})
                 refusals += [refusal] if refusal else []
                 doubtful |= {name} if refusal in (UNAVAILABLE, LOST) else set()
-            # Without the log's space, what is full first may be either, as checkpoints happen.
+            # Without the space of the WAL, either may be full first, depending on checkpoints.
             wanted = {UNAVAILABLE} if log_too else {UNAVAILABLE, EXHAUSTED}
             if len(refusals) >= 6 and wanted & set(refusals):
                 break

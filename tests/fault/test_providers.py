@@ -142,7 +142,7 @@ async def test_every_mail_is_accepted_once_although_dispatchers_are_killed(
     provider = Provider(case.profile, accounts={USER: Account("secret")})
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(provider)
-        # Without TLS: the session's security has tests of its own.
+        # Without TLS: other tests cover the session's security.
         login = USER if case.profile.requires_auth else ""
         values = values_for(provider.url(login), case)
         world = await stack.enter_async_context(World(settings_of(values)))

@@ -17,7 +17,7 @@ from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
-from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
@@ -93,7 +93,7 @@ async def test_a_mail_in_flight_that_is_missing_from_an_old_snapshot_holds_its_s
     configure: Configure, redis_server: ValkeyServer
 ) -> None:
     held = Wait()
-    async with ScriptedServer({"body": [(held, Well())]}) as server:
+    async with ScriptedServer({"body": [(held, Succeed())]}) as server:
         settings = settings_of(configure(server.url, min_gap="100ms"))
         async with World(settings) as world, running(settings), running(settings):
             sender, control = await world.sender(), await world.sender()
@@ -152,7 +152,7 @@ async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
                 await redis.config_set("repl-diskless-sync-delay", 0)
             await other.replicaof("127.0.0.1", redis_server.port)
             await eventually(lambda: synced(other))
-            # From here on it is behind.
+            # From here on it lags.
             await other.replicaof("NO", "ONE")
             sent = len(inbox.mails)
             await eventually(partial(at_least, sent + 8, inbox.mails))

@@ -62,7 +62,7 @@ def pid_of(module: str, among: set[int]) -> int:
 
 
 @dataclass
-class Up:
+class RunningUp:
     """A running `outbox up`."""
 
     process: subprocess.Popen[bytes]
@@ -107,7 +107,7 @@ def folder() -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def running(folder: Path, *options: str, **variables: str) -> AsyncIterator[Up]:
+async def running(folder: Path, *options: str, **variables: str) -> AsyncIterator[RunningUp]:
     """Run `outbox up` in a folder from ready to, at the latest, SIGKILL."""
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
@@ -118,7 +118,7 @@ async def running(folder: Path, *options: str, **variables: str) -> AsyncIterato
             stdout=out,
             stderr=err,
         )
-    up = Up(process, folder)
+    up = RunningUp(process, folder)
     started: set[int] = set()
     try:
         await eventually(lambda: is_ready(up))
@@ -132,7 +132,7 @@ async def running(folder: Path, *options: str, **variables: str) -> AsyncIterato
         await eventually(lambda: not any(map(alive, started)))
 
 
-def is_ready(up: Up) -> bool:
+def is_ready(up: RunningUp) -> bool:
     assert up.process.poll() is None, up.errors
     return "ready after" in up.errors
 
@@ -142,7 +142,7 @@ async def ended(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def schedule(up: Up, request_id: str, sender_id: str | None, names: list[str]) -> str:
+def schedule(up: RunningUp, request_id: str, sender_id: str | None, names: list[str]) -> str:
     """Schedule a mail to each of `names`, over gRPC; return the sender's id."""
     with grpc.insecure_channel(up.endpoints["scheduler"]) as channel:
         if sender_id is None:
@@ -168,7 +168,7 @@ async def test_mail_scheduled_before_a_kill_of_everything_arrives_after_the_next
     folder: Path,
 ) -> None:
     names = [f"r{number}" for number in range(12)]
-    # What was cut off in the middle of a send is sent again once its lease is over.
+    # A mail whose send was cut off is sent again once its lease has expired.
     async with running(folder, OUTBOX_LEASE="2s") as up:
         sender_id = schedule(up, "first", None, names)
         await eventually(lambda: len(up.mails()) >= 3)
@@ -276,7 +276,7 @@ async def test_with_a_relay_no_mail_goes_to_an_embedded_inbox(folder: Path) -> N
 async def test_the_audit_checks_mail_to_other_servers_only_in_postgresql(folder: Path) -> None:
     names = ["ann", "ben", "cy"]
 
-    async def all_sent(up: Up, count: int) -> bool:
+    async def all_sent(up: RunningUp, count: int) -> bool:
         found = await asyncio.to_thread(up.ask, "stats", "user", "u")
         return bool(found["counts"].get("sent_count") == str(count))
 
@@ -312,12 +312,12 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
     options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.5")
     async with running(folder, *options, OUTBOX_COOLDOWN="1m") as up:
         assert up.endpoints["provider"] == "gmail"
-        # TLS and the account's login are a part of it.
+        # It includes TLS and the account's login.
         assert up.endpoints["smtp_url"].startswith("smtp+starttls://outbox:outbox@127.0.0.1:")
         printed = (folder / "stdout").read_text()
         assert "a Gmail account (smtp.gmail.com), simulated" in printed
         assert "20 mails of an account in any 12h, then: 550 5.4.5 Daily user" in printed
-        # A relay of the sender's own is overridden: the audit asks the provider alone.
+        # The sender's own relay is overridden: the audit checks only the provider.
         sender = up.ask(
             *("senders", "create", "--user", "u", "--email", "news@example.com"),
             *("--smtp-host", "127.0.0.1", "--smtp-port", "9", "--smtp-security", "none"),

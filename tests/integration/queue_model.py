@@ -19,7 +19,7 @@ INFINITY = float("inf")
 # Connection failures in a row that open a circuit; how often a held sender is looked at anyway.
 FAILURES = 3
 PATROL = 30_000
-# The pace that a server teaches: its first and its longest gap, and the part that is left of it.
+# The learned pace: its first and its longest gap, and the factor by which it shrinks.
 PACE_FIRST = 125
 PACE_MOST = 60_000
 PACE_SHRINKS_TO = 0.9
@@ -37,7 +37,7 @@ class CircuitModel:
     rung: int = 0
     probe: tuple[int, str] | None = None
     busy_until: int = 0
-    # Since when each could send but for the circuit.
+    # Since when each could send without the circuit.
     held: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -60,32 +60,32 @@ class SenderModel:
 
     epoch: int
     limit: int = 1
-    # Its own gap, and the one that its server has taught; 0: none.
+    # Its own gap, and the pace learned from its server; 0: none.
     own_gap: int = 0
     pace: int = 0
     flight: int = 1
     active: bool = True
     horizon: float = INFINITY
-    # A load is wanted, and is asked for again at this time.
+    # A load was requested, and is requested again at this time.
     loading: int | None = None
     last_end: int = 0
     due: dict[str, int] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
     # Ends that take a slot of the window, by job and attempt; a "?" for each that is assumed.
     slots: dict[str, int] = field(default_factory=dict)
-    # The last load left out a job, since it was claimed.
+    # The last load left out a job because it was claimed.
     left_out: bool = False
-    # Nothing waits and nothing is in flight: it is forgotten when its history is.
+    # Nothing waits or is in flight: it is deleted together with its history.
     idle: bool = False
     endpoint: str = ""
     revision: int = 0
-    # Its own circuit: failures in a row, whether it is open, the next probe and who sends it.
+    # Its own circuit: failures in a row, whether it is open, the next probe and its lease.
     troubles: int = 0
     open: bool = False
     probe: int = 0
     rung: int = 0
     prober: str | None = None
-    # Its account was refused: when its next probe may be. 0: it was not.
+    # In a cooldown: the time of the next probe. 0: no cooldown.
     cool: int = 0
 
     @property
@@ -178,7 +178,7 @@ class QueueModel:
         self.new_epochs: dict[int, int] = {}
         self.ready: dict[int, int] = {}
         self.circuits: dict[str, CircuitModel] = {}
-        # What opened (or closed), of which sender or of an endpoint.
+        # Circuits that opened or closed, of a sender or of an endpoint.
         self.changes: list[tuple[bool, int | None]] = []
 
     @property

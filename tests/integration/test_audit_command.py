@@ -36,7 +36,7 @@ def settings(database_url: str, redis_url: str) -> Settings:
     )
 
 
-class Past:
+class SentHistory:
     """An installation with sent mail: the time of every job, and what the SMTP side saw."""
 
     def __init__(self, world: World, folder: Path) -> None:
@@ -125,15 +125,15 @@ class Past:
 
 
 @pytest.fixture
-async def past(settings: Settings, tmp_path: Path) -> AsyncIterator[Past]:
+async def past(settings: Settings, tmp_path: Path) -> AsyncIterator[SentHistory]:
     async with World(settings) as world:
-        past = Past(world, tmp_path)
+        past = SentHistory(world, tmp_path)
         await past.prepare()
         yield past
 
 
 @pytest.fixture
-async def sender(past: Past) -> int:
+async def sender(past: SentHistory) -> int:
     """A sender of at most 3 in 10 s, the gap being the floor of 2 s, and three mails of it."""
     sender = await past.world.sender(limit=3)
     await past.sent(sender, 0, 2.5, 5)
@@ -142,7 +142,7 @@ async def sender(past: Past) -> int:
 
 @pytest.mark.parametrize("smtp_side", [True, False])
 async def test_kept_promises_pass(
-    past: Past, settings: Settings, sender: int, smtp_side: bool
+    past: SentHistory, settings: Settings, sender: int, smtp_side: bool
 ) -> None:
     other = await past.world.sender(limit=1, gap_ms=5000)
     await past.sent(other, 0, 11)
@@ -164,7 +164,7 @@ async def test_kept_promises_pass(
 
 @pytest.mark.parametrize("smtp_side", [True, False])
 async def test_a_short_gap_and_a_full_window_are_found(
-    past: Past, settings: Settings, sender: int, smtp_side: bool
+    past: SentHistory, settings: Settings, sender: int, smtp_side: bool
 ) -> None:
     await past.sent(sender, 6.5)
     report = await past.audit(settings, smtp_side=smtp_side)
@@ -175,7 +175,7 @@ async def test_a_short_gap_and_a_full_window_are_found(
 
 
 async def test_sends_before_a_change_of_the_limits_are_not_checked(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
     await past.sent(sender, 6.5)
     # Stricter than they were, as far as anybody knows.
@@ -186,7 +186,7 @@ async def test_sends_before_a_change_of_the_limits_are_not_checked(
 
 
 @pytest.mark.usefixtures("sender")
-async def test_a_mail_that_never_arrived_is_lost(past: Past, settings: Settings) -> None:
+async def test_a_mail_that_never_arrived_is_lost(past: SentHistory, settings: Settings) -> None:
     gone = past.mails.pop(1)
     report = await past.audit(settings)
     assert report.document()["lost"] == 1
@@ -195,7 +195,7 @@ async def test_a_mail_that_never_arrived_is_lost(past: Past, settings: Settings)
 
 
 async def test_a_job_without_a_row_or_stuck_in_sending_is_lost(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
     gone, stuck = await past.world.schedule(sender, 2, load=False)
     await past.world.sql("DELETE FROM email_jobs WHERE id = %s", gone)
@@ -210,7 +210,7 @@ async def test_a_job_without_a_row_or_stuck_in_sending_is_lost(
 
 
 async def test_a_copy_is_allowed_only_after_doubt_and_with_the_same_message_id(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
     job = (await past.world.schedule(sender, 1, load=False))[0]
     await past.attempt(job, 20, AttemptOutcome.IN_DOUBT)
@@ -231,7 +231,7 @@ async def test_a_copy_is_allowed_only_after_doubt_and_with_the_same_message_id(
 
 
 async def test_two_recorded_sends_of_one_job_are_found_without_the_smtp_side(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
     job = (await past.sent(sender, 30))[0]
     await past.attempt(job, 33, AttemptOutcome.SENT)
@@ -242,7 +242,7 @@ async def test_two_recorded_sends_of_one_job_are_found_without_the_smtp_side(
 
 
 async def test_mail_sent_to_another_server_is_checked_only_in_postgresql(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
     own_server = await past.world.sender(limit=2)
     await past.sent_elsewhere(own_server, 0, 3, 11)
@@ -263,9 +263,9 @@ async def test_mail_sent_to_another_server_is_checked_only_in_postgresql(
 
 
 async def test_a_sender_whose_mail_went_to_two_servers_is_checked_on_all_its_mail(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
-    # Between a mail that the inbox has and one that it has not.
+    # Between a mail that the inbox has and one that it does not have.
     await past.sent_elsewhere(sender, 6.5)
     found = (await past.audit(settings)).document()
     assert found["sent_elsewhere"] == 1
@@ -275,7 +275,7 @@ async def test_a_sender_whose_mail_went_to_two_servers_is_checked_on_all_its_mai
 
 
 async def test_a_mail_that_vanished_from_the_inbox_is_lost(
-    past: Past, settings: Settings, sender: int
+    past: SentHistory, settings: Settings, sender: int
 ) -> None:
     await past.sent_elsewhere(sender, 20)
     past.mails.pop()
@@ -285,7 +285,7 @@ async def test_a_mail_that_vanished_from_the_inbox_is_lost(
 
 @pytest.mark.usefixtures("sender")
 async def test_all_mail_is_expected_in_a_maildir_of_an_unknown_server(
-    past: Past, settings: Settings
+    past: SentHistory, settings: Settings
 ) -> None:
     (past.record.parent / "receiver_id").unlink()
     past.mails.pop()
@@ -294,7 +294,7 @@ async def test_all_mail_is_expected_in_a_maildir_of_an_unknown_server(
 
 
 @pytest.mark.usefixtures("sender")
-async def test_a_count_that_is_off_by_one_is_found(past: Past, settings: Settings) -> None:
+async def test_a_count_that_is_off_by_one_is_found(past: SentHistory, settings: Settings) -> None:
     await past.world.sql(
         "UPDATE count_deltas SET n = n + 1 WHERE id = (SELECT max(id) FROM count_deltas)"
     )
@@ -303,7 +303,7 @@ async def test_a_count_that_is_off_by_one_is_found(past: Past, settings: Setting
 
 
 async def test_audit_and_stats_agree_before_the_rows_of_a_cancelled_batch_are_updated(
-    past: Past, settings: Settings
+    past: SentHistory, settings: Settings
 ) -> None:
     world = past.world
     sender = await world.sender(limit=100)
@@ -325,7 +325,7 @@ async def test_audit_and_stats_agree_before_the_rows_of_a_cancelled_batch_are_up
         assert (told.sent, told.cancelled, told.scheduled) == (2, 4, 0)
 
     await agree()
-    # A count of what is cancelled by its batch, and not by its row, is compared too.
+    # Jobs cancelled by their batch but not yet in their rows are compared too.
     for way in ("+", "-"):
         await world.sql(f"UPDATE count_deltas SET n = n {way} 1 WHERE batch_id = %s", batch)
         off = (await past.audit(settings)).document()["stats_mismatch"]
@@ -340,7 +340,7 @@ async def test_audit_and_stats_agree_before_the_rows_of_a_cancelled_batch_are_up
 
 @pytest.mark.usefixtures("sender")
 async def test_the_command_reports_in_a_json_document_and_its_exit_code(
-    past: Past, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    past: SentHistory, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await past.sent_elsewhere(await past.world.sender(), 0)
     await past.audit(settings)
@@ -348,7 +348,7 @@ async def test_the_command_reports_in_a_json_document_and_its_exit_code(
     monkeypatch.setenv("OUTBOX_RATE_WINDOW", "10s")
 
     def run(*words: str) -> Any:
-        # A loop of its own, which the command makes.
+        # The command creates its own event loop.
         return CliRunner().invoke(app, ["audit", *words])
 
     kept = await asyncio.to_thread(run, "--record", str(past.record), "-o", "json")

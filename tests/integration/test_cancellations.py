@@ -94,7 +94,7 @@ async def left(world: World) -> Sequence[int]:
         return await unswept(connection)
 
 
-async def somebody_waits(world: World) -> bool:
+async def any_lock_waits(world: World) -> bool:
     return bool(await world.sql("SELECT 1 FROM pg_locks WHERE NOT granted"))
 
 
@@ -157,7 +157,7 @@ async def test_a_mark_that_waits_for_a_cancellation_marks_nothing(world: World) 
     async with world.engine.begin() as connection:
         cancelled = await cancel_batch(connection, batch, None)
         marking = asyncio.create_task(mark(world, jobs))
-        await eventually(partial(somebody_waits, world))
+        await eventually(partial(any_lock_waits, world))
     assert cancelled is not None
     assert (cancelled.jobs, await marking) == (3, [])
     await world.check_counts()
@@ -169,7 +169,7 @@ async def test_a_cancellation_waits_for_a_mark_and_is_too_late_for_it(world: Wor
     async with world.engine.begin() as connection:
         marked = await mark_sending(connection, [JobRef(jobs[0], 1)], LEASE)
         cancelling = asyncio.create_task(cancel(world, batch))
-        await eventually(partial(somebody_waits, world))
+        await eventually(partial(any_lock_waits, world))
     assert (len(marked), (await cancelling).jobs) == (1, 2)
     await end(world, marked, JobState.SENT)
 
@@ -195,7 +195,7 @@ async def test_another_sweep_finishes_the_work_of_one_that_died(world: World) ->
     await cancel(world, batch)
     async with world.engine.connect() as dying:
         assert await sweep(dying, batch, 2)
-        # Whoever comes by meanwhile does not wait for it.
+        # Others do not wait for it.
         assert not await one_step(world, batch, 2)
         await dying.rollback()
     assert await world.in_state(JobState.SCHEDULED) == set(jobs)
@@ -241,7 +241,7 @@ async def test_callers_see_jobs_as_cancelled_before_their_rows_are_updated(world
                 assert len(page.email_jobs) == n
             found = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=str(batch)))
             assert (found.counts.scheduled_count, found.counts.cancelled_count) == (0, 3)
-            # What is cancelled is not suppressed, and nothing of it keeps the sender.
+            # Cancelled jobs are not suppressed, and do not prevent deleting the sender.
             await scheduler.suppressions.CreateSuppression(
                 CreateSuppressionRequest(user_id="anna", suppression=Suppression(email="a@b.org"))
             )

@@ -318,7 +318,7 @@ async def test_only_refusals_in_a_row_are_counted(
         ("RRR" + "K" * 997, 3, True),
         # Too long ago: the look is bounded.
         ("RRR" + "K" * 998, 3, False),
-        # The highest that the setting takes.
+        # The maximum of the setting.
         ("R" * 1000, 1000, True),
         ("R" * 999, 1000, False),
     ],

@@ -179,7 +179,7 @@ async def test_a_refused_probe_climbs_the_ladder_and_an_accepted_one_ends_the_co
     await let_probe(world, sender)
     [probe] = await begin(world, statements, 5)
     assert probe[0].probe
-    # A reply that no rule knows says the same of a probe: its mail is not given up.
+    # An unknown reply to a probe also concerns the account: its mail does not fail.
     await settle(world, statements, ended(world, probe, REFUSED))
     assert about((await cooldown(world)).wait, SECOND)
     assert about(await probe_in(world, sender), SECOND)
@@ -224,7 +224,7 @@ async def test_the_last_of_the_unknown_refusals_in_a_row_begins_a_cooldown(
 
     assert about((await cooldown(world)).wait, FIRST)
     assert about(await probe_in(world, sender), FIRST)
-    # What was refused for good is not tried again; what waits, waits.
+    # Permanently refused mail is not retried; waiting mail keeps waiting.
     assert (await world.states())[JobState.FAILED] == 6
     assert await begin(world, statements, 5) == []
 

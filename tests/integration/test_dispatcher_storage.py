@@ -261,7 +261,7 @@ async def test_the_wait_for_a_retry_starts_at_the_end_of_the_attempt(
     assert (row.state, row.attempt, row.failures) == (JobState.SCHEDULED, 1, 1)
     assert (row.lease_until, row.finished_at) == (None, None)
     assert row.scheduled_at.timestamp() == pytest.approx(attempt.ended_at + 5, abs=0.001)
-    # What Redis is told is never earlier.
+    # The time written to Redis is never earlier.
     assert 0 <= dues[job] / 1000 - row.scheduled_at.timestamp() < 0.001
     assert attempt.outcome is AttemptOutcome.TEMPORARY_FAILURE
     await world.check_counts()
@@ -305,7 +305,7 @@ async def test_a_dispatcher_that_lost_its_lease_cannot_overwrite_a_newer_attempt
     new = await mark(connection, jobs[:3], attempt=2)
     await settle(connection, [record_of(new[jobs[0]])])
     await storage.give_back(connection, [new[jobs[1]]])
-    # Sent by the newer one; given back by it; in its hands; waiting: none is the older one's.
+    # Sent, given back or held by the newer one, or waiting: none belongs to the older one.
     before = [await whole_row(world, job) for job in jobs]
 
     failed = [record_of(old[job], JobState.FAILED) for job in jobs]

@@ -290,7 +290,7 @@ async def test_an_orphan_that_outlived_its_holder_is_stopped(folder: Path) -> No
     postgres = PostgresServer(data, durable=False)
     await postgres.start()
     await postgres.stop()
-    # As if its holder had died where nothing tells a child of it.
+    # As if its holder had died on a system that does not notify a child.
     options = f"-p {free_port()} -c unix_socket_directories="
     starter = Child(
         "pg_ctl",

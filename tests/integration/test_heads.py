@@ -339,7 +339,7 @@ async def test_a_job_that_is_requeued_between_the_two_reads_of_a_first_load_is_n
     await world.loader.load([sender], committed=False)
     event.remove(world.engine.sync_engine, "before_cursor_execute", settle)
 
-    # Either it waits, or its lease runs out and asks for a load.
+    # Either it waits, or its lease expires and a load is requested.
     claimed = await claim(world.queues[0])
     for sender_id in claimed.loads:
         await world.loader.load([sender_id], committed=False)

@@ -41,7 +41,7 @@ _OPEN_INTAKES = (
 )
 _WAIT_FOR_LOCKS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 BLOCK = 5_000
-# Longer than the scheduler's own waits, but for those of its callers.
+# Longer than the scheduler's own waits, except those for its callers.
 SLEEP_S = 3.0
 
 
@@ -363,7 +363,7 @@ async def test_a_batch_is_accepted_while_redis_is_gone(
         await stores.redis.start()
     assert answer.batch.accepted_count == 1
     assert any("queue cannot be loaded" in notice for notice in answer.notices)
-    # What tells a dispatcher to load it later.
+    # The marker makes a dispatcher load it later.
     assert scheduler.value("SELECT count(*) FROM head_markers") == 1
 
 

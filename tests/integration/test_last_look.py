@@ -62,7 +62,7 @@ async def test_a_job_past_its_expiry_expires_at_its_claim(world: World) -> None:
         )
     assert [job.job.job_id for job in await mark(world, jobs)] == jobs[1:]
     assert await world.in_state(JobState.EXPIRED) == {jobs[0]}
-    # It waits no more: a second claim of it finds nothing.
+    # It no longer waits: a second claim of it finds nothing.
     assert await mark(world, jobs[:1]) == []
 
 

@@ -275,7 +275,7 @@ async def test_postgrey_refuses_a_new_triplet_and_takes_it_after_the_delay() -> 
                 return said == "accepted"
 
             await eventually(accepted)
-            # The triplet is known now; another one is not.
+            # The triplet is known now, but another one is not.
             assert await client.send(2) == "accepted"
             assert (await client.send(3, "ben@y.test")).startswith("450 4.2.0 <ben@y.test>")
             assert (await client.send(4, mail_from="b@x.test")).startswith("450 4.2.0")

@@ -60,7 +60,7 @@ async def test_an_expired_lease_is_an_attempt_that_takes_a_slot(
     assert row.lease_until is None
     final = next_state is JobState.UNCERTAIN
     assert row.finished_at == (was.lease_until if final else None)
-    # Nobody knows when it ended, if at all: the last possible instant counts.
+    # Its end is unknown: the last possible instant counts.
     assert attempt.ended_at == was.lease_until.timestamp()
     assert attempt.ended_at - attempt.started_at == pytest.approx(LEASE.total_seconds())
     assert (attempt.outcome, attempt.counted) == (AttemptOutcome.LEASE_EXPIRED, True)
@@ -103,7 +103,7 @@ async def test_a_recovery_and_a_settlement_at_once_record_one_outcome(
         marked = await mark(connection, jobs, lease=OVER)
         async with world.engine.begin() as settling:
             await settle(settling, [record_of(marked[jobs[0]])])
-            # It does not wait for what is being settled.
+            # It does not wait for jobs that are being settled.
             await recover(world)
         assert await settle(connection, [record_of(marked[jobs[1]])]) == {}
 
@@ -209,7 +209,7 @@ async def test_a_dispatcher_that_sent_while_postgresql_hung_gets_time_to_record_
         assert (await world.job(job)).state == state
 
 
-class Losing(HeadLoader):
+class CancellationLosingLoader(HeadLoader):
     """Loses a cancellation, as redis-py does on Python 3.11 if it comes with an answer."""
 
     begun: asyncio.Event
@@ -222,7 +222,7 @@ class Losing(HeadLoader):
 
 
 async def test_a_recovery_ends_although_its_cancellation_was_lost(world: World) -> None:
-    loader = Losing(world.engine, world.queues, world.settings)
+    loader = CancellationLosingLoader(world.engine, world.queues, world.settings)
     loader.begun = asyncio.Event()
     recovering = asyncio.create_task(Recovery(world.settings, world.engine, loader).run())
     await loader.begun.wait()

@@ -231,7 +231,7 @@ async def test_an_unreachable_shard_stops_no_send_of_another_shard(
     for sender in senders:
         await world.schedule(sender)
     away = connect(through(world.settings, **proxies))
-    # The first shard, so that it is asked first.
+    # The first shard, so that it is called first.
     async with away, sending_with(world.settings, redis_of=[away]) as sending:
         sends = {send.claim.sender_id % 2: send for send in await sending.begin()}
         tasks = {shard: asyncio.create_task(sending.send(send)) for shard, send in sends.items()}
@@ -425,7 +425,7 @@ async def test_a_send_that_stops_during_a_renewal_is_recorded_as_an_attempt(
         assert send.held is not None
         send.held.lease.extend(time.monotonic())
         await waiting
-        # What reached PostgreSQL and was answered to nobody.
+        # Statements that reached PostgreSQL and whose answer was lost.
         await holder.execute(
             text("UPDATE email_jobs SET lease_until = :until"),
             {"until": datetime.now(UTC) + LEASE * 100},

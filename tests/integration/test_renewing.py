@@ -128,7 +128,7 @@ async def test_a_job_that_was_recovered_is_not_renewed(
     assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED)
 
     assert await renew(connection, job) == {}
-    # Nor is the next attempt, which somebody else has.
+    # Nor is the next attempt, which another dispatcher holds.
     await storage.mark_sending(connection, [JobRef(job.job.job_id, 2)], LEASE)
     assert await renew(connection, job) == {}
 
@@ -265,5 +265,5 @@ async def test_a_renewal_and_a_give_back_of_the_same_jobs_do_not_wait_for_each_o
             await waiting_for_locks(world, 2)
 
         assert len(await earlier) == 2
-        # The end of the lease is the fence of a give-back; and what was given back is not renewed.
+        # The end of the lease is the fencing token of a give-back, after which no renewal works.
         assert len(await later) == 0

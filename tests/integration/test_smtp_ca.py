@@ -48,7 +48,7 @@ async def test_a_senders_ca_is_trusted_only_for_its_endpoint(
             assert result.outcome is SENT, result.message
         assert server.connections == 1
 
-        # Neither by trust nor by a kept connection does it serve a sender without it.
+        # A sender without this CA gets neither its trust nor a kept connection.
         await refused(pool, server, security, "")
         other = self_signed(tmp_path / "other").public.read_text()
         await refused(pool, server, security, other)

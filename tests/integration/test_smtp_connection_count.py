@@ -19,7 +19,7 @@ from tests.smtp_pools import (
     pool_of,
     send,
 )
-from tests.smtp_servers import Conversation, Say, ScriptedServer, Wait, Well
+from tests.smtp_servers import Conversation, Say, ScriptedServer, Succeed, Wait
 
 SENT = AttemptOutcome.SENT
 PIPELINING = ("8BITMIME", "PIPELINING")
@@ -46,7 +46,7 @@ class Crowded(ScriptedServer):
     def _greet(self, heard: Conversation) -> Any:
         del heard
         if len(self.open) <= self.most:
-            return Well()
+            return Succeed()
         self.refused += 1
         return Say("421 4.7.0 too many concurrent connections")
 
@@ -54,7 +54,7 @@ class Crowded(ScriptedServer):
 async def test_connections_drop_to_the_number_that_worked_and_rise_one_by_one() -> None:
     clock, gate = PoolClock(), asyncio.Event()
     pool = pool_of(timeout=5.0, clock=clock, size=5, idle=10_000.0, connection_age=10_000.0)
-    async with Crowded(2, mail=(Wait(gate), Well())) as server:
+    async with Crowded(2, mail=(Wait(gate), Succeed())) as server:
         first = [asyncio.create_task(send(pool, server)) for _ in range(2)]
         await eventually(lambda: server.waiting["mail"] == 2)
         result = await send(pool, server)
@@ -94,7 +94,7 @@ async def test_a_refused_first_connection_is_retried_after_a_pause(
 async def test_a_mail_that_no_longer_waits_takes_no_connection_from_others(ending: str) -> None:
     clock, gate = PoolClock(), asyncio.Event()
     pool = pool_of(timeout=5.0, size=1, clock=clock)
-    async with ScriptedServer({"mail": [(Wait(gate), Well())]}) as server:
+    async with ScriptedServer({"mail": [(Wait(gate), Succeed())]}) as server:
         first = asyncio.create_task(send(pool, server))
         await eventually(lambda: server.waiting["mail"] == 1)
         gone = asyncio.create_task(send(pool, server, within=LIMIT if ending == "lease" else 30))
@@ -138,7 +138,7 @@ async def test_the_slot_of_a_connection_that_died_is_reused_once() -> None:
 async def test_a_mail_that_waits_for_a_connection_is_given_back_at_a_drain() -> None:
     pool, gate = pool_of(timeout=5.0, size=1), asyncio.Event()
     draining: list[bool] = []
-    async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
+    async with ScriptedServer({"mail": (Wait(gate), Succeed())}) as server:
         first = asyncio.create_task(send(pool, server))
         await eventually(lambda: server.waiting["mail"] == 1)
         may_begin: Callable[[], bool] = lambda: not draining  # noqa: E731

@@ -30,8 +30,8 @@ from tests.smtp_servers import (
     Say,
     ScriptedServer,
     StopReading,
+    Succeed,
     Wait,
-    Well,
 )
 
 SENT = AttemptOutcome.SENT
@@ -51,7 +51,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 @pytest.fixture
-async def hasty() -> AsyncIterator[SmtpPool]:
+async def short_pool() -> AsyncIterator[SmtpPool]:
     """A pool with a short time-out for a silent server."""
     pool = pool_of()
     yield pool
@@ -84,7 +84,7 @@ async def test_the_code_of_a_refusal_decides_its_outcome(
         assert result.message is not None
         assert result.message.endswith(answer.rpartition("\n")[2][4:])
         assert result.body_begun == (phase == "body")
-        # Whatever it was, the next mail is not concerned.
+        # No refusal affects the next mail.
         assert (await send(pool, server)).outcome is SENT
         assert open_connections(pool) == 1
 
@@ -135,18 +135,18 @@ async def test_a_name_that_does_not_resolve_is_a_connection_failure(pool: SmtpPo
 )
 @pytest.mark.parametrize("phase", ["mail", "body"])
 async def test_an_answer_that_is_not_smtp_is_a_connection_failure(
-    hasty: SmtpPool, phase: str, answer: bytes
+    short_pool: SmtpPool, phase: str, answer: bytes
 ) -> None:
     async with ScriptedServer({phase: [Say(answer)]}) as server:
-        result = await send(hasty, server)
+        result = await send(short_pool, server)
 
         assert result.outcome is (IN_DOUBT if phase == "body" else CONNECTION)
         result_text = (result.message or "").encode()
         assert b"\x00" not in result_text
         assert len(result_text) <= 2_000
-        # It is not known what that server says next, and to which mail.
-        assert open_connections(hasty) == 0
-        assert (await send(hasty, server)).outcome is SENT
+        # The next reply of that server, and the mail that it belongs to, are unknown.
+        assert open_connections(short_pool) == 0
+        assert (await send(short_pool, server)).outcome is SENT
 
 
 # Death and silence ---------------------------------------------------------------------------
@@ -176,44 +176,48 @@ async def test_a_connection_that_dies_after_the_body_leaves_the_mail_in_doubt(
 
 
 @pytest.mark.parametrize("phase", OPENING)
-async def test_a_server_that_hangs_before_the_body_times_out(hasty: SmtpPool, phase: str) -> None:
+async def test_a_server_that_hangs_before_the_body_times_out(
+    short_pool: SmtpPool, phase: str
+) -> None:
     async with ScriptedServer({phase: Wait()}) as server:
         began = time.monotonic()
-        result = await send(hasty, server)
+        result = await send(short_pool, server)
 
         assert (result.outcome, result.body_begun) == (CONNECTION, False)
         # The limit of the phase, and not the lease of 30 s.
         assert LIMIT <= time.monotonic() - began < 30
-        assert open_connections(hasty) == 0
+        assert open_connections(short_pool) == 0
         await eventually(lambda: not server.open)
 
 
-async def test_a_server_that_hangs_after_the_body_leaves_the_mail_in_doubt(hasty: SmtpPool) -> None:
+async def test_a_server_that_hangs_after_the_body_leaves_the_mail_in_doubt(
+    short_pool: SmtpPool,
+) -> None:
     async with ScriptedServer({"body": Wait()}) as server:
         began = time.monotonic()
-        result = await send(hasty, server)
+        result = await send(short_pool, server)
 
         assert (result.outcome, result.body_begun) == (IN_DOUBT, True)
         # The limit of the phase, and not the lease of 30 s.
         assert LIMIT <= time.monotonic() - began < 30
-        assert open_connections(hasty) == 0
+        assert open_connections(short_pool) == 0
         await eventually(lambda: not server.open)
 
 
-async def test_a_server_that_is_slow_in_every_phase_times_out(hasty: SmtpPool) -> None:
+async def test_a_server_that_is_slow_in_every_phase_times_out(short_pool: SmtpPool) -> None:
     """Each reply comes within its limit, but together they would exceed the lease."""
 
     def slowly() -> Any:
         event = asyncio.Event()
         asyncio.get_running_loop().call_later(0.8 * LIMIT, event.set)
-        return (Wait(event), Well())
+        return (Wait(event), Succeed())
 
     class Slow(ScriptedServer):
         def _action(self, phase: str, _: Conversation) -> Any:
-            return slowly() if phase != "quit" else (Well(),)
+            return slowly() if phase != "quit" else (Succeed(),)
 
     async with Slow() as server:
-        result = await send(hasty, server, within=3 * LIMIT)
+        result = await send(short_pool, server, within=3 * LIMIT)
 
     assert (result.outcome, result.body_begun) == (CONNECTION, False)
     assert server.body_bytes == 0
@@ -254,7 +258,7 @@ def test_data_that_a_server_did_not_read_is_not_sent_after_the_deadline(loop_fac
 
     async def scenario() -> None:
         pool, unread = pool_of(), asyncio.Event()
-        async with ScriptedServer({"data": (Well(), StopReading(unread))}) as server:
+        async with ScriptedServer({"data": (Succeed(), StopReading(unread))}) as server:
             result = await send(pool, server, replace(MAIL, data=data))
             # The end of the body was never written: the server cannot have taken it.
             assert (result.outcome, result.body_begun) == (CONNECTION, True)

@@ -29,7 +29,7 @@ from tests.smtp_pools import (
     relay_at,
     send,
 )
-from tests.smtp_servers import Close, Conversation, Habit, Say, ScriptedServer, Wait, Well
+from tests.smtp_servers import Close, Conversation, Habit, Say, ScriptedServer, Succeed, Wait
 
 SENT = AttemptOutcome.SENT
 CONNECTION = AttemptOutcome.CONNECTION_FAILURE
@@ -52,7 +52,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 def after(mails: int, answer: str) -> Habit:
     """Return a plan that refuses every mail of a connection after so many."""
-    return lambda heard: Say(answer) if heard.begun > mails else Well()
+    return lambda heard: Say(answer) if heard.begun > mails else Succeed()
 
 
 async def send_many(pool: SmtpPool, server: ScriptedServer, count: int) -> list[SendResult]:
@@ -120,7 +120,7 @@ async def test_a_refusal_after_idling_sets_no_limit_of_mails_per_connection() ->
     """The server ended the connection for its age, not for the number of its mails."""
     clock = PoolClock()
     pool = pool_of(timeout=5.0, clock=clock)
-    plan = {"mail": [Well(), Say("421 4.4.2 idle for too long")]}
+    plan = {"mail": [Succeed(), Say("421 4.4.2 idle for too long")]}
     async with ScriptedServer(plan) as server:
         await send(pool, server)
         clock.now += 15
@@ -140,7 +140,7 @@ async def test_a_refusal_after_idling_sets_no_limit_of_mails_per_connection() ->
 async def test_a_refusal_that_repeats_on_a_new_connection_is_taken_literally(
     pool: SmtpPool, answer: str, expected: ReplyClass
 ) -> None:
-    plan = {"mail": [Well(), Say("421 4.3.2 enough"), Say(answer), Well()]}
+    plan = {"mail": [Succeed(), Say("421 4.3.2 enough"), Say(answer), Succeed()]}
     async with ScriptedServer(plan) as server:
         assert (await send(pool, server)).outcome is SENT
         result = await send(pool, server)
@@ -159,7 +159,7 @@ async def test_the_old_connection_is_closed_before_the_new_one_is_opened() -> No
     def slowly(_: Conversation) -> Any:
         answered = asyncio.Event()
         asyncio.get_running_loop().call_later(0.1, answered.set)
-        return (Wait(answered), Well())
+        return (Wait(answered), Succeed())
 
     pool = pool_of(timeout=5.0, size=1)
     plan = {"mail": after(1, "421 4.7.0 enough"), "quit": slowly}
@@ -172,7 +172,7 @@ async def test_the_old_connection_is_closed_before_the_new_one_is_opened() -> No
 
 async def test_the_last_check_is_repeated_before_a_body_is_sent_again(pool: SmtpPool) -> None:
     """The refusal of the body is then the outcome: the server has seen it."""
-    plan = {"body": [Well(), Say("451 mails per session limit exceeded")]}
+    plan = {"body": [Succeed(), Say("451 mails per session limit exceeded")]}
     async with ScriptedServer(plan) as server:
         await send(pool, server)
         result = await send(pool, server, may_begin=lambda: server.visits["body"] < 2)
@@ -184,7 +184,7 @@ async def test_the_last_check_is_repeated_before_a_body_is_sent_again(pool: Smtp
 async def test_a_mail_whose_connection_is_used_up_is_given_back_if_it_must_not_begin(
     pool: SmtpPool,
 ) -> None:
-    plan = {"mail": [Well(), Say("421 4.7.0 enough")]}
+    plan = {"mail": [Succeed(), Say("421 4.7.0 enough")]}
     async with ScriptedServer(plan) as server:
         await send(pool, server)
         with pytest.raises(GivenBackError):
@@ -196,7 +196,7 @@ async def test_an_unsolicited_reply_is_attributed_to_no_mail(
     pool: SmtpPool, extensions: tuple[str, ...]
 ) -> None:
     """As a 421 that comes right after the last mail, before the server hangs up."""
-    plan = {"body": [(Well(), Say("421 4.7.0 enough, good-bye")), Well()]}
+    plan = {"body": [(Succeed(), Say("421 4.7.0 enough, good-bye")), Succeed()]}
     async with ScriptedServer(plan, extensions=extensions) as server:
         results = await send_many(pool, server, 2)
 
@@ -255,7 +255,7 @@ async def test_a_late_reply_is_awaited_while_the_lease_is_renewed(
     extensions: tuple[str, ...],
 ) -> None:
     pool, gate = pool_of(timeout=20.0), asyncio.Event()
-    plan = {"body": (Wait(gate), Well())}
+    plan = {"body": (Wait(gate), Succeed())}
     async with ScriptedServer(plan, extensions=extensions) as server:
         lease = Lease(time.monotonic() + LIMIT)
         sending = asyncio.create_task(
@@ -332,7 +332,7 @@ async def test_blank_lines_before_a_reply_are_skipped(
 ) -> None:
     def habit(heard: Conversation) -> Any:
         del heard
-        return (Say(blank), Well())
+        return (Say(blank), Succeed())
 
     plan = {phase: habit} | ({"rcpt": [Say("550 5.1.1 nobody")]} if phase == "rset" else {})
     async with ScriptedServer(plan, extensions=extensions) as server:
@@ -387,7 +387,7 @@ async def test_a_connection_ends_with_quit_at_its_maximum_age() -> None:
 
 async def test_closing_the_pool_sends_quit_on_all_connections_at_once() -> None:
     pool, gate = pool_of(timeout=5.0), asyncio.Event()
-    async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
+    async with ScriptedServer({"mail": (Wait(gate), Succeed())}) as server:
         sends = [asyncio.create_task(send(pool, server)) for _ in range(4)]
         await eventually(lambda: server.waiting["mail"] == 4)
         gate.set()
@@ -415,7 +415,7 @@ async def test_a_mail_that_ends_after_the_pool_was_closed_ends_its_connection(
     pool: SmtpPool,
 ) -> None:
     gate = asyncio.Event()
-    async with ScriptedServer({"body": (Wait(gate), Well())}) as server:
+    async with ScriptedServer({"body": (Wait(gate), Succeed())}) as server:
         sending = asyncio.create_task(send(pool, server))
         await eventually(lambda: server.waiting["body"] == 1)
         await pool.close()
@@ -470,7 +470,7 @@ async def test_a_reply_to_another_command_is_no_acceptance(
 
 def fully_qualified(heard: Conversation) -> Any:
     if "." in heard.helo:
-        return Well()
+        return Succeed()
     return Say(f"504 5.5.2 <{heard.helo}>: need fully-qualified hostname")
 
 

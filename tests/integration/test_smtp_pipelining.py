@@ -19,7 +19,7 @@ from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
 from tests.eventually import eventually
 from tests.smtp_pools import LIMIT, MAIL, all_closed, endpoint_of, open_connections, pool_of, send
-from tests.smtp_servers import Close, Say, ScriptedServer, StopReading, Wait, Well
+from tests.smtp_servers import Close, Say, ScriptedServer, StopReading, Succeed, Wait
 
 SENT = AttemptOutcome.SENT
 CONNECTION = AttemptOutcome.CONNECTION_FAILURE
@@ -129,7 +129,7 @@ async def test_the_first_refusal_decides_and_the_next_mail_is_sent(
 # RCPT is refused, and DATA is answered with 354 ----------------------------------------------
 
 
-@pytest.mark.parametrize("end", [Say("554 5.5.1 no valid recipients"), Well(), Close(), Wait()])
+@pytest.mark.parametrize("end", [Say("554 5.5.1 no valid recipients"), Succeed(), Close(), Wait()])
 async def test_a_lone_dot_is_sent_if_data_is_accepted_for_a_refused_recipient(
     pool: SmtpPool, end: Any
 ) -> None:
@@ -206,7 +206,7 @@ async def test_a_connection_that_dies_before_the_body_leaves_no_doubt(
 async def test_a_kept_connection_that_dies_at_the_next_mail_costs_no_attempt(
     pool: SmtpPool, phase: str
 ) -> None:
-    async with ScriptedServer({phase: [Well(), Close()]}, extensions=PIPELINING) as server:
+    async with ScriptedServer({phase: [Succeed(), Close()]}, extensions=PIPELINING) as server:
         await send(pool, server)
         assert (await send(pool, server)).outcome is SENT
         assert (server.connections, len(server.taken)) == (2, 2)
@@ -272,7 +272,9 @@ async def test_an_acceptance_before_the_end_of_the_body_is_ignored() -> None:
 
 async def test_a_server_that_accepts_no_more_of_a_body_cannot_have_accepted_the_mail() -> None:
     pool = pool_of(timeout=LIMIT)
-    async with ScriptedServer({"data": (Well(), StopReading())}, extensions=PIPELINING) as server:
+    async with ScriptedServer(
+        {"data": (Succeed(), StopReading())}, extensions=PIPELINING
+    ) as server:
         result = await send(pool, server, LARGE)
         assert (result.outcome, result.body_begun) == (CONNECTION, True)
         assert "accepts no more" in (result.message or "")
@@ -282,14 +284,16 @@ async def test_a_server_that_accepts_no_more_of_a_body_cannot_have_accepted_the_
 async def test_a_connection_lost_after_the_whole_body_leaves_the_mail_in_doubt() -> None:
     """The kernel has all of it; how much the server has is unknown."""
     pool = pool_of(timeout=LIMIT)
-    async with ScriptedServer({"data": (Well(), StopReading())}, extensions=PIPELINING) as server:
+    async with ScriptedServer(
+        {"data": (Succeed(), StopReading())}, extensions=PIPELINING
+    ) as server:
         result = await send(pool, server)
         assert (result.outcome, result.body_begun) == (IN_DOUBT, True)
 
 
 async def test_a_connection_cut_within_a_body_leaves_no_doubt(pool: SmtpPool) -> None:
     unread = asyncio.Event()
-    plan = {"data": (Well(), StopReading(unread))}
+    plan = {"data": (Succeed(), StopReading(unread))}
     async with ScriptedServer(plan, extensions=PIPELINING) as server:
         sending = asyncio.create_task(send(pool, server, LARGE))
         await eventually(lambda: server.waiting["data"] == 1)

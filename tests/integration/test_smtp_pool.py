@@ -27,8 +27,8 @@ from tests.smtp_servers import (
     Close,
     Say,
     ScriptedServer,
+    Succeed,
     Wait,
-    Well,
 )
 
 SENT = AttemptOutcome.SENT
@@ -148,7 +148,7 @@ async def test_connections_are_kept_and_reused(pool: SmtpPool) -> None:
 
 async def test_the_pool_opens_no_more_connections_than_its_size(pool: SmtpPool) -> None:
     gate = asyncio.Event()
-    async with ScriptedServer({"mail": (Wait(gate), Well())}) as server:
+    async with ScriptedServer({"mail": (Wait(gate), Succeed())}) as server:
         pool = pool_of(size=3, timeout=5.0)
         sends = [asyncio.create_task(send(pool, server)) for _ in range(9)]
         await eventually(lambda: server.waiting["mail"] == 3)
@@ -188,7 +188,7 @@ async def test_a_connection_closed_while_idle_costs_no_attempt(pool: SmtpPool) -
 async def test_a_kept_connection_that_ends_at_the_next_mail_costs_no_attempt(
     pool: SmtpPool, goodbye: Any
 ) -> None:
-    async with ScriptedServer({"mail": [Well(), goodbye]}) as server:
+    async with ScriptedServer({"mail": [Succeed(), goodbye]}) as server:
         await send(pool, server)
         result = await send(pool, server)
 
@@ -200,7 +200,7 @@ async def test_a_kept_connection_that_ends_at_the_next_mail_costs_no_attempt(
 async def test_all_kept_connections_may_be_dead_at_the_same_time() -> None:
     pool = pool_of(timeout=5.0)
     gate = asyncio.Event()
-    async with ScriptedServer({"mail": [(Wait(gate), Well())] * 4}) as server:
+    async with ScriptedServer({"mail": [(Wait(gate), Succeed())] * 4}) as server:
         first = [asyncio.create_task(send(pool, server)) for _ in range(4)]
         await eventually(lambda: server.waiting["mail"] == 4)
         gate.set()
@@ -261,7 +261,7 @@ async def test_a_send_that_may_not_begin_opens_no_connection(pool: SmtpPool) -> 
 
 async def test_a_send_stopped_after_354_never_reaches_the_server(pool: SmtpPool) -> None:
     gate = asyncio.Event()
-    async with ScriptedServer({"data": (Wait(gate), Well())}) as server:
+    async with ScriptedServer({"data": (Wait(gate), Succeed())}) as server:
         sending = asyncio.create_task(
             send(pool, server, may_begin=lambda: server.visits["data"] == 0)
         )
@@ -279,7 +279,7 @@ async def test_no_body_begins_after_the_lease_expired_while_the_process_was_paus
     """As after SIGSTOP: 354 is there, and nothing ran until the deadline was over."""
     pool = pool_of(timeout=20.0)
     gate = asyncio.Event()
-    async with ScriptedServer({"data": (Wait(gate), Well())}) as server:
+    async with ScriptedServer({"data": (Wait(gate), Succeed())}) as server:
         deadline = time.monotonic() + 0.3
         sending = asyncio.create_task(
             pool.send(endpoint_of(server), MAIL, lease=Lease(deadline), may_begin=lambda: True)

@@ -29,8 +29,8 @@ from tests.smtp_servers import (
     Close,
     Say,
     ScriptedServer,
+    Succeed,
     Wait,
-    Well,
     plain_login,
 )
 
@@ -47,7 +47,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 @pytest.fixture
-async def hasty() -> AsyncIterator[SmtpPool]:
+async def short_pool() -> AsyncIterator[SmtpPool]:
     """A pool with a short time-out for a silent server."""
     pool = pool_of()
     yield pool
@@ -84,7 +84,7 @@ async def test_a_server_with_an_untrusted_certificate_gets_no_mail(
     certificate = self_signed(tmp_path, host=host)
     context = server_context(certificate)
     if host != "127.0.0.1":
-        # Trusted, and of another host.
+        # Trusted, but of another host.
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
     pool = pool_of(timeout=5.0)
     async with ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS) as server:
@@ -123,15 +123,15 @@ async def test_a_server_that_does_not_offer_starttls_gets_no_mail(pool: SmtpPool
 
 @pytest.mark.parametrize("action", [Say("454 4.7.0 not now"), Close(), Wait()])
 async def test_a_server_whose_starttls_fails_gets_no_mail(
-    hasty: SmtpPool, action: Any, tmp_path: Path
+    short_pool: SmtpPool, action: Any, tmp_path: Path
 ) -> None:
     context = server_context(self_signed(tmp_path))
     async with ScriptedServer({"starttls": action}, tls=context) as server:
-        result = await send(hasty, endpoint_of(server, security=SmtpSecurity.STARTTLS))
+        result = await send(short_pool, endpoint_of(server, security=SmtpSecurity.STARTTLS))
 
         assert (result.outcome, result.body_begun) == (CONNECTION, False)
         assert server.visits["mail"] == 0
-        await all_closed(hasty)
+        await all_closed(short_pool)
 
 
 AUTH = ("8BITMIME", "AUTH PLAIN")
@@ -153,8 +153,8 @@ async def test_a_sender_with_a_password_logs_in_once_per_connection(pool: SmtpPo
         (AUTH, Say("535 5.7.8 bad credentials")),
         (AUTH, Say("454 4.7.0 ask later")),
         (AUTH, Close()),
-        (("8BITMIME",), Well()),
-        (("8BITMIME", "AUTH GSSAPI"), Well()),
+        (("8BITMIME",), Succeed()),
+        (("8BITMIME", "AUTH GSSAPI"), Succeed()),
         (AUTH, Say(f"500 5.5.2 what? AUTH PLAIN {plain_login('anna', 's3cret-word')}")),
         (AUTH, Say("535 5.7.8 s3cret-word is wrong")),
     ],
@@ -236,7 +236,7 @@ async def test_a_name_is_resolved_once_and_the_checked_address_is_used(
 async def test_a_password_is_tried_once_unless_the_server_lacks_the_method(
     pool: SmtpPool, reply: str, tries: int
 ) -> None:
-    plan = {"auth": [Say(reply), Well()]}
+    plan = {"auth": [Say(reply), Succeed()]}
     async with ScriptedServer(plan, extensions=("AUTH CRAM-MD5 PLAIN",)) as server:
         endpoint = dataclasses.replace(relay_at(server), username="anna", password="s3cret-word")
         result = await send(pool, endpoint)

@@ -14,7 +14,7 @@ from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from tests.eventually import eventually
 from tests.smtp_pools import LIMIT, all_closed, pool_of, send
-from tests.smtp_servers import Action, Close, Conversation, Say, ScriptedServer, Wait, Well
+from tests.smtp_servers import Action, Close, Conversation, Say, ScriptedServer, Succeed, Wait
 
 SENT = AttemptOutcome.SENT
 
@@ -42,7 +42,7 @@ class Crowded(ScriptedServer):
     def _look(self, heard: Conversation) -> Any:
         del heard
         if len(self.open) <= self.most:
-            return Well()
+            return Succeed()
         self.refused += 1
         return self._answer
 
@@ -50,7 +50,7 @@ class Crowded(ScriptedServer):
 async def send_beside(pool: SmtpPool, server: ScriptedServer) -> Any:
     """Send one mail, and another one while the first is in its body."""
     gate = asyncio.Event()
-    server.plan["body"] = [(Wait(gate), Well())]
+    server.plan["body"] = [(Wait(gate), Succeed())]
     first = asyncio.create_task(send(pool, server))
     await eventually(lambda: server.waiting["body"] == 1)
     second = await send(pool, server)
@@ -108,7 +108,7 @@ async def test_an_unexplained_refusal_while_other_connections_work_lowers_the_ca
         assert (await send_beside(pool, server)).outcome is not SENT
 
         assert pool.states()[0].connection_cap == 1
-        # Nobody has named a limit, so it is tried again sooner than after a reply that does.
+        # No reply named a limit, so the retry comes sooner than after one that does.
         clock.now += 61
         assert pool.states()[0].connection_cap == 2
     await pool.close()
@@ -140,7 +140,7 @@ async def test_a_kept_connection_that_has_died_is_replaced_before_the_body(
     phase: str, action: Action
 ) -> None:
     pool = pool_of()
-    async with ScriptedServer({phase: [Well(), action]}) as server:
+    async with ScriptedServer({phase: [Succeed(), action]}) as server:
         assert (await send(pool, server)).outcome is SENT
         assert (await send(pool, server)).outcome is SENT
         assert server.connections == 2

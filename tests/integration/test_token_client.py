@@ -265,14 +265,14 @@ async def test_the_client_connects_to_the_address_that_was_checked(
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     tls = ssl.create_default_context(cafile=str(certificate.public))
-    # Nobody listens at the first address, which may be; the provider is at the second.
+    # The first address has no listener, which is allowed; the provider is at the second.
     client = TokenClient(Egress(["127.0.0.2"]), tls)
     url = f"https://rebinding.test:{provider.port}/token"
     found = await failure(client, wanted(provider, token_url=url))
     assert not found.refused
     assert len(lookups) == 1
     assert provider.connections == 0
-    # At the next request the name is judged again.
+    # At the next request the name is checked again.
     found = await failure(client, wanted(provider, token_url=url))
     assert found.refused
     assert "rebinding.test is in the operator's network" in found.message

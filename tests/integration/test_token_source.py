@@ -201,7 +201,7 @@ async def test_a_token_about_to_expire_is_replaced_while_it_is_still_used(
     await change(database_url, ref, AGE)
     hold = Hold()
     provider.plan = [hold]
-    # The one that requests the next token does not wait for it either.
+    # The request for the next token does not wait for it either.
     assert await first.token(ref) == old
     await eventually(lambda: provider.held == 1)
     assert await first.token(ref) == old
@@ -355,7 +355,7 @@ async def test_a_token_is_stored_although_its_lease_ran_out(
     stored = await row(database_url, ref)
     assert BOX.decrypt(stored.access_token) == token
     assert BOX.decrypt(stored.refresh_token) == provider.refresh_token
-    # The one that came second throws its own away and takes what is stored.
+    # The later one discards its own token and uses the stored one.
     late.event.set()
     assert await other == token
     assert (await row(database_url, ref)).refresh_token == stored.refresh_token

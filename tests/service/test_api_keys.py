@@ -182,7 +182,7 @@ async def test_a_revoked_key_stops_within_the_cache_time(
     assert timedelta(seconds=5) >= CACHE_TIME  # what the command line and the documents say
 
 
-class Watched(stats_service_pb2_grpc.StatsServiceServicer):
+class WatchedStatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     """Streams a message whenever a test asks for one."""
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ class Watched(stats_service_pb2_grpc.StatsServiceServicer):
 
 async def test_a_stream_ends_when_its_key_is_revoked(engine: AsyncEngine) -> None:
     text = await key(engine, ApiKeyKind.SERVICE)
-    servicer = Watched()  # type: ignore[abstract]
+    servicer = WatchedStatsServicer()  # type: ignore[abstract]
     name = stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name
     binding = ServiceBinding(
         name, partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer)

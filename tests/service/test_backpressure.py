@@ -161,7 +161,7 @@ async def test_a_flood_ends_and_does_not_grow_the_schedulers_memory(
         process, address = await stack.enter_async_context(
             scheduler_process(database_url, redis_url, tmp_path)
         )
-        # Connections of their own: one alone is slowed down by its window.
+        # Separate connections: a single one is slowed down by its window.
         schedulers = [
             Scheduler(
                 await stack.enter_async_context(

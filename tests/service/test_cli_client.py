@@ -16,7 +16,7 @@ from outbox_server.cli.main import app
 from outbox_server.deploy.embedded.ports import free_port
 from outbox_server.services.stats.server import serve as serve_stats
 from tests import cooldowns
-from tests.commands import Done, outbox, run
+from tests.commands import CommandResult, outbox, run
 from tests.eventually import PATIENCE
 from tests.scheduler_stack import Scheduler, running_scheduler
 
@@ -63,7 +63,7 @@ def read(name: str) -> str:
 
 async def schedule(
     scheduler: Scheduler, file: str, *words: str, stdin: bytes | None = None
-) -> Done:
+) -> CommandResult:
     sender = await scheduler.sender()
     content = ("--subject", "Hello", "--body", "Dear {{ first_name | default: 'you' }}")
     return await outbox(

@@ -10,7 +10,7 @@ import pytest
 
 from outbox_server.deploy.embedded.certificates import self_signed
 from outbox_server.shared.secrets import SecretBox, generate_key
-from tests.commands import Done, outbox
+from tests.commands import CommandResult, outbox
 from tests.scheduler_stack import Scheduler, running_scheduler
 
 KEY = generate_key()
@@ -35,12 +35,12 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
         yield running
 
 
-async def senders(scheduler: Scheduler, *words: str, stdin: str = "") -> Done:
+async def senders(scheduler: Scheduler, *words: str, stdin: str = "") -> CommandResult:
     """Run a command as a process: its standard streams are its own."""
     return await outbox(scheduler, "senders", *words, stdin=stdin.encode())
 
 
-async def create(scheduler: Scheduler, *words: str, stdin: str = "") -> Done:
+async def create(scheduler: Scheduler, *words: str, stdin: str = "") -> CommandResult:
     who = ("--user", "demo", "--email", "me@example.com", "-o", "json")
     return await senders(scheduler, "create", *who, *words, stdin=stdin)
 

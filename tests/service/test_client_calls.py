@@ -25,7 +25,7 @@ from outbox_client import (
 
 from outbox_server.shared.errors import FieldViolation
 from tests.eventually import PATIENCE, eventually
-from tests.misbehaving import AWAY, EitherClient, FailedCall, Misbehaving, misbehaving_server
+from tests.misbehaving import AWAY, EitherClient, FailedCall, MisbehavingServer, misbehaving_server
 
 GET = GetSenderRequest(sender_id="7")
 OPTIONS = BatchOptions(sender_id="7")
@@ -34,7 +34,7 @@ Code = grpc.StatusCode
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Misbehaving]:
+async def server() -> AsyncIterator[MisbehavingServer]:
     async with misbehaving_server() as running:
         yield running
 
@@ -53,7 +53,7 @@ def upload(rows: Any, **options: Any) -> Callable[[Any], Any]:
 
 
 async def test_a_read_is_retried_while_the_server_is_unreachable(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
     assert (await client.do(server.address, get, retry=QUICK)).sender_id == "7"
@@ -61,7 +61,7 @@ async def test_a_read_is_retried_while_the_server_is_unreachable(
 
 
 async def test_a_write_is_never_retried_after_it_may_have_run(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
     with pytest.raises(Unavailable):
@@ -79,7 +79,7 @@ async def test_a_write_is_never_retried_after_it_may_have_run(
     ],
 )
 async def test_a_write_is_retried_if_it_cannot_have_run(
-    server: Misbehaving, client: EitherClient, fault: FailedCall
+    server: MisbehavingServer, client: EitherClient, fault: FailedCall
 ) -> None:
     server.faults = [fault, fault]
     create = CreateSenderRequest()
@@ -88,7 +88,7 @@ async def test_a_write_is_retried_if_it_cannot_have_run(
 
 
 async def test_a_batch_is_retried_with_the_request_id_that_the_client_generated(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
     request = ScheduleBatchRequest(options=OPTIONS, csv=b"email\na@b.org\n")
@@ -100,7 +100,7 @@ async def test_a_batch_is_retried_with_the_request_id_that_the_client_generated(
 
 
 async def test_a_request_id_of_the_caller_is_kept(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     request = ScheduleBatchRequest(options=BatchOptions(request_id="mine"), csv=b"email\n")
     await client.do(server.address, lambda c: c.batches.ScheduleBatch(request))
@@ -108,7 +108,7 @@ async def test_a_request_id_of_the_caller_is_kept(
 
 
 async def test_the_retry_delay_of_the_server_is_respected(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [
         FailedCall(
@@ -131,7 +131,7 @@ async def test_the_retry_delay_of_the_server_is_respected(
     ],
 )
 async def test_permanent_errors_are_not_retried(
-    server: Misbehaving, client: EitherClient, fault: FailedCall
+    server: MisbehavingServer, client: EitherClient, fault: FailedCall
 ) -> None:
     server.faults = [fault]
     with pytest.raises(CallError):
@@ -140,7 +140,7 @@ async def test_permanent_errors_are_not_retried(
 
 
 async def test_after_the_last_try_the_error_is_raised(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [AWAY] * 9
     with pytest.raises(Unavailable):
@@ -148,21 +148,25 @@ async def test_after_the_last_try_the_error_is_raised(
     assert len(server.requests) == 4
 
 
-async def test_no_pause_exceeds_the_deadline(server: Misbehaving, client: EitherClient) -> None:
+async def test_no_pause_exceeds_the_deadline(
+    server: MisbehavingServer, client: EitherClient
+) -> None:
     server.faults = [FailedCall(Code.UNAVAILABLE, "later", "SHUTTING_DOWN", timedelta(seconds=60))]
     with pytest.raises(Unavailable, match="later"):
         await client.do(server.address, get, timeout=5)
     assert len(server.requests) == 1
 
 
-async def test_a_call_has_a_default_deadline(server: Misbehaving, client: EitherClient) -> None:
+async def test_a_call_has_a_default_deadline(
+    server: MisbehavingServer, client: EitherClient
+) -> None:
     server.silent = True
     with pytest.raises(DeadlineExceeded):
         await client.do(server.address, get, timeout=0.2)
 
 
 async def test_an_error_has_all_details_of_the_server(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [
         FailedCall(
@@ -186,7 +190,7 @@ async def test_an_error_has_all_details_of_the_server(
 
 
 async def test_an_error_without_details_uses_its_code_as_the_reason(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [FailedCall(Code.NOT_FOUND, "no such route")]
     with pytest.raises(NotFound) as caught:
@@ -195,14 +199,14 @@ async def test_an_error_without_details_uses_its_code_as_the_reason(
 
 
 async def test_the_api_key_is_sent_with_every_call(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     await client.do(server.address, get, api_key="k1")
     await client.do(server.address, upload(b"email\n"), api_key="k1")
     assert [each["authorization"] for each in server.metadata] == ["Bearer k1"] * 2
 
 
-async def test_a_list_is_read_page_by_page(server: Misbehaving, client: EitherClient) -> None:
+async def test_a_list_is_read_page_by_page(server: MisbehavingServer, client: EitherClient) -> None:
     request = ListSendersRequest(user_id="ann")
     server.faults = [AWAY]
     listed = await client.do(server.address, lambda c: c.list_senders(request), retry=QUICK)
@@ -212,7 +216,7 @@ async def test_a_list_is_read_page_by_page(server: Misbehaving, client: EitherCl
 
 
 async def test_an_upload_that_can_be_read_again_is_retried_from_the_start(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [AWAY, AWAY]
     data = b"email\n" + b"a@b.org\n" * 20_000
@@ -223,7 +227,7 @@ async def test_an_upload_that_can_be_read_again_is_retried_from_the_start(
 
 
 async def test_an_upload_that_can_be_read_once_is_sent_once_and_its_error_has_the_request_id(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [AWAY]
     with pytest.raises(Unavailable) as caught:
@@ -232,7 +236,7 @@ async def test_an_upload_that_can_be_read_once_is_sent_once_and_its_error_has_th
 
 
 async def test_an_upload_whose_rows_fail_never_looks_complete_to_the_server(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     def rows() -> Iterator[dict[str, str]]:
         for number in range(20_000):
@@ -246,7 +250,7 @@ async def test_an_upload_whose_rows_fail_never_looks_complete_to_the_server(
 
 
 async def test_an_invalid_row_is_an_error_of_the_caller(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     with pytest.raises(TypeError, match="int"):
         await client.do(server.address, upload([7]))
@@ -256,7 +260,7 @@ async def test_an_invalid_row_is_an_error_of_the_caller(
 
 
 async def test_a_refused_upload_is_not_read_to_its_end(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [FailedCall(Code.ALREADY_EXISTS, "used", "REQUEST_ID_REUSED")]
     stop = threading.Event()
@@ -273,7 +277,7 @@ async def test_a_refused_upload_is_not_read_to_its_end(
 
 
 async def test_rows_become_a_csv_and_progress_is_reported(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     seen: list[tuple[int, int | None, int]] = []
     rows = [{"email": "a@b.org", "name": 'A "x", \n'}, {"email": "c@d.org", "name": None}]
@@ -290,7 +294,7 @@ async def test_rows_become_a_csv_and_progress_is_reported(
     assert seen == [(len(expected), None, 2)]
 
 
-async def test_asynchronous_rows_are_uploaded_too(server: Misbehaving) -> None:
+async def test_asynchronous_rows_are_uploaded_too(server: MisbehavingServer) -> None:
     async def rows() -> AsyncIterator[dict[str, str]]:
         for number in range(3):
             await asyncio.sleep(0)
@@ -301,7 +305,7 @@ async def test_asynchronous_rows_are_uploaded_too(server: Misbehaving) -> None:
 
 
 async def test_a_cancelled_upload_ends_at_once_on_both_sides(
-    server: Misbehaving,
+    server: MisbehavingServer,
 ) -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:
@@ -325,7 +329,7 @@ def update(sent: int, *, done: bool = False) -> WatchBatchResponse:
 
 
 async def test_a_broken_watch_resumes_from_its_token(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.streams = [[update(1), update(2)], [], [update(3, done=True)]]
     server.faults = [AWAY]
@@ -337,7 +341,7 @@ async def test_a_broken_watch_resumes_from_its_token(
 
 
 async def test_without_a_watch_the_batch_is_polled_until_it_ends(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     server.faults = [FailedCall(Code.UNIMPLEMENTED)]
     going = Batch(state=BatchState.BATCH_STATE_ACTIVE)
@@ -347,7 +351,7 @@ async def test_without_a_watch_the_batch_is_polled_until_it_ends(
     assert seen == [going, done]
 
 
-async def test_waiting_times_out(server: Misbehaving, client: EitherClient) -> None:
+async def test_waiting_times_out(server: MisbehavingServer, client: EitherClient) -> None:
     server.faults = [FailedCall(Code.UNIMPLEMENTED)]
     server.batches = [Batch(state=BatchState.BATCH_STATE_ACTIVE)] * 9
     with pytest.raises(DeadlineExceeded):
@@ -355,7 +359,7 @@ async def test_waiting_times_out(server: Misbehaving, client: EitherClient) -> N
 
 
 async def test_a_missing_service_address_is_named(
-    server: Misbehaving, client: EitherClient
+    server: MisbehavingServer, client: EitherClient
 ) -> None:
     with pytest.raises(ValueError, match="stats='host:port'"):
         await client.do(server.address, lambda c: c.stats.GetSenderStats(GET))

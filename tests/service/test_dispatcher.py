@@ -20,9 +20,9 @@ from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.ports import free_port
 from outbox_server.services.dispatcher import dispatcher as dispatcher_module
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState
-from tests.dispatchers import Running, options, process, running, settings_of
+from tests.dispatchers import RunningDispatcher, options, process, running, settings_of
 from tests.eventually import PATIENCE, eventually
-from tests.smtp_servers import Close, Say, ScriptedServer, Wait, Well
+from tests.smtp_servers import Close, Say, ScriptedServer, Succeed, Wait
 from tests.world import World, jobs_in
 
 Configure = Callable[..., dict[str, str]]
@@ -43,7 +43,7 @@ def _no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def working(values: dict[str, str]) -> AsyncIterator[tuple[World, Running]]:
+async def working(values: dict[str, str]) -> AsyncIterator[tuple[World, RunningDispatcher]]:
     settings = settings_of(values)
     async with World(settings) as world, running(settings) as dispatcher:
         yield world, dispatcher
@@ -181,7 +181,7 @@ async def test_a_job_fails_after_the_last_step_of_the_ladder(configure: Configur
 
 
 async def test_a_5xx_reply_fails_the_job_at_once_with_its_reason(configure: Configure) -> None:
-    plan = {"rcpt": [Well(), Say("550-5.1.1 no such\r\n550 5.1.1 mailbox")]}
+    plan = {"rcpt": [Succeed(), Say("550-5.1.1 no such\r\n550 5.1.1 mailbox")]}
     async with ScriptedServer(plan) as server, working(configure(server.url)) as (world, _):
         good, bad, also_good = await world.schedule(await world.sender(max_in_flight=1), 3)
         await eventually(world.done)
@@ -378,8 +378,8 @@ async def four_in_flight() -> AsyncIterator[tuple[ScriptedServer, asyncio.Event,
     """
     before, after = asyncio.Event(), asyncio.Event()
     plan = {
-        "rcpt": [Well(), Well(), (Wait(before), Well()), (Wait(before), Well())],
-        "body": (Wait(after), Well()),
+        "rcpt": [Succeed(), Succeed(), (Wait(before), Succeed()), (Wait(before), Succeed())],
+        "body": (Wait(after), Succeed()),
     }
     async with ScriptedServer(plan) as server:
         yield server, before, after
@@ -427,13 +427,13 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             # It reports the drain, keeps answering, and can be drained again.
             assert not await dispatcher.serving()
             assert (await dispatcher.drain()).given_back_count == 2
-            # Another one takes over at once: no lease was left behind.
+            # Another dispatcher takes over at once: no lease was left behind.
             async with running(settings_of(configure(inbox.url))):
                 await eventually(world.done)
             assert set(jobs_in(inbox.mails)) == set(jobs) - set(jobs_in(server.taken))
 
 
-async def is_draining(dispatcher: Running) -> bool:
+async def is_draining(dispatcher: RunningDispatcher) -> bool:
     state = (await dispatcher.status()).state
     return bool(state == dispatcher_pb2.DISPATCHER_STATE_DRAINING)
 
@@ -455,7 +455,7 @@ async def test_the_deadline_of_the_caller_does_not_end_the_drain(configure: Conf
             await check_drained(world, server)
 
 
-async def is_idle(dispatcher: Running) -> bool:
+async def is_idle(dispatcher: RunningDispatcher) -> bool:
     return (await dispatcher.status()).in_flight_count == 0
 
 

@@ -15,13 +15,13 @@ from structlog.testing import capture_logs
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.shared.states import AttemptOutcome, JobState, SmtpSecurity
-from tests.dispatchers import Running, options, running, settings_of
+from tests.dispatchers import RunningDispatcher, options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import Close, Say, ScriptedServer, Wait
 from tests.world import World, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
-# What each kind of outage does to a server; None: it is gone.
+# The effect of each kind of outage on a server; None: the server is down.
 OUTAGES: dict[str, dict[str, Any] | None] = {
     "refuses": None,
     "hangs": {"greeting": Wait()},
@@ -46,7 +46,7 @@ def configure(database_url: str, redis_url: str) -> Configure:
 @asynccontextmanager
 async def working(
     values: dict[str, str], dispatchers: int = 1
-) -> AsyncIterator[tuple[World, list[Running]]]:
+) -> AsyncIterator[tuple[World, list[RunningDispatcher]]]:
     settings = settings_of(values)
     async with World(settings) as world, AsyncExitStack() as stack:
         yield (
@@ -55,7 +55,7 @@ async def working(
         )
 
 
-async def is_idle(dispatcher: Running) -> bool:
+async def is_idle(dispatcher: RunningDispatcher) -> bool:
     return (await dispatcher.status()).in_flight_count == 0
 
 
@@ -145,12 +145,14 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
                 assert most_of(server.taken, sender, WINDOW) <= LIMIT
             assert await queue.circuits_of_sender(senders[0]) == ()
             await world.check_counts()
-            opened, closed = _told(logs, f"127.0.0.1:{server.port}")
+            opened, closed = _logged(logs, f"127.0.0.1:{server.port}")
             assert (opened["event"], closed["event"]) == ("circuit_opened", "circuit_closed")
             assert opened["since"] == closed["since"]
 
 
-def _told(logs: Sequence[MutableMapping[str, Any]], server: str) -> list[MutableMapping[str, Any]]:
+def _logged(
+    logs: Sequence[MutableMapping[str, Any]], server: str
+) -> list[MutableMapping[str, Any]]:
     """Return what was logged of the endpoint's circuit, and not of a sender's own."""
     told = [log for log in logs if log["event"].startswith("circuit_") and "sender" not in log]
     assert all(log["endpoint"] == server and log["reason"] for log in told)

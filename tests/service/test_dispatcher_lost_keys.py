@@ -14,7 +14,7 @@ from outbox_server.services.dispatcher import recovery as recovery_module
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
-from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
@@ -22,7 +22,7 @@ Configure = Callable[..., dict[str, str]]
 PARTS = ("due", "lease", "window", "sender")
 # What may go of a sender at once; "ready" is its entry there.
 LOSSES = [*((part,) for part in PARTS), ("ready",), (*PARTS, "ready")]
-# As it is, unlike what most of these tests take.
+# The real value, unlike in most of these tests.
 SWEEP = recovery_module.SWEEP
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life")
 
@@ -107,7 +107,7 @@ async def test_a_mail_in_flight_keeps_its_senders_slot_after_the_loss_of_any_key
     configure: Configure, kinds: tuple[str, ...]
 ) -> None:
     held = Wait()
-    async with ScriptedServer({"body": [(held, Well())]}) as server:
+    async with ScriptedServer({"body": [(held, Succeed())]}) as server:
         # The reply to the body is held until the sender is restored, however long that takes.
         settings = settings_of(configure(server.url, min_gap="100ms", smtp_timeout="60s"))
         async with World(settings) as world, running(settings), running(settings):
@@ -178,5 +178,5 @@ async def test_a_waiting_shard_resumes_in_time_after_the_loss_of_any_of_its_keys
         assert jobs_in(inbox.mails) == {job: 1}
         [attempt] = await world.attempts(job)
         late = attempt.started_at - (await world.job(job)).scheduled_at.timestamp()
-        # Somebody who sleeps, and is not woken, looks after a heartbeat.
+        # A sleeping dispatcher that is not woken claims after a heartbeat.
         assert 0 <= late < 10

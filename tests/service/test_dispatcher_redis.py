@@ -16,7 +16,7 @@ from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
-from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
@@ -62,7 +62,7 @@ async def test_an_empty_redis_is_loaded_with_the_history_of_sends(
         async with running(settings):
             await eventually(lambda: world.done(spaced))
 
-        # Its limit of an hour is used up, though Redis had forgotten that.
+        # Its hourly limit is used up, although Redis had lost that.
         assert len(mails_of(inbox.mails, limited)) == 2
         assert gap_of(inbox.mails, spaced) >= 0.3
 
@@ -112,7 +112,7 @@ async def test_a_mail_in_flight_when_redis_is_lost_still_counts(
     configure: Configure,
 ) -> None:
     held = Wait()
-    async with ScriptedServer({"body": [(held, Well())]}) as server:
+    async with ScriptedServer({"body": [(held, Succeed())]}) as server:
         settings = settings_of(configure(server.url, min_gap="100ms"))
         async with World(settings) as world, running(settings), running(settings):
             sender, control = await world.sender(limit=2), await world.sender()
@@ -197,7 +197,7 @@ async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_slot(
     Its giving up must not free the slot under which the other one sends.
     """
     held = Wait()
-    async with ScriptedServer({"body": [Well(), (held, Well())]}) as server:
+    async with ScriptedServer({"body": [Succeed(), (held, Succeed())]}) as server:
         settings = settings_of(configure(server.url, min_gap="1s"))
         # Connected before: from the first mail's end to the lock there is no more than a gap.
         async with World(settings) as world, running(settings), await world.connect() as holder:

@@ -15,7 +15,7 @@ import pytest
 from outbox_server.shared.states import JobState, ReplyClass
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
-from tests.smtp_servers import Conversation, Say, ScriptedServer, Wait, Well
+from tests.smtp_servers import Conversation, Say, ScriptedServer, Succeed, Wait
 from tests.world import World, gap_of, jobs_in
 
 Configure = Callable[..., dict[str, str]]
@@ -75,7 +75,7 @@ async def test_a_limit_of_mails_per_connection_fails_no_mail_under_any_reply(
     configure: Configure, phase: str, reply: str
 ) -> None:
     def refuse_the_second(heard: Conversation) -> Any:
-        return Say(reply) if heard.taken == 1 else Well()
+        return Say(reply) if heard.taken == 1 else Succeed()
 
     # With a cooldown or a place on the ladder, a mail would wait for longer than the test does.
     values = {"cooldown": "10m", "retry_backoff": "10m", "defer_backoff": "10m"}
@@ -165,7 +165,7 @@ async def test_a_cooldown_survives_the_loss_of_redis(configure: Configure) -> No
 async def test_a_daily_quota_is_not_probed_before_the_oldest_send_has_left_the_day(
     configure: Configure,
 ) -> None:
-    plan = {"mail": [Well(), Well(), Well(), QUOTA]}
+    plan = {"mail": [Succeed(), Succeed(), Succeed(), QUOTA]}
     async with ScriptedServer(plan) as server:
         values = configure(server.url, cooldown="100ms", quota_day="3s", min_gap="10ms")
         async with working(values) as world:
@@ -218,7 +218,7 @@ async def test_a_reply_that_mail_comes_too_fast_slows_the_sender_and_fails_no_ma
 ) -> None:
     too_fast = Say("450 4.2.1 The user you are trying to contact is receiving mail at a rate that")
     async with (
-        ScriptedServer({"mail": [Well(), *[too_fast] * 4]}) as server,
+        ScriptedServer({"mail": [Succeed(), *[too_fast] * 4]}) as server,
         working(configure(server.url)) as world,
     ):
         sender = await world.sender(max_in_flight=1)
@@ -265,7 +265,7 @@ async def test_a_reply_that_takes_longer_than_the_lease_makes_no_copy(
     configure: Configure, gap: float
 ) -> None:
     answer = asyncio.Event()
-    async with ScriptedServer({"body": (Wait(answer), Well())}) as server:
+    async with ScriptedServer({"body": (Wait(answer), Succeed())}) as server:
         values = configure(server.url, lease="4s", smtp_timeout="60s", min_gap=f"{gap}s")
         async with working(values, 2) as world:
             sender = await world.sender()
@@ -289,7 +289,7 @@ async def _leases_moved(world: World, beyond: Any) -> bool:
 
 async def test_a_flushall_during_a_slow_reply_makes_no_copy(configure: Configure) -> None:
     answer = asyncio.Event()
-    async with ScriptedServer({"body": (Wait(answer), Well())}) as server:
+    async with ScriptedServer({"body": (Wait(answer), Succeed())}) as server:
         values = configure(server.url, lease="4s", smtp_timeout="60s", min_gap="50ms")
         async with working(values, 2) as world:
             sender = await world.sender()

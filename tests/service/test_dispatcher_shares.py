@@ -12,7 +12,7 @@ import pytest
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import slots
 from outbox_server.shared.states import JobState, SmtpSecurity
-from tests.dispatchers import Running, options, running, settings_of
+from tests.dispatchers import RunningDispatcher, options, running, settings_of
 from tests.eventually import eventually
 from tests.smtp_servers import ScriptedServer, Wait
 from tests.world import World, jobs_in
@@ -38,7 +38,7 @@ def by(server: ScriptedServer) -> dict[str, Any]:
     }
 
 
-def end(dispatcher: Running, server: ScriptedServer) -> None:
+def end(dispatcher: RunningDispatcher, server: ScriptedServer) -> None:
     """Stop without waiting for sends that hang."""
     dispatcher.stopping.set()
     server.cut()

@@ -246,7 +246,7 @@ async def test_a_forecast_shows_that_the_last_attempt_failed_to_reach_the_endpoi
     assert found.endswith(f"UTC, failed: {trouble}")
     # It may have been long ago.
     assert len(re.findall(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", found)) == 2
-    # One that reached the server says that it is well, whatever became of the mail.
+    # An attempt that reached the server shows a healthy endpoint, whatever its outcome.
     add_attempt(stack.scheduler, sender, AttemptOutcome.TEMPORARY_FAILURE, "mailbox busy")
     assert (await explanation()).startswith("The last of 3 mails")
 

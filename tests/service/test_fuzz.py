@@ -203,7 +203,7 @@ async def test_hostile_requests_get_a_clear_answer_and_change_nothing(
                     changed = [name for name, found in after.items() if found != before[name]]
                     assert not changed, [str(call) for call, _ in group]
                     break
-                # What was refused among what was not: once more, by itself.
+                # A refused call among accepted ones is repeated by itself.
                 group = refused
         assert not complaints, "\n".join(map(": ".join, complaints.items()))
 

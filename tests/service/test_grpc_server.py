@@ -288,7 +288,7 @@ async def test_calls_beyond_the_concurrency_limit_wait_and_the_rest_is_refused(
     status = await stack.refused(stack.call())
     assert reason(status) == ("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS")
     assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
-    # Health is asked by who decides whether to restart us.
+    # Supervisors call health to decide whether to restart the process.
     assert await stack.state() == NOT_SERVING
     stack.stats.release.set()
     for call in inside:

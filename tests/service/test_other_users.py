@@ -35,7 +35,7 @@ from tests.stats_stack import stats_server
 
 # As long as the ids that there are.
 NOWHERE: Final = "987654321"
-# In every text of Ann's: it must be in no answer to Bob.
+# Part of every text of Ann's: it must not be in any answer to Bob.
 HERS: Final = "annas-secret"
 
 # By field name, what a request needs to be right otherwise.
@@ -55,7 +55,7 @@ IDS: Final = ("sender_id", "batch_id", "email_job_id", "email_job_ids")
 
 
 @dataclass(frozen=True)
-class Owned:
+class OwnedResources:
     """The resources of a user, by the names of their id fields."""
 
     sender_id: str
@@ -68,7 +68,7 @@ class Owned:
         return dict(zip(IDS, (self.sender_id, self.batch_id, picked, picked), strict=True))
 
 
-class Walk:
+class TwoUsers:
     """Both servers, Ann with every kind of resource, and Bob with his key."""
 
     def __init__(
@@ -76,8 +76,8 @@ class Walk:
         scheduler: Scheduler,
         channels: list[grpc.aio.Channel],
         bob: str,
-        hers: Owned,
-        his: Owned,
+        hers: OwnedResources,
+        his: OwnedResources,
     ) -> None:
         self.scheduler = scheduler
         self.channels = channels
@@ -187,7 +187,7 @@ def _names(kind: Descriptor, seen: frozenset[str] = frozenset()) -> set[str]:
     return found
 
 
-async def _world(scheduler: Scheduler, user_id: str, address: str, service: str) -> Owned:
+async def _world(scheduler: Scheduler, user_id: str, address: str, service: str) -> OwnedResources:
     """Make a sender with a batch; of its jobs one failed, one is uncertain, and some wait."""
     metadata = _bearer(service)
     sender = await scheduler.senders.CreateSender(
@@ -222,7 +222,7 @@ async def _world(scheduler: Scheduler, user_id: str, address: str, service: str)
             address,
         )
     cooldowns.begin(scheduler.execute, sender.sender_id, message=address)
-    return Owned(sender.sender_id, batch_id, tuple(map(str, jobs[:3])))
+    return OwnedResources(sender.sender_id, batch_id, tuple(map(str, jobs[:3])))
 
 
 def _bearer(key: str) -> tuple[tuple[str, str], ...]:
@@ -230,7 +230,7 @@ def _bearer(key: str) -> tuple[tuple[str, str], ...]:
 
 
 @pytest.fixture
-async def walk(database_url: str, redis_url: str) -> AsyncIterator[Walk]:
+async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
     async with AsyncExitStack() as stack:
         engine = create_engine(load_settings(database_url=database_url))
         stack.push_async_callback(engine.dispose)
@@ -256,11 +256,11 @@ async def walk(database_url: str, redis_url: str) -> AsyncIterator[Walk]:
             "INSERT INTO suppressions (user_id, address, reason) VALUES ('ann', 'x@y.org', %s)",
             HERS,
         )
-        yield Walk(scheduler, channels, bob.text, hers, his)
+        yield TwoUsers(scheduler, channels, bob.text, hers, his)
 
 
 def forbidden_requests(
-    walk: Walk, method: MethodDescriptor
+    walk: TwoUsers, method: MethodDescriptor
 ) -> Iterator[tuple[list[str], list[Message], list[Message]]]:
     """Yield ids of Ann's, a request of Bob's that names them, and one that names none there is."""
     if method.name.startswith("Create"):
@@ -281,7 +281,7 @@ def forbidden_requests(
                 yield ids, forbidden, missing
 
 
-async def test_resources_of_another_user_are_not_found(walk: Walk) -> None:
+async def test_resources_of_another_user_are_not_found(walk: TwoUsers) -> None:
     answers: dict[str, set[str]] = defaultdict(set)
     before = await walk.fingerprint.take()
     for method, channel in await walk.methods():
@@ -290,7 +290,7 @@ async def test_resources_of_another_user_are_not_found(walk: Walk) -> None:
             about = f"{method.full_name} {forbidden}: {told}"
             assert await walk.fingerprint.take() == before, about
             assert HERS not in told, about
-            # Not by one letter can it be told from what does not exist.
+            # The answer is identical to that for a resource that does not exist.
             expected = await walk.ask(method, channel, missing)
             for one in ids:
                 told = told.replace(one, NOWHERE)
@@ -304,7 +304,7 @@ async def test_resources_of_another_user_are_not_found(walk: Walk) -> None:
     assert {"GetSender", "UploadBatch", "ListAttempts", "GetSenderStats"} <= answers.keys()
 
 
-async def test_another_users_id_is_a_mismatch_in_every_method(walk: Walk) -> None:
+async def test_another_users_id_is_a_mismatch_in_every_method(walk: TwoUsers) -> None:
     before = await walk.fingerprint.take()
     for method, channel in await walk.methods():
         for messages in requests(method, walk.hers.ids(), user_id="ann"):
@@ -315,7 +315,7 @@ async def test_another_users_id_is_a_mismatch_in_every_method(walk: Walk) -> Non
     assert await walk.fingerprint.take() == before
 
 
-async def test_an_unset_user_id_means_the_callers_own_resources(walk: Walk) -> None:
+async def test_an_unset_user_id_means_the_callers_own_resources(walk: TwoUsers) -> None:
     for method, channel in await walk.methods():
         for messages in requests(method, walk.his.ids()):
             told = await walk.ask(method, channel, messages)

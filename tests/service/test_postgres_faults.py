@@ -32,7 +32,7 @@ from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, options_for, running_scheduler
-from tests.smtp_servers import ScriptedServer, Wait, Well
+from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, jobs_in
 
 # SQLSTATEs, and the error that a caller gets.
@@ -117,7 +117,7 @@ async def test_a_failed_write_of_a_dispatcher_loses_and_duplicates_no_mail(
     async with World(settings) as world:
         senders = [await world.sender() for _ in range(3)]
         jobs = [job for each in senders for job in await world.schedule(each, 6)]
-        # One whose dispatcher died, and a head that nobody loaded.
+        # One whose dispatcher died, and a head that was never loaded.
         await world.sql(
             "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() WHERE id = %s",
             jobs[-1],
@@ -154,10 +154,10 @@ async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_se
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(recovery_module, "GRACE", timedelta(seconds=3))
-    # Whoever recovers leases comes long before whoever records the outcome.
+    # The recovery of leases runs long before the outcome is recorded.
     monkeypatch.setattr(settler_module, "_RETRY_S", 1.5)
     held = Wait()
-    async with ScriptedServer({"body": [(held, Well())]}) as server:
+    async with ScriptedServer({"body": [(held, Succeed())]}) as server:
         settings = settings_of(options(database_url, redis_url, server.url, lease="1500ms"))
         async with World(settings) as world, running(settings), running(settings):
             [job] = await world.schedule(await world.sender())

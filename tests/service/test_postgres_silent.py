@@ -16,7 +16,7 @@ from tests.eventually import eventually
 from tests.world import World, at_least, jobs_in
 
 
-class LosesItsWay(TcpProxy):
+class SilencingProxy(TcpProxy):
     """Like a balancer that lost its table: connections stay open, and their data is dropped."""
 
     _era = 0
@@ -41,7 +41,7 @@ async def test_silent_connections_are_closed_and_mail_continues(
     url = make_url(database_url)
     port = url.port
     assert port is not None
-    async with LosesItsWay(lambda: port) as proxy:
+    async with SilencingProxy(lambda: port) as proxy:
         through = url.set(port=proxy.port).render_as_string(hide_password=False)
         world = World(settings_of(options(database_url, redis_url, inbox.url)))
         settings = settings_of(options(through, redis_url, inbox.url, min_gap="20ms"))

@@ -19,7 +19,7 @@ from outbox_server.shared.heads import markers
 from outbox_server.shared.queue import connection
 from outbox_server.shared.queue.queue import HEAD_SIZE
 from tests.conftest import Stores
-from tests.dispatchers import Running, options, running, settings_of
+from tests.dispatchers import RunningDispatcher, options, running, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import running_scheduler
 from tests.world import World, jobs_in
@@ -27,7 +27,7 @@ from tests.world import World, jobs_in
 NOT_LOADED = "The queue cannot be loaded"
 
 
-# In seconds, in place of 5: how long a call to a Redis that hangs takes.
+# In seconds, instead of 5: the time limit of a call to a Redis that hangs.
 CALL_LIMIT = 2.0
 
 
@@ -144,5 +144,5 @@ def gone_for(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() >= until
 
 
-async def not_serving(dispatcher: Running) -> bool:
+async def not_serving(dispatcher: RunningDispatcher) -> bool:
     return not await dispatcher.serving()

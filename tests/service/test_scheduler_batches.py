@@ -92,7 +92,7 @@ async def test_a_csv_becomes_jobs_that_store_only_the_used_columns(
     ]
     deltas = scheduler.rows("SELECT sender_id, batch_id, state, n FROM count_deltas")
     assert deltas == [(int(sender.sender_id), int(batch.batch_id), 1, 2)]
-    # The head was loaded, and with it the marker went.
+    # The head was loaded, which deleted the marker.
     assert scheduler.value("SELECT count(*) FROM head_markers") == 0
 
 
@@ -150,7 +150,7 @@ async def test_a_mail_is_due_by_its_place_in_the_batch_or_its_own_time(
     assert due["b@b.org"] == datetime(2098, 12, 31, 23, tzinfo=UTC)
     # Rejected rows take no place; those with a time of their own do.
     assert due["c@b.org"] == start + 2 * timedelta(seconds=90)
-    # In the past: at once, but not ahead of what waits already.
+    # In the past: at once, but not ahead of mail that already waits.
     assert due["d@b.org"] == answer.batch.create_time.ToDatetime(UTC)
 
 

@@ -234,7 +234,7 @@ async def test_an_uncertain_job_resolved_as_sent_has_the_end_of_its_attempt_as_s
     answer = await resolve(scheduler, job, UNCERTAIN_RESOLUTION_SENT)
     assert answer.state == email_job_pb2.EMAIL_JOB_STATE_SENT
     assert answer.send_time.ToMicroseconds() == round(attempt.ended_at * 1e6)
-    # The attempt says for ever what was seen.
+    # The attempt keeps its recorded outcome.
     assert answer.last_outcome == email_job_pb2.ATTEMPT_OUTCOME_IN_DOUBT
     refusal = await refusal_of(resolve(scheduler, job, UNCERTAIN_RESOLUTION_RESEND))
     assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "NOT_UNCERTAIN")

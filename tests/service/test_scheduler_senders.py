@@ -319,7 +319,7 @@ async def test_a_change_while_redis_is_unreachable_is_loaded_later(
     finally:
         await stores.redis.start()
     assert paused.state == sender_pb2.SENDER_STATE_PAUSED
-    # What tells a dispatcher to load it.
+    # The marker makes a dispatcher load it.
     assert scheduler.rows("SELECT sender_id FROM head_markers") == [(int(sender.sender_id),)]
 
 

@@ -26,7 +26,7 @@ from outbox_server.deploy.embedded.ports import free_port
 from outbox_server.services.scheduler.verifying import AT_ONCE_PER_USER
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
-from tests.smtp_servers import Close, Conversation, Say, ScriptedServer, Wait, Well, plain_login
+from tests.smtp_servers import Close, Conversation, Say, ScriptedServer, Succeed, Wait, plain_login
 
 
 @pytest_asyncio.fixture
@@ -115,7 +115,7 @@ async def test_a_server_that_requires_a_fully_qualified_name_gets_one_or_its_rep
     database_url: str, redis_url: str
 ) -> None:
     def wants_a_dot(heard: Conversation) -> Any:
-        return Well() if "." in heard.helo else Say("504 5.5.2 need fully-qualified hostname")
+        return Succeed() if "." in heard.helo else Say("504 5.5.2 need fully-qualified hostname")
 
     async with ScriptedServer({"rcpt": wants_a_dot}) as server:
         for helo, ready in (("", True), ("mail.x.example", True), ("mail", False)):

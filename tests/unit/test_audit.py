@@ -194,7 +194,7 @@ def test_copies_are_explained_by_sends_and_attempts_in_doubt(
         (trace(JobState.SENT, sent=2, sent_to_smtp_side=0), 0, (False, 1, 1, 2)),
         (trace(JobState.SENT, sent=2, sent_to_smtp_side=1), 1, (False, 1, 1, 1)),
         (trace(JobState.SENT, sent=2, sent_to_smtp_side=1), 0, (True, 0, 1, 1)),
-        # The reply was another one, and the mail came all the same.
+        # The reply was a refusal, but the mail arrived.
         (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), 1, (False, 0, 0, 0)),
         (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), 2, (False, 1, 1, 0)),
         (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), None, (False, 0, 0, 0)),

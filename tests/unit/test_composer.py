@@ -163,11 +163,11 @@ async def test_a_batch_is_not_evicted_while_another_batch_of_its_group_is_read(
 ) -> None:
     monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
     reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20)))
-    go_on = asyncio.Event()
+    resume = asyncio.Event()
 
     async def read(batch_ids: Sequence[int]) -> dict[int, BatchContent]:
         if batch_ids == [5]:
-            await go_on.wait()
+            await resume.wait()
         return await reader(batch_ids)
 
     composer = composer_of(read, dispatcher_concurrency=4)
@@ -179,7 +179,7 @@ async def test_a_batch_is_not_evicted_while_another_batch_of_its_group_is_read(
         tasks.create_task(composer.prepare([job(1, batch=1), job(5, batch=5)]))
         await asyncio.sleep(0)
         await composer.prepare([job(6, batch=6)])
-        go_on.set()
+        resume.set()
 
     for n in (1, 5, 6):
         composer.compose(job(n, batch=n))
@@ -208,7 +208,7 @@ async def test_the_number_of_cached_batches_is_bounded(monkeypatch: pytest.Monke
         await composer.prepare([job(n, batch=n)])
 
     assert len(composer._batches) == 4
-    # What was forgotten is read again.
+    # An evicted batch is read again.
     await composer.prepare([job(1, batch=1)])
     assert reader.asked[-1] == [1]
     composer.compose(job(1, batch=1))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 _REASON = re.compile(
     r'(?:reason(?:: str)? ?= ?|_reason = |, |\(\s*)"([A-Z][A-Z0-9]+(?:_[A-Z0-9]+)+)"'
 )
-# Upper-case words in the same places that are no reasons of ours.
+# Upper-case words in the same places that are not error reasons.
 _OTHERS = {"COMMAND_FAILED"}
 
 

@@ -124,7 +124,7 @@ def test_a_deferred_job_shows_the_reply_the_next_attempt_and_the_end() -> None:
         "The mail server asked for this mail later (450 4.7.1 Greylisted); attempt 3 is at "
         "2026-11-28 10:15:00 UTC, and it is tried until 2026-11-29 10:05:00 UTC."
     )
-    # What went wrong last is what it waits for, though it was deferred before.
+    # It waits because of the last failure, although it was deferred before.
     in_doubt = LastAttempt(AttemptOutcome.IN_DOUBT, "connection reset")
     failed = explain(replace(it, failures=1, last=in_doubt))
     assert failed.reason is WaitReason.RETRY

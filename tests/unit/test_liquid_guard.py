@@ -53,7 +53,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_an_endless_template_is_stopped_at_once(name: str) -> None:
-    # Its own processor time: a busy machine makes it no longer.
+    # CPU time of this process: a busy machine does not increase it.
     start = time.thread_time()
     reason = ""
     try:

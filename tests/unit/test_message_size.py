@@ -173,7 +173,7 @@ def test_a_huge_mail_is_refused_using_little_memory(name: str) -> None:
     assert peak < 4 * MEBIBYTE
 
 
-# A text that fits as it is rendered and grows when it is encoded.
+# A text that fits when rendered and exceeds the limit when encoded.
 GROWING = {
     "quoted-printable": ("body", "\x01" * (MEBIBYTE - 1_000)),
     "line ends": ("body", "\n" * (MEBIBYTE - 1_000)),

@@ -25,7 +25,7 @@ DAY = 24 * HOUR
 
 
 @dataclass(frozen=True)
-class Daily:
+class DailyHours:
     """Open from `first` to `last` of every `period`."""
 
     first: int
@@ -89,7 +89,7 @@ def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
     hours: Hours | None = None
     if chance.random() < 0.4:
         first = chance.randrange(0, 100)
-        hours = Daily(first, first + chance.randrange(1, 100), 250)
+        hours = DailyHours(first, first + chance.randrange(1, 100), 250)
     runs, due = [], now - 50
     for _ in range(chance.randrange(1, 6)):
         count = chance.randrange(1, 60)
@@ -188,19 +188,19 @@ def test_nothing_is_sent_before_the_next_probe_of_a_cooldown() -> None:
     found = after(limiter, 10)
     assert (found.first, found.end) == (5 * HOUR, 5 * HOUR + 18 * SECOND)
     assert found.bound is Bound.COOLDOWN
-    # What is due later is not kept back by it.
+    # It does not delay later mail.
     assert after(replace(limiter, next_probe=-SECOND), 10).end == 18 * SECOND
     assert simulate(limiter, [Run(6 * HOUR, 1, mine=1)], 0).first == 6 * HOUR
 
 
 def test_a_probe_outside_the_sending_hours_waits_for_them() -> None:
-    hours = Daily(8 * HOUR, 10 * HOUR)
+    hours = DailyHours(8 * HOUR, 10 * HOUR)
     limiter = Limiter(5_000, 2 * SECOND, HOUR, hours=hours, next_probe=11 * HOUR)
     assert after(limiter, 1).first == DAY + 8 * HOUR
 
 
 def test_mail_that_does_not_fit_into_the_hours_of_a_day_is_sent_on_the_next() -> None:
-    limiter = Limiter(100, 2 * SECOND, HOUR, hours=Daily(8 * HOUR, 10 * HOUR))
+    limiter = Limiter(100, 2 * SECOND, HOUR, hours=DailyHours(8 * HOUR, 10 * HOUR))
     found = after(limiter, 250)
     assert found.first == 8 * HOUR
     assert found.end == DAY + 8 * HOUR + 98 * SECOND
@@ -240,10 +240,10 @@ def test_forecasting_ten_million_mails_costs_no_more_than_a_hundred(
     chance = random.Random(limit)
     ends = sorted(chance.randrange(-HOUR, 0) for _ in range(min(limit, 1_000)))
     limiter = Limiter(limit, gap, HOUR, takes=100_000, sent=[Sends(end) for end in ends])
-    # Its own processor time: a busy machine makes it no longer.
+    # CPU time of this process: a busy machine does not increase it.
     began = time.thread_time()
     assert after(limiter, 10_000_000, step=step).end is not None
     # The hours of each day are a piece of their own.
-    in_hours = replace(limiter, hours=Daily(9 * HOUR, 17 * HOUR))
+    in_hours = replace(limiter, hours=DailyHours(9 * HOUR, 17 * HOUR))
     assert after(in_hours, 100_000, step=step).end is not None
     assert time.thread_time() - began < 2

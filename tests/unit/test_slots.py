@@ -378,7 +378,7 @@ async def test_a_wait_for_a_slot_times_out(slots: Slots, clock: Clock) -> None:
     [waiting] = await wait(slots, SLOW, seconds=0.01)
     await waiting.end()
     assert waiting.permit is None
-    # It has a slot until it is recorded that it was given back.
+    # It holds a slot until its give-back is recorded.
     assert slots.in_flight == 5
     slots.release(1)
     assert slots.in_flight == 4

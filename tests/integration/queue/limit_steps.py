@@ -7,23 +7,23 @@ from enum import Enum, auto
 from outbox_server.shared.queue.keys import member_of
 from outbox_server.shared.queue.queue import Contact, SlotUse
 from tests.integration.queue.steps import QueueSteps
-from tests.integration.queue.under_way import Holding, Step
+from tests.integration.queue.under_way import HeldClaim, Step
 
 
 class Answers(Enum):
     """How far a renewal comes: PostgreSQL is asked first, then Redis."""
 
     BOTH = auto()
-    # PostgreSQL moved the lease, and nobody knows.
+    # PostgreSQL moved the lease, but its answer was lost.
     POSTGRES_LOST = auto()
-    # PostgreSQL moved it; Redis is away.
+    # PostgreSQL moved it; Redis is unreachable.
     REDIS_AWAY = auto()
-    # Both moved it, and nobody knows of Redis.
+    # Both moved it, but the answer of Redis was lost.
     REDIS_LOST = auto()
 
 
 class LimitSteps(QueueSteps):
-    async def _renew(self, holding: Holding, answers: Answers) -> None:
+    async def _renew(self, holding: HeldClaim, answers: Answers) -> None:
         claim = holding.claim
         holding.known = False
         end = self.world.renew(claim.job, self.now)
@@ -42,7 +42,7 @@ class LimitSteps(QueueSteps):
             holding.renewed(found)
             self._hold_until(holding, found * 1000)
 
-    def _hold_until(self, holding: Holding, deadline: int) -> None:
+    def _hold_until(self, holding: HeldClaim, deadline: int) -> None:
         assert holding.send is not None
         holding.deadline = holding.send.deadline = deadline
 
@@ -57,20 +57,20 @@ class LimitSteps(QueueSteps):
             for holding in self._of(sender_id):
                 if holding.step is Step.BEGUN and self.now < holding.deadline:
                     await self._renew(holding, answers)
-            # Nobody takes what was renewed for what was left behind.
+            # A renewed job is not mistaken for an abandoned one.
             await self._compare()
             await self._claim(1)
 
-    def _of(self, sender_id: int) -> list[Holding]:
+    def _of(self, sender_id: int) -> list[HeldClaim]:
         return [holding for holding in self.holdings if holding.claim.sender_id == sender_id]
 
-    async def _until_begun(self, holding: Holding) -> None:
+    async def _until_begun(self, holding: HeldClaim) -> None:
         while holding in self.holdings and holding.step in (
             Step.CLAIMED,
             Step.MARKED,
             Step.CONFIRMED,
         ):
-            await self._go_on(holding)
+            await self._advance_claim(holding)
 
     async def _teach(self, sender_id: int, rounds: int, **how: object) -> None:
         """End each mail of a sender like this; mails of other senders are not changed."""
@@ -80,7 +80,7 @@ class LimitSteps(QueueSteps):
             for holding in self._of(sender_id):
                 await self._until_begun(holding)
                 if holding in self.holdings and holding.step is Step.BEGUN:
-                    await self._go_on(holding, **how)
+                    await self._advance_claim(holding, **how)
 
     async def _throttle(self, sender_id: int, rounds: int) -> None:
         await self._teach(sender_id, rounds, use=SlotUse.BEGUN, contact=Contact.TOO_FAST, retry=0)

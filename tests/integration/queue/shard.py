@@ -40,7 +40,7 @@ local NOW_UP = math.ceil(time / 1000)
 """
 # Takes the place of includes/run.lua.
 RUN = "local RUN = redis.call('GET', prefix .. 'test:run') or 'first'\n"
-# What most tests say of a sender; a test names what it is about.
+# The sender of most tests; a test replaces the fields that it is about.
 SENDER = Head(
     sender_id=7,
     hourly_limit=100,

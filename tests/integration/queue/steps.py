@@ -18,7 +18,7 @@ from outbox_server.shared.queue.keys import JobRef, member_of
 from outbox_server.shared.queue.queue import Contact, Settlement, SlotUse, brings_history
 from outbox_server.shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
-from tests.integration.queue.under_way import Holding, LimitHistory, LoadUnderWay, Snapshot, Step
+from tests.integration.queue.under_way import HeldClaim, LimitHistory, LoadUnderWay, Snapshot, Step
 from tests.integration.queue.world import ModelledInstallation, Send
 from tests.integration.queue_model import INFINITY, CircuitModel, QueueModel
 
@@ -62,7 +62,7 @@ class QueueSteps(RuleBasedStateMachine):
         )
         self.world = ModelledInstallation(window=WINDOW, lease=LEASE * 1000)
         self.loads: list[LoadUnderWay] = []
-        self.holdings: list[Holding] = []
+        self.holdings: list[HeldClaim] = []
         self.limits = {sender_id: LimitHistory() for sender_id in SENDERS}
         self.broken = False
         self.snapshot = Snapshot()
@@ -93,21 +93,23 @@ class QueueSteps(RuleBasedStateMachine):
             await self._claim(3)
             for holding in tuple(self.holdings):
                 while holding.step in (Step.CLAIMED, Step.MARKED):
-                    await self._go_on(holding)
+                    await self._advance_claim(holding)
                 if holding not in self.holdings:
                     continue
                 if holding.claim.sender_id == spared:
-                    await self._go_on(holding)
+                    await self._advance_claim(holding)
                 else:
-                    await self._go_on(holding, use=SlotUse.BEGUN, contact=Contact.FAILED, retry=300)
+                    await self._advance_claim(
+                        holding, use=SlotUse.BEGUN, contact=Contact.FAILED, retry=300
+                    )
             look = self.model.first_look or 0
             if not waits or look < self.now_ms + LADDER[0]:
                 await self._advance(look * 1000)
 
-    def _at(self, step: Step) -> list[Holding]:
+    def _at(self, step: Step) -> list[HeldClaim]:
         return [holding for holding in self.holdings if holding.step is step]
 
-    def _pick(self, step: Step, pick: int) -> Holding:
+    def _pick(self, step: Step, pick: int) -> HeldClaim:
         choice = self._at(step)
         return choice[pick % len(choice)]
 
@@ -165,7 +167,7 @@ class QueueSteps(RuleBasedStateMachine):
             gap = self.model.senders[claim.sender_id].gap
             deadline = claim.lease_ms * 1000
             assert claim.lease_ms == self.now_ms + LEASE
-            self.holdings.append(Holding(claim, self.now, deadline, gap))
+            self.holdings.append(HeldClaim(claim, self.now, deadline, gap))
         for sender_id in loads:
             await self._load(sender_id, committed=False, waits=waits)
         if claimed.lost and rebuilds:
@@ -179,7 +181,7 @@ class QueueSteps(RuleBasedStateMachine):
             return INFINITY
         return 1 if c.turn <= self.now_ms else 0
 
-    async def _mark(self, holding: Holding, *, fails: bool = False, waits: bool = False) -> None:
+    async def _mark(self, holding: HeldClaim, *, fails: bool = False, waits: bool = False) -> None:
         claim = holding.claim
         unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
         if fails:
@@ -191,7 +193,7 @@ class QueueSteps(RuleBasedStateMachine):
         if holding.settlement and not waits:
             await self._release(holding)
 
-    async def _confirm(self, holding: Holding, *, waits: bool = False) -> None:
+    async def _confirm(self, holding: HeldClaim, *, waits: bool = False) -> None:
         claim = holding.claim
         (held,) = await self.queue.confirm([claim])
         assert held is self.model.confirm(
@@ -202,7 +204,7 @@ class QueueSteps(RuleBasedStateMachine):
         else:
             await self._give_back(holding, held=False, waits=waits)
 
-    async def _begin(self, holding: Holding, *, waits: bool = False) -> None:
+    async def _begin(self, holding: HeldClaim, *, waits: bool = False) -> None:
         claim = holding.claim
         if self.now >= holding.deadline:
             await self._give_back(holding, waits=waits)
@@ -211,7 +213,9 @@ class QueueSteps(RuleBasedStateMachine):
         holding.send = Send(claim.job.job_id, holding.claimed, holding.deadline, holding.gap)
         self.world.begin_send(claim.sender_id, holding.send, self.now, limit)
 
-    async def _give_back(self, holding: Holding, *, held: bool = True, waits: bool = False) -> None:
+    async def _give_back(
+        self, holding: HeldClaim, *, held: bool = True, waits: bool = False
+    ) -> None:
         claim = holding.claim
         ours = self.world.give_back(claim.job, holding.lease_until) and held
         holding.settlement = Settlement(
@@ -224,7 +228,7 @@ class QueueSteps(RuleBasedStateMachine):
         )
         await self._recorded(holding, stale=not ours, waits=waits)
 
-    async def _recorded(self, holding: Holding, *, stale: bool, waits: bool) -> None:
+    async def _recorded(self, holding: HeldClaim, *, stale: bool, waits: bool) -> None:
         if stale:
             holding.stale = True
             self.world.mark_stale(holding.claim.sender_id)
@@ -233,7 +237,7 @@ class QueueSteps(RuleBasedStateMachine):
 
     async def _end(
         self,
-        holding: Holding,
+        holding: HeldClaim,
         *,
         use: SlotUse = SlotUse.COUNTED,
         retry: int | None = None,
@@ -274,7 +278,7 @@ class QueueSteps(RuleBasedStateMachine):
         await self._recorded(holding, stale=stale, waits=waits)
 
     def _cool_down(
-        self, holding: Holding, retry: int | None, contact: Contact, cools: int | None
+        self, holding: HeldClaim, retry: int | None, contact: Contact, cools: int | None
     ) -> timedelta | None:
         """Store a cooldown, or its end; return the wait until the next probe."""
         sender_id = holding.claim.sender_id
@@ -286,7 +290,7 @@ class QueueSteps(RuleBasedStateMachine):
             return milliseconds(0)
         return None
 
-    async def _release(self, holding: Holding) -> None:
+    async def _release(self, holding: HeldClaim) -> None:
         self.holdings.remove(holding)
         settlement = holding.settlement
         assert settlement is not None
@@ -330,7 +334,7 @@ class QueueSteps(RuleBasedStateMachine):
             await self.raw.restore(key, max(0, ttl), value)
         self.runs += 1
         await self.shard.redis.set(self.shard.prefix + "test:run", f"run{self.runs}")
-        # It takes longer to come back than the clock needs to tell two lives apart.
+        # A restart takes longer than the resolution of the clock that tells two lives apart.
         await self._advance(self.now + 1000)
         self.model.lose_all(snapshot.ready)
         self.lossy = True
@@ -436,7 +440,7 @@ class QueueSteps(RuleBasedStateMachine):
                 await self._load(sender_id, committed=True)
             await self._claim(5)
             while self.holdings:
-                await self._go_on(self.holdings[0])
+                await self._advance_claim(self.holdings[0])
             leases = [job.lease_until // 1000 for job in self.world.in_state(JobState.SENDING)]
             if not leases and not any(self.world.in_state(JobState.SCHEDULED)):
                 return
@@ -445,7 +449,7 @@ class QueueSteps(RuleBasedStateMachine):
             await self._advance((min(looks) + bool(leases)) * 1000)
         raise AssertionError("jobs wait, and looking does not help")
 
-    async def _go_on(self, holding: Holding, **how: Any) -> None:
+    async def _advance_claim(self, holding: HeldClaim, **how: Any) -> None:
         """Take the next step; `how` a send ends."""
         if holding.step is Step.BEGUN:
             await self._end(holding, **how)

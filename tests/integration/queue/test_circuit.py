@@ -181,7 +181,7 @@ async def test_an_answer_resumes_all_senders_of_the_endpoint_within_their_limits
 
 
 async def test_a_job_that_was_never_tried_probes_before_one_that_failed(shard: Shard) -> None:
-    # What failed is due again long before the next probe.
+    # The failed jobs are due again long before the next probe.
     await stop(shard, sender(1, 2), sender(2, 1), sender(3, 3), wait=2)
     tried: list[JobRef] = []
     for time in (5_000, 30_000, 155_000, 280_000, 405_000):
@@ -208,7 +208,7 @@ async def test_when_a_prober_dies_another_probes_after_its_lease_expired(shard: 
     [probe] = (await shard.claim()).claims
 
     assert probe.job != dead.job
-    # The dead one wakes up: that says nothing, for it is no probe any more.
+    # The paused one resumes: its result is ignored, because it is no longer the probe.
     await fail(shard, dead)
     assert (await shard.circuit())["rung"] == "1"
     await fail(shard, probe)
@@ -373,7 +373,7 @@ async def test_the_opening_and_closing_of_a_circuit_are_reported_once(shard: Sha
     await outage(shard, 1)
     assert shard.changes == [opened]
 
-    # Another fails too: it is the endpoint, and no trouble of the first one's own.
+    # Another fails too: the endpoint is the cause, and not the first sender.
     await shard.load(sender(2))
     await outage(shard, 1)
     of_endpoint = [

@@ -242,7 +242,7 @@ async def test_an_expired_lease_takes_a_slot_at_its_deadline_and_requests_a_load
     assert await shard.queue.claim(5) == Claimed(next_look=milliseconds(1))
     epoch = (await shard.sender()).settings["epoch"]
 
-    # Nobody looks for a while: what counts is the deadline, the last instant of its holder.
+    # No claim runs for a while: the slot counts from the deadline, not from the claim.
     await shard.at(LEASE_MS + 500)
     claimed = await shard.claim()
 

@@ -17,7 +17,7 @@ from tests.integration.queue.shard import (
     milliseconds,
 )
 
-# Nothing but the cooldown holds it: no gap, and several sends at once.
+# Only the cooldown delays it: no gap, and several sends at once.
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))
 # Longer than the lease of a probe.
 COOLDOWN_MS = 300_000
@@ -245,7 +245,7 @@ async def test_a_probe_outside_the_sending_hours_waits_for_the_next_opening(
 
     await shard.load(replace(FREE, opening=within(0, 10_000)))
     await refuse(shard, await claim_one(shard), 20_000)
-    # Before the end of the hours it asks for the next ones, and for nothing after that.
+    # Before the end of the hours it requests the next ones, and nothing after that.
     assert await shard.ready() == {7: 10_000}
     await shard.at(10_000)
     assert (await shard.claim()).loads == (7,)

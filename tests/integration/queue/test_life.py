@@ -28,12 +28,12 @@ async def clock_steps_back(shard: Shard) -> None:
     await shard.at(shard.now - 1_000)
 
 
-async def its_life_is_lost(shard: Shard) -> None:
+async def life_key_is_lost(shard: Shard) -> None:
     await shard.redis.delete(shard.prefix + "life")
     await shard.at(shard.now + 1)
 
 
-ENDS = pytest.mark.parametrize("ends", [restarts, clock_steps_back, its_life_is_lost])
+ENDS = pytest.mark.parametrize("ends", [restarts, clock_steps_back, life_key_is_lost])
 Ends = Callable[[Shard], Coroutine[Any, Any, None]]
 
 

@@ -106,7 +106,7 @@ async def test_a_load_is_requested_soon_if_all_loaded_jobs_are_leased(
     claimed = await shard.claim(200)
     assert (len(claimed.claims), claimed.loads) == (128, (7,))
 
-    # Not one of them is marked yet, so the load finds the same jobs again.
+    # None of them is marked yet, so the load finds the same jobs again.
     await shard.load(head)
     for claim in claimed.claims:
         await shard.settle(claim)
@@ -131,7 +131,7 @@ async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, ends=ends, leases=leases, jobs=jobs((5, 0))))
 
     state = await shard.sender()
-    # Rounded up: nothing has ended earlier than it did.
+    # Rounded up: no end is recorded earlier than it was.
     assert state.window == {"000000000001:1": 1001 - 3_000_000, "000000000002:3": 601}
     assert state.leases == {"000000000004:2": 6001}
     assert int(state.settings["end"]) == START_MS + 901

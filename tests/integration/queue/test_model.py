@@ -37,7 +37,7 @@ from tests.integration.queue.steps import (
     SENDERS,
     SHARD_KEYS,
 )
-from tests.integration.queue.under_way import Holding, Snapshot, Step
+from tests.integration.queue.under_way import HeldClaim, Snapshot, Step
 from tests.integration.queue.world import SenderRow
 
 senders = st.sampled_from(SENDERS)
@@ -98,7 +98,7 @@ class QueueMachine(LimitSteps):
         self.do(self._mark(holding, fails=fails, waits=waits))
         for step in (Step.MARKED, Step.CONFIRMED)[:further]:
             if holding.step is step:
-                self.do(self._go_on(holding))
+                self.do(self._advance_claim(holding))
 
     @precondition(lambda self: self._at(Step.MARKED))
     @rule(pick=picks, waits=chances)
@@ -141,7 +141,7 @@ class QueueMachine(LimitSteps):
         choice = self._renewable()
         self.do(self._renew(choice[pick % len(choice)], answers))
 
-    def _renewable(self) -> list[Holding]:
+    def _renewable(self) -> list[HeldClaim]:
         return [holding for holding in self._at(Step.BEGUN) if self.now < holding.deadline]
 
     @rule(

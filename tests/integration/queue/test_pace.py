@@ -180,7 +180,7 @@ async def test_a_sender_with_a_pace_is_deleted_when_no_mail_waits(redis_url: str
 
         assert (await shard.sender()).settings_expire
         left = await client.pttl(f"{shard.prefix}sender:7")
-        # Not before the gap that it has is over.
+        # Not before its current gap has passed.
         assert MOST_MS < left <= MOST_MS + IDLE_MARGIN_MS
 
 

@@ -133,7 +133,7 @@ async def test_renewing_the_probe_of_an_open_circuit_keeps_other_probes_out(
     await shard.at(25_000 + LEASE_MS - 1)
     assert await shard.claimed() == []
 
-    # It dies at last, and another probes.
+    # It dies in the end, and another probes.
     await shard.at(25_000 + LEASE_MS)
     assert len(await shard.claimed()) == 1
 
@@ -192,7 +192,7 @@ async def test_a_renewed_send_releases_its_slot_by_the_end_that_the_renewal_retu
 async def test_a_send_whose_renewal_got_no_answer_is_settled_by_its_attempt(
     shard: Shard,
 ) -> None:
-    # It knows the old end alone, so a give-back would free nothing. An attempt is its own fence.
+    # It knows only the old end, so a give-back would free nothing. The attempt is its fence.
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(20_000)

@@ -47,7 +47,7 @@ async def test_after_the_loaded_opening_a_load_is_requested_and_no_job_is_claime
     await shard.at(6_500)
     claimed = await shard.claim()
     assert (claimed.claims, claimed.loads) == ((), (SENDER.sender_id,))
-    # Once, until somebody has had the time to do it.
+    # Once, until a dispatcher has had the time to load it.
     again = await shard.claim()
     assert (again.claims, again.loads) == ((), ())
     await shard.load(replace(NO_GAP, jobs=jobs((1, 6_000)), opening=opening(9_000, 12_000)))

@@ -189,7 +189,7 @@ async def test_a_late_claim_that_sent_nothing_releases_its_slot(shard: Shard, us
 async def test_a_late_settle_does_not_release_the_slot_of_the_dispatcher_that_sent_the_job(
     shard: Shard,
 ) -> None:
-    # Stopped between its claim and its mark; the same attempt was claimed by another and sent.
+    # Paused between claim and mark; the same attempt was claimed by another and sent.
     stopped = await late_claim(shard, limit=2)
     again = await claim_one(shard)
     assert again.job == stopped.job

@@ -18,7 +18,7 @@ from tests.integration.queue.shard import SENDER, Shard, jobs
 NO_GAP = replace(SENDER, gap=timedelta(0))
 
 
-class Ear:
+class ShardListener:
     """Listens on the shard's channel."""
 
     def __init__(self, pubsub: PubSub, shard: Shard) -> None:
@@ -38,19 +38,19 @@ class Ear:
 
 
 @pytest_asyncio.fixture
-async def ear(shard: Shard) -> AsyncIterator[Ear]:
+async def ear(shard: Shard) -> AsyncIterator[ShardListener]:
     async with shard.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe(shard.queue.keys.wake)
-        yield Ear(pubsub, shard)
+        yield ShardListener(pubsub, shard)
 
 
-async def test_no_wake_is_sent_when_no_dispatcher_sleeps(shard: Shard, ear: Ear) -> None:
+async def test_no_wake_is_sent_when_no_dispatcher_sleeps(shard: Shard, ear: ShardListener) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0))))
     assert await ear.heard() == 0
 
 
 async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_for_any_job(
-    shard: Shard, ear: Ear
+    shard: Shard, ear: ShardListener
 ) -> None:
     await shard.claim()
     await shard.load(replace(SENDER, jobs=jobs((1, 999_999))))
@@ -59,7 +59,7 @@ async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_for_any_job(
 
 @pytest.mark.parametrize(("due", "told"), [(99, 1), (100, 0), (101, 0)])
 async def test_a_dispatcher_that_sleeps_until_its_next_look_is_woken_only_for_earlier_jobs(
-    shard: Shard, ear: Ear, due: int, told: int
+    shard: Shard, ear: ShardListener, due: int, told: int
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 100))))
     await shard.claim()
@@ -70,7 +70,7 @@ async def test_a_dispatcher_that_sleeps_until_its_next_look_is_woken_only_for_ea
 
 
 async def test_one_message_wakes_all_dispatchers_and_no_other_follows_until_one_sleeps_again(
-    shard: Shard, ear: Ear
+    shard: Shard, ear: ShardListener
 ) -> None:
     await shard.claim()
     await shard.load(replace(SENDER, jobs=jobs((1, 100))))
@@ -81,7 +81,9 @@ async def test_one_message_wakes_all_dispatchers_and_no_other_follows_until_one_
     assert await ear.heard() == 1
 
 
-async def test_a_settle_that_frees_a_slot_wakes_a_dispatcher(shard: Shard, ear: Ear) -> None:
+async def test_a_settle_that_frees_a_slot_wakes_a_dispatcher(
+    shard: Shard, ear: ShardListener
+) -> None:
     await shard.load(replace(NO_GAP, max_in_flight=1, jobs=jobs((1, 0), (2, 0))))
     (claim,) = (await shard.claim()).claims
     assert await ear.heard() == 0
@@ -93,7 +95,7 @@ async def test_a_settle_that_frees_a_slot_wakes_a_dispatcher(shard: Shard, ear: 
 
 
 async def test_a_settle_after_which_no_job_waits_wakes_no_dispatcher(
-    shard: Shard, ear: Ear
+    shard: Shard, ear: ShardListener
 ) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
     (claim,) = (await shard.claim()).claims
@@ -101,14 +103,16 @@ async def test_a_settle_after_which_no_job_waits_wakes_no_dispatcher(
     assert await ear.heard() == 0
 
 
-async def test_a_retry_wakes_a_dispatcher_for_its_time(shard: Shard, ear: Ear) -> None:
+async def test_a_retry_wakes_a_dispatcher_for_its_time(shard: Shard, ear: ShardListener) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
     (claim,) = (await shard.claim()).claims
     await shard.settle(claim, SlotUse.BEGUN, retry_at=5000)
     assert await ear.heard() == 1
 
 
-async def test_a_resume_wakes_a_dispatcher_and_a_pause_does_not(shard: Shard, ear: Ear) -> None:
+async def test_a_resume_wakes_a_dispatcher_and_a_pause_does_not(
+    shard: Shard, ear: ShardListener
+) -> None:
     head = replace(SENDER, jobs=jobs((1, 100)))
     await shard.load(head)
     await shard.claim()
@@ -120,13 +124,13 @@ async def test_a_resume_wakes_a_dispatcher_and_a_pause_does_not(shard: Shard, ea
 
 
 async def test_a_full_dispatcher_wakes_the_sleepers_for_the_jobs_it_leaves(
-    shard: Shard, ear: Ear
+    shard: Shard, ear: ShardListener
 ) -> None:
     await shard.claim()
     for sender_id in (1, 2):
         await shard.load(replace(SENDER, sender_id=sender_id, jobs=jobs((sender_id, 0))))
     assert await ear.heard() == 1
-    # Two wake; the first has room for one job alone, when the other sleeps again.
+    # Two wake; the first has room for only one job, when the other sleeps again.
     await shard.redis.set("outbox:{0}:asleep", "inf")
 
     assert await shard.claimed(1) == [1]
@@ -135,7 +139,7 @@ async def test_a_full_dispatcher_wakes_the_sleepers_for_the_jobs_it_leaves(
 
 
 async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_after_another_slept_briefly(
-    shard: Shard, ear: Ear
+    shard: Shard, ear: ShardListener
 ) -> None:
     # One dispatcher sleeps without end.
     await shard.claim()
@@ -155,6 +159,6 @@ async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_after_another_slep
 async def test_the_end_of_a_rebuild_wakes_a_dispatcher(bare_shard: Shard) -> None:
     async with bare_shard.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
         await pubsub.subscribe(bare_shard.queue.keys.wake)
-        ear = Ear(pubsub, bare_shard)
+        ear = ShardListener(pubsub, bare_shard)
         await bare_shard.whole()
         assert await ear.heard() == 1

@@ -32,19 +32,19 @@ class LoadUnderWay:
 
 
 @dataclass
-class Holding:
+class HeldClaim:
     """A claim in the hands of a dispatcher."""
 
     claim: Claim
     claimed: int
     deadline: int
     gap: int
-    # PostgreSQL's, once it is marked there.
+    # The lease in PostgreSQL, once the job is marked there.
     lease_until: int = 0
-    # Redis said that it still has the lease.
+    # Redis confirmed that it still has the lease.
     confirmed: bool = False
     send: Send | None = None
-    # What Redis is to be told, once it is over; and when it ended.
+    # The outcome to write to Redis after the send, and the time of its end.
     settlement: Settlement | None = None
     ended: int = 0
     # Whether it knows the present ends of its lease in both stores.
