@@ -79,7 +79,7 @@ async def test_a_kill_between_two_steps_loses_nothing_and_duplicates_only_mail_i
         assert len({mail.message_id for mail in inbox.mails}) == len(arrived)
         assert all(gap_of(inbox.mails, sender) >= GAP.total_seconds() for sender in senders)
         assert all(most_of(inbox.mails, sender, WINDOW) <= LIMIT for sender in senders)
-        assert await ended_otherwise_than_once(world) == []
+        assert await jobs_not_ended_by_their_last_attempt(world) == []
         await world.check_counts()
 
 
@@ -100,7 +100,7 @@ async def without_outcome(world: World) -> set[int]:
     return {row.id for row in rows}
 
 
-async def ended_otherwise_than_once(world: World) -> list[int]:
+async def jobs_not_ended_by_their_last_attempt(world: World) -> list[int]:
     """Return the jobs whose last attempt is not the one that ended it."""
     rows = await world.sql(
         """

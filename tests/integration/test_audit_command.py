@@ -318,11 +318,11 @@ async def test_audit_and_stats_agree_before_the_rows_of_a_cancelled_batch_are_up
 
     async def agree() -> None:
         async with world.engine.connect() as connection:
-            told = (await sender_counts(connection, [sender]))[sender]
+            reported = (await sender_counts(connection, [sender]))[sender]
         report = await past.audit(settings)
         assert report.broken == []
-        assert report.document()["states"] == {s.name.lower(): told[s] for s in JobState}
-        assert (told.sent, told.cancelled, told.scheduled) == (2, 4, 0)
+        assert report.document()["states"] == {s.name.lower(): reported[s] for s in JobState}
+        assert (reported.sent, reported.cancelled, reported.scheduled) == (2, 4, 0)
 
     await agree()
     # Jobs cancelled by their batch but not yet in their rows are compared too.

@@ -217,7 +217,7 @@ async def test_a_kept_connection_that_dies_at_the_next_mail_costs_no_attempt(
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
 @pytest.mark.parametrize("security", [SmtpSecurity.NONE, SmtpSecurity.STARTTLS, SmtpSecurity.TLS])
-def test_a_large_mail_arrives_whole(
+def test_a_large_mail_arrives_complete(
     loop_factory: Any, security: SmtpSecurity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:

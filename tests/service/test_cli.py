@@ -187,8 +187,8 @@ def test_services_receive_only_the_variables_that_are_set(monkeypatch: pytest.Mo
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    told = environment_of(load_settings())
-    assert told == variables | {"OUTBOX_RETRY_BACKOFF": "1s,90s"}
+    reported = environment_of(load_settings())
+    assert reported == variables | {"OUTBOX_RETRY_BACKOFF": "1s,90s"}
 
 
 def test_services_receive_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

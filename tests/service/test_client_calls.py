@@ -333,11 +333,11 @@ async def test_a_broken_watch_resumes_from_its_token(
 ) -> None:
     server.streams = [[update(1), update(2)], [], [update(3, done=True)]]
     server.faults = [AWAY]
-    told: list[CallError] = []
-    seen = await client.do(server.address, lambda c: c.watch_batch("1", trouble=told.append))
+    reported: list[CallError] = []
+    seen = await client.do(server.address, lambda c: c.watch_batch("1", trouble=reported.append))
     assert [each.counts.sent_count for each in seen] == [1, 2, 3]
     assert [each.resume_token for each in server.requests] == ["", "", "t2", "t2"]
-    assert [type(error) for error in told] == [Unavailable]
+    assert [type(error) for error in reported] == [Unavailable]
 
 
 async def test_without_a_watch_the_batch_is_polled_until_it_ends(

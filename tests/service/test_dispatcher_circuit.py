@@ -154,9 +154,9 @@ def _logged(
     logs: Sequence[MutableMapping[str, Any]], server: str
 ) -> list[MutableMapping[str, Any]]:
     """Return what was logged of the endpoint's circuit, and not of a sender's own."""
-    told = [log for log in logs if log["event"].startswith("circuit_") and "sender" not in log]
-    assert all(log["endpoint"] == server and log["reason"] for log in told)
-    return told
+    reported = [log for log in logs if log["event"].startswith("circuit_") and "sender" not in log]
+    assert all(log["endpoint"] == server and log["reason"] for log in reported)
+    return reported
 
 
 def _check_probes(starts: Sequence[float], since: float) -> None:

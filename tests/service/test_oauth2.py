@@ -329,13 +329,13 @@ async def test_no_secret_is_stored_or_logged_in_clear(
 ) -> None:
     provider, server = installation.provider, installation.server
     provider.style, server._quotes = style, True
-    told: list[str] = []
+    reported: list[str] = []
 
     async def look(sender: sender_pb2.Sender) -> None:
-        told.append(MessageToJson(await installation.verify(sender)))
+        reported.append(MessageToJson(await installation.verify(sender)))
 
     sender = await installation.sender()
-    told.append(MessageToJson(sender))
+    reported.append(MessageToJson(sender))
     values = installation.values | {"log_level": "debug", "retry_backoff": "50ms"}
     async with running(settings_of(values)) as dispatcher:
         await look(sender)
@@ -358,11 +358,11 @@ async def test_no_secret_is_stored_or_logged_in_clear(
         )
         await look(sender)
         (job,) = await installation.world.schedule(int(sender.sender_id))
-        told.append(str(await eventually(lambda: installation.world.attempts(job))))
-        told.append(str(await dispatcher.status()))
-    told.append(installation.dump())
-    told.append("".join(capfd.readouterr()))
-    text = "\n".join(told)
+        reported.append(str(await eventually(lambda: installation.world.attempts(job))))
+        reported.append(str(await dispatcher.status()))
+    reported.append(installation.dump())
+    reported.append("".join(capfd.readouterr()))
+    text = "\n".join(reported)
     assert "[secret]" in text
     assert "[token]" in text
     for secret in provider.secrets():

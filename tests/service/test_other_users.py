@@ -286,16 +286,16 @@ async def test_resources_of_another_user_are_not_found(walk: TwoUsers) -> None:
     before = await walk.fingerprint.take()
     for method, channel in await walk.methods():
         for ids, forbidden, missing in forbidden_requests(walk, method):
-            told = await walk.ask(method, channel, forbidden)
-            about = f"{method.full_name} {forbidden}: {told}"
+            reported = await walk.ask(method, channel, forbidden)
+            about = f"{method.full_name} {forbidden}: {reported}"
             assert await walk.fingerprint.take() == before, about
-            assert HERS not in told, about
+            assert HERS not in reported, about
             # The answer is identical to that for a resource that does not exist.
             expected = await walk.ask(method, channel, missing)
             for one in ids:
-                told = told.replace(one, NOWHERE)
-            assert told == expected, about
-            answers[method.name].add(told.partition(":")[0])
+                reported = reported.replace(one, NOWHERE)
+            assert reported == expected, about
+            answers[method.name].add(reported.partition(":")[0])
     filters = {"ListSenders", "ListBatches", "ListEmailJobs", "RetryEmailJobs"}
     for name, codes in answers.items():
         # A filter that matches nothing is no error.
@@ -308,18 +308,18 @@ async def test_another_users_id_is_a_mismatch_in_every_method(walk: TwoUsers) ->
     before = await walk.fingerprint.take()
     for method, channel in await walk.methods():
         for messages in requests(method, walk.hers.ids(), user_id="ann"):
-            told = await walk.ask(method, channel, messages)
-            assert told.startswith("UNIMPLEMENTED") or (
-                told.startswith("PERMISSION_DENIED") and "USER_MISMATCH" in told
-            ), f"{method.full_name} {messages}: {told}"
+            reported = await walk.ask(method, channel, messages)
+            assert reported.startswith("UNIMPLEMENTED") or (
+                reported.startswith("PERMISSION_DENIED") and "USER_MISMATCH" in reported
+            ), f"{method.full_name} {messages}: {reported}"
     assert await walk.fingerprint.take() == before
 
 
 async def test_an_unset_user_id_means_the_callers_own_resources(walk: TwoUsers) -> None:
     for method, channel in await walk.methods():
         for messages in requests(method, walk.his.ids()):
-            told = await walk.ask(method, channel, messages)
-            assert HERS not in told, f"{method.full_name}: {told}"
+            reported = await walk.ask(method, channel, messages)
+            assert HERS not in reported, f"{method.full_name}: {reported}"
     assert walk.scheduler.rows("SELECT user_id, reason FROM suppressions WHERE reason <> ''") == [
         ("ann", HERS)
     ]

@@ -141,33 +141,33 @@ class Server:
     """Notes what it is told."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.reported: list[str] = []
 
     async def start(self) -> None:
-        self.told.append("start")
+        self.reported.append("start")
 
     def begin_drain(self) -> None:
-        self.told.append("drain")
+        self.reported.append("drain")
 
     async def drain_and_stop(self, grace: timedelta) -> None:
-        self.told.append("stop now" if not grace else "stop")
+        self.reported.append("stop now" if not grace else "stop")
 
 
 async def test_the_server_drains_first_and_stops_after_the_work() -> None:
     server, stop = Server(), asyncio.Event()
 
     async def work() -> None:
-        server.told.append("work")
+        server.reported.append("work")
         await stop.wait()
-        server.told.append("worked")
+        server.reported.append("worked")
 
     async with asyncio.TaskGroup() as group:
         group.create_task(serve_until_stopped(server, stop, timedelta(seconds=5), [work]))
         stop.set()
-    assert server.told[0] == "start"
-    assert server.told[-1] == "stop"
-    assert server.told.index("drain") < server.told.index("stop")
-    assert server.told.index("worked") < server.told.index("stop")
+    assert server.reported[0] == "start"
+    assert server.reported[-1] == "stop"
+    assert server.reported.index("drain") < server.reported.index("stop")
+    assert server.reported.index("worked") < server.reported.index("stop")
 
 
 async def test_work_that_does_not_end_is_cancelled_after_the_grace_period() -> None:
@@ -183,7 +183,7 @@ async def test_work_that_does_not_end_is_cancelled_after_the_grace_period() -> N
 
     await serve_until_stopped(server, stop, timedelta(milliseconds=50), [work])
     assert cancelled.is_set()
-    assert server.told == ["start", "drain", "stop now"]
+    assert server.reported == ["start", "drain", "stop now"]
 
 
 async def test_failing_work_stops_the_server_and_all_other_work() -> None:
@@ -203,4 +203,4 @@ async def test_failing_work_stops_the_server_and_all_other_work() -> None:
         await serve_until_stopped(server, stop, timedelta(seconds=5), [work, fail])
     assert [str(error) for error in caught.value.exceptions] == ["boom"]
     assert cancelled.is_set()
-    assert server.told == ["start", "stop now"]
+    assert server.reported == ["start", "stop now"]

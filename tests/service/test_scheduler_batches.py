@@ -230,7 +230,7 @@ CSV = "email,name,schedule_time,timezone\n"
 
 
 @pytest.mark.parametrize(
-    ("csv", "reason", "told"),
+    ("csv", "reason", "reported"),
     [
         (b"", "CSV_EMPTY", ""),
         (b"\n \n", "CSV_EMPTY", ""),
@@ -248,7 +248,7 @@ async def test_a_file_that_is_not_csv_is_refused_and_nothing_is_stored(
     sender: sender_pb2.Sender,
     csv: bytes,
     reason: str,
-    told: str,
+    reported: str,
     *,
     streamed: bool,
 ) -> None:
@@ -259,7 +259,7 @@ async def test_a_file_that_is_not_csv_is_refused_and_nothing_is_stored(
     )
     refusal = await refusal_of(call)
     assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
-    assert told in refusal.message
+    assert reported in refusal.message
     assert nothing_is_stored(scheduler)
 
 

@@ -11,17 +11,17 @@ SHORT = timedelta(milliseconds=20)
 
 
 class Recorder:
-    """Notes what health is told, and lets a test wait for it."""
+    """Records the reported health, and lets a test wait for it."""
 
     def __init__(self) -> None:
-        self.told: asyncio.Queue[bool] = asyncio.Queue()
+        self.reported: asyncio.Queue[bool] = asyncio.Queue()
 
     def set_serving(self, serving: bool) -> None:
-        self.told.put_nowait(serving)
+        self.reported.put_nowait(serving)
 
     async def until(self, serving: bool) -> None:
         async with asyncio.timeout(PATIENCE):
-            while await self.told.get() is not serving:
+            while await self.reported.get() is not serving:
                 pass
 
 

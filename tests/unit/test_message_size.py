@@ -82,8 +82,8 @@ def test_a_mail_of_exactly_the_limit_is_built_and_one_byte_more_is_refused(name:
     assert message.endswith(f"OUTBOX_MAX_MESSAGE_BYTES permits {size - 1:,}")
     named = re.search(r"has (at least )?([\d,]+) bytes", message)
     assert named
-    exact, told = named[1] is None, int(named[2].replace(",", ""))
-    assert told == size if exact else size - 1 < told <= size
+    exact, reported = named[1] is None, int(named[2].replace(",", ""))
+    assert reported == size if exact else size - 1 < reported <= size
 
 
 @settings(max_examples=200)

@@ -25,7 +25,7 @@ def test_a_secret_and_long_parts_of_it_are_hidden(text: str, shown: str) -> None
     assert redact(text, [SECRET]) == shown
 
 
-def test_a_short_secret_is_hidden_whole() -> None:
+def test_a_short_secret_is_hidden_completely() -> None:
     assert redact("the word is sesame, Sesame", ["sesame"]) == "the word is [secret], Sesame"
 
 

@@ -296,29 +296,29 @@ class QueueSteps(RuleBasedStateMachine):
         assert settlement is not None
         used = settlement.use is not SlotUse.UNUSED
         age = (self.now - holding.ended) // 1000 if used else 0
-        told = replace(settlement, age=milliseconds(age))
-        unknown = await self.queue.settle([told])
-        retry = told.next_job and (member_of(told.next_job), told.next_due_ms)
+        reported = replace(settlement, age=milliseconds(age))
+        unknown = await self.queue.settle([reported])
+        retry = reported.next_job and (member_of(reported.next_job), reported.next_due_ms)
         cooldown: int | None = None
-        if told.cooldown is not None:
-            left = told.cooldown // timedelta(milliseconds=1)
+        if reported.cooldown is not None:
+            left = reported.cooldown // timedelta(milliseconds=1)
             cooldown = self.now_up + left if left else 0
         known = self.model.settle(
             self.now_ms,
             self.now_up - age,
-            told.sender_id,
-            member_of(told.job),
-            told.use.value,
+            reported.sender_id,
+            member_of(reported.job),
+            reported.use.value,
             retry=retry,
-            lease=told.lease_ms,
-            answered=told.contact in (Contact.ANSWERED, Contact.ACCEPTED, Contact.TOO_FAST),
-            failed=LADDERS.get(told.contact, ()),
-            pace=told.contact.value,
+            lease=reported.lease_ms,
+            answered=reported.contact in (Contact.ANSWERED, Contact.ACCEPTED, Contact.TOO_FAST),
+            failed=LADDERS.get(reported.contact, ()),
+            pace=reported.contact.value,
             cooldown=cooldown,
         )
-        assert unknown == ([] if known else [told.sender_id])
+        assert unknown == ([] if known else [reported.sender_id])
         if not known or holding.stale:
-            await self._load(told.sender_id, committed=True)
+            await self._load(reported.sender_id, committed=True)
 
     async def _save(self) -> None:
         self.snapshot = Snapshot({}, dict(self.model.ready))
@@ -422,8 +422,8 @@ class QueueSteps(RuleBasedStateMachine):
             assert int(known.get("until", 0)) == c.busy_until
             if c.open:
                 assert await self.shard.held(endpoint) == after_start(c.held)
-        told = [(change.opened, change.sender_id) for change in self.shard.changes]
-        assert told == self.model.changes
+        reported = [(change.opened, change.sender_id) for change in self.shard.changes]
+        assert reported == self.model.changes
 
     async def _drain(self) -> None:
         """Continue like a working dispatcher until all waiting mail is sent."""

@@ -354,8 +354,8 @@ async def test_the_circuits_that_a_sender_waits_for_are_reported(shard: Shard) -
     assert await shard.queue.circuits_of_sender(3) == (of_sender,)
     assert await shard.queue.circuits_of_sender(4) == ()
     # An endpoint whose failures are all of one sender shows that sender's.
-    told = await shard.queue.circuits_of_endpoints(["relay", "other", "third"])
-    assert told == {"relay": of_endpoint, "other": of_sender}
+    reported = await shard.queue.circuits_of_endpoints(["relay", "other", "third"])
+    assert reported == {"relay": of_endpoint, "other": of_sender}
 
 
 def change(sender_id: int | None, since: int, server: str, *, opened: bool) -> CircuitChange:

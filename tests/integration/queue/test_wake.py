@@ -57,16 +57,16 @@ async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_for_any_job(
     assert await ear.heard() == 1
 
 
-@pytest.mark.parametrize(("due", "told"), [(99, 1), (100, 0), (101, 0)])
+@pytest.mark.parametrize(("due", "reported"), [(99, 1), (100, 0), (101, 0)])
 async def test_a_dispatcher_that_sleeps_until_its_next_look_is_woken_only_for_earlier_jobs(
-    shard: Shard, ear: ShardListener, due: int, told: int
+    shard: Shard, ear: ShardListener, due: int, reported: int
 ) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 100))))
     await shard.claim()
 
     await shard.load(replace(SENDER, sender_id=8, jobs=jobs((2, due))))
 
-    assert await ear.heard() == told
+    assert await ear.heard() == reported
 
 
 async def test_one_message_wakes_all_dispatchers_and_no_other_follows_until_one_sleeps_again(
