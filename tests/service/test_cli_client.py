@@ -188,7 +188,7 @@ async def test_a_dry_run_refuses_input_that_cannot_become_a_batch(scheduler: Sch
     write("people.csv", "name\nAnn\n")
     refused = await schedule(scheduler, "people.csv", "--dry-run")
     assert refused.exit_code == 1
-    assert "no column `email`" in refused.stderr
+    assert "must have a column `email`" in refused.stderr
     write("people.csv", CSV)
     # A scheduler has no forecasts, like a stats service of before.
     asked = await schedule(scheduler, "people.csv", "--dry-run")
