@@ -76,7 +76,7 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
 async def test_a_claim_that_waits_for_a_slot_costs_no_work_and_no_attempt(
     configure: Configure, redis: Any
 ) -> None:
-    settings = settings_of(configure(smtp_timeout="20s", lease="30s"))
+    settings = settings_of(configure(smtp_timeout="100s", lease="120s"))
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
         senders = [await world.sender(gap_ms=1, **by(server)) for _ in range(50)]
         for sender in senders:
