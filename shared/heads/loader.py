@@ -28,6 +28,7 @@ from outbox_server.shared.heads.statements import (
     history_statement,
 )
 from outbox_server.shared.queue.circuit_keys import circuit_key
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import (
     HEAD_SIZE,
@@ -216,7 +217,7 @@ class HeadLoader:
             return await self._rebuild(queue, token)
         except Exception:
             # So that the next try, here or elsewhere, does not wait until the lock expires.
-            with suppress(Exception):
+            with suppress(*QUEUE_ERRORS):
                 await queue.give_up_rebuild(token)
             raise
 
