@@ -32,7 +32,7 @@ _STOP: Final = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0))
 _PORT_TRIES: Final = 5
 _SETTINGS: Final = {
     "listen_addresses": LOOPBACK,
-    # The path of a socket may have 107 bytes only; that of a data folder may be longer.
+    # The kernel limits the path of a socket to 107 bytes. A data folder's path may be longer.
     "unix_socket_directories": "",
     # Three services with a pool each, several dispatchers, and the command line.
     "max_connections": "200",

@@ -44,7 +44,7 @@ class JobAttempt:
     deferred_for: timedelta | None = None
     # The sender was cooling down, and this attempt was its probe.
     probe: bool = False
-    # The server was told about this mail by MAIL.
+    # Whether MAIL was sent for this mail.
     mail_begun: bool = True
 
 
@@ -73,7 +73,7 @@ def decide(
     if permanent or tried.attempt >= _MOST_ATTEMPTS:
         return Verdict(JobState.FAILED, tried.failures + 1)
     stretch = 1 + JITTER * chance
-    # The server was not told about the mail: it was not reached, or it refused the session.
+    # MAIL was not sent: the server was not reached, or it refused the session.
     no_session = tried.outcome is AttemptOutcome.CONNECTION_FAILURE and (
         tried.reply_class is not None or not tried.mail_begun
     )

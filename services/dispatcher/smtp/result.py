@@ -57,7 +57,7 @@ class SendResult:
     message: str | None = None
     reply_class: ReplyClass | None = None
     daily: bool = False
-    # Whether the server was told of this mail by MAIL.
+    # Whether MAIL was sent for this mail.
     mail_begun: bool = True
 
 
