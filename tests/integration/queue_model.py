@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 INFINITY = float("inf")
 # Connection failures in a row that open a circuit; how often a held sender is looked at anyway.
 FAILURES = 3
-PATROL = 30_000
+RECHECK = 30_000
 # The learned pace: its first and its longest gap, and the factor by which it shrinks.
 PACE_FIRST = 125
 PACE_MOST = 60_000
@@ -345,13 +345,13 @@ class QueueModel:
     def circuit(self, s: SenderModel) -> CircuitModel:
         return self.circuits.setdefault(s.endpoint, CircuitModel())
 
-    def _appoint(self, c: CircuitModel) -> None:
+    def _schedule_prober(self, c: CircuitModel) -> None:
         if c.first is not None:
             self.ready[c.first] = min(self.ready.get(c.first, c.turn), c.turn)
 
     def _leave_held(self, c: CircuitModel, sender_id: int) -> None:
         if c.open and c.held.pop(sender_id, None) is not None:
-            self._appoint(c)
+            self._schedule_prober(c)
 
     def _begin_probe(self, sender_id: int, member: str, now: int) -> None:
         s = self.senders[sender_id]
@@ -361,14 +361,14 @@ class QueueModel:
         if c.open:
             c.probe, c.busy_until = (sender_id, member), now + self.lease
             c.held.pop(sender_id, None)
-            self._appoint(c)
+            self._schedule_prober(c)
 
     def _end_probe(self, sender_id: int, member: str, lease: int | None) -> bool:
         c = self.circuit(self.senders[sender_id])
         if c.probe != (sender_id, member) or lease not in (None, c.busy_until):
             return False
         c.probe, c.busy_until = None, 0
-        self._appoint(c)
+        self._schedule_prober(c)
         return True
 
     def _forget_troubles(self, sender_id: int) -> None:
@@ -397,7 +397,7 @@ class QueueModel:
         if c.open and probed:
             c.rung += 1
             c.next = now + rung_of(ladder, c.rung)
-            self._appoint(c)
+            self._schedule_prober(c)
         if c.open or s.open:
             return None
         before = set(c.senders)
@@ -494,7 +494,7 @@ class QueueModel:
             sends = max(s.first[0], s.allowed_at(self.window))
         if sends <= now and not c.admits(now):
             c.held[sender_id] = int(sends)
-            looks.append(min(now + PATROL, c.turn) if c.first == sender_id else now + PATROL)
+            looks.append(min(now + RECHECK, c.turn) if c.first == sender_id else now + RECHECK)
         else:
             self._leave_held(c, sender_id)
             if sends < INFINITY:

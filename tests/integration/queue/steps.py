@@ -30,7 +30,7 @@ SOON = 100
 # The keys of a sender, and its entry in `ready`.
 PARTS = ("due", "lease", "window", "sender", "ready")
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "held:relay")
-# The second wait of a probe is longer than the lease, the last one longer than a patrol.
+# The second wait of a probe is longer than the lease, the last one longer than a recheck.
 LADDER = (500, 4_000, 40_000)
 AUTH_LADDER = (700, 9_000)
 LADDERS = {Contact.FAILED: LADDER, Contact.AUTH_FAILED: AUTH_LADDER}

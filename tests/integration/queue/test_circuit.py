@@ -9,7 +9,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim, Head, SlotUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, START_MS, Shard, jobs, milliseconds
 
-PATROL_MS = 30_000
+RECHECK_MS = 30_000
 # Nothing but the circuit holds them: no gap, so that one claim may take many.
 FREE = replace(SENDER, gap=milliseconds(0), max_in_flight=50)
 
@@ -267,7 +267,7 @@ async def test_a_sender_that_changes_its_endpoint_no_longer_waits(shard: Shard) 
 async def test_losing_the_keys_of_a_circuit_strands_no_sender(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
     await shard.redis.delete(f"{shard.prefix}circuit:relay", f"{shard.prefix}held:relay")
-    await shard.at(1 + PATROL_MS)
+    await shard.at(1 + RECHECK_MS)
 
     assert len(await shard.claimed()) == 12
 
