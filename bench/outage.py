@@ -32,7 +32,7 @@ from outbox_server.shared.states import AttemptOutcome, JobState
 
 SENDERS, MAILS, LIMIT = 50, 200, 50
 GAP: Final = timedelta(seconds=2)
-# Of the longest wait of the ladder, a tenth of jitter, and some room.
+# The longest wait of the backoff, a tenth of jitter, and some room.
 _PATIENCE_S = 160.0
 
 _FILL = (

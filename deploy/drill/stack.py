@@ -23,9 +23,9 @@ from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.shared.settings import Settings, load_settings
 
 # Long enough that a mail which meets one fault after the other does not use up all its attempts.
-_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3] * 16))
+_BACKOFF: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3] * 16))
 # Short, so that refused and deferred mail is sent within seconds after the fault.
-_SHORT_LADDER: Final = tuple(timedelta(seconds=step) for step in (0.3, 0.6, 1))
+_SHORT_BACKOFF: Final = tuple(timedelta(seconds=step) for step in (0.3, 0.6, 1))
 _QUOTA_DAY: Final = timedelta(seconds=2)
 _PHASE_LIMIT: Final = timedelta(seconds=SMTP_TIMEOUT_S)
 
@@ -46,7 +46,7 @@ def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
         # Zero, so that some senders have no gap; the others set their own.
         min_gap=timedelta(0),
         lease=timedelta(seconds=LEASE_S),
-        retry_backoff=_LADDER,
+        retry_backoff=_BACKOFF,
         # Each phase instead of smtp_timeout: the reply to a body may take longer than the others.
         smtp_connect_timeout=_PHASE_LIMIT,
         smtp_greeting_timeout=_PHASE_LIMIT,
@@ -56,8 +56,8 @@ def drill_settings(policy: Literal["resend", "hold"]) -> Settings:
         smtp_data_timeout=_PHASE_LIMIT,
         smtp_block_timeout=_PHASE_LIMIT,
         smtp_end_timeout=timedelta(seconds=SMTP_END_TIMEOUT_S),
-        cooldown=_SHORT_LADDER,
-        defer_backoff=_SHORT_LADDER,
+        cooldown=_SHORT_BACKOFF,
+        defer_backoff=_SHORT_BACKOFF,
         quota_day=_QUOTA_DAY,
         shutdown_grace=timedelta(seconds=3),
         uncertain_policy=policy,

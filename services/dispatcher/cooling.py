@@ -28,7 +28,7 @@ _log = structlog.get_logger(__name__)
 class CooldownRules:
     """The settings OUTBOX_COOLDOWN, OUTBOX_QUOTA_DAY and OUTBOX_REFUSALS_IN_A_ROW."""
 
-    ladder: tuple[timedelta, ...]
+    backoff: tuple[timedelta, ...]
     day: timedelta
     refusals_in_a_row: int
 
@@ -113,7 +113,7 @@ async def _cool_down(
         enhanced_code=record.enhanced_code,
         daily=signal.daily,
     )
-    wait = await storage.cool_down(connection, refusal, ladder=rules.ladder, day=rules.day)
+    wait = await storage.cool_down(connection, refusal, backoff=rules.backoff, day=rules.day)
     if wait is None:
         return None
     _log.warning(

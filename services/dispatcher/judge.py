@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from outbox_server.services.dispatcher.cooling import Signal
 from outbox_server.services.dispatcher.renewer import HeldJob
-from outbox_server.services.dispatcher.retry import JobAttempt, Ladders, Verdict, decide
+from outbox_server.services.dispatcher.retry import Backoffs, JobAttempt, Verdict, decide
 from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
@@ -21,7 +21,9 @@ class Judge:
     """Decides the state of a job after an attempt, by the operator's settings."""
 
     def __init__(self, settings: Settings) -> None:
-        self._ladders = Ladders(settings.retry_backoff, settings.defer_backoff, settings.defer_for)
+        self._backoffs = Backoffs(
+            settings.retry_backoff, settings.defer_backoff, settings.defer_for
+        )
         self._policy = settings.uncertain_policy
 
     def ended(
@@ -42,7 +44,7 @@ class Judge:
                 probe=claim.probe,
                 mail_begun=result.mail_begun,
             ),
-            ladders=self._ladders,
+            backoffs=self._backoffs,
             policy=self._policy,
             chance=random.random(),  # noqa: S311 - jitter
         )
@@ -59,8 +61,8 @@ class Judge:
         """Return the outcome of a send that stopped before the body. The job is due again at once.
 
         Giving a job back compares the end of its lease. If a renewal may have moved that end, the
-        job cannot be given back. The send is then recorded as an attempt that uses no place on the
-        ladder. `started` is a value of `time.monotonic`.
+        job cannot be given back. The send is then recorded as an attempt that uses no step of the
+        backoff. `started` is a value of `time.monotonic`.
         """
         if held.known:
             return UnsentJob(held.claim, held.marked)

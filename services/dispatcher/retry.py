@@ -14,13 +14,13 @@ from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, R
 JITTER = 0.1
 # A job with this many attempts is given up: the database column for attempts ends at 32,767.
 _MOST_ATTEMPTS = 32_000
-# The wait if the operator's ladder is empty.
+# The wait if OUTBOX_RETRY_BACKOFF is empty.
 _SHORT_WAIT = timedelta(seconds=5)
 _NO_WAIT = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Ladders:
+class Backoffs:
     """The waits before further attempts, from the settings of the same names."""
 
     retry_backoff: Sequence[timedelta]
@@ -32,8 +32,8 @@ class Ladders:
 class JobAttempt:
     """One attempt that ended, and the history of its job.
 
-    `attempt` is its number, from 1. `failures` counts earlier attempts that used a place on the
-    ladder. `deferred_for` is the time since the server first deferred the mail; None means that it
+    `attempt` is its number, from 1. `failures` counts earlier attempts that used a step of the
+    backoff. `deferred_for` is the time since the server first deferred the mail; None means that it
     never did.
     """
 
@@ -62,7 +62,7 @@ class Verdict:
 
 
 def decide(
-    tried: JobAttempt, *, ladders: Ladders, policy: Literal["resend", "hold"], chance: float
+    tried: JobAttempt, *, backoffs: Backoffs, policy: Literal["resend", "hold"], chance: float
 ) -> Verdict:
     """Return the verdict on a job after an attempt; `chance` in [0, 1) picks the jitter."""
     if tried.outcome is AttemptOutcome.SENT:
@@ -78,14 +78,14 @@ def decide(
         tried.reply_class is not None or not tried.mail_begun
     )
     if probe_refused or no_session or tried.reply_class in NOT_COUNTED:
-        return _not_counted(tried, ladders, stretch, cools_down=probe_refused)
+        return _not_counted(tried, backoffs, stretch, cools_down=probe_refused)
     if tried.reply_class is ReplyClass.DEFERRED:
-        return _deferred(tried, ladders, stretch)
-    return _counted(tried, ladders.retry_backoff, stretch, policy)
+        return _deferred(tried, backoffs, stretch)
+    return _counted(tried, backoffs.retry_backoff, stretch, policy)
 
 
 def _not_counted(
-    tried: JobAttempt, ladders: Ladders, stretch: float, *, cools_down: bool
+    tried: JobAttempt, backoffs: Backoffs, stretch: float, *, cools_down: bool
 ) -> Verdict:
     """Return the verdict on a job whose refusal says nothing about the mail."""
     if cools_down or tried.reply_class is ReplyClass.ACCOUNT:
@@ -93,8 +93,8 @@ def _not_counted(
     if tried.reply_class is ReplyClass.RATE:
         # The sender's gap holds it back.
         return Verdict(JobState.SCHEDULED, tried.failures, _NO_WAIT)
-    ladder = ladders.retry_backoff or (_SHORT_WAIT,)
-    return Verdict(JobState.SCHEDULED, tried.failures, ladder[0] * stretch)
+    backoff = backoffs.retry_backoff or (_SHORT_WAIT,)
+    return Verdict(JobState.SCHEDULED, tried.failures, backoff[0] * stretch)
 
 
 def _counted(
@@ -103,7 +103,7 @@ def _counted(
     stretch: float,
     policy: Literal["resend", "hold"],
 ) -> Verdict:
-    """Return the verdict on a job whose attempt uses a place on the ladder."""
+    """Return the verdict on a job whose attempt uses a step of the backoff."""
     failures = tried.failures
     in_doubt = tried.outcome is AttemptOutcome.IN_DOUBT
     if in_doubt and policy == "hold":
@@ -114,17 +114,17 @@ def _counted(
     return Verdict(JobState.SCHEDULED, failures + 1, backoff[failures] * stretch)
 
 
-def _deferred(tried: JobAttempt, ladders: Ladders, stretch: float) -> Verdict:
+def _deferred(tried: JobAttempt, backoffs: Backoffs, stretch: float) -> Verdict:
     """Return the verdict on a job that the server deferred.
 
-    The step of the ladder follows from the time since the first deferral: it is the first step that
-    ends later. The last attempt is made when OUTBOX_DEFER_FOR is over.
+    The time since the first deferral decides the step of the backoff: the first one that ends later.
+    The last attempt is made when OUTBOX_DEFER_FOR is over.
     """
     gone = tried.deferred_for or _NO_WAIT
-    left = ladders.defer_for - gone
+    left = backoffs.defer_for - gone
     if left <= _NO_WAIT:
         return Verdict(JobState.FAILED, tried.failures + 1, deferred=True)
-    ends = accumulate(ladders.defer_backoff)
-    steps = zip(ladders.defer_backoff, ends, strict=True)
-    wait = next((wait for wait, end in steps if end > gone), ladders.defer_backoff[-1])
+    ends = accumulate(backoffs.defer_backoff)
+    steps = zip(backoffs.defer_backoff, ends, strict=True)
+    wait = next((wait for wait, end in steps if end > gone), backoffs.defer_backoff[-1])
     return Verdict(JobState.SCHEDULED, tried.failures, min(wait * stretch, left), deferred=True)

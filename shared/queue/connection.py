@@ -11,7 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from outbox_server.shared.queue.queue import DEFAULT_LADDER, Queue
+from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
 from outbox_server.shared.settings import Settings
 
 _LONGEST_AUTH_WAIT = timedelta(hours=1)
@@ -41,13 +41,13 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
     )
 
 
-def _auth_ladder(ladder: Sequence[timedelta]) -> tuple[timedelta, ...]:
-    """Return `ladder` continued by doubling its last wait, up to one hour.
+def _auth_backoff(backoff: Sequence[timedelta]) -> tuple[timedelta, ...]:
+    """Return `backoff` continued by doubling its last wait, up to one hour.
 
     This is for probes after a failed authentication: trying a wrong password too often locks the
     account.
     """
-    waits = [wait for wait in ladder if wait] or [*DEFAULT_LADDER]
+    waits = [wait for wait in backoff if wait] or [*DEFAULT_BACKOFF]
     while waits[-1] < _LONGEST_AUTH_WAIT:
         waits.append(min(waits[-1] * 2, _LONGEST_AUTH_WAIT))
     return tuple(waits)
@@ -61,8 +61,8 @@ def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
             shard,
             window=settings.rate_window,
             lease=settings.lease,
-            ladder=settings.retry_backoff,
-            auth_ladder=_auth_ladder(settings.retry_backoff),
+            backoff=settings.retry_backoff,
+            auth_backoff=_auth_backoff(settings.retry_backoff),
         )
         for shard in range(settings.shards)
     ]

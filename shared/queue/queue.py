@@ -25,8 +25,8 @@ HEAD_SIZE = 128
 # A head with fewer jobs is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
-# The waits before the probes of an open circuit if the operator's ladder is empty.
-DEFAULT_LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+# The waits before the probes of an open circuit if the operator's backoff is empty.
+DEFAULT_BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 # The largest share of a wait that is added to it at random.
 _JITTER = 0.1
 # The reason of a circuit is the server's reply, cut to this many characters.
@@ -253,15 +253,15 @@ class Queue:
         *,
         window: timedelta,
         lease: timedelta,
-        ladder: Sequence[timedelta] = DEFAULT_LADDER,
-        auth_ladder: Sequence[timedelta] = (),
+        backoff: Sequence[timedelta] = DEFAULT_BACKOFF,
+        auth_backoff: Sequence[timedelta] = (),
         chance: Callable[[], float] = random.random,
         includes: Mapping[str, str] | None = None,
         on_change: Callable[[CircuitChange], None] = log_change,
     ) -> None:
         """Set up one shard.
 
-        `ladder` has the waits before the probes of an open circuit, `auth_ladder` the waits after
+        `backoff` has the waits before the probes of an open circuit, `auth_backoff` the waits after
         failed authentications. `on_change` is called for each circuit that a call of this object
         opens or closes.
         """
@@ -270,8 +270,8 @@ class Queue:
         self._redis = redis
         self._window = _ms(window)
         self._lease = _ms(lease)
-        self._ladder = tuple(ladder) or DEFAULT_LADDER
-        self._auth_ladder = tuple(auth_ladder) or self._ladder
+        self._backoff = tuple(backoff) or DEFAULT_BACKOFF
+        self._auth_backoff = tuple(auth_backoff) or self._backoff
         self._chance = chance
         self._on_change = on_change
         self._scripts: dict[str, AsyncScript] = {
@@ -329,8 +329,8 @@ class Queue:
         stretch = 1 + _JITTER * self._chance()
         args: list[Any] = [self._window]
         args += (
-            ",".join(str(_ms(wait * stretch)) for wait in ladder)
-            for ladder in (self._ladder, self._auth_ladder)
+            ",".join(str(_ms(wait * stretch)) for wait in backoff)
+            for backoff in (self._backoff, self._auth_backoff)
         )
         args += map(_settlement_arg, settlements)
         unknown, changes = await self._run("settle", (self.keys.ready,), args)

@@ -84,7 +84,7 @@ CASES: Final[Mapping[str, Case]] = {
         periods(EXCHANGE_ONLINE, minute=(20, 0.5), day=(45, 2.0)), 75, COOLDOWN
     ),
     "ses": Case(periods(SES, second=(3, 0.1), day=(45, 2.0)), 75, COOLDOWN),
-    # Longer than the ladder of failed attempts.
+    # Longer than the backoff of failed attempts.
     "postgrey": Case(POSTGREY.scaled(0.01), 60, {"defer_backoff": "500ms,500ms,1s"}),
 }
 # For a longer run by hand: so many times the mails, through one provider or several (-k gmail).

@@ -34,7 +34,7 @@ class CircuitModel:
     senders: set[int] = field(default_factory=set)
     open: bool = False
     next: int = 0
-    rung: int = 0
+    step: int = 0
     probe: tuple[int, str] | None = None
     busy_until: int = 0
     # Since when each could send without the circuit.
@@ -83,7 +83,7 @@ class SenderModel:
     troubles: int = 0
     open: bool = False
     probe: int = 0
-    rung: int = 0
+    step: int = 0
     prober: str | None = None
     # In a cooldown: the time of the next probe. 0: no cooldown.
     cool: int = 0
@@ -147,8 +147,8 @@ class HeadModel:
     cooldown: int = 0
 
 
-def rung_of(ladder: Sequence[int], number: int) -> int:
-    return ladder[min(number, len(ladder)) - 1]
+def wait_of(backoff: Sequence[int], number: int) -> int:
+    return backoff[min(number, len(backoff)) - 1]
 
 
 # Sender, member, ms since it was allowed, whether it is the probe of a cooldown.
@@ -375,7 +375,7 @@ class QueueModel:
         s = self.senders[sender_id]
         if s.open:
             self.changes.append((False, sender_id))
-        s.troubles, s.open, s.probe, s.rung, s.prober = 0, False, 0, 0, None
+        s.troubles, s.open, s.probe, s.step, s.prober = 0, False, 0, 0, None
 
     def _answered(self, sender_id: int) -> None:
         self._forget_troubles(sender_id)
@@ -387,16 +387,16 @@ class QueueModel:
         self.circuits[s.endpoint] = CircuitModel()
 
     def _failed(
-        self, sender_id: int, member: str, now: int, ladder: Sequence[int], *, probed: bool
+        self, sender_id: int, member: str, now: int, backoff: Sequence[int], *, probed: bool
     ) -> int | None:
         s = self.senders[sender_id]
         c = self.circuit(s)
         if s.open and s.prober == member:
-            s.rung += 1
-            s.probe = now + rung_of(ladder, s.rung)
+            s.step += 1
+            s.probe = now + wait_of(backoff, s.step)
         if c.open and probed:
-            c.rung += 1
-            c.next = now + rung_of(ladder, c.rung)
+            c.step += 1
+            c.next = now + wait_of(backoff, c.step)
             self._schedule_prober(c)
         if c.open or s.open:
             return None
@@ -405,12 +405,12 @@ class QueueModel:
         c.senders.add(sender_id)
         s.troubles += 1
         if c.failures >= FAILURES and len(c.senders) > 1:
-            c.open, c.rung, c.next = True, 1, now + ladder[0]
+            c.open, c.step, c.next = True, 1, now + backoff[0]
             self.changes.append((True, None))
             self._forget_troubles(sender_id)
             return before.pop() if len(before) == 1 else None
         if s.troubles >= FAILURES:
-            s.open, s.rung, s.probe = True, 1, now + ladder[0]
+            s.open, s.step, s.probe = True, 1, now + backoff[0]
             self.changes.append((True, sender_id))
         return None
 

@@ -1,4 +1,4 @@
-"""Cooldowns in PostgreSQL: when one begins, climbs its ladder and ends."""
+"""Cooldowns in PostgreSQL: when one begins, advances its backoff and ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.world import World
 
-LADDER = (timedelta(minutes=5), timedelta(minutes=15), timedelta(hours=1))
+BACKOFF = (timedelta(minutes=5), timedelta(minutes=15), timedelta(hours=1))
 DAY = timedelta(hours=24)
 HOUR = timedelta(hours=1)
 # One letter per attempt: accepted, refused by a reply that no rule knows, refused as a known one,
@@ -62,7 +62,7 @@ async def cool_down(connection: AsyncConnection, refused: AccountRefusal) -> tim
 async def try_to_cool_down(
     connection: AsyncConnection, refused: AccountRefusal
 ) -> timedelta | None:
-    return await storage.cool_down(connection, refused, ladder=LADDER, day=DAY)
+    return await storage.cool_down(connection, refused, backoff=BACKOFF, day=DAY)
 
 
 async def cooldown(world: World, sender: int) -> Any:
@@ -129,8 +129,8 @@ async def test_the_first_refusal_begins_a_cooldown_with_its_reply(
         "limit exceeded",
     )
     # From the end of the attempt, as a gap is.
-    assert row.next_probe_at - row.since == LADDER[0]
-    assert left <= LADDER[0] - timedelta(seconds=1)
+    assert row.next_probe_at - row.since == BACKOFF[0]
+    assert left <= BACKOFF[0] - timedelta(seconds=1)
     assert await cooldown(world, other) is None
 
 
@@ -168,16 +168,16 @@ async def test_only_one_of_two_concurrent_refusals_counts(
 
     row = await cooldown(world, sender)
     assert (row.refusals, row.message) == (1, "first")
-    assert timedelta(0) < left <= LADDER[0]
+    assert timedelta(0) < left <= BACKOFF[0]
 
 
-# The ladder ----------------------------------------------------------------------------------
+# The backoff ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("refusals", "wait"), [(1, LADDER[1]), (2, LADDER[2]), (3, LADDER[2]), (500, LADDER[2])]
+    ("refusals", "wait"), [(1, BACKOFF[1]), (2, BACKOFF[2]), (3, BACKOFF[2]), (500, BACKOFF[2])]
 )
-async def test_a_refused_probe_climbs_the_ladder_and_its_last_value_repeats(
+async def test_a_refused_probe_advances_the_backoff_and_its_last_value_repeats(
     world: World, connection: AsyncConnection, refusals: int, wait: timedelta
 ) -> None:
     sender = await world.sender()
@@ -239,7 +239,7 @@ async def test_a_daily_quota_refused_again_waits_for_the_send_that_is_oldest_the
 
 
 @pytest.mark.parametrize("hours", [None, 30.0, 24 - 1 / 60])
-async def test_a_daily_quota_never_waits_for_less_than_the_ladder_says(
+async def test_a_daily_quota_never_waits_for_less_than_the_backoff_says(
     world: World, connection: AsyncConnection, hours: float | None
 ) -> None:
     sender = await world.sender()
@@ -248,7 +248,7 @@ async def test_a_daily_quota_never_waits_for_less_than_the_ladder_says(
 
     left = await cool_down(connection, refusal(sender, daily=True))
 
-    assert LADDER[0] - timedelta(minutes=1) < left <= LADDER[0]
+    assert BACKOFF[0] - timedelta(minutes=1) < left <= BACKOFF[0]
 
 
 # The end -------------------------------------------------------------------------------------

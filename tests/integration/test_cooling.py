@@ -169,7 +169,7 @@ async def test_only_one_of_many_refusals_in_flight_counts(
     assert about(await probe_in(world, sender), FIRST)
 
 
-async def test_a_refused_probe_climbs_the_ladder_and_an_accepted_one_ends_the_cooldown(
+async def test_a_refused_probe_advances_the_backoff_and_an_accepted_one_ends_the_cooldown(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()

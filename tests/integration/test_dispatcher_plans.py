@@ -85,10 +85,10 @@ def refusal(*, daily: bool) -> AccountRefusal:
 
 CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
     "cool_down": lambda c: storage.cool_down(
-        c, refusal(daily=False), ladder=(60 * SECOND,), day=timedelta(days=1)
+        c, refusal(daily=False), backoff=(60 * SECOND,), day=timedelta(days=1)
     ),
     "cool_down by a daily quota": lambda c: storage.cool_down(
-        c, refusal(daily=True), ladder=(60 * SECOND,), day=timedelta(days=1)
+        c, refusal(daily=True), backoff=(60 * SECOND,), day=timedelta(days=1)
     ),
     "refused_in_a_row": lambda c: storage.refused_in_a_row(c, 7, 10),
     "end_cooldowns": lambda c: storage.end_cooldowns(c, [7]),

@@ -15,8 +15,8 @@ from tests.mail_servers.greylist import GreylistDaemon
 from tests.mail_servers.postfix import Postfix
 from tests.mail_servers.sending import MAILS, ODD_BODIES, sending
 
-# The ladder of failed attempts ends before the greylist accepts: the mail must be deferred.
-_SHORT_LADDER = {"retry_backoff": "1ms", "defer_backoff": "200ms"}
+# The backoff of failed attempts ends before the greylist accepts: the mail must be deferred.
+_SHORT_BACKOFF = {"retry_backoff": "1ms", "defer_backoff": "200ms"}
 _MEGABYTE = "0123456789abcdef\n" * 62_000
 
 
@@ -74,7 +74,7 @@ async def test_a_recipient_that_postfix_greylists_is_tried_later(
     settings = f"smtpd_recipient_restrictions = check_policy_service inet:127.0.0.1:{greylist.port}"
     async with (
         Postfix(tmp_path / "server", authority, settings) as server,
-        sending(server, configure(**_SHORT_LADDER)) as run,
+        sending(server, configure(**_SHORT_BACKOFF)) as run,
     ):
         scheduled = await run.schedule(await run.sender())
         await run.check_all_sent(scheduled)
@@ -91,7 +91,7 @@ async def test_a_mail_that_exim_greylists_is_tried_later(
     defer = f"  defer message = 4.7.1 Greylisted, try again\n    {_asks(greylist, recipient)}\n"
     async with (
         Exim(tmp_path / "server", authority, acls={acl: defer}) as server,
-        sending(server, configure(**_SHORT_LADDER)) as run,
+        sending(server, configure(**_SHORT_BACKOFF)) as run,
     ):
         scheduled = await run.schedule(await run.sender())
         await run.check_all_sent(scheduled)

@@ -140,7 +140,7 @@ async def test_a_mail_that_cannot_be_built_fails_alone(configure: Configure, inb
 # Retries -------------------------------------------------------------------------------------
 
 
-async def test_a_4xx_reply_is_retried_by_the_ladder(configure: Configure) -> None:
+async def test_a_4xx_reply_is_retried_by_the_backoff(configure: Configure) -> None:
     plan = {"rcpt": [Say("451 4.4.0 no route"), Say("452 4.5.3 too many")]}
     async with ScriptedServer(plan) as server, working(configure(server.url)) as (world, _):
         [job] = await world.schedule(await world.sender())
@@ -164,7 +164,7 @@ async def test_a_4xx_reply_is_retried_by_the_ladder(configure: Configure) -> Non
         await world.check_counts()
 
 
-async def test_a_job_fails_after_the_last_step_of_the_ladder(configure: Configure) -> None:
+async def test_a_job_fails_after_the_last_step_of_the_backoff(configure: Configure) -> None:
     async with (
         ScriptedServer({"body": Say("451 4.4.0 no route")}) as server,
         working(configure(server.url, retry_backoff="20ms,30ms")) as (world, _),

@@ -77,7 +77,7 @@ async def test_a_limit_of_mails_per_connection_fails_no_mail_under_any_reply(
     def refuse_the_second(heard: Conversation) -> Any:
         return Say(reply) if heard.taken == 1 else Succeed()
 
-    # With a cooldown or a place on the ladder, a mail would wait for longer than the test does.
+    # With a cooldown or a step of the backoff, a mail would wait for longer than the test does.
     values = {"cooldown": "10m", "retry_backoff": "10m", "defer_backoff": "10m"}
     async with ScriptedServer({phase: refuse_the_second}) as server:
         async with working(configure(server.url, **values)) as world:

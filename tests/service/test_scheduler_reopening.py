@@ -107,7 +107,7 @@ async def test_retried_jobs_of_a_batch_wait_again_and_are_claimed(
     assert await world.in_state(JobState.SCHEDULED) == {*jobs[:3], jobs[4], others[1]}
     for job in jobs[:3]:
         row = await world.job(job)
-        # Attempts keep counting; the ladder starts again.
+        # Attempts keep counting; the backoff starts again.
         assert (row.attempt, row.failures, row.finished_at) == (1, 0, None)
         assert before - 1 < row.scheduled_at.timestamp() < time.time() + 1
     (queue,) = world.queues

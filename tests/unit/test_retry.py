@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_server.services.dispatcher.retry import JITTER, JobAttempt, Ladders, Verdict, decide
+from outbox_server.services.dispatcher.retry import JITTER, Backoffs, JobAttempt, Verdict, decide
 from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
-LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 DEFERRALS = tuple(timedelta(minutes=minutes) for minutes in (5, 10, 20, 40, 60))
 DEFER_FOR = timedelta(hours=24)
 NO_WAIT = timedelta(0)
@@ -28,13 +28,13 @@ def verdict(
     outcome: AttemptOutcome,
     failures: int = 0,
     *,
-    backoff: tuple[timedelta, ...] = LADDER,
+    backoff: tuple[timedelta, ...] = BACKOFF,
     policy: Policy = "resend",
     chance: float = 0.0,
 ) -> Verdict:
     tried = JobAttempt(attempt=failures + 1, outcome=outcome, failures=failures)
     return decide(
-        tried, ladders=Ladders(backoff, DEFERRALS, DEFER_FOR), policy=policy, chance=chance
+        tried, backoffs=Backoffs(backoff, DEFERRALS, DEFER_FOR), policy=policy, chance=chance
     )
 
 
@@ -50,8 +50,8 @@ def answered(
 ) -> Verdict:
     """Return the verdict after a reply of this class."""
     tried = JobAttempt(attempt, outcome, reply_class, failures, deferred_for, probe)
-    ladders = Ladders(LADDER, DEFERRALS, DEFER_FOR)
-    return decide(tried, ladders=ladders, policy="resend", chance=chance)
+    backoffs = Backoffs(BACKOFF, DEFERRALS, DEFER_FOR)
+    return decide(tried, backoffs=backoffs, policy="resend", chance=chance)
 
 
 @pytest.mark.parametrize("policy", ["resend", "hold"])
@@ -68,8 +68,8 @@ def test_a_permanent_failure_is_final_at_once(failures: int) -> None:
 
 
 @pytest.mark.parametrize("outcome", RETRIED)
-def test_each_failure_climbs_one_step_of_the_ladder(outcome: AttemptOutcome) -> None:
-    for failures, wait in enumerate(LADDER):
+def test_each_failure_takes_one_step_of_the_backoff(outcome: AttemptOutcome) -> None:
+    for failures, wait in enumerate(BACKOFF):
         assert verdict(outcome, failures) == Verdict(JobState.SCHEDULED, failures + 1, wait)
 
 
@@ -85,7 +85,7 @@ def test_each_failure_climbs_one_step_of_the_ladder(outcome: AttemptOutcome) -> 
 def test_after_the_last_step_a_job_has_failed_or_is_uncertain(
     outcome: AttemptOutcome, state: JobState
 ) -> None:
-    assert verdict(outcome, len(LADDER)) == Verdict(state, len(LADDER) + 1)
+    assert verdict(outcome, len(BACKOFF)) == Verdict(state, len(BACKOFF) + 1)
     assert verdict(outcome, backoff=()) == Verdict(state, 1)
 
 
@@ -98,7 +98,7 @@ def test_a_mail_in_doubt_waits_for_a_decision_under_hold(failures: int) -> None:
 
 @pytest.mark.parametrize("outcome", RETRIED[:2])
 def test_hold_does_not_change_known_failures(outcome: AttemptOutcome) -> None:
-    for failures in range(len(LADDER) + 2):
+    for failures in range(len(BACKOFF) + 2):
         assert verdict(outcome, failures, policy="hold") == verdict(outcome, failures)
 
 
@@ -113,7 +113,7 @@ def test_jitter_never_shortens_a_wait_and_adds_a_tenth_at_most(
     waited = verdict(outcome, failures, chance=chance).retry_after
 
     assert waited is not None
-    assert LADDER[failures] <= waited <= LADDER[failures] * (1 + JITTER)
+    assert BACKOFF[failures] <= waited <= BACKOFF[failures] * (1 + JITTER)
 
 
 def test_jitter_is_random() -> None:
@@ -160,7 +160,7 @@ def test_a_refused_password_waits_for_the_first_step_each_time() -> None:
         answered(ReplyClass.AUTH, AttemptOutcome.CONNECTION_FAILURE, failures=n).retry_after
         for n in (0, 1, 7)
     }
-    assert waits == {LADDER[0]}
+    assert waits == {BACKOFF[0]}
 
 
 def test_an_unknown_refusal_fails_the_job_unless_it_is_the_probe_of_a_cooldown() -> None:
@@ -181,7 +181,7 @@ def test_a_probe_whose_mail_is_refused_fails_and_does_not_count_against_the_acco
     assert decided == Verdict(JobState.FAILED, 1)
 
 
-def test_a_deferred_job_climbs_a_ladder_of_its_own_and_the_last_step_repeats() -> None:
+def test_a_deferred_job_has_a_backoff_of_its_own_and_the_last_step_repeats() -> None:
     gone, waits = timedelta(0), []
     for _ in range(7):
         wait = answered(ReplyClass.DEFERRED, failures=2, deferred_for=gone).retry_after
@@ -225,11 +225,11 @@ def test_a_server_that_is_not_reached_uses_no_attempt(failures: int) -> None:
         failures=failures,
         mail_begun=False,
     )
-    ladders = Ladders(LADDER, DEFERRALS, DEFER_FOR)
+    backoffs = Backoffs(BACKOFF, DEFERRALS, DEFER_FOR)
 
-    decided = decide(tried, ladders=ladders, policy="resend", chance=0.0)
+    decided = decide(tried, backoffs=backoffs, policy="resend", chance=0.0)
 
-    assert decided == Verdict(JobState.SCHEDULED, failures, LADDER[0])
+    assert decided == Verdict(JobState.SCHEDULED, failures, BACKOFF[0])
 
 
 @pytest.mark.parametrize(

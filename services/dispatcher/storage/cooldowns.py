@@ -56,12 +56,12 @@ async def cool_down(
     connection: AsyncConnection,
     refusal: AccountRefusal,
     *,
-    ladder: Sequence[timedelta],
+    backoff: Sequence[timedelta],
     day: timedelta,
 ) -> timedelta | None:
     """Begin the cooldown of a sender, or take its next step; return the time to the next probe.
 
-    `ladder` has the waits before the first, second, ... probe; the last one repeats. `day` is
+    `backoff` has the waits before the first, second, ... probe; the last one repeats. `day` is
     OUTBOX_QUOTA_DAY. Only an attempt that began when a probe was due takes a step. Attempts that
     were in flight when the account was refused say nothing new.
 
@@ -74,7 +74,7 @@ async def cool_down(
     first = {
         "sender_id": Sender.id,
         "since": ended,
-        "next_probe_at": _probe_at(ended, literal(1), refusal, ladder, day),
+        "next_probe_at": _probe_at(ended, literal(1), refusal, backoff, day),
         "refusals": literal(1, Integer),
         "smtp_code": literal(refusal.smtp_code, SmallInteger),
         "enhanced_code": literal(refusal.enhanced_code, Text),
@@ -89,7 +89,7 @@ async def cool_down(
     )
     count = Cooldown.refusals + 1
     again = {
-        "next_probe_at": _probe_at(ended, count, refusal, ladder, day),
+        "next_probe_at": _probe_at(ended, count, refusal, backoff, day),
         "refusals": count,
         "smtp_code": refusal.smtp_code,
         "enhanced_code": refusal.enhanced_code,
@@ -116,14 +116,14 @@ def _probe_at(
     ended: ColumnElement[Any],
     count: ColumnElement[Any],
     refusal: AccountRefusal,
-    ladder: Sequence[timedelta],
+    backoff: Sequence[timedelta],
     day: timedelta,
 ) -> ColumnElement[Any]:
     """Return when the probe after refusal number `count` may begin."""
-    waits = [(count == place, cast(wait, INTERVAL)) for place, wait in enumerate(ladder, start=1)]
-    by_ladder = ended + case(*waits, else_=cast(ladder[-1], INTERVAL))
+    waits = [(count == place, cast(wait, INTERVAL)) for place, wait in enumerate(backoff, start=1)]
+    by_backoff = ended + case(*waits, else_=cast(backoff[-1], INTERVAL))
     if not refusal.daily:
-        return by_ladder
+        return by_backoff
     oldest = (
         select(Attempt.ended_at)
         .where(
@@ -136,8 +136,8 @@ def _probe_at(
         .limit(1)
         .scalar_subquery()
     )
-    # GREATEST ignores NULL: without a send in the day, the ladder alone decides.
-    return func.greatest(by_ladder, oldest + day)
+    # GREATEST ignores NULL: without a send in the day, the backoff alone decides.
+    return func.greatest(by_backoff, oldest + day)
 
 
 async def end_cooldowns(connection: AsyncConnection, sender_ids: Sequence[int]) -> list[int]:

@@ -2,9 +2,9 @@
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
--- ARGV[2] ladder   ms before the first, second, ... probe of an open circuit, comma-separated;
+-- ARGV[2] backoff  ms before the first, second, ... probe of an open circuit, comma-separated;
 --                  the last repeats
--- ARGV[3] ladder   the same, for failed authentications
+-- ARGV[3] backoff  the same, for failed authentications
 -- ARGV    then, for each claim, a map (cmsgpack) of sender, member and
 --   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP was not tried)
@@ -29,7 +29,7 @@
 --!include pace
 
 local window = tonumber(ARGV[1])
-local ladders = { ['!'] = ARGV[2], ['?'] = ARGV[3] }
+local backoffs = { ['!'] = ARGV[2], ['?'] = ARGV[3] }
 local touched, order, unknown = {}, {}, {}
 local reported = 0
 
@@ -53,9 +53,9 @@ end
 
 -- Applies a contact to the circuit of the endpoint and to the pace of the sender.
 local function apply_contact(s, member, contact)
-    local ladder = ladders[string.sub(contact, 1, 1)]
-    if ladder then
-        local cleared = failed(s, member, string.sub(contact, 2), ladder)
+    local backoff = backoffs[string.sub(contact, 1, 1)]
+    if backoff then
+        local cleared = failed(s, member, string.sub(contact, 2), backoff)
         if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
     elseif contact ~= '' then
         answered(s)

@@ -27,8 +27,8 @@ LEASE = timedelta(seconds=60)
 WINDOW_MS = 3_600_000
 LEASE_MS = 60_000
 PATIENCE_MS = 5_000
-LADDER = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
-AUTH_LADDER = (timedelta(seconds=7), timedelta(minutes=10), timedelta(hours=1))
+BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
+AUTH_BACKOFF = (timedelta(seconds=7), timedelta(minutes=10), timedelta(hours=1))
 START_MS = 1_800_000_000_000
 
 # Takes the place of includes/time.lua, and rounds as that does. In us, so that a test can end a
@@ -94,8 +94,8 @@ class Shard:
         *,
         window: timedelta = WINDOW,
         lease: timedelta = LEASE,
-        ladder: Sequence[timedelta] = LADDER,
-        auth_ladder: Sequence[timedelta] = AUTH_LADDER,
+        backoff: Sequence[timedelta] = BACKOFF,
+        auth_backoff: Sequence[timedelta] = AUTH_BACKOFF,
     ) -> None:
         self.redis = redis
         # Changes of circuits, in the order in which they were reported.
@@ -105,8 +105,8 @@ class Shard:
             number,
             window=window,
             lease=lease,
-            ladder=ladder,
-            auth_ladder=auth_ladder,
+            backoff=backoff,
+            auth_backoff=auth_backoff,
             chance=lambda: 0.0,
             includes={"time": CLOCK, "run": RUN},
             on_change=self.changes.append,

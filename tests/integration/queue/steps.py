@@ -31,9 +31,9 @@ SOON = 100
 PARTS = ("due", "lease", "window", "sender", "ready")
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "held:relay")
 # The second wait of a probe is longer than the lease, the last one longer than a recheck.
-LADDER = (500, 4_000, 40_000)
-AUTH_LADDER = (700, 9_000)
-LADDERS = {Contact.FAILED: LADDER, Contact.AUTH_FAILED: AUTH_LADDER}
+BACKOFF = (500, 4_000, 40_000)
+AUTH_BACKOFF = (700, 9_000)
+BACKOFFS = {Contact.FAILED: BACKOFF, Contact.AUTH_FAILED: AUTH_BACKOFF}
 ENDPOINTS = ("relay", "other")
 # As texts they sort the other way round.
 SENDERS = (9, 10, 11)
@@ -47,10 +47,10 @@ class QueueSteps(RuleBasedStateMachine):
         self.raw = raw
         self.runner = runner
         window, lease = milliseconds(WINDOW), milliseconds(LEASE)
-        ladder = [milliseconds(wait) for wait in LADDER]
-        auth_ladder = [milliseconds(wait) for wait in AUTH_LADDER]
+        backoff = [milliseconds(wait) for wait in BACKOFF]
+        auth_backoff = [milliseconds(wait) for wait in AUTH_BACKOFF]
         self.shard = Shard(
-            redis, window=window, lease=lease, ladder=ladder, auth_ladder=auth_ladder
+            redis, window=window, lease=lease, backoff=backoff, auth_backoff=auth_backoff
         )
         self.queue = self.shard.queue
         self.model = QueueModel(
@@ -103,7 +103,7 @@ class QueueSteps(RuleBasedStateMachine):
                         holding, use=SlotUse.BEGUN, contact=Contact.FAILED, retry=300
                     )
             look = self.model.first_look or 0
-            if not waits or look < self.now_ms + LADDER[0]:
+            if not waits or look < self.now_ms + BACKOFF[0]:
                 await self._advance(look * 1000)
 
     def _at(self, step: Step) -> list[HeldClaim]:
@@ -312,7 +312,7 @@ class QueueSteps(RuleBasedStateMachine):
             retry=retry,
             lease=reported.lease_ms,
             answered=reported.contact in (Contact.ANSWERED, Contact.ACCEPTED, Contact.TOO_FAST),
-            failed=LADDERS.get(reported.contact, ()),
+            failed=BACKOFFS.get(reported.contact, ()),
             pace=reported.contact.value,
             cooldown=cooldown,
         )

@@ -60,7 +60,7 @@ async def one_probe(shard: Shard) -> Claim:
 # One sender ----------------------------------------------------------------------------------
 
 
-async def test_three_failures_in_a_row_stop_a_sender_and_its_probes_follow_the_ladder(
+async def test_three_failures_in_a_row_stop_a_sender_and_its_probes_follow_the_backoff(
     shard: Shard,
 ) -> None:
     await shard.load(sender(7))
@@ -109,7 +109,7 @@ async def test_a_probe_that_is_answered_resumes_the_sender_at_once(shard: Shard)
     assert "troubles" not in (await shard.sender()).settings
 
 
-async def test_sends_begun_before_a_circuit_opened_do_not_climb_the_ladder(
+async def test_sends_begun_before_a_circuit_opened_do_not_advance_the_backoff(
     shard: Shard,
 ) -> None:
     await shard.load(sender(7))
@@ -210,9 +210,9 @@ async def test_when_a_prober_dies_another_probes_after_its_lease_expired(shard: 
     assert probe.job != dead.job
     # The paused one resumes: its result is ignored, because it is no longer the probe.
     await fail(shard, dead)
-    assert (await shard.circuit())["rung"] == "1"
+    assert (await shard.circuit())["step"] == "1"
     await fail(shard, probe)
-    assert (await shard.circuit())["rung"] == "2"
+    assert (await shard.circuit())["step"] == "2"
 
 
 async def test_a_probe_that_was_not_sent_makes_room_for_another_at_once(shard: Shard) -> None:
@@ -324,7 +324,7 @@ async def test_an_unused_claim_does_not_end_a_later_probe_of_the_same_attempt(
     await shard.settle(lost, SlotUse.UNUSED)
 
     await fail(shard, probe)
-    assert (await shard.circuit())["rung"] == "2"
+    assert (await shard.circuit())["step"] == "2"
 
 
 async def test_the_keys_of_a_circuit_expire(shard: Shard) -> None:

@@ -1,4 +1,4 @@
-"""Circuits after failed authentications: probes have their own, longer ladder."""
+"""Circuits after failed authentications: probes have their own, longer backoff."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import open_queues
 from outbox_server.shared.queue.queue import Claim, Contact, SlotUse
 from tests.dispatchers import options, settings_of
-from tests.integration.queue.shard import AUTH_LADDER, LADDER, SENDER, START_MS, Shard, jobs
+from tests.integration.queue.shard import AUTH_BACKOFF, BACKOFF, SENDER, START_MS, Shard, jobs
 
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))
-AUTH_MS = [wait // timedelta(milliseconds=1) for wait in AUTH_LADDER]
-MS = [wait // timedelta(milliseconds=1) for wait in LADDER]
+AUTH_MS = [wait // timedelta(milliseconds=1) for wait in AUTH_BACKOFF]
+MS = [wait // timedelta(milliseconds=1) for wait in BACKOFF]
 
 
 async def fail(shard: Shard, claim: Claim, contact: Contact) -> None:
@@ -60,7 +60,7 @@ async def test_the_reply_is_reported_as_the_reason_of_the_circuit(shard: Shard) 
     )
 
 
-async def test_each_failure_takes_its_step_from_its_own_ladder(shard: Shard) -> None:
+async def test_each_failure_takes_its_step_from_its_own_backoff(shard: Shard) -> None:
     await shard.load(FREE)
     await outage(shard, Contact.AUTH_FAILED, Contact.AUTH_FAILED, Contact.FAILED)
     assert await shard.ready() == {7: MS[0]}
@@ -73,7 +73,7 @@ async def test_each_failure_takes_its_step_from_its_own_ladder(shard: Shard) -> 
     assert await shard.ready() == {7: MS[0] + AUTH_MS[1] + MS[2]}
 
 
-async def test_the_circuit_of_an_endpoint_follows_the_same_ladder(shard: Shard) -> None:
+async def test_the_circuit_of_an_endpoint_follows_the_same_backoff(shard: Shard) -> None:
     heads = [
         replace(FREE, sender_id=n, jobs=jobs(*((n * 100 + i, 0) for i in range(5)))) for n in (1, 2)
     ]
@@ -102,7 +102,7 @@ async def test_a_successful_authentication_closes_the_circuit(shard: Shard) -> N
 
 
 @pytest.mark.parametrize(
-    ("ladder", "expected"),
+    ("backoff", "expected"),
     [
         ("5s,25s,125s", (5, 25, 125, 250, 500, 1000, 2000, 3600)),
         ("1h", (3600,)),
@@ -112,11 +112,11 @@ async def test_a_successful_authentication_closes_the_circuit(shard: Shard) -> N
         ("0", (5, 25, 125, 250, 500, 1000, 2000, 3600)),
     ],
 )
-async def test_the_ladder_after_failed_authentications_extends_the_retries_to_one_hour(
-    redis: Redis, ladder: str, expected: tuple[int, ...]
+async def test_the_backoff_after_failed_authentications_extends_the_retries_to_one_hour(
+    redis: Redis, backoff: str, expected: tuple[int, ...]
 ) -> None:
     values = options("postgresql://outbox@localhost/outbox", "redis://localhost", "smtp://x.test")
-    settings = settings_of(values | {"retry_backoff": ladder})
+    settings = settings_of(values | {"retry_backoff": backoff})
     (queue,) = open_queues(redis, settings)
 
-    assert queue._auth_ladder == tuple(timedelta(seconds=each) for each in expected)
+    assert queue._auth_backoff == tuple(timedelta(seconds=each) for each in expected)

@@ -1,5 +1,5 @@
 -- Circuit breakers. A circuit stops sends to an endpoint after three connection failures in a row.
--- While it is open, one probe at a time is sent, with the waits of the ladder in between.
+-- While it is open, one probe at a time is sent, with the waits of the backoff schedule in between.
 -- A sender's circuit (in its settings) opens if only its own connections fail, an endpoint's if
 -- those of several senders fail. So one failing sender stops no other.
 --
@@ -119,7 +119,7 @@ end
 local function forget_troubles(s)
     if s.troubles == 0 then return end
     if s.open then has_closed(settings_of(s.id), s.id) end
-    redis.call('HDEL', settings_of(s.id), 'troubles', 'open', 'probe', 'rung', 'prober', 'reason')
+    redis.call('HDEL', settings_of(s.id), 'troubles', 'open', 'probe', 'step', 'prober', 'reason')
     s.troubles, s.open, s.probe = 0, false, 0
 end
 
@@ -137,9 +137,9 @@ local function answered(s)
     circuits[c.id] = nil
 end
 
-local function rung_of(ladder, number)
+local function wait_of(backoff, number)
     local wait
-    for ms in string.gmatch(ladder, '%d+') do
+    for ms in string.gmatch(backoff, '%d+') do
         wait = tonumber(ms)
         number = number - 1
         if number == 0 then break end
@@ -149,17 +149,17 @@ end
 
 -- The connection of this attempt failed. If that opens the endpoint's circuit, returns the sender
 -- that the failures were counted for so far, if it was only one: they are the endpoint's now.
-local function failed(s, member, reason, ladder)
+local function failed(s, member, reason, backoff)
     local c, settings = circuit(s.endpoint), settings_of(s.id)
     if s.open and redis.call('HGET', settings, 'prober') == member then
-        local rung = redis.call('HINCRBY', settings, 'rung', 1)
-        s.probe = NOW + rung_of(ladder, rung)
+        local step = redis.call('HINCRBY', settings, 'step', 1)
+        s.probe = NOW + wait_of(backoff, step)
         redis.call('HSET', settings, 'probe', s.probe, 'reason', reason)
     end
     if c.open then
         -- A send that was in flight when the circuit opened is no probe: it changes nothing.
         if c.ended ~= s.id .. ' ' .. member then return nil end
-        c.next = NOW + rung_of(ladder, redis.call('HINCRBY', circuit_of(c.id), 'rung', 1))
+        c.next = NOW + wait_of(backoff, redis.call('HINCRBY', circuit_of(c.id), 'step', 1))
         write_circuit(c, 'next', c.next, 'reason', reason)
         schedule_prober(c)
         return nil
@@ -176,15 +176,15 @@ local function failed(s, member, reason, ladder)
     s.troubles = s.troubles + 1
     redis.call('HSET', settings, 'troubles', s.troubles, 'reason', reason)
     if c.failures >= FAILURES and c.by == SEVERAL then
-        c.open, c.next = true, NOW + rung_of(ladder, 1)
+        c.open, c.next = true, NOW + wait_of(backoff, 1)
         redis.call('DEL', held_of(c.id))
-        write_circuit(c, 'open', NOW, 'next', c.next, 'rung', 1)
+        write_circuit(c, 'open', NOW, 'next', c.next, 'step', 1)
         has_opened('', reason)
         forget_troubles(s)
         return before ~= SEVERAL and before or nil
     elseif s.troubles >= FAILURES then
-        s.open, s.probe = true, NOW + rung_of(ladder, 1)
-        redis.call('HSET', settings, 'open', NOW, 'probe', s.probe, 'rung', 1)
+        s.open, s.probe = true, NOW + wait_of(backoff, 1)
+        redis.call('HSET', settings, 'open', NOW, 'probe', s.probe, 'step', 1)
         has_opened(s.id, reason)
     end
     return nil
