@@ -105,7 +105,7 @@ def _print(report: Any) -> None:
     rows = []
     for one in senders[:_MAX_SENDERS_SHOWN]:
         replay, gap = one.replay, one.replay.least_gap
-        counts = (one.sender.sender_id, replay.sends, replay.judged)
+        counts = (one.sender.sender_id, replay.sends, replay.checked)
         gaps = ("" if gap is None else f"{gap:.3f} s", f"{one.min_gap_s:g} s")
         most = (str(replay.most_in_window), str(one.sender.hourly_limit))
         rows.append([one.sender.email, *map(str, counts), *gaps, *most])

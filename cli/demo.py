@@ -185,10 +185,10 @@ def _print_summary(
     sys.stdout.flush()
     print_rows((*names, *limits), rows)
     lines = [line for report in reports for line in report.broken]
-    verdict = "\n".join(f"BROKEN: {line}" for line in lines) or (
+    result = "\n".join(f"BROKEN: {line}" for line in lines) or (
         "Every accepted mail arrived exactly once, within all limits, as recorded by the inbox."
     )
     where = f"The mails are in {folder / 'inbox'} (a Maildir)"
     logs = f"; logs in {folder / 'logs'}" if lines else ""
-    sys.stdout.write(f"\n{verdict}\n{where}{logs}. It took {seconds:.0f} s.\n")
+    sys.stdout.write(f"\n{result}\n{where}{logs}. It took {seconds:.0f} s.\n")
     sys.stdout.flush()

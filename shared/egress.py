@@ -119,7 +119,7 @@ class Egress:
                 failure = error
         raise OSError(f"no connection to {host}, port {port}: {failure}") from failure
 
-    async def judged_addresses(self, host: str, port: int) -> list[str]:
+    async def permitted_addresses(self, host: str, port: int) -> list[str]:
         """Return the permitted addresses of `host`, at least one.
 
         This is for code that opens its own connections. It must connect to one of these addresses,

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
-from outbox_server.services.dispatcher.judge import Judge
+from outbox_server.services.dispatcher.outcomes import OutcomeRules
 from outbox_server.services.dispatcher.renewer import HeldJob, Renewer
 from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
@@ -64,7 +64,7 @@ class SendingWithoutSmtp:
         self.statements = statements
         self.loader = loader
         self.renewer = Renewer(statements, loader, settings.lease)
-        self._judge = Judge(settings)
+        self._outcomes = OutcomeRules(settings)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -124,7 +124,7 @@ class SendingWithoutSmtp:
     def _outcome(self, send: HeldSend) -> Any:
         assert send.held is not None
         if not send.replied and not send.in_body:
-            return self._judge.given_back(send.held, send.claimed)
+            return self._outcomes.given_back(send.held, send.claimed)
         outcome = AttemptOutcome.SENT if send.replied else AttemptOutcome.IN_DOUBT
         result = SendResult(
             outcome,
@@ -134,7 +134,7 @@ class SendingWithoutSmtp:
             smtp_code=250 if send.replied else None,
             reply_class=ReplyClass.SENT if send.replied else None,
         )
-        return self._judge.ended(
+        return self._outcomes.ended(
             send.held.claim, send.held.marked, result, late=send.claim.waited, server="x.test:25"
         )
 

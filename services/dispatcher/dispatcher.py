@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.composer import Composer, CompositionError
 from outbox_server.services.dispatcher.cooling import CooldownRules
-from outbox_server.services.dispatcher.judge import Judge, result_without_smtp
+from outbox_server.services.dispatcher.outcomes import OutcomeRules, result_without_smtp
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
 from outbox_server.services.dispatcher.settler import (
@@ -107,7 +107,7 @@ class Dispatcher:
             statements, transactions, loader, self._slots, CooldownRules.from_settings(settings)
         )
         self._renewer = Renewer(statements, loader, settings.lease)
-        self._judge = Judge(settings)
+        self._outcomes = OutcomeRules(settings)
         self._group: asyncio.TaskGroup | None = None
         # The shards that this dispatcher is rebuilding.
         self._rebuilding: set[int] = set()
@@ -263,7 +263,7 @@ class Dispatcher:
                         may_begin=lambda: not self._slots.closed,
                     )
                 except GivenBackError:
-                    return self._judge.given_back(held, started)
+                    return self._outcomes.given_back(held, started)
         except CompositionError as error:
             text = str(error)[:500].replace("\x00", "")
             result = result_without_smtp(AttemptOutcome.PERMANENT_FAILURE, text, started)
@@ -280,7 +280,9 @@ class Dispatcher:
             self._slots.give_up(key)
         self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
         late = mail.claim.waited + timedelta(seconds=result.started - mail.claimed_at)
-        return self._judge.ended(mail.claim, mail.job, result, late=late, server=f"{host}:{port}")
+        return self._outcomes.ended(
+            mail.claim, mail.job, result, late=late, server=f"{host}:{port}"
+        )
 
     # Between the steps -----------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ class JobAttempt:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Decision:
     """The new state of a job. `retry_after` is None unless it waits for another attempt."""
 
     state: JobState
@@ -63,15 +63,15 @@ class Verdict:
 
 def decide(
     tried: JobAttempt, *, backoffs: Backoffs, policy: Literal["resend", "hold"], chance: float
-) -> Verdict:
-    """Return the verdict on a job after an attempt; `chance` in [0, 1) picks the jitter."""
+) -> Decision:
+    """Return the decision about a job after an attempt; `chance` in [0, 1) picks the jitter."""
     if tried.outcome is AttemptOutcome.SENT:
-        return Verdict(JobState.SENT, tried.failures)
+        return Decision(JobState.SENT, tried.failures)
     # If no rule knows the reply that refused a probe, the account counts as still refused.
     probe_refused = tried.probe and tried.reply_class is ReplyClass.REFUSED
     permanent = tried.outcome is AttemptOutcome.PERMANENT_FAILURE and not probe_refused
     if permanent or tried.attempt >= _MOST_ATTEMPTS:
-        return Verdict(JobState.FAILED, tried.failures + 1)
+        return Decision(JobState.FAILED, tried.failures + 1)
     stretch = 1 + JITTER * chance
     # MAIL was not sent: the server was not reached, or it refused the session.
     no_session = tried.outcome is AttemptOutcome.CONNECTION_FAILURE and (
@@ -86,15 +86,15 @@ def decide(
 
 def _not_counted(
     tried: JobAttempt, backoffs: Backoffs, stretch: float, *, cools_down: bool
-) -> Verdict:
-    """Return the verdict on a job whose refusal says nothing about the mail."""
+) -> Decision:
+    """Return the decision about a job whose refusal says nothing about the mail."""
     if cools_down or tried.reply_class is ReplyClass.ACCOUNT:
-        return Verdict(JobState.SCHEDULED, tried.failures, _NO_WAIT, cools_down=True)
+        return Decision(JobState.SCHEDULED, tried.failures, _NO_WAIT, cools_down=True)
     if tried.reply_class is ReplyClass.RATE:
         # The sender's gap holds it back.
-        return Verdict(JobState.SCHEDULED, tried.failures, _NO_WAIT)
+        return Decision(JobState.SCHEDULED, tried.failures, _NO_WAIT)
     backoff = backoffs.retry_backoff or (_SHORT_WAIT,)
-    return Verdict(JobState.SCHEDULED, tried.failures, backoff[0] * stretch)
+    return Decision(JobState.SCHEDULED, tried.failures, backoff[0] * stretch)
 
 
 def _counted(
@@ -102,29 +102,29 @@ def _counted(
     backoff: Sequence[timedelta],
     stretch: float,
     policy: Literal["resend", "hold"],
-) -> Verdict:
-    """Return the verdict on a job whose attempt uses a step of the backoff."""
+) -> Decision:
+    """Return the decision about a job whose attempt uses a step of the backoff."""
     failures = tried.failures
     in_doubt = tried.outcome is AttemptOutcome.IN_DOUBT
     if in_doubt and policy == "hold":
-        return Verdict(JobState.UNCERTAIN, failures)
+        return Decision(JobState.UNCERTAIN, failures)
     if failures >= len(backoff):
         # A copy may have arrived, so the job must not be reported as FAILED.
-        return Verdict(JobState.UNCERTAIN if in_doubt else JobState.FAILED, failures + 1)
-    return Verdict(JobState.SCHEDULED, failures + 1, backoff[failures] * stretch)
+        return Decision(JobState.UNCERTAIN if in_doubt else JobState.FAILED, failures + 1)
+    return Decision(JobState.SCHEDULED, failures + 1, backoff[failures] * stretch)
 
 
-def _deferred(tried: JobAttempt, backoffs: Backoffs, stretch: float) -> Verdict:
-    """Return the verdict on a job that the server deferred.
+def _deferred(tried: JobAttempt, backoffs: Backoffs, stretch: float) -> Decision:
+    """Return the decision about a job that the server deferred.
 
-    The time since the first deferral decides the step of the backoff: the first one that ends later.
-    The last attempt is made when OUTBOX_DEFER_FOR is over.
+    The step of the backoff is the first one that ends after the time since the first deferral. The
+    last attempt is made when OUTBOX_DEFER_FOR is over.
     """
     gone = tried.deferred_for or _NO_WAIT
     left = backoffs.defer_for - gone
     if left <= _NO_WAIT:
-        return Verdict(JobState.FAILED, tried.failures + 1, deferred=True)
+        return Decision(JobState.FAILED, tried.failures + 1, deferred=True)
     ends = accumulate(backoffs.defer_backoff)
     steps = zip(backoffs.defer_backoff, ends, strict=True)
     wait = next((wait for wait, end in steps if end > gone), backoffs.defer_backoff[-1])
-    return Verdict(JobState.SCHEDULED, tried.failures, min(wait * stretch, left), deferred=True)
+    return Decision(JobState.SCHEDULED, tried.failures, min(wait * stretch, left), deferred=True)

@@ -53,7 +53,7 @@ def most_in_window(ends: Iterable[Time], window: Time) -> int:
 class Replay:
     """Replays the sends of one sender, in the order of their ends, with the memory of one window.
 
-    Times are seconds. Sends that started before `since` are not judged, because other limits may
+    Times are seconds. Sends that started before `since` are not checked, because other limits may
     have been valid then. They still count in the gap and window of later sends.
     """
 
@@ -64,7 +64,7 @@ class Replay:
         self._inside: deque[float] = deque()
         self._last_end: float | None = None
         self.sends = 0
-        self.judged = 0
+        self.checked = 0
         # Equal to the function `least_gap` of these sends; if sends overlap, both are negative.
         self.least_gap: float | None = None
         self.most_in_window = 0
@@ -81,7 +81,7 @@ class Replay:
         self.sends += 1
         if self._since is not None and start < self._since:
             return
-        self.judged += 1
+        self.checked += 1
         self.most_in_window = max(self.most_in_window, len(inside))
         # Limit.WINDOW
         if len(inside) > self._limit:

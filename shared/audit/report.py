@@ -15,11 +15,11 @@ from outbox_server.shared.states import JobState
 
 # PostgreSQL records an end when the statement arrives, so it may be later than the real end.
 RECORDING_SLACK_S: Final = 0.1
-_JUDGED_BY: Final = {True: "smtp side", False: "postgresql"}
+_CHECKED_BY: Final = {True: "smtp side", False: "postgresql"}
 
 
 @dataclass(frozen=True, slots=True)
-class SenderVerdict:
+class SenderCheck:
     """The sends of one sender, compared with its current limits."""
 
     sender: AuditedSender
@@ -81,12 +81,12 @@ class AuditReport:
         return self.findings.seen is not None
 
     @property
-    def senders(self) -> list[SenderVerdict]:
+    def senders(self) -> list[SenderCheck]:
         """All senders that have sent, ordered by the distance to their limits, closest first."""
-        verdicts = [self._verdict(sender) for sender in self.findings.senders.values()]
-        return sorted(filter(None, verdicts), key=lambda verdict: verdict.margin)
+        checks = [self._check(sender) for sender in self.findings.senders.values()]
+        return sorted(filter(None, checks), key=lambda check: check.margin)
 
-    def _verdict(self, sender: AuditedSender) -> SenderVerdict | None:
+    def _check(self, sender: AuditedSender) -> SenderCheck | None:
         replays, by_smtp_side = self.findings.recorded, False
         # If mail of the sender also went elsewhere, the SMTP side saw only some of its sends.
         if sender.sender_id not in self.findings.jobs.senders_elsewhere:
@@ -94,7 +94,7 @@ class AuditReport:
         replay = replays.get(sender.sender_id)
         if replay is None:
             return None
-        return SenderVerdict(sender, self._gap_s(sender), replay, by_smtp_side)
+        return SenderCheck(sender, self._gap_s(sender), replay, by_smtp_side)
 
     @property
     def lost(self) -> int:
@@ -129,8 +129,8 @@ class AuditReport:
         )
         lines = [f"{number} {text}" for number, text in found if number]
         window = format_duration(self.settings.rate_window)
-        for verdict in self.senders:
-            lines += verdict.broken(window)
+        for check in self.senders:
+            lines += check.broken(window)
         return lines + [f"for example: {text}" for text in jobs.examples]
 
     def _gap_s(self, sender: AuditedSender) -> float:
@@ -166,28 +166,28 @@ class AuditReport:
             **self.figures(),
             "states": {state.name.lower(): by_state.get(state, 0) for state in JobState},
             "seen": self.findings.jobs.seen,
-            "judged_by": _JUDGED_BY[self.by_smtp_side],
+            "checked_by": _CHECKED_BY[self.by_smtp_side],
             "compared_with": {
                 "rate_window": format_duration(self.settings.rate_window),
                 "min_gap": format_duration(self.settings.min_gap),
                 "slack_s": max((one.slack_s for one in self.senders), default=0.0),
             },
-            "senders": [_sender(verdict) for verdict in self.senders],
+            "senders": [_sender(check) for check in self.senders],
             "broken": self.broken,
         }
 
 
-def _sender(verdict: SenderVerdict) -> dict[str, Any]:
-    sender, replay = verdict.sender, verdict.replay
+def _sender(check: SenderCheck) -> dict[str, Any]:
+    sender, replay = check.sender, check.replay
     return {
         "sender_id": str(sender.sender_id),
         "email": sender.email,
-        "judged_by": _JUDGED_BY[verdict.by_smtp_side],
+        "checked_by": _CHECKED_BY[check.by_smtp_side],
         "sends": replay.sends,
-        # May be fewer: sends before the sender's last change are not judged.
-        "judged": replay.judged,
+        # May be fewer: sends before the sender's last change are not checked.
+        "checked": replay.checked,
         "hourly_limit": sender.hourly_limit,
         "most_in_window": replay.most_in_window,
-        "min_gap_s": verdict.min_gap_s,
+        "min_gap_s": check.min_gap_s,
         "least_gap_s": None if replay.least_gap is None else round(replay.least_gap, 6),
     }

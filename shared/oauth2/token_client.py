@@ -60,7 +60,7 @@ class TokenClient:
     """Sends requests to token endpoints. It keeps no connection, as tokens last about an hour."""
 
     def __init__(self, egress: Egress, tls: ssl.SSLContext, limit: timedelta = LIMIT) -> None:
-        self._network = _JudgedNetwork(egress)
+        self._network = _PermittedNetwork(egress)
         self._tls = tls
         self._limit = limit
 
@@ -119,7 +119,7 @@ class TokenClient:
             )
 
 
-class _JudgedNetwork(httpcore.AsyncNetworkBackend):
+class _PermittedNetwork(httpcore.AsyncNetworkBackend):
     """Connects only to permitted addresses. The name is looked up once, before the check."""
 
     def __init__(self, egress: Egress) -> None:
@@ -141,7 +141,7 @@ class _JudgedNetwork(httpcore.AsyncNetworkBackend):
             OSError: there is no such host, or no address answers.
         """
         failure: Exception | None = None
-        for address in await self._egress.judged_addresses(host, port):
+        for address in await self._egress.permitted_addresses(host, port):
             try:
                 # TLS checks the certificate against the host name in the URL, not the address.
                 return await self._network.connect_tcp(

@@ -156,11 +156,11 @@ async def test_every_mail_is_accepted_once_although_dispatchers_are_killed(
             await eventually(partial(has_accepted, world, provider, enough), PATIENCE_S)
             await dispatchers.kill_one(kill)
         await eventually(world.done, PATIENCE_S)
-        await judge(world, provider, jobs=jobs, unknown=unknown)
+        await check_states(world, provider, jobs=jobs, unknown=unknown)
 
 
 async def has_accepted(world: World, provider: Provider, mails: int) -> bool:
-    """Whether so many mails were accepted, or no more will be: the judge says why."""
+    """Whether so many mails were accepted, or no more will be: `check_states` says why."""
     return provider.tally.accepted >= mails or await world.done()
 
 
@@ -184,7 +184,9 @@ async def senders_of(world: World) -> set[int]:
     return {row.id for row in await world.sql("SELECT id FROM senders")}
 
 
-async def judge(world: World, provider: Provider, *, jobs: set[int], unknown: set[int]) -> None:
+async def check_states(
+    world: World, provider: Provider, *, jobs: set[int], unknown: set[int]
+) -> None:
     """Compare the jobs' states with what the provider counted."""
     tally = provider.tally
     accepted = jobs_in(tally.mails)

@@ -302,8 +302,8 @@ async def test_the_audit_checks_mail_to_other_servers_only_in_postgresql(folder:
             found = await asyncio.to_thread(up.ask, "audit")
     assert (found["broken"], found["lost"]) == ([], 0)
     assert (found["sent"], found["seen"], found["sent_elsewhere"]) == (9, 3, 6)
-    judged_by = sorted(one["judged_by"] for one in found["senders"])
-    assert judged_by == ["postgresql", "postgresql", "smtp side"]
+    checked_by = sorted(one["checked_by"] for one in found["senders"])
+    assert checked_by == ["postgresql", "postgresql", "smtp side"]
 
 
 async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_audit_agrees(
@@ -326,7 +326,7 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
         await eventually(lambda: len(up.mails()) == 2)
         await eventually(lambda: up.ask("stats", "user", "u")["counts"]["failed_count"] == "1")
         found = up.ask("audit")
-        assert (found["broken"], found["seen"], found["judged_by"]) == ([], 2, "smtp side")
+        assert (found["broken"], found["seen"], found["checked_by"]) == ([], 2, "smtp side")
         assert found["sent_elsewhere"] == 0
         up.process.send_signal(signal.SIGTERM)
         assert await ended(up.process) == 0
@@ -408,7 +408,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         assert up.ask("suppressions", "list", "--user", "u")["suppressions"][0]["reason"] == "asked"
         assert up.ask("suppressions", "delete", "cy@example.org", "--user", "u") == {}
         found = up.ask("audit")
-        assert (found["broken"], found["seen"], found["judged_by"]) == ([], 1, "smtp side")
+        assert (found["broken"], found["seen"], found["checked_by"]) == ([], 1, "smtp side")
         assert found["sent_elsewhere"] == 0
         assert found["compared_with"]["min_gap"] == "200ms"
         bad = up.outbox("senders", "create", "--user", "u", "--email", "x@y.de", "--min-gap", "1ms")

@@ -182,7 +182,7 @@ async def test_sends_before_a_change_of_the_limits_are_not_checked(
     await past.world.change(sender, load=False, hourly_limit=2, min_gap_ms=3000)
     report = await past.audit(settings)
     assert report.broken == []
-    assert [report.document()["senders"][0][name] for name in ("sends", "judged")] == [4, 0]
+    assert [report.document()["senders"][0][name] for name in ("sends", "checked")] == [4, 0]
 
 
 @pytest.mark.usefixtures("sender")
@@ -249,8 +249,8 @@ async def test_mail_sent_to_another_server_is_checked_only_in_postgresql(
     found = (await past.audit(settings)).document()
     assert (found["broken"], found["lost"], found["sent"]) == ([], 0, 6)
     assert (found["seen"], found["sent_elsewhere"]) == (3, 3)
-    judged_by = {one["sender_id"]: (one["judged_by"], one["sends"]) for one in found["senders"]}
-    assert judged_by == {str(sender): ("smtp side", 3), str(own_server): ("postgresql", 3)}
+    checked_by = {one["sender_id"]: (one["checked_by"], one["sends"]) for one in found["senders"]}
+    assert checked_by == {str(sender): ("smtp side", 3), str(own_server): ("postgresql", 3)}
 
     # Gap, window and second sends are found all the same.
     job = (await past.sent_elsewhere(own_server, 4))[0]

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules, Signal, record_cooldowns
-from outbox_server.services.dispatcher.judge import Judge
+from outbox_server.services.dispatcher.outcomes import OutcomeRules
 from outbox_server.services.dispatcher.settler import EndedAttempt, Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.smtp import SendResult
@@ -82,7 +82,7 @@ def ended(
         reply_class=how[1],
         daily=daily,
     )
-    return Judge(world.settings).ended(*sent, result, late=timedelta(0), server="x.test:25")
+    return OutcomeRules(world.settings).ended(*sent, result, late=timedelta(0), server="x.test:25")
 
 
 async def settle(

@@ -110,9 +110,9 @@ def test_sends_before_a_change_are_not_checked_but_count_in_later_windows() -> N
     replay = Replay(10, limit=2, since=3)
     for second in (0, 1, 2):
         replay.add(second, second + 0.5)
-    assert (replay.judged, replay.least_gap, replay.overshoot()) == (0, None, 0)
+    assert (replay.checked, replay.least_gap, replay.overshoot()) == (0, None, 0)
     replay.add(3, 3.5)
-    assert (replay.sends, replay.judged, replay.least_gap, replay.overshoot()) == (4, 1, 0.5, 2)
+    assert (replay.sends, replay.checked, replay.least_gap, replay.overshoot()) == (4, 1, 0.5, 2)
 
 
 def test_an_excess_within_the_tolerance_is_not_reported() -> None:

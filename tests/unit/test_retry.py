@@ -1,4 +1,4 @@
-"""The verdict on a job after an attempt."""
+"""The decision about a job after an attempt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_server.services.dispatcher.retry import JITTER, Backoffs, JobAttempt, Verdict, decide
+from outbox_server.services.dispatcher.retry import JITTER, Backoffs, Decision, JobAttempt, decide
 from outbox_server.shared.states import NOT_COUNTED, AttemptOutcome, JobState, ReplyClass
 
 BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
@@ -24,14 +24,14 @@ RETRIED = (
 Policy = Literal["resend", "hold"]
 
 
-def verdict(
+def decision(
     outcome: AttemptOutcome,
     failures: int = 0,
     *,
     backoff: tuple[timedelta, ...] = BACKOFF,
     policy: Policy = "resend",
     chance: float = 0.0,
-) -> Verdict:
+) -> Decision:
     tried = JobAttempt(attempt=failures + 1, outcome=outcome, failures=failures)
     return decide(
         tried, backoffs=Backoffs(backoff, DEFERRALS, DEFER_FOR), policy=policy, chance=chance
@@ -47,8 +47,8 @@ def answered(
     deferred_for: timedelta | None = None,
     probe: bool = False,
     chance: float = 0.0,
-) -> Verdict:
-    """Return the verdict after a reply of this class."""
+) -> Decision:
+    """Return the decision after a reply of this class."""
     tried = JobAttempt(attempt, outcome, reply_class, failures, deferred_for, probe)
     backoffs = Backoffs(BACKOFF, DEFERRALS, DEFER_FOR)
     return decide(tried, backoffs=backoffs, policy="resend", chance=chance)
@@ -57,12 +57,14 @@ def answered(
 @pytest.mark.parametrize("policy", ["resend", "hold"])
 @pytest.mark.parametrize("failures", [0, 1, 3, 9])
 def test_a_sent_mail_is_final_regardless_of_earlier_failures(policy: Policy, failures: int) -> None:
-    assert verdict(AttemptOutcome.SENT, failures, policy=policy) == Verdict(JobState.SENT, failures)
+    assert decision(AttemptOutcome.SENT, failures, policy=policy) == Decision(
+        JobState.SENT, failures
+    )
 
 
 @pytest.mark.parametrize("failures", [0, 1, 3])
 def test_a_permanent_failure_is_final_at_once(failures: int) -> None:
-    assert verdict(AttemptOutcome.PERMANENT_FAILURE, failures) == Verdict(
+    assert decision(AttemptOutcome.PERMANENT_FAILURE, failures) == Decision(
         JobState.FAILED, failures + 1
     )
 
@@ -70,7 +72,7 @@ def test_a_permanent_failure_is_final_at_once(failures: int) -> None:
 @pytest.mark.parametrize("outcome", RETRIED)
 def test_each_failure_takes_one_step_of_the_backoff(outcome: AttemptOutcome) -> None:
     for failures, wait in enumerate(BACKOFF):
-        assert verdict(outcome, failures) == Verdict(JobState.SCHEDULED, failures + 1, wait)
+        assert decision(outcome, failures) == Decision(JobState.SCHEDULED, failures + 1, wait)
 
 
 @pytest.mark.parametrize(
@@ -85,21 +87,21 @@ def test_each_failure_takes_one_step_of_the_backoff(outcome: AttemptOutcome) -> 
 def test_after_the_last_step_a_job_has_failed_or_is_uncertain(
     outcome: AttemptOutcome, state: JobState
 ) -> None:
-    assert verdict(outcome, len(BACKOFF)) == Verdict(state, len(BACKOFF) + 1)
-    assert verdict(outcome, backoff=()) == Verdict(state, 1)
+    assert decision(outcome, len(BACKOFF)) == Decision(state, len(BACKOFF) + 1)
+    assert decision(outcome, backoff=()) == Decision(state, 1)
 
 
 @pytest.mark.parametrize("failures", [0, 2, 3])
 def test_a_mail_in_doubt_waits_for_a_decision_under_hold(failures: int) -> None:
-    held = verdict(AttemptOutcome.IN_DOUBT, failures, policy="hold")
+    held = decision(AttemptOutcome.IN_DOUBT, failures, policy="hold")
 
-    assert held == Verdict(JobState.UNCERTAIN, failures)
+    assert held == Decision(JobState.UNCERTAIN, failures)
 
 
 @pytest.mark.parametrize("outcome", RETRIED[:2])
 def test_hold_does_not_change_known_failures(outcome: AttemptOutcome) -> None:
     for failures in range(len(BACKOFF) + 2):
-        assert verdict(outcome, failures, policy="hold") == verdict(outcome, failures)
+        assert decision(outcome, failures, policy="hold") == decision(outcome, failures)
 
 
 @given(
@@ -110,7 +112,7 @@ def test_hold_does_not_change_known_failures(outcome: AttemptOutcome) -> None:
 def test_jitter_never_shortens_a_wait_and_adds_a_tenth_at_most(
     outcome: AttemptOutcome, failures: int, chance: float
 ) -> None:
-    waited = verdict(outcome, failures, chance=chance).retry_after
+    waited = decision(outcome, failures, chance=chance).retry_after
 
     assert waited is not None
     assert BACKOFF[failures] <= waited <= BACKOFF[failures] * (1 + JITTER)
@@ -118,7 +120,7 @@ def test_jitter_never_shortens_a_wait_and_adds_a_tenth_at_most(
 
 def test_jitter_is_random() -> None:
     waits = {
-        verdict(AttemptOutcome.TEMPORARY_FAILURE, chance=chance).retry_after
+        decision(AttemptOutcome.TEMPORARY_FAILURE, chance=chance).retry_after
         for chance in (0.0, 0.25, 0.5, 0.75)
     }
     assert len(waits) == 4
@@ -133,7 +135,7 @@ def test_jitter_is_random() -> None:
 def test_only_scheduled_jobs_have_a_wait(
     outcome: AttemptOutcome, failures: int, steps: int, policy: Policy
 ) -> None:
-    decided = verdict(outcome, failures, backoff=(timedelta(seconds=1),) * steps, policy=policy)
+    decided = decision(outcome, failures, backoff=(timedelta(seconds=1),) * steps, policy=policy)
 
     assert (decided.retry_after is not None) == (decided.state is JobState.SCHEDULED)
     assert decided.failures in (failures, failures + 1)
@@ -152,7 +154,7 @@ def test_a_refusal_unrelated_to_the_mail_uses_no_attempt(
 def test_a_refused_account_starts_a_cooldown_of_the_sender_and_does_not_fail_the_job() -> None:
     decided = answered(ReplyClass.ACCOUNT)
 
-    assert decided == Verdict(JobState.SCHEDULED, 0, NO_WAIT, cools_down=True)
+    assert decided == Decision(JobState.SCHEDULED, 0, NO_WAIT, cools_down=True)
 
 
 def test_a_refused_password_waits_for_the_first_step_each_time() -> None:
@@ -166,8 +168,8 @@ def test_a_refused_password_waits_for_the_first_step_each_time() -> None:
 def test_an_unknown_refusal_fails_the_job_unless_it_is_the_probe_of_a_cooldown() -> None:
     refused = AttemptOutcome.PERMANENT_FAILURE
 
-    assert answered(ReplyClass.REFUSED, refused) == Verdict(JobState.FAILED, 1)
-    assert answered(ReplyClass.REFUSED, refused, probe=True) == Verdict(
+    assert answered(ReplyClass.REFUSED, refused) == Decision(JobState.FAILED, 1)
+    assert answered(ReplyClass.REFUSED, refused, probe=True) == Decision(
         JobState.SCHEDULED, 0, NO_WAIT, cools_down=True
     )
 
@@ -178,7 +180,7 @@ def test_a_probe_whose_mail_is_refused_fails_and_does_not_count_against_the_acco
 ) -> None:
     decided = answered(reply_class, AttemptOutcome.PERMANENT_FAILURE, probe=True)
 
-    assert decided == Verdict(JobState.FAILED, 1)
+    assert decided == Decision(JobState.FAILED, 1)
 
 
 def test_a_deferred_job_has_a_backoff_of_its_own_and_the_last_step_repeats() -> None:
@@ -203,7 +205,7 @@ def test_a_deferred_job_is_retried_only_until_its_time_limit(
     decided = answered(ReplyClass.DEFERRED, deferred_for=gone, chance=chance)
 
     if gone >= DEFER_FOR:
-        assert decided == Verdict(JobState.FAILED, 1, deferred=True)
+        assert decided == Decision(JobState.FAILED, 1, deferred=True)
     else:
         assert decided.state is JobState.SCHEDULED
         assert decided.failures == 0
@@ -229,7 +231,7 @@ def test_a_server_that_is_not_reached_uses_no_attempt(failures: int) -> None:
 
     decided = decide(tried, backoffs=backoffs, policy="resend", chance=0.0)
 
-    assert decided == Verdict(JobState.SCHEDULED, failures, BACKOFF[0])
+    assert decided == Decision(JobState.SCHEDULED, failures, BACKOFF[0])
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,8 @@ def _mark_statement() -> Any:
         .correlate(batches, EmailJob)
         .exists()
     )
-    # The verdict is valid as long as the job waits. The update below checks again that it does.
-    judged = (
+    # The decision is valid as long as the job waits. The update below checks again that it does.
+    decided = (
         select(
             EmailJob.id,
             _claim.c.attempt,
@@ -115,23 +115,23 @@ def _mark_statement() -> Any:
             EmailJob.attempt == _claim.c.attempt - 1,
             _active_revision.is_not(None),
         )
-        .cte("judged")
+        .cte("decided")
     )
-    sends = judged.c.state == JobState.SENDING
+    sends = decided.c.state == JobState.SENDING
     leased = func.clock_timestamp() + bindparam("lease", type_=INTERVAL)
     moved = (
         update(EmailJob)
         .values(
-            state=judged.c.state,
+            state=decided.c.state,
             # A job that is not sent has no attempt.
-            attempt=case((sends, judged.c.attempt), else_=EmailJob.attempt),
+            attempt=case((sends, decided.c.attempt), else_=EmailJob.attempt),
             lease_until=case((sends, leased), else_=null()),
             finished_at=case((sends, null()), else_=func.statement_timestamp()),
         )
         .where(
-            EmailJob.id == judged.c.id,
+            EmailJob.id == decided.c.id,
             EmailJob.state == JobState.SCHEDULED,
-            EmailJob.attempt == judged.c.attempt - 1,
+            EmailJob.attempt == decided.c.attempt - 1,
         )
         .returning(
             EmailJob.id,

@@ -250,7 +250,7 @@ class QueueSteps(RuleBasedStateMachine):
         send, claim = holding.send, holding.claim
         assert send is not None
         if use is SlotUse.UNUSED and not holding.known:
-            # As Judge.given_back: an attempt, which its number alone fences.
+            # As OutcomeRules.given_back: an attempt, which its number alone fences.
             use, retry, contact, cools = SlotUse.BEGUN, 0, Contact.NONE, None
         if use is SlotUse.UNUSED:
             self.world.sends[claim.sender_id].remove(send)

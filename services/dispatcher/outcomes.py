@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from outbox_server.services.dispatcher.cooling import Signal
 from outbox_server.services.dispatcher.renewer import HeldJob
-from outbox_server.services.dispatcher.retry import Backoffs, JobAttempt, Verdict, decide
+from outbox_server.services.dispatcher.retry import Backoffs, Decision, JobAttempt, decide
 from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
@@ -17,7 +17,7 @@ from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import CONNECTION_TROUBLE, AttemptOutcome, JobState, ReplyClass
 
 
-class Judge:
+class OutcomeRules:
     """Decides the state of a job after an attempt, by the operator's settings."""
 
     def __init__(self, settings: Settings) -> None:
@@ -34,7 +34,7 @@ class Judge:
         `late` is how long after the limits allowed it the send began. `server` is the host and the
         port, as shown in logs.
         """
-        verdict = decide(
+        decision = decide(
             JobAttempt(
                 attempt=job.job.attempt,
                 outcome=result.outcome,
@@ -49,12 +49,12 @@ class Judge:
             chance=random.random(),  # noqa: S311 - jitter
         )
         return EndedAttempt(
-            _record(job, result, verdict, late),
+            _record(job, result, decision, late),
             SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN,
             contact=contact_of(result),
             connection_error=result.message or result.outcome.name,
             server=server,
-            signal=Signal(refused=verdict.cools_down, daily=result.daily, probe=claim.probe),
+            signal=Signal(refused=decision.cools_down, daily=result.daily, probe=claim.probe),
         )
 
     def given_back(self, held: HeldJob, started: float) -> UnsentJob | EndedAttempt:
@@ -71,29 +71,29 @@ class Judge:
             "stopped before the body: the renewal of the lease was not confirmed",
             started,
         )
-        verdict = Verdict(JobState.SCHEDULED, held.marked.failures, timedelta(0))
-        return EndedAttempt(_record(held.marked, result, verdict, None), SlotUse.BEGUN)
+        decision = Decision(JobState.SCHEDULED, held.marked.failures, timedelta(0))
+        return EndedAttempt(_record(held.marked, result, decision, None), SlotUse.BEGUN)
 
 
 def _record(
-    job: MarkedJob, result: SendResult, verdict: Verdict, late: timedelta | None
+    job: MarkedJob, result: SendResult, decision: Decision, late: timedelta | None
 ) -> AttemptRecord:
     return AttemptRecord(
         job=job.job,
         sender_id=job.sender_id,
-        state=verdict.state,
-        failures=verdict.failures,
+        state=decision.state,
+        failures=decision.failures,
         outcome=result.outcome,
         counted=result.body_begun,
         started=result.started,
         ended=result.ended,
-        retry_after=verdict.retry_after,
+        retry_after=decision.retry_after,
         late=late,
         smtp_code=result.smtp_code,
         enhanced_code=result.enhanced_code,
         message=result.message,
         reply_class=result.reply_class,
-        deferred=verdict.deferred,
+        deferred=decision.deferred,
     )
 
 
