@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.outcomes import OutcomeRules
-from outbox_server.services.dispatcher.renewer import HeldJob, Renewer
+from outbox_server.services.dispatcher.renewer import LeasedJob, Renewer
 from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.smtp import SendResult
@@ -37,7 +37,7 @@ REPLY_LIMIT_S = 600.0
 
 
 @dataclass
-class HeldSend:
+class LeasedSend:
     """One send: it waits for `reply` under its lease."""
 
     claim: Claim
@@ -46,7 +46,7 @@ class HeldSend:
     # Whether its body was begun before the wait.
     in_body: bool = True
     reply: asyncio.Event = field(default_factory=asyncio.Event)
-    held: HeldJob | None = None
+    leased: LeasedJob | None = None
     # `time.monotonic` of its end, and whether that was a reply.
     ended: float = 0.0
     replied: bool = False
@@ -76,9 +76,9 @@ class SendingWithoutSmtp:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def begin(self, want: int = 1, *, in_body: bool = True) -> list[HeldSend]:
+    async def begin(self, want: int = 1, *, in_body: bool = True) -> list[LeasedSend]:
         """Claim and mark up to a number of jobs of each shard; `send` sends them."""
-        sends: list[HeldSend] = []
+        sends: list[LeasedSend] = []
         for queue in self.loader.queues:
             asked = time.monotonic()
             claims = (await queue.claim(want)).claims
@@ -87,23 +87,23 @@ class SendingWithoutSmtp:
                     connection, [claim.job for claim in claims], self.settings.lease
                 )
             by_job = {each.job: each for each in marked}
-            sends += [HeldSend(claim, by_job[claim.job], asked, in_body) for claim in claims]
+            sends += [LeasedSend(claim, by_job[claim.job], asked, in_body) for claim in claims]
         return sends
 
-    async def send(self, send: HeldSend) -> None:
+    async def send(self, send: LeasedSend) -> None:
         """Wait for the reply, for as long as the lease lasts."""
-        with self.renewer.hold(send.claim, send.marked, send.claimed) as held:
-            send.held = held
-            held.lease.begun = True
+        with self.renewer.keep_lease(send.claim, send.marked, send.claimed) as leased:
+            send.leased = leased
+            leased.lease.begun = True
             try:
-                async with held.lease.limit(REPLY_LIMIT_S):
+                async with leased.lease.limit(REPLY_LIMIT_S):
                     await send.reply.wait()
                 send.replied = True
             except TimeoutError:
                 pass
             send.ended = time.monotonic()
 
-    async def settle(self, *sends: HeldSend) -> None:
+    async def settle(self, *sends: LeasedSend) -> None:
         """Record the outcome of these sends: SENT, in doubt, or given back."""
         transactions = create_engine(self.settings, lookups_only=True)
         settler = Settler(
@@ -121,10 +121,10 @@ class SendingWithoutSmtp:
         finally:
             await transactions.dispose()
 
-    def _outcome(self, send: HeldSend) -> Any:
-        assert send.held is not None
+    def _outcome(self, send: LeasedSend) -> Any:
+        assert send.leased is not None
         if not send.replied and not send.in_body:
-            return self._outcomes.given_back(send.held, send.claimed)
+            return self._outcomes.given_back(send.leased, send.claimed)
         outcome = AttemptOutcome.SENT if send.replied else AttemptOutcome.IN_DOUBT
         result = SendResult(
             outcome,
@@ -135,7 +135,11 @@ class SendingWithoutSmtp:
             reply_class=ReplyClass.SENT if send.replied else None,
         )
         return self._outcomes.ended(
-            send.held.claim, send.held.marked, result, late=send.claim.waited, server="x.test:25"
+            send.leased.claim,
+            send.leased.marked,
+            result,
+            late=send.claim.waited,
+            server="x.test:25",
         )
 
 

@@ -232,15 +232,15 @@ class Dispatcher:
         """
         try:
             await self._composer.prepare([job for _, job in marked])
-            held = await group.queue.confirm([claim for claim, _ in marked]) if marked else []
+            confirmed = await group.queue.confirm([claim for claim, _ in marked]) if marked else []
         except BaseException:
             for claim, job in marked:
                 self._settler.settle(UnsentJob(claim, job))
             raise
         mails: list[_Mail] = []
-        for (claim, job), holds in zip(marked, held, strict=True):
+        for (claim, job), holds in zip(marked, confirmed, strict=True):
             if not holds:
-                self._settler.settle(UnsentJob(claim, job, held=False))
+                self._settler.settle(UnsentJob(claim, job, leased=False))
             elif permit := self._permit_for(job, group.permits.pop(job.job, None)):
                 mails.append(_Mail(claim, group.claimed_at, job, permit))
             else:
@@ -254,16 +254,16 @@ class Dispatcher:
         result: SendResult | None = None
         try:
             endpoint, envelope = self._composer.compose(mail.job)
-            with self._renewer.hold(mail.claim, mail.job, mail.claimed_at) as held:
+            with self._renewer.keep_lease(mail.claim, mail.job, mail.claimed_at) as leased:
                 try:
                     result = await self._pool.send(
                         endpoint,
                         envelope,
-                        lease=held.lease,
+                        lease=leased.lease,
                         may_begin=lambda: not self._slots.closed,
                     )
                 except GivenBackError:
-                    return self._outcomes.given_back(held, started)
+                    return self._outcomes.given_back(leased, started)
         except CompositionError as error:
             text = str(error)[:500].replace("\x00", "")
             result = result_without_smtp(AttemptOutcome.PERMANENT_FAILURE, text, started)

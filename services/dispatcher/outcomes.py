@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 
 from outbox_server.services.dispatcher.cooling import Signal
-from outbox_server.services.dispatcher.renewer import HeldJob
+from outbox_server.services.dispatcher.renewer import LeasedJob
 from outbox_server.services.dispatcher.retry import Backoffs, Decision, JobAttempt, decide
 from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
@@ -57,22 +57,22 @@ class OutcomeRules:
             signal=Signal(refused=decision.cools_down, daily=result.daily, probe=claim.probe),
         )
 
-    def given_back(self, held: HeldJob, started: float) -> UnsentJob | EndedAttempt:
+    def given_back(self, leased: LeasedJob, started: float) -> UnsentJob | EndedAttempt:
         """Return the outcome of a send that stopped before the body. The job is due again at once.
 
         Giving a job back compares the end of its lease. If a renewal may have moved that end, the
         job cannot be given back. The send is then recorded as an attempt that uses no step of the
         backoff. `started` is a value of `time.monotonic`.
         """
-        if held.known:
-            return UnsentJob(held.claim, held.marked)
+        if leased.known:
+            return UnsentJob(leased.claim, leased.marked)
         result = result_without_smtp(
             AttemptOutcome.TEMPORARY_FAILURE,
             "stopped before the body: the renewal of the lease was not confirmed",
             started,
         )
-        decision = Decision(JobState.SCHEDULED, held.marked.failures, timedelta(0))
-        return EndedAttempt(_record(held.marked, result, decision, None), SlotUse.BEGUN)
+        decision = Decision(JobState.SCHEDULED, leased.marked.failures, timedelta(0))
+        return EndedAttempt(_record(leased.marked, result, decision, None), SlotUse.BEGUN)
 
 
 def _record(

@@ -11,8 +11,8 @@ otherwise it stops before the lease ends. The cases between the two:
   The next round renews both. PostgreSQL is always renewed first, so the reverse cannot happen.
 - The answer of one of them was lost: the lease may last longer than the dispatcher knows. The next
   round renews again, because neither store compares the old end. A send that stops before that
-  does not know the end of its lease, so its job cannot be given back (`HeldJob.known`). The end of
-  the send is recorded as an attempt, for which the attempt number alone is the fencing token.
+  does not know the end of its lease, so its job cannot be given back (`LeasedJob.known`). The end
+  of the send is recorded as an attempt, for which the attempt number alone is the fencing token.
 - Redis lost its data: the slot is gone until a load restores it from PostgreSQL. Meanwhile nobody
   can claim the job, because it is SENDING in PostgreSQL.
 - The lease ended in PostgreSQL and no recovery has run yet: it is renewed like any other. If a
@@ -55,7 +55,7 @@ _log = structlog.get_logger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class HeldJob:
+class LeasedJob:
     """A job that is being sent, with the leases in `claim` and `marked` as last renewed."""
 
     claim: Claim
@@ -77,22 +77,22 @@ class Renewer:
         self._lease = lease
         self._lease_s = lease.total_seconds()
         self._try_limit_s = self._lease_s * _TRY_LIMIT_PART
-        self._held: dict[HeldJob, None] = {}
+        self._leased: dict[LeasedJob, None] = {}
         self._failing = False
         self._under_way: set[asyncio.Task[None]] = set()
 
     @contextmanager
-    def hold(self, claim: Claim, marked: MarkedJob, claimed: float) -> Iterator[HeldJob]:
+    def keep_lease(self, claim: Claim, marked: MarkedJob, claimed: float) -> Iterator[LeasedJob]:
         """Renew the lease of a job while the context is open.
 
         `claimed` is the time of the claim, as a value of `time.monotonic`.
         """
-        held = HeldJob(claim, marked, Lease(self._until(claimed)), claimed)
-        self._held[held] = None
+        leased = LeasedJob(claim, marked, Lease(self._until(claimed)), claimed)
+        self._leased[leased] = None
         try:
-            yield held
+            yield leased
         finally:
-            del self._held[held]
+            del self._leased[leased]
 
     def _until(self, renewed: float) -> float:
         """Return when a send must have stopped whose lease was last renewed at `renewed`."""
@@ -112,16 +112,16 @@ class Renewer:
             await asyncio.wait({task}, timeout=self._try_limit_s)
         return min(_LONGEST_PAUSE, self._lease / _ROUNDS_PER_LEASE)
 
-    def _old(self) -> list[HeldJob]:
+    def _old(self) -> list[LeasedJob]:
         """Return the jobs to renew now. A job whose lease has ended is left out: its send stops."""
         latest = time.monotonic() - self._lease_s * _RENEWED_AFTER_PART
         return [
-            held
-            for held in self._held
-            if held.lease.begun and held.lease.holds and held.renewed <= latest
+            leased
+            for leased in self._leased
+            if leased.lease.begun and leased.lease.holds and leased.renewed <= latest
         ]
 
-    async def _try_to_renew(self, old: Sequence[HeldJob]) -> None:
+    async def _try_to_renew(self, old: Sequence[LeasedJob]) -> None:
         try:
             async with asyncio.timeout(self._try_limit_s):
                 await self._renew(old)
@@ -133,28 +133,30 @@ class Renewer:
         else:
             self._failing = False
 
-    async def _renew(self, old: Sequence[HeldJob]) -> None:
+    async def _renew(self, old: Sequence[LeasedJob]) -> None:
         asked = time.monotonic()
-        for held in old:
-            held.known = False
+        for leased in old:
+            leased.known = False
         async with self._statements.connect() as connection:
             ends = await storage.renew_leases(
-                connection, [held.marked.job for held in old], self._lease
+                connection, [leased.marked.job for leased in old], self._lease
             )
-        ours: list[HeldJob] = []
-        for held in old:
-            end = ends.get(held.marked.job.job_id)
-            if held not in self._held:
+        ours: list[LeasedJob] = []
+        for leased in old:
+            end = ends.get(leased.marked.job.job_id)
+            if leased not in self._leased:
                 continue  # it has ended meanwhile
             if end is None:
-                _log.warning("lease_lost", job=held.marked.job.job_id)
-                held.lease.extend(asked)
+                _log.warning("lease_lost", job=leased.marked.job.job_id)
+                leased.lease.extend(asked)
             else:
-                held.marked = replace(held.marked, lease_until=end)
-                ours.append(held)
-        by_shard: dict[int, list[HeldJob]] = {}
-        for held in ours:
-            by_shard.setdefault(self._loader.queue_of(held.marked.sender_id).shard, []).append(held)
+                leased.marked = replace(leased.marked, lease_until=end)
+                ours.append(leased)
+        by_shard: dict[int, list[LeasedJob]] = {}
+        for leased in ours:
+            by_shard.setdefault(self._loader.queue_of(leased.marked.sender_id).shard, []).append(
+                leased
+            )
         # All shards at once, so that one that cannot be reached stops no send of another shard.
         answers = await asyncio.gather(
             *(self._renew_in_redis(shard, jobs, asked) for shard, jobs in by_shard.items()),
@@ -164,18 +166,18 @@ class Renewer:
             if error is not None:
                 raise error
 
-    async def _renew_in_redis(self, shard: int, jobs: Sequence[HeldJob], asked: float) -> None:
+    async def _renew_in_redis(self, shard: int, jobs: Sequence[LeasedJob], asked: float) -> None:
         """Renew the leases of one shard. A lease that Redis does not have is left as it was.
 
         The next load of the sender restores it, with the end that PostgreSQL stores. PostgreSQL was
         renewed first, so that end is never before the one that the send knows.
         """
         found = await self._loader.queues[shard].renew(
-            [(held.marked.sender_id, held.marked.job) for held in jobs]
+            [(leased.marked.sender_id, leased.marked.job) for leased in jobs]
         )
-        for held, end_ms in zip(jobs, found, strict=True):
+        for leased, end_ms in zip(jobs, found, strict=True):
             if end_ms is not None:
-                held.claim = replace(held.claim, lease_ms=end_ms)
-                held.renewed = asked
-                held.known = True
-                held.lease.extend(self._until(asked))
+                leased.claim = replace(leased.claim, lease_ms=end_ms)
+                leased.renewed = asked
+                leased.known = True
+                leased.lease.extend(self._until(asked))

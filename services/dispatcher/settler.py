@@ -57,12 +57,12 @@ class EndedAttempt:
 class UnsentJob:
     """A marked job that returns to the queue, because its body was not begun.
 
-    `held` means that Redis still has its lease.
+    `leased` means that Redis still has its lease.
     """
 
     claim: Claim
     marked: MarkedJob
-    held: bool = True
+    leased: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ def _is_stale(outcome: ClaimOutcome, dues: dict[JobRef, int]) -> bool:
     """
     if isinstance(outcome, EndedAttempt):
         return outcome.record.state is JobState.SCHEDULED and outcome.record.job not in dues
-    return isinstance(outcome, UnsentJob) and (not outcome.held or outcome.marked.job not in dues)
+    return isinstance(outcome, UnsentJob) and (not outcome.leased or outcome.marked.job not in dues)
 
 
 def _may_have_cooled(outcome: ClaimOutcome, settlement: Settlement) -> bool:
@@ -253,7 +253,7 @@ def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settl
         claim = outcome.claim
         due: int | None
         if isinstance(outcome, UnsentJob):
-            due = dues.get(claim.job) if outcome.held else None
+            due = dues.get(claim.job) if outcome.leased else None
         else:
             # It returns to its place in the head. If it no longer waits, the next mark finds out.
             due = claim.due_ms if outcome.waits else None

@@ -32,8 +32,8 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import (
     HEAD_SIZE,
+    ActiveLease,
     Head,
-    HeldLease,
     PastEnd,
     Queue,
     QueueFullError,
@@ -140,7 +140,7 @@ class HeadLoader:
     ) -> tuple[list[Head], dict[int, list[int]]]:
         rows = (await connection.execute(heads_statement(list(epochs)))).all()
         ends: dict[int, list[PastEnd]] = {}
-        leases: dict[int, list[HeldLease]] = {}
+        leases: dict[int, list[ActiveLease]] = {}
         fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
         if fresh:
             gaps = (effective_gap(row.min_gap_ms, self._floor) for row in rows if row.id in fresh)
@@ -152,7 +152,7 @@ class HeadLoader:
                     for job_id, attempt, ms, counted in each
                 ]
                 if row.leased:
-                    leases[row.sender_id] = [HeldLease(job, left) for job, left, _ in spans]
+                    leases[row.sender_id] = [ActiveLease(job, left) for job, left, _ in spans]
                 else:
                     ends[row.sender_id] = [PastEnd(*span) for span in spans]
         heads = [
@@ -164,7 +164,7 @@ class HeadLoader:
         return heads, {row.id: row.markers or [] for row in rows}
 
     def _head(
-        self, row: Row[Any], ends: tuple[PastEnd, ...], leases: tuple[HeldLease, ...]
+        self, row: Row[Any], ends: tuple[PastEnd, ...], leases: tuple[ActiveLease, ...]
     ) -> Head:
         jobs = tuple(
             (JobRef(job_id, attempt + 1), due)

@@ -68,7 +68,7 @@ class Contact(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A job that the caller holds until its lease expires."""
+    """A job whose lease the caller has until it expires."""
 
     sender_id: int
     job: JobRef
@@ -132,7 +132,7 @@ class PastEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldLease:
+class ActiveLease:
     """A job that a dispatcher is sending."""
 
     job: JobRef
@@ -153,7 +153,7 @@ class Head:
     # Whether more jobs wait behind the last of `jobs`.
     more: bool
     ends: tuple[PastEnd, ...] = ()
-    leases: tuple[HeldLease, ...] = field(default=())
+    leases: tuple[ActiveLease, ...] = field(default=())
     # The key of its endpoint (`shared.queue.circuit_keys`), and the sender's revision.
     endpoint: str = RELAY
     revision: int = 1
@@ -282,7 +282,7 @@ class Queue:
         return await self._scripts[name](keys=[*keys], args=[*args])
 
     async def claim(self, want: int) -> Claimed:
-        """Claim up to `want` jobs that may be sent now, each held for one lease."""
+        """Claim up to `want` jobs that may be sent now, each leased for one lease time."""
         answer = await self._run(
             "claim",
             (self.keys.ready, self.keys.generation),
@@ -311,7 +311,7 @@ class Queue:
         args: list[Any] = [self._window]
         for claim in claims:
             args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
-        return [held == 1 for held in await self._run("confirm", (self.keys.ready,), args)]
+        return [holds == 1 for holds in await self._run("confirm", (self.keys.ready,), args)]
 
     async def renew(self, claims: Sequence[tuple[int, JobRef]]) -> list[int | None]:
         """Renew the leases of these (sender, job) pairs: each ends a full lease time from now.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 INFINITY = float("inf")
-# Connection failures in a row that open a circuit; how often a held sender is looked at anyway.
+# Connection failures in a row that open a circuit; ms between two rechecks of a waiter.
 FAILURES = 3
 RECHECK = 30_000
 # The learned pace: its first and its longest gap, and the factor by which it shrinks.
@@ -38,7 +38,7 @@ class CircuitModel:
     probe: tuple[int, str] | None = None
     busy_until: int = 0
     # Since when each could send without the circuit.
-    held: dict[int, int] = field(default_factory=dict)
+    waiters: dict[int, int] = field(default_factory=dict)
 
     @property
     def turn(self) -> int:
@@ -47,8 +47,8 @@ class CircuitModel:
 
     @property
     def first(self) -> int | None:
-        """The held sender that could send for the longest time."""
-        return min(((at, str(s), s) for s, at in self.held.items()), default=(0, "", None))[2]
+        """The waiter that could send for the longest time."""
+        return min(((at, str(s), s) for s, at in self.waiters.items()), default=(0, "", None))[2]
 
     def admits(self, now: int) -> bool:
         return not self.open or self.turn <= now
@@ -116,7 +116,7 @@ class SenderModel:
         return max(free, self.probe, self.cool, self.last_end + self.gap if self.gap else 0)
 
     def slow_down(self) -> None:
-        """Raise the pace: mail comes too fast. Sends begun before the pace held do not count."""
+        """Raise the pace: mail comes too fast. Sends begun before the pace applied do not count."""
         if not self.pace or not self.leases:
             self.pace = min(PACE_MOST, max(2 * self.gap, PACE_FIRST))
 
@@ -191,7 +191,7 @@ class QueueModel:
     def claim(self, now: int, want: int) -> tuple[list[ClaimModel], list[int]]:
         """Return the claims and loads.
 
-        Each is held for one lease from now on.
+        Each has a lease from now on.
 
         Senders that share an instant come in the order of their ids as texts.
         """
@@ -308,9 +308,9 @@ class QueueModel:
             s.slow_down()
 
     def _release(self, s: SenderModel, ended: int, member: str, kind: str, lease: int) -> None:
-        for held, name in ((s.leases, member), (s.slots, member + "?")):
-            if kind != "UNUSED" or held.get(name) == lease:
-                held.pop(name, None)
+        for entries, name in ((s.leases, member), (s.slots, member + "?")):
+            if kind != "UNUSED" or entries.get(name) == lease:
+                entries.pop(name, None)
         if kind == "COUNTED":
             s.slots[member] = ended
         if kind != "UNUSED":
@@ -349,8 +349,8 @@ class QueueModel:
         if c.first is not None:
             self.ready[c.first] = min(self.ready.get(c.first, c.turn), c.turn)
 
-    def _leave_held(self, c: CircuitModel, sender_id: int) -> None:
-        if c.open and c.held.pop(sender_id, None) is not None:
+    def _leave_waiters(self, c: CircuitModel, sender_id: int) -> None:
+        if c.open and c.waiters.pop(sender_id, None) is not None:
             self._schedule_prober(c)
 
     def _begin_probe(self, sender_id: int, member: str, now: int) -> None:
@@ -360,7 +360,7 @@ class QueueModel:
         c = self.circuit(s)
         if c.open:
             c.probe, c.busy_until = (sender_id, member), now + self.lease
-            c.held.pop(sender_id, None)
+            c.waiters.pop(sender_id, None)
             self._schedule_prober(c)
 
     def _end_probe(self, sender_id: int, member: str, lease: int | None) -> bool:
@@ -382,8 +382,8 @@ class QueueModel:
         s = self.senders[sender_id]
         if self.circuit(s).open:
             self.changes.append((False, None))
-        for held, at in self.circuit(s).held.items():
-            self.ready[held] = min(self.ready.get(held, at), at)
+        for waiter, at in self.circuit(s).waiters.items():
+            self.ready[waiter] = min(self.ready.get(waiter, at), at)
         self.circuits[s.endpoint] = CircuitModel()
 
     def _failed(
@@ -444,7 +444,7 @@ class QueueModel:
             s.leases = {member: now_up + left for member, left in head.leases}
         elif (s.endpoint, s.revision) != (head.endpoint, head.revision):
             self._forget_troubles(sender_id)
-            self._leave_held(self.circuit(s), sender_id)
+            self._leave_waiters(self.circuit(s), sender_id)
             s.pace = 0
         s.endpoint, s.revision = head.endpoint, head.revision
         s.limit, s.own_gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
@@ -493,10 +493,10 @@ class QueueModel:
         if s.active and s.first is not None and s.places > 0:
             sends = max(s.first[0], s.allowed_at(self.window))
         if sends <= now and not c.admits(now):
-            c.held[sender_id] = int(sends)
+            c.waiters[sender_id] = int(sends)
             looks.append(min(now + RECHECK, c.turn) if c.first == sender_id else now + RECHECK)
         else:
-            self._leave_held(c, sender_id)
+            self._leave_waiters(c, sender_id)
             if sends < INFINITY:
                 looks.append(int(sends))
         if looks:

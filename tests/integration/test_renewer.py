@@ -32,7 +32,7 @@ from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
-from tests.renewing import HeldSend, SendingWithoutSmtp
+from tests.renewing import LeasedSend, SendingWithoutSmtp
 from tests.world import World
 
 # Short, and long enough for a machine that is busy with other tests.
@@ -79,7 +79,7 @@ async def lease_in_redis(world: World, claim: Claim) -> int | None:
     return None if end is None else int(end)
 
 
-async def renewed_for(world: World, send: HeldSend, leases: float) -> None:
+async def renewed_for(world: World, send: LeasedSend, leases: float) -> None:
     """Wait until the leases of a send have lasted for so many leases longer than at first."""
     longer = leases * LEASE
 
@@ -94,7 +94,7 @@ async def renewed_for(world: World, send: HeldSend, leases: float) -> None:
     await eventually(both)
 
 
-async def held_in_redis(world: World) -> int:
+async def leases_in_redis(world: World) -> int:
     return sum([await world.leases_in_redis(row.id) for row in await world.sql("TABLE senders")])
 
 
@@ -118,7 +118,7 @@ async def test_a_reply_that_takes_several_leases_is_awaited(
 
     row = await world.job(send.job)
     assert (row.state, row.attempt, send.replied) == (JobState.SENT, 1, True)
-    assert await held_in_redis(world) == 0
+    assert await leases_in_redis(world) == 0
 
 
 async def test_a_send_that_has_no_connection_yet_is_not_renewed(
@@ -126,7 +126,7 @@ async def test_a_send_that_has_no_connection_yet_is_not_renewed(
 ) -> None:
     await world.schedule(await world.sender(), 2)
     waits, runs = await sending.begin(2)
-    with sending.renewer.hold(waits.claim, waits.marked, waits.claimed):
+    with sending.renewer.keep_lease(waits.claim, waits.marked, waits.claimed):
         task = asyncio.create_task(sending.send(runs))
         await renewed_for(world, runs, 0.5)
         assert (await world.job(waits.job)).lease_until == waits.marked.lease_until
@@ -199,10 +199,10 @@ async def test_a_send_that_cannot_be_renewed_stops_before_its_lease_ends_and_has
         await renewed_for(world, send, 0.5)
         getattr(proxy, fault)()
         await waiting
-        assert send.held is not None
+        assert send.leased is not None
         assert not send.replied
         # Both leases run from after the question that we count from.
-        assert send.held.lease.until < send.held.renewed + LEASE.total_seconds()
+        assert send.leased.lease.until < send.leased.renewed + LEASE.total_seconds()
         proxy.heal()
         await sending.settle(send)
 
@@ -292,7 +292,7 @@ async def test_a_lost_redis_stops_no_send_that_is_restored_in_time(
     await sending.settle(send)
 
     assert (await world.job(send.job)).state == JobState.SENT
-    assert await held_in_redis(world) == 0
+    assert await leases_in_redis(world) == 0
 
 
 async def test_a_lost_redis_that_is_not_restored_stops_the_send(
@@ -322,8 +322,8 @@ async def test_a_send_whose_job_was_recovered_stops_at_once_and_overwrites_nothi
     async with sending.statements.connect() as connection:
         assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED)
     await waiting
-    assert send.held is not None
-    assert not send.held.lease.holds
+    assert send.leased is not None
+    assert not send.leased.lease.holds
     before = (await world.job(send.job), await world.attempts(send.job))
     send.replied = True  # its reply came all the same
     await sending.settle(send)
@@ -368,9 +368,9 @@ async def test_a_dispatcher_paused_past_a_renewed_lease_stops_and_overwrites_not
         async def sent_by_another() -> bool:
             return bool(await asyncio.shield(begin_again()))
 
-        again: list[HeldSend] = []
+        again: list[LeasedSend] = []
 
-        async def begin_again() -> list[HeldSend]:
+        async def begin_again() -> list[LeasedSend]:
             again.extend(await sending.begin())
             return again
 
@@ -399,15 +399,15 @@ async def test_a_send_is_given_back_under_its_renewed_lease(
     [send] = await sending.begin(in_body=False)
     waiting = asyncio.create_task(sending.send(send))
     await renewed_for(world, send, 1)
-    assert send.held is not None
-    await eventually(lambda: send.held and send.held.known)
-    send.held.lease.extend(time.monotonic())
+    assert send.leased is not None
+    await eventually(lambda: send.leased and send.leased.known)
+    send.leased.lease.extend(time.monotonic())
     await waiting
     await sending.settle(send)
 
     row = await world.job(send.job)
     assert (row.state, row.attempt) == (JobState.SCHEDULED, 0)
-    assert await held_in_redis(world) == 0
+    assert await leases_in_redis(world) == 0
     assert [each.job for each in await sending.begin()] == [send.job]
 
 
@@ -421,9 +421,9 @@ async def test_a_send_that_stops_during_a_renewal_is_recorded_as_an_attempt(
         await holder.execute(
             text("SELECT 1 FROM email_jobs WHERE id = :id FOR UPDATE"), {"id": send.job}
         )
-        await eventually(lambda: send.held and not send.held.known)
-        assert send.held is not None
-        send.held.lease.extend(time.monotonic())
+        await eventually(lambda: send.leased and not send.leased.known)
+        assert send.leased is not None
+        send.leased.lease.extend(time.monotonic())
         await waiting
         # Statements that reached PostgreSQL and whose answer was lost.
         await holder.execute(
@@ -436,6 +436,6 @@ async def test_a_send_that_stops_during_a_renewal_is_recorded_as_an_attempt(
     assert (row.state, row.attempt, row.failures) == (JobState.SCHEDULED, 1, 0)
     [attempt] = await world.attempts(send.job)
     assert (attempt.outcome, attempt.counted) == (AttemptOutcome.TEMPORARY_FAILURE, False)
-    assert await held_in_redis(world) == 0
+    assert await leases_in_redis(world) == 0
     [again] = await sending.begin()
     assert again.marked.job == (send.job, 2)

@@ -147,7 +147,7 @@ async def test_a_renewal_whose_answer_was_lost_is_repeated(
 async def test_a_renewed_job_is_given_back_only_by_its_new_end(
     world: World, connection: AsyncConnection
 ) -> None:
-    # So a send that does not know its end is recorded as an attempt (HeldJob.known).
+    # So a send that does not know its end is recorded as an attempt (LeasedJob.known).
     [job] = await marked_jobs(world, connection)
     ends = await renew(connection, job)
 

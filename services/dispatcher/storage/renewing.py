@@ -14,9 +14,9 @@ from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import JobState
 
-_held = (
+_leased = (
     func.unnest(array("ids", BigInteger), array("attempts", SmallInteger))
-    .table_valued(column("id", BigInteger), column("attempt", SmallInteger), name="held")
+    .table_valued(column("id", BigInteger), column("attempt", SmallInteger), name="leased")
     .render_derived()
 )
 
@@ -26,9 +26,9 @@ _RENEW = (
     update(EmailJob)
     .values(lease_until=func.clock_timestamp() + bindparam("lease", type_=INTERVAL))
     .where(
-        EmailJob.id == _held.c.id,
+        EmailJob.id == _leased.c.id,
         EmailJob.state == JobState.SENDING,
-        EmailJob.attempt == _held.c.attempt,
+        EmailJob.attempt == _leased.c.attempt,
     )
     .returning(EmailJob.id, EmailJob.lease_until)
 )
@@ -39,9 +39,9 @@ async def renew_leases(
 ) -> dict[int, datetime]:
     """Move the end of these leases to `lease` from now; return the new end by job id.
 
-    A job that is missing from the result is no longer held: its attempt has ended. Rows are locked
-    in the order of their ids, as in `settle` and `give_back`, to avoid deadlocks: a job that has
-    just ended may be in a renewal and in a group that is being recorded.
+    A job that is missing from the result has no lease any more: its attempt has ended. Rows are
+    locked in the order of their ids, as in `settle` and `give_back`, to avoid deadlocks: a job that
+    has just ended may be in a renewal and in a group that is being recorded.
     """
     jobs = sorted(jobs)
     rows = await connection.execute(

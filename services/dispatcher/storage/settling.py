@@ -202,7 +202,7 @@ async def settle(
     return {row.id: unix_ms(row.scheduled_at) for row in rows}
 
 
-_held = (
+_leased = (
     func.unnest(
         array("ids", BigInteger),
         array("attempts", SmallInteger),
@@ -212,7 +212,7 @@ _held = (
         column("id", BigInteger),
         column("attempt", SmallInteger),
         column("lease_until", EmailJob.lease_until.type),
-        name="held",
+        name="leased",
     )
     .render_derived()
 )
@@ -221,11 +221,11 @@ _GIVE_BACK = (
     update(EmailJob)
     .values(state=JobState.SCHEDULED, attempt=EmailJob.attempt - 1, lease_until=null())
     .where(
-        EmailJob.id == _held.c.id,
+        EmailJob.id == _leased.c.id,
         EmailJob.state == JobState.SENDING,
-        EmailJob.attempt == _held.c.attempt,
+        EmailJob.attempt == _leased.c.attempt,
         # The attempt number is used again, so here the end of the lease is the fencing token.
-        EmailJob.lease_until == _held.c.lease_until,
+        EmailJob.lease_until == _leased.c.lease_until,
     )
     .returning(EmailJob.id, EmailJob.scheduled_at)
 )

@@ -5,7 +5,7 @@
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
 -- ARGV    then flat: sender, member, when its lease expires as returned by claim.lua
--- Returns an array of 1 (held) and 0 (gone), in the order of ARGV
+-- Returns an array of 1 (holds) and 0 (gone), in the order of ARGV
 --!include keys
 --!include time
 --!include run
@@ -14,7 +14,7 @@
 --!include look
 
 local window = tonumber(ARGV[1])
-local held = {}
+local results = {}
 for i = 2, #ARGV, 3 do
     local id, member, until_ms = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
     -- A sender whose keys are lost will be loaded again, with leases from the marks in PostgreSQL.
@@ -26,6 +26,6 @@ for i = 2, #ARGV, 3 do
         redis.call('ZADD', lease_of(id), until_ms, member)
         schedule_look(s, window)
     end
-    held[#held + 1] = found and 1 or 0
+    results[#results + 1] = found and 1 or 0
 end
-return held
+return results

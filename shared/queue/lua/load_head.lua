@@ -82,7 +82,7 @@ if before and (before.endpoint ~= head.endpoint
     or redis.call('HGET', settings, 'revision') ~= head.revision) then
     -- The endpoint or its password changed, so the old failures and pace no longer apply.
     forget_troubles(before)
-    leave_held(circuit(before.endpoint), id)
+    leave_waiters(circuit(before.endpoint), id)
     redis.call('HDEL', settings, 'pace')
 end
 if replace_head() then

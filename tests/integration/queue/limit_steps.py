@@ -7,7 +7,7 @@ from enum import Enum, auto
 from outbox_server.shared.queue.keys import member_of
 from outbox_server.shared.queue.queue import Contact, SlotUse
 from tests.integration.queue.steps import QueueSteps
-from tests.integration.queue.under_way import HeldClaim, Step
+from tests.integration.queue.under_way import ClaimUnderWay, Step
 
 
 class Answers(Enum):
@@ -23,7 +23,7 @@ class Answers(Enum):
 
 
 class LimitSteps(QueueSteps):
-    async def _renew(self, holding: HeldClaim, answers: Answers) -> None:
+    async def _renew(self, holding: ClaimUnderWay, answers: Answers) -> None:
         claim = holding.claim
         holding.known = False
         end = self.world.renew(claim.job, self.now)
@@ -42,7 +42,7 @@ class LimitSteps(QueueSteps):
             holding.renewed(found)
             self._hold_until(holding, found * 1000)
 
-    def _hold_until(self, holding: HeldClaim, deadline: int) -> None:
+    def _hold_until(self, holding: ClaimUnderWay, deadline: int) -> None:
         assert holding.send is not None
         holding.deadline = holding.send.deadline = deadline
 
@@ -61,10 +61,10 @@ class LimitSteps(QueueSteps):
             await self._compare()
             await self._claim(1)
 
-    def _of(self, sender_id: int) -> list[HeldClaim]:
+    def _of(self, sender_id: int) -> list[ClaimUnderWay]:
         return [holding for holding in self.holdings if holding.claim.sender_id == sender_id]
 
-    async def _until_begun(self, holding: HeldClaim) -> None:
+    async def _until_begun(self, holding: ClaimUnderWay) -> None:
         while holding in self.holdings and holding.step in (
             Step.CLAIMED,
             Step.MARKED,

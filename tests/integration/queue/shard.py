@@ -191,9 +191,9 @@ class Shard:
         found = await scores(self.redis, self.prefix + "ready")
         return {int(sender): look - START_MS for sender, look in found.items()}
 
-    async def held(self, endpoint: str = RELAY) -> dict[int, int]:
+    async def waiters(self, endpoint: str = RELAY) -> dict[int, int]:
         """The senders that wait for an endpoint's circuit, and since when, in ms after START."""
-        found = await scores(self.redis, f"{self.prefix}held:{endpoint}")
+        found = await scores(self.redis, f"{self.prefix}waiters:{endpoint}")
         return {int(sender): at - START_MS for sender, at in found.items()}
 
     async def circuit(self, endpoint: str = RELAY) -> dict[str, str]:

@@ -18,7 +18,13 @@ from outbox_server.shared.queue.keys import JobRef, member_of
 from outbox_server.shared.queue.queue import Contact, Settlement, SlotUse, brings_history
 from outbox_server.shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
-from tests.integration.queue.under_way import HeldClaim, LimitHistory, LoadUnderWay, Snapshot, Step
+from tests.integration.queue.under_way import (
+    ClaimUnderWay,
+    LimitHistory,
+    LoadUnderWay,
+    Snapshot,
+    Step,
+)
 from tests.integration.queue.world import ModelledInstallation, Send
 from tests.integration.queue_model import INFINITY, CircuitModel, QueueModel
 
@@ -29,7 +35,7 @@ LOW = 2
 SOON = 100
 # The keys of a sender, and its entry in `ready`.
 PARTS = ("due", "lease", "window", "sender", "ready")
-SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "held:relay")
+SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "waiters:relay")
 # The second wait of a probe is longer than the lease, the last one longer than a recheck.
 BACKOFF = (500, 4_000, 40_000)
 AUTH_BACKOFF = (700, 9_000)
@@ -62,7 +68,7 @@ class QueueSteps(RuleBasedStateMachine):
         )
         self.world = ModelledInstallation(window=WINDOW, lease=LEASE * 1000)
         self.loads: list[LoadUnderWay] = []
-        self.holdings: list[HeldClaim] = []
+        self.holdings: list[ClaimUnderWay] = []
         self.limits = {sender_id: LimitHistory() for sender_id in SENDERS}
         self.broken = False
         self.snapshot = Snapshot()
@@ -106,10 +112,10 @@ class QueueSteps(RuleBasedStateMachine):
             if not waits or look < self.now_ms + BACKOFF[0]:
                 await self._advance(look * 1000)
 
-    def _at(self, step: Step) -> list[HeldClaim]:
+    def _at(self, step: Step) -> list[ClaimUnderWay]:
         return [holding for holding in self.holdings if holding.step is step]
 
-    def _pick(self, step: Step, pick: int) -> HeldClaim:
+    def _pick(self, step: Step, pick: int) -> ClaimUnderWay:
         choice = self._at(step)
         return choice[pick % len(choice)]
 
@@ -167,7 +173,7 @@ class QueueSteps(RuleBasedStateMachine):
             gap = self.model.senders[claim.sender_id].gap
             deadline = claim.lease_ms * 1000
             assert claim.lease_ms == self.now_ms + LEASE
-            self.holdings.append(HeldClaim(claim, self.now, deadline, gap))
+            self.holdings.append(ClaimUnderWay(claim, self.now, deadline, gap))
         for sender_id in loads:
             await self._load(sender_id, committed=False, waits=waits)
         if claimed.lost and rebuilds:
@@ -181,7 +187,9 @@ class QueueSteps(RuleBasedStateMachine):
             return INFINITY
         return 1 if c.turn <= self.now_ms else 0
 
-    async def _mark(self, holding: HeldClaim, *, fails: bool = False, waits: bool = False) -> None:
+    async def _mark(
+        self, holding: ClaimUnderWay, *, fails: bool = False, waits: bool = False
+    ) -> None:
         claim = holding.claim
         unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
         if fails:
@@ -193,18 +201,18 @@ class QueueSteps(RuleBasedStateMachine):
         if holding.settlement and not waits:
             await self._release(holding)
 
-    async def _confirm(self, holding: HeldClaim, *, waits: bool = False) -> None:
+    async def _confirm(self, holding: ClaimUnderWay, *, waits: bool = False) -> None:
         claim = holding.claim
-        (held,) = await self.queue.confirm([claim])
-        assert held is self.model.confirm(
+        (leased,) = await self.queue.confirm([claim])
+        assert leased is self.model.confirm(
             self.now_ms, claim.sender_id, member_of(claim.job), claim.lease_ms
         )
-        if held:
+        if leased:
             holding.confirmed = True
         else:
-            await self._give_back(holding, held=False, waits=waits)
+            await self._give_back(holding, leased=False, waits=waits)
 
-    async def _begin(self, holding: HeldClaim, *, waits: bool = False) -> None:
+    async def _begin(self, holding: ClaimUnderWay, *, waits: bool = False) -> None:
         claim = holding.claim
         if self.now >= holding.deadline:
             await self._give_back(holding, waits=waits)
@@ -214,10 +222,10 @@ class QueueSteps(RuleBasedStateMachine):
         self.world.begin_send(claim.sender_id, holding.send, self.now, limit)
 
     async def _give_back(
-        self, holding: HeldClaim, *, held: bool = True, waits: bool = False
+        self, holding: ClaimUnderWay, *, leased: bool = True, waits: bool = False
     ) -> None:
         claim = holding.claim
-        ours = self.world.give_back(claim.job, holding.lease_until) and held
+        ours = self.world.give_back(claim.job, holding.lease_until) and leased
         holding.settlement = Settlement(
             claim.sender_id,
             claim.job,
@@ -228,7 +236,7 @@ class QueueSteps(RuleBasedStateMachine):
         )
         await self._recorded(holding, stale=not ours, waits=waits)
 
-    async def _recorded(self, holding: HeldClaim, *, stale: bool, waits: bool) -> None:
+    async def _recorded(self, holding: ClaimUnderWay, *, stale: bool, waits: bool) -> None:
         if stale:
             holding.stale = True
             self.world.mark_stale(holding.claim.sender_id)
@@ -237,7 +245,7 @@ class QueueSteps(RuleBasedStateMachine):
 
     async def _end(
         self,
-        holding: HeldClaim,
+        holding: ClaimUnderWay,
         *,
         use: SlotUse = SlotUse.COUNTED,
         retry: int | None = None,
@@ -278,7 +286,7 @@ class QueueSteps(RuleBasedStateMachine):
         await self._recorded(holding, stale=stale, waits=waits)
 
     def _cool_down(
-        self, holding: HeldClaim, retry: int | None, contact: Contact, cools: int | None
+        self, holding: ClaimUnderWay, retry: int | None, contact: Contact, cools: int | None
     ) -> timedelta | None:
         """Store a cooldown, or its end; return the wait until the next probe."""
         sender_id = holding.claim.sender_id
@@ -290,7 +298,7 @@ class QueueSteps(RuleBasedStateMachine):
             return milliseconds(0)
         return None
 
-    async def _release(self, holding: HeldClaim) -> None:
+    async def _release(self, holding: ClaimUnderWay) -> None:
         self.holdings.remove(holding)
         settlement = holding.settlement
         assert settlement is not None
@@ -355,8 +363,8 @@ class QueueSteps(RuleBasedStateMachine):
             self.model.ready.clear()
         elif key == "circuit:relay":
             self.model.circuits.pop("relay", None)
-        elif key == "held:relay" and "relay" in self.model.circuits:
-            self.model.circuits["relay"].held.clear()
+        elif key == "waiters:relay" and "relay" in self.model.circuits:
+            self.model.circuits["relay"].waiters.clear()
         elif key == "generation":
             self.model.whole = False
         elif key == "life":
@@ -421,7 +429,7 @@ class QueueSteps(RuleBasedStateMachine):
             assert int(known.get("next", 0)) == c.next
             assert int(known.get("until", 0)) == c.busy_until
             if c.open:
-                assert await self.shard.held(endpoint) == after_start(c.held)
+                assert await self.shard.waiters(endpoint) == after_start(c.waiters)
         reported = [(change.opened, change.sender_id) for change in self.shard.changes]
         assert reported == self.model.changes
 
@@ -449,7 +457,7 @@ class QueueSteps(RuleBasedStateMachine):
             await self._advance((min(looks) + bool(leases)) * 1000)
         raise AssertionError("jobs wait, and looking does not help")
 
-    async def _advance_claim(self, holding: HeldClaim, **how: Any) -> None:
+    async def _advance_claim(self, holding: ClaimUnderWay, **how: Any) -> None:
         """Take the next step; `how` a send ends."""
         if holding.step is Step.BEGUN:
             await self._end(holding, **how)

@@ -46,7 +46,7 @@ async def stop(shard: Shard, *heads: Head, wait: int = 600_000) -> None:
         await fail(shard, claims.pop(job_id), wait=wait)
     for claim in claims.values():
         await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
-    # They are looked at once more, and held.
+    # They are looked at once more, and wait.
     await shard.at(1)
     assert await shard.claimed() == []
 
@@ -147,7 +147,7 @@ async def test_failures_of_several_senders_stop_their_endpoint_and_no_other(shar
     await shard.load(sender(4, endpoint="other"))
 
     assert await shard.claimed() == list(range(401, 411))
-    assert await shard.held() == {1: 0, 2: 0, 3: 0}
+    assert await shard.waiters() == {1: 0, 2: 0, 3: 0}
 
 
 async def test_one_probe_at_a_time_over_all_senders_of_an_endpoint(shard: Shard) -> None:
@@ -177,7 +177,7 @@ async def test_an_answer_resumes_all_senders_of_the_endpoint_within_their_limits
 
     assert sorted(await shard.claimed()) == [104, 105, 202, 203, 204, 205, 301]
     assert await shard.circuit() == {}
-    assert await shard.held() == {}
+    assert await shard.waiters() == {}
 
 
 async def test_a_job_that_was_never_tried_probes_before_one_that_failed(shard: Shard) -> None:
@@ -261,18 +261,18 @@ async def test_a_sender_that_changes_its_endpoint_no_longer_waits(shard: Shard) 
     await shard.load(replace(sender(3, 5, endpoint="other"), revision=2))
 
     assert await shard.claimed() == [301, 302, 303, 304, 305]
-    assert 3 not in await shard.held()
+    assert 3 not in await shard.waiters()
 
 
 async def test_losing_the_keys_of_a_circuit_strands_no_sender(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
-    await shard.redis.delete(f"{shard.prefix}circuit:relay", f"{shard.prefix}held:relay")
+    await shard.redis.delete(f"{shard.prefix}circuit:relay", f"{shard.prefix}waiters:relay")
     await shard.at(1 + RECHECK_MS)
 
     assert len(await shard.claimed()) == 12
 
 
-async def test_the_sweep_restores_at_once_the_senders_held_by_a_lost_circuit(
+async def test_a_recovery_releases_at_once_the_waiters_of_a_lost_circuit(
     shard: Shard,
 ) -> None:
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
@@ -283,7 +283,7 @@ async def test_the_sweep_restores_at_once_the_senders_held_by_a_lost_circuit(
     assert await shard.claimed() == [103, 104, 105, 202, 203, 204, 205, 301, 302, 303, 304, 305]
 
 
-async def test_a_sender_that_changed_its_endpoint_while_a_circuit_was_lost_is_not_held(
+async def test_a_sender_that_changed_its_endpoint_while_a_circuit_was_lost_does_not_wait(
     shard: Shard,
 ) -> None:
     heads = [sender(number, 5) for number in (1, 2, 3)]
@@ -292,7 +292,7 @@ async def test_a_sender_that_changed_its_endpoint_while_a_circuit_was_lost_is_no
     await shard.load(replace(heads[2], endpoint="other", jobs=()))
     await stop(shard, *heads[:2])
 
-    assert await shard.held() == {1: 0, 2: 0}
+    assert await shard.waiters() == {1: 0, 2: 0}
 
 
 async def test_no_circuit_survives_a_restart_of_redis(shard: Shard) -> None:
@@ -330,7 +330,7 @@ async def test_an_unused_claim_does_not_end_a_later_probe_of_the_same_attempt(
 async def test_the_keys_of_a_circuit_expire(shard: Shard) -> None:
     await stop(shard, sender(1, 5), sender(2, 5))
 
-    for key in ("circuit:relay", "held:relay"):
+    for key in ("circuit:relay", "waiters:relay"):
         assert 3_600_000 < await shard.redis.pttl(shard.prefix + key) <= 3_605_000
 
 

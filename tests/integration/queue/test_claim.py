@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import (
+    ActiveLease,
     Claim,
     Claimed,
-    HeldLease,
     PastEnd,
     Queue,
     Settlement,
@@ -300,7 +300,7 @@ async def test_a_sender_whose_settings_are_lost_sends_nothing_until_it_is_loaded
 
 
 async def test_a_lease_from_before_a_loss_blocks_the_gap_until_it_ends(shard: Shard) -> None:
-    lease = HeldLease(JobRef(1, 1), milliseconds(900))
+    lease = ActiveLease(JobRef(1, 1), milliseconds(900))
     await shard.load(replace(SENDER, leases=(lease,), jobs=jobs((2, 0))))
 
     assert (await shard.claim()).next_look == milliseconds(900)
@@ -330,7 +330,7 @@ async def test_a_blocked_sender_costs_nothing(shard: Shard, blocked: str) -> Non
         case "paused":
             head = replace(head, active=False)
         case "lease":
-            lease = HeldLease(JobRef(998, 1), milliseconds(5000))
+            lease = ActiveLease(JobRef(998, 1), milliseconds(5000))
             head = replace(head, leases=(lease,))
     await shard.load(*(replace(head, sender_id=n) for n in range(50)))
     await shard.load(replace(SENDER, sender_id=99, jobs=jobs((1, 0))))

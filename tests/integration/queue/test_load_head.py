@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import HeldLease, PastEnd, SlotUse
+from outbox_server.shared.queue.queue import ActiveLease, PastEnd, SlotUse
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,
@@ -127,7 +127,7 @@ async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
         PastEnd(JobRef(3, 1), milliseconds(100), counted=False),
         PastEnd(JobRef(2, 3), milliseconds(400), counted=True),
     )
-    leases = (HeldLease(JobRef(4, 2), milliseconds(5000)),)
+    leases = (ActiveLease(JobRef(4, 2), milliseconds(5000)),)
     await shard.load(replace(NO_GAP, ends=ends, leases=leases, jobs=jobs((5, 0))))
 
     state = await shard.sender()
@@ -138,7 +138,7 @@ async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
 
 
 async def test_a_first_load_puts_no_leased_job_in_the_head(shard: Shard) -> None:
-    lease = HeldLease(JobRef(1, 1), milliseconds(5000))
+    lease = ActiveLease(JobRef(1, 1), milliseconds(5000))
     await shard.load(replace(NO_GAP, leases=(lease,), jobs=jobs((1, 0), (2, 0))))
 
     assert await shard.claimed() == [2]
@@ -147,7 +147,7 @@ async def test_a_first_load_puts_no_leased_job_in_the_head(shard: Shard) -> None
 async def test_a_lease_that_expired_before_a_first_load_is_found_at_once(
     shard: Shard,
 ) -> None:
-    await shard.load(replace(NO_GAP, leases=(HeldLease(JobRef(1, 1), timedelta(0)),)))
+    await shard.load(replace(NO_GAP, leases=(ActiveLease(JobRef(1, 1), timedelta(0)),)))
 
     assert (await shard.claim()).loads == (7,)
     assert len((await shard.sender()).window) == 1
@@ -174,7 +174,7 @@ async def test_a_later_load_leaves_history_and_leases_as_they_are(shard: Shard) 
     before = await shard.sender()
 
     ends = (PastEnd(JobRef(9, 1), milliseconds(1), counted=True),)
-    leases = (HeldLease(JobRef(8, 1), milliseconds(9)),)
+    leases = (ActiveLease(JobRef(8, 1), milliseconds(9)),)
     await shard.load(replace(NO_GAP, ends=ends, leases=leases, jobs=jobs((3, 0))))
 
     after = await shard.sender()

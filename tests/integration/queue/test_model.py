@@ -37,7 +37,7 @@ from tests.integration.queue.steps import (
     SENDERS,
     SHARD_KEYS,
 )
-from tests.integration.queue.under_way import HeldClaim, Snapshot, Step
+from tests.integration.queue.under_way import ClaimUnderWay, Snapshot, Step
 from tests.integration.queue.world import SenderRow
 
 senders = st.sampled_from(SENDERS)
@@ -141,7 +141,7 @@ class QueueMachine(LimitSteps):
         choice = self._renewable()
         self.do(self._renew(choice[pick % len(choice)], answers))
 
-    def _renewable(self) -> list[HeldClaim]:
+    def _renewable(self) -> list[ClaimUnderWay]:
         return [holding for holding in self._at(Step.BEGUN) if self.now < holding.deadline]
 
     @rule(

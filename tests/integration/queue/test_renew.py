@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, HeldLease, SlotUse
+from outbox_server.shared.queue.queue import ActiveLease, Claim, SlotUse
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,
@@ -213,7 +213,7 @@ async def test_a_lease_restored_by_a_load_is_renewed(shard: Shard) -> None:
     await shard.redis.flushall()
     await shard.at(1_000)
     assert await shard.renew(claim) == [None]
-    held = HeldLease(JobRef(1, 1), milliseconds(LEASE_MS - 1_000))
-    await shard.load(replace(HEAD, jobs=jobs((2, 0)), leases=(held,)))
+    lease = ActiveLease(JobRef(1, 1), milliseconds(LEASE_MS - 1_000))
+    await shard.load(replace(HEAD, jobs=jobs((2, 0)), leases=(lease,)))
 
     assert await shard.renew(claim) == [1_000 + LEASE_MS]

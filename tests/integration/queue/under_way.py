@@ -32,7 +32,7 @@ class LoadUnderWay:
 
 
 @dataclass
-class HeldClaim:
+class ClaimUnderWay:
     """A claim in the hands of a dispatcher."""
 
     claim: Claim

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef, member_of
-from outbox_server.shared.queue.queue import Head, HeldLease, PastEnd
+from outbox_server.shared.queue.queue import ActiveLease, Head, PastEnd
 from outbox_server.shared.states import JobState
 from tests.integration.queue_model import HeadModel
 
@@ -124,7 +124,7 @@ class ModelledInstallation:
                 head,
                 more,
                 tuple(PastEnd(job, timedelta(milliseconds=age), c) for job, age, c in ends),
-                tuple(HeldLease(job, timedelta(milliseconds=left)) for job, left in leases),
+                tuple(ActiveLease(job, timedelta(milliseconds=left)) for job, left in leases),
                 endpoint=row.endpoint,
                 revision=row.revision,
                 cooldown=None if left is None else timedelta(milliseconds=left),

@@ -3,13 +3,14 @@
 -- A sender's circuit (in its settings) opens if only its own connections fail, an endpoint's if
 -- those of several senders fail. So one failing sender stops no other.
 --
--- While an endpoint's circuit is open, the senders that could send are in `held`, scored by the
+-- While an endpoint's circuit is open, the senders that could send are in `waiters`, scored by the
 -- time since when they could. In `ready` they are scored for a periodic recheck, so that a loss of
--- the circuit's keys strands no sender. The first sender in `held` sends the next probe: a job that
--- failed is due later than one never tried. `held` of a closed circuit may be stale: ignore it.
+-- the circuit's keys strands no sender. The first sender in `waiters` sends the next probe: a job
+-- that failed is due later than one never tried. `waiters` of a closed circuit may be stale: ignore
+-- it.
 
 local FAILURES = 3
--- ms between two rechecks of a sender in `held`.
+-- ms between two rechecks of a sender in `waiters`.
 local RECHECK = 30000
 -- ms for which a circuit is kept after its last change.
 local KEEP = 3600000
@@ -53,14 +54,14 @@ end
 -- Whether one more job may be sent to the endpoint now.
 local function admits(c) return not c.open or math.max(c.next, c.busy_until) <= NOW end
 
--- Schedules the longest-waiting sender in `held` for the time of the next probe.
+-- Schedules the longest-waiting sender in `waiters` for the time of the next probe.
 local function schedule_prober(c)
-    local first = redis.call('ZRANGE', held_of(c.id), 0, 0)[1]
+    local first = redis.call('ZRANGE', waiters_of(c.id), 0, 0)[1]
     if first then redis.call('ZADD', READY, 'LT', math.max(c.next, c.busy_until), first) end
 end
 
-local function leave_held(c, id)
-    if c.open and redis.call('ZREM', held_of(c.id), id) == 1 then schedule_prober(c) end
+local function leave_waiters(c, id)
+    if c.open and redis.call('ZREM', waiters_of(c.id), id) == 1 then schedule_prober(c) end
 end
 
 -- Returns when to check a sender whose own limits allow a send from `at` on.
@@ -68,13 +69,13 @@ local function through_circuit(s, at)
     local c = circuit(s.endpoint)
     if not c.open then return at end
     if at > NOW or admits(c) then
-        leave_held(c, s.id)
+        leave_waiters(c, s.id)
         return at
     end
-    local held = held_of(c.id)
-    redis.call('ZADD', held, at, s.id)
-    redis.call('PEXPIRE', held, KEEP + math.max(0, c.next - NOW))
-    if redis.call('ZRANGE', held, 0, 0)[1] ~= s.id then return NOW + RECHECK end
+    local waiters = waiters_of(c.id)
+    redis.call('ZADD', waiters, at, s.id)
+    redis.call('PEXPIRE', waiters, KEEP + math.max(0, c.next - NOW))
+    if redis.call('ZRANGE', waiters, 0, 0)[1] ~= s.id then return NOW + RECHECK end
     return math.min(NOW + RECHECK, math.max(c.next, c.busy_until))
 end
 
@@ -84,7 +85,7 @@ local function begin_probe(s, member, until_ms)
     if not c.open then return end
     c.probe, c.busy_until = s.id .. ' ' .. member, until_ms
     write_circuit(c, 'probe', c.probe, 'until', until_ms)
-    redis.call('ZREM', held_of(c.id), s.id)
+    redis.call('ZREM', waiters_of(c.id), s.id)
     -- In case the dispatcher that sends the probe dies.
     schedule_prober(c)
 end
@@ -123,17 +124,17 @@ local function forget_troubles(s)
     s.troubles, s.open, s.probe = 0, false, 0
 end
 
--- The endpoint replied: all senders in `held` may send again, within their own limits.
+-- The endpoint replied: all senders in `waiters` may send again, within their own limits.
 local function answered(s)
     forget_troubles(s)
     local c = circuit(s.endpoint)
     if c.failures == 0 then return end
     if c.open then
         has_closed(circuit_of(c.id), '')
-        local held = redis.call('ZRANGE', held_of(c.id), 0, -1, 'WITHSCORES')
-        for i = 1, #held, 2 do redis.call('ZADD', READY, 'LT', held[i + 1], held[i]) end
+        local waiters = redis.call('ZRANGE', waiters_of(c.id), 0, -1, 'WITHSCORES')
+        for i = 1, #waiters, 2 do redis.call('ZADD', READY, 'LT', waiters[i + 1], waiters[i]) end
     end
-    redis.call('DEL', circuit_of(c.id), held_of(c.id))
+    redis.call('DEL', circuit_of(c.id), waiters_of(c.id))
     circuits[c.id] = nil
 end
 
@@ -177,7 +178,7 @@ local function failed(s, member, reason, backoff)
     redis.call('HSET', settings, 'troubles', s.troubles, 'reason', reason)
     if c.failures >= FAILURES and c.by == SEVERAL then
         c.open, c.next = true, NOW + wait_of(backoff, 1)
-        redis.call('DEL', held_of(c.id))
+        redis.call('DEL', waiters_of(c.id))
         write_circuit(c, 'open', NOW, 'next', c.next, 'step', 1)
         has_opened('', reason)
         forget_troubles(s)

@@ -10,7 +10,7 @@ local function lease_of(sender) return prefix .. 'lease:' .. sender end
 local function window_of(sender) return prefix .. 'window:' .. sender end
 local function settings_of(sender) return prefix .. 'sender:' .. sender end
 local function circuit_of(endpoint) return prefix .. 'circuit:' .. endpoint end
-local function held_of(endpoint) return prefix .. 'held:' .. endpoint end
+local function waiters_of(endpoint) return prefix .. 'waiters:' .. endpoint end
 
 -- Returns the member of a slot that counts as used because the claim's lease expired unsettled.
 local function assumed(member) return member .. '?' end

@@ -2,7 +2,7 @@
 -- with each such reply and shrinks with each accepted mail, until the sender's own gap is longer.
 --
 -- With a pace, a sender has one send at a time. If other sends are in flight, they began before the
--- pace held, so their replies do not change it: fifty refusals at once double it twice.
+-- pace applied, so their replies do not change it: fifty refusals at once double it twice.
 
 local PACE_FIRST = 125
 local PACE_MOST = 60000
