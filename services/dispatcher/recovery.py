@@ -33,7 +33,7 @@ GRACE = timedelta(seconds=10)
 _HANGS = timedelta(seconds=2)
 # How often one of the dispatchers compares the senders that have waiting jobs with those in Redis:
 # 20 us of PostgreSQL and 10 us of Redis per sender.
-SWEEP = timedelta(seconds=4)
+REBUILD_PAUSE = timedelta(seconds=4)
 _ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
 
@@ -109,5 +109,5 @@ class Recovery:
     async def _restore_lost(self) -> timedelta:
         """Load the senders whose keys Redis has lost, even if only some of them are missing."""
         for queue in self._loader.queues:
-            await self._loader.rebuild(queue, pause=SWEEP)
-        return SWEEP
+            await self._loader.rebuild(queue, pause=REBUILD_PAUSE)
+        return REBUILD_PAUSE

@@ -78,7 +78,7 @@ async def test_a_job_given_back_by_an_unanswered_commit_is_claimed_again(
 
     assert lost.lost == 1
     assert (await world.job(job)).state == JobState.SCHEDULED
-    # Nobody's sweep finds it: its sender is known, and waits for tomorrow's.
+    # No recovery finds it: its sender is known, and waits for tomorrow's job.
     assert (await claim_one(world)).job == claim.job
 
 
@@ -110,7 +110,7 @@ async def test_a_job_refused_in_a_pause_that_ends_before_redis_learns_of_it_is_c
     assert (await world.job(job)).state == JobState.SCHEDULED
 
     async def claimed() -> bool:
-        # What every dispatcher does every few seconds: the sweep finds nothing lost.
+        # What every dispatcher does every few seconds: it finds nothing lost.
         await world.loader.rebuild(world.queues[0])
         found = await world.queues[0].claim(1)
         await world.loader.load(found.loads, committed=False)

@@ -19,17 +19,17 @@ from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
 
-PARTS = ("due", "lease", "window", "sender")
+SENDER_KEYS = ("due", "lease", "window", "sender")
 # What may go of a sender at once; "ready" is its entry there.
-LOSSES = [*((part,) for part in PARTS), ("ready",), (*PARTS, "ready")]
+LOSSES = [*((part,) for part in SENDER_KEYS), ("ready",), (*SENDER_KEYS, "ready")]
 # The real value, unlike in most of these tests.
-SWEEP = recovery_module.SWEEP
+REBUILD_PAUSE = recovery_module.REBUILD_PAUSE
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life")
 
 
 @pytest.fixture(autouse=True)
-def sweeps_are_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery_module, "SWEEP", timedelta(milliseconds=100))
+def rebuilds_are_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery_module, "REBUILD_PAUSE", timedelta(milliseconds=100))
 
 
 @pytest.fixture
@@ -97,7 +97,9 @@ async def test_a_sender_at_its_limit_sends_nothing_after_the_loss_of_any_key(
 
 async def is_known(world: World, sender: int) -> bool:
     """Return whether Redis has a head, a history and a next look of it."""
-    found = await world.redis.exists(*(f"outbox:{{0}}:{k}:{sender}" for k in PARTS if k != "lease"))
+    found = await world.redis.exists(
+        *(f"outbox:{{0}}:{k}:{sender}" for k in SENDER_KEYS if k != "lease")
+    )
     look = await world.redis.zscore("outbox:{0}:ready", str(sender))
     return found == 3 and look is not None
 
@@ -151,12 +153,12 @@ async def test_a_waiting_sender_resumes_in_time_after_the_loss_of_any_key(
 async def test_a_sender_that_lost_only_its_own_keys_resumes_within_10_s(
     configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery_module, "SWEEP", SWEEP)
+    monkeypatch.setattr(recovery_module, "REBUILD_PAUSE", REBUILD_PAUSE)
     settings = settings_of(configure())
     async with World(settings) as world, running(settings):
         sender = await world.sender()
         jobs = await world.schedule(sender, 3, due=timedelta(seconds=0.5))
-        await lose(world, [sender], (*PARTS, "ready"))
+        await lose(world, [sender], (*SENDER_KEYS, "ready"))
         lost = time.time()
         await eventually(world.done)
 

@@ -18,7 +18,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.dispatcher.storage.parts import counting_ends, log_attempts
+from outbox_server.services.dispatcher.storage.fragments import counting_ends, log_attempts
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.states import AttemptOutcome, JobState

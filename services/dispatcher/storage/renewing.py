@@ -9,7 +9,7 @@ from sqlalchemy import BigInteger, SmallInteger, bindparam, column, func, update
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.dispatcher.storage.parts import array
+from outbox_server.services.dispatcher.storage.fragments import array
 from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import JobState

@@ -22,13 +22,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.dispatcher.storage.marking import MarkedJob
-from outbox_server.services.dispatcher.storage.parts import (
+from outbox_server.services.dispatcher.storage.fragments import (
     array,
     counting_ends,
     log_attempts,
     milliseconds,
 )
+from outbox_server.services.dispatcher.storage.marking import MarkedJob
 from outbox_server.shared.database.engine import unix_ms
 from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.queue.keys import JobRef

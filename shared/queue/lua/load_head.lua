@@ -92,7 +92,7 @@ else
     redis.call('HDEL', settings, 'left')
 end
 redis.call('HSET', settings, 'limit', head.limit, 'gap', head.gap, 'flight', head.flight,
-    'state', head.state, 'horizon', head.horizon, 'parts', parts_of(id),
+    'state', head.state, 'horizon', head.horizon, 'sets', sets_of(id),
     'endpoint', head.endpoint, 'revision', head.revision,
     'opens', head.opens, 'closes', head.closes)
 if head.cooldown then

@@ -34,7 +34,7 @@ LOW = 2
 # load_head.lua
 SOON = 100
 # The keys of a sender, and its entry in `ready`.
-PARTS = ("due", "lease", "window", "sender", "ready")
+SENDER_KEYS = ("due", "lease", "window", "sender", "ready")
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "waiters:relay")
 # The second wait of a probe is longer than the lease, the last one longer than a recheck.
 BACKOFF = (500, 4_000, 40_000)
@@ -73,7 +73,7 @@ class QueueSteps(RuleBasedStateMachine):
         self.broken = False
         self.snapshot = Snapshot()
         self.runs = 0
-        # Something was lost that a sweep has to find.
+        # Something was lost that a recovery has to find.
         self.lossy = False
 
     def do(self, step: Coroutine[Any, Any, None]) -> None:
@@ -374,11 +374,11 @@ class QueueSteps(RuleBasedStateMachine):
     async def _rebuild(self) -> None:
         token = await self.queue.begin_rebuild()
         assert token is not None
-        await self._sweep()
+        await self._restore_lost()
         assert await self.queue.finish_rebuild(token)
         self.model.whole = True
 
-    async def _sweep(self, *, waits: bool = False) -> None:
+    async def _restore_lost(self, *, waits: bool = False) -> None:
         """Load the lost senders that have waiting jobs."""
         concerned = {
             job.sender_id
@@ -442,7 +442,7 @@ class QueueSteps(RuleBasedStateMachine):
                 row.active = True
                 await self._load(sender_id, committed=True)
         if self.lossy:
-            await self._sweep()
+            await self._restore_lost()
         for _ in range(100 + 10 * len(self.world.jobs)):
             for sender_id in sorted({*self.world.markers.values(), *self.world.recover(self.now)}):
                 await self._load(sender_id, committed=True)

@@ -33,7 +33,7 @@ from tests.integration.queue.limit_steps import Answers, LimitSteps
 from tests.integration.queue.steps import (
     ENDPOINTS,
     LOW,
-    PARTS,
+    SENDER_KEYS,
     SENDERS,
     SHARD_KEYS,
 )
@@ -247,7 +247,7 @@ class QueueMachine(LimitSteps):
         self.do(self._save())
 
     @precondition(lambda self: len(self.world.jobs) > 3)
-    @rule(sender_id=senders, kinds=st.sampled_from([*PARTS, PARTS]))
+    @rule(sender_id=senders, kinds=st.sampled_from([*SENDER_KEYS, SENDER_KEYS]))
     def lose(self, sender_id: int, kinds: str | tuple[str, ...]) -> None:
         for kind in [kinds] if isinstance(kinds, str) else kinds:
             self.do(self._lose(sender_id, kind))
@@ -258,8 +258,8 @@ class QueueMachine(LimitSteps):
         self.do(self._lose_key_of_shard(key))
 
     @rule(waits=chances)
-    def sweep(self, waits: bool) -> None:
-        self.do(self._sweep(waits=waits))
+    def restore_lost(self, waits: bool) -> None:
+        self.do(self._restore_lost(waits=waits))
 
     # What must hold after each step ----------------------------------------------------------
 

@@ -7,7 +7,7 @@ local function is_new(epoch) return string.sub(epoch, 1, 4) == NO_EPOCH end
 -- Returns the epoch as text, because a Lua number keeps only 14 of its digits. NO_EPOCH means that
 -- no load has begun.
 local function epoch_of(sender)
-    local f = redis.call('HMGET', settings_of(sender), 'epoch', 'life', 'limit', 'parts')
+    local f = redis.call('HMGET', settings_of(sender), 'epoch', 'life', 'limit', 'sets')
     if f[2] ~= LIFE then return NO_EPOCH end
     if not f[3] then return NO_EPOCH .. (f[1] or '') end
     return is_known(sender, f[3], f[2], f[4]) and f[1] or NO_EPOCH

@@ -32,11 +32,11 @@ end
 
 -- Returns how many of a sender's sorted sets exist. Its settings store how many must exist, so
 -- that the loss of one of them is noticed.
-local function parts_of(sender)
+local function sets_of(sender)
     return redis.call('EXISTS', due_of(sender), lease_of(sender), window_of(sender))
 end
 
 -- Whether Redis has all data of a sender, from this life, given fields of the sender's settings.
-local function is_known(sender, limit, life, parts)
-    return limit and life == LIFE and tonumber(parts) == parts_of(sender)
+local function is_known(sender, limit, life, sets)
+    return limit and life == LIFE and tonumber(sets) == sets_of(sender)
 end

@@ -15,7 +15,7 @@ end
 -- Returns nil if Redis does not know the sender (see life.lua).
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
-        'horizon', 'loading', 'life', 'parts', 'endpoint', 'troubles', 'open', 'probe',
+        'horizon', 'loading', 'life', 'sets', 'endpoint', 'troubles', 'open', 'probe',
         'opens', 'closes', 'cool', 'pace')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
     local pace = number_or(f[17], 0)
@@ -32,7 +32,7 @@ local function read_sender(sender)
         horizon = f[6] == 'inf' and math.huge or tonumber(f[6]),
         -- Set while a load is requested: when to request it again.
         loading = number_or(f[7], nil),
-        parts = tonumber(f[9]),
+        sets = tonumber(f[9]),
         endpoint = f[10] or '',
         -- The sender's circuit (circuit.lua): connection failures in a row, whether it is open, and
         -- the earliest time of its next probe.
@@ -72,10 +72,10 @@ end
 
 -- Puts the sender into `ready` for the next instant at which there can be something to do.
 local function schedule_look(s, window)
-    local parts = parts_of(s.id)
-    if parts ~= s.parts then
-        s.parts = parts
-        redis.call('HSET', settings_of(s.id), 'parts', parts)
+    local sets = sets_of(s.id)
+    if sets ~= s.sets then
+        s.sets = sets
+        redis.call('HSET', settings_of(s.id), 'sets', sets)
     end
     local look = math.huge
     local leases = lease_of(s.id)

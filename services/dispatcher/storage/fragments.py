@@ -1,4 +1,4 @@
-"""Parts of SQL statements that several modules share."""
+"""SQL fragments that several modules share."""
 
 from __future__ import annotations
 
