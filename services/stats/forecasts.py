@@ -13,7 +13,7 @@ from outbox_server.services.stats.planned import PlannedBatch, check_planned
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.forecast.backlog import Rules, to_us
 from outbox_server.shared.forecast.forecasts import Forecast, forecast_batch, forecast_planned
-from outbox_server.shared.forecast.simulation import Bound, Run
+from outbox_server.shared.forecast.simulation import Bound, JobGroup
 from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
     from_timestamp,
@@ -71,7 +71,7 @@ async def forecast(
                 if not await storage.sender_exists(connection, sender_id, user_id):
                     raise not_found("planned_batch.options.sender_id", named)
                 found = await forecast_planned(
-                    connection, sender_id, lambda now: _run(planned, now), rules
+                    connection, sender_id, lambda now: _group(planned, now), rules
                 )
                 return _answer(found, await storage.last_failure(connection, sender_id))
     raise InvalidInput.field(
@@ -96,10 +96,10 @@ def _planned(planned: stats_service_pb2.PlannedBatch) -> PlannedBatch:
     )
 
 
-def _run(planned: PlannedBatch, now: datetime) -> Run:
+def _group(planned: PlannedBatch, now: datetime) -> JobGroup:
     start = max(now, planned.start or now)
     expire_after = planned.expire_after
-    return Run(
+    return JobGroup(
         due=to_us(start),
         count=planned.recipients,
         step=planned.spacing_from(start) // _MICROSECOND,

@@ -40,9 +40,9 @@ from outbox_server.shared.database.models import (
     EmailJob,
     Sender,
 )
+from outbox_server.shared.forecast.job_groups import first_of, in_order, joined
 from outbox_server.shared.forecast.openings import Openings
-from outbox_server.shared.forecast.runs import first_of, in_order, joined
-from outbox_server.shared.forecast.simulation import Limiter, Run, Sends
+from outbox_server.shared.forecast.simulation import JobGroup, Limiter, Sends
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.states import BatchState, JobState, SenderState
 
@@ -234,7 +234,7 @@ async def _read_in_flight(
 
 async def read_backlog(
     connection: AsyncConnection, sender_id: int, waiting: int, batch_id: int | None
-) -> list[Run]:
+) -> list[JobGroup]:
     """Return a sender's waiting mail in the order of sending; `mine` counts jobs of `batch_id`."""
     if waiting <= MOST_JOBS:
         return await _read_jobs(connection, sender_id, batch_id)
@@ -256,7 +256,7 @@ async def count_ahead(
 
 async def read_ahead(
     connection: AsyncConnection, sender_id: int, place: BacklogPosition, ahead: int
-) -> list[Run]:
+) -> list[JobGroup]:
     """Return the `ahead` waiting jobs before `place`, in the order of sending."""
     if ahead <= MOST_JOBS:
         return await _read_jobs(connection, sender_id, None, place)
@@ -268,8 +268,8 @@ async def _read_jobs(
     sender_id: int,
     batch_id: int | None,
     until: BacklogPosition | None = None,
-) -> list[Run]:
-    """Return runs from the jobs; each run is of one batch, due time and expiry."""
+) -> list[JobGroup]:
+    """Return groups from the jobs; each group is of one batch, due time and expiry."""
     order = (EmailJob.scheduled_at, EmailJob.id)
     place = func.row_number().over(order_by=order)
     place_in_batch = func.row_number().over(
@@ -304,7 +304,7 @@ async def _read_jobs(
         joined(
             (
                 row.batch_id,
-                Run(
+                JobGroup(
                     due=to_us(row.scheduled_at),
                     count=row.n,
                     mine=row.n if row.batch_id == batch_id else 0,
@@ -319,8 +319,8 @@ async def _read_jobs(
 
 async def _read_batches(
     connection: AsyncConnection, sender_id: int, batch_id: int | None
-) -> list[Run]:
-    """Return runs computed from the batches: the last jobs of each, evenly spaced."""
+) -> list[JobGroup]:
+    """Return groups computed from the batches: the last jobs of each, evenly spaced."""
     state = int(JobState.SCHEDULED)
     parts = union_all(
         select(BatchCount.batch_id, BatchCount.n)
@@ -349,12 +349,12 @@ async def _read_batches(
         .where(Batch.state == BatchState.ACTIVE)
         .order_by(Batch.id)
     )
-    runs = []
+    groups = []
     for row in rows:
         last_due = to_us(row.last_due_at or row.start_at)
         step = (last_due - to_us(row.start_at)) // max(row.accepted_count - 1, 1)
-        runs.append(
-            Run(
+        groups.append(
+            JobGroup(
                 due=last_due - (row.n - 1) * step,
                 count=row.n,
                 step=step,
@@ -362,4 +362,4 @@ async def _read_batches(
                 expire_after=row.expire_after_ms and row.expire_after_ms * 1_000,
             )
         )
-    return in_order(runs)
+    return in_order(groups)

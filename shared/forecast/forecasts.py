@@ -21,11 +21,17 @@ from outbox_server.shared.forecast.backlog import (
     read_pace,
     to_us,
 )
-from outbox_server.shared.forecast.runs import in_order
-from outbox_server.shared.forecast.simulation import Bound, Limiter, Run, SimulatedOutcome, simulate
+from outbox_server.shared.forecast.job_groups import in_order
+from outbox_server.shared.forecast.simulation import (
+    Bound,
+    JobGroup,
+    Limiter,
+    SimulatedOutcome,
+    simulate,
+)
 
-# The most runs that are simulated in the event loop. More would block it for too long.
-_MOST_RUNS_IN_LOOP: Final = 100
+# The most groups that are simulated in the event loop. More would block it for too long.
+_MOST_GROUPS_IN_LOOP: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +69,14 @@ async def forecast_batch(
     The connection must use one snapshot. The caller has checked the owner of the batch.
     """
     pace = await read_pace(connection, sender_id, rules)
-    runs = await read_backlog(connection, sender_id, pace.waiting, batch_id)
-    return await _forecast(pace, runs)
+    groups = await read_backlog(connection, sender_id, pace.waiting, batch_id)
+    return await _forecast(pace, groups)
 
 
 async def forecast_planned(
     connection: AsyncConnection,
     sender_id: int,
-    plan: Callable[[datetime], Run],
+    plan: Callable[[datetime], JobGroup],
     rules: Rules,
 ) -> Forecast:
     """Return the forecast of a batch that is only planned, behind the mail that waits already.
@@ -96,17 +102,17 @@ async def forecast_job(
     """Return the forecast of one waiting job with `ahead` other jobs before it."""
     others = await read_ahead(connection, sender_id, place, ahead)
     expiry = None if expire_after is None else expire_after // timedelta(microseconds=1)
-    return await _forecast(pace, [*others, Run(to_us(place.due), mine=1, expire_after=expiry)])
+    return await _forecast(pace, [*others, JobGroup(to_us(place.due), mine=1, expire_after=expiry)])
 
 
-async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
-    jobs = sum(run.mine for run in runs)
+async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
+    jobs = sum(group.mine for group in groups)
     read_at = from_us(pace.now)
     known = Forecast(pace.limiter, read_at, jobs, active=pace.active, cooldown=pace.cooldown)
     # Limit.PAUSE: the time at which a paused sender resumes is unknown.
     if not jobs or not pace.active:
         return known
-    found = await _simulate(pace.limiter, runs, pace.now)
+    found = await _simulate(pace.limiter, groups, pace.now)
     try:
         first = None if found.first is None else from_us(found.first)
         end = None if found.end is None else from_us(found.end)
@@ -123,7 +129,7 @@ async def _forecast(pace: SenderPace, runs: Sequence[Run]) -> Forecast:
     )
 
 
-async def _simulate(limiter: Limiter, runs: Sequence[Run], now: int) -> SimulatedOutcome:
-    if len(runs) <= _MOST_RUNS_IN_LOOP:
-        return simulate(limiter, runs, now)
-    return await asyncio.to_thread(simulate, limiter, runs, now)
+async def _simulate(limiter: Limiter, groups: Sequence[JobGroup], now: int) -> SimulatedOutcome:
+    if len(groups) <= _MOST_GROUPS_IN_LOOP:
+        return simulate(limiter, groups, now)
+    return await asyncio.to_thread(simulate, limiter, groups, now)

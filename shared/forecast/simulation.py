@@ -85,7 +85,7 @@ class Limiter:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class JobGroup:
     """Waiting mails in the order of sending, due `step` apart. `mine` of them are forecast."""
 
     due: int
@@ -124,27 +124,27 @@ class SimulatedOutcome:
         return max(limits, key=limits.__getitem__) if any(limits.values()) else None
 
 
-def simulate(limiter: Limiter, runs: Iterable[Run], now: int) -> SimulatedOutcome:
+def simulate(limiter: Limiter, groups: Iterable[JobGroup], now: int) -> SimulatedOutcome:
     """Return when the mails that are `mine` will be sent, from `now` on.
 
-    `runs` are in the order of sending. Runs after the last one of mine change nothing.
+    `groups` are in the order of sending. Groups after the last one of mine change nothing.
     """
-    runs = list(runs)
-    while runs and not runs[-1].mine:
-        runs.pop()
-    asked = next((run.due for run in runs if run.mine), now)
+    groups = list(groups)
+    while groups and not groups[-1].mine:
+        groups.pop()
+    asked = next((group.due for group in groups if group.mine), now)
     simulation = _Simulation(limiter, now, max(now, asked))
     first = last = None
     expiring = 0
     spent: dict[Bound, int] = {}
     sends = 0
-    for run in runs:
-        began, ended, expired = simulation.send(run)
+    for group in groups:
+        began, ended, expired = simulation.send(group)
         if simulation.stuck:
             return SimulatedOutcome(within_sight=False, first=first)
-        if not run.mine:
+        if not group.mine:
             continue
-        expiring += expired * run.mine // run.count
+        expiring += expired * group.mine // group.count
         if began is not None:
             first = began if first is None else first
             last = ended
@@ -186,9 +186,9 @@ class _Simulation:
         self.sends = 0
         self.stuck = False
 
-    def send(self, run: Run) -> tuple[int | None, int | None, int]:
-        """Send a run; return the start of its first and last send, and how many expire."""
-        due, left, expired = run.due, run.count, 0
+    def send(self, group: JobGroup) -> tuple[int | None, int | None, int]:
+        """Send a group; return the start of its first and last send, and how many expire."""
+        due, left, expired = group.due, group.count, 0
         first: int | None = None
         self._repeated = 0
         while left and not self.stuck:
@@ -196,27 +196,27 @@ class _Simulation:
             if self._pieces > _MOST_PIECES:
                 self.stuck = True
                 break
-            start, step, bound, count = self._lead(due, run.step, left)
+            start, step, bound, count = self._lead(due, group.step, left)
             if not self._is_open(start):
                 continue
-            if run.expire_after is not None:
-                late = start - due - run.expire_after
+            if group.expire_after is not None:
+                late = start - due - group.expire_after
                 if late > 0:
                     # First drop the mails that would be too late even at this instant.
-                    gone = left if not run.step else min(left, -(-late // run.step))
+                    gone = left if not group.step else min(left, -(-late // group.step))
                     expired += gone
                     left -= gone
-                    due += gone * run.step
+                    due += gone * group.step
                     self._repeated = 0
                     continue
-                if step > run.step:
-                    count = min(count, -late // (step - run.step) + 1)
-            count = self._skip_windows(run, due, left, start, bound) or self._advance(
+                if step > group.step:
+                    count = min(count, -late // (step - group.step) + 1)
+            count = self._skip_windows(group, due, left, start, bound) or self._advance(
                 start, step, bound, count
             )
             first = start if first is None else first
             left -= count
-            due += count * run.step
+            due += count * group.step
             self.sends += count
         return first, None if first is None else self._last, expired
 
@@ -280,17 +280,17 @@ class _Simulation:
         self._closing = self._hours.closes(opening)
         return opening == start
 
-    def _skip_windows(self, run: Run, due: int, left: int, start: int, bound: Bound) -> int:
+    def _skip_windows(self, group: JobGroup, due: int, left: int, start: int, bound: Bound) -> int:
         """Skip all whole windows that repeat the last one; return the number of their sends."""
         if bound is not Bound.WINDOW or self._repeated < self._limit:
             return 0
-        if run.step * self._limit > self._period:
+        if group.step * self._limit > self._period:
             return 0
         windows = left // self._limit
         if self._closing is not None:
             windows = min(windows, (self._closing - 1 - start) // self._period)
-        if run.expire_after is not None:
-            windows = min(windows, (due + run.expire_after - start) // self._period)
+        if group.expire_after is not None:
+            windows = min(windows, (due + group.expire_after - start) // self._period)
         if windows <= 0:
             return 0
         shift = windows * self._period

@@ -10,7 +10,7 @@ import pytest
 
 from outbox_server.shared.forecast.backlog import from_us, to_us
 from outbox_server.shared.forecast.openings import Openings
-from outbox_server.shared.forecast.simulation import Bound, Limiter, Run, simulate
+from outbox_server.shared.forecast.simulation import Bound, JobGroup, Limiter, simulate
 from outbox_server.shared.sending_hours import SendingHours
 from tests.unit.test_simulation import HOUR, SECOND, one_by_one
 
@@ -45,24 +45,24 @@ def test_the_forecast_across_a_clock_change_equals_a_simulation_mail_by_mail(see
             takes=chance.choice([0, 1_234_567]),
             hours=Openings(hours),
         )
-        runs, due = [], now
+        groups, due = [], now
         for _ in range(chance.randrange(1, 4)):
-            run = Run(
+            group = JobGroup(
                 due,
                 count := chance.randrange(1, 60),
                 step=chance.choice([0, 10 * MINUTE]),
                 mine=chance.choice([0, count]),
                 expire_after=chance.choice([None, None, 5 * HOUR]),
             )
-            runs.append(run)
-            due = run.last_due + chance.randrange(6 * HOUR)
-        starts, expired = one_by_one(limiter, runs, now)
-        found = simulate(limiter, runs, now)
+            groups.append(group)
+            due = group.last_due + chance.randrange(6 * HOUR)
+        starts, expired = one_by_one(limiter, groups, now)
+        found = simulate(limiter, groups, now)
         assert (found.first, found.last, found.expiring) == (
             starts[0] if starts else None,
             starts[-1] if starts else None,
             expired,
-        ), (limiter, runs, now)
+        ), (limiter, groups, now)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_mail_left_on_friday_is_sent_on_monday_after_a_clock_change(
     berlin = "Europe/Berlin"
     limiter = Limiter(20, 2 * SECOND, HOUR, hours=openings("12345", "09:00", "17:00", berlin))
     # 15:00 and 16:00 take 20 each; what the window lets go again from 17:00 on is too late.
-    found = simulate(limiter, [Run(at(now, berlin), 41, mine=41)], at(now, berlin))
+    found = simulate(limiter, [JobGroup(at(now, berlin), 41, mine=41)], at(now, berlin))
     assert found.last == at(opens, berlin) == at(utc)
     assert found.bound is Bound.HOURS
 
@@ -98,7 +98,7 @@ def test_hours_beyond_the_calendar_give_no_forecast_end() -> None:
     late = to_us(datetime(9999, 12, 31, 23, tzinfo=UTC))
     hours = openings("1", "09:00", "10:00", "Europe/Berlin")
     assert hours.opens(late) is None
-    found = simulate(Limiter(1, 0, HOUR, hours=hours), [Run(late, 5, mine=5)], late)
+    found = simulate(Limiter(1, 0, HOUR, hours=hours), [JobGroup(late, 5, mine=5)], late)
     assert (found.end, found.within_sight) == (None, False)
 
 
@@ -107,7 +107,7 @@ def test_forecasting_a_million_mails_over_years_of_working_days_is_fast() -> Non
     now = at("2026-11-25 14:00")
     began = datetime.now(UTC)
     found = simulate(
-        Limiter(200, 2 * SECOND, HOUR, hours=hours), [Run(now, 10**6, mine=10**6)], now
+        Limiter(200, 2 * SECOND, HOUR, hours=hours), [JobGroup(now, 10**6, mine=10**6)], now
     )
     assert found.last is not None
     # 1,600 a day: 625 working days.

@@ -12,8 +12,8 @@ import pytest
 from outbox_server.shared.forecast.simulation import (
     Bound,
     Hours,
+    JobGroup,
     Limiter,
-    Run,
     Sends,
     SimulatedOutcome,
     simulate,
@@ -44,7 +44,7 @@ class DailyHours:
         return at - at % self.period + self.last
 
 
-def one_by_one(limiter: Limiter, runs: Sequence[Run], now: int) -> tuple[list[int], int]:
+def one_by_one(limiter: Limiter, groups: Sequence[JobGroup], now: int) -> tuple[list[int], int]:
     """Return the starts of the sends that are asked about, and how many expire."""
     takes = limiter.takes
     cycle = limiter.gap + takes
@@ -55,9 +55,9 @@ def one_by_one(limiter: Limiter, runs: Sequence[Run], now: int) -> tuple[list[in
     ]
     last = now - cycle if limiter.last_end is None else limiter.last_end - takes
     mine, expired = [], 0
-    for run in runs:
-        for i in range(run.count):
-            due = run.due + i * run.step
+    for group in groups:
+        for i in range(group.count):
+            due = group.due + i * group.step
             start = max(now, due, last + cycle, limiter.next_probe or 0)
             if len(starts) >= limiter.limit:
                 start = max(start, starts[-limiter.limit] + limiter.window + takes)
@@ -65,17 +65,17 @@ def one_by_one(limiter: Limiter, runs: Sequence[Run], now: int) -> tuple[list[in
                 opening = limiter.hours.opens(start)
                 assert opening is not None
                 start = opening
-            if run.expire_after is not None and start - due > run.expire_after:
-                expired += bool(run.mine)
+            if group.expire_after is not None and start - due > group.expire_after:
+                expired += bool(group.mine)
                 continue
             starts.append(start)
             last = start
-            if run.mine:
+            if group.mine:
                 mine.append(start)
     return mine, expired
 
 
-def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
+def random_case(chance: random.Random) -> tuple[Limiter, list[JobGroup], int]:
     now = chance.randrange(1_000, 2_000)
     window = chance.randrange(20, 400)
     sent, at = [], now - window
@@ -90,19 +90,19 @@ def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
     if chance.random() < 0.4:
         first = chance.randrange(0, 100)
         hours = DailyHours(first, first + chance.randrange(1, 100), 250)
-    runs, due = [], now - 50
+    groups, due = [], now - 50
     for _ in range(chance.randrange(1, 6)):
         count = chance.randrange(1, 60)
         due += chance.randrange(0, 100)
-        run = Run(
+        group = JobGroup(
             due,
             count,
             step=0 if chance.random() < 0.5 else chance.randrange(1, 30),
             mine=count if chance.random() < 0.6 else 0,
             expire_after=None if chance.random() < 0.7 else chance.randrange(0, 300),
         )
-        runs.append(run)
-        due = run.last_due
+        groups.append(group)
+        due = group.last_due
     limiter = Limiter(
         limit=chance.choice([1, 2, 3, 5, 10, 40]),
         gap=chance.choice([0, 0, 1, 2, 5, 20]),
@@ -114,25 +114,25 @@ def random_case(chance: random.Random) -> tuple[Limiter, list[Run], int]:
         last_end=at if sent else None,
         next_probe=None if chance.random() < 0.7 else now + chance.randrange(-50, 300),
     )
-    return limiter, runs, now
+    return limiter, groups, now
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_forecast_equals_a_simulation_mail_by_mail(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(100):
-        limiter, runs, now = random_case(chance)
-        starts, expired = one_by_one(limiter, runs, now)
-        found = simulate(limiter, runs, now)
+        limiter, groups, now = random_case(chance)
+        starts, expired = one_by_one(limiter, groups, now)
+        found = simulate(limiter, groups, now)
         assert (found.first, found.last, found.expiring) == (
             starts[0] if starts else None,
             starts[-1] if starts else None,
             expired,
-        ), (limiter, runs, now)
+        ), (limiter, groups, now)
 
 
-def after(limiter: Limiter, count: int, **run: int) -> SimulatedOutcome:
-    return simulate(limiter, [Run(0, count, mine=count, **run)], 0)
+def after(limiter: Limiter, count: int, **group: int) -> SimulatedOutcome:
+    return simulate(limiter, [JobGroup(0, count, mine=count, **group)], 0)
 
 
 def test_a_batch_takes_a_gap_for_each_mail_but_the_first() -> None:
@@ -172,14 +172,14 @@ def test_a_spacing_binds_if_the_limits_allow_more() -> None:
 
 def test_only_other_mail_that_is_due_earlier_delays_the_forecast() -> None:
     limiter = Limiter(5_000, 2 * SECOND, HOUR)
-    runs = [Run(0, 5), Run(1, 1, mine=1), Run(2, 1_000)]
-    found = simulate(limiter, runs, 0)
+    groups = [JobGroup(0, 5), JobGroup(1, 1, mine=1), JobGroup(2, 1_000)]
+    found = simulate(limiter, groups, 0)
     assert (found.end, found.sends) == (10 * SECOND, 6)
 
 
 def test_nothing_is_sent_before_it_is_due() -> None:
     limiter = Limiter(5_000, 2 * SECOND, HOUR)
-    found = simulate(limiter, [Run(HOUR, 10, mine=10)], 0)
+    found = simulate(limiter, [JobGroup(HOUR, 10, mine=10)], 0)
     assert (found.first, found.end) == (HOUR, HOUR + 18 * SECOND)
 
 
@@ -190,7 +190,7 @@ def test_nothing_is_sent_before_the_next_probe_of_a_cooldown() -> None:
     assert found.bound is Bound.COOLDOWN
     # It does not delay later mail.
     assert after(replace(limiter, next_probe=-SECOND), 10).end == 18 * SECOND
-    assert simulate(limiter, [Run(6 * HOUR, 1, mine=1)], 0).first == 6 * HOUR
+    assert simulate(limiter, [JobGroup(6 * HOUR, 1, mine=1)], 0).first == 6 * HOUR
 
 
 def test_a_probe_outside_the_sending_hours_waits_for_them() -> None:

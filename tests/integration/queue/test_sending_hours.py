@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from outbox_server.shared.forecast.openings import Openings
-from outbox_server.shared.forecast.simulation import Limiter, Run, simulate
+from outbox_server.shared.forecast.simulation import JobGroup, Limiter, simulate
 from outbox_server.shared.sending_hours import SendingHours
 from tests.integration.queue.shard import (
     PATIENCE_MS,
@@ -126,9 +126,9 @@ async def test_sends_across_clock_changes_match_the_forecast(shard: Shard, seed:
     sends = await sends_of(shard, hours, dues, **limits)
 
     limiter = Limiter(limits["limit"], limits["gap"] * 1_000, 3_600_000_000, hours=Openings(hours))
-    runs = [Run((START_MS + due) * 1_000) for due in dues]
+    groups = [JobGroup((START_MS + due) * 1_000) for due in dues]
     for number, send in enumerate(sends):
-        asked = [*runs[:number], replace(runs[number], mine=1)]
+        asked = [*groups[:number], replace(groups[number], mine=1)]
         assert (
             simulate(limiter, asked, (START_MS + start) * 1_000).last == (START_MS + send) * 1_000
         )
