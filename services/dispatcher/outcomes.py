@@ -12,7 +12,7 @@ from outbox_server.services.dispatcher.retry import Backoffs, Decision, JobAttem
 from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
-from outbox_server.shared.queue.queue import Claim, Contact, SlotUse
+from outbox_server.shared.queue.queue import Claim, Contact, LimitUse
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import CONNECTION_TROUBLE, AttemptOutcome, JobState, ReplyClass
 
@@ -50,7 +50,7 @@ class OutcomeRules:
         )
         return EndedAttempt(
             _record(job, result, decision, late),
-            SlotUse.COUNTED if result.body_begun else SlotUse.BEGUN,
+            LimitUse.COUNTED if result.body_begun else LimitUse.BEGUN,
             contact=contact_of(result),
             connection_error=result.message or result.outcome.name,
             server=server,
@@ -72,7 +72,7 @@ class OutcomeRules:
             started,
         )
         decision = Decision(JobState.SCHEDULED, leased.marked.failures, timedelta(0))
-        return EndedAttempt(_record(leased.marked, result, decision, None), SlotUse.BEGUN)
+        return EndedAttempt(_record(leased.marked, result, decision, None), LimitUse.BEGUN)
 
 
 def _record(

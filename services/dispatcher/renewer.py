@@ -4,7 +4,7 @@ A round takes one UPDATE in PostgreSQL for all sends of the dispatcher, and one 
 shard. A dead dispatcher is noticed within one lease, and a slow reply is waited for.
 
 PostgreSQL and Redis both store the lease: PostgreSQL so that no other dispatcher takes the job,
-Redis so that the sender's slot and gap stay in use. A send goes on only while both are renewed;
+Redis so that the sender's entry and gap stay in use. A send goes on only while both are renewed;
 otherwise it stops before the lease ends. The cases between the two:
 
 - PostgreSQL was renewed and Redis was not: the send keeps the old end, which is the earlier one.
@@ -13,7 +13,7 @@ otherwise it stops before the lease ends. The cases between the two:
   round renews again, because neither store compares the old end. A send that stops before that
   does not know the end of its lease, so its job cannot be given back (`LeasedJob.known`). The end
   of the send is recorded as an attempt, for which the attempt number alone is the fencing token.
-- Redis lost its data: the slot is gone until a load restores it from PostgreSQL. Meanwhile nobody
+- Redis lost its data: the entry is gone until a load restores it from PostgreSQL. Meanwhile nobody
   can claim the job, because it is SENDING in PostgreSQL.
 - The lease ended in PostgreSQL and no recovery has run yet: it is renewed like any other. If a
   recovery has run, the attempt has ended in PostgreSQL, and the send stops at once.

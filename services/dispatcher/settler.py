@@ -1,8 +1,8 @@
 """Settles claims: records their outcomes in PostgreSQL, then in Redis.
 
 Outcomes are written in groups. What arrives while one group is written forms the next group. If the
-process dies between the two stores, the leases in Redis expire. Until then they use their slots of
-the window, and afterwards the sender's head is loaded again.
+process dies between the two stores, the leases in Redis expire. Until then they count in the
+window, and afterwards the sender's head is loaded again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Contact, Settlement, SlotUse
+from outbox_server.shared.queue.queue import Claim, Contact, LimitUse, Settlement
 from outbox_server.shared.states import JobState
 
 _RETRY_S = 0.2
@@ -44,7 +44,7 @@ class EndedAttempt:
     """An attempt that was made."""
 
     record: AttemptRecord
-    use: SlotUse
+    use: LimitUse
     # What the attempt says about the endpoint, and its name, as in `Settlement`.
     contact: Contact = Contact.NONE
     connection_error: str = ""
@@ -260,7 +260,7 @@ def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settl
         return Settlement(
             claim.sender_id,
             claim.job,
-            SlotUse.UNUSED,
+            LimitUse.UNUSED,
             next_job=None if due is None else claim.job,
             next_due_ms=due or 0,
             lease_ms=claim.lease_ms,

@@ -2,7 +2,7 @@
 
 A dispatcher has a fixed number of slots (OUTBOX_DISPATCHER_CONCURRENCY). A claimed job holds a slot
 until its outcome is recorded. To be sent it also needs a permit, so that no slow endpoint and no
-user ever has all slots. (These are not the slots of a sender's window: see `SlotUse`.)
+user ever has all slots.
 
 One slot in five is reserved for endpoints that answer quickly. When an endpoint has its share of
 the permits, further claims for it wait here without a slot. They have a lease in Redis and are

@@ -135,12 +135,12 @@ def _limiter_from(pace: SenderPace) -> LimiterState:
     """Calculate the state of the limiter from the attempts recorded in PostgreSQL."""
     limiter = pace.limiter
     gap_end = limiter.gap + (limiter.last_end or 0) if limiter.gap else 0
-    window_end, slots = 0, limiter.limit
+    window_end, room = 0, limiter.limit
     for sends in reversed(limiter.sent):
-        if sends.count >= slots:
-            window_end = sends.first + (sends.count - slots) * sends.step + limiter.window
+        if sends.count >= room:
+            window_end = sends.first + (sends.count - room) * sends.step + limiter.window
             break
-        slots -= sends.count
+        room -= sends.count
     return LimiterState(
         in_flight=0,
         gap_left=timedelta(microseconds=gap_end - pace.now),

@@ -291,7 +291,7 @@ async def read_limits(
 async def stream_sends_of(
     connection: AsyncConnection, sender_id: int, interval: Interval, reach: timedelta
 ) -> AsyncIterator[tuple[datetime, datetime]]:
-    """Yield (start, end) of the sends that took a slot, in the order of their ends.
+    """Yield (start, end) of the sends that took an entry, in the order of their ends.
 
     They ended within the interval, or up to `reach` before it.
     """

@@ -316,7 +316,7 @@ class Attempt(Base):
     started_at: Mapped[datetime] = mapped_column(_TIME)
     ended_at: Mapped[datetime] = mapped_column(_TIME)
     outcome: Mapped[int] = mapped_column(SmallInteger)
-    # Whether it takes a slot of the window: its body was begun, or may have been.
+    # Whether it takes an entry of the window: its body was begun, or may have been.
     counted: Mapped[bool]
     # Its start minus the earliest instant at which the limits allowed it. NULL means unknown.
     late_ms: Mapped[int | None]

@@ -78,9 +78,9 @@ class Limiter:
     hours: Hours | None = None
     # The next probe of the cooldown. Nothing is sent before it, and it is assumed to be accepted.
     next_probe: int | None = None
-    # The ends that take slots of the window now, the earliest first.
+    # The ends that take entries of the window now, the earliest first.
     sent: Sequence[Sends] = ()
-    # The end from which the gap runs, whether or not it took a slot.
+    # The end from which the gap runs, whether or not it took an entry.
     last_end: int | None = None
 
 

@@ -39,10 +39,10 @@ class QueueFullError(OutOfMemoryError):
     """Redis is out of memory: known senders continue, and new ones must wait."""
 
 
-class SlotUse(StrEnum):
+class LimitUse(StrEnum):
     """What an ended claim means for the limits of its sender."""
 
-    # Its body was begun: it takes a slot of the window, and the gap runs from its end.
+    # Its body was begun: it takes an entry of the window, and the gap runs from its end.
     COUNTED = "COUNTED"
     # SMTP was tried and no body was begun: the gap runs from its end.
     BEGUN = "BEGUN"
@@ -103,7 +103,7 @@ class Settlement:
 
     sender_id: int
     job: JobRef
-    use: SlotUse
+    use: LimitUse
     # Time since the end of the send, by the monotonic clock of the process that sent.
     age: timedelta = timedelta(0)
     # The job's next attempt, if it waits again, and when that is due (Unix ms).

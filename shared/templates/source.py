@@ -17,7 +17,7 @@ from outbox_server.shared.templates.guard import (
     GuardedEnvironment,
     OutputTooLargeError,
 )
-from outbox_server.shared.templates.variables import Needs, Slot, needs_of, plain_parts
+from outbox_server.shared.templates.variables import Needs, Placeholder, needs_of, plain_parts
 
 MAX_SOURCE_BYTES = 256 * 1024
 # Sources that can put a line break into a text although no value has one.
@@ -77,7 +77,7 @@ class TemplateSource:
         self._env = env
         self._template: BoundTemplate | None = None
         self._texts: list[str] = []
-        self._slots: list[tuple[int, str, str | None]] = []
+        self._placeholders: list[tuple[int, str, str | None]] = []
         self.static: str | None = None
         self.may_break = bool(_CAN_BREAK.search(source.strip()))
         template, self.needs = _parse(field, source, env)
@@ -98,16 +98,18 @@ class TemplateSource:
         else:
             self._splice(parts)
         self._own_size = TextSize.of(self.static or "".join(self._texts))
-        self._uses = list(Counter((name, default) for _, name, default in self._slots).items())
+        self._uses = list(
+            Counter((name, default) for _, name, default in self._placeholders).items()
+        )
 
-    def _splice(self, parts: list[str | Slot]) -> None:
+    def _splice(self, parts: list[str | Placeholder]) -> None:
         for part in parts:
-            if isinstance(part, Slot):
-                self._slots.append((len(self._texts), part.name, part.default))
+            if isinstance(part, Placeholder):
+                self._placeholders.append((len(self._texts), part.name, part.default))
                 self._texts.append("")
             else:
                 self._texts.append(part)
-        if not self._slots:
+        if not self._placeholders:
             self.static = "".join(self._texts)
 
     def render(self, values: Mapping[str, str], room: Room) -> str:
@@ -127,7 +129,7 @@ class TemplateSource:
             room.check(self.least_size(values).size)
         texts = self._texts.copy()
         autoescape = self._env.autoescape
-        for index, name, default in self._slots:
+        for index, name, default in self._placeholders:
             value = values.get(name, "")
             if not value and default is not None:
                 texts[index] = default

@@ -44,7 +44,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class Placeholder:
     """A variable in a plain template, and the text that replaces it if it is empty."""
 
     name: str
@@ -128,36 +128,36 @@ class _Walk:
             yield from self._uses(child, defaulted=defaulted)
 
 
-def plain_parts(nodes: Sequence[Node]) -> list[str | Slot] | None:
-    """Return the texts and slots of a template that has nothing else, so that it can be spliced.
+def plain_parts(nodes: Sequence[Node]) -> list[str | Placeholder] | None:
+    """Return the texts and placeholders of a template, so that it can be spliced.
 
     A splice costs a tenth of a rendering by the library. The result is None if the template has
     anything but text, comments, `{{ name }}` and `{{ name | default: "text" }}`.
     """
-    parts: list[str | Slot] = []
+    parts: list[str | Placeholder] = []
     for node in nodes:
         if isinstance(node, ContentNode):
             parts.append(node.text)
         elif isinstance(node, (CommentNode, DocNode)):
             continue
         elif isinstance(node, OutputNode):
-            slot = _slot(node.expression)
-            if slot is None:
+            placeholder = _placeholder(node.expression)
+            if placeholder is None:
                 return None
-            parts.append(slot)
+            parts.append(placeholder)
         else:
             return None
     return parts
 
 
-def _slot(expression: Expression) -> Slot | None:
+def _placeholder(expression: Expression) -> Placeholder | None:
     if not isinstance(expression, FilteredExpression) or not isinstance(expression.left, Path):
         return None
     path = expression.left.path
     if len(path) != 1 or not isinstance(path[0], str) or path[0] in _BUILT_IN:
         return None
     if not expression.filters:
-        return Slot(path[0], None)
+        return Placeholder(path[0], None)
     if len(expression.filters) > 1 or expression.filters[0].name != "default":
         return None
     arguments = expression.filters[0].args
@@ -166,5 +166,5 @@ def _slot(expression: Expression) -> Slot | None:
         and isinstance(arguments[0], PositionalArgument)
         and isinstance(arguments[0].value, StringLiteral)
     ):
-        return Slot(path[0], arguments[0].value.value)
+        return Placeholder(path[0], arguments[0].value.value)
     return None

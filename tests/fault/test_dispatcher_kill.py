@@ -127,7 +127,7 @@ async def test_an_outcome_recorded_after_its_dispatcher_died_counts(
         await world.check_counts()
 
 
-async def test_a_lease_that_expired_only_in_redis_takes_a_slot_in_the_window(
+async def test_a_lease_that_expired_only_in_redis_takes_an_entry_of_the_window(
     configure: Configure, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)

@@ -89,7 +89,7 @@ async def test_old_snapshots_under_load_break_no_promise(
         await world.check_counts()
 
 
-async def test_a_mail_in_flight_that_is_missing_from_an_old_snapshot_holds_its_slot(
+async def test_a_mail_in_flight_that_is_missing_from_an_old_snapshot_keeps_its_entry(
     configure: Configure, redis_server: ValkeyServer
 ) -> None:
     held = Wait()

@@ -71,8 +71,8 @@ class SenderModel:
     last_end: int = 0
     due: dict[str, int] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
-    # Ends that take a slot of the window, by job and attempt; a "?" for each that is assumed.
-    slots: dict[str, int] = field(default_factory=dict)
+    # Ends that take an entry of the window, by job and attempt; a "?" for each that is assumed.
+    entries: dict[str, int] = field(default_factory=dict)
     # The last load left out a job because it was claimed.
     left_out: bool = False
     # Nothing waits or is in flight: it is deleted together with its history.
@@ -110,7 +110,7 @@ class SenderModel:
         Limit.WINDOW, Limit.CIRCUIT (the sender's own), Limit.COOLDOWN and Limit.GAP.
         """
         room = self.limit - len(self.leases)
-        ends = self.slots.values()
+        ends = self.entries.values()
         instants = (0, *(end + window for end in ends))
         free = min(t for t in instants if sum(end + window > t for end in ends) < room)
         return max(free, self.probe, self.cool, self.last_end + self.gap if self.gap else 0)
@@ -139,7 +139,7 @@ class HeadModel:
     revision: int
     jobs: Sequence[tuple[str, int]]
     more: bool
-    # Member, ms since it ended, whether it takes a slot.
+    # Member, ms since it ended, whether it takes an entry.
     ends: Sequence[tuple[str, int, bool]] = ()
     # Member, ms left.
     leases: Sequence[tuple[str, int]] = ()
@@ -232,7 +232,7 @@ class QueueModel:
             limited = limited or (not s.due and s.places > 0 and len(claims) < want)
         # For how long it is known since when a job that is kept for want of room was allowed.
         keep = max(self.window, s.gap) * (1 if limited else 2)
-        s.slots = {member: end for member, end in s.slots.items() if end > now - keep}
+        s.entries = {member: end for member, end in s.entries.items() if end > now - keep}
         if s.horizon < INFINITY and len(s.due) < self.low and s.loading is None:
             s.loading = now
         if s.loading is not None and s.loading <= now:
@@ -243,11 +243,11 @@ class QueueModel:
     def _expire(self, s: SenderModel, now: int) -> None:
         expired = [member for member, deadline in s.leases.items() if deadline <= now]
         for member in expired:
-            slot = member + "?"
-            while slot in s.slots:
-                slot += "?"
-            s.slots[slot] = s.leases.pop(member)
-            s.last_end = max(s.last_end, s.slots[slot])
+            entry = member + "?"
+            while entry in s.entries:
+                entry += "?"
+            s.entries[entry] = s.leases.pop(member)
+            s.last_end = max(s.last_end, s.entries[entry])
         if expired:
             s.epoch += 1
             s.loading = now
@@ -308,11 +308,11 @@ class QueueModel:
             s.slow_down()
 
     def _release(self, s: SenderModel, ended: int, member: str, kind: str, lease: int) -> None:
-        for entries, name in ((s.leases, member), (s.slots, member + "?")):
+        for entries, name in ((s.leases, member), (s.entries, member + "?")):
             if kind != "UNUSED" or entries.get(name) == lease:
                 entries.pop(name, None)
         if kind == "COUNTED":
-            s.slots[member] = ended
+            s.entries[member] = ended
         if kind != "UNUSED":
             s.last_end = max(s.last_end, ended)
 
@@ -439,7 +439,7 @@ class QueueModel:
         if s is None:
             s = self.senders[sender_id] = SenderModel(epoch=now * 1000)
             self.new_epochs.pop(sender_id)
-            s.slots = {member: now_up - age for member, age, counted in head.ends if counted}
+            s.entries = {member: now_up - age for member, age, counted in head.ends if counted}
             s.last_end = max((now_up - age for _, age, _ in head.ends), default=0)
             s.leases = {member: now_up + left for member, left in head.leases}
         elif (s.endpoint, s.revision) != (head.endpoint, head.revision):

@@ -22,9 +22,9 @@ from outbox_server.shared.queue.queue import (
     Claim,
     Claimed,
     Head,
+    LimitUse,
     Queue,
     Settlement,
-    SlotUse,
 )
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.states import JobState, SenderState
@@ -109,7 +109,7 @@ async def sent(world: World, claims: tuple[Claim, ...]) -> None:
         )
     queue = world.queues[0]
     assert not await queue.settle(
-        [Settlement(each.sender_id, each.job, SlotUse.COUNTED) for each in claims]
+        [Settlement(each.sender_id, each.job, LimitUse.COUNTED) for each in claims]
     )
 
 
@@ -580,7 +580,7 @@ async def test_a_claim_not_yet_marked_when_redis_was_lost_does_not_hold(
     await mark(world, old.job.job_id)
 
     assert await world.queues[0].confirm([old]) == [False]
-    assert await waiting(world, sender) == jobs, "the slot is another's now"
+    assert await waiting(world, sender) == jobs, "the entry is another's now"
 
 
 async def test_a_claim_marked_before_redis_was_lost_holds(world: World) -> None:

@@ -175,7 +175,7 @@ async def test_a_job_fails_after_the_last_step_of_the_backoff(configure: Configu
         assert (await world.job(job)).state == JobState.FAILED
         attempts = await world.attempts(job)
         assert [a.attempt for a in attempts] == [1, 2, 3]
-        # Their bodies were begun, so that each took a slot.
+        # Their bodies were begun, so that each took an entry of the window.
         assert all(a.counted for a in attempts)
         await world.check_counts()
 

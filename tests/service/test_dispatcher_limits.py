@@ -104,17 +104,17 @@ async def test_without_a_gap_the_window_holds_for_mails_sent_concurrently(
 
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
         for sender, limit in limits.items():
-            # Never more, and no slot was left unused either.
+            # Never more, and no entry was left unused either.
             assert most_of(inbox.mails, sender, WINDOW) == limit
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_a_refused_mail_keeps_its_gap_and_takes_no_slot(configure: Configure) -> None:
+async def test_a_refused_mail_keeps_its_gap_and_takes_no_entry(configure: Configure) -> None:
     plan = {"rcpt": [Say("550 5.1.1 nobody")], "data": [Say("451 4.7.1 greylisted")]}
     async with ScriptedServer(plan) as server:
         values = configure(smtp_url=server.url, min_gap="100ms", defer_backoff="1ms")
         async with working(values) as world:
-            # Neither of the two refusals takes one of its two slots.
+            # Neither of the two refusals takes one of its two entries.
             _, *good = await world.schedule(await world.sender(limit=2), 3)
             await eventually(world.done)
 

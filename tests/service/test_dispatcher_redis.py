@@ -189,12 +189,12 @@ async def memory(world: World) -> int:
     return sum([int(await world.redis.memory_usage(key) or 0) for key in keys])
 
 
-async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_slot(
+async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_entry(
     configure: Configure,
 ) -> None:
     """A job claimed before and after a loss of Redis, not marked yet: one claim is refused.
 
-    Its giving up must not free the slot under which the other one sends.
+    Its giving up must not free the entry under which the other one sends.
     """
     held = Wait()
     async with ScriptedServer({"body": [Succeed(), (held, Succeed())]}) as server:

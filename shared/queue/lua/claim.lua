@@ -1,4 +1,4 @@
--- Claims jobs that may be sent now, oldest look first. A lease on each job reserves its slot.
+-- Claims jobs that may be sent now, oldest look first. A lease on each job reserves its entry.
 --
 -- KEYS[1] ready       the shard's senders by next look (ms)
 -- KEYS[2] generation  the life in which the shard was completely loaded; lost if Redis is lost
@@ -28,17 +28,17 @@ local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 
 local claims, loads, taken = {}, {}, 0
 
--- Turns expired leases into used slots. Whether such a job was sent is unknown, so its slot counts
--- from the end of the lease, and the head is loaded again, since the job may wait again. The slot
--- has its own member (`assumed`): the same attempt may be claimed again and take another slot.
+-- Turns expired leases into used entries. Whether such a job was sent is unknown, so its entry
+-- counts from the end of the lease, and the head is loaded again, since the job may wait again. It
+-- has its own member (`assumed`): the same attempt may be claimed again and take another entry.
 local function expire_leases(s)
     local leases = lease_of(s.id)
     local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', NOW, 'WITHSCORES')
     for i = 1, #expired, 2 do
         redis.call('ZREM', leases, expired[i])
-        local slot = assumed(expired[i])
-        while redis.call('ZSCORE', window_of(s.id), slot) do slot = assumed(slot) end
-        redis.call('ZADD', window_of(s.id), expired[i + 1], slot)
+        local entry = assumed(expired[i])
+        while redis.call('ZSCORE', window_of(s.id), entry) do entry = assumed(entry) end
+        redis.call('ZADD', window_of(s.id), expired[i + 1], entry)
         s.last_end = math.max(s.last_end, tonumber(expired[i + 1]))
     end
     if #expired > 0 then

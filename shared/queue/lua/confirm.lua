@@ -1,6 +1,6 @@
 -- Returns which claims still hold. Called after the jobs were marked in PostgreSQL, before SMTP.
 -- If Redis was lost in between, a rebuild may have read PostgreSQL before the mark, and would give
--- the sender's slot to another job: such a claim must be released unsent.
+-- its entry of the window to another job: such a claim must be released unsent.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window

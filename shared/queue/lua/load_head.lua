@@ -10,7 +10,7 @@
 --   endpoint       key of the endpoint that its mail goes to
 --   revision       of the sender, as text
 --   jobs           of the head, each as member, due ms
---   ends           each as member, ms since it ended, 1 if it takes a slot
+--   ends           each as member, ms since it ended, 1 if it takes an entry
 --   leases         each as member, ms left
 --                  These three are texts with spaces between the values, the cheapest for callers.
 --   opens, closes  the current or next opening of its sending hours (ms; 0 and 'inf': always)

@@ -1,4 +1,4 @@
--- Ends claims: turns each lease into a used slot of the window, or frees the slot.
+-- Ends claims: turns each lease into a used entry of the window, or frees the entry.
 --
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
@@ -6,7 +6,7 @@
 --                  the last repeats
 -- ARGV[3] backoff  the same, for failed authentications
 -- ARGV    then, for each claim, a map (cmsgpack) of sender, member and
---   kind         COUNTED (its body was begun: takes a slot), BEGUN (SMTP was tried, no body: only
+--   kind         COUNTED (its body was begun: takes an entry), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP was not tried)
 --   age          ms since the send ended, measured by the caller's monotonic clock
 --   lease        if UNUSED: when its lease expires, as returned by claim.lua
@@ -43,8 +43,8 @@ local function sender_of(id)
     return s
 end
 
--- Frees a lease or a slot. With `lease` (of an UNUSED claim), only if it ends with that lease: the
--- same attempt may have been claimed again after a loss of Redis or an expired lease.
+-- Frees a lease or an entry. With `lease` (of an UNUSED claim), only if it ends with that lease:
+-- the same attempt may have been claimed again after a loss of Redis or an expired lease.
 local function release(key, member, lease)
     if not lease or tonumber(redis.call('ZSCORE', key, member) or 0) == lease then
         redis.call('ZREM', key, member)
@@ -80,7 +80,7 @@ for i = 4, #ARGV do
         local ended = NOW_UP - claim.age
         local lease = kind == 'UNUSED' and claim.lease
         release(lease_of(id), member, lease)
-        -- If the lease had expired, its slot was assumed to be used; now the holder reports it.
+        -- If the lease had expired, its entry was assumed to be used; now the holder reports it.
         release(window_of(id), assumed(member), lease)
         if kind == 'COUNTED' then redis.call('ZADD', window_of(id), ended, member) end
         if kind ~= 'UNUSED' and ended > s.last_end then

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from outbox_server.shared.queue.keys import member_of
-from outbox_server.shared.queue.queue import Contact, SlotUse
+from outbox_server.shared.queue.queue import Contact, LimitUse
 from tests.integration.queue.steps import QueueSteps
 from tests.integration.queue.under_way import ClaimUnderWay, Step
 
@@ -83,9 +83,9 @@ class LimitSteps(QueueSteps):
                     await self._advance_claim(holding, **how)
 
     async def _throttle(self, sender_id: int, rounds: int) -> None:
-        await self._teach(sender_id, rounds, use=SlotUse.BEGUN, contact=Contact.TOO_FAST, retry=0)
+        await self._teach(sender_id, rounds, use=LimitUse.BEGUN, contact=Contact.TOO_FAST, retry=0)
 
     async def _refuse(self, sender_id: int, rounds: int, cools: int) -> None:
         await self._teach(
-            sender_id, rounds, use=SlotUse.BEGUN, contact=Contact.ANSWERED, retry=0, cools=cools
+            sender_id, rounds, use=LimitUse.BEGUN, contact=Contact.ANSWERED, retry=0, cools=cools
         )

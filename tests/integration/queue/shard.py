@@ -17,9 +17,9 @@ from outbox_server.shared.queue.queue import (
     Claimed,
     Contact,
     Head,
+    LimitUse,
     Queue,
     Settlement,
-    SlotUse,
 )
 
 WINDOW = timedelta(hours=1)
@@ -147,7 +147,7 @@ class Shard:
     async def settle(
         self,
         claim: Claim,
-        use: SlotUse = SlotUse.COUNTED,
+        use: LimitUse = LimitUse.COUNTED,
         *,
         age: float = 0,
         retry_at: int | None = None,

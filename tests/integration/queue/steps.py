@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef, member_of
-from outbox_server.shared.queue.queue import Contact, Settlement, SlotUse, brings_history
+from outbox_server.shared.queue.queue import Contact, LimitUse, Settlement, brings_history
 from outbox_server.shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
 from tests.integration.queue.under_way import (
@@ -106,7 +106,7 @@ class QueueSteps(RuleBasedStateMachine):
                     await self._advance_claim(holding)
                 else:
                     await self._advance_claim(
-                        holding, use=SlotUse.BEGUN, contact=Contact.FAILED, retry=300
+                        holding, use=LimitUse.BEGUN, contact=Contact.FAILED, retry=300
                     )
             look = self.model.first_look or 0
             if not waits or look < self.now_ms + BACKOFF[0]:
@@ -191,7 +191,7 @@ class QueueSteps(RuleBasedStateMachine):
         self, holding: ClaimUnderWay, *, fails: bool = False, waits: bool = False
     ) -> None:
         claim = holding.claim
-        unused = Settlement(claim.sender_id, claim.job, SlotUse.UNUSED, lease_ms=claim.lease_ms)
+        unused = Settlement(claim.sender_id, claim.job, LimitUse.UNUSED, lease_ms=claim.lease_ms)
         if fails:
             holding.settlement = replace(unused, next_job=claim.job, next_due_ms=claim.due_ms)
         elif not self.world.mark(claim.job, self.now):
@@ -229,7 +229,7 @@ class QueueSteps(RuleBasedStateMachine):
         holding.settlement = Settlement(
             claim.sender_id,
             claim.job,
-            SlotUse.UNUSED,
+            LimitUse.UNUSED,
             next_job=claim.job if ours else None,
             next_due_ms=self.world.jobs[claim.job.job_id].due,
             lease_ms=claim.lease_ms,
@@ -247,7 +247,7 @@ class QueueSteps(RuleBasedStateMachine):
         self,
         holding: ClaimUnderWay,
         *,
-        use: SlotUse = SlotUse.COUNTED,
+        use: LimitUse = LimitUse.COUNTED,
         retry: int | None = None,
         age: int = 0,
         contact: Contact = Contact.ACCEPTED,
@@ -257,16 +257,16 @@ class QueueSteps(RuleBasedStateMachine):
         """`cools`: its account was refused; the cooldown lasts so many ms."""
         send, claim = holding.send, holding.claim
         assert send is not None
-        if use is SlotUse.UNUSED and not holding.known:
+        if use is LimitUse.UNUSED and not holding.known:
             # As OutcomeRules.given_back: an attempt, which its number alone fences.
-            use, retry, contact, cools = SlotUse.BEGUN, 0, Contact.NONE, None
-        if use is SlotUse.UNUSED:
+            use, retry, contact, cools = LimitUse.BEGUN, 0, Contact.NONE, None
+        if use is LimitUse.UNUSED:
             self.world.sends[claim.sender_id].remove(send)
             await self._give_back(holding, waits=waits)
             return
         # When it began to send is not kept: at its claim at the earliest.
         ended = max(holding.claimed, min(self.now - age, holding.deadline))
-        send.ended, send.counted = ended, use is SlotUse.COUNTED
+        send.ended, send.counted = ended, use is LimitUse.COUNTED
         retry_at = None if retry is None else -(-ended // 1000) + retry
         ours = self.world.settle(claim.job, ended, counted=send.counted, retry_at=retry_at)
         again = JobRef(claim.job.job_id, claim.job.attempt + 1)
@@ -302,7 +302,7 @@ class QueueSteps(RuleBasedStateMachine):
         self.holdings.remove(holding)
         settlement = holding.settlement
         assert settlement is not None
-        used = settlement.use is not SlotUse.UNUSED
+        used = settlement.use is not LimitUse.UNUSED
         age = (self.now - holding.ended) // 1000 if used else 0
         reported = replace(settlement, age=milliseconds(age))
         unknown = await self.queue.settle([reported])
@@ -399,7 +399,9 @@ class QueueSteps(RuleBasedStateMachine):
             assert after_start(expected.due) == found.due
             assert after_start(expected.leases) == found.leases
             oldest = self.shard.now - WINDOW
-            assert after_start(expected.slots, oldest) == after_start(found.window, oldest, start=0)
+            assert after_start(expected.entries, oldest) == after_start(
+                found.window, oldest, start=0
+            )
             assert found.settings["epoch"] == str(expected.epoch)
             assert found.settings["end"] == str(expected.last_end)
             assert float(found.settings["horizon"]) == expected.horizon

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Head, SlotUse
+from outbox_server.shared.queue.queue import Claim, Head, LimitUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, START_MS, Shard, jobs, milliseconds
 
 RECHECK_MS = 30_000
@@ -23,12 +23,12 @@ def sender(number: int, n: int = 10, *, endpoint: str = "relay", due: int = 0) -
 async def fail(shard: Shard, claim: Claim, *, reason: str = "refused", wait: int = 600_000) -> None:
     """End a send whose connection failed; its job is due again after `wait` ms."""
     await shard.settle(
-        claim, SlotUse.BEGUN, connection_error=reason, retry_at=round(shard.now + wait)
+        claim, LimitUse.BEGUN, connection_error=reason, retry_at=round(shard.now + wait)
     )
 
 
 async def answer(shard: Shard, claim: Claim) -> None:
-    await shard.settle(claim, SlotUse.COUNTED, answered=True)
+    await shard.settle(claim, LimitUse.COUNTED, answered=True)
 
 
 async def outage(shard: Shard, times: int = 3, *, want: int = 1) -> None:
@@ -45,7 +45,7 @@ async def stop(shard: Shard, *heads: Head, wait: int = 600_000) -> None:
     for job_id in (101, 102, 201):
         await fail(shard, claims.pop(job_id), wait=wait)
     for claim in claims.values():
-        await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
+        await shard.settle(claim, LimitUse.UNUSED, retry_at=0, give_back=True)
     # They are looked at once more, and wait.
     await shard.at(1)
     assert await shard.claimed() == []
@@ -80,7 +80,7 @@ async def test_an_answer_resets_the_count_of_failures(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard, 2)
     [claim] = (await shard.claim(1)).claims
-    await shard.settle(claim, SlotUse.BEGUN, answered=True, retry_at=600_000)
+    await shard.settle(claim, LimitUse.BEGUN, answered=True, retry_at=600_000)
     await outage(shard, 2)
 
     assert len((await shard.claim()).claims) == 5
@@ -91,8 +91,8 @@ async def test_outcomes_without_contact_do_not_change_the_count_of_failures(shar
     await outage(shard, 2)
     # A mail that could not be built; one given back; one whose dispatcher died.
     built, back, _ = (await shard.claim(3)).claims
-    await shard.settle(built, SlotUse.BEGUN)
-    await shard.settle(back, SlotUse.UNUSED, retry_at=600_000, give_back=True)
+    await shard.settle(built, LimitUse.BEGUN)
+    await shard.settle(back, LimitUse.UNUSED, retry_at=600_000, give_back=True)
     await shard.at(LEASE_MS)
     assert len((await shard.claim(1)).claims) == 1
     assert (await shard.sender()).settings["troubles"] == "2"
@@ -219,7 +219,7 @@ async def test_a_probe_that_was_not_sent_makes_room_for_another_at_once(shard: S
     await stop(shard, sender(1, 5), sender(2, 5), sender(3, 5))
     await shard.at(5_000)
     [cancelled] = (await shard.claim()).claims
-    await shard.settle(cancelled, SlotUse.UNUSED)
+    await shard.settle(cancelled, LimitUse.UNUSED)
 
     [probe] = (await shard.claim()).claims
     assert probe.job != cancelled.job
@@ -321,7 +321,7 @@ async def test_an_unused_claim_does_not_end_a_later_probe_of_the_same_attempt(
     await shard.load(replace(heads[0], jobs=jobs((103, 0))))
     probe = await one_probe(shard)
     assert probe.job == lost.job
-    await shard.settle(lost, SlotUse.UNUSED)
+    await shard.settle(lost, LimitUse.UNUSED)
 
     await fail(shard, probe)
     assert (await shard.circuit())["step"] == "2"

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import open_queues
-from outbox_server.shared.queue.queue import Claim, Contact, SlotUse
+from outbox_server.shared.queue.queue import Claim, Contact, LimitUse
 from tests.dispatchers import options, settings_of
 from tests.integration.queue.shard import AUTH_BACKOFF, BACKOFF, SENDER, START_MS, Shard, jobs
 
@@ -22,7 +22,7 @@ MS = [wait // timedelta(milliseconds=1) for wait in BACKOFF]
 async def fail(shard: Shard, claim: Claim, contact: Contact) -> None:
     await shard.settle(
         claim,
-        SlotUse.BEGUN,
+        LimitUse.BEGUN,
         contact=contact,
         connection_error="535 5.7.8 no",
         retry_at=shard.now + 1,
@@ -83,7 +83,7 @@ async def test_the_circuit_of_an_endpoint_follows_the_same_backoff(shard: Shard)
         await fail(shard, claim, Contact.AUTH_FAILED)
     assert int((await shard.circuit())["next"]) == START_MS + AUTH_MS[0]
     for claim in (*claims[:3], *claims[6:]):
-        await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
+        await shard.settle(claim, LimitUse.UNUSED, retry_at=0, give_back=True)
     await shard.at(AUTH_MS[0])
     (probe,) = (await shard.claim()).claims
     await fail(shard, probe, Contact.AUTH_FAILED)

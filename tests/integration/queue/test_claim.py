@@ -13,10 +13,10 @@ from outbox_server.shared.queue.queue import (
     ActiveLease,
     Claim,
     Claimed,
+    LimitUse,
     PastEnd,
     Queue,
     Settlement,
-    SlotUse,
 )
 from tests.integration.queue.shard import (
     LEASE,
@@ -149,7 +149,7 @@ async def test_ends_and_reservations_share_the_window(shard: Shard) -> None:
     assert [first.job.job_id, second.job.job_id] == [1, 2]
 
     await shard.settle(first)
-    await shard.settle(second, SlotUse.UNUSED)
+    await shard.settle(second, LimitUse.UNUSED)
     assert await shard.claimed() == [3]
     assert (await shard.claim()).next_look == milliseconds(LEASE_MS)
 
@@ -232,7 +232,7 @@ async def test_a_paused_sender_is_skipped_and_resumes_where_it_stopped(
     assert await shard.claimed() == [1]
 
 
-async def test_an_expired_lease_takes_a_slot_at_its_deadline_and_requests_a_load(
+async def test_an_expired_lease_takes_an_entry_at_its_deadline_and_requests_a_load(
     shard: Shard,
 ) -> None:
     head = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0)))
@@ -242,7 +242,7 @@ async def test_an_expired_lease_takes_a_slot_at_its_deadline_and_requests_a_load
     assert await shard.queue.claim(5) == Claimed(next_look=milliseconds(1))
     epoch = (await shard.sender()).settings["epoch"]
 
-    # No claim runs for a while: the slot counts from the deadline, not from the claim.
+    # No claim runs for a while: the entry counts from the deadline, not from the claim.
     await shard.at(LEASE_MS + 500)
     claimed = await shard.claim()
 
@@ -385,5 +385,5 @@ async def test_scripts_use_the_clock_of_redis(redis_url: str) -> None:
         assert timedelta(0) <= claim.waited < timedelta(seconds=10)
         assert claimed.next_look is not None
         assert timedelta(seconds=50) < claimed.next_look <= LEASE
-        await queue.settle([Settlement(claim.sender_id, claim.job, SlotUse.COUNTED)])
+        await queue.settle([Settlement(claim.sender_id, claim.job, LimitUse.COUNTED)])
         assert await redis.zscore(queue.keys.ready, "7") == now + 3_600_000

@@ -20,7 +20,7 @@ from redis.exceptions import ResponseError
 from outbox_server.deploy.embedded.child import Child
 from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
 from outbox_server.deploy.embedded.valkey import ValkeyServer
-from outbox_server.shared.queue.queue import Settlement, SlotUse
+from outbox_server.shared.queue.queue import LimitUse, Settlement
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
@@ -85,7 +85,7 @@ async def test_no_script_touches_a_key_outside_of_its_shard(cluster: Redis) -> N
         assert None not in await shard.renew(*claims)
         await shard.settle(claims[0])
         await shard.settle(claims[1], retry_at=5)
-        await shard.queue.settle([Settlement(99, claims[0].job, SlotUse.UNUSED)])
+        await shard.queue.settle([Settlement(99, claims[0].job, LimitUse.UNUSED)])
         await shard.at(LEASE_MS)
         assert len((await shard.claim()).loads) == 2
 

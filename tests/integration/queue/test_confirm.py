@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from outbox_server.shared.queue.queue import SlotUse
+from outbox_server.shared.queue.queue import LimitUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs, members
 
 HEAD = replace(SENDER, gap=timedelta(0), jobs=jobs((1, 0), (2, 0), (3, 0)))
@@ -43,10 +43,10 @@ async def test_a_job_claimed_twice_around_a_loss_belongs_to_the_dispatcher_that_
     assert refused.job == marked.job
 
     assert await shard.queue.confirm([marked]) == [True]
-    await shard.settle(refused, SlotUse.UNUSED)
+    await shard.settle(refused, LimitUse.UNUSED)
 
     assert (await shard.sender()).leases == dict.fromkeys(members(1), LEASE_MS)
-    await shard.settle(marked, SlotUse.UNUSED)
+    await shard.settle(marked, LimitUse.UNUSED)
     assert (await shard.sender()).leases == {}
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Contact, PastEnd, SlotUse
+from outbox_server.shared.queue.queue import Claim, Contact, LimitUse, PastEnd
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,
@@ -33,7 +33,7 @@ async def refuse(shard: Shard, claim: Claim, wait_ms: int = COOLDOWN_MS) -> None
     """End a send whose account was refused; its job keeps waiting."""
     await shard.settle(
         claim,
-        SlotUse.BEGUN,
+        LimitUse.BEGUN,
         answered=True,
         cooldown=milliseconds(wait_ms),
         retry_at=shard.now,
@@ -74,7 +74,7 @@ async def test_one_probe_at_a_time_is_sent_even_long_after_its_time(shard: Shard
     await shard.at(COOLDOWN_MS + LEASE_MS - 1)
     assert await shard.claimed() == []
     # Neither accepted nor refused: a mailbox that does not exist.
-    await shard.settle(probe, SlotUse.BEGUN, answered=True)
+    await shard.settle(probe, LimitUse.BEGUN, answered=True)
 
     await one_probe(shard)
 
@@ -118,7 +118,7 @@ async def test_a_claim_that_says_nothing_about_the_account_changes_no_cooldown(
     await cool(shard)
     await shard.at(COOLDOWN_MS)
     probe = await one_probe(shard)
-    await shard.settle(probe, SlotUse.UNUSED, retry_at=0, give_back=True)
+    await shard.settle(probe, LimitUse.UNUSED, retry_at=0, give_back=True)
 
     assert (await one_probe(shard)).job == probe.job
 
@@ -127,7 +127,7 @@ async def test_a_load_read_before_the_refusal_does_not_undo_it(shard: Shard) -> 
     await shard.load(FREE)
     claim = await claim_one(shard)
     early = await shard.queue.begin_load([7], committed=False)
-    await shard.settle(claim, SlotUse.BEGUN, cooldown=milliseconds(COOLDOWN_MS))
+    await shard.settle(claim, LimitUse.BEGUN, cooldown=milliseconds(COOLDOWN_MS))
 
     assert await shard.queue.load_heads([FREE], early) == [7]
     assert await shard.claimed() == []
@@ -195,7 +195,7 @@ async def test_a_sender_with_an_open_circuit_waits_for_the_later_of_both(shard: 
     await shard.load(FREE)
     for _ in range(3):
         await shard.settle(
-            await claim_one(shard), SlotUse.BEGUN, connection_error="refused", retry_at=0
+            await claim_one(shard), LimitUse.BEGUN, connection_error="refused", retry_at=0
         )
     # The circuit allows a probe at 5 s, which is refused.
     await shard.at(5_000)
@@ -209,7 +209,7 @@ async def test_a_sender_with_an_open_circuit_waits_for_the_later_of_both(shard: 
     probe = await one_probe(shard)
     # The connection fails three times: the circuit opens again, and is the later one now.
     for _ in range(3):
-        await shard.settle(probe, SlotUse.BEGUN, connection_error="refused", retry_at=0)
+        await shard.settle(probe, LimitUse.BEGUN, connection_error="refused", retry_at=0)
         claims = (await shard.claim()).claims
         if claims:
             (probe,) = claims
@@ -227,9 +227,9 @@ async def test_a_sender_in_cooldown_does_not_probe_its_endpoint(shard: Shard) ->
     by_sender = {n: [claim for claim in claims if claim.sender_id == n] for n in (1, 2)}
     await refuse(shard, by_sender[1].pop(), 20_000)
     for claim in (*by_sender[1][:2], by_sender[2][0]):
-        await shard.settle(claim, SlotUse.BEGUN, connection_error="refused", retry_at=600_000)
+        await shard.settle(claim, LimitUse.BEGUN, connection_error="refused", retry_at=600_000)
     for claim in by_sender[1][2:]:
-        await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
+        await shard.settle(claim, LimitUse.UNUSED, retry_at=0, give_back=True)
     assert await shard.claimed() == []
     await shard.at(5_000)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Head, PastEnd, SlotUse, brings_history
+from outbox_server.shared.queue.queue import Head, LimitUse, PastEnd, brings_history
 from tests.integration.queue.shard import SENDER, Shard, jobs, milliseconds
 
 TWO = replace(SENDER, jobs=jobs((1, 0), (2, 0)))
@@ -155,7 +155,7 @@ async def test_loaded_senders_continue_while_redis_is_full(shard: Shard, full: F
     assert (await shard.claim(1)).claims != ()
     [second] = (await shard.claim(1)).claims
     assert await shard.queue.confirm([second]) == [True]
-    assert await shard.settle(second, SlotUse.COUNTED, retry_at=0) == []
+    assert await shard.settle(second, LimitUse.COUNTED, retry_at=0) == []
     epochs = await shard.queue.begin_load([7], committed=True)
     assert await shard.queue.load_heads([replace(head, jobs=jobs((3, 0)))], epochs) == []
     assert await shard.claimed(1) == [3]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import PastEnd, SlotUse
+from outbox_server.shared.queue.queue import LimitUse, PastEnd
 from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
 
 HEAD = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0), (3, 0)))
@@ -29,7 +29,7 @@ async def test_the_limiter_reports_gap_and_window_separately(shard: Shard) -> No
     assert found.window_left == milliseconds(WINDOW_MS - 9_000)
 
 
-async def test_sends_in_flight_take_a_slot_and_reading_the_limiter_changes_nothing(
+async def test_sends_in_flight_take_an_entry_and_reading_the_limiter_changes_nothing(
     shard: Shard,
 ) -> None:
     await shard.load(HEAD)
@@ -40,7 +40,7 @@ async def test_sends_in_flight_take_a_slot_and_reading_the_limiter_changes_nothi
     before = await shard.sender(ID)
     await shard.queue.read_limiter(ID)
     assert await shard.sender(ID) == before
-    await shard.settle(claim, SlotUse.COUNTED)
+    await shard.settle(claim, LimitUse.COUNTED)
     found = await shard.queue.read_limiter(ID)
     assert found is not None
     assert (found.in_flight, found.gap_left) == (0, SENDER.gap)

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import ActiveLease, PastEnd, SlotUse
+from outbox_server.shared.queue.queue import ActiveLease, LimitUse, PastEnd
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,
@@ -249,7 +249,7 @@ async def test_a_sender_that_is_used_again_is_kept(shard: Shard, how: str) -> No
     if how == "load":
         await shard.load(replace(SENDER, jobs=jobs((2, 0))))
     else:
-        await shard.settle(claim, SlotUse.COUNTED, retry_at=9000)
+        await shard.settle(claim, LimitUse.COUNTED, retry_at=9000)
 
     state = await shard.sender()
     assert (state.settings_expire, state.window_expires) == (False, False)

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from redis.asyncio import Redis
 
 import outbox_server.shared.queue.queue
-from outbox_server.shared.queue.queue import Contact, SlotUse
+from outbox_server.shared.queue.queue import Contact, LimitUse
 from outbox_server.shared.states import JobState
 from tests.integration.queue.limit_steps import Answers, LimitSteps
 from tests.integration.queue.steps import (
@@ -113,7 +113,7 @@ class QueueMachine(LimitSteps):
     @precondition(lambda self: self._at(Step.BEGUN))
     @rule(
         pick=picks,
-        use=st.sampled_from(SlotUse),
+        use=st.sampled_from(LimitUse),
         retry=st.sampled_from([None, None, 0, 300, 20_000]),
         age=st.integers(0, 5_000_000),
         contact=contacts,

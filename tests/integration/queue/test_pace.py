@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from redis.asyncio import Redis
 
-from outbox_server.shared.queue.queue import Claim, Contact, Head, SlotUse
+from outbox_server.shared.queue.queue import Claim, Contact, Head, LimitUse
 from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
 
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))
@@ -23,7 +23,7 @@ async def claim_one(shard: Shard) -> Claim:
 
 async def too_fast(shard: Shard, claim: Claim) -> None:
     """End a send that the server refused as too fast; its job keeps waiting."""
-    await shard.settle(claim, SlotUse.BEGUN, contact=Contact.TOO_FAST, retry_at=shard.now)
+    await shard.settle(claim, LimitUse.BEGUN, contact=Contact.TOO_FAST, retry_at=shard.now)
 
 
 async def pace(shard: Shard) -> int:
@@ -89,7 +89,7 @@ async def test_replies_unrelated_to_the_pace_do_not_change_it(
     shard: Shard, contact: Contact
 ) -> None:
     await teach(shard, FREE, 2)
-    await shard.settle(await claim_one(shard), SlotUse.BEGUN, contact=contact)
+    await shard.settle(await claim_one(shard), LimitUse.BEGUN, contact=contact)
 
     assert await pace(shard) == 250
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import ActiveLease, Claim, SlotUse
+from outbox_server.shared.queue.queue import ActiveLease, Claim, LimitUse
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,
@@ -90,14 +90,14 @@ async def test_a_renewed_lease_outlives_its_first_end(shard: Shard) -> None:
     assert (claimed.claims, claimed.loads) == ((), ())
     assert (await shard.sender()).leases != {}
 
-    # No longer renewed: its slot is assumed taken, from the renewed end.
+    # No longer renewed: its entry is assumed taken, from the renewed end.
     await shard.at(20_000 + LEASE_MS)
     assert (await shard.claim()).loads == (7,)
     assert list((await shard.sender()).window.values()) == [20_000 + LEASE_MS]
 
 
 async def test_an_expired_lease_that_nobody_noticed_is_renewed(shard: Shard) -> None:
-    # No claim has examined the sender, so its slot is still reserved.
+    # No claim has examined the sender, so its entry is still reserved.
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(LEASE_MS + 5)
@@ -124,7 +124,7 @@ async def test_renewing_the_probe_of_an_open_circuit_keeps_other_probes_out(
     await shard.load(*heads)
     claims = (await shard.claim()).claims
     for claim in claims:
-        await shard.settle(claim, SlotUse.BEGUN, connection_error="refused", retry_at=1)
+        await shard.settle(claim, LimitUse.BEGUN, connection_error="refused", retry_at=1)
     await shard.at(5_000)
     probe = await claim_one(shard)
     await shard.at(25_000)
@@ -145,7 +145,7 @@ async def test_the_renewal_of_another_send_extends_no_probe(shard: Shard) -> Non
     await shard.load(*heads)
     *failing, slow = (await shard.claim()).claims
     for claim in failing:
-        await shard.settle(claim, SlotUse.BEGUN, connection_error="refused", retry_at=1)
+        await shard.settle(claim, LimitUse.BEGUN, connection_error="refused", retry_at=1)
     await shard.at(5_000)
     await claim_one(shard)
     before = await shard.circuit()
@@ -169,12 +169,12 @@ async def test_a_refused_claim_does_not_release_a_renewed_lease(
     await shard.at(2)
     assert await shard.renew(marked) == [2 + LEASE_MS]
 
-    await shard.settle(refused, SlotUse.UNUSED)
+    await shard.settle(refused, LimitUse.UNUSED)
 
     assert (await shard.sender()).leases == dict.fromkeys(members(1), 2 + LEASE_MS)
 
 
-async def test_a_renewed_send_releases_its_slot_by_the_end_that_the_renewal_returned(
+async def test_a_renewed_send_releases_its_entry_by_the_end_that_the_renewal_returned(
     shard: Shard,
 ) -> None:
     await shard.load(HEAD)
@@ -182,7 +182,7 @@ async def test_a_renewed_send_releases_its_slot_by_the_end_that_the_renewal_retu
     await shard.at(20_000)
     (end,) = await shard.queue.renew([(claim.sender_id, claim.job)])
     assert end is not None
-    await shard.settle(replace(claim, lease_ms=end), SlotUse.UNUSED, retry_at=0, give_back=True)
+    await shard.settle(replace(claim, lease_ms=end), LimitUse.UNUSED, retry_at=0, give_back=True)
 
     state = await shard.sender()
     assert (state.leases, state.window) == ({}, {})
@@ -197,10 +197,10 @@ async def test_a_send_whose_renewal_got_no_answer_is_settled_by_its_attempt(
     claim = await claim_one(shard)
     await shard.at(20_000)
     await shard.renew(claim)
-    await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
+    await shard.settle(claim, LimitUse.UNUSED, retry_at=0, give_back=True)
     assert (await shard.sender()).leases != {}
 
-    await shard.settle(claim, SlotUse.BEGUN, retry_at=20_000)
+    await shard.settle(claim, LimitUse.BEGUN, retry_at=20_000)
 
     state = await shard.sender()
     assert (state.leases, state.window) == ({}, {})

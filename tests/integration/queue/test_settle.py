@@ -1,4 +1,4 @@
-"""settle.lua: a lease becomes a slot of the window, or is given back."""
+"""settle.lua: a lease becomes an entry of the window, or is given back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Settlement, SlotUse
+from outbox_server.shared.queue.queue import Claim, LimitUse, Settlement
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,
@@ -27,7 +27,7 @@ async def claim_one(shard: Shard) -> Claim:
     return claim
 
 
-async def test_a_counted_send_takes_a_slot_at_its_true_end_rounded_up(shard: Shard) -> None:
+async def test_a_counted_send_takes_an_entry_at_its_true_end_rounded_up(shard: Shard) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
     await shard.at(1000.2)
@@ -41,12 +41,12 @@ async def test_a_counted_send_takes_a_slot_at_its_true_end_rounded_up(shard: Sha
     assert await shard.ready() == {7: 2701}
 
 
-async def test_a_begun_send_takes_no_slot_and_starts_the_gap(shard: Shard) -> None:
+async def test_a_begun_send_takes_no_entry_and_starts_the_gap(shard: Shard) -> None:
     await shard.load(replace(SENDER, hourly_limit=1, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
     await shard.at(1000)
 
-    await shard.settle(claim, SlotUse.BEGUN, age=300)
+    await shard.settle(claim, LimitUse.BEGUN, age=300)
 
     state = await shard.sender()
     assert (state.leases, state.window) == ({}, {})
@@ -58,7 +58,7 @@ async def test_an_unused_claim_leaves_no_trace(shard: Shard) -> None:
     claim = await claim_one(shard)
     await shard.at(1000)
 
-    await shard.settle(claim, SlotUse.UNUSED)
+    await shard.settle(claim, LimitUse.UNUSED)
 
     state = await shard.sender()
     assert (state.leases, state.window, state.settings["end"]) == ({}, {}, "0")
@@ -86,7 +86,7 @@ async def test_many_claims_of_many_senders_are_settled_at_once(shard: Shard) -> 
     await shard.redis.delete("outbox:{0}:sender:3")
 
     unknown = await shard.queue.settle(
-        [Settlement(claim.sender_id, claim.job, SlotUse.COUNTED) for claim in claims]
+        [Settlement(claim.sender_id, claim.job, LimitUse.COUNTED) for claim in claims]
     )
 
     assert unknown == [3], "each sender that is to be loaded comes once"
@@ -106,7 +106,7 @@ async def test_a_retry_waits_with_the_next_attempt_number_and_raises_the_epoch(
     claim = await claim_one(shard)
     stale = await shard.queue.begin_load([7], committed=False)
 
-    await shard.settle(claim, SlotUse.BEGUN, retry_at=5000)
+    await shard.settle(claim, LimitUse.BEGUN, retry_at=5000)
 
     assert (await shard.sender()).due == dict.fromkeys(members(1, attempt=2), 5000)
     assert await shard.queue.load_heads([SENDER], stale) == [7], "it read before the retry"
@@ -133,13 +133,13 @@ async def test_a_job_given_back_waits_with_the_same_attempt_number(shard: Shard)
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
 
-    await shard.settle(claim, SlotUse.UNUSED, retry_at=0, give_back=True)
+    await shard.settle(claim, LimitUse.UNUSED, retry_at=0, give_back=True)
 
     assert await claim_one(shard) == claim
 
 
-@pytest.mark.parametrize("use", list(SlotUse))
-async def test_a_claim_settled_twice_is_as_if_settled_once(shard: Shard, use: SlotUse) -> None:
+@pytest.mark.parametrize("use", list(LimitUse))
+async def test_a_claim_settled_twice_is_as_if_settled_once(shard: Shard, use: LimitUse) -> None:
     await shard.load(replace(SENDER, jobs=jobs((1, 0), (2, 0))))
     claim = await claim_one(shard)
     await shard.settle(claim, use)
@@ -164,7 +164,7 @@ async def late_claim(shard: Shard, *, limit: int = 1) -> Claim:
     return claim
 
 
-async def test_a_counted_send_settled_late_takes_its_slot_at_its_true_end(shard: Shard) -> None:
+async def test_a_counted_send_settled_late_takes_its_entry_at_its_true_end(shard: Shard) -> None:
     claim = await late_claim(shard)
     assert await shard.ready() == {7: LEASE_MS + WINDOW_MS}
 
@@ -176,8 +176,10 @@ async def test_a_counted_send_settled_late_takes_its_slot_at_its_true_end(shard:
     assert await shard.ready() == {7: LEASE_MS - 500 + WINDOW_MS}
 
 
-@pytest.mark.parametrize("use", [SlotUse.BEGUN, SlotUse.UNUSED])
-async def test_a_late_claim_that_sent_nothing_releases_its_slot(shard: Shard, use: SlotUse) -> None:
+@pytest.mark.parametrize("use", [LimitUse.BEGUN, LimitUse.UNUSED])
+async def test_a_late_claim_that_sent_nothing_releases_its_entry(
+    shard: Shard, use: LimitUse
+) -> None:
     claim = await late_claim(shard)
 
     await shard.settle(claim, use)
@@ -186,7 +188,7 @@ async def test_a_late_claim_that_sent_nothing_releases_its_slot(shard: Shard, us
     assert await shard.claimed() == [1]
 
 
-async def test_a_late_settle_does_not_release_the_slot_of_the_dispatcher_that_sent_the_job(
+async def test_a_late_settle_does_not_release_the_entry_of_the_dispatcher_that_sent_the_job(
     shard: Shard,
 ) -> None:
     # Paused between claim and mark; the same attempt was claimed by another and sent.
@@ -195,7 +197,7 @@ async def test_a_late_settle_does_not_release_the_slot_of_the_dispatcher_that_se
     assert again.job == stopped.job
     await shard.settle(again)
 
-    await shard.settle(stopped, SlotUse.UNUSED)
+    await shard.settle(stopped, LimitUse.UNUSED)
 
     assert (await shard.sender()).window == dict.fromkeys(members(1), LEASE_MS)
 
@@ -207,21 +209,21 @@ async def test_a_late_settle_does_not_end_the_lease_of_the_current_holder(
     again = await claim_one(shard)
     assert again.job == stopped.job
 
-    await shard.settle(stopped, SlotUse.UNUSED)
+    await shard.settle(stopped, LimitUse.UNUSED)
 
     assert await shard.queue.confirm([again]) == [True]
     await shard.settle(again)
     assert (await shard.sender()).window == dict.fromkeys(members(1), LEASE_MS)
 
 
-async def test_two_expired_leases_of_one_attempt_take_two_slots(shard: Shard) -> None:
+async def test_two_expired_leases_of_one_attempt_take_two_entries(shard: Shard) -> None:
     stopped = await late_claim(shard, limit=2)
     assert (await claim_one(shard)).job == stopped.job
     await shard.at(2 * LEASE_MS)
     assert await shard.claimed(1) == []
     assert len((await shard.sender()).window) == 2
 
-    await shard.settle(stopped, SlotUse.UNUSED)
+    await shard.settle(stopped, LimitUse.UNUSED)
 
     assert len((await shard.sender()).window) == 1, "the other may have sent it"
 
@@ -231,7 +233,7 @@ async def test_a_late_settle_does_not_requeue_a_leased_job(shard: Shard) -> None
     again = await claim_one(shard)
     assert again.job == stopped.job
 
-    await shard.settle(stopped, SlotUse.UNUSED, retry_at=0, give_back=True)
+    await shard.settle(stopped, LimitUse.UNUSED, retry_at=0, give_back=True)
 
     assert await shard.claimed() == [2]
 
@@ -242,7 +244,7 @@ async def test_a_late_retry_keeps_the_keys_of_an_idle_sender(shard: Shard) -> No
     state = await shard.sender()
     assert (state.settings_expire, state.window_expires) == (True, True)
 
-    await shard.settle(claim, SlotUse.COUNTED, retry_at=100_000)
+    await shard.settle(claim, LimitUse.COUNTED, retry_at=100_000)
 
     state = await shard.sender()
     assert (state.settings_expire, state.window_expires) == (False, False)

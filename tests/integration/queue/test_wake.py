@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio.client import PubSub
 
-from outbox_server.shared.queue.queue import SlotUse
+from outbox_server.shared.queue.queue import LimitUse
 from tests.eventually import PATIENCE
 from tests.integration.queue.shard import SENDER, Shard, jobs
 
@@ -81,7 +81,7 @@ async def test_one_message_wakes_all_dispatchers_and_no_other_follows_until_one_
     assert await ear.heard() == 1
 
 
-async def test_a_settle_that_frees_a_slot_wakes_a_dispatcher(
+async def test_a_settle_that_frees_an_entry_wakes_a_dispatcher(
     shard: Shard, ear: ShardListener
 ) -> None:
     await shard.load(replace(NO_GAP, max_in_flight=1, jobs=jobs((1, 0), (2, 0))))
@@ -106,7 +106,7 @@ async def test_a_settle_after_which_no_job_waits_wakes_no_dispatcher(
 async def test_a_retry_wakes_a_dispatcher_for_its_time(shard: Shard, ear: ShardListener) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
     (claim,) = (await shard.claim()).claims
-    await shard.settle(claim, SlotUse.BEGUN, retry_at=5000)
+    await shard.settle(claim, LimitUse.BEGUN, retry_at=5000)
     assert await ear.heard() == 1
 
 

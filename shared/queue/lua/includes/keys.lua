@@ -12,5 +12,5 @@ local function settings_of(sender) return prefix .. 'sender:' .. sender end
 local function circuit_of(endpoint) return prefix .. 'circuit:' .. endpoint end
 local function waiters_of(endpoint) return prefix .. 'waiters:' .. endpoint end
 
--- Returns the member of a slot that counts as used because the claim's lease expired unsettled.
+-- Returns the member of an entry that counts as used because the claim's lease expired unsettled.
 local function assumed(member) return member .. '?' end

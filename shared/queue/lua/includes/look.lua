@@ -56,7 +56,7 @@ local function places(s, in_flight)
 end
 
 -- Limit.WINDOW: the instant from which the window has room for one more send, with `in_flight`
--- slots reserved: when the n-th newest end leaves the window, with n = limit - in_flight.
+-- entries reserved: when the n-th newest end leaves the window, with n = limit - in_flight.
 local function window_room_at(s, in_flight, window)
     local rank = s.limit - in_flight
     local oldest = redis.call('ZRANGE', window_of(s.id), -rank, -rank, 'WITHSCORES')
