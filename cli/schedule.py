@@ -173,7 +173,7 @@ def schedule(
     r"""Upload a CSV of recipients, of any size, as a batch.
 
     The CSV needs a column `email`; every column is a template variable.
-    The optional columns subject, body, html, schedule_time and timezone
+    The optional columns subject, body, html, schedule_time and time_zone
     apply to their row.
 
     $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}' \

@@ -21,6 +21,8 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.templates.batch import variable_name
 
 EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address", "recipient", "to"})
+# The column of a row's time zone. The second name is of older files; a file has one of them.
+ZONE_NAMES = ("time_zone", "timezone")
 # More than the largest mail. A longer cell is most likely a quote that is never closed.
 MAX_CELL_CHARACTERS = 16 * 1024 * 1024
 _SEPARATORS = ",;\t|"
@@ -301,6 +303,14 @@ def _email_index(columns: Sequence[str], names: Sequence[str]) -> int:
                 metadata={"column": name},
             )
         seen[name] = column
+    if seen.keys() >= set(ZONE_NAMES):
+        first, second = (seen[name] for name in ZONE_NAMES)
+        raise InvalidInput(
+            f"the columns {_show(first)} and {_show(second)} both give the time zone of a row; "
+            "keep one",
+            reason="CSV_DUPLICATE_COLUMN",
+            metadata={"column": ZONE_NAMES[1]},
+        )
     if "email" in names:
         return names.index("email")
     for index, name in enumerate(names):

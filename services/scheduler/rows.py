@@ -1,17 +1,17 @@
 """Converts each raw row to a job, or to a rejection that says what is wrong.
 
 A row is rejected for the first problem in this order: its number of cells, the address,
-`schedule_time` and `timezone`, columns that the templates require, the subject, the content.
+`schedule_time` and `time_zone`, columns that the templates require, the subject, the content.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
 from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
-from outbox_server.services.scheduler.csv_reader import EMAIL_NAMES, CsvTable
+from outbox_server.services.scheduler.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
 from outbox_server.services.scheduler.send_times import (
     BadScheduleTime,
     check_time_zone,
@@ -110,7 +110,8 @@ class CsvPlan:
         # `{{ email }}` is the address, whatever its column is called.
         index_of.setdefault("email", table.email_index)
         self._schedule_time_index = index_of.get("schedule_time", _ABSENT)
-        self._zone_index = index_of.get("timezone", _ABSENT)
+        self._zone_name = next((name for name in ZONE_NAMES if name in index_of), "")
+        self._zone_index = index_of.get(self._zone_name, _ABSENT)
         self._width = len(table.columns)
         # Cells of nameless columns at the end may be missing.
         self._least_width = max(index_of.values()) + 1
@@ -133,14 +134,15 @@ class CsvPlan:
         except BadAddress as error:
             return RowRejection(number, self._email_name, error.reason, error.message)
         schedule_time = None
-        if self._schedule_time_index >= 0 or self._zone_index >= 0:
+        # Without a column `schedule_time`, nothing uses a zone: it may be any text.
+        if self._schedule_time_index >= 0:
             try:
                 schedule_time = self._checks.schedule_time(
-                    raw[self._schedule_time_index] if self._schedule_time_index >= 0 else "",
+                    raw[self._schedule_time_index],
                     raw[self._zone_index] if self._zone_index >= 0 else "",
                 )
             except BadScheduleTime as error:
-                return RowRejection(number, error.column, error.reason, error.message)
+                return _bad_time(number, error, self._zone_name)
         if self._missing:
             return RowRejection(number, *self._missing)
         values = [raw[index] for index in self._indexes]
@@ -171,27 +173,24 @@ class RecipientPlan:
         cells: dict[str, str] = {}
         for column, cell in columns.items():
             name = self._name(column)
-            if name in EMAIL_NAMES or name in cells:
-                return RowRejection(
-                    number,
-                    name,
-                    "DUPLICATE_COLUMN",
-                    "the address belongs in `email`, not in a column"
-                    if name in EMAIL_NAMES
-                    else f"two columns have the variable name `{name}`",
-                )
+            problem = _duplicate(name, cells)
+            if problem:
+                return RowRejection(number, *problem)
             if name:
                 cells[name] = cell
         cells["email"] = email
+        zone_name = next((name for name in ZONE_NAMES if name in cells), "")
+        schedule_time = None
         try:
             recipient = check_address(email)
-            schedule_time = self._checks.schedule_time(
-                cells.get("schedule_time", ""), cells.get("timezone", "")
-            )
+            if "schedule_time" in cells:
+                schedule_time = self._checks.schedule_time(
+                    cells["schedule_time"], cells.get(zone_name, "")
+                )
         except BadAddress as error:
             return RowRejection(number, "email", error.reason, error.message)
         except BadScheduleTime as error:
-            return RowRejection(number, error.column, error.reason, error.message)
+            return _bad_time(number, error, zone_name)
         missing = _first_missing(self._template, cells)
         if missing:
             return RowRejection(number, *missing)
@@ -210,6 +209,12 @@ class RecipientPlan:
             if len(self._names) < _MAX_CACHED_NAMES:
                 self._names[column] = name
         return name
+
+
+def _bad_time(number: int, error: BadScheduleTime, zone_name: str) -> RowRejection:
+    """Reject a row for its time. `zone_name` is what the row calls its column `time_zone`."""
+    column = zone_name if zone_name and error.column == "time_zone" else error.column
+    return RowRejection(number, column, error.reason, error.message)
 
 
 class _Problem(NamedTuple):
@@ -265,6 +270,19 @@ class _Checks:
         ):
             return _Problem("", "NO_CONTENT", "the row has neither `body` nor `html`")
         return None
+
+
+def _duplicate(name: str, names: Container[str]) -> _Problem | None:
+    """Return the problem if `name` cannot be a column besides these of the same row, or None."""
+    if name in EMAIL_NAMES:
+        message = "the address belongs in `email`, not in a column"
+    elif name in names:
+        message = f"two columns have the variable name `{name}`"
+    elif name in ZONE_NAMES and any(other in names for other in ZONE_NAMES):
+        message = "`time_zone` and `timezone` both give the time zone; keep one"
+    else:
+        return None
+    return _Problem(name, "DUPLICATE_COLUMN", message)
 
 
 def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem | None:

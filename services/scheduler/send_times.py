@@ -1,7 +1,7 @@
-"""Converts a row's `schedule_time` and `timezone` to an instant, or says why it is impossible.
+"""Converts a row's `schedule_time` and `time_zone` to an instant, or says why it is impossible.
 
 The format is RFC 3339. A blank may replace the `T`, and seconds may be left out. A time without an
-offset is a local time in `timezone` (a name of the IANA database), or else in the time zone of the
+offset is a local time in `time_zone` (a name of the IANA database), or else in the time zone of the
 batch, which is UTC by default.
 """
 
@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 _FORM = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d:\d\d)?", re.ASCII
 )
-_EXAMPLE = "write 2026-11-24T09:00:00+01:00, or 2026-11-24 09:00 with a timezone"
+_EXAMPLE = "write 2026-11-24T09:00:00+01:00, or 2026-11-24 09:00 with a time_zone"
 # Files of the database that are not time zones, or that count leap seconds.
 _NOT_ZONES = ("posix/", "right/", "posixrules", "localtime", "Factory")
 _ZERO = timedelta(0)
@@ -25,8 +25,8 @@ _MAX_SHOWN = 40
 class BadScheduleTime(ValueError):
     """The texts do not give one instant.
 
-    `column` is `schedule_time` or `timezone`; `reason` is SCHEDULE_TIME_INVALID, UNKNOWN_TIME_ZONE,
-    LOCAL_TIME_DOES_NOT_EXIST or LOCAL_TIME_AMBIGUOUS.
+    `column` is `schedule_time` or `time_zone`; `reason` is SCHEDULE_TIME_INVALID,
+    UNKNOWN_TIME_ZONE, LOCAL_TIME_DOES_NOT_EXIST or LOCAL_TIME_AMBIGUOUS.
     """
 
     def __init__(self, column: str, reason: str, message: str) -> None:
@@ -45,7 +45,7 @@ def check_time_zone(name: str) -> tzinfo:
     zone = _zone(name)
     if zone is None:
         raise BadScheduleTime(
-            "timezone",
+            "time_zone",
             "UNKNOWN_TIME_ZONE",
             f"{_show(name)} is not a time zone; write a name such as Europe/Berlin or UTC",
         )

@@ -226,7 +226,7 @@ async def test_a_batch_of_a_paused_sender_is_accepted_and_the_answer_says_it_is_
 # What is refused
 
 
-CSV = "email,name,schedule_time,timezone\n"
+CSV = "email,name,schedule_time,time_zone\n"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +237,7 @@ CSV = "email,name,schedule_time,timezone\n"
         (b"email,name\n", "CSV_NO_ROWS", ""),
         (b"Name;Mail address\nAnn;a@b.org\n", "CSV_NO_EMAIL_COLUMN", "'Name', 'Mail address'"),
         (b"email,Name,name\na@b.org,x,y\n", "CSV_DUPLICATE_COLUMN", "name"),
+        (b"email,Timezone,time_zone\na@b.org,UTC,UTC\n", "CSV_DUPLICATE_COLUMN", "time zone"),
         (b"email,name\na@b.org,Zo\xeb\n", "CSV_NOT_UTF8", "byte 21"),
         (b"email,name\na@b.org,A\0nn\n", "CSV_NUL", "byte 20"),
         (b'email,name\na@b.org,"Ann\n', "CSV_UNCLOSED_QUOTE", "row 1"),
@@ -276,7 +277,7 @@ async def test_a_file_that_is_not_csv_is_refused_and_nothing_is_stored(
         ("a@b.org,Ann,,,more", "", "RAGGED_ROW"),
         ("a@b.org,Ann,2026-02-30 10:00,", "schedule_time", "SCHEDULE_TIME_INVALID"),
         ("a@b.org,Ann,tomorrow,", "schedule_time", "SCHEDULE_TIME_INVALID"),
-        ("a@b.org,Ann,2027-03-28 10:00,Mars/Olympus", "timezone", "UNKNOWN_TIME_ZONE"),
+        ("a@b.org,Ann,2027-03-28 10:00,Mars/Olympus", "time_zone", "UNKNOWN_TIME_ZONE"),
         (
             "a@b.org,Ann,2027-03-28 02:30,Europe/Berlin",
             "schedule_time",

@@ -157,6 +157,12 @@ def test_two_columns_of_the_same_name_are_refused() -> None:
     assert table("email,,\na,b,c\n").names == ("email", "", "")
 
 
+def test_two_columns_for_the_time_zone_are_refused() -> None:
+    error = refusal("email,Timezone,schedule_time,Time Zone\na@b.org,UTC,,UTC\n")
+    assert error.reason == "CSV_DUPLICATE_COLUMN"
+    assert "'Time Zone' and 'Timezone' both give the time zone of a row; keep one" in error.message
+
+
 def test_bytes_that_are_no_utf8_are_refused_with_their_place() -> None:
     head = "email,name\na@b.de,Ünö\n".encode()
     error = refusal(head + b"c@d.de,J\xf6rg\ne@f.de,x\n")

@@ -90,17 +90,21 @@ def test_empty_cells_beyond_the_header_are_tolerated() -> None:
 
 
 def test_the_first_problem_of_a_row_is_reported() -> None:
-    text = "email,schedule_time,timezone\nann,never,Mars\n"
+    text = "email,schedule_time,time_zone\nann,never,Mars\n"
     assert rejection(text).reason == "ADDRESS_INVALID"
     assert rejection(text.replace("ann", "a@example.com")).reason == "SCHEDULE_TIME_INVALID"
-    good = "email,schedule_time,timezone\nann@example.com,2026-11-24 09:00,UTC\n"
+    good = "email,schedule_time,time_zone\nann@example.com,2026-11-24 09:00,UTC\n"
     assert rejection(good).reason == "COLUMN_MISSING"
 
 
-def test_a_row_may_have_its_own_time() -> None:
+@pytest.mark.parametrize(
+    ("header", "column"),
+    [("time_zone", "time_zone"), ("Time Zone", "time_zone"), ("Timezone", "timezone")],
+)
+def test_a_row_may_have_its_own_time(header: str, column: str) -> None:
     template = BatchTemplate.compile("s", "b", "h")
     block = read(
-        "email,schedule_time,timezone\n"
+        f"email,schedule_time,{header}\n"
         "a@example.com,2026-11-24 09:00,Europe/Berlin\n"
         "b@example.com,2026-11-24T09:00:00+02:00,\n"
         "c@example.com,2026-11-24 09:00,\n"
@@ -118,8 +122,15 @@ def test_a_row_may_have_its_own_time() -> None:
     ]
     assert [found[:3] for found in block.rejections] == [
         (5, "schedule_time", "SCHEDULE_TIME_INVALID"),
-        (6, "timezone", "UNKNOWN_TIME_ZONE"),
+        (6, column, "UNKNOWN_TIME_ZONE"),
     ]
+
+
+def test_a_time_zone_that_nothing_uses_may_be_any_text() -> None:
+    template = BatchTemplate.compile("s", "{{ time_zone }}", "h")
+    assert read("email,Time Zone\na@example.com,Pacific Time\n", template).rows
+    row = RecipientPlan(template).read(1, ("a@example.com", {"time_zone": "Pacific Time"}))
+    assert isinstance(row, JobRow)
 
 
 def test_a_missing_column_rejects_every_row_and_is_named() -> None:
@@ -194,7 +205,21 @@ def test_inline_rows_are_read_like_csv_rows() -> None:
         ("a@example.com", {"name": "Ann", "E-Mail": "b@example.com"}, "DUPLICATE_COLUMN"),
         ("a@example.com", {"name": "Ann", "Name": "Bob"}, "DUPLICATE_COLUMN"),
         ("a@example.com", {"name": "Ann", "schedule_time": "soon"}, "SCHEDULE_TIME_INVALID"),
-        ("a@example.com", {"name": "Ann", "timezone": "Mars"}, "UNKNOWN_TIME_ZONE"),
+        (
+            "a@example.com",
+            {"name": "Ann", "schedule_time": "", "time_zone": "Mars"},
+            "UNKNOWN_TIME_ZONE",
+        ),
+        (
+            "a@example.com",
+            {"name": "Ann", "schedule_time": "", "timezone": "Mars"},
+            "UNKNOWN_TIME_ZONE",
+        ),
+        (
+            "a@example.com",
+            {"name": "Ann", "timezone": "UTC", "Time Zone": "UTC"},
+            "DUPLICATE_COLUMN",
+        ),
     ],
 )
 def test_a_bad_inline_row_is_rejected(email: str, columns: dict[str, str], reason: str) -> None:

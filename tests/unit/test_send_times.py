@@ -99,7 +99,7 @@ def test_a_date_that_does_not_exist_is_refused() -> None:
 def test_an_unknown_time_zone_is_refused_even_beside_an_offset(zone: str) -> None:
     for text in ("2026-11-24T09:00", "2026-11-24T09:00Z"):
         error = refusal(text, zone)
-        assert (error.column, error.reason) == ("timezone", "UNKNOWN_TIME_ZONE")
+        assert (error.column, error.reason) == ("time_zone", "UNKNOWN_TIME_ZONE")
 
 
 def test_an_empty_zone_counts_as_unset() -> None:
