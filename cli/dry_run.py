@@ -16,9 +16,9 @@ from outbox_server.cli.client import connection
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.output import note
 from outbox_server.cli.progress import upload_progress
-from outbox_server.services.scheduler.blocks import BlockReader
-from outbox_server.services.scheduler.payloads import CsvPayload
-from outbox_server.services.scheduler.servicers.batch_mapping import from_options, to_rejections
+from outbox_server.shared.intake.blocks import BlockReader
+from outbox_server.shared.intake.option_mapping import from_options, to_rejections
+from outbox_server.shared.intake.payloads import CsvPayload
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import BatchMode
 

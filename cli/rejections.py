@@ -13,7 +13,7 @@ from typing import BinaryIO, Final, TextIO
 from outbox.v1.batch_pb2 import Rejection
 
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.services.scheduler.csv_reader import CsvTable, read_csv
+from outbox_server.shared.intake.csv_reader import CsvTable, read_csv
 
 _READ_BYTES: Final = 64 * 1024
 # Added after the columns of the CSV. Templates ignore them, so the user need not remove them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
-from outbox_server.services.scheduler.rows import JobRow, RowRejection
+from outbox_server.shared.intake.rows import JobRow, RowRejection
 
 _MILLISECOND = timedelta(milliseconds=1)
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": ""})

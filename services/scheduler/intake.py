@@ -16,11 +16,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from outbox_server.services.scheduler.batch_options import BatchOptions, check_spread
-from outbox_server.services.scheduler.blocks import BlockReader, ReadBlock
 from outbox_server.services.scheduler.copy_format import Schedule, format_jobs, format_rejections
-from outbox_server.services.scheduler.payloads import Payload
-from outbox_server.services.scheduler.rows import RowRejection
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
     IntakeCounts,
@@ -32,6 +28,10 @@ from outbox_server.services.scheduler.storage.intake import (
 from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
+from outbox_server.shared.intake.batch_options import BatchOptions, check_spread
+from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
+from outbox_server.shared.intake.payloads import Payload
+from outbox_server.shared.intake.rows import RowRejection
 from outbox_server.shared.rpc.gate import Gate
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found
 from outbox_server.shared.states import BatchMode

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final
 
-from outbox_server.services.scheduler.addresses import BadAddress, check_address
-from outbox_server.services.scheduler.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.addresses import BadAddress, check_address
+from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared.sending_hours import SendingHours
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.smtp.endpoint import Endpoint

@@ -99,6 +99,16 @@ def from_duration(duration: Duration, field: str) -> timedelta:
         ) from None
 
 
+def whole_ms(duration: Duration, field: str) -> int:
+    """Return the duration in ms, rounded up.
+
+    Raises:
+        InvalidInput: it is not a valid duration.
+    """
+    from_duration(duration, field)
+    return -(-(duration.seconds * 1_000_000_000 + duration.nanos) // 1_000_000)
+
+
 def to_job_counts(counts: JobCounts) -> email_job_pb2.EmailJobCounts:
     """Return the proto of counts by state."""
     return email_job_pb2.EmailJobCounts(

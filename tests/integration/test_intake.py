@@ -26,8 +26,8 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from outbox_server.deploy.embedded.ports import free_port
-from outbox_server.services.scheduler.payloads import StreamedChunks
 from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.intake.payloads import StreamedChunks
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually

@@ -5,7 +5,7 @@ from email_validator import EmailNotValidError, validate_email
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
+from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 
 LABELS = st.sampled_from(
     ["example", "a", "x-y", "-x", "x-", "xn--bcher-kva", "ab--c", "1", "A", "a" * 63, "a" * 64, ""]

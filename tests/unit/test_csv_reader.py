@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from outbox_server.services.scheduler.csv_reader import CsvTable, read_csv
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.csv_reader import CsvTable, read_csv
 
 HEADER = "email,name\n"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outbox_server.services.scheduler.duplicates import DuplicateFinder
+from outbox_server.shared.intake.duplicates import DuplicateFinder
 
 KEYS = st.sampled_from(["a@x.de", "b@x.de", "c@x.de", "straße@x.de", "", "A@x.de"]) | st.text(
     alphabet=st.characters(exclude_categories=["Cs"]), max_size=3

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from outbox_server.services.scheduler.csv_reader import read_csv
-from outbox_server.services.scheduler.rows import (
+from outbox_server.shared.intake.csv_reader import read_csv
+from outbox_server.shared.intake.rows import (
     Block,
     CsvPlan,
     JobRow,

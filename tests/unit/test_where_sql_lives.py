@@ -20,8 +20,6 @@ EXCEPTIONS: Final = {
     "deploy/embedded/postgres.py": "creates the role and the database of the embedded server",
 }
 EXECUTING: Final = {"execute", "executemany", "scalar", "scalars", "stream", "stream_scalars"}
-# SQLite holds the addresses of an upload that are too many for the memory.
-NOT_POSTGRESQL: Final = {"services/scheduler/duplicates.py"}
 
 
 def modules() -> list[str]:
@@ -60,8 +58,6 @@ def violations(source: str) -> list[str]:
 
 def test_only_storage_modules_contain_sql() -> None:
     found = {module: violations((ROOT / module).read_text()) for module in modules()}
-    for module in NOT_POSTGRESQL:
-        found[module] = [name for name in found[module] if not name.startswith(".")]
     assert {
         module: names for module, names in found.items() if names and module not in EXCEPTIONS
     } == {}

@@ -13,18 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.forecasts import Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
-from outbox_server.services.scheduler.payloads import (
-    CsvPayload,
-    Payload,
-    RowsPayload,
-    StreamedChunks,
-    WholeFile,
-)
-from outbox_server.services.scheduler.servicers.batch_mapping import (
-    from_options,
-    to_batch,
-    to_rejections,
-)
+from outbox_server.services.scheduler.servicers.batch_mapping import to_batch
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
@@ -33,6 +22,14 @@ from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput, ResourceExhausted
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.option_mapping import from_options, to_rejections
+from outbox_server.shared.intake.payloads import (
+    CsvPayload,
+    Payload,
+    RowsPayload,
+    StreamedChunks,
+    WholeFile,
+)
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import MAX_ID, not_found, parse_id, to_timestamp

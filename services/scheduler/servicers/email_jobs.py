@@ -8,7 +8,6 @@ from typing import Final
 from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.addresses import BadAddress, check_address
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.job_mapping import (
@@ -30,6 +29,7 @@ from outbox_server.shared import bounds
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.addresses import BadAddress, check_address
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState, requested_enum

@@ -13,12 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler import senders
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
-from outbox_server.services.scheduler.servicers.calls import (
-    Context,
-    acting_user,
-    named_user,
-    whole_ms,
-)
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.sender_mapping import to_sender, to_verification
 from outbox_server.services.scheduler.smtp_presets import (
     PresetProvider,
@@ -34,7 +29,7 @@ from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.oauth2.credentials import TokenProvider
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import not_found, parse_id
+from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.endpoint import Endpoint

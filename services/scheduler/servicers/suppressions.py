@@ -6,7 +6,6 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import Context, named_user
 from outbox_server.services.scheduler.storage import suppressions as storage
@@ -14,6 +13,7 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 

@@ -10,10 +10,10 @@ from typing import Any, Final
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.rows import RowRejection
 from outbox_server.shared.database.counts import JobCounts, batch_counts
 from outbox_server.shared.database.models import Batch, BatchRejection
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.intake.rows import RowRejection
 from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy
 
 

@@ -21,7 +21,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.addresses import address_key
 from outbox_server.services.scheduler.explaining import LastAttempt
 from outbox_server.shared.database.cancellations import finished_now, is_now, state_now
 from outbox_server.shared.database.message_ids import message_id_address
@@ -35,6 +34,7 @@ from outbox_server.shared.database.models import (
     Sender,
 )
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.intake.addresses import address_key
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
 

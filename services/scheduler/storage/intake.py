@@ -26,7 +26,6 @@ from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.services.scheduler.batch_options import BatchOptions
 from outbox_server.services.scheduler.storage.spreading import (
     COPY_SPREAD_JOBS,
     Spread,
@@ -40,6 +39,7 @@ from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.recipient_keys import recipient_key
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.intake.batch_options import BatchOptions
 
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from outbox_server.services.scheduler.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import FieldViolation, InvalidInput
+from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchMode, DuplicatePolicy
 

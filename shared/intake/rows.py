@@ -10,9 +10,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
-from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
-from outbox_server.services.scheduler.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
-from outbox_server.services.scheduler.send_times import (
+from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
+from outbox_server.shared.intake.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
+from outbox_server.shared.intake.send_times import (
     BadScheduleTime,
     check_time_zone,
     parse_schedule_time,

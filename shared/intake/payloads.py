@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Final, NamedTuple, Protocol
 
-from outbox_server.services.scheduler.csv_reader import read_csv
-from outbox_server.services.scheduler.rows import CsvPlan, RecipientPlan, RowPlan
 from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.intake.csv_reader import read_csv
+from outbox_server.shared.intake.rows import CsvPlan, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate
 
 # A caller that sends nothing for longer would keep a transaction open to no purpose.

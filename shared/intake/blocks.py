@@ -6,11 +6,11 @@ from collections.abc import Generator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-from outbox_server.services.scheduler.batch_options import BatchOptions, under_options
-from outbox_server.services.scheduler.duplicates import DuplicateFinder
-from outbox_server.services.scheduler.payloads import Payload
-from outbox_server.services.scheduler.rows import JobRow, RowPlan, RowRejection, read_blocks
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.batch_options import BatchOptions, under_options
+from outbox_server.shared.intake.duplicates import DuplicateFinder
+from outbox_server.shared.intake.payloads import Payload
+from outbox_server.shared.intake.rows import JobRow, RowPlan, RowRejection, read_blocks
 from outbox_server.shared.message_size import MOST_BYTES
 from outbox_server.shared.states import DuplicatePolicy
 from outbox_server.shared.templates.batch import BatchTemplate, decode_variables

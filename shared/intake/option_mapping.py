@@ -1,0 +1,67 @@
+"""Converts the options of a batch and the rejections of its rows from and to protos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal
+
+from outbox.v1 import batch_pb2
+
+from outbox_server.shared.intake.batch_options import BatchOptions, check_options
+from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.rpc.proto_mapping import from_timestamp, parse_id, whole_ms
+from outbox_server.shared.states import BatchMode, DuplicatePolicy, requested_enum
+
+
+def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
+    """Check the options and return them. Unset options get their defaults.
+
+    Raises:
+        InvalidInput: an option is wrong.
+        NotFound: SENDER_NOT_FOUND: the sender's id is not a number.
+    """
+    spacing = whole_ms(options.spacing, "options.spacing") if options.HasField("spacing") else 0
+    expire_after = (
+        whole_ms(options.expire_after, "options.expire_after")
+        if options.HasField("expire_after")
+        else None
+    )
+    return check_options(
+        BatchOptions(
+            request_id=options.request_id,
+            sender_id=parse_id(options.sender_id, "options.sender_id"),
+            subject=options.subject if options.HasField("subject") else None,
+            body=options.body if options.HasField("body") else None,
+            html=options.html if options.HasField("html") else None,
+            schedule_time=_time(options, "schedule_time"),
+            spacing_ms=spacing,
+            duplicates=requested_enum(DuplicatePolicy, options.duplicates, "options.duplicates")
+            or DuplicatePolicy.KEEP_FIRST,
+            mode=requested_enum(BatchMode, options.mode, "options.mode") or BatchMode.PERMISSIVE,
+            time_zone=options.time_zone or "UTC",
+            expire_after_ms=expire_after,
+            spread_until=_time(options, "spread_until"),
+        )
+    )
+
+
+def _time(
+    options: batch_pb2.BatchOptions, name: Literal["schedule_time", "spread_until"]
+) -> datetime | None:
+    if not options.HasField(name):
+        return None
+    return from_timestamp(getattr(options, name), f"options.{name}")
+
+
+def to_rejections(rejections: Iterable[RowRejection]) -> list[batch_pb2.Rejection]:
+    """Return the protos of rejections."""
+    return [
+        batch_pb2.Rejection(
+            row_number=rejection.row_number,
+            column=rejection.column,
+            reason=rejection.reason,
+            message=rejection.message,
+        )
+        for rejection in rejections
+    ]
