@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.scheduler.explaining import (
     MOST_AHEAD,
     Explanation,
+    LastAttempt,
     OpenCircuit,
     Situation,
     explain,
@@ -19,7 +20,7 @@ from outbox_server.services.scheduler.explaining import (
 )
 from outbox_server.services.scheduler.storage import email_jobs as storage
 from outbox_server.services.scheduler.storage.batches import read_expire_after
-from outbox_server.services.scheduler.storage.email_jobs import JobRecord
+from outbox_server.services.scheduler.storage.email_jobs import JobRecord, PastAttempt
 from outbox_server.shared.database.engine import from_unix_ms, snapshot
 from outbox_server.shared.forecast.backlog import (
     BacklogPosition,
@@ -169,7 +170,19 @@ def _situation(
         opens=_opening(pace),
         circuit=circuit,
         cooldown=pace.cooldown,
-        last=job.last,
+        last=_last_attempt(job.last),
+    )
+
+
+def _last_attempt(attempt: PastAttempt | None) -> LastAttempt | None:
+    if attempt is None:
+        return None
+    return LastAttempt(
+        attempt.outcome,
+        attempt.message,
+        attempt.smtp_code,
+        attempt.enhanced_code,
+        attempt.reply_class,
     )
 
 

@@ -21,7 +21,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.explaining import LastAttempt
 from outbox_server.shared.database.cancellations import finished_now, is_now, state_now
 from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import (
@@ -36,6 +35,20 @@ from outbox_server.shared.database.models import (
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.intake.addresses import address_key
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
+
+
+@dataclass(frozen=True, slots=True)
+class PastAttempt:
+    """An attempt that has ended."""
+
+    number: int
+    started_at: datetime
+    ended_at: datetime
+    outcome: AttemptOutcome
+    smtp_code: int | None
+    enhanced_code: str | None
+    message: str | None
+    reply_class: ReplyClass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +69,12 @@ class JobRecord:
     attempts: int
     # Attempts that count as failures.
     failures: int
-    last: LastAttempt | None
+    # None means that no attempt has ended.
+    last: PastAttempt | None
     # When it expires. None means never.
     expires_at: datetime | None
     # When the server first deferred the mail. None means that it never did.
     deferred_since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class PastAttempt:
-    """An attempt that has ended."""
-
-    number: int
-    started_at: datetime
-    ended_at: datetime
-    outcome: AttemptOutcome
-    smtp_code: int | None
-    enhanced_code: str | None
-    message: str | None
-    reply_class: ReplyClass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,18 @@ _JOB: Final = (
 )
 
 
+_ATTEMPT: Final = (
+    Attempt.attempt,
+    Attempt.started_at,
+    Attempt.ended_at,
+    Attempt.outcome,
+    Attempt.smtp_code,
+    Attempt.enhanced_code,
+    Attempt.message,
+    Attempt.reply_class,
+)
+
+
 def is_to(address: str) -> ColumnElement[bool]:
     """Return the condition that a job goes to `address`, without regard to case.
 
@@ -119,13 +131,7 @@ def is_to(address: str) -> ColumnElement[bool]:
 def _described(jobs: Subquery) -> Select[Any]:
     """Return the statement that reads all data of `jobs`, a subquery that has their owner too."""
     last = lateral(
-        select(
-            Attempt.outcome,
-            Attempt.message,
-            Attempt.smtp_code,
-            Attempt.enhanced_code,
-            Attempt.reply_class,
-        )
+        select(*_ATTEMPT)
         .where(Attempt.email_job_id == jobs.c.id)
         .order_by(Attempt.attempt.desc())
         .limit(1)
@@ -155,21 +161,24 @@ def _record(row: Row[Any]) -> JobRecord:
         finished_at=row.finished_at,
         attempts=row.attempt,
         failures=row.failures,
-        last=_last(row),
+        last=None if row.last_attempt is None else _past(row, "last_"),
         expires_at=row.expires_at,
         deferred_since=row.deferred_since,
     )
 
 
-def _last(row: Row[Any]) -> LastAttempt | None:
-    if row.last_outcome is None:
-        return None
-    return LastAttempt(
-        outcome=AttemptOutcome(row.last_outcome),
-        message=row.last_message,
-        smtp_code=row.last_smtp_code,
-        enhanced_code=row.last_enhanced_code,
-        reply_class=enum_or_none(ReplyClass, row.last_reply_class),
+def _past(row: Any, prefix: str = "") -> PastAttempt:
+    """Return an attempt from the columns `_ATTEMPT`, whose labels begin with `prefix`."""
+    values = {column.key: getattr(row, prefix + column.key) for column in _ATTEMPT}
+    return PastAttempt(
+        number=values["attempt"],
+        started_at=values["started_at"],
+        ended_at=values["ended_at"],
+        outcome=AttemptOutcome(values["outcome"]),
+        smtp_code=values["smtp_code"],
+        enhanced_code=values["enhanced_code"],
+        message=values["message"],
+        reply_class=enum_or_none(ReplyClass, values["reply_class"]),
     )
 
 
@@ -284,30 +293,9 @@ async def list_attempts(
 ) -> Sequence[PastAttempt]:
     """Return the first `limit` attempts after number `after`. Check `job_exists` before."""
     rows = await connection.execute(
-        select(
-            Attempt.attempt,
-            Attempt.started_at,
-            Attempt.ended_at,
-            Attempt.outcome,
-            Attempt.smtp_code,
-            Attempt.enhanced_code,
-            Attempt.message,
-            Attempt.reply_class,
-        )
+        select(*_ATTEMPT)
         .where(Attempt.email_job_id == job_id, Attempt.attempt > after)
         .order_by(Attempt.attempt)
         .limit(limit)
     )
-    return [
-        PastAttempt(
-            number=row.attempt,
-            started_at=row.started_at,
-            ended_at=row.ended_at,
-            outcome=AttemptOutcome(row.outcome),
-            smtp_code=row.smtp_code,
-            enhanced_code=row.enhanced_code,
-            message=row.message,
-            reply_class=enum_or_none(ReplyClass, row.reply_class),
-        )
-        for row in rows
-    ]
+    return [_past(row) for row in rows]
