@@ -57,7 +57,7 @@ def audit(
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from sqlalchemy.exc import SQLAlchemyError
 
-    from outbox_server.deploy.embedded.record import RECORD, KeptMails
+    from outbox_server.deploy.record import RECORD, KeptMails
     from outbox_server.shared.audit.installation import audit_installation
     from outbox_server.shared.audit.report import AuditReport
 

@@ -21,9 +21,9 @@ from outbox_server.cli.demo_run import Demo, ScheduledBatch
 from outbox_server.cli.foreground import run
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
-from outbox_server.deploy.embedded.child import LocalServerError
-from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.supervisor import LocalSystem
+from outbox_server.deploy.record import read_record
 from outbox_server.shared.settings import Settings, format_duration, load_settings
 
 _WINDOW: Final = timedelta(seconds=20)

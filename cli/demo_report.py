@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from outbox_server.deploy.embedded.record import ReceivedMail, least_gap_s, most_in_any_window
+from outbox_server.deploy.record import ReceivedMail, least_gap_s, most_in_any_window
 from outbox_server.shared.audit.jobs import sent_twice
 
 

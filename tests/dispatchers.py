@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher.server import serve
 from outbox_server.shared.settings import Settings, load_settings
 

@@ -18,7 +18,7 @@ from outbox.v1.sender_service_pb2 import (
     VerifySenderResponse,
 )
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.shared.database.models import Base
 from outbox_server.shared.secrets import generate_key
 from tests.dispatchers import options, settings_of

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from email.message import EmailMessage
 from typing import TypeVar
 
-from outbox_server.deploy.embedded.certificates import Certificate
+from outbox_server.deploy.certificates import Certificate
 from outbox_server.deploy.providers.sasl import Account
 from outbox_server.deploy.providers.server import Provider
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.drill.report import DrillReport, renamed_recipients
 from outbox_server.deploy.drill.run import Drill
 from outbox_server.deploy.drill.stack import DrillStack
-from outbox_server.deploy.embedded.child import LocalServerError
-from outbox_server.deploy.embedded.record import KeptMails
+from outbox_server.deploy.record import KeptMails
 from outbox_server.shared.audit.installation import audit_installation
 from outbox_server.shared.audit.report import AuditReport
 

@@ -14,13 +14,13 @@ from typing import Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from outbox_server.deploy.child import Child
 from outbox_server.deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
 from outbox_server.deploy.drill.database import end_connections, fail_writes, heal_writes
 from outbox_server.deploy.drill.plan import LAG_S, Fault
 from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
 from outbox_server.deploy.drill.stack import DrillStack
 from outbox_server.deploy.drill.waiting import until
-from outbox_server.deploy.embedded.child import Child
 from outbox_server.deploy.embedded.postgres import SUPERUSER
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service

@@ -25,7 +25,7 @@ from outbox.v1.sender_pb2 import Sender, SmtpEndpoint
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
-from outbox_server.deploy.embedded.record import ReceivedMail
+from outbox_server.deploy.record import ReceivedMail
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from outbox_server.deploy.drill.run import RECOVERY_LIMIT_S, DrillOutcome
-from outbox_server.deploy.embedded.record import ReceivedMail
+from outbox_server.deploy.record import ReceivedMail
 from outbox_server.shared.audit.report import AuditReport
 
 

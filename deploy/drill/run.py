@@ -17,7 +17,7 @@ from outbox_server.deploy.drill.load import Answered, Load
 from outbox_server.deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
 from outbox_server.deploy.drill.stack import DrillStack
 from outbox_server.deploy.drill.waiting import until
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.ports import LOOPBACK
 
 # After a fault, a mail must be sent within this time. An outage may have begun meanwhile, and most
 # of the rest is the start of Python.

@@ -9,17 +9,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, Literal, Self
 
+from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.deploy.drill.clocks import clock_by_file, faketime_library, set_clock
 from outbox_server.deploy.drill.load import WINDOW
 from outbox_server.deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_END_TIMEOUT_S, SMTP_TIMEOUT_S
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.ports import LOOPBACK
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.supervisor import LocalSystem
 from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.shared.settings import Settings, load_settings
 
 # Long enough that a mail which meets one fault after the other does not use up all its attempts.

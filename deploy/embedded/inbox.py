@@ -23,13 +23,13 @@ from typing import Final, Self
 import uvloop
 from aiosmtpd.smtp import Envelope, Session
 
-from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.inbox_connection import InboxConnection
-from outbox_server.deploy.embedded.mail_store import MailStore
-from outbox_server.deploy.embedded.ports import LOOPBACK
-from outbox_server.deploy.embedded.record import ReceivedMail
 from outbox_server.deploy.embedded.trouble import InboxTrouble, Way
+from outbox_server.deploy.mail_store import MailStore
+from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.deploy.providers.policy import Policy
+from outbox_server.deploy.record import ReceivedMail
 from outbox_server.shared.smtp.replies import Phase
 
 DEFAULT_SIZE_LIMIT: Final = 64 * 1024 * 1024

@@ -9,9 +9,9 @@ from typing import AnyStr, Final, Protocol
 
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
-from outbox_server.deploy.embedded.mail_store import HOSTNAME
-from outbox_server.deploy.embedded.ports import LOOPBACK
 from outbox_server.deploy.embedded.trouble import LONG_LINE, InboxTrouble, Way
+from outbox_server.deploy.mail_store import HOSTNAME
+from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.deploy.providers.policy import GivenReply, Policy, Visit
 from outbox_server.shared.smtp.replies import Phase
 

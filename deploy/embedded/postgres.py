@@ -12,8 +12,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import sql
 
-from outbox_server.deploy.embedded.child import Child, LocalServerError, run_to_end, stop_orphans
-from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
+from outbox_server.deploy.child import Child, LocalServerError, run_to_end, stop_orphans
 from outbox_server.deploy.embedded.system_user import (
     DEFAULT_USER,
     all_may_enter,
@@ -21,6 +20,7 @@ from outbox_server.deploy.embedded.system_user import (
     user_for_postgres,
 )
 from outbox_server.deploy.embedded.wheels import postgres_binaries
+from outbox_server.deploy.ports import LOOPBACK, free_port
 
 SUPERUSER: Final = "postgres"
 _INITDB_LIMIT: Final = 120.0

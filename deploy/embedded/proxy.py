@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Callable
 from typing import Final, Self
 
-from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
+from outbox_server.deploy.ports import LOOPBACK, free_port
 
 _CHUNK: Final = 64 * 1024
 _BACKLOG: Final = 512

@@ -14,7 +14,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from outbox_server.deploy.embedded.child import Child
+from outbox_server.deploy.child import Child
 from outbox_server.shared.settings import Settings, format_duration
 
 # Importing a service takes Python a second, and several when the machine is busy.

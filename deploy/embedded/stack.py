@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Self, TextIO
 
-from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.valkey import ValkeyServer

@@ -11,11 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, Protocol, Self
 
-from outbox_server.deploy.embedded.child import Child, LocalServerError
+from outbox_server.deploy.child import Child, LocalServerError
 from outbox_server.deploy.embedded.encryption_key import key_in
-from outbox_server.deploy.embedded.ports import LOOPBACK, claim_port, free_port
 from outbox_server.deploy.embedded.service import Service, describe_end, environment_of
 from outbox_server.deploy.embedded.stack import Servers
+from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings
 

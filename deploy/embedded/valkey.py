@@ -9,14 +9,14 @@ from typing import Final
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from outbox_server.deploy.embedded.child import (
+from outbox_server.deploy.child import (
     CHILD_ENVIRONMENT,
     Child,
     LocalServerError,
     stop_orphans,
 )
-from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
 from outbox_server.deploy.embedded.wheels import valkey_binary
+from outbox_server.deploy.ports import LOOPBACK, free_port
 
 _START_LIMIT: Final = 30.0
 _STOP: Final = ((signal.SIGTERM, 5.0),)

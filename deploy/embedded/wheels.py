@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from outbox_server.deploy.embedded.child import LocalServerError
+from outbox_server.deploy.child import LocalServerError
 
 
 def package_folder(name: str) -> Path:

@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
-from outbox_server.deploy.embedded.child import LocalServerError
-from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.certificates import self_signed, server_context
+from outbox_server.deploy.child import LocalServerError
+from outbox_server.deploy.mail_store import MailStore
 from outbox_server.deploy.providers.catalog import PROFILES
 from outbox_server.deploy.providers.describe import describe
 from outbox_server.deploy.providers.profile import Profile

@@ -7,8 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
-from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.certificates import self_signed, server_context
+from outbox_server.deploy.mail_store import MailStore
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.deploy.providers.sasl import Account
 from outbox_server.deploy.providers.server import Provider

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Final, Self
 from urllib.parse import quote
 
-from outbox_server.deploy.embedded.child import LocalServerError
-from outbox_server.deploy.embedded.mail_store import MailStore
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.child import LocalServerError
+from outbox_server.deploy.mail_store import MailStore
+from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.deploy.providers.policy import Policy, Visit, reply_of
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.deploy.providers.sasl import Account

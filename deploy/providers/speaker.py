@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from outbox_server.deploy.embedded.mail_store import MailStore
+from outbox_server.deploy.mail_store import MailStore
 from outbox_server.deploy.providers.policy import GivenReply, Policy, Visit, reply_of
 from outbox_server.deploy.providers.profile import Profile, RefusingReply
 from outbox_server.deploy.providers.sasl import Account

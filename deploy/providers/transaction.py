@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from outbox_server.deploy.embedded.mail_store import message_id_of
+from outbox_server.deploy.mail_store import message_id_of
 from outbox_server.deploy.providers.speaker import Speaker
 from outbox_server.deploy.providers.tally import AcceptedMail
 from outbox_server.deploy.providers.wire import LONGEST_TEXT_LINE, BodyTooLargeError

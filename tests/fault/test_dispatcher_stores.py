@@ -12,7 +12,7 @@ from functools import partial
 import psycopg
 import pytest
 
-from outbox_server.deploy.embedded.child import processes_in
+from outbox_server.deploy.child import processes_in
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.shared.states import JobState
 from tests.conftest import Stores

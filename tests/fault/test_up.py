@@ -27,7 +27,7 @@ from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.record import ReceivedMail, least_gap_s, read_record
+from outbox_server.deploy.record import ReceivedMail, least_gap_s, read_record
 from tests.eventually import PATIENCE, eventually
 
 OUTBOX = Path(sys.executable).with_name("outbox")

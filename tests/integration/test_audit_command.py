@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
-from outbox_server.deploy.embedded.record import KeptMails, ReceivedMail
+from outbox_server.deploy.record import KeptMails, ReceivedMail
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch, sweep
 from outbox_server.shared.audit.installation import audit_installation
 from outbox_server.shared.audit.report import AuditReport

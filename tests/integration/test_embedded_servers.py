@@ -21,19 +21,19 @@ import psycopg
 import pytest
 from redis.asyncio import Redis
 
-from outbox_server.deploy.embedded.child import (
+from outbox_server.deploy.child import (
     Child,
     LocalServerError,
     processes_in,
     run_to_end,
     stop_orphans,
 )
-from outbox_server.deploy.embedded.ports import free_port
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.stack import FolderInUseError, Servers
 from outbox_server.deploy.embedded.system_user import user_for_postgres
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.deploy.embedded.wheels import postgres_binaries
+from outbox_server.deploy.ports import free_port
 from tests.eventually import PATIENCE, eventually
 
 HOLDER = """

@@ -13,7 +13,7 @@ import pytest_asyncio
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.keys import job_of

@@ -12,10 +12,10 @@ from pathlib import Path
 import aiosmtplib
 import pytest
 
-from outbox_server.deploy.embedded.child import Child, LocalServerError
+from outbox_server.deploy.child import Child, LocalServerError
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.ports import free_port
-from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.ports import free_port
+from outbox_server.deploy.record import read_record
 from tests.eventually import eventually
 
 MAIL = b"From: a@x.test\r\nMessage-ID: <1@x.test>\r\n\r\nHello\r\n"

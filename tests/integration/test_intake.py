@@ -25,7 +25,7 @@ from outbox.v1.sender_service_pb2 import DeleteSenderRequest, PauseSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.intake.payloads import StreamedChunks
 from outbox_server.shared.settings import load_settings

@@ -11,7 +11,7 @@ from typing import Any
 import aiosmtplib
 import pytest
 
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
 from outbox_server.shared.smtp.oauth2_auth import Login, authenticate
 from tests.oauth2_smtp import OAuth2SmtpServer
 

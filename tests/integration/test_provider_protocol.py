@@ -14,9 +14,8 @@ from typing import cast
 
 import pytest
 
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
-from outbox_server.deploy.embedded.mail_store import MailStore
-from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.mail_store import MailStore
 from outbox_server.deploy.providers.catalog import PLAIN
 from outbox_server.deploy.providers.google import GMAIL
 from outbox_server.deploy.providers.microsoft import EXCHANGE_ONLINE
@@ -25,6 +24,7 @@ from outbox_server.deploy.providers.sasl import Account
 from outbox_server.deploy.providers.server import Provider
 from outbox_server.deploy.providers.tally import Ending, Tally
 from outbox_server.deploy.providers.wire import LONGEST_COMMAND, LineTooLongError, Wire
+from outbox_server.deploy.record import read_record
 from outbox_server.shared.smtp.replies import Phase
 from tests.eventually import eventually
 from tests.provider_clients import (

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
-from outbox_server.deploy.embedded.mail_store import MailStore
-from outbox_server.deploy.embedded.record import read_record
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.mail_store import MailStore
 from outbox_server.deploy.providers.catalog import (
     IONOS,
     PLAIN,
@@ -27,6 +26,7 @@ from outbox_server.deploy.providers.microsoft import EXCHANGE_BLOCKED, EXCHANGE_
 from outbox_server.deploy.providers.profile import CONTENT_MARKER, DAY_S, MINUTE_S, Profile
 from outbox_server.deploy.providers.server import Provider
 from outbox_server.deploy.providers.tally import Ending
+from outbox_server.deploy.record import read_record
 from tests.eventually import eventually
 from tests.provider_clients import (
     ACCOUNTS,

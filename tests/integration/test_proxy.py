@@ -13,9 +13,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.deploy.ports import LOOPBACK
 from tests.conftest import Stores
 from tests.eventually import eventually
 

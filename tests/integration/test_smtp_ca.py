@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.shared.bounds import MAX_CA_BYTES, MAX_CA_CERTIFICATES
 from outbox_server.shared.errors import ConfigurationError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher.smtp import SmtpPool, session
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import AttemptOutcome, SmtpSecurity

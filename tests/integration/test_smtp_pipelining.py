@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 import uvloop
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.services.dispatcher.smtp import GivenBackError, SmtpPool
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.states import AttemptOutcome, ReplyClass, SmtpSecurity

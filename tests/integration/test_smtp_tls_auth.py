@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.smtp import pool as pools
 from outbox_server.shared.egress import Egress

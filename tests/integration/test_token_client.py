@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.ports import free_port
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.oauth2.token_answers import Failure, Grant

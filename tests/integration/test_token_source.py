@@ -19,7 +19,7 @@ from psycopg.rows import namedtuple_row
 from sqlalchemy import Engine, event, insert
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender
 from outbox_server.shared.egress import Egress

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from typing import Final, Self
 
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.ports import LOOPBACK
 
 # The answer of postgrey. Postfix replies `450 4.2.0 <address>: Recipient address rejected: ...`.
 _LATER: Final = "DEFER_IF_PERMIT Greylisted, see http://postgrey.schweikert.ch/help/y.test.html"

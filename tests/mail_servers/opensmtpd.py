@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.embedded.child import Child
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.child import Child
+from outbox_server.deploy.ports import LOOPBACK
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.server import DOMAIN, MAILDIR, USERNAME, MailServer
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.embedded.child import CHILD_ENVIRONMENT, Child
+from outbox_server.deploy.child import CHILD_ENVIRONMENT, Child
 from tests.eventually import eventually
 
 _INSTALL: Final = Path(__file__).with_name("install.sh")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.shared.database.message_ids import message_id_for
 from outbox_server.shared.secrets import SecretBox, generate_key
 from outbox_server.shared.settings import Settings

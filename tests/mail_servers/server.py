@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final, Self
 
-from outbox_server.deploy.embedded.child import Child, LocalServerError
-from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
+from outbox_server.deploy.child import Child, LocalServerError
+from outbox_server.deploy.ports import LOOPBACK, free_port
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.root import Root
 

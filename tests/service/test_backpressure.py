@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.scheduler import intake
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores

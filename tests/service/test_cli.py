@@ -25,8 +25,8 @@ from outbox_server.cli.demo_report import ExpectedMails, report_on, to_document
 from outbox_server.cli.main import OutboxGroup, app
 from outbox_server.cli.options import read_time
 from outbox_server.deploy.embedded.encryption_key import key_in
-from outbox_server.deploy.embedded.record import ReceivedMail
 from outbox_server.deploy.embedded.service import environment_of
+from outbox_server.deploy.record import ReceivedMail
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings, load_settings
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.stats.server import serve as serve_stats
 from tests import cooldowns
 from tests.commands import CommandResult, outbox, run

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.settings import load_settings
 from tests.commands import run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_server.deploy.embedded.certificates import self_signed
+from outbox_server.deploy.certificates import self_signed
 from outbox_server.shared.secrets import SecretBox, generate_key
 from tests.commands import CommandResult, outbox
 from tests.scheduler_stack import Scheduler, running_scheduler

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest_asyncio
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
+from outbox_server.deploy.certificates import self_signed, server_context
 from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.smtp_servers import Say, ScriptedServer
 

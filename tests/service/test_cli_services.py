@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from psycopg import sql
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
 

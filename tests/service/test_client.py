@@ -15,7 +15,7 @@ from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
 from outbox.v1.sender_service_pb2 import GetSenderRequest
 from outbox_client import NO_RETRIES, AlreadyExists, AsyncClient, NotFound, Tls, Unavailable
 
-from outbox_server.deploy.embedded.certificates import self_signed
+from outbox_server.deploy.certificates import self_signed
 from tests.misbehaving import EitherClient, misbehaving_server
 from tests.scheduler_stack import Scheduler, running_scheduler
 

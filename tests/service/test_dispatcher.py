@@ -17,7 +17,7 @@ import pytest
 from outbox.v1 import dispatcher_pb2
 
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher import dispatcher as dispatcher_module
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState
 from tests.dispatchers import RunningDispatcher, options, process, running, settings_of

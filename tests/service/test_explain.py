@@ -16,7 +16,7 @@ from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_CANCELLED
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
 from outbox_server.cli.options import to_duration, to_timestamp
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from tests import cooldowns, dispatchers
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
-from outbox_server.deploy.embedded.certificates import self_signed
+from outbox_server.deploy.certificates import self_signed
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.rpc.server import GrpcServer

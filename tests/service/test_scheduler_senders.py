@@ -23,7 +23,7 @@ from outbox.v1.sender_service_pb2 import (
 )
 from redis.asyncio import Redis
 
-from outbox_server.deploy.embedded.certificates import self_signed
+from outbox_server.deploy.certificates import self_signed
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import connect, open_queues

@@ -22,7 +22,7 @@ from outbox.v1 import stats_service_pb2 as proto
 from outbox.v1 import stats_service_pb2_grpc
 from outbox.v1.email_job_pb2 import EmailJobCounts
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.stats.server import serve
 from outbox_server.shared.settings import load_settings
 from tests import cooldowns

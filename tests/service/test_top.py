@@ -18,7 +18,7 @@ import pytest
 from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED
 from outbox.v1.sender_service_pb2 import GetSenderRequest
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.stats.server import serve as serve_stats
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from tests import cooldowns

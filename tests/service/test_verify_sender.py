@@ -21,8 +21,8 @@ from outbox.v1.sender_pb2 import (
 )
 from outbox.v1.sender_service_pb2 import VerifySenderRequest, VerifySenderResponse
 
-from outbox_server.deploy.embedded.certificates import self_signed, server_context
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.certificates import self_signed, server_context
+from outbox_server.deploy.ports import free_port
 from outbox_server.services.scheduler.verifying import AT_ONCE_PER_USER
 from tests.eventually import eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_server.deploy.embedded.record import (
+from outbox_server.deploy.record import (
     ReceivedMail,
     RecordFile,
     least_gap_s,

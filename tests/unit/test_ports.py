@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from outbox_server.deploy.embedded.ports import claim_port, free_port
+from outbox_server.deploy.ports import claim_port, free_port
 
 
 def test_a_port_claimed_by_one_stack_is_not_given_to_another_until_it_stops() -> None:

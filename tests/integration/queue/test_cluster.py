@@ -17,9 +17,9 @@ import pytest_asyncio
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from outbox_server.deploy.embedded.child import Child
-from outbox_server.deploy.embedded.ports import LOOPBACK, free_port
+from outbox_server.deploy.child import Child
 from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.deploy.ports import LOOPBACK, free_port
 from outbox_server.shared.queue.queue import LimitUse, Settlement
 from tests.conftest import Stores
 from tests.eventually import eventually

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.embedded.record import (
+from outbox_server.deploy.record import (
     MESSAGE_ID,
     RECORD,
     ReceivedMail,

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from outbox_server.deploy.embedded.ports import LOOPBACK
+from outbox_server.deploy.ports import LOOPBACK
 
 
 class Certificate(NamedTuple):
