@@ -23,6 +23,7 @@ from liquid.builtin.tags.echo_tag import EchoNode, EchoTag
 from liquid.context import RenderContext
 from liquid.exceptions import ResourceLimitError
 from liquid.expression import Expression
+from liquid.filter import with_environment
 from liquid.stringify import to_liquid_string
 from liquid.template import BoundTemplate
 from markupsafe import Markup
@@ -256,11 +257,17 @@ def _result_size(name: str, left: object, arguments: tuple[object, ...]) -> int:
     return 0
 
 
-def _guard(name: str, filter_: Callable[..., Any], budget: Budget) -> Callable[..., Any]:
+# Cached, because each batch has environments of its own and all of them use the same filters.
+@functools.cache
+def _guard(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     slow = _SLOW_FILTERS.get(name)
+    wants_environment = getattr(filter_, "with_environment", False)
 
-    @functools.wraps(filter_)  # keeps attributes such as `with_environment`
-    def guarded(left: object, *arguments: object, **named: object) -> Any:
+    @with_environment
+    @functools.wraps(filter_)  # keeps attributes such as `with_context`
+    def guarded(
+        left: object, *arguments: object, environment: GuardedEnvironment, **named: object
+    ) -> Any:
         size = _size(left)
         for argument in (*arguments, *named.values()):
             size += _size(argument)
@@ -270,7 +277,9 @@ def _guard(name: str, filter_: Callable[..., Any], budget: Budget) -> Callable[.
             raise ResourceLimitError("the format of `date` must not have a width", token=None)
         if _result_size(name, left, arguments) > MAX_CHARACTERS:
             raise ResourceLimitError(f"the result of `{name}` is too long", token=None)
-        budget.spend(_CALL_COST + size)
+        environment.budget.spend(_CALL_COST + size)
+        if wants_environment:
+            named["environment"] = environment
         result = filter_(left, *arguments, **named)
         _size(result)
         return result
@@ -303,7 +312,7 @@ class GuardedEnvironment(liquid.Environment):
             self.add_tag(tag)
         del self.filters["safe"]
         for name, filter_ in _sorted_items(self.filters):
-            self.filters[name] = _guard(name, filter_, self.budget)
+            self.filters[name] = _guard(name, filter_)
 
 
 def _sorted_items(
