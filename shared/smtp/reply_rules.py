@@ -40,7 +40,7 @@ class Rule:
     def concerns(self, phase: Phase, digit: int) -> bool:
         """Return whether the rule can match a reply of this phase and first digit."""
         of_phase = not self.phases or phase in self.phases
-        return of_phase and any(code // 100 == digit for code in self.codes)
+        return of_phase and not self.codes.isdisjoint(range(digit * 100, digit * 100 + 100))
 
     def matches(self, code: int, enhanced: str | None, text: str, *, used: bool) -> bool:
         """Return whether all conditions hold. The rule must concern the phase of the reply.
