@@ -19,13 +19,13 @@ def migrate() -> None:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from outbox_server.shared.database import engine as database
+    from outbox_server.shared.database import schema
     from outbox_server.shared.settings import load_settings
 
     url = load_settings().database_url
     try:
         place = make_url(url).render_as_string(hide_password=True)
-        database.migrate(url)
+        schema.migrate(url)
     except SQLAlchemyError as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None

@@ -1,4 +1,4 @@
-"""Access to PostgreSQL: the engine, migrations, and conversions for storage modules."""
+"""Access to PostgreSQL: the engine, and conversions for storage modules."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from typing import Any, TypeVar
 
 import psycopg
 import structlog
-from alembic import command
-from alembic.config import Config
 from sqlalchemy import event, select
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
@@ -153,20 +150,6 @@ def unix_ms(time: datetime) -> int:
 def from_unix_ms(milliseconds: int) -> datetime:
     """Return the UTC time of `milliseconds` since 1970."""
     return _EPOCH + timedelta(milliseconds=milliseconds)
-
-
-def _config(url: str) -> Config:
-    config = Config()
-    config.set_main_option(
-        "script_location", str(files("outbox_server.shared.database").joinpath("migrations"))
-    )
-    config.set_main_option("sqlalchemy.url", driver_url(url).replace("%", "%%"))
-    return config
-
-
-def migrate(url: str) -> None:
-    """Bring the schema up to date; safe to run from many processes at once."""
-    command.upgrade(_config(url), "head")
 
 
 async def until_reachable(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[T]]) -> T:

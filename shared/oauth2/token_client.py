@@ -22,7 +22,7 @@ from outbox_server.shared.oauth2.token_answers import (
     refusal,
 )
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.tls import operator_ca, trusting_context
+from outbox_server.shared.tls import TlsContexts
 
 # Limit of the whole exchange, from the look-up of the name to the last byte.
 LIMIT: Final = timedelta(seconds=10)
@@ -59,8 +59,8 @@ class TokenRequest:
 class TokenClient:
     """Sends requests to token endpoints. It keeps no connection, as tokens last about an hour."""
 
-    def __init__(self, egress: Egress, tls: ssl.SSLContext, limit: timedelta = LIMIT) -> None:
-        self._network = _PermittedNetwork(egress)
+    def __init__(self, egress: Egress, tls: TlsContexts, limit: timedelta = LIMIT) -> None:
+        self._network = _JudgedNetwork(egress)
         self._tls = tls
         self._limit = limit
 
@@ -71,14 +71,17 @@ class TokenClient:
         Raises:
             ConfigurationError: OUTBOX_SMTP_CA cannot be read, or OUTBOX_SMTP_ALLOW is wrong.
         """
-        return cls(Egress.from_settings(settings), trusting_context(operator_ca(settings)))
+        return cls(Egress.from_settings(settings), TlsContexts.from_settings(settings))
 
     async def request(self, wanted: TokenRequest) -> Grant | Failure:
         """Return an access token or the reason why there is none, within the limit."""
         host = urlsplit(wanted.token_url).hostname or ""
+        # Built at the first request, as it takes tens of milliseconds and most installations have
+        # no sender with OAuth 2.0.
+        tls = await self._tls.context_for("")
         try:
             async with asyncio.timeout(self._limit.total_seconds()):
-                return await self._exchange(wanted)
+                return await self._exchange(wanted, tls)
         except TimeoutError:
             seconds = f"{self._limit.total_seconds():g} s"
             return outage(f"{host} gave no complete answer within {seconds}")
@@ -89,7 +92,7 @@ class TokenClient:
             said = clean(str(error), wanted.secrets()) or type(error).__name__
             return outage(f"no answer from {host}: {said}")
 
-    async def _exchange(self, wanted: TokenRequest) -> Grant | Failure:
+    async def _exchange(self, wanted: TokenRequest, tls: ssl.SSLContext) -> Grant | Failure:
         headers = [
             (b"Accept", b"application/json"),
             # Without compression, so that the limit of the size holds.
@@ -99,7 +102,7 @@ class TokenClient:
             (b"User-Agent", b"outbox"),
         ]
         async with (
-            httpcore.AsyncConnectionPool(self._tls, network_backend=self._network) as pool,
+            httpcore.AsyncConnectionPool(tls, network_backend=self._network) as pool,
             pool.stream(
                 "POST", wanted.token_url, headers=headers, content=wanted.form()
             ) as response,

@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -30,8 +30,9 @@ class RuleSet:
     names: frozenset[str]
 
 
+@cache
 def built_in_rules() -> tuple[Rule, ...]:
-    """Return the rules that ship with Outbox."""
+    """Return the rules that ship with Outbox. They are immutable, and read once."""
     data = files("outbox_server.shared.smtp").joinpath(BUILT_IN_FILE).read_bytes()
     return _RuleFile(BUILT_IN_FILE, data).read(frozenset()).rules
 

@@ -9,8 +9,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from outbox_server.shared.database.engine import driver_url, migrate
+from outbox_server.shared.database.engine import driver_url
 from outbox_server.shared.database.models import Base
+from outbox_server.shared.database.schema import migrate
 
 
 def test_the_migrated_schema_equals_the_models(database_url: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.oauth2.token_answers import Failure, Grant
 from outbox_server.shared.oauth2.token_client import MAX_ANSWER_BYTES, TokenClient, TokenRequest
 from outbox_server.shared.settings import load_settings
+from outbox_server.shared.tls import TlsContexts
 from tests.oauth2_provider import Endless, Hold, OAuth2Provider, PlannedAnswer
 
 LOOPBACK = Egress(["127.0.0.0/8"])
@@ -167,7 +167,7 @@ async def test_a_silent_provider_times_out(
     certificate: Certificate, provider: OAuth2Provider
 ) -> None:
     provider.plan = [Hold()]
-    tls = ssl.create_default_context(cafile=str(certificate.public))
+    tls = TlsContexts(certificate.public.read_text())
     client = TokenClient(LOOPBACK, tls, limit=timedelta(milliseconds=300))
     found = await failure(client, wanted(provider))
     assert found == Failure(
@@ -264,7 +264,7 @@ async def test_the_client_connects_to_the_address_that_was_checked(
         return real(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
-    tls = ssl.create_default_context(cafile=str(certificate.public))
+    tls = TlsContexts(certificate.public.read_text())
     # The first address has no listener, which is allowed; the provider is at the second.
     client = TokenClient(Egress(["127.0.0.2"]), tls)
     url = f"https://rebinding.test:{provider.port}/token"

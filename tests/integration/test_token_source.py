@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import ssl
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -28,6 +27,7 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.secrets import SecretBox, generate_key
 from outbox_server.shared.settings import load_settings
+from outbox_server.shared.tls import TlsContexts
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.oauth2_provider import Hold, OAuth2Provider, PlannedAnswer
@@ -70,7 +70,7 @@ async def new_source(database_url: str, certificate: Certificate) -> AsyncIterat
             settings = load_settings(database_url=database_url)
             own = create_engine(settings, lookups_only=True, single_statements=True)
             stack.push_async_callback(own.dispose)
-            tls = ssl.create_default_context(cafile=str(certificate.public))
+            tls = TlsContexts(certificate.public.read_text())
             source = TokenSource(own, box, TokenClient(Egress(["127.0.0.1"]), tls), lease=lease)
             stack.push_async_callback(source.close)
             return source
