@@ -16,6 +16,9 @@ STUBS := client/src/outbox/v1/outbox.binpb
 # needed to compare with it. The first one was recorded before the first release, when the names
 # were final: since then nothing in outbox.v1 may be renamed, renumbered or removed.
 RELEASED := .ci/released-contract.binpb
+# Python keeps what it compiles. The tests start hundreds of processes, and each would compile all
+# modules again.
+unexport PYTHONDONTWRITEBYTECODE
 ASYNC := $(wildcard client/src/outbox_client/_async/*.py)
 
 .PHONY: help
