@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import typer
 from typer.main import get_command
 
+from outbox_server.cli import lazy
 from outbox_server.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A line of a code block, with what it is preceded by, or a piece of code within a sentence.
 SHOWN = re.compile(r"^(?:[A-Z_]+=\S* |export \w+=\$\()*(?:\.venv/bin/)?outbox (.*)$")
 INLINE = re.compile(r"`(?:[A-Z_]+=\S* )?(?:\.venv/bin/)?outbox ([^`]+)`")
+
+
+@pytest.fixture(scope="module")
+def outbox() -> Iterator[Any]:
+    """The root of the command tree. Each group is built once, and not for every example."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lazy, "command_of", cache(get_command))
+        yield get_command(app)
 
 
 def commands(command: Any, name: str = "outbox") -> Iterator[tuple[str, Any]]:
@@ -29,8 +39,8 @@ def commands(command: Any, name: str = "outbox") -> Iterator[tuple[str, Any]]:
         yield from commands(found, f"{name} {each}")
 
 
-def of_help() -> Iterator[tuple[str, str]]:
-    for name, command in commands(get_command(app)):
+def of_help(outbox: Any) -> Iterator[tuple[str, str]]:
+    for name, command in commands(outbox):
         for paragraph in re.split(r"\n\s*\n", command.help or ""):
             if paragraph.lstrip("\b\n ").startswith("$ outbox "):
                 text = paragraph.replace("\\\n", " ").replace("\n", " ")
@@ -51,10 +61,9 @@ def of_pages() -> Iterator[tuple[str, str]]:
             yield page.name, found[1].replace("\n", " ")
 
 
-@pytest.mark.parametrize(("where", "example"), [*of_help(), *of_pages()])
-def test_every_command_shown_in_the_docs_parses(where: str, example: str) -> None:  # noqa: ARG001 - its name
+def parse(command: Any, example: str) -> None:
+    """Parse an example as the command line does, from the root of the command tree."""
     context: Any = None
-    command: Any = get_command(app)
     arguments = [word for word in shlex.split(example) if word != "..."]
     while arguments or context is None:
         try:
@@ -69,6 +78,18 @@ def test_every_command_shown_in_the_docs_parses(where: str, example: str) -> Non
     # A command or a group that is named and not called.
 
 
-def test_the_docs_contain_command_examples() -> None:
-    assert len([*of_help()]) > 20
-    assert len([*of_pages()]) > 40
+# One test for all examples: collecting them imports every command, which takes a second.
+def test_every_command_shown_in_help_parses(outbox: Any, subtests: pytest.Subtests) -> None:
+    examples = list(of_help(outbox))
+    assert len(examples) > 20
+    for where, example in examples:
+        with subtests.test(f"{where}: {example}"):
+            parse(outbox, example)
+
+
+def test_every_command_shown_in_the_docs_parses(outbox: Any, subtests: pytest.Subtests) -> None:
+    examples = list(of_pages())
+    assert len(examples) > 40
+    for where, example in examples:
+        with subtests.test(f"{where}: {example}"):
+            parse(outbox, example)

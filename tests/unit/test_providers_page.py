@@ -54,6 +54,7 @@ def rows() -> Iterator[Row]:
 
 
 ROWS = list(rows())
+BUILT_IN = ReplyRules.load("")
 
 
 def test_every_row_with_a_reply_is_read() -> None:
@@ -69,10 +70,9 @@ def test_every_row_with_a_reply_is_read() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"line {row.line}: {row.reply[:40]}")
 def test_the_classes_on_the_page_match_the_rules(row: Row) -> None:
-    rules = ReplyRules.load("")
     enhanced, text = split_enhanced_code(row.code, row.reply)
     found = {
-        (phase.name, earlier): rules.meaning(Reply(phase, row.code, enhanced, text, earlier))
+        (phase.name, earlier): BUILT_IN.meaning(Reply(phase, row.code, enhanced, text, earlier))
         for phase, earlier in row.cases()
     }
     # A refusal that no rule explains is tried on a new connection first.

@@ -284,9 +284,9 @@ def test_a_file_that_is_too_big_is_refused(file: Path) -> None:
 
 
 def test_an_error_message_is_short_for_any_file(file: Path) -> None:
-    assert len(error_of(file, rule(**{"k" * 100_000: "1"}))) < 1_000
-    assert len(error_of(file, rule(class_='"' + "x" * 100_000 + '"'))) < 1_000
-    assert len(error_of(file, rule(code='["' + "x" * 100_000 + '"]'))) < 1_000
+    assert len(error_of(file, rule(**{"k" * 20_000: "1"}))) < 1_000
+    assert len(error_of(file, rule(class_='"' + "x" * 20_000 + '"'))) < 1_000
+    assert len(error_of(file, rule(code='["' + "x" * 20_000 + '"]'))) < 1_000
 
 
 def test_a_missing_or_irregular_rules_file_is_refused(tmp_path: Path) -> None:

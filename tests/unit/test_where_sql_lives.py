@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,14 @@ EXCEPTIONS: Final = {
     "deploy/drill/database.py": "the storage module of the drill",
     "deploy/embedded/postgres.py": "creates the role and the database of the embedded server",
 }
+MODELS: Final = "outbox_server.shared.database.models"
 EXECUTING: Final = {"execute", "executemany", "scalar", "scalars", "stream", "stream_scalars"}
+# Every violation contains one of these texts. A module without them need not be parsed.
+MENTION: Final = re.compile(
+    rf"sqlalchemy|psycopg|{re.escape(MODELS)}|\.\s*({'|'.join(sorted(EXECUTING))})\b"
+)
+# SQLite holds the addresses of an upload that are too many for the memory.
+NOT_POSTGRESQL: Final = {"services/scheduler/duplicates.py"}
 
 
 def modules() -> list[str]:
@@ -35,6 +43,8 @@ def modules() -> list[str]:
 
 def violations(source: str) -> list[str]:
     """Return the names used in a module that only a storage module may use."""
+    if not MENTION.search(source):
+        return []
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -51,7 +61,7 @@ def violations(source: str) -> list[str]:
             for name in names
             if name.startswith(".")
             or name.partition(".")[0] in ("sqlalchemy", "psycopg")
-            or name == "outbox_server.shared.database.models"
+            or name == MODELS
         ]
     return found
 
