@@ -60,6 +60,10 @@ test: faketime $(READY) ## Run all tests on real servers, except those of test-m
 test-unit: $(READY) ## Run the tests that need no server
 	$(PYTEST) tests/unit
 
+.PHONY: test-properties
+test-properties: $(READY) ## Run the property tests with a thousand examples each, instead of 50
+	OUTBOX_TEST_EXAMPLES=1000 $(PYTEST) -m hypothesis tests/unit
+
 .PHONY: debian-stores
 debian-stores:
 	@$(PACKAGES) faketime postgresql-15 redis-server

@@ -3,6 +3,9 @@
 By default the embedded pair; `OUTBOX_TEST_STORES=debian` takes Debian's PostgreSQL 15 and Redis
 7.0, and only the tests that use them: the others would be the same ones again. A server that is
 missing fails the tests that want it. Nothing starts before it is wanted.
+
+The drivers and Hypothesis are imported where they are used: with several workers, the process that
+only distributes the tests needs none of them, and the workers start after it.
 """
 
 from __future__ import annotations
@@ -15,23 +18,17 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hypothesis
-import psycopg
 import pytest
-import redis as redis_py
-from psycopg import sql
-from redis.asyncio import Redis
 
-from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.postgres import SUPERUSER, PostgresServer
-from outbox_server.deploy.embedded.valkey import ValkeyServer
+if TYPE_CHECKING:
+    from psycopg import sql
+    from redis.asyncio import Redis
 
-# No time limit: a busy machine is slow, and the examples are still right.
-hypothesis.settings.register_profile(
-    "outbox", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("outbox")
+    from outbox_server.deploy.embedded.inbox import Inbox
+    from outbox_server.deploy.embedded.postgres import PostgresServer
+    from outbox_server.deploy.embedded.valkey import ValkeyServer
 
 TEMPLATE = "outbox_template"
 DATABASE = "outbox_test"
@@ -46,18 +43,48 @@ class Stores:
 
     def administrate(self, statement: sql.Composed) -> None:
         """Run a statement as the superuser, outside a transaction."""
+        import psycopg
+
+        from outbox_server.deploy.embedded.postgres import SUPERUSER
+
         url = self.postgres.url("postgres", SUPERUSER)
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute(statement)
 
     def clone(self, database: str) -> str:
         """Make a database with the whole schema and no rows; return its URL."""
+        from psycopg import sql
+
         self.administrate(
             sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER outbox").format(
                 sql.Identifier(database), sql.Identifier(TEMPLATE)
             )
         )
         return self.postgres.url(database)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Set up Hypothesis when a folder of tests is collected."""
+    if not isinstance(collector, pytest.Directory):
+        return
+    import hypothesis
+
+    # No time limit: a busy machine is slow, and the examples are still right.
+    hypothesis.settings.register_profile(
+        "outbox",
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+        max_examples=_number_of_examples(),
+    )
+    hypothesis.settings.load_profile("outbox")
+
+
+def _number_of_examples() -> int:
+    """Return how many examples a property test draws. Each run draws others."""
+    text = os.environ.get("OUTBOX_TEST_EXAMPLES", "50")
+    if not text.isdecimal() or int(text) == 0:
+        raise pytest.UsageError(f"OUTBOX_TEST_EXAMPLES={text}: it takes a number from 1 on")
+    return int(text)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -81,6 +108,9 @@ def _kind_of_stores() -> str:
 
 
 def _choose_stores(kind: str, folder: Path) -> Stores:
+    from outbox_server.deploy.embedded.postgres import PostgresServer
+    from outbox_server.deploy.embedded.valkey import ValkeyServer
+
     postgres, redis = folder / "postgres", folder / "redis"
     if kind == "embedded":
         return Stores(PostgresServer(postgres, durable=False), ValkeyServer(redis))
@@ -96,7 +126,7 @@ def _choose_stores(kind: str, folder: Path) -> Stores:
 
 
 def _build_schema(url: str) -> None:
-    from outbox_server.shared.database.schema import migrate  # noqa: PLC0415 - unit tests load no SQLAlchemy
+    from outbox_server.shared.database.schema import migrate
 
     migrate(url)
 
@@ -138,7 +168,10 @@ def _run_database(stores: Stores) -> str:
 @pytest.fixture
 def database_url(_run_database: str) -> str:
     """The run's database, migrated, without any row."""
-    from outbox_server.shared.database.models import Base  # noqa: PLC0415 - unit tests load no SQLAlchemy
+    import psycopg
+    from psycopg import sql
+
+    from outbox_server.shared.database.models import Base
 
     tables = [sql.Identifier(table.name) for table in reversed(Base.metadata.sorted_tables)]
     # Twenty times as fast as TRUNCATE, which writes new files.
@@ -153,6 +186,8 @@ def database_url(_run_database: str) -> str:
 @pytest.fixture
 def new_database(stores: Stores) -> Iterator[Callable[[], str]]:
     """Return a function that creates a migrated database for one test and returns its URL."""
+    from psycopg import sql
+
     names: list[str] = []
     numbers = itertools.count(1)
 
@@ -168,7 +203,9 @@ def new_database(stores: Stores) -> Iterator[Callable[[], str]]:
 @pytest.fixture
 def redis_url(stores: Stores) -> str:
     """The run's Redis, empty."""
-    with redis_py.Redis.from_url(stores.redis.url) as client:
+    import redis
+
+    with redis.Redis.from_url(stores.redis.url) as client:
         client.flushall()
     return stores.redis.url
 
@@ -176,6 +213,8 @@ def redis_url(stores: Stores) -> str:
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
     """A client of the run's Redis, which is empty."""
+    from redis.asyncio import Redis
+
     async with Redis.from_url(redis_url) as client:
         yield client
 
@@ -183,5 +222,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 @pytest.fixture
 async def inbox(tmp_path: Path) -> AsyncIterator[Inbox]:
     """An SMTP server for one test, which accepts every mail."""
+    from outbox_server.deploy.embedded.inbox import Inbox
+
     async with Inbox(tmp_path / "inbox") as server:
         yield server

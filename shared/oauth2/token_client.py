@@ -60,7 +60,7 @@ class TokenClient:
     """Sends requests to token endpoints. It keeps no connection, as tokens last about an hour."""
 
     def __init__(self, egress: Egress, tls: TlsContexts, limit: timedelta = LIMIT) -> None:
-        self._network = _JudgedNetwork(egress)
+        self._network = _PermittedNetwork(egress)
         self._tls = tls
         self._limit = limit
 

@@ -6,7 +6,7 @@ import tracemalloc
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outbox_server.shared.errors import InvalidInput
@@ -73,7 +73,6 @@ def test_csv_dialects_of_all_spreadsheets_are_read(separator: str, end: str, enc
 CELLS = st.text(alphabet='a,;|"\t\r\n é🎉', max_size=6)
 
 
-@settings(max_examples=300)
 @given(
     body=st.lists(st.lists(CELLS, min_size=2, max_size=3), min_size=1, max_size=6),
     # Python's writer leaves the other line end unquoted if it may.
@@ -127,9 +126,10 @@ def test_the_column_of_the_address_is_found(header: str, index: int) -> None:
     assert table(header + "\n" + "a," * header.count(",") + "a\n").email_index == index
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 1000, 65536])
+# The other tests have chunks of a few bytes, which cut every character and line end.
+@pytest.mark.parametrize("size", [1, 1000, 65536])
 def test_a_cell_of_200_kb_is_accepted(size: int) -> None:
-    cell = 'é "quoted" \r\n' * 20_000
+    cell = 'é "quoted" \r\n' * 15_000
     quoted = cell.replace('"', '""')
     assert rows(f'{HEADER}a@b.de,"{quoted}"\n', size) == [(1, ["a@b.de", cell])]
 
@@ -208,14 +208,16 @@ def test_an_endless_cell_is_refused_using_little_memory() -> None:
 
 
 def test_memory_does_not_grow_with_the_file() -> None:
+    row = b"someone@example.com," + b"a name that is not short at all " * 5 + b"\n"
+
     def chunks() -> Iterator[bytes]:
         yield HEADER.encode()
-        for _ in range(100):
-            yield b"someone@example.com,a name that is not short at all\n" * 2000
+        for _ in range(50):
+            yield row * 500
 
     tracemalloc.start()
     count = sum(1 for _ in read_csv(chunks()).rows())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 200_000
-    assert peak < 2 * 1024 * 1024
+    assert count == 25_000
+    assert peak < len(row) * count / 4

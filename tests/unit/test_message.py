@@ -10,7 +10,7 @@ from email.message import EmailMessage
 from email.parser import BytesParser
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outbox_server.services.dispatcher.message import (
@@ -107,7 +107,6 @@ def test_text_and_html_are_alternatives_with_the_html_last() -> None:
     assert [part.get_content() for part in message.iter_parts()] == ["text", "<p>html</p>"]
 
 
-@settings(max_examples=150)
 @given(body=TEXT | AWKWARD, html=TEXT | AWKWARD)
 @example(body="trailing blank \nand tab\t\n ", html="é trailing blank \nand tab\t\n ")
 @example(body=".\n..\n.x", html="é\n.\n..\n.é")
@@ -127,7 +126,6 @@ def test_every_text_arrives_unchanged_except_for_its_line_ends(body: str, html: 
             assert arrived in {lines(text), lines(text) + "\n"}
 
 
-@settings(max_examples=150)
 @given(TEXT | AWKWARD)
 @example("=?utf-8?q?hidden?=")
 @example("word " * 60)
@@ -152,7 +150,6 @@ def test_every_subject_arrives_unchanged(subject: str) -> None:
     assert len(message.get_all("Subject", [])) == 1
 
 
-@settings(max_examples=100)
 @given(name=TEXT)
 @example('Quoted "name" \\ here')
 @example("Müller, Söhne & Co. KG, Abteilung für außerordentlich lange Namen")

@@ -9,7 +9,7 @@ from contextlib import closing
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from outbox_server.services.dispatcher.message import MessageBuilder, MessageError
@@ -86,7 +86,6 @@ def test_a_mail_of_exactly_the_limit_is_built_and_one_byte_more_is_refused(name:
     assert reported == size if exact else size - 1 < reported <= size
 
 
-@settings(max_examples=200)
 @given(subject=TEXT | AWKWARD, body=TEXT | AWKWARD, html=TEXT | AWKWARD)
 @example(subject="é" * 22, body="x", html="")
 @example(subject="", body=" \n" * 40, html="\t\n" * 40)
@@ -99,7 +98,6 @@ def test_a_mail_within_the_limit_is_never_refused(subject: str, body: str, html:
     refusal(values, size - 1)
 
 
-@settings(max_examples=100)
 @given(name=TEXT | AWKWARD, times=st.integers(0, 4))
 def test_a_row_within_the_limit_is_never_rejected_by_the_estimate(name: str, times: int) -> None:
     source = "{{ name }}" * times + "{{ other | default: 'é' }}"

@@ -7,7 +7,7 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox_server.shared.sending_hours import SendingHours
@@ -62,7 +62,6 @@ def is_set_back(zone: str, at: int) -> bool:
     zone=st.sampled_from(ZONES),
     at=st.integers(ms("2005-01-01"), ms("2040-01-01")),
 )
-@settings(max_examples=300, deadline=None)
 def test_opening_follows_the_local_clock(
     weekdays: frozenset[int], start: int, length: int, zone: str, at: int
 ) -> None:
@@ -78,7 +77,6 @@ def test_opening_follows_the_local_clock(
 
 
 @given(zone=st.sampled_from(ZONES), change=st.integers(2010, 2035), hour=st.integers(-6, 6))
-@settings(max_examples=200, deadline=None)
 def test_openings_do_not_overlap_and_are_open_throughout(zone: str, change: int, hour: int) -> None:
     hours = SendingHours(frozenset(), 90, 180, zone)
     at = ms(f"{change}-03-25") + hour * 3_600_000

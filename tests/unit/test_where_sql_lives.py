@@ -26,8 +26,6 @@ EXECUTING: Final = {"execute", "executemany", "scalar", "scalars", "stream", "st
 MENTION: Final = re.compile(
     rf"sqlalchemy|psycopg|{re.escape(MODELS)}|\.\s*({'|'.join(sorted(EXECUTING))})\b"
 )
-# SQLite holds the addresses of an upload that are too many for the memory.
-NOT_POSTGRESQL: Final = {"services/scheduler/duplicates.py"}
 
 
 def modules() -> list[str]:
