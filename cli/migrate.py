@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from typing import Annotated
+
 import typer
 
 from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.options import read_duration
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def migrate() -> None:
+def migrate(
+    wait: Annotated[
+        timedelta,
+        typer.Option(
+            "--wait",
+            parser=read_duration,
+            metavar="DURATION",
+            help="How long to try to get the locks of tables.",
+        ),
+    ] = "10m",  # type: ignore[assignment]  # typer parses defaults
+) -> None:
     """Update the schema of the database in OUTBOX_DATABASE_URL to this version.
 
-    Safe to run at any time, and from several machines at once.
+    Safe to run at any time, while the services run, and from several
+    machines at once: one migrates, the others wait. No step blocks a table
+    for longer than a second. If it is interrupted, run it again: finished
+    steps are kept.
     """
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
-    from outbox_server.shared.database import schema
+    from outbox_server.shared.database import migrating
     from outbox_server.shared.settings import load_settings
 
     url = load_settings().database_url
     try:
         place = make_url(url).render_as_string(hide_password=True)
-        schema.migrate(url)
+        migrating.migrate(url, say=lambda line: typer.echo(line, err=True), patience=wait)
     except SQLAlchemyError as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None

@@ -54,6 +54,7 @@ class DispatcherClient:
     """Talks to one dispatcher."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
         self.stub = dispatcher_service_pb2_grpc.DispatcherServiceStub(channel)
         self._health = health_pb2_grpc.HealthStub(channel)
 

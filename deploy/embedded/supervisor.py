@@ -116,7 +116,7 @@ class LocalSystem:
                 stack.callback(claim.close)
             # Import SQLAlchemy in a thread while PostgreSQL starts, because both are slow.
             database = asyncio.to_thread(
-                importlib.import_module, "outbox_server.shared.database.schema"
+                importlib.import_module, "outbox_server.shared.database.migrating"
             )
             imported = asyncio.create_task(database)
             await stack.enter_async_context(self.servers)

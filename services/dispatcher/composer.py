@@ -50,20 +50,27 @@ class Composer:
     """Builds mails. Reads each batch once, and again after its sender has changed."""
 
     def __init__(
-        self, settings: Settings, secrets: SecretBox, read: ReadBatches, installation_id: str
+        self,
+        settings: Settings,
+        secrets: SecretBox,
+        read: ReadBatches,
+        read_installation_id: Callable[[], Awaitable[str]],
     ) -> None:
         # Raises an error if OUTBOX_SMTP_URL is invalid, so that the dispatcher does not start.
         relay_of(settings.smtp_url, plaintext=settings.plaintext)
         self._settings = settings
         self._secrets = secrets
         self._read = read
-        self._installation_id = installation_id
+        self._read_installation_id = read_installation_id
+        self._installation_id = ""
         self._batches: LRUCache[int, _KnownBatch] = LRUCache(
             max(_KEPT_BATCHES, settings.dispatcher_concurrency)
         )
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
         """Read the batches of these jobs, unless they are known with the present senders."""
+        if not self._installation_id:
+            self._installation_id = await self._read_installation_id()
         revisions = {job.batch_id: job.sender_revision for job in jobs}
         # A read marks each batch as used, so the cache evicts none before its mails are built.
         missing = sorted(

@@ -23,8 +23,9 @@ from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import BatchContent
 from outbox_server.services.dispatcher.wake import WakeListener
-from outbox_server.shared.database.engine import create_engine, ping, until_reachable
+from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.message_ids import installation_id
+from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import Loop, run_until_stopped
@@ -34,6 +35,7 @@ from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.helo import helo_name
@@ -77,7 +79,7 @@ async def serve(
             settings,
             box,
             partial(_read_batches, statements),
-            await until_reachable(engine, installation_id),
+            partial(_read_installation_id, engine),
         )
         progress = Progress()
         dispatcher = Dispatcher(
@@ -101,6 +103,7 @@ async def serve(
             queues=queues,
             on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - `server` is assigned later
         )
+        schema = SchemaGuard(statements)
         server = GrpcServer(
             settings,
             settings.dispatcher_listen,
@@ -108,12 +111,17 @@ async def serve(
                 ServiceBinding(
                     "outbox.v1.DispatcherService",
                     partial(add_DispatcherServiceServicer_to_server, servicer),
-                )
+                ),
+                server_service("dispatcher", schema),
             ],
             engine=engine,
         )
         recovery = Recovery(settings, engine, loader)
         endless = [*(listener.run for listener in listeners), recovery.run]
+        work = [
+            partial(dispatcher.run, stop),
+            *(partial(run_until_stopped, each, stop) for each in endless),
+        ]
 
         async def announce() -> None:
             if ready is not None:
@@ -125,15 +133,14 @@ async def serve(
             settings.shutdown_grace,
             [
                 announce,
-                partial(dispatcher.run, stop),
                 partial(Loop("pool", partial(_close_idle, pool, settings.smtp_idle)).run, stop),
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": partial(ping, statements), "redis": redis.ping},
+                    {"postgresql": schema.check, "redis": redis.ping},
                     stop,
                 ),
-                *(partial(run_until_stopped, work, stop) for work in endless),
+                partial(schema.run_when_usable, work, stop),
             ],
         )
 
@@ -141,6 +148,11 @@ async def serve(
 async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, BatchContent]:
     async with engine.connect() as connection:
         return await storage.read_batches(connection, batch_ids)
+
+
+async def _read_installation_id(engine: AsyncEngine) -> str:
+    async with engine.begin() as connection:
+        return await installation_id(connection)
 
 
 async def _close_idle(pool: SmtpPool, idle: timedelta) -> timedelta:

@@ -23,7 +23,8 @@ from outbox_server.services.scheduler.servicers.suppressions import SuppressionS
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.sweeping import Sweeper
-from outbox_server.shared.database.engine import create_engine, ping, snapshot
+from outbox_server.shared.database.engine import create_engine, snapshot
+from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.oauth2.token_client import TokenClient
@@ -32,6 +33,7 @@ from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
@@ -67,12 +69,17 @@ async def serve(
         senders = SenderServicer(engine, loader, secrets, settings, tokens)
         sweeper = Sweeper(engine)
         watch = Watch(partial(_read_batches, engine))
+        schema = SchemaGuard(engine)
         server = GrpcServer(
             settings,
             settings.scheduler_listen,
-            _services(settings, engine, loader, intake, senders, sweeper=sweeper, watch=watch),
+            [
+                *_services(settings, engine, loader, intake, senders, sweeper=sweeper, watch=watch),
+                server_service("scheduler", schema),
+            ],
             engine=engine,
         )
+        work = [partial(sweeper.run, stop), partial(watch.run, stop)]
 
         async def announce() -> None:
             if ready is not None:
@@ -84,9 +91,8 @@ async def serve(
             settings.shutdown_grace,
             [
                 announce,
-                partial(sweeper.run, stop),
-                partial(watch.run, stop),
-                partial(follow_dependencies, server, {"postgresql": partial(ping, engine)}, stop),
+                partial(follow_dependencies, server, {"postgresql": schema.check}, stop),
+                partial(schema.run_when_usable, work, stop),
             ],
         )
 

@@ -11,11 +11,13 @@ from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 from outbox_server.services.stats import storage
 from outbox_server.services.stats.folding import fold_until_stopped
 from outbox_server.services.stats.servicers import StatsServicer
-from outbox_server.shared.database.engine import create_engine, ping
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
+from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
 
@@ -38,8 +40,13 @@ async def serve(
         stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
         partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
     )
-    server = GrpcServer(settings, settings.stats_listen, [service], engine=engine)
-    dependencies = {"postgresql": partial(ping, engine)}
+    schema = SchemaGuard(engine)
+    services = [service, server_service("stats", schema)]
+    server = GrpcServer(settings, settings.stats_listen, services, engine=engine)
+    work = [
+        partial(watch.run, stop),
+        partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
+    ]
 
     async def announce() -> None:
         if ready is not None:
@@ -52,9 +59,8 @@ async def serve(
             settings.shutdown_grace,
             [
                 announce,
-                partial(watch.run, stop),
-                partial(follow_dependencies, server, dependencies, stop),
-                partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
+                partial(follow_dependencies, server, {"postgresql": schema.check}, stop),
+                partial(schema.run_when_usable, work, stop),
             ],
         )
     finally:

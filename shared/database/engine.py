@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import psycopg
-import structlog
-from sqlalchemy import event, select
+from sqlalchemy import event
 from sqlalchemy.engine import ExceptionContext, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from outbox_server.shared.database.models import Sender
 from outbox_server.shared.database.ownership import refuse_unbounded
 from outbox_server.shared.settings import Settings
 
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 5
-_RETRY_S = 0.5
 # A statement that takes longer is stuck; a long intake consists of many statements.
 _STATEMENT_TIMEOUT_MS = 60_000
 # PostgreSQL ends such a statement itself and reports an error. If no reply comes although the
 # network acknowledges all packets (such as a frozen host behind a proxy), keep-alives detect
 # nothing, and only this limit ends the wait.
 _ANSWER_LIMIT_S = _STATEMENT_TIMEOUT_MS / 1000 + 10
-_log = structlog.get_logger(__name__)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
@@ -132,16 +128,6 @@ async def snapshot(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         )
 
 
-async def ping(engine: AsyncEngine) -> None:
-    """Read a table, which succeeds only if PostgreSQL answers and the database is migrated.
-
-    Raises:
-        sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or the table is missing.
-    """
-    async with engine.connect() as connection:
-        await connection.execute(select(Sender.id).limit(1))
-
-
 def unix_ms(time: datetime) -> int:
     """Return the time in whole ms since 1970, rounded up, so that nothing is due too early."""
     return -((_EPOCH - time) // _MILLISECOND)
@@ -150,17 +136,3 @@ def unix_ms(time: datetime) -> int:
 def from_unix_ms(milliseconds: int) -> datetime:
     """Return the UTC time of `milliseconds` since 1970."""
     return _EPOCH + timedelta(milliseconds=milliseconds)
-
-
-async def until_reachable(engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """Return what `ask` returns, in a transaction of its own, once PostgreSQL answers.
-
-    A service that starts together with its database must not fail because it is ready first.
-    """
-    while True:
-        try:
-            async with engine.begin() as connection:
-                return await ask(connection)
-        except DATABASE_ERRORS as error:
-            _log.warning("postgresql_unreachable", error=type(error).__name__)
-            await asyncio.sleep(_RETRY_S)

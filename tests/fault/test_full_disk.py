@@ -19,7 +19,7 @@ from outbox.v1.batch_service_pb2 import UploadBatchRequest
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.postgres import SUPERUSER, PostgresServer
-from outbox_server.shared.database.schema import migrate
+from outbox_server.shared.database.migrating import migrate
 from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of

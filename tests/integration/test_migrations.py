@@ -10,6 +10,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from outbox_server.shared.database.engine import driver_url
+from outbox_server.shared.database.migrating import migrate
 from outbox_server.shared.database.models import Base
 from outbox_server.shared.database.schema import migrate
 

@@ -65,9 +65,13 @@ class Reader:
         }
 
 
+async def _inst() -> str:
+    return "inst"
+
+
 def composer_of(reader: ReadBatches, secrets: SecretBox | None = None, **settings: Any) -> Composer:
     settings = {"smtp_url": "smtp://relay.test"} | settings
-    return Composer(load_settings(**settings), secrets or SecretBox(), reader, "inst")
+    return Composer(load_settings(**settings), secrets or SecretBox(), reader, _inst)
 
 
 async def test_a_mail_has_its_row_its_addresses_and_a_unique_message_id() -> None:

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent.parent
 _REASON = re.compile(
     r'(?:reason(?:: str)? ?= ?|_reason = |, |\(\s*)"([A-Z][A-Z0-9]+(?:_[A-Z0-9]+)+)"'
 )
-# Upper-case words in the same places that are not error reasons.
-_OTHERS = {"COMMAND_FAILED"}
+# Upper-case words in the same places that are not error reasons; no caller sees the last two.
+_OTHERS = {"COMMAND_FAILED", "MIGRATION_BLOCKED", "SCHEMA_OLDER"}
 
 
 def reasons_in_code() -> set[str]:

@@ -1,0 +1,204 @@
+"""Brings the schema up to date while the services run.
+
+Each migration is a transaction of its own. The wait for each lock is short, because all statements
+that need the same table queue behind it; a migration that does not get its locks is tried again. A
+migration that was interrupted is run again by the next call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext, MigrationInfo
+from sqlalchemy import Connection, create_engine, pool, text
+from sqlalchemy.exc import DBAPIError
+
+from outbox_server.shared.database.engine import driver_url
+from outbox_server.shared.errors import OutboxError
+
+# All writers of a table wait while a migration waits for its lock, so together with the statement
+# itself this must stay below one second.
+LOCK_TIMEOUT_MS: Final = 500
+PATIENCE: Final = timedelta(minutes=10)
+_PAUSE_S: Final = 1.0
+_POLL_S: Final = 0.2
+# Any constant. The session that holds this advisory lock migrates.
+_ADVISORY_LOCK: Final = 7_402_311_915
+_OPTIONS: Final = (
+    f"-c lock_timeout={LOCK_TIMEOUT_MS} -c statement_timeout=0 -c timezone=UTC"
+    # When this process dies, its session ends its statement and releases its locks.
+    " -c client_connection_check_interval=1000"
+)
+_RETRIED: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
+_OLDEST_TRANSACTION: Final = text(
+    "SELECT pid, coalesce(nullif(application_name, ''), backend_type) AS who,"
+    " extract(epoch FROM clock_timestamp() - xact_start)::int AS seconds"
+    " FROM pg_stat_activity"
+    " WHERE xact_start IS NOT NULL AND datname = current_database() AND pid <> pg_backend_pid()"
+    " ORDER BY xact_start LIMIT 1"
+)
+
+Say = Callable[[str], None]
+
+
+class MigrationBlockedError(OutboxError):
+    """A migration did not get its locks in time; what was done so far is kept."""
+
+    default_reason = "MIGRATION_BLOCKED"
+
+
+def _silent(_: str) -> None:
+    """Report nothing."""
+
+
+def migrate(
+    url: str,
+    *,
+    say: Say = _silent,
+    patience: timedelta = PATIENCE,
+    revision: str = "head",
+    more_versions: Path | None = None,
+) -> None:
+    """Bring the schema to `revision`; safe to run from many processes at once.
+
+    `say` is told about each step and each wait. `more_versions` is a folder with migrations that
+    follow those of this release; tests use it.
+
+    Raises:
+        MigrationBlockedError: the locks were not free for `patience`; run it again later.
+        sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or a migration is wrong.
+    """
+    end = time.monotonic() + patience.total_seconds()
+    with _session(url) as connection:
+        _lock(connection, end, patience, say)
+        _prepare_version_table(connection)
+        config = _config(connection, url, say, patience, more_versions)
+        while True:
+            try:
+                command.upgrade(config, revision)
+            except DBAPIError as error:
+                if not isinstance(error.orig, _RETRIED):
+                    raise
+                connection.rollback()
+                cause = f"a table is locked{_holder(connection)}"
+                if time.monotonic() >= end:
+                    raise MigrationBlockedError(
+                        f"{cause}, and was for {patience.total_seconds():g} s: end that "
+                        "transaction, or migrate later; finished migrations are kept"
+                    ) from None
+                say(f"{cause}; trying again")
+                time.sleep(_PAUSE_S)
+            else:
+                return
+
+
+@contextmanager
+def _session(url: str) -> Iterator[Connection]:
+    engine = create_engine(
+        driver_url(url),
+        poolclass=pool.NullPool,
+        connect_args={
+            "connect_timeout": 5,
+            "options": _OPTIONS,
+            "application_name": "outbox migrate",
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+        },
+    )
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _lock(connection: Connection, end: float, patience: timedelta, say: Say) -> None:
+    """Take the lock of migrators.
+
+    By polling: a session that waits inside PostgreSQL has a snapshot, and CREATE INDEX CONCURRENTLY
+    of the other migrator would wait for it, so that both would wait for ever.
+    """
+    waited = False
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": _ADVISORY_LOCK}):
+        connection.rollback()
+        if time.monotonic() >= end:
+            raise MigrationBlockedError(
+                f"another process migrates this database, and did for "
+                f"{patience.total_seconds():g} s: wait for its end, or end it"
+            )
+        if not waited:
+            say("another process migrates this database; waiting for it")
+        waited = True
+        time.sleep(_POLL_S)
+    connection.commit()
+
+
+def _prepare_version_table(connection: Connection) -> None:
+    """Create Alembic's table with our column, which says which releases can run on the schema."""
+    has_column = connection.scalar(
+        text(
+            "SELECT count(*) FROM pg_attribute WHERE attname = 'oldest_revision'"
+            " AND attrelid = to_regclass('alembic_version')"
+        )
+    )
+    if not has_column:
+        connection.execute(
+            text(
+                "CREATE TABLE IF NOT EXISTS alembic_version (version_num varchar(32) NOT NULL"
+                " CONSTRAINT alembic_version_pkc PRIMARY KEY)"
+            )
+        )
+        connection.execute(text("ALTER TABLE alembic_version ADD COLUMN oldest_revision text"))
+    connection.commit()
+
+
+def _config(
+    connection: Connection, url: str, say: Say, patience: timedelta, more_versions: Path | None
+) -> Config:
+    folder = files("outbox_server.shared.database").joinpath("migrations")
+    config = Config()
+    config.set_main_option("script_location", str(folder))
+    if more_versions is not None:
+        config.set_main_option("path_separator", "newline")
+        config.set_main_option("version_locations", f"{folder}/versions\n{more_versions}")
+    config.attributes["connection"] = connection
+    config.attributes["options"] = {
+        "transaction_per_migration": True,
+        "on_version_apply": (partial(_finish, say),),
+        # For `online_steps`.
+        "say": say,
+        "database_url": url,
+        "patience": patience,
+    }
+    return config
+
+
+def _finish(say: Say, *, ctx: MigrationContext, step: MigrationInfo, **_: Any) -> None:
+    """Record, in the transaction of a contract step, which code still runs after it."""
+    script = step.up_revision
+    oldest = getattr(getattr(script, "module", None), "oldest_revision", None)
+    if oldest is not None and ctx.connection is not None:
+        ctx.connection.execute(
+            text("UPDATE alembic_version SET oldest_revision = :oldest"), {"oldest": oldest}
+        )
+    say(f"{step.up_revision_id}: {getattr(script, 'doc', '')}")
+
+
+def _holder(connection: Connection) -> str:
+    """Return who holds the oldest transaction, for messages; empty if nobody holds one any more."""
+    row = connection.execute(_OLDEST_TRANSACTION).first()
+    connection.rollback()
+    if row is None:
+        return ""
+    return f" (the oldest transaction is of {row.who}, pid {row.pid}, since {row.seconds} s)"

@@ -1,0 +1,82 @@
+"""What a migration may do, by squawk's rules: the last release runs beside it and after it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+_SQUAWK: Final = Path(sys.executable).with_name("squawk")
+# The migrating session sets its time limits itself; the others are matters of taste.
+_IGNORED: Final = (
+    "require-lock-timeout",
+    "require-statement-timeout",
+    "prefer-bigint-over-int",
+    "prefer-bigint-over-smallint",
+    "prefer-identity",
+    "prefer-robust-stmts",
+    "prefer-text-field",
+    "prefer-timestamp-tz",
+)
+# A contract step removes what no release uses any more. Nothing is ever renamed or retyped.
+CONTRACT: Final = frozenset({"ban-drop-column", "ban-drop-table"})
+# Statements of the migrating session itself.
+_OURS: Final = re.compile(r"\s*(SELECT|SET)\b|.*\balembic_version\b", re.DOTALL)
+_MOVES_DATA: Final = re.compile(r"\s*(UPDATE|DELETE)\b", re.IGNORECASE)
+
+
+def broken_rules(statements: Sequence[str]) -> set[str]:
+    """Return the names of the rules that the statements of one migration break."""
+    sql = ";\n".join(statements) + ";\n"
+    excluded = [word for rule in _IGNORED for word in ("--exclude", rule)]
+    done = subprocess.run(
+        [_SQUAWK, "--reporter", "json", "--pg-version", "14", *excluded],
+        input=sql,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode in (0, 1), done.stderr
+    found = {finding["rule_name"] for finding in json.loads(done.stdout)}
+    # Rows are changed in small batches, by a service.
+    return found | {"moves-data" for one in statements if _MOVES_DATA.match(one)}
+
+
+@contextmanager
+def recorded_statements() -> Iterator[tuple[Mapping[str, list[str]], Any]]:
+    """Record the statements of migrations by revision. The second value is a `say` of `migrate`."""
+    found: dict[str, list[str]] = defaultdict(list)
+    current: list[str] = []
+
+    def record(connection: Any, cursor: Any, statement: str, parameters: Any, *_: object) -> None:
+        del cursor, parameters
+        if _OURS.match(statement):
+            return
+        if connection.connection.dbapi_connection.autocommit:
+            current.append(statement)
+        else:
+            current.extend(("BEGIN", statement))
+
+    def say(line: str) -> None:
+        revision = line.partition(":")[0]
+        # One transaction is one BEGIN and one COMMIT.
+        first = current.index("BEGIN") if "BEGIN" in current else None
+        kept = [one for n, one in enumerate(current) if one != "BEGIN" or n == first]
+        found[revision] = [*kept, "COMMIT"] if first is not None else kept
+        current.clear()
+
+    event.listen(Engine, "before_cursor_execute", record)
+    try:
+        yield found, say
+    finally:
+        event.remove(Engine, "before_cursor_execute", record)
