@@ -29,7 +29,7 @@ def dispatcher(ctx: typer.Context) -> None:
     """Run a dispatcher, which sends due mail. Subcommands query a running one.
 
     Its settings are the OUTBOX_* variables. It listens on
-    OUTBOX_DISPATCHER_LISTEN (127.0.0.1:50052) and requires an up-to-date
+    OUTBOX_DISPATCHER_LISTEN (127.0.0.1:50052) and waits for an up-to-date
     schema (`outbox migrate`). SIGTERM and Ctrl-C drain it. Any number of
     dispatchers may run at the same time.
     """

@@ -51,7 +51,7 @@ def stats(ctx: typer.Context) -> None:
     """Run the stats service: counts, forecasts, audits. Subcommands query a running one.
 
     Its settings are the OUTBOX_* variables. It listens on
-    OUTBOX_STATS_LISTEN (127.0.0.1:50053) and requires an up-to-date schema
+    OUTBOX_STATS_LISTEN (127.0.0.1:50053) and waits for an up-to-date schema
     (`outbox migrate`). SIGTERM and Ctrl-C stop it.
     """
     if ctx.invoked_subcommand is None:

@@ -27,7 +27,15 @@ SYNC: Final = SOURCE / "outbox_client" / "_sync"
 
 # unasync drops `async` and `await` and renames the standard names, such as `__aenter__`. These are
 # ours: a name, or a string that holds nothing but a name.
-_SERVICES: Final = ("Batch", "Dispatcher", "EmailJob", "Sender", "Stats", "Suppression")
+_SERVICES: Final = (
+    "Batch",
+    "Dispatcher",
+    "EmailJob",
+    "Sender",
+    "Server",
+    "Stats",
+    "Suppression",
+)
 _BLOCKING_NAMES: Final = {
     "_async": "_sync",
     "aio": "blocking",

@@ -21,6 +21,7 @@ from outbox.v1 import (  # noqa: F401 - importing them is what makes the service
     dispatcher_service_pb2,
     email_job_service_pb2,
     sender_service_pb2,
+    server_service_pb2,
     stats_service_pb2,
     suppression_service_pb2,
 )
@@ -39,7 +40,13 @@ MOST_REPEATS = 20
 AT_ONCE: Final = 20
 # Nothing changes while a stream is read, so its second message may never come.
 SECOND_MESSAGE_S: Final = 0.05
-SCHEDULER: Final = ("SenderService", "BatchService", "EmailJobService", "SuppressionService")
+SCHEDULER: Final = (
+    "SenderService",
+    "BatchService",
+    "EmailJobService",
+    "SuppressionService",
+    "ServerService",
+)
 
 # The codes that a nonsensical request may get.
 ANSWERS: Final = {

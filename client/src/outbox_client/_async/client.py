@@ -27,6 +27,7 @@ from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
 from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import ListSendersRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
+from outbox.v1.server_service_pb2_grpc import ServerServiceStub
 from outbox.v1.stats_service_pb2_grpc import StatsServiceStub
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import ListSuppressionsRequest
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # names that only the type stubs know
     from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceAsyncStub
     from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceAsyncStub
     from outbox.v1.sender_service_pb2_grpc import SenderServiceAsyncStub
+    from outbox.v1.server_service_pb2_grpc import ServerServiceAsyncStub
     from outbox.v1.stats_service_pb2_grpc import StatsServiceAsyncStub
     from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceAsyncStub
 
@@ -57,11 +59,11 @@ _LOOK: Final = RetryPolicy(first=timedelta(milliseconds=200), factor=1.3)
 class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
-    `senders`, `batches`, `email_jobs`, `suppressions`, `stats` and `dispatcher` are the generated
-    stubs with all methods of the API, such as `client.senders.CreateSender(request)`. A call takes
-    `timeout` (in seconds, for all tries together; default: the client's `timeout`) and `metadata`,
-    and raises CallError. Reads, `ScheduleBatch` and `upload` are retried while the server is
-    unreachable; other calls only if the server says that it has changed nothing.
+    `senders`, `batches`, `email_jobs`, `suppressions`, `stats`, `dispatcher` and `server` are the
+    generated stubs with all methods of the API, such as `client.senders.CreateSender(request)`. A
+    call takes `timeout` (in seconds, for all tries together; default: the client's `timeout`) and
+    `metadata`, and raises CallError. Reads, `ScheduleBatch` and `upload` are retried while the
+    server is unreachable; other calls only if the server says that it has changed nothing.
     """
 
     def __init__(
@@ -137,6 +139,12 @@ class AsyncClient:
     def dispatcher(self) -> DispatcherServiceAsyncStub:
         """DispatcherService, of one dispatcher."""
         return cast("DispatcherServiceAsyncStub", self._stub("dispatcher", DispatcherServiceStub))
+
+    @property
+    def server(self) -> ServerServiceAsyncStub:
+        """ServerService of the first of these that has an address: scheduler, stats, dispatcher."""
+        first = next(name for name, address in self._addresses.items() if address is not None)
+        return cast("ServerServiceAsyncStub", self._stub(first, ServerServiceStub))
 
     async def upload(
         self,

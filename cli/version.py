@@ -1,0 +1,69 @@
+"""`outbox version`: the versions of this command and of the servers that it reaches."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any, Final
+
+import typer
+from outbox.v1 import server_service_pb2 as pb
+from outbox_client import NO_RETRIES, CallError, Client
+
+from outbox_server.cli.client import Server, find_address, in_brief, read_endpoints
+from outbox_server.cli.connection_check import SERVERS
+from outbox_server.cli.credentials import credentials_for
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows, to_document
+from outbox_server.shared.settings import load_settings
+
+_LIMIT_S: Final = 3.0
+_COLUMNS: Final = ("address", "service", "version", "schema_revision", "code_schema_revision")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def version(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """Show the version of this command, and of each server that answers.
+
+    For each server, it also shows the revision of the database's schema and
+    the one that the server needs. With --server, it asks only that server,
+    and fails if there is no answer.
+    """
+    ours = importlib.metadata.version("outbox")
+    found = [_ask(address) for address in _addresses(server)]
+    if server and "error" in found[0]:
+        raise CommandFailed(str(found[0]["error"]))
+    if output is OutputFormat.JSON:
+        print_json({"version": ours, "servers": found})
+        return
+    rows = [["", "this command", ours, "", ""]]
+    for one in found:
+        if "error" in one:
+            rows.append([str(one["address"]), str(one["error"]), "", "", ""])
+        else:
+            rows.append([str(one.get(name, "")) for name in _COLUMNS])
+    print_rows([name.removesuffix("_revision") for name in _COLUMNS], rows)
+
+
+def _addresses(server: str | None) -> Iterator[str]:
+    if server is not None:
+        yield find_address("scheduler", server).target
+        return
+    for service in SERVERS:
+        yield find_address(service, None).target
+    # `outbox up` may run several dispatchers.
+    yield from (read_endpoints() or {}).get("dispatchers", [])[1:]
+
+
+def _ask(address: str) -> dict[str, Any]:
+    credentials = credentials_for(address, load_settings())
+    with Client(
+        address, api_key=credentials.api_key or None, tls=credentials.tls, retry=NO_RETRIES
+    ) as client:
+        try:
+            info = client.server.GetServerInfo(pb.GetServerInfoRequest(), timeout=_LIMIT_S)
+        except CallError as error:
+            return {"address": address, "error": in_brief(error, address)}
+    return {"address": address, **to_document(info)}
