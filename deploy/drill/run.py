@@ -82,8 +82,12 @@ class Drill:
         # When the last outage was over, in seconds since 1970.
         self._outage_over = 0.0
 
-    async def run(self) -> DrillOutcome:
-        """Inject the planned faults, undo them all, and wait for the end of the last job."""
+    async def run(self, over: asyncio.Event | None = None) -> DrillOutcome:
+        """Inject the planned faults, undo them all, and wait for the end of the last job.
+
+        `over` ends the load before its time.
+        """
+        over = over or asyncio.Event()
         self._began = time.monotonic()
         outcome = DrillOutcome(self._load.answered)
         stop = asyncio.Event()
@@ -91,7 +95,9 @@ class Drill:
         try:
             async with asyncio.TaskGroup() as group:
                 struck = [group.create_task(self._strike(fault)) for fault in self._plan]
-                await self._until(self._seconds)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, self._seconds - self._now())):
+                        await over.wait()
                 stop.set()
             outcome.faults = [one.result() for one in struck]
             self._stack.heal()

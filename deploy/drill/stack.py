@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -75,7 +75,11 @@ class DrillStack:
         size: Size,
         settings: Settings,
         say: Callable[[str], None],
+        *,
+        environment: Mapping[str, str] | None = None,
+        migrate: Callable[[str], None] | None = None,
     ) -> None:
+        """`environment` is added to that of the services, which `migrate` runs before."""
         self.settings = settings
         self.size = size
         self._trusted = self_signed(folder)
@@ -93,6 +97,8 @@ class DrillStack:
         self._faketime = faketime_library()
         self._folder = folder
         self._say = say
+        self._environment = dict(environment or {})
+        self._migrate = migrate
         self._system: LocalSystem | None = None
         self._open = AsyncExitStack()
 
@@ -119,8 +125,10 @@ class DrillStack:
                     "OUTBOX_SMTP_URL": f"smtp://drill:drill@{LOOPBACK}:{ports['smtp']}",
                     "OUTBOX_SMTP_ALLOW": LOOPBACK,
                     "SSL_CERT_FILE": str(self._trusted.public),
+                    **self._environment,
                 },
                 default_ports=False,
+                migrate=self._migrate,
                 say=self._say,
             )
             if self._faketime is not None:

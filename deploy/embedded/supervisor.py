@@ -59,6 +59,7 @@ class LocalSystem:
         provider: Profile | None = None,
         through: Mapping[str, str] | None = None,
         default_ports: bool = True,
+        migrate: Callable[[str], None] | None = None,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
@@ -66,6 +67,7 @@ class LocalSystem:
         `smtp_url` or a simulated `provider` gets all mail instead of the inbox. `through` has
         OUTBOX_* variables by which services reach the servers, such as proxies. With
         `default_ports` each port is the usual one if that is free; otherwise all are any free ones.
+        `migrate` gets the URL of the database, in place of the migrations of this release.
         """
         # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
@@ -88,6 +90,7 @@ class LocalSystem:
         self._through = dict(through or {})
         self._smtp_url = smtp_url
         self._default_ports = default_ports
+        self._migrate = migrate
         self._say = say
         self._services: list[Service] = []
         self._keepers: asyncio.Task[None] | None = None
@@ -120,7 +123,7 @@ class LocalSystem:
             )
             imported = asyncio.create_task(database)
             await stack.enter_async_context(self.servers)
-            migrate = (await imported).migrate
+            migrate = self._migrate or (await imported).migrate
             await asyncio.to_thread(migrate, self.servers.database_url)
             self._services = self._plan(stack)
             for service in self._services:
