@@ -84,6 +84,14 @@ test-mail-servers: $(READY) ## Run the tests with them (as root, after make mail
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
 	$(BIN)/outbox drill --minutes 1 --seed 1
 
+# Both source trees run in this environment, so its libraries must suit both.
+.PHONY: test-side-by-side
+test-side-by-side: $(READY) ## Run BASE=COMMIT beside this tree under load: upgrade, roll back, audit
+	rm -rf build/base && mkdir -p build/base
+	git archive $(BASE) | tar -x -C build/base
+	$(BIN)/python build/base/client/hatch_build.py
+	$(BIN)/python -m tests.side_by_side build/base
+
 .PHONY: luacheck
 luacheck:
 	@$(PACKAGES) lua-check
@@ -103,6 +111,33 @@ lint: luacheck $(READY) ## Check style, types, protos and import boundaries
 .PHONY: release-contract
 release-contract: $(READY) ## Record the protos as released: lint refuses to break them (part of a release)
 	$(BIN)/buf build --path protos/outbox --exclude-source-info --output $(RELEASED)
+
+.PHONY: release-revision
+release-revision: $(READY) ## Record the schema of this version: later migrations may only expand it
+	$(BIN)/python -m release.revisions
+
+.PHONY: release
+release: $(READY) ## Build all that a release publishes, from the commit, into build/release
+	$(BIN)/python -m release
+
+.PHONY: sbom
+sbom: $(READY) ## Write the bill of materials of production, checked, to build/sbom.cdx.json
+	@mkdir -p build
+	$(BIN)/python -m release.sbom > build/sbom.cdx.json
+
+.PHONY: licenses
+licenses: $(READY) ## Print the licences of the production dependencies
+	@$(BIN)/python -m release.licenses
+
+# pip-audit asks PyPI for known vulnerabilities, so this needs a network. It is not in our lock file
+# because it is only run here.
+.PHONY: audit-dependencies
+audit-dependencies: $(READY) ## Ask PyPI for known vulnerabilities of the production dependencies
+	@mkdir -p build
+	$(BIN)/python -m release.dependencies > build/production.txt
+	$(PYTHON) -m venv build/pip-audit
+	build/pip-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	build/pip-audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement build/production.txt
 
 .PHONY: docs
 docs: $(READY) ## Write the API reference, docs/api.md, from the protos

@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from outbox_server.deploy.embedded.stack import Servers
+from outbox_server.deploy.ports import free_port
 from outbox_server.shared.database.migrating import migrate
 
 if TYPE_CHECKING:

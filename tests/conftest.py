@@ -126,7 +126,7 @@ def _choose_stores(kind: str, folder: Path) -> Stores:
 
 
 def _build_schema(url: str) -> None:
-    from outbox_server.shared.database.migrating import migrate  # noqa: PLC0415 - unit tests load no SQLAlchemy
+    from outbox_server.shared.database.migrating import migrate
 
     migrate(url)
 

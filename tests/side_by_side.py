@@ -25,8 +25,8 @@ from outbox_server.deploy.drill.report import DrillReport, renamed_recipients
 from outbox_server.deploy.drill.run import Drill
 from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
 from outbox_server.deploy.drill.waiting import until
-from outbox_server.deploy.embedded.record import KeptMails
 from outbox_server.deploy.embedded.service import Service
+from outbox_server.deploy.record import KeptMails
 from outbox_server.shared.audit.installation import audit_installation
 from outbox_server.shared.audit.report import AuditReport
 

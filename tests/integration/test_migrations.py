@@ -12,7 +12,6 @@ from sqlalchemy.pool import NullPool
 from outbox_server.shared.database.engine import driver_url
 from outbox_server.shared.database.migrating import migrate
 from outbox_server.shared.database.models import Base
-from outbox_server.shared.database.schema import migrate
 
 
 def test_the_migrated_schema_equals_the_models(database_url: str) -> None:

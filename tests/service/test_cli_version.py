@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from outbox_server.shared.database.schema import REVISION
 from outbox_server.shared.rpc.server_info import installed_version
 from tests.commands import run

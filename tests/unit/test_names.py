@@ -14,6 +14,7 @@ FOLDERS: Final = (
     "cli",
     "deploy",
     "bench",
+    "release",
     "tests",
     "client/src/outbox_client",
 )

@@ -1,0 +1,1 @@
+"""Builds a release: versions, distributions, SBOM, licences, checksums. Not installed."""
