@@ -106,6 +106,8 @@ def _print_version(wanted: bool) -> None:
     epilog="Exit codes: 0 success, 1 failure, 2 usage error.\n\n"
     "Client commands connect to the `outbox up` of the current folder (.outbox/), unless --server "
     "or OUTBOX_SCHEDULER_LISTEN, OUTBOX_STATS_LISTEN or OUTBOX_DISPATCHER_LISTEN names an address."
+    "\n\nA secret can be read from a file: OUTBOX_DATABASE_URL_FILE, OUTBOX_REDIS_URL_FILE, "
+    "OUTBOX_SMTP_URL_FILE, OUTBOX_ENCRYPTION_KEYS_FILE, OUTBOX_API_KEY_FILE."
 )
 def _outbox(
     *,
