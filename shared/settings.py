@@ -106,6 +106,11 @@ class Settings(BaseSettings):
     scheduler_listen: str = Field("127.0.0.1:50051", description="host:port of the scheduler")
     dispatcher_listen: str = Field("127.0.0.1:50052", description="host:port of the dispatcher")
     stats_listen: str = Field("127.0.0.1:50053", description="host:port of the stats service")
+    health_listen: str = Field(
+        "",
+        description="host:port where a service answers health checks without TLS; unset: nowhere "
+        "but at its own port",
+    )
     auth: Literal["keys", "off"] = Field(
         "keys",
         description="how callers authenticate: `keys` (API keys), or `off`, which only a server "

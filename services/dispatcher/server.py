@@ -34,6 +34,7 @@ from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.rpc.health import follow_dependencies
+from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.secrets import SecretBox
@@ -49,6 +50,7 @@ async def serve(
 ) -> None:
     """Run a dispatcher until `stop` is set. `ready` is called with the port once it is bound."""
     async with AsyncExitStack() as stack:
+        probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
         statements = create_engine(settings, lookups_only=True, single_statements=True)
@@ -75,11 +77,14 @@ async def serve(
             tls=TlsContexts.from_settings(settings),
             tokens=tokens,
         )
+        installation = await until_reachable(engine, installation_id, stop)
+        if installation is None:
+            return
         composer = Composer(
             settings,
             box,
             partial(_read_batches, statements),
-            partial(_read_installation_id, engine),
+            installation,
         )
         progress = Progress()
         dispatcher = Dispatcher(
@@ -115,6 +120,7 @@ async def serve(
                 server_service("dispatcher", schema),
             ],
             engine=engine,
+            probes=probes,
         )
         recovery = Recovery(settings, engine, loader)
         endless = [*(listener.run for listener in listeners), recovery.run]

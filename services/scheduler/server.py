@@ -32,6 +32,7 @@ from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.rpc.health import follow_dependencies
+from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
@@ -51,6 +52,7 @@ async def serve(
         ConfigurationError: a setting is wrong, or the address is in use.
     """
     async with AsyncExitStack() as stack:
+        probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings, lookups_only=True)
         stack.push_async_callback(engine.dispose)
         redis = connect(settings)
@@ -78,6 +80,7 @@ async def serve(
                 server_service("scheduler", schema),
             ],
             engine=engine,
+            probes=probes,
         )
         work = [partial(sweeper.run, stop), partial(watch.run, stop)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from functools import partial
 
 from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
@@ -16,6 +17,7 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.rpc.health import follow_dependencies
+from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
@@ -32,27 +34,26 @@ async def serve(
     Raises:
         ConfigurationError: a setting is wrong, or the address is in use.
     """
-    engine = create_engine(settings)
-    rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
-    watch = Watch(partial(storage.read_watched, engine, rules.window))
-    servicer = StatsServicer(engine, rules, watch)
-    service = ServiceBinding(
-        stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
-        partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
-    )
-    schema = SchemaGuard(engine)
-    services = [service, server_service("stats", schema)]
-    server = GrpcServer(settings, settings.stats_listen, services, engine=engine)
-    work = [
-        partial(watch.run, stop),
-        partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
-    ]
+    async with AsyncExitStack() as stack:
+        probes = await stack.enter_async_context(open_probes(settings))
+        engine = create_engine(settings)
+        stack.push_async_callback(engine.dispose)
+        rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
+        watch = Watch(partial(storage.read_watched, engine, rules.window))
+        servicer = StatsServicer(engine, rules, watch)
+        service = ServiceBinding(
+            stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
+            partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
+        )
+        server = GrpcServer(
+            settings, settings.stats_listen, [service], engine=engine, probes=probes
+        )
+        dependencies = {"postgresql": partial(ping, engine)}
 
-    async def announce() -> None:
-        if ready is not None:
-            ready(server.port)
+        async def announce() -> None:
+            if ready is not None:
+                ready(server.port)
 
-    try:
         await serve_until_stopped(
             server,
             stop,
@@ -63,5 +64,3 @@ async def serve(
                 partial(schema.run_when_usable, work, stop),
             ],
         )
-    finally:
-        await engine.dispose()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,8 +18,10 @@ from outbox_server.shared.auth.store import ApiKeyStore
 from outbox_server.shared.callers import Authenticator, LocalAuthenticator, is_loopback
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.rpc import health
+from outbox_server.shared.rpc.addresses import bind, check_address
 from outbox_server.shared.rpc.calls import CallInterceptor
 from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.rpc.probes import Probes
 from outbox_server.shared.rpc.reflection import add_reflection
 from outbox_server.shared.rpc.tls import server_credentials
 from outbox_server.shared.settings import Settings
@@ -81,17 +82,18 @@ class GrpcServer:
         services: Sequence[ServiceBinding],
         *,
         engine: AsyncEngine | None = None,
+        probes: Probes | None = None,
     ) -> None:
         """Check the settings, without binding. `listen` is `host:port`; port 0 means any free one.
 
-        `engine` reads the API keys for OUTBOX_AUTH=keys.
+        `engine` reads the API keys for OUTBOX_AUTH=keys; `probes` then report the server's health.
 
         Raises:
             ConfigurationError: OUTBOX_AUTH, OUTBOX_TLS_* or the address is wrong.
         """
         self._listen = listen
         self._variable = _variable_of(settings, listen)
-        _check_address(self._variable, listen)
+        check_address(self._variable, listen)
         self._services = tuple(services)
         self._names = [service.name for service in services]
         self._credentials = server_credentials(settings)
@@ -105,6 +107,8 @@ class GrpcServer:
         }
         self._calls = CallInterceptor(self._authenticator, gates=gates)
         self._health = health.Health(self._names)
+        if probes is not None:
+            probes.follow(self._health)
         self._log = structlog.get_logger("outbox.server").bind(services=self._names)
         self._draining = False
         self._server: grpc.aio.Server | None = None
@@ -137,17 +141,7 @@ class GrpcServer:
             service.add(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         add_reflection((*self._names, health.SERVICE_NAME), server)
-        try:
-            if self._credentials is None:
-                self._port = server.add_insecure_port(self._listen)
-            else:
-                self._port = server.add_secure_port(self._listen, self._credentials)
-        except RuntimeError as error:
-            await server.stop(None)
-            raise ConfigurationError(
-                f"{self._variable}: {self._listen} cannot be bound: "
-                "another process uses it, or it is not an address of this machine"
-            ) from error
+        self._port = await bind(server, self._variable, self._listen, self._credentials)
         await server.start()
         self._server = server
         self._log.info("listening", port=self._port, tls=self._credentials is not None)
@@ -181,17 +175,6 @@ class GrpcServer:
         await self._server.stop(max(end - loop.time(), 0))
         await self._authenticator.close()
         self._log.info("stopped")
-
-
-def _check_address(variable: str, listen: str) -> None:
-    if listen.startswith("unix:"):
-        return
-    found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
-    if found is None or int(found[1]) > 65_535:  # noqa: PLR2004 - the highest port
-        raise ConfigurationError(
-            f"{variable}: {listen!r} is not an address; write host:port, such as 127.0.0.1:50051, "
-            "0.0.0.0:50051 or [::1]:50051"
-        )
 
 
 def _authenticator(

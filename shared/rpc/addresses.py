@@ -1,0 +1,50 @@
+"""The addresses that servers listen on: their form, and binding them."""
+
+from __future__ import annotations
+
+import re
+
+import grpc
+
+from outbox_server.shared.errors import ConfigurationError
+
+_LAST_PORT = 65_535
+
+
+def check_address(variable: str, listen: str) -> None:
+    """Check that an address is `host:port` or `unix:path`; `variable` is where it comes from.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if listen.startswith("unix:"):
+        return
+    found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
+    if found is None or int(found[1]) > _LAST_PORT:
+        raise ConfigurationError(
+            f"{variable}: {listen!r} is not an address; write host:port, such as 127.0.0.1:50051, "
+            "0.0.0.0:50051 or [::1]:50051"
+        )
+
+
+async def bind(
+    server: grpc.aio.Server,
+    variable: str,
+    listen: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """Bind a server that is not started, with TLS if there are credentials; return the port.
+
+    Raises:
+        ConfigurationError: the address cannot be bound.
+    """
+    try:
+        if credentials is None:
+            return server.add_insecure_port(listen)
+        return server.add_secure_port(listen, credentials)
+    except RuntimeError as error:
+        await server.stop(None)
+        raise ConfigurationError(
+            f"{variable}: {listen} cannot be bound: "
+            "another process uses it, or it is not an address of this machine"
+        ) from error

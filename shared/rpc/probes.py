@@ -1,0 +1,88 @@
+"""The health port: `grpc.health.v1` without TLS and without keys, for a kubelet's probes.
+
+A kubelet speaks no TLS to gRPC, and has no client certificate. A command as the probe would cost
+0.3 s of a core each time, to start Python and import grpc. The port tells nobody more than whether
+the process lives and is ready.
+
+- `liveness` is SERVING as long as the event loop runs. It depends on no store: a restart does not
+  bring PostgreSQL back. A process whose loop hangs does not answer, and is restarted.
+- `readiness`, as the empty name, is what the service's own port says: SERVING while its stores
+  answer, and never again after SIGTERM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from outbox_server.shared.rpc.addresses import bind, check_address
+from outbox_server.shared.rpc.health import Health
+from outbox_server.shared.settings import Settings
+
+LIVENESS: Final = "liveness"
+READINESS: Final = "readiness"
+
+_VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
+_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),
+    # Anyone in the network may call: a request is a name, and a connection needs few streams.
+    ("grpc.max_receive_message_length", 1024),
+    ("grpc.max_concurrent_streams", 10),
+    ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.max_connection_age_ms", 10 * 60_000),
+)
+
+
+class Probes(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_health has no types
+    """Answers probes. Not ready until it follows the health of a server that is ready."""
+
+    def __init__(self) -> None:
+        self._health = Health([READINESS])
+
+    def follow(self, health: Health) -> None:
+        """Report the readiness of `health` from now on."""
+        self._health = health
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthCheckResponse:
+        """Return the state of `liveness`, `readiness` or the empty name."""
+        status = health_pb2.HealthCheckResponse
+        if request.service == LIVENESS:
+            return status(status=status.SERVING)
+        if request.service not in ("", READINESS):
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no probe {request.service!r}; ask for {LIVENESS} or {READINESS}",
+            )
+        return status(status=status.SERVING if self._health.serving else status.NOT_SERVING)
+
+
+@asynccontextmanager
+async def open_probes(settings: Settings) -> AsyncIterator[Probes]:
+    """Answer probes on OUTBOX_HEALTH_LISTEN, if it is set, until the end of the process.
+
+    It opens before anything waits for a store, and closes after the drain.
+
+    Raises:
+        ConfigurationError: the address is malformed, or cannot be bound.
+    """
+    probes = Probes()
+    if not settings.health_listen:
+        yield probes
+        return
+    check_address(_VARIABLE, settings.health_listen)
+    server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=100)
+    health_pb2_grpc.add_HealthServicer_to_server(probes, server)
+    port = await bind(server, _VARIABLE, settings.health_listen)
+    await server.start()
+    structlog.get_logger("outbox.probes").info("answering probes", port=port)
+    try:
+        yield probes
+    finally:
+        await server.stop(None)
