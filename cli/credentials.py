@@ -31,7 +31,7 @@ def credentials_for(target: str, settings: Settings) -> Credentials:
     Raises:
         CommandFailed: a file cannot be read, or the key would be sent unencrypted.
     """
-    key = _api_key(settings)
+    key = api_key_of(settings)
     tls = _tls(settings)
     if tls is None and key and not is_loopback(target) and not settings.plaintext:
         raise CommandFailed(
@@ -41,7 +41,12 @@ def credentials_for(target: str, settings: Settings) -> Credentials:
     return Credentials(key, tls)
 
 
-def _api_key(settings: Settings) -> str:
+def api_key_of(settings: Settings) -> str:
+    """Return the key of --api-key-file, OUTBOX_API_KEY or OUTBOX_API_KEY_FILE; empty if none is.
+
+    Raises:
+        CommandFailed: the file cannot be read, or contains no key.
+    """
     file = client_files.get().api_key
     if file is None:
         return settings.api_key.get_secret_value().strip()

@@ -11,7 +11,7 @@ from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows, printable
 
 if TYPE_CHECKING:
-    from outbox_server.shared.auth.keys import ApiKey
+    from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind
 
 _COLUMNS: Final = (
     "key_id",
@@ -30,23 +30,26 @@ app = typer.Typer(
 )
 
 
+User = Annotated[
+    str, typer.Option("--user", metavar="ID", help="Key of this user; acts for this user only.")
+]
+Service = Annotated[
+    bool, typer.Option("--service", help="Key of a backend service; acts for any user.")
+]
+Operator = Annotated[
+    bool,
+    typer.Option("--operator", help="Key of an operator; any user, and the dispatcher commands."),
+]
+Name = Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")]
+
+
 @app.command()
 def create(
     *,
-    user: Annotated[
-        str, typer.Option("--user", metavar="ID", help="Key of this user; acts for this user only.")
-    ] = "",
-    service: Annotated[
-        bool,
-        typer.Option("--service", help="Key of a backend service; acts for any user."),
-    ] = False,
-    operator: Annotated[
-        bool,
-        typer.Option(
-            "--operator", help="Key of an operator; any user, and the dispatcher commands."
-        ),
-    ] = False,
-    name: Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")] = "",
+    user: User = "",
+    service: Service = False,
+    operator: Operator = False,
+    name: Name = "",
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
@@ -55,17 +58,10 @@ def create(
     """
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from outbox_server.cli.database import in_one_transaction
-    from outbox_server.shared import bounds
-    from outbox_server.shared.auth.keys import ApiKeyKind, make_key
+    from outbox_server.shared.auth.keys import make_key
     from outbox_server.shared.auth.store import insert_key
 
-    if [bool(user), service, operator].count(True) != 1:
-        raise typer.BadParameter("give exactly one of --user ID, --service and --operator")
-    bounds.DISPLAY_NAME.check("--name", name)
-    kind = ApiKeyKind.SERVICE if service else ApiKeyKind.OPERATOR
-    if user:
-        bounds.USER_ID.check("--user", user)
-        kind = ApiKeyKind.USER
+    kind = _kind(user, name, service=service, operator=operator)
     key = make_key()
     made = in_one_transaction(
         lambda connection: insert_key(connection, key, kind, user or None, name)
@@ -74,6 +70,69 @@ def create(
         print_json({"key": key.text, **_document(made)})
     else:
         note(f"key {made.key_id}; it is shown only now, because only its hash is stored")
+        typer.echo(key.text)
+
+
+@app.command()
+def register(
+    *,
+    user: User = "",
+    service: Service = False,
+    operator: Operator = False,
+    name: Name = "",
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Store the API key in OUTBOX_API_KEY or --api-key-file, which was made elsewhere.
+
+    For the first key of an installation whose secrets exist before its database. Safe to repeat.
+
+    $ OUTBOX_API_KEY_FILE=first.key outbox keys register --operator --name first
+    """
+    from outbox_server.cli.credentials import api_key_of
+    from outbox_server.cli.database import in_one_transaction
+    from outbox_server.shared.auth.keys import read_key
+    from outbox_server.shared.auth.store import register_key
+    from outbox_server.shared.settings import load_settings
+
+    kind = _kind(user, name, service=service, operator=operator)
+    key = read_key(api_key_of(load_settings()))
+    if key is None:
+        raise CommandFailed(
+            "OUTBOX_API_KEY, OUTBOX_API_KEY_FILE and --api-key-file: none has an API key; make one "
+            "with `outbox keys generate-api-key`"
+        )
+    found = in_one_transaction(
+        lambda connection: register_key(connection, key, kind, user or None, name)
+    )
+    stored = found.key
+    if not key.proves(found.secret_hash):
+        raise CommandFailed(f"key {key.key_id} is stored with another secret: make another key")
+    if (stored.kind, stored.user_id or "") != (kind, user):
+        raise CommandFailed(
+            f"key {key.key_id} is stored as a key of another kind or user "
+            f"({stored.kind.name} {stored.user_id or ''}".rstrip()
+            + "): make another key"
+        )
+    if stored.revoked_at is not None:
+        raise CommandFailed(f"key {key.key_id} was revoked, which is final: make another key")
+    if output is OutputFormat.JSON:
+        print_json({"created": found.created, **_document(stored)})
+    else:
+        note(f"key {key.key_id} " + ("is stored now" if found.created else "was stored before"))
+
+
+@app.command(name="generate-api-key")
+def generate_api_key(output: Output = OutputFormat.TABLE) -> None:
+    """Print a new API key, which no server accepts before `outbox keys register`.
+
+    $ outbox keys generate-api-key
+    """
+    from outbox_server.shared.auth.keys import make_key
+
+    key = make_key()
+    if output is OutputFormat.JSON:
+        print_json({"key": key.text, "key_id": key.key_id})
+    else:
         typer.echo(key.text)
 
 
@@ -174,6 +233,24 @@ def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
             f"{', '.join(map(str, done.unreadable[:20]))}: add the key and run this again, or "
             "set the sender's endpoint again"
         )
+
+
+def _kind(user: str, name: str, *, service: bool, operator: bool) -> ApiKeyKind:
+    """Return the kind of key that the options ask for.
+
+    Raises:
+        typer.BadParameter: not exactly one kind is given, or a text is too long.
+    """
+    from outbox_server.shared import bounds
+    from outbox_server.shared.auth.keys import ApiKeyKind
+
+    if [bool(user), service, operator].count(True) != 1:
+        raise typer.BadParameter("give exactly one of --user ID, --service and --operator")
+    bounds.DISPLAY_NAME.check("--name", name)
+    if user:
+        bounds.USER_ID.check("--user", user)
+        return ApiKeyKind.USER
+    return ApiKeyKind.SERVICE if service else ApiKeyKind.OPERATOR
 
 
 def _document(key: ApiKey) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from datetime import timedelta
 from typing import Any, Final
 
 from sqlalchemy import func, insert, select, update
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey
+from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey, PresentedKey
 from outbox_server.shared.database.models import ApiKeyRow
 
 # `last_used_at` is written at most once in this time, by all processes together.
@@ -96,6 +97,37 @@ async def insert_key(
         .returning(*_COLUMNS)
     )
     return _key((await connection.execute(statement)).one())
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """The row of a key that was registered, and whether it is new."""
+
+    key: ApiKey
+    secret_hash: bytes
+    created: bool
+
+
+async def register_key(
+    connection: AsyncConnection,
+    key: PresentedKey,
+    kind: ApiKeyKind,
+    user_id: str | None,
+    name: str,
+) -> Registration:
+    """Store a key that was made elsewhere, unless its id is stored; return the stored row."""
+    insertion = (
+        postgresql.insert(ApiKeyRow)
+        .values(
+            key_id=key.key_id, secret_hash=key.secret_hash, kind=kind, user_id=user_id, name=name
+        )
+        .on_conflict_do_nothing(index_elements=[ApiKeyRow.key_id])
+        .returning(ApiKeyRow.key_id)
+    )
+    created = (await connection.execute(insertion)).one_or_none() is not None
+    statement = select(*_COLUMNS, ApiKeyRow.secret_hash).where(ApiKeyRow.key_id == key.key_id)
+    row = (await connection.execute(statement)).one()
+    return Registration(_key(row), row.secret_hash, created)
 
 
 async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequence[ApiKey]:

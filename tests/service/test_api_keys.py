@@ -373,3 +373,41 @@ async def test_a_key_has_one_kind_and_is_never_sent_in_clear(database_url: str) 
     refused = await shell.run("senders", "list", "--server", "192.0.2.1:50051")
     assert refused.exit_code == 1
     assert "in clear" in refused.stderr
+
+
+async def test_a_key_made_before_the_database_is_registered_once_and_accepted(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    made = await Shell().json("keys", "generate-api-key")
+    (tmp_path / "key").write_text(made["key"] + "\n")
+    shell = Shell(
+        OUTBOX_DATABASE_URL=scheduler.settings.database_url,
+        OUTBOX_SCHEDULER_LISTEN=scheduler.address,
+        OUTBOX_API_KEY_FILE=str(tmp_path / "key"),
+    )
+    register = ("keys", "register", "--operator", "--name", "first")
+    first, again = await shell.json(*register), await shell.json(*register)
+    assert (first.pop("created"), again.pop("created")) == (True, False)
+    assert first == again
+    assert (first["key_id"], first["kind"], first["name"]) == (made["key_id"], "OPERATOR", "first")
+    assert (await shell.run("senders", "list", "--user", "ann")).exit_code == 0
+
+
+async def test_a_key_that_is_stored_differently_is_not_registered(database_url: str) -> None:
+    key, other = make_key().text, make_key().text
+    shell = Shell(OUTBOX_DATABASE_URL=database_url, OUTBOX_API_KEY=key)
+    assert (await shell.run("keys", "register", "--user", "ann")).exit_code == 0
+
+    async def refusal(*argv: str, api_key: str = key) -> str:
+        shell = Shell(OUTBOX_DATABASE_URL=database_url, OUTBOX_API_KEY=api_key)
+        done = await shell.run("keys", "register", *argv)
+        assert done.exit_code == 1
+        return done.stderr
+
+    assert "of another kind or user (USER ann)" in await refusal("--operator")
+    assert "of another kind or user (USER ann)" in await refusal("--user", "bob")
+    forged = key[:15] + other[15:]
+    assert "stored with another secret" in await refusal("--user", "ann", api_key=forged)
+    assert "none has an API key" in await refusal("--operator", api_key="obx_no")
+    await shell.run("keys", "revoke", key)
+    assert "was revoked, which is final" in await refusal("--user", "ann")
