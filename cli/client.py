@@ -102,7 +102,7 @@ def find_address(service: str, server: str | None) -> Address:
         return _checked(Address(server, "--server", service))
     settings = load_settings()
     field = f"{service}_listen"
-    listen = _reachable(getattr(settings, field))
+    listen = reachable(getattr(settings, field))
     if field in settings.model_fields_set:
         return _checked(Address(listen, f"OUTBOX_{field.upper()}", service))
     stack = read_endpoints()
@@ -253,7 +253,7 @@ def _checked(address: Address) -> Address:
     )
 
 
-def _reachable(listen: str) -> str:
+def reachable(listen: str) -> str:
     """Return the address that reaches a local listener: loopback for one on all addresses."""
     host, _, port = listen.rpartition(":")
     loopback = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - connected to, not bound

@@ -16,7 +16,9 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
+from outbox_server.cli.main import app
 from outbox_server.deploy.embedded.certificates import self_signed
 from outbox_server.deploy.embedded.ports import free_port
 from outbox_server.shared.errors import ConfigurationError
@@ -88,6 +90,24 @@ async def test_the_health_port_answers_nothing_but_probes() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await watch.read()
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_the_command_asks_the_health_port_and_its_exit_code_says_the_state() -> None:
+    address = listen()
+
+    async def ask(*words: str) -> tuple[int, str]:
+        # In a thread: the server is in this loop.
+        done = await asyncio.to_thread(
+            CliRunner().invoke, app, ["health", *words], env={"OUTBOX_HEALTH_LISTEN": address}
+        )
+        return done.exit_code, done.output.strip()
+
+    assert "does not answer the probe (UNAVAILABLE)" in (await ask())[1]
+    async with serving(health_listen=address) as server:
+        assert await ask() == (1, "NOT_SERVING")
+        assert await ask("liveness") == (0, "SERVING")
+        server.set_serving(True)
+        assert await ask("readiness", "--server", address) == (0, "SERVING")
 
 
 @pytest.mark.parametrize("address", ["9000", "127.0.0.1:x", "127.0.0.1:70000"])
