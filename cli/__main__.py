@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 # Libraries that only the command line needs: an image that runs services has none of them.
@@ -10,6 +12,10 @@ _CLI_LIBRARIES = ("rich", "typer")
 
 def main() -> None:
     """Run the command line. If it is not installed, say how to install it."""
+    if os.getpid() == 1:
+        # In a container: for process 1 the kernel has no default action, and ignores a SIGTERM
+        # that nothing handles. Services handle it once they run; `outbox migrate` never does.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         from outbox_server.cli.main import main as run
     except ModuleNotFoundError as error:
