@@ -80,6 +80,20 @@ mail-servers: ## Unpack Debian's Postfix, Exim and OpenSMTPD into build/mail-ser
 test-mail-servers: $(READY) ## Run the tests with them (as root, after make mail-servers)
 	$(PYTEST) tests/mail_servers
 
+# Checkov's dependencies are more than all of ours, so it has an environment of its own.
+build/checkov/ready: tests/deploy/checkov.lock
+	$(PYTHON) -m venv build/checkov
+	build/checkov/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
+.PHONY: test-deploy
+test-deploy: build/checkov/ready $(READY) ## Check image, chart, manifests, compose file and units
+	$(PYTEST) tests/deploy
+
+.PHONY: manifests
+manifests: $(READY) ## Render the chart to deploy/manifests, and list the settings in its schema
+	$(BIN)/python -m outbox_server.deploy.chart
+
 .PHONY: drill
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
 	$(BIN)/outbox drill --minutes 1 --seed 1
@@ -147,7 +161,13 @@ docs: $(READY) ## Write the API reference, docs/api.md, from the protos
 bench: $(READY) ## Measure intake, dispatch and lateness (needs postfix's smtp-sink)
 	$(BIN)/python -m bench
 
+LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --universal \
+  --python-version 3.11
+
 .PHONY: lock
 lock: ## Resolve the dependencies again (needs uv)
-	uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --universal \
-	  --no-emit-package outbox-client --python-version 3.11 --all-extras pyproject.toml --output-file requirements.lock
+	$(LOCK) --no-emit-package outbox-client --all-extras pyproject.toml --output-file requirements.lock
+	$(LOCK) --no-emit-package outbox-client --constraint requirements.lock --extra cli pyproject.toml \
+	  --output-file deploy/image/production.lock
+	$(LOCK) --constraint requirements.lock deploy/image/build.in --output-file deploy/image/build.lock
+	$(LOCK) tests/deploy/checkov.in --output-file tests/deploy/checkov.lock

@@ -1,0 +1,22 @@
+"""Writes what follows from the chart and from the settings (`make manifests`).
+
+- `deploy/manifests/outbox.yaml`: the chart rendered with `manifests.yaml` beside this file, for
+  `kubectl apply`.
+- `values.schema.json`: the names of the settings that the chart's value `settings` takes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outbox_server.deploy.chart.rendering import manifests, schema_with_settings
+
+DEPLOY = Path(__file__).parents[1]
+
+if __name__ == "__main__":
+    for path, text in {
+        DEPLOY / "chart" / "outbox" / "values.schema.json": schema_with_settings(),
+        DEPLOY / "manifests" / "outbox.yaml": manifests(),
+    }.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,144 @@
+{{- define "outbox.fullname" -}}
+{{- if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The labels that select the pods of a component: (dict "root" $ "component" NAME). */}}
+{{- define "outbox.selector" -}}
+app.kubernetes.io/name: outbox
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "outbox.labels" -}}
+{{ include "outbox.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{- define "outbox.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{ .repository }}@{{ .digest }}
+{{- else -}}
+{{ .repository }}:{{ .tag | default $.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "outbox.serviceAccountName" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "outbox.fullname" .) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{/* Refuses values that are wrong together. */}}
+{{- define "outbox.check" -}}
+{{- if not .Values.secrets.existingSecret -}}
+{{- fail "secrets.existingSecret: name the Secret with the URLs of PostgreSQL and Redis" -}}
+{{- end -}}
+{{- if and (not .Values.tls.existingSecret) (not .Values.tls.plaintext) -}}
+{{- fail "tls.existingSecret: name a Secret of type kubernetes.io/tls, or set tls.plaintext=true if a mesh encrypts" -}}
+{{- end -}}
+{{- if and .Values.tls.existingSecret .Values.tls.plaintext -}}
+{{- fail "tls.plaintext: true, but tls.existingSecret is set; choose one of them" -}}
+{{- end -}}
+{{- if and .Values.tls.clientCaKey (not .Values.tls.existingSecret) -}}
+{{- fail "tls.clientCaKey: client certificates require TLS; set tls.existingSecret too" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What changes when the Secret does: its content, if it can be read, and the text of the values. */}}
+{{- define "outbox.secretChecksum" -}}
+{{- $found := lookup "v1" "Secret" .Release.Namespace .Values.secrets.existingSecret | default dict -}}
+{{- printf "%s %s" (toJson (get $found "data")) .Values.secrets.revision | sha256sum -}}
+{{- end -}}
+
+{{/* The security context of every pod. */}}
+{{- define "outbox.podSecurity" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  runAsUser: 65532
+  runAsGroup: 65532
+  fsGroup: 65532
+  seccompProfile:
+    type: RuntimeDefault
+{{- end -}}
+
+{{/* The security context of every container. */}}
+{{- define "outbox.containerSecurity" -}}
+image: {{ include "outbox.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities:
+    drop: [ALL]
+{{- end -}}
+
+{{/* The variables of secrets: (dict "root" $ "secrets" (list "databaseUrl" ...)). */}}
+{{- define "outbox.secretVariables" -}}
+{{- $secrets := .root.Values.secrets -}}
+{{- range .secrets -}}
+{{- $key := get $secrets.keys . -}}
+{{- if $key }}
+{{- $variable := printf "OUTBOX_%s" (snakecase . | upper) }}
+{{- if eq $secrets.delivery "files" }}
+- name: {{ $variable }}_FILE
+  value: /run/secrets/outbox/{{ $key }}
+{{- else }}
+- name: {{ $variable }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secrets.existingSecret }}
+      key: {{ $key }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The volume of the same secrets, and the volume of the CAs. */}}
+{{- define "outbox.secretVolumes" -}}
+{{- $secrets := .root.Values.secrets -}}
+{{- if eq $secrets.delivery "files" }}
+- name: secrets
+  secret:
+    secretName: {{ $secrets.existingSecret }}
+    defaultMode: 0440
+    items:
+    {{- range .secrets }}
+    {{- with get $secrets.keys . }}
+      - key: {{ . }}
+        path: {{ . }}
+    {{- end }}
+    {{- end }}
+{{- end }}
+{{- with .root.Values.caConfigMap }}
+- name: ca
+  configMap:
+    name: {{ . }}
+{{- end }}
+{{- end -}}
+
+{{- define "outbox.secretMounts" -}}
+{{- if eq .root.Values.secrets.delivery "files" }}
+- name: secrets
+  mountPath: /run/secrets/outbox
+  readOnly: true
+{{- end }}
+{{- if .root.Values.caConfigMap }}
+- name: ca
+  mountPath: /etc/outbox/ca
+  readOnly: true
+{{- end }}
+{{- end -}}
