@@ -98,7 +98,7 @@ spec:
         {{- end }}
         {{- if $values.temporarySpace }}
         - name: tmp
-          mountPath: /tmp
+          mountPath: /var/tmp
         {{- end }}
   volumes:
     {{- include "outbox.secretVolumes" . | trim | nindent 4 }}

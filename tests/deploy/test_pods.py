@@ -1,0 +1,119 @@
+"""The rendered pods, run as processes: from an empty database to a mail, with TLS and keys."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outbox.v1.batch_pb2 import BatchOptions
+from outbox.v1.dispatcher_service_pb2 import GetDispatcherStatusRequest
+from outbox.v1.sender_pb2 import Sender
+from outbox.v1.sender_service_pb2 import CreateSenderRequest
+from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
+from outbox_client import AsyncClient, Tls
+
+from outbox_server.deploy.chart.rendering import render
+from outbox_server.deploy.embedded.certificates import Certificate, self_signed
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.auth.keys import make_key
+from outbox_server.shared.secrets import generate_key
+from tests.conftest import Stores
+from tests.deploy.pods import Namespace
+
+DATABASE = "outbox_pods"
+SERVICES = ("scheduler", "dispatcher", "stats")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    return self_signed(tmp_path / "certificate")
+
+
+@pytest.fixture
+def secrets(
+    stores: Stores, redis_url: str, inbox: Inbox, certificate: Certificate
+) -> dict[str, dict[str, str]]:
+    return {
+        "outbox": {
+            "database-url": stores.postgres.url(DATABASE),
+            "redis-url": redis_url,
+            "encryption-keys": generate_key(),
+            "smtp-url": inbox.url,
+        },
+        "outbox-tls": {
+            "tls.crt": certificate.public.read_text(),
+            "tls.key": certificate.private.read_text(),
+        },
+        "outbox-operator": {"api-key": make_key().text + "\n"},
+    }
+
+
+def values(**secrets: Any) -> dict[str, Any]:
+    return {
+        "secrets": {"existingSecret": "outbox", "keys": {"smtpUrl": "smtp-url"}, **secrets},
+        "tls": {"existingSecret": "outbox-tls"},
+        "operatorKey": {"existingSecret": "outbox-operator"},
+        "settings": {"OUTBOX_MIN_GAP": "100ms", "OUTBOX_LOG_FORMAT": "text"},
+    }
+
+
+async def test_an_installation_of_the_rendered_pods_sends_a_mail_and_drains(
+    stores: Stores,
+    secrets: dict[str, dict[str, str]],
+    certificate: Certificate,
+    tmp_path: Path,
+) -> None:
+    await stores.postgres.ensure_database(DATABASE)
+    space = Namespace(render(values()), secrets, tmp_path)
+    async with AsyncExitStack() as stack:
+        assert (await space.job("migrate"))[0] == 0
+        # All at once: each takes Python a second or more to start.
+        first = asyncio.create_task(space.job("operator-key"))
+        pods = [await stack.enter_async_context(space.pod(name)) for name in SERVICES]
+        scheduler, dispatcher, stats = pods
+        code, log = await first
+        assert (code, "is stored now" in log) == (0, True)
+        again = asyncio.create_task(space.job("operator-key"))
+        for pod in pods:
+            await pod.until_passed("startupProbe")
+            await pod.until_passed("readinessProbe")
+            assert await pod.probe("livenessProbe") == "SERVING"
+        code, log = await again
+        assert (code, "was stored before" in log) == (0, True)
+
+        async with AsyncClient(
+            f"127.0.0.1:{scheduler.ports[50051]}",
+            stats=f"127.0.0.1:{stats.ports[50053]}",
+            dispatcher=f"127.0.0.1:{dispatcher.ports[50052]}",
+            api_key=secrets["outbox-operator"]["api-key"].strip(),
+            tls=Tls(ca=certificate.public),
+        ) as client:
+            sender = await client.senders.CreateSender(
+                CreateSenderRequest(user_id="ann", sender=Sender(email="ann@example.com"))
+            )
+            options = BatchOptions(sender_id=sender.sender_id, subject="Hello", body="Good day")
+            answer = await client.upload([{"email": "bob@example.com"}], options)
+            batch = await client.wait_for_batch(answer.batch.batch_id)
+            assert batch.counts.sent_count == 1
+            status = await client.dispatcher.GetDispatcherStatus(GetDispatcherStatusRequest())
+            assert status.dispatcher_id
+            found = await client.stats.GetSenderStats(
+                GetSenderStatsRequest(sender_id=sender.sender_id)
+            )
+            assert found.counts.sent_count == 1
+
+        codes = await asyncio.gather(*(pod.terminate() for pod in pods))
+        assert codes == [0, 0, 0]
+        assert all("stopped" in pod.log for pod in pods)
+
+
+async def test_secrets_delivered_as_variables_serve_as_well(
+    secrets: dict[str, dict[str, str]], database_url: str, tmp_path: Path
+) -> None:
+    secrets["outbox"]["database-url"] = database_url
+    space = Namespace(render(values(delivery="environment")), secrets, tmp_path)
+    async with space.pod("stats") as pod:
+        await pod.until_passed("readinessProbe")
