@@ -86,8 +86,12 @@ build/checkov/ready: tests/deploy/checkov.lock
 	build/checkov/bin/pip install --quiet --disable-pip-version-check --require-hashes -r $<
 	@touch $@
 
+.PHONY: systemd
+systemd:
+	@$(PACKAGES) systemd
+
 .PHONY: test-deploy
-test-deploy: build/checkov/ready $(READY) ## Check image, chart, manifests, compose file and units
+test-deploy: systemd build/checkov/ready $(READY) ## Check (as root) image, chart, manifests, compose file and units
 	$(PYTEST) tests/deploy
 
 .PHONY: manifests
