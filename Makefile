@@ -171,7 +171,7 @@ LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header
 .PHONY: lock
 lock: ## Resolve the dependencies again (needs uv)
 	$(LOCK) --no-emit-package outbox-client --all-extras pyproject.toml --output-file requirements.lock
-	$(LOCK) --no-emit-package outbox-client --constraint requirements.lock --extra cli pyproject.toml \
-	  --output-file deploy/image/production.lock
+	$(LOCK) --no-emit-package outbox-client --constraint requirements.lock --extra cli --extra gateway \
+	  pyproject.toml --output-file deploy/image/production.lock
 	$(LOCK) --constraint requirements.lock deploy/image/build.in --output-file deploy/image/build.lock
 	$(LOCK) tests/deploy/checkov.in --output-file tests/deploy/checkov.lock

@@ -77,14 +77,11 @@ async def serve(
             tls=TlsContexts.from_settings(settings),
             tokens=tokens,
         )
-        installation = await until_reachable(engine, installation_id, stop)
-        if installation is None:
-            return
         composer = Composer(
             settings,
             box,
             partial(_read_batches, statements),
-            installation,
+            partial(_read_installation_id, engine),
         )
         progress = Progress()
         dispatcher = Dispatcher(

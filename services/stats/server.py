@@ -45,10 +45,13 @@ async def serve(
             stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
             partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
         )
-        server = GrpcServer(
-            settings, settings.stats_listen, [service], engine=engine, probes=probes
-        )
-        dependencies = {"postgresql": partial(ping, engine)}
+        schema = SchemaGuard(engine)
+        services = [service, server_service("stats", schema)]
+        server = GrpcServer(settings, settings.stats_listen, services, engine=engine, probes=probes)
+        work = [
+            partial(watch.run, stop),
+            partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
+        ]
 
         async def announce() -> None:
             if ready is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
@@ -136,37 +136,3 @@ def unix_ms(time: datetime) -> int:
 def from_unix_ms(milliseconds: int) -> datetime:
     """Return the UTC time of `milliseconds` since 1970."""
     return _EPOCH + timedelta(milliseconds=milliseconds)
-
-
-def _config(url: str) -> Config:
-    config = Config()
-    config.set_main_option(
-        "script_location", str(files("outbox_server.shared.database").joinpath("migrations"))
-    )
-    config.set_main_option("sqlalchemy.url", driver_url(url).replace("%", "%%"))
-    return config
-
-
-def migrate(url: str) -> None:
-    """Bring the schema up to date; safe to run from many processes at once."""
-    command.upgrade(_config(url), "head")
-
-
-async def until_reachable(
-    engine: AsyncEngine, ask: Callable[[AsyncConnection], Awaitable[T]], stop: asyncio.Event
-) -> T | None:
-    """Return what `ask` returns, in a transaction of its own, once PostgreSQL answers.
-
-    A service that starts together with its database must not fail because it is ready first. None
-    means that `stop` was set before PostgreSQL answered.
-    """
-    while not stop.is_set():
-        try:
-            async with engine.begin() as connection:
-                return await ask(connection)
-        except DATABASE_ERRORS as error:
-            _log.warning("postgresql_unreachable", error=type(error).__name__)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_RETRY_S):
-                    await stop.wait()
-    return None

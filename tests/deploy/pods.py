@@ -21,7 +21,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.ports import free_port
 from tests.eventually import PATIENCE, eventually
 
 ROOT: Final = Path(__file__).parents[2]

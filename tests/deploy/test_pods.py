@@ -15,8 +15,8 @@ from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
 from outbox_client import AsyncClient, Tls
 
+from outbox_server.deploy.certificates import Certificate, self_signed
 from outbox_server.deploy.chart.rendering import render
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.secrets import generate_key

@@ -19,8 +19,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
-from outbox_server.deploy.embedded.certificates import self_signed
-from outbox_server.deploy.embedded.ports import free_port
+from outbox_server.deploy.certificates import self_signed
+from outbox_server.deploy.ports import free_port
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer
