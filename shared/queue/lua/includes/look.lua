@@ -12,19 +12,21 @@ local function number_or(value, default)
     return default
 end
 
+-- Limit.PACE: the longer of the sender's own gap and its pace (pace.lua).
+local function gap_with_pace(own_gap, pace) return math.max(own_gap, pace) end
+
 -- Returns nil if Redis does not know the sender (see life.lua).
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
         'horizon', 'loading', 'life', 'sets', 'endpoint', 'troubles', 'open', 'probe',
         'opens', 'closes', 'cool', 'pace')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
-    local pace = number_or(f[17], 0)
+    local own_gap, pace = tonumber(f[2]), number_or(f[17], 0)
     return {
         id = sender,
         limit = tonumber(f[1]),
-        -- Limit.PACE: the longer of the sender's own gap and its pace (pace.lua).
-        gap = math.max(tonumber(f[2]), pace),
-        own_gap = tonumber(f[2]),
+        gap = gap_with_pace(own_gap, pace),
+        own_gap = own_gap,
         pace = pace,
         flight = tonumber(f[3]),
         active = f[4] == '1',

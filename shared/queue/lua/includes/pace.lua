@@ -10,7 +10,7 @@ local PACE_SHRINKS_TO = 0.9
 
 local function set_pace(s, pace)
     s.pace = pace
-    s.gap = math.max(s.own_gap, pace)
+    s.gap = gap_with_pace(s.own_gap, pace)
     if pace > 0 then
         redis.call('HSET', settings_of(s.id), 'pace', pace)
     else
