@@ -13,6 +13,7 @@ import psycopg
 from psycopg import sql
 
 from outbox_server.deploy.child import Child, LocalServerError, run_to_end, stop_orphans
+from outbox_server.deploy.embedded.local_server import LocalServer
 from outbox_server.deploy.embedded.system_user import (
     DEFAULT_USER,
     all_may_enter,
@@ -20,7 +21,7 @@ from outbox_server.deploy.embedded.system_user import (
     user_for_postgres,
 )
 from outbox_server.deploy.embedded.wheels import postgres_binaries
-from outbox_server.deploy.ports import LOOPBACK, free_port
+from outbox_server.deploy.ports import LOOPBACK
 
 SUPERUSER: Final = "postgres"
 _INITDB_LIMIT: Final = 120.0
@@ -29,7 +30,6 @@ _START_LIMIT: Final = 120.0
 # SIGINT is PostgreSQL's fast shutdown: it ends sessions and writes a checkpoint. SIGQUIT is the
 # immediate shutdown: nothing is lost, because the next start recovers.
 _STOP: Final = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0))
-_PORT_TRIES: Final = 5
 _SETTINGS: Final = {
     "listen_addresses": LOOPBACK,
     # The kernel limits the path of a socket to 107 bytes. A data folder's path may be longer.
@@ -44,12 +44,15 @@ _SETTINGS: Final = {
 _NOT_DURABLE: Final = {"fsync": "off", "full_page_writes": "off"}
 
 
-class PostgresServer:
+class PostgresServer(LocalServer):
     """PostgreSQL on loopback with its data in `folder`. It trusts every local user.
 
-    It may be started again after `stop` or `kill`, on the same port. The caller makes sure that
-    only one process uses the folder at a time (`Servers` does, by a lock).
+    The caller makes sure that only one process uses the folder at a time (`Servers` does, by a
+    lock).
     """
+
+    NAME = "PostgreSQL"
+    STOP = _STOP
 
     def __init__(
         self,
@@ -66,28 +69,10 @@ class PostgresServer:
         If not `durable`, commits survive the death of processes, but not a crash of the machine.
         `system_user` is the user that PostgreSQL runs as if this process is root.
         """
-        self.folder = folder.resolve()
-        self._wanted_port = port
-        self._port: int | None = port
+        super().__init__(folder, port, log)
         self._durable = durable
-        self._log = log or self.folder.with_name(f"{folder.name}.log")
         self._binaries = binaries
         self._system_user = system_user
-        self._child: Child | None = None
-
-    @property
-    def port(self) -> int:
-        """The TCP port; known after the first start."""
-        if self._port is None:
-            raise RuntimeError("PostgreSQL was not started")
-        return self._port
-
-    @property
-    def child(self) -> Child:
-        """The postmaster's process."""
-        if self._child is None:
-            raise RuntimeError("PostgreSQL was not started")
-        return self._child
 
     def url(self, database: str = "outbox", role: str = "outbox") -> str:
         """Return the URL of a database, as OUTBOX_DATABASE_URL takes it."""
@@ -112,26 +97,12 @@ class PostgresServer:
         # No server runs here. The pid in the file may belong to another process by now, which
         # PostgreSQL would take for a running server.
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
-        for tries_left in reversed(range(_PORT_TRIES)):
-            self._port = self._port or free_port()
-            try:
-                await self._run(binaries, user, self._port)
-            except LocalServerError as error:
-                if (
-                    self._wanted_port
-                    or not tries_left
-                    or "Address already in use" not in str(error)
-                ):
-                    raise
-                self._port = None  # another process took the port; take another one
-            else:
-                self._wanted_port = self._port  # clients use this port from now on
-                return
-
-    async def stop(self) -> None:
-        """Stop cleanly, in at most about 15 s; do nothing if it does not run."""
-        if self._child is not None:
-            await self._child.stop(*_STOP)
+        await self._start(
+            lambda port: self._child_on(port, binaries, user),
+            self._answers,
+            _START_LIMIT,
+            _STOP[1:],
+        )
 
     async def kill(self) -> None:
         """End it with kill -9, as a fault would; returns when all its processes are gone."""
@@ -173,13 +144,13 @@ class PostgresServer:
                 f"{self.folder} is not a data folder of PostgreSQL: {error}"
             ) from None
 
-    async def _run(self, binaries: Path, user: pwd.struct_passwd | None, port: int) -> None:
+    def _child_on(self, port: int, binaries: Path, user: pwd.struct_passwd | None) -> Child:
         settings = _SETTINGS | {"port": str(port)} | ({} if self._durable else _NOT_DURABLE)
         argv: list[str | Path] = [binaries / "postgres", "-D", _path_for(user, self.folder)]
         for name, value in settings.items():
             argv += ["-c", f"{name}={value}"]
-        child = Child(
-            "PostgreSQL",
+        return Child(
+            self.NAME,
             argv,
             log=self._log,
             cwd=self.folder,
@@ -187,13 +158,6 @@ class PostgresServer:
             # The postmaster ends its own children.
             death_signal=signal.SIGINT,
         )
-        self._child = child
-        child.start()
-        try:
-            await child.until_ready(self._answers, _START_LIMIT)
-        except BaseException:
-            await child.stop(*_STOP[1:])
-            raise
 
     async def _answers(self) -> bool:
         try:
