@@ -9,7 +9,8 @@ from outbox.v1 import batch_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.follow import follow_to_end
-from outbox_server.cli.options import AllPages, PageSize, PageToken, User
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, User
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -66,15 +67,14 @@ def watch(
 
 
 @app.command(name="list")
+@with_option_groups
 def list_(
     *,
     user: User = "",
     sender: Annotated[
         str, typer.Option("--sender", metavar="ID", help="Only batches of this sender.")
     ] = "",
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -82,31 +82,26 @@ def list_(
 
     $ outbox batches list --user demo
     """
-    request = pb.ListBatchesRequest(
-        user_id=user, sender_id=sender, page_size=page_size, page_token=page_token
-    )
+    request = pb.ListBatchesRequest(user_id=user, sender_id=sender)
     with connection("scheduler", server) as client:
-        page = pages(client.batches.ListBatches, request, "batches", everything=everything)
+        page = pages(client.batches.ListBatches, request, "batches", paging)
     show_list(page, "batches", _COLUMNS, output, what="batches")
 
 
 @app.command()
+@with_option_groups
 def rejections(
     batch_id: BatchId,
     *,
     user: User = "",
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List the rejected rows of a batch, with the reasons."""
-    request = pb.ListRejectionsRequest(
-        batch_id=batch_id, user_id=user, page_size=page_size, page_token=page_token
-    )
+    request = pb.ListRejectionsRequest(batch_id=batch_id, user_id=user)
     with connection("scheduler", server) as client:
-        page = pages(client.batches.ListRejections, request, "rejections", everything=everything)
+        page = pages(client.batches.ListRejections, request, "rejections", paging)
     show_list(page, "rejections", REJECTION_COLUMNS, output, what="rejections")
 
 

@@ -31,6 +31,7 @@ from outbox_client import (
 from outbox_server.cli.connection_check import SERVERS, Target, which_server, why_no_answer
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.options import Paging
 from outbox_server.cli.output import printable
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.settings import load_settings
@@ -147,14 +148,14 @@ def connection(service: str, server: str | None) -> Iterator[Client]:
 
 
 def pages(
-    method: Callable[[_Request], _Page], request: _Request, field: str, *, everything: bool
+    method: Callable[[_Request], _Page], request: _Request, field: str, paging: Paging
 ) -> _Page:
-    """Return one page of a list or, with `everything`, all pages joined into one."""
+    """Return one page of a list or, with `--all`, all pages joined into one."""
     next_request: Any = request
-    if everything:
-        next_request.page_size = next_request.page_size or _LARGEST_PAGE
+    next_request.page_size = paging.page_size or (_LARGEST_PAGE if paging.everything else 0)
+    next_request.page_token = paging.page_token
     page: Any = method(next_request)
-    while everything and page.next_page_token:
+    while paging.everything and page.next_page_token:
         next_request.page_token = page.next_page_token
         more: Any = method(next_request)
         getattr(page, field).extend(getattr(more, field))

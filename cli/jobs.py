@@ -10,7 +10,8 @@ from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 
 from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection, pages
-from outbox_server.cli.options import AllPages, PageSize, PageToken, User, enum_reader
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, User, enum_reader
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = (
@@ -56,6 +57,7 @@ def get(
 
 
 @app.command(name="list")
+@with_option_groups
 def list_(
     *,
     user: User = "",
@@ -77,9 +79,7 @@ def list_(
     recipient: Annotated[
         str, typer.Option("--recipient", metavar="ADDRESS", help="Only jobs to this address.")
     ] = "",
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -93,11 +93,9 @@ def list_(
         batch_id=batch,
         state=EmailJobState.ValueType(state or 0),
         recipient=recipient,
-        page_size=page_size,
-        page_token=page_token,
     )
     with connection("scheduler", server) as client:
-        page = pages(client.email_jobs.ListEmailJobs, request, "email_jobs", everything=everything)
+        page = pages(client.email_jobs.ListEmailJobs, request, "email_jobs", paging)
     show_list(page, "email_jobs", _COLUMNS, output, what="jobs")
 
 
@@ -180,22 +178,19 @@ def resolve(
 
 
 @app.command()
+@with_option_groups
 def attempts(
     email_job_id: JobId,
     *,
     user: User = "",
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List the attempts of a job that have ended, oldest first."""
-    request = pb.ListAttemptsRequest(
-        email_job_id=email_job_id, user_id=user, page_size=page_size, page_token=page_token
-    )
+    request = pb.ListAttemptsRequest(email_job_id=email_job_id, user_id=user)
     with connection("scheduler", server) as client:
-        page = pages(client.email_jobs.ListAttempts, request, "attempts", everything=everything)
+        page = pages(client.email_jobs.ListAttempts, request, "attempts", paging)
     show_list(page, "attempts", _ATTEMPT_COLUMNS, output, what="attempts")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,18 +19,26 @@ User = Annotated[
     str,
     typer.Option("--user", metavar="ID", help="Owner; required with a service or operator key."),
 ]
-PageSize = Annotated[
-    int,
-    typer.Option(
-        "--page-size",
-        min=0,
-        max=1000,
-        show_default=False,
-        help="Results per page (default 50).",
-    ),
-]
-AllPages = Annotated[bool, typer.Option("--all", help="Fetch all pages.")]
-PageToken = Annotated[str, typer.Option("--page-token", help="Token from the previous page.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paging:
+    """Which page of a list to fetch, or all of them."""
+
+    page_size: Annotated[
+        int,
+        typer.Option(
+            "--page-size",
+            min=0,
+            max=1000,
+            show_default=False,
+            help="Results per page (default 50).",
+        ),
+    ] = 0
+    page_token: Annotated[
+        str, typer.Option("--page-token", help="Token from the previous page.")
+    ] = ""
+    everything: Annotated[bool, typer.Option("--all", help="Fetch all pages.")] = False
 
 
 def read_duration(text: str) -> timedelta:

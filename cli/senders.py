@@ -11,7 +11,7 @@ from outbox.v1.sender_pb2 import Sender, SenderState
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import AllPages, PageSize, PageToken, User, enum_reader
+from outbox_server.cli.options import Paging, User, enum_reader
 from outbox_server.cli.output import Output, OutputFormat, note, show, show_list
 from outbox_server.cli.sender_options import SenderOptions
 
@@ -76,6 +76,7 @@ def get(
 
 
 @app.command(name="list")
+@with_option_groups
 def list_(
     *,
     user: User = "",
@@ -88,9 +89,7 @@ def list_(
             help="Only senders in this state.",
         ),
     ] = None,
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -101,11 +100,9 @@ def list_(
     request = pb.ListSendersRequest(
         user_id=user,
         state=SenderState.ValueType(state or 0),
-        page_size=page_size,
-        page_token=page_token,
     )
     with connection("scheduler", server) as client:
-        page = pages(client.senders.ListSenders, request, "senders", everything=everything)
+        page = pages(client.senders.ListSenders, request, "senders", paging)
     # The column is shown only if it is not empty, because it takes room from the others.
     cooling = any(sender.HasField("cooldown") for sender in page.senders)
     columns = (*_COLUMNS, "cooldown") if cooling else _COLUMNS

@@ -10,7 +10,8 @@ from outbox.v1 import stats_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.forecast import forecast
-from outbox_server.cli.options import AllPages, PageSize, PageToken, User, read_time, to_timestamp
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, User, read_time, to_timestamp
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -79,12 +80,11 @@ def sender(
 
 
 @app.command()
+@with_option_groups
 def user(
     user_id: Annotated[str, typer.Argument(metavar="USER_ID")],
     *,
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -92,9 +92,9 @@ def user(
 
     $ outbox stats user demo
     """
-    request = pb.GetUserStatsRequest(user_id=user_id, page_size=page_size, page_token=page_token)
+    request = pb.GetUserStatsRequest(user_id=user_id)
     with connection("stats", server) as client:
-        found = pages(client.stats.GetUserStats, request, "senders", everything=everything)
+        found = pages(client.stats.GetUserStats, request, "senders", paging)
     show(found, output, without=("senders", "next_page_token"))
     if output is OutputFormat.TABLE and found.senders:
         names = [path.rpartition(".")[2] for path in _SENDER_COLUMNS]

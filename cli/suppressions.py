@@ -9,7 +9,8 @@ from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
 from outbox_server.cli.client import Server, connection, pages
-from outbox_server.cli.options import AllPages, PageSize, PageToken, User
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, User
 from outbox_server.cli.output import Output, OutputFormat, note, show, show_list
 
 _COLUMNS = ("email", "reason", "create_time")
@@ -58,12 +59,11 @@ def delete(
 
 
 @app.command(name="list")
+@with_option_groups
 def list_(
     *,
     user: User = "",
-    page_size: PageSize = 0,
-    page_token: PageToken = "",
-    everything: AllPages = False,
+    paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -71,9 +71,7 @@ def list_(
 
     $ outbox suppressions list --user demo
     """
-    request = pb.ListSuppressionsRequest(user_id=user, page_size=page_size, page_token=page_token)
+    request = pb.ListSuppressionsRequest(user_id=user)
     with connection("scheduler", server) as client:
-        page = pages(
-            client.suppressions.ListSuppressions, request, "suppressions", everything=everything
-        )
+        page = pages(client.suppressions.ListSuppressions, request, "suppressions", paging)
     show_list(page, "suppressions", _COLUMNS, output, what="suppressions")
