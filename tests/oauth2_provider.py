@@ -12,8 +12,10 @@ import json
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 from urllib.parse import parse_qsl
+
+from tests.stream_server import StreamServer
 
 Style = Literal["google", "microsoft"]
 
@@ -47,7 +49,7 @@ class Endless:
 Step = PlannedAnswer | Hold | Endless
 
 
-class OAuth2Provider:
+class OAuth2Provider(StreamServer):
     """One application and its mailboxes. Use as a context manager; `url` is the token URL."""
 
     def __init__(
@@ -59,6 +61,7 @@ class OAuth2Provider:
         client_secret: str = "shh-client-secret-0001",
         lifetime: int = 3599,
     ) -> None:
+        super().__init__(tls)
         self.style = style
         self.client_id = client_id
         self.client_secret = client_secret
@@ -67,25 +70,16 @@ class OAuth2Provider:
         self.plan: list[Step] = []
         # The form of each request.
         self.requests: list[dict[str, str]] = []
-        self.connections = 0
         # Requests that are held now.
         self.held = 0
         # Refresh tokens that are good, and access tokens that a mail server may accept.
         self.refresh_tokens = {"1//refresh-token-of-the-mailbox-0000"}
         self.access_tokens: set[str] = set()
-        self._tls = tls
         self._numbers = itertools.count(1)
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._port = 0
-
-    @property
-    def port(self) -> int:
-        return self._port
 
     @property
     def url(self) -> str:
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}/token"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}/token"
 
     @property
     def refresh_token(self) -> str:
@@ -97,33 +91,7 @@ class OAuth2Provider:
         given = [*self.refresh_tokens, *self.access_tokens, self.client_secret]
         return given + [form["refresh_token"] for form in self.requests if "refresh_token" in form]
 
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._tls)
-        self._port = self._server.sockets[0].getsockname()[1]
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.connections += 1
-        try:
-            await self._serve(reader, writer)
-        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         assert head[0] == "POST /token HTTP/1.1", head[0]
         headers = {

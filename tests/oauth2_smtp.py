@@ -9,7 +9,9 @@ import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
+
+from tests.stream_server import StreamServer
 
 _BEARER: Final = re.compile(r"auth=Bearer ([^\x01]*)\x01")
 _USER: Final = {
@@ -29,7 +31,7 @@ class PresentedToken:
     connection: int
 
 
-class OAuth2SmtpServer:
+class OAuth2SmtpServer(StreamServer):
     """Accepts mail from clients with a token for which `accepts(username, token)` is true."""
 
     def __init__(
@@ -43,7 +45,7 @@ class OAuth2SmtpServer:
         # Whether replies quote what was presented, as some servers do where they refuse it.
         quotes: bool = False,
     ) -> None:
-        self._tls = tls
+        super().__init__(tls)
         self._accepts = accepts
         self.mechanisms = mechanisms
         self._challenges = challenges
@@ -52,41 +54,11 @@ class OAuth2SmtpServer:
         # What clients answered to challenges.
         self.dummies: list[str] = []
         self.mails: list[bytes] = []
-        self.connections = 0
         # The connections, by number, that clients ended by QUIT.
         self.quits: list[int] = []
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
-    @property
-    def port(self) -> int:
-        assert self._server is not None
-        return int(self._server.sockets[0].getsockname()[1])
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._tls)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.connections += 1
-        try:
-            await _OAuth2SmtpSession(self, reader, writer, self.connections).run()
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass
-        finally:
-            self._tasks.discard(task)
-            writer.transport.abort()
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _OAuth2SmtpSession(self, reader, writer, self.connections).run()
 
 
 class _OAuth2SmtpSession:
