@@ -20,10 +20,12 @@ import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext, MigrationInfo
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, pool, text
 from sqlalchemy.exc import DBAPIError
 
 from outbox_server.shared.database.engine import driver_url
+from outbox_server.shared.database.schema import SchemaRevision
 from outbox_server.shared.errors import OutboxError
 
 # All writers of a table wait while a migration waits for its lock, so together with the statement
@@ -75,6 +77,7 @@ def migrate(
     follow those of this release; tests use it.
 
     Raises:
+        ConfigurationError: the schema is newer, and no longer has what this release uses.
         MigrationBlockedError: the locks were not free for `patience`; run it again later.
         sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or a migration is wrong.
     """
@@ -83,6 +86,13 @@ def migrate(
         _lock(connection, end, patience, say)
         _prepare_version_table(connection)
         config = _config(connection, url, say, patience, more_versions)
+        head = ScriptDirectory.from_config(config).get_current_head()
+        present = _revision(connection)
+        if head is not None and present.revision > head:
+            # As after a roll-back, whose first step runs the migrations of the older release.
+            present.check(head)
+            say(f"the schema is at revision {present.revision}, newer than this release: it stays")
+            return
         while True:
             try:
                 command.upgrade(config, revision)
@@ -161,6 +171,14 @@ def _prepare_version_table(connection: Connection) -> None:
         )
         connection.execute(text("ALTER TABLE alembic_version ADD COLUMN oldest_revision text"))
     connection.commit()
+
+
+def _revision(connection: Connection) -> SchemaRevision:
+    row = connection.execute(
+        text("SELECT version_num, oldest_revision FROM alembic_version")
+    ).first()
+    connection.rollback()
+    return SchemaRevision("") if row is None else SchemaRevision(row[0], row[1])
 
 
 def _config(

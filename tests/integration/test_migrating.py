@@ -151,6 +151,21 @@ async def test_two_migrators_that_build_an_index_do_not_wait_for_each_other(
     assert is_valid(url)
 
 
+def test_the_migrations_of_an_older_release_leave_a_newer_schema_as_it_is(
+    new_database: Callable[[], str], tmp_path: Path
+) -> None:
+    url = new_database()
+    versions = contract_step(tmp_path, oldest="9002")
+    migrate(url, more_versions=versions, revision=LAST)
+    said: list[str] = []
+    migrate(url, say=said.append)
+    assert said == [f"the schema is at revision {LAST}, newer than this release: it stays"]
+    migrate(url, more_versions=versions)
+    with pytest.raises(ConfigurationError, match="run a newer release"):
+        migrate(url)
+    assert revision(url) == "9005"
+
+
 async def recorded(url: str) -> SchemaRevision:
     engine = create_engine(load_settings(database_url=url))
     try:
