@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from outbox_server.shared.database.migrating import LOCK_TIMEOUT_MS, Say
 
-_REPORT_S: Final = 5.0
+_REPORT_S: Final = 2.0
 _VALID: Final = text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
 _PROGRESS: Final = """
     SELECT phase, coalesce(nullif(blocks_done, 0), tuples_done),

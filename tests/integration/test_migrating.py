@@ -113,6 +113,25 @@ async def test_a_migration_that_was_killed_while_it_built_an_index_is_resumed(
     assert revision(url) == LAST
 
 
+async def test_an_index_build_shows_its_progress_and_the_transaction_that_it_waits_for(
+    new_database: Callable[[], str],
+) -> None:
+    url = new_database()
+    migrate(url, more_versions=VERSIONS, revision="9003")
+    said: list[str] = []
+    with psycopg.connect(url) as holder:
+        holder.execute("LOCK TABLE email_jobs IN ROW EXCLUSIVE MODE")
+        pid = holder.info.backend_pid
+        building = asyncio.create_task(
+            asyncio.to_thread(migrate, url, say=said.append, more_versions=VERSIONS)
+        )
+        await eventually(lambda: said)
+    await building
+    assert said[0] == f"index: waiting for writers before build, for the transaction of pid {pid}"
+    assert said[-1].startswith(f"{LAST}: ")
+    assert is_valid(url)
+
+
 async def test_a_second_migrator_waits_for_the_first(new_database: Callable[[], str]) -> None:
     url = new_database()
     said: list[str] = []

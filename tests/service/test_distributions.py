@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from release.versions import project_version
+
 ROOT = Path(__file__).parents[2]
 SITE = sysconfig.get_path("purelib")
 
@@ -84,7 +86,10 @@ def test_the_command_line_works_beside_the_client(wheels: dict[str, Path], tmp_p
         "main()\n"
     )
     shown = python(tmp_path, program).splitlines()
-    assert shown == [str(tmp_path / "outbox_server" / "cli" / "__init__.py"), "outbox 0.1.0"]
+    assert shown == [
+        str(tmp_path / "outbox_server" / "cli" / "__init__.py"),
+        f"outbox {project_version()}",
+    ]
 
 
 def test_services_start_without_the_libraries_of_the_command_line(
