@@ -59,6 +59,10 @@ FINAL_STATES = frozenset(
     }
 )
 
+# The final states whose jobs are removed after OUTBOX_RETENTION, as numbers. UNCERTAIN jobs are
+# kept: they wait for a caller's decision. The index of finished jobs has this condition.
+PURGEABLE = tuple(sorted(int(state) for state in FINAL_STATES - {JobState.UNCERTAIN}))
+
 
 class SenderState(IntEnum):
     """The states of a sender."""

@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from outbox_server.shared.states import JobState
+from outbox_server.shared.states import PURGEABLE, JobState
 
 _TIME = TIMESTAMP(timezone=True)
 
@@ -53,6 +53,11 @@ class Installation(Base):
     singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
     installation_id: Mapped[str] = mapped_column(
         Text, server_default=text("substr(md5((gen_random_uuid())::text), 1, 12)")
+    )
+    # The key of the hashes that replace erased addresses (shared/database/erased_keys.py).
+    erasure_key: Mapped[str] = mapped_column(
+        Text,
+        server_default=text("((gen_random_uuid())::text || (gen_random_uuid())::text)"),
     )
 
     __table_args__ = (CheckConstraint("singleton", name="one_row"),)
@@ -302,11 +307,23 @@ class EmailJob(Base):
             "lease_until",
             postgresql_where=text(f"state = {JobState.SENDING:d}"),
         ),
+        # For retention: the oldest finished jobs. UNCERTAIN ones wait for a caller's decision.
+        Index(
+            "ix_email_jobs_finished",
+            "finished_at",
+            postgresql_where=text("state IN (" + ", ".join(map(str, PURGEABLE)) + ")"),
+        ),
+        # Few rows have such a key: addresses with letters beyond ASCII.
+        Index(
+            "ix_email_jobs_recipient_key",
+            "recipient_key",
+            postgresql_where=text("recipient_key IS NOT NULL"),
+        ),
     )
 
 
 class Attempt(Base):
-    """One try to hand a job to SMTP. It is kept for ever."""
+    """One try to hand a job to SMTP. It is kept as long as its job."""
 
     __tablename__ = "attempts"
 
@@ -381,7 +398,8 @@ class Suppression(Base):
     __tablename__ = "suppressions"
 
     user_id: Mapped[str] = mapped_column(Text, primary_key=True)
-    # Case-folded, because addresses are compared without regard to case.
+    # Case-folded, because addresses are compared without regard to case. Of an erased person only
+    # the hash of the address is kept (shared/database/erased_keys.py).
     address: Mapped[str] = mapped_column(Text, primary_key=True)
     reason: Mapped[str] = mapped_column(Text, server_default="")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
@@ -429,6 +447,22 @@ class SenderHourCount(Base):
 
     __tablename__ = "sender_hour_counts"
 
+    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    hour: Mapped[datetime] = mapped_column(_TIME, primary_key=True)
+    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    n: Mapped[int] = mapped_column(BigInteger)
+
+
+class PurgedCount(Base):
+    """The number of jobs whose rows were removed after OUTBOX_RETENTION, by the hour of their end.
+
+    Counts that callers see never change by a removal. With this table, the audit can still compare
+    them with a recount of the rows. `batch_id` is 0 for batches that were removed as well.
+    """
+
+    __tablename__ = "purged_counts"
+
+    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     hour: Mapped[datetime] = mapped_column(_TIME, primary_key=True)
     state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
