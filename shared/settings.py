@@ -9,7 +9,14 @@ import re
 from datetime import timedelta
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
@@ -19,6 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from outbox_server.shared.bounds import MAX_GAP
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
 
@@ -77,6 +85,11 @@ def _waits(value: Any) -> Any:
     if isinstance(waits, tuple) and not all(_ZERO < wait <= _LONGEST_WAIT for wait in waits):
         raise ValueError(f"each must be more than 0 and at most {_LONGEST_WAIT.days}d")
     return waits
+
+
+def _retention(value: Any) -> Any:
+    duration = None if value == "" else _duration(value)
+    return None if duration == _ZERO else duration
 
 
 Duration = Annotated[timedelta, BeforeValidator(_duration)]
@@ -278,6 +291,11 @@ class Settings(BaseSettings):
         description="what happens to a mail if the connection is lost before the server's reply: "
         "`resend`, or `hold` until a caller decides",
     )
+    retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
+        None,
+        description="age at which finished jobs are removed, with their attempts and batches, such "
+        "as `90d`; at least 1d, OUTBOX_RATE_WINDOW and OUTBOX_QUOTA_DAY; unset or 0: never",
+    )
     encryption_keys: SecretStr = Field(
         SecretStr(""),
         description="Fernet keys for SMTP passwords and OAuth 2.0 secrets, comma-separated, the "
@@ -299,20 +317,23 @@ class Settings(BaseSettings):
         "json", description="`json`: one JSON document per line; `text`: lines for people"
     )
 
+    @field_validator("retention")
     @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return where values come from, the strongest first."""
-        del file_secret_settings
-        overrides = cast(InitSettingsSource, init_settings).init_kwargs
-        files = SecretFiles(settings_cls, overrides, env_settings, dotenv_settings)
-        return init_settings, files, env_settings, dotenv_settings
+    def _keeps_what_limits_need(
+        cls, value: timedelta | None, info: ValidationInfo
+    ) -> timedelta | None:
+        """Refuse a retention that removes sends which a limit may still have to count."""
+        if value is None:
+            return None
+        needed = {"1d (the longest gap)": MAX_GAP}
+        for name in ("rate_window", "quota_day"):
+            # A setting that is wrong itself is missing here.
+            span = info.data.get(name, _ZERO)
+            needed[f"OUTBOX_{name.upper()} ({format_duration(span)})"] = span
+        for what, span in needed.items():
+            if value < span:
+                raise ValueError(f"must be 0 or at least {what} (got {format_duration(value)})")
+        return value
 
 
 def load_settings(**overrides: Any) -> Settings:

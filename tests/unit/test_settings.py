@@ -26,6 +26,9 @@ from outbox_server.shared.settings import format_duration, load_settings, parse_
         # No date says when that would be.
         ("COOLDOWN", "9999999d", "each must be more than 0 and at most 30d"),
         ("DEFER_BACKOFF", ",", "write at least one duration"),
+        ("RETENTION", "90", "'90' is not a duration"),
+        # Sends that the limiter may need after a loss of Redis would be removed.
+        ("RETENTION", "23h", "must be 0 or at least 1d (the longest gap) (got 23h)"),
         ("REFUSALS_IN_A_ROW", "-1", "must be greater than or equal to 0"),
     ],
 )
@@ -39,6 +42,24 @@ def test_an_invalid_setting_is_named(
     assert message.startswith(f"OUTBOX_{name}: {complaint}")
     assert "Value error" not in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("longer", ["RATE_WINDOW", "QUOTA_DAY"])
+def test_retention_keeps_the_sends_that_a_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, longer: str
+) -> None:
+    monkeypatch.setenv(f"OUTBOX_{longer}", "7d")
+    monkeypatch.setenv("OUTBOX_RETENTION", "6d")
+    with pytest.raises(ConfigurationError, match=rf"at least OUTBOX_{longer} \(168h\)"):
+        load_settings()
+    monkeypatch.setenv("OUTBOX_RETENTION", "7d")
+    assert load_settings().retention == timedelta(days=7)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0d"])
+def test_without_retention_nothing_is_removed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("OUTBOX_RETENTION", text)
+    assert load_settings().retention is None
 
 
 def test_a_limit_for_every_phase_may_be_unset(monkeypatch: pytest.MonkeyPatch) -> None:

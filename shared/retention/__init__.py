@@ -1,0 +1,1 @@
+"""Removes finished jobs, their attempts and their batches when they are older than retention."""
