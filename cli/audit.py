@@ -124,6 +124,12 @@ def _print(report: Any) -> None:
         lines.append(
             f"{mails} went to other servers and {are} checked by PostgreSQL's record alone."
         )
+    purged = report.findings.totals.purged
+    if purged:
+        lines.append(
+            f"{purged:,} finished jobs were removed after OUTBOX_RETENTION: their counts are "
+            "checked, their mails are not."
+        )
     sys.stdout.write(f"\n{chr(10).join(lines)}\n")
     sys.stdout.write(f"Sends {side}, compared with {report.compared_with}.\n")
     sys.stdout.flush()

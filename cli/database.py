@@ -17,15 +17,17 @@ from outbox_server.shared.settings import load_settings
 T = TypeVar("T")
 
 
-def with_engine(work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
+def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: bool) -> T:
     """Run `work` on the database of OUTBOX_DATABASE_URL and return its result.
+
+    `options` are those of `create_engine`.
 
     Raises:
         CommandFailed: the database cannot be reached, or has no schema.
     """
 
     async def run() -> T:
-        engine = create_engine(load_settings())
+        engine = create_engine(load_settings(), **options)
         try:
             return await work(engine)
         finally:

@@ -103,6 +103,11 @@ class AuditReport:
         return totals.missing + totals.stuck + self.findings.jobs.lost
 
     @property
+    def unknown(self) -> int:
+        """Mails of jobs that PostgreSQL does not have, beyond the jobs that it has removed."""
+        return max(0, self.findings.jobs.unknown - self.findings.totals.purged)
+
+    @property
     def compared_with(self) -> str:
         """The settings that the sends were compared with."""
         window = format_duration(self.settings.rate_window)
@@ -123,7 +128,7 @@ class AuditReport:
             (jobs.lost, "jobs were sent, but the SMTP side never saw them"),
             (jobs.unexplained, "mails were sent again, although no attempt was in doubt"),
             (jobs.renamed, "jobs have copies with different Message-IDs"),
-            (jobs.unknown, "mails belong to jobs that PostgreSQL does not have"),
+            (self.unknown, "mails belong to jobs that PostgreSQL does not have"),
             (jobs.contradictions, "jobs have contradictory data"),
             (findings.stats_mismatch, "counts differ from a recount"),
         )
@@ -164,6 +169,7 @@ class AuditReport:
         by_state = self.findings.totals.by_state
         return {
             **self.figures(),
+            "purged": self.findings.totals.purged,
             "states": {state.name.lower(): by_state.get(state, 0) for state in JobState},
             "seen": self.findings.jobs.seen,
             "checked_by": _CHECKED_BY[self.by_smtp_side],

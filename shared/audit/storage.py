@@ -16,6 +16,7 @@ from sqlalchemy import (
     cast,
     extract,
     func,
+    literal,
     select,
     union_all,
 )
@@ -30,6 +31,7 @@ from outbox_server.shared.database.models import (
     CountDelta,
     EmailJob,
     Installation,
+    PurgedCount,
     Sender,
     SenderHourCount,
 )
@@ -65,6 +67,8 @@ class Totals:
 
     # A waiting job of a cancelled batch counts as CANCELLED.
     by_state: dict[JobState, int]
+    # Number of jobs that were removed after OUTBOX_RETENTION. They are not judged.
+    purged: int
     # Number of jobs that the batches accepted, and of those without a row.
     accepted: int
     missing: int
@@ -100,7 +104,13 @@ async def read_totals(connection: AsyncConnection) -> Totals:
     by_state = await connection.execute(
         select(states.c.state, func.count()).group_by(states.c.state)
     )
-    rows = select(EmailJob.batch_id, func.count().label("n")).group_by(EmailJob.batch_id).subquery()
+    each = union_all(
+        select(EmailJob.batch_id, func.count().label("n")).group_by(EmailJob.batch_id),
+        select(PurgedCount.batch_id, PurgedCount.n),
+    ).subquery()
+    rows = (
+        select(each.c.batch_id, func.sum(each.c.n).label("n")).group_by(each.c.batch_id).subquery()
+    )
     short = Batch.accepted_count - func.coalesce(rows.c.n, 0)
     accepted, missing = (
         await connection.execute(
@@ -117,6 +127,7 @@ async def read_totals(connection: AsyncConnection) -> Totals:
     in_doubt = select(func.count()).where(Attempt.outcome.in_(_DOUBTFUL))
     return Totals(
         by_state={JobState(state): n for state, n in by_state},
+        purged=int(await connection.scalar(select(func.coalesce(func.sum(PurgedCount.n), 0))) or 0),
         accepted=int(accepted),
         missing=int(missing),
         stuck=await connection.scalar(stuck) or 0,
@@ -184,18 +195,19 @@ async def _stream(connection: AsyncConnection, statement: _Statement) -> Any:
 async def stats_mismatch(connection: AsyncConnection) -> int:
     """Return how many counts differ from a recount: by sender, by batch, and by hour of the end.
 
+    A recount is the number of rows plus that of the rows that were removed after their retention.
     Counts by sender and batch are compared as callers see them, including cancellations in
     progress. Counts by hour are compared with the rows: jobs still to be cancelled have no hour.
     """
     return (
-        await _count_mismatch(connection, Sender.id, EmailJob.sender_id, sender_counts)
-        + await _count_mismatch(connection, Batch.id, EmailJob.batch_id, batch_counts)
+        await _count_mismatch(connection, Sender.id, "sender_id", sender_counts)
+        + await _count_mismatch(connection, Batch.id, "batch_id", batch_counts)
         + (await connection.scalar(_hour_mismatch()) or 0)
     )
 
 
 async def _count_mismatch(
-    connection: AsyncConnection, owner: Any, owner_of: Any, read: _ReadCounts
+    connection: AsyncConnection, owner: Any, owner_of: str, read: _ReadCounts
 ) -> int:
     """Compare the counts of all senders or batches with their rows, page by page."""
     off, last = 0, 0
@@ -205,10 +217,15 @@ async def _count_mismatch(
         if not ids:
             return off
         last = ids[-1]
-        jobs = select(owner_of.label("key"), state_now().label("state"))
-        rows = jobs.where(owner_of.in_(ids)).subquery("rows")
+        of_job, of_purged = getattr(EmailJob, owner_of), getattr(PurgedCount, owner_of)
+        rows = union_all(
+            select(of_job.label("key"), state_now().label("state"), literal(1).label("n")).where(
+                of_job.in_(ids)
+            ),
+            select(of_purged, PurgedCount.state, PurgedCount.n).where(of_purged.in_(ids)),
+        ).subquery("rows")
         found = await connection.execute(
-            select(rows.c.key, rows.c.state, func.count()).group_by(rows.c.key, rows.c.state)
+            select(rows.c.key, rows.c.state, func.sum(rows.c.n)).group_by(rows.c.key, rows.c.state)
         )
         recount = {(key, state): n for key, state, n in found}
         counted = await read(connection, ids)
@@ -238,10 +255,15 @@ def _hour_mismatch() -> Select[Any]:
         .subquery("counted")
     )
     hour = func.date_trunc("hour", EmailJob.finished_at)
-    found = (
+    rows = union_all(
         select(EmailJob.sender_id, hour.label("hour"), EmailJob.state, func.count().label("n"))
         .where(EmailJob.state.in_(FINAL_STATES))
-        .group_by(EmailJob.sender_id, hour, EmailJob.state)
+        .group_by(EmailJob.sender_id, hour, EmailJob.state),
+        select(PurgedCount.sender_id, PurgedCount.hour, PurgedCount.state, PurgedCount.n),
+    ).subquery()
+    found = (
+        select(*(rows.c[key] for key in keys), func.sum(rows.c.n).label("n"))
+        .group_by(*(rows.c[key] for key in keys))
         .subquery("found")
     )
     same = and_(*(counted.c[key] == found.c[key] for key in keys))
@@ -326,7 +348,7 @@ async def count_sends(
 
 
 async def count_missing(connection: AsyncConnection, sender_id: int) -> int:
-    """Return how many accepted jobs of a sender have no row."""
+    """Return how many accepted jobs of a sender have no row and were not removed by retention."""
     accepted = select(func.coalesce(func.sum(Batch.accepted_count), 0)).where(
         Batch.sender_id == sender_id
     )
@@ -336,5 +358,11 @@ async def count_missing(connection: AsyncConnection, sender_id: int) -> int:
         .join(Batch, Batch.id == EmailJob.batch_id)
         .where(Batch.sender_id == sender_id)
     )
-    found = select(accepted.scalar_subquery() - there.scalar_subquery())
+    purged = (
+        select(func.coalesce(func.sum(PurgedCount.n), 0))
+        .select_from(PurgedCount)
+        .join(Batch, Batch.id == PurgedCount.batch_id)
+        .where(Batch.sender_id == sender_id)
+    )
+    found = select(accepted.scalar_subquery() - there.scalar_subquery() - purged.scalar_subquery())
     return int(await connection.scalar(found) or 0)
