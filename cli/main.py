@@ -59,6 +59,9 @@ class OutboxGroup(LazyGroup):
             "Manage the addresses that mail must never go to.",
             _CLIENT,
         ),
+        "erase": Entry(
+            "outbox_server.cli.erase", "Erase what is stored about one recipient.", _CLIENT
+        ),
         "keys": Entry(
             "outbox_server.cli.keys",
             "Create, list and revoke API keys; manage encryption keys.",

@@ -40,6 +40,10 @@ def parse_id(text: str, field: str) -> int:
     return int(text)
 
 
+# What retention removes.
+_REMOVED: Final = ("batch", "e-mail job")
+
+
 def not_found(field: str, text: str) -> NotFound:
     """Return the error for an id that no resource of this user has.
 
@@ -49,8 +53,9 @@ def not_found(field: str, text: str) -> NotFound:
     thing = leaf.removesuffix("_ID")
     words = thing.lower().replace("_", " ").replace("email", "e-mail")
     shown = text if len(text) <= _MAX_SHOWN_ID else f"{text[:_MAX_SHOWN_ID]}..."
+    removed = ", or it was removed after OUTBOX_RETENTION" if words in _REMOVED else ""
     return NotFound(
-        f"there is no {words} {shown!r}",
+        f"there is no {words} {shown!r}{removed}",
         reason=f"{thing}_NOT_FOUND",
         metadata={leaf.lower(): text},
     )

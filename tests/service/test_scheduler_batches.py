@@ -444,7 +444,9 @@ async def test_a_batch_of_another_user_is_not_found(
         ):
             refusal = await refusal_of(call)
             assert (refusal.code, refusal.reason) == ("NOT_FOUND", "BATCH_NOT_FOUND")
-            assert refusal.message == f"there is no batch {batch_id!r}"
+            assert refusal.message == (
+                f"there is no batch {batch_id!r}, or it was removed after OUTBOX_RETENTION"
+            )
     listed = await scheduler.batches.ListBatches(ListBatchesRequest(user_id="bob"))
     assert list(listed.batches) == []
     listed = await scheduler.batches.ListBatches(

@@ -351,7 +351,9 @@ async def test_a_job_of_another_user_is_not_found(
         ):
             refusal = await refusal_of(call)
             assert (refusal.code, refusal.reason) == ("NOT_FOUND", "EMAIL_JOB_NOT_FOUND")
-            assert refusal.message == f"there is no e-mail job {job_id!r}"
+            assert refusal.message == (
+                f"there is no e-mail job {job_id!r}, or it was removed after OUTBOX_RETENTION"
+            )
     assert scheduler.value("SELECT state FROM email_jobs") == 1
 
 

@@ -11,7 +11,8 @@ from sqlalchemy import BigInteger, SmallInteger, bindparam, case, column, func, 
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
+from outbox_server.services.dispatcher.storage.parts import array, counting_ends
+from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
 from outbox_server.shared.database.recipient_keys import recipient_key
@@ -92,7 +93,9 @@ def _mark_statement() -> Any:
         select(Suppression.address)
         .where(
             Suppression.user_id == batches.c.user_id,
-            Suppression.address == recipient_key(),
+            Suppression.address.in_(
+                [recipient_key(), erased_key(batches.c.user_id, recipient_key())]
+            ),
         )
         .correlate(batches, EmailJob)
         .exists()

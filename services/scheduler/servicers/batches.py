@@ -204,7 +204,8 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         async with self._engine.connect() as connection:
             found = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
             if found is None:
-                raise AssertionError("a batch that was accepted is never deleted")
+                # A repeated request, whose batch was removed at this moment.
+                raise not_found("batch_id", str(accepted.batch_id))
             rejections = accepted.rejections or await storage.list_rejections(
                 connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
             )

@@ -165,6 +165,12 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
                     reason="NOTHING_MORE_IS_SENT",
                     metadata={"batch_id": id_text(job.batch_id)},
                 )
+            if resend and not job.recipient:
+                raise FailedPrecondition(
+                    "this job cannot be sent again: its recipient was erased",
+                    reason="RECIPIENT_ERASED",
+                    metadata={"email_job_id": request.email_job_id},
+                )
             moved = await resolve(connection, job_id, wanted)
             return moved, await storage.read_job(connection, job_id, user_id) or job
 

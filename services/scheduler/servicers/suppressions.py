@@ -6,6 +6,8 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
+from outbox_server.services.scheduler.erasing import erase_recipient
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import Context, named_user
 from outbox_server.services.scheduler.storage import suppressions as storage
@@ -76,6 +78,23 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         shown, token = page.cut(found, lambda suppression: (suppression.address,))
         return suppression_service_pb2.ListSuppressionsResponse(
             suppressions=[_to_suppression(one) for one in shown], next_page_token=token
+        )
+
+    async def EraseRecipient(
+        self,
+        request: suppression_service_pb2.EraseRecipientRequest,
+        context: Context,
+    ) -> suppression_service_pb2.EraseRecipientResponse:
+        """Erase what is stored about one recipient."""
+        user_id = named_user(request.user_id)
+        address = check_sender_address("email", request.email)
+        erased = await erase_recipient(self._engine, self._loader, user_id, address)
+        return suppression_service_pb2.EraseRecipientResponse(
+            suppression=_to_suppression(erased.suppression),
+            suppressed_count=erased.suppressed,
+            erased_count=erased.erased,
+            rejection_count=erased.rejections,
+            in_flight_count=erased.in_flight,
         )
 
 

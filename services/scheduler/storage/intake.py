@@ -12,12 +12,12 @@ import psycopg
 from sqlalchemy import (
     Text,
     and_,
-    any_,
     bindparam,
     delete,
     exists,
     func,
     literal,
+    or_,
     select,
     update,
 )
@@ -34,6 +34,7 @@ from outbox_server.services.scheduler.storage.spreading import (
 )
 from outbox_server.services.scheduler.storage.suppressions import lock_suppressions
 from outbox_server.shared.database.count_deltas import count_accepted
+from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.recipient_keys import recipient_key
@@ -196,12 +197,13 @@ class IntakeTransaction:
         some = select(exists().where(Suppression.user_id == user_id))
         if not (await self._connection.execute(some)).scalar_one():
             return set()
+        each = func.unnest(bindparam("addresses", type_=ARRAY(Text))).column_valued("each")
+        named = exists().where(
+            Suppression.user_id == user_id,
+            Suppression.address.in_([each, erased_key(user_id, each)]),
+        )
         found = await self._connection.execute(
-            select(Suppression.address).where(
-                Suppression.user_id == user_id,
-                Suppression.address == any_(bindparam("addresses", type_=ARRAY(Text))),
-            ),
-            {"addresses": list(addresses)},
+            select(each).where(named), {"addresses": list(addresses)}
         )
         return set(found.scalars())
 
@@ -280,7 +282,12 @@ class IntakeTransaction:
         dropped = await self._connection.execute(
             delete(EmailJob).where(
                 EmailJob.batch_id == begun.batch_id,
-                recipient_key().in_(select(Suppression.address).where(*new)),
+                or_(
+                    recipient_key().in_(select(Suppression.address).where(*new)),
+                    erased_key(user_id, recipient_key()).in_(
+                        select(Suppression.address).where(*new)
+                    ),
+                ),
             )
         )
         return dropped.rowcount

@@ -173,6 +173,9 @@ async def resolve(connection: AsyncConnection, job_id: int, state: JobState) -> 
 def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: int) -> Any:
     """Return the statement that moves jobs out of a final state and updates counts and markers."""
     waits = state is JobState.SCHEDULED
+    if waits:
+        # Of an erased recipient there is no address to send to.
+        which &= EmailJob.recipient != ""
     # Locked in the order of ids, as settlements and cancellations lock them.
     picked = (
         select(EmailJob.id, EmailJob.finished_at)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, Text, delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
 from outbox_server.services.scheduler.storage.email_jobs import is_to
+from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.models import Batch, EmailJob, Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.states import JobState
@@ -31,7 +32,7 @@ class SuppressionRecord:
     created_at: datetime
 
 
-_COLUMNS: Final = (
+SUPPRESSION_COLUMNS: Final = (
     Suppression.user_id,
     Suppression.address,
     Suppression.reason,
@@ -52,19 +53,32 @@ async def lock_suppressions(
     await connection.execute(select(lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))))
 
 
+def _names(user_id: str, address: str) -> ColumnElement[bool]:
+    """Return the condition that a suppression has this case-folded address, or its hash."""
+    return Suppression.address.in_([literal(address, Text), erased_key(user_id, address)])
+
+
 async def insert_suppression(
     connection: AsyncConnection, user_id: str, address: str, reason: str
 ) -> tuple[SuppressionRecord, EndedJobs]:
     """Suppress a case-folded address, and end the waiting jobs to it.
 
-    If the address is suppressed already, that suppression is kept.
+    If the address is suppressed already, that suppression is kept, also if it has only the hash of
+    the address because the person was erased.
     """
     await lock_suppressions(connection, user_id)
+    stored = await connection.scalar(
+        owned_by(
+            select(Suppression.address).where(_names(user_id, address)),
+            Suppression.user_id,
+            user_id,
+        )
+    )
     await connection.execute(
         insert(Suppression)
         .values(
             user_id=user_id,
-            address=address,
+            address=stored or address,
             reason=reason,
             # Not now(): the transaction may have begun long before it got the lock.
             created_at=func.clock_timestamp(),
@@ -74,7 +88,7 @@ async def insert_suppression(
     row = (
         await connection.execute(
             owned_by(
-                select(*_COLUMNS).where(Suppression.address == address),
+                select(*SUPPRESSION_COLUMNS).where(Suppression.address == (stored or address)),
                 Suppression.user_id,
                 user_id,
             )
@@ -95,7 +109,7 @@ async def delete_suppression(connection: AsyncConnection, user_id: str, address:
     """
     await lock_suppressions(connection, user_id)
     statement = owned_by(
-        delete(Suppression).where(Suppression.address == address), Suppression.user_id, user_id
+        delete(Suppression).where(_names(user_id, address)), Suppression.user_id, user_id
     )
     return (await connection.execute(statement)).rowcount > 0
 
@@ -105,7 +119,7 @@ async def list_suppressions(
 ) -> Sequence[SuppressionRecord]:
     """Return the user's first `limit` suppressions after the address `after`."""
     statement = owned_by(
-        select(*_COLUMNS)
+        select(*SUPPRESSION_COLUMNS)
         .where(Suppression.address > after)
         .order_by(Suppression.address)
         .limit(limit),

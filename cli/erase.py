@@ -1,0 +1,51 @@
+"""`outbox erase`: erases what is stored about one recipient."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Final
+
+import typer
+from outbox.v1 import suppression_service_pb2 as pb
+
+from outbox_server.cli.client import Server, connection
+from outbox_server.cli.options import User
+from outbox_server.cli.output import Output, OutputFormat, note, show
+
+_PAUSE_S: Final = 1.0
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def erase(
+    email: Annotated[str, typer.Argument(metavar="ADDRESS")],
+    *,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Erase the address, variables and replies of one recipient from a user's data.
+
+    Waiting mail to the address is ended first, and the address stays
+    suppressed, by a hash alone. Counts stay. The command waits for mail that
+    is being sent. If it is interrupted, run it again.
+
+    $ outbox erase ann@example.com --user demo
+    """
+    request = pb.EraseRecipientRequest(user_id=user, email=email)
+    total = pb.EraseRecipientResponse()
+    with connection("scheduler", server) as client:
+        while True:
+            done = client.suppressions.EraseRecipient(request)
+            total.suppression.CopyFrom(done.suppression)
+            total.suppressed_count += done.suppressed_count
+            total.erased_count += done.erased_count
+            total.rejection_count += done.rejection_count
+            if not done.in_flight_count:
+                break
+            note(
+                f"{done.in_flight_count} mails to the address are being sent: waiting for their end"
+            )
+            time.sleep(_PAUSE_S)
+    show(total, output)

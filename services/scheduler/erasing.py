@@ -1,0 +1,74 @@
+"""Erases a person's data, part by part (see the storage module of the same name)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox_server.services.scheduler.addresses import address_key
+from outbox_server.services.scheduler.storage import erasing as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.suppressions import SuppressionRecord
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedRecipient:
+    """The result of an erasure. Mails `in_flight` are erased by a later call."""
+
+    suppression: SuppressionRecord
+    suppressed: int
+    erased: int
+    rejections: int
+    in_flight: int
+
+
+async def erase_recipient(
+    engine: AsyncEngine, loader: HeadLoader, user_id: str, address: str
+) -> ErasedRecipient:
+    """Erase what a user's rows say about the person with this address."""
+    suppression, ended = await in_transaction(
+        engine, lambda connection: storage.suppress_erased(connection, user_id, address)
+    )
+    if ended.sender_ids:
+        await load_soon(loader, ended.sender_ids)
+    erased = 0
+    while part := await in_transaction(
+        engine, lambda connection: storage.erase_jobs(connection, user_id, address)
+    ):
+        erased += part
+    rejections = await _erase_rejections(engine, user_id, address)
+    await in_transaction(
+        engine, lambda connection: storage.erase_cooldowns(connection, user_id, address)
+    )
+    async with engine.connect() as connection:
+        in_flight = await storage.count_in_flight(connection, user_id, address)
+    return ErasedRecipient(suppression, ended.jobs, erased, rejections, in_flight)
+
+
+async def _erase_rejections(engine: AsyncEngine, user_id: str, address: str) -> int:
+    erased = 0
+    after: tuple[int, int] | None = (0, 0)
+    while after is not None:
+        async with engine.connect() as connection:
+            read, after = await storage.read_rejections(connection, user_id, after)
+        found = [one for one in read if contains_address(one.detail, address)]
+        if found:
+            await in_transaction(
+                engine,
+                lambda connection, found=found: storage.erase_rejections(connection, found),  # type: ignore[misc]
+            )
+        erased += len(found)
+    return erased
+
+
+def contains_address(text: str, address: str) -> bool:
+    """Return whether a text contains the address, in any case, or the part before a cut (`...`)."""
+    key, folded = address_key(address), address_key(text)
+    if key in folded:
+        return True
+    local = key.rpartition("@")[0]
+    return "..." in folded and any(
+        f"{key[:length]}..." in folded for length in range(len(local), len(key))
+    )

@@ -1,0 +1,256 @@
+"""Erases one person's address, variables and replies from the rows of one user.
+
+A call is several transactions. The first one suppresses the address, so nothing more is sent. Each
+later one erases some rows, which the next one does not find again. So a call that was interrupted
+is simply repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Text,
+    and_,
+    case,
+    cast,
+    delete,
+    func,
+    literal,
+    null,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.services.scheduler.addresses import address_key
+from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
+from outbox_server.services.scheduler.storage.email_jobs import is_to
+from outbox_server.services.scheduler.storage.suppressions import (
+    SUPPRESSION_COLUMNS,
+    SuppressionRecord,
+    lock_suppressions,
+)
+from outbox_server.shared.database.cancellations import is_now
+from outbox_server.shared.database.counts import in_state
+from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
+from outbox_server.shared.database.message_ids import installation_id
+from outbox_server.shared.database.models import (
+    Attempt,
+    Batch,
+    BatchRejection,
+    Cooldown,
+    EmailJob,
+    Sender,
+    Suppression,
+)
+from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.states import JobState
+
+# The number of rows that one transaction changes.
+ERASED_AT_ONCE: Final = 1_000
+# The number of rejections that one statement reads.
+_READ_AT_ONCE: Final = 5_000
+# What stands in place of an erased text.
+_ERASED: Final = "(erased)"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRejection:
+    """A rejection, with the text that may contain an address."""
+
+    batch_id: int
+    row_number: int
+    detail: str
+
+
+async def suppress_erased(
+    connection: AsyncConnection, user_id: str, address: str
+) -> tuple[SuppressionRecord, EndedJobs]:
+    """Suppress an address by its hash alone, and end the waiting jobs to it."""
+    await lock_suppressions(connection, user_id)
+    # Creates the key of the hashes as well.
+    await installation_id(connection)
+    key = address_key(address)
+    hashed = erased_key(literal(user_id, Text), literal(key, Text))
+    await connection.execute(
+        insert(Suppression)
+        .from_select(
+            ["user_id", "address", "reason", "created_at"],
+            # Not now(): the transaction may have begun long before it got the lock.
+            select(literal(user_id, Text), hashed, literal("", Text), func.clock_timestamp()),
+        )
+        .on_conflict_do_nothing()
+    )
+    await connection.execute(
+        owned_by(
+            delete(Suppression).where(Suppression.address == key), Suppression.user_id, user_id
+        )
+    )
+    row = (
+        await connection.execute(
+            owned_by(
+                select(*SUPPRESSION_COLUMNS).where(Suppression.address == hashed),
+                Suppression.user_id,
+                user_id,
+            )
+        )
+    ).one()
+    ended = [
+        await end_waiting(connection, which & _owned(user_id), JobState.SUPPRESSED)
+        for which in _to_person(address)
+    ]
+    senders = {sender_id for some in ended for sender_id in some.sender_ids}
+    total = EndedJobs(sum(some.jobs for some in ended), tuple(senders), 0)
+    return SuppressionRecord(*row), total
+
+
+async def erase_jobs(
+    connection: AsyncConnection, user_id: str, address: str, limit: int = ERASED_AT_ONCE
+) -> int:
+    """Erase up to `limit` jobs, their attempts' replies, and batches for this person alone.
+
+    Return how many jobs were erased. Jobs in flight are left to a later call.
+    """
+    return sum(
+        [
+            (
+                await connection.execute(_erase_statement(which, user_id, address, limit))
+            ).scalar_one()
+            for which in _to_person(address)
+        ]
+    )
+
+
+async def count_in_flight(connection: AsyncConnection, user_id: str, address: str) -> int:
+    """Return how many mails to the address are being sent."""
+    found = 0
+    for which in _to_person(address):
+        jobs = select(EmailJob.id).where(which, in_state(JobState.SENDING), _owned(user_id))
+        found += await connection.scalar(select(func.count()).select_from(jobs.subquery())) or 0
+    return found
+
+
+async def erase_cooldowns(connection: AsyncConnection, user_id: str, address: str) -> None:
+    """Erase replies that contain the address from the cooldowns of the user's senders."""
+    senders = owned_by(
+        select(Sender.id).where(Sender.id == Cooldown.sender_id), Sender.user_id, user_id
+    )
+    await connection.execute(
+        update(Cooldown)
+        .where(_contains(Cooldown.message, address), senders.correlate(Cooldown).exists())
+        .values(message=_ERASED)
+    )
+
+
+async def read_rejections(
+    connection: AsyncConnection, user_id: str, after: tuple[int, int]
+) -> tuple[list[ReadRejection], tuple[int, int] | None]:
+    """Return the user's rejections among the next ones after `after`, and where to go on.
+
+    Rejections are read in the order of their key, of all users, because a user may have millions of
+    batches without any.
+    """
+    key = (BatchRejection.batch_id, BatchRejection.row_number)
+    page = (
+        select(*key, BatchRejection.detail)
+        .where(tuple_(*key) > tuple_(*(literal(part, BigInteger) for part in after)))
+        .order_by(*key)
+        .limit(_READ_AT_ONCE)
+        .subquery()
+    )
+    last = (
+        await connection.execute(
+            select(page.c.batch_id, page.c.row_number)
+            .order_by(page.c.batch_id.desc(), page.c.row_number.desc())
+            .limit(1)
+        )
+    ).one_or_none()
+    if last is None:
+        return [], None
+    rows = await connection.execute(
+        owned_by(select(page).join(Batch, Batch.id == page.c.batch_id), Batch.user_id, user_id)
+    )
+    return [ReadRejection(*row) for row in rows], (last.batch_id, last.row_number)
+
+
+async def erase_rejections(connection: AsyncConnection, found: list[ReadRejection]) -> None:
+    """Erase the texts of these rejections. Their rows, columns and reasons stay."""
+    keys = [(one.batch_id, one.row_number) for one in found]
+    await connection.execute(
+        update(BatchRejection)
+        .where(tuple_(BatchRejection.batch_id, BatchRejection.row_number).in_(keys))
+        .values(detail=_ERASED)
+    )
+
+
+def _to_person(address: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """Return the conditions that a job goes to the person, one for each index that finds it.
+
+    The second one finds other spellings of letters beyond ASCII. It excludes what the first finds.
+    """
+    by_address = is_to(address)
+    by_key = and_(EmailJob.recipient_key == address_key(address), ~by_address)
+    return by_address, by_key
+
+
+def _owned(user_id: str) -> ColumnElement[bool]:
+    owned = owned_by(select(Batch.id).where(Batch.id == EmailJob.batch_id), Batch.user_id, user_id)
+    return owned.correlate(EmailJob).exists()
+
+
+def _contains(text: Any, address: str) -> ColumnElement[bool]:
+    return func.strpos(func.lower(text), func.lower(address)) > 0
+
+
+def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, limit: int) -> Any:
+    # Open jobs are left: they are SUPPRESSED already, or in flight. Rows of a cancelled batch that
+    # still say SCHEDULED are not open.
+    ended = ~in_state(JobState.SENDING) & ~is_now(JobState.SCHEDULED)
+    picked = (
+        select(EmailJob.id, EmailJob.batch_id)
+        .where(which, ended, _owned(user_id))
+        .order_by(EmailJob.id)
+        .limit(limit)
+        .with_for_update()
+        .cte("picked")
+    )
+    jobs = (
+        update(EmailJob)
+        .where(EmailJob.id == picked.c.id)
+        .values(recipient="", recipient_key=null(), variables=null())
+        .returning(EmailJob.id)
+        .cte("jobs")
+    )
+    replies = (
+        update(Attempt)
+        .where(Attempt.email_job_id == picked.c.id, Attempt.message.is_not(None))
+        .values(message=null())
+        .returning(Attempt.email_job_id)
+        .cte("replies")
+    )
+    # The texts of a batch with one recipient may have been written for this person.
+    batches = (
+        update(Batch)
+        .where(Batch.id == picked.c.batch_id, Batch.accepted_count == 1)
+        .values(
+            subject=null(),
+            body=null(),
+            html=null(),
+            request_id=case(
+                (
+                    _contains(Batch.request_id, address),
+                    literal(ERASED_PREFIX, Text) + cast(Batch.id, Text),
+                ),
+                else_=Batch.request_id,
+            ),
+        )
+        .returning(Batch.id)
+        .cte("own_batches")
+    )
+    return select(func.count()).select_from(jobs).add_cte(replies, batches)

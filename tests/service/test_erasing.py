@@ -1,0 +1,306 @@
+"""EraseRecipient: nothing of the person is left in any table or in Redis, and counts stay."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from outbox.v1 import (
+    batch_service_pb2,
+    email_job_service_pb2,
+    sender_pb2,
+    suppression_service_pb2,
+)
+from outbox.v1.suppression_pb2 import Suppression
+from psycopg import sql
+from redis.asyncio import Redis
+
+from outbox_server.services.dispatcher.storage.marking import mark_sending
+from outbox_server.services.scheduler.erasing import contains_address
+from outbox_server.services.scheduler.storage.erasing import erase_jobs, suppress_erased
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.states import JobState
+from tests import cooldowns
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+
+ADDRESS = "Ann.Secret@example.com"
+SPELLINGS = (ADDRESS, "ann.secret@EXAMPLE.com", "ANN.SECRET@example.com")
+# What must be found nowhere, in lower case: parts of the address, and a variable of hers.
+TRACES = ("ann.secret", "annas-city")
+
+
+@pytest.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        yield scheduler
+
+
+async def erase(
+    scheduler: Scheduler, email: str = ADDRESS, user_id: str = "ann"
+) -> suppression_service_pb2.EraseRecipientResponse:
+    return await scheduler.suppressions.EraseRecipient(
+        suppression_service_pb2.EraseRecipientRequest(user_id=user_id, email=email)
+    )
+
+
+def traces_in_postgresql(scheduler: Scheduler) -> list[str]:
+    """Return the rows of all tables that contain a trace, as text or as bytes."""
+    found = []
+    tables = scheduler.rows(
+        "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
+    )
+    assert len(tables) > 15
+    for (table,) in tables:
+        statement = sql.SQL("SELECT lower(t::text) FROM {} t").format(sql.Identifier(table))
+        for (row,) in scheduler.rows(statement.as_string()):
+            wanted = [*TRACES, *(trace.encode().hex() for trace in TRACES)]
+            found += [f"{table}: {row}" for trace in wanted if trace in row]
+    return found
+
+
+async def traces_in_redis(redis: Redis) -> list[str]:
+    """Return the keys and values of Redis that contain a trace."""
+    texts = []
+    read: dict[bytes, Any] = {
+        b"string": redis.get,
+        b"hash": redis.hgetall,
+        b"zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
+        b"set": redis.smembers,
+        b"list": lambda key: redis.lrange(key, 0, -1),
+    }
+    async for key in redis.scan_iter():
+        kind: Any = await redis.type(key)
+        texts.append(f"{key!r} {await read[kind](key)!r}".lower())
+    assert texts
+    return [text for text in texts if any(trace in text for trace in TRACES)]
+
+
+async def schedule_her(scheduler: Scheduler, sender: sender_pb2.Sender) -> list[int]:
+    """Schedule mail to her in several ways, among others; return her jobs."""
+    rows = "".join(f"{email},Annas-City,\n" for email in SPELLINGS)
+    csv = f"email,city,\n{rows}bo@example.com,Rome,\n"
+    csv += f'"{ADDRESS}, bo@example.com",Annas-City,\n'
+    shared = await scheduler.schedule(sender, csv, subject="{{ city }}", duplicates=2)
+    assert shared.batch.rejected_count == 1
+    for cancelled in (False, True):
+        single = await scheduler.schedule(
+            sender,
+            f"email\n{ADDRESS}\n",
+            subject=f"For {ADDRESS}",
+            body=f"Dear {ADDRESS}",
+            html=f"<p>{ADDRESS}</p>",
+            request_id=f"welcome-{ADDRESS}-{cancelled}",
+        )
+        if cancelled:
+            await scheduler.batches.CancelBatch(
+                batch_service_pb2.CancelBatchRequest(batch_id=single.batch.batch_id)
+            )
+    found = scheduler.rows(
+        "SELECT id FROM email_jobs WHERE sender_id = %s AND lower(recipient) = %s ORDER BY id",
+        int(sender.sender_id),
+        ADDRESS.lower(),
+    )
+    return [job_id for (job_id,) in found]
+
+
+def end(scheduler: Scheduler, job_id: int, state: JobState) -> None:
+    """End a job with a reply that has the address."""
+    scheduler.execute(
+        "WITH ended AS (UPDATE email_jobs SET state = %s, finished_at = now(), attempt = 1,"
+        " lease_until = NULL WHERE id = %s RETURNING *), counted AS (INSERT INTO count_deltas"
+        " (sender_id, batch_id, hour, state, n) SELECT sender_id, batch_id,"
+        " date_trunc('hour', now(), 'UTC'), way.state, way.n FROM ended,"
+        " (VALUES (1, -1), (%s, 1)) AS way (state, n))"
+        " INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+        " counted, smtp_code, message) SELECT id, 1, sender_id, now(), now(), 3, true, 550, %s"
+        " FROM ended",
+        int(state),
+        job_id,
+        int(state),
+        f"<{ADDRESS}>: no such user",
+    )
+
+
+async def counts(scheduler: Scheduler, sender: sender_pb2.Sender) -> list[Any]:
+    listed = await scheduler.batches.ListBatches(
+        batch_service_pb2.ListBatchesRequest(user_id="ann", sender_id=sender.sender_id)
+    )
+    return [(batch.batch_id, batch.accepted_count, batch.counts) for batch in listed.batches]
+
+
+async def test_nothing_of_an_erased_person_is_left(scheduler: Scheduler, redis: Redis) -> None:
+    sender = await scheduler.sender("ann")
+    waiting, failed, uncertain, sent, *_ = await schedule_her(scheduler, sender)
+    end(scheduler, failed, JobState.FAILED)
+    end(scheduler, uncertain, JobState.UNCERTAIN)
+    end(scheduler, sent, JobState.SENT)
+    cooldowns.begin(scheduler.execute, sender.sender_id, message=f"no quota for {ADDRESS}")
+    await scheduler.suppressions.CreateSuppression(
+        suppression_service_pb2.CreateSuppressionRequest(
+            user_id="ann", suppression=Suppression(email=ADDRESS, reason=f"{ADDRESS} asked")
+        )
+    )
+    before = await counts(scheduler, sender)
+    assert traces_in_postgresql(scheduler)
+
+    answer = await erase(scheduler, SPELLINGS[1])
+
+    assert traces_in_postgresql(scheduler) == []
+    assert await traces_in_redis(redis) == []
+    assert (answer.erased_count, answer.rejection_count, answer.in_flight_count) == (5, 1, 0)
+    assert await counts(scheduler, sender) == before
+    # Of the others everything is left.
+    others = scheduler.rows("SELECT recipient, variables FROM email_jobs WHERE recipient <> ''")
+    assert others == [("bo@example.com", '["Rome"]')]
+    job = await scheduler.jobs.GetEmailJob(
+        email_job_service_pb2.GetEmailJobRequest(email_job_id=str(sent))
+    )
+    assert (job.recipient, job.attempt_count) == ("", 1)
+    attempts = await scheduler.jobs.ListAttempts(
+        email_job_service_pb2.ListAttemptsRequest(email_job_id=str(failed))
+    )
+    assert [attempt.smtp_code for attempt in attempts.attempts] == [550]
+    assert scheduler.value("SELECT state FROM email_jobs WHERE id = %s", waiting) == 7
+    again = await erase(scheduler)
+    assert (again.erased_count, again.rejection_count) == (0, 0)
+    assert again.suppression == answer.suppression
+
+
+async def test_waiting_mail_to_an_erased_person_is_never_sent(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    await scheduler.schedule(sender, f"email\n{ADDRESS}\nbo@example.com\n")
+    answer = await erase(scheduler)
+    assert (answer.suppressed_count, answer.erased_count) == (1, 1)
+    states = scheduler.rows("SELECT recipient, state FROM email_jobs ORDER BY id")
+    assert states == [("", JobState.SUPPRESSED), ("bo@example.com", JobState.SCHEDULED)]
+
+
+@pytest.mark.parametrize("email", SPELLINGS)
+async def test_an_erased_address_stays_suppressed(scheduler: Scheduler, email: str) -> None:
+    sender = await scheduler.sender("ann")
+    await erase(scheduler)
+    accepted = await scheduler.schedule(sender, f"email\n{email}\nbo@example.com\n")
+    assert (accepted.batch.suppressed_count, accepted.batch.accepted_count) == (1, 1)
+    # It is checked again when a mail is marked, as for mail that an intake has missed.
+    scheduler.execute("UPDATE email_jobs SET recipient = %s", email)
+    job_id = scheduler.value("SELECT id FROM email_jobs")
+    engine = create_engine(scheduler.settings, lookups_only=True)
+    async with engine.begin() as connection:
+        lease = scheduler.settings.lease
+        assert await mark_sending(connection, [JobRef(job_id, 1)], lease) == []
+    await engine.dispose()
+    assert scheduler.value("SELECT state FROM email_jobs") == JobState.SUPPRESSED
+
+
+async def test_an_erasure_of_one_user_is_none_of_another(scheduler: Scheduler) -> None:
+    bob = await scheduler.sender("bob")
+    await scheduler.schedule(bob, f"email\n{ADDRESS}\n")
+    await erase(scheduler)
+    assert scheduler.rows("SELECT recipient, state FROM email_jobs") == [
+        ("Ann.Secret@example.com", JobState.SCHEDULED)
+    ]
+    accepted = await scheduler.schedule(bob, f"email\n{ADDRESS}\n")
+    assert accepted.batch.suppressed_count == 0
+    await erase(scheduler, user_id="bob")
+    assert traces_in_postgresql(scheduler) == []
+    hashes = scheduler.rows("SELECT user_id, address FROM suppressions ORDER BY 1")
+    assert [user for user, _ in hashes] == ["ann", "bob"]
+    assert len({address for _, address in hashes}) == 2
+
+
+async def test_the_address_itself_lifts_the_suppression(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    kept = (await erase(scheduler)).suppression
+    made = await scheduler.suppressions.CreateSuppression(
+        suppression_service_pb2.CreateSuppressionRequest(
+            user_id="ann", suppression=Suppression(email=ADDRESS)
+        )
+    )
+    # The hash is enough: the address is not stored again.
+    assert made == kept
+    await scheduler.suppressions.DeleteSuppression(
+        suppression_service_pb2.DeleteSuppressionRequest(user_id="ann", email=ADDRESS)
+    )
+    accepted = await scheduler.schedule(sender, f"email\n{ADDRESS}\n")
+    assert accepted.batch.accepted_count == 1
+
+
+async def test_mail_that_is_being_sent_is_erased_by_the_next_call(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    await scheduler.schedule(sender, f"email\n{ADDRESS}\n")
+    scheduler.execute(
+        "UPDATE email_jobs SET state = 2, lease_until = now() + interval '1 minute', attempt = 1"
+    )
+    answer = await erase(scheduler)
+    assert (answer.erased_count, answer.in_flight_count) == (0, 1)
+    end(scheduler, scheduler.value("SELECT id FROM email_jobs"), JobState.SENT)
+    answer = await erase(scheduler)
+    assert (answer.erased_count, answer.in_flight_count) == (1, 0)
+    assert traces_in_postgresql(scheduler) == []
+
+
+async def test_an_erased_job_is_never_sent_again(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    accepted = await scheduler.schedule(sender, f"email\n{ADDRESS}\n{ADDRESS}\n", duplicates=2)
+    failed, uncertain = (
+        job_id for (job_id,) in scheduler.rows("SELECT id FROM email_jobs ORDER BY id")
+    )
+    end(scheduler, failed, JobState.FAILED)
+    end(scheduler, uncertain, JobState.UNCERTAIN)
+    await erase(scheduler)
+    retried = await scheduler.jobs.RetryEmailJobs(
+        email_job_service_pb2.RetryEmailJobsRequest(batch_id=accepted.batch.batch_id)
+    )
+    assert retried.retried_count == 0
+    resend = email_job_service_pb2.UNCERTAIN_RESOLUTION_RESEND
+    refusal = await refusal_of(
+        scheduler.jobs.ResolveEmailJob(
+            email_job_service_pb2.ResolveEmailJobRequest(
+                email_job_id=str(uncertain), resolution=resend
+            )
+        )
+    )
+    assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "RECIPIENT_ERASED")
+
+
+async def test_letters_beyond_ascii_are_found_in_any_case(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    await scheduler.schedule(
+        sender, "email\nÄnn.Secret@example.com\nänn.Secret@example.com\n", duplicates=2
+    )
+    answer = await erase(scheduler, "ÄNN.secret@example.com")
+    assert answer.erased_count == 2
+    assert scheduler.value("SELECT count(*) FROM email_jobs WHERE recipient <> ''") == 0
+
+
+async def test_an_interrupted_erasure_continues(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender("ann")
+    rows = f"{ADDRESS}\n" * 5
+    await scheduler.schedule(sender, f"email\n{rows}", duplicates=2)
+    engine = create_engine(load_settings(database_url=scheduler.settings.database_url))
+    async with engine.begin() as connection:
+        await suppress_erased(connection, "ann", ADDRESS)
+    async with engine.begin() as connection:
+        assert await erase_jobs(connection, "ann", ADDRESS, 2) == 2
+    await engine.dispose()
+    # The process died here.
+    answer = await erase(scheduler)
+    assert (answer.erased_count, answer.suppressed_count) == (3, 0)
+    assert traces_in_postgresql(scheduler) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"'{ADDRESS}': no", True),
+        ("ANN.SECRET@EXAMPLE.COM", True),
+        ("'some words, ann.secret@exa...' is too long", True),
+        ("'some words, ann.sec...' is too long", False),
+        ("bo@example.com", False),
+    ],
+)
+def test_a_cut_address_is_recognized(text: str, found: bool) -> None:
+    assert contains_address(text, ADDRESS) is found
