@@ -81,6 +81,14 @@ class OutboxGroup(LazyGroup):
         "migrate": Entry(
             "outbox_server.cli.migrate", "Update the database schema to this version.", _SERVICES
         ),
+        "version": Entry(
+            "outbox_server.cli.version",
+            "Show the version of this command and of the servers.",
+            _SERVICES,
+        ),
+        "health": Entry(
+            "outbox_server.cli.health", "Ask a service whether it is ready, or alive.", _SERVICES
+        ),
         "purge": Entry(
             "outbox_server.cli.purge",
             "Remove finished jobs that are older than the retention.",

@@ -317,6 +317,21 @@ class Settings(BaseSettings):
         "json", description="`json`: one JSON document per line; `text`: lines for people"
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return where values come from, the strongest first."""
+        del file_secret_settings
+        overrides = cast(InitSettingsSource, init_settings).init_kwargs
+        files = SecretFiles(settings_cls, overrides, env_settings, dotenv_settings)
+        return init_settings, files, env_settings, dotenv_settings
+
     @field_validator("retention")
     @classmethod
     def _keeps_what_limits_need(

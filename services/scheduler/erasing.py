@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.addresses import address_key
 from outbox_server.services.scheduler.storage import erasing as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.suppressions import SuppressionRecord
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.addresses import address_key
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
 
 from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
@@ -34,37 +35,40 @@ async def serve(
     Raises:
         ConfigurationError: a setting is wrong, or the address is in use.
     """
-    engine = create_engine(settings)
-    removing = create_engine(settings, lookups_only=True)
-    rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
-    watch = Watch(partial(storage.read_watched, engine, rules.window))
-    servicer = StatsServicer(engine, rules, watch)
-    service = ServiceBinding(
-        stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
-        partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
-    )
-    server = GrpcServer(settings, settings.stats_listen, [service], engine=engine)
-    dependencies = {"postgresql": partial(ping, engine)}
+    async with AsyncExitStack() as stack:
+        probes = await stack.enter_async_context(open_probes(settings))
+        engine = create_engine(settings)
+        stack.push_async_callback(engine.dispose)
+        removing = create_engine(settings, lookups_only=True)
+        stack.push_async_callback(removing.dispose)
+        rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
+        watch = Watch(partial(storage.read_watched, engine, rules.window))
+        servicer = StatsServicer(engine, rules, watch)
+        service = ServiceBinding(
+            stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
+            partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
+        )
+        schema = SchemaGuard(engine)
+        services = [service, server_service("stats", schema)]
+        server = GrpcServer(settings, settings.stats_listen, services, engine=engine, probes=probes)
+        work: list[Callable[[], Awaitable[None]]] = [
+            partial(watch.run, stop),
+            partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
+        ]
+        if settings.retention is not None:
+            work.append(partial(Purger(removing, settings.retention).run, stop))
 
         async def announce() -> None:
             if ready is not None:
                 ready(server.port)
 
-    work: list[Callable[[], Awaitable[None]]] = [
-        announce,
-        partial(watch.run, stop),
-        partial(follow_dependencies, server, dependencies, stop),
-        partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
-    ]
-    if settings.retention is not None:
-        work.append(partial(Purger(removing, settings.retention).run, stop))
-    try:
         await serve_until_stopped(
             server,
             stop,
             settings.shutdown_grace,
-            work,
+            [
+                announce,
+                partial(follow_dependencies, server, {"postgresql": schema.check}, stop),
+                partial(schema.run_when_usable, work, stop),
+            ],
         )
-    finally:
-        await removing.dispose()
-        await engine.dispose()

@@ -14,9 +14,10 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy.exc import OperationalError
 
-from outbox_server.deploy.embedded.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
 from outbox_server.deploy.embedded.proxy import TcpProxy
-from outbox_server.shared.database.engine import create_engine, ping
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.schema import read_revision
 from outbox_server.shared.queue.connection import connect
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
@@ -50,7 +51,7 @@ async def test_postgresql_is_reached_with_tls_and_its_certificate_is_verified(
             tls = f"sslmode=verify-full&sslrootcert={ca}&sslnegotiation=direct"
             engine = create_engine(load_settings(database_url=f"{url}?{tls}"))
             try:
-                await ping(engine)
+                await read_revision(engine)
             finally:
                 await engine.dispose()
 

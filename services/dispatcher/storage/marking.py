@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, SmallInteger, bindparam, case, column, func, 
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.dispatcher.storage.parts import array, counting_ends
+from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
 from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression

@@ -6,7 +6,6 @@ from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.scheduler.addresses import BadAddress, address_key, check_address
 from outbox_server.services.scheduler.erasing import erase_recipient
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import Context, named_user

@@ -28,7 +28,6 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.addresses import address_key
 from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
 from outbox_server.services.scheduler.storage.email_jobs import is_to
 from outbox_server.services.scheduler.storage.suppressions import (
@@ -50,6 +49,7 @@ from outbox_server.shared.database.models import (
     Suppression,
 )
 from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.intake.addresses import address_key
 from outbox_server.shared.states import JobState
 
 # The number of rows that one transaction changes.
