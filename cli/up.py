@@ -36,7 +36,10 @@ _SHELL_VARIABLES: Final = ENDPOINTS.with_name("env")
 
 # Settings that `up` sets itself and ignores in the environment.
 _SET_BY_UP: Final = frozenset(
-    ("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key")
+    (
+        *("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key"),
+        "metrics_listen",
+    )
 )
 
 _SCHEMES: Final = ("smtp", "smtps", "smtp+starttls")
@@ -97,6 +100,10 @@ def up(
             "OUTBOX_DEFER_BACKOFF, by this factor: 0.001 makes a day 86 s.",
         ),
     ] = None,
+    metrics: Annotated[
+        bool,
+        typer.Option("--metrics", help="Serve each service's Prometheus metrics at a free port."),
+    ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Run the complete system on this machine until Ctrl-C.
@@ -120,7 +127,7 @@ def up(
     if choice is not None:
         settings = choice.settings(settings)
     run(
-        lambda: _run_stack(settings, dispatchers, smtp, choice, output),
+        lambda: _run_stack(settings, dispatchers, smtp, choice, output, metrics=metrics),
         lambda: note("stopping ..."),
     )
 
@@ -131,6 +138,8 @@ async def _run_stack(
     smtp: str | None,
     choice: ProviderChoice | None,
     output: OutputFormat,
+    *,
+    metrics: bool,
 ) -> None:
     began = time.monotonic()
     folder = ENDPOINTS.parent
@@ -139,7 +148,13 @@ async def _run_stack(
     (folder / ".gitignore").write_text("*\n")
     profile = None if choice is None else choice.profile
     system = LocalSystem(
-        folder, settings, dispatchers=dispatchers, smtp_url=smtp, provider=profile, say=_print_event
+        folder,
+        settings,
+        dispatchers=dispatchers,
+        smtp_url=smtp,
+        provider=profile,
+        metrics=metrics,
+        say=_print_event,
     )
     note("starting ...")
     async with system:
@@ -174,6 +189,9 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
         "smtp_url": servers.smtp_url if receives_mail else None,
         "inbox": str(servers.maildir) if receives_mail else None,
         "provider": servers.provider and servers.provider.server.profile.name,
+        "metrics": [
+            f"http://{service.metrics}/metrics" for service in system.services if service.metrics
+        ],
         "logs": str(system.folder / "logs"),
         # `outbox audit` compares with these.
         "settings": {
@@ -240,6 +258,7 @@ def _welcome(found: dict[str, Any], smtp: str | None, choice: ProviderChoice | N
         f"postgresql  {found['database_url']}",
         f"redis       {found['redis_url']}",
         *_mail_lines(found, smtp, choice),
+        *(f"metrics     {url}" for url in found["metrics"]),
         f"logs        {found['logs']}",
         "",
         "In another terminal, in this folder:",

@@ -310,6 +310,11 @@ class Settings(BaseSettings):
         le=100 * 1024 * 1024,
         description="largest mail, in bytes, as built and encoded",
     )
+    metrics_listen: str = Field(
+        "",
+        description="host:port that serves Prometheus metrics over HTTP, at `/metrics`; each "
+        "process needs its own",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level that is logged: `debug`, `info`, `warning` or `error`"
     )

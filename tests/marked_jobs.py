@@ -60,4 +60,4 @@ async def whole_row(world: World, job: int) -> Any:
 
 async def recover(world: World, next_state: JobState = JobState.SCHEDULED) -> list[int]:
     async with world.engine.begin() as connection:
-        return await storage.recover_expired(connection, LEASE, next_state)
+        return list(await storage.recover_expired(connection, LEASE, next_state))

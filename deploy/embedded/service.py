@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from outbox_server.deploy.child import Child
+from outbox_server.deploy.ports import LOOPBACK, free_port
 from outbox_server.shared.settings import Settings, format_duration
 
 # Importing a service takes Python a second, and several when the machine is busy.
@@ -62,11 +63,17 @@ class Service:
         folder: Path,
         log: Path,
         grace: timedelta,
+        metrics: bool = False,
     ) -> None:
-        """`title` is for people; `grace` is the time that the service may take to drain."""
+        """`title` is for people; `grace` is the time that the service may take to drain.
+
+        With `metrics`, it serves its metrics at a free port.
+        """
         self.title = title
         self.name = name
         self.address = address
+        # Where it serves its metrics; empty if it does not.
+        self.metrics = f"{LOOPBACK}:{free_port()}" if metrics else ""
         self._variables = {**_PLACE, **environment}
         self._folder = folder
         self._log = log
@@ -76,6 +83,8 @@ class Service:
     def move(self, address: str) -> None:
         """Use another address from the next start on. The service must not be running."""
         self.address = address
+        if self.metrics:
+            self.metrics = f"{LOOPBACK}:{free_port()}"
         self.child = self._child_at(address)
 
     def begin_with(self, more: Mapping[str, str]) -> None:
@@ -114,7 +123,11 @@ class Service:
         )
 
     def _environment_at(self, address: str) -> dict[str, str]:
-        return {**self._variables, f"OUTBOX_{self.name.upper()}_LISTEN": address}
+        return {
+            **self._variables,
+            f"OUTBOX_{self.name.upper()}_LISTEN": address,
+            "OUTBOX_METRICS_LISTEN": self.metrics,
+        }
 
     async def serving(self) -> bool:
         """Return whether health reports SERVING."""

@@ -60,6 +60,7 @@ class LocalSystem:
         through: Mapping[str, str] | None = None,
         default_ports: bool = True,
         migrate: Callable[[str], None] | None = None,
+        metrics: bool = False,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
@@ -68,6 +69,7 @@ class LocalSystem:
         OUTBOX_* variables by which services reach the servers, such as proxies. With
         `default_ports` each port is the usual one if that is free; otherwise all are any free ones.
         `migrate` gets the URL of the database, in place of the migrations of this release.
+        With `metrics` each service serves its metrics at a free port.
         """
         # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
@@ -91,6 +93,7 @@ class LocalSystem:
         self._smtp_url = smtp_url
         self._default_ports = default_ports
         self._migrate = migrate
+        self._metrics = metrics
         self._say = say
         self._services: list[Service] = []
         self._keepers: asyncio.Task[None] | None = None
@@ -222,6 +225,7 @@ class LocalSystem:
                 folder=self.folder,
                 log=self.folder / "logs" / f"{title}.log",
                 grace=self._grace(),
+                metrics=self._metrics,
             )
             for title, name, number in titles
         ]

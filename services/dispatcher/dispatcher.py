@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.composer import Composer, CompositionError
 from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease, WaitCause
 from outbox_server.services.dispatcher.outcomes import OutcomeRules, result_without_smtp
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
@@ -46,7 +47,7 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim, Claimed, Queue
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.states import AttemptOutcome
+from outbox_server.shared.states import AttemptOutcome, JobState
 
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)
@@ -93,6 +94,7 @@ class Dispatcher:
         composer: Composer,
         pool: SmtpPool,
         progress: Progress,
+        metrics: DispatcherMetrics,
     ) -> None:
         self._lease = settings.lease
         self._statements = statements
@@ -102,11 +104,19 @@ class Dispatcher:
         self._composer = composer
         self._pool = pool
         self._progress = progress
+        self._metrics = metrics
         self._slots = Slots(settings.dispatcher_concurrency)
         self._settler = Settler(
-            statements, transactions, loader, self._slots, CooldownRules.from_settings(settings)
+            statements,
+            transactions,
+            loader,
+            self._slots,
+            CooldownRules.from_settings(settings),
+            metrics=metrics,
         )
-        self._renewer = Renewer(statements, loader, settings.lease)
+        self._renewer = Renewer(statements, loader, settings.lease, metrics)
+        metrics.concurrency.set(settings.dispatcher_concurrency)
+        metrics.in_flight.set_function(lambda: self.in_flight)
         self._outcomes = OutcomeRules(settings)
         self._group: asyncio.TaskGroup | None = None
         # The shards that this dispatcher is rebuilding.
@@ -174,6 +184,7 @@ class Dispatcher:
             claimed = await self._claim(queue, slots)
             # Not awaited, so that jobs that become eligible meanwhile do not wait.
             self._load_heads(queue, claimed)
+            self._metrics.claimed(claimed.claims)
             self._start(queue, claimed.claims, claimed_at)
             pause = self._pause_after(claimed, slots)
             if pause > timedelta(0):
@@ -240,6 +251,7 @@ class Dispatcher:
         mails: list[_Mail] = []
         for (claim, job), holds in zip(marked, confirmed, strict=True):
             if not holds:
+                self._metrics.lost_leases(LostLease.BEFORE_SEND)
                 self._settler.settle(UnsentJob(claim, job, leased=False))
             elif permit := self._permit_for(job, group.permits.pop(job.job, None)):
                 mails.append(_Mail(claim, group.claimed_at, job, permit))
@@ -252,8 +264,10 @@ class Dispatcher:
         """Send one mail by SMTP and return the outcome."""
         started = time.monotonic()
         result: SendResult | None = None
+        relay: bool | None = None
         try:
             endpoint, envelope = self._composer.compose(mail.job)
+            relay = endpoint.operators
             with self._renewer.keep_lease(mail.claim, mail.job, mail.claimed_at) as leased:
                 try:
                     result = await self._pool.send(
@@ -269,7 +283,7 @@ class Dispatcher:
             result = result_without_smtp(AttemptOutcome.PERMANENT_FAILURE, text, started)
         except Exception:  # noqa: BLE001 - see below
             # An internal error must not keep the job for ever, and the mail is not to blame.
-            _log.exception("send_failed", job=mail.job.job.job_id)
+            _log.exception("send_failed")
             text = "internal error of the dispatcher"
             result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
         finally:
@@ -279,10 +293,16 @@ class Dispatcher:
             # The circuit may be open now. Redis knows whether the waiting claims may try.
             self._slots.give_up(key)
         self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
-        late = mail.claim.waited + timedelta(seconds=result.started - mail.claimed_at)
-        return self._outcomes.ended(
+        since_claim = result.started - mail.claimed_at
+        late = mail.claim.waited + timedelta(seconds=since_claim)
+        ended = self._outcomes.ended(
             mail.claim, mail.job, result, late=late, server=f"{host}:{port}"
         )
+        delay = mail.claim.seconds_since_due(self._lease) + since_claim
+        self._metrics.sent(result, relay=relay, late=late, delay=delay)
+        if ended.record.state is JobState.SCHEDULED:
+            self._metrics.waited(WaitCause.DEFERRED if ended.record.deferred else WaitCause.RETRY)
+        return ended
 
     # Between the steps -----------------------------------------------------------------------
 
@@ -304,6 +324,7 @@ class Dispatcher:
         if group.claims:
             self._spawn(self._process(group))
         if waiting:
+            self._metrics.waited(WaitCause.DISPATCHER, len(waiting))
             # Half of the lease is left for the send.
             half = claimed_at + self._lease.total_seconds() / 2
             self._slots.wait(waiting, half - time.monotonic())

@@ -12,6 +12,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.heads.markers import MARKER_AGE, mark_stale
@@ -41,7 +42,14 @@ _log = structlog.get_logger(__name__)
 class Recovery:
     """Runs the recovery steps in every dispatcher. Several may run at once (SKIP LOCKED)."""
 
-    def __init__(self, settings: Settings, engine: AsyncEngine, loader: HeadLoader) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        metrics: DispatcherMetrics | None = None,
+    ) -> None:
+        self._metrics = metrics or DispatcherMetrics()
         self._lease = settings.lease
         self._next_state = (
             JobState.UNCERTAIN if settings.uncertain_policy == "hold" else JobState.SCHEDULED
@@ -80,7 +88,8 @@ class Recovery:
         """
         asked = time.monotonic()
         async with self._engine.connect() as connection:
-            senders = await storage.recover_expired(connection, self._lease, self._next_state)
+            expired = await storage.recover_expired(connection, self._lease, self._next_state)
+            senders = list(expired)
             hung = time.monotonic() - asked > _HANGS.total_seconds()
             self._outage_handled = self._outage_handled and (self._gave_grace or not hung)
             if senders:
@@ -94,6 +103,7 @@ class Recovery:
             await connection.commit()
         self._gave_grace = False
         if senders:
+            self._metrics.lost_leases(LostLease.EXPIRED, sum(expired.values()))
             _log.warning("leases_expired", senders=senders)
             await self._loader.load(senders, committed=True)
         async with self._engine.connect() as connection:

@@ -33,6 +33,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.database.engine import DATABASE_ERRORS
@@ -71,7 +72,14 @@ class LeasedJob:
 class Renewer:
     """Renews the leases of all sends of a dispatcher, many of them per statement."""
 
-    def __init__(self, statements: AsyncEngine, loader: HeadLoader, lease: timedelta) -> None:
+    def __init__(
+        self,
+        statements: AsyncEngine,
+        loader: HeadLoader,
+        lease: timedelta,
+        metrics: DispatcherMetrics | None = None,
+    ) -> None:
+        self._metrics = metrics or DispatcherMetrics()
         self._statements = statements
         self._loader = loader
         self._lease = lease
@@ -147,7 +155,8 @@ class Renewer:
             if leased not in self._leased:
                 continue  # it has ended meanwhile
             if end is None:
-                _log.warning("lease_lost", job=leased.marked.job.job_id)
+                _log.warning("lease_lost", job_id=leased.marked.job.job_id)
+                self._metrics.lost_leases(LostLease.RENEWAL)
                 leased.lease.extend(asked)
             else:
                 leased.marked = replace(leased.marked, lease_until=end)

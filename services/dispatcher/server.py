@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.recovery import Recovery
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
@@ -29,9 +30,12 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import Loop, run_until_stopped
+from outbox_server.shared.metrics.monitoring import Monitoring
+from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
+from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
@@ -59,8 +63,13 @@ async def serve(
         stack.push_async_callback(redis.aclose)
         stack.push_async_callback(listening.aclose)
 
-        queues = open_queues(redis, settings)
-        loader = HeadLoader(engine, queues, settings)
+        monitoring = await stack.enter_async_context(
+            Monitoring("dispatcher", settings.metrics_listen)
+        )
+        metrics = DispatcherMetrics(monitoring.registry)
+        queues = open_queues(redis, settings, partial(_circuit_changed, metrics))
+        loader = HeadLoader(engine, queues, settings, on_rebuild=metrics.rebuilt)
+        monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         listeners = [WakeListener(listening, queue.keys.wake) for queue in queues]
         box = SecretBox.from_settings(settings)
         tokens = TokenSource(statements, box, TokenClient.from_settings(settings))
@@ -94,6 +103,7 @@ async def serve(
             composer=composer,
             pool=pool,
             progress=progress,
+            metrics=metrics,
         )
         dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         servicer = DispatcherServicer(
@@ -118,8 +128,10 @@ async def serve(
             ],
             engine=engine,
             probes=probes,
+            monitoring=monitoring,
         )
-        recovery = Recovery(settings, engine, loader)
+        recovery = Recovery(settings, engine, loader, metrics)
+        monitoring.before_scrape(partial(_show_circuits, servicer, metrics))
         endless = [*(listener.run for listener in listeners), recovery.run]
         work = [
             partial(dispatcher.run, stop),
@@ -142,6 +154,7 @@ async def serve(
                     server,
                     {"postgresql": schema.check, "redis": redis.ping},
                     stop,
+                    report=monitoring.show_dependencies,
                 ),
                 partial(schema.run_when_usable, work, stop),
             ],
@@ -156,6 +169,15 @@ async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, 
 async def _read_installation_id(engine: AsyncEngine) -> str:
     async with engine.begin() as connection:
         return await installation_id(connection)
+
+
+def _circuit_changed(metrics: DispatcherMetrics, change: CircuitChange) -> None:
+    metrics.circuit_changed(change)
+    log_change(change)
+
+
+async def _show_circuits(servicer: DispatcherServicer, metrics: DispatcherMetrics) -> None:
+    metrics.open_circuits.set(len(await servicer.open_circuits()))
 
 
 async def _close_idle(pool: SmtpPool, idle: timedelta) -> timedelta:

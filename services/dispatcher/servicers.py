@@ -63,7 +63,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
 
     async def _status(self) -> dispatcher_pb2.DispatcherStatus:
         states = self._pool.states()
-        circuits = await self._circuits({state.circuit for state in states})
+        circuits = await self._circuits_of(states)
         attempts, sent = self._progress.rates()
         uptime = Duration()
         uptime.FromTimedelta(timedelta(seconds=self._progress.uptime))
@@ -86,8 +86,13 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
             uptime=uptime,
         )
 
-    async def _circuits(self, endpoints: Collection[str]) -> dict[str, Circuit]:
+    async def open_circuits(self) -> dict[str, Circuit]:
+        """Return the open circuits of the endpoints that this dispatcher knows, by endpoint."""
+        return await self._circuits_of(self._pool.states())
+
+    async def _circuits_of(self, states: Collection[EndpointState]) -> dict[str, Circuit]:
         """Return the open circuits by endpoint. If several shards have one, the oldest counts."""
+        endpoints = {state.circuit for state in states}
         found: dict[str, Circuit] = {}
         if not endpoints:
             return found

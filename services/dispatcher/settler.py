@@ -23,6 +23,7 @@ from outbox_server.services.dispatcher.cooling import (
     may_matter,
     record_cooldowns,
 )
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.database.engine import DATABASE_ERRORS
@@ -102,7 +103,10 @@ class Settler:
         loader: HeadLoader,
         slots: Slots,
         rules: CooldownRules,
+        *,
+        metrics: DispatcherMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or DispatcherMetrics()
         self._rules = rules
         self._statements = statements
         self._transactions = transactions
@@ -176,6 +180,10 @@ class Settler:
                 await mark_stale(
                     connection, sorted({r.sender_id for r in records if r.job in cooldowns})
                 )
+        for outcome in ended:
+            wait = cooldowns.get(outcome.record.job)
+            if wait is not None:
+                self._metrics.cooled(outcome.signal, wait)
         return _Recorded(dues, cooldowns)
 
     async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: _Recorded) -> None:

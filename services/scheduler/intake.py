@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 import structlog
 
 from outbox_server.services.scheduler.copy_format import Schedule, format_jobs, format_rejections
+from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
     IntakeCounts,
@@ -83,6 +84,7 @@ class Intake:
         *,
         max_message_bytes: int,
         most_open: int,
+        metrics: SchedulerMetrics | None = None,
     ) -> None:
         """Allow at most `most_open` transactions at a time, because other calls need connections.
 
@@ -91,6 +93,7 @@ class Intake:
         """
         self.batches = Gate("batches", at_once=_BATCHES, waiting=_WAITING)
         self.uploads = Gate("uploads", at_once=_UPLOADS, waiting=_WAITING)
+        self._metrics = metrics or SchedulerMetrics()
         self._store = store
         self._load = load
         self._max_message_bytes = max_message_bytes
@@ -196,6 +199,8 @@ class Intake:
                 request_hash=steps.reader.digest(),
             ):
                 raise _no_sender(options)
+        counts = writer.counts
+        self._metrics.accepted(jobs=counts.accepted, rejected=counts.rejected)
         return Acceptance(begun.batch_id, sender.user_id, writer.rejections)
 
 

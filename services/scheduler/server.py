@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.forecasts import Forecaster
 from outbox_server.services.scheduler.intake import Intake
+from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
@@ -27,6 +28,8 @@ from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.metrics.monitoring import Monitoring
+from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
@@ -57,12 +60,19 @@ async def serve(
         stack.push_async_callback(engine.dispose)
         redis = connect(settings)
         stack.push_async_callback(redis.aclose)
-        loader = HeadLoader(engine, open_queues(redis, settings), settings)
+        monitoring = await stack.enter_async_context(
+            Monitoring("scheduler", settings.metrics_listen)
+        )
+        queues = open_queues(redis, settings)
+        loader = HeadLoader(engine, queues, settings)
+        # Here as well as in the dispatchers, so that it shows when none of them runs.
+        monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         intake = Intake(
             IntakeStore(engine),
             lambda sender_id: load_soon(loader, [sender_id]),
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
+            metrics=SchedulerMetrics(monitoring.registry),
         )
         stack.push_async_callback(intake.close)
         secrets = SecretBox.from_settings(settings)
@@ -81,6 +91,7 @@ async def serve(
             ],
             engine=engine,
             probes=probes,
+            monitoring=monitoring,
         )
         work = [partial(sweeper.run, stop), partial(watch.run, stop)]
 
@@ -94,7 +105,13 @@ async def serve(
             settings.shutdown_grace,
             [
                 announce,
-                partial(follow_dependencies, server, {"postgresql": schema.check}, stop),
+                partial(
+                    follow_dependencies,
+                    server,
+                    {"postgresql": schema.check},
+                    stop,
+                    report=monitoring.show_dependencies,
+                ),
                 partial(schema.run_when_usable, work, stop),
             ],
         )

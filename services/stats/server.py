@@ -11,10 +11,12 @@ from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 
 from outbox_server.services.stats import storage
 from outbox_server.services.stats.folding import fold_until_stopped
+from outbox_server.services.stats.metrics import StatsMetrics
 from outbox_server.services.stats.servicers import StatsServicer
-from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.forecast.backlog import Rules
+from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.retention.purging import Purger
 from outbox_server.shared.rpc.health import follow_dependencies
@@ -48,12 +50,29 @@ async def serve(
             stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
             partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
         )
+        monitoring = await stack.enter_async_context(Monitoring("stats", settings.metrics_listen))
+        metrics = StatsMetrics(
+            monitoring.registry, partial(storage.read_gauges, engine), DATABASE_ERRORS
+        )
+        monitoring.before_scrape(metrics.refresh)
         schema = SchemaGuard(engine)
-        services = [service, server_service("stats", schema)]
-        server = GrpcServer(settings, settings.stats_listen, services, engine=engine, probes=probes)
+        server = GrpcServer(
+            settings,
+            settings.stats_listen,
+            [service, server_service("stats", schema)],
+            engine=engine,
+            probes=probes,
+            monitoring=monitoring,
+        )
+
+        async def fold() -> int:
+            folded = await storage.fold_once(engine)
+            metrics.folded.inc(folded)
+            return folded
+
         work: list[Callable[[], Awaitable[None]]] = [
             partial(watch.run, stop),
-            partial(fold_until_stopped, partial(storage.fold_once, engine), stop),
+            partial(fold_until_stopped, fold, stop),
         ]
         if settings.retention is not None:
             work.append(partial(Purger(removing, settings.retention).run, stop))
@@ -68,7 +87,13 @@ async def serve(
             settings.shutdown_grace,
             [
                 announce,
-                partial(follow_dependencies, server, {"postgresql": schema.check}, stop),
+                partial(
+                    follow_dependencies,
+                    server,
+                    {"postgresql": schema.check},
+                    stop,
+                    report=monitoring.show_dependencies,
+                ),
                 partial(schema.run_when_usable, work, stop),
             ],
         )

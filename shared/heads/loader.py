@@ -9,9 +9,10 @@ load that read too early is refused and reads again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from enum import StrEnum
 from typing import Any
 
 import structlog
@@ -54,6 +55,16 @@ _log = structlog.get_logger(__name__)
 _CONCERNED = concerned_statement()
 
 
+class RebuildResult(StrEnum):
+    """How a rebuild ended in which heads were missing from Redis."""
+
+    COMPLETE = "complete"
+    # Redis or the lock was lost again meanwhile.
+    OVERTAKEN = "overtaken"
+    # A store failed.
+    FAILED = "failed"
+
+
 def _opening(hours: str | None, now: int) -> tuple[int, int] | None:
     """Return the opening that contains `now`, or the next one; None without sending hours."""
     if hours is None:
@@ -80,7 +91,16 @@ def _no_head(sender_id: int) -> Head:
 class HeadLoader:
     """Loads heads, after a change of what they depend on or when they are used up."""
 
-    def __init__(self, engine: AsyncEngine, queues: Sequence[Queue], settings: Settings) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        queues: Sequence[Queue],
+        settings: Settings,
+        *,
+        on_rebuild: Callable[[RebuildResult], None] | None = None,
+    ) -> None:
+        """`on_rebuild` is called for each rebuild in which heads were missing from Redis."""
+        self._on_rebuild = on_rebuild
         self._engine = engine
         self.queues = queues
         self._window = settings.rate_window
@@ -216,6 +236,7 @@ class HeadLoader:
         try:
             return await self._rebuild(queue, token)
         except Exception:
+            self._rebuilt(RebuildResult.FAILED)
             # So that the next try, here or elsewhere, does not wait until the lock expires.
             with suppress(*QUEUE_ERRORS):
                 await queue.give_up_rebuild(token)
@@ -230,12 +251,18 @@ class HeadLoader:
                 await self.load(lost, committed=False)
                 if not await queue.keep_rebuild(token):
                     _log.warning("rebuild_overtaken", shard=queue.shard)
+                    self._rebuilt(RebuildResult.OVERTAKEN)
                     return False
                 loaded += len(lost)
         whole = await queue.finish_rebuild(token)
         if loaded:
             _log.warning("heads_restored", shard=queue.shard, senders=loaded, whole=whole)
+            self._rebuilt(RebuildResult.COMPLETE if whole else RebuildResult.OVERTAKEN)
         return whole
+
+    def _rebuilt(self, result: RebuildResult) -> None:
+        if self._on_rebuild is not None:
+            self._on_rebuild(result)
 
     async def _concerned(self, shard: int, after: int) -> list[int]:
         """Return the next senders of a shard, by id, that have a waiting job or a lease."""

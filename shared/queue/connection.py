@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from redis.asyncio import Redis
@@ -11,6 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
 from outbox_server.shared.settings import Settings
 
@@ -53,8 +54,12 @@ def _auth_backoff(backoff: Sequence[timedelta]) -> tuple[timedelta, ...]:
     return tuple(waits)
 
 
-def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
-    """Return the shards of the queue, in their order."""
+def open_queues(
+    redis: Redis,
+    settings: Settings,
+    on_change: Callable[[CircuitChange], None] = log_change,
+) -> list[Queue]:
+    """Return the shards of the queue, in their order. `on_change` is that of `Queue`."""
     return [
         Queue(
             redis,
@@ -63,6 +68,7 @@ def open_queues(redis: Redis, settings: Settings) -> list[Queue]:
             lease=settings.lease,
             backoff=settings.retry_backoff,
             auth_backoff=_auth_backoff(settings.retry_backoff),
+            on_change=on_change,
         )
         for shard in range(settings.shards)
     ]

@@ -31,6 +31,8 @@ DEFAULT_BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(second
 _JITTER = 0.1
 # The reason of a circuit is the server's reply, cut to this many characters.
 _MAX_REASON = 200
+# Senders of which `count_ready_jobs` counts the jobs, about 10 us each.
+_MOST_EXAMINED = 200
 # Must be longer than one part of a rebuild takes. After a crash, no rebuild starts for this long.
 _REBUILD_LOCK = timedelta(seconds=10)
 
@@ -81,6 +83,12 @@ class Claim:
     due_ms: int
     # The sender cools down, and this job is its probe.
     probe: bool = False
+    # The limit that made it wait after it was due, as a name of WaitReason. Empty if none did.
+    delayed_by: str = ""
+
+    def seconds_since_due(self, lease: timedelta) -> float:
+        """Return the time from when it was due until it was claimed, for one `lease`."""
+        return (self.lease_ms - self.due_ms) / 1000 - lease.total_seconds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +178,19 @@ class LimiterState:
     in_flight: int
     gap_left: timedelta
     window_left: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyJobs:
+    """The jobs of a shard that may be sent now and wait only for a dispatcher.
+
+    `complete` is False while the shard is rebuilt. `age` is the time since the limits allowed the
+    oldest of them; zero if there are none.
+    """
+
+    complete: bool
+    count: int
+    age: timedelta
 
 
 def brings_history(epoch: str) -> bool:
@@ -299,8 +320,9 @@ class Queue:
                     claims[i + 3],
                     claims[i + 4],
                     claims[i + 5] == 1,
+                    claims[i + 6],
                 )
-                for i in range(0, len(claims), 6)
+                for i in range(0, len(claims), 7)
             ),
             loads=tuple(int(sender) for sender in loads),
             next_look=None if look < 0 else timedelta(milliseconds=look),
@@ -408,6 +430,12 @@ class Queue:
             return None
         in_flight, gap, window = found
         return LimiterState(in_flight, timedelta(milliseconds=gap), timedelta(milliseconds=window))
+
+    async def count_ready_jobs(self) -> ReadyJobs:
+        """Count the jobs that may be sent now, in one call for the shard."""
+        keys = (self.keys.ready, self.keys.generation)
+        state, count, age = await self._run("backlog", keys, (self._window, _MOST_EXAMINED))
+        return ReadyJobs(state != "LOST", count, timedelta(milliseconds=age))
 
     async def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
         """Return which of these senders, all with waiting jobs, must be loaded."""

@@ -20,6 +20,7 @@ SCRIPTS = (
     "keep_rebuild",
     "finish_rebuild",
     "limiter",
+    "backlog",
 )
 _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import grpc
 
 from outbox_server.shared.errors import ConfigurationError
-
-_LAST_PORT = 65_535
+from outbox_server.shared.listening import check_listen_address
 
 
 def check_address(variable: str, listen: str) -> None:
@@ -17,14 +14,8 @@ def check_address(variable: str, listen: str) -> None:
     Raises:
         ConfigurationError: it is neither.
     """
-    if listen.startswith("unix:"):
-        return
-    found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]\s]+):(\d{1,5})", listen)
-    if found is None or int(found[1]) > _LAST_PORT:
-        raise ConfigurationError(
-            f"{variable}: {listen!r} is not an address; write host:port, such as 127.0.0.1:50051, "
-            "0.0.0.0:50051 or [::1]:50051"
-        )
+    if not listen.startswith("unix:"):
+        check_listen_address(variable, listen)
 
 
 async def bind(

@@ -24,6 +24,7 @@ from outbox_server.shared.callers import (
     set_current_caller,
 )
 from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
 from outbox_server.shared.rpc.gate import Gate
 
@@ -63,6 +64,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *,
         default_deadline: float = DEFAULT_DEADLINE,
         gates: Mapping[str, Gate] | None = None,
+        metrics: CallMetrics,
     ) -> None:
         """`gates` is by method (`/outbox.v1.BatchService/UploadBatch`), for own bounds."""
         self._authenticator = authenticator
@@ -71,6 +73,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._streams_gate = Gate("streams", at_once=_STREAMS, waiting=0)
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
+        self._metrics = metrics
+        self._unknown = metrics.of(UNKNOWN_METHOD)
         # By method, so that each method is wrapped once.
         self._handlers: dict[str, _Handler] = {}
         self._streams: set[asyncio.Timeout] = set()
@@ -104,12 +108,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return known
         handler = await continuation(handler_call_details)
         if handler is None:
-            return _refuse_unknown_method(method)
+            return _refuse_unknown_method(method, self._unknown)
         return self._handlers.setdefault(method, self._wrap(method, handler))
 
     def _wrap(self, method: str, handler: _Handler) -> _Handler:
         if handler.response_streaming:
             return self._wrap_stream(method, handler)
+        metrics = self._metrics.of(method)
         behaviour: Any = handler.stream_unary if handler.request_streaming else handler.unary_unary
         decode: Any = handler.request_deserializer
         encode: Any = handler.response_serializer
@@ -125,13 +130,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return encode(await behaviour(message, context))
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
-            return await self._run(method, context, work, limit)
+            return await self._run(method, context, work, limit, metrics=metrics)
 
         # A unary request is read as a stream, too (on the wire it is one). Otherwise grpc.aio would
         # read up to 5 MiB of it before the caller is authenticated and has passed the gate.
         return grpc.stream_unary_rpc_method_handler(answer, decode if streaming else None, None)
 
     def _wrap_stream(self, method: str, handler: _Handler) -> _Handler:
+        metrics = self._metrics.of(method)
         behaviour: Any = (
             handler.stream_stream if handler.request_streaming else handler.unary_stream
         )
@@ -149,7 +155,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         await self._authenticate(method, context)
                         await _uninterrupted(context.write(message))
 
-            await self._run(method, context, work, None, stream=True)
+            await self._run(method, context, work, None, metrics=metrics, stream=True)
 
         if streaming:
             return grpc.stream_stream_rpc_method_handler(answer, decode, encode)
@@ -162,6 +168,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         work: Callable[[], Awaitable[Any]],
         default_limit: float | None,
         *,
+        metrics: MethodMetrics,
         stream: bool = False,
     ) -> Any:
         started = time.perf_counter()
@@ -184,7 +191,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             if not tooling:
                 self._end()
-            call.write(time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            metrics.ended(call.code, seconds)
+            call.write(seconds)
 
     async def _limited(
         self,
@@ -300,10 +309,11 @@ def _not_implemented(message: str, reason: str, method: str) -> Status:
     return build_status(grpc.StatusCode.UNIMPLEMENTED, message, reason, metadata={"method": method})
 
 
-def _refuse_unknown_method(method: str) -> _Handler:
+def _refuse_unknown_method(method: str, metrics: MethodMetrics) -> _Handler:
     """Return a handler that refuses calls. It is stream to stream, so it takes any call."""
 
     async def refuse(_: Any, context: _Context) -> None:
+        metrics.ended(grpc.StatusCode.UNIMPLEMENTED.name, 0)
         status = _not_implemented(f"this server has no method {method}", "METHOD_NOT_FOUND", method)
         await context.abort_with_status(rpc_status.to_status(status))
 

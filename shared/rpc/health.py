@@ -96,12 +96,14 @@ async def follow_dependencies(
     checks: Mapping[str, Callable[[], Awaitable[object]]],
     stop: asyncio.Event,
     *,
+    report: Callable[[Mapping[str, bool]], None] | None = None,
     interval: timedelta = timedelta(seconds=1),
     limit: timedelta = timedelta(seconds=2),
 ) -> None:
     """Let health report SERVING while every dependency answers, until `stop` is set.
 
-    Each check asks one dependency (its name is for the log) and raises if that cannot be reached. A
+    `report` gets the result of each round. Each check asks one dependency (its name is for the log)
+    and raises if that cannot be reached. A
     check that takes longer than `limit` counts as failed. It is cancelled, but not awaited: psycopg
     then asks the server to end the statement, which takes 10 s if the server hangs.
     """
@@ -122,6 +124,8 @@ async def follow_dependencies(
         if gone != gone_before:
             gone_before = gone
             (log.warning if gone else log.info)("dependencies", gone=sorted(gone))
+        if report is not None:
+            report({name: name not in gone for name in checks})
         server.set_serving(not gone)
         return interval
 

@@ -17,6 +17,7 @@ from outbox_server.shared.auth.authenticator import KeyAuthenticator
 from outbox_server.shared.auth.store import ApiKeyStore
 from outbox_server.shared.callers import Authenticator, LocalAuthenticator, is_loopback
 from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.rpc import health
 from outbox_server.shared.rpc.addresses import bind, check_address
 from outbox_server.shared.rpc.calls import CallInterceptor
@@ -83,10 +84,12 @@ class GrpcServer:
         *,
         engine: AsyncEngine | None = None,
         probes: Probes | None = None,
+        monitoring: Monitoring | None = None,
     ) -> None:
         """Check the settings, without binding. `listen` is `host:port`; port 0 means any free one.
 
         `engine` reads the API keys for OUTBOX_AUTH=keys; `probes` then report the server's health.
+        `monitoring` counts the calls.
 
         Raises:
             ConfigurationError: OUTBOX_AUTH, OUTBOX_TLS_* or the address is wrong.
@@ -105,7 +108,9 @@ class GrpcServer:
             for service in services
             for method, gate in service.gates.items()
         }
-        self._calls = CallInterceptor(self._authenticator, gates=gates)
+        monitoring = monitoring or Monitoring("server")
+        monitoring.show_serving(lambda: self.serving)
+        self._calls = CallInterceptor(self._authenticator, gates=gates, metrics=monitoring.calls)
         self._health = health.Health(self._names)
         if probes is not None:
             probes.follow(self._health)

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -29,6 +30,7 @@ from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.record import ReceivedMail, least_gap_s, read_record
 from tests.eventually import PATIENCE, eventually
+from tests.scraping import scrape
 
 OUTBOX = Path(sys.executable).with_name("outbox")
 GAP_S = 0.2
@@ -227,11 +229,18 @@ async def test_a_second_up_in_the_same_folder_names_the_process_that_holds_it(fo
 
 
 async def test_the_commands_that_up_prints_run_as_printed(folder: Path) -> None:
-    async with running(folder, "--dispatchers", "2") as up:
+    async with running(folder, "--dispatchers", "2", "--metrics") as up:
         printed = (folder / "stdout").read_text()
         lines = [line for line in printed.splitlines() if line.startswith("  ")]
         assert len(up.endpoints["dispatchers"]) == 2
         assert len(lines) == 5
+        urls = up.endpoints["metrics"]
+        assert len(set(urls)) == 4
+        assert all(url in printed for url in urls)
+        scrapes = [await scrape(urlsplit(url).netloc) for url in urls]
+        serving = [dict(labels) for found in scrapes for labels in found.all("outbox_serving")]
+        names = [labels["service"] for labels in serving]
+        assert sorted(names) == ["dispatcher", "dispatcher", "scheduler", "stats"]
         shown = pasted(folder, lines)
         assert "outbox.v1.BatchService" in shown
         assert "ben@example.com" in shown

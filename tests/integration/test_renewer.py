@@ -109,7 +109,7 @@ async def test_a_reply_that_takes_several_leases_is_awaited(
     waiting = asyncio.create_task(sending.send(send))
     await renewed_for(world, send, 2.5)
     async with sending.statements.connect() as connection:
-        assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == []
+        assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == {}
     # Nobody else has the job, or its entry.
     assert await sending.begin() == []
     send.reply.set()

@@ -174,7 +174,7 @@ async def test_an_expired_lease_that_nobody_noticed_is_renewed_and_not_recovered
     [job] = await marked_jobs(world, connection, lease=OVER)
 
     assert set(await renew(connection, job)) == {job.job.job_id}
-    assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == []
+    assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == {}
 
 
 async def test_a_recovery_skips_a_lease_that_is_being_renewed(
@@ -183,7 +183,7 @@ async def test_a_recovery_skips_a_lease_that_is_being_renewed(
     [job] = await marked_jobs(world, connection, lease=OVER)
     async with world.engine.begin() as renewing:
         await renew(renewing, job)
-        assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == []
+        assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == {}
 
     assert (await world.job(job.job.job_id)).state == JobState.SENDING
 

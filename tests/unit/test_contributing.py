@@ -33,7 +33,8 @@ def test_every_path_on_the_page_exists() -> None:
 
 
 def test_the_page_has_a_list_for_each_kind_of_change() -> None:
-    assert LISTS.keys() == {"limit", "state", "method", "setting", "migration", "fault"}
+    kinds = {"limit", "state", "method", "setting", "metric", "migration", "fault"}
+    assert LISTS.keys() == kinds
     for kind, text in LISTS.items():
         numbers = [int(number) for number in re.findall(r"(?m)^(\d+)\. ", text)]
         assert numbers == list(range(1, len(numbers) + 1)), kind

@@ -28,8 +28,8 @@ _RECOVERED_AT_ONCE = 1_000
 
 async def recover_expired(
     connection: AsyncConnection, lease: timedelta, next_state: JobState
-) -> list[int]:
-    """End the attempts whose lease has expired. Return their senders.
+) -> dict[int, int]:
+    """End the attempts whose lease has expired. Return their number by sender.
 
     Nobody knows whether such a mail was sent, so it counts in the window, as of the latest possible
     time. `next_state` is SCHEDULED (the job waits again, at its old place) or UNCERTAIN.
@@ -75,9 +75,13 @@ async def recover_expired(
         counted=literal(True),
         message=literal("the dispatcher recorded no outcome before its lease expired"),
     )
-    statement = select(moved.c.sender_id).distinct().add_cte(logged, counting_ends(moved))
+    statement = (
+        select(moved.c.sender_id, func.count().label("n"))
+        .group_by(moved.c.sender_id)
+        .add_cte(logged, counting_ends(moved))
+    )
     rows = await connection.execute(statement, {"lease": lease})
-    return list(rows.scalars())
+    return {row.sender_id: row.n for row in rows}
 
 
 async def next_expiry(connection: AsyncConnection) -> timedelta | None:

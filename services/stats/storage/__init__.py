@@ -11,6 +11,7 @@ from outbox_server.services.stats.storage.counting import (
     read_watched,
 )
 from outbox_server.services.stats.storage.folding import FOLD_LIMIT, fold, fold_once
+from outbox_server.services.stats.storage.gauges import read_gauges
 from outbox_server.services.stats.storage.series import BucketCounts, read_series
 from outbox_server.services.stats.storage.subjects import (
     EndpointFailure,
@@ -32,6 +33,7 @@ __all__ = [
     "fold",
     "fold_once",
     "last_failure",
+    "read_gauges",
     "read_sender",
     "read_series",
     "read_user",

@@ -11,7 +11,8 @@
 -- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads}:
 --   LOST    the shard is incomplete: start a rebuild. Loaded senders may send meanwhile
 --   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
---           when its lease expires, when it was due, 1 if it is the probe of a cooldown
+--           when its lease expires, when it was due, 1 if it is the probe of a cooldown, the limit
+--           that made it wait after it was due ('' if none did)
 --   loads   senders whose head the caller must load
 --
 -- A sender that may not send yet has a later score in `ready`, so it is not visited. The cost
@@ -58,6 +59,7 @@ local function take(s)
         if allowed > NOW or NOW >= s.closes then return true end
         local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
         if not first[1] or not admits(circuit(s.endpoint)) then return true end
+        local delayed_by = allowed > tonumber(first[2]) and delay_of(s, allowed) or ''
         redis.call('ZREM', due, first[1])
         redis.call('ZADD', leases, NOW + lease, first[1])
         begin_probe(s, first[1], NOW + lease)
@@ -69,6 +71,7 @@ local function take(s)
         claims[#claims + 1] = NOW + lease
         claims[#claims + 1] = tonumber(first[2])
         claims[#claims + 1] = s.cool > 0 and 1 or 0
+        claims[#claims + 1] = delayed_by
     end
     return s.gap > 0
 end

@@ -72,6 +72,16 @@ local function allowed_at(s, in_flight, window)
     return math.max(s.probe, s.cool, s.opens, gap_end, window_room_at(s, in_flight, window))
 end
 
+-- Returns which limit `allowed` comes from, by the names of WaitReason in explaining.py. Nothing is
+-- calculated again: each limit has its own instant.
+local function delay_of(s, allowed)
+    if allowed == s.cool then return 'COOLDOWN' end
+    if allowed == s.probe then return 'ENDPOINT_DOWN' end
+    if allowed == s.opens then return 'SENDING_HOURS' end
+    if s.gap > 0 and allowed == s.last_end + s.gap then return 'MIN_GAP' end
+    return 'HOURLY_LIMIT'
+end
+
 -- Puts the sender into `ready` for the next instant at which there can be something to do.
 local function schedule_look(s, window)
     local sets = sets_of(s.id)

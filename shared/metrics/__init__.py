@@ -1,0 +1,1 @@
+"""Prometheus metrics: those that all services have, and the endpoint that serves them."""

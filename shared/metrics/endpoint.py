@@ -1,0 +1,113 @@
+"""Serves metrics over HTTP, from the event loop of the process.
+
+The server of prometheus_client has a thread for each connection and no time limits, and what is
+read from the stores at a scrape needs the event loop anyway. A request here has one answer on a
+connection of its own, within bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Final
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.listening import check_listen_address, host_and_port
+
+VARIABLE: Final = "OUTBOX_METRICS_LISTEN"
+_MAX_HEAD_BYTES: Final = 8 * 1024
+# Connections at once. A scraper has one; more are closed without an answer.
+_CONNECTIONS: Final = 16
+_LIMIT: Final = timedelta(seconds=10)
+# How long a scrape waits for the stores. Prometheus gives up after 10 s by default.
+_REFRESH_LIMIT: Final = timedelta(seconds=2)
+_log = structlog.get_logger("outbox.metrics")
+
+
+class MetricsEndpoint:
+    """Answers `GET /metrics` at `listen`. Each of `refresh` is awaited before an answer."""
+
+    def __init__(self, listen: str, registry: CollectorRegistry) -> None:
+        """Check the address.
+
+        Raises:
+            ConfigurationError: OUTBOX_METRICS_LISTEN is no `host:port`.
+        """
+        check_listen_address(VARIABLE, listen, example="0.0.0.0:9464")
+        self._listen = listen
+        self._registry = registry
+        self._server: asyncio.Server | None = None
+        self._connections = 0
+        self._refreshing = asyncio.Lock()
+        self.refresh: Sequence[Callable[[], Awaitable[None]]] = ()
+
+    async def start(self) -> None:
+        """Bind the address.
+
+        Raises:
+            ConfigurationError: it cannot be bound.
+        """
+        host, port = host_and_port(self._listen)
+        try:
+            self._server = await asyncio.start_server(
+                self._serve, host, port, limit=_MAX_HEAD_BYTES
+            )
+        except OSError as error:
+            raise ConfigurationError(
+                f"{VARIABLE}: {self._listen} cannot be bound: another process uses it, or it is "
+                "not an address of this machine"
+            ) from error
+        _log.info("metrics", port=self._server.sockets[0].getsockname()[1])
+
+    async def close(self) -> None:
+        """Accept no more connections."""
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections += 1
+        try:
+            if self._connections <= _CONNECTIONS:
+                async with asyncio.timeout(_LIMIT.total_seconds()):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(await self._answer(head))
+                    await writer.drain()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            pass  # the client left, is too slow, or speaks something else
+        finally:
+            self._connections -= 1
+            with suppress(OSError):
+                writer.close()
+
+    async def _answer(self, head: bytes) -> bytes:
+        method, _, rest = head.partition(b" ")
+        path = rest.partition(b" ")[0].partition(b"?")[0]
+        if method not in (b"GET", b"HEAD"):
+            return _response("405 Method Not Allowed", b"use GET\n")
+        if path != b"/metrics":
+            return _response("404 Not Found", b"the metrics are at /metrics\n")
+        # One scrape at a time: several would only ask the stores the same.
+        async with self._refreshing:
+            await self._refresh()
+            body = generate_latest(self._registry)
+        answer = _response("200 OK", body, CONTENT_TYPE_LATEST)
+        return answer[: -len(body)] if method == b"HEAD" else answer
+
+    async def _refresh(self) -> None:
+        if self.refresh:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REFRESH_LIMIT.total_seconds()):
+                    await asyncio.gather(*(each() for each in self.refresh))
+
+
+def _response(status: str, body: bytes, kind: str = "text/plain; charset=utf-8") -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body

@@ -1,0 +1,69 @@
+"""The jobs that wait for a dispatcher, read from Redis at each scrape."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.queue import Queue, ReadyJobs
+
+
+class ReadyJobsCollector(Collector):
+    """Shows the ready jobs of all shards. Without an answer of Redis there are no samples."""
+
+    def __init__(self, registry: CollectorRegistry, queues: Sequence[Queue]) -> None:
+        self._queues = queues
+        self._found: list[ReadyJobs] | None = None
+        registry.register(self)
+
+    async def refresh(self) -> None:
+        """Ask Redis, in one call per shard."""
+        self._found = None
+        try:
+            self._found = await asyncio.gather(
+                *(queue.count_ready_jobs() for queue in self._queues)
+            )
+        except QUEUE_ERRORS:
+            return  # `outbox_dependency_up` says so
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Return the families without samples."""
+        return self._families(None, None, None)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Return what the last `refresh` found."""
+        found = self._found
+        if found is None:
+            return self.describe()
+        return self._families(
+            sum(shard.count for shard in found),
+            max((shard.age for shard in found), default=timedelta(0)).total_seconds(),
+            sum(not shard.complete for shard in found),
+        )
+
+    def _families(
+        self, count: float | None, age: float | None, incomplete: float | None
+    ) -> Iterable[GaugeMetricFamily]:
+        return (
+            GaugeMetricFamily(
+                "outbox_due_jobs",
+                "Jobs that are due, that all limits allow, and that wait for a dispatcher.",
+                count,
+            ),
+            GaugeMetricFamily(
+                "outbox_oldest_due_age_seconds",
+                "Time since the limits allowed the oldest of the due jobs.",
+                age,
+            ),
+            GaugeMetricFamily(
+                "outbox_incomplete_shards",
+                "Shards of the queue that Redis does not have completely.",
+                incomplete,
+            ),
+        )

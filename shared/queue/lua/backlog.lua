@@ -1,0 +1,42 @@
+-- Counts the jobs that may be sent now and wait only for a dispatcher, without changing anything.
+--
+-- KEYS[1] ready       the shard's senders by next look (ms)
+-- KEYS[2] generation  the life in which the shard was completely loaded
+-- ARGV[1] window      ms of the trailing window
+-- ARGV[2] most        most senders to examine; each further one counts as one job
+--
+-- Returns {'OK' or 'LOST', jobs, ms since the earliest instant at which the limits allowed one}
+--
+-- A sender counts with no more jobs than its limits allow at once. The cost depends on the senders
+-- that may send now, never on the jobs that wait.
+--!include keys
+--!include time
+--!include run
+--!include life
+--!include circuit
+--!include look
+
+local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local jobs, oldest = 0, NOW
+
+local function examine(sender)
+    local s = read_sender(sender)
+    if not s or not s.active or NOW >= s.closes then return end
+    local in_flight = redis.call('ZCARD', lease_of(s.id))
+    local allowed = allowed_at(s, in_flight, window)
+    if allowed > NOW or not admits(circuit(s.endpoint)) then return end
+    local first = redis.call('ZRANGE', due_of(s.id), 0, 0, 'WITHSCORES')[2]
+    local room = places(s, in_flight)
+    if not first or room <= 0 then return end
+    local due = redis.call('ZCOUNT', due_of(s.id), '-inf', NOW)
+    if due == 0 then return end
+    jobs = jobs + math.min(room, due)
+    oldest = math.min(oldest, math.max(allowed, tonumber(first)))
+end
+
+for _, sender in ipairs(redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, most)) do
+    examine(sender)
+end
+jobs = jobs + math.max(0, redis.call('ZCOUNT', READY, '-inf', NOW) - most)
+local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'
+return { state, jobs, NOW - oldest }
