@@ -1,4 +1,8 @@
-"""Logging to stderr without secrets: one JSON document per line, or text for people."""
+"""Logging to stderr without secrets and mail: a JSON document per line, or text for people.
+
+A line has `job_id`, `batch_id`, `request_id` and `trace_id` where they are known: the task that
+works for the job or the call binds them by `structlog.contextvars`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from typing import Any, Final, TextIO
 
 import structlog
 
+from outbox_server.shared.log_content import brief_trace, hide_addresses, hide_server_texts
 from outbox_server.shared.settings import Settings
 
 _HIDDEN: Final = "[hidden]"
@@ -33,9 +38,15 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
         # In both formats, traces omit the locals of their frames: locals contain secrets.
-        structlog.processors.format_exc_info,
+        structlog.processors.format_exc_info
+        if settings.log_addresses
+        else structlog.processors.ExceptionRenderer(brief_trace),
         hide_secret_fields,
     ]
+    finish: list[Any] = [hide_url_passwords]
+    if not settings.log_addresses:
+        prepare.append(hide_server_texts)
+        finish.append(hide_addresses)
     renderer: Any
     if settings.log_format == "json":
         renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
@@ -46,7 +57,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
             exception_formatter=structlog.dev.plain_traceback,
         )
     structlog.configure(
-        processors=[*prepare, renderer, hide_url_passwords],
+        processors=[*prepare, renderer, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=out),
         cache_logger_on_first_use=True,
@@ -58,7 +69,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 renderer,
-                hide_url_passwords,
+                *finish,
             ],
         )
     )

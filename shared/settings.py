@@ -321,6 +321,11 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = Field(
         "json", description="`json`: one JSON document per line; `text`: lines for people"
     )
+    log_addresses: bool = Field(
+        False,
+        description="log mail addresses, replies of mail servers and complete error texts, which "
+        "may quote a mail",
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -99,12 +99,16 @@ async def running(settings: Settings) -> AsyncIterator[RunningDispatcher]:
 
 
 class DispatcherProcess:
-    """A dispatcher process, killed at the end of its block if it still runs."""
+    """A dispatcher process, killed at the end of its block if it still runs.
 
-    def __init__(self, values: Mapping[str, str], log: Path) -> None:
+    `service` is another service to run in the same way.
+    """
+
+    def __init__(self, values: Mapping[str, str], log: Path, service: str = "dispatcher") -> None:
         self.listen = f"127.0.0.1:{free_port()}"
         self._log = log
-        given = {**values, "dispatcher_listen": self.listen}
+        self._service = service
+        given = {**values, f"{service}_listen": self.listen}
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")},
             **{f"OUTBOX_{name.upper()}": value for name, value in given.items()},
@@ -122,7 +126,7 @@ class DispatcherProcess:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "outbox_server.services.dispatcher",
+                f"outbox_server.services.{self._service}",
                 env=self._environment,
                 cwd=_ROOT,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -163,9 +167,11 @@ class DispatcherProcess:
 
 
 @asynccontextmanager
-async def process(values: Mapping[str, str], log: Path) -> AsyncIterator[DispatcherProcess]:
-    """Run a dispatcher as a separate process."""
-    child = DispatcherProcess(values, log)
+async def process(
+    values: Mapping[str, str], log: Path, service: str = "dispatcher"
+) -> AsyncIterator[DispatcherProcess]:
+    """Run a dispatcher, or another service, as a separate process."""
+    child = DispatcherProcess(values, log, service)
     await child.start()
     try:
         yield child

@@ -74,7 +74,12 @@ async def record_cooldowns(
     for record, signal in sorted(attempts, key=lambda each: (each[0].sender_id, each[0].ended)):
         if signal.probe and record.state is JobState.SENT:
             if await storage.end_cooldowns(connection, [record.sender_id]):
-                _log.warning("cooldown_ended", sender=record.sender_id, by="an accepted mail")
+                _log.warning(
+                    "cooldown_ended",
+                    sender=record.sender_id,
+                    by="an accepted mail",
+                    job_id=record.job.job_id,
+                )
             waits[record.job] = _OVER
             cooling.discard(record.sender_id)
             continue
@@ -119,6 +124,7 @@ async def _cool_down(
     _log.warning(
         "sender_cools_down",
         sender=record.sender_id,
+        job_id=record.job.job_id,
         next_probe_in=f"{wait.total_seconds():.1f} s",
         smtp_code=record.smtp_code,
         enhanced_code=record.enhanced_code,

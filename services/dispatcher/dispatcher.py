@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.contextvars import bind_contextvars
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.composer import Composer, CompositionError
@@ -205,6 +206,8 @@ class Dispatcher:
                 self._slots.end(permit, sent=False)
 
     async def _send_and_settle(self, mail: _Mail) -> None:
+        # This task works for one job alone, so its log lines are all about it.
+        bind_contextvars(job_id=mail.job.job.job_id, batch_id=mail.job.batch_id)
         self._settler.settle(await self._send(mail))
 
     async def _claim(self, queue: Queue, slots: int) -> Claimed:
@@ -299,6 +302,14 @@ class Dispatcher:
             mail.claim, mail.job, result, late=late, server=f"{host}:{port}"
         )
         delay = mail.claim.seconds_since_due(self._lease) + since_claim
+        _log.debug(
+            "attempt_ended",
+            attempt=mail.job.job.attempt,
+            outcome=result.outcome.name,
+            smtp_code=result.smtp_code,
+            enhanced_code=result.enhanced_code,
+            reply=result.message,
+        )
         self._metrics.sent(result, relay=relay, late=late, delay=delay)
         if ended.record.state is JobState.SCHEDULED:
             self._metrics.waited(WaitCause.DEFERRED if ended.record.deferred else WaitCause.RETRY)

@@ -285,5 +285,6 @@ def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settl
         contact=outcome.contact,
         connection_error=outcome.connection_error,
         server=outcome.server,
+        smtp_code=record.smtp_code,
         cooldown=recorded.cooldowns.get(record.job),
     )

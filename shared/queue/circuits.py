@@ -37,16 +37,24 @@ class CircuitChange:
     reason: str
     # Host and port, for people. Empty if the circuit closed because its sender was changed.
     server: str = ""
+    # The code of the reply, if `reason` is a reply of the server.
+    smtp_code: int | None = None
 
 
 def log_change(change: CircuitChange) -> None:
     """Log a change for the operator."""
     whose = {} if change.sender_id is None else {"sender": change.sender_id}
     where = {"endpoint": change.server} if change.server else {}
+    what: dict[str, object]
+    if change.opened and change.smtp_code is None:
+        what = {"reason": change.reason}
+    else:
+        # A reply may quote the mail. Whether the reason of a closed circuit is one is not known.
+        what = {"smtp_code": change.smtp_code, "reply": change.reason}
     _log.warning(
         "circuit_opened" if change.opened else "circuit_closed",
         **where,
         **whose,
         since=datetime.fromtimestamp(change.open_since_ms / 1000, UTC).isoformat(),
-        reason=change.reason,
+        **{name: value for name, value in what.items() if value is not None},
     )

@@ -128,6 +128,8 @@ class Settlement:
     cooldown: timedelta | None = None
     # Host and port of the mail server, for people.
     server: str = ""
+    # The code of the reply, if `connection_error` is a reply of the server.
+    smtp_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,14 +359,21 @@ class Queue:
         args += map(_settlement_arg, settlements)
         unknown, changes = await self._run("settle", (self.keys.ready,), args)
         for *change, place in changes:
-            self._report(change, settlements[place].server)
+            self._report(change, settlements[place].server, settlements[place].smtp_code)
         return [int(sender) for sender in unknown]
 
-    def _report(self, change: Sequence[Any], server: str = "") -> None:
+    def _report(
+        self, change: Sequence[Any], server: str = "", smtp_code: int | None = None
+    ) -> None:
         what, sender, since, reason = change
         self._on_change(
             CircuitChange(
-                what == "opened", int(sender) if sender else None, int(since), reason, server
+                what == "opened",
+                int(sender) if sender else None,
+                int(since),
+                reason,
+                server,
+                smtp_code,
             )
         )
 

@@ -15,6 +15,7 @@ import grpc
 import structlog
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+from structlog.contextvars import bind_contextvars
 
 from outbox_server.shared.callers import (
     Authenticator,
@@ -44,6 +45,9 @@ _STREAMS: Final = 1_000
 # is published. Their calls are answered during a drain as well, do not delay it, and are logged at
 # level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
+# Fields of requests that log lines have, by the names that they have there.
+_IDS: Final = {"batch_id": "batch_id", "email_job_id": "job_id"}
+_MAX_ID_DIGITS: Final = 19
 _ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
 
 # grpcio's classes are generic in their stubs only.
@@ -127,6 +131,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     message = _complete_stream(request, context)
                 else:
                     message = decode(await _single_message(request, context))
+                    _bind_ids(message)
                 return encode(await behaviour(message, context))
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
@@ -307,6 +312,17 @@ def _status_of_call(error: Exception, method: str, context: _Context) -> Status:
 
 def _not_implemented(message: str, reason: str, method: str) -> Status:
     return build_status(grpc.StatusCode.UNIMPLEMENTED, message, reason, metadata={"method": method})
+
+
+def _bind_ids(message: Any) -> None:
+    """Let the log lines of the call have the ids that its request names.
+
+    Only texts that can be ids are logged. Each call runs in a task of its own.
+    """
+    for field, name in _IDS.items():
+        value = getattr(message, field, "")
+        if value and len(value) <= _MAX_ID_DIGITS and value.isdecimal():
+            bind_contextvars(**{name: int(value)})
 
 
 def _refuse_unknown_method(method: str, metrics: MethodMetrics) -> _Handler:

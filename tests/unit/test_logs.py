@@ -78,3 +78,47 @@ def test_the_console_format_is_human_readable() -> None:
 
 def fail(password: str) -> None:
     raise ValueError(f"smtp://me:{password}@relay is gone")
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_mail_addresses_are_hidden_and_urls_are_not(log_format: Literal["json", "text"]) -> None:
+    out = configured(log_format)
+    structlog.get_logger().info("x", to="Ann Lee <ann.lee+x@example.org>, bob@ex.org", at=["c@d.e"])
+    logging.getLogger("driver").error("no mailbox for dörte@exämple.org at smtp://relay@mail:25")
+    text = out.getvalue()
+    for part in ("ann", "example.org", "bob", "c@d.e", "dörte", "exämple"):
+        assert part not in text, part
+    assert text.count("[address]") == 4
+    assert "smtp://relay@mail:25" in text
+
+
+def test_only_the_first_line_of_an_error_message_is_written() -> None:
+    out = configured()
+
+    secret = "secret-row"  # a trace shows the lines of the source: not this one
+
+    def insert() -> None:
+        raise ValueError(f"the row violates a constraint\nDETAIL: (1, {secret})")
+
+    try:
+        try:
+            insert()
+        except ValueError as error:
+            raise RuntimeError("y" * 500) from error
+    except RuntimeError:
+        structlog.get_logger().exception("failed")
+    (line,) = documents(out)
+    assert "builtins.ValueError: the row violates a constraint" in line["exception"]
+    assert "in insert" in line["exception"]
+    assert f"RuntimeError: {'y' * 200}\n" not in line["exception"]
+    assert line["exception"].endswith("RuntimeError: " + "y" * 200)
+    assert "secret-row" not in line["exception"]
+
+
+def test_the_errors_of_a_group_are_all_written() -> None:
+    out = configured()
+    group = ExceptionGroup("two", [KeyError("first"), ValueError("second")])
+    structlog.get_logger().error("failed", exc_info=group)
+    (line,) = documents(out)
+    assert "KeyError: 'first'" in line["exception"]
+    assert "ValueError: second" in line["exception"]

@@ -10,6 +10,7 @@ from typing import Final
 
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
+from structlog.contextvars import bind_contextvars
 
 from outbox_server.services.scheduler.forecasts import Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
@@ -70,6 +71,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Accept a batch from one message."""
         user_id = acting_user(request.options.user_id, "options.user_id")
         options = from_options(request.options)
+        bind_contextvars(request_id=options.request_id)
         payload = _payload(request)
         with _errors_name(request.WhichOneof("payload") or "payload"):
             accepted = await self._intake.accept(options, payload, user_id)
@@ -87,6 +89,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             raise _out_of_order("options", "must be set in the first message")
         user_id = acting_user(first.options.user_id, "options.user_id")
         options = from_options(first.options)
+        bind_contextvars(request_id=options.request_id)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
         with _errors_name("chunk"):
             accepted = await self._intake.accept(options, payload, user_id)
@@ -201,6 +204,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         return to_batch(found, forecast.end)
 
     async def _answer(self, accepted: Acceptance) -> batch_service_pb2.ScheduleBatchResponse:
+        bind_contextvars(batch_id=accepted.batch_id)
         async with self._engine.connect() as connection:
             found = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
             if found is None:
