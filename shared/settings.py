@@ -315,6 +315,11 @@ class Settings(BaseSettings):
         description="host:port that serves Prometheus metrics over HTTP, at `/metrics`; each "
         "process needs its own",
     )
+    traces_endpoint: str = Field(
+        "",
+        description="OTLP gRPC endpoint that gets OpenTelemetry traces: http://host:4317, or "
+        "https:// for TLS; unset: no traces",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level that is logged: `debug`, `info`, `warning` or `error`"
     )

@@ -119,6 +119,11 @@ class Composer:
         mail = self._mail_of(job)
         return mail.route if isinstance(mail, _BatchMail) else NO_ROUTE
 
+    def trace_parent_of(self, job: MarkedJob) -> str | None:
+        """Return the span of the call that brought the job's batch; None without a trace."""
+        mail = self._mail_of(job)
+        return mail.content.trace_parent if isinstance(mail, _BatchMail) else None
+
     def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
         """Return the endpoint and the envelope of a job's mail.
 

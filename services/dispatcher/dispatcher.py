@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -40,6 +40,7 @@ from outbox_server.services.dispatcher.settler import (
 from outbox_server.services.dispatcher.slots import Permit, Resume, Route, Slots
 from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
 from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.services.dispatcher.traced import trace_send
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.heads.loader import HeadLoader
@@ -49,6 +50,9 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim, Claimed, Queue
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
+
+if TYPE_CHECKING:
+    from outbox_server.shared.traces.tracer import Tracer
 
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)
@@ -96,6 +100,7 @@ class Dispatcher:
         pool: SmtpPool,
         progress: Progress,
         metrics: DispatcherMetrics,
+        tracer: Tracer | None = None,
     ) -> None:
         self._lease = settings.lease
         self._statements = statements
@@ -106,6 +111,7 @@ class Dispatcher:
         self._pool = pool
         self._progress = progress
         self._metrics = metrics
+        self._tracer = tracer
         self._slots = Slots(settings.dispatcher_concurrency)
         self._settler = Settler(
             statements,
@@ -208,7 +214,13 @@ class Dispatcher:
     async def _send_and_settle(self, mail: _Mail) -> None:
         # This task works for one job alone, so its log lines are all about it.
         bind_contextvars(job_id=mail.job.job.job_id, batch_id=mail.job.batch_id)
-        self._settler.settle(await self._send(mail))
+        send = partial(self._send, mail)
+        if self._tracer is None:
+            outcome = await send()
+        else:
+            parent = self._composer.trace_parent_of(mail.job)
+            outcome = await trace_send(self._tracer, parent, mail.job, send)
+        self._settler.settle(outcome)
 
     async def _claim(self, queue: Queue, slots: int) -> Claimed:
         """Take at most as many jobs as there are slots."""

@@ -47,6 +47,7 @@ from outbox_server.shared.smtp.helo import helo_name
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
 from outbox_server.shared.tls import TlsContexts
+from outbox_server.shared.traces.endpoint import open_tracer
 
 
 async def serve(
@@ -66,6 +67,9 @@ async def serve(
         monitoring = await stack.enter_async_context(
             Monitoring("dispatcher", settings.metrics_listen)
         )
+        tracer = open_tracer(settings, "dispatcher")
+        if tracer is not None:
+            stack.push_async_callback(tracer.close)
         metrics = DispatcherMetrics(monitoring.registry)
         queues = open_queues(redis, settings, partial(_circuit_changed, metrics))
         loader = HeadLoader(engine, queues, settings, on_rebuild=metrics.rebuilt)
@@ -104,6 +108,7 @@ async def serve(
             pool=pool,
             progress=progress,
             metrics=metrics,
+            tracer=tracer,
         )
         dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         servicer = DispatcherServicer(
@@ -129,6 +134,7 @@ async def serve(
             engine=engine,
             probes=probes,
             monitoring=monitoring,
+            tracer=tracer,
         )
         recovery = Recovery(settings, engine, loader, metrics)
         monitoring.before_scrape(partial(_show_circuits, servicer, metrics))

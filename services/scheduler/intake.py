@@ -85,15 +85,18 @@ class Intake:
         max_message_bytes: int,
         most_open: int,
         metrics: SchedulerMetrics | None = None,
+        trace_parent: Callable[[], str | None] | None = None,
     ) -> None:
         """Allow at most `most_open` transactions at a time, because other calls need connections.
 
         Half of them are for uploads and half for batches of one message, so that those do not wait
-        for slow uploads.
+        for slow uploads. `trace_parent` returns the span of the current call, for the trace of the
+        sends; None means that there are no traces.
         """
         self.batches = Gate("batches", at_once=_BATCHES, waiting=_WAITING)
         self.uploads = Gate("uploads", at_once=_UPLOADS, waiting=_WAITING)
         self._metrics = metrics or SchedulerMetrics()
+        self._trace_parent = trace_parent
         self._store = store
         self._load = load
         self._max_message_bytes = max_message_bytes
@@ -177,7 +180,10 @@ class Intake:
         place = self._places[steps.reader.waits].entered()
         async with place, self._store.begin() as transaction:
             begun = await transaction.insert_batch(
-                options, sender.user_id, steps.reader.variable_names
+                options,
+                sender.user_id,
+                steps.reader.variable_names,
+                None if self._trace_parent is None else self._trace_parent(),
             )
             if begun is None:
                 return None

@@ -41,6 +41,7 @@ from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.traces.endpoint import open_tracer
 
 
 async def serve(
@@ -63,6 +64,9 @@ async def serve(
         monitoring = await stack.enter_async_context(
             Monitoring("scheduler", settings.metrics_listen)
         )
+        tracer = open_tracer(settings, "scheduler")
+        if tracer is not None:
+            stack.push_async_callback(tracer.close)
         queues = open_queues(redis, settings)
         loader = HeadLoader(engine, queues, settings)
         # Here as well as in the dispatchers, so that it shows when none of them runs.
@@ -73,6 +77,7 @@ async def serve(
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
             metrics=SchedulerMetrics(monitoring.registry),
+            trace_parent=None if tracer is None else tracer.current_parent,
         )
         stack.push_async_callback(intake.close)
         secrets = SecretBox.from_settings(settings)
@@ -92,6 +97,7 @@ async def serve(
             engine=engine,
             probes=probes,
             monitoring=monitoring,
+            tracer=tracer,
         )
         work = [partial(sweeper.run, stop), partial(watch.run, stop)]
 

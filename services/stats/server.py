@@ -25,6 +25,7 @@ from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.traces.endpoint import open_tracer
 
 
 async def serve(
@@ -55,6 +56,9 @@ async def serve(
             monitoring.registry, partial(storage.read_gauges, engine), DATABASE_ERRORS
         )
         monitoring.before_scrape(metrics.refresh)
+        tracer = open_tracer(settings, "stats")
+        if tracer is not None:
+            stack.push_async_callback(tracer.close)
         schema = SchemaGuard(engine)
         server = GrpcServer(
             settings,
@@ -63,6 +67,7 @@ async def serve(
             engine=engine,
             probes=probes,
             monitoring=monitoring,
+            tracer=tracer,
         )
 
         async def fold() -> int:

@@ -209,10 +209,13 @@ class Batch(Base):
     cancelled_at: Mapped[datetime | None] = mapped_column(_TIME)
     # The latest first due time of its jobs, for forecasts. NULL means that it has no jobs.
     last_due_at: Mapped[datetime | None] = mapped_column(_TIME)
+    # The span of the call that brought it (W3C's `traceparent`). NULL means no trace.
+    trace_parent: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("state IN (1, 2)", name="state_known"),
         CheckConstraint("spacing_ms >= 0", name="spacing_not_negative"),
+        CheckConstraint("octet_length(trace_parent) = 55", name="trace_parent_length"),
         Index(None, "user_id", "request_id", unique=True),
         Index(None, "user_id", "id"),
         Index(None, "sender_id", "id"),

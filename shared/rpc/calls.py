@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import grpc
 import structlog
@@ -28,6 +28,9 @@ from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
 from outbox_server.shared.rpc.gate import Gate
+
+if TYPE_CHECKING:
+    from outbox_server.shared.traces.tracer import Tracer
 
 # The deadline of a unary call whose caller set none, in seconds.
 DEFAULT_DEADLINE: Final = 30.0
@@ -69,6 +72,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         default_deadline: float = DEFAULT_DEADLINE,
         gates: Mapping[str, Gate] | None = None,
         metrics: CallMetrics,
+        tracer: Tracer | None = None,
     ) -> None:
         """`gates` is by method (`/outbox.v1.BatchService/UploadBatch`), for own bounds."""
         self._authenticator = authenticator
@@ -78,6 +82,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
         self._metrics = metrics
+        self._tracer = tracer
         self._unknown = metrics.of(UNKNOWN_METHOD)
         # By method, so that each method is wrapped once.
         self._handlers: dict[str, _Handler] = {}
@@ -179,8 +184,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         started = time.perf_counter()
         tooling = method.startswith(_TOOLING)
         call = _CallLog(self._log, method, context, quiet=tooling)
+        span = None
         if not tooling:
             self._begin()
+            if self._tracer is not None:
+                span = self._tracer.begin_call(method, context.invocation_metadata() or ())
         try:
             return await self._limited(method, context, work, default_limit, stream=stream)
         except grpc.aio.AbortError:  # the handler has sent a status itself
@@ -198,6 +206,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 self._end()
             seconds = time.perf_counter() - started
             metrics.ended(call.code, seconds)
+            if span is not None:
+                span.end(call.code)
             call.write(seconds)
 
     async def _limited(

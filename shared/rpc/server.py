@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import structlog
@@ -26,6 +26,9 @@ from outbox_server.shared.rpc.probes import Probes
 from outbox_server.shared.rpc.reflection import add_reflection
 from outbox_server.shared.rpc.tls import server_credentials
 from outbox_server.shared.settings import Settings
+
+if TYPE_CHECKING:
+    from outbox_server.shared.traces.tracer import Tracer
 
 _MIB: Final = 1024 * 1024
 
@@ -85,11 +88,12 @@ class GrpcServer:
         engine: AsyncEngine | None = None,
         probes: Probes | None = None,
         monitoring: Monitoring | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """Check the settings, without binding. `listen` is `host:port`; port 0 means any free one.
 
         `engine` reads the API keys for OUTBOX_AUTH=keys; `probes` then report the server's health.
-        `monitoring` counts the calls.
+        `monitoring` counts the calls, and `tracer` makes their spans.
 
         Raises:
             ConfigurationError: OUTBOX_AUTH, OUTBOX_TLS_* or the address is wrong.
@@ -110,7 +114,9 @@ class GrpcServer:
         }
         monitoring = monitoring or Monitoring("server")
         monitoring.show_serving(lambda: self.serving)
-        self._calls = CallInterceptor(self._authenticator, gates=gates, metrics=monitoring.calls)
+        self._calls = CallInterceptor(
+            self._authenticator, gates=gates, metrics=monitoring.calls, tracer=tracer
+        )
         self._health = health.Health(self._names)
         if probes is not None:
             probes.follow(self._health)

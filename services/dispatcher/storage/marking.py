@@ -53,6 +53,8 @@ class BatchContent:
     message_id_address: str
     display_name: str
     endpoint: StoredEndpoint
+    # The span of the call that brought the batch. None means no trace.
+    trace_parent: str | None = None
 
 
 _claim = (
@@ -202,6 +204,7 @@ async def read_batches(
             Batch.body,
             Batch.html,
             Batch.variable_names,
+            Batch.trace_parent,
             Sender.revision,
             Sender.email,
             message_id_address().label("message_id_address"),
@@ -224,6 +227,7 @@ async def read_batches(
             message_id_address=row.message_id_address,
             display_name=row.display_name,
             endpoint=endpoint_of(row),
+            trace_parent=row.trace_parent,
         )
         for row in rows
     }

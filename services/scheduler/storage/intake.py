@@ -144,7 +144,11 @@ class IntakeTransaction:
         self._driver = driver
 
     async def insert_batch(
-        self, options: BatchOptions, user_id: str, variable_names: Sequence[str]
+        self,
+        options: BatchOptions,
+        user_id: str,
+        variable_names: Sequence[str],
+        trace_parent: str | None = None,
     ) -> BegunBatch | None:
         """Write the row of the batch. Return None if a batch with this `request_id` exists.
 
@@ -170,6 +174,7 @@ class IntakeTransaction:
                 expire_after_ms=options.expire_after_ms,
                 duplicates=options.duplicates,
                 mode=options.mode,
+                trace_parent=trace_parent,
             )
             .on_conflict_do_nothing(index_elements=["user_id", "request_id"])
             .returning(Batch.id, Batch.start_at, Batch.created_at)
