@@ -126,6 +126,12 @@ lint: luacheck $(READY) ## Check style, types, protos and import boundaries
 	$(BIN)/buf format --diff --exit-code --path protos/outbox
 	$(BIN)/buf breaking --against $(RELEASED)
 
+.PHONY: alerts
+alerts: ## Check the alert rules and run their tests (promtool)
+	@$(PACKAGES) prometheus
+	promtool check config deploy/prometheus/prometheus.yml
+	promtool test rules deploy/prometheus/outbox.tests.yml
+
 .PHONY: release-contract
 release-contract: $(READY) ## Record the protos as released: lint refuses to break them (part of a release)
 	$(BIN)/buf build --path protos/outbox --exclude-source-info --output $(RELEASED)

@@ -16,7 +16,7 @@ from outbox_server.shared.queue.circuits import CircuitChange
 from outbox_server.shared.queue.queue import Claim
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
-_LATENESS: Final = (
+LATENESS_BUCKETS: Final = (
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     *(30, 60, 300, 900, 3600, 7200, 14400),
 )
@@ -77,13 +77,13 @@ class DispatcherMetrics:
         self._lateness = Histogram(
             "outbox_lateness_seconds",
             "Start of a send minus the earliest instant at which the limits allowed it.",
-            buckets=_LATENESS,
+            buckets=LATENESS_BUCKETS,
             registry=registry,
         )
         self._delay = Histogram(
             "outbox_delay_seconds",
             "Start of a send minus the time at which it was due, waits for limits included.",
-            buckets=_LATENESS,
+            buckets=LATENESS_BUCKETS,
             registry=registry,
         )
         endpoint = Histogram(
