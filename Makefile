@@ -61,8 +61,8 @@ test-unit: $(READY) ## Run the tests that need no server
 	$(PYTEST) tests/unit
 
 .PHONY: test-properties
-test-properties: $(READY) ## Run the property tests with a thousand examples each, instead of 50
-	OUTBOX_TEST_EXAMPLES=1000 $(PYTEST) -m hypothesis tests/unit
+test-properties: $(READY) ## Run the property tests with 500 examples each, instead of 50
+	OUTBOX_TEST_EXAMPLES=500 $(PYTEST) -m hypothesis tests/unit
 
 .PHONY: debian-stores
 debian-stores:
