@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
@@ -119,3 +119,27 @@ async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
         plan = "\n".join(plans[name])
         assert "ix_attempts_history" in plan, f"{name}\n{plan}"
         assert free or "Bitmap" not in plan, f"{name}\n{plan}"
+
+
+async def test_a_mark_reads_its_jobs_only_although_all_jobs_were_finished_before(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    settings = settings_of(options(new_database(), redis_url, "smtp://127.0.0.1:1"))
+    async with World(settings) as world:
+        # The statistics know no waiting job, as in a quiet hour before a large batch.
+        await world.schedule(await world.sender(), 3_000, load=False)
+        await world.sql("UPDATE email_jobs SET state = 3, finished_at = now()")
+        await world.sql("VACUUM ANALYZE")
+        jobs = await world.schedule(await world.sender(), 3_000, load=False)
+        engine = create_engine(settings, lookups_only=True, single_statements=True)
+        claims = [JobRef(job, 1) for job in jobs[:20]]
+        async with engine.connect() as connection:
+            await connection.execution_options(isolation_level="READ COMMITTED")
+            read = text(
+                "SELECT sum(idx_tup_fetch + seq_tup_read) FROM pg_stat_xact_user_tables"
+                " WHERE relname = 'email_jobs'"
+            )
+            assert len(await storage.mark_sending(connection, claims, 60 * SECOND)) == 20
+            assert (await connection.execute(read)).scalar_one() < 200
+            await connection.rollback()
+        await engine.dispose()

@@ -63,6 +63,10 @@ _claim = (
     .render_derived()
 )
 
+# `+ 0`: if all jobs that the statistics know are finished, the planner expects no waiting job. It
+# would read all that a new batch has since added, by the index of heads, once for each claim.
+_WAITS = EmailJob.state + 0 == int(JobState.SCHEDULED)
+
 # A scalar subquery, not a join: without statistics, on a table that was just filled, the planner
 # would begin with the senders and read all of their waiting jobs.
 _active_revision = (
@@ -116,7 +120,7 @@ def _mark_statement() -> Any:
         .join(_claim, _claim.c.id == EmailJob.id)
         .join(batches, batches.c.id == EmailJob.batch_id)
         .where(
-            EmailJob.state == JobState.SCHEDULED,
+            _WAITS,
             EmailJob.attempt == _claim.c.attempt - 1,
             _active_revision.is_not(None),
         )
@@ -135,7 +139,7 @@ def _mark_statement() -> Any:
         )
         .where(
             EmailJob.id == decided.c.id,
-            EmailJob.state == JobState.SCHEDULED,
+            _WAITS,
             EmailJob.attempt == decided.c.attempt - 1,
         )
         .returning(
