@@ -19,9 +19,9 @@ from bench.__main__ import SENDERS, _one_row, _schedule
 from bench.world import BenchStack, world
 
 OLD = 1_000_000
-DUE_A_SECOND = 50
+DUE_A_SECOND = 20
 # Rows per sender: enough for the longest removal that is expected.
-ROWS = 200
+ROWS = 120
 BEFORE_S = 20.0
 _MOST_S = 550
 _LATENESS = """
