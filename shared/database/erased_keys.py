@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Text, cast, func, literal, select
 
-from outbox_server.shared.database.models import Installation
+from outbox_server.shared.database.models import ErasureKey
 
 # No address begins so, because every address has an @ and a hash has none.
 ERASED_PREFIX: Final = "erased:"
@@ -20,7 +20,7 @@ ERASED_PREFIX: Final = "erased:"
 
 def erased_key(user_id: Any, address: Any) -> ColumnElement[str]:
     """Return the hash of a case-folded address; NULL if this installation has erased nobody."""
-    key = select(Installation.erasure_key).scalar_subquery()
+    key = select(ErasureKey.key).scalar_subquery()
     # A user id has no line break.
     parts = cast(key, Text) + cast(user_id, Text) + literal("\n", Text) + cast(address, Text)
     digest = func.encode(func.sha256(func.convert_to(parts, "UTF8")), "hex")

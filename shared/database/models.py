@@ -54,8 +54,17 @@ class Installation(Base):
     installation_id: Mapped[str] = mapped_column(
         Text, server_default=text("substr(md5((gen_random_uuid())::text), 1, 12)")
     )
-    # The key of the hashes that replace erased addresses (shared/database/erased_keys.py).
-    erasure_key: Mapped[str] = mapped_column(
+
+    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
+
+
+class ErasureKey(Base):
+    """One row, since the first erasure: the key of the hashes that replace erased addresses."""
+
+    __tablename__ = "erasure_key"
+
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    key: Mapped[str] = mapped_column(
         Text,
         server_default=text("((gen_random_uuid())::text || (gen_random_uuid())::text)"),
     )

@@ -38,13 +38,13 @@ from outbox_server.services.scheduler.storage.suppressions import (
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
-from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.models import (
     Attempt,
     Batch,
     BatchRejection,
     Cooldown,
     EmailJob,
+    ErasureKey,
     Sender,
     Suppression,
 )
@@ -74,8 +74,7 @@ async def suppress_erased(
 ) -> tuple[SuppressionRecord, EndedJobs]:
     """Suppress an address by its hash alone, and end the waiting jobs to it."""
     await lock_suppressions(connection, user_id)
-    # Creates the key of the hashes as well.
-    await installation_id(connection)
+    await connection.execute(insert(ErasureKey).on_conflict_do_nothing())
     key = address_key(address)
     hashed = erased_key(literal(user_id, Text), literal(key, Text))
     await connection.execute(

@@ -1,4 +1,4 @@
-"""Find finished jobs by their age, count the removed ones, and hash erased addresses"""
+"""Count removed jobs, hash erased addresses, and keep the trace that a batch belongs to"""
 
 from __future__ import annotations
 
@@ -22,32 +22,22 @@ def upgrade() -> None:
             "batch_id", "sender_id", "hour", "state", name=op.f("pk_purged_counts")
         ),
     )
-    # The table has one row at most.
-    op.add_column(
-        "installation",
+    op.create_table(
+        "erasure_key",
+        sa.Column("singleton", sa.Boolean(), server_default=sa.text("true"), nullable=False),
         sa.Column(
-            "erasure_key",
+            "key",
             sa.Text(),
             server_default=sa.text("((gen_random_uuid())::text || (gen_random_uuid())::text)"),
             nullable=False,
         ),
+        sa.PrimaryKeyConstraint("singleton", name=op.f("pk_erasure_key")),
+        sa.CheckConstraint("singleton", name=op.f("ck_erasure_key_one_row")),
     )
-    # Concurrently, so that mail is sent meanwhile. An interrupted migration begins again: it leaves
-    # an index that is not valid, which is dropped first.
-    with op.get_context().autocommit_block():
-        op.execute("DROP INDEX CONCURRENTLY IF EXISTS ix_email_jobs_finished")
-        op.create_index(
-            "ix_email_jobs_finished",
-            "email_jobs",
-            ["finished_at"],
-            postgresql_where=sa.text("state IN (3, 4, 6, 7, 8)"),
-            postgresql_concurrently=True,
-        )
-        op.execute("DROP INDEX CONCURRENTLY IF EXISTS ix_email_jobs_recipient_key")
-        op.create_index(
-            "ix_email_jobs_recipient_key",
-            "email_jobs",
-            ["recipient_key"],
-            postgresql_where=sa.text("recipient_key IS NOT NULL"),
-            postgresql_concurrently=True,
-        )
+    op.add_column("batches", sa.Column("trace_parent", sa.Text(), nullable=True))
+    op.create_check_constraint(
+        op.f("ck_batches_trace_parent_length"),
+        "batches",
+        "octet_length(trace_parent) = 55",
+        postgresql_not_valid=True,
+    )
