@@ -5,14 +5,15 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from outbox_server.shared.queue.circuits import CircuitChange, log_change
-from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
+from outbox_server.shared.queue.queue import DEFAULT_LADDER, Queue
+from outbox_server.shared.queue.sentinel import SCHEMES, connect_by_sentinel
 from outbox_server.shared.settings import Settings
 
 _LONGEST_AUTH_WAIT = timedelta(hours=1)
@@ -29,17 +30,22 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
     """Return a client. `listening` is for subscriptions, whose reads have no time limit.
 
     The client must not retry a claim: the first call may have been executed.
+
+    Raises:
+        ConfigurationError: a URL of Sentinel is malformed.
     """
-    return Redis.from_url(
-        settings.redis_url,
-        decode_responses=True,
-        socket_timeout=None if listening else _CALL_LIMIT_S,
-        socket_connect_timeout=_CONNECT_LIMIT_S,
-        socket_keepalive=True,
-        socket_keepalive_options=_KEEPALIVE,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=None if listening else 100,
-    )
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": None if listening else _CALL_LIMIT_S,
+        "socket_connect_timeout": _CONNECT_LIMIT_S,
+        "socket_keepalive": True,
+        "socket_keepalive_options": _KEEPALIVE,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": None if listening else 100,
+    }
+    if settings.redis_url.startswith(SCHEMES):
+        return connect_by_sentinel(settings.redis_url, options)
+    return Redis.from_url(settings.redis_url, **options)
 
 
 def _auth_backoff(backoff: Sequence[timedelta]) -> tuple[timedelta, ...]:
