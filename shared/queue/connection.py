@@ -12,7 +12,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from outbox_server.shared.queue.queue import DEFAULT_LADDER, Queue
+from outbox_server.shared.queue.circuits import CircuitChange, log_change
+from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
 from outbox_server.shared.queue.sentinel import SCHEMES, connect_by_sentinel
 from outbox_server.shared.settings import Settings
 

@@ -219,9 +219,7 @@ def test_every_selector_selects_the_pods_of_its_component_and_no_others(name: st
         if selector is None or one["kind"] == "PodMonitor":
             continue
         chosen = selected(resources, selector.get("matchLabels", selector))
-        # A policy of a job whose job is not rendered selects nothing.
-        assert chosen <= {component}
-        assert chosen or component in ("migrate", "operator-key")
+        assert chosen == {component}
 
 
 def test_each_service_has_an_address_for_all_pods_and_one_for_each_pod() -> None:
@@ -307,13 +305,13 @@ def ports_out(resources: list[Resource], component: str) -> set[int]:
 
 
 def test_policies_let_each_pod_reach_what_it_needs_and_nothing_else() -> None:
-    resources = render(MINIMAL)
+    resources = render(with_values(operatorKey={"existingSecret": "first"}))
     mail = {53, 5432, 6379, 25, 465, 587, 443}
     assert ports_out(resources, "scheduler") == ports_out(resources, "dispatcher") == mail
     for component in ("stats", "migrate", "operator-key"):
         assert ports_out(resources, component) == {53, 5432}
     full = render(VALUES["full"])
-    assert ports_out(full, "dispatcher") == {53, 5433, 6380, 587, 4317}
+    assert ports_out(full, "dispatcher") == {53, 5433, 6380, 26379, 587, 4317}
 
 
 def scalers(values: dict[str, Any]) -> dict[str, Resource]:
