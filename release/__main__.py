@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import os
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from release import licenses
-from release.dependencies import production_lock
+from release.dependencies import OURS, production_lock
 from release.revisions import released_revisions
 from release.sbom import bill_of_materials
 from release.versions import mismatches, project_version
@@ -83,6 +84,10 @@ def _check(root: Path) -> None:
     if wrong:
         raise ReleaseRefusedError("; ".join(wrong) + ": run python -m release.versions --write")
     version = project_version(root)
+    for name in sorted(OURS):
+        installed = importlib.metadata.version(name)
+        if installed != version:
+            raise ReleaseRefusedError(f"{name} is installed as {installed}: run make setup")
     if version not in released_revisions(root):
         raise ReleaseRefusedError(
             f".ci/released-revisions has no line for {version}: run make release-revision"

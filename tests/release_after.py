@@ -18,7 +18,7 @@ oldest_revision = "{oldest}"
 
 
 def upgrade():
-    op.drop_column("email_jobs", "recipient_key")
+    op.drop_column("email_jobs", "next_note")
 """
 
 

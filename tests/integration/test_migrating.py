@@ -155,10 +155,13 @@ async def test_a_second_migrator_waits_for_the_first(new_database: Callable[[], 
     assert revision(url) == LAST
 
 
-async def test_two_migrators_that_build_an_index_do_not_wait_for_each_other(
+async def test_two_migrators_of_an_empty_database_do_not_wait_for_each_other(
     new_database: Callable[[], str],
 ) -> None:
     url = new_database()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
     processes = [
         await asyncio.create_subprocess_exec(
             sys.executable, "-c", PROGRAM, url, VERSIONS, cwd=Path(__file__).parents[2]
@@ -167,6 +170,7 @@ async def test_two_migrators_that_build_an_index_do_not_wait_for_each_other(
     ]
     async with asyncio.timeout(PATIENCE):
         assert [await process.wait() for process in processes] == [0, 0]
+    assert revision(url) == LAST
     assert is_valid(url)
 
 

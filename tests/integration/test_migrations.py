@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 from outbox_server.shared.database.engine import driver_url
-from outbox_server.shared.database.migrating import migrate
 from outbox_server.shared.database.models import Base
 
 
@@ -36,18 +31,3 @@ def test_every_check_of_the_models_is_in_the_schema(database_url: str) -> None:
         if type(constraint).__name__ == "CheckConstraint"
     }
     assert expected <= found
-
-
-def test_two_concurrent_migrations_give_the_same_schema_as_one(
-    new_database: Callable[[], str],
-) -> None:
-    url = new_database()
-    engine = create_engine(driver_url(url), poolclass=NullPool)
-    with engine.begin() as connection:
-        connection.execute(text("DROP SCHEMA public CASCADE"))
-        connection.execute(text("CREATE SCHEMA public"))
-    # Processes: alembic works with globals, and so do real migrators.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        list(processes.map(migrate, [url, url]))
-    with engine.connect() as connection:
-        assert connection.scalar(text("SELECT count(*) FROM senders")) == 0
