@@ -132,6 +132,10 @@ alerts: ## Check the alert rules and run their tests (promtool)
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/outbox.tests.yml
 
+.PHONY: dashboard
+dashboard: $(READY) ## Write the Grafana dashboard, deploy/grafana/outbox.json
+	$(BIN)/python -m outbox_server.deploy.grafana.dashboard
+
 .PHONY: release-contract
 release-contract: $(READY) ## Record the protos as released: lint refuses to break them (part of a release)
 	$(BIN)/buf build --path protos/outbox --exclude-source-info --output $(RELEASED)

@@ -1,0 +1,1 @@
+"""The Grafana dashboard, and the files by which Grafana loads it."""

@@ -1,0 +1,398 @@
+"""Builds the Grafana dashboard, outbox.json (`make dashboard`).
+
+A panel here is one line per query; the JSON that Grafana needs is forty.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+FILE: Final = Path(__file__).with_name("outbox.json")
+_SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
+# Panels are placed from left to right, on a grid that is 24 wide.
+_COLUMNS: Final = 24
+_HEIGHT: Final = 8
+# Grafana's own variable: at least four scrapes.
+_RATE: Final = "[$__rate_interval]"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A graph: its queries, each with the legend of its lines."""
+
+    title: str
+    description: str
+    queries: tuple[tuple[str, str], ...]
+    unit: str = "short"
+    width: int = 8
+    kind: str = "timeseries"
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some panels under a heading."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+def _quantiles(histogram: str, by: str = "") -> tuple[tuple[str, str], ...]:
+    """Return the queries of the median and of the 99th percentile of a histogram."""
+    labels = f"le, {by}" if by else "le"
+    legend = f" {{{{{by}}}}}" if by else ""
+    return tuple(
+        (
+            f"histogram_quantile({q}, sum by ({labels}) (rate({histogram}_bucket{_RATE})))",
+            name + legend,
+        )
+        for q, name in ((0.5, "p50"), (0.99, "p99"))
+    )
+
+
+def _rate(counter: str, by: str = "", where: str = "") -> str:
+    head = f"sum by ({by})" if by else "sum"
+    return f"{head} (rate({counter}{where}{_RATE}))"
+
+
+ROWS: Final = (
+    Row(
+        "Now",
+        (
+            Panel(
+                "Processes that serve",
+                "By service. None is an outage.",
+                (("sum by (service) (outbox_serving)", "{{service}}"),),
+                width=6,
+                kind="stat",
+            ),
+            Panel(
+                "Late sends",
+                "The share of sends that began more than 5 s too late. The objective is 1 %.",
+                (
+                    (
+                        (
+                            '1 - sum(rate(outbox_lateness_seconds_bucket{le="5.0"}[1h]))'
+                            " / sum(rate(outbox_lateness_seconds_count[1h]))"
+                        ),
+                        "last hour",
+                    ),
+                ),
+                unit="percentunit",
+                width=6,
+                kind="stat",
+            ),
+            Panel(
+                "Oldest due job",
+                "How long a mail that all limits allow has waited for a dispatcher.",
+                (("max(outbox_oldest_due_age_seconds)", "age"),),
+                unit="s",
+                width=6,
+                kind="stat",
+            ),
+            Panel(
+                "Open circuits",
+                "Mail servers that fail. Their mail waits.",
+                (("max(outbox_open_circuits)", "circuits"),),
+                width=6,
+                kind="stat",
+            ),
+        ),
+    ),
+    Row(
+        "Mail",
+        (
+            Panel(
+                "Accepted and sent",
+                "Jobs per second.",
+                (
+                    (_rate("outbox_accepted_jobs_total"), "accepted"),
+                    (_rate("outbox_attempts_total", where='{outcome="sent"}'), "sent"),
+                    (_rate("outbox_claims_total"), "claimed"),
+                ),
+                unit="cps",
+            ),
+            Panel(
+                "Lateness",
+                "Start of a send minus the earliest instant at which the limits allowed it.",
+                _quantiles("outbox_lateness_seconds"),
+                unit="s",
+            ),
+            Panel(
+                "Delay",
+                "Start of a send minus the time at which it was due, waits for limits included.",
+                _quantiles("outbox_delay_seconds"),
+                unit="s",
+            ),
+            Panel(
+                "Attempts by outcome",
+                "Per second.",
+                ((_rate("outbox_attempts_total", "outcome"), "{{outcome}}"),),
+                unit="cps",
+                stacked=True,
+            ),
+            Panel(
+                "Replies",
+                "Per second, by code and class.",
+                ((_rate("outbox_replies_total", "code, reply_class"), "{{code}} {{reply_class}}"),),
+                unit="cps",
+                stacked=True,
+            ),
+            Panel(
+                "What made jobs wait",
+                "Jobs per second, by cause.",
+                ((_rate("outbox_waits_total", "cause"), "{{cause}}"),),
+                unit="cps",
+                stacked=True,
+            ),
+        ),
+    ),
+    Row(
+        "Dispatchers",
+        (
+            Panel(
+                "Slots",
+                "Jobs in flight, and how many may be.",
+                (
+                    ("sum(outbox_in_flight)", "in flight"),
+                    ("sum(outbox_concurrency)", "concurrency"),
+                    ("max(outbox_due_jobs)", "due jobs"),
+                ),
+            ),
+            Panel(
+                "Mail servers",
+                "Durations of sends by SMTP.",
+                _quantiles("outbox_endpoint_seconds", "route"),
+                unit="s",
+            ),
+            Panel(
+                "Cooldowns and circuits",
+                "Changes per hour, and senders that cool down.",
+                (
+                    ("sum by (cause) (increase(outbox_cooldowns_total[1h]))", "refused: {{cause}}"),
+                    ("sum(increase(outbox_cooldowns_ended_total[1h]))", "cooldowns ended"),
+                    (
+                        "sum by (change) (increase(outbox_circuit_changes_total[1h]))",
+                        "circuits {{change}}",
+                    ),
+                    ("max(outbox_cooling_senders)", "senders that cool down"),
+                ),
+            ),
+        ),
+    ),
+    Row(
+        "Calls",
+        (
+            Panel(
+                "Calls",
+                "Per second, by method.",
+                ((_rate("outbox_grpc_requests_total", "method"), "{{method}}"),),
+                unit="reqps",
+            ),
+            Panel(
+                "Errors",
+                "Per second, by method and code. Errors of callers are included.",
+                ((_rate("outbox_grpc_errors_total", "method, code"), "{{method}} {{code}}"),),
+                unit="reqps",
+            ),
+            Panel(
+                "Durations",
+                "The 99th percentile, without watches.",
+                (
+                    (
+                        (
+                            "histogram_quantile(0.99, sum by (le, method) (rate("
+                            f'outbox_grpc_duration_seconds_bucket{{method!~".*/Watch.*"}}{_RATE})))'
+                        ),
+                        "{{method}}",
+                    ),
+                ),
+                unit="s",
+            ),
+            Panel(
+                "Rejected rows",
+                "Per second, of accepted batches, and accepted batches.",
+                (
+                    (_rate("outbox_rejected_rows_total"), "rows"),
+                    (_rate("outbox_accepted_batches_total"), "batches"),
+                ),
+                unit="cps",
+            ),
+        ),
+    ),
+    Row(
+        "Stores and processes",
+        (
+            Panel(
+                "Stores that answer",
+                "1 while all processes reach the store.",
+                (("min by (dependency) (outbox_dependency_up)", "{{dependency}}"),),
+            ),
+            Panel(
+                "Rebuilds and lost leases",
+                "Per hour, and shards that Redis does not have completely.",
+                (
+                    (
+                        "sum by (result) (increase(outbox_rebuilds_total[1h]))",
+                        "rebuilds: {{result}}",
+                    ),
+                    (
+                        "sum by (found) (increase(outbox_lost_leases_total[1h]))",
+                        "leases: {{found}}",
+                    ),
+                    ("max(outbox_incomplete_shards)", "incomplete shards"),
+                ),
+            ),
+            Panel(
+                "Counts",
+                "Changes of counts that are not folded, and that are folded per second.",
+                (
+                    ("max(outbox_unfolded_deltas)", "not folded"),
+                    (_rate("outbox_folded_deltas_total"), "folded per second"),
+                ),
+            ),
+            Panel(
+                "Longest stall of an event loop",
+                "In the last one to two minutes. A stall delays every call and send.",
+                (
+                    (
+                        "max by (job, instance) (outbox_event_loop_longest_stall_seconds)",
+                        "{{job}} {{instance}}",
+                    ),
+                ),
+                unit="s",
+            ),
+            Panel(
+                "Stalls",
+                "How much too late event loops run a timer.",
+                _quantiles("outbox_event_loop_stall_seconds", "job"),
+                unit="s",
+            ),
+            Panel(
+                "CPU",
+                "Cores in use.",
+                (
+                    (
+                        f"sum by (job, instance) (rate(process_cpu_seconds_total{_RATE}))",
+                        "{{job}} {{instance}}",
+                    ),
+                ),
+            ),
+            Panel(
+                "Memory",
+                "Resident.",
+                (
+                    (
+                        "sum by (job, instance) (process_resident_memory_bytes)",
+                        "{{job}} {{instance}}",
+                    ),
+                ),
+                unit="bytes",
+            ),
+        ),
+    ),
+)
+
+
+def build() -> dict[str, Any]:
+    """Return the dashboard as Grafana reads it."""
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for row in ROWS:
+        panels.append(
+            {
+                "id": len(panels) + 1,
+                "type": "row",
+                "title": row.title,
+                "collapsed": False,
+                "gridPos": {"x": 0, "y": y, "w": _COLUMNS, "h": 1},
+                "panels": [],
+            }
+        )
+        y += 1
+        x = 0
+        for panel in row.panels:
+            if x + panel.width > _COLUMNS:
+                x, y = 0, y + _HEIGHT
+            panels.append(_panel(panel, len(panels) + 1, x, y))
+            x += panel.width
+        y += _HEIGHT
+    return {
+        "uid": "outbox",
+        "title": "Outbox",
+        "description": "E-mail scheduling: what is accepted, sent, late, and why.",
+        "tags": ["outbox"],
+        "schemaVersion": 39,
+        "version": 1,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-6h", "to": "now"},
+        "timezone": "browser",
+        "templating": {
+            "list": [
+                {
+                    "name": "datasource",
+                    "label": "Prometheus",
+                    "type": "datasource",
+                    "query": "prometheus",
+                    "current": {},
+                    "hide": 0,
+                }
+            ]
+        },
+        "annotations": {"list": []},
+        "links": [],
+        "panels": panels,
+    }
+
+
+def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
+    custom: dict[str, Any] = {}
+    if panel.kind == "timeseries":
+        custom = {
+            "lineWidth": 1,
+            "fillOpacity": 20 if panel.stacked else 0,
+            "showPoints": "never",
+            "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
+        }
+    options: dict[str, Any] = {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "none"}
+    if panel.kind == "timeseries":
+        options = {
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        }
+    return {
+        "id": number,
+        "type": panel.kind,
+        "title": panel.title,
+        "description": panel.description,
+        "datasource": _SOURCE,
+        "gridPos": {"x": x, "y": y, "w": panel.width, "h": _HEIGHT},
+        "fieldConfig": {
+            "defaults": {"unit": panel.unit, "min": 0, "custom": custom},
+            "overrides": [],
+        },
+        "options": options,
+        "targets": [
+            {
+                "refId": chr(ord("A") + index),
+                "datasource": _SOURCE,
+                "expr": expression,
+                "legendFormat": legend,
+                "range": True,
+            }
+            for index, (expression, legend) in enumerate(panel.queries)
+        ],
+    }
+
+
+def text() -> str:
+    """Return the content of outbox.json."""
+    return json.dumps(build(), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
