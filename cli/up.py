@@ -189,9 +189,11 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
         "smtp_url": servers.smtp_url if receives_mail else None,
         "inbox": str(servers.maildir) if receives_mail else None,
         "provider": servers.provider and servers.provider.server.profile.name,
-        "metrics": [
-            f"http://{service.metrics}/metrics" for service in system.services if service.metrics
-        ],
+        "metrics": {
+            service.title: f"http://{service.metrics}/metrics"
+            for service in system.services
+            if service.metrics
+        },
         "logs": str(system.folder / "logs"),
         # `outbox audit` compares with these.
         "settings": {
@@ -258,7 +260,7 @@ def _welcome(found: dict[str, Any], smtp: str | None, choice: ProviderChoice | N
         f"postgresql  {found['database_url']}",
         f"redis       {found['redis_url']}",
         *_mail_lines(found, smtp, choice),
-        *(f"metrics     {url}" for url in found["metrics"]),
+        *(f"metrics     {url} ({title})" for title, url in found["metrics"].items()),
         f"logs        {found['logs']}",
         "",
         "In another terminal, in this folder:",

@@ -53,7 +53,9 @@ def _add_trace(error: BaseException, lines: list[str], seen: set[int]) -> None:
     if before is not None:
         _add_trace(before, lines, seen)
         lines.append("then:")
-    lines += "".join(traceback.format_tb(error.__traceback__)).splitlines()
+    if error.__traceback__ is not None:
+        lines.append("Traceback (most recent call last):")
+        lines += "".join(traceback.format_tb(error.__traceback__)).splitlines()
     kind = type(error)
     message = next(iter(str(error).splitlines()), "")[:_MAX_MESSAGE]
     lines.append(f"{kind.__module__}.{kind.__qualname__}: {message}")

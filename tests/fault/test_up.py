@@ -234,7 +234,7 @@ async def test_the_commands_that_up_prints_run_as_printed(folder: Path) -> None:
         lines = [line for line in printed.splitlines() if line.startswith("  ")]
         assert len(up.endpoints["dispatchers"]) == 2
         assert len(lines) == 5
-        urls = up.endpoints["metrics"]
+        urls = list(up.endpoints["metrics"].values())
         assert len(set(urls)) == 4
         assert all(url in printed for url in urls)
         scrapes = [await scrape(urlsplit(url).netloc) for url in urls]
