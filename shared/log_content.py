@@ -8,9 +8,10 @@ from collections.abc import MutableMapping
 from typing import Any, Final
 
 _ADDRESS_MARK: Final = "[address]"
-# An address, or the user and host of a URL, which is no address.
+# An address, or the user and host of a URL, which is no address. The bounds limit the time that a
+# long line takes; no address is longer.
 _ADDRESS: Final = re.compile(
-    r"://[^\s\"'/?#]*|[^\s<>\"'@,;:()\[\]/\\=]+@[^\s<>\"'@,;:()\[\]/\\]+", re.UNICODE
+    r"://[^\s\"'/?#]*|[^\s<>\"'@,;:()\[\]/\\=]{1,320}@[^\s<>\"'@,;:()\[\]/\\]{1,320}"
 )
 # Fields with a text of a mail server. It may quote the mail.
 _QUOTING_FIELDS: Final = ("reply",)

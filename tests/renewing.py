@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
+from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.outcomes import OutcomeRules
 from outbox_server.services.dispatcher.renewer import LeasedJob, Renewer
 from outbox_server.services.dispatcher.settler import Settler
@@ -63,7 +65,9 @@ class SendingWithoutSmtp:
         self.settings = settings
         self.statements = statements
         self.loader = loader
-        self.renewer = Renewer(statements, loader, settings.lease)
+        self.registry = CollectorRegistry()
+        metrics = DispatcherMetrics(self.registry)
+        self.renewer = Renewer(statements, loader, settings.lease, metrics)
         self._outcomes = OutcomeRules(settings)
 
     @asynccontextmanager

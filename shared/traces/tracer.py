@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Final
@@ -57,7 +58,9 @@ class Tracer:
 
         def flush() -> None:
             self._provider.force_flush(int(_CLOSE_LIMIT.total_seconds() * 1000))
-            loop.call_soon_threadsafe(done.set)
+            # After the time limit, the loop may be closed.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(done.set)
 
         # A daemon: a collector that does not answer must not hold up the end of the process.
         threading.Thread(target=flush, name="traces-flush", daemon=True).start()

@@ -9,11 +9,13 @@ from datetime import timedelta
 
 import pytest
 import pytest_asyncio
+from prometheus_client import CollectorRegistry
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import recovery as recovery_module
 from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.recovery import Recovery
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
@@ -128,7 +130,7 @@ async def test_the_next_expiry_is_that_of_the_first_lease(
 
 @pytest.fixture
 def recovery_of(world: World) -> Callable[..., Recovery]:
-    def build(policy: str = "resend") -> Recovery:
+    def build(policy: str = "resend", metrics: DispatcherMetrics | None = None) -> Recovery:
         settings = settings_of(
             options(
                 world.settings.database_url,
@@ -138,7 +140,7 @@ def recovery_of(world: World) -> Callable[..., Recovery]:
                 lease="1s",
             )
         )
-        return Recovery(settings, world.engine, world.loader)
+        return Recovery(settings, world.engine, world.loader, metrics)
 
     return build
 
@@ -156,8 +158,11 @@ async def test_the_policy_decides_about_jobs_whose_lease_expired(
     sender = await world.sender()
     [job] = await world.schedule(sender, load=False)
     await mark(connection, [job], lease=OVER)
+    registry = CollectorRegistry()
 
-    pause = await recovery_of(policy).recover_leases()
+    pause = await recovery_of(policy, DispatcherMetrics(registry)).recover_leases()
+
+    assert registry.get_sample_value("outbox_lost_leases_total", {"found": "expired"}) == 1
 
     assert pause == timedelta(seconds=1)
     assert (await world.job(job)).state == state

@@ -324,6 +324,8 @@ async def test_a_send_whose_job_was_recovered_stops_at_once_and_overwrites_nothi
     await waiting
     assert send.leased is not None
     assert not send.leased.lease.holds
+    lost = sending.registry.get_sample_value("outbox_lost_leases_total", {"found": "renewal"})
+    assert lost == 1
     before = (await world.job(send.job), await world.attempts(send.job))
     send.replied = True  # its reply came all the same
     await sending.settle(send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -169,6 +170,27 @@ async def test_mail_is_sent_while_the_collector_is_away(traced: Callable[..., An
     async with traced(traces_endpoint=f"http://127.0.0.1:{free_port()}") as it:
         await it.schedule("a@b.org")
         await eventually(lambda: it.smtp.taken)
+
+
+async def test_what_is_left_is_exported_at_the_end() -> None:
+    async with collector() as collected:
+        tracer = open_tracer(load_settings(traces_endpoint=collected.address), "test")
+        assert tracer is not None
+        tracer.begin_call("/a.Service/Method", ()).end("UNAVAILABLE")
+        await tracer.close()
+        (span,) = collected.named("a.Service/Method")
+        assert span.is_error
+
+
+async def test_a_collector_that_never_answers_does_not_hold_up_the_end() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        tracer = open_tracer(load_settings(traces_endpoint=f"http://127.0.0.1:{port}"), "test")
+        assert tracer is not None
+        tracer.begin_call("/a.Service/Method", ()).end("OK")
+        # Promised is 5 s; the SDK itself would go on for longer.
+        async with asyncio.timeout(8):
+            await tracer.close()
 
 
 async def test_without_an_endpoint_nothing_of_a_trace_is_stored(
