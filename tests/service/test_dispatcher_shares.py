@@ -84,11 +84,19 @@ async def test_a_claim_that_waits_for_a_slot_costs_no_work_and_no_attempt(
         async with running(settings) as dispatcher:
             # Each sender has one claim, and its next job is not claimed.
             await eventually(lambda: all_claimed(world, senders))
-            calls = await script_calls(redis)
-            began = time.monotonic()
-            await eventually(lambda: time.monotonic() - began > 1)
-            # These are the heartbeats and the search for lost senders.
-            assert await script_calls(redis) - calls < 10 * (time.monotonic() - began)
+
+            async def is_quiet() -> bool:
+                """Whether a second passes with only heartbeats and searches for lost senders.
+
+                The first claim of a sender is marked and given back, as its route is not known
+                yet. On a busy machine the last ones do so after all senders were seen with a claim.
+                """
+                calls, began = await script_calls(redis), time.monotonic()
+                await eventually(lambda: time.monotonic() - began > 1)
+                return await script_calls(redis) - calls < 10 * (time.monotonic() - began)
+
+            await eventually(is_quiet)
+            assert await all_claimed(world, senders)
             attempts = await world.sql(
                 "SELECT max(attempt) AS most FROM email_jobs WHERE state = 1"
             )
