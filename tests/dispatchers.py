@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -16,10 +20,16 @@ from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service
 
 from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher.server import serve
+from outbox_server.shared.process import run_with_settings
 from outbox_server.shared.settings import Settings, load_settings
+from tests.eventually import eventually
 
 SERVICE = "outbox.v1.DispatcherService"
 _ROOT = Path(__file__).parent.parent
+# Processes are forked from a server that has imported every module of a dispatcher: 0.1 s, where a
+# new Python takes a second of CPU. The main module too, or each fork would import pytest's.
+FORKS: Final = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", __name__])
 
 
 def options(
@@ -101,10 +111,19 @@ async def running(settings: Settings) -> AsyncIterator[RunningDispatcher]:
 class DispatcherProcess:
     """A dispatcher process, killed at the end of its block if it still runs.
 
+    It is forked with every module imported. With `execute` a new Python starts, which costs a
+    second of CPU more: a library of LD_PRELOAD is loaded only then.
     `service` is another service to run in the same way.
     """
 
-    def __init__(self, values: Mapping[str, str], log: Path, service: str = "dispatcher") -> None:
+    def __init__(
+        self,
+        values: Mapping[str, str],
+        log: Path,
+        service: str = "dispatcher",
+        *,
+        execute: bool = False,
+    ) -> None:
         self.listen = f"127.0.0.1:{free_port()}"
         self._log = log
         self._service = service
@@ -113,48 +132,50 @@ class DispatcherProcess:
             **{name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")},
             **{f"OUTBOX_{name.upper()}": value for name, value in given.items()},
         }
-        self._process: asyncio.subprocess.Process | None = None
+        self._forks = multiprocessing.get_context("spawn") if execute else FORKS
+        self._process: BaseProcess | None = None
 
     @property
-    def process(self) -> asyncio.subprocess.Process:
+    def process(self) -> BaseProcess:
         assert self._process is not None
         return self._process
 
     async def start(self) -> None:
         """Start it; returns before it is ready."""
-        with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                f"outbox_server.services.{self._service}",
-                env=self._environment,
-                cwd=_ROOT,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+        given = (self._service, self._environment, self._log)
+        self._process = self._forks.Process(target=_run_process, args=given, daemon=True)
+        await asyncio.to_thread(self._process.start)
 
     async def kill(self) -> None:
         """End it with kill -9; returns when it is gone."""
         self.process.kill()
-        await self.process.wait()
+        await self._exit_code()
 
     def pause(self) -> None:
         """Stop it as a debugger or an overcommitted host does (SIGSTOP)."""
-        self.process.send_signal(signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         """Resume it after a `pause`."""
-        self.process.send_signal(signal.SIGCONT)
+        self.signal(signal.SIGCONT)
 
     async def terminate(self) -> int:
         """Ask it to end; return its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return await self.process.wait()
+        self.signal(signal.SIGTERM)
+        return await self._exit_code()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
 
     def log(self) -> str:
         """Return what it has written."""
         return self._log.read_text()
+
+    def is_running(self) -> bool:
+        """Return whether it has not ended."""
+        return self.process.exitcode is None
 
     async def serving(self) -> bool:
         """Return whether its health says SERVING."""
@@ -165,16 +186,33 @@ class DispatcherProcess:
         """Return whether its health is not SERVING, or does not answer."""
         return not await self.serving()
 
+    async def _exit_code(self) -> int:
+        await eventually(lambda: not self.is_running())
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def _run_process(service: str, environment: Mapping[str, str], log: Path) -> None:
+    """Run a service in a process of its own, as `python -m` does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(_ROOT)
+    with log.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    module = importlib.import_module(f"outbox_server.services.{service}.server")
+    sys.exit(run_with_settings(module.serve))
+
 
 @asynccontextmanager
 async def process(
-    values: Mapping[str, str], log: Path, service: str = "dispatcher"
+    values: Mapping[str, str], log: Path, service: str = "dispatcher", *, execute: bool = False
 ) -> AsyncIterator[DispatcherProcess]:
     """Run a dispatcher, or another service, as a separate process."""
-    child = DispatcherProcess(values, log, service)
+    child = DispatcherProcess(values, log, service, execute=execute)
     await child.start()
     try:
         yield child
     finally:
-        if child.process.returncode is None:
+        if child.is_running():
             await child.kill()

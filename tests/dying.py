@@ -1,14 +1,12 @@
 """Dispatchers that kill themselves with -9 at one point of a send; the product has no code for it.
 
-Each is a separate process, forked with every module imported from a fork server. That takes
-0.1 s, where a new Python takes a second or more.
+Each is a separate process, forked with every module imported.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -23,13 +21,9 @@ from outbox_server.services.dispatcher import server, storage
 from outbox_server.services.dispatcher.smtp.transaction import Transaction
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.smtp.commands import Answer
-from tests.dispatchers import settings_of
+from tests.dispatchers import FORKS, settings_of
 
 Arm = Callable[[int], None]
-
-_forks = multiprocessing.get_context("forkserver")
-# The main module too, or each fork would import pytest's.
-_forks.set_forkserver_preload(["__main__", __name__])
 
 
 def _die() -> Never:
@@ -99,7 +93,7 @@ async def doomed(
     values: Mapping[str, str], point: str, visit: int = 1
 ) -> AsyncIterator[BaseProcess]:
     """Run a dispatcher that kills itself when it reaches the point for the n-th time."""
-    child = _forks.Process(target=_run, args=(values, point, visit), daemon=True)
+    child = FORKS.Process(target=_run, args=(values, point, visit), daemon=True)
     await asyncio.to_thread(child.start)
     try:
         yield child

@@ -49,7 +49,7 @@ async def test_a_dispatcher_whose_clock_is_an_hour_off_breaks_no_limit_and_recor
             patch.setenv("FAKETIME", f"{int(offset.total_seconds()):+d}s")
             patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
             patch.setenv("FAKETIME_NO_CACHE", "1")
-            async with process(values, tmp_path / "log") as child:
+            async with process(values, tmp_path / "log", execute=True) as child:
                 await eventually(lambda: world.done(sender))
                 assert await child.terminate() == 0
 

@@ -27,7 +27,7 @@ async def end_of_the_grace(child: DispatcherProcess) -> int:
 async def a_second_signal(child: DispatcherProcess) -> int:
     ending = asyncio.create_task(child.terminate())
     await eventually(child.not_serving)
-    child.process.send_signal(signal.SIGTERM)
+    child.signal(signal.SIGTERM)
     return await ending
 
 

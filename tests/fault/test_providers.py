@@ -120,7 +120,7 @@ class Dispatchers:
 
     async def __aexit__(self, *_: object) -> None:
         for one in self._running:
-            if one.process.returncode is None:
+            if one.is_running():
                 await one.kill()
 
     async def serving(self) -> None:
