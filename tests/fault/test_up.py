@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 import grpc
 import pytest
+import pytest_asyncio
 from outbox.v1.batch_pb2 import BatchOptions, Recipient, Recipients
 from outbox.v1.batch_service_pb2 import ScheduleBatchRequest
 from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
@@ -29,6 +31,7 @@ from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.record import ReceivedMail, least_gap_s, read_record
+from tests.commands import CommandResult, run
 from tests.eventually import PATIENCE, eventually
 from tests.scraping import scrape
 
@@ -82,30 +85,54 @@ class RunningUp:
     def mails(self) -> list[ReceivedMail]:
         return read_record(self.folder / ".outbox/inbox/record.jsonl")
 
-    def outbox(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [OUTBOX, *words],
-            cwd=self.folder,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=PATIENCE,
-        )
+    def outbox(self, *words: str) -> CommandResult:
+        """Run a command in the stack's folder, but in this process, as Python starts slowly.
+
+        In a thread, because some commands run an event loop.
+        """
+        with chdir(self.folder), ThreadPoolExecutor(1) as thread:
+            return thread.submit(run, list(words)).result()
 
     def ask(self, *words: str) -> dict[str, Any]:
         answer = self.outbox(*words, "-o", "json")
-        assert answer.returncode == 0, answer.stderr
+        assert answer.exit_code == 0, answer.stderr
         document: dict[str, Any] = json.loads(answer.stdout)
         return document
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
+@contextmanager
+def new_folder() -> Iterator[Path]:
     # Not pytest's own: only its owner may enter that, and PostgreSQL refuses root.
     path = Path(tempfile.mkdtemp(prefix="outbox-up-"))
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with new_folder() as path:
+        yield path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def up() -> AsyncIterator[RunningUp]:
+    """`outbox up` for several tests: none stops it, and each has a user of its own."""
+    with new_folder() as path:
+        async with running(path) as one:
+            yield one
+
+
+def finished(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run `outbox` as a process to its end."""
+    return subprocess.run(
+        [OUTBOX, *words],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
 
 
 @asynccontextmanager
@@ -144,14 +171,16 @@ async def ended(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def schedule(up: RunningUp, request_id: str, sender_id: str | None, names: list[str]) -> str:
+def schedule(
+    up: RunningUp, request_id: str, sender_id: str | None, names: list[str], *, user: str = "u"
+) -> str:
     """Schedule a mail to each of `names`, over gRPC; return the sender's id."""
     with grpc.insecure_channel(up.endpoints["scheduler"]) as channel:
         if sender_id is None:
             sender = Sender(email="news@example.com")
             sender_id = (
                 SenderServiceStub(channel)
-                .CreateSender(CreateSenderRequest(user_id="u", sender=sender), timeout=PATIENCE)
+                .CreateSender(CreateSenderRequest(user_id=user, sender=sender), timeout=PATIENCE)
                 .sender_id
             )
         rows = [Recipient(email=f"{name}@example.org", columns={"name": name}) for name in names]
@@ -198,34 +227,28 @@ async def test_mail_scheduled_before_a_kill_of_everything_arrives_after_the_next
         assert not (folder / ".outbox/endpoints.json").exists()
 
 
-@pytest.mark.parametrize(
-    "service",
-    [
-        "outbox_server.services.dispatcher",
-        "outbox_server.services.scheduler",
-        "outbox_server.services.stats",
-    ],
-)
+@pytest.mark.parametrize("service", ["dispatcher", "scheduler", "stats"])
 async def test_a_service_that_is_killed_is_started_again_at_its_address(
-    folder: Path, service: str
+    up: RunningUp, service: str
 ) -> None:
-    async with running(folder) as up:
-        before = pid_of(service, descendants(up.process.pid))
-        os.kill(before, signal.SIGKILL)
-        await eventually(lambda: "is running again" in up.errors)
-        assert "was ended by SIGKILL; starting it again" in up.errors
-        assert pid_of(service, descendants(up.process.pid)) != before
-        schedule(up, "first", None, ["ann"])
-        await eventually(up.mails)
-        assert up.ask("stats", "user", "u")["user_id"] == "u"
+    module = f"outbox_server.services.{service}"
+    before = pid_of(module, descendants(up.process.pid))
+    os.kill(before, signal.SIGKILL)
+    await eventually(lambda: f"{service} is running again" in up.errors)
+    assert f"{service} was ended by SIGKILL; starting it again" in up.errors
+    assert pid_of(module, descendants(up.process.pid)) != before
+    schedule(up, "first", None, [service], user=service)
+    recipient = f"{service}@example.org"
+    await eventually(lambda: recipient in [mail.rcpt_tos[0] for mail in up.mails()])
+    assert up.ask("stats", "user", service)["user_id"] == service
 
 
-async def test_a_second_up_in_the_same_folder_names_the_process_that_holds_it(folder: Path) -> None:
-    async with running(folder) as up:
-        second = up.outbox("up")
-        assert second.returncode == 1
-        assert f"in use by process {up.process.pid}" in second.stderr
-        assert up.ask("senders", "list", "--user", "u") == {"senders": [], "next_page_token": ""}
+def test_a_second_up_in_the_same_folder_names_the_process_that_holds_it(up: RunningUp) -> None:
+    second = finished(up.folder, "up")
+    assert second.returncode == 1
+    assert f"in use by process {up.process.pid}" in second.stderr
+    answer = up.ask("senders", "list", "--user", "nobody")
+    assert answer == {"senders": [], "next_page_token": ""}
 
 
 async def test_the_commands_that_up_prints_run_as_printed(folder: Path) -> None:
@@ -274,15 +297,9 @@ async def test_the_commands_that_up_prints_with_a_provider_reach_its_quota(folde
         assert len(up.mails()) == 20
 
 
-async def test_with_a_relay_no_mail_goes_to_an_embedded_inbox(folder: Path) -> None:
-    async with Inbox(folder / "relay") as relay, running(folder, "--smtp", relay.url) as up:
-        assert up.endpoints["inbox"] is None
-        schedule(up, "first", None, ["ann"])
-        await eventually(lambda: relay.mails)
-        assert not up.mails()
-
-
-async def test_the_audit_checks_mail_to_other_servers_only_in_postgresql(folder: Path) -> None:
+async def test_with_a_relay_no_mail_goes_to_the_inbox_and_the_audit_asks_postgresql(
+    folder: Path,
+) -> None:
     names = ["ann", "ben", "cy"]
 
     async def all_sent(up: RunningUp, count: int) -> bool:
@@ -293,8 +310,10 @@ async def test_the_audit_checks_mail_to_other_servers_only_in_postgresql(folder:
     async with Inbox(folder / "other") as other:
         # A folder that sent all mail to a relay, and is started without one.
         async with running(folder, "--smtp", other.url) as up:
+            assert up.endpoints["inbox"] is None
             await asyncio.to_thread(schedule, up, "relayed", None, names)
             await eventually(lambda: len(other.mails) == 3)
+            assert not up.mails()
             await eventually(lambda: all_sent(up, 3))
             assert (await asyncio.to_thread(up.ask, "audit"))["broken"] == []
         async with running(folder) as up:
@@ -355,15 +374,7 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
 def test_wrong_options_of_a_provider_are_refused_before_anything_starts(
     folder: Path, words: tuple[str, ...], complaint: str
 ) -> None:
-    refused = subprocess.run(
-        [OUTBOX, "up", *words],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
+    refused = finished(folder, "up", *words)
     assert refused.returncode == 2
     assert complaint in " ".join(refused.stderr.replace("│", " ").split())
     assert not (folder / ".outbox").exists()
@@ -399,7 +410,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         assert up.ask("senders", "resume", sender_id)["state"] == "SENDER_STATE_ACTIVE"
 
         again = up.outbox(*upload, "--subject", "Other", "--request", "r1")
-        assert again.returncode == 1
+        assert again.exit_code == 1
         assert again.stderr.startswith("outbox: ")
         assert "REQUEST_ID_REUSED" in again.stderr
         followed = up.ask(
@@ -412,7 +423,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         sent_id = waiting["email_jobs"][0]["email_job_id"]
         assert up.ask("jobs", "attempts", sent_id)["attempts"][0]["smtp_code"] == 250
         late = up.outbox("jobs", "cancel", sent_id)
-        assert (late.returncode, "TOO_LATE_TO_CANCEL" in late.stderr) == (1, True)
+        assert (late.exit_code, "TOO_LATE_TO_CANCEL" in late.stderr) == (1, True)
         assert up.ask("batches", "cancel", batch_id)["too_late_count"] == "1"
         assert up.ask("suppressions", "list", "--user", "u")["suppressions"][0]["reason"] == "asked"
         assert up.ask("suppressions", "delete", "cy@example.org", "--user", "u") == {}
@@ -421,7 +432,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
         assert found["sent_elsewhere"] == 0
         assert found["compared_with"]["min_gap"] == "200ms"
         bad = up.outbox("senders", "create", "--user", "u", "--email", "x@y.de", "--min-gap", "1ms")
-        assert (bad.returncode, "GAP_BELOW_FLOOR" in bad.stderr) == (1, True)
+        assert (bad.exit_code, "GAP_BELOW_FLOOR" in bad.stderr) == (1, True)
         assert bad.stderr.count("\n") == 1
         table = up.outbox("senders", "list", "--user", "u").stdout
         assert "news@example.com" in table
@@ -431,7 +442,7 @@ async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
 
 
 def test_the_demo_checks_the_promises_and_leaves_nothing_but_mails() -> None:
-    finished = subprocess.run(
+    demo = subprocess.run(
         [OUTBOX, "demo", "-o", "json"],
         env=environment(OUTBOX_MIN_GAP="100ms", OUTBOX_RATE_WINDOW="2s"),
         capture_output=True,
@@ -439,8 +450,8 @@ def test_the_demo_checks_the_promises_and_leaves_nothing_but_mails() -> None:
         check=False,
         timeout=PATIENCE,
     )
-    assert finished.returncode == 0, finished.stderr
-    document = json.loads(finished.stdout)
+    assert demo.returncode == 0, demo.stderr
+    document = json.loads(demo.stdout)
     inbox = Path(document["inbox"])
     try:
         assert {name: document[name] for name in ("accepted", "rejected", "sent", "failed")} == {
