@@ -34,7 +34,7 @@ from outbox_server.deploy.providers.sasl import Account
 from outbox_server.deploy.providers.server import Provider
 from outbox_server.shared.states import JobState
 from tests.dispatchers import DispatcherProcess, options, settings_of
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.world import World, jobs_in
 
 CONCURRENCY: Final = 5
@@ -89,7 +89,7 @@ CASES: Final[Mapping[str, Case]] = {
 }
 # For a longer run by hand: so many times the mails, through one provider or several (-k gmail).
 TIMES: Final = int(os.environ.get("OUTBOX_TEST_PROVIDER_TIMES", "1"))
-PATIENCE_S: Final = 60.0 * TIMES
+PATIENCE_S: Final = PATIENCE * TIMES
 
 
 @pytest.fixture

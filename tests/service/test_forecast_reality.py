@@ -30,6 +30,8 @@ GAP = timedelta(milliseconds=600)
 WINDOW = timedelta(seconds=3)
 # Mails of each sender that are sent before the forecasts.
 LEARNT = 3
+# Eight of ten senders have more mails than a window allows, and the last of them ends after 8 s.
+SEED = 2868
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def sent(scheduler: Scheduler) -> int:
 
 
 async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: Stack) -> None:
-    chance = random.Random(5)
+    chance = random.Random(SEED)
     senders = [await stack.scheduler.sender(hourly_limit=chance.randrange(2, 7)) for _ in range(14)]
     began = time.monotonic()
     for sender in senders:

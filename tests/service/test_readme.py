@@ -21,7 +21,7 @@ import pytest
 from pydantic import SecretStr
 
 from outbox_server.shared.settings import Settings, format_duration
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -91,14 +91,13 @@ def folder(tmp_path: Path, others: None) -> Iterator[Path]:
                     lambda: (
                         up.poll() is not None
                         or "ready after" in (tmp_path / "up.log").read_text(encoding="utf-8")
-                    ),
-                    deadline=60,
+                    )
                 )
             )
             yield tmp_path
         finally:
             up.send_signal(signal.SIGINT)
-            assert up.wait(30) == 0, (tmp_path / "up.log").read_text(encoding="utf-8")
+            assert up.wait(PATIENCE) == 0, (tmp_path / "up.log").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def shell(folder: Path, node: Path, command: str) -> str:
         capture_output=True,
         check=False,
         text=True,
-        timeout=120,  # npm fetches over the network
+        timeout=2 * PATIENCE,  # npm fetches over the network
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
