@@ -10,7 +10,9 @@ from typing import Any, Final, TypeVar, overload
 
 T = TypeVar("T")
 
-_PAUSE = 0.01
+# Between two looks at the condition, many of which ask PostgreSQL: short at first, longer later.
+_FIRST_PAUSE = 0.01
+_LONGEST_PAUSE = 0.05
 # A wait ends as soon as its condition is true; this is when to give up, on a busy machine.
 PATIENCE: Final = 120.0
 
@@ -26,6 +28,7 @@ async def eventually(condition: Callable[[], Any], deadline: float = PATIENCE) -
         AssertionError: it was not within `deadline` seconds; the text shows its last value.
     """
     end = time.monotonic() + deadline
+    pause = _FIRST_PAUSE
     while True:
         value = condition()
         if inspect.isawaitable(value):
@@ -35,4 +38,5 @@ async def eventually(condition: Callable[[], Any], deadline: float = PATIENCE) -
         if time.monotonic() > end:
             name = getattr(condition, "__qualname__", repr(condition))
             raise AssertionError(f"{name} was still {value!r} after {deadline:g} s")
-        await asyncio.sleep(_PAUSE)
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.2, _LONGEST_PAUSE)
