@@ -149,7 +149,7 @@ class DispatcherProcess:
     async def kill(self) -> None:
         """End it with kill -9; returns when it is gone."""
         self.process.kill()
-        await self._exit_code()
+        await self.exit_code()
 
     def pause(self) -> None:
         """Stop it as a debugger or an overcommitted host does (SIGSTOP)."""
@@ -162,7 +162,7 @@ class DispatcherProcess:
     async def terminate(self) -> int:
         """Ask it to end; return its exit code."""
         self.signal(signal.SIGTERM)
-        return await self._exit_code()
+        return await self.exit_code()
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -186,7 +186,8 @@ class DispatcherProcess:
         """Return whether its health is not SERVING, or does not answer."""
         return not await self.serving()
 
-    async def _exit_code(self) -> int:
+    async def exit_code(self) -> int:
+        """Return its exit code, once it has ended by itself."""
         await eventually(lambda: not self.is_running())
         assert self.process.exitcode is not None
         return self.process.exitcode

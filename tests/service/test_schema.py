@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +103,7 @@ async def test_a_service_refuses_a_schema_without_what_it_uses_in_one_line(
     await asyncio.to_thread(migrate, url, more_versions=contract_step(versions, oldest=LAST))
     values = options(url, redis_url, "smtp://127.0.0.1:9", log_level="error")
     async with process(values, tmp_path / "log") as dispatcher:
-        assert await dispatcher.process.wait() == 2
+        assert await dispatcher.exit_code() == 2
         *_, last = dispatcher.log().splitlines()
     assert last.endswith(f"this release has {REVISION}: run a newer release")
     assert "Traceback" not in dispatcher.log()
@@ -118,8 +117,7 @@ async def test_a_service_that_waits_for_migrate_stops_on_sigterm(
     async with process(values, tmp_path / "log") as dispatcher:
         await eventually(lambda: "run `outbox migrate`" in dispatcher.log())
         assert await dispatcher.not_serving()
-        dispatcher.process.send_signal(signal.SIGTERM)
-        assert await dispatcher.process.wait() == 0
+        assert await dispatcher.terminate() == 0
     # It says so once, not at every look.
     assert dispatcher.log().count("run `outbox migrate`") == 1
 
