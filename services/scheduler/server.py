@@ -148,7 +148,11 @@ def _services(
         ServiceBinding(
             "outbox.v1.BatchService",
             partial(add_BatchServiceServicer_to_server, batches),
-            {"ScheduleBatch": intake.batches, "UploadBatch": intake.uploads},
+            {
+                "ScheduleBatch": intake.batches,
+                "UploadBatch": intake.uploads,
+                "UploadBatchFile": intake.uploads,
+            },
         ),
         ServiceBinding(
             "outbox.v1.EmailJobService", partial(add_EmailJobServiceServicer_to_server, jobs)
