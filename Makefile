@@ -170,8 +170,9 @@ audit-dependencies: $(READY) ## Ask PyPI for known vulnerabilities of the produc
 	build/pip-audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement build/production.txt
 
 .PHONY: docs
-docs: $(READY) ## Write the API reference, docs/api.md, from the protos
+docs: $(READY) ## Write the API reference, docs/api.md, and docs/openapi.json, from the protos
 	$(BIN)/python docs/build_api_reference.py
+	$(BIN)/python docs/build_openapi.py
 
 .PHONY: bench
 bench: $(READY) ## Measure intake, dispatch and lateness (needs postfix's smtp-sink)

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 from outbox_server.deploy.embedded.encryption_key import key_in
 from outbox_server.deploy.embedded.gateway import EmbeddedGateway
-from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.deploy.ports import LOOPBACK, free_port
@@ -62,7 +61,7 @@ class HttpAnswer:
 
 
 class GatewayStack:
-    """Services, Valkey, an inbox and Envoy. They run from `start` to `stop`."""
+    """Services, Valkey and Envoy. They run from `start` to `stop`."""
 
     def __init__(self, folder: Path, database_url: str, runner: asyncio.Runner) -> None:
         self.folder = folder
@@ -70,7 +69,6 @@ class GatewayStack:
         self.runner = runner
         self._database_url = database_url
         self._valkey = ValkeyServer(folder / "valkey")
-        self._inbox = Inbox(folder / "inbox")
         self.services: dict[str, Service] = {}
         self.envoy: EmbeddedGateway | None = None
 
@@ -81,11 +79,11 @@ class GatewayStack:
 
     async def start(self) -> None:
         await asyncio.gather(self._valkey.start(), self._make_keys())
-        await self._inbox.__aenter__()
         environment = {
             "OUTBOX_DATABASE_URL": self._database_url,
             "OUTBOX_REDIS_URL": self._valkey.url,
-            "OUTBOX_SMTP_URL": self._inbox.url,
+            # Nothing listens there, so VerifySender answers at once, and no mail is sent.
+            "OUTBOX_SMTP_URL": f"smtp://{LOOPBACK}:{free_port()}",
             "OUTBOX_SMTP_ALLOW": "127.0.0.0/8",
             "OUTBOX_ENCRYPTION_KEYS": key_in(self.folder),
             "OUTBOX_AUTH": "keys",
@@ -115,7 +113,6 @@ class GatewayStack:
         if self.envoy is not None:
             await self.envoy.stop()
         await asyncio.gather(*(service.stop() for service in self.services.values()))
-        await self._inbox.__aexit__(None, None, None)
         await self._valkey.stop()
 
     def call(
