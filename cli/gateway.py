@@ -41,15 +41,6 @@ def _origin(text: str) -> str:
     return text
 
 
-def _file(text: str) -> Path:
-    path = Path(text).absolute()
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from None
-    return path
-
-
 @app.command()
 def gateway(
     *,
@@ -75,16 +66,14 @@ def gateway(
     ] = None,
     tls_certificate: Annotated[
         Path | None,
-        typer.Option(parser=_file, metavar="FILE", help="Certificate chain for clients (PEM)."),
+        typer.Option(metavar="FILE", help="Certificate chain for clients (PEM)."),
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option(parser=_file, metavar="FILE", help="Its private key (PEM).")
+        Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")
     ] = None,
     tls_client_ca: Annotated[
         Path | None,
-        typer.Option(
-            parser=_file, metavar="FILE", help="CA of client certificates, which are then required."
-        ),
+        typer.Option(metavar="FILE", help="CA of client certificates, which are then required."),
     ] = None,
     plaintext: Annotated[
         bool,
@@ -96,17 +85,16 @@ def gateway(
     services_ca: Annotated[
         Path | None,
         typer.Option(
-            parser=_file,
             metavar="FILE",
             help="CA of the services' certificates (default: the machine's CAs).",
         ),
     ] = None,
     services_certificate: Annotated[
         Path | None,
-        typer.Option(parser=_file, metavar="FILE", help="Client certificate for the services."),
+        typer.Option(metavar="FILE", help="Client certificate for the services."),
     ] = None,
     services_key: Annotated[
-        Path | None, typer.Option(parser=_file, metavar="FILE", help="Its private key (PEM).")
+        Path | None, typer.Option(metavar="FILE", help="Its private key (PEM).")
     ] = None,
     origin: Annotated[
         list[str] | None,
@@ -160,10 +148,19 @@ def gateway(
     """
     if write_only and folder is None:
         raise typer.BadParameter("--write-only needs --folder")
+    for option, path in (
+        ("--tls-certificate", tls_certificate),
+        ("--tls-key", tls_key),
+        ("--tls-client-ca", tls_client_ca),
+        ("--services-ca", services_ca),
+        ("--services-certificate", services_certificate),
+        ("--services-key", services_key),
+    ):
+        _check_file(option, path)
     tls = _tls("--tls", tls_certificate, tls_key, tls_client_ca, "--tls-client-ca")
     upstream = _tls("--services", services_certificate, services_key, None, "")
     if services_ca is not None or services_tls or upstream is not None:
-        upstream = TlsFiles(services_certificate, services_key, services_ca)
+        upstream = TlsFiles(*map(_absolute, (services_certificate, services_key, services_ca)))
     if tls is None and not plaintext and not is_loopback(listen):
         raise ConfigurationError(
             f"--listen: other machines can reach {listen}, and API keys would be sent there "
@@ -190,6 +187,19 @@ def gateway(
     os.execv(command[0], command)  # noqa: S606 - our own command line
 
 
+def _check_file(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigurationError(f"{option}: {path} cannot be read: {error.strerror}") from None
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
+
+
 def _tls(
     prefix: str, certificate: Path | None, key: Path | None, ca: Path | None, ca_option: str
 ) -> TlsFiles | None:
@@ -199,4 +209,4 @@ def _tls(
         if ca is not None:
             raise ConfigurationError(f"{ca_option} needs {prefix}-certificate and {prefix}-key")
         return None
-    return TlsFiles(certificate, key, ca)
+    return TlsFiles(*map(_absolute, (certificate, key, ca)))

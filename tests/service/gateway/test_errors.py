@@ -29,6 +29,8 @@ def test_an_error_of_a_service_has_its_status_and_all_details(gateway: GatewaySt
         "options": {"sender_id": sender_id, "subject": "Other", "body": "Hi", **used},
         "recipients": {"rows": [{"email": "a@example.com"}]},
     }
+    waiting = gateway.call("DELETE", f"/api/senders/{sender_id}", key="ann")
+    assert (waiting.status, waiting.reason) == (400, "SENDER_HAS_OPEN_JOBS")
     again = gateway.call("POST", "/api/email-jobs/schedule", body, key="ann")
     assert (again.status, again.reason) == (409, "REQUEST_ID_REUSED")
 
