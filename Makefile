@@ -52,7 +52,7 @@ demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is
 
 .PHONY: faketime
 faketime:
-	@$(PACKAGES) faketime
+	@$(PACKAGES) curl faketime
 
 .PHONY: test
 test: faketime $(READY) ## Run all tests on real servers, except those of test-mail-servers
@@ -68,7 +68,7 @@ test-properties: $(READY) ## Run the property tests with 500 examples each, inst
 
 .PHONY: debian-stores
 debian-stores:
-	@$(PACKAGES) faketime postgresql-15 redis-server
+	@$(PACKAGES) curl faketime postgresql-15 redis-server
 
 .PHONY: test-debian
 test-debian: debian-stores $(READY) ## Run them on Debian's PostgreSQL 15 and Redis 7.0

