@@ -14,9 +14,9 @@ from outbox_server.deploy.chart.rendering import manifests, schema_with_settings
 DEPLOY = Path(__file__).parents[1]
 
 if __name__ == "__main__":
-    for path, text in {
-        DEPLOY / "chart" / "outbox" / "values.schema.json": schema_with_settings(),
-        DEPLOY / "manifests" / "outbox.yaml": manifests(),
-    }.items():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    # First the schema, by which the values are checked when the manifests are rendered.
+    schema = DEPLOY / "chart" / "outbox" / "values.schema.json"
+    schema.write_text(schema_with_settings(), encoding="utf-8")
+    rendered = DEPLOY / "manifests" / "outbox.yaml"
+    rendered.parent.mkdir(exist_ok=True)
+    rendered.write_text(manifests(), encoding="utf-8")

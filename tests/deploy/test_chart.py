@@ -27,7 +27,6 @@ VALUES: Final = {
 MINIMAL: Final = VALUES["minimal"]
 SERVICES: Final = ("scheduler", "dispatcher", "stats")
 # Resources of operators, which Kubernetes' own schemas do not know.
-METRICS: Final = "OUTBOX_METRICS_LISTEN"
 CUSTOM: Final = {"ScaledObject", "PodMonitor"}
 
 Resource = dict[str, Any]
@@ -141,7 +140,7 @@ def test_the_plain_manifests_and_the_schema_are_current() -> None:
 
 
 def test_every_variable_that_the_chart_sets_is_a_setting() -> None:
-    known = {f"OUTBOX_{name.upper()}" for name in Settings.model_fields} | {METRICS}
+    known = {f"OUTBOX_{name.upper()}" for name in Settings.model_fields}
     for values in VALUES.values():
         resources = render(values)
         for one in of_kind(resources, "ConfigMap"):

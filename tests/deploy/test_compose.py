@@ -23,8 +23,6 @@ SERVICES: Final[dict[str, dict[str, Any]]] = COMPOSE["services"]
 OURS: Final = {
     name: one for name, one in SERVICES.items() if one["image"].partition(":")[0] == "outbox"
 }
-# Of the parts that join this file later.
-METRICS, GATEWAY = "OUTBOX_METRICS_LISTEN", "gateway"
 
 
 def test_every_part_that_is_named_exists() -> None:
@@ -34,19 +32,16 @@ def test_every_part_that_is_named_exists() -> None:
         assert set(one.get("depends_on", ())) <= SERVICES.keys()
         for volume in one.get("volumes", ()):
             source = volume.partition(":")[0]
-            # deploy/grafana has the dashboards.
-            assert (
-                source in COMPOSE["volumes"] or source == "../grafana" or (FOLDER / source).exists()
-            )
+            assert source in COMPOSE["volumes"] or (FOLDER / source).exists()
     scraped = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())["scrape_configs"]
     assert set(scraped[0]["dns_sd_configs"][0]["names"]) == {"scheduler", "dispatcher", "stats"}
 
 
 def test_every_container_of_ours_runs_a_command_with_settings_that_exist() -> None:
     assert len(OURS) == 6
-    known = {f"OUTBOX_{name.upper()}" for name in Settings.model_fields} | {METRICS}
+    known = {f"OUTBOX_{name.upper()}" for name in Settings.model_fields}
     for one in OURS.values():
-        assert one["command"][0] in OutboxGroup.entries.keys() | {GATEWAY}
+        assert one["command"][0] in OutboxGroup.entries
         for name, value in one.get("environment", {}).items():
             assert name.removesuffix("_FILE") in known
             if name.endswith("_FILE"):
