@@ -9,7 +9,9 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
@@ -18,7 +20,6 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
 
-from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher.server import serve
 from outbox_server.shared.process import run_with_settings
 from outbox_server.shared.settings import Settings, load_settings
@@ -124,16 +125,26 @@ class DispatcherProcess:
         *,
         execute: bool = False,
     ) -> None:
-        self.listen = f"127.0.0.1:{free_port()}"
+        # Empty until it listens, at any free port: one chosen here could be taken meanwhile.
+        self._address = ""
         self._log = log
         self._service = service
-        given = {**values, f"{service}_listen": self.listen}
+        given = {f"{service}_listen": "127.0.0.1:0", **values}
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("OUTBOX_")},
             **{f"OUTBOX_{name.upper()}": value for name, value in given.items()},
         }
         self._forks = multiprocessing.get_context("spawn") if execute else FORKS
         self._process: BaseProcess | None = None
+        self._ports: Connection | None = None
+
+    @property
+    def listen(self) -> str:
+        """Its address; empty until it listens."""
+        if not self._address and self._ports is not None and self._ports.poll():
+            with suppress(EOFError):  # it ended before
+                self._address = f"127.0.0.1:{self._ports.recv()}"
+        return self._address
 
     @property
     def process(self) -> BaseProcess:
@@ -142,9 +153,12 @@ class DispatcherProcess:
 
     async def start(self) -> None:
         """Start it; returns before it is ready."""
-        given = (self._service, self._environment, self._log)
+        self._address = ""
+        self._ports, port = self._forks.Pipe(duplex=False)
+        given = (self._service, self._environment, self._log, port)
         self._process = self._forks.Process(target=_run_process, args=given, daemon=True)
         await asyncio.to_thread(self._process.start)
+        port.close()
 
     async def kill(self) -> None:
         """End it with kill -9; returns when it is gone."""
@@ -179,6 +193,8 @@ class DispatcherProcess:
 
     async def serving(self) -> bool:
         """Return whether its health says SERVING."""
+        if not self.listen:
+            return False
         async with grpc.aio.insecure_channel(self.listen) as channel:
             return await DispatcherClient(channel).serving()
 
@@ -189,12 +205,15 @@ class DispatcherProcess:
     async def exit_code(self) -> int:
         """Return its exit code, once it has ended by itself."""
         await eventually(lambda: not self.is_running())
+        if self._ports is not None:
+            self._ports.close()
+            self._ports = None
         assert self.process.exitcode is not None
         return self.process.exitcode
 
 
-def _run_process(service: str, environment: Mapping[str, str], log: Path) -> None:
-    """Run a service in a process of its own, as `python -m` does."""
+def _run_process(service: str, environment: Mapping[str, str], log: Path, port: Connection) -> None:
+    """Run a service in a process of its own, as `python -m` does; send its port."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(_ROOT)
@@ -202,7 +221,7 @@ def _run_process(service: str, environment: Mapping[str, str], log: Path) -> Non
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
     module = importlib.import_module(f"outbox_server.services.{service}.server")
-    sys.exit(run_with_settings(module.serve))
+    sys.exit(run_with_settings(partial(module.serve, ready=port.send)))
 
 
 @asynccontextmanager
