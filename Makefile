@@ -3,12 +3,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
-# Tests at a time, each with stores of its own. More than two cores would need, because tests wait
-# for a third of their time. WORKERS=0 runs them one after the other, in one process, for a debugger.
-WORKERS ?= 3
+# Tests at a time, each with stores of its own. WORKERS=0 runs them one after the other, in one
+# process, for a debugger. The whole suite waits for a third of its time, so that two cores have room
+# for three.
+ifeq ($(origin WORKERS),undefined)
+WORKERS := 2
+test test-debian: WORKERS := 3
+endif
 # Tests start many processes. Without bytecode each would compile every module again.
 unexport PYTHONDONTWRITEBYTECODE
-PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 # What only Debian's packages have is installed, or named, before anything runs.
 PACKAGES := tests/install_packages.sh
 PROTOS := $(shell find protos -name '*.proto')

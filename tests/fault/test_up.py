@@ -122,19 +122,6 @@ async def up() -> AsyncIterator[RunningUp]:
             yield one
 
 
-def finished(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run `outbox` as a process to its end."""
-    return subprocess.run(
-        [OUTBOX, *words],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
-
-
 @asynccontextmanager
 async def running(folder: Path, *options: str, **variables: str) -> AsyncIterator[RunningUp]:
     """Run `outbox up` in a folder from ready to, at the latest, SIGKILL."""
@@ -244,7 +231,15 @@ async def test_a_service_that_is_killed_is_started_again_at_its_address(
 
 
 def test_a_second_up_in_the_same_folder_names_the_process_that_holds_it(up: RunningUp) -> None:
-    second = finished(up.folder, "up")
+    second = subprocess.run(
+        [OUTBOX, "up"],
+        cwd=up.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+    )
     assert second.returncode == 1
     assert f"in use by process {up.process.pid}" in second.stderr
     answer = up.ask("senders", "list", "--user", "nobody")
@@ -374,8 +369,9 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
 def test_wrong_options_of_a_provider_are_refused_before_anything_starts(
     folder: Path, words: tuple[str, ...], complaint: str
 ) -> None:
-    refused = finished(folder, "up", *words)
-    assert refused.returncode == 2
+    with chdir(folder):
+        refused = run(["up", *words])
+    assert refused.exit_code == 2
     assert complaint in " ".join(refused.stderr.replace("│", " ").split())
     assert not (folder / ".outbox").exists()
 
