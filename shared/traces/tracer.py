@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import Final
 
+import grpc
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -32,7 +33,15 @@ _MAX_HEADER: Final = 1_024
 _CLOSE_LIMIT: Final = timedelta(seconds=5)
 # Codes that are errors of the server, by OpenTelemetry's conventions for gRPC.
 _SERVER_ERRORS: Final = frozenset(
-    ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+    code.name
+    for code in (
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    )
 )
 # The span of the call that the current task works for, as `traceparent`.
 _current: ContextVar[str | None] = ContextVar("outbox_trace_parent", default=None)
@@ -167,7 +176,7 @@ class SendSpan:
 
     def given_back(self) -> None:
         """End it: the send did not begin, and the job returns to the queue."""
-        self._span.set_attribute("outbox.outcome", "GIVEN_BACK")
+        self._span.set_attribute("outbox.given_back", True)
         self._span.end()
 
 
