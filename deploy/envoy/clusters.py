@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from outbox_server.deploy.envoy.gateway import (
     BUFFER_BYTES,
     MIB,
     TYPES,
+    Gateway,
     TlsFiles,
     extension,
     socket_address,
 )
 
+# The names of Envoy's own certificates.
+_TO_CLIENTS: Final = "certificate-to-clients"
+_TO_SERVICES: Final = "certificate-to-services"
 
-def cluster(name: str, address: str, tls: TlsFiles | None) -> dict[str, Any]:
+
+def cluster(gateway: Gateway, name: str, address: str) -> dict[str, Any]:
     """Return the configuration of one process, which may have many servers."""
     host = address.rpartition(":")[0].strip("[]")
     found: dict[str, Any] = {
@@ -61,14 +67,14 @@ def cluster(name: str, address: str, tls: TlsFiles | None) -> dict[str, Any]:
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": socket_address(address)}}]}],
         },
     }
-    if tls is not None:
-        found["transport_socket"] = _client_tls(tls, host)
+    if gateway.upstream_tls is not None:
+        found["transport_socket"] = _client_tls(gateway, gateway.upstream_tls, host)
     return found
 
 
-def server_tls(files: TlsFiles) -> dict[str, Any]:
+def server_tls(gateway: Gateway, files: TlsFiles) -> dict[str, Any]:
     """Return the configuration of TLS to the clients."""
-    common: dict[str, Any] = _common_tls(files) | {"alpn_protocols": ["h2", "http/1.1"]}
+    common = _common_tls(gateway, _TO_CLIENTS, files) | {"alpn_protocols": ["h2", "http/1.1"]}
     if files.ca is not None:
         common["validation_context"] = {"trusted_ca": {"filename": str(files.ca)}}
     return extension(
@@ -79,7 +85,7 @@ def server_tls(files: TlsFiles) -> dict[str, Any]:
     )
 
 
-def _client_tls(files: TlsFiles, host: str) -> dict[str, Any]:
+def _client_tls(gateway: Gateway, files: TlsFiles, host: str) -> dict[str, Any]:
     kind = "IP_ADDRESS" if _is_ip(host) else "DNS"
     trust = {"filename": str(files.ca or "/etc/ssl/certs/ca-certificates.crt")}
     validation = {
@@ -89,22 +95,43 @@ def _client_tls(files: TlsFiles, host: str) -> dict[str, Any]:
     return extension(
         "envoy.transport_sockets.tls",
         "transport_sockets.tls.v3.UpstreamTlsContext",
-        common_tls_context=_common_tls(files)
+        common_tls_context=_common_tls(gateway, _TO_SERVICES, files)
         | {"alpn_protocols": ["h2"], "validation_context": validation},
         **({} if _is_ip(host) else {"sni": host}),
     )
 
 
-def _common_tls(files: TlsFiles) -> dict[str, Any]:
+def _common_tls(gateway: Gateway, name: str, files: TlsFiles) -> dict[str, Any]:
     common: dict[str, Any] = {"tls_params": {"tls_minimum_protocol_version": "TLSv1_2"}}
     if files.certificate is not None:
-        common["tls_certificates"] = [
-            {
-                "certificate_chain": {"filename": str(files.certificate)},
-                "private_key": {"filename": str(files.key)},
-            }
-        ]
+        source = {"path_config_source": {"path": str(gateway.folder / f"{name}.json")}}
+        common["tls_certificate_sds_secret_configs"] = [{"name": name, "sds_config": source}]
     return common
+
+
+def certificate_files(gateway: Gateway) -> dict[str, dict[str, Any]]:
+    """Return the files that name the certificates, by the names of these files.
+
+    Envoy reads a certificate again when a file is moved into its folder, as Kubernetes and
+    cert-manager replace it. It does so only for certificates that have such a file.
+    """
+    return {
+        f"{name}.json": {"resources": [_secret(name, files.certificate, files.key)]}
+        for name, files in ((_TO_CLIENTS, gateway.tls), (_TO_SERVICES, gateway.upstream_tls))
+        if files is not None and files.certificate is not None
+    }
+
+
+def _secret(name: str, certificate: Path, key: Path | None) -> dict[str, Any]:
+    return {
+        "@type": f"{TYPES}transport_sockets.tls.v3.Secret",
+        "name": name,
+        "tls_certificate": {
+            "certificate_chain": {"filename": str(certificate)},
+            "private_key": {"filename": str(key)},
+            "watched_directory": {"path": str(certificate.parent)},
+        },
+    }
 
 
 def _is_fixed(address: str) -> bool:

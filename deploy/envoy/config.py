@@ -36,11 +36,12 @@ def build_config(gateway: Gateway, services: Sequence[GatewayService]) -> dict[s
     """Return the configuration."""
     served = [service for service in services if service.process in gateway.processes]
     config: dict[str, Any] = {
+        # Required for certificates that are read again.
+        "node": {"id": "gateway", "cluster": "outbox"},
         "static_resources": {
             "listeners": [_listener(gateway, served)],
             "clusters": [
-                cluster(name, address, gateway.upstream_tls)
-                for name, address in gateway.processes.items()
+                cluster(gateway, name, address) for name, address in gateway.processes.items()
             ],
         },
         "overload_manager": {
@@ -64,7 +65,7 @@ def build_config(gateway: Gateway, services: Sequence[GatewayService]) -> dict[s
 def _listener(gateway: Gateway, services: Sequence[GatewayService]) -> dict[str, Any]:
     chain: dict[str, Any] = {"filters": [_http_manager(gateway, services)]}
     if gateway.tls is not None:
-        chain["transport_socket"] = server_tls(gateway.tls)
+        chain["transport_socket"] = server_tls(gateway, gateway.tls)
     return {
         "name": "gateway",
         "address": socket_address(gateway.listen),

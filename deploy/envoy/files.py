@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from outbox_server.deploy.embedded.wheels import package_folder
+from outbox_server.deploy.envoy.clusters import certificate_files
 from outbox_server.deploy.envoy.config import build_config
 from outbox_server.deploy.envoy.contract import read_descriptors, services_of
 from outbox_server.deploy.envoy.gateway import DESCRIPTORS, OPENAPI, Gateway
@@ -33,10 +34,10 @@ def write_folder(gateway: Gateway) -> Path:
     (folder / OPENAPI).write_text(openapi_text(descriptors), encoding="utf-8")
     for page in (*_PAGE.iterdir(), *_swagger_ui()):
         (folder / page.name).write_bytes(page.read_bytes())
-    config = folder / CONFIG
-    text = json.dumps(build_config(gateway, services_of(descriptors)), indent=2)
-    config.write_text(text + "\n", encoding="utf-8")
-    return config
+    documents = {CONFIG: build_config(gateway, services_of(descriptors))}
+    for name, document in (documents | certificate_files(gateway)).items():
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return folder / CONFIG
 
 
 def openapi_text(descriptors: bytes) -> str:

@@ -81,6 +81,12 @@ async def test_calls_are_encrypted_on_both_sides_and_only_metrics_are_public(
                 )
                 assert (f"access-control-allow-origin: {origin}" in preflight) is allowed
 
+            # A new certificate is moved to the place of the old one, which is then unknown.
+            new = self_signed(tmp_path / "new")
+            new.private.replace(outside.private)
+            new.public.rename(outside.public)
+            await eventually(lambda: curl(*trusting, senders))
+
             page = await curl(f"{metrics}/stats/prometheus")
             assert "envoy_cluster_upstream_rq_total" in page
             for path in ("/", "/quitquitquit", "/config_dump"):
