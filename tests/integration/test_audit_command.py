@@ -21,6 +21,7 @@ from outbox_server.shared.audit.installation import audit_installation
 from outbox_server.shared.audit.report import AuditReport
 from outbox_server.shared.database.counts import sender_counts
 from outbox_server.shared.database.message_ids import installation_id, message_id_for
+from outbox_server.shared.retention.purging import Purger
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.world import World, address_of
@@ -363,3 +364,21 @@ async def test_the_command_reports_in_a_json_document_and_its_exit_code(
     assert "at least 3s (OUTBOX_MIN_GAP)" in broken.stdout
     missing = await asyncio.to_thread(run, "--record", "/no/such/file")
     assert missing.exit_code == 1
+
+
+async def test_mails_of_removed_jobs_are_not_judged_and_their_counts_are(
+    past: SentHistory, settings: Settings, sender: int
+) -> None:
+    # It has a higher id than all that are removed.
+    await past.world.schedule(sender, 1, load=False)
+    await Purger(past.world.engine, timedelta(minutes=30)).purge_once()
+    assert await past.world.states() == {JobState.SCHEDULED: 1}
+    report = await past.audit(settings)
+    assert report.broken == []
+    assert report.document()["purged"] == 3
+    # A mail beyond the removed jobs is unknown all the same.
+    await past.world.sql("UPDATE purged_counts SET n = 2")
+    broken = (await past.audit(settings)).broken
+    assert any("1 mails belong to jobs that PostgreSQL does not have" in line for line in broken)
+    assert any("counts differ" in line for line in broken)
+    assert any("1 accepted jobs have no row" in line for line in broken)
