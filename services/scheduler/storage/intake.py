@@ -12,6 +12,7 @@ import psycopg
 from sqlalchemy import (
     Text,
     and_,
+    any_,
     bindparam,
     delete,
     exists,
@@ -34,7 +35,7 @@ from outbox_server.services.scheduler.storage.spreading import (
 )
 from outbox_server.services.scheduler.storage.suppressions import lock_suppressions
 from outbox_server.shared.database.count_deltas import count_accepted
-from outbox_server.shared.database.erased_keys import erased_key
+from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.recipient_keys import recipient_key
@@ -142,6 +143,7 @@ class IntakeTransaction:
         self._connection = connection
         # For COPY, which SQLAlchemy does not have. It runs in the same transaction.
         self._driver = driver
+        self._erased: bool | None = None
 
     async def insert_batch(
         self,
@@ -202,15 +204,27 @@ class IntakeTransaction:
         some = select(exists().where(Suppression.user_id == user_id))
         if not (await self._connection.execute(some)).scalar_one():
             return set()
-        each = func.unnest(bindparam("addresses", type_=ARRAY(Text))).column_valued("each")
-        named = exists().where(
-            Suppression.user_id == user_id,
-            Suppression.address.in_([each, erased_key(user_id, each)]),
+        given = bindparam("addresses", type_=ARRAY(Text))
+        named = select(Suppression.address).where(
+            Suppression.user_id == user_id, Suppression.address == any_(given)
         )
-        found = await self._connection.execute(
-            select(each).where(named), {"addresses": list(addresses)}
-        )
+        if await self._has_erased(user_id):
+            each = func.unnest(given).column_valued("each")
+            either = Suppression.address.in_([each, erased_key(user_id, each)])
+            named = select(each).where(exists().where(Suppression.user_id == user_id, either))
+        found = await self._connection.execute(named, {"addresses": list(addresses)})
         return set(found.scalars())
+
+    async def _has_erased(self, user_id: str) -> bool:
+        """Return whether the user had an erased recipient when this was first asked.
+
+        A hash takes 3 us a row. Later erasures are found by `_drop_suppressed`.
+        """
+        if self._erased is None:
+            hashed = func.starts_with(Suppression.address, ERASED_PREFIX)
+            some = select(exists().where(Suppression.user_id == user_id, hashed))
+            self._erased = bool((await self._connection.execute(some)).scalar_one())
+        return self._erased
 
     async def begin_spread(self) -> None:
         """Prepare for jobs that get their times from `spread`."""
