@@ -97,7 +97,7 @@ class Installation:
     senders: list[int] = field(default_factory=list)
 
     def write(self, history: list[PastBatch]) -> None:
-        with psycopg.connect(self.url, autocommit=True, row_factory=tuple_row) as connection:
+        with psycopg.connect(self.url, row_factory=tuple_row) as connection:
             connection.execute(
                 "DELETE FROM attempts; DELETE FROM email_jobs; DELETE FROM batch_rejections;"
                 "DELETE FROM batches; DELETE FROM batch_cancellations; DELETE FROM senders;"
@@ -241,7 +241,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @settings(
-    max_examples=8,
+    max_examples=5,
     # To shrink an example takes minutes.
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
