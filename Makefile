@@ -10,8 +10,6 @@ ifeq ($(origin WORKERS),undefined)
 WORKERS := 2
 test test-debian: WORKERS := 3
 endif
-# Tests start many processes. Without bytecode each would compile every module again.
-unexport PYTHONDONTWRITEBYTECODE
 PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 # What only Debian's packages have is installed, or named, before anything runs.
 PACKAGES := tests/install_packages.sh
