@@ -139,7 +139,7 @@ async def test_the_forecast_end_is_within_one_gap_of_the_real_one(stack: Stack) 
     learnt = LEARNT * len(senders)
     await eventually(lambda: sent(stack.scheduler) == learnt)
     # The forecasts are made before anything is due. They and their batches are 50 calls more.
-    load = Load(stack.scheduler, chance, datetime.now(UTC) + timedelta(seconds=1) + 5 * took)
+    load = Load(stack.scheduler, chance, datetime.now(UTC) + timedelta(seconds=1) + 4 * took)
 
     # The sends of these fall on a grid of gaps, and what ends falls between two of them. What is
     # left over when they close expires before they open again, a day later.
