@@ -146,6 +146,12 @@ class DispatcherProcess:
                 self._address = f"127.0.0.1:{self._ports.recv()}"
         return self._address
 
+    async def address(self) -> str:
+        """Return its address, once it listens."""
+        await eventually(lambda: self.listen or not self.is_running())
+        assert self.listen, self.log()
+        return self.listen
+
     @property
     def process(self) -> BaseProcess:
         assert self._process is not None

@@ -85,7 +85,7 @@ def logged(new_database: Callable[[], str], redis_url: str, tmp_path: Path) -> C
             async with (
                 dispatchers.process(values, tmp_path / "scheduler", "scheduler") as scheduler,
                 dispatchers.process(values, tmp_path / "dispatcher") as dispatcher,
-                grpc.aio.insecure_channel(scheduler.listen) as channel,
+                grpc.aio.insecure_channel(await scheduler.address()) as channel,
             ):
                 await channel.channel_ready()
                 client = Scheduler(channel, dispatchers.settings_of(values), scheduler.listen)

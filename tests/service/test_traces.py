@@ -95,7 +95,7 @@ def traced(
             async with (
                 dispatchers.process(values, log, "scheduler") as scheduler,
                 dispatchers.process(values, tmp_path / "dispatcher"),
-                grpc.aio.insecure_channel(scheduler.listen) as channel,
+                grpc.aio.insecure_channel(await scheduler.address()) as channel,
             ):
                 async with asyncio.timeout(PATIENCE):
                     await channel.channel_ready()
