@@ -86,7 +86,7 @@ async def _upload(
 
 
 async def intake(stack: BenchStack) -> dict[str, float]:
-    """Upload one CSV, then cancel it: rows per second, the scheduler's peak memory, seconds."""
+    """Upload one CSV and cancel its batch: rows per second, peak memory of the scheduler, s."""
     csv = _csv(UPLOADED, "r")
     with stack.process("scheduler") as process:
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
@@ -113,7 +113,7 @@ async def intake(stack: BenchStack) -> dict[str, float]:
 
 
 async def _schedule(stack: BenchStack, rows: int, start: datetime, spacing: timedelta) -> None:
-    """Give each sender the same number of rows, their first mails evenly apart."""
+    """Give each sender the same number of rows; space their first mails evenly."""
     with stack.process("scheduler"):
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
             for i, sender in enumerate(await _senders(channel, SENDERS)):
@@ -144,7 +144,7 @@ async def _one_row(stack: BenchStack, query: str) -> tuple[float, ...]:
 
 
 async def dispatch(stack: BenchStack, concurrency: int) -> dict[str, float]:
-    """Send waiting mail of many senders with gap 0, one dispatcher process: mails per second."""
+    """Measure mails per second: one dispatcher process, many senders, waiting mail, gap 0."""
     await _schedule(stack, DISPATCHED // SENDERS, datetime.now(UTC), timedelta(0))
     with stack.process("dispatcher", dispatcher_concurrency=str(concurrency)) as process:
         await _until_sent(stack, DISPATCHED)
@@ -160,7 +160,7 @@ async def dispatch(stack: BenchStack, concurrency: int) -> dict[str, float]:
 
 
 async def lateness(stack: BenchStack) -> dict[str, float]:
-    """Send 200 due mails per second: how late each of them starts, in ms."""
+    """Measure the lateness in ms of each mail while 200 mails fall due per second."""
     total = DUE_A_SECOND * DUE_SECONDS
     spacing = timedelta(seconds=SENDERS / DUE_A_SECOND)
     start = datetime.now(UTC) + timedelta(seconds=15)

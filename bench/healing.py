@@ -1,4 +1,4 @@
-"""How soon an emptied Redis is rebuilt, and for how long nothing is sent meanwhile."""
+"""Measures how soon an emptied Redis is rebuilt, and for how long no mail is sent meanwhile."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench.world import BenchStack
 
 SENDERS, WAITING, HISTORY = 1_000, 1_000, 100
 _LIMIT_S = 60.0
-# What Outbox promises, at this size.
+# The longest rebuild at this size that Outbox promises.
 _PROMISED_S = 3
 _WATCHED = timedelta(seconds=10)
 
-# Each sender has mails that wait, half of them due, and some that were sent in the last hour.
+# Each sender has waiting mails, half of them due, and some mails sent in the last hour.
 _FILL = (
     """
     INSERT INTO senders (user_id, email, hourly_limit)
@@ -50,7 +50,7 @@ _SILENCE = """
 
 
 async def healing(stack: BenchStack) -> dict[str, float]:
-    """Empty Redis under load, with a million waiting jobs of a thousand senders and gaps of 2 s."""
+    """Empty Redis under load: a million waiting jobs, a thousand senders, gaps of 2 s."""
     size = {"senders": SENDERS, "waiting": WAITING, "history": HISTORY}
     async with (
         await psycopg.AsyncConnection.connect(

@@ -2,7 +2,7 @@
 
 The schema starts at the first revision, with `--rows` jobs; half of them are sent. Then all
 migrations run, followed by those of an imagined next release in tests/next_release: columns, a
-constraint and its validation, and an index. Writers measure the longest wait meanwhile.
+constraint and its validation, and an index. Writers measure their longest wait meanwhile.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from outbox_server.shared.database.migrating import migrate
 FIRST: Final = "0001"
 SENDERS: Final = 100
 WRITERS: Final = 3
-# What no writer may wait for, in ms. PostgreSQL ends a longer wait for a lock with an error.
+# The longest permitted wait of a writer, in ms. If a wait for a lock is longer, PostgreSQL ends it
+# with an error.
 LONGEST_WAIT_MS: Final = 1000
 _NEXT: Final = Path(__file__).parents[1] / "tests" / "next_release"
 
-# In terms of the first revision; later ones have these columns as well.
+# Written for the schema of the first revision; later revisions have these columns as well.
 _FILL: Final = (
     """
     INSERT INTO senders (user_id, email, hourly_limit)
@@ -62,7 +63,7 @@ _FILL: Final = (
     FROM email_jobs GROUP BY 1, 2, 3, 4
     """,
 )
-# What services do: an intake, a claim, a settlement, and a look at one job.
+# The statements of services: an intake, a claim, a settlement, and a read of one job.
 _WRITES: Final = (
     """
     INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient)
@@ -82,7 +83,7 @@ _WRITES: Final = (
 
 
 def fill(url: str, rows: int, *, senders: int = SENDERS, later: str = "30 d") -> None:
-    """Insert senders with `rows` jobs in all: half of them sent, the others due `later`."""
+    """Insert senders with `rows` jobs in all: half of them sent, the others due after `later`."""
     half = rows // senders // 2
     with psycopg.connect(url, autocommit=True) as connection:
         for statement in _FILL:
@@ -93,13 +94,13 @@ def fill(url: str, rows: int, *, senders: int = SENDERS, later: str = "30 d") ->
 
 
 class Writers:
-    """Sessions that write as the services do, and measure how long each statement takes."""
+    """Sessions that write as the services do and measure how long each statement takes."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._stop = Event()
         self.statements = 0
-        # Statements that had to wait for a lock for longer than LONGEST_WAIT_MS.
+        # Statements that waited for a lock for longer than LONGEST_WAIT_MS.
         self.refused = 0
         self.longest_s = 0.0
 
@@ -160,7 +161,7 @@ async def _run(rows: int) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure and print; 1 if a writer waited for a lock for longer than a second."""
+    """Measure and print; return 1 if a writer waited for a lock for longer than a second."""
     parser = argparse.ArgumentParser(prog="python -m bench.migration", description=__doc__)
     parser.add_argument("--rows", type=int, default=10_000_000)
     figures: dict[str, Any] = asyncio.run(_run(parser.parse_args(arguments).rows))

@@ -1,7 +1,8 @@
 """`python -m bench.outage`: a relay is down for ten minutes while 10,000 mails are due.
 
-Half of the senders have a gap of 2 s, the others none and a limit that they reach at once. What the
-outage cost is read from PostgreSQL; what came afterwards, and how fast, from the SMTP side.
+Half of the senders have a gap of 2 s. The others have no gap and a limit that they reach at once.
+The cost of the outage is read from PostgreSQL; the mail that follows, and its rate, from the SMTP
+side.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from outbox_server.shared.states import AttemptOutcome, JobState
 
 SENDERS, MAILS, LIMIT = 50, 200, 50
 GAP: Final = timedelta(seconds=2)
-# The longest wait of the backoff, a tenth of jitter, and some room.
+# The longest wait of the backoff, with a tenth of jitter and a margin.
 _PATIENCE_S = 160.0
 
 _FILL = (
@@ -81,7 +82,7 @@ async def outage(
                 process = stack.process(
                     "dispatcher", rate_window=how.window, log_level=how.log_level
                 )
-                # Not on our own thread: that of the relay.
+                # In a separate thread: this one runs the relay.
                 await asyncio.to_thread(dispatchers.enter_context, process)
             await asyncio.sleep(how.seconds)
             spent = await _row(connection, _SPENT, int(AttemptOutcome.SENT))

@@ -1,4 +1,4 @@
-"""`python -m bench.retention`: what it costs to remove a million old jobs while mail is sent.
+"""`python -m bench.retention`: the cost of removing a million old jobs while mail is sent.
 
 The stats service removes them, as in production. Mail is due at an even rate before and during the
 removal, so its lateness shows the effect.
@@ -20,7 +20,7 @@ from bench.world import BenchStack, world
 
 OLD = 1_000_000
 DUE_A_SECOND = 20
-# Rows per sender: enough for the longest removal that is expected.
+# Rows per sender: enough for the longest expected removal.
 ROWS = 120
 BEFORE_S = 20.0
 _MOST_S = 550
@@ -65,7 +65,7 @@ async def _removed(stack: BenchStack) -> float:
 
 
 async def measure(stack: BenchStack) -> dict[str, float]:
-    """Send, begin to remove after a while, and compare."""
+    """Send mail, start the removal after a while, and compare."""
     async with await psycopg.AsyncConnection.connect(
         stack.servers.database_url, autocommit=True
     ) as connection:
@@ -74,7 +74,7 @@ async def measure(stack: BenchStack) -> dict[str, float]:
     start = datetime.now(UTC) + timedelta(seconds=30)
     await _schedule(stack, ROWS, start, timedelta(seconds=SENDERS / DUE_A_SECOND))
     with stack.process("dispatcher", dispatcher_concurrency="20"):
-        # Whatever fell due before the dispatcher was ready is sent first.
+        # Mail that fell due before the dispatcher was ready is sent first.
         await asyncio.sleep(max(0.0, (start - datetime.now(UTC)).total_seconds()) + 10)
         alone = time.time()
         await asyncio.sleep(BEFORE_S)

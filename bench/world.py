@@ -28,7 +28,7 @@ _READY_S = 30
 
 
 class BenchStack:
-    """Starts and stops what a benchmark needs; everything listens on loopback only."""
+    """Starts and stops the processes of a benchmark; all of them listen only on loopback."""
 
     def __init__(self, servers: Servers, smtp_port: int) -> None:
         self.servers = servers
@@ -47,7 +47,7 @@ class BenchStack:
 
     @contextmanager
     def process(self, service: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run one service; the context stops it at its end."""
+        """Run one service until the context ends."""
         listen = f"127.0.0.1:{free_port()}"
         if service == "scheduler":
             listen = self.scheduler
@@ -83,7 +83,7 @@ def _wait_until_serving(listen: str, child: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def smtp_sink() -> Iterator[int]:
-    """Run Postfix's smtp-sink, which accepts every mail and keeps none; yield its port."""
+    """Run Postfix's smtp-sink, which accepts every mail and stores none; yield its port."""
     if not shutil.which(_SINK):
         raise SystemExit("the benchmark needs smtp-sink: apt-get install postfix")
     port = free_port()
