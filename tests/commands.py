@@ -17,7 +17,7 @@ from tests.scheduler_stack import Scheduler
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command ended."""
+    """The exit code and output of a command."""
 
     exit_code: int
     stdout: str
@@ -25,7 +25,7 @@ class CommandResult:
 
 
 def run(words: list[str], stdin: bytes | None = None) -> CommandResult:
-    """Run a command here; with `stdin` as a process, which reads it from a pipe."""
+    """Run a command in this process. With `stdin`, run it as a process that reads a pipe."""
     if stdin is None:
         done = CliRunner().invoke(app, words)
         return CommandResult(done.exit_code, done.stdout, done.stderr)

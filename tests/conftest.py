@@ -1,11 +1,11 @@
 """One real PostgreSQL and one real Redis per run, and the isolation of tests from one another.
 
-By default the embedded pair; `OUTBOX_TEST_STORES=debian` takes Debian's PostgreSQL 15 and Redis
-7.0, and only the tests that use them: the others would be the same ones again. A server that is
-missing fails the tests that want it. Nothing starts before it is wanted.
+By default the embedded pair runs. With `OUTBOX_TEST_STORES=debian`, Debian's PostgreSQL 15 and
+Redis 7.0 run, and only the tests that use them: the results of the others would be the same. If a
+server is missing, the tests that need it fail. A server starts when a test first needs it.
 
-The drivers and Hypothesis are imported where they are used: with several workers, the process that
-only distributes the tests needs none of them, and the workers start after it.
+The drivers and Hypothesis are imported where they are used. With several workers, one process only
+distributes the tests: it needs none of them, and the workers start after it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DATABASE = "outbox_test"
 
 @dataclass(frozen=True)
 class Stores:
-    """The run's servers. A test that stops one starts it again."""
+    """The servers of this run. A test that stops one starts it again."""
 
     postgres: PostgresServer
     redis: ValkeyServer
@@ -68,10 +68,10 @@ class Stores:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect the tests without the garbage collector, and exclude what was imported from its work.
+    """Collect the tests without the garbage collector, and exclude imported objects from its work.
 
-    The imported modules are hundreds of thousands of objects, none of which is garbage, and each
-    full collection would look at all of them.
+    The imported modules contain hundreds of thousands of objects that are never garbage, and each
+    full collection would examine all of them.
     """
     gc.disable()
     try:
@@ -87,7 +87,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
         return
     import hypothesis
 
-    # No time limit: a busy machine is slow, and the examples are still right.
+    # No time limit: on a busy machine the examples are slow but still valid.
     hypothesis.settings.register_profile(
         "outbox",
         deadline=None,
@@ -98,7 +98,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 def _number_of_examples() -> int:
-    """Return how many examples a property test draws. Each run draws others."""
+    """Return the number of examples of a property test. Each run generates other examples."""
     text = os.environ.get("OUTBOX_TEST_EXAMPLES", "50")
     if not text.isdecimal() or int(text) == 0:
         raise pytest.UsageError(f"OUTBOX_TEST_EXAMPLES={text}: it takes a number from 1 on")
@@ -153,8 +153,8 @@ def _build_schema(url: str) -> None:
 def _compiling_once() -> Iterator[None]:
     """Let all engines share the SQL that SQLAlchemy compiles from their statements.
 
-    A process compiles each of its statements once. Here every test has new engines, which would
-    take a third of a test's CPU to compile the same statements again.
+    A process compiles each of its statements once. Here every test has new engines. Without this,
+    compiling the same statements again would take a third of a test's CPU.
     """
     from sqlalchemy.dialects.postgresql.psycopg import PGDialectAsync_psycopg
     from sqlalchemy.ext.asyncio import create_async_engine
@@ -166,7 +166,7 @@ def _compiling_once() -> Iterator[None]:
     create = partial(create_async_engine, execution_options={"compiled_cache": compiled})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "create_async_engine", create)
-        # The dialect is a part of the key, and each engine has its own. They differ in nothing.
+        # The dialect is part of the key, and each engine has its own. All dialects are equal.
         patch.setattr(PGDialectAsync_psycopg, "__hash__", lambda self: hash(type(self)))
         patch.setattr(PGDialectAsync_psycopg, "__eq__", lambda a, b: type(a) is type(b))
         yield
@@ -175,7 +175,7 @@ def _compiling_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def stores() -> Iterator[Stores]:
     """Start both servers, with the schema in a template database."""
-    # Not pytest's own folder: only its owner may enter that, and PostgreSQL refuses root.
+    # Not pytest's own folder: only its owner may enter it, and PostgreSQL refuses to run as root.
     folder = Path(tempfile.mkdtemp(prefix="outbox-test-"))
     folder.chmod(0o711)
     chosen = _choose_stores(_kind_of_stores(), folder)
@@ -190,7 +190,7 @@ def stores() -> Iterator[Stores]:
         await chosen.postgres.stop()
         await chosen.redis.stop()
 
-    # A separate loop, which is not made the thread's loop: each test has another one.
+    # A separate loop that is not set as the thread's loop, since each test has its own loop.
     with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         try:
             runner.run(start())
@@ -209,14 +209,14 @@ def _run_database(stores: Stores) -> str:
 
 @pytest.fixture
 def database_url(_run_database: str) -> str:
-    """The run's database, migrated, without any row."""
+    """The run's database: migrated and without rows."""
     import psycopg
     from psycopg import sql
 
     from outbox_server.shared.database.models import Base
 
     tables = [sql.Identifier(table.name) for table in reversed(Base.metadata.sorted_tables)]
-    # Twenty times as fast as TRUNCATE, which writes new files.
+    # Twenty times as fast as TRUNCATE, which creates new files.
     clear = sql.SQL(";").join(sql.SQL("DELETE FROM {}").format(table) for table in tables)
     with psycopg.connect(_run_database, autocommit=True) as connection:
         # If a test left a transaction open, the next one fails with a message instead of hanging.
@@ -254,7 +254,7 @@ def redis_url(stores: Stores) -> str:
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    """A client of the run's Redis, which is empty."""
+    """A client of the run's Redis, which starts empty."""
     from redis.asyncio import Redis
 
     async with Redis.from_url(redis_url) as client:

@@ -1,4 +1,4 @@
-"""A sender in cooldown, stored the way a dispatcher stores it."""
+"""Stores a cooldown of a sender as a dispatcher does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 MESSAGE: Final = "5.4.5 Daily user sending limit exceeded"
 REPLY: Final = f"550 {MESSAGE}"
-# Parameters: as `row_for` returns them.
+# Its parameters are those that `row_for` returns.
 INSERT: Final = (
     "INSERT INTO cooldowns (sender_id, since, next_probe_at, refusals, smtp_code, enhanced_code,"
     " message) VALUES (%s, now() - interval '2 min', now() + %s, 2, 550, '5.4.5', %s)"
@@ -18,7 +18,7 @@ INSERT: Final = (
 def row_for(
     sender: int | str, *, probe_in: timedelta = timedelta(hours=1), message: str = MESSAGE
 ) -> tuple[int, timedelta, str]:
-    """Return the parameters of INSERT."""
+    """Return the parameters of the INSERT statement."""
     return int(sender), probe_in, message
 
 

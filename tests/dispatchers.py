@@ -27,8 +27,9 @@ from tests.eventually import eventually
 
 SERVICE = "outbox.v1.DispatcherService"
 _ROOT = Path(__file__).parent.parent
-# Processes are forked from a server that has imported every module of a dispatcher: 0.1 s, where a
-# new Python takes a second of CPU. The main module too, or each fork would import pytest's.
+# Processes are forked from a server that has imported every module of a dispatcher. A fork takes
+# 0.1 s; a new Python takes a second of CPU. The server also imports the main module, or each fork
+# would import pytest's.
 FORKS: Final = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", __name__])
 
@@ -48,7 +49,7 @@ def options(
         "min_gap": "0",
         "retry_backoff": "100ms,200ms",
         "lease": "10s",
-        # For a server that is silent on purpose, a test sets less.
+        # Tests with a server that stays silent set a shorter limit.
         "smtp_timeout": "60s",
         "shutdown_grace": "5s",
         "log_level": "warning",
@@ -62,7 +63,7 @@ def settings_of(values: Mapping[str, str]) -> Settings:
 
 
 class DispatcherClient:
-    """Talks to one dispatcher."""
+    """A client of one dispatcher."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.channel = channel
@@ -88,7 +89,7 @@ class DispatcherClient:
 
 
 class RunningDispatcher(DispatcherClient):
-    """A dispatcher of this process."""
+    """A dispatcher in this process."""
 
     def __init__(self, channel: grpc.aio.Channel, stop: asyncio.Event) -> None:
         super().__init__(channel)
@@ -110,10 +111,10 @@ async def running(settings: Settings) -> AsyncIterator[RunningDispatcher]:
 
 
 class DispatcherProcess:
-    """A dispatcher process, killed at the end of its block if it still runs.
+    """A dispatcher process. It is killed at the end of its block if it still runs.
 
     It is forked with every module imported. With `execute` a new Python starts, which costs a
-    second of CPU more: a library of LD_PRELOAD is loaded only then.
+    second of CPU more but loads a library of LD_PRELOAD.
     `service` is another service to run in the same way.
     """
 
@@ -125,7 +126,8 @@ class DispatcherProcess:
         *,
         execute: bool = False,
     ) -> None:
-        # Empty until it listens, at any free port: one chosen here could be taken meanwhile.
+        # Empty until it listens. It chooses a free port itself: a port chosen here could be taken
+        # meanwhile.
         self._address = ""
         self._log = log
         self._service = service
@@ -142,7 +144,7 @@ class DispatcherProcess:
     def listen(self) -> str:
         """Its address; empty until it listens."""
         if not self._address and self._ports is not None and self._ports.poll():
-            with suppress(EOFError):  # it ended before
+            with suppress(EOFError):  # the process ended first
                 self._address = f"127.0.0.1:{self._ports.recv()}"
         return self._address
 
@@ -158,7 +160,7 @@ class DispatcherProcess:
         return self._process
 
     async def start(self) -> None:
-        """Start it; returns before it is ready."""
+        """Start it; return before it is ready."""
         self._address = ""
         self._ports, port = self._forks.Pipe(duplex=False)
         given = (self._service, self._environment, self._log, port)
@@ -167,12 +169,12 @@ class DispatcherProcess:
         port.close()
 
     async def kill(self) -> None:
-        """End it with kill -9; returns when it is gone."""
+        """End it with kill -9; return when it has ended."""
         self.process.kill()
         await self.exit_code()
 
     def pause(self) -> None:
-        """Stop it as a debugger or an overcommitted host does (SIGSTOP)."""
+        """Stop it with SIGSTOP, as a debugger or an overcommitted host does."""
         self.signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -180,7 +182,7 @@ class DispatcherProcess:
         self.signal(signal.SIGCONT)
 
     async def terminate(self) -> int:
-        """Ask it to end; return its exit code."""
+        """Send SIGTERM; return its exit code."""
         self.signal(signal.SIGTERM)
         return await self.exit_code()
 
@@ -190,11 +192,11 @@ class DispatcherProcess:
         os.kill(self.process.pid, number)
 
     def log(self) -> str:
-        """Return what it has written."""
+        """Return its output."""
         return self._log.read_text()
 
     def is_running(self) -> bool:
-        """Return whether it has not ended."""
+        """Return whether it still runs."""
         return self.process.exitcode is None
 
     async def serving(self) -> bool:
@@ -205,11 +207,11 @@ class DispatcherProcess:
             return await DispatcherClient(channel).serving()
 
     async def not_serving(self) -> bool:
-        """Return whether its health is not SERVING, or does not answer."""
+        """Return whether its health is not SERVING or it does not answer."""
         return not await self.serving()
 
     async def exit_code(self) -> int:
-        """Return its exit code, once it has ended by itself."""
+        """Wait until it ends by itself; return its exit code."""
         await eventually(lambda: not self.is_running())
         if self._ports is not None:
             self._ports.close()
@@ -219,7 +221,7 @@ class DispatcherProcess:
 
 
 def _run_process(service: str, environment: Mapping[str, str], log: Path, port: Connection) -> None:
-    """Run a service in a process of its own, as `python -m` does; send its port."""
+    """Run a service as `python -m` does; send its port."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(_ROOT)
@@ -234,7 +236,7 @@ def _run_process(service: str, environment: Mapping[str, str], log: Path, port: 
 async def process(
     values: Mapping[str, str], log: Path, service: str = "dispatcher", *, execute: bool = False
 ) -> AsyncIterator[DispatcherProcess]:
-    """Run a dispatcher, or another service, as a separate process."""
+    """Run a dispatcher, or another service, in a separate process."""
     child = DispatcherProcess(values, log, service, execute=execute)
     await child.start()
     try:

@@ -1,4 +1,4 @@
-"""Dispatchers that kill themselves with -9 at one point of a send; the product has no code for it.
+"""Dispatchers that kill themselves with -9 at one point of a send; the product has no such code.
 
 Each is a separate process, forked with every module imported.
 """
@@ -32,7 +32,7 @@ def _die() -> Never:
 
 
 def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True) -> Arm:
-    """Return a function that arms a kill right after a call whose result is `of_use`."""
+    """Return a function that arms a kill directly after a call whose result passes `of_use`."""
 
     def arm(visit: int) -> None:
         call = getattr(owner, name)
@@ -50,7 +50,7 @@ def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True
 
 
 def _in_body(share: float) -> Arm:
-    """Return a function that arms a kill once the kernel has that share of a body, dot included."""
+    """Return a function that arms a kill once that share of a body and its dot is in the kernel."""
     send = Transaction._send
     visits = itertools.count(1)
 
@@ -59,7 +59,7 @@ def _in_body(share: float) -> Arm:
             return await send(transaction, data)
         sent = data + b".\r\n"
         connection = transaction._stream.transport.get_extra_info("socket")
-        # Bypasses the transport, which writes later.
+        # Bypasses the transport, which may write later.
         os.write(connection.fileno(), sent[: int(len(sent) * share)])
         _die()
 
@@ -69,7 +69,7 @@ def _in_body(share: float) -> Arm:
     return arm
 
 
-# In the order in which a mail comes to them; docs/send-path.md has the steps between.
+# In the order of a send; docs/send-path.md lists the steps between them.
 POINTS: Final[Mapping[str, Arm]] = {
     "claimed": _after(Queue, "claim", lambda claimed: bool(claimed.claims)),
     "marked": _after(storage, "mark_sending", bool),
@@ -92,7 +92,7 @@ def _run(values: Mapping[str, str], point: str, visit: int) -> None:
 async def doomed(
     values: Mapping[str, str], point: str, visit: int = 1
 ) -> AsyncIterator[BaseProcess]:
-    """Run a dispatcher that kills itself when it reaches the point for the n-th time."""
+    """Run a dispatcher that kills itself when it reaches the point for the nth time."""
     child = FORKS.Process(target=_run, args=(values, point, visit), daemon=True)
     await asyncio.to_thread(child.start)
     try:

@@ -10,10 +10,10 @@ from typing import Any, Final, TypeVar, overload
 
 T = TypeVar("T")
 
-# Between two looks at the condition, many of which ask PostgreSQL: short at first, longer later.
+# The pauses between two checks of a condition. Many conditions query PostgreSQL, so pauses grow.
 _FIRST_PAUSE = 0.01
 _LONGEST_PAUSE = 0.05
-# A wait ends as soon as its condition is true; this is when to give up, on a busy machine.
+# A wait ends as soon as its condition is true. This limit is for a busy machine.
 PATIENCE: Final = 120.0
 
 
@@ -22,10 +22,10 @@ async def eventually(condition: Callable[[], Awaitable[T]], deadline: float = PA
 @overload
 async def eventually(condition: Callable[[], T], deadline: float = PATIENCE) -> T: ...
 async def eventually(condition: Callable[[], Any], deadline: float = PATIENCE) -> Any:
-    """Return the condition's value, sync or async, once it is true in the sense of `if`.
+    """Wait until the sync or async condition is truthy; return its value.
 
     Raises:
-        AssertionError: it was not within `deadline` seconds; the text shows its last value.
+        AssertionError: it was not truthy within `deadline` seconds; the text shows its last value.
     """
     end = time.monotonic() + deadline
     pause = _FIRST_PAUSE

@@ -20,7 +20,7 @@ MOVING: Final = (
 
 
 class Fingerprint:
-    """What all tables hold."""
+    """Return the contents of all tables."""
 
     def __init__(self, database_url: str) -> None:
         self._url = database_url
@@ -29,7 +29,8 @@ class Fingerprint:
         of_a_table = sql.SQL(
             "SELECT {}, count(*), md5(string_agg(t::text, '|' ORDER BY t::text)) FROM {} t"
         )
-        # One statement: a connection and a plan for each table cost more than what they hold.
+        # One statement: a connection and a plan for each table take longer than reading its
+        # contents.
         statement = sql.SQL(" UNION ALL ").join(
             of_a_table.format(sql.Literal(table.name), sql.Identifier(table.name))
             for table in Base.metadata.sorted_tables

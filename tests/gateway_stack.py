@@ -36,7 +36,7 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class HttpAnswer:
-    """The answer to a call over HTTP."""
+    """The answer to an HTTP call."""
 
     status: int
     body: bytes
@@ -50,7 +50,7 @@ class HttpAnswer:
 
     @property
     def reason(self) -> str:
-        """The reason of an error, whose parts are all checked."""
+        """The reason of an error; all its parts are checked."""
         document = self.document
         assert set(document) == {"code", "message", "details"}, self
         assert document["message"]
@@ -61,7 +61,7 @@ class HttpAnswer:
 
 
 class GatewayStack:
-    """Services, Valkey and Envoy. They run from `start` to `stop`."""
+    """Services, Valkey and Envoy, running from `start` to `stop`."""
 
     def __init__(self, folder: Path, database_url: str, runner: asyncio.Runner) -> None:
         self.folder = folder
@@ -82,7 +82,7 @@ class GatewayStack:
         environment = {
             "OUTBOX_DATABASE_URL": self._database_url,
             "OUTBOX_REDIS_URL": self._valkey.url,
-            # Nothing listens there, so VerifySender answers at once, and no mail is sent.
+            # The port has no listener, so VerifySender answers at once, and no mail is sent.
             "OUTBOX_SMTP_URL": f"smtp://{LOOPBACK}:{free_port()}",
             "OUTBOX_SMTP_ALLOW": "127.0.0.0/8",
             "OUTBOX_ENCRYPTION_KEYS": key_in(self.folder),
@@ -118,7 +118,7 @@ class GatewayStack:
     def call(
         self, verb: str, path: str, body: Any = None, *, key: str | None = "service", **headers: str
     ) -> HttpAnswer:
-        """Call the API. A body that is no bytes is sent as JSON."""
+        """Call the API. A body that is not bytes is sent as JSON."""
         with self.calling(verb, path, body, key=key, **headers) as answer:
             kept = {name.lower(): value for name, value in answer.getheaders()}
             try:
@@ -131,7 +131,7 @@ class GatewayStack:
     def calling(
         self, verb: str, path: str, body: Any = None, *, key: str | None = "service", **headers: str
     ) -> Iterator[http.client.HTTPResponse]:
-        """Call the API, and yield the answer before its body is read."""
+        """Call the API; yield the answer before its body is read."""
         connection = http.client.HTTPConnection(str(urlsplit(self.url).netloc), timeout=PATIENCE)
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if key is not None:
@@ -143,14 +143,14 @@ class GatewayStack:
                 yield answer
 
     def sender(self, key: str = "ann", **fields: Any) -> str:
-        """Create a sender of the key's user; return its id."""
+        """Create a sender for the key's user; return its id."""
         fields = {"email": "news@example.com", **fields}
         answer = self.call("POST", "/api/senders", fields, key=key)
         assert answer.status == 200, answer
         return str(answer.document["sender_id"])
 
     def batch(self, sender_id: str, *emails: str, key: str = "ann", **options: Any) -> str:
-        """Schedule mails for the future, unless `options` say otherwise; return the batch's id."""
+        """Schedule mails for the future, unless `options` differ; return the batch's id."""
         given = {
             "request_id": f"request-{next(_numbers)}",
             "sender_id": sender_id,

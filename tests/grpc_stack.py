@@ -1,4 +1,4 @@
-"""A server with two services that a test scripts, and its clients."""
+"""A server with two services whose answers a test sets, and its clients."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Stack:
     """A server, its servicers and a channel to it."""
 
     def __init__(self, settings: Settings) -> None:
-        # Abstract in the stubs, on purpose: a method that is not there answers UNIMPLEMENTED.
+        # The stubs make the methods abstract. Here a missing method must answer UNIMPLEMENTED.
         self.stats = Stats()  # type: ignore[abstract]
         self.batches = Batches()  # type: ignore[abstract]
         self.server = GrpcServer(
@@ -134,7 +134,7 @@ class Stack:
         )
 
     def connect(self, channel: grpc.aio.Channel) -> None:
-        self.channel: Any = channel  # for calls that the stubs do not know
+        self.channel: Any = channel  # for calls that the stubs do not have
         self.stub = stats_service_pb2_grpc.StatsServiceStub(channel)
         self.upload: Any = channel.stream_unary(f"/{BATCHES}/UploadBatch")
         self.health = health_pb2_grpc.HealthStub(channel)
@@ -154,7 +154,7 @@ class Stack:
         return state
 
     async def refused(self, call: Awaitable[Any]) -> Status:
-        """Return the status with its details that `call` ends with."""
+        """Return the status and details with which `call` ends."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             async with asyncio.timeout(PATIENCE):
                 await call

@@ -1,4 +1,4 @@
-"""Requests made from the descriptors alone: right, wrong and hostile values in every field."""
+"""Requests made from the descriptors alone: valid, invalid and hostile values in every field."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ INTEGERS: Final = (0, 1, 2, 3, 7, 50, 1000, 1001, 65_535, 65_536, -1, 2**31 - 1,
 LONG_INTEGERS: Final = (*INTEGERS, 2**32, 2**53 + 1, 2**63 - 1, -(2**63))
 NUMBERS: Final = (0.0, -0.0, 1.5, -1.0, 1e308, float("inf"), float("-inf"), float("nan"))
 
-# What its fields make of a value, for messages that protobuf itself gives a meaning.
+# Values for the fields of messages that have a special meaning in protobuf.
 _WELL_KNOWN: Final[Mapping[str, Sequence[Mapping[str, Any]]]] = {
     "google.protobuf.Timestamp": (
         {},
@@ -110,16 +110,16 @@ class Requests:
         self._known: Mapping[str, Sequence[Any]] = {}
 
     def learn(self, known: Mapping[str, Sequence[Any]]) -> None:
-        """Take, by field name, values that are right."""
+        """Set valid values by field name."""
         self._known = known
 
     def message(self, descriptor: Descriptor) -> Message:
-        """Return a request that is mostly right, with a few fields that are not, or all of it."""
+        """Return a request that is mostly valid; a few of its fields, or all, may be invalid."""
         wildness = self._chance.choice((0.0, 0.05, 0.2, 0.9))
         return self._message(descriptor, wildness, 0)
 
     def upload(self, descriptor: Descriptor) -> list[Message]:
-        """Return messages of a stream, mostly in the right order: one a field of the oneof."""
+        """Return a stream's messages, mostly in order, each with one field of the oneof."""
         first, *others = descriptor.fields
         wildness = self._chance.choice((0.0, 0.05, 0.2))
         fields = [first, *self._chance.choices(others, k=self._chance.randint(0, 3))]
@@ -131,11 +131,11 @@ class Requests:
         return messages
 
     def number(self, most: int) -> int:
-        """Return 0 to `most`."""
+        """Return a number from 0 to `most`."""
         return self._chance.randint(0, most)
 
     def damage(self, encoded: bytes) -> bytes:
-        """Return other bytes, which may be no message at all."""
+        """Return changed bytes, which may not be a valid message."""
         damaged = bytearray(encoded or b"\x0a\x01x")
         for _ in range(self._chance.randint(1, 4)):
             damaged[self._chance.randrange(len(damaged))] = self._chance.randrange(256)
@@ -159,7 +159,7 @@ class Requests:
         return message
 
     def _share(self, field: FieldDescriptor, wildness: float) -> float:
-        """Return how often a field is set: what must be nearly always, what must not be rarely."""
+        """Return how often a field is set: required fields often, output-only fields rarely."""
         if self._wild(wildness):
             return 0.5
         behaviour = field.GetOptions().Extensions[field_behavior]

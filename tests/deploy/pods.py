@@ -1,7 +1,7 @@
 """Runs the pods of rendered manifests as processes, as a kubelet starts their containers.
 
-The arguments, variables, volumes and probes are those of the manifest. A process is number 1 of its
-namespace, has no capability, and sees a read-only root file system with the volumes mounted. Only
+Arguments, variables, volumes and probes come from the manifest. Each process is process 1 of its
+namespace, has no capabilities, and sees a read-only root file system with its volumes mounted. Only
 the ports differ, because all pods share this machine's network.
 """
 
@@ -27,7 +27,7 @@ from tests.eventually import PATIENCE, eventually
 ROOT: Final = Path(__file__).parents[2]
 BIN: Final = Path(sys.executable).parent
 PORTS: Final = (50051, 50052, 50053, 50060, 9090)
-# What programs read in /etc; the rest of it is hidden, so that volumes can be mounted there.
+# The paths in /etc that programs read. The rest is hidden so that volumes can be mounted there.
 _ETC: Final = "group hosts ld.so.cache nsswitch.conf passwd ssl"
 _MOUNTING: Final = f"""
 set -eu
@@ -102,7 +102,7 @@ class Pod:
         return {name: self._with_own_ports(value) for name, value in found.items()}
 
     async def probe(self, kind: str) -> str:
-        """Return the answer to `startupProbe`, `livenessProbe` or `readinessProbe`."""
+        """Return the result of `startupProbe`, `livenessProbe` or `readinessProbe`."""
         probe = self.container[kind]
         address = f"127.0.0.1:{self.ports[probe['grpc']['port']]}"
         request = health_pb2.HealthCheckRequest(service=probe["grpc"]["service"])
@@ -140,14 +140,14 @@ class Pod:
         return int(children.read_text(encoding="ascii"))
 
     async def wait(self) -> int:
-        """Return the exit code, once the process has ended."""
+        """Wait until the process has ended; return its exit code."""
         assert self.process is not None
         async with asyncio.timeout(PATIENCE):
             return await self.process.wait()
 
     @property
     def log(self) -> str:
-        """What the container wrote."""
+        """The output of the container."""
         return self._log.read_text(encoding="utf-8")
 
     def _volume(self, volume: Resource) -> Path:
@@ -172,7 +172,7 @@ class Pod:
 
 
 class Namespace:
-    """The resources of a rendered chart and the Secrets that exist beside them."""
+    """The resources of a rendered chart and the Secrets that they use."""
 
     def __init__(
         self, resources: list[Resource], secrets: Mapping[str, Mapping[str, str]], folder: Path
@@ -199,12 +199,12 @@ class Namespace:
             yield pod
         finally:
             if pod.process.returncode is None:
-                # With process 1 its namespace ends.
+                # When process 1 ends, its namespace ends.
                 os.kill(pod.process_one(), signal.SIGKILL)
                 await pod.process.wait()
 
     async def job(self, component: str) -> tuple[int, str]:
-        """Run a job to its end; return its exit code and its output."""
+        """Run a job until it ends; return its exit code and its output."""
         async with self.pod(component) as pod:
             return await pod.wait(), pod.log
 

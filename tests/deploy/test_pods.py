@@ -70,7 +70,7 @@ async def test_an_installation_of_the_rendered_pods_sends_a_mail_and_drains(
     space = Namespace(render(values()), secrets, tmp_path)
     async with AsyncExitStack() as stack:
         assert (await space.job("migrate"))[0] == 0
-        # All at once: each takes Python a second or more to start.
+        # Start all at once: Python takes a second or more to start.
         first = asyncio.create_task(space.job("operator-key"))
         pods = [await stack.enter_async_context(space.pod(name)) for name in SERVICES]
         scheduler, dispatcher, stats = pods

@@ -1,4 +1,4 @@
-"""Checkov's policies for Kubernetes and Docker: all are kept, but for those with a reason here."""
+"""Checkov's policies for Kubernetes and Docker: all hold except those listed with a reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from outbox_server.deploy.chart.rendering import CHART, render
 
 ROOT: Final = Path(__file__).parents[2]
-# Made by `make test-deploy`; its dependencies are more than all of ours.
+# Installed by `make test-deploy`. Checkov has more dependencies than Outbox.
 CHECKOV: Final = ROOT / "build" / "checkov" / "bin" / "checkov"
 EXCEPTIONS: Final = {
     "CKV_DOCKER_2": "no HEALTHCHECK: the image also runs short commands; each platform has probes",
@@ -28,7 +28,7 @@ EXCEPTIONS: Final = {
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """The failed policies with what failed them, for all values and the Dockerfile."""
+    """The failed policies and the resources that broke them, for all values and the Dockerfile."""
     folder = tmp_path_factory.mktemp("rendered")
     files = [ROOT / "deploy" / "image" / "Dockerfile"]
     for path in sorted((CHART / "ci").glob("*.yaml")):

@@ -18,13 +18,13 @@ from outbox_server.shared.settings import Settings, parse_duration
 ROOT: Final = Path(__file__).parents[2]
 UNITS: Final = ROOT / "deploy" / "systemd"
 SERVICES: Final = ("scheduler", "dispatcher", "stats")
-# The highest exposure that systemd's own review may find; 10 is that of a service without limits.
+# The highest exposure level that systemd's review may report; a unit without limits has 10.
 MAX_EXPOSURE: Final = 1.5
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> list[Path]:
-    """The units as they are installed, with our command in place of /opt/outbox/bin/outbox."""
+    """The installed units, with our command in place of /opt/outbox/bin/outbox."""
     command = str(Path(sys.executable).with_name("outbox"))
     found = []
     for unit in sorted(UNITS.glob("*.service")):

@@ -25,7 +25,7 @@ from tests.scheduler_stack import running_scheduler
 from tests.world import World, jobs_in
 
 ROOT: Final = Path(__file__).parents[2]
-# What a restore does to the ids, word for word.
+# The exact statements of the documented restore for ids.
 IDS: Final = (
     "SELECT setval(pg_get_serial_sequence('email_jobs', 'id'), max(id) + 1000000) FROM email_jobs;",
     "SELECT setval(pg_get_serial_sequence('batches', 'id'), max(id) + 1000000) FROM batches;",
@@ -83,7 +83,7 @@ async def restored(
             await postgres_tool(stores, "pg_dump", "-Fc", "-f", str(dump), source)
             at_dump = len(inbox.mails)
             await eventually(lambda: len(inbox.mails) >= at_dump + 20)
-        # The failure: nothing of the first installation is used any more.
+        # The first installation fails here and is not used again.
         await world.redis.flushall()
     url = new_database()
     with psycopg.connect(url, autocommit=True) as connection:
@@ -105,13 +105,13 @@ async def restored(
 
 @asynccontextmanager
 async def restarted(restored: Restored, redis_url: str, inbox: Inbox) -> AsyncIterator[World]:
-    """Run a dispatcher on the restored database, until nothing due waits any more."""
+    """Run a dispatcher on the restored database until no due job waits."""
     values = options(restored.url, redis_url, inbox.url, min_gap="20ms", lease="2s")
     settings = settings_of({**values, "uncertain_policy": "hold"})
     async with World(settings) as world, running(settings):
 
         async def all_ended() -> bool:
-            # Only the job of tomorrow is left.
+            # Only the job for tomorrow still waits.
             return len(await world.in_state(JobState.SCHEDULED, JobState.SENDING)) == 1
 
         await eventually(all_ended)
@@ -125,14 +125,15 @@ async def test_a_restored_backup_sends_what_it_does_not_know_as_sent(
     async with restarted(restored, redis_url, inbox) as world:
         arrivals = jobs_in(inbox.mails)
         held = await world.in_state(JobState.UNCERTAIN)
-        # Nothing that the backup knows is lost.
+        # No job of the backup is lost.
         assert restored.jobs - {restored.later} <= set(arrivals) | held
-        # What the backup knows as sent is not sent again. What was sent later is, once more.
+        # Mail recorded as sent in the backup is not sent again. Mail sent after the backup is sent
+        # twice.
         again = {job for job, times in arrivals.items() if times > 1}
         assert again == restored.arrived - restored.sent - held
         assert max(arrivals.values()) <= 2
         await world.check_counts()
-        # The ids that were given out after the dump are not given out again.
+        # Ids assigned after the dump are not assigned again.
         (job,) = await world.schedule(await world.sender(user="bert"), 1)
         assert job > 1_000_000
 

@@ -18,7 +18,7 @@ from tests.world import World, gap_of, jobs_in, most_of
 
 @pytest.fixture
 def faketime() -> str:
-    """The library that shows a process another wall clock: Debian's package faketime."""
+    """The library that gives a process a different wall clock, from Debian's package faketime."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     assert found, "libfaketime is missing: apt-get install faketime"
     return str(found[0])
@@ -40,11 +40,12 @@ async def test_a_dispatcher_whose_clock_is_an_hour_off_breaks_no_limit_and_recor
     async with World(settings) as world:
         sender, later = await world.sender(limit=5), await world.sender()
         jobs = await world.schedule(sender, 12)
-        # Due in half an hour: not now, although one of the clocks says so.
+        # Due in half an hour: one of the wrong clocks is already past that time.
         waiting = await world.schedule(later, due=timedelta(minutes=30))
         began = time.time()
         with monkeypatch.context() as patch:
-            # The wall clock alone: the monotonic one counts from the start of the machine.
+            # Only the wall clock is changed: the monotonic clock counts from the start of the
+            # machine.
             patch.setenv("LD_PRELOAD", faketime)
             patch.setenv("FAKETIME", f"{int(offset.total_seconds()):+d}s")
             patch.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
@@ -60,7 +61,7 @@ async def test_a_dispatcher_whose_clock_is_an_hour_off_breaks_no_limit_and_recor
         for job in jobs:
             [attempt] = await world.attempts(job)
             assert began - 1 < attempt.started_at <= attempt.ended_at < time.time() + 1
-        # The Date header is the one thing that shows the dispatcher's own clock.
+        # Only the Date header shows the dispatcher's own clock.
         data = (inbox.maildir / "new" / inbox.mails[0].file).read_text()
         date = next(line for line in data.splitlines() if line.startswith("Date: "))
         shown = parsedate_to_datetime(date.removeprefix("Date: ")) - datetime.now(UTC)

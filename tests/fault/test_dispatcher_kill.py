@@ -1,6 +1,6 @@
 """Dispatchers paused past their lease, and statements of dead dispatchers that run late.
 
-test_kill_points.py has the kills between any two steps.
+test_kill_points.py kills dispatchers between any two steps.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def configure(database_url: str, redis_url: str) -> Configure:
 
 
 def short_lease(values: dict[str, str]) -> dict[str, str]:
-    """Return the settings of a dispatcher that is killed or paused, with a short lease.
+    """Return the settings of a dispatcher that is killed or paused: they have a short lease.
 
-    The others keep a lease that they can renew in time on a busy machine.
+    The other dispatchers keep a lease that they can renew in time on a busy machine.
     """
     return values | {"lease": "2s"}
 
@@ -66,22 +66,22 @@ async def outcomes(world: World, job: int) -> list[AttemptOutcome]:
     return [attempt.outcome for attempt in await world.attempts(job)]
 
 
-# How the statements of a dispatcher begin.
+# The first words of a dispatcher's statements.
 MARK, SETTLE = "WITH sendable AS", "WITH moved AS"
 
-# Its statement runs after its death ---------------------------------------------------------------
+# Statements that run after the death of their dispatcher ------------------------------------------
 
 
 @asynccontextmanager
 async def table_held(world: World, table: str) -> AsyncIterator[None]:
-    """Hold a table, so that every statement of a dispatcher that writes to it waits."""
+    """Lock a table so that every statement of a dispatcher that writes to it waits."""
     async with await world.connect() as holder, holder.transaction():
         await holder.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE".encode())
         yield
 
 
 async def waits(world: World, statement: str) -> bool:
-    """Whether a statement that begins like this waits for a lock."""
+    """Return whether a statement with this beginning waits for a lock."""
     rows = await world.sql(
         "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()"
         " AND wait_event_type = 'Lock' AND starts_with(query, %s)",
@@ -132,7 +132,7 @@ async def test_a_lease_that_expired_only_in_redis_takes_an_entry_of_the_window(
 ) -> None:
     values = configure(inbox.url)
     async with World(settings_of(values)) as world:
-        # No more than one at a time, and two an hour.
+        # At most one send at a time, and two per hour.
         sender = await world.sender(limit=2, max_in_flight=1)
         control = await world.sender()
         first, second, third = await world.schedule(sender, 3)
@@ -155,12 +155,12 @@ async def is_sent(world: World, job: int) -> bool:
     return bool((await world.job(job)).state == JobState.SENT)
 
 
-# Stopped for longer than the lease -----------------------------------------------------------
+# Dispatchers stopped for longer than the lease -----------------------------------------------
 
 
 @asynccontextmanager
 async def held_in_three_phases() -> AsyncIterator[tuple[ScriptedServer, asyncio.Event]]:
-    """Take mails, but hold the first three until the event: before 354 or the body, and after."""
+    """Accept mails, but hold one until the event at each of RCPT, DATA and the body's end."""
     release = asyncio.Event()
     held = [(Wait(release), Succeed())]
     async with ScriptedServer({"rcpt": [*held], "data": [*held], "body": [*held]}) as server:
@@ -191,7 +191,7 @@ async def test_a_dispatcher_paused_past_its_lease_sends_nothing_and_overwrites_n
                 await eventually(world.done)
                 before = [(await world.job(job), await world.attempts(job)) for job in jobs]
                 arrived = jobs_in(server.taken)
-                # The server says 354 to the one, and 250 to the other that is in doubt.
+                # One mail gets 354, and the mail in doubt gets 250.
                 release.set()
                 await eventually(lambda: not server.waiting.total())
                 sleeper.resume()
@@ -244,8 +244,8 @@ async def test_a_paused_dispatcher_among_others_breaks_neither_gap_nor_record(
             jobs = [job for each in senders for job in await world.schedule(each, 60)]
             await eventually(lambda: len(inbox.mails) >= 60)
             sleeper.pause()
-            # The others recover and send what it holds. One that starts now looks at all leases;
-            # the first may have looked while it saw its own long leases alone.
+            # The others recover its leases and send its jobs. A dispatcher that starts now checks
+            # all leases; the first one may have checked when only its own long leases existed.
             async with running(settings_of(values)):
                 await eventually(world.done)
             sleeper.resume()

@@ -19,7 +19,8 @@ End = Callable[[DispatcherProcess], Awaitable[int]]
 
 
 async def end_of_the_grace(child: DispatcherProcess) -> int:
-    # The server hangs for far longer: only the end of the grace ends the dispatcher in this time.
+    # The server hangs for far longer. Only the end of the grace period ends the dispatcher in this
+    # time.
     async with asyncio.timeout(PATIENCE):
         return await child.terminate()
 

@@ -32,7 +32,7 @@ def configure(database_url: str, redis_url: str, inbox: Inbox) -> Configure:
 
 
 async def done(world: World) -> bool:
-    """Return what World.done does; False while PostgreSQL is unreachable."""
+    """Return the result of World.done, or False while PostgreSQL is unreachable."""
     try:
         return await world.done()
     except psycopg.OperationalError:
@@ -49,7 +49,7 @@ async def test_killing_postgresql_under_load_only_delays_mail(
         await eventually(lambda: len(inbox.mails) >= 100)
         await stores.postgres.kill()
         try:
-            # Sends in flight finish, and no others begin.
+            # Sends in flight finish, and no other sends begin.
             await eventually(lambda: not_serving(dispatcher))
         finally:
             await stores.postgres.start()
@@ -58,7 +58,7 @@ async def test_killing_postgresql_under_load_only_delays_mail(
         assert await world.states() == {JobState.SENT: len(jobs)}
         arrived = jobs_in(inbox.mails)
         assert set(arrived) == set(jobs)
-        # Marked by a statement whose answer never arrived, or sent without an outcome in time.
+        # The answer to the mark was lost, or the outcome of the send was not recorded in time.
         expired = await world.sql("SELECT email_job_id AS id FROM attempts WHERE outcome = 6")
         assert {job for job, n in arrived.items() if n > 1} <= {row.id for row in expired}
         assert len(expired) <= 10
@@ -77,7 +77,7 @@ async def test_freezing_postgresql_under_load_only_delays_mail(
         frozen = processes_in(stores.postgres.folder, "postgres")
         signal_all(frozen, signal.SIGSTOP)
         try:
-            for dispatcher in (one, two):  # they answer meanwhile, and say that it is gone
+            for dispatcher in (one, two):  # each answers, and is not serving
                 await eventually(partial(not_serving, dispatcher), 20)
                 assert (await dispatcher.status()).in_flight_count <= 5
         finally:
@@ -94,7 +94,7 @@ async def test_freezing_postgresql_under_load_only_delays_mail(
 
 def signal_all(processes: Iterable[int], number: signal.Signals) -> None:
     for pid in processes:
-        # A backend may have ended meanwhile.
+        # A backend may have ended already.
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 

@@ -1,4 +1,4 @@
-"""`outbox drill` as a process: its output, and what it leaves behind."""
+"""`outbox drill` as a process: its output and its leftovers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTBOX = Path(sys.executable).with_name("outbox")
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Where drills make their folders. Not pytest's own, which nobody but its owner may enter."""
+    """The parent folder of drills. Not pytest's own folder, which only its owner may enter."""
     path = Path(tempfile.mkdtemp(prefix="outbox-drills-"))
     path.chmod(0o755)
     yield path
@@ -70,7 +70,7 @@ def test_a_short_drill_keeps_every_promise_and_leaves_nothing(folder: Path) -> N
 
 
 async def test_an_interrupted_drill_leaves_neither_processes_nor_files(folder: Path) -> None:
-    # A paused one too: it is resumed or killed.
+    # A paused process is also resumed or killed.
     drill = start(folder, "--minutes", "5", "--dispatchers", "1", "--faults", "dispatcher_pause")
     assert drill.stderr is not None
     while "SIGSTOP" not in (line := drill.stderr.readline()):

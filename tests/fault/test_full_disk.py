@@ -57,7 +57,7 @@ def disk() -> Iterator[Path]:
 
 @pytest.fixture
 async def postgres(disk: Path, stores: Stores) -> AsyncIterator[PostgresServer]:
-    """Run a PostgreSQL, of the kind that the run uses, on the small file system."""
+    """Run a PostgreSQL of the run's version on the small file system."""
     server = PostgresServer(
         disk / "data",
         log=disk.with_suffix(".log"),
@@ -75,7 +75,7 @@ async def postgres(disk: Path, stores: Stores) -> AsyncIterator[PostgresServer]:
 async def flood(
     scheduler: Scheduler, sender: sender_pb2.Sender, name: str, rows: int
 ) -> tuple[int, tuple[str, str] | None]:
-    """Upload a batch for next month; return how many rows were accepted, or how it was refused."""
+    """Upload a batch for next month; return the number of accepted rows, or the refusal."""
 
     async def messages() -> AsyncIterator[UploadBatchRequest]:
         later = datetime.now(UTC) + timedelta(days=30)
@@ -89,7 +89,8 @@ async def flood(
     try:
         answer = await scheduler.batches.UploadBatch(messages(), timeout=PATIENCE)
     except grpc.aio.AioRpcError as error:
-        # A client of grpc.aio that is refused while it sends may lose the answer, and says so.
+        # A client of grpc.aio that is refused while it sends may lose the answer; it then reports
+        # this.
         lost = error.details() == "Internal error from Core"
         return 0, LOST if lost else reasons_of(error)
     return answer.batch.accepted_count, None
@@ -101,7 +102,7 @@ async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
 ) -> None:
     await postgres.ensure_database()
     if not log_too:
-        # Otherwise the WAL fills the disk, and PostgreSQL stops until there is space.
+        # Without this, the WAL fills the disk, and PostgreSQL stops until there is space.
         await administrate(postgres, "ALTER SYSTEM SET max_wal_size = '32MB'")
         await administrate(postgres, "SELECT pg_reload_conf()")
     await asyncio.to_thread(migrate, postgres.url())
@@ -125,7 +126,7 @@ async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
                 accepted += Counter({name: rows})
                 refusals += [refusal] if refusal else []
                 doubtful |= {name} if refusal in (UNAVAILABLE, LOST) else set()
-            # Without the space of the WAL, either may be full first, depending on checkpoints.
+            # Data or WAL may be full first, depending on checkpoints.
             wanted = {UNAVAILABLE} if log_too else {UNAVAILABLE, EXHAUSTED}
             if len(refusals) >= 6 and wanted & set(refusals):
                 break
@@ -145,8 +146,8 @@ async def test_a_full_disk_refuses_calls_with_a_retry_delay_and_loses_nothing(
             " ON j.batch_id = batches.id WHERE request_id LIKE '%%.%%' GROUP BY 1"
         )
         found = {row.name: row.n for row in stored}
-        # PostgreSQL may end between a commit and its answer: then the caller cannot know, and asks
-        # again. Whole or not at all it is in any case.
+        # PostgreSQL may end between a commit and its answer. Then the caller cannot know the
+        # outcome and repeats the request. In any case the batch is stored completely or not at all.
         assert found == {**accepted, **dict.fromkeys(doubtful & found.keys(), ROWS)}
         await world.check_counts()
 
@@ -164,9 +165,9 @@ async def takes(scheduler: Scheduler, sender: sender_pb2.Sender) -> bool:
 async def takes_again(
     postgres: PostgresServer, scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> bool:
-    """Start PostgreSQL if it has ended, as a supervisor does, and return whether mail is taken.
+    """Start PostgreSQL if it has ended, as a supervisor does; return whether mail is accepted.
 
-    It may end some time after the disk was full: it tries to recover first.
+    After the disk was full it first tries to recover, so it may end some time later.
     """
     if not postgres.child.running:
         await postgres.start()
@@ -180,5 +181,5 @@ def arrived(inbox: Inbox, n: int) -> bool:
 async def sent(world: World, jobs: list[int]) -> bool:
     try:
         return set(jobs) <= await world.in_state(JobState.SENT)
-    except psycopg.OperationalError:  # the connection of before
+    except psycopg.OperationalError:  # a connection that was opened before
         return False

@@ -17,9 +17,9 @@ from tests.world import World, gap_of, jobs_in, most_of
 
 CONCURRENCY, SENDERS, LIMIT = 5, 6, 2
 GAP, WINDOW = timedelta(milliseconds=50), timedelta(milliseconds=300)
-# Of the point: so that other mails are at other steps.
+# The visit of the point at which it dies; by then other mails are at other steps.
 VISIT = 3
-# The server has the mail, and PostgreSQL does not know.
+# The server has accepted the mail, but PostgreSQL has no record of it.
 IN_DOUBT = ("before_the_reply", "after_the_reply")
 
 
@@ -50,7 +50,7 @@ async def test_a_kill_between_two_steps_loses_nothing_and_duplicates_only_mail_i
             await stack.enter_async_context(running(settings_of(values)))
 
         async def died() -> bool:
-            # The others must not leave it without work.
+            # The dispatcher that is to die needs work, although others send too.
             if len(inbox.mails) > len(jobs) - SENDERS:
                 for sender in senders:
                     jobs.update(await world.schedule(sender))
@@ -92,7 +92,7 @@ async def left_behind(world: World) -> list[int]:
 
 
 async def without_outcome(world: World) -> set[int]:
-    """Return the jobs with an attempt whose outcome is unknown."""
+    """Return the jobs that have an attempt with an unknown outcome."""
     unknown = [AttemptOutcome.LEASE_EXPIRED, AttemptOutcome.IN_DOUBT]
     rows = await world.sql(
         "SELECT email_job_id AS id FROM attempts WHERE outcome = ANY(%s)", unknown
@@ -101,7 +101,7 @@ async def without_outcome(world: World) -> set[int]:
 
 
 async def jobs_not_ended_by_their_last_attempt(world: World) -> list[int]:
-    """Return the jobs whose last attempt is not the one that ended it."""
+    """Return the jobs that were not ended by their last attempt."""
     rows = await world.sql(
         """
         SELECT j.id FROM email_jobs j LEFT JOIN attempts a ON a.email_job_id = j.id

@@ -1,7 +1,7 @@
 """Mail through each simulated provider while dispatchers are killed, checked by its counts.
 
-Every mail is accepted, and once: copies are those alone that were in doubt at a kill. None is
-FAILED except what the provider refuses for good.
+Every mail is accepted once. Copies exist only of mails that were in doubt at a kill. A job is
+FAILED only if the provider refuses its mail permanently.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from tests.world import World, jobs_in
 CONCURRENCY: Final = 5
 SENDERS: Final = 3
 USER: Final = "outbox"
-# Recipients of each sender that a provider refuses for good.
+# The number of recipients of each sender that a provider refuses permanently.
 UNKNOWN: Final = 2
 KILLS: Final = 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """One provider, so that it is done in seconds: few mails, and a compressed day."""
+    """A provider with few mails and a compressed day, so that the test takes seconds."""
 
     profile: Profile
     mails: int
@@ -56,7 +56,7 @@ class Case:
 
 
 def periods(profile: Profile, **most_and_seconds: tuple[int, float]) -> Profile:
-    """Return a profile with other numbers for its `minute`, `hour` or `day`."""
+    """Return a profile with other values for its `minute`, `hour` or `day`."""
     names = {MINUTE_S: "minute", HOUR_S: "hour", DAY_S: "day", 1.0: "second"}
     return dataclasses.replace(
         profile,
@@ -71,7 +71,7 @@ def periods(profile: Profile, **most_and_seconds: tuple[int, float]) -> Profile:
 COOLDOWN: Final = {"cooldown": "300ms,600ms", "quota_day": "2s"}
 CASES: Final[Mapping[str, Case]] = {
     "plain": Case(PLAIN, 120),
-    # Slower than the lease, and within the limit of the reply to a body.
+    # Slower than the lease, but within the time limit for the reply to a body.
     "slow-scanner": Case(dataclasses.replace(SLOW_SCANNER, reply_delay_s=3.0), 20),
     "strict-postfix": Case(STRICT_POSTFIX, 60),
     "shared-host": Case(periods(SHARED_HOST, hour=(60, 2.0)), 90, COOLDOWN),
@@ -84,10 +84,10 @@ CASES: Final[Mapping[str, Case]] = {
         periods(EXCHANGE_ONLINE, minute=(20, 0.5), day=(45, 2.0)), 75, COOLDOWN
     ),
     "ses": Case(periods(SES, second=(3, 0.1), day=(45, 2.0)), 75, COOLDOWN),
-    # Longer than the backoff of failed attempts.
+    # The greylisting delay is longer than the backoff of failed attempts.
     "postgrey": Case(POSTGREY.scaled(0.01), 60, {"defer_backoff": "500ms,500ms,1s"}),
 }
-# For a longer run by hand: so many times the mails, through one provider or several (-k gmail).
+# For a longer run by hand: multiplies the mails, through one provider or several (-k gmail).
 TIMES: Final = int(os.environ.get("OUTBOX_TEST_PROVIDER_TIMES", "1"))
 PATIENCE_S: Final = PATIENCE * TIMES
 
@@ -106,7 +106,7 @@ def values_for(database_url: str, redis_url: str) -> Callable[[str, Case], dict[
 
 
 class Dispatchers:
-    """Two dispatchers, of which one is killed at a time and started again."""
+    """Two dispatchers; one at a time is killed and started again."""
 
     def __init__(self, values: dict[str, str], folder: Path) -> None:
         self._running = [
@@ -128,7 +128,7 @@ class Dispatchers:
             await eventually(one.serving)
 
     async def kill_one(self, number: int) -> None:
-        """Kill -9, and start again."""
+        """Kill one with -9 and start it again."""
         one = self._running[number % len(self._running)]
         await one.kill()
         await one.start()
@@ -142,7 +142,7 @@ async def test_every_mail_is_accepted_once_although_dispatchers_are_killed(
     provider = Provider(case.profile, accounts={USER: Account("secret")})
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(provider)
-        # Without TLS: other tests cover the session's security.
+        # Without TLS: other tests cover TLS and AUTH.
         login = USER if case.profile.requires_auth else ""
         values = values_for(provider.url(login), case)
         world = await stack.enter_async_context(World(settings_of(values)))
@@ -151,7 +151,7 @@ async def test_every_mail_is_accepted_once_although_dispatchers_are_killed(
         await dispatchers.serving()
         await world.loader.load(sorted(await senders_of(world)), committed=True)
         for kill in range(1, KILLS + 1):
-            # While mail flows, at equal distances.
+            # While mail is being sent, at even intervals.
             enough = case.mails * kill // (KILLS + 1)
             await eventually(partial(has_accepted, world, provider, enough), PATIENCE_S)
             await dispatchers.kill_one(kill)
@@ -160,12 +160,12 @@ async def test_every_mail_is_accepted_once_although_dispatchers_are_killed(
 
 
 async def has_accepted(world: World, provider: Provider, mails: int) -> bool:
-    """Whether so many mails were accepted, or no more will be: `check_states` says why."""
+    """Return whether that many mails were accepted, or all jobs ended; `check_states` tells why."""
     return provider.tally.accepted >= mails or await world.done()
 
 
 async def scheduled(world: World, mails: int) -> tuple[set[int], set[int]]:
-    """Schedule mails of all senders; return the jobs, and those whose recipient is unknown."""
+    """Schedule mails of all senders; return all jobs, and the jobs with an unknown recipient."""
     jobs: list[int] = []
     unknown: set[int] = set()
     for _ in range(SENDERS):
@@ -187,14 +187,14 @@ async def senders_of(world: World) -> set[int]:
 async def check_states(
     world: World, provider: Provider, *, jobs: set[int], unknown: set[int]
 ) -> None:
-    """Compare the jobs' states with what the provider counted."""
+    """Compare the states of the jobs with the mails that the provider counted."""
     tally = provider.tally
     accepted = jobs_in(tally.mails)
     failed = await world.in_state(JobState.FAILED)
     assert failed == unknown, await reasons(world, failed - unknown)
     assert set(accepted) == jobs - unknown
     assert await world.in_state(JobState.SENT) == jobs - unknown
-    # A lease that has expired belongs to a killed dispatcher: its mail was in doubt.
+    # An expired lease belongs to a killed dispatcher: its mail was in doubt.
     doubtful = {
         row.id
         for row in await world.sql(
@@ -210,7 +210,7 @@ async def check_states(
 
 
 async def reasons(world: World, jobs: set[int]) -> Counter[str]:
-    """Return why jobs failed, for the message of a failing test."""
+    """Return the reasons of failed jobs, for the message of a failing test."""
     rows = await world.sql(
         "SELECT smtp_code, enhanced_code, message FROM attempts WHERE email_job_id = ANY(%s)",
         sorted(jobs),

@@ -54,7 +54,7 @@ async def test_an_old_snapshot_does_not_restore_a_used_up_limit(
         limited, spaced = await world.sender(limit=2), await world.sender()
         jobs = await world.schedule(limited, 4, due=timedelta(seconds=0.3))
         later = await world.schedule(spaced, 2, due=timedelta(hours=1))
-        # It knows of four jobs that wait, of no mail that was sent, and of a look in an hour.
+        # The snapshot has four waiting jobs, no sent mail, and a look in an hour.
         await world.redis.save()
         await eventually(partial(at_least, 2, inbox.mails))
         await world.due_now(spaced)
@@ -116,7 +116,7 @@ async def test_a_rebuild_lock_restored_by_an_old_snapshot_blocks_no_rebuild(
     redis_server: ValkeyServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # The lock itself outlasts the test.
+    # The lock lasts longer than the test.
     monkeypatch.setattr(queue_module, "_REBUILD_LOCK", timedelta(hours=1))
     settings = settings_of(configure())
     async with World(settings) as world:
@@ -135,7 +135,7 @@ async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
     configure: Configure, inbox: Inbox, redis_server: ValkeyServer, tmp_path: Path
 ) -> None:
     settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))
-    # Of the same kind: an older server cannot read what a newer one sends.
+    # The replica has the same version: an older server cannot read the data of a newer one.
     replica = ValkeyServer(tmp_path / "replica", binary=redis_server.binary)
     await replica.start()
     try:
@@ -152,11 +152,12 @@ async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
                 await redis.config_set("repl-diskless-sync-delay", 0)
             await other.replicaof("127.0.0.1", redis_server.port)
             await eventually(lambda: synced(other))
-            # From here on it lags.
+            # From now on the replica lags.
             await other.replicaof("NO", "ONE")
             sent = len(inbox.mails)
             await eventually(partial(at_least, sent + 8, inbox.mails))
-            # At the address of the old master, as after a failover: a replica, and then a master.
+            # As in a failover, this server keeps the old master's address. It becomes a replica,
+            # then a master.
             await restart(redis_server, world)
             await world.redis.replicaof("127.0.0.1", replica.port)
             await eventually(lambda: synced(world.redis))

@@ -88,7 +88,7 @@ class RunningUp:
     def outbox(self, *words: str) -> CommandResult:
         """Run a command in the stack's folder, but in this process, as Python starts slowly.
 
-        In a thread, because some commands run an event loop.
+        It runs in a thread, because some commands run an event loop.
         """
         with chdir(self.folder), ThreadPoolExecutor(1) as thread:
             return thread.submit(run, list(words)).result()
@@ -102,7 +102,7 @@ class RunningUp:
 
 @contextmanager
 def new_folder() -> Iterator[Path]:
-    # Not pytest's own: only its owner may enter that, and PostgreSQL refuses root.
+    # Not pytest's own folder: only its owner may enter it, and PostgreSQL refuses to run as root.
     path = Path(tempfile.mkdtemp(prefix="outbox-up-"))
     yield path
     shutil.rmtree(path)
@@ -116,7 +116,7 @@ def folder() -> Iterator[Path]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def up() -> AsyncIterator[RunningUp]:
-    """`outbox up` for several tests: none stops it, and each has a user of its own."""
+    """`outbox up` for several tests: none of them stops it, and each has its own user."""
     with new_folder() as path:
         async with running(path) as one:
             yield one
@@ -124,7 +124,7 @@ async def up() -> AsyncIterator[RunningUp]:
 
 @asynccontextmanager
 async def running(folder: Path, *options: str, **variables: str) -> AsyncIterator[RunningUp]:
-    """Run `outbox up` in a folder from ready to, at the latest, SIGKILL."""
+    """Run `outbox up` in a folder; kill it at the end of the block if it still runs."""
     with (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(  # noqa: ASYNC220 - returns at once
             [OUTBOX, "up", *options],
@@ -202,7 +202,7 @@ async def test_mail_scheduled_before_a_kill_of_everything_arrives_after_the_next
         schedule(up, "second", sender_id, ["late"])
         wanted = {f"{name}@example.org" for name in (*names, "late")}
         await eventually(lambda: {mail.rcpt_tos[0] for mail in up.mails()} == wanted)
-        # With a gap one mail at a time is under way, so one at most was in doubt at the kill.
+        # With a gap, one mail at a time is in flight, so at most one was in doubt at the kill.
         assert len(up.mails()) <= len(wanted) + 1
         gap = least_gap_s(up.mails())
         assert gap is not None
@@ -266,7 +266,7 @@ async def test_the_commands_that_up_prints_run_as_printed(folder: Path) -> None:
 
 
 def pasted(folder: Path, lines: list[str]) -> str:
-    """Run lines in one shell and return their output; each of them must succeed."""
+    """Run lines in one shell and return their output; each line must succeed."""
     shell = subprocess.run(
         ["bash", "-euo", "pipefail"],
         input="\n".join(lines),
@@ -301,9 +301,9 @@ async def test_with_a_relay_no_mail_goes_to_the_inbox_and_the_audit_asks_postgre
         found = await asyncio.to_thread(up.ask, "stats", "user", "u")
         return bool(found["counts"].get("sent_count") == str(count))
 
-    # The other server runs in this process: every wait here must let it run.
+    # The other server runs in this process, so every wait here must let it run.
     async with Inbox(folder / "other") as other:
-        # A folder that sent all mail to a relay, and is started without one.
+        # This folder sent all mail to a relay, and is now started without one.
         async with running(folder, "--smtp", other.url) as up:
             assert up.endpoints["inbox"] is None
             await asyncio.to_thread(schedule, up, "relayed", None, names)
@@ -335,7 +335,7 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
     options = ("--provider", "gmail", "--provider-quota", "20", "--provider-scale", "0.5")
     async with running(folder, *options, OUTBOX_COOLDOWN="1m") as up:
         assert up.endpoints["provider"] == "gmail"
-        # It includes TLS and the account's login.
+        # This includes TLS and the account's login.
         assert up.endpoints["smtp_url"].startswith("smtp+starttls://outbox:outbox@127.0.0.1:")
         printed = (folder / "stdout").read_text()
         assert "a Gmail account (smtp.gmail.com), simulated" in printed

@@ -16,7 +16,7 @@ from tests.fault.test_up import descendants, folder, pid_of, running
 __all__ = ["folder"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "moving.md"
-# The path of every call of the replaced service, and its verb.
+# The path and the verb of every call of the replaced service.
 OLD_CALLS = {
     "GET /api/senders",
     "POST /api/senders",
@@ -38,7 +38,7 @@ def commands() -> list[str]:
 
 
 def run_line(folder: Path, command: str) -> list[Any]:
-    """Run a line of the page in a shell, and return the JSON documents that it prints."""
+    """Run a line of the page in a shell; return the JSON documents that it prints."""
     done = subprocess.run(
         ["bash", "-euc", f". .outbox/env\n{command}"],
         cwd=folder,

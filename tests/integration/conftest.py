@@ -13,7 +13,7 @@ from tests.world import World
 
 @pytest_asyncio.fixture
 async def statements(world: World) -> AsyncIterator[AsyncEngine]:
-    """A connection as the dispatcher uses it: every statement is its own transaction."""
+    """A connection like the dispatcher's: every statement is its own transaction."""
     engine = create_engine(world.settings, lookups_only=True, single_statements=True)
     yield engine
     await engine.dispose()

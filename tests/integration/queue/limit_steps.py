@@ -11,14 +11,14 @@ from tests.integration.queue.under_way import ClaimUnderWay, Step
 
 
 class Answers(Enum):
-    """How far a renewal comes: PostgreSQL is asked first, then Redis."""
+    """The steps of a renewal that succeed: PostgreSQL is asked first, then Redis."""
 
     BOTH = auto()
-    # PostgreSQL moved the lease, but its answer was lost.
+    # PostgreSQL extended the lease, but its answer was lost.
     POSTGRES_LOST = auto()
-    # PostgreSQL moved it; Redis is unreachable.
+    # PostgreSQL extended the lease; Redis is unreachable.
     REDIS_AWAY = auto()
-    # Both moved it, but the answer of Redis was lost.
+    # Both extended the lease, but the answer of Redis was lost.
     REDIS_LOST = auto()
 
 
@@ -30,7 +30,7 @@ class LimitSteps(QueueSteps):
         if answers is Answers.POSTGRES_LOST:
             return
         if end is None:
-            # Its attempt has ended without it: it stops at once.
+            # Another process has ended the attempt: the send stops at once.
             self._hold_until(holding, min(holding.deadline, self.now))
             return
         holding.lease_until = end
@@ -57,7 +57,7 @@ class LimitSteps(QueueSteps):
             for holding in self._of(sender_id):
                 if holding.step is Step.BEGUN and self.now < holding.deadline:
                     await self._renew(holding, answers)
-            # A renewed job is not mistaken for an abandoned one.
+            # A renewed job is not taken for an abandoned one.
             await self._compare()
             await self._claim(1)
 
@@ -73,7 +73,7 @@ class LimitSteps(QueueSteps):
             await self._advance_claim(holding)
 
     async def _teach(self, sender_id: int, rounds: int, **how: object) -> None:
-        """End each mail of a sender like this; mails of other senders are not changed."""
+        """End each mail of a sender with this result; mails of other senders are not changed."""
         for _ in range(rounds):
             await self._advance((self.model.first_look or 0) * 1000)
             await self._claim(3)

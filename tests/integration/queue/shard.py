@@ -31,16 +31,16 @@ BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 AUTH_BACKOFF = (timedelta(seconds=7), timedelta(minutes=10), timedelta(hours=1))
 START_MS = 1_800_000_000_000
 
-# Takes the place of includes/time.lua, and rounds as that does. In us, so that a test can end a
+# Replaces includes/time.lua and rounds the same way. The time is in us, so that a test can end a
 # send within a millisecond.
 CLOCK = """
 local time = tonumber(redis.call('GET', prefix .. 'test:now'))
 local NOW = math.floor(time / 1000)
 local NOW_UP = math.ceil(time / 1000)
 """
-# Takes the place of includes/run.lua.
+# Replaces includes/run.lua.
 RUN = "local RUN = redis.call('GET', prefix .. 'test:run') or 'first'\n"
-# The sender of most tests; a test replaces the fields that it is about.
+# The sender of most tests; each test replaces the fields that matter to it.
 SENDER = Head(
     sender_id=7,
     hourly_limit=100,
@@ -57,7 +57,7 @@ def milliseconds(number: float) -> timedelta:
 
 
 def jobs(*pairs: tuple[int, int], attempt: int = 1) -> tuple[tuple[JobRef, int], ...]:
-    """Return jobs of a head from (id, ms after START)."""
+    """Return jobs of a head from pairs of (id, ms after START)."""
     return tuple((JobRef(job_id, attempt), START_MS + due) for job_id, due in pairs)
 
 
@@ -66,7 +66,7 @@ def members(*ids: int, attempt: int = 1) -> list[str]:
 
 
 async def scores(redis: Redis, key: str) -> dict[str, int]:
-    """Return a sorted set, in its order; every score of ours is a whole ms."""
+    """Return a sorted set in its order; every score of Outbox is a whole number of ms."""
     found: Any = await redis.zrange(key, 0, -1, withscores=True)
     return {member: int(score) for member, score in found}
 
@@ -79,7 +79,7 @@ class StoredSender:
     leases: dict[str, int]
     window: dict[str, int]
     settings: dict[str, str]
-    # Whether the key is there and will go by itself.
+    # Whether the key exists and has a time to live.
     settings_expire: bool
     window_expires: bool
 
@@ -98,7 +98,7 @@ class Shard:
         auth_backoff: Sequence[timedelta] = AUTH_BACKOFF,
     ) -> None:
         self.redis = redis
-        # Changes of circuits, in the order in which they were reported.
+        # Changes of circuits, in the order of their reports.
         self.changes: list[CircuitChange] = []
         self.queue = Queue(
             redis,
@@ -157,7 +157,7 @@ class Shard:
         contact: Contact | None = None,
         cooldown: timedelta | None = None,
     ) -> list[int]:
-        """Settle one claim; `retry_at`, in ms after START, is when its job is due again."""
+        """Settle one claim; its job is due again at `retry_at`, in ms after START."""
         if contact is None:
             contact = Contact.ANSWERED if answered else Contact.NONE
             contact = contact if connection_error is None else Contact.FAILED
@@ -182,7 +182,7 @@ class Shard:
         return await self.queue.settle([settlement])
 
     async def renew(self, *claims: Claim) -> list[int | None]:
-        """Renew leases; return their new ends, in ms after START."""
+        """Renew leases; return their new ends in ms after START."""
         ends = await self.queue.renew([(claim.sender_id, claim.job) for claim in claims])
         return [end and end - START_MS for end in ends]
 
@@ -192,7 +192,7 @@ class Shard:
         return {int(sender): look - START_MS for sender, look in found.items()}
 
     async def waiters(self, endpoint: str = RELAY) -> dict[int, int]:
-        """The senders that wait for an endpoint's circuit, and since when, in ms after START."""
+        """The start of each sender's wait for an endpoint's circuit, in ms after START."""
         found = await scores(self.redis, f"{self.prefix}waiters:{endpoint}")
         return {int(sender): at - START_MS for sender, at in found.items()}
 
@@ -206,7 +206,7 @@ class Shard:
         return state
 
     async def senders(self, sender_ids: Iterable[int]) -> list[StoredSender]:
-        """Everything that Redis holds about these senders; times in ms after START."""
+        """Return everything that Redis holds about these senders; times are in ms after START."""
         ids = list(sender_ids)
         async with self.redis.pipeline(transaction=False) as pipeline:
             for sender_id in ids:

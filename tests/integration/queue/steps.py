@@ -31,7 +31,7 @@ from tests.integration.queue_model import INFINITY, CircuitModel, QueueModel
 WINDOW = 10_000
 LEASE = 3_000
 LOW = 2
-# load_head.lua
+# The same value as in load_head.lua.
 SOON = 100
 # The keys of a sender, and its entry in `ready`.
 SENDER_KEYS = ("due", "lease", "window", "sender", "ready")
@@ -41,7 +41,7 @@ BACKOFF = (500, 4_000, 40_000)
 AUTH_BACKOFF = (700, 9_000)
 BACKOFFS = {Contact.FAILED: BACKOFF, Contact.AUTH_FAILED: AUTH_BACKOFF}
 ENDPOINTS = ("relay", "other")
-# As texts they sort the other way round.
+# Sorted as texts, their order is reversed.
 SENDERS = (9, 10, 11)
 
 
@@ -73,7 +73,7 @@ class QueueSteps(RuleBasedStateMachine):
         self.broken = False
         self.snapshot = Snapshot()
         self.runs = 0
-        # Something was lost that a recovery has to find.
+        # Data was lost, and a recovery has to find it.
         self.lossy = False
 
     def do(self, step: Coroutine[Any, Any, None]) -> None:
@@ -94,7 +94,7 @@ class QueueSteps(RuleBasedStateMachine):
         return -(-self.now // 1000)
 
     async def _outage(self, spared: int | None, *, waits: bool, rounds: int) -> None:
-        """Fail for a while, except for one sender; `waits`: claim again before the next probe."""
+        """Fail for a while, except for one sender. `waits`: claim before the next probe."""
         for _ in range(rounds):
             await self._claim(3)
             for holding in tuple(self.holdings):
@@ -180,7 +180,7 @@ class QueueSteps(RuleBasedStateMachine):
             await self._rebuild()
 
     def _probes_allowed(self, sender_id: int) -> float:
-        """Return how many jobs of all senders of this sender's endpoint may be claimed."""
+        """Return how many jobs may be claimed for all senders of this sender's endpoint."""
         s = self.model.senders[sender_id]
         c = self.model.circuit(s)
         if not c.open:
@@ -254,17 +254,17 @@ class QueueSteps(RuleBasedStateMachine):
         cools: int | None = None,
         waits: bool = False,
     ) -> None:
-        """`cools`: its account was refused; the cooldown lasts so many ms."""
+        """With `cools`, its account was refused; the cooldown lasts that many ms."""
         send, claim = holding.send, holding.claim
         assert send is not None
         if use is LimitUse.UNUSED and not holding.known:
-            # As OutcomeRules.given_back: an attempt, which its number alone fences.
+            # As in OutcomeRules.given_back: recorded as an attempt, which its number alone fences.
             use, retry, contact, cools = LimitUse.BEGUN, 0, Contact.NONE, None
         if use is LimitUse.UNUSED:
             self.world.sends[claim.sender_id].remove(send)
             await self._give_back(holding, waits=waits)
             return
-        # When it began to send is not kept: at its claim at the earliest.
+        # The start of the send is not stored, so its end is no earlier than its claim.
         ended = max(holding.claimed, min(self.now - age, holding.deadline))
         send.ended, send.counted = ended, use is LimitUse.COUNTED
         retry_at = None if retry is None else -(-ended // 1000) + retry
@@ -288,7 +288,7 @@ class QueueSteps(RuleBasedStateMachine):
     def _cool_down(
         self, holding: ClaimUnderWay, retry: int | None, contact: Contact, cools: int | None
     ) -> timedelta | None:
-        """Store a cooldown, or its end; return the wait until the next probe."""
+        """Store the begin or end of a cooldown; return the wait until the next probe."""
         sender_id = holding.claim.sender_id
         if cools is not None:
             self.world.cooldowns[sender_id] = self.now + cools * 1000
@@ -342,7 +342,7 @@ class QueueSteps(RuleBasedStateMachine):
             await self.raw.restore(key, max(0, ttl), value)
         self.runs += 1
         await self.shard.redis.set(self.shard.prefix + "test:run", f"run{self.runs}")
-        # A restart takes longer than the resolution of the clock that tells two lives apart.
+        # A restart takes longer than the clock resolution that distinguishes two lives.
         await self._advance(self.now + 1000)
         self.model.lose_all(snapshot.ready)
         self.lossy = True
@@ -460,7 +460,7 @@ class QueueSteps(RuleBasedStateMachine):
         raise AssertionError("jobs wait, and looking does not help")
 
     async def _advance_claim(self, holding: ClaimUnderWay, **how: Any) -> None:
-        """Take the next step; `how` a send ends."""
+        """Take the next step; `how` is the end of a send."""
         if holding.step is Step.BEGUN:
             await self._end(holding, **how)
             return

@@ -35,7 +35,7 @@ async def test_a_sender_with_a_gap_has_one_ready_job_and_its_age_is_its_lateness
     await shard.settle(claim, LimitUse.COUNTED)
     await shard.at(2_699)
     assert await shard.queue.count_ready_jobs() == NOTHING
-    # The next one is allowed from the end of the gap, not from its due time.
+    # The next job is late from the end of the gap on, not from its due time.
     await shard.at(3_000)
     assert await shard.queue.count_ready_jobs() == ready(1, 300)
 

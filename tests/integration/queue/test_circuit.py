@@ -10,12 +10,12 @@ from outbox_server.shared.queue.queue import Claim, Head, LimitUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, START_MS, Shard, jobs, milliseconds
 
 RECHECK_MS = 30_000
-# Nothing but the circuit holds them: no gap, so that one claim may take many.
+# Only the circuit delays the sender: it has no gap, and one claim may take many jobs.
 FREE = replace(SENDER, gap=milliseconds(0), max_in_flight=50)
 
 
 def sender(number: int, n: int = 10, *, endpoint: str = "relay", due: int = 0) -> Head:
-    """Return a sender with jobs number * 100 + 1, ... that have been due since `due`."""
+    """Return a sender whose jobs number * 100 + 1 and so on have been due since `due`."""
     numbers = [(number * 100 + i, due) for i in range(1, n + 1)]
     return replace(FREE, sender_id=number, jobs=jobs(*numbers), endpoint=endpoint)
 
@@ -32,21 +32,21 @@ async def answer(shard: Shard, claim: Claim) -> None:
 
 
 async def outage(shard: Shard, times: int = 3, *, want: int = 1) -> None:
-    """Let a number of sends fail, one after the other."""
+    """Let that many sends fail, one after the other."""
     for _ in range(times):
         for claim in (await shard.claim(want)).claims:
             await fail(shard, claim)
 
 
 async def stop(shard: Shard, *heads: Head, wait: int = 600_000) -> None:
-    """Load senders of one endpoint, 1 and 2 among them; let 101, 102 and 201 fail."""
+    """Load senders of one endpoint, including 1 and 2; let 101, 102 and 201 fail."""
     await shard.load(*heads)
     claims = {claim.job.job_id: claim for claim in (await shard.claim()).claims}
     for job_id in (101, 102, 201):
         await fail(shard, claims.pop(job_id), wait=wait)
     for claim in claims.values():
         await shard.settle(claim, LimitUse.UNUSED, retry_at=0, give_back=True)
-    # They are looked at once more, and wait.
+    # The next claim looks at them once more, and then they wait.
     await shard.at(1)
     assert await shard.claimed() == []
 
@@ -89,7 +89,7 @@ async def test_an_answer_resets_the_count_of_failures(shard: Shard) -> None:
 async def test_outcomes_without_contact_do_not_change_the_count_of_failures(shard: Shard) -> None:
     await shard.load(sender(7))
     await outage(shard, 2)
-    # A mail that could not be built; one given back; one whose dispatcher died.
+    # One mail cannot be built, one is given back, and the dispatcher of one dies.
     built, back, _ = (await shard.claim(3)).claims
     await shard.settle(built, LimitUse.BEGUN)
     await shard.settle(back, LimitUse.UNUSED, retry_at=600_000, give_back=True)
@@ -208,7 +208,7 @@ async def test_when_a_prober_dies_another_probes_after_its_lease_expired(shard: 
     [probe] = (await shard.claim()).claims
 
     assert probe.job != dead.job
-    # The paused one resumes: its result is ignored, because it is no longer the probe.
+    # The paused dispatcher resumes: its result is ignored, because its job is no longer the probe.
     await fail(shard, dead)
     assert (await shard.circuit())["step"] == "1"
     await fail(shard, probe)
@@ -243,7 +243,7 @@ async def test_the_first_failing_sender_waits_for_the_endpoint_once_another_fail
     await outage(shard)
     await shard.at(5_000)
     await outage(shard, 1)
-    # It would probe at 30 s; a second one fails now.
+    # Its next probe is due at 30 s; now a second sender fails.
     await shard.load(sender(2))
     await outage(shard, 1)
 
@@ -298,7 +298,7 @@ async def test_a_sender_that_changed_its_endpoint_while_a_circuit_was_lost_does_
 async def test_no_circuit_survives_a_restart_of_redis(shard: Shard) -> None:
     heads = [sender(number, 5) for number in (1, 2, 3)]
     await stop(shard, *heads)
-    # Redis starts again with what it had on disk: its clock may be another now.
+    # Redis restarts with the data on its disk; its clock may differ now.
     await shard.redis.set(f"{shard.prefix}test:run", "second")
     assert await shard.queue.circuits_of_sender(3) == ()
     await shard.whole()
@@ -315,7 +315,7 @@ async def test_an_unused_claim_does_not_end_a_later_probe_of_the_same_attempt(
     await shard.load(replace(heads[0], jobs=jobs((103, 0))))
     await shard.at(5_000)
     lost = await one_probe(shard)
-    # Its lease runs out before it is marked, and the job is claimed once more.
+    # Its lease expires before it is marked, and the job is claimed again.
     await shard.at(5_000 + LEASE_MS)
     await shard.claim()
     await shard.load(replace(heads[0], jobs=jobs((103, 0))))
@@ -353,7 +353,7 @@ async def test_the_circuits_that_a_sender_waits_for_are_reported(shard: Shard) -
     assert await shard.queue.circuits_of_sender(2) == (of_endpoint,)
     assert await shard.queue.circuits_of_sender(3) == (of_sender,)
     assert await shard.queue.circuits_of_sender(4) == ()
-    # An endpoint whose failures are all of one sender shows that sender's.
+    # If all failures of an endpoint belong to one sender, the sender's circuit is shown.
     reported = await shard.queue.circuits_of_endpoints(["relay", "other", "third"])
     assert reported == {"relay": of_endpoint, "other": of_sender}
 
@@ -373,7 +373,7 @@ async def test_the_opening_and_closing_of_a_circuit_are_reported_once(shard: Sha
     await outage(shard, 1)
     assert shard.changes == [opened]
 
-    # Another fails too: the endpoint is the cause, and not the first sender.
+    # Another sender fails too, so the cause is the endpoint and not the first sender.
     await shard.load(sender(2))
     await outage(shard, 1)
     of_endpoint = [

@@ -1,4 +1,4 @@
-"""Circuits after failed authentications: probes have their own, longer backoff."""
+"""Circuits after failed authentications: probes have a separate, longer backoff."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def fail(shard: Shard, claim: Claim, contact: Contact) -> None:
 
 
 async def outage(shard: Shard, *contacts: Contact) -> None:
-    """Let one send after the other fail."""
+    """Let that many sends fail, one after the other."""
     for contact in contacts:
         (claim,) = (await shard.claim(1)).claims
         await fail(shard, claim, contact)

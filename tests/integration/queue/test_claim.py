@@ -1,4 +1,4 @@
-"""claim.lua: which jobs may be sent now, oldest look first, regardless of what else waits."""
+"""claim.lua: which jobs may be sent now, by earliest look, regardless of other waiting jobs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def test_with_a_gap_one_send_is_in_flight_and_the_next_begins_a_gap_after_
     (first,) = (await shard.claim()).claims
     await shard.at(500.4)
     assert await shard.claimed() == []
-    # It ended at 400.4, so at 401 in whole ms: a gap is never short by a part of one.
+    # It ended at 400.4, which is rounded up to 401: a gap is never short by a fraction of a ms.
     await shard.settle(first, age=100)
 
     await shard.at(2400.9)
@@ -142,7 +142,7 @@ async def test_ends_and_reservations_share_the_window(shard: Shard) -> None:
     await shard.load(head)
 
     (first,) = (await shard.claim()).claims
-    # The lease is the fourth: there is room again when the oldest end leaves.
+    # The lease takes the fourth entry, so there is room again when the oldest end leaves.
     assert await shard.ready() == {7: 1}
     await shard.at(1)
     (second,) = (await shard.claim()).claims
@@ -242,7 +242,7 @@ async def test_an_expired_lease_takes_an_entry_at_its_deadline_and_requests_a_lo
     assert await shard.queue.claim(5) == Claimed(next_look=milliseconds(1))
     epoch = (await shard.sender()).settings["epoch"]
 
-    # No claim runs for a while: the entry counts from the deadline, not from the claim.
+    # No claim runs for a while. The entry counts from the deadline, not from the next claim.
     await shard.at(LEASE_MS + 500)
     claimed = await shard.claim()
 
@@ -310,7 +310,7 @@ async def test_a_lease_from_before_a_loss_blocks_the_gap_until_it_ends(shard: Sh
 
 
 async def calls_of_a_claim(shard: Shard, want: int) -> dict[str, int]:
-    """Claim `want` jobs; return how often each command was called on the way."""
+    """Claim `want` jobs; return how often each Redis command was called."""
     await shard.redis.config_resetstat()
     assert len(await shard.claimed(want)) == want
     stats = await shard.redis.info("commandstats")

@@ -1,7 +1,8 @@
 """Every script uses only the keys of its shard: a cluster runs it and checks each access.
 
-With `#!lua` before it a script may touch no key of another slot; without, a node lets it have all
-that happens to live there. One server with all slots is a cluster that can show it.
+A script that begins with `#!lua` may not touch keys of another slot. Without this line, a node
+permits access to every key that it holds. One server with all slots is a cluster that can test
+this.
 """
 
 from __future__ import annotations

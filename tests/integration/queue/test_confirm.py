@@ -61,7 +61,7 @@ async def test_a_claim_whose_lease_was_found_expired_is_not_confirmed(shard: Sha
 
 
 async def test_a_claim_of_a_sender_whose_settings_are_lost_is_not_confirmed(shard: Shard) -> None:
-    # A first load that read PostgreSQL before the mark would forget its lease.
+    # A first load that read PostgreSQL before the mark would lose the lease.
     await shard.load(HEAD)
     claims = (await shard.claim(1)).claims
     await shard.redis.delete("outbox:{0}:sender:7")

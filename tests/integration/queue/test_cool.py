@@ -17,9 +17,9 @@ from tests.integration.queue.shard import (
     milliseconds,
 )
 
-# Only the cooldown delays it: no gap, and several sends at once.
+# Only the cooldown delays this sender: it has no gap and may send several mails at once.
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))
-# Longer than the lease of a probe.
+# The cooldown is longer than the lease of a probe.
 COOLDOWN_MS = 300_000
 IDLE_MARGIN_MS = 60_000
 
@@ -45,7 +45,7 @@ async def accept(shard: Shard, claim: Claim) -> None:
 
 
 async def cool(shard: Shard, *, wait_ms: int = COOLDOWN_MS) -> None:
-    """Load a sender and let its account be refused at once."""
+    """Load a sender and let the server refuse its account at once."""
     await shard.load(FREE)
     await refuse(shard, await claim_one(shard), wait_ms)
 
@@ -73,7 +73,7 @@ async def test_one_probe_at_a_time_is_sent_even_long_after_its_time(shard: Shard
     probe = await one_probe(shard)
     await shard.at(COOLDOWN_MS + LEASE_MS - 1)
     assert await shard.claimed() == []
-    # Neither accepted nor refused: a mailbox that does not exist.
+    # The account is neither accepted nor refused: the mailbox does not exist.
     await shard.settle(probe, LimitUse.BEGUN, answered=True)
 
     await one_probe(shard)
@@ -168,7 +168,7 @@ async def test_a_cooldown_that_is_loaded_after_its_time_allows_one_probe(shard: 
 
 
 async def test_a_load_without_a_cooldown_ends_it(shard: Shard) -> None:
-    # As ResumeSender does.
+    # ResumeSender does the same.
     await cool(shard)
     await shard.load(FREE, committed=True)
 
@@ -188,7 +188,7 @@ async def test_when_a_probing_dispatcher_dies_the_next_probe_follows_the_end_of_
     assert (await one_probe(shard)).job != dead.job
 
 
-# With other limits -----------------------------------------------------------------------------
+# Together with other limits --------------------------------------------------------------------
 
 
 async def test_a_sender_with_an_open_circuit_waits_for_the_later_of_both(shard: Shard) -> None:
@@ -197,7 +197,7 @@ async def test_a_sender_with_an_open_circuit_waits_for_the_later_of_both(shard: 
         await shard.settle(
             await claim_one(shard), LimitUse.BEGUN, connection_error="refused", retry_at=0
         )
-    # The circuit allows a probe at 5 s, which is refused.
+    # The circuit allows a probe at 5 s; the account is refused.
     await shard.at(5_000)
     probe = await claim_one(shard)
     assert not probe.probe
@@ -207,7 +207,7 @@ async def test_a_sender_with_an_open_circuit_waits_for_the_later_of_both(shard: 
 
     await shard.at(25_000)
     probe = await one_probe(shard)
-    # The connection fails three times: the circuit opens again, and is the later one now.
+    # The connection fails three times. The circuit opens again, and now its wait ends later.
     for _ in range(3):
         await shard.settle(probe, LimitUse.BEGUN, connection_error="refused", retry_at=0)
         claims = (await shard.claim()).claims
@@ -245,7 +245,7 @@ async def test_a_probe_outside_the_sending_hours_waits_for_the_next_opening(
 
     await shard.load(replace(FREE, opening=within(0, 10_000)))
     await refuse(shard, await claim_one(shard), 20_000)
-    # Before the end of the hours it requests the next ones, and nothing after that.
+    # The next look is at the end of this opening: it requests the next opening.
     assert await shard.ready() == {7: 10_000}
     await shard.at(10_000)
     assert (await shard.claim()).loads == (7,)
@@ -281,11 +281,11 @@ async def test_a_paused_sender_sends_no_probe(shard: Shard) -> None:
     await one_probe(shard)
 
 
-# What is kept --------------------------------------------------------------------------------
+# Deletion of senders -------------------------------------------------------------------------
 
 
 async def test_a_sender_in_cooldown_is_deleted_when_no_mail_waits(shard: Shard) -> None:
-    # PostgreSQL has the cooldown: the next load brings it.
+    # PostgreSQL stores the cooldown: the next load restores it.
     await shard.load(replace(FREE, jobs=jobs((1, 0))))
     claim = await claim_one(shard)
     await shard.settle(claim, cooldown=timedelta(days=1))

@@ -1,4 +1,4 @@
-"""life.lua: what ends a life of the shard, and what still works while Redis is full."""
+"""life.lua: which events end a life of the shard, and what still works while Redis is full."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ async def test_a_small_step_back_of_the_clock_stops_time_and_shortens_no_gap(sha
     await shard.at(9_001)
     await shard.settle(claim)
 
-    # The send ended at 10,000 by the clock of the life.
+    # The send ended at 10,000 by the clock of this life.
     assert (await shard.sender()).window == {"000000000001:1": 10_000}
     assert await shard.ready() == {7: 12_000}
     await shard.at(11_999)
@@ -121,7 +121,7 @@ async def test_after_a_long_step_back_of_the_clock_history_counts_by_its_age(sha
     await shard.at(1_000)
     assert (await shard.queue.claim(5)).lost
 
-    # As PostgreSQL says: half a second ago.
+    # PostgreSQL reports that it ended half a second ago.
     ended = PastEnd(JobRef(1, 1), milliseconds(500), counted=True)
     await shard.load(replace(SENDER, jobs=jobs((2, 0)), ends=(ended,)))
     assert await shard.ready() == {7: 2_500}
@@ -130,12 +130,12 @@ async def test_after_a_long_step_back_of_the_clock_history_counts_by_its_age(sha
     assert [each.job.job_id for each in (await shard.queue.claim(5)).claims] == [2]
 
 
-# Out of memory -------------------------------------------------------------------------------
+# Redis out of memory -------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def full(shard: Shard) -> AsyncIterator[Callable[[], Coroutine[Any, Any, None]]]:
-    """Return a function that makes Redis refuse more memory."""
+    """Return a function that makes Redis refuse to use more memory."""
 
     async def fill() -> None:
         await shard.redis.config_set("maxmemory", "1")

@@ -91,7 +91,7 @@ async def test_a_load_does_not_requeue_a_leased_job(shard: Shard) -> None:
     await shard.load(head)
     assert await shard.claimed() == [1]
 
-    # PostgreSQL was read before the claim was marked there.
+    # The load read PostgreSQL before the claim was marked there.
     await shard.load(head)
 
     assert (await shard.sender()).due == dict.fromkeys(members(2), 0)
@@ -106,7 +106,7 @@ async def test_a_load_is_requested_soon_if_all_loaded_jobs_are_leased(
     claimed = await shard.claim(200)
     assert (len(claimed.claims), claimed.loads) == (128, (7,))
 
-    # None of them is marked yet, so the load finds the same jobs again.
+    # None of the jobs is marked yet, so the load finds the same jobs again.
     await shard.load(head)
     for claim in claimed.claims:
         await shard.settle(claim)
@@ -123,7 +123,7 @@ async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
     await shard.at(1000.5)
     ends = (
         PastEnd(JobRef(1, 1), milliseconds(3_000_000), counted=True),
-        # Only the gap knows of this one.
+        # This end counts only for the gap.
         PastEnd(JobRef(3, 1), milliseconds(100), counted=False),
         PastEnd(JobRef(2, 3), milliseconds(400), counted=True),
     )
@@ -131,7 +131,7 @@ async def test_a_first_load_restores_the_limiters_history(shard: Shard) -> None:
     await shard.load(replace(NO_GAP, ends=ends, leases=leases, jobs=jobs((5, 0))))
 
     state = await shard.sender()
-    # Rounded up: no end is recorded earlier than it was.
+    # Ends are rounded up: none is recorded too early.
     assert state.window == {"000000000001:1": 1001 - 3_000_000, "000000000002:3": 601}
     assert state.leases == {"000000000004:2": 6001}
     assert int(state.settings["end"]) == START_MS + 901
@@ -197,11 +197,11 @@ async def test_a_load_clears_the_request_for_one(shard: Shard) -> None:
 
 
 async def test_a_full_head_stays_encoded_as_a_listpack(shard: Shard) -> None:
-    # Ids and times as large as they get.
+    # The largest ids and times.
     head = [(JobRef(10**12 - n, 12), START_MS + 10**11 + n) for n in range(128)]
     await shard.load(replace(SENDER, jobs=tuple(head), more=True))
 
-    # Before Redis 7 it has another name, and is as small.
+    # Before Redis 7 the encoding has another name, but the same size.
     encoding = await shard.redis.object("encoding", "outbox:{0}:due:7")
     assert encoding in ("listpack", "ziplist")
     size = await shard.redis.memory_usage("outbox:{0}:due:7", samples=0)

@@ -1,9 +1,9 @@
 """The Lua scripts decide like the model, and their decisions keep the promises.
 
-Random senders, limits, gaps, times; dispatchers that are stopped or die anywhere; loads that are
-overtaken; losses of Redis, of some of its keys, and starts with an old snapshot. After every step
-Redis holds what the model holds, and every send that begins is held against what was really sent
-before. At the end everything that waits gets sent.
+The steps are random: senders, limits, gaps, times; dispatchers that stop or die anywhere; loads
+that are overtaken; losses of Redis or of some of its keys, and starts with an old snapshot. After
+every step Redis holds the same as the model, and every send that begins is checked against the
+sends before it. At the end all waiting mail is sent.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.integration.queue.under_way import ClaimUnderWay, Snapshot, Step
 from tests.integration.queue.world import SenderRow
 
 senders = st.sampled_from(SENDERS)
-# Which of several: taken modulo their number.
+# Picks one of several: an index, taken modulo their number.
 picks = st.integers(0, 7)
 chances = st.booleans()
 rows = st.builds(
@@ -93,7 +93,7 @@ class QueueMachine(LimitSteps):
         further=st.integers(0, 2),
     )
     def mark(self, pick: int, fails: bool, waits: bool, further: int) -> None:
-        """Mark, and perhaps confirm and begin to send."""
+        """Mark, and possibly confirm and begin to send."""
         holding = self._pick(Step.CLAIMED, pick)
         self.do(self._mark(holding, fails=fails, waits=waits))
         for step in (Step.MARKED, Step.CONFIRMED)[:further]:
@@ -149,21 +149,21 @@ class QueueMachine(LimitSteps):
         pauses=st.lists(st.tuples(st.integers(1, 2_900_000), answers), min_size=1, max_size=4),
     )
     def linger(self, sender_id: int, pauses: list[tuple[int, Answers]]) -> None:
-        """Let a server be slow to answer."""
+        """Let a server answer slowly."""
         self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
         self.do(self._load(sender_id, committed=True))
         self.do(self._linger(sender_id, pauses))
 
     @rule(sender_id=senders, rounds=st.integers(1, 11))
     def throttle(self, sender_id: int, rounds: int) -> None:
-        """Let a server say "too fast"."""
+        """Let a server reply that mail comes too fast."""
         self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
         self.do(self._load(sender_id, committed=True))
         self.do(self._throttle(sender_id, rounds))
 
     @rule(sender_id=senders, rounds=st.integers(1, 3), cools=st.sampled_from([1, 700, 20_000]))
     def refuse(self, sender_id: int, rounds: int, cools: int) -> None:
-        """Let a server refuse an account, and its probes."""
+        """Let a server refuse an account and its probes."""
         self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
         self.do(self._load(sender_id, committed=True))
         self.do(self._refuse(sender_id, rounds, cools))
@@ -188,7 +188,7 @@ class QueueMachine(LimitSteps):
     def die(self, pick: int) -> None:
         holding = self.holdings.pop(pick % len(self.holdings))
         if holding.send and holding.send.ended is None:
-            # It may have been sent, at the last instant.
+            # It may have been sent at the last instant.
             holding.send.ended = holding.deadline
 
     @precondition(lambda self: self.loads)
@@ -261,7 +261,7 @@ class QueueMachine(LimitSteps):
     def restore_lost(self, waits: bool) -> None:
         self.do(self._restore_lost(waits=waits))
 
-    # What must hold after each step ----------------------------------------------------------
+    # Invariants that hold after each step ----------------------------------------------------
 
     @invariant()
     def redis_holds_what_the_model_holds(self) -> None:
@@ -282,7 +282,7 @@ class QueueMachine(LimitSteps):
 
 @pytest.fixture
 def low_water(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head of four requests a load when one is left."""
+    """A head has four jobs, and requests a load when one is left."""
     monkeypatch.setattr(outbox_server.shared.queue.queue, "LOW_WATER", LOW)
 
 
@@ -292,7 +292,7 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-# 40 examples, in parts so that the workers share them.
+# 40 examples, split so that the workers share them.
 @pytest.mark.parametrize("_part", range(4))
 @pytest.mark.usefixtures("low_water")
 def test_the_scripts_agree_with_the_model_and_keep_the_promises(

@@ -22,7 +22,7 @@ async def claim_one(shard: Shard) -> Claim:
 
 
 async def too_fast(shard: Shard, claim: Claim) -> None:
-    """End a send that the server refused as too fast; its job keeps waiting."""
+    """End a send that the server refused as too fast; its job waits again."""
     await shard.settle(claim, LimitUse.BEGUN, contact=Contact.TOO_FAST, retry_at=shard.now)
 
 
@@ -109,7 +109,7 @@ async def test_a_refusal_of_a_mail_sent_before_the_pace_does_not_raise_it(shard:
     for claim in others:
         await too_fast(shard, claim)
     assert await pace(shard) == 125
-    # With the last of them the pace is in force.
+    # The pace applies once the last of them has ended.
     await too_fast(shard, last)
     assert await pace(shard) == 250
 
@@ -160,7 +160,7 @@ async def test_a_pace_longer_than_the_window_keeps_the_promise_of_the_window(
         assert await pace(shard) == MOST_MS
         sent = shard.now
         await shard.settle(await claim_one(shard), contact=Contact.ACCEPTED)
-        # The pace is forgotten; the end of that send has not left the window.
+        # The pace is forgotten, but the end of that send is still in the window.
         await shard.load(replace(head, revision=2), committed=True)
         await shard.at(sent + 1)
         assert len(await shard.claimed()) == 1
@@ -180,7 +180,7 @@ async def test_a_sender_with_a_pace_is_deleted_when_no_mail_waits(redis_url: str
 
         assert (await shard.sender()).settings_expire
         left = await client.pttl(f"{shard.prefix}sender:7")
-        # Not before its current gap has passed.
+        # No earlier than its current gap allows.
         assert MOST_MS < left <= MOST_MS + IDLE_MARGIN_MS
 
 

@@ -90,14 +90,14 @@ async def test_a_renewed_lease_outlives_its_first_end(shard: Shard) -> None:
     assert (claimed.claims, claimed.loads) == ((), ())
     assert (await shard.sender()).leases != {}
 
-    # No longer renewed: its entry is assumed taken, from the renewed end.
+    # Renewals stop: its entry is assumed to be taken from the renewed end on.
     await shard.at(20_000 + LEASE_MS)
     assert (await shard.claim()).loads == (7,)
     assert list((await shard.sender()).window.values()) == [20_000 + LEASE_MS]
 
 
 async def test_an_expired_lease_that_nobody_noticed_is_renewed(shard: Shard) -> None:
-    # No claim has examined the sender, so its entry is still reserved.
+    # No claim has examined the sender since, so its entry is still reserved.
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(LEASE_MS + 5)
@@ -133,7 +133,7 @@ async def test_renewing_the_probe_of_an_open_circuit_keeps_other_probes_out(
     await shard.at(25_000 + LEASE_MS - 1)
     assert await shard.claimed() == []
 
-    # It dies in the end, and another probes.
+    # The probing dispatcher dies, and another one probes.
     await shard.at(25_000 + LEASE_MS)
     assert len(await shard.claimed()) == 1
 
@@ -192,7 +192,8 @@ async def test_a_renewed_send_releases_its_entry_by_the_end_that_the_renewal_ret
 async def test_a_send_whose_renewal_got_no_answer_is_settled_by_its_attempt(
     shard: Shard,
 ) -> None:
-    # It knows only the old end, so a give-back would free nothing. The attempt is its fence.
+    # The send knows only the old end, so a give-back would release nothing. It is recorded as an
+    # attempt, whose number fences it.
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(20_000)

@@ -42,12 +42,12 @@ async def test_after_the_loaded_opening_a_load_is_requested_and_no_job_is_claime
     shard: Shard,
 ) -> None:
     await shard.load(replace(NO_GAP, jobs=jobs((1, 6_000)), opening=opening(0, 5_000)))
-    # Due when it is over: nothing is to be seen before that.
+    # The job is due after the opening, so no look is needed before the opening ends.
     assert await shard.ready() == {SENDER.sender_id: 5_000}
     await shard.at(6_500)
     claimed = await shard.claim()
     assert (claimed.claims, claimed.loads) == ((), (SENDER.sender_id,))
-    # Once, until a dispatcher has had the time to load it.
+    # The load is requested once; a dispatcher gets time to perform it.
     again = await shard.claim()
     assert (again.claims, again.loads) == ((), ())
     await shard.load(replace(NO_GAP, jobs=jobs((1, 6_000)), opening=opening(9_000, 12_000)))
@@ -63,7 +63,7 @@ async def test_no_due_job_is_claimed_after_the_end_of_an_opening(shard: Shard) -
     await shard.at(5_000)
     closed = await shard.claim()
     assert (closed.claims, closed.loads) == ((), (SENDER.sender_id,))
-    # Until then there is nothing to look for, though job 2 could have gone before the end.
+    # Until then no look is needed. Job 2 could have been claimed before the end.
     assert closed.next_look == timedelta(milliseconds=PATIENCE_MS)
 
 
@@ -75,7 +75,7 @@ async def test_a_sender_without_hours_sends_at_any_time(shard: Shard) -> None:
 
 
 async def sends_of(shard: Shard, hours: SendingHours, dues: list[int], **limits: int) -> list[int]:
-    """Let time pass until all is sent, each send in no time; return when, in ms after START."""
+    """Let time pass until all is sent; no send takes time. Return the times in ms after START."""
     waiting = dict(enumerate(dues, 1))
     sends: list[int] = []
 

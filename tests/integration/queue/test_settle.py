@@ -150,11 +150,11 @@ async def test_a_claim_settled_twice_is_as_if_settled_once(shard: Shard, use: Li
     assert (await shard.sender(), await shard.ready()) == once
 
 
-# After the lease ran out ---------------------------------------------------------------------
+# Settlements after the lease expired ---------------------------------------------------------
 
 
 async def late_claim(shard: Shard, *, limit: int = 1) -> Claim:
-    """A claim whose lease expired; the load that this requested found the job waiting again."""
+    """A claim whose lease expired; the load requested then found its job waiting again."""
     head = replace(NO_GAP, hourly_limit=limit, jobs=jobs((1, 0)))
     await shard.load(head)
     claim = await claim_one(shard)
@@ -191,7 +191,8 @@ async def test_a_late_claim_that_sent_nothing_releases_its_entry(
 async def test_a_late_settle_does_not_release_the_entry_of_the_dispatcher_that_sent_the_job(
     shard: Shard,
 ) -> None:
-    # Paused between claim and mark; the same attempt was claimed by another and sent.
+    # This dispatcher paused between claim and mark; another one claimed the same attempt and sent
+    # it.
     stopped = await late_claim(shard, limit=2)
     again = await claim_one(shard)
     assert again.job == stopped.job

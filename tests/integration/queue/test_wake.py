@@ -130,7 +130,7 @@ async def test_a_full_dispatcher_wakes_the_sleepers_for_the_jobs_it_leaves(
     for sender_id in (1, 2):
         await shard.load(replace(SENDER, sender_id=sender_id, jobs=jobs((sender_id, 0))))
     assert await ear.heard() == 1
-    # Two wake; the first has room for only one job, when the other sleeps again.
+    # Both wake. The first one has room for only one job, and by then the other sleeps again.
     await shard.redis.set("outbox:{0}:asleep", "inf")
 
     assert await shard.claimed(1) == [1]
@@ -141,15 +141,15 @@ async def test_a_full_dispatcher_wakes_the_sleepers_for_the_jobs_it_leaves(
 async def test_a_dispatcher_that_sleeps_indefinitely_is_woken_after_another_slept_briefly(
     shard: Shard, ear: ShardListener
 ) -> None:
-    # One dispatcher sleeps without end.
+    # One dispatcher sleeps without an end.
     await shard.claim()
     await shard.load(replace(NO_GAP, jobs=jobs((1, 0), (2, 100), (3, 100))))
     assert await ear.heard() == 1
     await shard.redis.set("outbox:{0}:asleep", "inf")
-    # Another takes what is due now, and knows what comes next.
+    # Another one claims the job that is due now and learns when the next ones are due.
     assert await shard.claimed(2) == [1]
     assert await ear.heard() == 0
-    # When that comes it has room for half of it.
+    # At that time it has room for half of them.
     await shard.at(100)
     assert await shard.claimed(1) == [2]
 

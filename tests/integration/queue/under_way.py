@@ -11,7 +11,7 @@ from tests.integration.queue_model import HeadModel
 
 
 class Step(Enum):
-    """How far a dispatcher has processed a claim."""
+    """The steps of a dispatcher's claim that are done."""
 
     CLAIMED = auto()
     MARKED = auto()
@@ -22,7 +22,7 @@ class Step(Enum):
 
 @dataclass
 class LoadUnderWay:
-    """A load under way: PostgreSQL was read, Redis is not yet written."""
+    """A load under way: PostgreSQL was read, and Redis is not written yet."""
 
     sender_id: int
     epoch: str
@@ -33,7 +33,7 @@ class LoadUnderWay:
 
 @dataclass
 class ClaimUnderWay:
-    """A claim in the hands of a dispatcher."""
+    """A claim that a dispatcher holds."""
 
     claim: Claim
     claimed: int
@@ -47,9 +47,9 @@ class ClaimUnderWay:
     # The outcome to write to Redis after the send, and the time of its end.
     settlement: Settlement | None = None
     ended: int = 0
-    # Whether it knows the present ends of its lease in both stores.
+    # Whether it knows the current ends of its lease in both stores.
     known: bool = True
-    # Only PostgreSQL knows where the job waits now.
+    # Only PostgreSQL has the time for which the job waits now.
     stale: bool = False
 
     def renewed(self, lease_ms: int) -> None:
@@ -71,7 +71,7 @@ class ClaimUnderWay:
 
 @dataclass
 class LimitHistory:
-    """The limits of one sender, with the time at which each came into force."""
+    """The limits of one sender, with the time from which each applied."""
 
     changes: list[tuple[int, int]] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class LimitHistory:
 
 @dataclass
 class Snapshot:
-    """All keys of an earlier time, with their ms to live, and the model's `ready`."""
+    """All keys at an earlier time, with their remaining ms to live, and the model's `ready`."""
 
     keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     ready: dict[int, int] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""The surroundings of the queue in memory: PostgreSQL's rows, and what was sent when.
+"""The surroundings of the queue in memory: PostgreSQL's rows, and the times of all sends.
 
-Pure. The rows change by the rules of the services' statements; the sends are the truth that the
-limits are held against. Times are in us since 1970, but for due times (Unix ms).
+This module has no I/O. The rows change as the services' statements change them. The limits are
+checked against the sends. Times are in us since 1970, except due times (Unix ms).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from outbox_server.shared.queue.queue import ActiveLease, Head, PastEnd
 from outbox_server.shared.states import JobState
 from tests.integration.queue_model import HeadModel
 
-# Small, so that a head is soon used up.
+# Small, so that a head is used up soon.
 HEAD_SIZE = 4
 
 
@@ -50,13 +50,13 @@ class ModelledAttempt:
 
 @dataclass
 class Send:
-    """One hand-over to SMTP, from its claim."""
+    """One transfer to SMTP, from its claim."""
 
     job_id: int
     claimed: int
     deadline: int
     gap: int
-    # None: under way, until the deadline at the latest.
+    # None while it is under way; it ends at the deadline at the latest.
     ended: int | None = None
     counted: bool = True
 
@@ -76,7 +76,7 @@ class ModelledInstallation:
     markers: dict[int, int] = field(default_factory=dict)
     marker_ids: Iterator[int] = field(default_factory=itertools.count)
     sends: dict[int, list[Send]] = field(default_factory=dict)
-    # When the next probe of a sender that cools down may be.
+    # The earliest time of the next probe, for each sender in a cooldown.
     cooldowns: dict[int, int] = field(default_factory=dict)
 
     # PostgreSQL ------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class ModelledInstallation:
                 row.revision,
                 [(member_of(job), due) for job, due in head],
                 more,
-                # An end in the future (a lease that ran out) has no age below 0.
+                # The end of an expired lease may lie in the future; its age is 0.
                 [(member_of(job), max(0, age), c) for job, age, c in ends],
                 [(member_of(job), left) for job, left in leases],
                 0 if left is None else max(1, left),
@@ -157,7 +157,7 @@ class ModelledInstallation:
         return True
 
     def renew(self, job: JobRef, now: int) -> int | None:
-        """Move the end of a lease and return it; None if the job is no longer ours."""
+        """Move the end of a lease and return it; None if another process holds the job."""
         row = self.jobs[job.job_id]
         if not self._holds(job):
             return None
@@ -197,12 +197,12 @@ class ModelledInstallation:
         row = self.jobs[job.job_id]
         return row.state is JobState.SENDING and row.attempt == job.attempt
 
-    # What was really sent --------------------------------------------------------------------
+    # Sends that took place -------------------------------------------------------------------
 
     def begin_send(self, sender_id: int, send: Send, now: int, limit: int) -> None:
         """Record the start of a send, and check the promises.
 
-        `limit` is the highest in force since it was claimed.
+        `limit` is the highest limit that applied since the claim.
         """
         others = self.sends.setdefault(sender_id, [])
         for other in others:
