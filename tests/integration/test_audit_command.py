@@ -1,4 +1,4 @@
-"""`outbox audit` over a real PostgreSQL, with one promise broken at a time."""
+"""`outbox audit` on a real PostgreSQL, with one promise broken at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings(database_url: str, redis_url: str) -> Settings:
 
 
 class SentHistory:
-    """An installation with sent mail: the time of every job, and what the SMTP side saw."""
+    """An installation with sent mail: the time of every job, and the mails on the SMTP side."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world = world
@@ -53,7 +53,7 @@ class SentHistory:
             self._installation = await installation_id(connection)
 
     async def sent(self, sender: int, *seconds: float) -> list[int]:
-        """Let a sender have sent a mail at each of these seconds, within 0.1 s each."""
+        """Record that a sender sent a mail at each of these seconds; each send took up to 0.1 s."""
         jobs = await self.world.schedule(sender, len(seconds), load=False)
         for job, second in zip(jobs, seconds, strict=True):
             await self.attempt(job, second, AttemptOutcome.SENT)
@@ -62,7 +62,7 @@ class SentHistory:
         return jobs
 
     async def sent_elsewhere(self, sender: int, *seconds: float) -> list[int]:
-        """The same, to a server whose mails the audit does not see."""
+        """Do the same with a server whose mails the audit cannot see."""
         jobs = await self.world.schedule(sender, len(seconds), load=False)
         for job, second in zip(jobs, seconds, strict=True):
             await self.attempt(job, second, AttemptOutcome.SENT, "2.0.0 Ok: queued as 4XyZ")
@@ -135,7 +135,7 @@ async def past(settings: Settings, tmp_path: Path) -> AsyncIterator[SentHistory]
 
 @pytest.fixture
 async def sender(past: SentHistory) -> int:
-    """A sender of at most 3 in 10 s, the gap being the floor of 2 s, and three mails of it."""
+    """A sender with at most 3 mails in 10 s and the minimum gap of 2 s, and three of its mails."""
     sender = await past.world.sender(limit=3)
     await past.sent(sender, 0, 2.5, 5)
     return sender
@@ -179,7 +179,7 @@ async def test_sends_before_a_change_of_the_limits_are_not_checked(
     past: SentHistory, settings: Settings, sender: int
 ) -> None:
     await past.sent(sender, 6.5)
-    # Stricter than they were, as far as anybody knows.
+    # The limits are stricter than before, but the time of the change is not recorded.
     await past.world.change(sender, load=False, hourly_limit=2, min_gap_ms=3000)
     report = await past.audit(settings)
     assert report.broken == []
@@ -206,7 +206,7 @@ async def test_a_job_without_a_row_or_stuck_in_sending_is_lost(
     )
     report = await past.audit(settings)
     assert report.document()["lost"] == 2
-    # The counts still know of the row that is gone: by sender and by batch.
+    # The counts by sender and by batch still include the deleted row.
     assert report.document()["stats_mismatch"] == 2
 
 
@@ -253,7 +253,7 @@ async def test_mail_sent_to_another_server_is_checked_only_in_postgresql(
     checked_by = {one["sender_id"]: (one["checked_by"], one["sends"]) for one in found["senders"]}
     assert checked_by == {str(sender): ("smtp side", 3), str(own_server): ("postgresql", 3)}
 
-    # Gap, window and second sends are found all the same.
+    # Violations of gap and window and second sends are still found.
     job = (await past.sent_elsewhere(own_server, 4))[0]
     await past.attempt(job, 30, AttemptOutcome.SENT, "2.0.0 Ok: queued as 9AbC")
     found = (await past.audit(settings)).document()
@@ -266,7 +266,7 @@ async def test_mail_sent_to_another_server_is_checked_only_in_postgresql(
 async def test_a_sender_whose_mail_went_to_two_servers_is_checked_on_all_its_mail(
     past: SentHistory, settings: Settings, sender: int
 ) -> None:
-    # Between a mail that the inbox has and one that it does not have.
+    # The time lies between a mail in the inbox and one that is missing there.
     await past.sent_elsewhere(sender, 6.5)
     found = (await past.audit(settings)).document()
     assert found["sent_elsewhere"] == 1
@@ -299,7 +299,7 @@ async def test_a_count_that_is_off_by_one_is_found(past: SentHistory, settings: 
     await past.world.sql(
         "UPDATE count_deltas SET n = n + 1 WHERE id = (SELECT max(id) FROM count_deltas)"
     )
-    # By sender, by batch, and by the hour.
+    # The differences by sender, by batch and by hour.
     assert (await past.audit(settings)).document()["stats_mismatch"] == 3
 
 
@@ -369,14 +369,14 @@ async def test_the_command_reports_in_a_json_document_and_its_exit_code(
 async def test_mails_of_removed_jobs_are_not_judged_and_their_counts_are(
     past: SentHistory, settings: Settings, sender: int
 ) -> None:
-    # It has a higher id than all that are removed.
+    # Its id is higher than the ids of all removed jobs.
     await past.world.schedule(sender, 1, load=False)
     await Purger(past.world.engine, timedelta(minutes=30)).purge_once()
     assert await past.world.states() == {JobState.SCHEDULED: 1}
     report = await past.audit(settings)
     assert report.broken == []
     assert report.document()["purged"] == 3
-    # A mail beyond the removed jobs is unknown all the same.
+    # A mail of a job id beyond the removed jobs is still unknown.
     await past.world.sql("UPDATE purged_counts SET n = 2")
     broken = (await past.audit(settings)).broken
     assert any("1 mails belong to jobs that PostgreSQL does not have" in line for line in broken)

@@ -1,4 +1,4 @@
-"""One row cancels a batch and its jobs' rows are updated later; what is seen meanwhile."""
+"""One row cancels a batch, and its jobs' rows are updated later; callers see no difference."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ async def test_counts_are_right_at_every_step_of_a_cancellation(world: World, li
             break
         await fold_once(world.engine)
     assert await world.in_state(JobState.CANCELLED) == {*jobs} - {jobs[2]}
-    # One is in flight, and may come back.
+    # One job is in flight and may wait again later.
     assert list(await left(world)) == [batch]
     await end(world, marked, JobState.SENT)
     while await one_step(world, batch, limit):
@@ -195,7 +195,7 @@ async def test_another_sweep_finishes_the_work_of_one_that_died(world: World) ->
     await cancel(world, batch)
     async with world.engine.connect() as dying:
         assert await sweep(dying, batch, 2)
-        # Others do not wait for it.
+        # Other sweeps do not wait for it.
         assert not await one_step(world, batch, 2)
         await dying.rollback()
     assert await world.in_state(JobState.SCHEDULED) == set(jobs)
@@ -223,7 +223,7 @@ async def test_callers_see_jobs_as_cancelled_before_their_rows_are_updated(world
     settings = world.settings
     async with running_scheduler(settings.database_url, settings.redis_url) as scheduler:
         async with world.engine.begin() as holding:
-            # So that the rows cannot follow.
+            # These locks keep the rows from being updated.
             await holding.execute(select(EmailJob.id).with_for_update())
             await cancel(world, batch)
             assert await world.in_state(JobState.SCHEDULED) == set(jobs)
@@ -241,7 +241,7 @@ async def test_callers_see_jobs_as_cancelled_before_their_rows_are_updated(world
                 assert len(page.email_jobs) == n
             found = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=str(batch)))
             assert (found.counts.scheduled_count, found.counts.cancelled_count) == (0, 3)
-            # Cancelled jobs are not suppressed, and do not prevent deleting the sender.
+            # Cancelled jobs are not suppressed, and do not prevent the deletion of the sender.
             await scheduler.suppressions.CreateSuppression(
                 CreateSuppressionRequest(user_id="anna", suppression=Suppression(email="a@b.org"))
             )

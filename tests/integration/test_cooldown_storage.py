@@ -1,4 +1,4 @@
-"""Cooldowns in PostgreSQL: when one begins, advances its backoff and ends."""
+"""Cooldowns in PostgreSQL: when one begins, when its backoff advances and when it ends."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.world import World
 BACKOFF = (timedelta(minutes=5), timedelta(minutes=15), timedelta(hours=1))
 DAY = timedelta(hours=24)
 HOUR = timedelta(hours=1)
-# One letter per attempt: accepted, refused by a reply that no rule knows, refused as a known one,
-# to be repeated, left by a dispatcher that died.
+# The kinds of attempts, one letter each: accepted; refused by a reply that matches no rule; refused
+# by a known reply; to be retried; abandoned by a dispatcher that died.
 KINDS = {
     "S": (AttemptOutcome.SENT, ReplyClass.SENT),
     "R": (AttemptOutcome.PERMANENT_FAILURE, ReplyClass.REFUSED),
@@ -47,7 +47,7 @@ async def connection(statements: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 def refusal(
     sender: int, *, began: timedelta = timedelta(seconds=2), daily: bool = False, **more: Any
 ) -> AccountRefusal:
-    """Return a refusal that ended a second ago, of an attempt that began so long ago."""
+    """Return a refusal of an attempt that began `began` ago and ended a second ago."""
     return AccountRefusal(
         sender, began, timedelta(seconds=1), more.pop("message", "no"), daily=daily, **more
     )
@@ -71,7 +71,7 @@ async def cooldown(world: World, sender: int) -> Any:
 
 
 async def move_probe(world: World, sender: int, ago: timedelta, refusals: int = 1) -> None:
-    """Let the time of the next probe be so long ago."""
+    """Move the time of the next probe to `ago`."""
     await world.sql(
         "UPDATE cooldowns SET next_probe_at = now() - %s, refusals = %s WHERE sender_id = %s",
         ago,
@@ -95,7 +95,7 @@ async def attempt(
 
 
 async def attempts(world: World, sender: int, kinds: str) -> None:
-    """Record attempts, the oldest first."""
+    """Record attempts, oldest first."""
     pairs = [KINDS[kind] for kind in kinds]
     await world.sql(
         "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
@@ -128,7 +128,7 @@ async def test_the_first_refusal_begins_a_cooldown_with_its_reply(
         "5.4.5",
         "limit exceeded",
     )
-    # From the end of the attempt, as a gap is.
+    # The wait counts from the end of the attempt, as a gap does.
     assert row.next_probe_at - row.since == BACKOFF[0]
     assert left <= BACKOFF[0] - timedelta(seconds=1)
     assert await cooldown(world, other) is None
@@ -201,14 +201,14 @@ async def test_an_attempt_that_began_before_the_time_of_the_probe_does_not_climb
     await move_probe(world, sender, timedelta(seconds=10))
     before = await cooldown(world, sender)
 
-    # A slow reply: it began when the first refusal was not known.
+    # A slow reply: the attempt began before the first refusal was known.
     left = await cool_down(connection, refusal(sender, began=timedelta(seconds=15)))
 
     assert await cooldown(world, sender) == before
     assert left == timedelta(milliseconds=1), "its time has come: a probe may go"
 
 
-# A quota of a day ----------------------------------------------------------------------------
+# A daily quota -------------------------------------------------------------------------------
 
 
 async def test_a_daily_quota_waits_until_the_oldest_send_has_left_the_day(
@@ -279,7 +279,7 @@ async def test_the_next_cooldown_begins_at_the_first_step(
     assert (await cooldown(world, sender)).refusals == 1
 
 
-# Refusals that no rule knows -----------------------------------------------------------------
+# Refusals that match no rule -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ async def test_the_next_cooldown_begins_at_the_first_step(
         ("RRSR", False),
         ("RRRS", False),
         ("RRRSRR", False),
-        # Known refusals neither count nor break the row.
+        # Known refusals neither count nor interrupt the sequence.
         ("RKRTRL", True),
         ("KRKKRK", False),
         ("KKK", False),
@@ -316,7 +316,7 @@ async def test_only_refusals_in_a_row_are_counted(
     ("kinds", "limit", "found"),
     [
         ("RRR" + "K" * 997, 3, True),
-        # Too long ago: the look is bounded.
+        # The refusals are too long ago: the search is bounded.
         ("RRR" + "K" * 998, 3, False),
         # The maximum of the setting.
         ("R" * 1000, 1000, True),
@@ -333,7 +333,7 @@ async def test_the_search_for_refusals_is_bounded(
 
 
 async def test_a_deleted_sender_gets_no_cooldown(world: World, connection: AsyncConnection) -> None:
-    """Its last mail was in flight when it was deleted, and is refused afterwards."""
+    """The sender's last mail was in flight when it was deleted, and is refused afterwards."""
     sender = await world.sender()
     await world.sql("UPDATE senders SET deleted_at = now() WHERE id = %s", sender)
     assert await try_to_cool_down(connection, refusal(sender)) is None

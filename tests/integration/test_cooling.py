@@ -54,7 +54,7 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
 
 
 async def begin(world: World, statements: AsyncEngine, want: int = 1) -> list[Sent]:
-    """Claim and mark what may be sent."""
+    """Claim and mark the mail that may be sent."""
     claims = (await world.queues[0].claim(want)).claims
     async with statements.connect() as connection:
         marked = await storage.mark_sending(connection, [claim.job for claim in claims], LEASE)
@@ -70,7 +70,7 @@ def ended(
     daily: bool = False,
     began: float = 0.0,
 ) -> EndedAttempt:
-    """Return the outcome of a send that began so many seconds ago."""
+    """Return the outcome of a send that began `began` seconds ago."""
     now = time.monotonic()
     result = SendResult(
         how[0],
@@ -112,7 +112,7 @@ async def cooldown(world: World) -> Any:
 
 
 async def probe_in(world: World, sender: int) -> timedelta | None:
-    """Return the wait in Redis for the sender's next probe; None if it may send."""
+    """Return the wait in Redis for the sender's next probe, or None if the sender may send."""
     found = await world.redis.hget(
         world.queues[0].keys.ready.replace("ready", f"sender:{sender}"), "cool"
     )
@@ -122,7 +122,7 @@ async def probe_in(world: World, sender: int) -> timedelta | None:
 
 
 async def let_probe(world: World, sender: int) -> None:
-    """Let the time of the next probe come."""
+    """Move the time of the next probe to now."""
     await world.sql("UPDATE cooldowns SET next_probe_at = now() - interval '1 second'")
     await world.loader.load([sender], committed=True)
 
@@ -149,7 +149,7 @@ async def test_a_refused_account_cools_down_in_both_stores_and_its_mail_waits(
     assert await begin(world, statements) == []
     row = await world.job(job)
     assert (row.state, row.failures) == (JobState.SCHEDULED, 0)
-    # The marker that asked for a load is gone with it.
+    # The marker that requested a load was deleted with it.
     assert await world.sql("TABLE head_markers") == []
 
 
@@ -224,7 +224,7 @@ async def test_the_last_of_the_unknown_refusals_in_a_row_begins_a_cooldown(
 
     assert about((await cooldown(world)).wait, FIRST)
     assert about(await probe_in(world, sender), FIRST)
-    # Permanently refused mail is not retried; waiting mail keeps waiting.
+    # Mail that was refused permanently is not retried; waiting mail waits.
     assert (await world.states())[JobState.FAILED] == 6
     assert await begin(world, statements, 5) == []
 
@@ -251,7 +251,7 @@ async def test_a_refused_probe_climbs_even_if_an_older_refusal_is_recorded_with_
     await let_probe(world, sender)
     [probe] = await begin(world, statements)
     refused = ended(world, probe, ACCOUNT)
-    # Of a mail that was in flight when the sender was first refused.
+    # The mail was in flight when the sender was first refused.
     older = replace(refused.record, job=sent[1].job, started=refused.record.started - 60)
     async with world.engine.begin() as connection:
         waits = await record_cooldowns(
@@ -278,7 +278,7 @@ async def test_a_cooldown_whose_commit_got_no_answer_holds_and_is_known_at_once(
     assert lost.lost == 1
     assert (await cooldown(world)).refusals == 1
     assert len(await world.sql("TABLE attempts")) == 3
-    # Without waiting for the marker to grow old.
+    # Without waiting until the marker is old.
     assert about(await probe_in(world, sender), FIRST)
 
 
@@ -328,7 +328,7 @@ async def test_two_dispatchers_whose_senders_are_refused_at_once_do_not_wait_for
         await world.schedule(sender, 4)
     sends = await begin(world, statements, 16)
     outcomes = [ended(world, sent, ACCOUNT) for sent in sends]
-    # Each has mails of all senders, in another order.
+    # Each dispatcher has mails of all senders, in another order.
     await asyncio.gather(
         settle(world, statements, *outcomes[0::2]),
         settle(world, statements, *reversed(outcomes[1::2])),

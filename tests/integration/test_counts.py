@@ -29,7 +29,7 @@ from tests.eventually import PATIENCE, eventually
 WINDOW = timedelta(hours=1)
 HOUR = timedelta(hours=1)
 
-# What the other services write (a claim and a retry write no delta).
+# The changes of the other services; claims and retries write no delta.
 INTAKE = """
 WITH jobs AS (
     INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient)
@@ -98,7 +98,7 @@ class CountedWorld:
             pass
 
     async def check(self) -> JobCounts:
-        """Compare every count with a recount of the same moment; return the counts of `anna`."""
+        """Compare every count with a recount at the same moment; return the counts of `anna`."""
         async with storage.snapshot(self.engine) as connection:
             by_sender = await sender_counts(connection, self.owner)
             assert by_sender == await recount(connection, "sender_id", self.owner)
@@ -177,7 +177,7 @@ async def world(database_url: str) -> AsyncIterator[CountedWorld]:
 
 
 async def write(world: CountedWorld, seed: int, steps: int) -> None:
-    """Take random steps; each is a transaction, some take several at once."""
+    """Take random steps; each is a transaction, and some run several transactions at once."""
     chance = random.Random(seed)
     async with await world.connect() as connection:
         for _ in range(steps):
@@ -370,7 +370,7 @@ asyncio.run(main())
 async def folder_in_a_fold(
     world: CountedWorld, folds: int
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a process that has folded a number of deltas, one by one, and is folding one more."""
+    """Run a process that has folded that many deltas one by one, and has begun to fold one more."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -425,15 +425,15 @@ async def test_a_process_paused_during_a_fold_blocks_no_other_and_its_fold_count
         child.send_signal(signal.SIGSTOP)
         await begin_and_end_some(world)
         async with asyncio.timeout(PATIENCE):
-            # Another one, which wants the rows of a rollup that the sleeper has changed, waits for
-            # it; counts are read beside both.
+            # Another fold needs rows of a rollup that the paused process has changed, so it waits
+            # for it. Counts are read meanwhile.
             other = asyncio.create_task(world.fold_all())
             await eventually(lambda: waits_for_a_lock(world))
             asleep = await world.check()
             await begin_and_end_some(world)
             assert await world.check() != asleep
             child.send_signal(signal.SIGCONT)
-            # It waits for nothing any more.
+            # The paused process waits for nothing else.
             assert child.stdin is not None
             child.stdin.write_eof()
             await other
@@ -468,7 +468,7 @@ async def test_counts_read_no_jobs_except_those_in_sending(
             " FROM pg_stat_xact_user_tables WHERE relname = 'email_jobs'"
         )
         async with storage.snapshot(world.engine) as connection:
-            # The plan that a prepared statement may get, made without its values.
+            # A generic plan, as a prepared statement may get: it does not depend on the parameters.
             await connection.execute(text("SET LOCAL plan_cache_mode = force_generic_plan"))
             before = await scalar(connection, looked_at)
             await read(connection)

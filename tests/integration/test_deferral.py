@@ -1,4 +1,4 @@
-"""A job that its server asks for later, and the reply class of each attempt, in PostgreSQL."""
+"""A job that its server defers, and the reply class of each attempt, in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def attempt(
     state: JobState = JobState.SCHEDULED,
     reply_class: ReplyClass | None = None,
 ) -> MarkedJob:
-    """Make one attempt at a job; return it as it was marked."""
+    """Make one attempt at a job; return the marked job."""
     [marked] = await storage.mark_sending(connection, [JobRef(job, number)], LEASE)
     now = time.monotonic()
     record = AttemptRecord(
@@ -83,7 +83,7 @@ async def test_the_first_deferral_sets_the_time_and_later_ones_keep_it(
     assert third.deferred_for is not None
     assert third.deferred_for >= timedelta(0)
     assert await since(world, job) == began
-    # Nor does an attempt that fails in another way change it.
+    # An attempt that fails in another way does not change the time either.
     await attempt(connection, job, 4)
     assert await since(world, job) == began
 

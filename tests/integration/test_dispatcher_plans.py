@@ -23,7 +23,7 @@ ATTEMPTS = 200_000
 JOBS = 20_000
 SENDERS = 20
 SECOND = timedelta(seconds=1)
-# A day in which every attempt of a sender was refused but the last one: the longest way to a send.
+# A day in which only the last attempt of a sender was not refused: the longest search for a send.
 _FILL = """
 INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome, counted,
                       reply_class)
@@ -44,7 +44,7 @@ SELECT n, now(), now(), 'no' FROM generate_series(1, {senders}) AS n;
 async def filled(
     url: str, redis_url: str, *, analysed: bool, free: bool
 ) -> AsyncIterator[AsyncEngine]:
-    """Yield an engine on a database of many attempts; `free`: it may choose any plan."""
+    """Yield an engine on a database with many attempts. `free`: PostgreSQL may choose any plan."""
     settings = settings_of(options(url, redis_url, "smtp://127.0.0.1:1"))
     async with World(settings) as world:
         for statement in _FILL.format(attempts=ATTEMPTS, jobs=JOBS, senders=SENDERS).split(";\n"):
@@ -61,7 +61,7 @@ async def filled(
 async def plans_of(
     engine: AsyncEngine, call: Callable[[AsyncConnection], Awaitable[Any]]
 ) -> list[str]:
-    """Return the plan of each statement that `call` runs."""
+    """Return the plan of each statement that `call` executes."""
     ran: list[tuple[str, Any]] = []
 
     def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -114,7 +114,7 @@ async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
         plan = "\n".join(found)
         assert "Seq Scan on attempts" not in plan, f"{name}\n{plan}"
         assert "Seq Scan on email_jobs" not in plan, f"{name}\n{plan}"
-    # In the order of the index, so that the look ends with what it looks for.
+    # The rows are read in the order of the index, so that the search ends at the first match.
     for name in ("cool_down by a daily quota", "refused_in_a_row"):
         plan = "\n".join(plans[name])
         assert "ix_attempts_history" in plan, f"{name}\n{plan}"
@@ -126,7 +126,7 @@ async def test_a_mark_reads_its_jobs_only_although_all_jobs_were_finished_before
 ) -> None:
     settings = settings_of(options(new_database(), redis_url, "smtp://127.0.0.1:1"))
     async with World(settings) as world:
-        # The statistics know no waiting job, as in a quiet hour before a large batch.
+        # The statistics contain no waiting job, as in a quiet hour before a large batch.
         await world.schedule(await world.sender(), 3_000, load=False)
         await world.sql("UPDATE email_jobs SET state = 3, finished_at = now()")
         await world.sql("VACUUM ANALYZE")

@@ -125,11 +125,11 @@ async def test_nothing_is_marked_twice(world: World, connection: AsyncConnection
     assert await mark(connection, jobs, attempt=2) == {}
 
 
-# Two at once ---------------------------------------------------------------------------------
+# Two dispatchers at once ---------------------------------------------------------------------
 
 
 async def blocked(world: World) -> bool:
-    """Whether any session waits for a lock in PostgreSQL."""
+    """Return whether any session waits for a lock in PostgreSQL."""
     rows = await world.sql(
         "SELECT count(*) AS n FROM pg_stat_activity"
         " WHERE datname = current_database() AND wait_event_type = 'Lock'"
@@ -261,7 +261,7 @@ async def test_the_wait_for_a_retry_starts_at_the_end_of_the_attempt(
     assert (row.state, row.attempt, row.failures) == (JobState.SCHEDULED, 1, 1)
     assert (row.lease_until, row.finished_at) == (None, None)
     assert row.scheduled_at.timestamp() == pytest.approx(attempt.ended_at + 5, abs=0.001)
-    # The time written to Redis is never earlier.
+    # The time that is written to Redis is never earlier.
     assert 0 <= dues[job] / 1000 - row.scheduled_at.timestamp() < 0.001
     assert attempt.outcome is AttemptOutcome.TEMPORARY_FAILURE
     await world.check_counts()
@@ -305,7 +305,7 @@ async def test_a_dispatcher_that_lost_its_lease_cannot_overwrite_a_newer_attempt
     new = await mark(connection, jobs[:3], attempt=2)
     await settle(connection, [record_of(new[jobs[0]])])
     await storage.give_back(connection, [new[jobs[1]]])
-    # Sent, given back or held by the newer one, or waiting: none belongs to the older one.
+    # Sent, given back or held by the newer attempt, or waiting: none belongs to the older one.
     before = [await whole_row(world, job) for job in jobs]
 
     failed = [record_of(old[job], JobState.FAILED) for job in jobs]
@@ -335,7 +335,7 @@ async def test_a_job_given_back_keeps_its_place_and_uses_no_attempt(
 async def test_a_job_is_given_back_only_by_the_lease_that_holds_it(
     world: World, connection: AsyncConnection
 ) -> None:
-    """The attempt number of a job given back is used again, so it is no fencing token here."""
+    """A job that was given back reuses its attempt number, so it is no fencing token here."""
     [job] = await world.schedule(await world.sender(), load=False)
     first = (await mark(connection, [job]))[job]
     await storage.give_back(connection, [first])
@@ -388,7 +388,8 @@ async def test_many_jobs_are_handled_in_one_statement(
     moved = await settle(connection, [record_of(marked[job]) for job in jobs])
 
     assert set(moved) == set(jobs)
-    # One row down and one up, though a thousand jobs moved (two more if an hour ended meanwhile).
+    # One count falls and one rises, although a thousand jobs moved (two more if an hour ended
+    # then).
     deltas = await world.sql("SELECT count(*) AS n FROM count_deltas WHERE n <> 1000 OR state <> 1")
     assert deltas[0].n in (2, 4)
     await world.check_counts()

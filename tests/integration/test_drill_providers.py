@@ -65,7 +65,8 @@ def test_every_provider_behaviour_is_a_kind_of_fault_with_the_same_variants() ->
     assert len(names) == 12
 
 
-# What is said first where a client sends mail after mail on one connection, and how many it takes.
+# The first refusal of a client that sends mail after mail on one connection, and the mails before
+# it.
 REFUSALS = {
     ("smtp_daily_quota", "gmail"): (5, "550 5.4.5 Daily user sending limit exceeded."),
     ("smtp_daily_quota", "exchange"): (5, "554 5.2.0 STOREDRV.Submission.Exception:Submission"),
@@ -124,7 +125,7 @@ async def test_a_refused_recipient_leaves_nothing_behind_in_the_session(inbox: I
 
 
 async def said_to(inbox: Inbox, *commands: str) -> list[str]:
-    """Return the codes of the replies to greeting, EHLO and commands, and '' for a close."""
+    """Return the reply codes of greeting, EHLO and commands; '' means a closed connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", inbox.port)
     codes = []
     try:
@@ -173,7 +174,7 @@ async def test_a_new_connection_takes_two_more_mails(inbox: Inbox, variant: str)
 async def test_two_connections_work_and_a_third_is_refused(inbox: Inbox, variant: str) -> None:
     trouble = trouble_of("smtp_too_many_connections", variant)
     inbox.trouble = trouble
-    # Only new connections see a refusal in the greeting.
+    # Only new connections get a refusal in the greeting.
     assert trouble.of_connections == (variant == "exim")
     async with client(inbox) as first, client(inbox) as second:
         if variant == "exim":

@@ -53,7 +53,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def empty_folder() -> Iterator[Path]:
-    """A folder that PostgreSQL's user may reach; pytest's own is closed to it."""
+    """A folder that PostgreSQL's user may enter; only its owner may enter pytest's own folder."""
     path = Path(tempfile.mkdtemp(prefix="outbox-stack-")).resolve()
     yield path
     shutil.rmtree(path)
@@ -61,7 +61,7 @@ def empty_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def shared_folder() -> Iterator[Path]:
-    """The folder of all tests that need no fresh one: making one takes most of a second."""
+    """The folder shared by the tests that need no new one: creating one takes most of a second."""
     path = Path(tempfile.mkdtemp(prefix="outbox-stack-")).resolve()
 
     async def start_once() -> None:
@@ -83,7 +83,7 @@ def folder(shared_folder: Path) -> Iterator[Path]:
 
 @asynccontextmanager
 async def holder(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, list[str]]]:
-    """Hold the servers in a separate process; yield it and its three URLs."""
+    """Hold the servers in a separate process; yield the process and its three URLs."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", HOLDER, str(folder), stdout=asyncio.subprocess.PIPE
     )
@@ -146,7 +146,7 @@ async def test_servers_answer_only_while_the_context_is_open(
 
 
 def listening() -> dict[int, list[str]]:
-    """Return the hexadecimal addresses with a listener, by port."""
+    """Return the hexadecimal addresses that have a listener, by port."""
     found: dict[int, list[str]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:
@@ -186,7 +186,7 @@ def home(tmp_path: Path, empty_folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 async def test_servers_started_by_root_open_no_folder_to_others(
     home: Path, empty_folder: Path
 ) -> None:
-    for _ in range(2):  # the copy is made once, the data folder is found again
+    for _ in range(2):  # the first start copies the programs, the second one finds the data folder
         async with Servers(home / ".outbox", inbox=False) as servers:
             value = keep(servers.database_url)
             assert value in kept(servers.database_url)

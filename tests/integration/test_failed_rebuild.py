@@ -1,4 +1,4 @@
-"""A rebuild of Redis that fails half-way."""
+"""A rebuild of Redis that fails before its end."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ async def test_a_failed_rebuild_does_not_delay_the_next_one(world: World) -> Non
     with pytest.raises(ConnectionError):
         await loader.rebuild(queue)
 
-    # The lock would last for 10 s. It is gone, or in its last millisecond.
+    # The lock would last 10 s, but it has been released, or has at most a millisecond left.
     assert await world.redis.pttl(queue.keys.rebuild) <= 1
     await eventually(lambda: world.loader.rebuild(queue))

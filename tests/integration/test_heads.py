@@ -1,4 +1,4 @@
-"""The head loader between a real PostgreSQL and a real Redis, and the races it must not lose."""
+"""The head loader between a real PostgreSQL and a real Redis, and races that must lose no job."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def world(settings: Settings) -> AsyncIterator[World]:
 
 
 async def waiting(world: World, sender: int) -> list[int]:
-    """Return the head that Redis holds, in its order."""
+    """Return the head in Redis, in its order."""
     key = world.loader.queue_of(sender).keys.ready.replace("ready", f"due:{sender}")
     return [job_of(member).job_id for member in await scores(world.redis, key)]
 
@@ -85,7 +85,7 @@ async def mark(world: World, job: int, lease: timedelta = 60 * SECOND) -> None:
 
 
 async def attempt(world: World, job: int, ago: timedelta, *, counted: bool = True) -> None:
-    """Record an attempt at a job that ended `ago`; the job is as it was."""
+    """Record an attempt at a job that ended `ago`; the job itself does not change."""
     await world.sql(
         "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
         " counted) SELECT id, attempt, sender_id, now() - %s, now() - %s, 1, %s"
@@ -162,7 +162,7 @@ async def test_jobs_beyond_the_horizon_are_loaded_by_refills_once_each_and_in_or
 ) -> None:
     sender = await world.sender(max_in_flight=7)
     await world.schedule(sender, 3 * HEAD_SIZE, load=False)
-    # Many are due in the same ms, and ids do not follow due times.
+    # Many jobs are due in the same ms, and the order of ids differs from that of due times.
     await world.sql(
         "UPDATE email_jobs SET scheduled_at = date_trunc('milliseconds', now())"
         " - (id * 7919 % 50) * interval '1 ms'"
@@ -233,7 +233,7 @@ async def test_each_sender_lives_in_its_shard(world: World, settings: Settings) 
 
 
 class SlowLoader(HeadLoader):
-    """Stops between its first read of PostgreSQL and Redis, until `go`."""
+    """Stops between its first read of PostgreSQL and its write to Redis until `go` is set."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world.engine, world.queues, world.settings)
@@ -295,7 +295,7 @@ async def test_a_marker_of_a_commit_that_a_load_has_not_seen_survives_it(world: 
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         load = group.create_task(slow.load([sender], committed=False))
         await slow.read.wait()
-        # It dies before its load.
+        # The scheduler dies before it loads the head.
         await world.schedule(sender, load=False)
         slow.go.set()
         await load
@@ -339,7 +339,7 @@ async def test_a_job_that_is_requeued_between_the_two_reads_of_a_first_load_is_n
     await world.loader.load([sender], committed=False)
     event.remove(world.engine.sync_engine, "before_cursor_execute", settle)
 
-    # Either it waits, or its lease expires and a load is requested.
+    # Either the job waits, or its lease expires and a load is requested.
     claimed = await claim(world.queues[0])
     for sender_id in claimed.loads:
         await world.loader.load([sender_id], committed=False)
@@ -424,7 +424,7 @@ async def test_a_rebuild_restores_heads_window_and_leases(world: World) -> None:
         jobs[3],
     )
     assert 0 <= until - float(row.ms) < 1000, "a lease never ends earlier"
-    # The lease keeps the gap.
+    # The lease preserves the gap.
     assert (await claim(world.queues[0])).claims == ()
 
 

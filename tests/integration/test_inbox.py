@@ -1,4 +1,4 @@
-"""The development inbox, spoken to over SMTP."""
+"""The development inbox over SMTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The faults of the inbox as a client sees them."""
+"""The faults of the inbox, from the view of a client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outbox_server.deploy.embedded.trouble import (
 from tests.eventually import eventually
 
 MAIL = b"Message-ID: <1@x.test>\r\n\r\nhello\r\n"
-# A client that is never answered gives up.
+# A client that gets no answer gives up.
 GONE = (
     aiosmtplib.SMTPConnectError,
     aiosmtplib.SMTPServerDisconnected,

@@ -1,4 +1,4 @@
-"""Intakes during which something dies or changes."""
+"""Intakes during which a process dies or data changes."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 
 TABLES = ("batches", "batch_rejections", "email_jobs", "count_deltas", "head_markers")
-# Of rows that were copied: the scheduler's sweeps have transactions too.
+# Sessions that have copied rows: the scheduler's sweeps have open transactions too.
 _OPEN_INTAKES = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
     " AND state LIKE 'idle in transaction%%' AND query LIKE 'COPY%%'"
 )
 _WAIT_FOR_LOCKS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 BLOCK = 5_000
-# Longer than the scheduler's own waits, except those for its callers.
+# Longer than the scheduler's own waits, except its waits for callers.
 SLEEP_S = 3.0
 
 
@@ -57,7 +57,7 @@ async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
 
 
 class Upload:
-    """An upload that a test feeds by hand."""
+    """An upload whose data the test sends step by step."""
 
     def __init__(self, scheduler: Scheduler, sender: sender_pb2.Sender, **options: Any) -> None:
         self._messages: asyncio.Queue[UploadBatchRequest | None] = asyncio.Queue()
@@ -218,7 +218,8 @@ async def test_a_scheduler_paused_during_an_upload_continues_the_upload(
         process.send_signal(signal.SIGSTOP)
         asleep = time.monotonic()
         upload.send_rows(BLOCK)
-        # The same once more, of a client that gave the sleeper up: it cannot know which will be.
+        # A client that gave up the paused scheduler repeats the request: it cannot know which one
+        # runs.
         again = Upload(scheduler, sender, request_id="once")
         again.send_rows(3 * BLOCK)
         other = await scheduler.schedule(sender)
@@ -282,7 +283,7 @@ async def test_an_address_that_is_suppressed_during_an_upload_gets_no_mail(
     upload = Upload(scheduler, sender)
     upload.send_rows(BLOCK)
     await opened(scheduler)
-    for number in (7, BLOCK + 7):  # one that was stored already, one that comes
+    for number in (7, BLOCK + 7):  # one that is stored already and one that follows
         await scheduler.suppressions.CreateSuppression(
             CreateSuppressionRequest(
                 user_id="ann", suppression=Suppression(email=f"USER{number}@b.org")
@@ -299,7 +300,7 @@ async def test_an_address_that_is_suppressed_right_before_the_commit_gets_no_mai
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     with psycopg.connect(scheduler.settings.database_url) as connection:
-        # Stops the intake after its last look at the suppressions.
+        # Stops the intake after its last check of the suppressions.
         connection.execute("SELECT FROM senders FOR NO KEY UPDATE")
         accepting = asyncio.ensure_future(scheduler.schedule(sender))
         await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 1)
@@ -318,7 +319,7 @@ async def test_a_sender_is_not_deleted_right_before_the_commit_of_its_jobs(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
     with psycopg.connect(scheduler.settings.database_url) as connection:
-        # Stops the intake after its last look at the sender.
+        # Stops the intake after its last check of the sender.
         connection.execute("LOCK TABLE count_deltas IN SHARE MODE")
         accepting = asyncio.ensure_future(scheduler.schedule(sender))
         await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 1)
@@ -370,7 +371,7 @@ async def test_a_batch_is_accepted_while_redis_is_gone(
 async def test_a_lost_connection_to_postgresql_refuses_only_the_current_batch(
     scheduler: Scheduler, sender: sender_pb2.Sender
 ) -> None:
-    # By a blocking client: one of grpc.aio waits for ever where it is refused while it writes.
+    # A blocking client is used: one of grpc.aio waits forever if it is refused while it writes.
     messages: queue.SimpleQueue[UploadBatchRequest | None] = queue.SimpleQueue()
     messages.put(UploadBatchRequest(options=options_for(sender)))
     rows = "".join(f"user{i}@b.org\n" for i in range(BLOCK))
@@ -393,7 +394,7 @@ async def test_a_lost_connection_to_postgresql_refuses_only_the_current_batch(
 
 def test_memory_does_not_grow_with_an_upload(database_url: str, redis_url: str) -> None:
     grown = _grown_kib(database_url, redis_url)
-    # 100,000 rows are 8 MB; ten times as many as fit in the first blocks.
+    # 100,000 rows are 8 MB: ten times as many rows as fit into the first blocks.
     assert grown < 12 * 1024
 
 

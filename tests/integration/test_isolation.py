@@ -1,4 +1,4 @@
-"""The promises of the fixtures: real servers, and nothing left over from another test."""
+"""The promises of the fixtures: real servers, and no data of other tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last checks of a job at its claim: suppressions and its expiry."""
+"""The last checks of a job when it is marked: suppressions and its expiry."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
 
 
 async def mark(world: World, jobs: list[int]) -> list[MarkedJob]:
-    # As the dispatcher does: one statement, and no transaction around it.
+    # As in the dispatcher: one statement without an explicit transaction.
     engine = create_engine(world.settings, lookups_only=True, single_statements=True)
     try:
         async with engine.connect() as connection:
@@ -37,7 +37,7 @@ async def mark(world: World, jobs: list[int]) -> list[MarkedJob]:
 
 
 async def suppress(world: World, address: str, user: str = "anna") -> None:
-    """Suppress an address behind the back of the jobs that wait."""
+    """Suppress an address without changing the jobs that wait."""
     await world.sql("INSERT INTO suppressions (user_id, address) VALUES (%s, %s)", user, address)
 
 
@@ -62,7 +62,7 @@ async def test_a_job_past_its_expiry_expires_at_its_claim(world: World) -> None:
         )
     assert [job.job.job_id for job in await mark(world, jobs)] == jobs[1:]
     assert await world.in_state(JobState.EXPIRED) == {jobs[0]}
-    # It no longer waits: a second claim of it finds nothing.
+    # The job no longer waits: a second claim does not find it.
     assert await mark(world, jobs[:1]) == []
 
 

@@ -1,4 +1,4 @@
-"""Migrations of a database in use: locks, interruptions, two migrators, and what they record."""
+"""Migrations of a database in use: locks, interruptions, two migrators, and their records."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_a_migration_that_was_killed_while_it_built_an_index_is_resumed(
     url = new_database()
     migrate(url, more_versions=VERSIONS, revision="9003")
     with psycopg.connect(url) as holder:
-        # The build waits for older transactions, so that it is killed in the middle for sure.
+        # The build waits for older transactions, so the kill surely happens during the build.
         holder.execute("INSERT INTO installation DEFAULT VALUES")
         holder.execute("LOCK TABLE email_jobs IN ROW EXCLUSIVE MODE")
         process = await asyncio.create_subprocess_exec(
@@ -104,7 +104,7 @@ async def test_a_migration_that_was_killed_while_it_built_an_index_is_resumed(
         await eventually(lambda: is_valid(url) is False)
         process.kill()
         assert await process.wait() == -signal.SIGKILL
-        # Its session ends as well, although it waits inside PostgreSQL.
+        # Its session ends too, although it waits inside PostgreSQL.
         await eventually(lambda: migrators(url) == 0)
         assert is_valid(url) is False
     assert revision(url) == "9003"

@@ -54,7 +54,7 @@ def test_every_migration_after_the_last_release_keeps_that_release_running(
             assert oldest <= LAST_RELEASED, (
                 f"{revision}: the last release, with revision {LAST_RELEASED}, cannot run after it"
             )
-    # The imagined contract step is one indeed.
+    # The contract step of the next release is recognized as one.
     assert broken_rules(statements["9005"]) == {"ban-drop-column"}
     assert oldest_revision("9004", VERSIONS) is None
 

@@ -1,4 +1,4 @@
-"""AUTH by access token, to a mail server over TLS."""
+"""AUTH with an access token, to a mail server over TLS."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def test_a_challenge_is_answered_and_the_refusal_is_read(
             "5.7.8 Username and Password not accepted",
         )
         assert server.dummies == [dummy]
-        # The session is in step: the next command gets its own reply.
+        # The session is in sync: the next command gets its own reply.
         assert (await client.noop()).code == 250
 
 

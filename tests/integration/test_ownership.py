@@ -1,4 +1,4 @@
-"""No statement of a call runs before the call is bound to its own user."""
+"""No statement of a call runs before the call is bound to its user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored passwords under a new key: all of them, in chunks, again after an interruption."""
+"""The rotation of stored passwords to a new key: all of them, in chunks, resumable."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def store(engine: AsyncEngine, key: str, passwords: Sequence[str | None]) 
 
 
 async def passwords(engine: AsyncEngine, key: str) -> dict[int, str]:
-    """Return the passwords that this key alone decrypts."""
+    """Return the passwords that can be decrypted with this key alone."""
     box, found = SecretBox([key]), {}
     async with engine.connect() as connection:
         rows = (await connection.execute(select(Sender.id, Sender.smtp_password))).all()
@@ -134,7 +134,7 @@ async def store_oauth2(engine: AsyncEngine, sender_id: int, **tokens: bytes) -> 
 
 
 async def oauth2_secrets(engine: AsyncEngine, key: str) -> dict[int, list[str | None]]:
-    """Return the secrets of each sender that has some; `?`: this key alone does not decrypt it."""
+    """Return the secrets of each sender with secrets; `?`: this key cannot decrypt it."""
     box = SecretBox([key])
     found: dict[int, list[str | None]] = {}
     async with engine.connect() as connection:
@@ -162,7 +162,7 @@ async def test_secrets_and_tokens_of_oauth2_are_rotated_too(
         refresh_token=old.encrypt("r1"),
         access_token=old.encrypt("a1"),
     )
-    # A dispatcher that has the new key already wrote the newest refresh token.
+    # A dispatcher that already has the new key wrote the newest refresh token.
     await store_oauth2(
         engine, second, client_secret=old.encrypt("s2"), refresh_token=new.encrypt("r2")
     )
@@ -233,7 +233,7 @@ async def test_a_password_that_is_changed_meanwhile_is_not_overwritten(
     (sender,) = await store(engine, OLD, ["before"])
     async with engine.begin() as rotating:
         await rotate_chunk(rotating, BOTH, 0)
-        # As UpdateSender does it: it waits for the rotation's end, and wins.
+        # UpdateSender does the same: it waits for the end of the rotation, and its change persists.
         changing = asyncio.create_task(_change(engine, sender, "after"))
         await asyncio.wait([changing], timeout=0.1)
         assert not changing.done()

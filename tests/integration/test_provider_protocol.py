@@ -100,7 +100,7 @@ async def test_replies_come_in_order_although_the_first_mail_is_answered_late() 
             await greeted(client)
             client.write("MAIL FROM:<a@x.test>", "RCPT TO:<ann@y.test>", "DATA", "", "Hi", ".")
             client.write("NOOP", "QUIT")
-            # Accepted already, while the client still waits.
+            # The mail is already accepted while the client still waits.
             await eventually(lambda: provider.tally.accepted == 1)
             replies = await client.replies(6)
         assert [reply[:9] for reply in replies] == [
@@ -115,7 +115,7 @@ async def test_dots_are_unstuffed_and_the_body_is_stored_as_it_was_written(tmp_p
         client.write("MAIL FROM:<a@x.test>", "RCPT TO:<ann@y.test>", "DATA")
         await client.replies(3)
         lines = ("Message-ID: <1@x.test>", "", "..", "...x", "..leading", "in.side", "a\n.\nb", ".")
-        # In pieces that cut the end in two.
+        # The pieces split the end marker in two.
         data = "".join(f"{line}\r\n" for line in lines).encode()
         for piece in (data[:-3], data[-3:-1], data[-1:]):
             client.writer.write(piece)
@@ -173,7 +173,7 @@ def buffered(reader: asyncio.StreamReader) -> int:
 
 async def test_an_endless_line_takes_no_memory() -> None:
     reader = asyncio.StreamReader()
-    # Replies are not sent here, so nothing is written.
+    # No replies are sent here, so nothing is written.
     wire = Wire(reader, cast(asyncio.StreamWriter, None), idle_s=10)
     reading = asyncio.create_task(wire.read_line())
     for _ in range(20):
@@ -384,7 +384,7 @@ async def test_only_the_right_secret_authenticates(
         for user, said in ((USER, "wrong"), ("nobody", secret)):
             reply = await sign_in(user, said)
             if mechanism != "PLAIN":
-                # The error comes as a challenge, and needs a response.
+                # The error comes as a challenge, which needs a response.
                 error = json.loads(base64.b64decode(reply.removeprefix("334 ")))
                 assert error["status"] in ("400", "invalid_token")
                 reply = await client.say("" if mechanism == "XOAUTH2" else "AQ==")
@@ -444,7 +444,7 @@ async def test_a_connection_is_closed_after_the_third_wrong_password() -> None:
         assert sum(provider.tally.refusals.values()) == 3
 
 
-# Its life ------------------------------------------------------------------------------------
+# Start, stop and change of a provider --------------------------------------------------------
 
 
 async def test_a_stop_cuts_connections_and_what_was_written_is_complete(tmp_path: Path) -> None:

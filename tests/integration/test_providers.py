@@ -1,4 +1,4 @@
-"""Each simulated provider, driven by a foreign client: its limits, its replies, its counts."""
+"""Each simulated provider, driven by an independent client: its limits, its replies, its counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
 
 
 def rate(profile: Profile, seconds: float, most: int, *, last: float | None = None) -> Profile:
-    """Return a profile with only the rate of one period, with another number."""
+    """Return a profile that has only the rate of one period, with another value."""
     [found] = [one for one in profile.rates if one.seconds == seconds]
     changed = dataclasses.replace(found, most=most, seconds=last or seconds)
     return dataclasses.replace(profile, rates=(changed,))
@@ -73,7 +73,7 @@ async def test_every_provider_takes_a_mail_over_tls_with_its_login(
             async def accepted() -> bool:
                 return await client.send(1) == "accepted"
 
-            # postgrey wants it twice.
+            # postgrey accepts the mail at the second try.
             await eventually(accepted)
         await eventually(lambda: provider.tally.endings == {Ending.QUIT: 1})
     [mail] = provider.tally.mails
@@ -145,7 +145,7 @@ async def test_mails_per_minute_are_refused_at_mail(
             if closes:
                 await eventually(lambda: provider.tally.endings == {Ending.SERVER: 1})
         async with foreign_client(provider, login=LOGIN) as client:
-            # The account is over its rate, not the connection.
+            # The account exceeds its rate, not the connection.
             assert (await client.send(3)).startswith(words)
         assert provider.tally.accepted == 2
 
@@ -275,7 +275,7 @@ async def test_postgrey_refuses_a_new_triplet_and_takes_it_after_the_delay() -> 
                 return said == "accepted"
 
             await eventually(accepted)
-            # The triplet is known now, but another one is not.
+            # This triplet is known now, but another one is not.
             assert await client.send(2) == "accepted"
             assert (await client.send(3, "ben@y.test")).startswith("450 4.2.0 <ben@y.test>")
             assert (await client.send(4, mail_from="b@x.test")).startswith("450 4.2.0")

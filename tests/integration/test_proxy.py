@@ -1,4 +1,4 @@
-"""The proxy that refuses, hangs, lags and cuts, before a real server."""
+"""The proxy that refuses, hangs, delays and cuts connections, before a real server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def proxy(stores: Stores, redis_url: str) -> AsyncIterator[TcpProxy]:
 
 @pytest.fixture
 async def client(proxy: TcpProxy) -> AsyncIterator[Redis]:
-    """One connection, which is never reopened automatically."""
+    """One connection that is never reopened automatically."""
     never = Retry(NoBackoff(), 0)
     async with Redis(
         host=LOOPBACK, port=proxy.port, single_connection_client=True, retry=never

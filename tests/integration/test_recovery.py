@@ -62,7 +62,7 @@ async def test_an_expired_lease_is_an_attempt_that_takes_a_slot(
     assert row.lease_until is None
     final = next_state is JobState.UNCERTAIN
     assert row.finished_at == (was.lease_until if final else None)
-    # Its end is unknown: the last possible instant counts.
+    # The end of the attempt is unknown, so the latest possible instant is recorded.
     assert attempt.ended_at == was.lease_until.timestamp()
     assert attempt.ended_at - attempt.started_at == pytest.approx(LEASE.total_seconds())
     assert (attempt.outcome, attempt.counted) == (AttemptOutcome.LEASE_EXPIRED, True)
@@ -174,7 +174,7 @@ async def test_the_policy_decides_about_jobs_whose_lease_expired(
 async def test_a_job_recovered_while_redis_is_unreachable_is_not_lost(
     world: World, connection: AsyncConnection
 ) -> None:
-    """The marker, of the same transaction, brings the load later."""
+    """The marker of the same transaction makes a dispatcher load it later."""
     sender = await world.sender()
     [job] = await world.schedule(sender, load=False)
     await world.sql("DELETE FROM head_markers")
@@ -200,7 +200,7 @@ async def test_a_dispatcher_that_sent_while_postgresql_hung_gets_time_to_record_
     [job] = await world.schedule(await world.sender(), load=False)
     await mark(connection, [job], lease=OVER)
     recovery = recovery_of()
-    # Once: if it is always as slow as that, leases have to end all the same.
+    # Only once: leases must end even if PostgreSQL always hangs.
     for pause, state in (
         (recovery_module.GRACE, JobState.SENDING),
         (timedelta(seconds=1), JobState.SCHEDULED),
@@ -215,7 +215,7 @@ async def test_a_dispatcher_that_sent_while_postgresql_hung_gets_time_to_record_
 
 
 class CancellationLosingLoader(HeadLoader):
-    """Loses a cancellation, as redis-py does on Python 3.11 if it comes with an answer."""
+    """Loses a cancellation, as redis-py does on Python 3.11 if it arrives with an answer."""
 
     begun: asyncio.Event
 

@@ -35,7 +35,7 @@ from tests.eventually import eventually
 from tests.renewing import LeasedSend, SendingWithoutSmtp
 from tests.world import World
 
-# Short, and long enough for a machine that is busy with other tests.
+# Short, but long enough for a machine that is busy with other tests.
 LEASE = timedelta(seconds=2)
 ROOT = Path(__file__).parent.parent.parent
 
@@ -51,7 +51,7 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
 async def sending_with(
     settings: Settings, redis_of: Sequence[Redis] | None = None
 ) -> AsyncIterator[SendingWithoutSmtp]:
-    """Yield what sends by these settings; `redis_of` each shard."""
+    """Yield a sender of mails with these settings; `redis_of` gives the Redis of each shard."""
     async with AsyncExitStack() as stack:
         statements = create_engine(settings, lookups_only=True, single_statements=True)
         stack.push_async_callback(statements.dispose)
@@ -80,7 +80,7 @@ async def lease_in_redis(world: World, claim: Claim) -> int | None:
 
 
 async def renewed_for(world: World, send: LeasedSend, leases: float) -> None:
-    """Wait until the leases of a send have lasted for so many leases longer than at first."""
+    """Wait until both leases of a send are `leases` times a lease longer than at first."""
     longer = leases * LEASE
 
     async def both() -> bool:
@@ -98,7 +98,7 @@ async def leases_in_redis(world: World) -> int:
     return sum([await world.leases_in_redis(row.id) for row in await world.sql("TABLE senders")])
 
 
-# While all goes well -------------------------------------------------------------------------
+# Both stores are reachable -------------------------------------------------------------------
 
 
 async def test_a_reply_that_takes_several_leases_is_awaited(
@@ -110,7 +110,7 @@ async def test_a_reply_that_takes_several_leases_is_awaited(
     await renewed_for(world, send, 2.5)
     async with sending.statements.connect() as connection:
         assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED) == {}
-    # Nobody else has the job, or its entry.
+    # No other process has the job or its entry.
     assert await sending.begin() == []
     send.reply.set()
     await waiting
@@ -155,17 +155,17 @@ async def test_many_jobs_are_renewed_by_one_statement(
         send.reply.set()
     await asyncio.gather(*tasks)
 
-    # Those of the second shard were claimed a moment later.
+    # The jobs of the second shard were claimed a moment later.
     assert len(sizes) <= 4
     assert sum(sizes[:2]) >= 50
 
 
-# When a store is away ------------------------------------------------------------------------
+# A store is unreachable ----------------------------------------------------------------------
 
 
 @pytest_asyncio.fixture
 async def proxies(stores: Stores, world: World) -> AsyncIterator[dict[str, TcpProxy]]:
-    """Proxies before both stores."""
+    """Proxies in front of both stores."""
     port = int(conninfo_to_dict(world.settings.database_url)["port"] or 0)
     async with (
         TcpProxy(lambda: port) as postgres,
@@ -175,7 +175,7 @@ async def proxies(stores: Stores, world: World) -> AsyncIterator[dict[str, TcpPr
 
 
 def through(settings: Settings, *, postgres: TcpProxy, redis: TcpProxy) -> Settings:
-    """Return the settings by which both stores are reached through proxies."""
+    """Return settings that reach both stores through proxies."""
     port = str(conninfo_to_dict(settings.database_url)["port"])
     database_url = settings.database_url.replace(f":{port}/", f":{postgres.port}/")
     assert database_url != settings.database_url
@@ -201,12 +201,13 @@ async def test_a_send_that_cannot_be_renewed_stops_before_its_lease_ends_and_has
         await waiting
         assert send.leased is not None
         assert not send.replied
-        # Both leases run from after the question that we count from.
+        # Both leases run from a time after the request, and the deadline counts from the request.
         assert send.leased.lease.until < send.leased.renewed + LEASE.total_seconds()
         proxy.heal()
         await sending.settle(send)
 
-        # Once: as an attempt in doubt; or as no attempt, or one that did not begin its body.
+        # The outcome is recorded once: as in doubt, or as no attempt or one whose body did not
+        # begin.
         outcomes = [each.outcome for each in await world.attempts(send.job)]
         row = await world.job(send.job)
         if in_body:
@@ -231,7 +232,7 @@ async def test_an_unreachable_shard_stops_no_send_of_another_shard(
     for sender in senders:
         await world.schedule(sender)
     away = connect(through(world.settings, **proxies))
-    # The first shard, so that it is called first.
+    # The first shard is unreachable, because it is called first.
     async with away, sending_with(world.settings, redis_of=[away]) as sending:
         sends = {send.claim.sender_id % 2: send for send in await sending.begin()}
         tasks = {shard: asyncio.create_task(sending.send(send)) for shard, send in sends.items()}
@@ -282,7 +283,7 @@ async def test_a_lost_redis_stops_no_send_that_is_restored_in_time(
     for leases in (0.5, 1.5):
         await renewed_for(world, send, leases)
         await world.redis.flushall()
-        # As every dispatcher does that finds the shard lost.
+        # Every dispatcher that finds the shard lost does this.
         for queue in world.queues:
             assert await world.loader.rebuild(queue)
     await renewed_for(world, send, 3)
@@ -308,7 +309,7 @@ async def test_a_lost_redis_that_is_not_restored_stops_the_send(
     assert not send.replied
 
 
-# When somebody else has the job --------------------------------------------------------------
+# Another process has the job -----------------------------------------------------------------
 
 
 async def test_a_send_whose_job_was_recovered_stops_at_once_and_overwrites_nothing(
@@ -327,7 +328,7 @@ async def test_a_send_whose_job_was_recovered_stops_at_once_and_overwrites_nothi
     lost = sending.registry.get_sample_value("outbox_lost_leases_total", {"found": "renewal"})
     assert lost == 1
     before = (await world.job(send.job), await world.attempts(send.job))
-    send.replied = True  # its reply came all the same
+    send.replied = True  # its reply arrived nevertheless
     await sending.settle(send)
 
     assert (await world.job(send.job), await world.attempts(send.job)) == before
@@ -391,7 +392,7 @@ async def test_a_dispatcher_paused_past_a_renewed_lease_stops_and_overwrites_not
     assert [each.outcome for each in await world.attempts(row.id)] == [AttemptOutcome.LEASE_EXPIRED]
 
 
-# What a send knows of its lease --------------------------------------------------------------
+# What a send knows about its lease -----------------------------------------------------------
 
 
 async def test_a_send_is_given_back_under_its_renewed_lease(
@@ -427,7 +428,7 @@ async def test_a_send_that_stops_during_a_renewal_is_recorded_as_an_attempt(
         assert send.leased is not None
         send.leased.lease.extend(time.monotonic())
         await waiting
-        # Statements that reached PostgreSQL and whose answer was lost.
+        # Statements that PostgreSQL executed but whose answers were lost.
         await holder.execute(
             text("UPDATE email_jobs SET lease_until = :until"),
             {"until": datetime.now(UTC) + LEASE * 100},

@@ -22,7 +22,7 @@ from tests.eventually import eventually
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
-OVER = timedelta(milliseconds=-1)  # a lease that ran out before it began
+OVER = timedelta(milliseconds=-1)  # a lease that has expired when it begins
 
 
 @pytest_asyncio.fixture
@@ -128,7 +128,7 @@ async def test_a_job_that_was_recovered_is_not_renewed(
     assert await storage.recover_expired(connection, LEASE, JobState.SCHEDULED)
 
     assert await renew(connection, job) == {}
-    # Nor is the next attempt, which another dispatcher holds.
+    # The next attempt, which another dispatcher holds, is not renewed either.
     await storage.mark_sending(connection, [JobRef(job.job.job_id, 2)], LEASE)
     assert await renew(connection, job) == {}
 
@@ -147,7 +147,7 @@ async def test_a_renewal_whose_answer_was_lost_is_repeated(
 async def test_a_renewed_job_is_given_back_only_by_its_new_end(
     world: World, connection: AsyncConnection
 ) -> None:
-    # So a send that does not know its end is recorded as an attempt (LeasedJob.known).
+    # Therefore a send that does not know its end is recorded as an attempt (LeasedJob.known).
     [job] = await marked_jobs(world, connection)
     ends = await renew(connection, job)
 
@@ -165,7 +165,7 @@ async def test_a_renewed_job_is_settled_by_its_attempt(
     assert set(await storage.settle(connection, [sent(job)], time.monotonic())) == {job.job.job_id}
 
 
-# Against a recovery --------------------------------------------------------------------------
+# Concurrent with a recovery ------------------------------------------------------------------
 
 
 async def test_an_expired_lease_that_nobody_noticed_is_renewed_and_not_recovered(
@@ -192,7 +192,7 @@ async def test_a_recovery_skips_a_lease_that_is_being_renewed(
 async def test_a_renewal_waits_for_a_recovery_under_way(
     world: World, connection: AsyncConnection, recovered: bool
 ) -> None:
-    # After an outage of PostgreSQL a recovery is rolled back, to give grace.
+    # After an outage of PostgreSQL a recovery is rolled back to give dispatchers time.
     [job] = await marked_jobs(world, connection, lease=OVER)
     async with world.engine.connect() as recovering:
         await storage.recover_expired(recovering, LEASE, JobState.SCHEDULED)
@@ -216,13 +216,13 @@ async def test_a_recovered_attempt_starts_no_later_than_its_last_renewal(
     assert attempt.ended_at - attempt.started_at == LEASE.total_seconds()
 
 
-# Against a settlement ------------------------------------------------------------------------
+# Concurrent with a settlement ----------------------------------------------------------------
 
 
 async def test_a_renewal_and_a_settlement_of_the_same_jobs_do_not_wait_for_each_other(
     world: World, statements: AsyncEngine
 ) -> None:
-    # A job that has just ended is in the renewal under way and in the group being recorded.
+    # A job that has just ended is both in the renewal under way and in the group being recorded.
     async with statements.connect() as renewing, statements.connect() as settling:
         first, second = await marked_jobs(world, renewing, 2)
         async with world.engine.begin() as holder:
@@ -260,10 +260,10 @@ async def test_a_renewal_and_a_give_back_of_the_same_jobs_do_not_wait_for_each_o
             )
             earlier = asyncio.ensure_future(steps[0](first, second))
             await waiting_for_locks(world, 1)
-            # In the other order.
+            # In the opposite order.
             later = asyncio.ensure_future(steps[1](second, first))
             await waiting_for_locks(world, 2)
 
         assert len(await earlier) == 2
-        # The end of the lease is the fencing token of a give-back, after which no renewal works.
+        # The end of the lease is the fencing token of a give-back; afterwards no renewal succeeds.
         assert len(await later) == 0

@@ -30,9 +30,9 @@ from tests.eventually import eventually
 from tests.stats_stack import stats_server
 
 T = TypeVar("T")
-# Between two whole hours, so that no age is at the limit.
+# Half an hour more than whole hours, so that no age equals the limit.
 MINUTES = 30
-# As the stats service folds, except the deltas of some batches.
+# The fold of the stats service, but without the deltas of some batches.
 FOLD = """
 WITH moved AS (DELETE FROM count_deltas WHERE batch_id <> ALL(%s) RETURNING *),
 by_sender AS (INSERT INTO sender_counts SELECT sender_id, state, sum(n) FROM moved GROUP BY 1, 2),
@@ -45,17 +45,17 @@ _request_ids = itertools.count(1)
 
 @dataclass(frozen=True)
 class PastJob:
-    """A job of a history. Ages are in hours; that of its end matters for final states only."""
+    """A job of a history. Ages are in hours; the age of its end applies only to final states."""
 
     state: JobState
     ended: int
-    # Of each attempt, the age of its end.
+    # The age of the end of each attempt.
     attempts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PastBatch:
-    """A batch of a history. `sweeping`: it is cancelled, and its rows are not updated yet."""
+    """A batch of a history. `sweeping`: it is cancelled, but its rows are not updated yet."""
 
     accepted: int
     jobs: tuple[PastJob, ...]
@@ -88,7 +88,7 @@ ALWAYS = (
 
 @dataclass
 class Installation:
-    """The rows of a history, and what is expected of a removal."""
+    """The rows of a history, and the expected result of a removal."""
 
     url: str
     ids: dict[int, PastJob] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class Installation:
                 ).fetchone()
                 assert row
                 self.senders.append(row[0])
-            # Ids follow the times of acceptance.
+            # Ids are in the order of acceptance.
             for batch in sorted(history, key=lambda batch: -batch.accepted):
                 self._write_batch(connection, batch)
             connection.execute(FOLD, (self.unfolded(),))
@@ -173,7 +173,7 @@ class Installation:
                 )
 
     def may_go(self, job: PastJob, hours: int) -> bool:
-        """Return whether a job is finished, and both its end and its attempts are old."""
+        """Return whether a job is finished and both its end and its attempts are old."""
         return job.state in PURGEABLE and all(age > hours for age in (job.ended, *job.attempts))
 
     def expected_jobs(self, hours: int) -> set[int]:
@@ -204,12 +204,12 @@ async def _on(url: str, work: Callable[[AsyncEngine], Awaitable[T]]) -> T:
 
 @dataclass(frozen=True)
 class Reading:
-    """What callers, the limiter and the audit read."""
+    """The data that callers, the limiter and the audit read."""
 
     by_sender: Any
     by_batch: Any
     history: set[tuple[Any, ...]]
-    # Counts that differ from a recount, and jobs without a row: of all, and of each sender.
+    # Counts that differ from a recount, and jobs without a row: in total and per sender.
     mismatch: int
     missing: list[int]
 
@@ -242,7 +242,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 @settings(
     max_examples=5,
-    # To shrink an example takes minutes.
+    # Shrinking an example takes minutes.
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -269,12 +269,12 @@ def test_only_old_finished_jobs_are_removed_and_no_reader_notices(
 
     jobs_left = set(installation.column("SELECT id FROM email_jobs"))
     assert jobs_left == installation.expected_jobs(hours)
-    # Attempts go with their jobs.
+    # Attempts are removed with their jobs.
     attempts = set(installation.column("SELECT email_job_id FROM attempts"))
     assert attempts == {job_id for job_id in jobs_left if installation.ids[job_id].attempts}
     batches_left = set(installation.column("SELECT id FROM batches"))
     assert batches_left == installation.expected_batches(hours)
-    # Nothing of a removed batch is left.
+    # No row of a removed batch remains.
     for table in ("batch_rejections", "batch_counts", "email_jobs", "purged_counts"):
         named = set(installation.column(f"SELECT batch_id FROM {table}"))
         assert named <= batches_left | ({0} if table == "purged_counts" else set()), table
@@ -283,7 +283,7 @@ def test_only_old_finished_jobs_are_removed_and_no_reader_notices(
     for name in ("jobs", "attempts", "batches", "rejections"):
         assert sum(getattr(row, name) for row in counted) == getattr(removed, name), name
 
-    # What the limiter is rebuilt from, and every count, is what it was.
+    # The limiter's history and every count are unchanged.
     assert after.history == before.history
     assert after.by_sender == before.by_sender
     assert after.by_batch == {key: before.by_batch[key] for key in batches_left}

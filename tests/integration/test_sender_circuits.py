@@ -1,4 +1,4 @@
-"""The circuits of senders, as the head loader gives them to Redis."""
+"""The circuits of senders, as the head loader writes them to Redis."""
 
 from __future__ import annotations
 

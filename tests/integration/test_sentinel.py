@@ -1,4 +1,4 @@
-"""A primary and a replica watched by a real Sentinel: the client follows a failover."""
+"""A primary and a replica monitored by a real Sentinel: the client follows a failover."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.eventually import eventually
 
 @dataclass(frozen=True)
 class Watched:
-    """A primary and its replica, both known to a sentinel."""
+    """A primary and its replica, both monitored by a Sentinel."""
 
     sentinel: Redis
     ports: tuple[int, int]
@@ -63,7 +63,7 @@ async def watched(stores: Stores, tmp_path: Path) -> AsyncIterator[Watched]:
                 return bool(found) and found[0]["master-link-status"] == "ok"
 
             await eventually(knows_the_replica)
-            # The first host does not answer: the next one is asked.
+            # The first host does not answer, so the client asks the next one.
             url = f"redis+sentinel://{LOOPBACK}:{free_port()},{LOOPBACK}:{port}/main/0"
             yield Watched(client, (primary.port, replica.port), load_settings(redis_url=url))
     finally:
@@ -73,7 +73,7 @@ async def watched(stores: Stores, tmp_path: Path) -> AsyncIterator[Watched]:
 
 
 async def port_of(client: Redis) -> int:
-    """Write, and return the port of the server that took it."""
+    """Write; return the port of the server that accepted the write."""
     await client.set("key", "value")
     found: Any = await client.config_get("port")
     return int(found["port"])

@@ -1,4 +1,4 @@
-"""What the settler writes to Redis after interruptions of any kind."""
+"""The settler's writes to Redis after interruptions of any kind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
 async def settle(
     world: World, statements: AsyncEngine, outcome: Any, transactions: Any = None
 ) -> None:
-    """Let a settler write one outcome, to the end."""
+    """Let a settler write one outcome completely."""
     slots = Slots(1)
     await slots.take_free()
     engine = cast(AsyncEngine, transactions or world.engine)
@@ -59,7 +59,7 @@ async def claim_one(world: World) -> Claim:
 
 
 async def claim_before_tomorrows(world: World, sender: int) -> tuple[int, Claim]:
-    """Claim the one job of a sender that is due; the other is due long after."""
+    """Claim the one due job of a sender; its other job is due much later."""
     [job] = await world.schedule(sender)
     await world.schedule(sender, due=TOMORROW)
     return job, await claim_one(world)
@@ -78,7 +78,7 @@ async def test_a_job_given_back_by_an_unanswered_commit_is_claimed_again(
 
     assert lost.lost == 1
     assert (await world.job(job)).state == JobState.SCHEDULED
-    # No recovery finds it: its sender is known, and waits for tomorrow's job.
+    # No recovery finds the job: its sender is known and waits for tomorrow's job.
     assert (await claim_one(world)).job == claim.job
 
 
@@ -110,7 +110,7 @@ async def test_a_job_refused_in_a_pause_that_ends_before_redis_learns_of_it_is_c
     assert (await world.job(job)).state == JobState.SCHEDULED
 
     async def claimed() -> bool:
-        # What every dispatcher does every few seconds: it finds nothing lost.
+        # Every dispatcher does this every few seconds: it finds nothing lost.
         await world.loader.rebuild(world.queues[0])
         found = await world.queues[0].claim(1)
         await world.loader.load(found.loads, committed=False)

@@ -1,4 +1,4 @@
-"""Mail servers whose certificates a private CA has signed."""
+"""Mail servers with certificates signed by a private CA."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_a_senders_ca_is_trusted_only_for_its_endpoint(
             assert result.outcome is SENT, result.message
         assert server.connections == 1
 
-        # A sender without this CA gets neither its trust nor a kept connection.
+        # A sender without this CA does not trust it and gets no connection opened with it.
         await refused(pool, server, security, "")
         other = self_signed(tmp_path / "other").public.read_text()
         await refused(pool, server, security, other)

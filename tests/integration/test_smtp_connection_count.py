@@ -1,4 +1,4 @@
-"""How many connections a mail server permits at once."""
+"""The number of connections that a mail server permits at once."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_connections_drop_to_the_number_that_worked_and_rise_one_by_one() 
         assert result.outcome is AttemptOutcome.TEMPORARY_FAILURE
         assert pool.states()[0].connection_cap == 2
 
-        # Others wait for those that work.
+        # The others wait for the connections that work.
         others = [asyncio.create_task(send(pool, server)) for _ in range(4)]
         gate.set()
         results = await asyncio.gather(*first, *others)

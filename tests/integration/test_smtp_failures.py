@@ -1,4 +1,4 @@
-"""Mails that an SMTP server refuses, and servers that die or fall silent."""
+"""Mails that an SMTP server refuses, and servers that die or stop answering."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ async def test_an_answer_that_is_not_smtp_is_a_connection_failure(
         result_text = (result.message or "").encode()
         assert b"\x00" not in result_text
         assert len(result_text) <= 2_000
-        # The next reply of that server, and the mail that it belongs to, are unknown.
+        # The connection is closed: no one could tell to which mail its next reply belongs.
         assert open_connections(short_pool) == 0
         assert (await send(short_pool, server)).outcome is SENT
 
@@ -184,7 +184,7 @@ async def test_a_server_that_hangs_before_the_body_times_out(
         result = await send(short_pool, server)
 
         assert (result.outcome, result.body_begun) == (CONNECTION, False)
-        # The limit of the phase, and not the lease of 30 s.
+        # The limit of the phase, not the lease of 30 s.
         assert LIMIT <= time.monotonic() - began < 30
         assert open_connections(short_pool) == 0
         await eventually(lambda: not server.open)
@@ -198,7 +198,7 @@ async def test_a_server_that_hangs_after_the_body_leaves_the_mail_in_doubt(
         result = await send(short_pool, server)
 
         assert (result.outcome, result.body_begun) == (IN_DOUBT, True)
-        # The limit of the phase, and not the lease of 30 s.
+        # The limit of the phase, not the lease of 30 s.
         assert LIMIT <= time.monotonic() - began < 30
         assert open_connections(short_pool) == 0
         await eventually(lambda: not server.open)
@@ -244,7 +244,7 @@ async def test_a_server_that_hangs_at_rset_does_not_delay_the_outcome(
         result = await send(pool, server)
         assert (result.outcome, result.smtp_code) == (PERMANENT, 550)
 
-        # Nor does it cost the next mail anything.
+        # The next mail is not affected either.
         assert (await send(pool, server)).outcome is SENT
         assert (server.connections, server.visits["rset"]) == (2, 1)
         await eventually(lambda: open_connections(pool) == 1)
@@ -253,14 +253,14 @@ async def test_a_server_that_hangs_at_rset_does_not_delay_the_outcome(
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_data_that_a_server_did_not_read_is_not_sent_after_the_deadline(loop_factory: Any) -> None:
-    """The rest of a body must not trickle out later, nor hold a socket for ever."""
+    """The rest of a body must not be sent later, nor hold a socket forever."""
     data = b"Subject: s\r\n\r\n" + b"line\r\n" * 3_000_000
 
     async def scenario() -> None:
         pool, unread = pool_of(), asyncio.Event()
         async with ScriptedServer({"data": (Succeed(), StopReading(unread))}) as server:
             result = await send(pool, server, replace(MAIL, data=data))
-            # The end of the body was never written: the server cannot have taken it.
+            # The end of the body was never written, so the server cannot have accepted the mail.
             assert (result.outcome, result.body_begun) == (CONNECTION, True)
             unread.set()
             await eventually(lambda: not server.open)
@@ -268,6 +268,6 @@ def test_data_that_a_server_did_not_read_is_not_sent_after_the_deadline(loop_fac
         assert server.taken == []
         assert server.body_bytes < len(data)
 
-    # The loop of the services, and the standard library's: their transports have no common base.
+    # uvloop and the standard library: their transports have no common base class.
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(scenario())

@@ -1,4 +1,4 @@
-"""Behaviour of real mail servers: it loses no mail and makes no copies."""
+"""Common behaviour of real mail servers: it loses no mail and makes no copies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 def after(mails: int, answer: str) -> Habit:
-    """Return a plan that refuses every mail of a connection after so many."""
+    """Return a plan that refuses every mail of a connection after the first `taken`."""
     return lambda heard: Say(answer) if heard.begun > mails else Succeed()
 
 
@@ -67,7 +67,7 @@ def once_each(count: int) -> dict[str, int]:
     return {f"r{n}@y.test": 1 for n in range(count)}
 
 
-# A connection that is used up ----------------------------------------------------------------
+# A connection that carries no further mail ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ async def test_a_server_that_limits_mails_per_connection_gets_all_mails(
         assert {result.reply_class for result in results} == {ReplyClass.SENT}
         assert accepted(server) == once_each(20)
         assert server.connections == 20 // mails
-        # It was refused once: from then on the pool knows how many mails a connection carries.
+        # One refusal was enough: the pool now knows how many mails a connection carries.
         assert server.visits["mail"] == 21
         assert pool.states()[0].learned_mails_per_connection == mails
         await pool.close()
@@ -117,7 +117,7 @@ async def test_a_learned_number_of_mails_is_forgotten_after_an_hour() -> None:
 
 
 async def test_a_refusal_after_idling_sets_no_limit_of_mails_per_connection() -> None:
-    """The server ended the connection for its age, not for the number of its mails."""
+    """The server closed the connection because of its age, not the number of its mails."""
     clock = PoolClock()
     pool = pool_of(timeout=5.0, clock=clock)
     plan = {"mail": [Succeed(), Say("421 4.4.2 idle for too long")]}
@@ -154,7 +154,7 @@ async def test_a_refusal_that_repeats_on_a_new_connection_is_taken_literally(
 
 
 async def test_the_old_connection_is_closed_before_the_new_one_is_opened() -> None:
-    """A server that allows one connection would refuse the second."""
+    """A server that allows one connection would refuse a second one."""
 
     def slowly(_: Conversation) -> Any:
         answered = asyncio.Event()
@@ -171,7 +171,7 @@ async def test_the_old_connection_is_closed_before_the_new_one_is_opened() -> No
 
 
 async def test_the_last_check_is_repeated_before_a_body_is_sent_again(pool: SmtpPool) -> None:
-    """The refusal of the body is then the outcome: the server has seen it."""
+    """In this case the refusal of the body is the outcome: the server has seen the body."""
     plan = {"body": [Succeed(), Say("451 mails per session limit exceeded")]}
     async with ScriptedServer(plan) as server:
         await send(pool, server)
@@ -195,7 +195,7 @@ async def test_a_mail_whose_connection_is_used_up_is_given_back_if_it_must_not_b
 async def test_an_unsolicited_reply_is_attributed_to_no_mail(
     pool: SmtpPool, extensions: tuple[str, ...]
 ) -> None:
-    """As a 421 that comes right after the last mail, before the server hangs up."""
+    """For example a 421 directly after the last mail, before the server closes the connection."""
     plan = {"body": [(Succeed(), Say("421 4.7.0 enough, good-bye")), Succeed()]}
     async with ScriptedServer(plan, extensions=extensions) as server:
         results = await send_many(pool, server, 2)
@@ -205,7 +205,7 @@ async def test_an_unsolicited_reply_is_attributed_to_no_mail(
         assert (server.connections, server.visits["mail"]) == (2, 2)
 
 
-# What a connection is good for after a refusal -----------------------------------------------
+# Reuse of a connection after a refusal -------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "data", "body"])
@@ -227,7 +227,7 @@ async def test_a_connection_is_used_again_after_a_refusal_of_the_mail_alone(
         assert (await send(pool, server)).smtp_code == int(answer[:3])
         assert (await send(pool, server)).outcome is SENT
 
-        # MAIL names only the sender: a refusal there is of the account, not of the mail.
+        # MAIL names only the sender, so a refusal there concerns the account and not the mail.
         kept = kept and phase != "mail"
         verbs = [command.split()[0] for command in server.commands]
         assert verbs.count("RSET" if kept else "QUIT") == 1
@@ -248,7 +248,7 @@ async def test_the_outcome_does_not_depend_on_the_reply_to_rset(
     await pool.close()
 
 
-# A reply that is late ------------------------------------------------------------------------
+# A late reply --------------------------------------------------------------------------------
 
 
 async def test_a_late_reply_is_awaited_while_the_lease_is_renewed(
@@ -290,7 +290,7 @@ async def test_a_lost_lease_ends_the_wait_at_once() -> None:
 async def test_a_silent_connection_is_probed_by_the_kernel(
     pool: SmtpPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NAT forgets it otherwise, and with it the reply to a mail that was accepted."""
+    """Otherwise a NAT drops the connection, and the reply to an accepted mail is lost."""
     opened: list[SmtpStream] = []
     made = SmtpStream.connection_made
 
@@ -308,7 +308,7 @@ async def test_a_silent_connection_is_probed_by_the_kernel(
 
 @pytest.mark.parametrize("phase", PHASES)
 async def test_each_phase_has_its_own_limit(phase: str, extensions: tuple[str, ...]) -> None:
-    """The others have hours."""
+    """The limits of all other phases are an hour."""
     field = {"body": "end"}.get(phase, phase)
     limits = replace(PhaseLimits.of(3_600.0), **{field: LIMIT})
     pool = pool_of(limits=limits)
@@ -404,7 +404,7 @@ async def test_a_server_that_does_not_answer_quit_delays_no_outcome_and_no_shutd
         assert {result.smtp_code for result in await asyncio.gather(*sends)} == {450}
         assert open_connections(pool) == 5
         closing = asyncio.create_task(pool.close())
-        # All of them at the same time, and each for two seconds.
+        # All connections at the same time; each takes two seconds.
         await eventually(lambda: server.waiting["quit"] == 5)
         async with asyncio.timeout(PATIENCE):
             await closing

@@ -38,9 +38,9 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 class OneSegment:
-    """A server that answers MAIL, RCPT and DATA, which came in one read, in one write.
+    """A server that reads MAIL, RCPT and DATA together and answers them in one write.
 
-    `early`: what it says within a body, after which it reads no more.
+    `early` is its reply within a body; after it the server reads nothing.
     """
 
     def __init__(self, replies: bytes, early: bytes = b"") -> None:
@@ -126,14 +126,14 @@ async def test_the_first_refusal_decides_and_the_next_mail_is_sent(
         assert (server.connections, len(server.taken)) == (1, 1)
 
 
-# RCPT is refused, and DATA is answered with 354 ----------------------------------------------
+# RCPT is refused, but DATA gets 354 ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", [Say("554 5.5.1 no valid recipients"), Succeed(), Close(), Wait()])
 async def test_a_lone_dot_is_sent_if_data_is_accepted_for_a_refused_recipient(
     pool: SmtpPool, end: Any
 ) -> None:
-    """No reply of the server to the dot is a reply to the mail."""
+    """The server's reply to the dot is not a reply to the mail."""
     plan = {"rcpt": [Say("550 5.1.1 nobody")], "body": [end]}
     async with ScriptedServer(plan, extensions=PIPELINING, careless=True) as server:
         result = await send(pool, server)
@@ -156,11 +156,11 @@ async def test_no_dot_is_sent_if_the_sender_is_refused_and_the_recipient_accepte
         result = await send(pool, server)
         assert (result.smtp_code, result.body_begun) == (452, False)
         await eventually(lambda: not server.open)
-        # Nor a QUIT, which would be a line of its body.
+        # No QUIT is sent either, since it would be a line of the body.
         assert (server.taken, server.body_bytes, server.endings) == ([], 0, ["close"])
 
 
-# The last look -------------------------------------------------------------------------------
+# The last check before the body --------------------------------------------------------------
 
 
 async def test_a_send_stopped_after_354_never_reaches_the_server(pool: SmtpPool) -> None:
@@ -187,7 +187,7 @@ async def test_no_body_begins_if_the_lease_ends_at_354(pool: SmtpPool) -> None:
         assert (server.taken, server.body_bytes, server.endings) == ([], 0, ["close"])
 
 
-# Death ---------------------------------------------------------------------------------------
+# Connections that die ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("phase", ["mail", "rcpt", "data"])
@@ -212,7 +212,7 @@ async def test_a_kept_connection_that_dies_at_the_next_mail_costs_no_attempt(
         assert (server.connections, len(server.taken)) == (2, 2)
 
 
-# The body ------------------------------------------------------------------------------------
+# Bodies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
@@ -282,7 +282,7 @@ async def test_a_server_that_accepts_no_more_of_a_body_cannot_have_accepted_the_
 
 
 async def test_a_connection_lost_after_the_whole_body_leaves_the_mail_in_doubt() -> None:
-    """The kernel has all of it; how much the server has is unknown."""
+    """The kernel has the whole body; how much of it the server has is unknown."""
     pool = pool_of(timeout=LIMIT)
     async with ScriptedServer(
         {"data": (Succeed(), StopReading())}, extensions=PIPELINING

@@ -45,7 +45,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
     await pool.close()
 
 
-# When all is well ----------------------------------------------------------------------------
+# Without failures ----------------------------------------------------------------------------
 
 
 async def test_a_mail_arrives_byte_by_byte(pool: SmtpPool, inbox: Inbox) -> None:
@@ -66,7 +66,7 @@ async def test_a_mail_arrives_byte_by_byte(pool: SmtpPool, inbox: Inbox) -> None
         b".\r\n",
         b"..\r\n.a\r\nb.\r\n.\r\n",
         b"\r\n.\r\n\r\n..\r\n",
-        b"x\n.\n.y\r\n",  # no line break of SMTP, and not to be taken for one
+        b"x\n.\n.y\r\n",  # not a line break in SMTP, and must not be treated as one
         b"",
         b"\xff\x00\xe9\r\n",
     ],
@@ -125,7 +125,7 @@ async def test_a_forwarded_recipient_is_accepted(pool: SmtpPool) -> None:
 
 @pytest.mark.parametrize("code", [250, 252, 259])
 async def test_any_2xx_reply_after_the_body_is_an_acceptance(pool: SmtpPool, code: int) -> None:
-    """RFC 5321, 4.2.1: the first digit says whether it is good, also of an unknown code."""
+    """RFC 5321, 4.2.1: the first digit decides about success, even of an unknown code."""
     async with ScriptedServer({"body": Say(f"{code} 2.0.0 queued")}) as server:
         result = await send(pool, server)
 
@@ -206,7 +206,7 @@ async def test_all_kept_connections_may_be_dead_at_the_same_time() -> None:
         gate.set()
         await asyncio.gather(*first)
         server.cut()
-        # Nothing runs between the cut and the next mail: no end was seen yet.
+        # No code runs between the cut and the next mail, so the pool has not noticed the end.
         result = await send(pool, server)
 
         assert result.outcome is SENT
@@ -245,7 +245,7 @@ async def test_closing_the_pool_closes_its_connections(pool: SmtpPool) -> None:
         assert open_connections(pool) == 0
 
 
-# Not begun -----------------------------------------------------------------------------------
+# Sends that do not begin ---------------------------------------------------------------------
 
 
 async def test_a_send_that_may_not_begin_opens_no_connection(pool: SmtpPool) -> None:
@@ -276,7 +276,7 @@ async def test_a_send_stopped_after_354_never_reaches_the_server(pool: SmtpPool)
 
 
 async def test_no_body_begins_after_the_lease_expired_while_the_process_was_paused() -> None:
-    """As after SIGSTOP: 354 is there, and nothing ran until the deadline was over."""
+    """As after SIGSTOP: 354 has arrived, but no code ran before the deadline passed."""
     pool = pool_of(timeout=20.0)
     gate = asyncio.Event()
     async with ScriptedServer({"data": (Wait(gate), Succeed())}) as server:
@@ -286,7 +286,7 @@ async def test_no_body_begins_after_the_lease_expired_while_the_process_was_paus
         )
         await eventually(lambda: server.waiting["data"] == 1)
         gate.set()
-        while time.monotonic() < deadline:  # the loop stands still
+        while time.monotonic() < deadline:  # the event loop is blocked
             pass
         with contextlib.suppress(GivenBackError):
             result = await sending

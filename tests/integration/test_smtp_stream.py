@@ -1,4 +1,4 @@
-"""The single timer of a connection, and what ends a wait on it."""
+"""The single timer of a connection, and the events that end a wait on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.eventually import eventually
 
 
 class Peer:
-    """The other side of a connection."""
+    """The other end of a connection."""
 
     def __init__(self) -> None:
         self.writer: asyncio.StreamWriter | None = None
@@ -55,7 +55,7 @@ async def stream(peer: Peer) -> AsyncIterator[SmtpStream]:
 
 
 async def test_consecutive_waits_have_separate_limits(stream: SmtpStream, peer: Peer) -> None:
-    """The timer of a long wait must not serve for a short one, nor the other way round."""
+    """The timer of a long wait must not apply to a short one, and vice versa."""
     for seconds in (60.0, 0.05, 60.0, 0.05):
         waiting = asyncio.create_task(stream.reply(seconds, FixedDeadline(60)))
         if seconds < 1:

@@ -1,4 +1,4 @@
-"""TLS, logins, and the endpoints that a user may name."""
+"""TLS, logins, and the endpoints that a user may set."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def test_a_server_with_an_untrusted_certificate_gets_no_mail(
     certificate = self_signed(tmp_path, host=host)
     context = server_context(certificate)
     if host != "127.0.0.1":
-        # Trusted, but of another host.
+        # The certificate is trusted, but for another host.
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate.public))
     pool = pool_of(timeout=5.0)
     async with ScriptedServer(tls=context, implicit_tls=security is SmtpSecurity.TLS) as server:
@@ -183,7 +183,7 @@ async def test_senders_with_other_credentials_never_share_a_connection(pool: Smt
         assert server.connections == 2
 
 
-# What a user may name
+# Endpoints that a user may set
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0", "2130706433", "::ffff:127.0.0.1"])
@@ -257,7 +257,7 @@ async def test_a_users_password_is_never_sent_in_clear(pool: SmtpPool) -> None:
 async def test_the_number_of_remembered_endpoints_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A user may give a sender another endpoint before each mail."""
+    """A user may set another endpoint of a sender before each mail."""
     monkeypatch.setattr(pools, "MOST_ENDPOINTS", 3)
     pool = pool_of(mails_per_connection=1)
     async with ScriptedServer() as server:

@@ -48,7 +48,7 @@ class Crowded(ScriptedServer):
 
 
 async def send_beside(pool: SmtpPool, server: ScriptedServer) -> Any:
-    """Send one mail, and another one while the first is in its body."""
+    """Send one mail, and a second one while the first is in its body."""
     gate = asyncio.Event()
     server.plan["body"] = [(Wait(gate), Succeed())]
     first = asyncio.create_task(send(pool, server))
@@ -60,7 +60,7 @@ async def send_beside(pool: SmtpPool, server: ScriptedServer) -> Any:
 
 
 def shown(value: object) -> str:
-    """Return a part of a test's id that is the same in every process."""
+    """Return a part of a test id that is the same in every process."""
     return value if isinstance(value, str) else type(value).__name__
 
 
@@ -87,7 +87,7 @@ async def test_a_new_connection_that_fails_while_others_work_exceeds_the_servers
         assert result.reply_class is ReplyClass.CONNECTIONS
         assert "other connections to the server work" in result.message
         assert pool.states()[0].connection_cap == 1
-        # The others wait for the one that works.
+        # The other mails wait for the connection that works.
         results = await asyncio.gather(*(send(pool, server) for _ in range(5)))
         assert {result.outcome for result in results} == {SENT}
         assert server.refused == 1
@@ -108,7 +108,7 @@ async def test_an_unexplained_refusal_while_other_connections_work_lowers_the_ca
         assert (await send_beside(pool, server)).outcome is not SENT
 
         assert pool.states()[0].connection_cap == 1
-        # No reply named a limit, so the retry comes sooner than after one that does.
+        # No reply named a limit, so the next try comes sooner than if one had.
         clock.now += 61
         assert pool.states()[0].connection_cap == 2
     await pool.close()
@@ -158,7 +158,7 @@ async def test_pipelining_is_not_used_again_after_it_failed(action: Action) -> N
         server.commands.clear()
         await send(pool, server)
         await send(pool, server)
-        # One command at a time: RCPT and DATA do not follow a refused MAIL.
+        # Commands are sent one at a time: RCPT and DATA do not follow a refused MAIL.
         assert not {"RCPT", "DATA"} & {command[:4] for command in server.commands}
 
         clock.now += 3601
@@ -170,7 +170,7 @@ async def test_pipelining_is_not_used_again_after_it_failed(action: Action) -> N
 async def test_pauses_grow_while_every_connection_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where the server says so after the opening, as Exchange Online does."""
+    """This also holds if the server refuses at MAIL, as Exchange Online does."""
     monkeypatch.setattr("outbox_server.services.dispatcher.smtp.endpoint_pool._FIRST_PAUSE_S", 0.05)
     pool = pool_of(timeout=5.0)
     refused = Say("432 4.3.2 Concurrent connections limit exceeded")
@@ -179,7 +179,7 @@ async def test_pauses_grow_while_every_connection_is_refused(
             result = await send(pool, server)
         assert result.outcome is SENT
         waits = [later - earlier for earlier, later in pairwise(server.began)]
-        # Each pause is a minimum, however slow the machine is.
+        # Each pause is a minimum, on a machine of any speed.
         pauses = [0.05, 0.1, 0.2, 0.4, 0.8]
         assert all(wait >= pause for wait, pause in zip(waits, pauses, strict=True))
     await pool.close()

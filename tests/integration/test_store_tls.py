@@ -1,7 +1,7 @@
-"""TLS to PostgreSQL and Redis, as their URLs ask for it; docs/kubernetes.md has the same URLs.
+"""TLS to PostgreSQL and Redis, as their URLs request it; docs/kubernetes.md has the same URLs.
 
-The embedded servers have no TLS, so a proxy adds it. It cannot answer libpq's request for TLS in
-the middle of a connection; with `sslnegotiation=direct` libpq begins with TLS.
+The embedded servers have no TLS, so a proxy adds it. The proxy cannot answer libpq's request for
+TLS within a connection; with `sslnegotiation=direct` libpq begins with TLS.
 """
 
 from __future__ import annotations

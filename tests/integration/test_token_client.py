@@ -1,4 +1,4 @@
-"""Requests for access tokens, over TLS, to providers that behave well and to those that do not."""
+"""Requests for access tokens over TLS, to providers that behave well and to others."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ async def test_the_operators_network_cannot_be_reached(
 async def test_the_client_connects_to_the_address_that_was_checked(
     certificate: Certificate, provider: OAuth2Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that answers with another address at each look-up (DNS rebinding)."""
+    """A name that resolves to another address at each look-up (DNS rebinding)."""
     lookups: list[Any] = []
     answers = ["127.0.0.2", "127.0.0.1"]
     real = socket.getaddrinfo
@@ -265,14 +265,14 @@ async def test_the_client_connects_to_the_address_that_was_checked(
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
     tls = TlsContexts(certificate.public.read_text())
-    # The first address has no listener, which is allowed; the provider is at the second.
+    # The first address is allowed but has no listener; the provider listens at the second.
     client = TokenClient(Egress(["127.0.0.2"]), tls)
     url = f"https://rebinding.test:{provider.port}/token"
     found = await failure(client, wanted(provider, token_url=url))
     assert not found.refused
     assert len(lookups) == 1
     assert provider.connections == 0
-    # At the next request the name is checked again.
+    # The next request checks the name again.
     found = await failure(client, wanted(provider, token_url=url))
     assert found.refused
     assert "rebinding.test is in the operator's network" in found.message

@@ -137,7 +137,7 @@ async def test_a_token_is_requested_once_and_shared(
     assert token.encode() not in stored.access_token
     assert BOX.decrypt(stored.access_token) == token
     assert timedelta(seconds=3500) < stored.left <= timedelta(seconds=3599)
-    # Five minutes before its end the next one is requested.
+    # The next token is requested five minutes before the end of this one.
     assert abs(stored.left - stored.until_refresh - timedelta(minutes=5)) < timedelta(seconds=1)
 
 
@@ -184,7 +184,7 @@ async def test_a_request_of_another_process_is_polled_less_and_less_often(
         began = time.monotonic()
         waiting = asyncio.create_task(new_source().token(ref))
         await eventually(lambda: time.monotonic() - began > 2)
-        # Two for each look, after 0, 0.1, 0.3, 0.7 and 1.5 s.
+        # Two statements for each look, at 0, 0.1, 0.3, 0.7 and 1.5 s.
         assert 2 < len(statements) < 16
     finally:
         event.remove(Engine, "before_cursor_execute", count)
@@ -323,7 +323,7 @@ async def test_the_newest_refresh_token_is_the_one_that_is_used(
         await source.token(ref)
         newest = provider.refresh_token
         assert BOX.decrypt((await row(database_url, ref)).refresh_token) == newest
-        # As a provider does that ends the old ones.
+        # A provider that invalidates the old tokens does the same.
         provider.refresh_tokens = {newest}
     assert [form["refresh_token"][-4:] for form in provider.requests] == ["0000", "0001", "0002"]
 
@@ -340,7 +340,7 @@ async def test_a_provider_that_names_no_new_refresh_token_keeps_the_old(
 async def test_a_token_is_stored_although_its_lease_ran_out(
     engine: AsyncEngine, new_source: NewSource, provider: OAuth2Provider, database_url: str
 ) -> None:
-    """The new refresh token is kept: it may have invalidated the old one."""
+    """The new refresh token is stored: it may have invalidated the old one."""
     provider.style = "microsoft"
     ref = await store(engine, provider)
     slow, late = Hold(), Hold()
@@ -355,7 +355,7 @@ async def test_a_token_is_stored_although_its_lease_ran_out(
     stored = await row(database_url, ref)
     assert BOX.decrypt(stored.access_token) == token
     assert BOX.decrypt(stored.refresh_token) == provider.refresh_token
-    # The later one discards its own token and uses the stored one.
+    # The later process discards its own token and uses the stored one.
     late.event.set()
     assert await other == token
     assert (await row(database_url, ref)).refresh_token == stored.refresh_token
@@ -392,7 +392,7 @@ async def test_a_refusal_is_reported_with_the_providers_text(
         with pytest.raises(TokenRefused) as caught:
             await source.token(ref)
         assert str(caught.value) == ("OAuth 2.0: invalid_grant: Token has been expired or revoked.")
-    # Many sends at once are one request.
+    # Many concurrent sends make one request.
     assert len(provider.requests) == 1
 
 

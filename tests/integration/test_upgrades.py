@@ -1,4 +1,4 @@
-"""From the first and every released revision to this one, with rows, under load, and sending."""
+"""Migrations from the first and every released revision, with rows, under load, while sending."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
 from tests.release_after import LAST, VERSIONS
 
-# Enough that an index build takes longer than all other steps.
+# So many rows that building an index takes longer than all other steps.
 ROWS = 60_000
 
 
