@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 
 class LostAnswers:
-    """An engine whose first commit succeeds but loses its answer with the connection."""
+    """An engine whose first commit succeeds, but the connection with its answer is lost."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine

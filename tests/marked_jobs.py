@@ -1,4 +1,4 @@
-"""The dispatcher's statements as tests call them: mark jobs, settle them, recover their leases."""
+"""The dispatcher's statements for use in tests: mark jobs, settle them, recover their leases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
-# A lease that expired before it began.
+# The length of a lease that has expired when it begins.
 OVER = timedelta(milliseconds=-1)
 
 

@@ -1,4 +1,4 @@
-"""What a migration may do, by squawk's rules: the last release runs beside it and after it."""
+"""The permitted steps of a migration, by squawk's rules: the last release keeps running."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 _SQUAWK: Final = Path(sys.executable).with_name("squawk")
-# The migrating session sets its time limits itself; the others are matters of taste.
+# The migrating session sets its time limits itself. The other rules are matters of taste.
 _IGNORED: Final = (
     "require-lock-timeout",
     "require-statement-timeout",
@@ -27,7 +27,7 @@ _IGNORED: Final = (
     "prefer-text-field",
     "prefer-timestamp-tz",
 )
-# A contract step removes what no release uses any more. Nothing is ever renamed or retyped.
+# A contract step removes columns and tables that no release uses. No step renames or retypes any.
 CONTRACT: Final = frozenset({"ban-drop-column", "ban-drop-table"})
 # Statements of the migrating session itself.
 _OURS: Final = re.compile(r"\s*(SELECT|SET)\b|.*\balembic_version\b", re.DOTALL)
@@ -48,13 +48,13 @@ def broken_rules(statements: Sequence[str]) -> set[str]:
     )
     assert done.returncode in (0, 1), done.stderr
     found = {finding["rule_name"] for finding in json.loads(done.stdout)}
-    # Rows are changed in small batches, by a service.
+    # Services change rows in small batches; migrations do not.
     return found | {"moves-data" for one in statements if _MOVES_DATA.match(one)}
 
 
 @contextmanager
 def recorded_statements() -> Iterator[tuple[Mapping[str, list[str]], Any]]:
-    """Record the statements of migrations by revision. The second value is a `say` of `migrate`."""
+    """Record the statements of migrations by revision. The second value is `say` for `migrate`."""
     found: dict[str, list[str]] = defaultdict(list)
     current: list[str] = []
 
@@ -69,7 +69,7 @@ def recorded_statements() -> Iterator[tuple[Mapping[str, list[str]], Any]]:
 
     def say(line: str) -> None:
         revision = line.partition(":")[0]
-        # One transaction is one BEGIN and one COMMIT.
+        # A transaction has one BEGIN and one COMMIT.
         first = current.index("BEGIN") if "BEGIN" in current else None
         kept = [one for n, one in enumerate(current) if one != "BEGIN" or n == first]
         found[revision] = [*kept, "COMMIT"] if first is not None else kept

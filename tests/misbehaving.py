@@ -1,4 +1,4 @@
-"""A gRPC server that misbehaves as a test wants, and both clients of ours to call it."""
+"""A gRPC server that misbehaves as a test requires, and both clients to call it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from tests.eventually import PATIENCE
 
 @dataclass(frozen=True)
 class FailedCall:
-    """How one call ends."""
+    """The end of one call."""
 
     code: grpc.StatusCode
     message: str = "no"
-    # Empty: no details, as of a proxy.
+    # If empty, the error has no details, like an error of a proxy.
     reason: str = ""
     retry_after: timedelta | None = None
     violations: tuple[FieldViolation, ...] = ()
@@ -60,17 +60,17 @@ class MisbehavingServer:
     """The faults of the next calls, and the calls received."""
 
     address: str = ""
-    # One a call, in order; after the last every call is answered.
+    # One per call, in order. After the last fault, all calls succeed.
     faults: list[FailedCall] = field(default_factory=list)
     requests: list[Any] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     metadata: list[dict[str, Any]] = field(default_factory=list)
-    # Of each upload that ended: all bytes.
+    # All bytes of each upload that ended.
     uploads: list[bytes] = field(default_factory=list)
     cancelled: int = 0
     # The messages that each WatchBatch streams before it ends.
     streams: list[list[batch_service_pb2.WatchBatchResponse]] = field(default_factory=list)
-    # Of GetBatch.
+    # The answers of GetBatch.
     batches: list[batch_pb2.Batch] = field(default_factory=list)
     silent: bool = False
 
@@ -126,7 +126,7 @@ class _Batches(batch_service_pb2_grpc.BatchServiceServicer):
                 if message.HasField("options"):
                     await self._state.take(message, context)
                 received += message.chunk
-            # As our servers: fails on a call that was cancelled, which ends like any other.
+            # Like Outbox's servers, it fails on a cancelled call, which ends like any other.
             await context.send_initial_metadata(())
         except (asyncio.CancelledError, grpc.aio.InternalError):
             self._state.cancelled += 1
@@ -153,7 +153,7 @@ async def misbehaving_server(
     """Run the server on a free port."""
     state = MisbehavingServer()
     server = grpc.aio.server()
-    # Abstract: missing methods answer UNIMPLEMENTED, as they should.
+    # The stubs make the methods abstract. Here a missing method must answer UNIMPLEMENTED.
     kinds: tuple[Any, Any] = (_Senders, _Batches)
     for kind in kinds:
         kind.__abstractmethods__ = frozenset()
@@ -180,7 +180,7 @@ class EitherClient:
         self.blocking = kind == "threads"
 
     async def do(self, address: str, use: Callable[[Any], Any], **settings: Any) -> Any:
-        """Return what `use` returns of a client of `address`; a list, if it is an iterator."""
+        """Call `use` with a client of `address`; return its result, and an iterator as a list."""
         async with asyncio.timeout(PATIENCE):
             if self.blocking:
                 return await asyncio.to_thread(self._do, address, use, settings)

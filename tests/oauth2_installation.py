@@ -34,7 +34,7 @@ REVOKED: Final = "OAuth 2.0: invalid_grant: Token has been expired or revoked."
 
 @dataclass
 class OAuth2Installation:
-    """A scheduler, a provider and its mail server, and what is needed to run dispatchers."""
+    """A scheduler, a provider and its mail server, and the settings to run dispatchers."""
 
     scheduler: Scheduler
     provider: OAuth2Provider
@@ -81,7 +81,7 @@ class OAuth2Installation:
         )
 
     def dump(self) -> str:
-        """Return all that PostgreSQL holds, as text."""
+        """Return all data of PostgreSQL as text."""
         found = []
         for table in Base.metadata.sorted_tables:
             found += self.scheduler.rows(f"SELECT t::text FROM {table.name} t")
@@ -94,8 +94,8 @@ async def installed(
 ) -> AsyncIterator[OAuth2Installation]:
     """Run an installation that trusts the provider and the mail server.
 
-    With `apart`, the mail server has its own certificate, in `directory / "mail"`, which is not
-    trusted.
+    With `apart`, the mail server has its own certificate, in `directory / "mail"`, and the
+    installation does not trust it.
     """
     certificate = self_signed(directory)
     settings = {

@@ -1,7 +1,7 @@
-"""A token endpoint over HTTPS that answers as Google's or Microsoft's does, or as a test plans.
+"""A token endpoint over HTTPS that answers like Google or Microsoft, or as a test plans.
 
-Both ways of answering are taken from the providers' documentation and from RFC 6749. The server
-counts what it is asked, and knows which access tokens a mail server may accept.
+Both kinds of answers follow the providers' documentation and RFC 6749. The server counts the
+requests, and knows which access tokens a mail server may accept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Style = Literal["google", "microsoft"]
 
 @dataclass(frozen=True)
 class PlannedAnswer:
-    """Answer this. With `cut`, close the connection after half of the body."""
+    """Answer with this. With `cut`, close the connection after half of the body."""
 
     status: int
     document: Any = None
@@ -36,7 +36,7 @@ class PlannedAnswer:
 
 @dataclass(frozen=True)
 class Hold:
-    """Answer as usual, but not before the event is set."""
+    """Answer as usual when the event is set."""
 
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -66,13 +66,13 @@ class OAuth2Provider(StreamServer):
         self.client_id = client_id
         self.client_secret = client_secret
         self.lifetime = lifetime
-        # What is done with the next requests, one step each; then the style decides.
+        # The answers to the next requests, one step each; afterwards the style decides.
         self.plan: list[Step] = []
         # The form of each request.
         self.requests: list[dict[str, str]] = []
-        # Requests that are held now.
+        # The number of requests that wait for an answer now.
         self.held = 0
-        # Refresh tokens that are good, and access tokens that a mail server may accept.
+        # Valid refresh tokens, and the access tokens that a mail server may accept.
         self.refresh_tokens = {"1//refresh-token-of-the-mailbox-0000"}
         self.access_tokens: set[str] = set()
         self._numbers = itertools.count(1)
@@ -87,7 +87,7 @@ class OAuth2Provider(StreamServer):
         return max(self.refresh_tokens)
 
     def secrets(self) -> list[str]:
-        """Return what may be nowhere in clear: all that was ever given."""
+        """Return all secrets that were ever used; none of them may appear in plain text."""
         given = [*self.refresh_tokens, *self.access_tokens, self.client_secret]
         return given + [form["refresh_token"] for form in self.requests if "refresh_token" in form]
 
@@ -138,7 +138,7 @@ class OAuth2Provider(StreamServer):
         if self.style == "google":
             document["scope"] = "https://mail.google.com/"
         if rotates:
-            # The old one stays good, as Microsoft's do.
+            # The old refresh token stays valid, as at Microsoft.
             document["refresh_token"] = f"1//refresh-token-of-the-mailbox-{number:04}"
             self.refresh_tokens.add(document["refresh_token"])
         return PlannedAnswer(200, document)
@@ -174,6 +174,6 @@ async def _say(writer: asyncio.StreamWriter, answer: PlannedAnswer) -> None:
     writer.write(content[: len(content) // 2] if answer.cut else content)
     await writer.drain()
     if not answer.cut:
-        # Half of TLS: what was written arrives before the end.
+        # Close the sending half of TLS: the data that was written arrives before the end.
         writer.close()
         await writer.wait_closed()

@@ -22,7 +22,7 @@ _USER: Final = {
 
 @dataclass(frozen=True)
 class PresentedToken:
-    """One AUTH: what was presented, and whether it was accepted."""
+    """One AUTH: the presented token, and whether it was accepted."""
 
     mechanism: str
     username: str
@@ -42,7 +42,7 @@ class OAuth2SmtpServer(StreamServer):
         mechanisms: str = "PLAIN XOAUTH2 OAUTHBEARER",
         # Whether a refusal comes after a challenge, as at Google, or at once, as at Microsoft.
         challenges: bool = True,
-        # Whether replies quote what was presented, as some servers do where they refuse it.
+        # Whether the reply to a refused token quotes it, as at some servers.
         quotes: bool = False,
     ) -> None:
         super().__init__(tls)
@@ -51,10 +51,10 @@ class OAuth2SmtpServer(StreamServer):
         self._challenges = challenges
         self._quotes = quotes
         self.presented: list[PresentedToken] = []
-        # What clients answered to challenges.
+        # The clients' answers to challenges.
         self.dummies: list[str] = []
         self.mails: list[bytes] = []
-        # The connections, by number, that clients ended by QUIT.
+        # The numbers of the connections that clients ended with QUIT.
         self.quits: list[int] = []
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,4 +1,4 @@
-"""An OTLP gRPC collector that keeps the spans it gets."""
+"""An OTLP gRPC collector that stores the spans it receives."""
 
 from __future__ import annotations
 

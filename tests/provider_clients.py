@@ -76,7 +76,7 @@ async def foreign_client(
     login: tuple[str, str] | None = None,
     helo: str = HELO,
 ) -> AsyncIterator[ForeignClient]:
-    """Connect, do STARTTLS and AUTH as asked, and QUIT at the end."""
+    """Connect, do STARTTLS and AUTH if requested, and QUIT at the end."""
     smtp = await asyncio.to_thread(
         smtplib.SMTP, "127.0.0.1", provider.port, local_hostname=helo, timeout=30
     )
@@ -90,7 +90,7 @@ async def foreign_client(
             await client.do(lambda one: one.login(*login))
         yield client
         if smtp.sock is not None:
-            # The server may have closed after a refusal.
+            # The server may have closed the connection after a refusal.
             with suppress(smtplib.SMTPServerDisconnected):
                 await client.do(lambda one: one.quit())
     finally:
@@ -98,14 +98,14 @@ async def foreign_client(
 
 
 class BareClient:
-    """A socket that sends the exact bytes that the test gives it."""
+    """A socket that sends exactly the bytes of a test."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
 
     async def reply(self) -> str:
-        """Return the next reply; its lines are joined by LF. Empty: the server has closed."""
+        """Return the next reply, with its lines joined by LF; empty if the server has closed."""
         lines = []
         while line := (await self.reader.readline()).decode():
             lines.append(line.rstrip("\r\n"))
@@ -121,7 +121,7 @@ class BareClient:
         self.writer.write("".join(f"{line}\r\n" for line in lines).encode())
 
     async def say(self, line: str) -> str:
-        """Write a line, and return the reply."""
+        """Write a line; return the reply."""
         self.write(line)
         return await self.reply()
 
@@ -130,7 +130,7 @@ class BareClient:
 async def bare_client(
     provider: Provider, *, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[BareClient]:
-    """Connect; `tls`: from the first byte."""
+    """Connect; with `tls`, TLS begins with the first byte."""
     reader, writer = await asyncio.open_connection("127.0.0.1", provider.port, ssl=tls)
     try:
         yield BareClient(reader, writer)

@@ -1,4 +1,4 @@
-"""Replies of real servers, with what each means: the tables in `replies/`."""
+"""Replies of real servers and their meanings: the tables in `replies/`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from outbox_server.shared.states import ReplyClass
 
 @dataclass(frozen=True)
 class RealReply:
-    """One reply as it comes over the wire, and where."""
+    """One reply on the wire, and its phase."""
 
     server: str
     phase: Phase
@@ -27,7 +27,7 @@ class RealReply:
 
 
 def _rows(file: str) -> list[RealReply]:
-    """Return the rows of a table, whose first lines explain its form."""
+    """Return the rows of a table. Its first lines explain the format."""
     text = Path(__file__).with_name("replies").joinpath(file).read_text(encoding="utf-8")
     rows = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The migrations of an imagined next release, in `next_release/`, and a contract step after it."""
+"""The migrations of the next release in `next_release/`, and a contract step after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def upgrade():
 
 
 def contract_step(folder: Path, oldest: str) -> Path:
-    """Copy the migrations to `folder`, with one more that only code from `oldest` on survives."""
+    """Copy the migrations to `folder`, and add one that only code from `oldest` on can use."""
     for path in VERSIONS.glob("*.py"):
         (folder / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "9005_contract.py").write_text(_CONTRACT.format(oldest=oldest), encoding="utf-8")

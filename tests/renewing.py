@@ -1,6 +1,6 @@
-"""Sends without SMTP, for tests of leases: each holds a renewed lease and waits for a reply.
+"""Sends without SMTP, for tests of leases: each has a renewed lease and waits for a reply.
 
-`python -m tests.renewing` sends one claimed job in a process of its own, which tests can stop.
+`python -m tests.renewing` sends one claimed job in a separate process that tests can stop.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ REPLY_LIMIT_S = 600.0
 
 @dataclass
 class LeasedSend:
-    """One send: it waits for `reply` under its lease."""
+    """One send: it waits for `reply` while its lease lasts."""
 
     claim: Claim
     marked: MarkedJob
     claimed: float
-    # Whether its body was begun before the wait.
+    # Whether its body had begun before the wait.
     in_body: bool = True
     reply: asyncio.Event = field(default_factory=asyncio.Event)
     leased: LeasedJob | None = None
-    # `time.monotonic` of its end, and whether that was a reply.
+    # The `time.monotonic` of its end, and whether a reply ended it.
     ended: float = 0.0
     replied: bool = False
 
@@ -81,7 +81,7 @@ class SendingWithoutSmtp:
                 await task
 
     async def begin(self, want: int = 1, *, in_body: bool = True) -> list[LeasedSend]:
-        """Claim and mark up to a number of jobs of each shard; `send` sends them."""
+        """Claim and mark up to that many jobs of each shard; `send` sends them."""
         sends: list[LeasedSend] = []
         for queue in self.loader.queues:
             asked = time.monotonic()
@@ -108,7 +108,7 @@ class SendingWithoutSmtp:
             send.ended = time.monotonic()
 
     async def settle(self, *sends: LeasedSend) -> None:
-        """Record the outcome of these sends: SENT, in doubt, or given back."""
+        """Record the outcomes of these sends: SENT, in doubt, or given back."""
         transactions = create_engine(self.settings, lookups_only=True)
         settler = Settler(
             self.statements,
@@ -148,7 +148,7 @@ class SendingWithoutSmtp:
 
 
 async def _main(values: dict[str, str]) -> None:
-    """Send one job and print its outcome; a line on stdin is the reply."""
+    """Send one job and print its outcome. A line on stdin is the reply."""
     settings = load_settings(**values)
     statements = create_engine(settings, lookups_only=True, single_statements=True)
     redis = connect(settings)
@@ -166,6 +166,6 @@ async def _main(values: dict[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    # The test reads stdout line by line; what is logged must not come between.
+    # The test reads stdout line by line, so log lines must not appear there.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     asyncio.run(_main(json.loads(sys.argv[1])))

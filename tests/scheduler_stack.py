@@ -45,7 +45,7 @@ class Refusal:
 
 
 async def refusal_of(call: Awaitable[Any]) -> Refusal:
-    """Return the refusal of `call`; the test fails if it is accepted."""
+    """Return the refusal of `call`; fail if it is accepted."""
     with pytest.raises(grpc.RpcError) as caught:
         async with asyncio.timeout(PATIENCE):
             await call
@@ -63,7 +63,7 @@ async def refusal_of(call: Awaitable[Any]) -> Refusal:
 
 
 def reasons_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
-    """Return code and reason; an error without RetryInfo fails the test."""
+    """Return the code and the reason of a refusal; fail if it has no RetryInfo."""
     status = rpc_status.from_call(error)
     assert status is not None, f"no details: {error}"
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -74,7 +74,7 @@ def reasons_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
 
 
 class Scheduler:
-    """Stubs of all four services, and the tables behind them."""
+    """Stubs of all four services, and access to their tables."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Scheduler:
         address: str,
         stop: Callable[[], None] = lambda: None,
     ) -> None:
-        """`stop` begins to stop the scheduler; `running_scheduler` waits until it has ended."""
+        """`stop` begins to stop the scheduler; `running_scheduler` waits for its end."""
         self.settings = settings
         self.address = address
         self.stop = stop
@@ -115,29 +115,29 @@ class Scheduler:
         )
 
     def rows(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Ask PostgreSQL, beside the scheduler."""
+        """Query PostgreSQL directly."""
         with self._connect() as connection:
             return connection.execute(statement.encode(), parameters).fetchall()
 
     def execute(self, statement: str, *parameters: Any) -> None:
-        """Change what PostgreSQL has, beside the scheduler."""
+        """Change data in PostgreSQL directly."""
         with self._connect() as connection:
             connection.execute(statement.encode(), parameters)
 
     def _connect(self) -> psycopg.Connection[Any]:
-        # It stops the loop: on a lock that the scheduler holds it would wait for ever.
+        # A query blocks the event loop. It would wait forever for a lock that the scheduler holds.
         return psycopg.connect(
             self.settings.database_url, autocommit=True, options="-c lock_timeout=5s"
         )
 
     def value(self, statement: str, *parameters: Any) -> Any:
-        """Return the one value that PostgreSQL answers."""
+        """Return the one value of PostgreSQL's answer."""
         ((value,),) = self.rows(statement, *parameters)
         return value
 
 
 def options_for(sender: sender_pb2.Sender, **options: Any) -> batch_pb2.BatchOptions:
-    """Return valid options with the changes of a test."""
+    """Return valid options with the test's changes."""
     options = {
         "request_id": f"request-{next(_request_ids)}",
         "sender_id": sender.sender_id,
@@ -154,7 +154,7 @@ def options_for(sender: sender_pb2.Sender, **options: Any) -> batch_pb2.BatchOpt
 async def running_scheduler(
     database_url: str, redis_url: str, **settings: Any
 ) -> AsyncIterator[Scheduler]:
-    """Run a scheduler; `settings` beside the usual ones."""
+    """Run a scheduler; `settings` are added to the usual ones."""
     loaded = load_settings(
         database_url=database_url,
         redis_url=redis_url,

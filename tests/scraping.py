@@ -26,11 +26,11 @@ class Scrape:
                 by_labels[frozenset(sample.labels.items())] = sample.value
 
     def value(self, name: str, **labels: str) -> float:
-        """Return a sample; 0 if it is not there."""
+        """Return a sample, or 0 if it is missing."""
         return self._samples.get(name, {}).get(frozenset(labels.items()), 0.0)
 
     def all(self, name: str) -> Mapping[Labels, float]:
-        """Return the samples of a name by their labels."""
+        """Return the samples with a name, by their labels."""
         return self._samples.get(name, {})
 
 
@@ -40,5 +40,5 @@ def _read(address: str) -> str:
 
 
 async def scrape(address: str) -> Scrape:
-    """Scrape a service that listens on `address`."""
+    """Scrape the service that listens on `address`."""
     return Scrape(await asyncio.to_thread(_read, address))

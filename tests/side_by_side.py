@@ -1,8 +1,9 @@
-"""`python -m tests.side_by_side TREE`: another release and this one, together, under load.
+"""`python -m tests.side_by_side TREE`: another release and this one run together, under load.
 
 A drill's stack starts with the code and the schema of TREE, which is a source tree. While mail is
-sent, this release migrates the database; then its processes replace the old ones, one by one, go
-back to the old ones, and come again. At the end the whole installation is audited.
+sent, this release migrates the database. Then its processes replace the old ones, one by one; the
+old ones replace them; and this release replaces the old ones a second time. At the end the whole
+installation is audited.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from outbox_server.shared.audit.installation import audit_installation
 from outbox_server.shared.audit.report import AuditReport
 
 THIS: Final = Path(__file__).parents[1]
-# Each service twice, as a rolling upgrade needs.
+# Two processes per service, as a rolling upgrade needs.
 SIZE: Final = Size(dispatchers=2, schedulers=2, stats=2)
-# How long both releases send side by side after each process that was replaced.
+# The time for which both releases send side by side after each replaced process.
 _BETWEEN_S: Final = 1.0
 _START_LIMIT_S: Final = 60.0
 _PASSES: Final = ("upgrade", "roll back", "upgrade again")
@@ -48,11 +49,11 @@ class SourceTree:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes Python import the release from its tree."""
+        """The environment in which Python imports the release from its tree."""
         return {"PYTHONPATH": f"{self.path}{os.pathsep}{self.path / 'client' / 'src'}"}
 
     def run(self, *words: str, **variables: str) -> str:
-        """Run Python with the code of the tree, and return what it printed.
+        """Run Python with the code of the tree; return its output.
 
         Raises:
             SystemExit: it failed.
@@ -111,7 +112,7 @@ async def _roll(
 async def side_by_side(
     folder: Path, base: SourceTree, *, seed: int, seconds: float, say: Callable[[str], None]
 ) -> tuple[DrillReport, bool]:
-    """Return the report, and whether all processes were replaced while the load went on."""
+    """Return the report, and whether all processes were replaced while mail was being sent."""
     this = SourceTree("this release", THIS)
     for tree in (base, this):
         tree.check()
@@ -141,7 +142,7 @@ async def side_by_side(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run it; 0 if every promise was kept."""
+    """Run it; return 0 if every promise was kept."""
     parser = argparse.ArgumentParser(prog="python -m tests.side_by_side", description=__doc__)
     parser.add_argument("tree", type=Path)
     parser.add_argument("--seed", type=int, default=1)

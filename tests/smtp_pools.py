@@ -53,7 +53,7 @@ class ListeningServer(Protocol):
 
     @property
     def port(self) -> int:
-        """Its port."""
+        """Return the port of the server."""
 
 
 def endpoint_of(server: ListeningServer, **changes: Any) -> Endpoint:
@@ -61,7 +61,7 @@ def endpoint_of(server: ListeningServer, **changes: Any) -> Endpoint:
 
 
 def relay_at(server: ScriptedServer, **changes: Any) -> Endpoint:
-    """An endpoint of the operator: its password is sent without TLS too."""
+    """An endpoint of the operator: its password is also sent without TLS."""
     return endpoint_of(server, operators=True, **changes)
 
 
@@ -83,5 +83,5 @@ def open_connections(pool: SmtpPool) -> int:
 
 
 async def all_closed(pool: SmtpPool) -> None:
-    """Wait until all connections have ended by QUIT."""
+    """Wait until all connections have ended with QUIT."""
     await eventually(lambda: open_connections(pool) == 0)

@@ -30,14 +30,14 @@ _WELL: Final = {
 
 @dataclass(frozen=True)
 class Say:
-    """Answer this; the text has no line end."""
+    """Answer with this text, which has no line end."""
 
     text: str | bytes
 
 
 @dataclass(frozen=True)
 class Close:
-    """Close the connection without a word."""
+    """Close the connection without a reply."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class StopReading:
-    """Read nothing more from the network until the event is set."""
+    """Read nothing from the network until the event is set."""
 
     event: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -60,16 +60,16 @@ class Succeed:
 
 
 Step = Say | Close | Wait | StopReading | Succeed
-# What happens in a phase: some steps, one after the other.
+# The behaviour in a phase: steps that run one after the other.
 Action = Step | tuple[Step, ...]
 
 
 @dataclass
 class Conversation:
-    """What a server has heard on one connection."""
+    """The data that a server received on one connection."""
 
     helo: str = ""
-    # Mails that were begun with MAIL, this one included, and mails that were taken.
+    # The mails begun with MAIL, including the current one, and the accepted mails.
     begun: int = 0
     taken: int = 0
 
@@ -80,13 +80,13 @@ Habit = Callable[[Conversation], Action]
 
 @dataclass
 class TakenMail:
-    """A mail whose body came to its end. Times are seconds since 1970."""
+    """A mail whose body was received completely. Times are seconds since 1970."""
 
     mail_from: str
     rcpt_to: str
-    # As it came, dots still doubled, without the final dot.
+    # As received: dots still doubled, without the final dot.
     data: bytes
-    # At MAIL FROM; and when the body had ended.
+    # At MAIL FROM, and at the end of the body.
     started_at: float
     received_at: float
     # The server has answered 250.
@@ -102,9 +102,9 @@ class ScriptedServer:
     """Accepts every mail on loopback, except where `plan` names an action for a phase.
 
     Phases: greeting, ehlo, starttls, auth, mail, rcpt, data, body, noop, rset, quit. A list in the
-    plan is used up, one action a time that the phase is come to; anything else holds for ever. A
-    function gets the connection's conversation and returns an action.
-    `visits` counts how often each phase was come to, `waiting` how many sessions wait in it.
+    plan is used up: one action each time that the phase is reached. Any other action applies every
+    time. A function gets the connection's conversation and returns an action.
+    `visits` counts how often each phase was reached, `waiting` how many sessions wait in it.
     """
 
     def __init__(
@@ -117,26 +117,26 @@ class ScriptedServer:
         byte_by_byte: bool = False,
         careless: bool = False,
     ) -> None:
-        # An Action, or a list of them, by phase.
+        # Actions, or lists of them, by phase.
         self.plan = dict(plan or {})
         self.visits: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
         self.taken: list[TakenMail] = []
-        # Bytes of bodies, also of those that did not come to their end.
+        # Bytes of bodies, including incomplete ones.
         self.body_bytes = 0
         self.commands: list[str] = []
-        # When each MAIL FROM came, also of mails that were refused: seconds since 1970.
+        # The time of each MAIL FROM, including refused ones, in seconds since 1970.
         self.began: list[float] = []
         self.connections = 0
         self.most_open = 0
-        # How each connection ended: "QUIT", or "close" for every other way.
+        # The end of each connection: "QUIT", or "close" for every other end.
         self.endings: list[str] = []
         self.open: set[asyncio.StreamWriter] = set()
         self._extensions = extensions
         self._tls = tls
         self._implicit_tls = implicit_tls
         self._byte_by_byte = byte_by_byte
-        # Answers RCPT and DATA as if everything before had been accepted.
+        # Answers RCPT and DATA as if all earlier commands had been accepted.
         self._careless = careless
         self._server: asyncio.Server | None = None
         self._port: int | None = None
@@ -152,11 +152,11 @@ class ScriptedServer:
         return f"smtp://127.0.0.1:{self.port}"
 
     def count(self, message_id: str) -> int:
-        """Return how many copies of a mail were taken."""
+        """Return how many copies of a mail were accepted."""
         return sum(mail.message_id == message_id for mail in self.taken)
 
     async def start(self) -> None:
-        """Listen; after a `stop` on the same port again."""
+        """Listen; after a `stop`, on the same port again."""
         self._server = await asyncio.start_server(
             self._connected,
             "127.0.0.1",
@@ -179,7 +179,7 @@ class ScriptedServer:
         self._server = None
 
     def cut(self) -> None:
-        """Cut every connection, as a server does that has had enough of idle clients."""
+        """Cut every connection, as a server does with idle clients."""
         for writer in tuple(self.open):
             writer.transport.abort()
 
@@ -228,7 +228,7 @@ class _Session:
         self._from = ""
         self._to = ""
         self._conversation = Conversation()
-        # Of MAIL and RCPT, what was accepted for the mail under way.
+        # The phases of the current mail that were accepted: MAIL and RCPT.
         self._accepted: set[str] = set()
         self.ending = "close"
 
@@ -297,7 +297,7 @@ class _Session:
         self._conversation.taken += answer[:1] == "2"
 
     async def _do(self, phase: str) -> str:
-        """Carry out the plan of a phase; return the first three characters of what was said."""
+        """Perform the plan of a phase; return the first three characters of the answer."""
         self._server.visits[phase] += 1
         said = ""
         for step in self._server._action(phase, self._conversation):
@@ -323,13 +323,13 @@ class _Session:
         transport.resume_reading()
 
     async def _wait(self, phase: str, event: asyncio.Event) -> None:
-        """Wait for the event, or for the other side to give up."""
+        """Wait for the event, or until the client closes the connection."""
         self._server.waiting[phase] += 1
         if self._reader._buffer:  # type: ignore[attr-defined]  # what a client has pipelined
             await event.wait()
             self._server.waiting[phase] -= 1
             return
-        # A client has nothing to say while it waits for an answer: this ends at its close alone.
+        # A client sends nothing while it waits for an answer, so this read ends only at its close.
         closed = asyncio.create_task(self._reader.read(1))
         waiting = asyncio.create_task(event.wait())
         try:
@@ -360,10 +360,10 @@ class _Session:
         for piece in pieces:
             self._writer.write(piece)
             await self._writer.drain()
-            await asyncio.sleep(0)  # one piece a turn of the loop
+            await asyncio.sleep(0)  # one piece per turn of the event loop
         return data[:3].decode("ascii", "replace")
 
 
 def plain_login(user: str, password: str) -> str:
-    """Return what AUTH PLAIN says on the wire (RFC 4616)."""
+    """Return the response of AUTH PLAIN on the wire (RFC 4616)."""
     return base64.b64encode(f"\0{user}\0{password}".encode()).decode()

@@ -17,7 +17,7 @@ from outbox_server.shared.settings import load_settings
 async def stats_server(
     database_url: str, redis_url: str, **settings: Any
 ) -> AsyncIterator[grpc.aio.Channel]:
-    """Run a stats service; `settings` beside the usual ones."""
+    """Run a stats service; `settings` are added to the usual ones."""
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     loaded = load_settings(

@@ -1,4 +1,4 @@
-"""A server on loopback whose connections end with it."""
+"""A server on loopback; its connections end when it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Self
 
 
 class StreamServer(ABC):
-    """Use as a context manager. A subclass talks to each connection."""
+    """Use as a context manager. A subclass handles each connection."""
 
     def __init__(self, tls: ssl.SSLContext | None) -> None:
         self.port = 0
@@ -21,7 +21,7 @@ class StreamServer(ABC):
 
     @abstractmethod
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection until its client is gone."""
+        """Serve one connection until its client disconnects."""
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._tls)

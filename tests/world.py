@@ -22,7 +22,7 @@ from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 
-# One transaction, as at an intake: the batch, its jobs, their count deltas, the marker.
+# One transaction, as in an intake: the batch, its jobs, their count deltas, the marker.
 _INTAKE: Final = """
 WITH batch AS (
     INSERT INTO batches (user_id, sender_id, request_id, request_hash, subject, body, start_at,
@@ -125,7 +125,7 @@ class World:
         cursor = await self._connection.execute(statement, values or None)
         return await cursor.fetchall() if cursor.description else []
 
-    # What callers do -------------------------------------------------------------------------
+    # Changes that callers make ---------------------------------------------------------------
 
     async def sender(
         self,
@@ -156,7 +156,7 @@ class World:
         spacing: timedelta = timedelta(0),
         load: bool = True,
     ) -> list[int]:
-        """Accept a batch of `n` mails; `load`: load it into Redis, as the scheduler does."""
+        """Accept a batch of `n` mails; with `load`, load it into Redis as the scheduler does."""
         cursor = await self._connection.execute(
             _INTAKE,
             {
@@ -180,7 +180,7 @@ class World:
         await self.loader.load([sender], committed=True)
 
     async def change(self, sender: int, *, load: bool = True, **columns: Any) -> None:
-        """Change a sender: pause, resume, another limit."""
+        """Change a sender: pause, resume, or another limit."""
         names = ", ".join(f"{name} = %s" for name in columns)
         await self.sql(
             f"WITH marked AS (INSERT INTO head_markers (sender_id) VALUES (%s))"
@@ -200,10 +200,10 @@ class World:
         row = await cursor.fetchone()
         return int(row.n) if row else 0
 
-    # What is there ---------------------------------------------------------------------------
+    # Reading the state -----------------------------------------------------------------------
 
     async def states(self, *senders: int) -> Counter[JobState]:
-        """Return how many jobs are in each state."""
+        """Return the number of jobs in each state."""
         rows = await self.sql(
             "SELECT state, count(*) AS n FROM email_jobs"
             " WHERE cardinality(%s::bigint[]) = 0 OR sender_id = ANY(%s) GROUP BY 1",
@@ -246,7 +246,7 @@ class World:
         ]
 
     async def leases_in_redis(self, sender: int) -> int:
-        """Return how many claims of a sender Redis holds."""
+        """Return the number of claims of a sender in Redis."""
         key = self.loader.queue_of(sender).keys.ready.replace("ready", f"lease:{sender}")
         return int(await self.redis.zcard(key))
 
@@ -297,12 +297,12 @@ def address_of(sender: int) -> str:
 
 
 def at_least(n: int, mails: Sized) -> bool:
-    """Return whether so many mails have arrived."""
+    """Return whether that many mails have arrived."""
     return len(mails) >= n
 
 
 def jobs_in(mails: Iterable[Mail]) -> Counter[int]:
-    """Return how often the mail of each job arrived."""
+    """Return the number of arrivals of each job's mail."""
     found: Counter[int] = Counter()
     for mail in mails:
         match = _JOB_IN_MESSAGE_ID.match(mail.message_id)
@@ -317,12 +317,12 @@ def mails_of(mails: Iterable[Mail], sender: int) -> list[Mail]:
 
 
 def gap_of(mails: Iterable[Mail], sender: int) -> float:
-    """Return the smallest gap of a sender in seconds, as the SMTP side saw it, or inf."""
+    """Return the smallest gap of a sender on the SMTP side in seconds, or inf."""
     gap = least_gap((mail.started_at, mail.received_at) for mail in mails_of(mails, sender))
     return float("inf") if gap is None else gap
 
 
 def most_of(mails: Iterable[Mail], sender: int, window: timedelta) -> int:
-    """Return the most mails of a sender in any trailing window, as the SMTP side saw it."""
+    """Return the most mails of a sender in any trailing window on the SMTP side."""
     ends = [mail.received_at for mail in mails_of(mails, sender)]
     return most_in_window(ends, window.total_seconds())

@@ -51,7 +51,7 @@ async def pool() -> AsyncIterator[SmtpPool]:
 
 
 def after(mails: int, answer: str) -> Habit:
-    """Return a plan that refuses every mail of a connection after the first `taken`."""
+    """Return a plan that refuses every mail of a connection after the first `mails`."""
     return lambda heard: Say(answer) if heard.begun > mails else Succeed()
 
 

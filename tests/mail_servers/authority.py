@@ -1,4 +1,4 @@
-"""A private certificate authority (CA), as a company's own mail server has one."""
+"""A private certificate authority (CA), like one for a company's own mail server."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Authority:
         self.pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
 
     def write(self, file: Path) -> Path:
-        """Write the CA's certificate as OUTBOX_SMTP_CA takes it; return the file."""
+        """Write the CA's certificate in the form for OUTBOX_SMTP_CA; return the file."""
         file.write_text(self.pem)
         return file
 

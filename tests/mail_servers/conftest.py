@@ -13,7 +13,7 @@ from tests.dispatchers import options
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.root import why_servers_cannot_run
 
-# What they compare is shown when it differs, as in a test.
+# On a difference, its assertions show the compared values, as in a test module.
 pytest.register_assert_rewrite("tests.mail_servers.sending")
 
 Configure = Callable[..., dict[str, str]]
@@ -33,12 +33,12 @@ def authority() -> Authority:
 
 @pytest.fixture
 def configure(database_url: str, redis_url: str, authority: Authority, tmp_path: Path) -> Configure:
-    """Return a function that makes a dispatcher's settings; it trusts the servers' CA."""
+    """Return a function that makes settings of a dispatcher that trusts the servers' CA."""
     ca = authority.write(tmp_path / "ca.pem")
 
     def build(**changes: str | int) -> dict[str, str]:
-        # The relay is not used: every sender has its own endpoint. A reply that is late on a busy
-        # machine is waited for.
+        # The relay is not used: every sender has its own endpoint. The time-outs allow for late
+        # replies on a busy machine.
         given = {"smtp_ca": str(ca), "smtp_timeout": "60s", "lease": "60s"} | changes
         return options(database_url, redis_url, "smtp://127.0.0.1:9", **given)
 

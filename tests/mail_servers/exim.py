@@ -1,4 +1,4 @@
-"""A private Exim: authenticators with a fixed account, the appendfile transport for a Maildir."""
+"""A private Exim: authenticators for one fixed account, the appendfile transport for a Maildir."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from outbox_server.deploy.ports import LOOPBACK
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.server import DOMAIN, MAILDIR, PASSWORD, USERNAME, MailServer
 
-# The access control lists (ACL) that a variant can put conditions into.
+# The access control lists (ACL) to which a variant can add conditions.
 _ACLS: Final = ("connect", "helo", "mail", "rcpt", "data")
 _MAIN: Final = f"""\
 primary_hostname = exim.example.com
@@ -74,7 +74,7 @@ _LAST_CONDITIONS: Final = {
 
 
 class Exim(MailServer):
-    """Exim; `settings` are main options, `acls` conditions put first into an ACL, by its name."""
+    """Exim; `settings` are main options, `acls` are conditions put first into an ACL, by name."""
 
     name = "exim"
 

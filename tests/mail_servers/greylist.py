@@ -9,18 +9,18 @@ from typing import Final, Self
 
 from outbox_server.deploy.ports import LOOPBACK
 
-# The answer of postgrey. Postfix replies `450 4.2.0 <address>: Recipient address rejected: ...`.
+# postgrey's answer. Postfix replies `450 4.2.0 <address>: Recipient address rejected: ...`.
 _LATER: Final = "DEFER_IF_PERMIT Greylisted, see http://postgrey.schweikert.ch/help/y.test.html"
 _REQUEST_LIMIT: Final = 100  # lines
 
 
 class GreylistDaemon:
-    """Refuses each pair of sender and recipient until `delay` seconds after it was first seen."""
+    """Refuses each pair of sender and recipient until `delay` seconds after its first attempt."""
 
     def __init__(self, delay: float = 0.5) -> None:
         self._delay = delay
         self._first_seen: dict[tuple[str, str], float] = {}
-        # How often each recipient was refused, and accepted.
+        # The number of refusals and of acceptances of each recipient.
         self.refused: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
         self._server: asyncio.Server | None = None
@@ -61,7 +61,7 @@ class GreylistDaemon:
 
 
 async def _read_request(reader: asyncio.StreamReader) -> dict[str, str]:
-    """Return the attributes of a request, which an empty line ends; empty at the end of input."""
+    """Return the attributes of a request, which ends with an empty line; empty at end of input."""
     request = {}
     for _ in range(_REQUEST_LIMIT):
         line = (await reader.readline()).decode().rstrip("\n")

@@ -10,8 +10,8 @@ from outbox_server.deploy.ports import LOOPBACK
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.server import DOMAIN, MAILDIR, USERNAME, MailServer
 
-# The hash of server.PASSWORD by crypt(3), SHA-256. What OpenSMTPD makes itself (yescrypt) takes a
-# third of a second at each login, one login after the other.
+# The hash of server.PASSWORD by crypt(3), SHA-256. OpenSMTPD's own hash (yescrypt) takes a third of
+# a second at each login, and logins run one at a time.
 _HASH: Final = "$5$outboxtests$dEDRceOMFOh7516IcMScNMSBbXxtXZRSH7uWXK11bI2"
 _MAILBOXES: Final = 100
 _CONFIGURATION: Final = f"""\
@@ -27,7 +27,7 @@ match auth from any for domain "{DOMAIN}" action "inbox"
 
 
 class OpenSmtpd(MailServer):
-    """OpenSMTPD; `settings` are lines of smtpd.conf, `listener` more words of its listener."""
+    """OpenSMTPD; `settings` are lines of smtpd.conf, `listener` extends its listener line."""
 
     name = "opensmtpd"
 
@@ -44,7 +44,7 @@ class OpenSmtpd(MailServer):
         self.root.folder("var/spool/smtpd/offline", mode=0o770, group="opensmtpq")
         self.root.folder("var/mail", "inbox")
         self.root.folder(MAILDIR, "inbox", 0o700)
-        # It does not start without the CAs that it would trust as a client.
+        # It does not start without the CA certificates that it would trust as a client.
         self.root.write("etc/ssl/certs/ca-certificates.crt", self.authority.pem)
         numbers = ["", *range(1, _MAILBOXES + 1)]
         self.root.write(

@@ -68,12 +68,12 @@ anvil unix - - n - 1 anvil
 scache unix - - n - 1 scache
 postlog unix-dgram n - n - 1 postlogd
 """
-# What `postfix check` would make, with owner, group and mode.
+# The queues that `postfix check` would create, with owner, group and mode.
 _QUEUES: Final = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming")
 
 
 class Postfix(MailServer):
-    """Postfix; `settings` are lines of main.cf, the later ones win."""
+    """Postfix; `settings` are lines of main.cf, of which later ones take precedence."""
 
     name = "postfix"
 
@@ -101,7 +101,7 @@ class Postfix(MailServer):
         smtpd = f"{LOOPBACK}:{self.port} inet n - n - - smtpd\n"
         self.root.write("etc/postfix/mailboxes", f"/^r[0-9]*@/ {MAILDIR}/\n")
         main = self.root.write("etc/postfix/main.cf", f"{_MAIN}{self.settings}\n")
-        # Postfix waits for a second until a file that has just been written is old enough.
+        # Postfix waits for a second if a file has just been written.
         os.utime(main, (0, 0))
         self.root.write("etc/postfix/master.cf", smtpd + _SERVICES)
         return self.root.child("Postfix", "/usr/lib/postfix/sbin/master", "-c", "/etc/postfix")

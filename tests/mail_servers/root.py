@@ -1,7 +1,7 @@
-"""Root folders in which mail servers run (chroot), and the end of every process in them.
+"""Root folders in which mail servers run (chroot), and the end of all processes in them.
 
-Debian's Postfix, Exim and OpenSMTPD have fixed paths and user names. In a root folder of its own
-each server finds them, and nothing of this machine's configuration, queues or users.
+Debian's Postfix, Exim and OpenSMTPD have fixed paths and user names. In its own root folder each
+server finds them, but not the configuration, queues or users of this machine.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _INSTALL: Final = Path(__file__).with_name("install.sh")
 _INSTALLED: Final = Path(__file__).parents[2] / "build" / "mail-servers"
 _COMMAND_LIMIT: Final = 30.0
 _STOP_LIMIT: Final = 5.0
-# Some close every possible descriptor at their start, which takes long where many are allowed.
+# Some servers close every possible descriptor when they start. A high limit makes this slow.
 _OPEN_FILES: Final = "--nofile=4096"
-# User ids inside a root folder. They are no users of the machine.
+# User ids inside a root folder. The machine has no users with these ids.
 USERS: Final = {
     "root": 0,
     "nobody": 65534,
@@ -34,13 +34,13 @@ USERS: Final = {
     "Debian-exim": 64103,
     "opensmtpd": 64104,
     "opensmtpq": 64105,
-    # Owns the Maildir of all mail that arrives.
+    # The owner of the Maildir for all delivered mail.
     "inbox": 64106,
 }
 
 
 def why_servers_cannot_run() -> str:
-    """Return what is missing, with the command that helps; empty: nothing."""
+    """Return what is missing, with the command that installs it, or an empty string."""
     if os.geteuid() != 0:
         return "Postfix, Exim and OpenSMTPD start as root: run `make test-mail-servers` as root"
     versions = _INSTALLED / "versions"
@@ -57,13 +57,13 @@ class Root:
         """Copy the root folder of `server` to `folder`, which must not exist."""
         shutil.copytree(_INSTALLED / server, folder, symlinks=True, copy_function=_link)
         folder.chmod(0o755)
-        # The kernel shows the resolved path in /proc/PID/root.
+        # /proc/PID/root shows the resolved path.
         self.path: Final = folder.resolve()
         self._add_users()
         for name in ("tmp", "dev", "run", "var/log", "var/mail", "var/spool"):
             self.folder(name)
         self.path.joinpath("tmp").chmod(0o1777)
-        # No device: /tmp may be mounted without them. Servers only redirect to it.
+        # A regular file: /tmp may be mounted without devices. Servers only redirect to it.
         self.write("dev/null", "").chmod(0o666)
         if not (self.path / "var/run").exists():
             (self.path / "var/run").symlink_to("../run")
@@ -79,7 +79,7 @@ class Root:
         self.write("etc/services", "smtp 25/tcp\n")
 
     def folder(self, path: str, owner: str = "root", mode: int = 0o755, group: str = "") -> Path:
-        """Make a folder with its parents; return it."""
+        """Create a folder with its parents; return it."""
         made = self.path / path
         made.mkdir(parents=True, exist_ok=True)
         os.chown(made, USERS[owner], USERS[group or owner])
@@ -87,10 +87,10 @@ class Root:
         return made
 
     def write(self, path: str, text: str, *, owner: str = "root", mode: int = 0o644) -> Path:
-        """Write a file with its folders; return it."""
+        """Write a file and create its folders; return the file."""
         file = self.path / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        # It may be a link to the installed file, which stays as it is.
+        # It may be a link to the installed file, which must not change.
         file.unlink(missing_ok=True)
         file.write_text(text)
         os.chown(file, USERS[owner], USERS[owner])
@@ -98,7 +98,7 @@ class Root:
         return file
 
     def child(self, name: str, *argv: str, environment: Mapping[str, str] | None = None) -> Child:
-        """Return a process inside the root folder, not started yet."""
+        """Return a process inside the root folder that is not started yet."""
         return Child(
             name,
             ["/usr/bin/prlimit", _OPEN_FILES, "/usr/sbin/chroot", self.path, *argv],
@@ -110,11 +110,11 @@ class Root:
 
     @property
     def log(self) -> Path:
-        """What the server's processes wrote to standard output and error."""
+        """The standard output and error of the server's processes."""
         return self.path / "var/log/output.log"
 
     def run(self, *argv: str, stdin: str = "") -> str:
-        """Run a command inside the root folder to its end; return what it wrote.
+        """Run a command inside the root folder until it ends; return its output.
 
         Raises:
             AssertionError: its exit code is not 0.
@@ -135,10 +135,10 @@ class Root:
         """Return the ids of the processes whose root is this folder."""
         found = set()
         for entry in Path("/proc").glob("[0-9]*"):
-            # The process ended in between.
+            # The process has ended already.
             with contextlib.suppress(OSError):
                 root = (entry / "root").readlink()
-                # A server confines itself further: its own root is then inside ours.
+                # A server may confine itself further: its own root is then inside this folder.
                 if root == self.path or self.path in root.parents:
                     found.add(int(entry.name))
         return found
@@ -146,7 +146,7 @@ class Root:
     async def end_processes(self) -> None:
         """End every process inside the root folder: SIGTERM, after 5 s SIGKILL.
 
-        A server's helpers leave its process group, so they are found by their root folder.
+        A server's child processes leave its process group, so their root folder identifies them.
         """
         for number in (signal.SIGTERM, signal.SIGKILL):
             self._signal_all(number)
@@ -161,12 +161,12 @@ class Root:
                 os.kill(pid, number)
 
     def remove(self) -> None:
-        """Remove the folder, once nothing runs in it."""
+        """Remove the folder when no process runs in it."""
         shutil.rmtree(self.path)
 
 
 def _link(source: str, target: str) -> None:
-    """Link a file of the installed server; copy it where another file system does not allow it."""
+    """Link a file of the installed server; copy it if it is on another file system."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""Outbox sends to a real mail server, whose Maildir shows what arrived."""
+"""Outbox sends to a real mail server; its Maildir shows the mail that arrived."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.world import World, address_of
 
 ENCRYPTION_KEY: Final = generate_key()
 MAILS: Final = 30
-# Bodies that a transport could change: dots at line starts, long lines, bytes beyond ASCII.
+# Bodies that a transport could change: dots at line starts, long lines, non-ASCII bytes.
 ODD_BODIES: Final = (
     "",
     ".",
@@ -70,7 +70,7 @@ _HEADERS: Final = [
 
 @dataclass(frozen=True)
 class ScheduledMail:
-    """One job and the mail that must arrive for it."""
+    """One job and the expected mail."""
 
     job: int
     message_id: str
@@ -87,7 +87,7 @@ class SendingRun:
         self.server = server
 
     async def sender(self, **more: Any) -> int:
-        """Add a sender with the server as its endpoint: STARTTLS and AUTH."""
+        """Add a sender whose endpoint is the server, with STARTTLS and AUTH."""
         box = SecretBox([ENCRYPTION_KEY])
         endpoint: dict[str, Any] = {
             "smtp_host": LOOPBACK,
@@ -103,7 +103,7 @@ class SendingRun:
     ) -> list[ScheduledMail]:
         """Schedule one mail for each text, due now.
 
-        `recipients` replaces addresses: `r3="x@y.test"` that of the third mail.
+        `recipients` replaces addresses: `r3="x@y.test"` sets that of the third mail.
         """
         texts = list(texts)
         jobs = await self.world.schedule(sender, len(texts), due=timedelta(hours=1), load=False)
@@ -148,7 +148,7 @@ class SendingRun:
         await eventually(lambda: self.server.queued() == 0)
 
     async def check_arrived(self, scheduled: Sequence[ScheduledMail]) -> None:
-        """Wait for the end; each of these mails was delivered once, unchanged, and no other was."""
+        """Wait for the end; check that exactly these mails arrived, each once and unchanged."""
         await self.finished()
         mails = self.server.mails()
         assert Counter(mail.message_id for mail in mails) == Counter(
@@ -160,7 +160,7 @@ class SendingRun:
         await self.world.check_counts()
 
     async def check_all_sent(self, scheduled: Sequence[ScheduledMail]) -> None:
-        """Wait for the end; each mail was delivered once, unchanged, and each job is SENT."""
+        """Wait for the end; check that each mail was delivered once, unchanged, and is SENT."""
         await self.check_arrived(scheduled)
         assert await self.world.states() == {JobState.SENT: len(scheduled)}
 
@@ -178,14 +178,14 @@ class SendingRun:
 
 
 def check_unchanged(mail: DeliveredMail, expected: ScheduledMail) -> None:
-    """Compare a delivered mail with what was scheduled: every header, and the text."""
+    """Compare a delivered mail with the scheduled one: every header and the text."""
     parsed = mail.parsed
     assert parsed.keys() == _HEADERS, parsed.keys()
     assert not parsed.defects, parsed.defects
     assert parsed["From"] == expected.mail_from
     assert parsed["To"] == expected.recipient
     assert parsed["Subject"] == "Mail"
-    # On the way, line ends are CRLF, and a last line without one gets one unless it is encoded.
+    # In transit, line ends become CRLF; an unencoded last line without a line end gets one.
     text = expected.text.replace("\r\n", "\n").replace("\r", "\n")
     content = parsed.get_content().replace("\r\n", "\n")
     allowed = (text,) if text.endswith("\n") else (text, f"{text}\n")
@@ -195,7 +195,7 @@ def check_unchanged(mail: DeliveredMail, expected: ScheduledMail) -> None:
 
 @asynccontextmanager
 async def sending(server: MailServer, values: dict[str, str]) -> AsyncIterator[SendingRun]:
-    """Run a dispatcher beside a mail server that is started already."""
+    """Run a dispatcher for a mail server that has been started."""
     settings: Settings = settings_of(values | {"encryption_keys": ENCRYPTION_KEY})
     async with World(settings) as world, running(settings):
         yield SendingRun(world, server)

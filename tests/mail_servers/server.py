@@ -1,4 +1,4 @@
-"""What the three mail servers have in common: account, certificate, port, delivered mail."""
+"""The common parts of the three mail servers: account, certificate, port, delivered mail."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.mail_servers.root import Root
 
 USERNAME: Final = "outbox"
 PASSWORD: Final = "correct horse battery"
-# The servers take mail for r, r1, r2 and so on of this domain, and put it into one Maildir.
+# The servers accept mail for r, r1, r2 and so on of this domain, and deliver it to one Maildir.
 DOMAIN: Final = "y.test"
-# Refused for good at RCPT.
+# The recipient that is refused permanently at RCPT.
 UNKNOWN: Final = f"unknown@{DOMAIN}"
 MAILDIR: Final = "var/mail/inbox"
 _START_LIMIT: Final = 30.0
-# The first header that Outbox writes; what stands before it was added on the way.
+# The first header that Outbox writes; headers before it were added in transit.
 _FIRST_HEADER: Final = b"From: "
 
 
@@ -63,8 +63,8 @@ class DeliveredMail:
 class MailServer(ABC):
     """A real mail server in its own root folder, on a free loopback port.
 
-    It requires AUTH after STARTTLS, from everyone. `settings` are lines of its own configuration,
-    which a variant adds; what they may say is up to the server.
+    It requires AUTH after STARTTLS from every client. `settings` are lines of its own
+    configuration, which a variant adds. Their syntax is the server's.
     """
 
     name: str
@@ -91,14 +91,14 @@ class MailServer(ABC):
 
     @abstractmethod
     def queued(self) -> int:
-        """Return how many accepted mails are not delivered yet."""
+        """Return the number of accepted mails that are not delivered yet."""
 
     @abstractmethod
     def log(self) -> str:
-        """Return what the server has logged."""
+        """Return the server's log."""
 
     async def start(self) -> None:
-        """Start; returns when the port greets.
+        """Start; return when the port sends its greeting.
 
         Raises:
             LocalServerError: it did not start; the text quotes its log.

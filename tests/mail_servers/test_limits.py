@@ -1,4 +1,4 @@
-"""Servers with limits on connections, mails and rates: each mail arrives, none fails."""
+"""Servers with limits on connections, mails and rates: each mail arrives, and none fails."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.mail_servers.server import UNKNOWN, MailServer
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of one server, and the words in its log that show that it was reached."""
+    """A limit of one server, and the text in its log that shows that the limit was reached."""
 
     make: Callable[[Path, Authority], MailServer]
     logged: str
-    # Of the dispatcher: few mails per connection make it connect often.
+    # Settings of the dispatcher: few mails per connection make it connect often.
     mails_per_connection: int = 100
 
 
@@ -42,8 +42,8 @@ def _opensmtpd(settings: str) -> Callable[[Path, Authority], MailServer]:
     return lambda folder, authority: OpenSmtpd(folder, authority, settings)
 
 
-# Few, since the rate limits let one connection or three mails through every two seconds. They are
-# so low that a busy machine reaches them too.
+# Few mails, because the rate limits permit one connection or three mails every two seconds. These
+# limits are low enough to be reached on a busy machine.
 _MAILS = 10
 _EXIM_RATE = """\
   defer message = 4.7.1 Sender rate overlimit - $sender_rate / $sender_rate_period

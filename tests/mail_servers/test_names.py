@@ -27,7 +27,7 @@ def _postfix(folder: Path, authority: Authority) -> MailServer:
 
 
 def _exim(folder: Path, authority: Authority) -> MailServer:
-    # The server knows no DNS name, so it would be content with any name without this list.
+    # The server cannot look up names, so without this list it would accept any name.
     deny = "  deny condition = ${if match{$sender_helo_name}{\\N\\.\\N}{no}{yes}}\n"
     return Exim(folder, authority, acls={"helo": deny})
 
@@ -69,7 +69,7 @@ async def test_the_configured_name_is_sent_in_ehlo(
 async def test_the_servers_accept_only_names_with_a_dot_and_address_literals(
     server: MailServer, name: str, codes: set[int]
 ) -> None:
-    """The servers do check the name, without which the tests above would prove nothing."""
+    """The servers do check the name; otherwise the tests above would prove nothing."""
 
     def reply() -> int:
         with smtplib.SMTP("127.0.0.1", server.port, name, timeout=30) as client:

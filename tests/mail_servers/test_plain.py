@@ -33,7 +33,7 @@ async def server(
 
 
 def _listeners(pids: set[int]) -> set[str]:
-    """Return the addresses, as /proc has them, on which processes accept TCP connections."""
+    """Return the addresses on which processes accept TCP connections, in the form of /proc."""
     inodes = {
         found[1]
         for pid in pids

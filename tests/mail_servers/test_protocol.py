@@ -1,4 +1,4 @@
-"""Servers that are strict about the protocol, and servers that ask for mail later."""
+"""Servers that are strict about the protocol, and servers that defer mail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.mail_servers.greylist import GreylistDaemon
 from tests.mail_servers.postfix import Postfix
 from tests.mail_servers.sending import MAILS, ODD_BODIES, sending
 
-# The backoff of failed attempts ends before the greylist accepts: the mail must be deferred.
+# The backoff of failed attempts ends before greylisting does, so the mail must be deferred.
 _SHORT_BACKOFF = {"retry_backoff": "1ms", "defer_backoff": "200ms"}
 _MEGABYTE = "0123456789abcdef\n" * 62_000
 
@@ -27,7 +27,7 @@ async def greylist() -> AsyncIterator[GreylistDaemon]:
 
 
 def _asks(greylist: GreylistDaemon, recipient: str) -> str:
-    """Return the condition of an Exim ACL: the greylist says that the mail must come later."""
+    """Return a condition of an Exim ACL: the greylist defers the mail."""
     request = f"sender=$sender_address\\nrecipient={recipient}\\n\\n"
     answer = f"${{readsocket{{inet:127.0.0.1:{greylist.port}}}{{{request}}}{{5s}}}}"
     return f"condition = ${{if match{{{answer}}}{{DEFER}}}}"
@@ -103,7 +103,7 @@ async def test_a_mail_that_exim_greylists_is_tried_later(
 async def test_a_server_whose_scanner_fails_for_a_while_loses_no_mail(
     configure: Configure, authority: Authority, greylist: GreylistDaemon, tmp_path: Path
 ) -> None:
-    # Exim's own words when an ACL cannot be evaluated: no enhanced code.
+    # Exim's own text when it cannot evaluate an ACL: without an enhanced code.
     defer = f"  defer {_asks(greylist, '$recipients')}\n"
     backoff = {"retry_backoff": "100ms,400ms,1s", "defer_backoff": "200ms"}
     async with (

@@ -50,7 +50,7 @@ from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 @pytest.fixture(autouse=True)
 def _log_to_stderr() -> Iterator[None]:
-    """Stdout is for what the command prints."""
+    """Keep the output of the command alone on stdout."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     yield
     structlog.reset_defaults()
@@ -179,11 +179,11 @@ async def test_a_revoked_key_stops_within_the_cache_time(
     with pytest.raises(Unauthenticated):
         await authenticator.authenticate(bearer(text))
     await authenticator.close()
-    assert timedelta(seconds=5) >= CACHE_TIME  # what the command line and the documents say
+    assert timedelta(seconds=5) >= CACHE_TIME  # as the command line and the documents state
 
 
 class WatchedStatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
-    """Streams a message whenever a test asks for one."""
+    """Streams a message when a test requests one."""
 
     def __init__(self) -> None:
         self.next = asyncio.Semaphore(1)
@@ -313,14 +313,14 @@ async def test_the_dispatcher_requires_an_operator_key(
 
 
 class Shell:
-    """`outbox` in this process, with no other OUTBOX_* variables than those given."""
+    """Run `outbox` in this process; the only OUTBOX_* variables are those given."""
 
     def __init__(self, **variables: str) -> None:
         others = {name: None for name in os.environ if name.startswith("OUTBOX_")}
         self._environment: dict[str, str | None] = {**others, **variables}
 
     async def run(self, *argv: str) -> Result:
-        # In a thread: the command runs a loop of its own, and its server is in ours.
+        # In a thread: the command runs its own event loop, and the server runs in this one.
         return await asyncio.to_thread(CliRunner().invoke, app, argv, env=self._environment)
 
     async def json(self, *argv: str) -> Any:

@@ -1,4 +1,4 @@
-"""An overloaded scheduler refuses calls with a retry delay, and neither grows nor hangs."""
+"""An overloaded scheduler refuses calls with a retry delay, and its memory stays bounded."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests.scheduler_stack import Scheduler, options_for, reasons_of, running_sc
 
 
 async def pressed(call: Awaitable[Any]) -> tuple[str, str]:
-    """Return code and reason of a refusal, which must have a retry delay."""
+    """Return code and reason of a refusal that must have a retry delay."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(PATIENCE):
             await call
     return reasons_of(caught.value)
 
 
-# PostgreSQL is full, or gone -----------------------------------------------------------------
+# PostgreSQL is full or unreachable -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("table", ["email_jobs", "batches", "count_deltas"])
@@ -99,7 +99,7 @@ async def test_a_flood_while_the_database_hangs_is_refused_at_once(
                 if call.done() and isinstance(error := call.exception(), grpc.aio.AioRpcError)
             )
             assert refused == {("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS"): 33}
-            # Others have places and connections of their own.
+            # Other callers have separate places and connections.
             await scheduler.senders.GetSender(
                 sender_service_pb2.GetSenderRequest(sender_id=sender.sender_id), timeout=5
             )
@@ -161,7 +161,7 @@ async def test_a_flood_ends_and_does_not_grow_the_schedulers_memory(
         process, address = await stack.enter_async_context(
             scheduler_process(database_url, redis_url, tmp_path)
         )
-        # Separate connections: a single one is slowed down by its window.
+        # Separate connections: flow control would slow down a single one.
         schedulers = [
             Scheduler(
                 await stack.enter_async_context(
@@ -194,13 +194,14 @@ async def test_a_flood_ends_and_does_not_grow_the_schedulers_memory(
         refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
         assert len(accepted) + len(refused) == calls
         for error in refused:
-            # A client of grpc.aio that is refused while it sends may lose the answer, and says so.
+            # A client of grpc.aio that is refused while it sends may lose the answer; it then
+            # reports this.
             if not (kind == "uploads" and error.details() == "Internal error from Core"):
                 assert reasons_of(error) == ("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS")
         assert all(answer.batch.accepted_count == 1 for answer in accepted)
         assert schedulers[0].value("SELECT count(*) FROM email_jobs") == 1 + len(accepted)
         assert len(accepted) >= 20
-        # Measured: 160 (200 uploads of 1 MiB where nothing bounds them: 1,770).
+        # Measured: 160 MiB (200 uploads of 1 MiB without a bound: 1,770 MiB).
         assert peak_mib(process) - before < 250
 
 

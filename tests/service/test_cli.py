@@ -35,7 +35,7 @@ runner = CliRunner()
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the OUTBOX_* variables of the developer and use a folder without a stack."""
+    """Remove the developer's OUTBOX_* variables, and use a folder without a stack."""
     monkeypatch.chdir(tmp_path)
     for name in Settings.model_fields:
         monkeypatch.delenv(f"OUTBOX_{name.upper()}", raising=False)

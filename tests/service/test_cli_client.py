@@ -190,7 +190,7 @@ async def test_a_dry_run_refuses_input_that_cannot_become_a_batch(scheduler: Sch
     assert refused.exit_code == 1
     assert "must have a column `email`" in refused.stderr
     write("people.csv", CSV)
-    # A scheduler has no forecasts, like a stats service of before.
+    # A scheduler has no forecasts, like an old stats service.
     asked = await schedule(scheduler, "people.csv", "--dry-run")
     assert asked.exit_code == 1
     assert "too old for forecasts" in asked.stderr
@@ -210,7 +210,7 @@ async def test_all_pages_of_a_list_are_one_document(scheduler: Scheduler) -> Non
     assert document["next_page_token"] == ""
 
 
-# Sets a window's title, clears the screen, colours by a C1 control, turns the writing direction.
+# Sets a window title, clears the screen, colours by a C1 control, reverses the writing direction.
 STEERING = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
 
 

@@ -1,4 +1,4 @@
-"""The messages of the command line when no Outbox server answers: a remedy per cause."""
+"""The messages of the command line when no Outbox server answers: one remedy per cause."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for only half a second: the server of the test never answers."""
+    """Wait for only half a second: the test's server never answers."""
     monkeypatch.setattr("outbox_server.cli.connection_check._LIMIT_S", 0.5)
 
 
@@ -71,7 +71,7 @@ def saying(answer: bytes) -> Callable[[socket.socket], None]:
 def listening(
     talk: Callable[[socket.socket], None], context: ssl.SSLContext | None = None
 ) -> Iterator[str]:
-    """Run `talk` on each connection to the address, over TLS with a `context`."""
+    """Run `talk` on each connection to the address, over TLS if a `context` is given."""
     with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         streams: list[socket.socket] = []
@@ -108,13 +108,13 @@ def listening(
 
 
 def asked(address: str, *options: str) -> str:
-    """Return the one line that a command prints when it calls the scheduler at `address`."""
+    """Return the line that a command prints when it calls a scheduler at `address`."""
     words = [*options, "senders", "get", "1", "--server", address]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1
     line = done.stderr.removeprefix("outbox: ").removesuffix("\n")
     assert "\n" not in line
-    # Never a library's own words.
+    # The text never comes from a library.
     assert "last error" not in line
     assert "ipv4" not in line
     return line
@@ -160,7 +160,7 @@ def test_the_advice_names_where_the_address_comes_from(
 
 @pytest.mark.usefixtures("impatient")
 def test_a_host_that_drops_packets_is_reported() -> None:
-    # A full queue of connections: further ones get no answer.
+    # The queue of connections is full: further connections get no answer.
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket())
         server.bind(("127.0.0.1", 0))
@@ -283,7 +283,7 @@ def test_a_proxy_set_by_a_variable_is_reported(monkeypatch: pytest.MonkeyPatch) 
 
 
 def streams_begun(received: bytes) -> Iterator[bytes]:
-    """Yield the number of each stream that an HTTP/2 client began by HEADERS."""
+    """Yield the number of each stream that an HTTP/2 client begins with HEADERS."""
     rest = received.partition(b"SM\r\n\r\n")[2]
     while len(rest) >= 9:
         if rest[3] == 1:
@@ -293,7 +293,7 @@ def streams_begun(received: bytes) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("status", [404, 503])
 def test_an_http2_server_without_grpc_is_reported(status: int) -> None:
-    # A block with `:status` as its only header.
+    # A header block with `:status` only.
     headers = b"\x08\x03" + str(status).encode()
 
     def talk(stream: socket.socket) -> None:
@@ -303,7 +303,7 @@ def test_an_http2_server_without_grpc_is_reported(status: int) -> None:
             received += more
             begun = list(streams_begun(received))
             for number in begun[answered:]:
-                # HEADERS, which also end the stream.
+                # HEADERS that end the stream.
                 stream.sendall(len(headers).to_bytes(3, "big") + b"\x01\x05" + number + headers)
             answered = len(begun)
 
@@ -321,7 +321,7 @@ def test_an_http2_server_without_grpc_is_reported(status: int) -> None:
 
 @asynccontextmanager
 async def serving(*services: str) -> AsyncIterator[str]:
-    """Run a server that has the services by name but none of their methods."""
+    """Run a server that offers the services but none of their methods."""
     added = [ServiceBinding(name, lambda _: None) for name in services]
     server = GrpcServer(load_settings(auth="off"), "127.0.0.1:0", added)
     await server.start()

@@ -36,7 +36,7 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 
 
 async def senders(scheduler: Scheduler, *words: str, stdin: str = "") -> CommandResult:
-    """Run a command as a process: its standard streams are its own."""
+    """Run a command as a process with its own standard streams."""
     return await outbox(scheduler, "senders", *words, stdin=stdin.encode())
 
 

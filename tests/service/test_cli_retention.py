@@ -17,7 +17,7 @@ TABLES = ("email_jobs", "attempts", "batches", "batch_rejections")
 
 
 async def old_and_new(scheduler: Scheduler) -> None:
-    """Schedule two batches; the first one was sent in January."""
+    """Schedule two batches; the mail of the first one was sent in January."""
     sender = await scheduler.sender("ann")
     for _ in range(2):
         await scheduler.schedule(sender, "email\na@b.org\nc@d.org\nbroken\n")
@@ -99,7 +99,7 @@ async def test_erase_waits_for_mail_that_is_being_sent(database_url: str, redis_
             "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() WHERE row_number = 1"
         )
         erasing = asyncio.create_task(
-            # A process: the scheduler, in this one, writes its log to the same stdout.
+            # In a process: the scheduler in this process writes its log to the same stdout.
             outbox(scheduler, "erase", "a@b.org", "--user", "ann", "-o", "json", stdin=b"")
         )
         await eventually(lambda: scheduler.rows("SELECT 1 FROM email_jobs WHERE recipient = ''"))

@@ -1,4 +1,4 @@
-"""`outbox senders` against a scheduler: private CAs, and what verify shows."""
+"""`outbox senders` against a scheduler: private CAs, and the output of verify."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ async def test_the_same_request_id_counts_once_and_with_other_rows_is_refused(
     again = await client.do(scheduler.address, lambda c: c.upload(CSV, wanted))
     assert (again.replayed, again.batch.batch_id) == (True, first.batch.batch_id)
     with pytest.raises(AlreadyExists) as caught:
-        # Long enough to be under way when the server refuses.
+        # Large enough to be under way when the server refuses it.
         await client.do(
             scheduler.address, lambda c: c.upload(CSV + b"x@y.org,Eve\n" * 50_000, wanted)
         )

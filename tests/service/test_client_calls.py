@@ -1,4 +1,4 @@
-"""Both clients against a server that misbehaves: which calls are retried, and the errors."""
+"""Both clients against a server that misbehaves: retried calls, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The protos build alone, and a change of the released contract is noticed."""
+"""The protos build without other files, and changes of the released contract are reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUF = Path(sys.executable).parent / "buf"
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A copy of protos/ in a folder that holds nothing else."""
+    """A copy of protos/ in an otherwise empty folder."""
     return Path(shutil.copytree(ROOT / "protos", tmp_path / "protos"))
 
 
@@ -27,7 +27,7 @@ def run(*words: str | Path, cwd: Path) -> str:
 
 
 def test_protoc_builds_the_folder_without_other_protos(copied: Path) -> None:
-    # grpc_tools' protoc knows google/protobuf, as every protoc does, and nothing of google/api.
+    # grpc_tools' protoc includes google/protobuf, as every protoc does, but not google/api.
     protoc = (sys.executable, "-m", "grpc_tools.protoc", "-I", copied)
     sources = sorted(copied.rglob("*.proto"))
     run(*protoc, "--descriptor_set_out=contract.binpb", *sources, cwd=copied.parent)
@@ -44,5 +44,5 @@ def test_lint_refuses_to_rename_a_released_field(copied: Path) -> None:
     run(*compare, cwd=copied.parent)
     proto.write_text(proto.read_text().replace(" schedule_time = 7", " start_time = 7"))
     done = subprocess.run(compare, cwd=copied.parent, capture_output=True, check=False, timeout=60)
-    assert done.returncode == 100  # buf's code for findings
+    assert done.returncode == 100  # the exit code of buf for findings
     assert b"BatchOptions" in done.stdout

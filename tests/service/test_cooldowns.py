@@ -1,4 +1,4 @@
-"""A sender whose account a mail server refuses: which methods show it and which end it."""
+"""A sender whose account a mail server refuses: methods that show it and methods that end it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Schedule
 
 @pytest_asyncio.fixture
 async def queue(scheduler: Scheduler) -> AsyncIterator[Queue]:
-    """The scheduler's only shard, whole."""
+    """The scheduler's only shard, complete."""
     engine, client = create_engine(scheduler.settings), connect(scheduler.settings)
     loader = HeadLoader(engine, open_queues(client, scheduler.settings), scheduler.settings)
     assert await loader.rebuild(loader.queues[0])
@@ -97,7 +97,7 @@ async def test_every_response_with_a_sender_shows_its_cooldown(scheduler: Schedu
     pause = PauseSenderRequest(sender_id=cooling.sender_id)
     for answer in (
         await update(scheduler, cooling.sender_id, display_name="News", hourly_limit=9),
-        # An update of nothing.
+        # An update without changes.
         await scheduler.senders.UpdateSender(
             UpdateSenderRequest(sender=sender_pb2.Sender(sender_id=cooling.sender_id))
         ),
@@ -225,7 +225,7 @@ async def test_a_cooldown_holds_mail_back_outlives_redis_and_a_resume_sends_at_o
             assert await held_back(cooling, queue, redis)
 
             await redis.flushall()
-            # A rebuild has brought the sender back, and mail goes again.
+            # A rebuild restores the sender, and mail is sent again.
             await eventually(lambda: held_back(cooling, queue, redis))
             await scheduler.schedule(other)
             await eventually(lambda: len(server.taken) == 2)
@@ -257,7 +257,7 @@ async def eventually_sent(scheduler: Scheduler, job: int) -> jobs_pb.ExplainEmai
 
 
 async def held_back(sender: sender_pb2.Sender, queue: Queue, redis: Redis) -> bool:
-    """Return whether Redis knows the sender, and looks at it in half an hour or later."""
+    """Return whether Redis has the sender and its next look is in half an hour or later."""
     look = await redis.zscore(queue.keys.ready, sender.sender_id)
     seconds, _ = await redis.time()
     return look is not None and look / 1000 > seconds + 1_800

@@ -1,4 +1,4 @@
-"""A whole dispatcher on real stores, its mails taken by real SMTP servers."""
+"""A whole dispatcher on real stores, with real SMTP servers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_an_attempt_is_never_recorded_as_ended_too_early(
         seen = {next(iter(jobs_in([mail]))): mail for mail in inbox.mails}
         for job in jobs:
             [attempt] = await world.attempts(job)
-            # An end is never early. Both times are late by the way to PostgreSQL.
+            # A recorded end is never early. Both times are late by the time to reach PostgreSQL.
             late = attempt.ended_at - seen[job].received_at
             assert late >= 0
             assert attempt.started_at - seen[job].started_at <= late + 0.001
@@ -157,7 +157,7 @@ async def test_a_4xx_reply_is_retried_by_the_backoff(configure: Configure) -> No
         assert (second.smtp_code, second.enhanced_code) == (452, "4.5.3")
         assert (third.outcome, third.smtp_code) == (AttemptOutcome.SENT, 250)
         assert [a.counted for a in (first, second, third)] == [False, False, True]
-        # 100 ms and 200 ms, with a tenth of jitter at most, and what a busy machine adds.
+        # 100 ms and 200 ms, at most a tenth of jitter, and the delay of a busy machine.
         assert 0.1 <= second.started_at - first.ended_at < 10
         assert 0.2 <= third.started_at - second.ended_at < 10
         assert (await world.job(job)).failures == 2
@@ -176,7 +176,7 @@ async def test_a_job_fails_after_the_last_step_of_the_backoff(configure: Configu
         assert (await world.job(job)).state == JobState.FAILED
         attempts = await world.attempts(job)
         assert [a.attempt for a in attempts] == [1, 2, 3]
-        # Their bodies were begun, so that each took an entry of the window.
+        # Their bodies had begun, so each took an entry of the window.
         assert all(a.counted for a in attempts)
         await world.check_counts()
 
@@ -196,7 +196,7 @@ async def test_a_5xx_reply_fails_the_job_at_once_with_its_reason(configure: Conf
 
 
 async def test_a_server_that_recovers_gets_the_waiting_mail(configure: Configure) -> None:
-    """However long it was away: its mail does not fail meanwhile, even if there is just one."""
+    """An outage of any length fails no mail, even if there is only one."""
     server = ScriptedServer()
     await server.start()
     await server.stop()
@@ -269,7 +269,7 @@ async def test_an_internal_failure_neither_stops_the_dispatcher_nor_fails_the_ma
         assert attempt.message == "internal error of the dispatcher"
 
 
-# Between the claim and the mark --------------------------------------------------------------
+# Changes between the claim and the mark ------------------------------------------------------
 
 
 async def test_a_job_that_is_cancelled_after_its_claim_is_never_sent(
@@ -280,7 +280,7 @@ async def test_a_job_that_is_cancelled_after_its_claim_is_never_sent(
         async with await world.connect() as caller:
             async with caller.transaction():
                 jobs = await world.schedule(sender, 2, load=False)
-                # The rows are held, so that their mark waits for the cancel.
+                # The rows are locked, so that their mark waits for the cancel.
                 assert await world.cancel(jobs[:1], caller) == 1
                 await world.loader.load([sender], committed=True)
                 await eventually(lambda: claimed(world, sender, 2))
@@ -302,7 +302,7 @@ async def test_a_sender_that_is_paused_after_the_claim_sends_nothing_until_it_is
         jobs = await world.schedule(sender, 2, load=False)
         async with await world.connect() as holder:
             async with holder.transaction():
-                # The table is held, so that their mark cannot begin.
+                # The table is locked, so that their mark cannot begin.
                 await holder.execute("LOCK TABLE email_jobs IN SHARE ROW EXCLUSIVE MODE")
                 await world.loader.load([sender], committed=True)
                 await eventually(lambda: claimed(world, sender, 2))
@@ -332,7 +332,7 @@ async def blocked(world: World) -> bool:
     return bool(rows[0].n)
 
 
-# Waking --------------------------------------------------------------------------------------
+# Wake-ups ------------------------------------------------------------------------------------
 
 
 async def asleep(world: World) -> bool:
@@ -348,7 +348,7 @@ async def test_a_mail_for_now_wakes_a_dispatcher_that_sleeps_until_later(
         await world.schedule(sender, due=timedelta(hours=1))
         await eventually(lambda: asleep(world))
         [job] = await world.schedule(sender)
-        # Neither the next look nor the heartbeat comes within the hour.
+        # Neither the next look nor the heartbeat comes within an hour.
         await eventually(lambda: inbox.mails)
 
         assert jobs_in(inbox.mails) == {job: 1}
@@ -425,10 +425,10 @@ async def test_on_drain_mails_being_transmitted_finish_and_all_others_return_to_
             assert answer.status.in_flight_count == 0
             assert answer.status.rates.sent_count == 2
             await check_drained(world, server)
-            # It reports the drain, keeps answering, and can be drained again.
+            # It reports the drain, still answers calls, and can be drained again.
             assert not await dispatcher.serving()
             assert (await dispatcher.drain()).given_back_count == 2
-            # Another dispatcher takes over at once: no lease was left behind.
+            # Another dispatcher takes over at once: no lease remains.
             async with running(settings_of(configure(inbox.url))):
                 await eventually(world.done)
             assert set(jobs_in(inbox.mails)) == set(jobs) - set(jobs_in(server.taken))
@@ -521,7 +521,7 @@ async def test_a_bug_while_recording_outcomes_ends_the_process_without_hanging(
     inbox: Inbox,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A supervisor restarts a process that ended; one that hangs would seem alive."""
+    """A supervisor restarts a process that has ended; one that hangs would seem alive."""
     caplog.set_level(logging.CRITICAL)
     settings = settings_of(options(new_database(), redis_url, inbox.url))
     async with World(settings) as world:

@@ -1,4 +1,4 @@
-"""Circuits in whole dispatchers: a failing endpoint costs its probes and delays no others."""
+"""Circuits in whole dispatchers: a failing endpoint costs only its probes and delays no other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.smtp_servers import Close, Say, ScriptedServer, Wait
 from tests.world import World, gap_of, jobs_in, mails_of, most_of
 
 Configure = Callable[..., dict[str, str]]
-# The effect of each kind of outage on a server; None: the server is down.
+# The plan of the server for each kind of outage; None means that the server is down.
 OUTAGES: dict[str, dict[str, Any] | None] = {
     "refuses": None,
     "hangs": {"greeting": Wait()},
@@ -60,7 +60,7 @@ async def is_idle(dispatcher: RunningDispatcher) -> bool:
 
 
 async def failed_attempts(world: World) -> list[float]:
-    """Return when each attempt began whose connection failed."""
+    """Return the start of each attempt whose connection failed."""
     rows = await world.sql(
         "SELECT extract(epoch FROM started_at)::float8 AS at FROM attempts"
         " WHERE outcome IN (%s, %s) ORDER BY 1",
@@ -93,10 +93,11 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
             queue = world.loader.queue_of(senders[0])
             await eventually(lambda: queue.circuits_of_sender(senders[0]))
             began = len(await failed_attempts(world))
-            # One send at a time of each, and what was claimed before the third failure was known.
+            # One send at a time per sender, and the jobs claimed before the third failure was
+            # known.
             assert began <= 3 + 5 * dispatchers
 
-            # Another endpoint is well, and nobody there waits.
+            # Another endpoint works, and its mail does not wait.
             well = await world.sender(
                 smtp_host="127.0.0.1", smtp_port=inbox.port, smtp_security=int(SmtpSecurity.NONE)
             )
@@ -117,7 +118,7 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
                 for endpoint in shown
             )
 
-            # Once each was idle, nothing is left of what was in flight when it opened.
+            # When each dispatcher has been idle, no send from before the opening is in flight.
             for each in running_ones:
                 await eventually(partial(is_idle, each))
             calm = time.time()
@@ -153,7 +154,7 @@ async def test_an_outage_uses_only_the_attempts_of_its_probes(
 def _logged(
     logs: Sequence[MutableMapping[str, Any]], server: str
 ) -> list[MutableMapping[str, Any]]:
-    """Return what was logged of the endpoint's circuit, and not of a sender's own."""
+    """Return the log entries about the endpoint's circuit, without those of senders' circuits."""
     reported = [log for log in logs if log["event"].startswith("circuit_") and "sender" not in log]
     assert all(log["endpoint"] == server for log in reported)
     # The reason of a closed circuit may be a reply, which is not logged by default.
@@ -162,7 +163,7 @@ def _logged(
 
 
 def _check_probes(starts: Sequence[float], since: float) -> None:
-    """One at a time, and each after its wait."""
+    """Check that probes ran one at a time, each after its wait."""
     probes = [start for start in starts if start > since]
     assert min(b - a for a, b in pairwise(probes)) >= FIRST_WAIT * 0.9
 

@@ -1,6 +1,6 @@
 """Gap and window, checked on the SMTP side, and their cost for senders that they do not limit.
 
-Time is compressed: an "hour" of a second or two, gaps of some ms.
+Time is compressed: an "hour" takes a second or two, and gaps take some ms.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ async def working(values: dict[str, str]) -> AsyncIterator[World]:
         yield world
 
 
-# From the record only -----------------------------------------------------------------------
+# Limits of every sender ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dispatchers", [1, 3])
@@ -64,7 +64,7 @@ async def test_no_gap_is_too_short_and_no_window_exceeds_its_limit(
             ]
             for child in children:
                 await eventually(child.serving)
-        # Limit, gap and number of mails: bound by the window, by the gap, by both.
+        # Limit, gap and number of mails: bound by the window, by the gap, or by both.
         plans = {
             await world.sender(limit=3): (3, 0.08, 9),
             await world.sender(limit=5): (5, 0.08, 14),
@@ -83,7 +83,7 @@ async def test_no_gap_is_too_short_and_no_window_exceeds_its_limit(
         for sender, (limit, gap, n) in plans.items():
             assert gap_of(inbox.mails, sender) >= gap
             assert most_of(inbox.mails, sender, WINDOW) <= limit
-            # In the order of their places.
+            # In the order of their positions.
             mails = mails_of(inbox.mails, sender)
             assert len(mails) == n
             assert list(jobs_in(mails)) == sorted(jobs_in(mails))
@@ -104,7 +104,7 @@ async def test_without_a_gap_the_window_holds_for_mails_sent_concurrently(
 
         assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
         for sender, limit in limits.items():
-            # Never more, and no entry was left unused either.
+            # Never more than the limit, and no entry stayed unused.
             assert most_of(inbox.mails, sender, WINDOW) == limit
 
 
@@ -114,7 +114,7 @@ async def test_a_refused_mail_keeps_its_gap_and_takes_no_entry(configure: Config
     async with ScriptedServer(plan) as server:
         values = configure(smtp_url=server.url, min_gap="100ms", defer_backoff="1ms")
         async with working(values) as world:
-            # Neither of the two refusals takes one of its two entries.
+            # Neither of the two refusals takes one of the two entries.
             _, *good = await world.schedule(await world.sender(limit=2), 3)
             await eventually(world.done)
 
@@ -123,7 +123,7 @@ async def test_a_refused_mail_keeps_its_gap_and_takes_no_entry(configure: Config
         assert min(b - a for a, b in pairwise(server.began)) >= 0.1
 
 
-# Blocked mail costs nothing ------------------------------------------------------------------
+# The cost of blocked mail --------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
@@ -132,7 +132,8 @@ async def test_a_blocked_sender_delays_nobody_and_causes_no_work(
     configure: Configure, inbox: Inbox, state: SenderState
 ) -> None:
     async with working(configure()) as world:
-        # At its limit after one mail, or paused; its 3,000 others are the oldest of all.
+        # It is at its limit after one mail, or paused; its 3,000 other mails are older than all
+        # others.
         blocked = await world.sender(limit=1, state=state)
         await world.schedule(blocked, 3_000, due=-timedelta(minutes=5))
         first = 1 if state is SenderState.ACTIVE else 0
@@ -144,7 +145,7 @@ async def test_a_blocked_sender_delays_nobody_and_causes_no_work(
         await eventually(lambda: world.done(*others))
 
         steps = (await world.redis.info("commandstats"))["cmdstat_evalsha"]["calls"]
-        # Ten steps of Lua a mail would be plenty; one look a blocked job would be 3,000 and more.
+        # Ten Lua calls per mail would be plenty; a look per blocked job would be 3,000 and more.
         assert steps < 1_000
         assert len(mails_of(inbox.mails, blocked)) == first
         waiting = [
@@ -157,7 +158,7 @@ async def test_a_blocked_sender_delays_nobody_and_causes_no_work(
         assert max(waiting) < 10
 
 
-# Changes -------------------------------------------------------------------------------------
+# Changes of settings -------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
@@ -171,7 +172,7 @@ async def test_a_pause_holds_from_the_next_claim_on_and_a_resume_continues_where
         await eventually(lambda: len(mails_of(inbox.mails, sender)) >= 3)
         await world.change(sender, state=SenderState.PAUSED)
         allowed = await world.in_state(JobState.SENDING, JobState.SENT)
-        # As long as the paused sender would have needed for the rest.
+        # For as long as the paused sender would have needed for its other mails.
         await world.schedule(control, 20)
         await eventually(lambda: world.done(control))
 
@@ -220,7 +221,7 @@ async def test_a_changed_gap_holds_from_the_next_claim_on(
         jobs = await world.schedule(sender, 8)
         await eventually(lambda: len(inbox.mails) == 1)
 
-        # Below the operator's floor: the floor holds.
+        # The gap is below the operator's floor, so the floor applies.
         await world.change(sender, min_gap_ms=1)
         await eventually(lambda: len(inbox.mails) >= 4)
         await world.change(sender, min_gap_ms=150)

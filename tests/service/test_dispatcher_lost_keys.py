@@ -20,7 +20,7 @@ from tests.world import World, at_least, gap_of, jobs_in, mails_of, most_of
 Configure = Callable[..., dict[str, str]]
 
 SENDER_KEYS = ("due", "lease", "window", "sender")
-# What may go of a sender at once; "ready" is its entry there.
+# The keys of a sender that are lost at once; "ready" means its entry there.
 LOSSES = [*((part,) for part in SENDER_KEYS), ("ready",), (*SENDER_KEYS, "ready")]
 # The real value, unlike in most of these tests.
 REBUILD_PAUSE = recovery_module.REBUILD_PAUSE
@@ -86,7 +86,7 @@ async def test_a_sender_at_its_limit_sends_nothing_after_the_loss_of_any_key(
         await eventually(lambda: world.in_state(JobState.SENT))
         for kinds in LOSSES:
             await lose(world, [limited], kinds)
-            # Something that makes Redis compute the sender's next look again.
+            # A change that makes Redis compute the sender's next look again.
             await world.change(limited, max_in_flight=4)
             await world.schedule(control, 2)
             await eventually(lambda: world.done(control))
@@ -96,7 +96,7 @@ async def test_a_sender_at_its_limit_sends_nothing_after_the_loss_of_any_key(
 
 
 async def is_known(world: World, sender: int) -> bool:
-    """Return whether Redis has a head, a history and a next look of it."""
+    """Return whether Redis has a head, a history and a next look for the sender."""
     found = await world.redis.exists(
         *(f"outbox:{{0}}:{k}:{sender}" for k in SENDER_KEYS if k != "lease")
     )
@@ -110,7 +110,7 @@ async def test_a_mail_in_flight_keeps_its_senders_slot_after_the_loss_of_any_key
 ) -> None:
     held = Wait()
     async with ScriptedServer({"body": [(held, Succeed())]}) as server:
-        # The reply to the body is held until the sender is restored, however long that takes.
+        # The reply to the body is held until the sender is restored.
         settings = settings_of(configure(server.url, min_gap="100ms", smtp_timeout="60s"))
         async with World(settings) as world, running(settings), running(settings):
             sender, control = await world.sender(), await world.sender()

@@ -35,7 +35,7 @@ async def test_dispatching_starts_with_an_empty_redis_and_jobs_in_postgresql(
 ) -> None:
     settings = settings_of(configure(dispatcher_concurrency=20))
     async with World(settings) as world:
-        # More than a head holds, and more senders than one.
+        # More jobs than a head holds, and more than one sender.
         senders = [await world.sender(), await world.sender()]
         jobs = await world.schedule(senders[0], 2 * HEAD_SIZE + 10, load=False)
         jobs += await world.schedule(senders[1], 3, load=False)
@@ -62,7 +62,7 @@ async def test_an_empty_redis_is_loaded_with_the_history_of_sends(
         async with running(settings):
             await eventually(lambda: world.done(spaced))
 
-        # Its hourly limit is used up, although Redis had lost that.
+        # Its hourly limit is used up, although Redis had lost the history.
         assert len(mails_of(inbox.mails, limited)) == 2
         assert gap_of(inbox.mails, spaced) >= 0.3
 
@@ -94,7 +94,7 @@ async def test_flushall_under_load_breaks_no_promise(
 async def test_flushall_without_a_gap_sends_nothing_twice_and_loses_nothing(
     configure: Configure, inbox: Inbox
 ) -> None:
-    # No lease of a dispatcher that lives runs out, on a busy machine either.
+    # Leases of running dispatchers never expire, even on a busy machine.
     settings = settings_of(configure(dispatcher_concurrency=20, lease="60s"))
     async with World(settings) as world, running(settings), running(settings):
         senders = [await world.sender(max_in_flight=10) for _ in range(5)]
@@ -130,7 +130,8 @@ async def test_a_mail_in_flight_when_redis_is_lost_still_counts(
 
             assert await world.in_state(JobState.SCHEDULED) == {third}
             assert jobs_in(mails_of(server.taken, sender))[first] == 1
-            # The held mail's own reply came after it was taken: its attempt says when it ended.
+            # The reply to the held mail came after the mail was accepted: its attempt ends at the
+            # reply.
             [attempt] = await world.attempts(first)
             assert mails_of(server.taken, sender)[1].started_at - attempt.ended_at >= 0.095
 
@@ -160,7 +161,7 @@ async def test_a_head_that_nobody_loaded_is_found_by_its_marker(
         await world.schedule(sender)
         await eventually(world.done)
         [job] = await world.schedule(sender, load=False)
-        # As if it had died some seconds ago.
+        # As if the scheduler had died some seconds ago.
         await world.sql("UPDATE head_markers SET created_at = now() - interval '10 s'")
         await eventually(world.done)
 
@@ -192,20 +193,20 @@ async def memory(world: World) -> int:
 async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_entry(
     configure: Configure,
 ) -> None:
-    """A job claimed before and after a loss of Redis, not marked yet: one claim is refused.
+    """A job, not marked yet, was claimed before and after a loss of Redis: one claim is refused.
 
-    Its giving up must not free the entry under which the other one sends.
+    The refused claim must not release the entry of the claim that sends.
     """
     held = Wait()
     async with ScriptedServer({"body": [Succeed(), (held, Succeed())]}) as server:
         settings = settings_of(configure(server.url, min_gap="1s"))
-        # Connected before: from the first mail's end to the lock there is no more than a gap.
+        # Already connected: less than a gap passes between the first mail's end and the lock.
         async with World(settings) as world, running(settings), await world.connect() as holder:
             sender, control = await world.sender(), await world.sender()
             jobs = await world.schedule(sender, 3)
             await eventually(lambda: world.in_state(JobState.SENT))
             async with holder.transaction():
-                # The table is held, so that the next mark cannot begin.
+                # The table is locked, so that the next mark cannot begin.
                 await holder.execute("LOCK TABLE email_jobs IN SHARE ROW EXCLUSIVE MODE")
                 await eventually(lambda: marks_wait(world, 1))
                 await world.redis.flushall()

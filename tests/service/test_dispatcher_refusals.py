@@ -77,7 +77,7 @@ async def test_a_limit_of_mails_per_connection_fails_no_mail_under_any_reply(
     def refuse_the_second(heard: Conversation) -> Any:
         return Say(reply) if heard.taken == 1 else Succeed()
 
-    # With a cooldown or a step of the backoff, a mail would wait for longer than the test does.
+    # A cooldown or a backoff step would make a mail wait for longer than the test lasts.
     values = {"cooldown": "10m", "retry_backoff": "10m", "defer_backoff": "10m"}
     async with ScriptedServer({phase: refuse_the_second}) as server:
         async with working(configure(server.url, **values)) as world:
@@ -113,11 +113,11 @@ async def test_a_refused_account_fails_no_mail_and_is_probed_with_one_mail_at_a_
         await eventually(lambda: cooldown(world, sender))
         began = await cooldown(world, sender)
         assert began.message
-        # Two more probes, each refused.
+        # Two more probes are refused.
         await eventually(lambda: _refused(world, sender, began.refusals + 2))
         states = await world.states()
         assert states[JobState.SCHEDULED] + states[JobState.SENDING] == len(jobs)
-        # The first ones were in flight together; after them one probe at a time.
+        # The first mails were in flight together; afterwards one probe at a time is sent.
         assert len(server.began) <= 5 * dispatchers + 4
         probes = server.began[5 * dispatchers :]
         assert all(b - a >= PROBE_WAIT * 0.9 for a, b in pairwise(probes))
@@ -152,7 +152,7 @@ async def test_a_cooldown_survives_the_loss_of_redis(configure: Configure) -> No
         await eventually(lambda: cooldown(world, sender))
         row = await cooldown(world, sender)
         await world.redis.flushall()
-        # The other one shows that the rebuild is over.
+        # The second mail shows that the rebuild has ended.
         await world.schedule(other, 1)
         await eventually(lambda: world.done(other))
         await eventually(lambda: world.done(sender))
@@ -188,7 +188,7 @@ async def test_a_deferred_mail_waits_alone_and_the_others_are_sent(configure: Co
         await eventually(world.done)
 
         assert await world.states() == {JobState.SENT: 6}
-        # The first mail comes last.
+        # The first mail arrives last.
         assert [*jobs_in(server.taken)] == [*jobs[1:], jobs[0]]
         row = await world.job(jobs[0])
         assert (row.failures, row.attempt) == (0, 2)

@@ -1,4 +1,4 @@
-"""A slow endpoint does not delay the mail of quick ones, and claims that wait cost no work."""
+"""A slow endpoint does not delay mail to quick endpoints, and waiting claims cause no work."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
             await eventually(lambda: world.done(*well))
 
             assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
-            # None of the mails to the silent server has ended meanwhile.
+            # No mail to the silent server has ended meanwhile.
             assert server.waiting[phase] == 4
             assert max(mail.started_at for mail in inbox.mails) - began < 20
-            # The claims that wait are not marked, so their jobs can be cancelled.
+            # Waiting claims are not marked, so their jobs can be cancelled.
             states = await world.states(*sick)
             assert states[JobState.SENDING] == 4
             waiting = await world.in_state(JobState.SCHEDULED)
@@ -86,10 +86,10 @@ async def test_a_claim_that_waits_for_a_slot_costs_no_work_and_no_attempt(
             await eventually(lambda: all_claimed(world, senders))
 
             async def is_quiet() -> bool:
-                """Whether a second passes with only heartbeats and searches for lost senders.
+                """Return whether only heartbeats and searches for lost senders run for a second.
 
-                The first claim of a sender is marked and given back, as its route is not known
-                yet. On a busy machine the last ones do so after all senders were seen with a claim.
+                The first claim of a sender is marked and given back because its route is not known
+                yet. On a busy machine this may happen after every sender was seen with a claim.
                 """
                 calls, began = await script_calls(redis), time.monotonic()
                 await eventually(lambda: time.monotonic() - began > 1)
@@ -137,7 +137,7 @@ async def test_a_drain_gives_back_the_claims_that_wait_for_a_slot(configure: Con
             await world.schedule(sender, 2)
         async with running(settings) as dispatcher:
             await eventually(lambda: all_claimed(world, senders))
-            server.cut()  # ends the four that hang
+            server.cut()  # this ends the four hanging mails
             await dispatcher.drain()
             assert not any([await world.leases_in_redis(sender) for sender in senders])
         assert (await world.states())[JobState.SENDING] == 0
@@ -145,7 +145,7 @@ async def test_a_drain_gives_back_the_claims_that_wait_for_a_slot(configure: Con
 
 
 async def test_a_single_slow_endpoint_gets_ten_mails_at_once(configure: Configure) -> None:
-    """A relay that is slow and alone gets all slots except the reserved ones."""
+    """A slow relay that is the only endpoint gets all slots except the reserved ones."""
     settings = settings_of(configure(dispatcher_concurrency=10))
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
         for _ in range(12):
@@ -180,7 +180,7 @@ async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
         jobs += await world.schedule(newcomer, 3)
         await eventually(lambda: world.done(honest, newcomer))
         assert jobs_in(inbox.mails).keys() >= set(jobs)
-        # None of the mails to silent servers has ended meanwhile.
+        # No mail to a silent server has ended meanwhile.
         assert waiting_for_greeting(servers) == 4
         dispatcher.stopping.set()
         for server in servers:
@@ -215,7 +215,7 @@ async def test_claims_beyond_the_limit_of_waiters_take_no_reserved_slot(
             await eventually(lambda: world.done(well))
             assert jobs_in(inbox.mails).keys() >= set(jobs)
             assert server.waiting["rcpt"] == 4
-            server.cut()  # ends the four that hang
+            server.cut()  # this ends the four hanging mails
             await dispatcher.drain()
             assert not any([await world.leases_in_redis(sender) for sender in sick])
         await world.check_counts()

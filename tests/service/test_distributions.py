@@ -1,4 +1,4 @@
-"""Both distributions as they would be published: built, installed side by side, and used."""
+"""Both distributions as they are published: built, installed side by side, and used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*words: str | Path, cwd: Path = ROOT) -> str:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheels, the client's by way of its sdist, which must have all that it is made from."""
+    """The wheels. The client's is built from its sdist, which must therefore be complete."""
     folder = tmp_path_factory.mktemp("wheels")
     run(
         sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", folder, cwd=ROOT / "client"
@@ -36,9 +36,9 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def python(folder: Path, program: str) -> str:
-    """Run a program that sees what is installed in `folder` and our dependencies, not the sources.
+    """Run a program that can import the packages in `folder` and the dependencies, not the sources.
 
-    Without `site` the editable installation of the sources is not on the path.
+    Without `site`, the editable installation of the sources is not on the import path.
     """
     paths = f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path.append({SITE!r})\n"
     return run(sys.executable, "-I", "-S", "-c", paths + program, cwd=folder)
@@ -114,7 +114,7 @@ def test_services_start_without_the_libraries_of_the_command_line(
 def test_the_servers_work_beside_a_project_with_packages_of_the_same_names(
     wheels: dict[str, Path], tmp_path: Path
 ) -> None:
-    """A wheel adds one import name, whatever the folders of the repository are called."""
+    """Each wheel adds one import name, which does not depend on the repository's folder names."""
     install(tmp_path, *wheels.values())
     for name in ("shared", "services", "cli", "deploy"):
         (tmp_path / name).mkdir()

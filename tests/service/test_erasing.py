@@ -1,4 +1,4 @@
-"""EraseRecipient: nothing of the person is left in any table or in Redis, and counts stay."""
+"""EraseRecipient: no table and no key in Redis has data of the person, and counts do not change."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 ADDRESS = "Ann.Secret@example.com"
 SPELLINGS = (ADDRESS, "ann.secret@EXAMPLE.com", "ANN.SECRET@example.com")
-# What must be found nowhere, in lower case: parts of the address, and a variable of hers.
+# Texts that must not be found, in lower case: parts of the address, and a variable of the person.
 TRACES = ("ann.secret", "annas-city")
 
 
@@ -47,7 +47,7 @@ async def erase(
 
 
 def traces_in_postgresql(scheduler: Scheduler) -> list[str]:
-    """Return the rows of all tables that contain a trace, as text or as bytes."""
+    """Return the rows of all tables that contain a trace, as text or bytes."""
     found = []
     tables = scheduler.rows(
         "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'"
@@ -79,7 +79,7 @@ async def traces_in_redis(redis: Redis) -> list[str]:
 
 
 async def schedule_her(scheduler: Scheduler, sender: sender_pb2.Sender) -> list[int]:
-    """Schedule mail to her in several ways, among others; return her jobs."""
+    """Schedule mail to the person in several ways, and to others; return the person's jobs."""
     rows = "".join(f"{email},Annas-City,\n" for email in SPELLINGS)
     csv = f"email,city,\n{rows}bo@example.com,Rome,\n"
     csv += f'"{ADDRESS}, bo@example.com",Annas-City,\n'
@@ -107,7 +107,7 @@ async def schedule_her(scheduler: Scheduler, sender: sender_pb2.Sender) -> list[
 
 
 def end(scheduler: Scheduler, job_id: int, state: JobState) -> None:
-    """End a job with a reply that has the address."""
+    """End a job with a reply that contains the address."""
     scheduler.execute(
         "WITH ended AS (UPDATE email_jobs SET state = %s, finished_at = now(), attempt = 1,"
         " lease_until = NULL WHERE id = %s RETURNING *), counted AS (INSERT INTO count_deltas"
@@ -152,7 +152,7 @@ async def test_nothing_of_an_erased_person_is_left(scheduler: Scheduler, redis: 
     assert await traces_in_redis(redis) == []
     assert (answer.erased_count, answer.rejection_count, answer.in_flight_count) == (5, 1, 0)
     assert await counts(scheduler, sender) == before
-    # Of the others everything is left.
+    # All data of the other recipients remains.
     others = scheduler.rows("SELECT recipient, variables FROM email_jobs WHERE recipient <> ''")
     assert others == [("bo@example.com", '["Rome"]')]
     job = await scheduler.jobs.GetEmailJob(
@@ -184,7 +184,7 @@ async def test_an_erased_address_stays_suppressed(scheduler: Scheduler, email: s
     await erase(scheduler)
     accepted = await scheduler.schedule(sender, f"email\n{email}\nbo@example.com\n")
     assert (accepted.batch.suppressed_count, accepted.batch.accepted_count) == (1, 1)
-    # It is checked again when a mail is marked, as for mail that an intake has missed.
+    # The address is checked again when a job is marked, in case an intake missed it.
     scheduler.execute("UPDATE email_jobs SET recipient = %s", email)
     job_id = scheduler.value("SELECT id FROM email_jobs")
     engine = create_engine(scheduler.settings, lookups_only=True)
@@ -219,7 +219,7 @@ async def test_the_address_itself_lifts_the_suppression(scheduler: Scheduler) ->
             user_id="ann", suppression=Suppression(email=ADDRESS)
         )
     )
-    # The hash is enough: the address is not stored again.
+    # The hash is sufficient: the address is not stored again.
     assert made == kept
     await scheduler.suppressions.DeleteSuppression(
         suppression_service_pb2.DeleteSuppressionRequest(user_id="ann", email=ADDRESS)
@@ -286,7 +286,7 @@ async def test_an_interrupted_erasure_continues(scheduler: Scheduler) -> None:
     async with engine.begin() as connection:
         assert await erase_jobs(connection, "ann", ADDRESS, 2) == 2
     await engine.dispose()
-    # The process died here.
+    # Here the process died.
     answer = await erase(scheduler)
     assert (answer.erased_count, answer.suppressed_count) == (3, 0)
     assert traces_in_postgresql(scheduler) == []

@@ -1,4 +1,4 @@
-"""ExplainEmailJob: the one thing that binds now, and the time of sending."""
+"""ExplainEmailJob: the one reason for the wait, and the time of sending."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def scheduled(
 
 
 def sent_before(scheduler: Scheduler, sender: sender_pb2.Sender, *seconds: float) -> None:
-    """Record sends that ended so many seconds ago."""
+    """Record sends that ended that many seconds ago."""
     for number, ago in enumerate(seconds):
         scheduler.execute(
             "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
@@ -79,7 +79,7 @@ async def test_a_job_behind_others_shows_its_place_and_time(scheduler: Scheduler
     assert found.wait_reason == pb.WAIT_REASON_QUEUE
     assert found.ahead_count == 45
     assert "45 other jobs" in found.explanation
-    # Two windows, and a gap for each of the five before it in the third.
+    # Two windows, and a gap for each of the five mails before it in the third.
     assert left(found.estimated_send_time) == pytest.approx(2 * 3_600 + 10, abs=5)
 
 
@@ -95,7 +95,7 @@ async def test_a_job_that_is_not_due_waits_for_its_time(scheduler: Scheduler) ->
 async def test_a_job_outside_the_sending_hours_waits_for_them(scheduler: Scheduler) -> None:
     zone = ZoneInfo("America/St_Johns")
     now = datetime.now(zone)
-    # Wherever it stands now, in two days; the hour after is the time of the second mail.
+    # Two days ahead in the sender's time zone; the second mail follows an hour later.
     day = now.date() + timedelta(days=2)
     weekday = sender_pb2.Weekday.ValueType(day.isoweekday())
     hours = sender_pb2.SendingHours(
@@ -110,7 +110,7 @@ async def test_a_job_outside_the_sending_hours_waits_for_them(scheduler: Schedul
         assert found.wait_end_time.ToDatetime(UTC) == opens
         assert found.estimated_send_time.ToDatetime(UTC) == at
         assert f"until {opens.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" in found.explanation
-    # Within them nothing is said of them.
+    # Within the hours, the explanation does not mention them.
     scheduler.execute("UPDATE senders SET sending_hours = '[[], 0, 1440, \"UTC\"]'")
     assert (await explain(scheduler, first)).wait_reason == pb.WAIT_REASON_DISPATCHER
 
@@ -202,7 +202,7 @@ async def test_a_job_of_a_sender_in_cooldown_shows_the_reply_and_the_next_probe(
         # If the probe is accepted.
         assert left(found.estimated_send_time) == pytest.approx(seconds, abs=8)
         assert f"({cooldowns.REPLY}); the next probe is at" in found.explanation
-    # The time has come: the first is the probe, and the others wait for its reply.
+    # The probe is due: the first job is the probe, and the others wait for its reply.
     scheduler.execute("UPDATE cooldowns SET next_probe_at = now()")
     assert (await explain(scheduler, jobs[0])).wait_reason == pb.WAIT_REASON_DISPATCHER
     found = await explain(scheduler, jobs[1])
@@ -261,7 +261,7 @@ async def test_the_place_of_a_job_among_very_many_is_found_by_the_index(
     found = await explain(scheduler, jobs[-1])
     assert found.ahead_count == 24_999
     assert left(found.estimated_send_time) == pytest.approx(24 * 3_600 + 1_998, abs=60)
-    # As the service asks it.
+    # The service's own query.
     options = "-c enable_seqscan=off -c enable_bitmapscan=off"
     with psycopg.connect(scheduler.settings.database_url, options=options) as connection:
         plan = connection.execute(

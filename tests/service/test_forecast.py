@@ -74,7 +74,7 @@ def csv_of(count: int) -> str:
 
 
 def since(time: Any, batch: batch_pb2.Batch) -> float:
-    """Return how many seconds after the batch was accepted it is."""
+    """Return the number of seconds from the acceptance of the batch to `time`."""
     took = time.ToDatetime(UTC) - batch.create_time.ToDatetime(UTC)
     return float(took.total_seconds())
 
@@ -145,7 +145,7 @@ async def test_a_forecast_keeps_the_expiry_of_a_retried_job(stack: Stack) -> Non
     sender = await stack.scheduler.sender()
     in_time = to_duration(timedelta(seconds=100))
     batch = (await stack.scheduler.schedule(sender, csv_of(3), expire_after=in_time)).batch
-    # As a settlement does that lets two of them wait for their next try.
+    # As after a settlement that makes two of them wait for a retry.
     for row, backoff in ((1, 50), (2, 150)):
         stack.scheduler.execute(
             "UPDATE email_jobs SET scheduled_at = scheduled_at + %s * interval '1 s'"
@@ -168,7 +168,7 @@ async def test_many_waiting_jobs_are_forecast_by_their_batches(stack: Stack) -> 
     ).batch
     found = await stack.forecast(batch_id=first.batch_id)
     hour = 3_600
-    # The second one's jobs fall due between those of the first, which are all due at once.
+    # The second batch's jobs fall due between the sends of the first, whose jobs are all due now.
     assert since(found.end_time, first) == pytest.approx(14 * hour + 2_000, abs=60)
     found = await stack.forecast(batch_id=second.batch_id)
     assert found.job_count == found.ahead_count == 15_000
@@ -191,7 +191,7 @@ async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: St
     batch = (await stack.scheduler.schedule(sender, csv_of(3))).batch
     execute = stack.scheduler.execute
     cooldowns.begin(execute, sender.sender_id, probe_in=timedelta(hours=1))
-    # A dry run too: one more mail comes behind the three.
+    # The same holds for a dry run: one more mail comes after the three.
     for found, mails, seconds in (
         (await stack.forecast(batch_id=batch.batch_id), 3, 3_604),
         (await stack.plan(sender, 1), 1, 3_606),
@@ -210,7 +210,7 @@ async def test_nothing_is_forecast_before_the_next_probe_of_a_cooldown(stack: St
     add_attempt(stack.scheduler, sender, AttemptOutcome.CONNECTION_FAILURE, "refused")
     found = await stack.forecast(batch_id=batch.batch_id)
     assert "If the probe is accepted and the endpoint works again: the" in found.explanation
-    # Over: as before.
+    # The cooldown is over: the forecast is the same as before.
     execute("DELETE FROM cooldowns")
     found = await stack.forecast(batch_id=batch.batch_id)
     assert not found.HasField("cooldown")
@@ -244,9 +244,9 @@ async def test_a_forecast_shows_that_the_last_attempt_failed_to_reach_the_endpoi
     found = await explanation()
     assert found.startswith("If the endpoint works again: the last of 3 mails")
     assert found.endswith(f"UTC, failed: {trouble}")
-    # It may have been long ago.
+    # The text has the time of the failure, which may be long ago.
     assert len(re.findall(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", found)) == 2
-    # An attempt that reached the server shows a healthy endpoint, whatever its outcome.
+    # An attempt that reached the server shows a healthy endpoint, with any outcome.
     add_attempt(stack.scheduler, sender, AttemptOutcome.TEMPORARY_FAILURE, "mailbox busy")
     assert (await explanation()).startswith("The last of 3 mails")
 
@@ -294,7 +294,7 @@ async def test_an_invalid_forecast_request_is_refused(stack: Stack) -> None:
 
 async def test_a_forecast_respects_the_sending_hours(stack: Stack) -> None:
     zone = ZoneInfo("Europe/Berlin")
-    # Wherever it stands now, in a day it opens once, for an hour.
+    # The hours are over for today; they open again tomorrow, for an hour.
     opens = datetime.now(zone) - timedelta(hours=2)
     hours = sender_pb2.SendingHours(
         start=f"{opens:%H:00}",
@@ -306,7 +306,7 @@ async def test_a_forecast_respects_the_sending_hours(stack: Stack) -> None:
     found = await stack.forecast(batch_id=answer.batch.batch_id)
     assert found.binding_limit == sender_pb2.BINDING_LIMIT_SENDING_HOURS
     assert "sending hours bind" in found.explanation
-    # Ten a day: the last five on the third, each day at the same time by the clocks of Berlin.
+    # Ten per day: the last five on the third day, each day at the same local time in Berlin.
     first, end = (
         time.ToDatetime(UTC).astimezone(zone) for time in (found.first_send_time, found.end_time)
     )

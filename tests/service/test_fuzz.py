@@ -1,4 +1,4 @@
-"""Hostile values in every field of every method: a clear answer, in time, and nothing changed."""
+"""Hostile values in every field of every method: a clear answer, in time, and no change."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from tests.hostile import Requests
 from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.stats_stack import stats_server
 
-# Calls of each seed, at least: 10,000 in all. Every method is answered OK once in each of them.
+# The least number of calls per seed: 10,000 in all. With each seed, every method answers OK once.
 CALLS: Final = 1_000
 SEEDS: Final = range(1, 11)
 MOST_CALLS: Final = 3 * CALLS
 MOST_REPEATS = 20
 AT_ONCE: Final = 20
-# Nothing changes while a stream is read, so its second message may never come.
+# Nothing changes while a stream is read, so it may have no second message.
 SECOND_MESSAGE_S: Final = 0.05
 SCHEDULER: Final = (
     "SenderService",
@@ -48,7 +48,7 @@ SCHEDULER: Final = (
     "ServerService",
 )
 
-# The codes that a nonsensical request may get.
+# The permitted codes of the answer to a meaningless request.
 ANSWERS: Final = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -70,7 +70,7 @@ def methods(*services: str) -> Iterator[MethodDescriptor]:
 
 @dataclass(frozen=True)
 class Call:
-    """One call, to be made once or again: encoded messages, which may be none."""
+    """One call that can be repeated: its encoded messages, possibly none."""
 
     method: MethodDescriptor
     messages: tuple[bytes, ...]
@@ -79,7 +79,7 @@ class Call:
         return f"{self.method.full_name} {self.messages!r:.2000}"
 
     async def make(self, channel: grpc.aio.Channel) -> grpc.aio.AioRpcError | None:
-        """Return how it was refused, or None. A stream is read to its third message."""
+        """Return the refusal, or None. A stream is read up to its third message."""
         path = f"/{self.method.containing_service.full_name}/{self.method.name}"
         try:
             if self.method.server_streaming:
@@ -104,13 +104,13 @@ class Call:
 
 
 async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
-    """Make a small world; return, by field name, what is right."""
+    """Create some resources; return valid values by field name."""
     first, second = await scheduler.sender(), await scheduler.sender("bob")
     batches = [
         await scheduler.schedule(each, "email,name\na@b.org,Ann\nc@d.org,Bo\ne@f.org,Cy\n")
         for each in (first, second)
     ]
-    # One whose mail may have arrived.
+    # One job whose mail may have arrived.
     scheduler.execute(
         "UPDATE email_jobs SET state = 5, finished_at = now() WHERE recipient = 'e@f.org'"
     )
@@ -147,21 +147,21 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
 def lost_answer(call: Call, error: grpc.aio.AioRpcError | None) -> bool:
     """Return whether the client lost the answer of the server.
 
-    A client of grpc.aio that is refused while it still sends may do so, and says this.
+    A client of grpc.aio that is refused while it still sends may lose it, and reports this.
     """
     lost = error is not None and error.details() == "Internal error from Core"
     return lost and call.method.client_streaming
 
 
 def complaint_of(error: grpc.aio.AioRpcError) -> str | None:
-    """Return what is wrong with an answer, or None."""
+    """Return the violation of an answer, or None."""
     if error.code() not in ANSWERS:
         return "not an answer"
     status = rpc_status.from_call(error)
     info = error_details_pb2.ErrorInfo()
     if status is None or not status.details[0].Unpack(info) or not info.reason:
         return "no reason"
-    # What is no message at all has no fields.
+    # Bytes that are not a message have no fields.
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT and info.reason != "MALFORMED_MESSAGE":
         request = error_details_pb2.BadRequest()
         if not any(detail.Unpack(request) for detail in status.details):
@@ -191,10 +191,10 @@ async def test_hostile_requests_get_a_clear_answer_and_change_nothing(
         complaints: dict[str, str] = {}
         made = 0
         names = {method.name for method, _ in served}
-        # After that, only the methods that no call has succeeded for.
+        # After that, only methods that have not succeeded yet are called.
         while wanted := names if made < CALLS else _without_answer(names, codes):
             assert made < MOST_CALLS, wanted
-            # Created again, because some valid calls end what exists.
+            # Created again, because some valid calls end or remove these resources.
             requests.learn(await right_values(scheduler))
             group = [
                 (_call(method, requests), channels[where])
@@ -210,13 +210,13 @@ async def test_hostile_requests_get_a_clear_answer_and_change_nothing(
                     changed = [name for name, found in after.items() if found != before[name]]
                     assert not changed, [str(call) for call, _ in group]
                     break
-                # A refused call among accepted ones is repeated by itself.
+                # A refused call among accepted ones is repeated alone.
                 group = refused
         assert not complaints, "\n".join(map(": ".join, complaints.items()))
 
 
 def _without_answer(names: set[str], codes: Counter[tuple[str, str]]) -> set[str]:
-    """Return the methods that were never answered OK, of those that are served."""
+    """Return the served methods that have not answered OK yet."""
     return names - {name for name, code in codes if code in ("OK", "UNIMPLEMENTED")}
 
 

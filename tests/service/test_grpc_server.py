@@ -351,7 +351,7 @@ async def test_a_watcher_of_health_receives_every_change(stack: Stack) -> None:
 
 
 async def tool(*command: str) -> tuple[int, str]:
-    """Run a real client and return its exit code and what it wrote."""
+    """Run a real client; return its exit code and its output."""
     process = await asyncio.create_subprocess_exec(
         BIN / command[0], *command[1:], stdout=asyncio.subprocess.PIPE
     )

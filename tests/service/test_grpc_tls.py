@@ -27,7 +27,7 @@ Pair = tuple[str, str]
 
 @pytest.fixture
 def make_pair(tmp_path: Path) -> Callable[[str], Pair]:
-    """Write a self-signed certificate of 127.0.0.1 and its key, and return their paths."""
+    """Write a self-signed certificate for 127.0.0.1 and its key; return their paths."""
 
     def make(name: str) -> Pair:
         public, private = self_signed(tmp_path / name)
@@ -51,7 +51,7 @@ def content(path: str) -> bytes:
 
 
 async def answers(address: str, trust: str = "", own: Pair | None = None) -> bool:
-    """Say whether health answers a client on a new connection."""
+    """Return whether health answers a client on a new connection."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     if trust:
         credentials = grpc.ssl_channel_credentials(
@@ -88,7 +88,7 @@ async def test_a_renewed_certificate_is_served_without_a_restart(
     async with serving(tls_certificate=certificate, tls_key=key) as address:
         old = shutil.copyfile(certificate, f"{certificate}.old")
         renewed = make_pair("renewed")
-        # Between the two writes the files do not match: the old pair stays in use.
+        # Between the two writes the files do not match, so the old pair stays in use.
         shutil.copyfile(renewed[0], certificate)
         assert await answers(address, trust=old)
         assert not await answers(address, trust=certificate)
@@ -179,7 +179,7 @@ async def test_a_server_with_a_certificate_may_listen_beyond_loopback(
     make_pair: Callable[[str], Pair],
 ) -> None:
     certificate, key = make_pair("one")
-    engine = create_engine(load_settings())  # nothing is asked of it
+    engine = create_engine(load_settings())  # no query runs on it
     settings = load_settings(auth="keys", tls_certificate=certificate, tls_key=key)
     server = GrpcServer(settings, "0.0.0.0:0", [], engine=engine)
     await server.start()

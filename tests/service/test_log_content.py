@@ -1,4 +1,4 @@
-"""What services log about a mail: its ids, and nothing of its content."""
+"""What services log about a mail: its ids, but no content."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ async def test_no_address_subject_or_body_is_logged(logged: Callable[..., Any]) 
         it.smtp.plan.update(body=[SENT], rcpt=[Say("250 ok"), DEFERRED, REFUSED])
         await it.mail(await it.sender())
         await it.ended(3)
-        # Deferred once, then refused for ever.
+        # The mail is deferred once, and then refused permanently.
         await it.mail(await it.sender(), to=f"second.{TO}")
         await it.ended(4)
         it.smtp.plan["mail"] = [QUOTA]
@@ -118,7 +118,7 @@ async def test_no_address_subject_or_body_is_logged(logged: Callable[..., Any]) 
             await it.mail(await it.sender(), to=f"odd.{TO}")
         failed = await it.line("unexpected error")
 
-        # The lines are there, with their ids and without what they must not have.
+        # The lines exist and have their ids, but no content.
         assert (cooled["smtp_code"], cooled["enhanced_code"]) == (550, "5.4.5")
         assert cooled["job_id"]
         assert opened["smtp_code"] == 421

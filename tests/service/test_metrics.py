@@ -1,4 +1,4 @@
-"""The metrics of running services, compared with what the mail server counted."""
+"""The metrics of running services, compared with the counts of the mail server."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_the_figures_are_those_that_the_mail_server_counted(
     installation: Installation,
 ) -> None:
     it, smtp = installation.scheduler, installation.smtp
-    # Of five mails, one is deferred once, and one is refused for ever.
+    # Of five mails, one is deferred once, and one is refused permanently.
     smtp.plan["rcpt"] = [DEFERRED, REFUSED]
     sender = await it.sender(hourly_limit=1000)
     rows = "".join(f"r{number}@b.org\n" for number in range(5))
@@ -209,7 +209,7 @@ async def test_a_lost_redis_is_counted_as_a_rebuild(installation: Installation, 
             "dispatcher", lambda found: found.value("outbox_rebuilds_total", result="complete")
         )
         assert found.value("outbox_rebuilds_total", result="complete") == 1
-        # The gauge was read before the counter, perhaps before the end of the rebuild.
+        # The gauge was read before the counter, possibly before the end of the rebuild.
         await installation.once(
             "dispatcher", lambda found: found.value("outbox_incomplete_shards") == 0
         )
@@ -240,7 +240,7 @@ async def test_calls_and_errors_are_counted_by_method_and_code(
     assert "Guess" not in found.text
 
 
-# The endpoint -------------------------------------------------------------------------------
+# The HTTP endpoint --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ async def answer_to(address: str, request: bytes) -> bytes:
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(request)
     answer = b""
-    # A connection that is closed before its request was read is reset.
+    # A connection that the server closes before it has read the request is reset.
     with suppress(ConnectionResetError):
         async with asyncio.timeout(30):
             answer = await reader.read()

@@ -125,7 +125,7 @@ async def test_an_endpoint_is_replaced_as_a_whole(installation: OAuth2Installati
     assert changed.smtp == sender.smtp
     assert installation.scheduler.value(ids) == first
 
-    # Another host without the secrets: they are not carried there.
+    # Another host without the secrets: they are not sent to it.
     endpoint = installation.endpoint(client_secret="", refresh_token="")
     endpoint.host = "127.0.0.2"
     refusal = await refusal_of(installation.update(sender, smtp=endpoint))
@@ -222,7 +222,7 @@ async def test_a_revoked_token_costs_one_refresh_and_no_attempt(
 ) -> None:
     sender = await installation.sender()
     assert (await installation.verify(sender)).ready
-    # As a changed password does: the provider revokes what it has given.
+    # As after a change of the password: the provider revokes the tokens that it has issued.
     installation.provider.access_tokens.clear()
     installation.server.presented.clear()
     async with running(settings_of(installation.values)):
@@ -297,7 +297,7 @@ async def test_resuming_a_sender_requests_a_token_at_once(
     assert REVOKED in (await installation.verify(sender)).failure
     installation.provider.refresh_tokens |= good
     stubs = installation.scheduler.senders
-    # Whether it was paused or not.
+    # For a paused sender or an active one.
     await stubs.ResumeSender(ResumeSenderRequest(sender_id=sender.sender_id))
     assert (await installation.verify(sender)).ready
     await stubs.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
@@ -309,7 +309,7 @@ async def test_resuming_a_sender_requests_a_token_at_once(
 async def test_a_token_of_replaced_credentials_is_not_used(
     installation: OAuth2Installation,
 ) -> None:
-    """A request that was under way ends for the old credentials, and the new ones get their own."""
+    """A request under way ends for the old credentials, and the new ones get a separate request."""
     sender = await installation.sender()
     hold = Hold()
     installation.provider.plan = [hold]
@@ -343,7 +343,7 @@ async def test_no_secret_is_stored_or_logged_in_clear(
         await eventually(installation.world.done)
         (attempt,) = await installation.world.attempts(job)
         assert (attempt.message or "").endswith("taken from [token]")
-        # The mail server quotes what it refuses, and the provider what it is asked.
+        # The mail server quotes the token that it refuses, and the provider quotes the request.
         accepts, server._accepts = server._accepts, lambda _name, _token: False
         await look(sender)
         quoted = json.dumps(provider.requests[-1])
@@ -367,7 +367,7 @@ async def test_no_secret_is_stored_or_logged_in_clear(
     assert "[token]" in text
     for secret in provider.secrets():
         login = Login(MAILBOX, secret)
-        # In the middle, the base64 of a token is its own.
+        # Within a longer text, the base64 of a token is different.
         for form in (secret, login.xoauth2()[60:100], login.oauthbearer()[60:100]):
             assert form not in text
             assert form[:16] not in text

@@ -1,4 +1,4 @@
-"""A provider refuses an access token: the sender's cooldown, and what ends it."""
+"""A provider refuses an access token: the sender's cooldown, and the events that end it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def test_an_accepted_probe_ends_the_cooldown_of_a_token(
     good = set(installation.provider.refresh_tokens)
     async with cooling(installation, cooldown="1s") as (sender, job):
         await eventually(lambda: rows(installation)[0][1] > 1)
-        # The failed probe used no step of the backoff.
+        # The failed probe took no step of the backoff.
         assert (await installation.world.states(int(sender.sender_id))) == {JobState.SCHEDULED: 1}
         installation.provider.refresh_tokens |= good
         await eventually(lambda: sent(installation, sender))
@@ -196,7 +196,7 @@ async def test_verifying_reports_a_refused_account(installation: OAuth2Installat
 async def test_a_cooldown_that_began_with_a_reply_then_shows_the_providers_error(
     installation: OAuth2Installation,
 ) -> None:
-    """The probe finds another reason, which is then shown."""
+    """The probe fails for another reason, which is then shown."""
     sender = await installation.sender()
     cooldowns.begin(installation.scheduler.execute, sender.sender_id)
     installation.scheduler.execute("UPDATE cooldowns SET next_probe_at = now()")

@@ -1,4 +1,4 @@
-"""The dispatcher's connections to a mail server that takes access tokens."""
+"""The dispatcher's connections to a mail server that accepts access tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def installation(
 
 @asynccontextmanager
 async def pooled(installation: OAuth2Installation) -> AsyncIterator[SmtpPool]:
-    """Run a pool of one connection for each endpoint, with tokens as a dispatcher gets them."""
+    """Run a pool with one connection per endpoint and tokens as in a dispatcher."""
     settings = settings_of(installation.values)
     engine = create_engine(settings, lookups_only=True, single_statements=True)
     box = SecretBox.from_settings(settings)
@@ -81,7 +81,7 @@ async def test_a_refused_token_has_the_class_account_and_no_code(
         assert result.message == REVOKED
         assert not result.body_begun
         assert installation.server.connections == 0
-        # Its place is free again, and the endpoint is not to blame.
+        # Its slot is free again, and the endpoint is not counted as failed.
         assert [(each.connection_count, each.last_error) for each in pool.states()] == [(0, "")]
         installation.provider.refresh_tokens |= good
         installation.scheduler.execute("UPDATE oauth2_credentials SET retry_at = now()")
@@ -135,7 +135,7 @@ async def test_a_revoked_token_is_replaced_once_on_a_new_connection(
         first, second = installation.server.presented
         assert (first.accepted, second.accepted) == (False, True)
         assert first.connection != second.connection
-        # The refused connection is ended before the next is opened: there is room for one.
+        # The refused connection is closed before the next is opened, since only one is permitted.
         assert installation.server.quits == [first.connection]
         assert open_connections(pool) == 1
 
@@ -165,7 +165,7 @@ async def test_a_refused_token_begins_a_cooldown_if_the_provider_refuses_another
     installation.provider.access_tokens.clear()
     installation.provider.refresh_tokens.clear()
     installation.server.presented.clear()
-    # A pool of another process: it has no connection, and reads the stored token.
+    # The pool of another process has no connection, and reads the stored token.
     async with pooled(installation) as pool:
         result = await send(pool, endpoint)
         assert result.reply_class is ReplyClass.ACCOUNT

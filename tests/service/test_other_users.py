@@ -1,6 +1,6 @@
-"""Every method of every service, asked with one user's key for what another user owns.
+"""Every method of every service, called with one user's key for resources of another user.
 
-The methods come from the servers' own reflection: one that is served tomorrow is asked here too.
+The methods come from the servers' reflection, so that new methods are tested too.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tests.fingerprint import Fingerprint
 from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
 from tests.stats_stack import stats_server
 
-# As long as the ids that there are.
+# An id of a resource that does not exist, with as many digits as the ids that exist.
 NOWHERE: Final = "987654321"
-# Part of every text of Ann's: it must not be in any answer to Bob.
+# A part of all of Ann's texts. It must not appear in any answer to Bob.
 HERS: Final = "annas-secret"
 
-# By field name, what a request needs to be right otherwise.
+# Valid values by field name, for the other fields of a request.
 RIGHT: Final[Mapping[str, Any]] = {
     "subject": "Hello",
     "body": "Good day",
@@ -51,7 +51,7 @@ RIGHT: Final[Mapping[str, Any]] = {
     "resolution": 1,
     "force": True,
 }
-# They are about the server and no user's resources, so there is no user to name.
+# They are about the server and not about resources of a user, so they have no user id.
 OF_NO_USER: Final = {"GetServerInfo"}
 IDS: Final = ("sender_id", "batch_id", "email_job_id", "email_job_ids")
 
@@ -62,7 +62,7 @@ class OwnedResources:
 
     sender_id: str
     batch_id: str
-    # One for each state that a method may ask for.
+    # One job for each state that a method may require.
     job_ids: tuple[str, ...]
 
     def ids(self, job: int = 0) -> dict[str, str]:
@@ -130,10 +130,10 @@ class TwoUsers:
 def requests(
     method: MethodDescriptor, ids: Mapping[str, str], user_id: str = ""
 ) -> Iterator[list[Message]]:
-    """Yield requests that name those of `ids` that the method has a field for: one a choice."""
+    """Yield requests with all of `ids` for which the method has a field, one for each choice."""
     choices = max([1, *(len(one.fields) for one in method.input_type.oneofs)])
     made = [_filled(method.input_type, ids, user_id, choice) for choice in range(choices)]
-    # The parts of an upload follow one another; otherwise each is another request.
+    # The messages of an upload belong to one request; otherwise each message is a request.
     yield from [made] if method.client_streaming else ([message] for message in made)
 
 
@@ -141,7 +141,7 @@ def _filled(kind: Descriptor, ids: Mapping[str, str], user_id: str, choice: int)
     message: Message = message_factory.GetMessageClass(kind)()
     for field in kind.fields:
         oneof = field.containing_oneof
-        # A synthetic one stands for `optional`.
+        # A synthetic oneof represents `optional`.
         if oneof and len(oneof.fields) > 1 and list(oneof.fields).index(field) != choice:
             continue
         value = _value(field, ids, user_id)
@@ -179,7 +179,7 @@ def _value(field: FieldDescriptor, ids: Mapping[str, str], user_id: str) -> Any:
 
 
 def _names(kind: Descriptor, seen: frozenset[str] = frozenset()) -> set[str]:
-    """Return the names of all fields of a message, to any depth."""
+    """Return the names of all fields of a message, at any depth."""
     found = set()
     for field in kind.fields:
         found.add(field.name)
@@ -190,7 +190,7 @@ def _names(kind: Descriptor, seen: frozenset[str] = frozenset()) -> set[str]:
 
 
 async def _world(scheduler: Scheduler, user_id: str, address: str, service: str) -> OwnedResources:
-    """Make a sender with a batch; of its jobs one failed, one is uncertain, and some wait."""
+    """Create a sender with a batch: one job has failed, one is uncertain, and some wait."""
     metadata = _bearer(service)
     sender = await scheduler.senders.CreateSender(
         sender_service_pb2.CreateSenderRequest(
@@ -243,7 +243,7 @@ async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
         scheduler = await stack.enter_async_context(
             running_scheduler(database_url, redis_url, auth="keys")
         )
-        # What a first call writes is there, and no id is a part of another number.
+        # The rows that a first call writes exist already, and no id is a part of another number.
         scheduler.execute("INSERT INTO installation DEFAULT VALUES ON CONFLICT DO NOTHING")
         scheduler.execute("UPDATE api_keys SET last_used_at = now()")
         for table in ("senders", "batches", "email_jobs"):
@@ -264,11 +264,11 @@ async def walk(database_url: str, redis_url: str) -> AsyncIterator[TwoUsers]:
 def forbidden_requests(
     walk: TwoUsers, method: MethodDescriptor
 ) -> Iterator[tuple[list[str], list[Message], list[Message]]]:
-    """Yield ids of Ann's, a request of Bob's that names them, and one that names none there is."""
+    """Yield ids of Ann's, a request of Bob's with them, and one with ids that do not exist."""
     if method.name.startswith("Create"):
-        return  # the ids of what is made are the server's to give
+        return  # the server assigns the ids of new resources
     named = tuple(name for name in IDS if name in _names(method.input_type))
-    # All of hers at once, and each one of hers among what is his.
+    # All of Ann's ids at once, and each of them together with Bob's other ids.
     choices = {named, *((name,) for name in named)} - {()}
     jobs = len(walk.hers.job_ids) if any("job" in name for name in named) else 1
     for foreign, job in itertools.product(choices, range(jobs)):
@@ -278,7 +278,7 @@ def forbidden_requests(
         ids = list(hers.values())
         pairs = zip(requests(method, his | hers), requests(method, his | nowhere), strict=True)
         for forbidden, missing in pairs:
-            # Otherwise it is about the other field of a oneof.
+            # Otherwise the request has another field of the oneof.
             if any(one in str(forbidden) for one in ids):
                 yield ids, forbidden, missing
 
@@ -300,7 +300,7 @@ async def test_resources_of_another_user_are_not_found(walk: TwoUsers) -> None:
             answers[method.name].add(reported.partition(":")[0])
     filters = {"ListSenders", "ListBatches", "ListEmailJobs", "RetryEmailJobs"}
     for name, codes in answers.items():
-        # A filter that matches nothing is no error.
+        # A filter that matches nothing is not an error.
         allowed = {"NOT_FOUND", "PERMISSION_DENIED"} | ({"OK"} if name in filters else set())
         assert codes <= allowed or codes == {"UNIMPLEMENTED"}, f"{name}: {codes}"
     assert {"GetSender", "UploadBatch", "ListAttempts", "GetSenderStats"} <= answers.keys()

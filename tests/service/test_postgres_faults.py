@@ -35,9 +35,9 @@ from tests.scheduler_stack import Scheduler, options_for, running_scheduler
 from tests.smtp_servers import ScriptedServer, Succeed, Wait
 from tests.world import World, jobs_in
 
-# SQLSTATEs, and the error that a caller gets.
+# SQLSTATEs, with the error that a caller gets.
 CODES = {
-    # Serialisation failure, deadlock. Where the scheduler can, it repeats them itself.
+    # Serialization failure, deadlock. Where possible, the scheduler repeats the transaction itself.
     "40001": ("ABORTED", "CONFLICT"),
     "40P01": ("ABORTED", "CONFLICT"),
     # Disk full, too many connections.
@@ -54,15 +54,16 @@ _TABLES = [table.name for table in Base.metadata.sorted_tables]
 async def failing_writes(
     url: str, state: str, every: int, *, only: tuple[str, str] | None = None
 ) -> AsyncIterator[Callable[[], Awaitable[dict[str, int]]]]:
-    """Fail the first, and then every so-manieth, INSERT, UPDATE and DELETE of each table.
+    """Fail the first and every nth INSERT, UPDATE and DELETE of each table; n is `every`.
 
-    Or `only` those of one table by one verb.
+    With `only`, fail those of one table and one verb.
 
-    Yields a function that says how many of each were tried. A sequence counts them: what it
-    counted is not taken back with the transaction.
+    Yield a function that returns how many of each were tried. A sequence counts them, because a
+    rollback does not undo its count.
 
-    Triggers come and go under a lock that waits for every open transaction, those of the code
-    under test too: a blocking connection would stop the loop that is to end them.
+    Creating and dropping triggers takes a lock that waits for every open transaction, including
+    those of the code under test. A blocking connection would stop the event loop that must end
+    them.
     """
     create = """
         CREATE FUNCTION fault() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
@@ -89,7 +90,7 @@ async def failing_writes(
 
         await run(create.format(every=every, state=state))
         for table, verb in pairs:
-            # The first one fails: the sequence begins with 0.
+            # The first statement fails: the sequence begins with 0.
             await run(f"CREATE SEQUENCE fault_{table}_{verb} MINVALUE 0")
             await run(
                 f"CREATE TRIGGER fault_{verb} BEFORE {verb} ON {table}"
@@ -103,7 +104,7 @@ async def failing_writes(
                 await run(f"DROP SEQUENCE fault_{table}_{verb}")
 
 
-# To a dispatcher the others are the same.
+# A dispatcher treats the other codes in the same way.
 @pytest.mark.parametrize("state", ["40001", "53100", "25006"])
 async def test_a_failed_write_of_a_dispatcher_loses_and_duplicates_no_mail(
     database_url: str,
@@ -117,7 +118,7 @@ async def test_a_failed_write_of_a_dispatcher_loses_and_duplicates_no_mail(
     async with World(settings) as world:
         senders = [await world.sender() for _ in range(3)]
         jobs = [job for each in senders for job in await world.schedule(each, 6)]
-        # One whose dispatcher died, and a head that was never loaded.
+        # One job of a dispatcher that died, and a head that was never loaded.
         await world.sql(
             "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() WHERE id = %s",
             jobs[-1],
@@ -176,7 +177,7 @@ async def test_a_mail_that_ended_during_a_postgresql_outage_past_its_lease_is_se
 
 
 async def done(world: World) -> bool:
-    """Return what World.done does; False while PostgreSQL is unreachable."""
+    """Return the result of World.done, or False while PostgreSQL is unreachable."""
     try:
         return await world.done()
     except psycopg.OperationalError:
@@ -214,7 +215,7 @@ async def test_a_full_disk_after_a_commit_does_not_revoke_an_acceptance(
 ) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:
         sender = await scheduler.sender()
-        # The only write after the commit, each time: to delete the marker of a head that is loaded.
+        # The only write after the commit deletes the marker of a loaded head; it fails each time.
         async with failing_writes(database_url, "53100", 1, only=("head_markers", "delete")):
             answer = await scheduler.schedule(sender)
 
@@ -224,7 +225,7 @@ async def test_a_full_disk_after_a_commit_does_not_revoke_an_acceptance(
 
 
 def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:
-    """Return code and reason; there must be a RetryInfo."""
+    """Return code and reason of an error, which must have a RetryInfo."""
     status = rpc_status.from_call(error)
     assert status is not None
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
@@ -237,7 +238,7 @@ def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:
 async def every_change(
     scheduler: Scheduler, do: Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]
 ) -> None:
-    """Make each kind of change, by way of `do`; each is made once in the end."""
+    """Make each kind of change by calling `do`; each change takes effect once."""
     sender = await do(scheduler.sender)
     batches = []
     for n in range(3):
@@ -270,7 +271,7 @@ async def every_change(
         user_id="ann", suppression=suppression_pb2.Suppression(email="r7@b.org")
     )
     await do(partial(scheduler.suppressions.CreateSuppression, suppress))
-    # The rows of a cancelled batch follow by themselves.
+    # The rows of a cancelled batch are updated without a further call.
     expected = {JobState.SCHEDULED: 97, JobState.CANCELLED: 51, JobState.SUPPRESSED: 2}
     await eventually(lambda: states_of(scheduler) == expected)
     counted = scheduler.rows(

@@ -1,4 +1,4 @@
-"""PostgreSQL answers, but not on existing connections: these stay open and silent."""
+"""PostgreSQL answers, but existing connections stay open and silent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.world import World, at_least, jobs_in
 
 
 class SilencingProxy(TcpProxy):
-    """Like a balancer that lost its table: connections stay open, and their data is dropped."""
+    """Like a load balancer that lost its table: connections stay open, but data is dropped."""
 
     _era = 0
 
@@ -39,7 +39,7 @@ class SilencingProxy(TcpProxy):
 async def test_silent_connections_are_closed_and_mail_continues(
     database_url: str, redis_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is lost with an answer is found when the lease has expired, and after this time.
+    # Jobs whose answer was lost are recovered when the lease has expired and this time has passed.
     monkeypatch.setattr(recovery_module, "GRACE", timedelta(seconds=1))
     short = {"lease": "4s"}
     url = make_url(database_url)
@@ -52,7 +52,7 @@ async def test_silent_connections_are_closed_and_mail_continues(
         async with world:
             senders = [await world.sender() for _ in range(6)]
             jobs = [job for each in senders for job in await world.schedule(each, 40)]
-            # The limit holds for this process: on a busy machine the calls above take longer.
+            # The limit applies to this process: on a busy machine the calls above take longer.
             with monkeypatch.context() as patch:
                 patch.setattr(database, "_ANSWER_LIMIT_S", 1.5)
                 async with running(settings) as dispatcher:
@@ -62,7 +62,8 @@ async def test_silent_connections_are_closed_and_mail_continues(
                     await eventually(dispatcher.serving)
 
             assert await world.states() == {JobState.SENT: len(jobs)}
-            # One whose record came on its lost way only may have been sent when its lease ran out.
+            # A mail may be sent twice if its record reached PostgreSQL only after the lease
+            # expired.
             assert jobs_in(inbox.mails).keys() == {*jobs}
             assert jobs_in(inbox.mails).total() <= len(jobs) + 5
             await world.check_counts()

@@ -1,4 +1,4 @@
-"""The health port: what a kubelet asks, beside a server with TLS and with stores that are away."""
+"""The health port and its probes, with TLS on the server and with unreachable stores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Status = health_pb2.HealthCheckResponse
 
 
 async def probe(address: str, name: str, limit: float = 10) -> str:
-    """Return what a kubelet's gRPC probe sees: a state, or the code of an error."""
+    """Return the result of a kubelet's gRPC probe: a state, or the code of an error."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options) as channel:
         try:
@@ -96,7 +96,7 @@ async def test_the_command_asks_the_health_port_and_its_exit_code_says_the_state
     address = listen()
 
     async def ask(*words: str) -> tuple[int, str]:
-        # In a thread: the server is in this loop.
+        # In a thread: the server runs in this event loop.
         done = await asyncio.to_thread(
             CliRunner().invoke, app, ["health", *words], env={"OUTBOX_HEALTH_LISTEN": address}
         )
@@ -127,7 +127,7 @@ async def test_a_health_address_in_use_is_named() -> None:
 
 @asynccontextmanager
 async def process(service: str, address: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a service whose stores are away."""
+    """Run a service whose stores are unreachable."""
     environment = {
         "PATH": os.defpath,
         "OUTBOX_AUTH": "off",
@@ -176,7 +176,7 @@ async def test_a_process_that_hangs_does_not_answer_the_liveness_probe() -> None
             return await state() == "SERVING"
 
         await eventually(alive)
-        # The kernel still accepts the connection, as it does for a loop that never returns.
+        # The kernel still accepts connections, as for an event loop that hangs.
         child.send_signal(signal.SIGSTOP)
         assert await state() == "DEADLINE_EXCEEDED"
         child.send_signal(signal.SIGCONT)

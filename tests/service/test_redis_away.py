@@ -27,7 +27,7 @@ from tests.world import World, jobs_in
 NOT_LOADED = "The queue cannot be loaded"
 
 
-# In seconds, instead of 5: the time limit of a call to a Redis that hangs.
+# The time limit of a call to a Redis that hangs, in seconds, instead of 5.
 CALL_LIMIT = 2.0
 
 
@@ -86,7 +86,7 @@ async def test_intake_continues_without_redis_and_the_mails_are_sent_later(
         await eventually(lambda: len(inbox.mails) == 1)
         async with away(stores):
             sender = await scheduler.sender()
-            # Redis stays away until there is an answer.
+            # Redis stays unreachable until the scheduler answers.
             async with asyncio.timeout(PATIENCE):
                 answer = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
             assert answer.batch.accepted_count == 2
@@ -114,7 +114,7 @@ async def test_jobs_already_in_redis_are_sent_while_redis_is_full(
     settings = settings_of(options(database_url, redis_url, inbox.url, min_gap="10ms"))
     async with World(settings) as world:
         sender = await world.sender()
-        # More than a head holds: the rest is loaded while Redis is full.
+        # More jobs than a head holds: the others are loaded while Redis is full.
         await world.schedule(sender, HEAD_SIZE + 20)
         async with full(stores), running(settings) as dispatcher:
             await eventually(world.done)
@@ -130,7 +130,7 @@ async def test_a_long_hang_of_redis_delays_mail_only_until_it_ends(
         jobs = await world.schedule(sender, 20, spacing=timedelta(milliseconds=100))
         await eventually(lambda: len(inbox.mails) >= 3)
         async with hanging(stores):
-            # Longer than a call to Redis may take.
+            # Longer than the time limit of a call to Redis.
             await eventually(lambda: not_serving(dispatcher))
             await eventually(gone_for(CALL_LIMIT + 0.5))
         await eventually(world.done)

@@ -1,4 +1,4 @@
-"""`make release` on fresh clones: what it builds, that two builds are equal, and its refusals."""
+"""`make release` on fresh clones: its results, that two builds are equal, and its refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def clone_to(folder: Path) -> Path:
-    """Clone this repository, with the state of its work tree committed."""
+    """Clone this repository and commit the state of its work tree."""
     git(folder.parent, "clone", "--quiet", "--depth", "1", ROOT.as_uri(), folder.name)
     names = git(ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0")
     for name in filter(None, names):

@@ -1,4 +1,4 @@
-"""What callers see of jobs and batches that retention has removed."""
+"""The answers to callers about jobs and batches that retention has removed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_pages_go_on_and_ids_are_not_found_after_a_removal(
             refusal = await refusal_of(call)
             assert (refusal.code, refusal.reason) == ("NOT_FOUND", "BATCH_NOT_FOUND")
             assert "removed after OUTBOX_RETENTION" in refusal.message
-        # The id of the request is free again; that of a batch that is left is not.
+        # The request id of a removed batch is free again; that of a remaining batch is not.
         again = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n", request_id="once")
         assert not again.replayed
         assert int(again.batch.batch_id) > int(new.batch.batch_id)

@@ -63,7 +63,7 @@ def timestamp(time: datetime) -> Timestamp:
     return stamp
 
 
-# What is accepted
+# Accepted batches
 
 
 async def test_a_csv_becomes_jobs_that_store_only_the_used_columns(
@@ -148,9 +148,9 @@ async def test_a_mail_is_due_by_its_place_in_the_batch_or_its_own_time(
     due = dict(scheduler.rows("SELECT recipient, scheduled_at FROM email_jobs"))
     assert due["a@b.org"] == start
     assert due["b@b.org"] == datetime(2098, 12, 31, 23, tzinfo=UTC)
-    # Rejected rows take no place; those with a time of their own do.
+    # Rejected rows take no position; rows with their own time do.
     assert due["c@b.org"] == start + 2 * timedelta(seconds=90)
-    # In the past: at once, but not ahead of mail that already waits.
+    # The time is in the past: the mail is due at once, but not before mail that already waits.
     assert due["d@b.org"] == answer.batch.create_time.ToDatetime(UTC)
 
 
@@ -208,7 +208,7 @@ async def test_the_answer_has_the_time_of_the_last_mail_and_the_limit_that_binds
     (notice,) = answer.notices
     assert "The gap of 2s binds" in notice
     assert "1800" in notice
-    # The second one waits for the first.
+    # The second batch waits for the first one.
     second = await scheduler.schedule(sender, csv)
     took = second.forecast_end_time.ToDatetime(UTC) - second.batch.create_time.ToDatetime(UTC)
     assert took >= timedelta(seconds=122)
@@ -223,7 +223,7 @@ async def test_a_batch_of_a_paused_sender_is_accepted_and_the_answer_says_it_is_
     assert not answer.HasField("forecast_end_time")
 
 
-# What is refused
+# Refused batches
 
 
 CSV = "email,name,schedule_time,time_zone\n"

@@ -60,7 +60,7 @@ async def sender(scheduler: Scheduler) -> sender_pb2.Sender:
 
 @pytest_asyncio.fixture
 async def engine(scheduler: Scheduler) -> AsyncIterator[AsyncEngine]:
-    """A dispatcher's way to PostgreSQL."""
+    """A connection to PostgreSQL like a dispatcher's."""
     engine = create_engine(scheduler.settings)
     yield engine
     await engine.dispose()
@@ -68,7 +68,7 @@ async def engine(scheduler: Scheduler) -> AsyncIterator[AsyncEngine]:
 
 @pytest_asyncio.fixture
 async def queue(scheduler: Scheduler, engine: AsyncEngine, redis: Redis) -> AsyncIterator[Queue]:
-    """The queue as a dispatcher sees it, on a Redis that is known to be whole."""
+    """The queue of a dispatcher, with a complete shard."""
     del redis
     client = connect(scheduler.settings)
     (only,) = open_queues(client, scheduler.settings)
@@ -80,7 +80,7 @@ async def queue(scheduler: Scheduler, engine: AsyncEngine, redis: Redis) -> Asyn
 async def make_jobs(
     scheduler: Scheduler, sender: sender_pb2.Sender, count: int = 1, **options: Any
 ) -> list[str]:
-    """Schedule a batch of `count` and return the ids of its jobs."""
+    """Schedule a batch of `count` jobs; return their ids."""
     csv = "email\n" + "".join(f"user{i}@b.org\n" for i in range(count))
     batch = (await scheduler.schedule(sender, csv, **options)).batch
     return [
@@ -206,7 +206,7 @@ async def test_every_filter_lists_jobs_in_the_order_of_acceptance(
         await fold_once(engine)
     (batch,) = scheduler.rows("SELECT batch_id FROM email_jobs WHERE id = %s", int(third[0]))[0]
 
-    # Ids of batches that come in at the same time interleave.
+    # The ids of batches that arrive at the same time interleave.
     late = str(int(theirs[-1]) + 1_000)
     scheduler.execute("UPDATE email_jobs SET id = %s WHERE id = %s", int(late), int(first[2]))
     first[2] = late

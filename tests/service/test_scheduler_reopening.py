@@ -107,7 +107,7 @@ async def test_retried_jobs_of_a_batch_wait_again_and_are_claimed(
     assert await world.in_state(JobState.SCHEDULED) == {*jobs[:3], jobs[4], others[1]}
     for job in jobs[:3]:
         row = await world.job(job)
-        # Attempts keep counting; the backoff starts again.
+        # The attempt numbers continue; the backoff starts again.
         assert (row.attempt, row.failures, row.finished_at) == (1, 0, None)
         assert before - 1 < row.scheduled_at.timestamp() < time.time() + 1
     (queue,) = world.queues
@@ -191,7 +191,7 @@ async def test_a_retry_in_several_transactions_misses_no_job(world: World, chunk
     which = FailedJobs(user_id=None, sender_id=sender)
     done = await retry_failed(world.engine, which, chunk)
     assert (done.jobs, done.skipped, done.sender_ids) == (6, 0, (sender,))
-    # Another process finds it if this one dies before the load.
+    # Another process finds the marker if this one dies before the load.
     assert await world.sql("SELECT 1 FROM head_markers WHERE sender_id = %s", sender)
 
 

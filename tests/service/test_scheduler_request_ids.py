@@ -41,7 +41,7 @@ async def test_a_repeated_request_gives_the_same_batch(
         sender,
         csv,
         request_id="once",
-        # What is said is the same as what is left out.
+        # An explicit default is the same as an unset field.
         user_id="ann",
         mode=batch_pb2.BATCH_MODE_PERMISSIVE,
         spacing=Duration(),

@@ -195,7 +195,7 @@ async def test_an_update_changes_the_fields_in_its_mask(scheduler: Scheduler) ->
     changed = await update(
         scheduler, sender, ["hourly_limit", "min_gap"], email="other@example.com", hourly_limit=8
     )
-    # A named field that is unset goes back to its default.
+    # A field that is in the mask but unset returns to its default.
     assert (changed.hourly_limit, changed.HasField("min_gap")) == (8, False)
     assert (changed.email, changed.display_name) == (sender.email, "Ann")
     assert changed.update_time.ToNanoseconds() > sender.update_time.ToNanoseconds()
@@ -251,7 +251,7 @@ async def test_an_endpoint_may_have_its_own_ca_certificates(
     assert sender.smtp.ca_certificates == ca
     request = GetSenderRequest(sender_id=sender.sender_id)
     assert (await scheduler.senders.GetSender(request)).smtp.ca_certificates == ca
-    # A page of a thousand senders with 64 KiB each would fit into no answer.
+    # A page of a thousand senders with 64 KiB each would be too large for an answer.
     listed = await scheduler.senders.ListSenders(ListSendersRequest(user_id="ann"))
     assert listed.senders[0].smtp.ca_certificates == ""
 
@@ -280,7 +280,7 @@ async def test_certificates_with_a_nul_are_refused(scheduler: Scheduler, tmp_pat
 
 @pytest_asyncio.fixture
 async def queue(scheduler: Scheduler, redis: Redis) -> AsyncIterator[Queue]:
-    """The queue as a dispatcher sees it, on a Redis that is known to be whole."""
+    """The queue of a dispatcher, with a complete shard."""
     del redis
     engine, client = create_engine(scheduler.settings), connect(scheduler.settings)
     (only,) = open_queues(client, scheduler.settings)

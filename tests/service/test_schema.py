@@ -1,4 +1,4 @@
-"""Services on a schema that is older or newer than they are."""
+"""Services on a schema that is older or newer than their own."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ async def test_a_service_that_waits_for_migrate_stops_on_sigterm(
         await eventually(lambda: "run `outbox migrate`" in dispatcher.log())
         assert await dispatcher.not_serving()
         assert await dispatcher.terminate() == 0
-    # It says so once, not at every look.
+    # It reports this once, not at every check.
     assert dispatcher.log().count("run `outbox migrate`") == 1
 
 

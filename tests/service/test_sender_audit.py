@@ -1,4 +1,4 @@
-"""AuditSender: what was sent, replayed against the limits."""
+"""AuditSender: recorded sends, replayed against the limits."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_the_audit_measures_gap_and_window_from_the_recorded_sends(stats: 
     found = await audit(stats, sender)
 
     assert found.least_gap.ToTimedelta() == timedelta(seconds=2.5)
-    # Those of 10 s to 3,600 s: the first has left the window when the fourth ends.
+    # The sends from 10 s to 3,600 s: the first has left the window when the fourth ends.
     assert found.most_in_window_count == 3
     assert (found.sent_count, found.duplicate_count, found.lost_count) == (6, 0, 0)
     assert found.window.ToTimedelta() == timedelta(hours=1)

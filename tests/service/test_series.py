@@ -1,4 +1,4 @@
-"""QuerySenderSeries: what ended when, and how late it began."""
+"""QuerySenderSeries: the ends of attempts over time, and their lateness."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_jobs_of_a_cancelled_batch_are_not_counted_as_retried(stats: Stats
     hour = {"start_time": to_timestamp(NOON), "end_time": to_timestamp(NOON + 60 * MINUTE)}
     (point,) = await series(stats, sender, **hour)
     assert point.retried_count == 1
-    # Its row follows later.
+    # Its row is updated later.
     await stats.sql("INSERT INTO batch_cancellations VALUES (1, %s, now())", sender)
     (point,) = await series(stats, sender, **hour)
     assert point.retried_count == 0

@@ -1,4 +1,4 @@
-"""`spread_until`: a batch spread evenly to a time, however many rows it turns out to have."""
+"""`spread_until`: a batch of any number of rows is spread evenly up to a time."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_a_batch_of_one_message_begins_now_and_its_last_mail_is_due_at_the
         for due, wanted in zip(found, exact, strict=True)
     ] == [0] * 8
     assert abs(answer.batch.spacing.ToTimedelta() - step) < timedelta(milliseconds=1)
-    # The same request is the same batch, also when that time is over.
+    # The same request returns the same batch, even after that time.
     await eventually(lambda: datetime.now(UTC) > until)
     assert (await scheduler.schedule(sender, "email\n" + rows, **options)).replayed
     options["spread_until"] = to_timestamp(until + HOUR)

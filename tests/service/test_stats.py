@@ -48,7 +48,7 @@ class Stats:
         return bool(answer.status == SERVING)
 
     async def sql(self, statement: str, *values: Any) -> int:
-        """Run a statement; return the first column of its first row, 0 if it has none."""
+        """Run a statement; return the first column of its first row, or 0 if it has no rows."""
         async with await psycopg.AsyncConnection.connect(
             self.database_url, autocommit=True, options="-c timezone=UTC"
         ) as connection:
@@ -335,7 +335,7 @@ async def test_a_watch_begins_with_the_state_and_then_sends_each_change(stats: S
         assert second.stats.counts.sent_count == 5
         stream.cancel()
 
-        # Resumed: nothing is said again, and what came meanwhile is.
+        # Resumed: the stream does not repeat the old state, and sends the changes made meanwhile.
         request.resume_token = second.resume_token
         stream = stats.stub.WatchSenderStats(request)
         reading: Any = asyncio.ensure_future(stream.read())
@@ -354,7 +354,7 @@ async def test_a_watch_reports_when_a_cooldown_begins_changes_and_ends(stats: St
     async with asyncio.timeout(PATIENCE):
         message: Any = await stream.read()
         assert not message.stats.HasField("cooldown")
-        # Of another sender: no message.
+        # A change of another sender causes no message.
         await cooldowns.begin(stats.sql, other)
         await cooldowns.begin(stats.sql, sender)
         message = await stream.read()

@@ -128,7 +128,7 @@ async def test_top_shows_pauses_resumes_explains_and_restores_the_terminal(
         screen.type("q")
         async with asyncio.timeout(PATIENCE):
             assert await screen.process.wait() == 0
-        # Back from the other screen, the cursor seen again, and the keys as they were.
+        # The main screen, the cursor and the terminal settings are restored.
         await eventually(lambda: screen.shows("\x1b[?1049l") and screen.shows("\x1b[?25h"))
         assert termios.tcgetattr(screen.slave) == before
 

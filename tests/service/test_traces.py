@@ -188,7 +188,7 @@ async def test_a_collector_that_never_answers_does_not_hold_up_the_end() -> None
         tracer = open_tracer(load_settings(traces_endpoint=f"http://127.0.0.1:{port}"), "test")
         assert tracer is not None
         tracer.begin_call("/a.Service/Method", ()).end("OK")
-        # Promised is 5 s; the SDK itself would go on for longer.
+        # The promise is 5 s; the SDK itself would continue for longer.
         async with asyncio.timeout(8):
             await tracer.close()
 

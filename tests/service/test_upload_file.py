@@ -1,4 +1,4 @@
-"""UploadBatchFile: the body of an HTTP request, as a JSON transcoder passes it on."""
+"""UploadBatchFile: the body of an HTTP request, as a JSON transcoder forwards it."""
 
 from __future__ import annotations
 

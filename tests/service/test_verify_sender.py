@@ -1,4 +1,4 @@
-"""VerifySender: its findings at endpoints that work and at those that do not."""
+"""VerifySender: its findings at endpoints that work and at endpoints that do not."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_an_endpoint_that_accepts_mail_is_ready(scheduler: Scheduler) -> N
         assert answer.failed_step == pb.SMTP_STEP_UNSPECIFIED
         assert answer.reply_class == REPLY_CLASS_UNSPECIFIED
         assert not answer.HasField("max_message_bytes")
-        # Nothing was handed in.
+        # No mail was sent.
         assert server.visits["data"] == 0
         verbs = [command.split()[0] for command in server.commands]
         assert verbs == ["EHLO", "MAIL", "RCPT", "RSET", "QUIT"]
@@ -137,7 +137,7 @@ async def test_a_refusal_has_its_class(scheduler: Scheduler) -> None:
 async def test_a_session_takes_no_longer_in_total_than_its_limit(
     database_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if the limits of its phases are longer: here, minutes."""
+    """This holds even if the limits of its phases are longer: here, minutes."""
     monkeypatch.setattr("outbox_server.services.scheduler.verifying._LIMIT", 0.5)
     settings = {"smtp_allow": "127.0.0.0/8"}
     async with (
@@ -260,7 +260,7 @@ async def test_verifications_per_user_are_limited_and_delay_no_other_call(
         of_eve = await scheduler.sender("eve", smtp=at(silent))
         of_ann = await scheduler.sender("ann", smtp=at(good))
         request = VerifySenderRequest(sender_id=of_eve.sender_id, user_id="eve")
-        # More than the server has places for calls.
+        # More calls than the server runs at once.
         calls = [asyncio.ensure_future(scheduler.senders.VerifySender(request)) for _ in range(70)]
         await eventually(lambda: silent.waiting["greeting"] == AT_ONCE_PER_USER)
         await eventually(lambda: sum(call.done() for call in calls) == 70 - AT_ONCE_PER_USER)

@@ -46,7 +46,7 @@ async def read(stream: Any) -> WatchBatchResponse:
 
 
 async def rest(stream: Any) -> list[WatchBatchResponse]:
-    """Return all that comes until the stream ends."""
+    """Return all messages until the stream ends."""
     found = []
     async with asyncio.timeout(PATIENCE):
         while isinstance(update := await stream.read(), WatchBatchResponse):
@@ -100,7 +100,7 @@ async def test_a_watch_resumes_where_it_was_interrupted(
     broken = watch(scheduler, batch)
     token = (await read(broken)).resume_token
     broken.cancel()
-    # Nothing has changed: the first word is the next change.
+    # Nothing has changed, so the first message is the next change.
     resumed = watch(scheduler, batch, resume_token=token)
     reading = asyncio.create_task(read(resumed))
     other = watch(scheduler, batch)
@@ -108,13 +108,13 @@ async def test_a_watch_resumes_where_it_was_interrupted(
     assert not reading.done()
     await cancel_one(scheduler)
     assert (await reading).batch.counts.scheduled_count == 1
-    # Something has: it comes first.
+    # The batch has changed, so the new state is the first message.
     again = watch(scheduler, batch, resume_token=token)
     assert (await read(again)).batch.counts.scheduled_count == 1
     await scheduler.batches.CancelBatch(CancelBatchRequest(batch_id=batch.batch_id))
     done = [(await rest(stream))[-1] for stream in (resumed, other, again)]
     assert all(update.done for update in done)
-    # The last word is never left out.
+    # The final message is always sent.
     late = watch(scheduler, batch, resume_token=done[0].resume_token)
     assert [update.done for update in await rest(late)] == [True]
 

@@ -39,7 +39,7 @@ def reason(text: str) -> str:
 @example("a@example.com\n")
 def test_the_fast_check_accepts_only_what_the_library_accepts(text: str) -> None:
     try:
-        # Blanks around an address are trimmed before it is checked.
+        # Spaces around an address are removed before it is checked.
         expected = validate_email(text.strip(" "), check_deliverability=False).normalized
     except EmailNotValidError:
         reason(text)

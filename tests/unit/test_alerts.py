@@ -13,7 +13,7 @@ from tests.unit.test_metrics_page import registered
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "prometheus"
-# What Prometheus itself records about a target.
+# Metrics that Prometheus itself records about a target.
 _PROMETHEUS_OWN = {"up"}
 
 
@@ -30,7 +30,7 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 
 def metrics_in(expression: str) -> set[str]:
-    """Return the metrics of an expression, without the suffixes of a histogram's samples."""
+    """Return the metrics of an expression, without the suffixes of histogram samples."""
     found = set(re.findall(r"\b(outbox_\w+|up)\b(?!:)", re.sub(r"outbox:\S+", "", expression)))
     return {re.sub(r"_(bucket|count|sum)$", "", name) for name in found}
 
@@ -66,7 +66,7 @@ def test_rules_use_only_metrics_that_exist() -> None:
 
 
 def test_the_objective_is_a_boundary_of_the_histogram() -> None:
-    # A share within 5 s can be read only if a bucket ends there.
+    # The share within 5 s can be computed only if a bucket ends at 5 s.
     expressions = " ".join(rule["expr"] for rule in rules())
     bounds = {float(found) for found in re.findall(r'le="([\d.]+)"', expressions)}
     assert bounds

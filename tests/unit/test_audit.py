@@ -47,7 +47,7 @@ def test_a_window_without_sends_is_empty() -> None:
 
 
 def test_windows_are_sliding_and_not_fixed() -> None:
-    # Two on each side of a full ten: four within ten.
+    # Two sends on each side of the multiple of ten: four within ten.
     assert most_in_window([8, 9, 10, 11], 10) == 4
 
 
@@ -102,7 +102,7 @@ def test_a_replay_finds_the_same_as_the_complete_lists() -> None:
         assert replay.overshoot() == max(0, replay.most_in_window - 3)
         assert gap is not None
         assert replay.least_gap is not None
-        # Where sends overlap, both say so; else they are equal.
+        # If sends overlap, both gaps are negative; otherwise they are equal.
         assert (replay.least_gap == gap) or (replay.least_gap < 0 and gap < 0)
 
 
@@ -188,7 +188,7 @@ def test_copies_are_explained_by_sends_and_attempts_in_doubt(
 @pytest.mark.parametrize(
     ("job", "copies", "found"),
     [
-        # Lost, duplicates, unexplained, elsewhere.
+        # Lost, duplicate, unexplained, elsewhere.
         (trace(JobState.SENT, sent=1, sent_to_smtp_side=0), 0, (False, 0, 0, 1)),
         (trace(JobState.SENT, sent=1, sent_to_smtp_side=0, doubtful=1), 1, (False, 1, 0, 1)),
         (trace(JobState.SENT, sent=2, sent_to_smtp_side=0), 0, (False, 1, 1, 2)),

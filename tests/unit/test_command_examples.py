@@ -18,21 +18,21 @@ from outbox_server.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A line of a code block, with what it is preceded by, or a piece of code within a sentence.
+# A line of a code block, with a possible prefix, or a piece of code within a sentence.
 SHOWN = re.compile(r"^(?:[A-Z_]+=\S* |export \w+=\$\()*(?:\.venv/bin/)?outbox (.*)$")
 INLINE = re.compile(r"`(?:[A-Z_]+=\S* )?(?:\.venv/bin/)?outbox ([^`]+)`")
 
 
 @pytest.fixture(scope="module")
 def outbox() -> Iterator[Any]:
-    """The root of the command tree. Each group is built once, and not for every example."""
+    """The root of the command tree. Each group is built once, not for every example."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lazy, "command_of", cache(get_command))
         yield get_command(app)
 
 
 def commands(command: Any, name: str = "outbox") -> Iterator[tuple[str, Any]]:
-    """Yield every command with its whole name."""
+    """Yield every command with its full name."""
     yield name, command
     for each in command.list_commands(None) if hasattr(command, "list_commands") else ():
         _, found, _ = command.resolve_command(None, [each])
@@ -75,7 +75,7 @@ def parse(command: Any, example: str) -> None:
         arguments = [*context._protected_args, *context.args]
         if arguments:
             _, command, arguments = command.resolve_command(context, arguments)
-    # A command or a group that is named and not called.
+    # The name of a command or group that is not called.
 
 
 # One test for all examples: collecting them imports every command, which takes a second.

@@ -52,7 +52,7 @@ def job(number: int = 1, *, batch: int = 1, revision: int = 1, **changes: Any) -
 
 
 class Reader:
-    """Batches as PostgreSQL has them, and what was asked for."""
+    """The batches in PostgreSQL, and the requests for them."""
 
     def __init__(self, *batches: BatchContent) -> None:
         self.batches = {batch.batch_id: batch for batch in batches}
@@ -154,7 +154,7 @@ async def test_no_batch_of_a_group_is_evicted_before_its_mails_are_built(
     for n in range(1, 5):
         await composer.prepare([job(n, batch=n)])
 
-    # Batch 1 is known, and the oldest; 5 is new: there is room for both.
+    # Batch 1 is cached and is the oldest; 5 is new: there is room for both.
     group = [job(1, batch=1), job(5, batch=5)]
     await composer.prepare(group)
 
@@ -178,7 +178,7 @@ async def test_a_batch_is_not_evicted_while_another_batch_of_its_group_is_read(
     for n in range(1, 5):
         await composer.prepare([job(n, batch=n)])
 
-    # Batch 1 is the oldest. While 5 is read, another group brings one more.
+    # Batch 1 is the oldest. While 5 is read, another group adds one more.
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(composer.prepare([job(1, batch=1), job(5, batch=5)]))
         await asyncio.sleep(0)
@@ -219,7 +219,7 @@ async def test_the_number_of_cached_batches_is_bounded(monkeypatch: pytest.Monke
 
 
 async def test_a_row_that_cannot_become_a_mail_has_a_reason() -> None:
-    # One of the row's own subject.
+    # One mail has the row's own subject.
     composer = composer_of(Reader(replace(BATCH, subject=None, variable_names=("subject", "name"))))
     await composer.prepare([job()])
 
@@ -235,7 +235,7 @@ async def test_a_mail_over_the_size_limit_names_its_size_and_the_limit() -> None
     composer = composer_of(reader, max_message_bytes=10_000)
     await composer.prepare([job()])
 
-    # Refused as it is rendered, and before and after it is encoded.
+    # Refused while it is rendered, and before and after it is encoded.
     for name, size in (
         ("x" * 900, r"at least 18,\d{3}"),
         ("x" * 475 + "\\u0001" * 9, r"at least 10,\d{3}"),
@@ -300,7 +300,7 @@ async def test_a_sender_with_its_own_relay_uses_it_with_starttls_by_default() ->
     endpoint, _ = composer.compose(job())
 
     assert endpoint == Endpoint("own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret")
-    # As in the head that a scheduler loads, which knows no password.
+    # As in a head that the scheduler loads without the password.
     user = BATCH.user_id
     assert endpoint.circuit == circuit_key(user, "OWN.test", 2525, None, "anna", override=False)
     assert "s3cret" not in repr(endpoint)

@@ -1,4 +1,4 @@
-"""The protos as other projects use them: by REST, and in every language."""
+"""The protos as other projects use them: over REST, and in every language."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 ROOT = Path(__file__).parents[2]
 CONTRACT = ROOT / "client" / "src" / "outbox" / "v1" / "outbox.binpb"
 RELEASED = ROOT / ".ci" / "released-contract.binpb"
-# What generated code is called, outside Python. None holds a domain or a repository, which may
-# change hands.
+# The names of generated code in other languages than Python. None contains a domain or a
+# repository, whose owner may change.
 NAMES = {
     "csharp_namespace": "Outbox.V1",
     "go_package": "outbox/v1;outboxv1",
@@ -28,7 +28,7 @@ def read(image: Path) -> FileDescriptorSet:
 
 
 def rest_calls(contract: FileDescriptorSet) -> set[tuple[str, str, str, str]]:
-    """Return (method, verb, path, body) of each way to call a method by REST."""
+    """Return (method, verb, path, body) of each way to call a method over REST."""
     found = set()
     for file in contract.file:
         for service in file.service:
@@ -42,7 +42,7 @@ def rest_calls(contract: FileDescriptorSet) -> set[tuple[str, str, str, str]]:
 
 
 def test_every_released_rest_call_still_exists() -> None:
-    # buf compares no options of google.api.
+    # buf does not compare options of google.api.
     released = rest_calls(read(RELEASED))
     assert len(released) > 30
     assert released <= rest_calls(read(CONTRACT))
@@ -54,7 +54,7 @@ def test_every_proto_file_has_all_language_options() -> None:
     for file in files:
         found = {name: getattr(file.options, name) for name in NAMES}
         assert found == NAMES, file.name
-        # Without it the class of sender.proto is SenderOuterClass, for as long as there is a
+        # Without it the class of sender.proto would be SenderOuterClass, because the file has a
         # message Sender.
         stem = Path(file.name).stem.title().replace("_", "")
         assert file.options.java_outer_classname == f"{stem}Proto"

@@ -1,4 +1,4 @@
-"""The lists in CONTRIBUTING.md lead to files that exist, and to all of them."""
+"""The lists in CONTRIBUTING.md name files that exist, and name all of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LISTS = dict(re.findall(r"<!-- files: (\w+) -->\n((?:.+\n)+)", PAGE))
-# What looks like a path of this repository: it has a slash, or ends like a file.
+# A path of this repository: it contains a slash or has a known file extension.
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:md|toml|lock|py))`")
-# A change of each kind that was made before: what it is called in the code, and where to look.
+# An earlier change of each kind: its names in the code, and the folders to search.
 EXAMPLES = {
     "limit": (r"max_in_flight|MAX_IN_FLIGHT", ("protos", "services", "shared", "cli")),
     "state": (r"JobState\.EXPIRED|\bexpired_count\b", ("services/scheduler", "shared", "cli")),

@@ -25,7 +25,7 @@ def cooldown(probe: datetime) -> CooldownRecord:
 
 
 def test_a_cooldown_shows_its_start_its_reason_and_the_next_probe() -> None:
-    # Wherever the database believes to be.
+    # The time in the database's time zone.
     there = datetime(2026, 11, 28, 12, 7, tzinfo=timezone(timedelta(hours=2)))
     assert cooldown(there).describe(NOW) == (
         "The mail server has refused the sender's account since 2026-11-28 10:02:00 UTC (550 5.4.5 "
@@ -52,11 +52,11 @@ def test_a_due_probe_waits_only_for_the_limits() -> None:
     ("code", "enhanced", "text", "shown"),
     [
         (550, "5.4.5", "Daily limit", "550 5.4.5 Daily limit"),
-        # As many servers' texts begin.
+        # The texts of many servers begin like this.
         (550, "5.4.5", "5.4.5 Daily limit", "550 5.4.5 Daily limit"),
         (550, "5.4.5", "5.4.5", "550 5.4.5"),
         (550, "5.4.5", "5.4.55 is another code", "550 5.4.5 5.4.55 is another code"),
-        # As servers with ENHANCEDSTATUSCODES begin every line.
+        # Servers with ENHANCEDSTATUSCODES begin every line like this.
         (
             550,
             "5.4.5",

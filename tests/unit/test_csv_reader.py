@@ -30,7 +30,7 @@ def rows(data: str | bytes, size: int = 7) -> list[tuple[int, list[str]]]:
 
 def refusal(data: str | bytes, size: int = 7) -> InvalidInput:
     errors = []
-    # Wherever the chunks end, the error is the same.
+    # The error does not depend on where the chunks end.
     for chunk_size in {size, 1, 2, 65536}:
         with pytest.raises(InvalidInput) as caught:
             rows(data, chunk_size)
@@ -75,7 +75,7 @@ CELLS = st.text(alphabet='a,;|"\t\r\n é🎉', max_size=6)
 
 @given(
     body=st.lists(st.lists(CELLS, min_size=2, max_size=3), min_size=1, max_size=6),
-    # Python's writer leaves the other line end unquoted if it may.
+    # With QUOTE_MINIMAL, Python's writer does not quote the other line end.
     style=st.sampled_from(
         [(csv.QUOTE_MINIMAL, "\r\n"), *((csv.QUOTE_ALL, end) for end in ("\r\n", "\n", "\r"))]
     ),
@@ -126,7 +126,7 @@ def test_the_column_of_the_address_is_found(header: str, index: int) -> None:
     assert table(header + "\n" + "a," * header.count(",") + "a\n").email_index == index
 
 
-# The other tests have chunks of a few bytes, which cut every character and line end.
+# The other tests have chunks of a few bytes, which split every character and line end.
 @pytest.mark.parametrize("size", [1, 1000, 65536])
 def test_a_cell_of_200_kb_is_accepted(size: int) -> None:
     cell = 'é "quoted" \r\n' * 15_000

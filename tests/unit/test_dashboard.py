@@ -1,4 +1,4 @@
-"""The Grafana dashboard is the one that its script builds, and asks for metrics that exist."""
+"""The Grafana dashboard equals the output of its script, and queries metrics that exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links, anchors and paths on the documentation pages lead to something."""
+"""Links, anchors and paths on the documentation pages have targets."""
 
 from __future__ import annotations
 

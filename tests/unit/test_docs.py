@@ -9,11 +9,11 @@ from docs.build_api_reference import build
 from outbox_server.deploy.drill.plan import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
-# How an error gets its reason: by name, or as the first argument of a row's problem.
+# The places of an error reason: by name, or as the first argument of a row's problem.
 _REASON = re.compile(
     r'(?:reason(?:: str)? ?= ?|_reason = |, |\(\s*)"([A-Z][A-Z0-9]+(?:_[A-Z0-9]+)+)"'
 )
-# Upper-case words in the same places that are not error reasons; no caller sees the last two.
+# Upper-case words in the same places that are not error reasons; callers never see the last two.
 _OTHERS = {"COMMAND_FAILED", "MIGRATION_BLOCKED", "SCHEMA_OLDER"}
 
 
@@ -40,7 +40,7 @@ def test_every_documented_error_reason_is_used() -> None:
         for suffix in ("*.py", "*.proto")
         for path in (ROOT / folder).rglob(suffix)
     )
-    # Reasons stand in the first column.
+    # Reasons are in the first column.
     named = {
         reason
         for line in page.splitlines()
@@ -73,7 +73,7 @@ def test_the_api_reference_has_every_method_and_its_comment() -> None:
 def test_every_test_and_file_named_in_reliability_md_exists() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
     code, named = "", 0
-    # A test stands behind the file that it is in.
+    # The name of a test follows a link to its file.
     for file, test in re.findall(r"\]\(([^)#]+)\)|`(test_\w+)`", page):
         if test:
             named += 1

@@ -14,7 +14,7 @@ def test_the_same_seed_gives_the_same_faults_at_the_same_times() -> None:
     faults = plan(1, 60, tuple(KINDS), PROCESSES)
     assert faults == plan(1, 60, list(reversed(tuple(KINDS))), PROCESSES)
     assert faults != plan(2, 60, tuple(KINDS), PROCESSES)
-    # Written down, so that a seed in a report means the same tomorrow.
+    # A fixed plan, so that the seed of an old report still gives the same faults.
     assert plan(1, 12, ("redis_flush", "dispatcher_kill"), {}) == [
         Fault(2.0, "dispatcher_kill"),
         Fault(5.116, "redis_flush"),
@@ -48,7 +48,7 @@ def test_a_long_enough_drill_has_one_outage_at_a_time(seed: int) -> None:
     assert plan(seed, OUTAGE_DRILL_S, names, PROCESSES)
     outages = plan(seed, 900, names, PROCESSES)
     for one, following in itertools.pairwise(outages):
-        # With time to breathe in between.
+        # With time for recovery between them.
         assert following.at >= one.at + one.lasts + 30
     last = outages[-1]
     assert last.at + last.lasts <= 880
@@ -65,7 +65,7 @@ def test_no_two_faults_hit_the_same_target_at_once(seed: int) -> None:
         assert fault.at > ends[kind.strikes, fault.number]
         ends[kind.strikes, fault.number] = fault.at + fault.lasts
     assert [fault.at for fault in faults] == sorted(fault.at for fault in faults)
-    # In mixtures too: some begin while another lasts.
+    # In mixtures, some faults begin while another lasts.
     assert any(a.at < b.at < a.at + a.lasts for a in faults for b in faults)
 
 

@@ -1,4 +1,4 @@
-"""The text shown of a server's reply: never the password or a part of it."""
+"""The text shown of a server's reply never contains the password or a part of it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ SECONDS = timedelta(seconds=7)
 
 
 def wrapped(cause: Exception) -> sqlalchemy.exc.DBAPIError:
-    """Return `cause` as SQLAlchemy raises it."""
+    """Return `cause` wrapped as SQLAlchemy raises it."""
     error = sqlalchemy.exc.DBAPIError.instance("SELECT", {}, cause, psycopg.Error)
     assert isinstance(error, sqlalchemy.exc.DBAPIError)
     return error
@@ -104,5 +104,5 @@ def test_invalid_unicode_in_an_error_text_causes_no_second_error() -> None:
 
 
 def has(status: Status, detail: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> bool:
-    """Unpack into `detail` the one of its kind."""
+    """Unpack the detail of the same type into `detail`."""
     return any(packed.Unpack(detail) for packed in status.details)

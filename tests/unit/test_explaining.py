@@ -1,4 +1,4 @@
-"""Which reason for a job's wait is named, and with which text."""
+"""The reason that is named for a job's wait, and its text."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ LONG = timedelta(hours=1)
 
 
 class Deltas:
-    """Folds what the test says, an error where it says one; 0 once that is used up."""
+    """Returns or raises the test's answers to `fold`, and then 0."""
 
     def __init__(self, *answers: int | Exception) -> None:
         self.answers = list(answers)
@@ -29,7 +29,7 @@ class Deltas:
 
 
 async def run(deltas: Deltas, calls: int, pauses: Pauses) -> None:
-    """Run until `fold` was called so often, then stop; check that it was not called again."""
+    """Run until `fold` was called `calls` times, then stop; check that no further call follows."""
     stop = asyncio.Event()
     async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
         group.create_task(fold_until_stopped(deltas.fold, stop, pauses))

@@ -59,7 +59,7 @@ async def test_a_wait_times_out_and_leaves_no_trace() -> None:
     async with asyncio.TaskGroup() as group:
         group.create_task(crowd.enter())
         await eventually(lambda: crowd.inside == 1)
-        for _ in range(3):  # the line is as free as before
+        for _ in range(3):  # the queue is empty again
             with pytest.raises(ResourceExhausted, match=r"none ended within 0\.02 s"):
                 await crowd.enter()
         crowd.go.set()

@@ -71,7 +71,7 @@ def test_up_with_a_gateway_that_is_not_installed_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "envoy", None)  # as if it were missing
+    monkeypatch.setitem(sys.modules, "envoy", None)  # as if it were not installed
     refused = CliRunner().invoke(app, ["up", "--gateway"])
     assert refused.exit_code == 1
     assert refused.output == (

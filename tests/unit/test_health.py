@@ -61,7 +61,7 @@ async def test_a_dependency_that_hangs_is_unhealthy() -> None:
 
 
 async def test_a_dependency_check_that_ignores_cancellation_is_unhealthy() -> None:
-    """As psycopg does not while PostgreSQL is frozen; and it is back when it answers again."""
+    """psycopg ignores it while PostgreSQL is frozen. Health returns when the dependency answers."""
     recorder, stop = Recorder(), asyncio.Event()
     thawed = asyncio.Event()
     asked = 0

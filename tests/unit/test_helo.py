@@ -51,7 +51,7 @@ def test_the_operator_may_set_an_address_literal(name: str) -> None:
     "name",
     [
         *("mail.x.test x", "mail\r\nQUIT", "m\u00e4il.x.test", "mail\x00"),
-        # No address literals (RFC 5321, 4.1.3): servers would refuse every session.
+        # These are not address literals (RFC 5321, 4.1.3): servers would refuse every session.
         *("[192.0.2]", "[192.0.2.7", "[2001:db8::7]", "[IPv6:192.0.2.7]", "[mail.x.test]"),
     ],
 )

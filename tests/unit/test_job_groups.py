@@ -45,7 +45,7 @@ def test_merging_overlapping_runs_keeps_all_mails_and_nearly_their_times(seed: i
 
 
 def test_the_last_mail_of_a_batch_keeps_its_place_among_other_mail() -> None:
-    # Mine are due every 10 until 990, the others every 3 until 29,997: 331 before my last.
+    # My mail is due every 10 until 990, the others every 3 until 29,997: 331 before my last one.
     groups = in_order([JobGroup(0, 100, 10, mine=100), JobGroup(0, 10_000, 3)])
     found = simulate(Limiter(10**6, 1, 10**6), groups, 0)
     assert found.sends == pytest.approx(100 + 331, abs=2)

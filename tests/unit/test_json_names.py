@@ -10,7 +10,7 @@ import pytest
 from outbox_server.cli.up import examples
 
 ROOT = Path(__file__).parents[2]
-# What grpcurl prints by reflection, as far as the script reads it.
+# The output of grpcurl with reflection, as far as the script reads it.
 ANSWERS = """#!/bin/sh
 case "$*" in
   *CreateSender) echo '{"sender_id": "7", "hourly_limit": 200}' ;;

@@ -1,4 +1,4 @@
-"""Until when a send may go on."""
+"""The time until which a send may continue."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_no_secret_is_written(log_format: Literal["json", "text"]) -> None:
     log.info("x", smtp_password="hunter2", authorization="Bearer hunter2", api_key="hunter2")
     log.info("x", url="postgresql://outbox:hunter2@db/outbox")
     logging.getLogger("driver").error("cannot reach %s", "redis://:hunter2@queue:6379/0")
-    secret = "hunter2"  # a trace shows the lines of the source: not this one
+    secret = "hunter2"  # a trace shows source lines, but not this one
     try:
         fail(secret)
     except ValueError:
@@ -95,7 +95,7 @@ def test_mail_addresses_are_hidden_and_urls_are_not(log_format: Literal["json", 
 def test_only_the_first_line_of_an_error_message_is_written() -> None:
     out = configured()
 
-    secret = "secret-row"  # a trace shows the lines of the source: not this one
+    secret = "secret-row"  # a trace shows source lines, but not this one
 
     def insert() -> None:
         raise ValueError(f"the row violates a constraint\nDETAIL: (1, {secret})")

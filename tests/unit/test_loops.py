@@ -16,7 +16,7 @@ LONG = timedelta(hours=1)
 
 
 class Steps:
-    """A step that gives the results of a test in their order, and None after the last of them."""
+    """A step that returns the test's results in order, and then None."""
 
     def __init__(self, *results: timedelta | Exception | None) -> None:
         self._results = list(results)
@@ -33,7 +33,7 @@ class Steps:
         return result
 
     async def reached(self, count: int) -> None:
-        """Wait until the step was called `count` times."""
+        """Wait until the step has been called `count` times."""
         async with asyncio.timeout(PATIENCE), self._done:
             await self._done.wait_for(lambda: self._count >= count)
 
@@ -217,7 +217,7 @@ async def test_a_loop_whose_step_swallowed_its_cancellation_ends() -> None:
     task = asyncio.create_task(Loop("test", step).run())
     await begun.wait()
     task.cancel()
-    # Not awaited under a limit, which would cancel it once more.
+    # Awaited without a time limit, which would cancel it again.
     await asyncio.wait({task}, timeout=PATIENCE)
     assert task.cancelled()
 
@@ -226,7 +226,7 @@ async def test_a_loop_that_lost_its_cancellation_still_ends() -> None:
     async def loop_for_ever() -> None:
         while True:
             raise_if_cancelled()
-            with suppress(asyncio.CancelledError):  # as `wait_for` does, now and then
+            with suppress(asyncio.CancelledError):  # as `wait_for` does at times
                 await asyncio.sleep(0)
 
     task = asyncio.create_task(loop_for_ever())

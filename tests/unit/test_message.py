@@ -27,7 +27,7 @@ LIMIT = 1024 * 1024
 ID = "<outbox.7.demo@shop.example>"
 HEADERS = ["From", "To", "Subject", "Date", "Message-ID", "MIME-Version"]
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=300)
-# Characters that a transfer encoding may stumble over, more often than chance has them.
+# Characters that are difficult for a transfer encoding, more often than at random.
 AWKWARD = st.text(alphabet=" \t\n\r.=?_-é名🎉\u2028\x0b\x0cFrom", max_size=200)
 
 
@@ -174,7 +174,7 @@ def test_a_display_name_arrives_unchanged() -> None:
         builder = MessageBuilder("shop@shop.example", name, template, max_bytes=LIMIT)
         message = parse(builder.build("a@b.org", {}, ID, NOW).data)
         head = email.message_from_bytes(message.as_bytes())["From"]
-        # Python's structured parser puts blanks between the encoded words of a long name.
+        # Python's structured parser puts spaces between the encoded words of a long name.
         text = str(email.header.make_header(email.header.decode_header(head.replace("\n", ""))))
         assert email.utils.parseaddr(text)[0] == name or text.startswith(f"{name} <")
 

@@ -1,4 +1,4 @@
-"""OUTBOX_MAX_MESSAGE_BYTES limits a mail as it is built and encoded, while it is built."""
+"""OUTBOX_MAX_MESSAGE_BYTES limits a mail while it is built and encoded."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_huge_mail_is_refused_using_little_memory(name: str) -> None:
     assert peak < 4 * MEBIBYTE
 
 
-# A text that fits when rendered and exceeds the limit when encoded.
+# A text that fits when rendered but exceeds the limit when encoded.
 GROWING = {
     "quoted-printable": ("body", "\x01" * (MEBIBYTE - 1_000)),
     "line ends": ("body", "\n" * (MEBIBYTE - 1_000)),
@@ -227,7 +227,7 @@ class File:
         yield self._data
 
     def close(self) -> None:
-        """Do nothing: the data is here."""
+        """Do nothing: there is no file to close."""
 
 
 def rows_of(csv: str, body: str | None = None, html: str | None = None) -> ReadBlock:
@@ -246,7 +246,7 @@ def rows_of(csv: str, body: str | None = None, html: str | None = None) -> ReadB
         ({"html": "{{ t }}"}, "&" * 30_000),
         ({"body": "{{ t }}"}, "名" * 30_000),
         ({"body": "{{ t }}{{ t }}"}, "é" * 20_000),
-        # One that only some templates use; both are over the limit by themselves.
+        # A cell that only some templates show. The cell alone exceeds the limit.
         ({"body": "{% if t %}b{% endif %}"}, "x" * 100_001),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_row_whose_mail_is_certainly_too_large_is_rejected(
     ("options", "cell"),
     [
         ({"body": "{{ t }}" * 20}, "x" * 4_900),
-        # Whether Liquid shows it is not known without rendering.
+        # Without rendering, it is unknown whether Liquid shows it.
         ({"body": "{% if t == 'x' %}" + "{{ t }}" * 20 + "{% endif %}"}, "x" * 6_000),
         ({"body": "{{ t }}"}, "名" * 24_000),
     ],

@@ -1,4 +1,4 @@
-"""docs/metrics.md lists what the services register: names, types and labels, both ways."""
+"""docs/metrics.md and the services have the same metrics: names, types and labels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def nothing() -> tuple[int, int]:
 
 
 def registered() -> dict[str, tuple[str, set[str]]]:
-    """Return type and labels of each metric, by the name that Prometheus stores."""
+    """Return the type and labels of each metric, by the name that Prometheus stores."""
     monitoring = Monitoring("test")
     DispatcherMetrics(monitoring.registry)
     SchedulerMetrics(monitoring.registry)

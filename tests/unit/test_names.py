@@ -1,4 +1,4 @@
-"""Each class has a name that no other class has, so that a name says which one is meant."""
+"""Each class has a unique name, so that a name identifies the class."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FOLDERS: Final = (
     "tests",
     "client/src/outbox_client",
 )
-# Generated from `_async`: its classes are the same ones for callers without asyncio.
+# Generated from `_async`: the same classes for callers without asyncio.
 GENERATED: Final = "_sync"
-# The client raises what the servers raise, by the same names of gRPC's status codes.
+# The client raises the same errors as the servers, named after gRPC's status codes.
 ERRORS: Final = {"shared/errors.py", "client/src/outbox_client/errors.py"}
-# An endpoint as a caller sets it, and one that mail is sent to.
+# An endpoint that a caller sets, and one that mail is sent to.
 ALLOWED: Final = {"Endpoint"}
 # Parsing the whole repository would take most of a second.
 CLASS: Final = re.compile(r"^[ \t]*class[ \t]+(\w+)[ \t]*[(:]", re.MULTILINE)
@@ -32,7 +32,7 @@ def test_class_names_are_unique() -> None:
     found: dict[str, list[str]] = defaultdict(list)
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            # A class of one test file is used in that file alone.
+            # A class of a test module is used only in that module.
             if GENERATED in path.parts or path.name.startswith("test_"):
                 continue
             for name in CLASS.findall(path.read_text()):

@@ -9,7 +9,7 @@ import pytest
 
 from outbox_server.shared.smtp.oauth2_auth import Login, is_token_refused
 
-# https://developers.google.com/workspace/gmail/imap/xoauth2-protocol has this example.
+# The example of https://developers.google.com/workspace/gmail/imap/xoauth2-protocol.
 GOOGLES = Login("someuser@example.com", "ya29.vF9dft4qmTc2Nvb3RlckBhdHRhdmlzdGEuY29tCg")
 TOKEN = "ya29." + "".join(f"{number:03}" for number in range(100))
 

@@ -73,7 +73,8 @@ def test_a_preset_fills_the_address(preset: SmtpPreset, host: str) -> None:
 
 def test_a_preset_does_not_replace_given_values() -> None:
     assert complete_address(GMAIL, "relay.example.com", 0, 0)[0] == "relay.example.com"
-    # 465 is TLS from the first byte, and TLS is at 465: the endpoint's own rules decide the other.
+    # Port 465 uses TLS from the first byte and no other port does. The endpoint's rules fill in the
+    # rest.
     assert complete_address(GMAIL, "", 465, 0) == ("smtp.gmail.com", 465, 0)
     assert complete_address(GMAIL, "", 0, 3) == ("smtp.gmail.com", 0, 3)
 

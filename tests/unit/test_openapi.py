@@ -1,4 +1,4 @@
-"""The OpenAPI document that is made from the protos."""
+"""The OpenAPI document generated from the protos."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_is_sent_and_what_is_returned_have_schemas_of_their_own(
     sent, returned = schema_of(document, "SenderInput"), schema_of(document, "Sender")
     assert sent["required"] == ["email"]
     assert "state" in returned["properties"].keys() - sent["properties"].keys()
-    # A field without presence is always in a response, an optional one and a message are not.
+    # A response always has a field without presence; an optional field or a message may be missing.
     assert {"sender_id", "display_name"} <= set(returned["required"])
     assert not {"hourly_limit", "cooldown", "smtp"} & set(returned["required"])
     assert "password" in schema_of(document, "SmtpEndpointInput")["properties"]

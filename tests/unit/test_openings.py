@@ -1,4 +1,4 @@
-"""The forecast over real sending hours: weekdays, time zones and the changes of their clocks."""
+"""The forecast over real sending hours: weekdays, time zones and clock changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from outbox_server.shared.sending_hours import SendingHours
 from tests.unit.test_simulation import HOUR, SECOND, one_by_one
 
 ZONES = ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "Pacific/Apia", "UTC"]
-# Spring, autumn and the day that Apia left out, and a time without changes.
+# Spring, autumn, the day that Apia skipped, and a time without clock changes.
 CHANGES = [(2026, 3, 27), (2026, 10, 23), (2026, 11, 1), (2011, 12, 28), (2026, 4, 3), (2026, 6, 1)]
 MINUTE = 60 * SECOND
 
@@ -68,7 +68,8 @@ def test_the_forecast_across_a_clock_change_equals_a_simulation_mail_by_mail(see
 @pytest.mark.parametrize(
     ("now", "opens", "utc"),
     [
-        # The same hours in Berlin, one hour earlier by UTC from March 29th on, and back in October.
+        # The same hours in Berlin: an hour earlier in UTC from March 29th on, and as before in
+        # October.
         ("2026-03-27 15:00", "2026-03-30 09:00", "2026-03-30 07:00"),
         ("2026-10-23 15:00", "2026-10-26 09:00", "2026-10-26 08:00"),
     ],
@@ -78,7 +79,8 @@ def test_mail_left_on_friday_is_sent_on_monday_after_a_clock_change(
 ) -> None:
     berlin = "Europe/Berlin"
     limiter = Limiter(20, 2 * SECOND, HOUR, hours=openings("12345", "09:00", "17:00", berlin))
-    # 15:00 and 16:00 take 20 each; what the window lets go again from 17:00 on is too late.
+    # 15:00 and 16:00 have 20 sends each. The window has room again from 17:00 on, which is too
+    # late.
     found = simulate(limiter, [JobGroup(at(now, berlin), 41, mine=41)], at(now, berlin))
     assert found.last == at(opens, berlin) == at(utc)
     assert found.bound is Bound.HOURS
@@ -110,6 +112,6 @@ def test_forecasting_a_million_mails_over_years_of_working_days_is_fast() -> Non
         Limiter(200, 2 * SECOND, HOUR, hours=hours), [JobGroup(now, 10**6, mine=10**6)], now
     )
     assert found.last is not None
-    # 1,600 a day: 625 working days.
+    # 1,600 per day: 625 working days.
     assert from_us(found.last).year == 2029
     assert datetime.now(UTC) - began < timedelta(seconds=2)

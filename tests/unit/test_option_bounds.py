@@ -1,4 +1,4 @@
-"""Numbers and times that no field of a message holds, as options."""
+"""Numbers and times as options that no field of a message can hold."""
 
 from __future__ import annotations
 

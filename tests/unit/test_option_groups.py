@@ -1,4 +1,4 @@
-"""Options that are defined once, for several commands."""
+"""Options that are defined once for several commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a list method cuts its rows into pages."""
+"""How a list method divides its rows into pages."""
 
 from __future__ import annotations
 

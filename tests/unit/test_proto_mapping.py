@@ -26,7 +26,7 @@ def test_an_id_round_trips(number: int) -> None:
     assert parse_id(id_text(number), "batch_id") == number
 
 
-# The last but one is 2^63; the last is a one of another script, which int() would take.
+# The last but one is 2^63; the last is the digit one of another script, which int() would accept.
 @pytest.mark.parametrize(
     "text", ["x", "0", "01", "-1", "+1", " 1", "1 ", "1\n", "1_0", str(2**63), "\u0661"]
 )

@@ -34,7 +34,7 @@ def visit(number: int = 1, account: str = "anna", mail_from: str = "a@x.test") -
 
 
 @given(
-    # Whole numbers: a sum of floats is not exact.
+    # Whole numbers, because a sum of floats is not exact.
     steps=st.lists(st.integers(0, 40), max_size=200),
     most=st.integers(1, 5),
     seconds=st.integers(1, 100),
@@ -209,7 +209,7 @@ def test_the_memory_of_a_provider_is_bounded() -> None:
         seen.age(number, number)
     assert len(kept) == 3
     assert kept.get(9) == [9]
-    # Forgotten, so it is new.
+    # It was forgotten, so it counts as new.
     assert seen.age(0, 100) == 0
     assert seen.age(9, 100) == 91
 

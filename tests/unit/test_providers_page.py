@@ -18,11 +18,11 @@ _ROW = re.compile(
     r"^\| (?P<limit>[^|]+) \| `(?P<reply>(?P<code>\d{3})[^`]*)` \| (?P<at>[^|]+) \|"
     r" `(?P<reply_class>[A-Z]+)`(?P<daily>, daily)? \|$"
 )
-# A row that begins like one with a reply, so that none is left out for how it is written.
+# The beginning of a row with a reply: it finds rows that the pattern above does not match.
 _BEGINS_LIKE_A_ROW = re.compile(r"^\|[^|]*\|[^|]*`[245]\d\d[ -]")
-# The page: "?" is the same class at each of these.
+# On the page, "?" means that the class is the same in all of these phases.
 _UNKNOWN = (Phase.MAIL, Phase.RCPT, Phase.BODY)
-# A connection carries mail only after these.
+# A connection can carry mail only after these phases.
 _BEFORE_MAIL = {Phase.CONNECT, Phase.EHLO, Phase.AUTH}
 
 

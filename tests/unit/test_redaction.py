@@ -17,7 +17,7 @@ SECRET = "1//0gYx-abcdefghijklmnopqrstuvwxyz"
         # Cut at either end, as in a quoted command that was too long.
         (f"unknown: {SECRET[:20]}", "unknown: [secret]"),
         (f"{SECRET[-20:]} is unknown", "[secret] is unknown"),
-        # What is as short as this may stand in any text.
+        # Parts as short as this may occur in any text.
         (f"it began with {SECRET[:8]}", f"it began with {SECRET[:8]}"),
     ],
 )

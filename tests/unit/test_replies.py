@@ -1,4 +1,4 @@
-"""What SMTP replies mean."""
+"""The meanings of SMTP replies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from outbox_server.shared.states import ReplyClass
 from tests.real_replies import OF_REAL_SERVERS, OF_THE_TABLE, RealReply
 
 BUILT_IN = ReplyRules.load("")
-# The real replies by the name of the rule that decides. Without a rule, no other reply changes.
+# The real replies by the name of the deciding rule. Removing a rule changes only its own replies.
 DECIDED_BY: dict[str, list[RealReply]] = defaultdict(list)
 for _row in (*OF_THE_TABLE, *OF_REAL_SERVERS):
     DECIDED_BY[BUILT_IN.meaning(_row.reply()).rule].append(_row)
 TRANSACTION = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.BODY)
-# Permanent refusals whose code no rule knows.
+# Codes of permanent refusals that no rule has.
 EXPLAINED_BY_NO_CODE = tuple(
     set(range(500, 600)) - {503, 524, 525, 530, 534, 535, 538, 551, 552, 555, 556}
 )
@@ -144,7 +144,7 @@ def test_503_on_a_new_connection_loses_no_mail(phase: Phase) -> None:
     assert meaning(phase, 503).reply_class is ReplyClass.DEFERRED
 
 
-# Any reply -----------------------------------------------------------------------------------
+# Replies of any kind -------------------------------------------------------------------------
 
 
 @given(phases, st.integers(-1, 1000), enhanced_codes, st.text(max_size=300), st.integers(0, 3))
@@ -264,7 +264,7 @@ def test_a_url_matches_no_phrase() -> None:
         (450, "5.7.1 later", (None, "5.7.1 later")),
         (550, "4.7.1 no", (None, "4.7.1 no")),
         (450, "5.7.1 later\n4.2.1 busy", ("4.2.1", "5.7.1 later\nbusy")),
-        # No codes: an address, four numbers, too long a number, leading zeros, other digits.
+        # Not codes: an address, four numbers, too long a number, leading zeros, other digits.
         (550, "5.1.1.7 is blocked", (None, "5.1.1.7 is blocked")),
         (550, "5.1.1234 no", (None, "5.1.1234 no")),
         (550, "5.01.1 no", (None, "5.01.1 no")),

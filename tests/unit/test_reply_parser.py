@@ -1,4 +1,4 @@
-"""Replies of any shape, in any pieces."""
+"""Replies of any shape, split at any byte."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def parse(*pieces: bytes) -> list[WireReply]:
 )
 def test_complete_replies_are_parsed(data: bytes, expected: list[tuple[int, str]]) -> None:
     assert [tuple(reply) for reply in parse(data)] == expected
-    # One byte at a time, it is the same.
+    # Byte by byte, the result is the same.
     assert [
         tuple(reply) for reply in parse(*(data[i : i + 1] for i in range(len(data))))
     ] == expected
@@ -105,7 +105,7 @@ def test_the_length_of_a_reply_is_limited(line: bytes) -> None:
     assert parse(line * (count - 4), b"250 ok\r\n")
     with pytest.raises(MalformedReply, match="a reply of more than 32768 bytes"):
         parse(line * (count + 1))
-    # The limit is for each reply, not for a session.
+    # The limit applies to each reply, not to a session.
     parser = ReplyParser()
     for _ in range(2 * count):
         parser.feed(b"250 " + b"x" * 94 + b"\r\n")

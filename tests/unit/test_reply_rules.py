@@ -45,12 +45,12 @@ def error_of(file: Path, content: str | bytes) -> str:
 
 
 def rule(**keys: str) -> str:
-    """Return a complete rule; a key with an underscore at its end is a word of Python."""
+    """Return a complete rule; a key that ends with an underscore is a keyword of Python."""
     complete = {"name": '"own"', "class_": '"RATE"', "code": "[550]"} | keys
     return "[[rule]]\n" + "".join(f"{k.rstrip('_')} = {v}\n" for k, v in complete.items() if v)
 
 
-# What a file can say -------------------------------------------------------------------------
+# Valid files ---------------------------------------------------------------------------------
 
 
 def test_a_rule_of_the_operator_comes_before_the_built_in_rules(file: Path) -> None:
@@ -60,7 +60,7 @@ def test_a_rule_of_the_operator_comes_before_the_built_in_rules(file: Path) -> N
     assert ReplyRules.load("").meaning(reply) == Meaning(ReplyClass.RECIPIENT)
     assert rules.meaning(reply) == Meaning(ReplyClass.DEFERRED)
     assert rules.meaning(reply).rule == "own"
-    # Everything else stays.
+    # All other meanings stay the same.
     assert rules.meaning(Reply(Phase.RCPT, 551, None, "")) == Meaning(ReplyClass.RECIPIENT)
 
 
@@ -305,7 +305,7 @@ def test_a_missing_or_irregular_rules_file_is_refused(tmp_path: Path) -> None:
         assert says in caught.value.message
 
 
-# What ships with Outbox ----------------------------------------------------------------------
+# The built-in rules and the documented example -----------------------------------------------
 
 
 def test_the_documented_example_is_valid(file: Path) -> None:

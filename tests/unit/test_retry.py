@@ -189,7 +189,7 @@ def test_a_deferred_job_has_a_backoff_of_its_own_and_the_last_step_repeats() -> 
         wait = answered(ReplyClass.DEFERRED, failures=2, deferred_for=gone).retry_after
         assert wait is not None
         waits.append(wait)
-        # A moment more than the wait itself has gone by when the next attempt ends.
+        # A little more time than the wait has passed when the next attempt ends.
         gone += wait + timedelta(seconds=3)
 
     assert waits == [*DEFERRALS, DEFERRALS[-1], DEFERRALS[-1]]

@@ -155,7 +155,7 @@ def test_a_line_break_in_a_subject_rejects_the_row() -> None:
     shared = BatchTemplate.compile("Hi {{ name }} there", "b", "h")
     text = 'email,name\na@example.com,"x\ny"\n'
     assert rejection(text, shared)[1:3] == ("name", "SUBJECT_LINE_BREAK")
-    # At its ends it is trimmed, and a filter may take it away: both are fine.
+    # Text at its ends is trimmed, and a filter may remove text; both are permitted.
     assert read(
         'email,name\na@example.com,"x\n"\n', BatchTemplate.compile("{{ name }}", "b", "h")
     ).rows

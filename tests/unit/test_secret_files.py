@@ -1,4 +1,4 @@
-"""Every secret can be read from a file, whose variable is the secret's with the suffix _FILE."""
+"""Every secret can be read from a file; its variable has the suffix _FILE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every limit is implemented, or left out for a reason, in each place that knows limits."""
+"""Each place that knows limits implements every limit, or leaves it out for a stated reason."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.integration import queue_model
 
 _MARKER = re.compile(r"(Without )?Limit\.([A-Z_]+)(: \w)?")
 _WAIT_REASON = re.compile(r"^    ([A-Z_]+) = \d+(?P<limits>.*Limit\..*)?$", re.MULTILINE)
-# Wait reasons of one job, and of none of its sender's limits.
+# Reasons for the wait of a single job; they are not limits of its sender.
 _OF_THE_JOB = {"UNSPECIFIED", "NOT_DUE", "RETRY", "DEFERRED", "DISPATCHER"}
 
 SCRIPT = files("outbox_server.shared.queue") / "lua" / "includes" / "look.lua"
-# The first file of each place says where the others are.
+# The first file of each place names the other places.
 PLACES: dict[str, list[Traversable]] = {
     "look.lua": [SCRIPT],
     "simulation.py": [

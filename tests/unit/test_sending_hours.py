@@ -1,4 +1,4 @@
-"""Sending hours as instants, over time zones and the changes of their clocks."""
+"""Sending hours as instants, across time zones and clock changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ms(text: str, zone: str = "UTC") -> int:
 
 
 def is_shown(hours: SendingHours, at: int) -> bool:
-    """Return whether the clocks show a time of an opening: right but while they are set back."""
+    """Return whether local time is in an opening; not exact while the clocks are set back."""
     wall = datetime.fromtimestamp(at / 1000, UTC).astimezone(ZoneInfo(hours.zone))
     minute = wall.hour * 60 + wall.minute
     day = wall.isoweekday()
@@ -84,7 +84,7 @@ def test_openings_do_not_overlap_and_are_open_throughout(zone: str, change: int,
         opens = hours.opens(at)
         assert opens is not None
         closes = hours.closes(opens)
-        # An hour and a half, but for a change of the clocks of up to two hours.
+        # An hour and a half, plus a clock change of up to two hours.
         assert 0 < closes - opens <= 210 * 60_000
         assert hours.opens((opens + closes) // 2) == (opens + closes) // 2
         at = closes
@@ -94,14 +94,14 @@ def test_openings_do_not_overlap_and_are_open_throughout(zone: str, change: int,
 @pytest.mark.parametrize(
     ("hours", "at", "opens", "closes"),
     [
-        # An ordinary Monday, before, within and after.
+        # An ordinary Monday: before, within and after the hours.
         ((9, 17), "2026-11-23 08:00", "2026-11-23 09:00", "2026-11-23 17:00"),
         ((9, 17), "2026-11-23 12:00", "2026-11-23 12:00", "2026-11-23 17:00"),
         ((9, 17), "2026-11-27 17:00", "2026-11-30 09:00", "2026-11-30 17:00"),
-        # Over midnight: Friday's belongs to Friday.
+        # Across midnight: Friday's opening belongs to Friday.
         ((22, 6), "2026-11-28 03:00", "2026-11-28 03:00", "2026-11-28 06:00"),
         ((22, 6), "2026-11-28 06:00", "2026-11-30 22:00", "2026-12-01 06:00"),
-        # The clocks are set forward on Sunday the 29th of March 2026, and back on October 25th.
+        # The clocks are set forward on Sunday, 29 March 2026, and back on 25 October.
         ((9, 17), "2026-03-27 17:00", "2026-03-30 09:00", "2026-03-30 17:00"),
         ((9, 17), "2026-10-23 17:00", "2026-10-26 09:00", "2026-10-26 17:00"),
     ],
@@ -119,7 +119,7 @@ def test_working_days_in_berlin_follow_the_local_clock(
 def test_a_skipped_local_time_means_the_skip_and_a_repeated_one_the_first() -> None:
     night = SendingHours(frozenset(), 150, 210, "Europe/Berlin")  # 02:30 to 03:30
     opens = night.opens(ms("2026-03-29 00:00"))
-    assert opens == ms("2026-03-29 01:00")  # 03:00 there, straight after 01:59
+    assert opens == ms("2026-03-29 01:00")  # 03:00 local time, directly after 01:59
     assert night.closes(opens) == ms("2026-03-29 01:30")
     opens = night.opens(ms("2026-10-25 00:00"))
     assert opens == ms("2026-10-25 00:30")  # the first 02:30

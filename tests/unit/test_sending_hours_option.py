@@ -1,4 +1,4 @@
-"""Sending hours as the command line writes them."""
+"""Sending hours as options of the command line."""
 
 from __future__ import annotations
 

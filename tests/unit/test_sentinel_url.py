@@ -1,4 +1,4 @@
-"""URLs of a Redis that Sentinel watches."""
+"""URLs of a Redis that Sentinel monitors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pictures of a series: in the terminal, and as a file."""
+"""The plots of a series: in the terminal, and as a file."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def test_a_plot_has_its_lines_its_labels_and_no_colours_in_a_pipe(
     assert "sender 7" in text
     assert "sent" in text
     assert "failed" in text
-    # What never happened has no line.
+    # Outcomes that never happened have no line.
     assert "retried" not in text
-    # Those that there is room for.
+    # The labels for which there is room.
     assert len(re.findall(r"11-2[45] \d\d:00", text)) > 3
     assert "\x1b" not in text
 

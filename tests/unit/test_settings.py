@@ -1,4 +1,4 @@
-"""An invalid variable prevents the start with one line that names it and says what is right."""
+"""An invalid variable prevents the start; one line names it and says which values are valid."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from outbox_server.shared.settings import format_duration, load_settings, parse_
         ("QUOTA_DAY", "30d", "must be less than or equal to 7 days"),
         ("COOLDOWN", "", "write at least one duration, such as 5m"),
         ("COOLDOWN", "5m,x", "'x' is not a duration"),
-        # A probe without a wait would go round as fast as the server answers.
+        # Without a wait, probes would follow one another as fast as the server answers.
         ("COOLDOWN", "5m,0", "each must be more than 0 and at most 30d"),
         ("DEFER_BACKOFF", "0s", "each must be more than 0 and at most 30d"),
-        # No date says when that would be.
+        # A date cannot represent that time.
         ("COOLDOWN", "9999999d", "each must be more than 0 and at most 30d"),
         ("DEFER_BACKOFF", ",", "write at least one duration"),
         ("RETENTION", "90", "'90' is not a duration"),

@@ -22,7 +22,7 @@ def test_the_waits_of_outbox_are_scaled_with_the_providers_periods() -> None:
     assert settings.quota_day == timedelta(seconds=86.4)
     assert settings.cooldown[0] == timedelta(seconds=0.3)
     assert settings.defer_backoff[-1] == timedelta(seconds=3.6)
-    # So that the services receive it.
+    # Only set fields are passed to the services.
     assert {"quota_day", "cooldown", "defer_backoff"} <= settings.model_fields_set
 
 
@@ -50,7 +50,7 @@ def test_quota_and_scale_shape_the_profile() -> None:
         # A day of 86.4 s holds 20 mails, two seconds apart.
         ("gmail", 0.001, 20, ""),
         ("gmail", None, None, "--provider-quota 20 --provider-scale 0.001 "),
-        # An hour of 3.6 s is over before the quota is used up.
+        # An hour of 3.6 s ends before the quota is used up.
         ("ionos", 0.001, 20, "--provider-quota 20 --provider-scale 0.02 "),
         ("plain", None, None, ""),
     ],

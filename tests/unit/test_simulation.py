@@ -1,4 +1,4 @@
-"""The forecast's arithmetic against the plain recursion, one mail after the other."""
+"""The forecast's arithmetic compared with the plain recursion, one mail after the other."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class DailyHours:
 
 
 def one_by_one(limiter: Limiter, groups: Sequence[JobGroup], now: int) -> tuple[list[int], int]:
-    """Return the starts of the sends that are asked about, and how many expire."""
+    """Return the starts of the sends of `mine`, and how many of these mails expire."""
     takes = limiter.takes
     cycle = limiter.gap + takes
     if not limiter.gap:
@@ -244,7 +244,7 @@ def test_forecasting_ten_million_mails_costs_no_more_than_a_hundred(
     # CPU time of this process: a busy machine does not increase it.
     began = time.thread_time()
     assert after(limiter, 10_000_000, step=step).end is not None
-    # The hours of each day are a piece of their own. A limit of 1 permits 8 mails a day.
+    # Each day's opening is computed separately. A limit of 1 permits 8 mails per day.
     in_hours = replace(limiter, hours=DailyHours(9 * HOUR, 17 * HOUR))
     assert after(in_hours, 10_000 if limit == 1 else 100_000, step=step).end is not None
     assert time.thread_time() - began < 2

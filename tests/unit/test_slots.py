@@ -112,14 +112,14 @@ def test_endpoints_that_never_answer_get_no_more_than_the_share_of_their_user(
 ) -> None:
     assert slots.permit(route("good.test", "bert"))
     held = [slots.permit(route(f"silent{number}.test", "eve")) for number in range(9)]
-    assert sum(permit is not None for permit in held) == 3  # with the other one, the share
+    assert sum(permit is not None for permit in held) == 3  # with bert's permit, the share
     assert slots.permit(route("new.test", "carl"))
 
 
 def test_quick_endpoints_get_no_more_than_the_share_of_their_user(
     slots: Slots, clock: Clock
 ) -> None:
-    """They may all become silent at the same time."""
+    """Quick endpoints may all stop answering at the same time."""
     quick = [route(f"quick{number}.test", "eve") for number in range(3)]
     for each in quick:
         send(slots, clock, each, 0.01)
@@ -411,7 +411,7 @@ async def test_slots_are_not_idle_while_a_claim_waits(
     assert not await is_idle(slots)
     slots.close()
     assert all(each.ended for each in waits)
-    assert not await is_idle(slots)  # the last one is not yet recorded
+    assert not await is_idle(slots)  # the last give-back is not recorded yet
     slots.release(1)
     assert await is_idle(slots)
 
@@ -434,7 +434,7 @@ async def test_no_claim_waits_after_close(slots: Slots, clock: Clock) -> None:
     assert (late.ended, late.permit, slots.in_flight) == (True, None, 5)
 
 
-# What is remembered --------------------------------------------------------------------------
+# Remembered routes ---------------------------------------------------------------------------
 
 
 def test_the_last_route_of_a_sender_is_remembered(slots: Slots) -> None:

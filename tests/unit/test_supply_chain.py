@@ -1,4 +1,4 @@
-"""The dependencies of production: locked with hashes, with licences that are permitted."""
+"""The dependencies of production: locked with hashes, and with permitted licences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_package_is_locked_with_hashes() -> None:
     assert len(entries) > 100
     for name, (_, text) in entries.items():
         assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", text)) >= 1, name
-    # No other index, and no source that can change behind a version.
+    # No other index, and no source whose content can change for the same version.
     assert not re.search(r"(?m)^\s*(-i|--index-url|--extra-index-url|--trusted-host|-e) ?", LOCK)
     assert not re.search(r"(git\+|https?://|file:)", re.sub(r"(?m)#.*$", "", LOCK))
 

@@ -1,4 +1,4 @@
-"""Values in tables, and errors in a line, as people read them."""
+"""Values in tables, and errors in one line, for people to read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What token endpoints answer, and what that means."""
+"""The answers of token endpoints, and their meanings."""
 
 from __future__ import annotations
 

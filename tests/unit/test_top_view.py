@@ -1,4 +1,4 @@
-"""What `outbox top` draws, in terminals of any size."""
+"""The output of `outbox top` in terminals of any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file that states the version states that of pyproject.toml."""
+"""Every file that states the version states the version of pyproject.toml."""
 
 from __future__ import annotations
 

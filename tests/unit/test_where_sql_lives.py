@@ -10,9 +10,9 @@ from typing import Final
 import pytest
 
 ROOT: Final = Path(__file__).parents[2]
-# Any module may pass an engine or a connection on to a function of a storage module.
+# Any module may pass an engine or a connection to a function of a storage module.
 HANDLES: Final = {"AsyncConnection", "AsyncEngine"}
-# They need the driver, and have no statement for data of the installation.
+# They need the driver, but have no statement for data of the installation.
 EXCEPTIONS: Final = {
     "cli/audit.py": "turns the driver's errors into a message for the command line",
     "cli/database.py": "turns the driver's errors into a message for the command line",
@@ -22,7 +22,7 @@ EXCEPTIONS: Final = {
 }
 MODELS: Final = "outbox_server.shared.database.models"
 EXECUTING: Final = {"execute", "executemany", "scalar", "scalars", "stream", "stream_scalars"}
-# Every violation contains one of these texts. A module without them need not be parsed.
+# Every violation contains one of these texts, so a module without them need not be parsed.
 MENTION: Final = re.compile(
     rf"sqlalchemy|psycopg|{re.escape(MODELS)}|\.\s*({'|'.join(sorted(EXECUTING))})\b"
 )
@@ -40,7 +40,7 @@ def modules() -> list[str]:
 
 
 def violations(source: str) -> list[str]:
-    """Return the names used in a module that only a storage module may use."""
+    """Return the names in a module that only a storage module may use."""
     if not MENTION.search(source):
         return []
     found = []

@@ -1,4 +1,4 @@
-"""One gateway for all tests of this folder, in front of services that require API keys."""
+"""One gateway for all tests in this folder, in front of services that require API keys."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def options(sender_id: str, request_id: str) -> dict[str, str]:
 
 
 def bodies(sender_id: str) -> dict[tuple[str, str], Any]:
-    """Return the body of each call that needs one."""
+    """Return the body for each call that needs one."""
     chunk = base64.b64encode(b"email\nann@example.com\n").decode()
     return {
         ("POST", "/api/senders"): {"email": "ann@example.com"},
@@ -66,13 +66,13 @@ def queries(sender_id: str) -> dict[tuple[str, str], str]:
     }
 
 
-# What the method itself refuses.
+# The refusals of the methods themselves.
 REFUSED = {
     ("POST", "/api/email-jobs/{email_job_id}:resolve"): "NOT_UNCERTAIN",
     ("GET", "/api/dispatcher"): "OPERATOR_REQUIRED",
     ("POST", "/api/dispatcher:drain"): "OPERATOR_REQUIRED",
 }
-# In this order at the end, because they change what the others need.
+# These run last and in this order, because they change resources that the others need.
 LAST = [
     ("DELETE", "/api/suppressions/{email}"),
     ("DELETE", "/api/email-jobs/{email_job_id}"),
@@ -97,7 +97,7 @@ def test_every_rule_reaches_its_method(gateway: GatewayStack) -> None:
         path = re.sub(r"{(\w+)}", lambda name: ids.get(name[1], "1"), url)
         if query := queries(sender_id).get(rule):
             path = f"{path}?{query.replace(' ', '%20')}"
-        # A watch has no end of its own.
+        # A watch does not end by itself.
         found[rule] = gateway.call(
             verb, path, bodies(sender_id).get(rule), key="ann", grpc_timeout="4S"
         )
@@ -105,7 +105,7 @@ def test_every_rule_reaches_its_method(gateway: GatewayStack) -> None:
         if answer.status != 200:
             reason = answer.reason
             assert not reason.startswith("GATEWAY_"), (rule, answer)
-            # A new method may need more than the ids above; then its test is elsewhere.
+            # A new method may need other ids than those above; then its test is elsewhere.
             assert rule not in KNOWN or reason == REFUSED.get(rule), (rule, answer)
     assert set(found) >= KNOWN
 

@@ -24,7 +24,7 @@ def test_a_csv_of_any_size_is_uploaded_as_it_is(gateway: GatewayStack) -> None:
         {
             "options.sender_id": gateway.sender(),
             "options.request_id": "file",
-            # A space is a plus sign here, as browsers and curl write it.
+            # Here a plus sign means a space, as browsers and curl write it.
             "options.subject": "Hello {{ name }} & all",
             "options.body": "Hi + bye",
             "options.spacing": "0.250s",
@@ -32,7 +32,7 @@ def test_a_csv_of_any_size_is_uploaded_as_it_is(gateway: GatewayStack) -> None:
         }
     )
     path = f"/api/batches:uploadFile?{query}"
-    # It exceeds the limit of a message.
+    # It exceeds the size limit of a message.
     content = csv()
     assert len(content) > 5 * 1024 * 1024
     answer = gateway.call("POST", path, content, key="ann", content_type="text/csv")
@@ -52,7 +52,7 @@ def test_a_patch_without_a_mask_changes_the_fields_that_it_has(gateway: GatewayS
     changed = gateway.call("PATCH", path, {"hourly_limit": 30}, key="ann").document
     assert (changed["hourly_limit"], changed["min_gap"]) == (30, "5s")
     assert changed["display_name"] == "Shop"
-    # A field that it does not have is reset only if the mask names it.
+    # A field that is missing in the body is reset only if the mask names it.
     same = gateway.call("PATCH", path, {"display_name": ""}, key="ann").document
     assert same["display_name"] == "Shop"
     masked = f"{path}?update_mask=display_name,min_gap"

@@ -1,4 +1,4 @@
-"""Errors over REST: those of the services, and those that Envoy answers itself."""
+"""Errors over REST: those of the services, and those of Envoy itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from outbox_server.deploy.envoy.replies import REASONS
 from tests.eventually import eventually
 from tests.gateway_stack import GatewayStack
 
-# A state of a socket in /proc/net/tcp.
+# The number of a socket state in /proc/net/tcp.
 LISTEN = "0A"
 
 
@@ -89,7 +89,7 @@ def test_headers_and_bodies_are_limited(gateway: GatewayStack) -> None:
 
 def test_a_deadline_reaches_the_service(gateway: GatewayStack) -> None:
     answer = gateway.call("GET", "/api/senders/1", grpc_timeout="1n")
-    # The service and the gateway both watch it.
+    # Both the service and the gateway watch the deadline.
     assert answer.status == 504
     assert answer.reason in {"DEADLINE_EXCEEDED", "GATEWAY_TIMEOUT"}
 
@@ -121,7 +121,7 @@ async def test_a_service_that_is_away_is_unavailable_and_the_others_answer(
 
 
 def test_the_error_of_a_grpc_call_stays_one_of_grpc(gateway: GatewayStack) -> None:
-    # A call that Envoy refuses itself: its text must not become JSON.
+    # Envoy refuses this call itself; its text must not become JSON.
     answer = gateway.call(
         "POST", "/outbox.v1.NoService/Nothing", b"", content_type="application/grpc", te="trailers"
     )
@@ -145,7 +145,7 @@ def test_the_access_log_has_no_url_and_no_body(gateway: GatewayStack) -> None:
     request_id = answer.headers["x-request-id"]
     assert gateway.envoy is not None
     log = gateway.folder / "logs" / "gateway.log"
-    # Envoy writes its log every 10 s, or when it ends.
+    # Envoy writes its log every 10 s and when it ends.
     gateway.runner.run(gateway.envoy.stop())
     gateway.runner.run(gateway.envoy.start())
     text = log.read_text()

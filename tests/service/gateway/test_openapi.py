@@ -1,4 +1,4 @@
-"""schemathesis calls the gateway with what the OpenAPI document allows, and checks the answers."""
+"""schemathesis calls the gateway with valid data of the OpenAPI document and checks the answers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHECKS = (
     "not_a_server_error,response_schema_conformance,content_type_conformance,"
     "status_code_conformance"
 )
-# Not watches, which are no single documents, nor what ends the stack's only dispatcher.
+# Watches are left out, because they are not single documents, and the drain of the only dispatcher.
 LEFT_OUT = ":watch$|:drain$"
-# For each operation; some are valid, and some are not.
+# The number of examples of each operation; some are valid, and some are not.
 EXAMPLES = 8
 
 
@@ -87,7 +87,7 @@ def test_an_answer_that_differs_from_the_document_is_found(
         ("EmailJobService", ("GET", "POST", "DELETE")),
         ("StatsService", ("GET", "POST")),
         ("SuppressionService", ("GET", "POST", "DELETE")),
-        # The last one: it deletes the sender.
+        # The last operation deletes the sender.
         ("SenderService", ("DELETE",)),
     ],
 )

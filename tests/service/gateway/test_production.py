@@ -1,4 +1,4 @@
-"""`outbox gateway` as a real deployment runs it: TLS on both sides, metrics, other origins."""
+"""`outbox gateway` in a real deployment: TLS on both sides, metrics, other origins."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def running_gateway(folder: Path, *words: str) -> AsyncIterator[None]:
         )
     try:
         yield
-        # It still runs: it is what answered.
+        # The services still run: they have answered.
         assert process.returncode is None, (folder / "gateway.log").read_text()
     finally:
         if process.returncode is None:
@@ -68,7 +68,7 @@ async def test_calls_are_encrypted_on_both_sides_and_only_metrics_are_public(
         )
         async with running_gateway(tmp_path, *listening(port, outside), *options):
             senders = f"{url}/api/senders?user_id=ann"
-            # It may be called before the first health check, too.
+            # The call may come before the first health check too.
             await eventually(lambda: curl(*trusting, senders))
             assert json.loads(await curl(*trusting, senders))["senders"] == []
             assert await curl(senders) == ""  # an unknown certificate
@@ -81,7 +81,7 @@ async def test_calls_are_encrypted_on_both_sides_and_only_metrics_are_public(
                 )
                 assert (f"access-control-allow-origin: {origin}" in preflight) is allowed
 
-            # A new certificate is moved to the place of the old one, which is then unknown.
+            # A new certificate replaces the old one, and the old one is then unknown.
             new = self_signed(tmp_path / "new")
             new.private.replace(outside.private)
             new.public.rename(outside.public)
