@@ -118,7 +118,7 @@ async def restarted(restored: Restored, redis_url: str, inbox: Inbox) -> AsyncIt
         yield world
 
 
-async def test_a_restored_backup_sends_what_it_does_not_know_as_sent(
+async def test_a_restored_backup_sends_mail_that_it_does_not_record_as_sent(
     restored: Restored, redis_url: str, inbox: Inbox
 ) -> None:
     assert restored.arrived - restored.sent, "nothing was sent after the dump"

@@ -366,7 +366,7 @@ async def test_the_command_reports_in_a_json_document_and_its_exit_code(
     assert missing.exit_code == 1
 
 
-async def test_mails_of_removed_jobs_are_not_judged_and_their_counts_are(
+async def test_mails_of_removed_jobs_are_not_checked_but_their_counts_are(
     past: SentHistory, settings: Settings, sender: int
 ) -> None:
     # Its id is higher than the ids of all removed jobs.

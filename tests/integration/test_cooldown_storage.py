@@ -193,7 +193,7 @@ async def test_a_refused_probe_advances_the_backoff_and_its_last_value_repeats(
     assert wait - timedelta(minutes=1) < left <= wait - timedelta(seconds=1)
 
 
-async def test_an_attempt_that_began_before_the_time_of_the_probe_does_not_climb(
+async def test_an_attempt_that_began_before_the_time_of_the_probe_does_not_advance_the_backoff(
     world: World, connection: AsyncConnection
 ) -> None:
     sender = await world.sender()

@@ -241,7 +241,7 @@ async def test_refusals_that_are_recorded_together_are_counted_together(
     assert about(await probe_in(world, sender), FIRST)
 
 
-async def test_a_refused_probe_climbs_even_if_an_older_refusal_is_recorded_with_it(
+async def test_a_refused_probe_advances_the_backoff_even_with_an_older_refusal(
     world: World, statements: AsyncEngine
 ) -> None:
     sender = await world.sender()

@@ -422,5 +422,5 @@ async def test_a_child_that_never_becomes_ready_is_an_error_with_its_last_output
         await child.until_ready(never, 10)
 
 
-async def test_stopping_nothing_is_no_error(folder: Path) -> None:
+async def test_stopping_nothing_is_not_an_error(folder: Path) -> None:
     await stop_orphans(folder, "postgres", ())

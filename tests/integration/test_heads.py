@@ -215,7 +215,7 @@ async def test_a_sender_that_postgresql_does_not_know_leaves_ready(world: World)
     assert await world.redis.pttl("outbox:{0}:sender:987654321") > 0, "and is forgotten"
 
 
-async def test_each_sender_lives_in_its_shard(world: World, settings: Settings) -> None:
+async def test_each_sender_is_stored_in_its_shard(world: World, settings: Settings) -> None:
     queues = open_queues(world.redis, settings.model_copy(update={"shards": 3}))
     loader = HeadLoader(world.engine, queues, settings)
     senders = [await world.sender() for _ in range(7)]

@@ -354,7 +354,7 @@ async def test_a_refusal_does_not_wait_for_the_next_chunk(
     assert refusal.reason == "ROW_REJECTED"
 
 
-async def test_a_batch_is_accepted_while_redis_is_gone(
+async def test_a_batch_is_accepted_while_redis_is_unreachable(
     scheduler: Scheduler, sender: sender_pb2.Sender, stores: Stores
 ) -> None:
     await stores.redis.stop()

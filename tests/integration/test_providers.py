@@ -318,7 +318,7 @@ async def test_a_blocked_account_is_refused_at_mail() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
-async def test_a_wrong_password_is_refused_in_the_words_of_the_provider(profile: Profile) -> None:
+async def test_a_wrong_password_is_refused_with_the_reply_of_the_provider(profile: Profile) -> None:
     async with Provider(profile, accounts=ACCOUNTS) as provider:
         with pytest.raises(smtplib.SMTPAuthenticationError) as refused:
             async with foreign_client(provider, login=(USER, "wrong")):

@@ -168,7 +168,7 @@ async def test_a_renewed_job_is_settled_by_its_attempt(
 # Concurrent with a recovery ------------------------------------------------------------------
 
 
-async def test_an_expired_lease_that_nobody_noticed_is_renewed_and_not_recovered(
+async def test_an_expired_lease_that_was_not_noticed_is_renewed_and_not_recovered(
     world: World, connection: AsyncConnection
 ) -> None:
     [job] = await marked_jobs(world, connection, lease=OVER)

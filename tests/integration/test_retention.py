@@ -334,7 +334,7 @@ async def test_one_process_removes_at_a_time(database_url: str) -> None:
     await _on(database_url, work)
 
 
-async def test_the_statements_read_by_their_indexes(database_url: str) -> None:
+async def test_the_statements_use_their_indexes(database_url: str) -> None:
     installation = Installation(database_url)
     await asyncio.to_thread(
         installation.write, [OLD_FAILURES, PastBatch(3, OLD_FAILURES.jobs[:1] * 20)]
@@ -356,7 +356,7 @@ async def test_the_statements_read_by_their_indexes(database_url: str) -> None:
         assert read() == before
 
 
-async def test_the_stats_service_removes_what_is_old(database_url: str, redis_url: str) -> None:
+async def test_the_stats_service_removes_old_jobs(database_url: str, redis_url: str) -> None:
     installation = Installation(database_url)
     young = PastBatch(3, (PastJob(JobState.SENT, 2, (2,)),))
     await asyncio.to_thread(installation.write, [OLD_FAILURES, young])

@@ -83,7 +83,7 @@ async def test_a_context_is_built_once_for_each_text_of_certificates(tmp_path: P
 
 
 @pytest.mark.parametrize("text", ["", "hello", "-----BEGIN CERTIFICATE-----\nAAAA\n"])
-def test_a_text_without_a_certificate_is_no_ca(text: str, tmp_path: Path) -> None:
+def test_a_text_without_a_certificate_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must contain a certificate in PEM"):
         check_ca(text)
     file = tmp_path / "ca.pem"

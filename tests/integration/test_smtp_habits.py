@@ -453,7 +453,7 @@ async def test_a_connection_used_up_by_a_refused_mail_ends_with_rset_and_quit() 
         ({"body": Say("354 more")}, ()),
     ],
 )
-async def test_a_reply_to_another_command_is_no_acceptance(
+async def test_a_reply_to_another_command_is_not_an_acceptance(
     pool: SmtpPool, plan: dict[str, Any], extensions: tuple[str, ...]
 ) -> None:
     async with ScriptedServer(plan, extensions=extensions) as server:

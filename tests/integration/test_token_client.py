@@ -153,7 +153,7 @@ async def test_a_compressed_answer_is_not_decompressed(
     assert "without a usable access_token" in (await failure(client, wanted(provider))).message
 
 
-async def test_an_answer_that_breaks_off_is_no_token(
+async def test_an_incomplete_answer_is_not_a_token(
     client: TokenClient, provider: OAuth2Provider
 ) -> None:
     token = {"access_token": "ya29.half", "refresh_token": "1//half"}
@@ -223,7 +223,7 @@ async def test_a_certificate_for_another_name_is_not_trusted(
     assert provider.requests == []
 
 
-def test_a_ca_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:
+def test_a_ca_file_that_cannot_be_read_prevents_the_start(tmp_path: Path) -> None:
     for content in (None, "no certificate"):
         path = tmp_path / "ca.pem"
         if content is not None:

@@ -83,9 +83,7 @@ async def test_purge_shows_what_it_would_remove_and_removes_it(
         (("--older-than", "soon"), "'soon' is not a duration"),
     ],
 )
-async def test_purge_refuses_an_age_that_is_no_retention(
-    words: tuple[str, ...], complaint: str
-) -> None:
+async def test_purge_refuses_an_invalid_age(words: tuple[str, ...], complaint: str) -> None:
     refused = await purge(*words)
     assert refused.exit_code == 2
     assert complaint in " ".join(refused.stderr.replace("│", " ").split())

@@ -104,7 +104,7 @@ def test_migrate_creates_the_schema_and_can_be_run_again(stores: Stores, tmp_pat
         stores.administrate(sql.SQL("DROP DATABASE {} (FORCE)").format(name))
 
 
-def test_migrate_without_a_database_says_so_in_one_line(tmp_path: Path) -> None:
+def test_migrate_without_a_database_reports_it_in_one_line(tmp_path: Path) -> None:
     url = f"postgresql://outbox:geheim@127.0.0.1:{free_port()}/outbox"
     with running(tmp_path, "migrate", {"OUTBOX_DATABASE_URL": url}) as process:
         out, err = process.communicate(timeout=PATIENCE)

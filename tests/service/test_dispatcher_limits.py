@@ -234,7 +234,7 @@ async def test_a_changed_gap_holds_from_the_next_claim_on(
 
 
 @pytest.mark.usefixtures("_no_heartbeat")
-async def test_a_deleted_sender_sends_no_more(configure: Configure, inbox: Inbox) -> None:
+async def test_a_deleted_sender_sends_no_further_mail(configure: Configure, inbox: Inbox) -> None:
     async with working(configure(min_gap="30ms")) as world:
         sender, control = await world.sender(), await world.sender()
         await world.schedule(sender, 20)

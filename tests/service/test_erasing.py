@@ -195,7 +195,7 @@ async def test_an_erased_address_stays_suppressed(scheduler: Scheduler, email: s
     assert scheduler.value("SELECT state FROM email_jobs") == JobState.SUPPRESSED
 
 
-async def test_an_erasure_of_one_user_is_none_of_another(scheduler: Scheduler) -> None:
+async def test_an_erasure_by_one_user_does_not_affect_another_user(scheduler: Scheduler) -> None:
     bob = await scheduler.sender("bob")
     await scheduler.schedule(bob, f"email\n{ADDRESS}\n")
     await erase(scheduler)
@@ -211,7 +211,7 @@ async def test_an_erasure_of_one_user_is_none_of_another(scheduler: Scheduler) -
     assert len({address for _, address in hashes}) == 2
 
 
-async def test_the_address_itself_lifts_the_suppression(scheduler: Scheduler) -> None:
+async def test_a_suppression_can_be_removed_by_its_address(scheduler: Scheduler) -> None:
     sender = await scheduler.sender("ann")
     kept = (await erase(scheduler)).suppression
     made = await scheduler.suppressions.CreateSuppression(

@@ -119,18 +119,18 @@ async def test_an_error_of_many_fields_still_reaches_the_client(stack: Stack) ->
 
 
 @pytest.mark.parametrize("method", ["ForecastBatch", "AuditSender", "QuerySenderSeries"])
-async def test_an_unimplemented_method_says_so(stack: Stack, method: str) -> None:
+async def test_an_unimplemented_method_returns_unimplemented(stack: Stack, method: str) -> None:
     status = await stack.refused(stack.channel.unary_unary(f"/{STATS}/{method}")(b""))
     assert reason(status) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
     assert method in status.message
 
 
-async def test_an_unimplemented_stream_says_so(stack: Stack) -> None:
+async def test_an_unimplemented_stream_returns_unimplemented(stack: Stack) -> None:
     watch = stack.channel.unary_stream(f"/{BATCHES}/WatchBatch")(b"")
     assert reason(await stack.refused(watch.read())) == ("UNIMPLEMENTED", "NOT_IMPLEMENTED")
 
 
-async def test_an_unknown_method_says_so_for_every_kind_of_call(stack: Stack) -> None:
+async def test_an_unknown_method_is_reported_for_every_kind_of_call(stack: Stack) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b""
 

@@ -84,7 +84,7 @@ def ended(found: Scrape) -> float:
     return sum(found.all("outbox_attempts_total").values())
 
 
-async def test_the_figures_are_those_that_the_mail_server_counted(
+async def test_the_metrics_equal_the_counts_of_the_mail_server(
     installation: Installation,
 ) -> None:
     it, smtp = installation.scheduler, installation.smtp
@@ -277,7 +277,7 @@ async def answer_to(address: str, request: bytes) -> bytes:
         (b"\x16\x03\x01\r\n\r\n", b"405 Method Not Allowed"),
     ],
 )
-async def test_only_a_get_of_metrics_gets_them(
+async def test_only_a_get_request_for_metrics_returns_them(
     address: str, request_: bytes, status: bytes
 ) -> None:
     answer = await answer_to(address, request_)
@@ -312,7 +312,7 @@ async def test_idle_connections_do_not_exceed_their_number(address: str) -> None
 
 
 @pytest.mark.parametrize("listen", ["9464", "127.0.0.1:x", "127.0.0.1:70000", "unix:/x"])
-def test_an_address_that_is_none_is_refused(listen: str) -> None:
+def test_a_malformed_address_is_refused(listen: str) -> None:
     with pytest.raises(ConfigurationError, match=r"OUTBOX_METRICS_LISTEN: .* write host:port"):
         MetricsEndpoint(listen, CollectorRegistry())
 

@@ -320,7 +320,7 @@ async def test_another_users_id_is_a_mismatch_in_every_method(walk: TwoUsers) ->
     assert await walk.fingerprint.take() == before
 
 
-async def test_an_unset_user_id_means_the_callers_own_resources(walk: TwoUsers) -> None:
+async def test_an_unset_user_id_selects_the_callers_own_resources(walk: TwoUsers) -> None:
     for method, channel in await walk.methods():
         for messages in requests(method, walk.his.ids()):
             reported = await walk.ask(method, channel, messages)

@@ -92,7 +92,7 @@ async def test_the_health_port_answers_nothing_but_probes() -> None:
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_the_command_asks_the_health_port_and_its_exit_code_says_the_state() -> None:
+async def test_the_command_queries_the_health_port_and_its_exit_code_gives_the_state() -> None:
     address = listen()
 
     async def ask(*words: str) -> tuple[int, str]:
@@ -150,7 +150,7 @@ async def process(service: str, address: str) -> AsyncIterator[asyncio.subproces
 
 
 @pytest.mark.parametrize("service", ["scheduler", "dispatcher", "stats"])
-async def test_a_process_without_its_stores_lives_is_not_ready_and_ends_on_sigterm(
+async def test_a_process_without_its_stores_is_live_but_not_ready_and_ends_on_sigterm(
     service: str,
 ) -> None:
     address = listen()

@@ -17,7 +17,7 @@ async def purge(scheduler: Scheduler) -> None:
     await engine.dispose()
 
 
-async def test_pages_go_on_and_ids_are_not_found_after_a_removal(
+async def test_after_a_removal_paging_continues_and_removed_ids_are_not_found(
     database_url: str, redis_url: str
 ) -> None:
     async with running_scheduler(database_url, redis_url) as scheduler:

@@ -172,7 +172,7 @@ async def test_mail_is_sent_while_the_collector_is_away(traced: Callable[..., An
         await eventually(lambda: it.smtp.taken)
 
 
-async def test_what_is_left_is_exported_at_the_end() -> None:
+async def test_remaining_spans_are_exported_at_the_end() -> None:
     async with collector() as collected:
         tracer = open_tracer(load_settings(traces_endpoint=collected.address), "test")
         assert tracer is not None
@@ -182,7 +182,7 @@ async def test_what_is_left_is_exported_at_the_end() -> None:
         assert span.is_error
 
 
-async def test_a_collector_that_never_answers_does_not_hold_up_the_end() -> None:
+async def test_a_collector_that_never_answers_does_not_delay_the_end() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         tracer = open_tracer(load_settings(traces_endpoint=f"http://127.0.0.1:{port}"), "test")
@@ -225,6 +225,6 @@ def test_without_an_endpoint_the_exporter_is_not_loaded() -> None:
 @pytest.mark.parametrize(
     "endpoint", ["collector:4317", "http://collector", "grpc://c:1", "http://"]
 )
-def test_an_endpoint_that_is_no_url_is_refused(endpoint: str) -> None:
+def test_an_endpoint_that_is_not_a_url_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigurationError, match=r"OUTBOX_TRACES_ENDPOINT: .* write http://host"):
         open_tracer(load_settings(traces_endpoint=endpoint), "test")

@@ -47,7 +47,7 @@ async def test_a_file_in_pieces_is_accepted_once_per_request_id(scheduler: Sched
 
 
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json"])
-async def test_a_body_that_is_no_csv_is_refused_by_its_content_type(
+async def test_a_body_that_is_not_csv_is_refused_by_its_content_type(
     scheduler: Scheduler, kind: str
 ) -> None:
     options = options_for(await scheduler.sender())

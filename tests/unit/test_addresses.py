@@ -90,7 +90,7 @@ def test_an_invalid_address_is_refused_with_a_reason(text: str, expected: str) -
     assert reason(text) == expected
 
 
-def test_the_error_for_an_address_with_a_name_says_what_to_write() -> None:
+def test_the_error_for_an_address_with_a_name_gives_the_correct_form() -> None:
     with pytest.raises(BadAddress, match=r"write only 'ann@example\.com'") as caught:
         check_address("Ann Smith <ann@example.com>")
     assert caught.value.reason == "ADDRESS_INVALID"

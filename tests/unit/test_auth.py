@@ -18,7 +18,7 @@ BACKEND = Caller(user_id=None, kind=CallerKind.SERVICE)
 LOCAL = Caller(user_id=None, kind=CallerKind.LOCAL)
 
 
-def test_a_user_acts_for_itself_whether_it_says_so_or_not() -> None:
+def test_a_user_acts_for_itself_with_or_without_its_user_id() -> None:
     assert effective_user(ANN, "") == "ann"
     assert effective_user(ANN, "ann") == "ann"
 

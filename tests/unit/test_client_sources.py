@@ -101,7 +101,7 @@ class Polars:
 
 
 @pytest.mark.parametrize("table", [Pandas(), Polars()])
-def test_a_table_writes_itself_and_can_do_so_again(table: Any) -> None:
+def test_a_table_can_be_read_as_csv_twice(table: Any) -> None:
     source = source_of(table)
     for _ in range(2):
         with source.open() as opened:

@@ -249,7 +249,7 @@ async def test_a_mail_over_the_size_limit_names_its_size_and_the_limit() -> None
     assert composer.compose(job(variables='["Ann"]'))
 
 
-async def test_a_sender_whose_name_is_too_large_for_any_mail_says_so() -> None:
+async def test_a_sender_whose_name_is_too_large_for_any_mail_is_reported() -> None:
     reader = Reader(replace(BATCH, display_name="名" * 1_000))
     composer = composer_of(reader, max_message_bytes=2_000)
     await composer.prepare([job()])

@@ -163,7 +163,7 @@ def test_two_columns_for_the_time_zone_are_refused() -> None:
     assert "'Time Zone' and 'Timezone' both give the time zone of a row; keep one" in error.message
 
 
-def test_bytes_that_are_no_utf8_are_refused_with_their_place() -> None:
+def test_bytes_that_are_not_utf8_are_refused_with_their_position() -> None:
     head = "email,name\na@b.de,Ünö\n".encode()
     error = refusal(head + b"c@d.de,J\xf6rg\ne@f.de,x\n")
     assert error.reason == "CSV_NOT_UTF8"
@@ -178,7 +178,7 @@ def test_bytes_that_are_no_utf8_are_refused_with_their_place() -> None:
     assert refusal(b"\xff\xfe" + "email\na".encode("utf-16-le") + b"\x00").reason == "CSV_NOT_UTF8"
 
 
-def test_a_nul_is_refused_with_its_place() -> None:
+def test_a_nul_is_refused_with_its_position() -> None:
     error = refusal("email,name\na@b.de,é\nc@d.de,x\0y\n")
     assert error.reason == "CSV_NUL"
     assert error.message == "row 2: a NUL character at byte 29"

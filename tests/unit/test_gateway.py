@@ -39,7 +39,7 @@ def test_the_streams_of_the_contract_have_no_limit_and_uploads_an_hour() -> None
     }
 
 
-def test_a_process_that_is_not_given_is_not_offered() -> None:
+def test_the_gateway_offers_only_the_given_services() -> None:
     gateway = Gateway("127.0.0.1:8080", Path("/x"), {"scheduler": "a:1", "stats": "b:2"})
     config = str(build_config(gateway, services_of(read_descriptors())))
     assert "outbox.v1.StatsService" in config

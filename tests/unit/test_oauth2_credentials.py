@@ -164,7 +164,7 @@ def test_credentials_need_a_secret() -> None:
         "https://id.example.com/" + "t" * 2_048,
     ],
 )
-def test_a_token_url_that_is_no_https_url_is_refused(url: str) -> None:
+def test_a_token_url_that_is_not_https_is_refused(url: str) -> None:
     asked = credentials(refresh_token="r", token_url=url)
     assert refused_field(asked) == "smtp.oauth2.token_url"
 

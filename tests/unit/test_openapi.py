@@ -58,7 +58,7 @@ def schema_of(document: dict[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def test_what_is_sent_and_what_is_returned_have_schemas_of_their_own(
+def test_requests_and_responses_have_separate_schemas(
     document: dict[str, Any],
 ) -> None:
     sent, returned = schema_of(document, "SenderInput"), schema_of(document, "Sender")
@@ -75,7 +75,7 @@ def test_what_is_sent_and_what_is_returned_have_schemas_of_their_own(
     assert changed["properties"].keys() == sent["properties"].keys()
 
 
-def test_values_are_described_as_json_has_them(document: dict[str, Any]) -> None:
+def test_values_are_described_in_their_json_form(document: dict[str, Any]) -> None:
     batch = schema_of(document, "Batch")["properties"]
     assert batch["accepted_count"]["type"] == "string"
     assert batch["create_time"]["format"] == "date-time"

@@ -39,7 +39,7 @@ def test_decrypting_with_a_lost_key_is_a_clear_error() -> None:
 
 
 @pytest.mark.parametrize("bad", ["abc", "not a key", "\u2713", "A" * 43])
-def test_a_malformed_key_stops_the_start_and_is_not_repeated(bad: str) -> None:
+def test_a_malformed_key_prevents_the_start_and_is_not_shown(bad: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         SecretBox.from_settings(load_settings(encryption_keys=f"{generate_key()},{bad}"))
     assert "OUTBOX_ENCRYPTION_KEYS: key 2 is not a Fernet key" in caught.value.message

@@ -36,7 +36,7 @@ PLACES: dict[str, list[Traversable]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_each_place_implements_every_limit_or_says_why_not(place: str) -> None:
+def test_each_place_implements_every_limit_or_states_a_reason(place: str) -> None:
     text = "".join(file.read_text(encoding="utf-8") for file in PLACES[place])
     implemented: set[str] = set()
     left_out: set[str] = set()

@@ -80,7 +80,7 @@ def test_an_error_is_not_repeated() -> None:
     assert str(two).endswith("; name: is missing")
 
 
-def test_a_forecast_is_of_a_batch_or_of_a_plan() -> None:
+def test_a_forecast_takes_a_batch_or_a_plan_but_not_both() -> None:
     result = CliRunner().invoke(
         stats, ["forecast", "17", "--spacing", "5s", "--schedule-time", "now"]
     )

@@ -95,7 +95,7 @@ def test_an_empty_html_cell_means_no_html() -> None:
         ("body", "{% for i in (1..x) %}{{ i | nosuch }}{% endfor %}", "unknown filter"),
     ],
 )
-def test_a_template_that_does_not_parse_is_refused_with_its_place(
+def test_a_template_that_does_not_parse_is_refused_with_the_position_of_the_error(
     field: str, source: str, place: str
 ) -> None:
     sources = {"subject": "s", "body": "b", "html": "h", field: source}

@@ -57,7 +57,7 @@ async def test_renewals_are_answered_in_the_order_of_the_leases(shard: Shard) ->
     assert await shard.renew(*order) == [end, None, None, end, end]
 
 
-async def test_renewing_no_leases_is_no_error(shard: Shard) -> None:
+async def test_renewing_no_leases_is_not_an_error(shard: Shard) -> None:
     assert await shard.renew() == []
 
 
@@ -96,7 +96,7 @@ async def test_a_renewed_lease_outlives_its_first_end(shard: Shard) -> None:
     assert list((await shard.sender()).window.values()) == [20_000 + LEASE_MS]
 
 
-async def test_an_expired_lease_that_nobody_noticed_is_renewed(shard: Shard) -> None:
+async def test_an_expired_lease_that_was_not_noticed_is_renewed(shard: Shard) -> None:
     # No claim has examined the sender since, so its entry is still reserved.
     await shard.load(HEAD)
     claim = await claim_one(shard)

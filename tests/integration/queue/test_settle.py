@@ -95,7 +95,7 @@ async def test_many_claims_of_many_senders_are_settled_at_once(shard: Shard) -> 
         assert len(sender.window) == 2
 
 
-async def test_settling_no_claims_is_no_error(shard: Shard) -> None:
+async def test_settling_no_claims_is_not_an_error(shard: Shard) -> None:
     assert await shard.queue.settle([]) == []
 
 

@@ -120,7 +120,7 @@ async def test_a_service_that_is_away_is_unavailable_and_the_others_answer(
     await eventually(lambda: answer() == (200, ""))
 
 
-def test_the_error_of_a_grpc_call_stays_one_of_grpc(gateway: GatewayStack) -> None:
+def test_a_grpc_call_gets_a_grpc_error(gateway: GatewayStack) -> None:
     # Envoy refuses this call itself; its text must not become JSON.
     answer = gateway.call(
         "POST", "/outbox.v1.NoService/Nothing", b"", content_type="application/grpc", te="trailers"
@@ -130,7 +130,7 @@ def test_the_error_of_a_grpc_call_stays_one_of_grpc(gateway: GatewayStack) -> No
     assert "{" not in answer.headers.get("grpc-message", "")
 
 
-def test_the_gateway_of_a_machine_refuses_other_names_and_web_pages(gateway: GatewayStack) -> None:
+def test_a_local_gateway_refuses_other_host_names_and_web_pages(gateway: GatewayStack) -> None:
     for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
         answer = gateway.call("GET", "/api/senders", key="ann", **headers)
         assert (answer.status, answer.reason) == (403, "GATEWAY_FORBIDDEN")

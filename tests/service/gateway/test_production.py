@@ -117,7 +117,7 @@ async def test_a_service_with_an_unknown_certificate_is_not_called(
             assert answer["details"][0]["reason"] == "GATEWAY_UNAVAILABLE"
 
 
-def test_the_files_for_an_envoy_of_ones_own_are_written(tmp_path: Path) -> None:
+def test_the_files_for_a_separate_envoy_are_written(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     done = subprocess.run(
         [OUTBOX, "gateway", "--write-only", "--folder", folder],
