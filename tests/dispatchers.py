@@ -80,7 +80,7 @@ class DispatcherClient:
         return await self.stub.DrainDispatcher(request, timeout=within)
 
     async def serving(self) -> bool:
-        """Return whether its health says SERVING."""
+        """Return whether its health is SERVING."""
         try:
             answer = await self._health.Check(health_pb2.HealthCheckRequest(service=SERVICE))
         except grpc.aio.AioRpcError:
@@ -142,7 +142,7 @@ class DispatcherProcess:
 
     @property
     def listen(self) -> str:
-        """Its address; empty until it listens."""
+        """Return its address, or an empty string until it listens."""
         if not self._address and self._ports is not None and self._ports.poll():
             with suppress(EOFError):  # the process ended first
                 self._address = f"127.0.0.1:{self._ports.recv()}"
@@ -200,7 +200,7 @@ class DispatcherProcess:
         return self.process.exitcode is None
 
     async def serving(self) -> bool:
-        """Return whether its health says SERVING."""
+        """Return whether its health is SERVING."""
         if not self.listen:
             return False
         async with grpc.aio.insecure_channel(self.listen) as channel:

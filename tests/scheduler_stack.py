@@ -40,7 +40,7 @@ class Refusal:
     reason: str
     message: str
     metadata: Mapping[str, str]
-    # Descriptions by field.
+    # Descriptions of violations by field path.
     violations: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -47,7 +47,7 @@ class Restored:
     """An installation from a dump that was made while mail was being sent."""
 
     url: str
-    # The jobs that were SENT in the dump, and all jobs of the dump.
+    # The SENT jobs of the dump, and all jobs of the dump.
     sent: set[int]
     jobs: set[int]
     # The jobs that had arrived when the first installation failed.

@@ -1,12 +1,12 @@
 """A model of the limiter and the queue in plain Python: what the Lua scripts must decide.
 
-Pure, and by definition rather than by speed: the instant from which the window has room is looked
-for among all instants, and the next sender among all senders. Times are Unix ms.
+The module has no I/O and follows the definitions instead of being fast: it searches all instants
+for the one from which the window has room, and all senders for the next one. Times are Unix ms.
 
 The limits of a sender are implemented here, in look.lua (which decides), simulation.py (forecast)
 and replay.py (audit), and named in explaining.py: sender_limits.py has the list.
 Without Limit.SENDING_HOURS: the scripts get one opening with each load, and test_sending_hours.py
-tests what they make of it; the openings of a week are computed in Python.
+tests how they use it; the openings of a week are computed in Python.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 INFINITY = float("inf")
-# Connection failures in a row that open a circuit; ms between two rechecks of a waiter.
+# The number of connection failures in a row that open a circuit; ms between two rechecks of a
+# waiter.
 FAILURES = 3
 RECHECK = 30_000
 # The learned pace: its first and its longest gap, and the factor by which it shrinks.
@@ -30,24 +31,24 @@ class CircuitModel:
     """The state of one endpoint in the queue."""
 
     failures: int = 0
-    # Whose failures these are.
+    # The senders of these failures.
     senders: set[int] = field(default_factory=set)
     open: bool = False
     next: int = 0
     step: int = 0
     probe: tuple[int, str] | None = None
     busy_until: int = 0
-    # Since when each could send without the circuit.
+    # For each waiting sender, the time from which it could send without the circuit.
     waiters: dict[int, int] = field(default_factory=dict)
 
     @property
     def turn(self) -> int:
-        """When the next probe may be sent."""
+        """Return the time of the next probe."""
         return max(self.next, self.busy_until)
 
     @property
     def first(self) -> int | None:
-        """The waiter that could send for the longest time."""
+        """Return the waiter that has been able to send for the longest time."""
         return min(((at, str(s), s) for s, at in self.waiters.items()), default=(0, "", None))[2]
 
     def admits(self, now: int) -> bool:
@@ -60,7 +61,7 @@ class SenderModel:
 
     epoch: int
     limit: int = 1
-    # Its own gap, and the pace learned from its server; 0: none.
+    # The sender's own gap, and the pace learned from its server; 0 means none.
     own_gap: int = 0
     pace: int = 0
     flight: int = 1
@@ -71,26 +72,26 @@ class SenderModel:
     last_end: int = 0
     due: dict[str, int] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
-    # Ends that take an entry of the window, by job and attempt; a "?" for each that is assumed.
+    # Ends that take an entry of the window, by job and attempt. A "?" marks each assumed end.
     entries: dict[str, int] = field(default_factory=dict)
     # The last load left out a job because it was claimed.
     left_out: bool = False
-    # Nothing waits or is in flight: it is deleted together with its history.
+    # No job waits or is in flight: the sender is deleted together with its history.
     idle: bool = False
     endpoint: str = ""
     revision: int = 0
-    # Its own circuit: failures in a row, whether it is open, the next probe and its lease.
+    # The sender's own circuit: failures in a row, whether it is open, the next probe and its lease.
     troubles: int = 0
     open: bool = False
     probe: int = 0
     step: int = 0
     prober: str | None = None
-    # In a cooldown: the time of the next probe. 0: no cooldown.
+    # The time of the next probe if the sender is in a cooldown, otherwise 0.
     cool: int = 0
 
     @property
     def gap(self) -> int:
-        """The gap that holds: Limit.GAP or Limit.PACE."""
+        """The gap that applies: Limit.GAP or Limit.PACE."""
         return max(self.own_gap, self.pace)
 
     @property
@@ -116,7 +117,7 @@ class SenderModel:
         return max(free, self.probe, self.cool, self.last_end + self.gap if self.gap else 0)
 
     def slow_down(self) -> None:
-        """Raise the pace: mail comes too fast. Sends begun before the pace applied do not count."""
+        """Raise the pace, because mail comes too fast. Sends begun before the pace do not count."""
         if not self.pace or not self.leases:
             self.pace = min(PACE_MOST, max(2 * self.gap, PACE_FIRST))
 
@@ -139,11 +140,11 @@ class HeadModel:
     revision: int
     jobs: Sequence[tuple[str, int]]
     more: bool
-    # Member, ms since it ended, whether it takes an entry.
+    # Member, ms since its end, whether it takes an entry.
     ends: Sequence[tuple[str, int, bool]] = ()
-    # Member, ms left.
+    # Member, remaining ms.
     leases: Sequence[tuple[str, int]] = ()
-    # ms until its next probe; 0: it does not cool down.
+    # ms until the next probe; 0 means no cooldown.
     cooldown: int = 0
 
 
@@ -151,7 +152,7 @@ def wait_of(backoff: Sequence[int], number: int) -> int:
     return backoff[min(number, len(backoff)) - 1]
 
 
-# Sender, member, ms since it was allowed, whether it is the probe of a cooldown.
+# Sender, member, ms since the claim was allowed, whether it is the probe of a cooldown.
 ClaimModel = tuple[int, str, int, bool]
 
 
@@ -174,16 +175,16 @@ class QueueModel:
         self.soon = soon
         self.whole = False
         self.senders: dict[int, SenderModel] = {}
-        # Of senders that are not known, and that somebody loads.
+        # Epochs of senders that are not loaded yet but are being loaded.
         self.new_epochs: dict[int, int] = {}
         self.ready: dict[int, int] = {}
         self.circuits: dict[str, CircuitModel] = {}
-        # Circuits that opened or closed, of a sender or of an endpoint.
+        # Circuits that opened or closed; the sender is None for an endpoint's circuit.
         self.changes: list[tuple[bool, int | None]] = []
 
     @property
     def first_look(self) -> int | None:
-        """When something can be done next."""
+        """Return the time of the next look."""
         return min(self.ready.values(), default=None)
 
     # claim -----------------------------------------------------------------------------------
@@ -191,9 +192,9 @@ class QueueModel:
     def claim(self, now: int, want: int) -> tuple[list[ClaimModel], list[int]]:
         """Return the claims and loads.
 
-        Each has a lease from now on.
+        Each claim has a lease that begins now.
 
-        Senders that share an instant come in the order of their ids as texts.
+        Senders with the same look are served in the order of their ids as texts.
         """
         claims: list[ClaimModel] = []
         loads: list[int] = []
@@ -230,7 +231,8 @@ class QueueModel:
             self._begin_probe(sender_id, member, now)
             claims.append((sender_id, member, now - max(due, allowed), s.cool > 0))
             limited = limited or (not s.due and s.places > 0 and len(claims) < want)
-        # For how long it is known since when a job that is kept for want of room was allowed.
+        # Entries are kept for this long, so that the wait of a job for which there was no room is
+        # known.
         keep = max(self.window, s.gap) * (1 if limited else 2)
         s.entries = {member: end for member, end in s.entries.items() if end > now - keep}
         if s.horizon < INFINITY and len(s.due) < self.low and s.loading is None:
@@ -271,9 +273,9 @@ class QueueModel:
     ) -> bool:
         """End one claim; `ended` is rounded up. Returns whether the sender is known.
 
-        `lease`: when that of this claim runs out; an UNUSED one frees no other. `failed`: the waits
-        before probes, if the connection failed. `pace`: SENT or RATE. `cooldown`: when its next
-        probe may be, 0 if the cooldown is over.
+        `lease`: the end of this claim's lease; an UNUSED one releases no other lease. `failed`: the
+        waits before probes, if the connection failed. `pace`: SENT or RATE. `cooldown`: the time of
+        the next probe, 0 if the cooldown is over.
         """
         s = self.senders.get(sender_id)
         if s is None:
@@ -317,7 +319,7 @@ class QueueModel:
             s.last_end = max(s.last_end, ended)
 
     def confirm(self, now: int, sender_id: int, member: str, lease: int) -> bool:
-        """Return whether a claim still holds; if so, under its own lease."""
+        """Return whether a claim still holds; if so, restore its own lease."""
         s = self.senders.get(sender_id)
         if s is None or member not in s.leases:
             return False
@@ -327,7 +329,7 @@ class QueueModel:
         return True
 
     def renew(self, now: int, sender_id: int, member: str) -> int | None:
-        """Move the end of a lease and return it; None if the lease is gone."""
+        """Move the end of a lease and return it; None if the lease no longer exists."""
         s = self.senders.get(sender_id)
         if s is None or member not in s.leases:
             return None
@@ -457,7 +459,7 @@ class QueueModel:
         return True
 
     def find_lost(self, now: int, sender_ids: Sequence[int]) -> list[int]:
-        """Return the senders that must be loaded; something waits for each."""
+        """Return the senders that must be loaded; each has a waiting job."""
         lost = []
         for sender_id in sender_ids:
             s = self.senders.get(sender_id)
@@ -468,7 +470,7 @@ class QueueModel:
         return lost
 
     def lose(self, sender_id: int) -> None:
-        """Lose any of the keys of a sender: the others are not used any more."""
+        """Lose any of the keys of a sender: its other keys are no longer used."""
         self.senders.pop(sender_id, None)
         self.new_epochs.pop(sender_id, None)
 

@@ -43,8 +43,8 @@ done
 new="$(mktemp -d)"
 trap 'rm -rf "$new"' EXIT
 
-# The machine's package sources, with lists of our own. No package counts as installed, so that apt
-# names all that a server needs.
+# The package sources of the machine, with separate lists. No package counts as installed, so apt
+# lists every package that a server needs.
 mkdir -p "$new"/apt/{lists,cache}/partial
 : >"$new/apt/installed"
 cat /etc/apt/sources.list >"$new/apt/sources.list" 2>/dev/null || true
@@ -83,7 +83,7 @@ unpack() { # SERVER: download and unpack into $new/SERVER
   for archive in "$archives"/*.deb; do
     dpkg-deb --extract "$archive" "$root"
   done
-  # Half of the size, and of no use to a server.
+  # Half of the size, and not needed by a server.
   rm -rf "$root"/usr/share/{doc,man,locale,lintian,i18n} "$root"/usr/lib/*/gconv
 }
 

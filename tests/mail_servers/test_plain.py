@@ -117,7 +117,7 @@ async def test_an_unknown_recipient_fails_alone(configure: Configure, server: Ma
         for mail in scheduled:
             if mail not in known:
                 [attempt] = await run.world.attempts(mail.job)
-                # 550 of Postfix and Exim, 524 of OpenSMTPD.
+                # Postfix and Exim reply 550, OpenSMTPD 524.
                 assert attempt.outcome is AttemptOutcome.PERMANENT_FAILURE
                 assert not attempt.counted
                 assert await run.world.in_state(JobState.FAILED) >= {mail.job}

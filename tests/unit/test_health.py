@@ -50,7 +50,7 @@ async def test_a_dependency_that_hangs_is_unhealthy() -> None:
         await asyncio.Event().wait()
 
     async def well() -> None:
-        """Answer."""
+        """Answer at once."""
 
     async with asyncio.TaskGroup() as group:
         group.create_task(

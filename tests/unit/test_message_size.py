@@ -218,7 +218,7 @@ def test_estimated_sizes_equal_the_sizes_of_the_text(text: str) -> None:
 
 
 class File:
-    """A CSV in one piece."""
+    """A CSV as one piece of data."""
 
     def __init__(self, data: str) -> None:
         self._data = data.encode()

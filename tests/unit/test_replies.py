@@ -271,7 +271,7 @@ def test_a_url_matches_no_phrase() -> None:
         (550, "5.1.\u0661 no", (None, "5.1.\u0661 no")),
         (550, "x 5.1.1 no", (None, "x 5.1.1 no")),
         (550, "5501 mails", (None, "5501 mails")),
-        # As qmail writes it.
+        # qmail writes it like this.
         (550, "sorry, no mailbox here (#5.1.1)", ("5.1.1", "sorry, no mailbox here (#5.1.1)")),
         (550, "sorry (#4.1.1)", (None, "sorry (#4.1.1)")),
     ],

@@ -141,7 +141,7 @@ class Shard:
         return claimed
 
     async def claimed(self, want: int = 100) -> list[int]:
-        """Claim; return the ids of the jobs."""
+        """Claim; return the ids of the claimed jobs."""
         return [claim.job.job_id for claim in (await self.claim(want)).claims]
 
     async def settle(

@@ -95,7 +95,7 @@ class ModelledInstallation:
                 yield job
 
     def read_head(self, sender_id: int, now: int, *, fresh: bool) -> tuple[Head, HeadModel]:
-        """Return the data that a load reads, for the queue and for its model."""
+        """Return the result of a load's reads, for the queue and for its model."""
         row = self.senders[sender_id]
         waiting = sorted(
             self.in_state(JobState.SCHEDULED, sender_id), key=lambda job: (job.due, job.job_id)
