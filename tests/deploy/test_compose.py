@@ -37,7 +37,7 @@ def test_every_part_that_is_named_exists() -> None:
     assert set(scraped[0]["dns_sd_configs"][0]["names"]) == {"scheduler", "dispatcher", "stats"}
 
 
-def test_every_container_of_ours_runs_a_command_with_settings_that_exist() -> None:
+def test_every_outbox_container_runs_a_command_with_settings_that_exist() -> None:
     assert len(OURS) == 6
     known = {f"OUTBOX_{name.upper()}" for name in Settings.model_fields}
     for one in OURS.values():
@@ -48,7 +48,7 @@ def test_every_container_of_ours_runs_a_command_with_settings_that_exist() -> No
                 assert value.removeprefix("/run/secrets/") in one["secrets"]
 
 
-def test_every_container_of_ours_is_locked_down() -> None:
+def test_every_outbox_container_is_locked_down() -> None:
     for one in OURS.values():
         assert one["read_only"] is True
         assert one["cap_drop"] == ["ALL"]

@@ -159,5 +159,5 @@ async def test_a_command_as_process_one_ends_on_sigterm() -> None:
 
 
 @pytest.mark.parametrize("name", ["USER 65532:65532", 'ENTRYPOINT ["outbox"]', "ARG BASE="])
-def test_the_recipe_keeps_what_the_chart_relies_on(name: str) -> None:
+def test_the_dockerfile_has_each_part_that_the_chart_relies_on(name: str) -> None:
     assert name in DOCKERFILE

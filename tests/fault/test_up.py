@@ -376,7 +376,7 @@ def test_wrong_options_of_a_provider_are_refused_before_anything_starts(
     assert not (folder / ".outbox").exists()
 
 
-async def test_the_client_commands_do_what_they_say(folder: Path) -> None:
+async def test_the_client_commands_work_with_a_running_stack(folder: Path) -> None:
     async with running(folder) as up:
         sender = up.ask(
             *("senders", "create", "--user", "u", "--email", "news@example.com"),

@@ -239,7 +239,7 @@ async def test_a_daily_quota_refused_again_waits_for_the_send_that_is_oldest_the
 
 
 @pytest.mark.parametrize("hours", [None, 30.0, 24 - 1 / 60])
-async def test_a_daily_quota_never_waits_for_less_than_the_backoff_says(
+async def test_a_daily_quota_never_waits_for_less_than_the_backoff(
     world: World, connection: AsyncConnection, hours: float | None
 ) -> None:
     sender = await world.sender()

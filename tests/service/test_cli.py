@@ -274,7 +274,7 @@ def test_a_job_missing_from_every_record_counts_as_lost() -> None:
     assert report.lost == 1
 
 
-def test_up_without_the_embedded_servers_says_what_to_install() -> None:
+def test_up_without_the_embedded_servers_names_the_package_to_install() -> None:
     program = (
         "import sys\n"
         "sys.modules['aiosmtpd'] = None\n"

@@ -61,7 +61,7 @@ async def test_renewing_no_leases_is_not_an_error(shard: Shard) -> None:
     assert await shard.renew() == []
 
 
-async def test_a_renewal_never_restores_a_lease_that_is_gone(shard: Shard) -> None:
+async def test_a_renewal_never_restores_a_lease_that_no_longer_exists(shard: Shard) -> None:
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.settle(claim)
