@@ -57,7 +57,7 @@ faketime:
 	@$(PACKAGES) curl faketime
 
 .PHONY: test
-test: faketime $(READY) ## Run all tests on real servers, except those of test-mail-servers
+test: faketime $(READY) ## Run the tests on real servers (not test-deploy, test-mail-servers)
 	$(PYTEST)
 
 .PHONY: test-unit

@@ -278,7 +278,8 @@ class Settings(BaseSettings):
     )
     retry_backoff: Durations = Field(
         (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125)),
-        description="waits before the second, third, ... attempt; any length",
+        description="waits before the second, third, ... attempt, in any number; "
+        "also before the probes of an open circuit",
     )
     lease: Duration = Field(
         timedelta(seconds=60),
@@ -288,7 +289,7 @@ class Settings(BaseSettings):
     )
     uncertain_policy: Literal["resend", "hold"] = Field(
         "resend",
-        description="what happens to a mail if the connection is lost before the server's reply: "
+        description="what happens to a mail if nobody can know whether the server accepted it: "
         "`resend`, or `hold` until a caller decides",
     )
     retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
