@@ -162,6 +162,7 @@ class DispatcherProcess:
     async def start(self) -> None:
         """Start it; return before it is ready."""
         self._address = ""
+        self._log.touch()
         self._ports, port = self._forks.Pipe(duplex=False)
         given = (self._service, self._environment, self._log, port)
         self._process = self._forks.Process(target=_run_process, args=given, daemon=True)
