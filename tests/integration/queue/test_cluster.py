@@ -30,13 +30,11 @@ from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
 class ClusterServer(ValkeyServer):
     """A cluster of one node, with all slots."""
 
-    async def _run(self, binary: Path, port: int) -> None:
+    def _child_on(self, port: int, binary: Path) -> Child:
         argv: list[str | Path] = [binary, "--port", str(port), "--bind", LOOPBACK]
         argv += ["--dir", self.folder, "--save", "", "--appendonly", "no"]
         argv += ["--cluster-enabled", "yes", "--cluster-port", str(free_port())]
-        self._child = Child("Valkey", argv, log=self._log, cwd=self.folder)
-        self._child.start()
-        await self._child.until_ready(self._answers, 30.0)
+        return Child(self.NAME, argv, log=self._log, cwd=self.folder)
 
 
 @pytest_asyncio.fixture
