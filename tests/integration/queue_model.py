@@ -72,6 +72,8 @@ class SenderModel:
     last_end: int = 0
     due: dict[str, int] = field(default_factory=dict)
     leases: dict[str, int] = field(default_factory=dict)
+    # The leases that its history brought.
+    restored: dict[str, int] = field(default_factory=dict)
     # Ends that take an entry of the window, by job and attempt. A "?" marks each assumed end.
     entries: dict[str, int] = field(default_factory=dict)
     # The last load left out a job because it was claimed.
@@ -438,12 +440,14 @@ class QueueModel:
         if self._epoch(sender_id) != epoch:
             return False
         s = self.senders.get(sender_id)
+        restored = {} if s is None else s.restored
         if s is None:
             s = self.senders[sender_id] = SenderModel(epoch=now * 1000)
             self.new_epochs.pop(sender_id)
             s.entries = {member: now_up - age for member, age, counted in head.ends if counted}
             s.last_end = max((now_up - age for _, age, _ in head.ends), default=0)
             s.leases = {member: now_up + left for member, left in head.leases}
+            restored = dict(s.leases)
         elif (s.endpoint, s.revision) != (head.endpoint, head.revision):
             self._forget_troubles(sender_id)
             self._leave_waiters(self.circuit(s), sender_id)
@@ -451,6 +455,11 @@ class QueueModel:
         s.endpoint, s.revision = head.endpoint, head.revision
         s.limit, s.own_gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
         s.cool = now_up + head.cooldown if head.cooldown else 0
+        for member, _ in head.jobs:
+            # A dispatcher gave it back after its lease was restored.
+            if member in s.restored and s.leases.get(member) == s.restored[member]:
+                del s.leases[member]
+        s.restored = restored
         s.due = {member: due for member, due in head.jobs if member not in s.leases}
         s.left_out = len(s.due) < len(head.jobs)
         s.horizon = head.jobs[-1][1] if head.more else INFINITY

@@ -44,9 +44,21 @@ local function replace_head()
     local due, leases, scores, left_out = due_of(id), lease_of(id), {}, false
     redis.call('DEL', due)
     local leased = redis.call('EXISTS', leases) == 1
+    local known = {}
+    local texts = redis.call('HGET', settings, 'restored') or ''
+    for member, at in string.gmatch(texts, '(%S+) (%S+)') do
+        known[member] = tonumber(at)
+    end
     for member, at in string.gmatch(head.jobs, '(%S+) (%S+)') do
-        -- A job with a lease was claimed, but not yet marked when PostgreSQL was read.
-        if leased and redis.call('ZSCORE', leases, member) then
+        local lease = leased and redis.call('ZSCORE', leases, member)
+        if lease and tonumber(lease) == known[member] then
+            -- The dispatcher that had marked it gave it back after PostgreSQL was read for the
+            -- history. It does not know this lease, so nothing else would end it.
+            redis.call('ZREM', leases, member)
+            lease = false
+        end
+        if lease then
+            -- A job with a lease was claimed, but not yet marked when PostgreSQL was read.
             left_out = true
         else
             scores[#scores + 1] = at
@@ -57,6 +69,8 @@ local function replace_head()
     return left_out
 end
 
+-- The leases of a history, each as member, score.
+local restored = {}
 if is_new(epoch) then
     redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
     redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
@@ -76,6 +90,9 @@ if is_new(epoch) then
     end
     add_all(lease_of(id), leases)
     redis.call('HSET', settings, 'end', last_end)
+    for i = 1, #leases, 2 do
+        restored[#restored + 1] = leases[i + 1] .. ' ' .. string.format('%.0f', leases[i])
+    end
 end
 local before = read_sender(id)
 if before and (before.endpoint ~= head.endpoint
@@ -90,6 +107,9 @@ if replace_head() then
     redis.call('HSET', settings, 'left', 1)
 else
     redis.call('HDEL', settings, 'left')
+end
+if #restored > 0 then
+    redis.call('HSET', settings, 'restored', table.concat(restored, ' '))
 end
 redis.call('HSET', settings, 'limit', head.limit, 'gap', head.gap, 'flight', head.flight,
     'state', head.state, 'horizon', head.horizon, 'sets', sets_of(id),

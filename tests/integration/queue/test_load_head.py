@@ -144,6 +144,35 @@ async def test_a_first_load_puts_no_leased_job_in_the_head(shard: Shard) -> None
     assert await shard.claimed() == [2]
 
 
+async def test_a_job_that_was_given_back_after_its_lease_was_restored_is_claimed_again(
+    shard: Shard,
+) -> None:
+    lease = ActiveLease(JobRef(1, 1), milliseconds(5000))
+    limited = replace(NO_GAP, max_in_flight=1)
+    await shard.load(replace(limited, leases=(lease,), jobs=jobs((2, 0))))
+    # It has the one place in flight, until PostgreSQL says that it waits again.
+    assert await shard.claimed() == []
+
+    await shard.load(replace(limited, jobs=jobs((1, 0), (2, 0))), committed=True)
+
+    assert await shard.claimed() == [1]
+    assert (await shard.sender()).leases.keys() == {"000000000001:1"}
+
+
+async def test_a_claim_of_a_job_whose_lease_was_restored_keeps_its_lease(shard: Shard) -> None:
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
+    [claim] = (await shard.claim()).claims
+    await shard.redis.delete("outbox:{0}:sender:7")
+    await shard.load(replace(NO_GAP, leases=(ActiveLease(claim.job, milliseconds(5000)),)))
+    assert await shard.queue.confirm([claim]) == [True]
+
+    # This load read PostgreSQL before the mark.
+    await shard.load(replace(NO_GAP, jobs=jobs((1, 0))))
+
+    assert await shard.claimed() == []
+    assert await shard.queue.confirm([claim]) == [True]
+
+
 async def test_a_lease_that_expired_before_a_first_load_is_found_at_once(
     shard: Shard,
 ) -> None:
