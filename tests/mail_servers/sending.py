@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, Final
 
 from outbox_server.deploy.ports import LOOPBACK
-from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.database.message_ids import installation_id, message_id_for
 from outbox_server.shared.secrets import SecretBox, generate_key
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import JobState, ReplyClass, SmtpSecurity
@@ -129,12 +129,14 @@ class SendingRun:
     async def _scheduled(
         self, sender: int, jobs: Sequence[int], texts: Sequence[str]
     ) -> list[ScheduledMail]:
-        [installation] = await self.world.sql("SELECT installation_id AS id FROM installation")
+        # A dispatcher reads the id when it sends its first mail, and would create it then.
+        async with self.world.engine.begin() as connection:
+            installation = await installation_id(connection)
         address = address_of(sender)
         return [
             ScheduledMail(
                 job,
-                message_id_for(job, address, installation.id),
+                message_id_for(job, address, installation),
                 address,
                 (await self.world.job(job)).recipient,
                 text,
