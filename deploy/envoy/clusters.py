@@ -26,7 +26,7 @@ def cluster(gateway: Gateway, name: str, address: str) -> dict[str, Any]:
     host = address.rpartition(":")[0].strip("[]")
     found: dict[str, Any] = {
         "name": name,
-        # A name may have many addresses, such as that of a headless service of Kubernetes.
+        # A name may have many addresses. A headless service of Kubernetes has one per pod.
         "type": "STATIC" if _is_fixed(address) else "STRICT_DNS",
         "lb_policy": "LEAST_REQUEST",
         "dns_lookup_family": "V4_PREFERRED",

@@ -51,7 +51,7 @@ async def test_after_a_removal_paging_continues_and_removed_ids_are_not_found(
             refusal = await refusal_of(call)
             assert (refusal.code, refusal.reason) == ("NOT_FOUND", "BATCH_NOT_FOUND")
             assert "removed after OUTBOX_RETENTION" in refusal.message
-        # The request id of a removed batch is free again; that of a remaining batch is not.
+        # A removed batch frees its request id. A batch that remains keeps its own.
         again = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n", request_id="once")
         assert not again.replayed
         assert int(again.batch.batch_id) > int(new.batch.batch_id)
