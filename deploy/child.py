@@ -224,6 +224,8 @@ async def _first(asked: Coroutine[None, None, bool], ended: asyncio.Task[int]) -
         return answer.done() and answer.result()
     finally:
         answer.cancel()
+        # It closes its connection before the caller goes on.
+        await asyncio.wait({answer})
 
 
 async def _ended(process: subprocess.Popen[bytes]) -> None:

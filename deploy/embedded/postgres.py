@@ -161,8 +161,10 @@ class PostgresServer(LocalServer):
 
     async def _answers(self) -> bool:
         try:
+            # Without a transaction, because a cancellation during its commit at the end of the block
+            # would leave the connection open.
             connection = await psycopg.AsyncConnection.connect(
-                self.url("postgres", SUPERUSER), connect_timeout=5
+                self.url("postgres", SUPERUSER), connect_timeout=5, autocommit=True
             )
             async with connection:
                 pid_file = "SELECT split_part(pg_read_file('postmaster.pid'), chr(10), 1)::int"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -240,6 +241,29 @@ async def test_another_server_on_the_port_is_not_mistaken_for_ours(
             await ValkeyServer(empty_folder / "valkey", port=one.valkey.port).start()
 
     assert not left_running(empty_folder)
+
+
+async def test_a_question_that_is_cancelled_at_any_step_leaves_no_connection_open(
+    folder: Path,
+) -> None:
+    async with Servers(folder, durable=False) as servers:
+        pause, answered = 0.0, False
+        while not answered:
+            question = asyncio.create_task(servers.postgres._answers())
+            await asyncio.wait({question}, timeout=pause)
+            answered = question.done()
+            question.cancel()
+            await asyncio.wait({question})
+            pause += 0.0002
+            # An open connection warns when it is collected, which fails the test.
+            del question
+            gc.collect()
+
+        open_connections = (
+            "SELECT count(*) FROM pg_stat_activity"
+            " WHERE usename = 'postgres' AND backend_type = 'client backend'"
+        )
+        await eventually(lambda: execute(servers.database_url, open_connections) == [(0,)])
 
 
 async def test_kill_9_of_the_holder_leaves_nothing_running_and_the_next_start_works(
