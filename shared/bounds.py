@@ -93,6 +93,9 @@ def check_spread(
         raise InvalidInput.field(field, wrong, reason="SPREAD_UNTIL_INVALID")
 
 
+# An address of 254 characters as JSON escapes and as base64 has 4,082 characters.
+PAGE_TOKEN: Final = TextBounds(4_096, "PAGE_TOKEN_INVALID")
+RESUME_TOKEN: Final = TextBounds(4_096, "RESUME_TOKEN_INVALID")
 USER_ID: Final = TextBounds(128, "USER_ID_INVALID", least=1)
 REQUEST_ID: Final = TextBounds(128, "REQUEST_ID_INVALID", least=1)
 DISPLAY_NAME: Final = TextBounds(200, "DISPLAY_NAME_INVALID")

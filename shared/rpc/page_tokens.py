@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Final, TypeVar, cast
 
+from outbox_server.shared.bounds import PAGE_TOKEN
 from outbox_server.shared.errors import InvalidInput
 
 DEFAULT_PAGE_SIZE: Final = 50
@@ -16,7 +17,8 @@ Position = tuple[int | str, ...]
 P = TypeVar("P", bound=Position)
 
 _SUM_BYTES: Final = 9  # so the first twelve characters of a token are the checksum
-_MAX_TOKEN: Final = 4096
+# The largest id in PostgreSQL (bigint). Positions are ids, other numbers, and addresses.
+MAX_ID: Final = 2**63 - 1
 
 
 def page_size(requested: int) -> int:
@@ -44,7 +46,7 @@ def digest_filters(*filters: object) -> bytes:
 
 def encode(kind: str, filters_digest: bytes, position: Position) -> str:
     """Return the token that continues after `position` in the list `kind` with these filters."""
-    payload = json.dumps(position, separators=(",", ":")).encode()
+    payload = _payload(position)
     return _text(_sum(kind, filters_digest, payload) + payload)
 
 
@@ -55,7 +57,7 @@ def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | No
         InvalidInput: the token is damaged, not ours, or of another stream (RESUME_TOKEN_INVALID).
     """
     position = _position(token, kind, filters_digest) if token else None
-    if token and position is None:
+    if token and (position is None or list(map(type, position)) != [str]):
         raise InvalidInput.field(
             "resume_token",
             "is not a token of this stream; pass its last resume_token, or none to start over",
@@ -64,11 +66,14 @@ def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | No
     return position
 
 
-def decode(token: str, kind: str, filters_digest: bytes, start: P) -> P:
+def decode(token: str, kind: str, filters_digest: bytes, start: P, *, largest: int = MAX_ID) -> P:
     """Return the position in a token of `encode`; `start` (the first page) for an empty token.
 
+    `largest` is the largest number that a position of this list can have.
+
     The checksum detects mistakes. It is not secret and need not be: a position only says where to
-    continue among the rows that the caller may see anyway.
+    continue among the rows that the caller may see anyway. So a caller can forge a token, and its
+    content is checked like any other input.
 
     Raises:
         InvalidInput: the token is damaged, not ours, or of another query (PAGE_TOKEN_INVALID).
@@ -76,7 +81,11 @@ def decode(token: str, kind: str, filters_digest: bytes, start: P) -> P:
     if not token:
         return start
     position = _position(token, kind, filters_digest)
-    if position is None or list(map(type, position)) != list(map(type, start)):
+    if (
+        position is None
+        or list(map(type, position)) != list(map(type, start))
+        or any(part > largest for part in position if isinstance(part, int))
+    ):
         raise InvalidInput.field(
             "page_token",
             "is not a token of this list with these filters; "
@@ -87,7 +96,8 @@ def decode(token: str, kind: str, filters_digest: bytes, start: P) -> P:
 
 
 def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
-    if len(token) > _MAX_TOKEN:
+    """Return the position in a token; None if `encode` does not make such a token."""
+    if len(token) > PAGE_TOKEN.most:
         return None
     try:
         raw = base64.urlsafe_b64decode(token.encode("ascii") + b"=" * (-len(token) % 4))
@@ -97,7 +107,30 @@ def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
     # The decoder skips other characters and ignores spare bits, so compare with our own spelling.
     if _text(raw) != token or raw[:_SUM_BYTES] != _sum(kind, filters_digest, payload):
         return None
-    return tuple(json.loads(payload))
+    try:
+        parts = json.loads(payload)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
+        return None
+    if not isinstance(parts, list) or not all(map(_may_be_in_a_position, parts)):
+        return None
+    position = tuple(parts)
+    return position if _payload(position) == payload else None
+
+
+def _may_be_in_a_position(part: object) -> bool:
+    """Return whether PostgreSQL can compare the value with a column: no bool is an id."""
+    if type(part) is int:
+        return 0 <= part <= MAX_ID
+    # A lone surrogate has no form in UTF-8.
+    return (
+        isinstance(part, str)
+        and "\0" not in part
+        and not any("\ud800" <= character <= "\udfff" for character in part)
+    )
+
+
+def _payload(position: Position) -> bytes:
+    return json.dumps(position, separators=(",", ":")).encode()
 
 
 def _text(raw: bytes) -> str:

@@ -51,11 +51,18 @@ class Page(Generic[P]):
         return shown, page_tokens.encode(self.kind, self.filters, position_of(shown[-1]))
 
 
-def requested_page(request: ListRequest, kind: str, *filters: object, start: P) -> Page[P]:
+def requested_page(
+    request: ListRequest,
+    kind: str,
+    *filters: object,
+    start: P,
+    largest: int = page_tokens.MAX_ID,
+) -> Page[P]:
     """Return the page that a request asks for.
 
     `kind` is the name of the list. `filters` are all values that decide which rows it has, the user
-    included (see `digest_filters`). `start` is a position before the first row.
+    included (see `digest_filters`). `start` is a position before the first row, and `largest` the
+    largest number that a position can have.
 
     Raises:
         InvalidInput: PAGE_SIZE_INVALID; PAGE_TOKEN_INVALID: the token is not of this list with
@@ -63,4 +70,5 @@ def requested_page(request: ListRequest, kind: str, *filters: object, start: P) 
     """
     size = page_tokens.page_size(request.page_size)
     digest = page_tokens.digest_filters(*filters)
-    return Page(kind, digest, size, page_tokens.decode(request.page_token, kind, digest, start))
+    after = page_tokens.decode(request.page_token, kind, digest, start, largest=largest)
+    return Page(kind, digest, size, after)

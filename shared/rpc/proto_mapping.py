@@ -13,11 +13,10 @@ from outbox.v1 import email_job_pb2, sender_pb2
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.database.counts import JobCounts
 from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.rpc.page_tokens import MAX_ID
 
 # The ids that `id_text` writes: ASCII, no sign, no leading zero, so that each has one spelling.
 _ID: Final = re.compile(r"[1-9][0-9]{0,18}", re.ASCII)
-# The largest id in PostgreSQL (bigint).
-MAX_ID: Final = 2**63 - 1
 _MAX_SHOWN_ID: Final = 40
 
 

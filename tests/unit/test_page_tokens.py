@@ -5,11 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox_server.shared.errors import InvalidInput
-from outbox_server.shared.rpc.page_tokens import decode, digest_filters, encode, page_size
+from outbox_server.shared.rpc.page_tokens import (
+    decode,
+    decode_resume,
+    digest_filters,
+    encode,
+    page_size,
+)
+from tests.forged_tokens import forged
 
 FILTERS = digest_filters("u1", "7", 3)
 START = (0,)
-positions = st.lists(st.integers() | st.text(max_size=50), min_size=1, max_size=4).map(tuple)
+numbers = st.integers(min_value=0, max_value=2**63 - 1)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=50)
+positions = st.lists(numbers | texts, min_size=1, max_size=4).map(tuple)
 
 
 @given(position=positions)
@@ -38,6 +47,51 @@ def test_a_token_with_one_other_character_is_refused(
 @pytest.mark.parametrize("token", ["x", "hello", "\u2713", "AAAA", "=" * 8, "A" * 100_000])
 def test_a_malformed_page_token_is_refused(token: str) -> None:
     refused(token)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"5",
+        b"null",
+        b"[1",
+        b"[]",
+        b"{}",
+        b'"1"',
+        b"[[1]]",
+        b"[1,1]",
+        b"[1.0]",
+        b"[1e400]",
+        b"[NaN]",
+        b"[true]",
+        b'["1"]',
+        b"[-1]",
+        b"[ 1]",
+        b"[9223372036854775808]",
+        b"[" + b"9" * 2_900 + b"]",
+        b"[" * 2_900,
+        b"\xff\xfe",
+    ],
+)
+def test_a_forged_token_with_a_right_checksum_is_refused(payload: bytes) -> None:
+    refused(forged("jobs", FILTERS, payload))
+
+
+@pytest.mark.parametrize(
+    "payload", [b'["\\u0000"]', b'["\\ud800"]', b'["\\udfff\\ud800"]', b'["\xc3"]']
+)
+def test_a_forged_text_that_postgresql_cannot_store_is_refused(payload: bytes) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        decode(forged("jobs", FILTERS, payload), "jobs", FILTERS, ("",))
+    assert caught.value.reason == "PAGE_TOKEN_INVALID"
+
+
+@pytest.mark.parametrize("payload", [b"5", b"[1", b"[1]", b'["a","b"]', b"[]", b"[" * 2_900])
+def test_a_forged_resume_token_is_refused(payload: bytes) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        decode_resume(forged("watch", FILTERS, payload), "watch", FILTERS)
+    assert caught.value.reason == "RESUME_TOKEN_INVALID"
 
 
 def test_a_page_token_of_other_filters_is_refused() -> None:

@@ -33,7 +33,7 @@ from outbox_server.shared.intake.payloads import (
 )
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import MAX_ID, not_found, parse_id, to_timestamp
+from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, to_timestamp
 from outbox_server.shared.rpc.watching import Watch
 
 _WATCHED: Final = "watched batch"
@@ -140,7 +140,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Return one page of batches, the newest first."""
         sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
         user_id = acting_user(request.user_id) if sender_id else named_user(request.user_id)
-        page = requested_page(request, "batches", user_id, sender_id, start=(MAX_ID,))
+        page = requested_page(request, "batches", user_id, sender_id, start=(page_tokens.MAX_ID,))
         async with self._engine.connect() as connection:
             found = await storage.list_batches(
                 connection, user_id, sender_id, *page.after, page.limit

@@ -193,7 +193,9 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         """Return one page of a job's attempts, the oldest first."""
         user_id = acting_user(request.user_id)
         job_id = parse_id(request.email_job_id, "email_job_id")
-        page = requested_page(request, "attempts", user_id, job_id, start=(0,))
+        page = requested_page(
+            request, "attempts", user_id, job_id, start=(0,), largest=storage.MAX_ATTEMPTS
+        )
         async with self._engine.connect() as connection:
             if not await storage.job_exists(connection, job_id, user_id):
                 raise not_found("email_job_id", request.email_job_id)

@@ -36,6 +36,9 @@ from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.intake.addresses import address_key
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
+# The largest number of an attempt that the table can have (smallint).
+MAX_ATTEMPTS: Final = 2**15 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class PastAttempt:

@@ -1,0 +1,201 @@
+"""Page and resume tokens whose checksum is right and whose content is not ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+from outbox.v1 import batch_service_pb2 as batches
+from outbox.v1 import email_job_service_pb2 as jobs
+from outbox.v1 import sender_service_pb2 as senders
+from outbox.v1 import stats_service_pb2 as stats
+from outbox.v1 import stats_service_pb2_grpc as stats_grpc
+from outbox.v1 import suppression_pb2
+from outbox.v1 import suppression_service_pb2 as suppressions
+
+from outbox_server.shared.rpc.page_tokens import MAX_ID, digest_filters
+from tests.contract_methods import contract_methods
+from tests.forged_tokens import content_of, forged
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.stats_stack import stats_server
+
+# No position looks like one of these, whatever the types of its parts are.
+NEVER_OURS: Final = (
+    b"",
+    b"5",
+    b"null",
+    b"{}",
+    b"[]",
+    b"[1",
+    b"[null]",
+    b"[true]",
+    b"[1.5]",
+    b"[1e400]",
+    b"[NaN]",
+    b"[-1]",
+    b"[-1,-1]",
+    b"[[1],[1]]",
+    b"[9223372036854775808]",
+    b"[9223372036854775808,1]",
+    b"[1,9223372036854775808]",
+    b"[1,2,3]",
+    b'["a","b"]',
+    b'["\\u0000"]',
+    b'["\\ud800"]',
+    b"[" * 2_900,
+    b"[" + b"9" * 2_900 + b"]",
+    b"\xff\xfe",
+)
+
+
+@dataclass(frozen=True)
+class ListMethod:
+    """A method with pages: how to call it, and what its tokens contain besides the position."""
+
+    call: Callable[..., Any]
+    request: Any
+    kind: str
+    filters: tuple[object, ...]
+    # The content of tokens with permitted types, at both ends of their range.
+    ends: Sequence[bytes]
+
+    def token(self, payload: bytes) -> str:
+        return forged(self.kind, digest_filters(*self.filters), payload)
+
+    async def page(self, token: str) -> Any:
+        request = type(self.request)()
+        request.CopyFrom(self.request)
+        request.page_token, request.page_size = token, 1
+        return await self.call(request, timeout=20)
+
+
+ONE_ID: Final = (b"[0]", b"[%d]" % MAX_ID)
+
+
+@pytest.fixture
+async def lists(database_url: str, redis_url: str) -> AsyncIterator[dict[str, ListMethod]]:
+    async with AsyncExitStack() as stack:
+        scheduler = await stack.enter_async_context(running_scheduler(database_url, redis_url))
+        channel = await stack.enter_async_context(stats_server(database_url, redis_url))
+        yield await _lists(scheduler, stats_grpc.StatsServiceStub(channel))
+
+
+async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dict[str, ListMethod]:
+    """Create what fills two pages of each list."""
+    await scheduler.sender()
+    sender = await scheduler.sender()
+    await scheduler.schedule(sender)
+    accepted = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\nx\ny\n")
+    for address in ("a@example.com", "b@example.com"):
+        await scheduler.suppressions.CreateSuppression(
+            suppressions.CreateSuppressionRequest(
+                user_id="ann", suppression=suppression_pb2.Suppression(email=address)
+            )
+        )
+    batch = accepted.batch.batch_id
+    (job,) = scheduler.rows("SELECT min(id) FROM email_jobs WHERE batch_id = %s", int(batch))[0]
+    for number in (1, 2):
+        scheduler.execute(
+            "INSERT INTO attempts (email_job_id, attempt, sender_id, started_at, ended_at, outcome,"
+            " counted, message) VALUES (%s, %s, %s, now(), now(), 3, true, '')",
+            job,
+            number,
+            int(sender.sender_id),
+        )
+    return {
+        "ListSenders": ListMethod(
+            scheduler.senders.ListSenders,
+            senders.ListSendersRequest(user_id="ann"),
+            "senders",
+            ("ann", 0),
+            ONE_ID,
+        ),
+        "ListBatches": ListMethod(
+            scheduler.batches.ListBatches,
+            batches.ListBatchesRequest(user_id="ann"),
+            "batches",
+            ("ann", None),
+            ONE_ID,
+        ),
+        "ListRejections": ListMethod(
+            scheduler.batches.ListRejections,
+            batches.ListRejectionsRequest(batch_id=batch),
+            "rejections",
+            (None, int(batch)),
+            ONE_ID,
+        ),
+        "ListEmailJobs": ListMethod(
+            scheduler.jobs.ListEmailJobs,
+            jobs.ListEmailJobsRequest(batch_id=batch),
+            "email_jobs",
+            (None, "", batch, 0, ""),
+            (b"[0,0]", b"[%d,0]" % MAX_ID, b"[0,%d]" % MAX_ID, b"[%d,%d]" % (MAX_ID, MAX_ID)),
+        ),
+        "ListAttempts": ListMethod(
+            scheduler.jobs.ListAttempts,
+            jobs.ListAttemptsRequest(email_job_id=str(job)),
+            "attempts",
+            (None, job),
+            (b"[0]", b"[32767]"),
+        ),
+        "ListSuppressions": ListMethod(
+            scheduler.suppressions.ListSuppressions,
+            suppressions.ListSuppressionsRequest(user_id="ann"),
+            "suppressions",
+            ("ann",),
+            (b'[""]', b'["%s"]' % (b"z" * 3_000), b'["\\udbff\\udfff"]', b'["\\u001f%s\'"]'),
+        ),
+        "GetUserStats": ListMethod(
+            stub.GetUserStats,
+            stats.GetUserStatsRequest(user_id="ann"),
+            "user_stats",
+            ("ann",),
+            ONE_ID,
+        ),
+    }
+
+
+async def test_a_forged_page_token_is_an_invalid_argument_in_every_list(
+    lists: dict[str, ListMethod],
+) -> None:
+    assert lists.keys() == {
+        method.name
+        for method in contract_methods()
+        if "page_token" in method.input_type.fields_by_name
+    }
+    for name, method in lists.items():
+        # The forger knows how tokens are made: its own spelling of a real one is accepted.
+        real = (await method.page("")).next_page_token
+        assert real, name
+        assert method.token(content_of(real)) == real, name
+        await method.page(real)
+        # In range, so it is a place in the list.
+        await asyncio.gather(*(method.page(method.token(payload)) for payload in method.ends))
+        # The other type, or a number that no column of the list can have.
+        text = method.kind == "suppressions"
+        wrong = [b"[1]"] if text else [b'["1"]', b'["1",1]']
+        if method.kind == "attempts":
+            wrong.append(b"[32768]")
+        if method.kind == "email_jobs":
+            wrong.append(b"[1]")
+        for payload in (*NEVER_OURS, *wrong):
+            refusal = await refusal_of(method.page(method.token(payload)))
+            about = (name, payload[:40], refusal)
+            assert (refusal.code, refusal.reason) == (
+                "INVALID_ARGUMENT",
+                "PAGE_TOKEN_INVALID",
+            ), about
+            assert set(refusal.violations) == {"page_token"}, about
+
+
+async def test_a_token_of_one_list_is_refused_by_all_others(lists: dict[str, ListMethod]) -> None:
+    tokens = {name: (await method.page("")).next_page_token for name, method in lists.items()}
+    for name, method in lists.items():
+        for other, token in tokens.items():
+            if other != name:
+                refusal = await refusal_of(method.page(token))
+                assert refusal.reason == "PAGE_TOKEN_INVALID", (name, other)
