@@ -58,8 +58,9 @@ class SendingHours:
         """Return when the opening that contains `at` ends, as far as the searched days show."""
         until = at
         for begins, ends in self._openings(at):
-            if begins <= until < ends:
-                until = ends
+            if begins > until:
+                break
+            until = max(until, ends)
         return until
 
     def _openings(self, at: int) -> Iterator[tuple[int, int]]:

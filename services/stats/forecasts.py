@@ -121,6 +121,7 @@ def _answer(
         expiring_count=found.expiring,
         explanation=_explain(found, trouble),
         cooldown=to_cooldown(found.cooldown),
+        estimated=found.estimated,
     )
 
 
@@ -135,7 +136,13 @@ def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
     if found.end is None:
         all_expire = "The mail expires" if found.jobs == 1 else f"All {found.jobs:,} mails expire"
         return f"{cause}{all_expire} before the limits allow to send any."
-    text = f"The last of {_mails(found.jobs)} will be sent at {found.end:%Y-%m-%d %H:%M:%S} UTC"
+    when = f"{found.end:%Y-%m-%d %H:%M:%S} UTC"
+    if found.estimated:
+        # Not exact to the day.
+        when = (
+            f"about {found.end:%Y-%m}, an estimate because the exact time takes too long to compute"
+        )
+    text = f"The last of {_mails(found.jobs)} will be sent at {when}"
     if found.ahead:
         text += f", after {found.ahead:,} others of the sender"
     text += f"; {_REASONS[found.bound]}"

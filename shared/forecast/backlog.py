@@ -6,6 +6,7 @@ otherwise computed from its batches. So a forecast costs about the same at any s
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -362,4 +363,5 @@ async def _read_batches(
                 expire_after=row.expire_after_ms and row.expire_after_ms * 1_000,
             )
         )
-    return in_order(groups)
+    # A user may have very many batches.
+    return await asyncio.to_thread(in_order, groups)

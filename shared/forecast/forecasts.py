@@ -30,8 +30,10 @@ from outbox_server.shared.forecast.simulation import (
     simulate,
 )
 
-# The most groups that are simulated in the event loop. More would block it for too long.
+# What is simulated in the event loop: the most groups, and the most work, about 5 ms. A thread does
+# what takes longer.
 _MOST_GROUPS_IN_LOOP: Final = 100
+_MOST_WORK_IN_LOOP: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Forecast:
     # Whether the sender is active.
     active: bool = True
     within_sight: bool = True
+    # Whether `end` is an estimate, because computing it takes too long.
+    estimated: bool = False
     # The sender's cooldown. Its next probe is assumed to be accepted.
     cooldown: CooldownRecord | None = None
 
@@ -126,10 +130,13 @@ async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
         ahead=max(found.sends - (jobs - found.expiring), 0),
         expiring=found.expiring,
         within_sight=found.within_sight,
+        estimated=found.estimated,
     )
 
 
 async def _simulate(limiter: Limiter, groups: Sequence[JobGroup], now: int) -> SimulatedOutcome:
     if len(groups) <= _MOST_GROUPS_IN_LOOP:
-        return simulate(limiter, groups, now)
+        found = simulate(limiter, groups, now, _MOST_WORK_IN_LOOP)
+        if not found.estimated:
+            return found
     return await asyncio.to_thread(simulate, limiter, groups, now)

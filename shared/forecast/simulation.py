@@ -13,7 +13,9 @@ All of these are arithmetic sequences over long stretches: mails due at once or 
 spacing, sends one gap apart, a window that empties as it was filled. A piece is a series of sends
 whose times one of these sequences decides. Once the window alone has decided a whole window of
 sends, every later window repeats it, so all whole windows are one step. The cost depends on the
-number of changes, not on the number of mails. Times are whole microseconds since 1970.
+number of changes, not on the number of mails. It is bounded: from there on the result is an
+estimate, which assumes that the rest is sent at the average rate so far. Times are whole
+microseconds since 1970.
 
 The limits of a sender are implemented here, in look.lua (which decides), replay.py (audit) and
 queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
@@ -25,12 +27,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, Protocol
 
-# The most pieces: about half a second of work. No real sender needs nearly as many.
-_MOST_PIECES: Final = 200_000
+# The most work of a simulation, in pieces: about a quarter of a second.
+MOST_WORK: Final = 40_000
+# The work of finding an opening of the sending hours, in pieces.
+_OPENING_WORK: Final = 10
 
 
 class Hours(Protocol):
@@ -116,6 +120,8 @@ class SimulatedOutcome:
     # Number of sends up to the last one, including other mails.
     sends: int = 0
     within_sight: bool = True
+    # Whether it took too much work, so that the rest was estimated.
+    estimated: bool = False
 
     @property
     def bound(self) -> Bound | None:
@@ -124,7 +130,9 @@ class SimulatedOutcome:
         return max(limits, key=limits.__getitem__) if any(limits.values()) else None
 
 
-def simulate(limiter: Limiter, groups: Iterable[JobGroup], now: int) -> SimulatedOutcome:
+def simulate(
+    limiter: Limiter, groups: Iterable[JobGroup], now: int, most_work: int = MOST_WORK
+) -> SimulatedOutcome:
     """Return when the mails that are `mine` will be sent, from `now` on.
 
     `groups` are in the order of sending. Groups after the last one of mine change nothing.
@@ -133,20 +141,29 @@ def simulate(limiter: Limiter, groups: Iterable[JobGroup], now: int) -> Simulate
     while groups and not groups[-1].mine:
         groups.pop()
     asked = next((group.due for group in groups if group.mine), now)
-    simulation = _Simulation(limiter, now, max(now, asked))
+    simulation = _Simulation(limiter, now, max(now, asked), most_work)
     first = last = None
     expiring = 0
     spent: dict[Bound, int] = {}
     sends = 0
-    for group in groups:
+    for index, group in enumerate(groups):
+        before = simulation.done
         began, ended, expired = simulation.send(group)
+        if group.mine and began is not None:
+            first = began if first is None else first
         if simulation.stuck:
             return SimulatedOutcome(within_sight=False, first=first)
+        if simulation.exhausted:
+            done = simulation.done - before
+            rest = [
+                replace(group, count=group.count - done, mine=_share(group, group.count - done))
+            ]
+            expiring += _share(group, expired)
+            return simulation.estimate(first, expiring, [*rest, *groups[index + 1 :]])
         if not group.mine:
             continue
-        expiring += expired * group.mine // group.count
+        expiring += _share(group, expired)
         if began is not None:
-            first = began if first is None else first
             last = ended
             spent = dict(simulation.spent)
             sends = simulation.sends
@@ -154,10 +171,15 @@ def simulate(limiter: Limiter, groups: Iterable[JobGroup], now: int) -> Simulate
     return SimulatedOutcome(first, last, end, expiring, spent, sends)
 
 
+def _share(group: JobGroup, count: int) -> int:
+    """Return how many of `count` mails of a group are mine."""
+    return count * group.mine // group.count
+
+
 class _Simulation:
     """The state after the sends so far."""
 
-    def __init__(self, limiter: Limiter, now: int, since: int) -> None:
+    def __init__(self, limiter: Limiter, now: int, since: int, most_work: int) -> None:
         """`since` is the time from which on `spent` is counted."""
         self._now = now
         self._since = since
@@ -166,7 +188,7 @@ class _Simulation:
         self._opening = now
         self._closing: int | None = now if limiter.hours else None
         self._next_probe = limiter.next_probe
-        takes = limiter.takes
+        self._takes = takes = limiter.takes
         places = max(1, min(limiter.max_in_flight, limiter.limit))
         self._pacer = Bound.GAP if limiter.gap else Bound.PLACES
         # From start to start.
@@ -181,10 +203,47 @@ class _Simulation:
         self._last = now - self._cycle if last_end is None else last_end - takes
         # Number of sends in a row that the window alone decided.
         self._repeated = 0
-        self._pieces = 0
+        self._work_left = most_work
         self.spent: dict[Bound, int] = {}
         self.sends = 0
+        # Number of mails that were sent or expired.
+        self.done = 0
+        # When the simulation stopped.
+        self._at = now
+        # Whether nothing will ever be sent any more.
         self.stuck = False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the simulation took too much work and stopped."""
+        return self._work_left < 0
+
+    def estimate(
+        self, first: int | None, expiring: int, rest: Sequence[JobGroup]
+    ) -> SimulatedOutcome:
+        """Return the outcome if the `rest` goes on at the average rate so far.
+
+        `first` is the first send of mine so far, and `expiring` the number of mine that expired.
+        """
+        if not self.sends:
+            return SimulatedOutcome(first=first, within_sight=False, estimated=True)
+        elapsed = max(self._at - self._now, 0)
+        ahead = 0
+        for group in rest:
+            if group.mine and first is None:
+                first = max(group.due, self._at + elapsed * ahead // self.done)
+            ahead += group.count
+        last = max(rest[-1].due, self._at + elapsed * ahead // self.done)
+        lost = self.done - self.sends
+        return SimulatedOutcome(
+            first,
+            last,
+            last + self._takes,
+            expiring + sum(group.mine for group in rest) * lost // self.done,
+            dict(self.spent),
+            self.sends + ahead * self.sends // self.done,
+            estimated=True,
+        )
 
     def send(self, group: JobGroup) -> tuple[int | None, int | None, int]:
         """Send a group; return the start of its first and last send, and how many expire."""
@@ -192,9 +251,9 @@ class _Simulation:
         first: int | None = None
         self._repeated = 0
         while left and not self.stuck:
-            self._pieces += 1
-            if self._pieces > _MOST_PIECES:
-                self.stuck = True
+            self._work_left -= 1
+            if self.exhausted:
+                self._at = max(self._last, due)
                 break
             start, step, bound, count = self._lead(due, group.step, left)
             if not self._is_open(start):
@@ -206,6 +265,7 @@ class _Simulation:
                     gone = left if not group.step else min(left, -(-late // group.step))
                     expired += gone
                     left -= gone
+                    self.done += gone
                     due += gone * group.step
                     self._repeated = 0
                     continue
@@ -218,6 +278,7 @@ class _Simulation:
             left -= count
             due += count * group.step
             self.sends += count
+            self.done += count
         return first, None if first is None else self._last, expired
 
     def _lead(self, due: int, spacing: int, left: int) -> tuple[int, int, Bound, int]:
@@ -272,6 +333,7 @@ class _Simulation:
         """Return whether it is open at `start`; if not, move to the next opening."""
         if self._hours is None or self._closing is None or start < self._closing:
             return True
+        self._work_left -= _OPENING_WORK
         opening = self._hours.opens(start)
         if opening is None:
             self.stuck = True

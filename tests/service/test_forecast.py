@@ -315,3 +315,22 @@ async def test_a_forecast_respects_the_sending_hours(stack: Stack) -> None:
     assert end.date() - first.date() == timedelta(days=2)
     assert (end.minute, end.second) == (0, 8)
     assert answer.forecast_end_time == found.end_time
+
+
+async def test_a_forecast_that_takes_too_long_to_compute_is_an_estimate_that_says_so(
+    stack: Stack,
+) -> None:
+    hours = sender_pb2.SendingHours(start="00:00", end="23:59", time_zone="UTC")
+    sender = await stack.scheduler.sender(hourly_limit=100, sending_hours=hours)
+    spacing = to_duration(timedelta(seconds=600_000))
+    found = await stack.plan(sender, 100_000, spacing=spacing)
+    assert found.estimated
+    assert found.end_time.ToDatetime(UTC) >= datetime.now(UTC) + 99_999 * timedelta(seconds=600_000)
+    assert "estimate" in found.explanation
+    found = await stack.plan(sender, 1_000, spacing=spacing)
+    assert not found.estimated
+    assert "estimate" not in found.explanation
+    # Beyond the year 9999 there is no time to give.
+    found = await stack.plan(sender, 10_000_000, spacing=spacing)
+    assert not found.HasField("end_time")
+    assert "too far away" in found.explanation

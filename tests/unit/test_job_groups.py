@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from outbox_server.shared.forecast import job_groups
 from outbox_server.shared.forecast.job_groups import in_order, joined
 from outbox_server.shared.forecast.simulation import JobGroup, Limiter, simulate
 
@@ -67,3 +68,21 @@ def test_adjacent_runs_of_one_batch_with_even_spacing_are_joined() -> None:
         (1, JobGroup(20)),
     ]
     assert list(joined(jobs)) == [JobGroup(0, 3, 5, mine=3), JobGroup(15), JobGroup(20)]
+
+
+def test_merging_very_many_groups_takes_few_steps_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def counted(group: JobGroup, count: int) -> tuple[JobGroup | None, JobGroup | None]:
+        nonlocal steps
+        steps += 1
+        return cut(group, count)
+
+    cut = job_groups._cut
+    monkeypatch.setattr(job_groups, "_cut", counted)
+    small = 20_000
+    groups = [JobGroup(0, 1_000, 10**9) for _ in range(300)]
+    groups += [JobGroup(n * 10**6, 1) for n in range(small)]
+    assert sum(group.count for group in in_order(groups)) == 300_000 + small
+    # 300 for each if all long groups are cut at each small one.
+    assert steps < 40 * small

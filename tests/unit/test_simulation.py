@@ -6,11 +6,13 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 from hypothesis import settings
 
 from outbox_server.shared.forecast.simulation import (
+    MOST_WORK,
     Bound,
     Hours,
     JobGroup,
@@ -248,3 +250,60 @@ def test_forecasting_ten_million_mails_costs_no_more_than_a_hundred(
     in_hours = replace(limiter, hours=DailyHours(9 * HOUR, 17 * HOUR))
     assert after(in_hours, 10_000 if limit == 1 else 100_000, step=step).end is not None
     assert time.thread_time() - began < 2
+
+
+class CountedHours(DailyHours):
+    """Hours that count how often they are asked."""
+
+    asked: ClassVar[int] = 0
+
+    def opens(self, at: int) -> int | None:
+        CountedHours.asked += 1
+        return super().opens(at)
+
+
+@pytest.mark.parametrize(
+    ("limiter", "step", "expire_after"),
+    [
+        # A day with an opening for each mail.
+        (Limiter(100, SECOND, HOUR), 600_000 * SECOND, None),
+        # Openings of a minute, in which few mails are sent.
+        (Limiter(100, SECOND, HOUR), 0, None),
+        # A gap of a day, which never fits the openings.
+        (Limiter(1, 24 * HOUR, HOUR, takes=SECOND), 0, None),
+        # Each mail expires before the next opening, but for some.
+        (Limiter(100, SECOND, HOUR), 7 * HOUR, 60 * SECOND),
+        # One mail per window, with a long window.
+        (Limiter(1, SECOND, 24 * HOUR - SECOND), 0, None),
+    ],
+)
+def test_the_work_of_a_forecast_is_bounded_and_the_rest_is_estimated(
+    limiter: Limiter, step: int, expire_after: int | None
+) -> None:
+    count = 10_000_000
+    CountedHours.asked = 0
+    limiter = replace(limiter, hours=CountedHours(9 * HOUR, 9 * HOUR + 60 * SECOND))
+    found = simulate(limiter, [JobGroup(0, count, step, count, expire_after)], 0)
+    assert CountedHours.asked <= MOST_WORK / 10
+    assert found.estimated
+    assert found.within_sight
+    assert found.end is not None
+    assert found.end >= (count - 1) * step
+    assert 0 <= found.expiring < count
+    assert found.sends <= count
+
+
+@pytest.mark.parametrize("most_work", [300, 1_000, 10_000])
+def test_an_estimate_is_close_to_the_exact_forecast(most_work: int) -> None:
+    limiter = Limiter(10, 2 * SECOND, HOUR, takes=SECOND, hours=DailyHours(9 * HOUR, 17 * HOUR))
+    others, mine = JobGroup(0, 50_000), JobGroup(0, 50_000, mine=25_000)
+    exact = simulate(limiter, [others, mine], 0, most_work=10**9)
+    near = simulate(limiter, [others, mine], 0, most_work=most_work)
+    assert not exact.estimated
+    assert near.estimated
+    assert exact.first is not None
+    assert exact.end is not None
+    assert near.first == pytest.approx(exact.first, rel=0.1)
+    assert near.end == pytest.approx(exact.end, rel=0.1)
+    assert near.sends == pytest.approx(exact.sends, rel=0.01)
+    assert near.bound is exact.bound
