@@ -1,4 +1,4 @@
-"""Restricts outgoing SMTP connections: users' endpoints cannot reach the operator's network.
+"""Restricts outgoing connections: users' endpoints cannot reach the operator's network.
 
 A name is resolved once, each address is checked, and the connection is opened to a checked
 address. So DNS rebinding (another address at a second lookup) has no effect.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 from collections.abc import Sequence
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.name_lookup import NameResolver
 from outbox_server.shared.settings import Settings
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-# One result of getaddrinfo: family, type, protocol, canonical name, socket address.
-_Found: TypeAlias = tuple[int, int, int, str, tuple[Any, ...]]
 
 # IANA's special-purpose registry (RFC 6890 and its updates). It is listed here because the results
 # of Python's `is_global` differ between patch releases.
@@ -66,10 +66,10 @@ class EgressRefused(OSError):
 
 
 class Egress:
-    """Checks addresses. `allow` lists permitted networks (CIDR), addresses and host names."""
+    """Resolves users' host names, checks the addresses, and connects."""
 
-    def __init__(self, allow: Sequence[str] = ()) -> None:
-        """Read the list of OUTBOX_SMTP_ALLOW.
+    def __init__(self, allow: Sequence[str] = (), resolver: NameResolver | None = None) -> None:
+        """Read `allow`, the list of OUTBOX_SMTP_ALLOW: networks (CIDR), addresses, host names.
 
         Raises:
             ConfigurationError: an entry is neither a network nor a host name.
@@ -84,6 +84,7 @@ class Egress:
                 networks.append(network)
         self._networks = tuple(networks)
         self._hosts = frozenset(hosts)
+        self._resolver = resolver or NameResolver()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Egress:
@@ -101,43 +102,35 @@ class Egress:
         reached = _reached(ipaddress.ip_address(address.partition("%")[0]))
         return any(reached in network for network in self._networks) or _is_public(reached)
 
-    async def connect(self, host: str, port: int) -> socket.socket:
+    async def connect(self, host: str, port: int, *, user: str) -> socket.socket:
         """Return a socket that is connected to a permitted address of `host`.
 
-        Has no time limit of its own.
+        `user` chose the host. The connecting has no time limit of its own.
 
         Raises:
             EgressRefused: none of the host's addresses is permitted.
             OSError: the host does not exist, or none of its addresses accepts a connection.
         """
-        allowed = await self._permitted(host, port)
         failure: OSError | None = None
-        for family, kind, protocol, _, address in allowed:
+        for address in await self.permitted_addresses(host, user=user):
             try:
-                return await _open(family, kind, protocol, address)
+                return await _open(address, port)
             except OSError as error:
                 failure = error
-        raise OSError(f"no connection to {host}, port {port}: {failure}") from failure
+        raise OSError(f"no connection to {host}, port {port}: {reason_of(failure)}") from failure
 
-    async def permitted_addresses(self, host: str, port: int) -> list[str]:
-        """Return the permitted addresses of `host`, at least one.
+    async def permitted_addresses(self, host: str, *, user: str) -> Sequence[str]:
+        """Return the permitted addresses of `host`, which `user` chose; at least one.
 
         This is for code that opens its own connections. It must connect to one of these addresses,
         and must not look the name up again.
 
         Raises:
             EgressRefused: none of the host's addresses is permitted.
-            OSError: there is no such host.
+            OSError: there is no such host, or its DNS servers gave no answer in time.
         """
-        return [str(found[4][0]) for found in await self._permitted(host, port)]
-
-    async def _permitted(self, host: str, port: int) -> Sequence[_Found]:
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            raise OSError(f"{host} cannot be resolved: {error.strerror}") from None
-        allowed = [one for one in found if self.allows(host, str(one[4][0]))]
+        found = await self._resolver.addresses(host, user)
+        allowed = [address for address in found if self.allows(host, address)]
         if not allowed:
             # The text omits the address: users must not learn the operator's internal addresses.
             raise EgressRefused(
@@ -146,14 +139,24 @@ class Egress:
             )
         return allowed
 
+    async def close(self) -> None:
+        """End the look-ups that are under way, before the event loop ends."""
+        await self._resolver.close()
 
-async def _open(
-    family: int, kind: int, protocol: int, address: tuple[object, ...]
-) -> socket.socket:
-    opened = socket.socket(family, kind, protocol)
+
+def reason_of(error: BaseException | None) -> str:
+    """Return why a connection failed, without the address that an operating system's text has."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    return "the connection failed" if error is None else type(error).__name__
+
+
+async def _open(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(opened, address)
+        await asyncio.get_running_loop().sock_connect(opened, (address, port))
     except BaseException:
         opened.close()
         raise

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from outbox_server.deploy.embedded.inbox import Inbox
     from outbox_server.deploy.embedded.postgres import PostgresServer
     from outbox_server.deploy.embedded.valkey import ValkeyServer
+    from tests.dns_server import DnsServer
 
 TEMPLATE = "outbox_template"
 DATABASE = "outbox_test"
@@ -267,4 +268,13 @@ async def inbox(tmp_path: Path) -> AsyncIterator[Inbox]:
     from outbox_server.deploy.embedded.inbox import Inbox
 
     async with Inbox(tmp_path / "inbox") as server:
+        yield server
+
+
+@pytest.fixture
+async def names() -> AsyncIterator[DnsServer]:
+    """A DNS server for one test, whose `resolver()` asks it."""
+    from tests.dns_server import DnsServer
+
+    async with DnsServer() as server:
         yield server

@@ -161,8 +161,8 @@ class PostgresServer(LocalServer):
 
     async def _answers(self) -> bool:
         try:
-            # Without a transaction, because a cancellation during its commit at the end of the block
-            # would leave the connection open.
+            # Without a transaction, because a cancellation during its commit at the end of the
+            # block would leave the connection open.
             connection = await psycopg.AsyncConnection.connect(
                 self.url("postgres", SUPERUSER), connect_timeout=5, autocommit=True
             )

@@ -76,7 +76,9 @@ async def serve(
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         listeners = [WakeListener(listening, queue.keys.wake) for queue in queues]
         box = SecretBox.from_settings(settings)
-        tokens = TokenSource(statements, box, TokenClient.from_settings(settings))
+        egress = Egress.from_settings(settings)
+        stack.push_async_callback(egress.close)
+        tokens = TokenSource(statements, box, TokenClient.from_settings(settings, egress))
         stack.push_async_callback(tokens.close)
         pool = SmtpPool(
             limits=PhaseLimits.from_settings(settings),
@@ -86,7 +88,7 @@ async def serve(
             mails_per_connection=settings.smtp_mails_per_connection,
             connection_age=settings.smtp_connection_age.total_seconds(),
             helo=helo_name(settings),
-            egress=Egress.from_settings(settings),
+            egress=egress,
             tls=TlsContexts.from_settings(settings),
             tokens=tokens,
         )

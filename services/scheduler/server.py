@@ -24,8 +24,10 @@ from outbox_server.services.scheduler.servicers.suppressions import SuppressionS
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.sweeping import Sweeper
+from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.schema import SchemaGuard
+from outbox_server.shared.egress import Egress
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.metrics.monitoring import Monitoring
@@ -81,9 +83,13 @@ async def serve(
         )
         stack.push_async_callback(intake.close)
         secrets = SecretBox.from_settings(settings)
-        tokens = TokenSource(engine, secrets, TokenClient.from_settings(settings))
+        egress = Egress.from_settings(settings)
+        stack.push_async_callback(egress.close)
+        tokens = TokenSource(engine, secrets, TokenClient.from_settings(settings, egress))
         stack.push_async_callback(tokens.close)
-        senders = SenderServicer(engine, loader, secrets, settings, tokens)
+        senders = SenderServicer(
+            engine, loader, secrets, settings, Verifier(settings, secrets, tokens, egress)
+        )
         sweeper = Sweeper(engine)
         watch = Watch(partial(_read_batches, engine))
         schema = SchemaGuard(engine)

@@ -45,7 +45,9 @@ class Verification:
 class Verifier:
     """Opens the session that a dispatcher would open for a sender, and goes as far as RCPT."""
 
-    def __init__(self, settings: Settings, secrets: SecretBox, tokens: TokenProvider) -> None:
+    def __init__(
+        self, settings: Settings, secrets: SecretBox, tokens: TokenProvider, egress: Egress
+    ) -> None:
         # Around every call of VerifySender.
         self.gate = Gate("verifications", at_once=_AT_ONCE, waiting=_WAITING)
         self._under_way: Counter[str] = Counter()
@@ -55,7 +57,7 @@ class Verifier:
         self._limits = PhaseLimits.from_settings(settings)
         self._rules = ReplyRules.load(settings.reply_rules)
         self._helo = helo_name(settings)
-        self._egress = Egress.from_settings(settings)
+        self._egress = egress
 
     @contextmanager
     def turn_of(self, user_id: str | None) -> Iterator[None]:

@@ -38,6 +38,8 @@ class TokenRequest:
     scope: str
     client_secret: str = field(default="", repr=False)
     refresh_token: str = field(default="", repr=False)
+    # Who chose the URL.
+    user_id: str = ""
 
     def form(self) -> bytes:
         """Return the body of the request (RFC 6749, sections 2.3.1, 4.4.2 and 6)."""
@@ -60,18 +62,18 @@ class TokenClient:
     """Sends requests to token endpoints. It keeps no connection, as tokens last about an hour."""
 
     def __init__(self, egress: Egress, tls: TlsContexts, limit: timedelta = LIMIT) -> None:
-        self._network = _PermittedNetwork(egress)
+        self._egress = egress
         self._tls = tls
         self._limit = limit
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> TokenClient:
-        """Trust the machine's CAs and OUTBOX_SMTP_CA, and permit what OUTBOX_SMTP_ALLOW permits.
+    def from_settings(cls, settings: Settings, egress: Egress) -> TokenClient:
+        """Trust the machine's CAs and OUTBOX_SMTP_CA.
 
         Raises:
-            ConfigurationError: OUTBOX_SMTP_CA cannot be read, or OUTBOX_SMTP_ALLOW is wrong.
+            ConfigurationError: OUTBOX_SMTP_CA cannot be read.
         """
-        return cls(Egress.from_settings(settings), TlsContexts.from_settings(settings))
+        return cls(egress, TlsContexts.from_settings(settings))
 
     async def request(self, wanted: TokenRequest) -> Grant | Failure:
         """Return an access token or the reason why there is none, within the limit."""
@@ -101,8 +103,9 @@ class TokenClient:
             (b"Connection", b"close"),
             (b"User-Agent", b"outbox"),
         ]
+        network = _PermittedNetwork(self._egress, wanted.user_id)
         async with (
-            httpcore.AsyncConnectionPool(tls, network_backend=self._network) as pool,
+            httpcore.AsyncConnectionPool(tls, network_backend=network) as pool,
             pool.stream(
                 "POST", wanted.token_url, headers=headers, content=wanted.form()
             ) as response,
@@ -125,8 +128,9 @@ class TokenClient:
 class _PermittedNetwork(httpcore.AsyncNetworkBackend):
     """Connects only to permitted addresses. The name is looked up once, before the check."""
 
-    def __init__(self, egress: Egress) -> None:
+    def __init__(self, egress: Egress, user: str) -> None:
         self._egress = egress
+        self._user = user
         self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -144,7 +148,7 @@ class _PermittedNetwork(httpcore.AsyncNetworkBackend):
             OSError: there is no such host, or no address answers.
         """
         failure: Exception | None = None
-        for address in await self._egress.permitted_addresses(host, port):
+        for address in await self._egress.permitted_addresses(host, user=self._user):
             try:
                 # TLS checks the certificate against the host name in the URL, not the address.
                 return await self._network.connect_tcp(

@@ -163,6 +163,7 @@ class TokenSource:
                 scope=leased.scope,
                 client_secret=self._clear(leased.client_secret),
                 refresh_token=self._clear(leased.refresh_token),
+                user_id=leased.user_id,
             )
         except FailedPrecondition as error:
             await self._record(leased, refusal(error.message), started)

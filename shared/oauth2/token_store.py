@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import OAuth2CredentialsRow as Row
+from outbox_server.shared.database.models import Sender
 from outbox_server.shared.oauth2.token_answers import Failure
 
 _NOW = func.clock_timestamp()
@@ -37,6 +38,7 @@ class LeasedCredentials:
 
     credentials_id: int
     sender_id: int
+    user_id: str
     version: UUID
     lease_until: datetime
     token_url: str
@@ -96,6 +98,10 @@ async def take_lease(
             .returning(
                 Row.id,
                 Row.sender_id,
+                select(Sender.user_id)
+                .where(Sender.id == Row.sender_id)
+                .scalar_subquery()
+                .label("user_id"),
                 Row.version,
                 Row.lease_until,
                 Row.token_url,
@@ -112,6 +118,7 @@ async def take_lease(
     return LeasedCredentials(
         credentials_id=row.id,
         sender_id=row.sender_id,
+        user_id=row.user_id,
         version=row.version,
         lease_until=row.lease_until,
         token_url=row.token_url,

@@ -44,6 +44,8 @@ class Endpoint:
     ca: str = field(default="", repr=False)
     # The endpoint's key in Redis (`shared.queue.circuit_keys`).
     circuit: str = field(default=RELAY, compare=False)
+    # The user who chose the host: look-ups of names count per user. Empty for the relay.
+    chosen_by: str = field(default="", compare=False)
 
     def shown(self, text: str) -> str:
         """Return a reply as people may read it and PostgreSQL can store it, shortened.
@@ -109,6 +111,7 @@ def resolve_endpoint(stored: StoredEndpoint, settings: Settings, secrets: Secret
         ca=stored.ca or "",
         oauth2=None if oauth2 is None else OAuth2Ref(oauth2),
         circuit=circuit,
+        chosen_by=stored.user_id,
     )
 
 

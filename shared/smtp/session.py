@@ -172,7 +172,7 @@ class SmtpSession:
                 if self._endpoint.operators:
                     await _connect_anywhere(host, port, self.stream)
                 else:
-                    opened = await self._egress.connect(host, port)
+                    opened = await self._egress.connect(host, port, user=self._endpoint.chosen_by)
                     # From here on the transport owns the socket.
                     await loop.create_connection(lambda: self.stream, sock=opened)
         except TimeoutError:

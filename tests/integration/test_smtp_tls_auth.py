@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -16,6 +15,7 @@ from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.smtp import pool as pools
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
+from tests.dns_server import DnsServer
 from tests.eventually import eventually
 from tests.smtp_pools import (
     all_closed,
@@ -186,7 +186,7 @@ async def test_senders_with_other_credentials_never_share_a_connection(pool: Smt
 # Endpoints that a user may set
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0", "2130706433", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::ffff:127.0.0.1"])
 async def test_a_users_endpoint_cannot_reach_the_operators_network(host: str) -> None:
     pool = pool_of(egress=Egress(), timeout=5.0)
     async with ScriptedServer() as server:
@@ -210,22 +210,26 @@ async def test_the_operators_relay_may_be_anywhere_and_shares_no_connection() ->
     await pool.close()
 
 
-async def test_a_name_is_resolved_once_and_the_checked_address_is_used(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("host", ["0", "2130706433", "127.1", "0x7f000001"])
+async def test_an_unusual_form_of_a_loopback_address_is_only_a_name(
+    names: DnsServer, host: str
 ) -> None:
-    loop = asyncio.get_running_loop()
-    look_up, answers = loop.getaddrinfo, ["127.0.0.1", "192.0.2.1"]
+    pool = pool_of(egress=Egress(resolver=names.resolver()), timeout=5.0)
+    async with ScriptedServer() as server:
+        result = await send(pool, endpoint_of(server, host=host))
+        assert result.outcome is CONNECTION
+        assert result.message == f"{host} cannot be resolved: the name has no address"
+        assert server.connections == 0
+    await pool.close()
 
-    async def rebinding(host: Any, port: Any, **hints: Any) -> Any:
-        assert host == "rebinding.test"
-        return await look_up(answers.pop(0), port, **hints)
 
-    monkeypatch.setattr(loop, "getaddrinfo", rebinding)
-    pool = pool_of(timeout=5.0)
+async def test_a_name_is_resolved_once_and_the_checked_address_is_used(names: DnsServer) -> None:
+    names.answers["rebinding.test"] = [["127.0.0.1"], ["192.0.2.1"]]
+    pool = pool_of(timeout=5.0, egress=Egress(["127.0.0.0/8"], names.resolver()))
     async with ScriptedServer() as server:
         result = await send(pool, endpoint_of(server, host="rebinding.test"))
         assert result.outcome is SENT, result.message
-        assert (server.connections, answers) == (1, ["192.0.2.1"])
+        assert (server.connections, names.asked("rebinding.test", "A")) == (1, 1)
     await pool.close()
 
 

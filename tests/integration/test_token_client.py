@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ from outbox_server.shared.oauth2.token_answers import Failure, Grant
 from outbox_server.shared.oauth2.token_client import MAX_ANSWER_BYTES, TokenClient, TokenRequest
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.tls import TlsContexts
+from tests.dns_server import DnsServer
 from tests.oauth2_provider import Endless, Hold, OAuth2Provider, PlannedAnswer
 
 LOOPBACK = Egress(["127.0.0.0/8"])
@@ -37,7 +37,8 @@ async def provider(certificate: Certificate) -> AsyncIterator[OAuth2Provider]:
 
 def client_of(certificate: Certificate, **settings: Any) -> TokenClient:
     allow = {"smtp_allow": "127.0.0.0/8", "smtp_ca": str(certificate.public), **settings}
-    return TokenClient.from_settings(load_settings(**allow))
+    chosen = load_settings(**allow)
+    return TokenClient.from_settings(chosen, Egress.from_settings(chosen))
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ async def test_an_error_about_an_answer_that_is_not_http_quotes_no_secret(
 
 
 async def test_a_certificate_of_an_unknown_ca_is_not_trusted(provider: OAuth2Provider) -> None:
-    client = TokenClient.from_settings(load_settings(smtp_allow="127.0.0.1"))
+    client = TokenClient.from_settings(load_settings(), Egress(["127.0.0.1"]))
     found = await failure(client, wanted(provider))
     assert not found.refused
     assert "CERTIFICATE_VERIFY_FAILED" in found.message
@@ -229,7 +230,7 @@ def test_a_ca_file_that_cannot_be_read_prevents_the_start(tmp_path: Path) -> Non
         if content is not None:
             path.write_text(content)
         with pytest.raises(ConfigurationError, match="OUTBOX_SMTP_CA"):
-            TokenClient.from_settings(load_settings(smtp_ca=str(path)))
+            TokenClient.from_settings(load_settings(smtp_ca=str(path)), Egress())
 
 
 @pytest.mark.parametrize(
@@ -250,27 +251,17 @@ async def test_the_operators_network_cannot_be_reached(
 
 
 async def test_the_client_connects_to_the_address_that_was_checked(
-    certificate: Certificate, provider: OAuth2Provider, monkeypatch: pytest.MonkeyPatch
+    certificate: Certificate, provider: OAuth2Provider, names: DnsServer
 ) -> None:
     """A name that resolves to another address at each look-up (DNS rebinding)."""
-    lookups: list[Any] = []
-    answers = ["127.0.0.2", "127.0.0.1"]
-    real = socket.getaddrinfo
-
-    def rebinding(host: Any, *args: Any, **kwargs: Any) -> Any:
-        if host in ("rebinding.test", b"rebinding.test"):
-            lookups.append(host)
-            host = answers[min(len(lookups), len(answers)) - 1]
-        return real(host, *args, **kwargs)
-
-    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    names.answers["rebinding.test"] = [["127.0.0.2"], ["127.0.0.1"]]
     tls = TlsContexts(certificate.public.read_text())
     # The first address is allowed but has no listener; the provider listens at the second.
-    client = TokenClient(Egress(["127.0.0.2"]), tls)
+    client = TokenClient(Egress(["127.0.0.2"], names.resolver()), tls)
     url = f"https://rebinding.test:{provider.port}/token"
     found = await failure(client, wanted(provider, token_url=url))
     assert not found.refused
-    assert len(lookups) == 1
+    assert names.asked("rebinding.test", "A") == 1
     assert provider.connections == 0
     # The next request checks the name again.
     found = await failure(client, wanted(provider, token_url=url))
@@ -278,7 +269,8 @@ async def test_the_client_connects_to_the_address_that_was_checked(
     assert "rebinding.test is in the operator's network" in found.message
 
 
-async def test_a_name_that_does_not_exist_is_not_a_refusal(client: TokenClient) -> None:
+async def test_a_name_that_does_not_exist_is_not_a_refusal(names: DnsServer) -> None:
+    client = TokenClient(Egress(resolver=names.resolver()), TlsContexts())
     found = await failure(client, TokenRequest("https://nowhere.invalid/token", "id", "", "s" * 20))
     assert not found.refused
     assert "nowhere.invalid cannot be resolved" in found.message

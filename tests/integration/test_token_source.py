@@ -243,6 +243,7 @@ REQUESTER = """
 import asyncio, sys
 from datetime import timedelta
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.egress import Egress
 from outbox_server.shared.oauth2.credentials import OAuth2Ref
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
@@ -254,7 +255,7 @@ async def main():
     source = TokenSource(
         create_engine(settings, lookups_only=True, single_statements=True),
         SecretBox.from_settings(settings),
-        TokenClient.from_settings(settings),
+        TokenClient.from_settings(settings, Egress.from_settings(settings)),
         lease=timedelta(milliseconds=500),
     )
     await source.token(OAuth2Ref(int(sys.argv[1])))

@@ -11,6 +11,7 @@ import pytest
 
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.egress import Egress
 from outbox_server.shared.oauth2.credentials import OAuth2Ref
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
@@ -39,7 +40,8 @@ async def pooled(installation: OAuth2Installation) -> AsyncIterator[SmtpPool]:
     settings = settings_of(installation.values)
     engine = create_engine(settings, lookups_only=True, single_statements=True)
     box = SecretBox.from_settings(settings)
-    tokens = TokenSource(engine, box, TokenClient.from_settings(settings))
+    client = TokenClient.from_settings(settings, Egress.from_settings(settings))
+    tokens = TokenSource(engine, box, client)
     pool = pool_of(timeout=5.0, size=1, tls=TlsContexts.from_settings(settings), tokens=tokens)
     try:
         yield pool

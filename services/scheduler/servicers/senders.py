@@ -27,7 +27,6 @@ from outbox_server.shared import bounds
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.oauth2.credentials import TokenProvider
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
@@ -48,12 +47,12 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         loader: HeadLoader,
         secrets: SecretBox,
         settings: Settings,
-        tokens: TokenProvider,
+        verifier: Verifier,
     ) -> None:
         self._engine = engine
         self._loader = loader
         self._secrets = secrets
-        self.verifier = Verifier(settings, secrets, tokens)
+        self.verifier = verifier
         self._settings = settings
         self._columns: dict[str, Callable[[sender_pb2.Sender], _Columns]] = {
             "email": self._email,
