@@ -43,7 +43,7 @@ async def erase_recipient(
         engine, lambda connection: storage.erase_cooldowns(connection, user_id, address)
     )
     async with engine.connect() as connection:
-        in_flight = await storage.count_in_flight(connection, user_id, address)
+        in_flight = await storage.count_left(connection, user_id, address)
     return ErasedRecipient(suppression, ended.jobs, erased, rejections, in_flight)
 
 

@@ -126,11 +126,14 @@ async def erase_jobs(
     )
 
 
-async def count_in_flight(connection: AsyncConnection, user_id: str, address: str) -> int:
-    """Return how many mails to the address are being sent."""
+async def count_left(connection: AsyncConnection, user_id: str, address: str) -> int:
+    """Return how many mails to the address are not erased, in whatever state they are by now.
+
+    They were being sent when the others were erased, and may have ended since.
+    """
     found = 0
     for which in _to_person(address):
-        jobs = select(EmailJob.id).where(which, in_state(JobState.SENDING), _owned(user_id))
+        jobs = select(EmailJob.id).where(which, _owned(user_id))
         found += await connection.scalar(select(func.count()).select_from(jobs.subquery())) or 0
     return found
 
