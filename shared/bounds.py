@@ -1,4 +1,7 @@
-"""The bounds of request fields of all services."""
+"""The bounds of all input from outside. `shared/rpc/field_limits.py` says which field has which.
+
+A length is checked before any regular expression, Unicode normalisation or parser gets the text.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,29 @@ MAX_PORT: Final = 65_535
 # For the private CAs of an endpoint, and for OUTBOX_SMTP_CA.
 MAX_CA_BYTES: Final = 64 * 1024
 MAX_CA_CERTIFICATES: Final = 50
+
+# RFC 5321: 256 characters of a path, without its angle brackets.
+MAX_ADDRESS: Final = 254
+# Size of a template, and of each text of a row's own.
+MAX_TEMPLATE_BYTES: Final = 256 * 1024
+# Number of rows of ScheduleBatch. Its message has room for half as many that have an address.
+MAX_ROWS: Final = 1_000_000
+# Number of structured rows times the number of columns that the templates use.
+MAX_ROW_VALUES: Final = 10_000_000
+# Of a CSV, and of a structured row. Normalising a name takes time by the square of its length.
+MAX_COLUMNS: Final = 1_000
+MAX_COLUMN_NAME: Final = 256
+MAX_HEADER: Final = 256 * 1024
+# More than the largest mail. A longer cell is most likely a quote that is never closed.
+MAX_CELL: Final = 16 * MIB
+# The cell of a `schedule_time` or a `time_zone`.
+MAX_TIME: Final = 100
+# Number of rejections of a batch that are stored. All are counted.
+MAX_STORED_REJECTIONS: Final = 10_000
+# The value of a Subject header, encoded (RFC 5322: a line has at most 998 characters).
+MAX_SUBJECT: Final = 998
+# A bearer token, and the headers of a trace.
+MAX_METADATA_VALUE: Final = 1_024
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -93,6 +119,14 @@ def check_spread(
         raise InvalidInput.field(field, wrong, reason="SPREAD_UNTIL_INVALID")
 
 
+# An id that the server made has at most 19.
+ID: Final = TextBounds(64, "FIELD_TOO_LONG")
+ADDRESS: Final = TextBounds(MAX_ADDRESS, "ADDRESS_INVALID")
+TIME_OF_DAY: Final = TextBounds(20, "SENDING_HOURS_INVALID")
+CONTENT_TYPE: Final = TextBounds(255, "FILE_TYPE_INVALID")
+MASK_PATH: Final = TextBounds(200, "UPDATE_MASK_INVALID")
+# What a server returned, and a caller sends back in a field that is ignored.
+OUTPUT: Final = TextBounds(2_000, "FIELD_TOO_LONG")
 # An address of 254 characters as JSON escapes and as base64 has 4,082 characters.
 PAGE_TOKEN: Final = TextBounds(4_096, "PAGE_TOKEN_INVALID")
 RESUME_TOKEN: Final = TextBounds(4_096, "RESUME_TOKEN_INVALID")

@@ -18,6 +18,7 @@ from cachetools import TLRUCache
 
 from outbox_server.shared.auth.keys import ApiKeyKind, PresentedKey, read_key
 from outbox_server.shared.auth.store import ApiKeyStore, StoredKey
+from outbox_server.shared.bounds import MAX_METADATA_VALUE
 from outbox_server.shared.callers import Caller, CallerKind, Metadata
 from outbox_server.shared.errors import Unauthenticated
 
@@ -121,6 +122,8 @@ def _presented(metadata: Metadata) -> PresentedKey:
             "this server requires an API key: send the metadata `authorization: Bearer <key>`",
             reason="API_KEY_MISSING",
         )
+    if len(values[0]) > MAX_METADATA_VALUE:
+        raise _invalid()
     text = values[0].decode("latin-1") if isinstance(values[0], bytes) else values[0]
     scheme, _, key = text.strip().partition(" ")
     presented = read_key(key.strip()) if scheme.lower() == _SCHEME else None

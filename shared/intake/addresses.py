@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 
 from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
-from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES, EMAIL_MAX_LENGTH
+from email_validator.rfc_constants import CASE_INSENSITIVE_MAILBOX_NAMES
+
+from outbox_server.shared.bounds import MAX_ADDRESS
 
 _ATOM = r"[A-Za-z0-9_!#$%&'*+\-/=?^`{|}~]+"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
@@ -23,7 +25,7 @@ _ROLES = frozenset(CASE_INSENSITIVE_MAILBOX_NAMES)
 _SPECIAL_LAST_LABELS = frozenset(name.rpartition(".")[2] for name in SPECIAL_USE_DOMAIN_NAMES)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SEPARATORS = re.compile(r"[\s,;|]+")
-_IN_BRACKETS = re.compile(r"<\s*([^<>\s]+@[^<>\s]+)\s*>\Z")
+_NOT_IN_ADDRESS = re.compile(r"[<>\s]")
 # White space that people paste around an address. Line breaks are excluded: they end a header.
 _PASTED_SPACE = " \t\u00a0\u200b\ufeff"
 _MAX_SHOWN = 80
@@ -48,8 +50,11 @@ def check_address(text: str) -> str:
         BadAddress: there is no address, more than one, or an invalid one.
     """
     text = text.strip(_PASTED_SPACE)
+    # Before any pattern and the library see it: what they do may take long for a long text.
+    if len(text) > MAX_ADDRESS:
+        raise _too_long(text)
     match = _PLAIN.fullmatch(text)
-    if match and len(text) <= EMAIL_MAX_LENGTH:
+    if match:
         local, domain, last_label = match.groups()
         domain = domain.lower()
         if last_label.lower() not in _SPECIAL_LAST_LABELS and (
@@ -77,20 +82,33 @@ def _check_by_library(text: str) -> str:
         raise BadAddress(
             "TWO_ADDRESSES", f"{_show(text)} is more than one address; use one row for each"
         )
-    bracketed = _IN_BRACKETS.search(text)
+    bracketed = _in_brackets(text)
     if bracketed:
-        raise BadAddress("ADDRESS_INVALID", f"{_show(text)}: write only {_show(bracketed[1])}")
-    if len(text) > EMAIL_MAX_LENGTH:
-        # The library is slow for long texts, so it does not get them.
-        raise BadAddress(
-            "ADDRESS_INVALID",
-            f"{_show(text)} is too long: it must have at most {EMAIL_MAX_LENGTH} characters "
-            f"(got {len(text)})",
-        )
+        raise BadAddress("ADDRESS_INVALID", f"{_show(text)}: write only {_show(bracketed)}")
     try:
         return validate_email(text, check_deliverability=False).normalized
     except EmailNotValidError as error:
         raise BadAddress("ADDRESS_INVALID", f"{_show(text)}: {error}") from None
+
+
+def _too_long(text: str) -> BadAddress:
+    if text.isspace():
+        return BadAddress("EMAIL_MISSING", "there is no address")
+    return BadAddress(
+        "ADDRESS_INVALID",
+        f"{_show(text)} is too long: an address must have at most {MAX_ADDRESS} characters "
+        f"(got {len(text):,}); use one row for each address",
+    )
+
+
+def _in_brackets(text: str) -> str:
+    """Return the address at the end of `Ann <ann@example.com>`; empty if there is none."""
+    text = text.rstrip()
+    if not text.endswith(">"):
+        return ""
+    inner = text[text.rfind("<") + 1 : -1].strip() if "<" in text else ""
+    local, at, domain = inner.partition("@")
+    return inner if local and at and domain and not _NOT_IN_ADDRESS.search(inner) else ""
 
 
 def _show(text: str) -> str:

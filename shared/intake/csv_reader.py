@@ -17,14 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS, MAX_HEADER
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.templates.batch import variable_name
 
 EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address", "recipient", "to"})
 # The column of a row's time zone. The second name is of older files; a file has one of them.
 ZONE_NAMES = ("time_zone", "timezone")
-# More than the largest mail. A longer cell is most likely a quote that is never closed.
-MAX_CELL_CHARACTERS = 16 * 1024 * 1024
 _SEPARATORS = ",;\t|"
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 # The line in which Excel names the separator, before the header.
@@ -32,8 +31,11 @@ _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 _MAX_SHOWN_COLUMNS = 50
 _MAX_SHOWN = 80
 _TOO_LONG = (
-    f"a cell or a line has more than {MAX_CELL_CHARACTERS:,} characters; "
-    "check that each quote is closed"
+    f"a cell or a line has more than {MAX_CELL:,} characters; check that each quote is closed"
+)
+_HEADER_TOO_LONG = (
+    f"the header must have at most {MAX_HEADER:,} characters; "
+    "check that the first line has the names of the columns"
 )
 # The last line that the csv module gets. The input has no NUL, so no row looks like it. If this
 # line became part of another row, a quote is still open.
@@ -86,10 +88,11 @@ def read_csv(chunks: Iterator[bytes]) -> CsvTable:
     """Read the header of a CSV. The rows are read as they are needed.
 
     Raises:
-        InvalidInput: CSV_EMPTY, CSV_NO_EMAIL_COLUMN, CSV_DUPLICATE_COLUMN, or an error of `rows`.
+        InvalidInput: CSV_EMPTY, CSV_HEADER_TOO_LONG, CSV_NO_EMAIL_COLUMN, CSV_DUPLICATE_COLUMN,
+            or an error of `rows`.
     """
     # The csv module has one limit for the whole process. Its default of 131,072 is too low.
-    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    csv.field_size_limit(MAX_CELL)
     state = _EndMarker()
     lines = _lines(chunks, state)
     try:
@@ -103,6 +106,7 @@ def read_csv(chunks: Iterator[bytes]) -> CsvTable:
         raise _cell_too_long("in the header") from None
     except _BadText as error:
         raise error.at("in the header") from None
+    _check_header(columns)
     names = tuple(map(variable_name, columns))
     return CsvTable(columns, names, _email_index(columns, names), separator, _rows(reader, state))
 
@@ -175,7 +179,7 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
             tail, tail_length = [], 0
         tail.append(text[cut:])
         tail_length += len(text) - cut
-        if tail_length > MAX_CELL_CHARACTERS:
+        if tail_length > MAX_CELL:
             raise _BadText("CSV_CELL_TOO_LONG", _TOO_LONG, -1)
     rest = "".join(tail) + held
     if rest:
@@ -265,8 +269,8 @@ def _header_lines(lines: Iterator[str], state: _EndMarker) -> tuple[list[str], s
                 continue
         header.append(line)
         length += len(line)
-        if length > MAX_CELL_CHARACTERS:
-            raise _BadText("CSV_CELL_TOO_LONG", _TOO_LONG, -1)
+        if length > MAX_HEADER:
+            raise _BadText("CSV_HEADER_TOO_LONG", _HEADER_TOO_LONG, -1)
         # An odd number of quotes means that one is open. A doubled quote counts as two.
         quotes += line.count('"')
         if quotes % 2 == 0:
@@ -287,9 +291,31 @@ def _separator(header: str) -> str:
     candidates = sorted(_SEPARATORS, key=bare.count, reverse=True)
     for separator in candidates:
         cells = next(csv.reader(io.StringIO(header, newline=""), delimiter=separator))
-        if any(variable_name(cell) in EMAIL_NAMES for cell in cells):
+        short = (cell for cell in cells if len(cell) <= MAX_COLUMN_NAME)
+        if any(variable_name(cell) in EMAIL_NAMES for cell in short):
             return separator
     return candidates[0]
+
+
+def _check_header(columns: Sequence[str]) -> None:
+    """Check the header before its names are normalised.
+
+    Raises:
+        InvalidInput: CSV_HEADER_TOO_LONG.
+    """
+    wrong = ""
+    # Spreadsheets may write many nameless columns at the end.
+    named = sum(map(bool, columns))
+    if named > MAX_COLUMNS:
+        wrong = f"a CSV must have at most {MAX_COLUMNS:,} columns (got {named:,})"
+    longest = max(columns, key=len)
+    if len(longest) > MAX_COLUMN_NAME:
+        wrong = (
+            f"the name of a column must have at most {MAX_COLUMN_NAME} characters "
+            f"(got {len(longest):,}): {_show(longest)}"
+        )
+    if wrong:
+        raise InvalidInput(f"in the header: {wrong}", reason="CSV_HEADER_TOO_LONG")
 
 
 def _email_index(columns: Sequence[str], names: Sequence[str]) -> int:

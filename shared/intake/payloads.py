@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, Final, NamedTuple, Protocol
 
-from outbox_server.shared.errors import Unavailable
+from outbox_server.shared.bounds import MAX_ROW_VALUES
+from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.intake.csv_reader import read_csv
 from outbox_server.shared.intake.rows import CsvPlan, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate
@@ -108,8 +109,10 @@ class RowsPayload:
 
     arrives = False
 
-    def __init__(self, rows: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+    def __init__(self, rows: Iterable[tuple[str, Mapping[str, str]]], count: int) -> None:
+        """`count` is the number of `rows`."""
         self._source = rows
+        self._count = count
         self._digest = hashlib.sha256(b"rows\0")
         self._rows = self._hashed()
 
@@ -119,6 +122,16 @@ class RowsPayload:
 
     def open(self, template: BatchTemplate, time_zone: str) -> OpenedRows:
         """Return the rows."""
+        # Each row stores a value for each column of the templates, and may have none of them.
+        names = len(template.variable_names)
+        if names * self._count > MAX_ROW_VALUES:
+            most = MAX_ROW_VALUES // names
+            raise InvalidInput.field(
+                "recipients.rows",
+                f"must have at most {most:,} entries if the templates use {names:,} columns "
+                f"(got {self._count:,})",
+                reason="TOO_MANY_ENTRIES",
+            )
         plan = RecipientPlan(template, time_zone)
         return OpenedRows(plan, plan.variable_names, self._rows)
 

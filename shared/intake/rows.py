@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
+from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.intake.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
 from outbox_server.shared.intake.send_times import (
@@ -32,6 +33,7 @@ _BLOCK_CHARACTERS = 4 * 1024 * 1024
 _ABSENT = -1
 # The number of column names whose variable names are cached, since rows repeat the same columns.
 _MAX_CACHED_NAMES = 10_000
+_MAX_SHOWN = 80
 
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
 
@@ -171,13 +173,9 @@ class RecipientPlan:
         """Check one row."""
         email, columns = raw
         cells: dict[str, str] = {}
-        for column, cell in columns.items():
-            name = self._name(column)
-            problem = _duplicate(name, cells)
-            if problem:
-                return RowRejection(number, *problem)
-            if name:
-                cells[name] = cell
+        problem = _oversized(columns) or self._collect(columns, cells)
+        if problem:
+            return RowRejection(number, *problem)
         cells["email"] = email
         zone_name = next((name for name in ZONE_NAMES if name in cells), "")
         schedule_time = None
@@ -201,6 +199,17 @@ class RecipientPlan:
         return JobRow(
             number, recipient, address_key(recipient), schedule_time, encode_variables(values)
         )
+
+    def _collect(self, columns: Mapping[str, str], cells: dict[str, str]) -> _Problem | None:
+        """Add the cells to `cells` by variable name, or return the problem of a column."""
+        for column, cell in columns.items():
+            name = self._name(column)
+            problem = _duplicate(name, cells)
+            if problem:
+                return problem
+            if name:
+                cells[name] = cell
+        return None
 
     def _name(self, column: str) -> str:
         name = self._names.get(column)
@@ -272,6 +281,35 @@ class _Checks:
         return None
 
 
+def _oversized(columns: Mapping[str, str]) -> _Problem | None:
+    """Return the problem if a row has too many columns, or one that is too long, or None."""
+    if len(columns) > MAX_COLUMNS:
+        return _Problem(
+            "",
+            "TOO_MANY_COLUMNS",
+            f"a row must have at most {MAX_COLUMNS:,} columns (got {len(columns):,})",
+        )
+    for column, cell in columns.items():
+        if len(column) > MAX_COLUMN_NAME:
+            return _Problem(
+                "",
+                "COLUMN_NAME_TOO_LONG",
+                f"the name of a column must have at most {MAX_COLUMN_NAME} characters "
+                f"(got {len(column):,}): {_cut(column)!r}",
+            )
+        if len(cell) > MAX_CELL:
+            return _Problem(
+                _cut(column),
+                "CELL_TOO_LONG",
+                f"a cell must have at most {MAX_CELL:,} characters (got {len(cell):,})",
+            )
+    return None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
 def _duplicate(name: str, names: Container[str]) -> _Problem | None:
     """Return the problem if `name` cannot be a column besides these of the same row, or None."""
     if name in EMAIL_NAMES:
@@ -291,6 +329,14 @@ def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem 
         if name == "subject" and template.subject_from_row:
             return _Problem(
                 name, "COLUMN_MISSING", "there is no subject: set `subject` or add that column"
+            )
+        if len(name) > MAX_COLUMN_NAME:
+            # Each rejection has the text, and a template has room for a name of 256 KiB.
+            return _Problem(
+                _cut(name),
+                "COLUMN_MISSING",
+                f"the template needs a column whose name has {len(name):,} characters; the name of "
+                f"a column has at most {MAX_COLUMN_NAME}",
             )
         return _Problem(name, "COLUMN_MISSING", missing_column(name, columns))
     return None

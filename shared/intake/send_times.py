@@ -12,6 +12,8 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
 from zoneinfo import ZoneInfo
 
+from outbox_server.shared.bounds import MAX_TIME, TIME_ZONE
+
 _FORM = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d:\d\d)?", re.ASCII
 )
@@ -42,7 +44,8 @@ def check_time_zone(name: str) -> tzinfo:
     Raises:
         BadScheduleTime: UNKNOWN_TIME_ZONE.
     """
-    zone = _zone(name)
+    # Not even cached if it is too long.
+    zone = _zone(name) if len(name) <= TIME_ZONE.most else None
     if zone is None:
         raise BadScheduleTime(
             "time_zone",
@@ -63,7 +66,7 @@ def parse_schedule_time(text: str, zone_name: str = "", default_zone: str = "UTC
             that does not exist or exists twice.
     """
     text = text.strip()
-    match = _FORM.fullmatch(text)
+    match = _FORM.fullmatch(text) if len(text) <= MAX_TIME else None
     if match is None:
         raise _invalid(f"{_show(text)} is not a time; {_EXAMPLE}")
     day, clock, seconds, offset = match.groups()

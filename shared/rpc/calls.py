@@ -1,4 +1,4 @@
-"""The interceptor of all calls: authentication, deadline, error mapping and the call log.
+"""The interceptor of all calls: authentication, deadline, limits, error mapping and the call log.
 
 It is one interceptor, because each layer around a handler costs time for every streamed message.
 """
@@ -27,6 +27,7 @@ from outbox_server.shared.callers import (
 from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
+from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.gate import Gate
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     message = _complete_stream(request, context)
                 else:
                     message = decode(await _single_message(request, context))
+                    check_fields(message)
                     _bind_ids(message)
                 return encode(await behaviour(message, context))
 
@@ -155,9 +157,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         encode: Any = handler.response_serializer
         streaming = handler.request_streaming
 
+        def read(request: Any) -> Any:
+            if streaming:
+                return _checked(request)
+            message = decode(request)
+            check_fields(message)
+            return message
+
         async def answer(request: Any, context: _Context) -> None:
             async def work() -> None:
-                messages = behaviour(request if streaming else decode(request), context)
+                messages = behaviour(read(request), context)
                 # Close the generator when the caller leaves, not at a later garbage collection.
                 async with aclosing(messages):
                     async for message in messages:
@@ -354,8 +363,15 @@ async def _complete_stream(messages: AsyncIterator[Any], context: _Context) -> A
     would look complete. Sending headers fails on such a call, which reveals it.
     """
     async for message in messages:
+        check_fields(message)
         yield message
     await _uninterrupted(context.send_initial_metadata(()))
+
+
+async def _checked(messages: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for message in messages:
+        check_fields(message)
+        yield message
 
 
 async def _single_message(messages: AsyncIterator[bytes], context: _Context) -> bytes:

@@ -26,10 +26,11 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from structlog.contextvars import bind_contextvars
 
+from outbox_server.shared.bounds import MAX_METADATA_VALUE
+
 # W3C's `traceparent`, version 00.
 TRACE_PARENT_LENGTH: Final = 55
 _HEADERS: Final = ("traceparent", "tracestate")
-_MAX_HEADER: Final = 1_024
 _CLOSE_LIMIT: Final = timedelta(seconds=5)
 # Codes that are errors of the server, by OpenTelemetry's conventions for gRPC.
 _SERVER_ERRORS: Final = frozenset(
@@ -88,7 +89,7 @@ class Tracer:
         headers = {
             key: value
             for key, value in metadata
-            if key in _HEADERS and isinstance(value, str) and len(value) <= _MAX_HEADER
+            if key in _HEADERS and isinstance(value, str) and len(value) <= MAX_METADATA_VALUE
         }
         service, _, name = method.removeprefix("/").partition("/")
         span = self._tracer.start_span(

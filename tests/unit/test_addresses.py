@@ -5,6 +5,7 @@ from email_validator import EmailNotValidError, validate_email
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from outbox_server.shared.intake import addresses
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 
 LABELS = st.sampled_from(
@@ -100,3 +101,34 @@ def test_addresses_are_compared_without_case() -> None:
     assert address_key("Ann@example.com") == address_key("aNN@example.com")
     assert address_key("STRASSE@example.com") == address_key("straße@example.com")
     assert address_key("ann@example.com") != address_key("anna@example.com")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<" + "@" * 8_000,
+        "a@" * 100_000,
+        "(" * 100_000,
+        "a" * 255,
+        "a\u0301\u0316" * 10_000 + "@example.com",
+        "<" + " " * 100_000 + "a@b",
+    ],
+)
+def test_a_text_longer_than_an_address_is_refused_by_its_length(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(*_: object, **__: object) -> None:
+        pytest.fail("the library got it")
+
+    monkeypatch.setattr(addresses, "validate_email", seen)
+    with pytest.raises(BadAddress) as caught:
+        check_address(text)
+    assert caught.value.reason == "ADDRESS_INVALID"
+    assert f"at most 254 characters (got {len(text):,})" in caught.value.message
+    assert len(caught.value.message) < 300
+
+
+def test_a_long_blank_cell_is_a_missing_address() -> None:
+    with pytest.raises(BadAddress) as caught:
+        check_address("\n" * 1_000)
+    assert caught.value.reason == "EMAIL_MISSING"

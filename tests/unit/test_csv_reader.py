@@ -221,3 +221,27 @@ def test_memory_does_not_grow_with_the_file() -> None:
     tracemalloc.stop()
     assert count == 25_000
     assert peak < len(row) * count / 4
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("email," + ",".join(f"c{n}" for n in range(1_000)), "at most 1,000 columns (got 1,001)"),
+        ("email," + "a" * 257, "at most 256 characters (got 257)"),
+        # Normalising this name takes time by the square of its length: 8 s.
+        ("email,a" + "\u0301\u0316" * 25_000, "at most 256 characters (got 50,001)"),
+        ("email," + ("b" * 100 + ",") * 2_600, "at most 262,144 characters"),
+    ],
+)
+def test_a_header_that_is_too_long_is_refused_before_its_names_are_normalised(
+    header: str, said: str
+) -> None:
+    error = refusal(f"{header}\na@b.org\n")
+    assert error.reason == "CSV_HEADER_TOO_LONG"
+    assert said in error.message
+    assert len(error.message) < 300
+
+
+def test_a_spreadsheet_with_very_many_nameless_columns_is_read() -> None:
+    table = read_csv(iter([f"email{',' * 16_384}\na@b.org{',' * 16_384}\n".encode()]))
+    assert [number for number, _ in table.rows()] == [1]

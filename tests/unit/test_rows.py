@@ -4,7 +4,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.csv_reader import read_csv
+from outbox_server.shared.intake.payloads import RowsPayload
 from outbox_server.shared.intake.rows import (
     Block,
     CsvPlan,
@@ -235,3 +237,53 @@ def test_columns_may_differ_from_row_to_row() -> None:
     ((first, second), _) = next(read_blocks(enumerate(rows, 1), plan))
     assert decode_variables(plan.variable_names, first.variables) == {"name": "A"}
     assert decode_variables(plan.variable_names, second.variables) == {}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason", "said"),
+    [
+        ({str(n): "" for n in range(1_001)}, "TOO_MANY_COLUMNS", "at most 1,000 columns"),
+        ({"a" * 257: ""}, "COLUMN_NAME_TOO_LONG", "at most 256 characters (got 257)"),
+        ({"a" + "\u0301\u0316" * 25_000: ""}, "COLUMN_NAME_TOO_LONG", "(got 50,001)"),
+    ],
+)
+def test_a_structured_row_with_too_much_is_rejected_alone(
+    columns: dict[str, str], reason: str, said: str
+) -> None:
+    found = read_recipient("ann@example.com", columns)
+    assert isinstance(found, RowRejection)
+    assert (found.reason, found.column) == (reason, "")
+    assert said in found.message
+    assert len(found.message) < 300
+
+
+def test_a_rejection_is_short_even_if_the_missing_column_has_a_long_name() -> None:
+    template = BatchTemplate.compile("s", f"{{{{ {'a' * 100_000} }}}}", None)
+    found = read_recipient("ann@example.com", {}, template)
+    assert isinstance(found, RowRejection)
+    assert found.reason == "COLUMN_MISSING"
+    assert "100,000 characters" in found.message
+    assert len(found.message) + len(found.column) < 500
+
+
+def test_the_values_that_structured_rows_store_are_limited() -> None:
+    names = [f"v{n}" for n in range(999)]  # and `html`
+    body = "".join(f"{{{{ {name} | default: '' }}}}" for name in names)
+    template = BatchTemplate.compile("s", body, None)
+
+    def opened(count: int) -> object:
+        return RowsPayload((("a@b.org", {}) for _ in range(count)), count).open(template, "UTC")
+
+    opened(10_000)
+    with pytest.raises(InvalidInput, match="at most 10,000 entries if the templates use 1,000"):
+        opened(10_001)
+
+
+@pytest.mark.parametrize("zone", ["a" * 65, "Europe/" + "\u0301" * 100_000])
+def test_a_long_time_zone_is_unknown(zone: str) -> None:
+    found = read_recipient(
+        "ann@example.com", {"name": "", "schedule_time": "2026-11-24 09:00", "time_zone": zone}
+    )
+    assert isinstance(found, RowRejection)
+    assert found.reason == "UNKNOWN_TIME_ZONE"
+    assert len(found.message) < 200

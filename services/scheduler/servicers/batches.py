@@ -21,7 +21,7 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput, ResourceExhausted
+from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
 from outbox_server.shared.intake.payloads import (
@@ -264,16 +264,10 @@ def _errors_name(field: str) -> Iterator[None]:
 def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
     match request.WhichOneof("payload"):
         case "csv":
-            if len(request.csv) > bounds.MAX_CSV_BYTES:
-                raise ResourceExhausted(
-                    f"csv: must be at most {bounds.MAX_CSV_BYTES // bounds.MIB} MiB "
-                    f"(got {len(request.csv):,} bytes); use UploadBatch for larger files",
-                    reason="CSV_TOO_LARGE",
-                )
             return CsvPayload(WholeFile(request.csv))
         case "recipients" if request.recipients.rows:
             rows = request.recipients.rows
-            return RowsPayload((row.email, dict(row.columns)) for row in rows)
+            return RowsPayload(((row.email, dict(row.columns)) for row in rows), len(rows))
     raise InvalidInput.field(
         "payload",
         "must have recipients: set `csv` or at least one of `recipients.rows`",
@@ -287,26 +281,16 @@ async def _chunks(
     async for message in messages:
         if message.WhichOneof("part") != "chunk":
             raise _out_of_order("chunk", "must be set in every message after the first")
-        yield _checked_chunk("chunk", message.chunk)
+        yield message.chunk
 
 
 async def _pieces(
     first: batch_service_pb2.UploadBatchFileRequest,
     others: AsyncIterator[batch_service_pb2.UploadBatchFileRequest],
 ) -> AsyncIterator[bytes]:
-    yield _checked_chunk("file.data", first.file.data)
+    yield first.file.data
     async for message in others:
-        yield _checked_chunk("file.data", message.file.data)
-
-
-def _checked_chunk(field: str, chunk: bytes) -> bytes:
-    if len(chunk) > bounds.MAX_CHUNK_BYTES:
-        raise ResourceExhausted(
-            f"{field}: must be at most {bounds.MAX_CHUNK_BYTES // bounds.MIB} MiB "
-            f"(got {len(chunk):,} bytes)",
-            reason="CHUNK_TOO_LARGE",
-        )
-    return chunk
+        yield message.file.data
 
 
 def _check_file_type(content_type: str) -> None:
