@@ -87,4 +87,4 @@ def message_id_of(content: bytes) -> str:
     """Return the Message-ID of a mail, with its angle brackets; empty if it has none."""
     headers = content[: content.find(_END_OF_HEADERS) + 2] or content
     found = MESSAGE_ID.search(headers)
-    return found[1].decode("utf-8", "replace") if found else ""
+    return found[1].rstrip().decode("utf-8", "replace") if found else ""

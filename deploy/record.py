@@ -19,7 +19,7 @@ RECORD: Final = "record.jsonl"
 # A file beside the record.
 _RECEIVER_ID: Final = "receiver_id"
 # For searches in headers only. The value of a folded header is on the next line.
-MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*(\S[^\r\n]*?)\s*$")
+MESSAGE_ID: Final = re.compile(rb"(?im)^message-id:\s*+(\S[^\r\n]*+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def message_ids_in(maildir: Path) -> Iterator[str]:
                         break
                     headers += line
             found = MESSAGE_ID.search(headers)
-            yield found[1].decode("utf-8", "replace") if found else ""
+            yield found[1].rstrip().decode("utf-8", "replace") if found else ""
 
 
 def receiver_id_of(folder: Path) -> str | None:

@@ -31,7 +31,7 @@ from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s|m|h|d)")
 _ZERO = timedelta(0)
 _MILLISECOND = timedelta(milliseconds=1)
 _SECOND_MS = 1_000

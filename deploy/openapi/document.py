@@ -19,7 +19,7 @@ from outbox_server.deploy.openapi.descriptors import (
 )
 from outbox_server.deploy.openapi.schemas import Direction, Schema, Schemas
 
-_VARIABLE: Final = re.compile(r"{([^}=]+)(?:=[^}]*)?}")
+_VARIABLE: Final = re.compile(r"{([^{}=]+)(?:=[^{}]*)?}")
 _HTTP_BODY: Final = ".google.api.HttpBody"
 _DETAILS: Final = ("ErrorInfo", "BadRequest", "RetryInfo")
 _DESCRIPTION: Final = """\

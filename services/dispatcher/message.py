@@ -27,7 +27,7 @@ from outbox_server.shared.templates.batch import MAX_SOURCE_BYTES, BatchTemplate
 
 _ATOM = r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~]+"
 _PLAIN_PHRASE = re.compile(f"{_ATOM}(?: {_ATOM})*")
-_SAFE_MESSAGE_ID = re.compile(r"<[!-;=?-~]+@[!-;=?-~]+>")
+_SAFE_MESSAGE_ID = re.compile(r"<[!-;=?A-~]+@[!-;=?A-~]+>")
 _LONGEST_QUOTED_NAME = 60
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

@@ -11,7 +11,7 @@ MAX_LINE_BYTES: Final = 8 * 1024
 MAX_REPLY_BYTES: Final = 32 * 1024
 _SHOWN_BYTES: Final = 100
 # A line of a reply. The first digit of its code is as in RFC 5321, 4.2.1.
-_LINE: Final = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])[ \t]*|(?=\r?\n))([^\n]*)\n")
+_LINE: Final = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])[ \t]*+|(?=\r?\n))([^\n]*+)\n")
 _START_INPUT: Final = 354
 
 

@@ -136,14 +136,14 @@ class _RuleFile:
 
     def _line_of(self, key: str) -> int:
         """Return the number of the first line that sets this key or opens this table; else 1."""
-        sets = re.compile(rf"\s*(?:\[{{0,2}}\s*)[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
+        sets = re.compile(rf"\s*+\[{{0,2}}\s*+[\"']?{re.escape(key)}[\"']?\s*+[=.\]]")
         return next((n for n, line in enumerate(self._lines, 1) if sets.match(line)), 1)
 
     def _fail_at(self, index: int, key: str, text: str) -> NoReturn:
         """Report a mistake in a key of the rule with this index."""
         first = self._headers[index]
         end = self._headers[index + 1] if index + 1 < len(self._headers) else len(self._lines) + 1
-        sets = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]")
+        sets = re.compile(rf"\s*+[\"']?{re.escape(key)}[\"']?\s*+[=.]")
         line = next(
             (n for n in range(first + 1, end) if key and sets.match(self._lines[n - 1])), first
         )
