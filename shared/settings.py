@@ -124,6 +124,18 @@ class Settings(BaseSettings):
         description="host:port where a service answers health checks without TLS; unset: nowhere "
         "but at its own port",
     )
+    connections: int = Field(
+        4_000,
+        ge=1,
+        le=60_000,
+        description="connections to one server at a time; fewer if few files may be open",
+    )
+    connections_per_peer: int = Field(
+        256,
+        ge=1,
+        le=60_000,
+        description="connections of one address (IPv6: one /64) to one server at a time",
+    )
     auth: Literal["keys", "off"] = Field(
         "keys",
         description="how callers authenticate: `keys` (API keys), or `off`, which only a server "

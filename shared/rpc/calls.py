@@ -29,6 +29,7 @@ from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, Meth
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
 from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -49,6 +50,9 @@ _STREAMS: Final = 1_000
 # is published. Their calls are answered during a drain as well, do not delay it, and are logged at
 # level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
+# The most of their calls at once: of one peer, and of all. A watch has no end.
+_TOOLING_PER_PEER: Final = 100
+_TOOLING_CALLS: Final = 1_000
 # Fields of requests that log lines have, by the names that they have there.
 _IDS: Final = {"batch_id": "batch_id", "email_job_id": "job_id"}
 _MAX_ID_DIGITS: Final = 19
@@ -80,6 +84,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._gates = dict(gates or {})
         self._calls_gate = Gate("calls", at_once=_CALLS, waiting=_CALLS_WAITING)
         self._streams_gate = Gate("streams", at_once=_STREAMS, waiting=0)
+        self._tooling = PeerPlaces(
+            "health and reflection calls", per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS
+        )
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
         self._metrics = metrics
@@ -238,7 +245,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         limit.reschedule(0)
                 set_current_caller(await self._authenticate(method, context))
                 if method.startswith(_TOOLING):
-                    return await work()
+                    with self._tooling.place_of(peer_of_call(context.peer())):
+                        return await work()
                 async with self._gate_of(method, stream=stream).entered():
                     return await work()
         except TimeoutError as error:

@@ -21,6 +21,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from outbox_server.shared.rpc.addresses import bind, check_address
+from outbox_server.shared.rpc.connections import ConnectionGuard, connection_options
 from outbox_server.shared.rpc.health import Health
 from outbox_server.shared.settings import Settings
 
@@ -28,12 +29,16 @@ LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 
 _VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
+# The calls at once of all, the connections of one peer, and the calls of one connection: no peer
+# can have all calls. A kubelet has one.
+_CALLS: Final = 100
+_CONNECTIONS_PER_PEER: Final = 8
+_STREAMS: Final = 10
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     # Anyone in the network may call: a request is a name, and a connection needs few streams.
     ("grpc.max_receive_message_length", 1024),
-    ("grpc.max_concurrent_streams", 10),
-    ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.max_concurrent_streams", _STREAMS),
     ("grpc.max_connection_age_ms", 10 * 60_000),
 )
 
@@ -77,12 +82,16 @@ async def open_probes(settings: Settings) -> AsyncIterator[Probes]:
         yield probes
         return
     check_address(_VARIABLE, settings.health_listen)
-    server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=100)
+    options = (*_OPTIONS, *connection_options(_CALLS))
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_CALLS)
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)
     port = await bind(server, _VARIABLE, settings.health_listen)
     await server.start()
+    guard = ConnectionGuard(port, _CONNECTIONS_PER_PEER)
+    guard.start()
     structlog.get_logger("outbox.probes").info("answering probes", port=port)
     try:
         yield probes
     finally:
         await server.stop(None)
+        await guard.stop()

@@ -21,6 +21,7 @@ from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.rpc import health
 from outbox_server.shared.rpc.addresses import bind, check_address
 from outbox_server.shared.rpc.calls import CallInterceptor
+from outbox_server.shared.rpc.connections import ConnectionGuard, connection_options
 from outbox_server.shared.rpc.gate import Gate
 from outbox_server.shared.rpc.probes import Probes
 from outbox_server.shared.rpc.reflection import add_reflection
@@ -124,6 +125,9 @@ class GrpcServer:
         self._draining = False
         self._server: grpc.aio.Server | None = None
         self._port: int | None = None
+        self._connections = settings.connections
+        self._per_peer = settings.connections_per_peer
+        self._guard: ConnectionGuard | None = None
 
     @property
     def port(self) -> int:
@@ -147,7 +151,8 @@ class GrpcServer:
         Raises:
             ConfigurationError: the address cannot be bound; the text names its variable.
         """
-        server = grpc.aio.server(interceptors=(self._calls,), options=_OPTIONS)
+        options = (*_OPTIONS, *connection_options(self._connections))
+        server = grpc.aio.server(interceptors=(self._calls,), options=options)
         for service in self._services:
             service.add(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -155,6 +160,9 @@ class GrpcServer:
         self._port = await bind(server, self._variable, self._listen, self._credentials)
         await server.start()
         self._server = server
+        if not self._listen.startswith("unix:"):
+            self._guard = ConnectionGuard(self._port, self._per_peer)
+            self._guard.start()
         self._log.info("listening", port=self._port, tls=self._credentials is not None)
 
     def set_serving(self, serving: bool) -> None:
@@ -184,6 +192,8 @@ class GrpcServer:
         except TimeoutError:
             self._log.info("draining: calls are still in progress")
         await self._server.stop(max(end - loop.time(), 0))
+        if self._guard is not None:
+            await self._guard.stop()
         await self._authenticator.close()
         self._log.info("stopped")
 

@@ -1,0 +1,75 @@
+"""Limits what one peer may have without an API key: a peer is the other end of a connection."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Final
+from urllib.parse import unquote
+
+from outbox_server.shared.errors import ResourceExhausted
+
+_RETRY_AFTER: Final = timedelta(seconds=5)
+# One host usually has a whole network of IPv6 addresses.
+_IPV6_PREFIX: Final = 64
+
+
+def peer_of(address: str) -> str:
+    """Return the peer that has an IP address: the address itself, or its IPv6 network (/64)."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, _IPV6_PREFIX), strict=False))
+
+
+def peer_of_call(peer: str) -> str:
+    """Return the peer of a call, which gRPC describes as `ipv4:127.0.0.1:5000` or the like."""
+    family, _, rest = unquote(peer).partition(":")
+    if family not in ("ipv4", "ipv6"):
+        return family  # a Unix socket: everybody who may open it
+    return peer_of(rest.rpartition(":")[0].strip("[]"))
+
+
+class PeerPlaces:
+    """A bound on calls in progress: of one peer, and of all peers. `what` names the calls."""
+
+    def __init__(self, what: str, *, per_peer: int, total: int) -> None:
+        self._what = what
+        self._per_peer = per_peer
+        self._total = total
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def place_of(self, peer: str) -> Iterator[None]:
+        """Hold a place of a peer until the end of the block.
+
+        Raises:
+            ResourceExhausted: TOO_MANY_CALLS: this peer, or all together, have all their places.
+        """
+        if self._taken[peer] >= self._per_peer:
+            raise self._refusal(f"of {peer}", self._per_peer)
+        if self._taken.total() >= self._total:
+            raise self._refusal("of all peers together", self._total)
+        self._taken[peer] += 1
+        try:
+            yield
+        finally:
+            self._taken[peer] -= 1
+            if not self._taken[peer]:
+                del self._taken[peer]
+
+    def _refusal(self, whose: str, limit: int) -> ResourceExhausted:
+        return ResourceExhausted(
+            f"{limit} {self._what} {whose} are in progress, which is the limit; end some of them",
+            reason="TOO_MANY_CALLS",
+            metadata={"at_once": str(limit)},
+            retry_after=_RETRY_AFTER,
+        )
