@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.name_lookup import NameResolver
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.ports import PermittedPorts
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -62,14 +63,21 @@ _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 class EgressRefused(OSError):
-    """A user's endpoint resolves to a forbidden address. No packet was sent there."""
+    """A user's endpoint has a forbidden address or port. No packet was sent there."""
 
 
 class Egress:
     """Resolves users' host names, checks the addresses, and connects."""
 
-    def __init__(self, allow: Sequence[str] = (), resolver: NameResolver | None = None) -> None:
+    def __init__(
+        self,
+        allow: Sequence[str] = (),
+        resolver: NameResolver | None = None,
+        ports: PermittedPorts | None = None,
+    ) -> None:
         """Read `allow`, the list of OUTBOX_SMTP_ALLOW: networks (CIDR), addresses, host names.
+
+        `ports` None means any port.
 
         Raises:
             ConfigurationError: an entry is neither a network nor a host name.
@@ -85,15 +93,17 @@ class Egress:
         self._networks = tuple(networks)
         self._hosts = frozenset(hosts)
         self._resolver = resolver or NameResolver()
+        self.ports = ports or PermittedPorts()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Egress:
-        """Read OUTBOX_SMTP_ALLOW.
+        """Read OUTBOX_SMTP_ALLOW and OUTBOX_SMTP_PORTS.
 
         Raises:
-            ConfigurationError: an entry is neither a network nor a host name.
+            ConfigurationError: one of them is malformed.
         """
-        return cls(settings.smtp_allow.split(","))
+        ports = PermittedPorts(settings.smtp_ports)
+        return cls(settings.smtp_allow.split(","), ports=ports)
 
     def allows(self, host: str, address: str) -> bool:
         """Return whether a connection to `address`, which `host` resolved to, is permitted."""
@@ -108,9 +118,12 @@ class Egress:
         `user` chose the host. The connecting has no time limit of its own.
 
         Raises:
-            EgressRefused: none of the host's addresses is permitted.
+            EgressRefused: the port, or each of the host's addresses, is not permitted.
             OSError: the host does not exist, or none of its addresses accepts a connection.
         """
+        refusal = self.ports.refusal(port)
+        if refusal:
+            raise EgressRefused(f"the port {refusal}")
         failure: OSError | None = None
         for address in await self.permitted_addresses(host, user=user):
             try:
@@ -146,6 +159,8 @@ class Egress:
 
 def reason_of(error: BaseException | None) -> str:
     """Return why a connection failed, without the address that an operating system's text has."""
+    if isinstance(error, socket.gaierror):
+        return "its name cannot be resolved"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     return "the connection failed" if error is None else type(error).__name__

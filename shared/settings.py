@@ -176,6 +176,10 @@ class Settings(BaseSettings):
         description="networks and hosts of the operator that senders may use as their own relay: "
         "10.1.0.0/16,mail.internal",
     )
+    smtp_ports: str = Field(
+        "25,465,587,2525",
+        description="ports that senders' own relays may have, or `any`",
+    )
     smtp_timeout: Duration | None = Field(
         None,
         gt=_ZERO,

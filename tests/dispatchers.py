@@ -44,6 +44,7 @@ def options(
         "smtp_url": smtp_url,
         "auth": "off",
         "smtp_allow": "127.0.0.1",
+        "smtp_ports": "any",
         "dispatcher_listen": "127.0.0.1:0",
         "dispatcher_concurrency": "5",
         "min_gap": "0",

@@ -85,6 +85,7 @@ class GatewayStack:
             # The port has no listener, so VerifySender answers at once, and no mail is sent.
             "OUTBOX_SMTP_URL": f"smtp://{LOOPBACK}:{free_port()}",
             "OUTBOX_SMTP_ALLOW": "127.0.0.0/8",
+            "OUTBOX_SMTP_PORTS": "any",
             "OUTBOX_ENCRYPTION_KEYS": key_in(self.folder),
             "OUTBOX_AUTH": "keys",
         }

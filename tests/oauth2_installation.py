@@ -100,6 +100,7 @@ async def installed(
     certificate = self_signed(directory)
     settings = {
         "smtp_allow": "127.0.0.0/8",
+        "smtp_ports": "any",
         "smtp_ca": str(certificate.public),
         "encryption_keys": KEY,
     }

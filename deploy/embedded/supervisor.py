@@ -19,6 +19,7 @@ from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.ports import ANY
 
 # How long `up` waits for a send in flight when it stops, unless OUTBOX_SHUTDOWN_GRACE is set.
 _GRACE: Final = timedelta(seconds=5)
@@ -276,6 +277,7 @@ class LocalSystem:
             "OUTBOX_TLS_CLIENT_CA": "",
             # Users who try Outbox may have a mail server on this machine.
             "OUTBOX_SMTP_ALLOW": settings.smtp_allow or "127.0.0.0/8,::1",
+            "OUTBOX_SMTP_PORTS": _ports(settings),
             "OUTBOX_SHUTDOWN_GRACE": f"{self._grace().total_seconds()}s",
             **self._trust(),
             **self._through,
@@ -312,6 +314,11 @@ class LocalSystem:
         for sends in (True, False):
             group = [one for one in self._services if (one.name == "dispatcher") == sends]
             await asyncio.gather(*(service.stop() for service in group))
+
+
+def _ports(settings: Settings) -> str:
+    """Return the ports of the operator's choice. A mail server for trying out may have any."""
+    return settings.smtp_ports if "smtp_ports" in settings.model_fields_set else ANY
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

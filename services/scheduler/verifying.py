@@ -40,6 +40,8 @@ class Verification:
     host: str
     port: int
     probe: Probe
+    # Whether it is the operator's relay.
+    operators: bool
 
 
 class Verifier:
@@ -57,7 +59,8 @@ class Verifier:
         self._limits = PhaseLimits.from_settings(settings)
         self._rules = ReplyRules.load(settings.reply_rules)
         self._helo = helo_name(settings)
-        self._egress = egress
+        # Around every connection to an endpoint that a user chose.
+        self.egress = egress
 
     @contextmanager
     def turn_of(self, user_id: str | None) -> Iterator[None]:
@@ -99,13 +102,12 @@ class Verifier:
             limit=_LIMIT,
             rules=self._rules,
             helo=self._helo,
-            egress=self._egress,
+            egress=self.egress,
             # OUTBOX_SMTP_CA is read again, so that the result holds for the present file.
             tls=TlsContexts.from_settings(self._settings),
             tokens=self._tokens,
         )
         mail_from = envelope_address(sender)
         rcpt_to = envelope_address(recipient) if recipient else mail_from
-        return Verification(
-            endpoint.host, endpoint.port, await prober.probe(endpoint, mail_from, rcpt_to)
-        )
+        probe = await prober.probe(endpoint, mail_from, rcpt_to)
+        return Verification(endpoint.host, endpoint.port, probe, endpoint.operators)

@@ -89,8 +89,10 @@ class TokenClient:
             return outage(f"{host} gave no complete answer within {seconds}")
         except EgressRefused as error:
             return refusal(str(error))
-        except (OSError, httpcore.NetworkError, httpcore.ProtocolError) as error:
-            # A protocol error quotes the server, which may quote a secret of the request.
+        except httpcore.ProtocolError:
+            # Its text quotes the server, which may be another service, or may quote a secret.
+            return outage(f"no answer from {host}: it does not speak HTTP")
+        except (OSError, httpcore.NetworkError) as error:
             said = clean(str(error), wanted.secrets()) or type(error).__name__
             return outage(f"no answer from {host}: {said}")
 

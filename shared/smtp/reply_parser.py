@@ -9,7 +9,6 @@ from typing import Final, NamedTuple
 # RFC 5321 allows 512 bytes per line. Real servers send more, but not more than this.
 MAX_LINE_BYTES: Final = 8 * 1024
 MAX_REPLY_BYTES: Final = 32 * 1024
-_SHOWN_BYTES: Final = 100
 # A line of a reply. The first digit of its code is as in RFC 5321, 4.2.1.
 _LINE: Final = re.compile(rb"([2-5][0-9][0-9])(?:([ \t-])[ \t]*+|(?=\r?\n))([^\n]*+)\n")
 _START_INPUT: Final = 354
@@ -77,9 +76,9 @@ class ReplyParser:
             self._check_size(end - start)
             if found is not None:
                 self._take_line(*found.groups())
-            elif line := data[start:end].strip():
-                shown = line[:_SHOWN_BYTES].decode("utf-8", "replace")
-                raise MalformedReply(f"not an SMTP reply: {shown}")
+            elif data[start:end].strip():
+                # Without the line: users read this, and it may be the banner of another service.
+                raise MalformedReply("the server does not speak SMTP")
             start = end
         self._rest = data[start:]
         if len(self._rest) > MAX_LINE_BYTES:

@@ -17,7 +17,7 @@ import aiosmtplib
 from aiosmtplib.protocol import SMTPProtocol
 from aiosmtplib.response import SMTPResponse
 
-from outbox_server.shared.egress import Egress
+from outbox_server.shared.egress import Egress, reason_of
 from outbox_server.shared.oauth2.credentials import (
     NO_TOKENS,
     WAIT_LIMIT_S,
@@ -176,7 +176,8 @@ class SmtpSession:
                     # From here on the transport owns the socket.
                     await loop.create_connection(lambda: self.stream, sock=opened)
         except TimeoutError:
-            raise TimeoutError(f"no connection to {host}, port {port}, in time") from None
+            where = "the operator's relay" if self._endpoint.operators else f"{host}, port {port},"
+            raise TimeoutError(f"no connection to {where} in time") from None
         _keep_alive(self.stream.transport)
 
     async def _encrypt(self, deadline: Deadline) -> None:
@@ -211,7 +212,7 @@ class SmtpSession:
         """Return the error for a reply after which the session cannot be opened."""
         if reply.refuses:
             return SessionRefused(self.phase, reply)
-        return MalformedReply(f"not a reply to {self.phase}: {reply}")
+        return MalformedReply(f"not a reply to {self.phase}: code {reply.code}")
 
     def _client(self, deadline: Deadline) -> aiosmtplib.SMTP:
         sockname = self.stream.transport.get_extra_info("sockname")
@@ -299,7 +300,7 @@ class SmtpSession:
             if answer.accepted:
                 continue
             if not reply.refuses:
-                raise MalformedReply(f"not a reply to {command.phase}: {reply}")
+                raise MalformedReply(f"not a reply to {command.phase}: code {reply.code}")
             if not pipelining:
                 break
         return answers
@@ -338,8 +339,9 @@ async def _connect_anywhere(host: str, port: int, stream: SmtpStream) -> None:
     """Connect to an endpoint of the operator, which may be in the operator's network."""
     try:
         await asyncio.get_running_loop().create_connection(lambda: stream, host, port)
-    except OSError as error:
-        raise OSError(f"no connection to {host}, port {port}: {error}") from None
+    except (OSError, UnicodeError) as error:  # an odd name cannot be encoded
+        # Users read this. It names no host and no address of the operator's network.
+        raise OSError(f"no connection to the operator's relay: {reason_of(error)}") from None
 
 
 class _Client(aiosmtplib.SMTP):

@@ -18,7 +18,7 @@ from tests.smtp_servers import Say, ScriptedServer
 
 @pytest_asyncio.fixture
 async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
-    settings = {"smtp_allow": "127.0.0.0/8"}
+    settings = {"smtp_allow": "127.0.0.0/8", "smtp_ports": "any"}
     async with running_scheduler(database_url, redis_url, **settings) as running:
         yield running
 

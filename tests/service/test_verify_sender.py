@@ -33,6 +33,7 @@ from tests.smtp_servers import Close, Conversation, Say, ScriptedServer, Succeed
 async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
     settings = {
         "smtp_allow": "127.0.0.0/8",
+        "smtp_ports": "any",
         "smtp_timeout": "300ms",
         "encryption_keys": Fernet.generate_key().decode(),
     }
@@ -119,7 +120,7 @@ async def test_a_server_that_requires_a_fully_qualified_name_gets_one_or_its_rep
 
     async with ScriptedServer({"rcpt": wants_a_dot}) as server:
         for helo, ready in (("", True), ("mail.x.example", True), ("mail", False)):
-            settings = {"smtp_allow": "127.0.0.0/8", "smtp_helo": helo}
+            settings = {"smtp_allow": "127.0.0.0/8", "smtp_ports": "any", "smtp_helo": helo}
             async with running_scheduler(database_url, redis_url, **settings) as scheduler:
                 answer = await verify(scheduler, server.port)
                 assert answer.ready == ready, answer.failure
@@ -139,7 +140,7 @@ async def test_a_session_takes_no_longer_in_total_than_its_limit(
 ) -> None:
     """This holds even if the limits of its phases are longer: here, minutes."""
     monkeypatch.setattr("outbox_server.services.scheduler.verifying._LIMIT", 0.5)
-    settings = {"smtp_allow": "127.0.0.0/8"}
+    settings = {"smtp_allow": "127.0.0.0/8", "smtp_ports": "any"}
     async with (
         running_scheduler(database_url, redis_url, **settings) as scheduler,
         ScriptedServer({"rcpt": Wait()}) as server,
@@ -232,13 +233,28 @@ async def test_a_session_is_encrypted_and_logged_in(
 
 async def test_the_operators_network_cannot_be_reached(database_url: str, redis_url: str) -> None:
     async with (
-        running_scheduler(database_url, redis_url) as scheduler,
+        running_scheduler(database_url, redis_url, smtp_ports="any") as scheduler,
         ScriptedServer() as server,
     ):
         answer = await verify(scheduler, server.port)
         assert not answer.ready
         assert "OUTBOX_SMTP_ALLOW" in answer.failure
         assert server.connections == 0
+
+
+async def test_a_port_that_is_not_for_mail_is_refused_when_a_sender_is_written(
+    database_url: str, redis_url: str
+) -> None:
+    async with running_scheduler(database_url, redis_url) as scheduler:
+        for port in (0, 25, 465, 587, 2525):
+            await scheduler.sender(smtp=SmtpEndpoint(host="mail.example.com", port=port))
+        call = scheduler.sender(smtp=SmtpEndpoint(host="mail.example.com", port=6379))
+        refusal = await refusal_of(call)
+        assert refusal.reason == "SMTP_ENDPOINT_INVALID"
+        assert refusal.violations == {
+            "sender.smtp.port": "must be 25, 465, 587 or 2525; the operator can add ports in "
+            "OUTBOX_SMTP_PORTS (got 6379)"
+        }
 
 
 async def test_a_sender_of_another_user_is_not_verified(scheduler: Scheduler) -> None:
@@ -253,7 +269,9 @@ async def test_verifications_per_user_are_limited_and_delay_no_other_call(
     database_url: str, redis_url: str
 ) -> None:
     async with (
-        running_scheduler(database_url, redis_url, smtp_allow="127.0.0.0/8") as scheduler,
+        running_scheduler(
+            database_url, redis_url, smtp_allow="127.0.0.0/8", smtp_ports="any"
+        ) as scheduler,
         ScriptedServer({"greeting": Wait()}) as silent,
         ScriptedServer() as good,
     ):

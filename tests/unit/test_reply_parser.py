@@ -84,7 +84,7 @@ def test_input_that_is_not_smtp_is_refused(data: bytes) -> None:
 
 def test_replies_before_invalid_input_are_kept() -> None:
     parser = ReplyParser()
-    with pytest.raises(MalformedReply, match="not an SMTP reply: hello"):
+    with pytest.raises(MalformedReply, match="the server does not speak SMTP"):
         parser.feed(b"552 no\r\nhello\r\n")
     assert [reply.code for reply in parser.replies] == [552]
 

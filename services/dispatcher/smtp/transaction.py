@@ -102,13 +102,13 @@ class Transaction:
         elif not await self._send_blocks(memoryview(data)):
             early = self._stream.take()
             if not early.refuses:
-                raise MalformedReply(f"a reply before the end of the body: {early}")
+                raise MalformedReply(f"a reply before the end of the body: code {early.code}")
             return Answer(Phase.BODY, early)
         reply = await reply_within(
             self._stream, self._limits.end, self._lease, "the end of the body"
         )
         if not (reply.accepts or reply.refuses):
-            raise MalformedReply(f"not a reply to a body: {reply}")
+            raise MalformedReply(f"not a reply to a body: code {reply.code}")
         return Answer(Phase.BODY, reply)
 
     async def _send_blocks(self, data: memoryview) -> bool:

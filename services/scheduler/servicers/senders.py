@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -24,6 +25,7 @@ from outbox_server.services.scheduler.storage import senders as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared import bounds
+from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
@@ -189,7 +191,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             raise not_found("sender_id", request.sender_id)
         address, endpoint = found
         with self.verifier.turn_of(user_id):
-            return to_verification(await self.verifier.verify(endpoint, address, recipient))
+            result = await self.verifier.verify(endpoint, address, recipient)
+        if result.operators and current_caller().kind is CallerKind.USER:
+            # It may be in the operator's network.
+            result = replace(result, host="", port=0)
+        return to_verification(result)
 
     async def _set_state(
         self, id_in_request: str, requested_user: str, state: SenderState
@@ -269,6 +275,9 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             password=asked.password,
             ca=asked.ca_certificates,
         )
+        refusal = self.verifier.egress.ports.refusal(endpoint.port)
+        if refusal:
+            raise InvalidInput.field("sender.smtp.port", refusal, reason="SMTP_ENDPOINT_INVALID")
         oauth2 = None
         if asked.HasField("oauth2"):
             oauth2 = self._oauth2(asked.oauth2, endpoint, provider)
