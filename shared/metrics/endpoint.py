@@ -8,6 +8,7 @@ connection of its own, within bounds.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -21,8 +22,10 @@ from outbox_server.shared.listening import check_listen_address, host_and_port
 
 VARIABLE: Final = "OUTBOX_METRICS_LISTEN"
 _MAX_HEAD_BYTES: Final = 8 * 1024
-# Connections at once. A scraper has one; more are closed without an answer.
-_CONNECTIONS: Final = 16
+# Connections at once. A scraper has one; more are closed without an answer. One address has a
+# share, so that a peer which opens many does not shut out a scraper elsewhere.
+CONNECTIONS: Final = 64
+CONNECTIONS_OF_ONE_ADDRESS: Final = 8
 _LIMIT: Final = timedelta(seconds=10)
 # How long a scrape waits for the stores. Prometheus gives up after 10 s by default.
 _REFRESH_LIMIT: Final = timedelta(seconds=2)
@@ -42,7 +45,7 @@ class MetricsEndpoint:
         self._listen = listen
         self._registry = registry
         self._server: asyncio.Server | None = None
-        self._connections = 0
+        self._connections: Counter[str] = Counter()
         self._refreshing = asyncio.Lock()
         self.refresh: Sequence[Callable[[], Awaitable[None]]] = ()
 
@@ -69,20 +72,36 @@ class MetricsEndpoint:
         if self._server is not None:
             self._server.close()
 
+    @property
+    def connections(self) -> int:
+        """The number of connections that are being answered."""
+        return self._connections.total()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
+        peer = writer.get_extra_info("peername")
+        address = str(peer[0]) if peer else ""
+        if (
+            self._connections.total() >= CONNECTIONS
+            or self._connections[address] >= CONNECTIONS_OF_ONE_ADDRESS
+        ):
+            writer.transport.abort()
+            return
+        self._connections[address] += 1
         try:
-            if self._connections <= _CONNECTIONS:
-                async with asyncio.timeout(_LIMIT.total_seconds()):
-                    head = await reader.readuntil(b"\r\n\r\n")
-                    writer.write(await self._answer(head))
-                    await writer.drain()
+            async with asyncio.timeout(_LIMIT.total_seconds()):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(await self._answer(head))
+                writer.close()
+                # Until the client has the answer, or else the limit.
+                await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the client left, is too slow, or speaks something else
         finally:
-            self._connections -= 1
-            with suppress(OSError):
-                writer.close()
+            # A closed connection would stay open until the client has read everything.
+            writer.transport.abort()
+            self._connections[address] -= 1
+            if not self._connections[address]:
+                del self._connections[address]
 
     async def _answer(self, head: bytes) -> bytes:
         method, _, rest = head.partition(b" ")

@@ -29,17 +29,22 @@ LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 
 _VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
-# The calls at once of all, the connections of one peer, and the calls of one connection: no peer
-# can have all calls. A kubelet has one.
-_CALLS: Final = 100
-_CONNECTIONS_PER_PEER: Final = 8
-_STREAMS: Final = 10
+# Connections at once; more are closed. A kubelet opens one for each probe, a balancer keeps some.
+CONNECTIONS: Final = 200
+_STREAMS: Final = 4
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     # Anyone in the network may call: a request is a name, and a connection needs few streams.
     ("grpc.max_receive_message_length", 1024),
     ("grpc.max_concurrent_streams", _STREAMS),
-    ("grpc.max_connection_age_ms", 10 * 60_000),
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS),
+    # A connection that says nothing, asks nothing, or does not finish a call soon gives its place
+    # to another one.
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.settings_timeout", 5_000),
+    ("grpc.max_connection_idle_ms", 30_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.max_connection_age_grace_ms", 5_000),
 )
 
 
@@ -82,8 +87,7 @@ async def open_probes(settings: Settings) -> AsyncIterator[Probes]:
         yield probes
         return
     check_address(_VARIABLE, settings.health_listen)
-    options = (*_OPTIONS, *connection_options(_CALLS))
-    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_CALLS)
+    server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=CONNECTIONS * _STREAMS)
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)
     port = await bind(server, _VARIABLE, settings.health_listen)
     await server.start()

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from outbox_server.deploy.ports import free_port
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.metrics.endpoint import MetricsEndpoint
+from outbox_server.shared.metrics import endpoint as endpoint_module
+from outbox_server.shared.metrics.endpoint import (
+    CONNECTIONS,
+    CONNECTIONS_OF_ONE_ADDRESS,
+    MetricsEndpoint,
+)
 from tests import dispatchers
-from tests.eventually import eventually
+from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.scraping import Scrape, scrape
 from tests.smtp_servers import Say, ScriptedServer
 from tests.stats_stack import stats_server
 from tests.unit.test_metrics_page import registered
 
+GET = b"GET /metrics HTTP/1.1\r\n\r\n"
 DEFERRED = Say("450 4.7.1 <c@b.org>: Recipient address rejected: Greylisted, try again later")
 QUOTA = Say("550 5.4.5 Daily user sending limit exceeded.")
 REFUSED = Say("550 5.1.1 <x@b.org>: Recipient address rejected: User unknown")
@@ -257,13 +267,13 @@ async def address() -> AsyncIterator[str]:
     await endpoint.close()
 
 
-async def answer_to(address: str, request: bytes) -> bytes:
+async def answer_to(address: str, request: bytes, *, peer: str = "127.0.0.1") -> bytes:
     host, port = address.split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(request)
+    reader, writer = await asyncio.open_connection(host, int(port), local_addr=(peer, 0))
     answer = b""
     # A connection that the server closes before it has read the request is reset.
-    with suppress(ConnectionResetError):
+    with suppress(ConnectionResetError, BrokenPipeError):
+        writer.write(request)
         async with asyncio.timeout(30):
             answer = await reader.read()
     writer.close()
@@ -299,19 +309,64 @@ async def test_a_request_that_is_too_long_is_closed_without_an_answer(address: s
     assert await answer_to(address, b"GET /metrics HTTP/1.1\r\nX: " + b"x" * 100_000) == b""
 
 
-async def test_idle_connections_do_not_exceed_their_number(address: str) -> None:
+async def open_idle(address: str, peer: str) -> list[asyncio.StreamWriter]:
+    """Open as many connections as one address may have."""
     host, port = address.split(":")
-    idle = [await asyncio.open_connection(host, int(port)) for _ in range(16)]
+    opened = [
+        await asyncio.open_connection(host, int(port), local_addr=(peer, 0))
+        for _ in range(CONNECTIONS_OF_ONE_ADDRESS)
+    ]
+    return [writer for _, writer in opened]
+
+
+async def test_a_peer_with_many_idle_connections_shuts_out_only_itself(address: str) -> None:
+    async def answered(peer: str) -> bool:
+        return b"200 OK" in await answer_to(address, GET, peer=peer)
+
+    idle = await open_idle(address, "127.0.0.2")
     try:
-        assert await answer_to(address, b"GET /metrics HTTP/1.1\r\n\r\n") == b""
+        assert not await answered("127.0.0.2")
+        assert await answered("127.0.0.3")
+        for number in range(3, 2 + CONNECTIONS // CONNECTIONS_OF_ONE_ADDRESS):
+            idle += await open_idle(address, f"127.0.0.{number}")
+        # So many that none is left.
+        assert not await answered("127.0.0.99")
     finally:
-        for _, writer in idle:
+        for writer in idle:
             writer.close()
+    await eventually(partial(answered, "127.0.0.2"))
+    await eventually(partial(answered, "127.0.0.99"))
 
-    async def answered() -> bool:
-        return b"200 OK" in await answer_to(address, b"GET /metrics HTTP/1.1\r\n\r\n")
 
-    await eventually(answered)
+async def test_a_client_that_does_not_read_is_cut_off_and_loses_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endpoint_module, "_LIMIT", timedelta(seconds=0.5))
+    registry = CollectorRegistry()
+    # More than the buffers of both kernels hold.
+    labelled = Counter("example", "x" * 100, ["n"], registry=registry)
+    for number in range(100_000):
+        labelled.labels("y" * 100 + str(number))
+    host, port = listen = ("127.0.0.1", free_port())
+    endpoint = MetricsEndpoint(f"{host}:{port}", registry)
+    async with contextlib.AsyncExitStack() as open_:
+        await endpoint.start()
+        open_.push_async_callback(endpoint.close)
+        client = open_.enter_context(contextlib.closing(socket.socket()))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, listen)
+        await loop.sock_sendall(client, GET)
+        await eventually(lambda: endpoint.connections == 1)
+        await eventually(lambda: endpoint.connections == 0)
+        received = 0
+        with suppress(ConnectionResetError):
+            async with asyncio.timeout(PATIENCE):
+                while got := await loop.sock_recv(client, 1 << 20):
+                    received += len(got)
+    # What the kernels hold, and no more.
+    assert received < len(generate_latest(registry)) / 2
 
 
 @pytest.mark.parametrize("listen", ["9464", "127.0.0.1:x", "127.0.0.1:70000", "unix:/x"])

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from outbox_server.cli.main import app
 from outbox_server.deploy.certificates import self_signed
 from outbox_server.deploy.ports import free_port
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.rpc.probes import open_probes
+from outbox_server.shared.rpc.probes import CONNECTIONS, open_probes
 from outbox_server.shared.rpc.server import GrpcServer
 from outbox_server.shared.settings import load_settings
 from tests.eventually import PATIENCE, eventually
@@ -181,3 +181,24 @@ async def test_a_process_that_hangs_does_not_answer_the_liveness_probe() -> None
         assert await state() == "DEADLINE_EXCEEDED"
         child.send_signal(signal.SIGCONT)
         await eventually(alive)
+
+
+async def test_silent_connections_are_bounded_and_soon_give_their_places_to_others() -> None:
+    address = listen()
+    host, port = address.split(":")
+    async with serving(health_listen=address), AsyncExitStack() as open_:
+        silent = []
+        for _ in range(CONNECTIONS + 20):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            open_.callback(writer.close)
+            silent.append(asyncio.create_task(_until_closed(reader)))
+        # Those beyond the bound at once, and the others because they say nothing.
+        await eventually(lambda: sum(task.done() for task in silent) >= 20)
+        assert await probe(address, "liveness") == "UNAVAILABLE"
+        await eventually(lambda: all(task.done() for task in silent), 30)
+        assert await probe(address, "liveness") == "SERVING"
+
+
+async def _until_closed(reader: asyncio.StreamReader) -> None:
+    with suppress(ConnectionResetError):
+        await reader.read()
