@@ -106,6 +106,10 @@ manifests: $(READY) ## Render the chart to deploy/manifests, and list the settin
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
 	$(BIN)/outbox drill --minutes 1 --seed 1
 
+.PHONY: drill-production
+drill-production: $(READY) ## The same with TLS, keys and secrets in files, and rolling restarts
+	$(BIN)/outbox drill --production --minutes 1 --seed 1
+
 # Both source trees run in this environment, so its libraries must suit both.
 .PHONY: test-side-by-side
 test-side-by-side: $(READY) ## Run BASE=COMMIT beside this tree under load: upgrade, roll back, audit

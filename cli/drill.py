@@ -17,7 +17,13 @@ from outbox_server.cli.output import Output, OutputFormat, note, print_json, pri
 from outbox_server.deploy.drill.clocks import HOW_TO_GET, faketime_library
 from outbox_server.deploy.drill.drill import DrillFolder
 from outbox_server.deploy.drill.drill import drill as play
-from outbox_server.deploy.drill.plan import CLOCK_KINDS, KINDS, OUTAGE_DRILL_S, OUTAGES
+from outbox_server.deploy.drill.plan import (
+    CLOCK_KINDS,
+    KINDS,
+    OUTAGE_DRILL_S,
+    OUTAGES,
+    ROLLOUTS,
+)
 from outbox_server.deploy.drill.report import DrillReport
 from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
 
@@ -82,15 +88,29 @@ def drill(
             help="Inject only these faults (default: all).",
         ),
     ] = None,
+    production: Annotated[
+        bool,
+        typer.Option(
+            "--production",
+            help="Run the services as in production: TLS, API keys, passwords, secrets in files, "
+            "two processes each; with rolling restarts.",
+        ),
+    ] = False,
     dispatchers: Annotated[
         int, typer.Option("--dispatchers", min=1, max=16, help="Number of dispatchers.")
     ] = 2,
     schedulers: Annotated[
-        int, typer.Option("--schedulers", min=1, max=16, help="Number of schedulers.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--schedulers", min=1, max=16, help="Number of schedulers (default: 1; production: 2)."
+        ),
+    ] = None,
     stats: Annotated[
-        int, typer.Option("--stats", min=1, max=16, help="Number of stats services.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--stats", min=1, max=16, help="Number of stats services (default: 1; production: 2)."
+        ),
+    ] = None,
     policy: Annotated[
         UncertainPolicy, typer.Option("--policy", help="OUTBOX_UNCERTAIN_POLICY of the stack.")
     ] = UncertainPolicy.RESEND,
@@ -108,7 +128,9 @@ def drill(
     leases. While batches are uploaded, it injects the faults of the seed:
     kills, pauses, outages and hangs of every part. Each fault is printed
     with the time until mail flowed again. A drill of several minutes also
-    has outages of half a minute. At the end, it ends all faults, waits for
+    has outages of half a minute. With --production, it runs the services
+    with TLS, keys and passwords, and replaces all processes one by one
+    now and then. At the end, it ends all faults, waits for
     the last job, and checks that every limit was kept and no mail was lost.
 
     Exit code 1 if a promise was broken; the folder with logs, mails and
@@ -122,12 +144,19 @@ def drill(
             f"an outage requires --minutes {math.ceil(OUTAGE_DRILL_S / 60)} or more"
         )
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
-    size = Size(dispatchers, schedulers, stats)
+    if faults is not None and set(names) & set(ROLLOUTS) and not production:
+        raise typer.BadParameter("a rolling restart requires --production")
+    least = 2 if production else 1
+    size = Size(dispatchers, schedulers or least, stats or least)
+    if min(size.dispatchers, size.schedulers, size.stats) < least:
+        raise typer.BadParameter("--production requires two processes or more of each service")
     with DrillFolder() as folder:
-        stack = DrillStack(folder.path, size, drill_settings(policy.value), _say)
+        stack = DrillStack(
+            folder.path, size, drill_settings(policy.value), _say, production=production
+        )
         note(f"seed {seed}; starting a stack in {folder.path} ...")
-        if stack.missing & set(names):
-            note(f"faults left out: {', '.join(sorted(stack.missing))}. {HOW_TO_GET}")
+        if stack.without_clocks and CLOCK_KINDS & set(names):
+            note(f"faults left out: {', '.join(sorted(CLOCK_KINDS))}. {HOW_TO_GET}")
         report = run(
             lambda: play(stack, seed=seed, names=names, seconds=minutes * 60, say=note),
             lambda: note("stopping ..."),

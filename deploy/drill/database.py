@@ -8,6 +8,10 @@ from typing import Final, TypeAlias
 import psycopg
 from psycopg import sql
 
+from outbox_server.shared.auth.keys import ApiKeyKind, NewKey
+from outbox_server.shared.auth.store import insert_key
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import FINAL_STATES
 
 _Statement: TypeAlias = sql.SQL | sql.Composed
@@ -65,6 +69,16 @@ async def count_open_jobs(url: str) -> int:
         cursor = await connection.execute(_COUNT_OPEN, [[int(state) for state in FINAL_STATES]])
         row = await cursor.fetchone()
     return 0 if row is None else int(row[0])
+
+
+async def store_user_key(url: str, key: NewKey, user_id: str) -> None:
+    """Store the API key of a user, as `outbox keys create --user` does."""
+    engine = create_engine(load_settings(database_url=url))
+    try:
+        async with engine.begin() as connection:
+            await insert_key(connection, key, ApiKeyKind.USER, user_id, "drill")
+    finally:
+        await engine.dispose()
 
 
 async def _everywhere(

@@ -19,6 +19,7 @@ from outbox_server.deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime
 from outbox_server.deploy.drill.database import end_connections, fail_writes, heal_writes
 from outbox_server.deploy.drill.plan import LAG_S, Fault
 from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
+from outbox_server.deploy.drill.rolling import RollingRestart
 from outbox_server.deploy.drill.stack import DrillStack
 from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.embedded.postgres import SUPERUSER
@@ -49,8 +50,11 @@ _TROUBLES: Final = {
 class Faults:
     """Injects faults into one stack."""
 
-    def __init__(self, stack: DrillStack) -> None:
+    def __init__(self, stack: DrillStack, say: Callable[[str], None]) -> None:
         self._stack = stack
+        grace_s = stack.settings.shutdown_grace.total_seconds()
+        self._rolling = RollingRestart(stack.system, grace_s, say)
+        self.rolled = self._rolling.rolled
         self._writes = asyncio.Lock()
         self._ways: Mapping[str, Callable[[Fault], Awaitable[None]]] = {
             "redis_flush": self._flush,
@@ -67,6 +71,7 @@ class Faults:
             "postgres_conflict": self._conflict,
             "endpoint_slow": self._slow_down,
             "endpoint_certificate": self._distrust,
+            "rolling_restart": self._roll,
         }
 
     async def strike(self, fault: Fault) -> float:
@@ -155,6 +160,9 @@ class Faults:
         finally:
             await self._restart(service, {})
 
+    async def _roll(self, _: Fault) -> None:
+        await self._rolling.run()
+
     async def _restart(self, service: Service, more: Mapping[str, str]) -> None:
         service.begin_with(more)
         # If another fault has just killed the service, it is started before or after this.
@@ -162,6 +170,8 @@ class Faults:
         service.child.signal(signal.SIGTERM)
 
         async def again() -> bool:
+            if service not in self._stack.system.services:
+                return True  # a rolling restart has replaced it meanwhile
             return service.child.pid != old and await service.serving()
 
         # If it takes longer, the wait for the recovery reports it.

@@ -45,9 +45,14 @@ _TRY_PAUSE_S: Final = (0.05, 0.3)
 _CANCELLED_SHARE: Final = 0.06
 _CHANNEL: Final = (
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
+    # A connection of its own for each channel, even if several have the same address.
+    ("grpc.use_local_subchannel_pool", 1),
 )
+# With this name, gRPC also sets the least time limit of a connection attempt. A TLS handshake may
+# take longer than a connection.
+_PLAIN_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 50))
+_TLS_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 2_000))
 # The codes after which a caller tries again. Any other code means a wrong request or server.
 _REPEATED: Final = frozenset(
     {
@@ -91,21 +96,24 @@ class Load:
         self,
         seed: int,
         addresses: Sequence[str],
+        *,
         arrived: Sequence[ReceivedMail],
         refused: Sequence[str],
         endpoint: SmtpEndpoint,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        """Take the schedulers' addresses, two lists that grow, and a relay.
+        """Take the schedulers' addresses, two lists that grow, a relay, and TLS with an API key.
 
         `arrived` has the mails that have arrived, `refused` the sender address of each mail that
         was permanently refused. Every third sender has `endpoint` as its own relay; the others use
-        the operator's relay.
+        the operator's relay. Without `credentials` there is neither TLS nor a key.
         """
         self._chance = random.Random(seed)  # noqa: S311 - a load, not a secret
         self._addresses = addresses
         self._arrived = arrived
         self._refused = refused
         self._endpoint = endpoint
+        self._credentials = credentials
         self._looked_at = (0, 0)
         # Number of waiting jobs per sender, as far as this side knows.
         self._waiting: Counter[str] = Counter()
@@ -117,9 +125,7 @@ class Load:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Upload until `stop`, then wait until all uploads in progress are answered."""
-        self._schedulers = [
-            grpc.aio.insecure_channel(address, options=_CHANNEL) for address in self._addresses
-        ]
+        self._schedulers = [self._channel(address) for address in self._addresses]
         try:
             for number in range(_SENDERS):
                 made = await self._create(number)
@@ -139,6 +145,11 @@ class Load:
                             await stop.wait()
         finally:
             await asyncio.gather(*(channel.close() for channel in self._schedulers))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=_PLAIN_CHANNEL)
+        return grpc.aio.secure_channel(address, self._credentials, options=_TLS_CHANNEL)
 
     def _count_ended(self) -> None:
         arrived, refused = self._looked_at

@@ -160,10 +160,24 @@ OUTAGES: Final[Mapping[str, Kind]] = {
     f"{server}_outage": Kind(_OUTAGE_TEXT, server, (OUTAGE_S, OUTAGE_S))
     for server in ("redis", "postgres", "smtp")
 }
-KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES}
+# They need the production configuration. Each takes as long as the processes do.
+ROLLOUTS: Final[Mapping[str, Kind]] = {
+    "rolling_restart": Kind(
+        "each process of each service: a new one starts, and when it is ready, an old one gets "
+        "SIGTERM",
+        "services",
+    )
+}
+KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS}
 
 # The kinds that need libfaketime.
 CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
+
+# The start of the first rolling restart, and from one to the next; some overlap with outages.
+_FIRST_ROLLOUT_S: Final = (2.0, 5.0)
+_ROLLOUT_PAUSES_S: Final = (60.0, 100.0)
+# From the start of any but the first to the end of the drill.
+_ROLLOUT_CALM_S: Final = 60.0
 
 # The time from one fault to the next, so that faults come both alone and overlapping.
 _PAUSES_S: Final = (0.3, 4.0)
@@ -192,7 +206,7 @@ def plan(
     """Return the faults of a drill, ordered by time.
 
     `processes` has the number of processes per service. Kinds are dealt like cards: each comes
-    about as often as every other. Outages are planned separately.
+    about as often as every other. Outages and rolling restarts are planned separately.
     """
     outages = _outages(seed, duration_s, sorted(set(names) & set(OUTAGES)))
     chance = random.Random(seed)  # noqa: S311 - a plan, not a secret
@@ -221,7 +235,8 @@ def plan(
             faults.append(Fault(round(now, 3), name, round(lasts, 3), target[1], variant))
             break
         now += pause
-    return sorted((*faults, *outages), key=lambda fault: fault.at)
+    rollouts = _rollouts(seed, duration_s, sorted(set(names) & set(ROLLOUTS)))
+    return sorted((*faults, *outages, *rollouts), key=lambda fault: fault.at)
 
 
 def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
@@ -233,6 +248,17 @@ def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
         hand = hand or chance.sample(names, len(names))
         found.append(Fault(round(now, 3), hand.pop(), OUTAGE_S))
         now += chance.uniform(*_OUTAGE_PAUSES_S)
+    return found
+
+
+def _rollouts(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
+    chance = random.Random(f"rollouts of {seed}")  # noqa: S311 - a plan, not a secret
+    found: list[Fault] = []
+    for name in names:
+        now = chance.uniform(*_FIRST_ROLLOUT_S)
+        while not found or now + _ROLLOUT_CALM_S <= duration_s:
+            found.append(Fault(round(now, 3), name))
+            now += chance.uniform(*_ROLLOUT_PAUSES_S)
     return found
 
 

@@ -45,7 +45,7 @@ class DrillReport:
         lines = [f"{int(number)} {text}" for number, text in found if number]
         wrong = Counter(outcome.answered.wrong)
         lines += [f"{number} answers: {text}" for text, number in wrong.items()]
-        return lines + self.audit.broken
+        return lines + outcome.rolled.problems + self.audit.broken
 
     @property
     def recoveries(self) -> dict[str, list[float]]:
@@ -75,6 +75,8 @@ class DrillReport:
                 name: {"median": round(statistics.median(times), 3), "most": round(max(times), 3)}
                 for name, times in self.recoveries.items()
             },
+            "replaced_processes": self.outcome.rolled.replaced,
+            "longest_end_s": round(self.outcome.rolled.longest_end_s, 1),
             "seconds": round(self.outcome.seconds, 1),
             "broken": self.broken,
         }

@@ -15,6 +15,7 @@ from outbox_server.deploy.drill.database import count_open_jobs
 from outbox_server.deploy.drill.faults import Faults
 from outbox_server.deploy.drill.load import Answered, Load
 from outbox_server.deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
+from outbox_server.deploy.drill.rolling import Rolled
 from outbox_server.deploy.drill.stack import DrillStack
 from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.ports import LOOPBACK
@@ -40,6 +41,7 @@ class DrillOutcome:
     """The result of a drill, before its audit."""
 
     answered: Answered
+    rolled: Rolled = field(default_factory=Rolled)
     faults: list[Struck] = field(default_factory=list)
     # Jobs that were not in a final state when none changed any more.
     open_jobs: int = 0
@@ -63,7 +65,7 @@ class Drill:
         say: Callable[[str], None],
     ) -> None:
         self._stack = stack
-        self._faults = Faults(stack)
+        self._faults = Faults(stack, say)
         # Plan with all kinds, so that kinds that are missing here do not change the others.
         faults = plan(seed, seconds, names, stack.processes)
         self._plan = [fault for fault in faults if fault.name not in stack.missing]
@@ -71,12 +73,13 @@ class Drill:
         self._say = say
         self._load = Load(
             seed,
-            [one.address for one in stack.system.services if one.name == "scheduler"],
-            stack.inbox.mails,
-            stack.inbox.refused,
-            SmtpEndpoint(
+            stack.schedulers,
+            arrived=stack.inbox.mails,
+            refused=stack.inbox.refused,
+            endpoint=SmtpEndpoint(
                 host=LOOPBACK, port=stack.proxies["endpoint"].port, security=SMTP_SECURITY_TLS
             ),
+            credentials=stack.credentials,
         )
         self._began = time.monotonic()
         # When the last outage was over, in seconds since 1970.
@@ -89,7 +92,7 @@ class Drill:
         """
         over = over or asyncio.Event()
         self._began = time.monotonic()
-        outcome = DrillOutcome(self._load.answered)
+        outcome = DrillOutcome(self._load.answered, self._faults.rolled)
         stop = asyncio.Event()
         loading = asyncio.create_task(self._load.run(stop))
         try:
@@ -98,7 +101,8 @@ class Drill:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(max(0.0, self._seconds - self._now())):
                         await over.wait()
-                stop.set()
+            # The last recoveries need mail, so the load goes on until then.
+            stop.set()
             outcome.faults = [one.result() for one in struck]
             self._stack.heal()
             done, _ = await asyncio.wait({loading}, timeout=_ANSWER_LIMIT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -9,10 +10,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Final, Literal, Self
 
+import grpc
+
 from outbox_server.deploy.certificates import self_signed, server_context
 from outbox_server.deploy.drill.clocks import clock_by_file, faketime_library, set_clock
 from outbox_server.deploy.drill.load import WINDOW
-from outbox_server.deploy.drill.plan import CLOCK_KINDS, LEASE_S, SMTP_END_TIMEOUT_S, SMTP_TIMEOUT_S
+from outbox_server.deploy.drill.plan import (
+    CLOCK_KINDS,
+    LEASE_S,
+    ROLLOUTS,
+    SMTP_END_TIMEOUT_S,
+    SMTP_TIMEOUT_S,
+)
+from outbox_server.deploy.drill.production import ProductionConfiguration
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.proxy import TcpProxy
@@ -78,20 +88,28 @@ class DrillStack:
         *,
         environment: Mapping[str, str] | None = None,
         migrate: Callable[[str], None] | None = None,
+        production: bool = False,
     ) -> None:
-        """`environment` is added to that of the services, which `migrate` runs before."""
+        """`environment` is added to that of the services, which `migrate` runs before.
+
+        With `production`, all connections have TLS, callers need a key, and secrets are in files.
+        """
         self.settings = settings
         self.size = size
         self._trusted = self_signed(folder)
         self._distrusted = self_signed(folder / "distrusted")
         self._tls = server_context(self._trusted)
+        self._production = ProductionConfiguration(folder, self._trusted) if production else None
+        contexts = self._production.contexts if self._production else {}
         self.proxies = {
-            "postgres": TcpProxy(lambda: self.postgres.port),
-            "redis": TcpProxy(lambda: self.valkey.port),
-            "smtp": TcpProxy(lambda: self.inbox.port),
+            "postgres": TcpProxy(lambda: self.postgres.port, contexts.get("postgres")),
+            "redis": TcpProxy(lambda: self.valkey.port, contexts.get("redis")),
+            "smtp": TcpProxy(lambda: self.inbox.port, contexts.get("smtp")),
             # The relay of senders with their own endpoint: over TLS, with a trusted certificate.
             "endpoint": TcpProxy(lambda: self.inbox.port, self._tls),
         }
+        # Like a Service of Kubernetes: gives each new connection to one of the schedulers.
+        self._balancer = TcpProxy(self._port_of_a_scheduler)
         # The file that sets the clock of Redis.
         self.redis_clock = folder / "redis_clock"
         self._faketime = faketime_library()
@@ -109,7 +127,7 @@ class DrillStack:
             LocalServerError: a server or service did not start; nothing is left running.
         """
         async with AsyncExitStack() as stack:
-            for proxy in self.proxies.values():
+            for proxy in (*self.proxies.values(), self._balancer):
                 await stack.enter_async_context(proxy)
             ports = {name: proxy.port for name, proxy in self.proxies.items()}
             self._system = LocalSystem(
@@ -125,12 +143,17 @@ class DrillStack:
                     "OUTBOX_SMTP_URL": f"smtp://drill:drill@{LOOPBACK}:{ports['smtp']}",
                     "OUTBOX_SMTP_ALLOW": LOOPBACK,
                     "SSL_CERT_FILE": str(self._trusted.public),
+                    **(self._production.environment(ports) if self._production else {}),
                     **self._environment,
                 },
                 default_ports=False,
-                migrate=self._migrate,
+                migrate=self._prepare if self._production else self._migrate,
+                metrics=self._production is not None,
+                health=self._production is not None,
                 say=self._say,
             )
+            if self._production is not None:
+                self._system.servers.valkey.password = self._production.redis_password
             if self._faketime is not None:
                 set_clock(self.redis_clock, 0)
                 valkey = self._system.servers.valkey
@@ -143,10 +166,36 @@ class DrillStack:
         """Stop everything."""
         await self._open.aclose()
 
+    def _prepare(self, _: str) -> None:
+        if self._production is not None:
+            self._production.prepare_database(self.postgres, self.proxies["postgres"].port)
+
+    def _port_of_a_scheduler(self) -> int:
+        ready = [one for one in self.system.services if one.name == "scheduler"]
+        return int(random.choice(ready).address.rpartition(":")[2])  # noqa: S311 - no secret
+
+    @property
+    def without_clocks(self) -> bool:
+        """Whether faults of clocks are not possible here, because libfaketime is missing."""
+        return self._faketime is None
+
     @property
     def missing(self) -> frozenset[str]:
-        """The kinds of faults that are not possible here, because libfaketime is missing."""
-        return frozenset() if self._faketime else CLOCK_KINDS
+        """The kinds of faults that are not possible here."""
+        clocks = CLOCK_KINDS if self.without_clocks else frozenset()
+        return clocks | (frozenset() if self._production else frozenset(ROLLOUTS))
+
+    @property
+    def schedulers(self) -> list[str]:
+        """The addresses for callers: of each scheduler, or of what stands before all of them."""
+        if self._production is not None:
+            return [f"{LOOPBACK}:{self._balancer.port}"] * self.size.schedulers
+        return [one.address for one in self.system.services if one.name == "scheduler"]
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        """What callers present; None without TLS and keys."""
+        return None if self._production is None else self._production.credentials
 
     @property
     def system(self) -> LocalSystem:

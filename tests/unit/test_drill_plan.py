@@ -5,7 +5,15 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from outbox_server.deploy.drill.plan import CARDS, KINDS, OUTAGE_DRILL_S, OUTAGES, Fault, plan
+from outbox_server.deploy.drill.plan import (
+    CARDS,
+    KINDS,
+    OUTAGE_DRILL_S,
+    OUTAGES,
+    ROLLOUTS,
+    Fault,
+    plan,
+)
 
 PROCESSES = {"dispatcher": 4, "scheduler": 2, "stats": 2}
 
@@ -75,3 +83,18 @@ def test_a_drill_of_a_few_seconds_has_the_requested_faults() -> None:
         "dispatcher_kill",
     }
     assert plan(1, 60, (), PROCESSES) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_drill_has_rolling_restarts_from_its_start_on(seed: int) -> None:
+    names = tuple(ROLLOUTS)
+    for minutes, least in ((0.2, 1), (1, 1), (10, 5)):
+        found = plan(seed, minutes * 60, names, PROCESSES)
+        assert len(found) >= least
+        assert found[0].at < 5
+        # Time for the replacement of all processes.
+        assert all(fault.at <= minutes * 60 - 60 for fault in found[1:])
+    # They change nothing of the other faults.
+    with_rollouts = plan(seed, 300, tuple(KINDS), PROCESSES)
+    others = plan(seed, 300, (*CARDS, *OUTAGES), PROCESSES)
+    assert [fault for fault in with_rollouts if fault.name not in ROLLOUTS] == others

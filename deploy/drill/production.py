@@ -1,0 +1,106 @@
+"""The production configuration of a drill: TLS, passwords, an API key, and secrets in files.
+
+The embedded PostgreSQL and Valkey are built without TLS. The proxies in front of them end it, so
+that the services verify a certificate and encrypt, and the servers behind only ask for passwords.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from outbox_server.deploy.certificates import Certificate, self_signed, server_context
+from outbox_server.deploy.drill.database import store_user_key
+from outbox_server.deploy.drill.load import USER
+from outbox_server.deploy.embedded.encryption_key import key_in
+from outbox_server.deploy.embedded.postgres import PostgresServer
+from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.shared.auth.keys import make_key
+from outbox_server.shared.database.migrating import migrate
+
+_ROLE: Final = "outbox"
+# What a client of PostgreSQL that begins with TLS asks for.
+_POSTGRES_ALPN: Final = "postgresql"
+
+
+class ProductionConfiguration:
+    """The certificates and secrets of one stack. `stores` is the certificate of its proxies."""
+
+    def __init__(self, folder: Path, stores: Certificate) -> None:
+        self._folder = folder
+        self._stores = stores
+        # A certificate of their own, so that a client which trusts the stores is not enough.
+        self._services = self_signed(folder / "services")
+        self._key = make_key()
+        self._database_password = secrets.token_urlsafe(24)
+        self.redis_password: Final = secrets.token_urlsafe(24)
+
+    @property
+    def contexts(self) -> dict[str, ssl.SSLContext]:
+        """The TLS contexts of the proxies, by the server behind."""
+        found = {name: server_context(self._stores) for name in ("postgres", "redis", "smtp")}
+        found["postgres"].set_alpn_protocols([_POSTGRES_ALPN])
+        return found
+
+    @property
+    def credentials(self) -> grpc.ChannelCredentials:
+        """The credentials of a client: it trusts the services' certificate, and has a user's key.
+
+        grpc sends the key only over TLS.
+        """
+        return grpc.composite_channel_credentials(
+            grpc.ssl_channel_credentials(self._services.public.read_bytes()),
+            grpc.access_token_call_credentials(self._key.text),
+        )
+
+    def environment(self, ports: Mapping[str, int]) -> dict[str, str]:
+        """Write the secrets into files, and return the variables of the services.
+
+        `ports` are those of the proxies. A variable that is empty counts as not set.
+        """
+        folder = self._folder / "secrets"
+        folder.mkdir(mode=0o700)
+        values = {
+            "DATABASE_URL": self._database_url(ports["postgres"]),
+            "REDIS_URL": f"rediss://:{self.redis_password}@{LOOPBACK}:{ports['redis']}/0"
+            f"?ssl_ca_certs={self._stores.public}",
+            "SMTP_URL": f"smtps://drill:drill@{LOOPBACK}:{ports['smtp']}",
+            "ENCRYPTION_KEYS": key_in(self._folder),
+        }
+        found = {
+            "OUTBOX_AUTH": "keys",
+            "OUTBOX_TLS_CERTIFICATE": str(self._services.public),
+            "OUTBOX_TLS_KEY": str(self._services.private),
+        }
+        for name, value in values.items():
+            file = folder / name.lower()
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as opened:
+                opened.write(value + "\n")
+            found |= {f"OUTBOX_{name}": "", f"OUTBOX_{name}_FILE": str(file)}
+        return found
+
+    def prepare_database(self, postgres: PostgresServer, port: int) -> None:
+        """Require a password, migrate by way of the proxy at `port`, and store the user's key.
+
+        Called in a thread, while the event loop of the proxy runs in another one.
+        """
+        asyncio.run(postgres.require_password(_ROLE, self._database_password))
+        url = self._database_url(port)
+        migrate(url)
+        asyncio.run(store_user_key(url, self._key, USER))
+
+    def _database_url(self, port: int) -> str:
+        return (
+            f"postgresql://{_ROLE}:{self._database_password}@{LOOPBACK}:{port}/outbox"
+            # TLS from the first byte (PostgreSQL 17 or later), as the proxy does not speak the
+            # protocol by which clients ask for TLS.
+            f"?sslmode=verify-full&sslrootcert={self._stores.public}&sslnegotiation=direct"
+        )
