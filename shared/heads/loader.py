@@ -38,6 +38,7 @@ from outbox_server.shared.queue.queue import (
     PastEnd,
     Queue,
     QueueFullError,
+    RebuildEnd,
     brings_history,
 )
 from outbox_server.shared.sending_hours import SendingHours
@@ -99,7 +100,7 @@ class HeadLoader:
         *,
         on_rebuild: Callable[[RebuildResult], None] | None = None,
     ) -> None:
-        """`on_rebuild` is called for each rebuild in which heads were missing from Redis."""
+        """`on_rebuild` is called for each rebuild of a shard that Redis had lost."""
         self._on_rebuild = on_rebuild
         self._engine = engine
         self.queues = queues
@@ -254,9 +255,16 @@ class HeadLoader:
                     self._rebuilt(RebuildResult.OVERTAKEN)
                     return False
                 loaded += len(lost)
-        whole = await queue.finish_rebuild(token)
+        end = await queue.finish_rebuild(token)
+        if end is RebuildEnd.STILL_COMPLETE:
+            # Few senders: those whose batch was accepted a moment ago, or whose last job has just
+            # ended. Only if Redis lost some keys, they are more.
+            if loaded:
+                _log.info("heads_restored", shard=queue.shard, senders=loaded)
+            return True
+        whole = end is RebuildEnd.RESTORED
         if loaded:
-            _log.warning("heads_restored", shard=queue.shard, senders=loaded, whole=whole)
+            _log.warning("shard_rebuilt", shard=queue.shard, senders=loaded, whole=whole)
             self._rebuilt(RebuildResult.COMPLETE if whole else RebuildResult.OVERTAKEN)
         return whole
 

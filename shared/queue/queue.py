@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 import msgpack
@@ -262,6 +262,17 @@ def _ms(duration: timedelta) -> int:
     return max(0, duration // timedelta(milliseconds=1))
 
 
+class RebuildEnd(IntEnum):
+    """How a rebuild ended, with the numbers of finish_rebuild.lua. Only OVERTAKEN is false."""
+
+    # Redis was lost again meanwhile.
+    OVERTAKEN = 0
+    # The shard is complete, and was before.
+    STILL_COMPLETE = 1
+    # The shard is complete, and was not before.
+    RESTORED = 2
+
+
 class Queue:
     """One shard of the queue.
 
@@ -470,7 +481,7 @@ class Queue:
         """Release the lock of a rebuild that failed, if it still has the lock."""
         await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), (token, 1))
 
-    async def finish_rebuild(self, token: str) -> bool:
-        """Mark the shard as completely loaded; False if Redis was lost again meanwhile."""
+    async def finish_rebuild(self, token: str) -> RebuildEnd:
+        """Mark the shard as completely loaded, unless Redis was lost again meanwhile."""
         keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)
-        return bool(await self._run("finish_rebuild", keys, (token,)))
+        return RebuildEnd(await self._run("finish_rebuild", keys, (token,)))

@@ -5,7 +5,7 @@
 -- KEYS[2] generation  the life in which the shard was completely loaded
 -- KEYS[3] rebuild     the lock: a life and the token of its owner
 -- ARGV[1] token
--- Returns 1, or 0: start again
+-- Returns 0: start again; 1: the shard was complete before too; 2: it was not
 --!include keys
 --!include time
 --!include run
@@ -16,5 +16,6 @@ local before = redis.call('GET', KEYS[2])
 redis.call('SET', KEYS[2], LIFE)
 redis.call('HSET', LIFE_KEY, 'rebuilt', NOW)
 redis.call('DEL', KEYS[3])
-if before ~= LIFE then redis.call('PUBLISH', WAKE, '1') end
-return 1
+if before == LIFE then return 1 end
+redis.call('PUBLISH', WAKE, '1')
+return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outbox_server.shared.queue.queue import RebuildEnd
 from tests.integration.queue.shard import Shard
 
 
@@ -11,8 +12,16 @@ async def test_one_rebuild_runs_at_a_time(bare_shard: Shard) -> None:
     assert token is not None
 
     assert await queue.begin_rebuild() is None
-    assert await queue.finish_rebuild(token)
+    assert await queue.finish_rebuild(token) is RebuildEnd.RESTORED
     assert not (await bare_shard.claim()).lost
+
+
+async def test_a_rebuild_of_a_complete_shard_says_that_nothing_was_lost(bare_shard: Shard) -> None:
+    queue = bare_shard.queue
+    for end in (RebuildEnd.RESTORED, RebuildEnd.STILL_COMPLETE):
+        token = await queue.begin_rebuild()
+        assert token is not None
+        assert await queue.finish_rebuild(token) is end
 
 
 async def test_a_rebuild_interrupted_by_another_loss_does_not_complete(

@@ -1,4 +1,4 @@
-"""A rebuild of Redis that fails before its end."""
+"""A rebuild of Redis that fails before its end, and which rebuilds are counted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable
 import pytest
 import pytest_asyncio
 
-from outbox_server.shared.heads.loader import HeadLoader
+from outbox_server.shared.heads.loader import HeadLoader, RebuildResult
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
 from tests.world import World
@@ -41,3 +41,24 @@ async def test_a_failed_rebuild_does_not_delay_the_next_one(world: World) -> Non
     # The lock would last 10 s, but it has been released, or has at most a millisecond left.
     assert await world.redis.pttl(queue.keys.rebuild) <= 1
     await eventually(lambda: world.loader.rebuild(queue))
+
+
+async def test_only_a_rebuild_of_a_lost_shard_is_counted(world: World) -> None:
+    queue = world.queues[0]
+    sender = await world.sender()
+    counted: list[RebuildResult] = []
+    loader = HeadLoader(world.engine, world.queues, world.settings, on_rebuild=counted.append)
+    await world.schedule(sender, load=False)
+    assert await loader.rebuild(queue)
+    assert counted == [RebuildResult.COMPLETE]
+
+    # A batch whose head is not loaded yet, as a moment after each commit.
+    other = await world.sender()
+    await world.schedule(other, load=False)
+    assert await loader.rebuild(queue)
+    assert await world.redis.zscore(queue.keys.ready, other) is not None
+    assert counted == [RebuildResult.COMPLETE]
+
+    await world.redis.flushall()
+    assert await loader.rebuild(queue)
+    assert counted == [RebuildResult.COMPLETE] * 2
