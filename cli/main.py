@@ -67,6 +67,11 @@ class OutboxGroup(LazyGroup):
             "Create, list and revoke API keys; manage encryption keys.",
             _SERVICES,
         ),
+        "users": Entry(
+            "outbox_server.cli.users",
+            "Show and change the quotas and sender domains of users.",
+            _SERVICES,
+        ),
         "scheduler": Entry("outbox_server.cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
             "outbox_server.cli.dispatcher",

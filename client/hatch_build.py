@@ -35,6 +35,7 @@ _SERVICES: Final = (
     "Server",
     "Stats",
     "Suppression",
+    "User",
 )
 _BLOCKING_NAMES: Final = {
     "_async": "_sync",

@@ -27,6 +27,10 @@ MAX_RECIPIENTS: Final = 10_000_000
 MAX_GAP: Final = timedelta(days=1)
 MAX_HOURLY_LIMIT: Final = 1_000_000
 MAX_IN_FLIGHT: Final = 1_000
+# For the quotas of a user.
+MAX_QUOTA: Final = 1_000_000_000
+# Number of domains that are assigned to one user.
+MAX_SENDER_DOMAINS: Final = 1_000
 DEFAULT_MAX_IN_FLIGHT: Final = 5
 # Number of jobs that one RetryEmailJobs may name.
 MAX_RETRIED_IDS: Final = 1_000

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
 from outbox_server.shared.bounds import USER_ID
 from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
+from outbox_server.shared.fair_shares import NOBODY, Claimant
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -32,7 +34,7 @@ class CallerKind(StrEnum):
 
 
 # Services that show and change the whole system, not one user's resources.
-_OPERATOR_SERVICES: Final = frozenset({"outbox.v1.DispatcherService"})
+_OPERATOR_SERVICES: Final = frozenset({"outbox.v1.DispatcherService", "outbox.v1.UserService"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,26 @@ class Caller:
 
     user_id: str | None
     kind: CallerKind
+    # The public id of the API key. None means that no key was needed.
+    key_id: str | None = field(default=None, compare=False)
+    # Set for kind USER only: the other kinds act for many users.
+    quotas: UserQuotas | None = field(default=None, compare=False)
+
+    @property
+    def claimant(self) -> Claimant:
+        """The owner of the caller's share of what users share (see `shared.fair_shares`).
+
+        All keys of a user have one share together. Every key of a service has one.
+        """
+        match self.kind:
+            case CallerKind.USER:
+                return Claimant(self.user_id or "")
+            case CallerKind.SERVICE:
+                return Claimant(self.key_id or "", "service key")
+            case CallerKind.OPERATOR:
+                return Claimant(self.key_id or "", "operator key", privileged=True)
+            case CallerKind.LOCAL:
+                return Claimant("", "local caller", privileged=True)
 
 
 class Authenticator(Protocol):
@@ -90,10 +112,12 @@ def is_loopback_host(host: str) -> bool:
 class Call:
     """A call in progress: its caller, and whether its SQL is restricted to one user yet."""
 
-    __slots__ = ("bounded", "caller")
+    __slots__ = ("bounded", "caller", "user_id")
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
+        # The user that the call acts for, as far as it is known: for the log.
+        self.user_id = caller.user_id
         # Set by `shared.database.ownership` alone.
         self.bounded = False
 
@@ -121,6 +145,12 @@ def current_caller() -> Caller:
 def call_under_way() -> Call | None:
     """Return the current call; None outside of a call."""
     return _current.get()
+
+
+def current_claimant() -> Claimant:
+    """Return the owner of the share that the current work uses; NOBODY outside of a call."""
+    call = _current.get()
+    return NOBODY if call is None else call.caller.claimant
 
 
 def check_may_call(caller: Caller, method: str) -> None:
@@ -154,6 +184,9 @@ def effective_user(caller: Caller, requested_user_id: str, field: str = "user_id
     if requested_user_id:
         USER_ID.check(field, requested_user_id)
     if caller.kind is not CallerKind.USER:
+        call = _current.get()
+        if call is not None and requested_user_id:
+            call.user_id = requested_user_id
         return requested_user_id or None
     if requested_user_id and requested_user_id != caller.user_id:
         raise PermissionDenied(

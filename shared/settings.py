@@ -26,7 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from outbox_server.shared.bounds import MAX_GAP
+from outbox_server.shared.bounds import MAX_GAP, MAX_QUOTA
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
 
@@ -312,6 +312,55 @@ class Settings(BaseSettings):
         None,
         description="age at which finished jobs are removed, with their attempts and batches, such "
         "as `90d`; at least 1d, OUTBOX_RATE_WINDOW and OUTBOX_QUOTA_DAY; unset or 0: never",
+    )
+    user_waiting_jobs: int = Field(
+        10_000_000, ge=0, le=MAX_QUOTA, description="most waiting jobs of one user"
+    )
+    user_senders: int = Field(10_000, ge=0, le=MAX_QUOTA, description="most senders of one user")
+    user_calls: int = Field(
+        1_000,
+        ge=0,
+        le=MAX_QUOTA,
+        description="most calls in flight of one user in one process, waiting ones included",
+    )
+    user_uploads: int = Field(
+        100,
+        ge=0,
+        le=MAX_QUOTA,
+        description="most uploads in flight of one user in one process, waiting ones included",
+    )
+    user_watches: int = Field(
+        1_000, ge=0, le=MAX_QUOTA, description="most open watches of one user in one process"
+    )
+    user_stored_rejections: int = Field(
+        1_000_000,
+        ge=0,
+        le=MAX_QUOTA,
+        description="most stored rejections of one user; further ones are counted, not stored",
+    )
+    user_unproven_endpoints: int = Field(
+        10,
+        ge=0,
+        le=MAX_QUOTA,
+        description="most endpoints of one user that have not accepted mail yet and are tried at "
+        "once",
+    )
+    sender_policy: Literal["any", "domains"] = Field(
+        "any",
+        description="From addresses that users may choose: `any`, or those in the `domains` that "
+        "an operator has assigned to the user",
+    )
+    upload_least_rate: int = Field(
+        1_000,
+        ge=0,
+        le=1_000_000_000,
+        description="bytes per second below which an upload is ended; 0 means any rate",
+    )
+    upload_patience: Duration = Field(
+        timedelta(seconds=60),
+        gt=_ZERO,
+        le=timedelta(hours=1),
+        description="how long an upload may send less than OUTBOX_UPLOAD_LEAST_RATE, or nothing",
     )
     encryption_keys: SecretStr = Field(
         SecretStr(""),

@@ -24,7 +24,7 @@ from outbox.v1 import (
     stats_service_pb2_grpc,
 )
 
-from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.settings import Settings
 from tests.eventually import PATIENCE
@@ -120,8 +120,8 @@ class Stack:
                         self.stats, server
                     ),
                     {
-                        "WatchSenderStats": Gate("streams", at_once=1, waiting=0),
-                        "GetSenderStats": Gate("calls", at_once=2, waiting=1),
+                        "WatchSenderStats": FairShares("watches", 1),
+                        "GetSenderStats": FairShares("calls", 2, waiting=1),
                     },
                 ),
                 ServiceBinding(

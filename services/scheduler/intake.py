@@ -28,13 +28,16 @@ from outbox_server.services.scheduler.storage.intake import (
 )
 from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared import bounds
+from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.intake.batch_options import BatchOptions, check_spread
 from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
 from outbox_server.shared.intake.payloads import Payload
 from outbox_server.shared.intake.rows import RowRejection
-from outbox_server.shared.rpc.gate import Gate
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found
+from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import BatchMode
 
 T = TypeVar("T")
@@ -53,6 +56,10 @@ _STORE_PATIENCE: Final = timedelta(seconds=30)
 # A rollback is quick. One that takes longer must not delay the end of the process.
 _END_LIMIT: Final = timedelta(seconds=5)
 _MILLISECOND: Final = timedelta(milliseconds=1)
+_NOT_STORED: Final = (
+    "{} rejections are counted but not stored: the user has as many stored rejections as the quota "
+    "allows."
+)
 _NOT_LOADED: Final = (
     "The queue cannot be loaded at the moment: the batch is accepted, and sending starts as soon "
     "as it can."
@@ -84,28 +91,31 @@ class Intake:
         *,
         max_message_bytes: int,
         most_open: int,
+        restrict_domains: bool = False,
         metrics: SchedulerMetrics | None = None,
         trace_parent: Callable[[], str | None] | None = None,
     ) -> None:
         """Allow at most `most_open` transactions at a time, because other calls need connections.
 
         Half of them are for uploads and half for batches of one message, so that those do not wait
-        for slow uploads. `trace_parent` returns the span of the current call, for the trace of the
+        for slow uploads. With `restrict_domains`, senders need an address in a domain of their
+        user. `trace_parent` returns the span of the current call, for the trace of the
         sends; None means that there are no traces.
         """
-        self.batches = Gate("batches", at_once=_BATCHES, waiting=_WAITING)
-        self.uploads = Gate("uploads", at_once=_UPLOADS, waiting=_WAITING)
+        self.batches = FairShares("batches", _BATCHES, waiting=_WAITING)
+        self.uploads = FairShares("uploads", _UPLOADS, waiting=_WAITING)
         self._metrics = metrics or SchedulerMetrics()
         self._trace_parent = trace_parent
         self._store = store
         self._load = load
         self._max_message_bytes = max_message_bytes
+        self._restrict_domains = restrict_domains
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
         each = max(most_open // 2, 1)
         self._places = {
-            waits: Gate("intakes", at_once=each, waiting=_UPLOADS, patience=_STORE_PATIENCE)
+            waits: FairShares("intakes", each, waiting=_UPLOADS, patience=_STORE_PATIENCE)
             for waits in (False, True)
         }
         self._threads = {
@@ -134,7 +144,8 @@ class Intake:
             InvalidInput: the payload or a template is invalid; ROW_REJECTED, NO_ROW_ACCEPTED,
                 SPACING_INVALID, SPREAD_UNTIL_INVALID.
             Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS.
-            ResourceExhausted: TOO_MANY_CALLS.
+            ResourceExhausted: TOO_MANY_CALLS, USER_WAITING_JOBS_EXCEEDED.
+            PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
         """
         reader = BlockReader(payload, options, self._max_message_bytes)
         steps = _Steps(reader, self._threads[reader.waits])
@@ -155,6 +166,8 @@ class Intake:
         if known is None:
             if sender.deleted:
                 raise _no_sender(options)
+            if self._restrict_domains:
+                check_sender_domain(sender.email, sender.domains, sender.user_id)
             done = await self._store_batch(options, steps, sender)
             if done is not None:
                 if not await self._load(sender.sender_id):
@@ -177,7 +190,7 @@ class Intake:
     ) -> Acceptance | None:
         """Store the batch. Return None if a batch with this `request_id` exists already."""
         block = await steps.next()
-        place = self._places[steps.reader.waits].entered()
+        place = self._places[steps.reader.waits].entered(current_claimant())
         async with place, self._store.begin() as transaction:
             begun = await transaction.insert_batch(
                 options,
@@ -196,18 +209,21 @@ class Intake:
                 block = await steps.next()
             writer.check()
             last_due, spacing = await writer.end()
-            if not await transaction.finish(
+            dropped = await transaction.finish(
                 begun,
                 sender,
                 writer.counts,
                 last_due=last_due,
                 spacing=spacing,
                 request_hash=steps.reader.digest(),
-            ):
+                quotas=writer.quotas,
+            )
+            if dropped is None:
                 raise _no_sender(options)
         counts = writer.counts
         self._metrics.accepted(jobs=counts.accepted, rejected=counts.rejected)
-        return Acceptance(begun.batch_id, sender.user_id, writer.rejections)
+        notices = [_NOT_STORED.format(dropped)] if dropped else ()
+        return Acceptance(begun.batch_id, sender.user_id, writer.rejections, notices=notices)
 
 
 async def _replay(
@@ -281,6 +297,7 @@ class _BatchWriter:
     counts: IntakeCounts = field(default_factory=IntakeCounts)
     rejections: list[RowRejection] = field(default_factory=list)
     schedule: Schedule = field(init=False)
+    quotas: UserQuotas = field(init=False)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(
@@ -293,6 +310,7 @@ class _BatchWriter:
 
     async def begin(self) -> None:
         """Prepare the transaction for the first block."""
+        self.quotas = await self.transaction.read_quotas(self.user_id)
         if self.options.spread_until is not None:
             await self.transaction.begin_spread()
 
@@ -318,6 +336,7 @@ class _BatchWriter:
 
         Raises:
             InvalidInput: the batch is refused.
+            ResourceExhausted: USER_WAITING_JOBS_EXCEEDED: the batch alone is above the quota.
         """
         room = bounds.MAX_SHOWN_REJECTIONS - len(self.rejections)
         self.rejections += block.rejections[:room]
@@ -330,6 +349,12 @@ class _BatchWriter:
         gone = await self.transaction.suppressed(self.user_id, [row.address_key for row in rows])
         if gone:
             rows = [row for row in rows if row.address_key not in gone]
+        # At the end all waiting jobs of the user are counted. This only saves useless work.
+        refusal = self.quotas.exceeded(
+            "waiting_jobs", self.user_id, 0, self.counts.accepted + len(rows)
+        )
+        if refusal is not None:
+            raise refusal
         if rows:
             try:
                 times = self.schedule.times(rows)

@@ -11,6 +11,7 @@ from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from outbox.v1.email_job_service_pb2_grpc import add_EmailJobServiceServicer_to_server
 from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_server
 from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceServicer_to_server
+from outbox.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.explainer import Explainer
@@ -21,6 +22,7 @@ from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
+from outbox_server.services.scheduler.servicers.users import UserServicer
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.sweeping import Sweeper
@@ -30,12 +32,14 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
@@ -73,11 +77,13 @@ async def serve(
         loader = HeadLoader(engine, queues, settings)
         # Here as well as in the dispatchers, so that it shows when none of them runs.
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
+        quotas = UserQuotas.from_settings(settings)
         intake = Intake(
-            IntakeStore(engine),
+            IntakeStore(engine, quotas),
             lambda sender_id: load_soon(loader, [sender_id]),
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
+            restrict_domains=settings.sender_policy == "domains",
             metrics=SchedulerMetrics(monitoring.registry),
             trace_parent=None if tracer is None else tracer.current_parent,
         )
@@ -141,15 +147,25 @@ def _services(
 ) -> list[ServiceBinding]:
     rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
     forecaster = Forecaster(rules)
-    batches = BatchServicer(engine, loader, intake, forecaster, sweeper=sweeper, watch=watch)
+    batches = BatchServicer(
+        engine,
+        loader,
+        intake,
+        forecaster,
+        sweeper=sweeper,
+        watch=watch,
+        least_rate=LeastRate.from_settings(settings),
+    )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
-    jobs = EmailJobServicer(engine, loader, explainer)
+    quotas = UserQuotas.from_settings(settings)
+    jobs = EmailJobServicer(engine, loader, explainer, quotas)
+    users = UserServicer(engine, quotas)
     suppressions = SuppressionServicer(engine, loader)
     return [
         ServiceBinding(
             "outbox.v1.SenderService",
             partial(add_SenderServiceServicer_to_server, senders),
-            {"VerifySender": senders.verifier.gate},
+            {"VerifySender": senders.verifier.shares},
         ),
         ServiceBinding(
             "outbox.v1.BatchService",
@@ -167,6 +183,7 @@ def _services(
             "outbox.v1.SuppressionService",
             partial(add_SuppressionServiceServicer_to_server, suppressions),
         ),
+        ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),
     ]
 
 

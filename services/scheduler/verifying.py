@@ -11,8 +11,8 @@ from typing import Final
 
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.errors import ResourceExhausted
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.oauth2.credentials import TokenProvider
-from outbox_server.shared.rpc.gate import Gate
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.addresses import envelope_address
@@ -51,7 +51,7 @@ class Verifier:
         self, settings: Settings, secrets: SecretBox, tokens: TokenProvider, egress: Egress
     ) -> None:
         # Around every call of VerifySender.
-        self.gate = Gate("verifications", at_once=_AT_ONCE, waiting=_WAITING)
+        self.shares = FairShares("verifications", _AT_ONCE, waiting=_WAITING)
         self._under_way: Counter[str] = Counter()
         self._tokens = tokens
         self._settings = settings
@@ -74,10 +74,15 @@ class Verifier:
             return
         if self._under_way[user_id] >= AT_ONCE_PER_USER:
             raise ResourceExhausted(
-                f"{AT_ONCE_PER_USER} verifications of this user are under way; try again a little "
-                "later",
+                f"{AT_ONCE_PER_USER} verifications of the user {user_id} are under way; try again "
+                "a little later",
                 reason="TOO_MANY_CALLS",
-                metadata={"at_once": str(AT_ONCE_PER_USER)},
+                metadata={
+                    "what": "verifications",
+                    "limit_of": f"user {user_id}",
+                    "current": str(AT_ONCE_PER_USER),
+                    "at_once": str(AT_ONCE_PER_USER),
+                },
                 retry_after=_RETRY_AFTER,
             )
         self._under_way[user_id] += 1

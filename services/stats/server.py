@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Final
 
 from outbox.v1 import stats_service_pb2, stats_service_pb2_grpc
 
@@ -15,6 +16,7 @@ from outbox_server.services.stats.metrics import StatsMetrics
 from outbox_server.services.stats.servicers import StatsServicer
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.schema import SchemaGuard
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.process import serve_until_stopped
@@ -26,6 +28,12 @@ from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.traces.endpoint import open_tracer
+
+# Methods that read and compute much. They have few places of their own, so that they leave most
+# connections and processor time to others.
+_COSTLY: Final = ("ForecastBatch", "AuditSender")
+_AT_ONCE: Final = 4
+_WAITING: Final = 100
 
 
 async def serve(
@@ -50,6 +58,7 @@ async def serve(
         service = ServiceBinding(
             stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
             partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
+            dict.fromkeys(_COSTLY, FairShares("forecasts and audits", _AT_ONCE, waiting=_WAITING)),
         )
         monitoring = await stack.enter_async_context(Monitoring("stats", settings.metrics_listen))
         metrics = StatsMetrics(

@@ -1,7 +1,8 @@
 """The authenticator of OUTBOX_AUTH=keys: reads the API key in the call's metadata.
 
-A looked-up key is cached for CACHE_TIME, so that not every call costs a statement. A revoked key
-stops working on every server within that time.
+A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that not every call costs
+a statement. A revoked key stops working on every server within that time, and a change of a quota
+takes effect.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class KeyAuthenticator:
         stored = await self._store.find(presented.key_id)
         caller = None
         if stored is not None and presented.proves(stored.secret_hash):
-            caller = Caller(user_id=stored.user_id, kind=_KINDS[stored.kind])
+            caller = Caller(
+                stored.user_id, _KINDS[stored.kind], key_id=presented.key_id, quotas=stored.quotas
+            )
             self._note_use(presented.key_id, stored)
         self._known[presented] = _Known(caller, until)
         return caller

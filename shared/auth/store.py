@@ -12,7 +12,9 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey, PresentedKey
-from outbox_server.shared.database.models import ApiKeyRow
+from outbox_server.shared.database.models import ApiKeyRow, UserRow
+from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 
 # `last_used_at` is written at most once in this time, by all processes together.
 USE_INTERVAL: Final = timedelta(minutes=1)
@@ -49,27 +51,39 @@ class StoredKey:
     user_id: str | None
     # Whether `last_used_at` is older than USE_INTERVAL.
     use_is_old: bool
+    # Of the user of a user's key.
+    quotas: UserQuotas | None = None
 
 
 class ApiKeyStore:
     """The statements on the table of API keys that servers use."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, quotas: UserQuotas | None = None) -> None:
+        """`quotas` are those of users without overrides. None means that there are no quotas."""
         self._engine = engine
+        self._quotas = quotas
 
     async def find(self, key_id: str) -> StoredKey | None:
         """Return a key; None if it does not exist or is revoked."""
-        statement = select(
-            ApiKeyRow.secret_hash,
-            ApiKeyRow.kind,
-            ApiKeyRow.user_id,
-            _use_is_old().label("use_is_old"),
-        ).where(ApiKeyRow.key_id == key_id, ApiKeyRow.revoked_at.is_(None))
+        statement = (
+            select(
+                ApiKeyRow.secret_hash,
+                ApiKeyRow.kind,
+                ApiKeyRow.user_id,
+                _use_is_old().label("use_is_old"),
+                *QUOTA_COLUMNS,
+            )
+            .outerjoin(UserRow, UserRow.user_id == ApiKeyRow.user_id)
+            .where(ApiKeyRow.key_id == key_id, ApiKeyRow.revoked_at.is_(None))
+        )
         async with self._engine.connect() as connection:
             row = (await connection.execute(statement)).one_or_none()
         if row is None:
             return None
-        return StoredKey(row.secret_hash, ApiKeyKind(row.kind), row.user_id, row.use_is_old)
+        quotas = None
+        if row.user_id is not None and self._quotas is not None:
+            quotas = quotas_of(row, self._quotas)
+        return StoredKey(row.secret_hash, ApiKeyKind(row.kind), row.user_id, row.use_is_old, quotas)
 
     async def note_use(self, key_id: str) -> None:
         """Record that a key was used now, unless a use within USE_INTERVAL is recorded."""

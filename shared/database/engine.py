@@ -15,6 +15,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from outbox_server.shared.database.fair_pool import FairPool
 from outbox_server.shared.database.ownership import refuse_unbounded
 from outbox_server.shared.settings import Settings
 
@@ -77,6 +78,7 @@ def create_engine(
         options += " -c enable_bitmapscan=off"
     engine = create_async_engine(
         driver_url(settings.database_url),
+        poolclass=FairPool,
         pool_size=settings.database_pool,
         max_overflow=0,
         pool_timeout=10,

@@ -94,6 +94,39 @@ class ApiKeyRow(Base):
     )
 
 
+class UserRow(Base):
+    """What an operator has set for a user, and what is counted for it. Most users have no row.
+
+    NULL in the column of a quota means the default, `OUTBOX_USER_...`.
+    """
+
+    __tablename__ = "users"
+
+    user_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    waiting_jobs: Mapped[int | None] = mapped_column(BigInteger)
+    senders: Mapped[int | None] = mapped_column(BigInteger)
+    calls: Mapped[int | None] = mapped_column(BigInteger)
+    uploads: Mapped[int | None] = mapped_column(BigInteger)
+    watches: Mapped[int | None] = mapped_column(BigInteger)
+    stored_rejections: Mapped[int | None] = mapped_column(BigInteger)
+    unproven_endpoints: Mapped[int | None] = mapped_column(BigInteger)
+    # In the form of shared/sender_domains.py, for OUTBOX_SENDER_POLICY=domains.
+    sender_domains: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    # How many rows of `batch_rejections` the user's batches have.
+    stored_rejections_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    # When an operator last changed it. NULL means that the row only counts.
+    updated_at: Mapped[datetime | None] = mapped_column(_TIME)
+
+    __table_args__ = (
+        CheckConstraint(
+            "least(waiting_jobs, senders, calls, uploads, watches, stored_rejections, "
+            "unproven_endpoints) >= 0",
+            name="quotas_not_negative",
+        ),
+        CheckConstraint("stored_rejections_count >= 0", name="count_not_negative"),
+    )
+
+
 class Sender(Base):
     """A From address with its SMTP endpoint and limits. It belongs to one user."""
 

@@ -8,17 +8,11 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from datetime import timedelta
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from outbox_server.shared.bounds import MAX_ROW_VALUES
-from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.intake.csv_reader import read_csv
 from outbox_server.shared.intake.rows import CsvPlan, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate
-
-# A caller that sends nothing for longer would keep a transaction open to no purpose.
-_PATIENCE: Final = timedelta(seconds=60)
 
 
 class OpenedRows(NamedTuple):
@@ -176,11 +170,10 @@ class StreamedChunks:
     are stored.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], patience: timedelta = _PATIENCE) -> None:
-        """Receive `chunks` in the running event loop, each within `patience`."""
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        """Receive `chunks` in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._chunks = chunks
-        self._patience = patience
         self._lock = threading.Lock()
         self._closed = False
         self._waiting: Future[bytes | None] | None = None
@@ -189,7 +182,7 @@ class StreamedChunks:
         """Yield the chunks. Must not be called in the thread of the event loop.
 
         Raises:
-            Unavailable: UPLOAD_STALLED.
+            Unavailable: UPLOAD_STALLED, UPLOAD_TOO_SLOW.
             concurrent.futures.CancelledError: `close` was called.
         """
         while True:
@@ -213,14 +206,7 @@ class StreamedChunks:
 
     async def _next(self) -> bytes | None:
         try:
-            async with asyncio.timeout(self._patience.total_seconds()):
-                return await anext(self._chunks, None)
-        except TimeoutError:
-            raise Unavailable(
-                f"no chunk arrived for {self._patience.total_seconds():g} s, so the upload was "
-                "stopped; nothing was accepted, try again",
-                reason="UPLOAD_STALLED",
-            ) from None
+            return await anext(self._chunks, None)
         except Exception:
             # Nobody waits for the result any more, so asyncio would log the error as unhandled.
             if self._closed:

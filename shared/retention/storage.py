@@ -29,6 +29,7 @@ from sqlalchemy import (
     literal,
     select,
     tuple_,
+    update,
 )
 from sqlalchemy.dialects.postgresql import INTERVAL, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -42,6 +43,7 @@ from outbox_server.shared.database.models import (
     CountDelta,
     EmailJob,
     PurgedCount,
+    UserRow,
 )
 from outbox_server.shared.states import PURGEABLE
 
@@ -226,7 +228,25 @@ async def _remove_rejections(connection: AsyncConnection, ids: Any, limit: int) 
         .order_by(BatchRejection.batch_id, BatchRejection.row_number)
         .limit(limit)
     )
-    return (await connection.execute(delete(BatchRejection).where(key.in_(some)))).rowcount
+    gone = (
+        delete(BatchRejection).where(key.in_(some)).returning(BatchRejection.batch_id).cte("gone")
+    )
+    by_user = (
+        select(Batch.user_id, func.count().label("n"))
+        .join(gone, gone.c.batch_id == Batch.id)
+        .group_by(Batch.user_id)
+        .cte("by_user")
+    )
+    # Rejections that were stored before the count existed are not in it.
+    left = func.greatest(UserRow.stored_rejections_count - by_user.c.n, 0)
+    counted = (
+        update(UserRow)
+        .where(UserRow.user_id == by_user.c.user_id)
+        .values(stored_rejections_count=left)
+        .cte("counted")
+    )
+    removed = select(cast(func.coalesce(func.sum(by_user.c.n), 0), BigInteger)).add_cte(counted)
+    return int((await connection.execute(removed)).scalar_one())
 
 
 async def _remove_batches(connection: AsyncConnection, ids: Any) -> None:

@@ -21,15 +21,15 @@ from outbox_server.shared.callers import (
     Authenticator,
     Caller,
     CallerKind,
+    call_under_way,
     check_may_call,
     set_current_caller,
 )
 from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
+from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
-from outbox_server.shared.rpc.field_limits import check_fields
-from outbox_server.shared.rpc.gate import Gate
-from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -39,7 +39,7 @@ DEFAULT_DEADLINE: Final = 30.0
 # The deadline of an upload, in seconds. A large upload takes long, but a caller that sends very
 # slowly must not hold a place for ever.
 UPLOAD_DEADLINE: Final = 3600.0
-# The most calls at once, for methods without a gate of their own. More calls would only wait for a
+# The most calls at once, of methods without places of their own. More calls would only wait for a
 # database connection, each with a request of up to 5 MiB. Waiting calls have no request in memory.
 _CALLS: Final = 64
 _CALLS_WAITING: Final = 1_000
@@ -56,6 +56,9 @@ _TOOLING_CALLS: Final = 1_000
 # Fields of requests that log lines have, by the names that they have there.
 _IDS: Final = {"batch_id": "batch_id", "email_job_id": "job_id"}
 _MAX_ID_DIGITS: Final = 19
+_REQUEST_ID: Final = "x-request-id"
+# The longest text of a caller in a log line: that of a user id.
+_MAX_LOGGED: Final = 128
 _ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
 
 # grpcio's classes are generic in their stubs only.
@@ -75,18 +78,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         authenticator: Authenticator,
         *,
         default_deadline: float = DEFAULT_DEADLINE,
-        gates: Mapping[str, Gate] | None = None,
+        shares: Mapping[str, FairShares] | None = None,
         metrics: CallMetrics,
         tracer: Tracer | None = None,
     ) -> None:
-        """`gates` is by method (`/outbox.v1.BatchService/UploadBatch`), for own bounds."""
+        """`shares` is by method (`/outbox.v1.BatchService/UploadBatch`), for own places."""
         self._authenticator = authenticator
-        self._gates = dict(gates or {})
-        self._calls_gate = Gate("calls", at_once=_CALLS, waiting=_CALLS_WAITING)
-        self._streams_gate = Gate("streams", at_once=_STREAMS, waiting=0)
-        self._tooling = PeerPlaces(
-            "health and reflection calls", per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS
-        )
+        self._shares = dict(shares or {})
+        self._calls = FairShares("calls", _CALLS, waiting=_CALLS_WAITING)
+        self._watches = FairShares("watches", _STREAMS)
+        self._by_user = CallsInFlight()
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
         self._metrics = metrics
@@ -149,10 +150,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return encode(await behaviour(message, context))
 
             limit = UPLOAD_DEADLINE if streaming else self._default_deadline
-            return await self._run(method, context, work, limit, metrics=metrics)
+            group = CallGroup.UPLOADS if streaming else CallGroup.CALLS
+            return await self._run(method, context, work, limit, metrics=metrics, group=group)
 
         # A unary request is read as a stream, too (on the wire it is one). Otherwise grpc.aio would
-        # read up to 5 MiB of it before the caller is authenticated and has passed the gate.
+        # read up to 5 MiB of it before the caller is authenticated and has a place.
         return grpc.stream_unary_rpc_method_handler(answer, decode if streaming else None, None)
 
     def _wrap_stream(self, method: str, handler: _Handler) -> _Handler:
@@ -181,7 +183,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         await self._authenticate(method, context)
                         await _uninterrupted(context.write(message))
 
-            await self._run(method, context, work, None, metrics=metrics, stream=True)
+            await self._run(method, context, work, None, metrics=metrics, group=CallGroup.WATCHES)
 
         if streaming:
             return grpc.stream_stream_rpc_method_handler(answer, decode, encode)
@@ -195,7 +197,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         default_limit: float | None,
         *,
         metrics: MethodMetrics,
-        stream: bool = False,
+        group: CallGroup,
     ) -> Any:
         started = time.perf_counter()
         tooling = method.startswith(_TOOLING)
@@ -206,7 +208,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if self._tracer is not None:
                 span = self._tracer.begin_call(method, context.invocation_metadata() or ())
         try:
-            return await self._limited(method, context, work, default_limit, stream=stream)
+            return await self._limited(method, context, work, default_limit, call, group=group)
         except grpc.aio.AbortError:  # the handler has sent a status itself
             call.code = context.code().name
             raise
@@ -232,10 +234,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         context: _Context,
         work: Callable[[], Awaitable[Any]],
         default_limit: float | None,
+        log: _CallLog,
         *,
-        stream: bool,
+        group: CallGroup,
     ) -> Any:
         left = context.time_remaining()
+        stream = group is CallGroup.WATCHES
         limit = asyncio.timeout(default_limit if left is None else left)
         try:
             async with limit:
@@ -243,12 +247,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     self._streams.add(limit)
                     if self._ending_streams:
                         limit.reschedule(0)
-                set_current_caller(await self._authenticate(method, context))
+                caller = await self._authenticate(method, context, log)
+                set_current_caller(caller)
                 if method.startswith(_TOOLING):
-                    with self._tooling.place_of(peer_of_call(context.peer())):
-                        return await work()
-                async with self._gate_of(method, stream=stream).entered():
                     return await work()
+                shares = self._shares_of(method, stream=stream)
+                with self._by_user.counted(caller.user_id, caller.quotas, group):
+                    async with shares.entered(caller.claimant):
+                        return await work()
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -260,15 +266,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._streams.discard(limit)
 
-    async def _authenticate(self, method: str, context: _Context) -> Caller:
+    async def _authenticate(
+        self, method: str, context: _Context, log: _CallLog | None = None
+    ) -> Caller:
         if method.startswith(_TOOLING):
             return _ANONYMOUS
         caller = await self._authenticator.authenticate(context.invocation_metadata() or ())
+        if log is not None:
+            log.caller = caller
         check_may_call(caller, method)
         return caller
 
-    def _gate_of(self, method: str, *, stream: bool) -> Gate:
-        return self._gates.get(method) or (self._streams_gate if stream else self._calls_gate)
+    def _shares_of(self, method: str, *, stream: bool) -> FairShares:
+        return self._shares.get(method) or (self._watches if stream else self._calls)
 
     def _begin(self) -> None:
         self._in_flight += 1
@@ -292,7 +302,9 @@ class _CallLog:
         self._method = method
         self._peer = context.peer()  # not available any more when the caller has left
         self._quiet = quiet
+        self._request_id = _request_id(context)
         self._fields: dict[str, str] = {}
+        self.caller: Caller | None = None
         self.code = grpc.StatusCode.OK.name
 
     def failed(self, status: Status, error: BaseException) -> None:
@@ -309,18 +321,48 @@ class _CallLog:
             )
 
     def write(self, seconds: float) -> None:
-        """Write the line, at level debug for health checks and reflection."""
+        """Write the line, at level debug for health checks and reflection.
+
+        `user_id` is the user that the call acts for, `key_id` names the API key, and `x_request_id`
+        is the caller's own id in the metadata. The `request_id` of a batch is in the context.
+        """
+        call = call_under_way()
+        caller = self.caller
+        user = caller.user_id if caller else None
+        if call is not None and call.user_id:
+            user = call.user_id
+        known = {
+            "user_id": user,
+            "key_id": caller and caller.key_id,
+            "x_request_id": self._request_id,
+        }
         (self._log.debug if self._quiet else self._log.info)(
             "call",
-            method=self._method,
+            method=loggable(self._method),
             code=self.code,
             milliseconds=round(seconds * 1000, 1),
             peer=self._peer,
+            **{name: loggable(value) for name, value in known.items() if value},
             **self._fields,
         )
 
 
 _NAMES: Final = {code.value[0]: code.name for code in grpc.StatusCode}
+
+
+def _request_id(context: _Context) -> str:
+    """Return the caller's own id of the call: `x-request-id` in the metadata; "" if none is set."""
+    for name, value in context.invocation_metadata() or ():
+        if name == _REQUEST_ID:
+            return value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    return ""
+
+
+def loggable(text: str) -> str:
+    """Return a text of a caller as log lines have it: shortened, without control characters."""
+    shown = text[:_MAX_LOGGED]
+    escaped = shown if shown.isprintable() else repr(shown)[1:-1]
+    return escaped if len(text) <= _MAX_LOGGED else f"{escaped}..."
 
 
 def _status_of_call(error: Exception, method: str, context: _Context) -> Status:

@@ -17,12 +17,12 @@ from outbox_server.shared.auth.authenticator import KeyAuthenticator
 from outbox_server.shared.auth.store import ApiKeyStore
 from outbox_server.shared.callers import Authenticator, LocalAuthenticator, is_loopback
 from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.monitoring import Monitoring
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc import health
 from outbox_server.shared.rpc.addresses import bind, check_address
 from outbox_server.shared.rpc.calls import CallInterceptor
-from outbox_server.shared.rpc.connections import ConnectionGuard, connection_options
-from outbox_server.shared.rpc.gate import Gate
 from outbox_server.shared.rpc.probes import Probes
 from outbox_server.shared.rpc.reflection import add_reflection
 from outbox_server.shared.rpc.tls import server_credentials
@@ -70,8 +70,8 @@ class ServiceBinding:
 
     name: str
     add: Callable[[grpc.aio.Server], None]
-    # Gates of methods that need bounds of their own, by the method's name.
-    gates: Mapping[str, Gate] = field(default_factory=dict)
+    # The places of methods that do not share those of all calls, by the method's name.
+    shares: Mapping[str, FairShares] = field(default_factory=dict)
 
 
 class GrpcServer:
@@ -108,15 +108,15 @@ class GrpcServer:
         self._authenticator = _authenticator(
             settings, self._variable, listen, engine, encrypted=self._credentials is not None
         )
-        gates = {
-            f"/{service.name}/{method}": gate
+        shares = {
+            f"/{service.name}/{method}": shared
             for service in services
-            for method, gate in service.gates.items()
+            for method, shared in service.shares.items()
         }
         monitoring = monitoring or Monitoring("server")
         monitoring.show_serving(lambda: self.serving)
         self._calls = CallInterceptor(
-            self._authenticator, gates=gates, metrics=monitoring.calls, tracer=tracer
+            self._authenticator, shares=shares, metrics=monitoring.calls, tracer=tracer
         )
         self._health = health.Health(self._names)
         if probes is not None:
@@ -223,7 +223,7 @@ def _authenticator(
         )
     if engine is None:
         raise ConfigurationError("OUTBOX_AUTH=keys: this server has no database with API keys")
-    return KeyAuthenticator(ApiKeyStore(engine))
+    return KeyAuthenticator(ApiKeyStore(engine, UserQuotas.from_settings(settings)))
 
 
 def _variable_of(settings: Settings, listen: str) -> str:

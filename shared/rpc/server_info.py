@@ -23,6 +23,7 @@ CAPABILITIES: Final = (
     "sender.preset",
     "sender.sending_hours",
     "stats.forecast_planned",
+    "user.quotas",
 )
 
 

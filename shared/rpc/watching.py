@@ -9,23 +9,30 @@ Nor is a log of changes: some counts change without one (a claim writes none).
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Final, Generic, TypeVar
 
+from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.fair_shares import Claimant
 from outbox_server.shared.loops import Loop
 
 T = TypeVar("T")
 
 # The time between two reads: a change is seen within this and the duration of the statement.
 PAUSE: Final = timedelta(milliseconds=250)
+# How many watches of one user are read at a time, so that those of others are not late. A user with
+# more of them sees changes later.
+USER_READ: Final = 50
 
 
 @dataclass(eq=False, slots=True)
 class _Watcher(Generic[T]):
     key: int
+    owner: Claimant
     # Only the newest state: a slow reader misses the states in between, so none pile up.
     found: T | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -41,7 +48,8 @@ class Watch(Generic[T]):
     ) -> None:
         self._read = read
         self._pause = pause
-        self._watchers: set[_Watcher[T]] = set()
+        # In the order in which they will be read; the values mean nothing.
+        self._watchers: dict[_Watcher[T], None] = {}
         self._loop = Loop("watching", self._look, errors=DATABASE_ERRORS)
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -51,22 +59,36 @@ class Watch(Generic[T]):
     async def _look(self) -> timedelta | None:
         if not self._watchers:
             return None
-        keys = {watcher.key for watcher in self._watchers}
+        keys = self._next_keys()
         found = await self._read(keys)
-        for watcher in self._watchers:
+        for watcher in list(self._watchers):
             now = found.get(watcher.key)
             if now is not None and now != watcher.found:
                 watcher.found = now
                 watcher.changed.set()
         return self._pause
 
+    def _next_keys(self) -> set[int]:
+        """Return the keys to read now: of each user at most USER_READ, in turns."""
+        read: list[_Watcher[T]] = []
+        counts: Counter[Claimant] = Counter()
+        for watcher in self._watchers:
+            if counts[watcher.owner] < USER_READ or watcher.owner.privileged:
+                counts[watcher.owner] += 1
+                read.append(watcher)
+        if len(read) < len(self._watchers):
+            for watcher in read:
+                del self._watchers[watcher]
+                self._watchers[watcher] = None
+        return {watcher.key for watcher in read}
+
     async def follow(self, key: int) -> AsyncGenerator[T, None]:
         """Yield the state of `key` at once, then after each change; never ends by itself.
 
         The caller must have checked that `key` may be seen.
         """
-        watcher = _Watcher[T](key)
-        self._watchers.add(watcher)
+        watcher = _Watcher[T](key, current_claimant())
+        self._watchers[watcher] = None
         self._loop.wake()
         try:
             while True:
@@ -75,4 +97,4 @@ class Watch(Generic[T]):
                 if watcher.found is not None:
                     yield watcher.found
         finally:
-            self._watchers.discard(watcher)
+            self._watchers.pop(watcher, None)

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 
 from outbox_server.deploy.ports import free_port
-from outbox_server.shared.errors import Unavailable
-from outbox_server.shared.intake.payloads import StreamedChunks
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import PATIENCE, eventually
@@ -459,17 +456,6 @@ async def test_a_scheduler_that_stops_ends_a_stalled_upload(
             scheduler.stop()
             assert await broken(upload.call) in ("UNAVAILABLE", "CANCELLED")
     assert stored(scheduler) == 0
-
-
-async def test_an_upload_that_stalls_for_too_long_is_aborted() -> None:
-    async def silence() -> AsyncIterator[bytes]:
-        yield b"email\n"
-        await asyncio.Event().wait()
-
-    chunks = StreamedChunks(silence(), timedelta(milliseconds=50))
-    with pytest.raises(Unavailable) as caught:
-        await asyncio.to_thread(list, chunks)
-    assert caught.value.reason == "UPLOAD_STALLED"
 
 
 async def test_stalled_uploads_do_not_delay_a_batch_sent_in_one_message(

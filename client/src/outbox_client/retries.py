@@ -18,6 +18,7 @@ from outbox.v1 import (
     sender_service_pb2,
     stats_service_pb2,
     suppression_service_pb2,
+    user_service_pb2,
 )
 
 from outbox_client.errors import CallError
@@ -29,9 +30,18 @@ _SERVICES: Final = (
     sender_service_pb2,
     stats_service_pb2,
     suppression_service_pb2,
+    user_service_pb2,
 )
 # Of a call of any kind: refused before it began, or rolled back whole. The server asks for another.
-_NOTHING_HAPPENED: Final = frozenset({"TOO_MANY_CALLS", "CONFLICT"})
+_NOTHING_HAPPENED: Final = frozenset(
+    {
+        "TOO_MANY_CALLS",
+        "USER_CALLS_EXCEEDED",
+        "USER_UPLOADS_EXCEEDED",
+        "USER_WATCHES_EXCEEDED",
+        "CONFLICT",
+    }
+)
 # What a call may at least take that has no time left: gRPC reads 0 as no deadline at all.
 _LEAST_S: Final = 0.001
 

@@ -31,6 +31,7 @@ from outbox_server.shared.intake.payloads import (
     StreamedChunks,
     WholeFile,
 )
+from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, to_timestamp
@@ -64,8 +65,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         *,
         sweeper: Sweeper,
         watch: Watch[storage.BatchRecord],
+        least_rate: LeastRate,
     ) -> None:
         self._watch = watch
+        self._least_rate = least_rate
         self._engine = engine
         self._sweeper = sweeper
         self._loader = loader
@@ -92,7 +95,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from a CSV in chunks."""
-        messages = aiter(request_iterator)
+        messages = self._least_rate.keep(aiter(request_iterator))
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "options":
             raise _out_of_order("options", "must be set in the first message")
@@ -110,12 +113,13 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         context: Context,
     ) -> batch_service_pb2.ScheduleBatchResponse:
         """Accept a batch from a CSV that is the body of an HTTP request."""
-        messages = aiter(request_iterator)
+        messages = self._least_rate.keep(aiter(request_iterator))
         first = await anext(messages, None)
         if first is None:
             raise _out_of_order("options", "must be set in the first message")
         user_id = acting_user(first.options.user_id, "options.user_id")
         options = from_options(first.options)
+        bind_contextvars(request_id=options.request_id)
         _check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
         with _errors_name("file"):

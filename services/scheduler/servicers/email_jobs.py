@@ -21,6 +21,7 @@ from outbox_server.services.scheduler.storage.cancelling import end_waiting
 from outbox_server.services.scheduler.storage.email_jobs import JobFilter, JobRecord
 from outbox_server.services.scheduler.storage.reopening import (
     FailedJobs,
+    keeping_quota,
     lock_sendable,
     resolve,
     retry_failed,
@@ -30,6 +31,7 @@ from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.addresses import BadAddress, check_address
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState, requested_enum
@@ -45,7 +47,11 @@ _RESOLUTIONS: Final = {
 class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     """Reads, cancels, retries, resolves and explains jobs."""
 
-    def __init__(self, engine: AsyncEngine, loader: HeadLoader, explainer: Explainer) -> None:
+    def __init__(
+        self, engine: AsyncEngine, loader: HeadLoader, explainer: Explainer, quotas: UserQuotas
+    ) -> None:
+        """`quotas` are those of users without overrides."""
+        self._quotas = quotas
         self._engine = engine
         self._explainer = explainer
         self._loader = loader
@@ -130,7 +136,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         which = _failed(request, user_id)
         if which is None:
             return email_job_service_pb2.RetryEmailJobsResponse()
-        retried = await retry_failed(self._engine, which)
+        retried = await retry_failed(self._engine, which, quotas=self._quotas)
         if retried.jobs:
             await load_soon(self._loader, retried.sender_ids)
         return email_job_service_pb2.RetryEmailJobsResponse(
@@ -157,21 +163,30 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             job = await storage.read_job(connection, job_id, user_id)
             if job is None:
                 raise not_found("email_job_id", request.email_job_id)
-            resend = wanted is JobState.SCHEDULED
-            if resend and await lock_sendable(connection, job.batch_id) is None:
+            if wanted is not JobState.SCHEDULED:
+                moved = await resolve(connection, job_id, wanted)
+                return moved, await storage.read_job(connection, job_id, user_id) or job
+            async with keeping_quota(connection, job.batch_id, self._quotas) as added:
+                return await resend(connection, job, added)
+
+        async def resend(
+            connection: AsyncConnection, job: JobRecord, added: list[int]
+        ) -> tuple[bool, JobRecord]:
+            if await lock_sendable(connection, job.batch_id) is None:
                 raise FailedPrecondition(
                     "this job cannot be sent again: its batch is cancelled, or its sender is "
                     "deleted",
                     reason="NOTHING_MORE_IS_SENT",
                     metadata={"batch_id": id_text(job.batch_id)},
                 )
-            if resend and not job.recipient:
+            if not job.recipient:
                 raise FailedPrecondition(
                     "this job cannot be sent again: its recipient was erased",
                     reason="RECIPIENT_ERASED",
                     metadata={"email_job_id": request.email_job_id},
                 )
             moved = await resolve(connection, job_id, wanted)
+            added.append(int(moved))
             return moved, await storage.read_job(connection, job_id, user_id) or job
 
         moved, job = await in_transaction(self._engine, decide)

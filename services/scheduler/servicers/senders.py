@@ -10,7 +10,7 @@ import structlog
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler import senders
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
@@ -29,9 +29,13 @@ from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.oauth2.credentials import TokenProvider
+from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import SenderState, requested_enum
@@ -56,6 +60,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         self._secrets = secrets
         self.verifier = verifier
         self._settings = settings
+        self._quotas = UserQuotas.from_settings(settings)
         self._columns: dict[str, Callable[[sender_pb2.Sender], _Columns]] = {
             "email": self._email,
             "display_name": self._display_name,
@@ -74,11 +79,13 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         """Create a sender."""
         user_id = named_user(request.user_id)
         values = self._values(request.sender, self._columns)
-        created = await in_transaction(
-            self._engine,
-            lambda connection: storage.insert_sender(connection, user_id, values),
-        )
-        return self._answer(created)
+
+        async def create(connection: AsyncConnection) -> storage.SenderRecord:
+            await lock_and_check_senders(connection, user_id, self._quotas)
+            await self._check_domain(connection, user_id, values)
+            return await storage.insert_sender(connection, user_id, values)
+
+        return self._answer(await in_transaction(self._engine, create))
 
     async def GetSender(
         self,
@@ -122,10 +129,15 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             async with self._engine.connect() as connection:
                 found = await storage.read_sender(connection, sender_id, user_id)
             return self._answer_if_there(found, request.sender.sender_id)
-        updated = await in_transaction(
-            self._engine,
-            lambda connection: storage.update_sender(connection, sender_id, user_id, values),
-        )
+
+        async def update(connection: AsyncConnection) -> storage.SenderChange:
+            owner = await storage.read_owner(connection, sender_id, user_id)
+            if owner is None:
+                return storage.SenderChange(None)
+            await self._check_domain(connection, owner, values)
+            return await storage.update_sender(connection, sender_id, user_id, values)
+
+        updated = await in_transaction(self._engine, update)
         answer = self._answer_if_there(updated.sender, request.sender.sender_id)
         _log_ended(sender_id, updated.ended, by="UpdateSender")
         await load_soon(self._loader, [sender_id])
@@ -211,6 +223,18 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             _log_ended(sender_id, change.ended, by="ResumeSender")
             await load_soon(self._loader, [sender_id])
         return answer
+
+    async def _check_domain(
+        self, connection: AsyncConnection, owner: str, values: Mapping[str, Any]
+    ) -> None:
+        """Check a new From address by OUTBOX_SENDER_POLICY.
+
+        Raises:
+            PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
+        """
+        if self._settings.sender_policy == "domains" and "email" in values:
+            domains = await read_domains(connection, owner)
+            check_sender_domain(values["email"], domains, owner)
 
     def _answer(self, record: storage.SenderRecord) -> sender_pb2.Sender:
         return to_sender(record, self._settings.min_gap)

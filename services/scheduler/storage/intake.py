@@ -36,12 +36,25 @@ from outbox_server.services.scheduler.storage.spreading import (
 from outbox_server.services.scheduler.storage.suppressions import lock_suppressions
 from outbox_server.shared.database.count_deltas import count_accepted
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
-from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
+from outbox_server.shared.database.models import (
+    Batch,
+    EmailJob,
+    Sender,
+    Suppression,
+    UserRow,
+)
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.recipient_keys import recipient_key
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.intake.batch_options import BatchOptions
+from outbox_server.shared.quotas.storage import (
+    check_waiting_jobs,
+    lock_user,
+    read_quotas,
+    store_rejections,
+)
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)
@@ -64,6 +77,9 @@ class IntakeSender:
     sender_id: int
     user_id: str
     deleted: bool
+    email: str
+    # Those that are assigned to its user.
+    domains: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +112,10 @@ class IntakeCounts:
 class IntakeStore:
     """Reads what an intake needs before it begins, and opens its transaction."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, quotas: UserQuotas) -> None:
+        """`quotas` are those of users without overrides."""
         self._engine = engine
+        self._quotas = quotas
 
     async def look_up(
         self, sender_id: int, request_id: str, user_id: str | None
@@ -108,8 +126,16 @@ class IntakeStore:
         """
         request = and_(Batch.user_id == Sender.user_id, Batch.request_id == request_id)
         statement = owned_by(
-            select(Sender.user_id, Sender.deleted_at, Batch.id, Batch.request_hash)
+            select(
+                Sender.user_id,
+                Sender.deleted_at,
+                Sender.email,
+                UserRow.sender_domains,
+                Batch.id,
+                Batch.request_hash,
+            )
             .join(Batch, request, isouter=True)
+            .join(UserRow, UserRow.user_id == Sender.user_id, isouter=True)
             .where(Sender.id == sender_id),
             Sender.user_id,
             user_id,
@@ -119,7 +145,9 @@ class IntakeStore:
         if row is None:
             return None
         known = None if row.id is None else KnownRequest(row.id, row.request_hash)
-        return IntakeSender(sender_id, row.user_id, row.deleted_at is not None), known
+        deleted = row.deleted_at is not None
+        domains = row.sender_domains or ()
+        return IntakeSender(sender_id, row.user_id, deleted, row.email, domains), known
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[IntakeTransaction]:
@@ -128,7 +156,7 @@ class IntakeStore:
             raw = await connection.get_raw_connection()
             driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
-                yield IntakeTransaction(connection, driver)
+                yield IntakeTransaction(connection, driver, self._quotas)
             except psycopg.OperationalError:
                 # COPY bypasses SQLAlchemy, so the pool does not notice a closed connection.
                 if driver.closed:
@@ -139,8 +167,14 @@ class IntakeStore:
 class IntakeTransaction:
     """The open transaction of an intake."""
 
-    def __init__(self, connection: AsyncConnection, driver: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        driver: psycopg.AsyncConnection[Any],
+        default_quotas: UserQuotas,
+    ) -> None:
         self._connection = connection
+        self._default_quotas = default_quotas
         # For COPY, which SQLAlchemy does not have. It runs in the same transaction.
         self._driver = driver
         self._erased: bool | None = None
@@ -226,6 +260,10 @@ class IntakeTransaction:
             self._erased = bool((await self._connection.execute(some)).scalar_one())
         return self._erased
 
+    async def read_quotas(self, user_id: str) -> UserQuotas:
+        """Return the present quotas of the user."""
+        return await read_quotas(self._connection, user_id, self._default_quotas)
+
     async def begin_spread(self) -> None:
         """Prepare for jobs that get their times from `spread`."""
         await create_spread_jobs(self._connection)
@@ -255,17 +293,31 @@ class IntakeTransaction:
         last_due: datetime | None,
         spacing: timedelta,
         request_hash: bytes,
-    ) -> bool:
+        quotas: UserQuotas,
+    ) -> int | None:
         """Write the counts and what else is known at the end.
 
-        Return False if the sender was deleted meanwhile. The locks are taken here and not at the
-        beginning, because an upload may take minutes and must not delay a pause or a suppression.
+        Return how many rejections are above the user's quota and were not stored; None if the
+        sender was deleted meanwhile. The locks are taken here and not at the beginning, because an
+        upload may take minutes and must not delay a pause or a suppression, or another batch.
+
+        Raises:
+            ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
         """
         sender_id = sender.sender_id
         missed = await self._drop_suppressed(begun, sender.user_id)
         counts = replace(
             counts, accepted=counts.accepted - missed, suppressed=counts.suppressed + missed
         )
+        dropped = 0
+        if counts.accepted or counts.rejected:
+            await lock_user(self._connection, sender.user_id)
+        if counts.accepted:
+            await check_waiting_jobs(self._connection, sender.user_id, counts.accepted, quotas)
+        if counts.rejected:
+            dropped = await store_rejections(
+                self._connection, sender.user_id, begun.batch_id, quotas
+            )
         # Locked until the commit, so that DeleteSender finds these jobs.
         locked = (
             select(Sender.id)
@@ -273,7 +325,7 @@ class IntakeTransaction:
             .with_for_update(read=True)
         )
         if (await self._connection.execute(locked)).one_or_none() is None:
-            return False
+            return None
         await self._connection.execute(
             update(Batch)
             .where(Batch.id == begun.batch_id)
@@ -290,7 +342,7 @@ class IntakeTransaction:
         if counts.accepted:
             await count_accepted(self._connection, sender_id, begun.batch_id, counts.accepted)
             await mark_stale(self._connection, [sender_id])
-        return True
+        return dropped
 
     async def _drop_suppressed(self, begun: BegunBatch, user_id: str) -> int:
         """Delete jobs whose addresses were suppressed after `suppressed` ran. Return how many."""

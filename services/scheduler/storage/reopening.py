@@ -6,7 +6,8 @@ a later cancellation or deletion finds the jobs and ends them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import marking_stale
+from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.states import BatchState, JobState
 
 # The number of jobs that one transaction moves, in about 0.5 s.
@@ -57,11 +60,17 @@ class RetriedJobs:
     sender_ids: tuple[int, ...]
 
 
-async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHUNK) -> RetriedJobs:
+async def retry_failed(
+    engine: AsyncEngine, which: FailedJobs, chunk: int = _CHUNK, *, quotas: UserQuotas | None = None
+) -> RetriedJobs:
     """Move failed jobs back to SCHEDULED, due now, with all their retries.
 
     Each `chunk` of a batch has its own transaction. If the call is interrupted, the caller can
-    simply repeat it. Jobs of cancelled batches and of deleted senders are left alone.
+    simply repeat it. Jobs of cancelled batches and of deleted senders are left alone. `quotas` are
+    those of users without overrides; None means that there are none.
+
+    Raises:
+        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED. The chunks before stay moved.
     """
     async with engine.connect() as connection:
         matched = (await connection.execute(_count_matching(which))).scalar_one()
@@ -75,7 +84,12 @@ async def retry_failed(engine: AsyncEngine, which: FailedJobs, chunk: int = _CHU
             async def step(
                 connection: AsyncConnection, batch_id: int = batch_id, after: int = after
             ) -> _ReopenedJobs:
-                return await _retry_chunk(connection, which, batch_id, after, chunk)
+                if quotas is None:
+                    return await _retry_chunk(connection, which, batch_id, after, chunk)
+                async with keeping_quota(connection, batch_id, quotas) as moved:
+                    done = await _retry_chunk(connection, which, batch_id, after, chunk)
+                    moved.append(done.jobs)
+                return done
 
             moved = await in_transaction(engine, step)
             jobs += moved.jobs
@@ -105,6 +119,27 @@ async def _retry_chunk(
     statement = _reopen(failed, JobState.FAILED, JobState.SCHEDULED, chunk)
     row = (await connection.execute(statement)).one()
     return _ReopenedJobs(row.jobs, sender_id, row.last_id)
+
+
+@asynccontextmanager
+async def keeping_quota(
+    connection: AsyncConnection, batch_id: int, defaults: UserQuotas
+) -> AsyncIterator[list[int]]:
+    """Lock the owner of a batch, and check its quota at the end of the block.
+
+    The block appends to the list how many jobs it moved to SCHEDULED.
+
+    Raises:
+        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
+    """
+    owner = select(Batch.user_id).where(Batch.id == batch_id)
+    user_id = (await connection.execute(owner)).scalar_one()
+    await lock_user(connection, user_id)
+    moved: list[int] = []
+    yield moved
+    if sum(moved):
+        quotas = await read_quotas(connection, user_id, defaults)
+        await check_waiting_jobs(connection, user_id, sum(moved), quotas, added=True)
 
 
 async def lock_sendable(connection: AsyncConnection, batch_id: int) -> int | None:

@@ -157,6 +157,17 @@ async def read_sender(
     return None if row is None else _record(row, cooldown_of(row))
 
 
+async def read_owner(
+    connection: AsyncConnection, sender_id: int, user_id: str | None
+) -> str | None:
+    """Return a sender's user, or None if it does not exist or belongs to another user."""
+    statement = owned_by(
+        select(Sender.user_id).where(Sender.id == sender_id, _NOT_DELETED), Sender.user_id, user_id
+    )
+    owner: str | None = (await connection.execute(statement)).scalar_one_or_none()
+    return owner
+
+
 async def read_endpoint(
     connection: AsyncConnection, sender_id: int, user_id: str | None
 ) -> tuple[str, StoredEndpoint] | None:

@@ -32,6 +32,9 @@ from outbox.v1.stats_service_pb2_grpc import StatsServiceStub
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import ListSuppressionsRequest
 from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
+from outbox.v1.user_pb2 import User
+from outbox.v1.user_service_pb2 import ListUsersRequest
+from outbox.v1.user_service_pb2_grpc import UserServiceStub
 
 from outbox_client import aio as io
 from outbox_client._async.channel import Channel, with_request_id
@@ -48,6 +51,7 @@ if TYPE_CHECKING:  # names that only the type stubs know
     from outbox.v1.server_service_pb2_grpc import ServerServiceAsyncStub
     from outbox.v1.stats_service_pb2_grpc import StatsServiceAsyncStub
     from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceAsyncStub
+    from outbox.v1.user_service_pb2_grpc import UserServiceAsyncStub
 
 _PAGE: Final = 1000
 # How long a watch tries to reach a server again. A restart of the scheduler takes much less.
@@ -59,11 +63,12 @@ _LOOK: Final = RetryPolicy(first=timedelta(milliseconds=200), factor=1.3)
 class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
-    `senders`, `batches`, `email_jobs`, `suppressions`, `stats`, `dispatcher` and `server` are the
-    generated stubs with all methods of the API, such as `client.senders.CreateSender(request)`. A
-    call takes `timeout` (in seconds, for all tries together; default: the client's `timeout`) and
-    `metadata`, and raises CallError. Reads, `ScheduleBatch` and `upload` are retried while the
-    server is unreachable; other calls only if the server says that it has changed nothing.
+    `senders`, `batches`, `email_jobs`, `suppressions`, `users`, `stats`, `dispatcher` and `server`
+    are the generated stubs with all methods of the API, such as
+    `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds, for all tries
+    together; default: the client's `timeout`) and `metadata`, and raises CallError. Reads,
+    `ScheduleBatch` and `upload` are retried while the server is unreachable; other calls only if
+    the server says that it has changed nothing.
     """
 
     def __init__(
@@ -124,6 +129,11 @@ class AsyncClient:
     def email_jobs(self) -> EmailJobServiceAsyncStub:
         """EmailJobService."""
         return cast("EmailJobServiceAsyncStub", self._stub("scheduler", EmailJobServiceStub))
+
+    @property
+    def users(self) -> UserServiceAsyncStub:
+        """UserService, for operators."""
+        return cast("UserServiceAsyncStub", self._stub("scheduler", UserServiceStub))
 
     @property
     def suppressions(self) -> SuppressionServiceAsyncStub:
@@ -264,6 +274,10 @@ class AsyncClient:
     def list_attempts(self, request: ListAttemptsRequest) -> AsyncIterator[Attempt]:
         """Yield the attempts from all pages of ListAttempts."""
         return self._items(self.email_jobs.ListAttempts, request, "attempts")
+
+    def list_users(self, request: ListUsersRequest) -> AsyncIterator[User]:
+        """Yield the users from all pages of ListUsers."""
+        return self._items(self.users.ListUsers, request, "users")
 
     def list_suppressions(self, request: ListSuppressionsRequest) -> AsyncIterator[Suppression]:
         """Yield the suppressions from all pages of ListSuppressions."""

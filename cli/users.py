@@ -1,0 +1,151 @@
+"""`outbox users`: the commands of UserService, for operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+import typer
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1 import user_service_pb2 as pb
+from outbox.v1.user_pb2 import User, UserQuotas
+
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging
+from outbox_server.cli.output import Output, OutputFormat, show, show_list
+
+_COLUMNS = ("user_id", "quotas", "sender_domains", "update_time")
+_DEFAULT: Final = "default"
+# Instead of the number, for the default of the installation.
+_UNSET: Final = -1
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Show and change the quotas and sender domains of users (operators only).",
+)
+
+UserId = Annotated[str, typer.Argument(metavar="USER")]
+
+
+def _read_quota(text: str) -> int:
+    if text.strip().lower() == _DEFAULT:
+        return _UNSET
+    if not (text.isascii() and text.isdecimal()) or len(text) > len("1000000000"):
+        raise typer.BadParameter(f"{text[:40]!r} is not 0 to 1000000000, nor `{_DEFAULT}`")
+    return int(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaOptions:
+    """The options of the quotas: a number, `default`, or nothing for no change."""
+
+    waiting_jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--waiting-jobs", parser=_read_quota, metavar="N|default", help="Most waiting jobs."
+        ),
+    ] = None
+    senders: Annotated[
+        int | None,
+        typer.Option("--senders", parser=_read_quota, metavar="N|default", help="Most senders."),
+    ] = None
+    calls: Annotated[
+        int | None,
+        typer.Option(
+            "--calls", parser=_read_quota, metavar="N|default", help="Most calls in flight."
+        ),
+    ] = None
+    uploads: Annotated[
+        int | None,
+        typer.Option(
+            "--uploads", parser=_read_quota, metavar="N|default", help="Most uploads in flight."
+        ),
+    ] = None
+    watches: Annotated[
+        int | None,
+        typer.Option(
+            "--watches", parser=_read_quota, metavar="N|default", help="Most open watches."
+        ),
+    ] = None
+    stored_rejections: Annotated[
+        int | None,
+        typer.Option(
+            "--stored-rejections",
+            parser=_read_quota,
+            metavar="N|default",
+            help="Most stored rejections.",
+        ),
+    ] = None
+    unproven_endpoints: Annotated[
+        int | None,
+        typer.Option(
+            "--unproven-endpoints",
+            parser=_read_quota,
+            metavar="N|default",
+            help="Most endpoints that have not accepted mail yet.",
+        ),
+    ] = None
+
+
+@app.command(name="list")
+@with_option_groups
+def list_(*, paging: Paging, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """List the users whose quotas or domains were changed."""
+    with connection("scheduler", server) as client:
+        page = pages(client.users.ListUsers, pb.ListUsersRequest(), "users", paging)
+    show_list(page, "users", _COLUMNS, output, what="users with changes")
+
+
+@app.command(name="show")
+def show_user(user: UserId, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """Show the quotas of a user, what it uses of them, and its domains.
+
+    $ outbox users show demo
+    """
+    with connection("scheduler", server) as client:
+        found = client.users.GetUser(pb.GetUserRequest(user_id=user))
+    show(found, output)
+
+
+@app.command(name="set")
+@with_option_groups
+def set_(
+    user: UserId,
+    *,
+    quotas: QuotaOptions,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--domain",
+            help="Domain that the user may send from, or *.DOMAIN for those below it; repeat it. "
+            "Replaces all domains.",
+        ),
+    ] = None,
+    no_domains: Annotated[
+        bool, typer.Option("--no-domains", help="Remove all domains of the user.")
+    ] = False,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Change the quotas or the domains of a user. What exists already stays.
+
+    $ outbox users set demo --waiting-jobs 500000 --domain example.com
+    """
+    if domain and no_domains:
+        raise typer.BadParameter("cannot be combined with --domain", param_hint="--no-domains")
+    changed = User(user_id=user, sender_domains=domain or ())
+    paths = ["sender_domains"] if domain or no_domains else []
+    for field in UserQuotas.DESCRIPTOR.fields:
+        value = getattr(quotas, field.name)
+        if value is not None:
+            paths.append(f"quotas.{field.name}")
+        if value is not None and value != _UNSET:
+            setattr(changed.quotas, field.name, value)
+    if not paths:
+        raise typer.BadParameter("name at least one quota or domain to change")
+    request = pb.UpdateUserRequest(user=changed, update_mask=FieldMask(paths=paths))
+    with connection("scheduler", server) as client:
+        updated = client.users.UpdateUser(request)
+    show(updated, output)

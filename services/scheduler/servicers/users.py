@@ -1,0 +1,161 @@
+"""Implements UserService, for operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.servicers.calls import Context
+from outbox_server.services.scheduler.storage import users as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.shared import bounds
+from outbox_server.shared.callers import current_caller, require_user
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.quotas.storage import UserUsage, read_usage
+from outbox_server.shared.quotas.user_quotas import QUOTAS, UserQuotas
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import to_timestamp
+from outbox_server.shared.sender_domains import normalise_domain
+
+_DOMAINS: Final = "sender_domains"
+_QUOTA_PATHS: Final = {f"quotas.{name}": name for name in QUOTAS}
+
+
+class UserServicer(user_service_pb2_grpc.UserServiceServicer):
+    """Shows and changes the quotas and the domains of users."""
+
+    def __init__(self, engine: AsyncEngine, quotas: UserQuotas) -> None:
+        """`quotas` are those of users without overrides."""
+        self._engine = engine
+        self._quotas = quotas
+
+    async def GetUser(
+        self,
+        request: user_service_pb2.GetUserRequest,
+        context: Context,
+    ) -> user_pb2.User:
+        """Return one user."""
+        user_id = require_user(current_caller(), request.user_id)
+        async with self._engine.connect() as connection:
+            return await self._read(connection, user_id)
+
+    async def ListUsers(
+        self,
+        request: user_service_pb2.ListUsersRequest,
+        context: Context,
+    ) -> user_service_pb2.ListUsersResponse:
+        """Return one page of the users that operators have changed."""
+        page = requested_page(request, "users", start=("",))
+        async with self._engine.connect() as connection:
+            found = await storage.list_users(connection, *page.after, page.limit)
+        shown, token = page.cut(found, lambda user: (user.user_id,))
+        return user_service_pb2.ListUsersResponse(
+            users=[self._to_user(user) for user in shown], next_page_token=token
+        )
+
+    async def UpdateUser(
+        self,
+        request: user_service_pb2.UpdateUserRequest,
+        context: Context,
+    ) -> user_pb2.User:
+        """Change some quotas, or the domains, of a user."""
+        user = request.user
+        user_id = require_user(current_caller(), user.user_id)
+        mask = request.update_mask if request.HasField("update_mask") else None
+        values: dict[str, Any] = {}
+        for path in _paths(user, mask):
+            if path == _DOMAINS:
+                values[_DOMAINS] = _checked_domains(user.sender_domains)
+            else:
+                values[_QUOTA_PATHS[path]] = _checked_quota(user.quotas, _QUOTA_PATHS[path])
+
+        async def update(connection: AsyncConnection) -> user_pb2.User:
+            if values:
+                await storage.update_user(connection, user_id, values)
+            return await self._read(connection, user_id)
+
+        return await in_transaction(self._engine, update)
+
+    async def _read(self, connection: AsyncConnection, user_id: str) -> user_pb2.User:
+        found = await storage.read_user(connection, user_id)
+        return self._to_user(found, await read_usage(connection, user_id))
+
+    def _to_user(self, record: storage.UserRecord, usage: UserUsage | None = None) -> user_pb2.User:
+        effective = self._quotas.overridden(record.overrides)
+        return user_pb2.User(
+            user_id=record.user_id,
+            quotas=user_pb2.UserQuotas(**record.overrides),
+            effective_quotas=user_pb2.UserQuotas(
+                **{name: getattr(effective, name) for name in QUOTAS}
+            ),
+            sender_domains=record.sender_domains,
+            usage=None
+            if usage is None
+            else user_pb2.UserUsage(
+                waiting_job_count=usage.waiting_jobs,
+                sender_count=usage.senders,
+                stored_rejection_count=usage.stored_rejections,
+            ),
+            update_time=None if record.updated_at is None else to_timestamp(record.updated_at),
+        )
+
+
+def _paths(user: user_pb2.User, mask: FieldMask | None) -> Iterable[str]:
+    """Return the fields to change: those of the mask or, without a mask, those that are set."""
+    if mask is None or not mask.paths:
+        given = [path for path, name in _QUOTA_PATHS.items() if _is_set(user.quotas, name)]
+        return [*given, _DOMAINS] if user.sender_domains else given
+    paths: dict[str, None] = {}
+    for path in mask.paths:
+        if path in ("*", "quotas"):
+            paths.update(dict.fromkeys(_QUOTA_PATHS))
+        if path in ("*", _DOMAINS):
+            paths[_DOMAINS] = None
+        elif path in _QUOTA_PATHS:
+            paths[path] = None
+        elif path != "quotas":
+            raise InvalidInput.field(
+                "update_mask",
+                f"{path[:80]!r} cannot be changed; use {_DOMAINS}, quotas, a quota such as "
+                "quotas.senders, or * for all of them",
+                reason="UPDATE_MASK_INVALID",
+            )
+    return paths
+
+
+def _is_set(quotas: user_pb2.UserQuotas, name: str) -> bool:
+    return quotas.HasField(name)  # type: ignore[arg-type]  # name is a field
+
+
+def _checked_quota(quotas: user_pb2.UserQuotas, name: str) -> int | None:
+    if not _is_set(quotas, name):
+        return None
+    value: int = getattr(quotas, name)
+    if not 0 <= value <= bounds.MAX_QUOTA:
+        raise InvalidInput.field(
+            f"user.quotas.{name}",
+            f"must be 0 to {bounds.MAX_QUOTA:,} (got {value:,}); unset means the default",
+            reason="QUOTA_INVALID",
+        )
+    return value
+
+
+def _checked_domains(given: Iterable[str]) -> list[str]:
+    domains: dict[str, None] = {}
+    for number, text in enumerate(given):
+        field = f"user.sender_domains[{number}]"
+        if number >= bounds.MAX_SENDER_DOMAINS:
+            raise InvalidInput.field(
+                field,
+                f"a user may have at most {bounds.MAX_SENDER_DOMAINS:,} domains",
+                reason="SENDER_DOMAIN_INVALID",
+            )
+        try:
+            domains[normalise_domain(text)] = None
+        except ValueError as error:
+            raise InvalidInput.field(field, str(error), reason="SENDER_DOMAIN_INVALID") from None
+    return list(domains)

@@ -1,0 +1,1 @@
+"""Quotas: what one user may use, by default and by the override of an operator."""

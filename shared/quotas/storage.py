@@ -1,0 +1,152 @@
+"""The table of what operators have set for users: overrides of quotas, and domains.
+
+Quotas that count rows are exact: who adds rows locks the user, counts, and holds the lock until the
+commit. So two transactions of one user never count at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.counts import user_counts
+from outbox_server.shared.database.models import BatchRejection, Sender, UserRow
+from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.quotas.user_quotas import QUOTAS, UserQuotas
+
+# The first half of the keys of the advisory locks on users. Any number would do.
+_LOCK_SPACE: Final = 0x5551
+
+# The overrides, for statements that join the table.
+QUOTA_COLUMNS: Final = tuple(getattr(UserRow, name) for name in QUOTAS)
+
+
+def quotas_of(row: Any, defaults: UserQuotas) -> UserQuotas:
+    """Return the quotas of a row with QUOTA_COLUMNS."""
+    return defaults.overridden({name: getattr(row, name) for name in QUOTAS})
+
+
+async def lock_user(connection: AsyncConnection, user_id: str) -> None:
+    """Lock a user's counted rows against other additions, until the end of the transaction.
+
+    Take it before locks on rows: all who take both keep this order.
+    """
+    lock = func.pg_advisory_xact_lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))
+    await connection.execute(select(lock))
+
+
+async def read_quotas(
+    connection: AsyncConnection, user_id: str, defaults: UserQuotas
+) -> UserQuotas:
+    """Return the present quotas of a user, not those of a cache."""
+    statement = owned_by(select(*QUOTA_COLUMNS), UserRow.user_id, user_id)
+    row = (await connection.execute(statement)).one_or_none()
+    return defaults if row is None else quotas_of(row, defaults)
+
+
+async def read_domains(connection: AsyncConnection, user_id: str) -> Sequence[str]:
+    """Return the domains that are assigned to a user."""
+    statement = owned_by(select(UserRow.sender_domains), UserRow.user_id, user_id)
+    return await connection.scalar(statement) or ()
+
+
+@dataclass(frozen=True, slots=True)
+class UserUsage:
+    """What a user has of the things that quotas count in the whole installation."""
+
+    waiting_jobs: int
+    senders: int
+    stored_rejections: int
+
+
+async def read_usage(connection: AsyncConnection, user_id: str) -> UserUsage:
+    """Return what a user has now. Jobs that are being sent count as waiting."""
+    stored = owned_by(select(UserRow.stored_rejections_count), UserRow.user_id, user_id)
+    return UserUsage(
+        waiting_jobs=(await user_counts(connection, user_id)).open,
+        senders=await _count_senders(connection, user_id),
+        stored_rejections=await connection.scalar(stored) or 0,
+    )
+
+
+async def check_waiting_jobs(
+    connection: AsyncConnection, user_id: str, more: int, quotas: UserQuotas, *, added: bool = False
+) -> None:
+    """Check that a user may have `more` waiting jobs. The user must be locked.
+
+    With `added`, this transaction has added them already.
+
+    Raises:
+        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
+    """
+    current = (await user_counts(connection, user_id)).open - (more if added else 0)
+    refusal = quotas.exceeded("waiting_jobs", user_id, current, more)
+    if refusal is not None:
+        raise refusal
+
+
+async def lock_and_check_senders(
+    connection: AsyncConnection, user_id: str, defaults: UserQuotas
+) -> None:
+    """Lock the user, and check that it may have one more sender.
+
+    Raises:
+        ResourceExhausted: USER_SENDERS_EXCEEDED.
+    """
+    await lock_user(connection, user_id)
+    quotas = await read_quotas(connection, user_id, defaults)
+    refusal = quotas.exceeded("senders", user_id, await _count_senders(connection, user_id))
+    if refusal is not None:
+        raise refusal
+
+
+async def store_rejections(
+    connection: AsyncConnection, user_id: str, batch_id: int, quotas: UserQuotas
+) -> int:
+    """Count the stored rejections of a new batch, and remove those above the user's quota.
+
+    Return how many were removed: the last ones. The user must be locked.
+    """
+    of_batch = BatchRejection.batch_id == batch_id
+    stored = await connection.scalar(select(func.count()).where(of_batch)) or 0
+    if not stored:
+        return 0
+    before = select(UserRow.stored_rejections_count).where(UserRow.user_id == user_id)
+    room = max(quotas.stored_rejections - (await connection.scalar(before) or 0), 0)
+    if room < stored:
+        first = (
+            select(BatchRejection.row_number)
+            .where(of_batch)
+            .order_by(BatchRejection.row_number)
+            .offset(room)
+            .limit(1)
+        )
+        await connection.execute(
+            delete(BatchRejection).where(
+                of_batch, BatchRejection.row_number >= first.scalar_subquery()
+            )
+        )
+    kept = min(stored, room)
+    if kept:
+        count = UserRow.stored_rejections_count
+        await connection.execute(
+            insert(UserRow)
+            .values(user_id=user_id, stored_rejections_count=kept)
+            .on_conflict_do_update(
+                index_elements=[UserRow.user_id], set_={count.name: count + kept}
+            )
+        )
+    return stored - kept
+
+
+async def _count_senders(connection: AsyncConnection, user_id: str) -> int:
+    statement = select(func.count()).where(Sender.deleted_at.is_(None))
+    count: int = (
+        await connection.execute(owned_by(statement, Sender.user_id, user_id))
+    ).scalar_one()
+    return count
