@@ -1,0 +1,273 @@
+"""Eve takes as much as she can; Ann's calls go on as without her."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from outbox.v1 import stats_service_pb2_grpc
+from outbox.v1.batch_pb2 import BatchOptions
+from outbox.v1.batch_service_pb2 import UploadBatchRequest, WatchBatchRequest
+from outbox.v1.sender_pb2 import SMTP_SECURITY_NONE, Sender, SmtpEndpoint
+from outbox.v1.sender_service_pb2 import (
+    GetSenderRequest,
+    UpdateSenderRequest,
+    VerifySenderRequest,
+)
+from outbox.v1.stats_service_pb2 import ForecastBatchRequest, PlannedBatch
+
+from outbox_server.services.scheduler.verifying import AT_ONCE_PER_USER
+from tests.eventually import PATIENCE, eventually
+from tests.scheduler_stack import options_for, refusal_of
+from tests.smtp_servers import ScriptedServer, Wait
+from tests.stats_stack import stats_server
+from tests.two_users import NOISE, Metadata, Rivals, give_up, make_keys, p99, refusals, rivals
+
+
+async def quiet_and_loaded(rivals: Rivals, sender: Sender) -> tuple[Any, float]:
+    """Return a call of Ann's, and the latency of such calls while nobody else calls."""
+
+    async def call() -> Sender:
+        request = GetSenderRequest(sender_id=sender.sender_id)
+        return await rivals.scheduler.senders.GetSender(
+            request, metadata=rivals.ann, timeout=PATIENCE
+        )
+
+    await call()
+    return call, await p99(call)
+
+
+async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_before(
+    database_url: str, redis_url: str
+) -> None:
+    async with rivals(database_url, redis_url) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        call, quiet = await quiet_and_loaded(both, hers)
+        request = UpdateSenderRequest(
+            sender=Sender(sender_id=evil.sender_id, display_name="Slow")
+        )
+        with psycopg.connect(database_url) as holder:
+            # Every call of Eve's waits for this row, most of them with a connection.
+            holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])
+            flood = [
+                asyncio.ensure_future(
+                    both.scheduler.senders.UpdateSender(request, metadata=both.eve)
+                )
+                for _ in range(850)
+            ]
+            # 45 run, 750 wait, and the rest is refused.
+            await eventually(lambda: sum(each.done() for each in flood) == 55)
+            assert refusals(flood) == {("TOO_MANY_CALLS", "user eve"): 55}
+            assert await p99(call) < max(2 * quiet, NOISE)
+        await give_up(flood)
+
+
+async def trickle(
+    sender: Sender, stop: asyncio.Event, *, every: float = 0.05
+) -> AsyncIterator[UploadBatchRequest]:
+    """Yield an upload of one byte at a time."""
+    yield UploadBatchRequest(options=options_for(sender))
+    yield UploadBatchRequest(chunk=b"email\n")
+    while not stop.is_set():
+        try:
+            async with asyncio.timeout(every):
+                await stop.wait()
+        except TimeoutError:
+            yield UploadBatchRequest(chunk=b"a")
+
+
+async def whole(sender: Sender) -> AsyncIterator[UploadBatchRequest]:
+    yield UploadBatchRequest(options=options_for(sender))
+    yield UploadBatchRequest(chunk=b"email\na@b.org\n")
+
+
+async def test_slow_uploads_of_one_user_leave_places_and_end(
+    database_url: str, redis_url: str
+) -> None:
+    settings = {"upload_least_rate": 1_000, "upload_patience": "3s"}
+    async with rivals(database_url, redis_url, **settings) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        stop = asyncio.Event()
+        uploads = [
+            asyncio.ensure_future(
+                both.scheduler.batches.UploadBatch(trickle(evil, stop), metadata=both.eve)
+            )
+            for _ in range(16)
+        ]
+        answer = await both.scheduler.batches.UploadBatch(whole(hers), metadata=both.ann)
+        assert answer.batch.accepted_count == 1
+        assert not any(each.done() for each in uploads)
+        await eventually(lambda: sum(each.done() for each in uploads) >= 12)
+        ended = refusals(uploads)
+        assert ended.keys() == {("UPLOAD_TOO_SLOW", "")}
+        stop.set()
+        await give_up(uploads)
+
+
+async def test_an_upload_that_never_begins_ends(database_url: str, redis_url: str) -> None:
+    async with rivals(database_url, redis_url, upload_patience="200ms") as both:
+        never = asyncio.Event()
+
+        async def nothing() -> AsyncIterator[UploadBatchRequest]:
+            await never.wait()
+            yield UploadBatchRequest(options=BatchOptions())
+
+        call = both.scheduler.batches.UploadBatch(nothing(), metadata=both.eve)
+        assert (await refusal_of(call)).reason == "UPLOAD_STALLED"
+
+
+async def test_watches_of_one_user_leave_room_for_those_of_another(
+    database_url: str, redis_url: str
+) -> None:
+    async with rivals(database_url, redis_url) as both:
+        batches = [
+            (
+                await both.scheduler.batches.UploadBatch(
+                    whole(await both.sender(key)), metadata=key
+                )
+            ).batch.batch_id
+            for key in (both.ann, both.eve)
+        ]
+        streams = [
+            both.scheduler.batches.WatchBatch(
+                WatchBatchRequest(batch_id=batches[1]), metadata=both.eve
+            )
+            for _ in range(800)
+        ]
+        async with watching(streams) as reads:
+            await eventually(lambda: all(each.done() for each in reads))
+            assert refusals(reads) == {("TOO_MANY_CALLS", "user eve"): 800 - 704}
+            hers = both.scheduler.batches.WatchBatch(
+                WatchBatchRequest(batch_id=batches[0]), metadata=both.ann
+            )
+            async with watching([hers]) as (read,):
+                async with asyncio.timeout(PATIENCE):
+                    assert (await read).batch.batch_id == batches[0]
+
+
+@asynccontextmanager
+async def watching(streams: list[Any]) -> AsyncIterator[list[asyncio.Future[Any]]]:
+    """Read the first message of each stream, and end them all."""
+    reads = [asyncio.ensure_future(stream.read()) for stream in streams]
+    try:
+        yield reads
+    finally:
+        await give_up(reads)
+        for stream in streams:
+            stream.cancel()
+
+
+async def test_verifications_of_one_user_leave_those_and_the_calls_of_another_as_before(
+    database_url: str, redis_url: str
+) -> None:
+    async with (
+        rivals(database_url, redis_url, smtp_allow="127.0.0.0/8") as both,
+        ScriptedServer({"greeting": Wait()}) as silent,
+        ScriptedServer() as good,
+    ):
+        evil = await both.sender(both.eve, smtp=at(silent))
+        hers = await both.sender(both.ann, smtp=at(good))
+        call, quiet = await quiet_and_loaded(both, hers)
+        flood = [verify(both, evil, both.eve) for _ in range(200)]
+        # A service's key that names no user is limited by its share.
+        flood += [verify(both, evil, both.service) for _ in range(100)]
+        await eventually(lambda: silent.waiting["greeting"] > AT_ONCE_PER_USER)
+        await eventually(lambda: sum(each.done() for each in flood) >= 196)
+        refused = refusals(flood)
+        assert refused["TOO_MANY_CALLS", "user eve"] == 196
+        assert await p99(call) < max(2 * quiet, NOISE)
+        assert (await verify(both, hers, both.ann)).ready
+        silent.cut()
+        await give_up(flood)
+
+
+def at(server: ScriptedServer) -> SmtpEndpoint:
+    return SmtpEndpoint(host="127.0.0.1", port=server.port, security=SMTP_SECURITY_NONE)
+
+
+def verify(both: Rivals, sender: Sender, key: Metadata) -> asyncio.Future[Any]:
+    request = VerifySenderRequest(sender_id=sender.sender_id)
+    return asyncio.ensure_future(both.scheduler.senders.VerifySender(request, metadata=key))
+
+
+async def test_forecasts_of_one_user_leave_a_place_for_those_of_another(
+    database_url: str, redis_url: str
+) -> None:
+    keys = await make_keys(database_url)
+    async with stats_server(database_url, redis_url, auth="keys") as channel:
+        with psycopg.connect(database_url) as holder:
+            ids = {}
+            for user in ("ann", "eve"):
+                ids[user] = holder.execute(
+                    "INSERT INTO senders (user_id, email, hourly_limit) VALUES (%s, 'a@b.org', 9)"
+                    " RETURNING id",
+                    [user],
+                ).fetchone()
+            holder.commit()
+            holder.execute("LOCK TABLE senders IN ACCESS EXCLUSIVE MODE")
+            flood = [forecast(channel, ids["eve"], keys["eve"]) for _ in range(100)]
+            # 3 run, 75 wait, and the rest is refused.
+            await eventually(lambda: sum(each.done() for each in flood) == 22)
+            assert refusals(flood) == {("TOO_MANY_CALLS", "user eve"): 22}
+            hers = forecast(channel, ids["ann"], keys["ann"])
+            await eventually(lambda: waits_for_lock(database_url) == 4)
+        async with asyncio.timeout(PATIENCE):
+            assert (await hers).job_count == 5
+        await give_up(flood)
+
+
+def forecast(channel: grpc.aio.Channel, row: Any, key: Metadata) -> asyncio.Future[Any]:
+    stub = stats_service_pb2_grpc.StatsServiceStub(channel)
+    planned = PlannedBatch(options=BatchOptions(sender_id=str(row[0])), recipient_count=5)
+    request = ForecastBatchRequest(planned_batch=planned)
+    return asyncio.ensure_future(stub.ForecastBatch(request, metadata=key))
+
+
+def waits_for_lock(database_url: str) -> int:
+    with psycopg.connect(database_url) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'senders'::regclass"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@pytest.mark.parametrize("kind", ["ann", "operator"])
+async def test_other_callers_have_connections_while_one_users_calls_wait_for_a_lock(
+    database_url: str, redis_url: str, kind: str
+) -> None:
+    async with rivals(database_url, redis_url, database_pool=4) as both:
+        hers, evil = await both.sender(both.ann), await both.sender(both.eve)
+        request = UpdateSenderRequest(sender=Sender(sender_id=evil.sender_id, display_name="Slow"))
+        with psycopg.connect(database_url) as holder:
+            holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])
+            flood = [
+                asyncio.ensure_future(
+                    both.scheduler.senders.UpdateSender(request, metadata=both.eve)
+                )
+                for _ in range(20)
+            ]
+            await eventually(lambda: waits_for_a_row(database_url) == 3)
+            found = await both.scheduler.senders.GetSender(
+                GetSenderRequest(sender_id=hers.sender_id),
+                metadata=getattr(both, kind),
+                timeout=PATIENCE,
+            )
+            assert found.sender_id == hers.sender_id
+            assert not any(each.done() for each in flood)
+        await give_up(flood)
+
+
+def waits_for_a_row(database_url: str) -> int:
+    with psycopg.connect(database_url) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+            " AND wait_event_type = 'Lock'"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
