@@ -63,7 +63,7 @@ class Rivals:
 
 async def make_keys(database_url: str) -> dict[str, Metadata]:
     """Store a key for each caller, and return their metadata."""
-    made = {}
+    made: dict[str, Metadata] = {}
     engine = create_engine(load_settings(database_url=database_url))
     async with engine.begin() as connection:
         for name, kind in _KINDS.items():

@@ -24,6 +24,7 @@ from outbox.v1 import (  # noqa: F401 - importing them is what makes the service
     server_service_pb2,
     stats_service_pb2,
     suppression_service_pb2,
+    user_service_pb2,
 )
 
 from tests.eventually import PATIENCE
@@ -45,8 +46,11 @@ SCHEDULER: Final = (
     "BatchService",
     "EmailJobService",
     "SuppressionService",
+    "UserService",
     "ServerService",
 )
+# Low, so that quotas refuse some calls: a refused call changes nothing.
+QUOTAS: Final = {"user_senders": 2, "user_waiting_jobs": 5, "user_stored_rejections": 5}
 
 # The permitted codes of the answer to a meaningless request.
 ANSWERS: Final = {
@@ -104,7 +108,11 @@ class Call:
 
 
 async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
-    """Create some resources; return valid values by field name."""
+    """Replace all resources by a few new ones; return valid values by field name."""
+    scheduler.execute("DELETE FROM users")
+    for (old,) in scheduler.rows("SELECT id FROM senders WHERE deleted_at IS NULL"):
+        delete = sender_service_pb2.DeleteSenderRequest(sender_id=str(old), force=True)
+        await scheduler.senders.DeleteSender(delete)
     first, second = await scheduler.sender(), await scheduler.sender("bob")
     batches = [
         await scheduler.schedule(each, "email,name\na@b.org,Ann\nc@d.org,Bo\ne@f.org,Cy\n")
@@ -112,7 +120,11 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     ]
     # One job whose mail may have arrived.
     scheduler.execute(
-        "UPDATE email_jobs SET state = 5, finished_at = now() WHERE recipient = 'e@f.org'"
+        "WITH moved AS (UPDATE email_jobs SET state = 5, finished_at = now()"
+        " WHERE recipient = 'e@f.org' AND state = 1 RETURNING sender_id, batch_id)"
+        " INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+        " SELECT sender_id, batch_id, date_trunc('hour', now()), s, k FROM moved,"
+        " (VALUES (1, -1), (5, 1)) AS v (s, k)"
     )
     found = scheduler.rows("SELECT id FROM email_jobs WHERE sender_id = %s", int(first.sender_id))
     jobs = [str(row[0]) for row in found]
@@ -124,7 +136,7 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
         "email_job_ids": jobs,
         "email": ["a@b.org", "news@example.com"],
         "recipient": ["a@b.org"],
-        "request_id": [f"request {n}" for n in range(50)],
+        "request_id": [f"request {n}" for n in range(5_000)],
         "subject": ["Hello {{ name }}", "Hello"],
         "body": ["Dear {{ name | default: 'friend' }}"],
         "html": ["<p>{{ name }}</p>"],
@@ -140,6 +152,10 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
         "hourly_limit": [10, 200],
         "max_in_flight": [1, 5],
         "display_name": ["The Shop"],
+        "sender_domains": ["example.com", "*.example.com"],
+        "senders": [2, 100],
+        "waiting_jobs": [4, 100],
+        "calls": [0, 1_000],
         "recipient_count": [1, 1_000],
     }
 
@@ -176,7 +192,9 @@ async def test_hostile_requests_get_a_clear_answer_and_change_nothing(
     database_url: str, redis_url: str, seed: int
 ) -> None:
     async with AsyncExitStack() as stack:
-        scheduler = await stack.enter_async_context(running_scheduler(database_url, redis_url))
+        scheduler = await stack.enter_async_context(
+            running_scheduler(database_url, redis_url, **QUOTAS)
+        )
         channels = {
             "stats": await stack.enter_async_context(stats_server(database_url, redis_url)),
             "scheduler": await stack.enter_async_context(

@@ -195,7 +195,7 @@ async def test_a_failed_write_of_the_scheduler_is_reported_and_can_be_retried(
     seen = set()
 
     async def until_done(call: Callable[[], Awaitable[Any]]) -> Any:
-        for _ in range(20):
+        for _ in range(30):
             try:
                 return await call()
             except grpc.aio.AioRpcError as error:
@@ -204,7 +204,8 @@ async def test_a_failed_write_of_the_scheduler_is_reported_and_can_be_retried(
 
     async with (
         running_scheduler(database_url, redis_url) as scheduler,
-        failing_writes(database_url, state, 3),
+        # Every third: the failures of three tables would take turns for ever.
+        failing_writes(database_url, state, 4),
     ):
         await every_change(scheduler, until_done)
     assert seen == {CODES[state]}

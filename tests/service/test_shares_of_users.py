@@ -48,9 +48,7 @@ async def test_slow_calls_of_one_user_leave_the_calls_of_another_as_fast_as_befo
     async with rivals(database_url, redis_url) as both:
         hers, evil = await both.sender(both.ann), await both.sender(both.eve)
         call, quiet = await quiet_and_loaded(both, hers)
-        request = UpdateSenderRequest(
-            sender=Sender(sender_id=evil.sender_id, display_name="Slow")
-        )
+        request = UpdateSenderRequest(sender=Sender(sender_id=evil.sender_id, display_name="Slow"))
         with psycopg.connect(database_url) as holder:
             # Every call of Eve's waits for this row, most of them with a connection.
             holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(evil.sender_id)])

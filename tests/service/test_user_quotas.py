@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -35,9 +35,9 @@ from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.retention.storage import remove_batches
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import JobState
-from tests.eventually import PATIENCE, eventually
+from tests.eventually import eventually
 from tests.fingerprint import Fingerprint
-from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_scheduler
+from tests.scheduler_stack import options_for, refusal_of, running_scheduler
 from tests.two_users import Metadata, Rivals, give_up, refusals, rivals
 
 ROWS = "email\n" + "".join(f"{n}@b.org\n" for n in range(3))
@@ -200,14 +200,11 @@ async def test_calls_uploads_and_watches_in_flight_have_quotas(
 ) -> None:
     async with rivals(database_url, redis_url, user_watches=2, user_uploads=2) as both:
         evil = await both.sender(both.eve)
-        batch = await both.scheduler.batches.ScheduleBatch(
-            request_of(evil), metadata=both.eve
-        )
+        batch = await both.scheduler.batches.ScheduleBatch(request_of(evil), metadata=both.eve)
         watches = [watch(both, batch.batch.batch_id, both.eve) for _ in range(3)]
         uploads = [open_upload(both, evil, both.eve) for _ in range(3)]
         await eventually(
-            lambda: refusals([each for each, _ in watches])
-            == {("USER_WATCHES_EXCEEDED", "eve"): 1}
+            lambda: refusals([each for each, _ in watches]) == {("USER_WATCHES_EXCEEDED", "eve"): 1}
         )
         await eventually(lambda: refusals(uploads) == {("USER_UPLOADS_EXCEEDED", "eve"): 1})
         await give_up([*uploads, *(each for each, _ in watches)])
@@ -304,20 +301,28 @@ async def test_operators_read_and_change_users(database_url: str, redis_url: str
         assert [each.user_id for each in (*page.users, *rest.users)] == ["ann", "bob"]
 
 
+@dataclass(frozen=True)
+class WrongChange:
+    user: User
+    path: str
+    reason: str
+    field: str
+
+
 @pytest.mark.parametrize(
-    ("user", "path", "reason", "field"),
+    "wrong",
     [
-        (User(), "*", "USER_ID_REQUIRED", "user_id"),
-        (User(user_id="x" * 129), "*", "USER_ID_INVALID", "user_id"),
-        (User(user_id="a"), "usage", "UPDATE_MASK_INVALID", "update_mask"),
-        (User(user_id="a"), "quotas.none", "UPDATE_MASK_INVALID", "update_mask"),
-        (
+        WrongChange(User(), "*", "USER_ID_REQUIRED", "user_id"),
+        WrongChange(User(user_id="x" * 129), "*", "USER_ID_INVALID", "user_id"),
+        WrongChange(User(user_id="a"), "usage", "UPDATE_MASK_INVALID", "update_mask"),
+        WrongChange(User(user_id="a"), "quotas.none", "UPDATE_MASK_INVALID", "update_mask"),
+        WrongChange(
             User(user_id="a", sender_domains=["b.org", "nonsense"]),
             "sender_domains",
             "SENDER_DOMAIN_INVALID",
             "user.sender_domains[1]",
         ),
-        (
+        WrongChange(
             User(user_id="a", sender_domains=[f"d{n}.org" for n in range(1_001)]),
             "sender_domains",
             "SENDER_DOMAIN_INVALID",
@@ -326,13 +331,13 @@ async def test_operators_read_and_change_users(database_url: str, redis_url: str
     ],
 )
 async def test_wrong_changes_of_users_are_refused(
-    database_url: str, redis_url: str, user: User, path: str, reason: str, field: str
+    database_url: str, redis_url: str, wrong: WrongChange
 ) -> None:
     async with rivals(database_url, redis_url) as both:
-        request = UpdateUserRequest(user=user)
-        request.update_mask.paths.append(path)
+        request = UpdateUserRequest(user=wrong.user)
+        request.update_mask.paths.append(wrong.path)
         refusal = await refusal_of(both.users.UpdateUser(request, metadata=both.operator))
-        assert (refusal.reason, list(refusal.violations)) == (reason, [field])
+        assert (refusal.reason, list(refusal.violations)) == (wrong.reason, [wrong.field])
         user = User(user_id="ann")
         user.quotas.calls = -1
         call = both.users.UpdateUser(UpdateUserRequest(user=user), metadata=both.operator)
@@ -374,10 +379,10 @@ async def test_senders_need_an_assigned_domain_under_the_policy_of_domains(
         assert (await refusal_of(both.sender(both.ann))).reason == "SENDER_DOMAIN_NOT_ALLOWED"
         other = Sender(sender_id=made.sender_id, email="eve@bank.example.net")
         for key in (both.eve, both.service, both.operator):
-            call = senders.UpdateSender(UpdateSenderRequest(sender=other), metadata=key)
-            assert (await refusal_of(call)).reason == "SENDER_DOMAIN_NOT_ALLOWED"
+            update = senders.UpdateSender(UpdateSenderRequest(sender=other), metadata=key)
+            assert (await refusal_of(update)).reason == "SENDER_DOMAIN_NOT_ALLOWED"
         for_eve = CreateSenderRequest(user_id="eve", sender=Sender(email="x@bank.example.net"))
-        call = senders.CreateSender(for_eve, metadata=both.operator)
-        assert (await refusal_of(call)).reason == "SENDER_DOMAIN_NOT_ALLOWED"
+        create = senders.CreateSender(for_eve, metadata=both.operator)
+        assert (await refusal_of(create)).reason == "SENDER_DOMAIN_NOT_ALLOWED"
         renamed = Sender(sender_id=made.sender_id, display_name="Eve")
         assert await senders.UpdateSender(UpdateSenderRequest(sender=renamed), metadata=both.eve)
