@@ -84,27 +84,39 @@ async def whole(sender: Sender) -> AsyncIterator[UploadBatchRequest]:
     yield UploadBatchRequest(chunk=b"email\na@b.org\n")
 
 
-async def test_slow_uploads_of_one_user_leave_places_and_end(
+def slow_uploads(
+    both: Rivals, sender: Sender, stop: asyncio.Event, count: int
+) -> list[asyncio.Future[Any]]:
+    return [
+        asyncio.ensure_future(
+            both.scheduler.batches.UploadBatch(trickle(sender, stop), metadata=both.eve)
+        )
+        for _ in range(count)
+    ]
+
+
+async def test_slow_uploads_of_one_user_leave_places_for_those_of_another(
     database_url: str, redis_url: str
 ) -> None:
-    settings = {"upload_least_rate": 1_000, "upload_patience": "3s"}
-    async with rivals(database_url, redis_url, **settings) as both:
+    async with rivals(database_url, redis_url) as both:
         hers, evil = await both.sender(both.ann), await both.sender(both.eve)
         stop = asyncio.Event()
-        uploads = [
-            asyncio.ensure_future(
-                both.scheduler.batches.UploadBatch(trickle(evil, stop), metadata=both.eve)
-            )
-            for _ in range(16)
-        ]
+        uploads = slow_uploads(both, evil, stop, 16)
         answer = await both.scheduler.batches.UploadBatch(whole(hers), metadata=both.ann)
         assert answer.batch.accepted_count == 1
-        assert not any(each.done() for each in uploads)
-        await eventually(lambda: sum(each.done() for each in uploads) >= 12)
-        ended = refusals(uploads)
-        assert ended.keys() == {("UPLOAD_TOO_SLOW", "")}
+        # 12 hold a place, and 4 wait for one.
+        await eventually(lambda: sum(each.done() for each in uploads) == 4)
+        assert refusals(uploads) == {("TOO_MANY_CALLS", "user eve"): 4}
         stop.set()
         await give_up(uploads)
+
+
+async def test_an_upload_below_the_least_rate_ends(database_url: str, redis_url: str) -> None:
+    async with rivals(database_url, redis_url, upload_patience="500ms") as both:
+        stop = asyncio.Event()
+        uploads = slow_uploads(both, await both.sender(both.eve), stop, 3)
+        await eventually(lambda: all(each.done() for each in uploads))
+        assert refusals(uploads) == {("UPLOAD_TOO_SLOW", ""): 3}
 
 
 async def test_an_upload_that_never_begins_ends(database_url: str, redis_url: str) -> None:
