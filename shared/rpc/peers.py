@@ -55,9 +55,9 @@ class PeerPlaces:
             ResourceExhausted: TOO_MANY_CALLS: this peer, or all together, have all their places.
         """
         if self._taken[peer] >= self._per_peer:
-            raise self._refusal(f"of {peer}", self._per_peer)
+            raise self._refusal(f"peer {peer}", self._per_peer)
         if self._taken.total() >= self._total:
-            raise self._refusal("of all peers together", self._total)
+            raise self._refusal("server", self._total)
         self._taken[peer] += 1
         try:
             yield
@@ -66,10 +66,16 @@ class PeerPlaces:
             if not self._taken[peer]:
                 del self._taken[peer]
 
-    def _refusal(self, whose: str, limit: int) -> ResourceExhausted:
+    def _refusal(self, limit_of: str, current: int) -> ResourceExhausted:
+        whose = "of all peers together" if limit_of == "server" else f"of {limit_of}"
         return ResourceExhausted(
-            f"{limit} {self._what} {whose} are in progress, which is the limit; end some of them",
+            f"{current} {self._what} {whose} are in progress, which is the limit; end some of them",
             reason="TOO_MANY_CALLS",
-            metadata={"at_once": str(limit)},
+            metadata={
+                "what": self._what,
+                "limit_of": limit_of,
+                "current": str(current),
+                "at_once": str(current),
+            },
             retry_after=_RETRY_AFTER,
         )

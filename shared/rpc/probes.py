@@ -29,7 +29,8 @@ LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 
 _VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
-# Connections at once; more are closed. A kubelet opens one for each probe, a balancer keeps some.
+# Connections at once of all, and of one peer; more are closed. A kubelet opens one for each probe,
+# a balancer keeps some.
 CONNECTIONS: Final = 200
 _STREAMS: Final = 4
 _OPTIONS: Final = (

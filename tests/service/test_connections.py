@@ -161,8 +161,8 @@ async def test_a_peer_has_a_limited_number_of_watches_and_others_have_their_own(
                     await call.read()
                 assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert caught.value.details() == (
-                    "100 health and reflection calls of 127.0.0.1 are in progress, which is the "
-                    "limit; end some of them"
+                    "100 health and reflection calls of peer 127.0.0.1 are in progress, which is "
+                    "the limit; end some of them"
                 )
             # A peer with another address has places.
             theirs = health_pb2_grpc.HealthStub(others).Watch(health_pb2.HealthCheckRequest())
