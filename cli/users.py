@@ -78,15 +78,6 @@ class QuotaOptions:
             help="Most stored rejections.",
         ),
     ] = None
-    unproven_endpoints: Annotated[
-        int | None,
-        typer.Option(
-            "--unproven-endpoints",
-            parser=_read_quota,
-            metavar="N|default",
-            help="Most endpoints that have not accepted mail yet.",
-        ),
-    ] = None
 
 
 @app.command(name="list")

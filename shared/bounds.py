@@ -129,6 +129,8 @@ ADDRESS: Final = TextBounds(MAX_ADDRESS, "ADDRESS_INVALID")
 TIME_OF_DAY: Final = TextBounds(20, "SENDING_HOURS_INVALID")
 CONTENT_TYPE: Final = TextBounds(255, "FILE_TYPE_INVALID")
 MASK_PATH: Final = TextBounds(200, "UPDATE_MASK_INVALID")
+# 253 characters (RFC 1035), and the `*.` of a wildcard.
+SENDER_DOMAIN: Final = TextBounds(255, "SENDER_DOMAIN_INVALID")
 # What a server returned, and a caller sends back in a field that is ignored.
 OUTPUT: Final = TextBounds(2_000, "FIELD_TOO_LONG")
 # An address of 254 characters as JSON escapes and as base64 has 4,082 characters.

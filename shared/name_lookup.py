@@ -63,7 +63,7 @@ class NameResolver:
         self._current: _Channel | None = None
         # Channels that were replaced, until their last look-up ends.
         self._older: set[_Channel] = set()
-        self._places: dict[str, _Places] = {}
+        self._places: dict[str, _LookupPlaces] = {}
 
     async def addresses(self, host: str, user: str) -> Sequence[str]:
         """Return the addresses of `host`, which `user` chose: IPv6 first, without duplicates.
@@ -132,7 +132,7 @@ class NameResolver:
 
     @asynccontextmanager
     async def _place(self, user: str) -> AsyncIterator[None]:
-        places = self._places.setdefault(user, _Places(asyncio.Semaphore(self._at_once)))
+        places = self._places.setdefault(user, _LookupPlaces(asyncio.Semaphore(self._at_once)))
         places.wanted += 1
         try:
             async with places.free:
@@ -153,7 +153,7 @@ class _Channel:
 
 
 @dataclass(eq=False, slots=True)
-class _Places:
+class _LookupPlaces:
     free: asyncio.Semaphore
     # The look-ups that have a place or wait for one.
     wanted: int = 0

@@ -338,13 +338,6 @@ class Settings(BaseSettings):
         le=MAX_QUOTA,
         description="most stored rejections of one user; further ones are counted, not stored",
     )
-    user_unproven_endpoints: int = Field(
-        10,
-        ge=0,
-        le=MAX_QUOTA,
-        description="most endpoints of one user that have not accepted mail yet and are tried at "
-        "once",
-    )
     sender_policy: Literal["any", "domains"] = Field(
         "any",
         description="From addresses that users may choose: `any`, or those in the `domains` that "

@@ -81,7 +81,7 @@ async def rivals(database_url: str, redis_url: str, **settings: Any) -> AsyncIte
     async with AsyncExitStack() as stack:
         keys = await make_keys(database_url)
         scheduler = await stack.enter_async_context(
-            running_scheduler(database_url, redis_url, auth="keys", **settings)
+            running_scheduler(database_url, redis_url, auth="keys", smtp_ports="any", **settings)
         )
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(scheduler.address))
         yield Rivals(scheduler, user_service_pb2_grpc.UserServiceStub(channel), **keys)

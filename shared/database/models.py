@@ -109,7 +109,6 @@ class UserRow(Base):
     uploads: Mapped[int | None] = mapped_column(BigInteger)
     watches: Mapped[int | None] = mapped_column(BigInteger)
     stored_rejections: Mapped[int | None] = mapped_column(BigInteger)
-    unproven_endpoints: Mapped[int | None] = mapped_column(BigInteger)
     # In the form of shared/sender_domains.py, for OUTBOX_SENDER_POLICY=domains.
     sender_domains: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     # How many rows of `batch_rejections` the user's batches have.
@@ -119,8 +118,7 @@ class UserRow(Base):
 
     __table_args__ = (
         CheckConstraint(
-            "least(waiting_jobs, senders, calls, uploads, watches, stored_rejections, "
-            "unproven_endpoints) >= 0",
+            "least(waiting_jobs, senders, calls, uploads, watches, stored_rejections) >= 0",
             name="quotas_not_negative",
         ),
         CheckConstraint("stored_rejections_count >= 0", name="count_not_negative"),

@@ -33,7 +33,6 @@ class UserQuotas:
     uploads: int
     watches: int
     stored_rejections: int
-    unproven_endpoints: int
 
     @classmethod
     def from_settings(cls, settings: Settings) -> UserQuotas:

@@ -138,6 +138,11 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
     "google.protobuf.FieldMask": {
         "paths": _entries(100, "UPDATE_MASK_INVALID", _text(bounds.MASK_PATH))
     },
+    "outbox.v1.User": {
+        "sender_domains": _entries(
+            bounds.MAX_SENDER_DOMAINS, "SENDER_DOMAIN_INVALID", _text(bounds.SENDER_DOMAIN)
+        )
+    },
     "outbox.v1.Suppression": {"reason": _text(bounds.SUPPRESSION_REASON)},
 }
 # For the messages of health checks and reflection, which are not ours.

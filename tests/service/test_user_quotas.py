@@ -313,7 +313,7 @@ class WrongChange:
     "wrong",
     [
         WrongChange(User(), "*", "USER_ID_REQUIRED", "user_id"),
-        WrongChange(User(user_id="x" * 129), "*", "USER_ID_INVALID", "user_id"),
+        WrongChange(User(user_id="x" * 129), "*", "USER_ID_INVALID", "user.user_id"),
         WrongChange(User(user_id="a"), "usage", "UPDATE_MASK_INVALID", "update_mask"),
         WrongChange(User(user_id="a"), "quotas.none", "UPDATE_MASK_INVALID", "update_mask"),
         WrongChange(
@@ -326,7 +326,7 @@ class WrongChange:
             User(user_id="a", sender_domains=[f"d{n}.org" for n in range(1_001)]),
             "sender_domains",
             "SENDER_DOMAIN_INVALID",
-            "user.sender_domains[1000]",
+            "user.sender_domains",
         ),
     ],
 )

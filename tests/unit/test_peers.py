@@ -29,7 +29,10 @@ def test_two_hosts_of_one_ipv6_network_are_one_peer() -> None:
 def test_a_refusal_says_whose_limit_it_was_and_an_ended_call_frees_its_place() -> None:
     places = PeerPlaces("calls", per_peer=1, total=2)
     with places.place_of("a"):
-        with pytest.raises(ResourceExhausted, match="1 calls of a are in"), places.place_of("a"):
+        with (
+            pytest.raises(ResourceExhausted, match="1 calls of peer a are in"),
+            places.place_of("a"),
+        ):
             pass
         with (
             places.place_of("b"),

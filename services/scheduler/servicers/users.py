@@ -148,12 +148,6 @@ def _checked_domains(given: Iterable[str]) -> list[str]:
     domains: dict[str, None] = {}
     for number, text in enumerate(given):
         field = f"user.sender_domains[{number}]"
-        if number >= bounds.MAX_SENDER_DOMAINS:
-            raise InvalidInput.field(
-                field,
-                f"a user may have at most {bounds.MAX_SENDER_DOMAINS:,} domains",
-                reason="SENDER_DOMAIN_INVALID",
-            )
         try:
             domains[normalise_domain(text)] = None
         except ValueError as error:

@@ -9,15 +9,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 revision = "0009"
 down_revision = "0008"
 
-_QUOTAS = (
-    "waiting_jobs",
-    "senders",
-    "calls",
-    "uploads",
-    "watches",
-    "stored_rejections",
-    "unproven_endpoints",
-)
+_QUOTAS = ("waiting_jobs", "senders", "calls", "uploads", "watches", "stored_rejections")
 
 
 def upgrade() -> None:
