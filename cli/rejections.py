@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +20,24 @@ _READ_BYTES: Final = 64 * 1024
 # Added after the columns of the CSV. Templates ignore them, so the user need not remove them.
 ADDED_COLUMNS: Final = ("rejected_row", "rejected_column", "rejected_reason", "rejected_message")
 
+# Spreadsheets take such a cell for a formula, which can call programs and servers (OWASP, CSV
+# Injection). In cells of wide characters as well.
+_FORMULA: Final = re.compile(r"[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
+# These begin like a formula, and compute nothing but numbers: `+49 30 1234`, `-5`, `+x@b.org`. An
+# added quote would change what is scheduled again.
+_HARMLESS: Final = re.compile(r"[+-][0-9 ().,/-]*|[+-][\w.+-]*@[\w.-]+", re.ASCII)
+
 
 def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: TextIO) -> int:
     """Write the rejected rows of `table`, which is read once more, and return their number.
 
     They keep all columns and the separator. Columns added by an earlier run are replaced.
     `rejections` are in row order. A row with more cells than the header keeps them at its end.
+    A cell that a spreadsheet would take for a formula begins with `'`.
     """
     writer = csv.writer(target, delimiter=table.separator)
     kept = [index for index, name in enumerate(table.names) if name not in ADDED_COLUMNS]
-    writer.writerow([*(table.columns[index] for index in kept), *ADDED_COLUMNS])
+    writer.writerow([*(_text(table.columns[index]) for index in kept), *ADDED_COLUMNS])
     width, written = len(table.columns), 0
     rejection = next(rejections, None)
     for number, cells in table.rows():
@@ -37,11 +46,18 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
         if number != rejection.row_number:
             continue
         padded = cells + [""] * (width - len(cells))
-        why = (number, rejection.column, rejection.reason, rejection.message)
-        writer.writerow([*(padded[index] for index in kept), *why, *padded[width:]])
+        why = (str(number), rejection.column, rejection.reason, rejection.message)
+        written_again = (*(padded[index] for index in kept), *why, *padded[width:])
+        writer.writerow([_text(cell) for cell in written_again])
         written += 1
         rejection = next(rejections, None)
     return written
+
+
+def _text(cell: str) -> str:
+    """Return a cell that spreadsheets take for a text."""
+    formula = _FORMULA.match(cell) and not _HARMLESS.fullmatch(cell)
+    return f"'{cell}" if formula else cell
 
 
 @contextmanager
