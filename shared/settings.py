@@ -101,9 +101,8 @@ Waits = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_waits)]
 class Settings(BaseSettings):
     """The settings of the operator. Durations are written as `250ms`, `2s`, `1h`."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="OUTBOX_", env_file=".env", extra="ignore", frozen=True
-    )
+    # Not `.env`: who can write to the current folder could redirect calls, and read the API key.
+    model_config = SettingsConfigDict(env_prefix="OUTBOX_", extra="ignore", frozen=True)
 
     database_url: str = Field(
         "postgresql://outbox@127.0.0.1:5432/outbox",
@@ -426,7 +425,7 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the environment and `.env`; `overrides` win.
+    """Read the environment; `overrides` win.
 
     Raises:
         ConfigurationError: a variable is wrong; the text names it and says what would be right.

@@ -62,20 +62,14 @@ def test_a_secret_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert refusal() == "OUTBOX_API_KEY and OUTBOX_API_KEY_FILE are both set: unset one of them"
 
 
-def test_a_secret_given_in_dot_env_and_as_a_file_is_refused(
+def test_a_file_env_of_the_current_folder_is_not_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / ".env").write_text("OUTBOX_API_KEY=from-dot-env\nOUTBOX_API_KEY_FILE=key\n")
-    (tmp_path / "key").write_text("from the file")
+    (tmp_path / ".env").write_text("OUTBOX_API_KEY=planted\nOUTBOX_SCHEDULER=evil.example:50051\n")
     monkeypatch.chdir(tmp_path)
-    assert refusal().startswith("OUTBOX_API_KEY and OUTBOX_API_KEY_FILE are both set")
-
-
-def test_dot_env_may_name_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("OUTBOX_API_KEY_FILE=key\n")
-    (tmp_path / "key").write_text("from the file")
-    monkeypatch.chdir(tmp_path)
-    assert load_settings().api_key.get_secret_value() == "from the file"
+    settings = load_settings()
+    assert settings.api_key.get_secret_value() == ""
+    assert "evil" not in str(settings.model_dump())
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
