@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -11,7 +10,8 @@ import typer
 
 from outbox_server.cli.client import read_endpoints
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
-from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.terminal import note, say
 from outbox_server.shared.settings import Settings, load_settings
 
 _MAX_SENDERS_SHOWN: Final = 20
@@ -113,8 +113,7 @@ def _print(report: Any) -> None:
         print_rows(_COLUMNS, rows)
     if len(senders) > _MAX_SENDERS_SHOWN:
         note(f"shown: the {_MAX_SENDERS_SHOWN} of {len(senders)} senders closest to their limits")
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    say()
     print_rows(("figure", "value"), ([name, _text(n)] for name, n in report.figures().items()))
     side = "as recorded by the inbox" if report.by_smtp_side else "as recorded by PostgreSQL"
     lines = [f"BROKEN: {line}" for line in report.broken] or ["Every promise was kept."]
@@ -130,9 +129,7 @@ def _print(report: Any) -> None:
             f"{purged:,} finished jobs were removed after OUTBOX_RETENTION: their counts are "
             "checked, their mails are not."
         )
-    sys.stdout.write(f"\n{chr(10).join(lines)}\n")
-    sys.stdout.write(f"Sends {side}, compared with {report.compared_with}.\n")
-    sys.stdout.flush()
+    say(f"\n{chr(10).join(lines)}\nSends {side}, compared with {report.compared_with}.")
 
 
 def _text(value: Any) -> str:

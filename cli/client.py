@@ -32,7 +32,7 @@ from outbox_server.cli.connection_check import SERVERS, Target, which_server, wh
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import Paging
-from outbox_server.cli.output import printable
+from outbox_server.cli.terminal import printable
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.settings import load_settings
 

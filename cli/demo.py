@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -20,7 +19,8 @@ from outbox_server.cli.demo_report import SenderReport, report_on, to_document
 from outbox_server.cli.demo_run import Demo, ScheduledBatch
 from outbox_server.cli.foreground import run
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
-from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.terminal import note, say
 from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.supervisor import LocalSystem
 from outbox_server.deploy.record import read_record
@@ -181,8 +181,7 @@ def _print_summary(
         seen = ("" if gap is None else f"{gap:.3f} s", f"{expected.min_gap_s:g} s")
         window_seen = (str(report.most_in_window), str(expected.hourly_limit))
         rows.append([expected.email, *map(str, counts), *seen, *window_seen])
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    say()
     print_rows((*names, *limits), rows)
     lines = [line for report in reports for line in report.broken]
     result = "\n".join(f"BROKEN: {line}" for line in lines) or (
@@ -190,5 +189,4 @@ def _print_summary(
     )
     where = f"The mails are in {folder / 'inbox'} (a Maildir)"
     logs = f"; logs in {folder / 'logs'}" if lines else ""
-    sys.stdout.write(f"\n{result}\n{where}{logs}. It took {seconds:.0f} s.\n")
-    sys.stdout.flush()
+    say(f"\n{result}\n{where}{logs}. It took {seconds:.0f} s.")

@@ -6,8 +6,9 @@ import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection, read_endpoints
-from outbox_server.cli.output import Output, OutputFormat, note, print_rows, show, value_at
+from outbox_server.cli.output import Output, OutputFormat, print_rows, show, value_at
 from outbox_server.cli.service import run
+from outbox_server.cli.terminal import note
 
 # A drain waits for the sends in flight, which may take as long as the SMTP time-outs.
 _DRAIN_TIMEOUT_S = 300.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -13,7 +12,8 @@ import typer
 
 from outbox_server.cli.foreground import run
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
-from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.terminal import note, say
 from outbox_server.deploy.drill.clocks import HOW_TO_GET, faketime_library
 from outbox_server.deploy.drill.drill import DrillFolder
 from outbox_server.deploy.drill.drill import drill as play
@@ -186,15 +186,13 @@ def _print(report: DrillReport, folder: Path, seed: int) -> None:
     ]
     if rows:
         print_rows(("fault", "times", "mail after (median)", "at most"), rows)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    say()
     plain = {name: value for name, value in document.items() if not isinstance(value, dict | list)}
     print_rows(("figure", "value"), ((name, str(value)) for name, value in plain.items()))
     lines = [f"BROKEN: {line}" for line in report.broken] or ["Every promise was kept."]
     if report.broken:
         lines.append(f"Logs, mails and data are kept in {folder}. To repeat: --seed {seed}")
-    sys.stdout.write("\n" + "\n".join(lines) + "\n")
-    sys.stdout.flush()
+    say("\n" + "\n".join(lines))
 
 
 def _recovery(times: dict[str, float] | None) -> tuple[str, str]:

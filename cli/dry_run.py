@@ -14,8 +14,8 @@ from outbox_client import Unimplemented, UploadProgress
 
 from outbox_server.cli.client import connection
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.cli.output import note
 from outbox_server.cli.progress import upload_progress
+from outbox_server.cli.terminal import note
 from outbox_server.shared.intake.blocks import BlockReader
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
 from outbox_server.shared.intake.payloads import CsvPayload

@@ -10,7 +10,8 @@ from outbox.v1 import suppression_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.options import User
-from outbox_server.cli.output import Output, OutputFormat, note, show
+from outbox_server.cli.output import Output, OutputFormat, show
+from outbox_server.cli.terminal import note
 
 _PAUSE_S: Final = 1.0
 

@@ -6,8 +6,8 @@ from outbox.v1.batch_pb2 import Batch
 from outbox.v1.email_job_pb2 import EmailJobCounts
 from outbox_client import CallError, Client
 
-from outbox_server.cli.output import note
 from outbox_server.cli.progress import JobProgress
+from outbox_server.cli.terminal import note
 
 
 def ended_count(counts: EmailJobCounts) -> int:

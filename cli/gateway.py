@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
+from outbox_server.cli.terminal import say
 from outbox_server.deploy.envoy.files import envoy_command, write_folder
 from outbox_server.deploy.envoy.gateway import Gateway, TlsFiles
 from outbox_server.shared.callers import is_loopback
@@ -181,7 +182,7 @@ def gateway(
         )
     )
     if write_only:
-        typer.echo(str(config))
+        say(str(config))
         return
     command = [*envoy_command(config), "--concurrency", str(concurrency)]
     os.execv(command[0], command)  # noqa: S606 - our own command line

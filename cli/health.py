@@ -9,6 +9,7 @@ import typer
 
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.output import Output, OutputFormat, print_json
+from outbox_server.cli.terminal import say
 
 _LIMIT_S: Final = 5.0
 
@@ -64,6 +65,6 @@ def health(
     if output is OutputFormat.JSON:
         print_json({"probe": probe.value, "state": state})
     else:
-        typer.echo(state)
+        say(state)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise typer.Exit(1)

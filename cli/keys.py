@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from outbox_server.cli.lazy import CommandFailed
-from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows, printable
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.terminal import note, printable, say
 
 if TYPE_CHECKING:
     from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind
@@ -70,7 +71,7 @@ def create(
         print_json({"key": key.text, **_document(made)})
     else:
         note(f"key {made.key_id}; it is shown only now, because only its hash is stored")
-        typer.echo(key.text)
+        say(key.text)
 
 
 @app.command()
@@ -133,7 +134,7 @@ def generate_api_key(output: Output = OutputFormat.TABLE) -> None:
     if output is OutputFormat.JSON:
         print_json({"key": key.text, "key_id": key.key_id})
     else:
-        typer.echo(key.text)
+        say(key.text)
 
 
 @app.command(name="list")
@@ -197,7 +198,7 @@ def generate_encryption_key(output: Output = OutputFormat.TABLE) -> None:
     if output is OutputFormat.JSON:
         print_json({"encryption_key": key})
     else:
-        typer.echo(key)
+        say(key)
 
 
 @app.command(name="rotate-encryption")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -12,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as command_of
 
+from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import ConfigurationError, OutboxError
 
 EXIT_FAILED = 1
@@ -89,4 +89,4 @@ class LazyGroup(TyperGroup):
 
 
 def _print_error(error: OutboxError) -> None:
-    sys.stderr.write(f"outbox: {error}\n")
+    note(f"outbox: {error}")

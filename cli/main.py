@@ -12,6 +12,7 @@ import typer
 
 from outbox_server.cli.client_files import ClientFiles, client_files
 from outbox_server.cli.lazy import Entry, LazyGroup
+from outbox_server.cli.terminal import say
 
 _SYSTEM = "The complete system on this machine"
 _CLIENT = "Client commands: one group per service, one command per method"
@@ -119,7 +120,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"outbox {importlib.metadata.version('outbox')}")
+        say(f"outbox {importlib.metadata.version('outbox')}")
         raise typer.Exit
 
 

@@ -9,6 +9,7 @@ import typer
 
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import read_duration
+from outbox_server.cli.terminal import note
 
 app = typer.Typer(add_completion=False)
 
@@ -42,8 +43,8 @@ def migrate(
     url = load_settings().database_url
     try:
         place = make_url(url).render_as_string(hide_password=True)
-        migrating.migrate(url, say=lambda line: typer.echo(line, err=True), patience=wait)
+        migrating.migrate(url, say=note, patience=wait)
     except SQLAlchemyError as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None
-    typer.echo(f"the schema of {place} is up to date", err=True)
+    note(f"the schema of {place} is up to date")

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from outbox_server.cli.terminal import note, printable
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.smtp.reply_text import describe_reply
 
@@ -58,12 +59,6 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Return a console on stderr that does not interpret markup."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
-
-
-def note(text: str) -> None:
-    """Print one line on stderr, beside the result."""
-    sys.stderr.write(f"{printable(text)}\n")
-    sys.stderr.flush()
 
 
 def print_json(document: Any) -> None:
@@ -131,7 +126,7 @@ def print_rows(names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for name in names:
         table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     stdout().print(table)
 
 
@@ -141,13 +136,6 @@ def value_at(message: Message, path: str) -> str:
     for parent in parents:
         message = getattr(message, parent)
     return _value(message, message.DESCRIPTOR.fields_by_name[last])
-
-
-def printable(text: str) -> str:
-    """Return `text` with control characters made visible, as servers wrote parts of it."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
-    )
 
 
 def _fields(message: Message, without: Sequence[str], prefix: str = "") -> Iterable[list[str]]:

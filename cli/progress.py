@@ -20,7 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from outbox_server.cli.output import note, stderr
+from outbox_server.cli.output import stderr
+from outbox_server.cli.terminal import note
 
 _LINE_EVERY_S: Final = 5.0
 

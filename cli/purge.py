@@ -11,7 +11,8 @@ import typer
 
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import read_duration
-from outbox_server.cli.output import Output, OutputFormat, note, print_json, print_rows
+from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
+from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.settings import format_duration, load_settings
 

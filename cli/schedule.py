@@ -34,7 +34,6 @@ from outbox_server.cli.options import (
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
-    note,
     print_json,
     print_rows,
     show,
@@ -43,6 +42,7 @@ from outbox_server.cli.output import (
 )
 from outbox_server.cli.progress import upload_progress
 from outbox_server.cli.rejections import new_file, write_again
+from outbox_server.cli.terminal import note
 
 _READ_BYTES = 64 * 1024
 _MAX_REJECTIONS_SHOWN = 10

@@ -12,8 +12,9 @@ from outbox.v1.sender_pb2 import Sender, SenderState
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import Paging, User, enum_reader
-from outbox_server.cli.output import Output, OutputFormat, note, show, show_list
+from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.sender_options import SenderOptions
+from outbox_server.cli.terminal import note
 
 _COLUMNS = (
     "sender_id",

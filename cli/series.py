@@ -17,13 +17,13 @@ from outbox_server.cli.options import User, read_duration, read_time, to_duratio
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
-    note,
     print_json,
     print_rows,
     stdout,
     to_document,
     value_at,
 )
+from outbox_server.cli.terminal import note
 
 _COLUMNS: Final = (
     "start_time",

@@ -15,7 +15,6 @@ from outbox_server.cli.options import Paging, User, read_time, to_timestamp
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
-    note,
     print_json_line,
     print_rows,
     show,
@@ -25,6 +24,7 @@ from outbox_server.cli.output import (
 )
 from outbox_server.cli.series import series
 from outbox_server.cli.service import run
+from outbox_server.cli.terminal import note
 
 _HOUR_COLUMNS = ("start_time", "sent_count", "failed_count")
 _SENDER_COLUMNS = (

@@ -11,7 +11,8 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import Paging, User
-from outbox_server.cli.output import Output, OutputFormat, note, show, show_list
+from outbox_server.cli.output import Output, OutputFormat, show, show_list
+from outbox_server.cli.terminal import note
 
 _COLUMNS = ("email", "reason", "create_time")
 

@@ -16,7 +16,8 @@ from rich.layout import Layout
 from rich.table import Table
 from rich.text import Text
 
-from outbox_server.cli.output import printable, reply_of
+from outbox_server.cli.output import reply_of
+from outbox_server.cli.terminal import printable
 
 # The priority of each column. If not all fit, the lowest is dropped first.
 _SENDER_COLUMNS: Final = {
@@ -193,7 +194,7 @@ def _senders(view: View, selected: int, room: int, width: int) -> Table:
         style = "reverse" if place == selected else None
         # `why` shortens the text, so that the time of the next probe stays visible.
         cells = rows[place] | {"waits for": why(view.senders[place], view.at, natural["waits for"])}
-        table.add_row(*(Text(cells[name]) for name in names), style=style)
+        table.add_row(*(Text(printable(cells[name])) for name in names), style=style)
     return table
 
 

@@ -16,7 +16,7 @@ import typer
 
 from outbox_server.cli.client import ENDPOINTS
 from outbox_server.cli.foreground import run
-from outbox_server.cli.output import Output, OutputFormat, note, print_json
+from outbox_server.cli.output import Output, OutputFormat, print_json
 from outbox_server.cli.simulated_provider import (
     NAMES,
     ProviderChoice,
@@ -27,6 +27,7 @@ from outbox_server.cli.simulated_provider import (
     read_provider,
     steps_of,
 )
+from outbox_server.cli.terminal import note, say
 from outbox_server.deploy.embedded.supervisor import GATEWAY_PORT, LocalSystem
 from outbox_server.deploy.envoy.files import envoy_command
 from outbox_server.deploy.ports import LOOPBACK
@@ -182,8 +183,7 @@ async def _run_stack(
             if output is OutputFormat.JSON:
                 print_json(found)
             else:
-                sys.stdout.write(_welcome(found, smtp, choice))
-                sys.stdout.flush()
+                say(_welcome(found, smtp, choice))
             _warn_of_other_ports(found, settings)
             note(f"ready after {time.monotonic() - began:.1f} s; Ctrl-C stops everything")
             await system.watch()

@@ -1,0 +1,32 @@
+"""The one way by which texts reach a terminal: no text can control it.
+
+Servers and other users write parts of what is printed. A control character in them could move the
+cursor, set the title of the window, or answer in place of the user.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with each character escaped that could control a terminal, such as `\x1b`.
+
+    These are the control characters of ASCII and of Unicode (U+0080 to U+009F), and those without a
+    width or that change the direction. Line breaks stay.
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
+    )
+
+
+def say(text: str = "") -> None:
+    """Print lines on stdout."""
+    sys.stdout.write(f"{printable(text)}\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print lines on stderr, beside the result."""
+    sys.stderr.write(f"{printable(text)}\n")
+    sys.stderr.flush()
