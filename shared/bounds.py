@@ -129,6 +129,9 @@ ADDRESS: Final = TextBounds(MAX_ADDRESS, "ADDRESS_INVALID")
 TIME_OF_DAY: Final = TextBounds(20, "SENDING_HOURS_INVALID")
 CONTENT_TYPE: Final = TextBounds(255, "FILE_TYPE_INVALID")
 MASK_PATH: Final = TextBounds(200, "UPDATE_MASK_INVALID")
+# The longest line of a mail, without its end (RFC 5322, 2.1.1). Servers cut a longer subject, even
+# if it is folded into several lines.
+MAX_SUBJECT_BYTES: Final = 998
 # 253 characters (RFC 1035), and the `*.` of a wildcard.
 SENDER_DOMAIN: Final = TextBounds(255, "SENDER_DOMAIN_INVALID")
 # What a server returned, and a caller sends back in a field that is ignored.

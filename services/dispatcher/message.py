@@ -21,9 +21,15 @@ from outbox_server.services.dispatcher.encoders import (
     encode_subject,
     encoded_words,
 )
+from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
 from outbox_server.shared.message_size import too_large
 from outbox_server.shared.smtp.addresses import envelope_address
-from outbox_server.shared.templates.batch import MAX_SOURCE_BYTES, BatchTemplate, Rendered
+from outbox_server.shared.templates.batch import (
+    MAX_SOURCE_BYTES,
+    SUBJECT_TOO_LONG,
+    BatchTemplate,
+    Rendered,
+)
 
 _ATOM = r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~]+"
 _PLAIN_PHRASE = re.compile(f"{_ATOM}(?: {_ATOM})*")
@@ -36,7 +42,7 @@ T = TypeVar("T")
 
 
 class MessageError(Exception):
-    """The mail cannot be built: ADDRESS_INVALID, HEADER_INVALID or MESSAGE_TOO_LARGE."""
+    """The mail cannot be built, for `reason`: see `MessageBuilder`."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -124,7 +130,7 @@ class MessageBuilder:
         `date` is aware. `message_id` comes from `shared.database.message_ids`.
 
         Raises:
-            MessageError: ADDRESS_INVALID, HEADER_INVALID or MESSAGE_TOO_LARGE.
+            MessageError: ADDRESS_INVALID, HEADER_INVALID, SUBJECT_TOO_LONG or MESSAGE_TOO_LARGE.
             RenderError: the row does not fit the template, or the texts are too large.
         """
         address = wire_address(recipient)
@@ -133,6 +139,8 @@ class MessageBuilder:
         rendered = self._template.render(values, self._max_bytes)
         try:
             subject = self._encode_subject(rendered.subject, self._max_bytes)
+            if len(subject) > MAX_SUBJECT_BYTES:
+                raise MessageError("SUBJECT_TOO_LONG", SUBJECT_TOO_LONG)
             head = (
                 f"{self._from}To: {address}\r\nSubject: {subject}\r\n"
                 f"Date: {format_date(date)}\r\nMessage-ID: {message_id}\r\nMIME-Version: 1.0\r\n"

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
-from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
+from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS, MAX_SUBJECT_BYTES
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.intake.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
 from outbox_server.shared.intake.send_times import (
@@ -258,10 +258,11 @@ class _Checks:
         """Return the first problem with the subject or the content, or None."""
         broken = ""
         for index in self._subject_indexes:
-            if LINE_BREAK.search(values[index] or ""):
+            cell = values[index] or ""
+            if len(cell) > MAX_SUBJECT_BYTES or LINE_BREAK.search(cell):
                 broken = self._names[index]
                 break
-        # Only a rendered subject shows whether a filter removes the line break. Rendering takes
+        # Only a rendered subject shows whether a filter removes or cuts the text. Rendering takes
         # 25 us, so it is done only for doubtful rows.
         if broken or self._template.subject_may_break:
             try:

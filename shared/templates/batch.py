@@ -13,8 +13,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
+from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.message_size import TextSize, utf8_size
 from outbox_server.shared.templates.guard import RENDER_BUDGET, GuardedEnvironment
@@ -37,6 +38,10 @@ __all__ = [
     "variable_name",
 ]
 
+SUBJECT_TOO_LONG: Final = (
+    f"a subject can have at most {MAX_SUBJECT_BYTES} bytes once it is encoded for the mail; "
+    "characters that are not ASCII take several"
+)
 # A line break ends a header, so neither a subject nor an address may contain one.
 LINE_BREAK = re.compile(r"[\r\n]")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
@@ -169,6 +174,9 @@ class BatchTemplate:
         text = (self._text("subject", self._subject, values, room) or "").strip()
         if LINE_BREAK.search(text):
             raise RenderError("SUBJECT_LINE_BREAK", "a subject cannot contain a line break")
+        # Encoded it is at least as long. The mail's builder checks the encoded one.
+        if len(text.encode("utf-8", "replace")) > MAX_SUBJECT_BYTES:
+            raise RenderError("SUBJECT_TOO_LONG", SUBJECT_TOO_LONG)
         return text
 
     def render(self, values: Mapping[str, str], max_bytes: int = RENDER_BUDGET) -> Rendered:

@@ -193,6 +193,31 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("word", ["x", "xxxxxxxxx ", "\u00e4", "\U0001f600"])
+def test_a_subject_has_at_most_998_bytes_as_it_is_sent(word: str) -> None:
+    template = BatchTemplate.compile("{{ v }}", "b", None)
+    builder = MessageBuilder("shop@shop.example", "Shop", template, max_bytes=LIMIT)
+
+    reasons = set()
+
+    def size(words: int) -> int | None:
+        try:
+            data = builder.build("ann@example.org", {"v": word * words}, ID, NOW).data
+        except (MessageError, RenderError) as error:
+            reasons.add(error.reason)
+            return None
+        sent = re.search(rb"\r\nSubject: (.*?)\r\nDate:", data, re.DOTALL)
+        assert sent is not None
+        return len(sent[1])
+
+    sizes = [size(words) for words in range(1, 1_000)]
+    longest = sizes.index(None)
+    assert 850 < (sizes[longest - 1] or 0) <= 998
+    assert set(sizes[longest:]) == {None}
+    assert size(51_000) is None
+    assert reasons == {"SUBJECT_TOO_LONG"}
+
+
 @pytest.mark.parametrize("value", HOSTILE)
 def test_no_cell_adds_a_header(value: str) -> None:
     template = BatchTemplate.compile("Hi {{ v }} there", "{{ v }}", "{{ v }}")

@@ -150,6 +150,16 @@ def test_an_empty_cell_is_not_missing() -> None:
     assert read("email,name\na@example.com,\n").rows[0].variables == '[""]'
 
 
+def test_a_subject_that_no_mail_can_have_rejects_the_row() -> None:
+    own = BatchTemplate.compile(None, "b", "h")
+    text = f"email,subject\na@example.com,{'x' * 999}\n"
+    assert rejection(text, own)[1:3] == ("subject", "SUBJECT_TOO_LONG")
+    shared = BatchTemplate.compile("{{ name }}", "b", "h")
+    text = f"email,name\na@example.com,{'x' * 999}\n"
+    assert rejection(text, shared)[1:3] == ("name", "SUBJECT_TOO_LONG")
+    assert read(text, BatchTemplate.compile("{{ name | truncate: 50 }}", "b", "h")).rows
+
+
 def test_a_line_break_in_a_subject_rejects_the_row() -> None:
     own = BatchTemplate.compile(None, "b", "h")
     text = 'email,subject\na@example.com,"x\r\nBcc: b@example.com"\n'
