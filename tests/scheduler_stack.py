@@ -23,6 +23,7 @@ from outbox.v1 import (
     sender_service_pb2,
     sender_service_pb2_grpc,
     suppression_service_pb2_grpc,
+    user_service_pb2_grpc,
 )
 
 from outbox_server.services.scheduler.server import serve
@@ -91,6 +92,7 @@ class Scheduler:
         self.batches = batch_service_pb2_grpc.BatchServiceStub(channel)
         self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
         self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
+        self.users = user_service_pb2_grpc.UserServiceStub(channel)
 
     async def sender(self, user_id: str = "ann", **fields: Any) -> sender_pb2.Sender:
         """Create a sender."""

@@ -182,7 +182,7 @@ async def test_an_endpoint_that_is_down_is_named_with_its_error_and_next_probe(
         await eventually(is_down)
         found = await explain(scheduler, jobs[-1])
     assert left(found.wait_end_time) == pytest.approx(60, abs=15)
-    assert "Connect call failed" in found.explanation
+    assert "Connection refused" in found.explanation
     assert not found.HasField("estimated_send_time")
     found = await explain(scheduler, jobs[0])
     assert found.wait_reason == pb.WAIT_REASON_RETRY

@@ -14,8 +14,9 @@ from outbox.v1 import email_job_service_pb2 as jobs
 from outbox.v1 import sender_service_pb2 as senders
 from outbox.v1 import stats_service_pb2 as stats
 from outbox.v1 import stats_service_pb2_grpc as stats_grpc
-from outbox.v1 import suppression_pb2
+from outbox.v1 import suppression_pb2, user_pb2
 from outbox.v1 import suppression_service_pb2 as suppressions
+from outbox.v1 import user_service_pb2 as users
 
 from outbox_server.shared.rpc.page_tokens import MAX_ID, digest_filters
 from tests.contract_methods import contract_methods
@@ -59,6 +60,7 @@ WRONG_HERE: Final = {
     "attempts": (b'["1"]', b"[32768]"),
     "suppressions": (b"[1]", b'["\xc3"]'),
     "user_stats": (b'["1"]', b"[1,1]"),
+    "users": (b"[1]", b'["\xc3"]'),
 }
 
 
@@ -116,7 +118,13 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
             number,
             int(sender.sender_id),
         )
+    for user_id in ("ann", "ben"):
+        user = user_pb2.User(user_id=user_id, quotas=user_pb2.UserQuotas(senders=100))
+        await scheduler.users.UpdateUser(users.UpdateUserRequest(user=user))
     return {
+        "ListUsers": ListMethod(
+            scheduler.users.ListUsers, users.ListUsersRequest(), "users", (), (b'[""]', b'["z"]')
+        ),
         "ListSenders": ListMethod(
             scheduler.senders.ListSenders,
             senders.ListSendersRequest(user_id="ann"),

@@ -69,7 +69,11 @@ async def installation(database_url: str, redis_url: str) -> AsyncIterator[Insta
         smtp = await stack.enter_async_context(ScriptedServer())
         scheduler = await stack.enter_async_context(
             running_scheduler(
-                database_url, redis_url, metrics_listen=addresses["scheduler"], min_gap="0"
+                database_url,
+                redis_url,
+                metrics_listen=addresses["scheduler"],
+                min_gap="0",
+                smtp_ports="any",
             )
         )
         await stack.enter_async_context(
