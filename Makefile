@@ -140,6 +140,11 @@ alerts: ## Check the alert rules and run their tests (promtool)
 	promtool check config deploy/prometheus/prometheus.yml
 	promtool test rules deploy/prometheus/outbox.tests.yml
 
+.PHONY: fire-alerts
+fire-alerts: $(READY) ## Make every alert fire in a real Prometheus, by real trouble (minutes)
+	@$(PACKAGES) prometheus
+	$(BIN)/python -m tests.firing_alerts
+
 .PHONY: dashboard
 dashboard: $(READY) ## Write the Grafana dashboard, deploy/grafana/outbox.json
 	$(BIN)/python -m outbox_server.deploy.grafana.dashboard

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from outbox_server.services.dispatcher.metrics import LATENESS_BUCKETS
+from tests.firing_alerts import TROUBLES, compressed
 from tests.unit.test_metrics_page import registered
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,17 @@ def test_every_alert_fires_in_one_test_and_stays_silent_in_another() -> None:
             (fires if case.get("exp_alerts") else silent).add(case["alertname"])
     assert fires == set(alerts())
     assert silent == set(alerts())
+
+
+def test_a_real_trouble_makes_every_alert_fire() -> None:
+    assert {name for *_, expected in TROUBLES for name in expected} == set(alerts())
+
+
+def test_every_duration_is_shorter_where_the_alerts_are_made_to_fire() -> None:
+    text = (FOLDER / "outbox.rules.yml").read_text(encoding="utf-8")
+    durations = re.compile(r"(?:\[|for: )(\d+[a-z])\b")
+    minutes = {f"{n}m": f"{n}s" for n in range(60)} | {"1h": "60s", "6h": "360s"}
+    assert [minutes[one] for one in durations.findall(text)] == durations.findall(compressed(text))
 
 
 def test_rules_use_only_metrics_that_exist() -> None:

@@ -1,0 +1,349 @@
+"""`python -m tests.firing_alerts`: makes every alert fire, in a real Prometheus, by real trouble.
+
+It starts the stack of a drill in its production configuration, with load, and a Prometheus with our
+rules, in which a minute is a second. For each trouble it waits until the expected alerts fire,
+undoes the trouble, and waits until they are resolved. Debian's package prometheus is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Self
+
+import psycopg
+import redis.asyncio
+import yaml
+
+from outbox_server.deploy.child import Child
+from outbox_server.deploy.drill.drill import DrillFolder
+from outbox_server.deploy.drill.run import Drill
+from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
+from outbox_server.deploy.drill.waiting import until
+from outbox_server.deploy.ports import LOOPBACK, free_port
+
+_RULES: Final = Path(__file__).parents[1] / "deploy" / "prometheus" / "outbox.rules.yml"
+_SIZE: Final = Size(dispatchers=2, schedulers=2, stats=2)
+# So many times faster than in production.
+_FASTER: Final = 60
+_SECONDS: Final = {"m": 60, "h": 3600}
+_FIRES_WITHIN_S: Final = 120.0
+# The slowest rule looks back six hours, which are six minutes here.
+_RESOLVED_WITHIN_S: Final = 420.0
+# The number of changes above which OutboxDeltasNotFolded needs no growth.
+_MANY_DELTAS: Final = 100_000
+
+Say = Callable[[str], None]
+Trouble = Callable[[DrillStack], contextlib.AbstractAsyncContextManager[None]]
+
+
+def compressed(rules: str) -> str:
+    """Return the rules with each duration divided: 5m becomes 5s."""
+
+    def shorter(found: re.Match[str]) -> str:
+        seconds = int(found[2]) * _SECONDS[found[3]] / _FASTER
+        return f"{found[1]}{seconds:g}s"
+
+    return re.sub(r"(\[|for: )(\d+)([mh])\b", shorter, rules)
+
+
+class Prometheus:
+    """A Prometheus that scrapes all processes of a stack every second."""
+
+    def __init__(self, folder: Path, stack: DrillStack) -> None:
+        folder.mkdir()
+        self._url = f"http://{LOOPBACK}:{free_port()}"
+        targets: dict[str, list[str]] = {}
+        for service in stack.system.services:
+            targets.setdefault(f"outbox-{service.name}", []).append(service.metrics)
+        jobs = [
+            {"job_name": job, "static_configs": [{"targets": found}]}
+            for job, found in targets.items()
+        ]
+        config: dict[str, Any] = {
+            "global": dict.fromkeys(
+                ("scrape_interval", "scrape_timeout", "evaluation_interval"), "1s"
+            ),
+            "rule_files": ["rules.yml"],
+            "scrape_configs": jobs,
+        }
+        (folder / "rules.yml").write_text(compressed(_RULES.read_text()))
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self._child = Child(
+            "prometheus",
+            [
+                "/usr/bin/prometheus",
+                "--config.file=prometheus.yml",
+                "--storage.tsdb.path=data",
+                f"--web.listen-address={self._url.removeprefix('http://')}",
+            ],
+            log=folder / "log",
+            cwd=folder,
+        )
+
+    async def __aenter__(self) -> Self:
+        self._child.start()
+        await self._child.until_ready(self._ready, 60)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._child.stop((signal.SIGTERM, 10.0))
+
+    async def firing(self) -> dict[str, str]:
+        """Return the summaries of the alerts that fire."""
+        document = json.loads(await asyncio.to_thread(_get, f"{self._url}/api/v1/alerts"))
+        return {
+            alert["labels"]["alertname"]: alert["annotations"]["summary"]
+            for alert in document["data"]["alerts"]
+            if alert["state"] == "firing"
+        }
+
+    async def _ready(self) -> bool:
+        try:
+            await asyncio.to_thread(_get, f"{self._url}/-/ready")
+        except OSError:
+            return False
+        return True
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+@asynccontextmanager
+async def _refused(stack: DrillStack, server: str) -> AsyncIterator[None]:
+    stack.proxies[server].refuse()
+    try:
+        yield
+    finally:
+        stack.proxies[server].heal()
+
+
+@asynccontextmanager
+async def _dispatchers_stopped(stack: DrillStack) -> AsyncIterator[None]:
+    stopped = [one for one in stack.system.services if one.name == "dispatcher"]
+    for service in stopped:
+        service.child.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for service in stopped:
+            service.child.signal(signal.SIGCONT)
+
+
+@asynccontextmanager
+async def _dispatchers_slept(stack: DrillStack) -> AsyncIterator[None]:
+    """Mail is late and event loops stall, after dispatchers slept for 8 s."""
+    async with _dispatchers_stopped(stack):
+        await asyncio.sleep(8)
+    yield
+
+
+@asynccontextmanager
+async def _a_dispatcher_dies_again_and_again(stack: DrillStack) -> AsyncIterator[None]:
+    """The mail servers are slow meanwhile, so that it holds a lease in every slot."""
+    slow = [stack.proxies[name] for name in ("smtp", "endpoint")]
+
+    async def kill() -> None:
+        while True:
+            await asyncio.sleep(6)
+            stack.service("dispatcher", 1).child.signal(signal.SIGKILL)
+
+    for proxy in slow:
+        proxy.lag(0.3)
+    killing = asyncio.create_task(kill())
+    try:
+        yield
+    finally:
+        killing.cancel()
+        await asyncio.wait({killing})
+        for proxy in slow:
+            proxy.heal()
+
+
+@asynccontextmanager
+async def _redis_flushed_again_and_again(stack: DrillStack) -> AsyncIterator[None]:
+    async def flush() -> None:
+        async with redis.asyncio.Redis.from_url(stack.valkey.url) as client:
+            while True:
+                await client.flushall()
+                await asyncio.sleep(1.5)
+
+    flushing = asyncio.create_task(flush())
+    try:
+        yield
+    finally:
+        flushing.cancel()
+        await asyncio.wait({flushing})
+
+
+@asynccontextmanager
+async def _redis_full_and_empty(stack: DrillStack) -> AsyncIterator[None]:
+    async with redis.asyncio.Redis.from_url(stack.valkey.url) as client:
+        await client.config_set("maxmemory", 1)
+        await client.flushall()
+        try:
+            yield
+        finally:
+            await client.config_set("maxmemory", 0)
+
+
+@asynccontextmanager
+async def _nothing_folds(stack: DrillStack) -> AsyncIterator[None]:
+    """The table that folds write is locked. The added changes cancel out."""
+    url = stack.system.servers.database_url
+    connect = psycopg.AsyncConnection.connect
+    async with await connect(url) as locking, await connect(url, autocommit=True) as adding:
+        await locking.execute("LOCK TABLE sender_counts IN SHARE MODE")
+        await adding.execute(
+            "INSERT INTO count_deltas (sender_id, batch_id, hour, state, n)"
+            " SELECT id, 1, date_trunc('hour', now()), 3, n"
+            " FROM (SELECT min(id) AS id FROM senders) AS one, generate_series(1, %s) AS i,"
+            " (VALUES (1), (-1)) AS signs (n)",
+            [_MANY_DELTAS],
+        )
+        try:
+            yield
+        finally:
+            await locking.rollback()
+
+
+# Each trouble with the alerts that it must make fire.
+TROUBLES: Final[tuple[tuple[str, Trouble, tuple[str, ...]], ...]] = (
+    (
+        "the dispatchers sleep, with SIGSTOP, for 8 s",
+        _dispatchers_slept,
+        (
+            "OutboxLatenessBurnsFast",
+            "OutboxLatenessBurnsSlowly",
+            "OutboxEventLoopStalled",
+        ),
+    ),
+    (
+        "a dispatcher is killed every 6 s",
+        _a_dispatcher_dies_again_and_again,
+        ("OutboxLeasesLost",),
+    ),
+    ("the dispatchers stop, with SIGSTOP", _dispatchers_stopped, ("OutboxProcessDown",)),
+    (
+        "Redis refuses connections",
+        lambda stack: _refused(stack, "redis"),
+        ("OutboxStoreUnreachable", "OutboxServiceDown"),
+    ),
+    ("Redis is emptied every 1.5 s", _redis_flushed_again_and_again, ("OutboxRebuildLoop",)),
+    ("Redis is empty and out of memory", _redis_full_and_empty, ("OutboxShardIncomplete",)),
+    ("the mail server refuses connections", lambda s: _refused(s, "smtp"), ("OutboxCircuitOpen",)),
+    (
+        "PostgreSQL refuses connections",
+        lambda stack: _refused(stack, "postgres"),
+        ("OutboxCallsFail", "OutboxDueJobWaits"),
+    ),
+    ("nothing can fold the counts", _nothing_folds, ("OutboxDeltasNotFolded",)),
+)
+
+
+async def _watch(prometheus: Prometheus, seen: dict[str, str], say: Say) -> None:
+    """Note every alert that fires, and say so when one begins or ends."""
+    before: set[str] = set()
+    while True:
+        now = await prometheus.firing()
+        for name in sorted(now.keys() - before):
+            say(f"    fires     {name}: {now[name]}")
+        for name in sorted(before - now.keys()):
+            say(f"    resolved  {name}")
+        before = set(now)
+        seen |= now
+        await asyncio.sleep(0.25)
+
+
+async def _make_fire(
+    stack: DrillStack, prometheus: Prometheus, trouble: Trouble, expected: Collection[str]
+) -> list[str]:
+    """Make trouble until the alerts have fired; return what did not happen, one per line."""
+    fired: set[str] = set()
+
+    async def all_fired() -> bool:
+        fired.update(await prometheus.firing())
+        return fired.issuperset(expected)
+
+    async def all_resolved() -> bool:
+        return not (await prometheus.firing()).keys() & set(expected)
+
+    async with trouble(stack):
+        with contextlib.suppress(TimeoutError):
+            await until(all_fired, _FIRES_WITHIN_S)
+    wrong = [f"{name} did not fire" for name in expected if name not in fired]
+    try:
+        await until(all_resolved, _RESOLVED_WITHIN_S)
+    except TimeoutError:
+        wrong.append(f"{', '.join(expected)}: not all were resolved")
+    return wrong
+
+
+async def fire_all(folder: Path, only: set[str], say: Say) -> tuple[dict[str, str], list[str]]:
+    """Return the summaries of all alerts that fired, and what did not happen as expected."""
+    async with AsyncExitStack() as open_:
+        stack = DrillStack(folder, _SIZE, drill_settings("resend"), lambda _: None, production=True)
+        await open_.enter_async_context(stack)
+        prometheus = await open_.enter_async_context(Prometheus(folder / "prometheus", stack))
+        drill = Drill(stack, seed=1, names=[], seconds=3600, say=lambda _: None)
+        over = asyncio.Event()
+        running = asyncio.create_task(drill.run(over))
+        seen: dict[str, str] = {}
+        wrong: list[str] = []
+        watching = asyncio.create_task(_watch(prometheus, seen, say))
+        try:
+            await until(lambda: _mail_arrived(stack), 120)
+            for text, trouble, expected in TROUBLES:
+                if not only or only & set(expected):
+                    say(text)
+                    found = await _make_fire(stack, prometheus, trouble, expected)
+                    wrong += [f"{line}: {text}" for line in found]
+        finally:
+            watching.cancel()
+            await asyncio.wait({watching})
+            stack.heal()
+            over.set()
+            await running
+        return seen, wrong
+
+
+async def _mail_arrived(stack: DrillStack) -> bool:
+    return bool(stack.inbox.mails)
+
+
+def main(arguments: list[str]) -> int:
+    """Run it; return 0 if every alert fired and was resolved."""
+    parser = argparse.ArgumentParser(prog="python -m tests.firing_alerts", description=__doc__)
+    parser.add_argument("alerts", nargs="*", help="only these alerts (default: all)")
+    only = set(parser.parse_args(arguments).alerts)
+    known = {name for *_, expected in TROUBLES for name in expected}
+    if only - known:
+        parser.error(f"there is no alert {min(only - known)}; there are {sorted(known)}")
+    started = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - started:7.1f} s  {text}\n")
+
+    with DrillFolder() as folder:
+        seen, wrong = asyncio.run(fire_all(folder.path, only, say))
+    for name in sorted(seen):
+        sys.stdout.write(f"{name}: {seen[name]}\n")
+    for line in wrong:
+        sys.stdout.write(f"WRONG: {line}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
