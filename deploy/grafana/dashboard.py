@@ -191,12 +191,14 @@ ROWS: Final = (
                 "Per second, by method.",
                 ((_rate("outbox_grpc_requests_total", "method"), "{{method}}"),),
                 unit="reqps",
+                width=6,
             ),
             Panel(
                 "Errors",
                 "Per second, by method and code. Errors of callers are included.",
                 ((_rate("outbox_grpc_errors_total", "method, code"), "{{method}} {{code}}"),),
                 unit="reqps",
+                width=6,
             ),
             Panel(
                 "Durations",
@@ -211,6 +213,7 @@ ROWS: Final = (
                     ),
                 ),
                 unit="s",
+                width=6,
             ),
             Panel(
                 "Rejected rows",
@@ -220,6 +223,7 @@ ROWS: Final = (
                     (_rate("outbox_accepted_batches_total"), "batches"),
                 ),
                 unit="cps",
+                width=6,
             ),
         ),
     ),
@@ -264,12 +268,14 @@ ROWS: Final = (
                     ),
                 ),
                 unit="s",
+                width=6,
             ),
             Panel(
                 "Stalls",
                 "How much too late event loops run a timer.",
                 _quantiles("outbox_event_loop_stall_seconds", "job"),
                 unit="s",
+                width=6,
             ),
             Panel(
                 "CPU",
@@ -280,6 +286,7 @@ ROWS: Final = (
                         "{{job}} {{instance}}",
                     ),
                 ),
+                width=6,
             ),
             Panel(
                 "Memory",
@@ -291,6 +298,7 @@ ROWS: Final = (
                     ),
                 ),
                 unit="bytes",
+                width=6,
             ),
         ),
     ),
