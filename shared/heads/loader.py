@@ -62,7 +62,7 @@ class RebuildResult(StrEnum):
     COMPLETE = "complete"
     # Redis or the lock was lost again meanwhile.
     OVERTAKEN = "overtaken"
-    # A store failed.
+    # PostgreSQL failed, or Redis for a moment.
     FAILED = "failed"
 
 
@@ -237,10 +237,12 @@ class HeadLoader:
         try:
             return await self._rebuild(queue, token)
         except Exception:
-            self._rebuilt(RebuildResult.FAILED)
             # So that the next try, here or elsewhere, does not wait until the lock expires.
             with suppress(*QUEUE_ERRORS):
                 await queue.give_up_rebuild(token)
+                # Dispatchers look for lost senders all the time, also while PostgreSQL is away.
+                if not (await queue.count_ready_jobs()).complete:
+                    self._rebuilt(RebuildResult.FAILED)
             raise
 
     async def _rebuild(self, queue: Queue, token: str) -> bool:

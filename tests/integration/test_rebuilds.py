@@ -14,7 +14,7 @@ from tests.world import World
 
 
 class FailsOnce(HeadLoader):
-    """Loses its connection at the first load."""
+    """Loses its connection at the first load, and again after `failed` is set to False."""
 
     failed = False
 
@@ -62,3 +62,21 @@ async def test_only_a_rebuild_of_a_lost_shard_is_counted(world: World) -> None:
     await world.redis.flushall()
     assert await loader.rebuild(queue)
     assert counted == [RebuildResult.COMPLETE] * 2
+
+
+async def test_only_a_failed_rebuild_of_a_lost_shard_is_counted(world: World) -> None:
+    queue = world.queues[0]
+    counted: list[RebuildResult] = []
+    loader = FailsOnce(world.engine, world.queues, world.settings, on_rebuild=counted.append)
+    await world.schedule(await world.sender(), load=False)
+    with pytest.raises(ConnectionError):
+        await loader.rebuild(queue)
+    assert counted == [RebuildResult.FAILED]
+    await eventually(lambda: loader.rebuild(queue))
+    assert counted == [RebuildResult.FAILED, RebuildResult.COMPLETE]
+
+    # PostgreSQL fails while a dispatcher looks for lost senders, and none is lost.
+    loader.failed = False
+    with pytest.raises(ConnectionError):
+        await loader.rebuild(queue)
+    assert counted == [RebuildResult.FAILED, RebuildResult.COMPLETE]
