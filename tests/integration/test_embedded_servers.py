@@ -36,6 +36,7 @@ from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.deploy.embedded.wheels import postgres_binaries
 from outbox_server.deploy.ports import free_port
 from tests.eventually import PATIENCE, eventually
+from tests.listeners import listeners
 
 HOLDER = """
 import asyncio, json, sys
@@ -146,22 +147,12 @@ async def test_servers_answer_only_while_the_context_is_open(
     assert not left_running(empty_folder)
 
 
-def listening() -> dict[int, list[str]]:
-    """Return the hexadecimal addresses that have a listener, by port."""
-    found: dict[int, list[str]] = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            address, port = local.split(":")
-            if state == "0A":
-                found.setdefault(int(port, 16), []).append(address)
-    return found
-
-
 async def test_servers_listen_only_on_loopback(folder: Path) -> None:
     async with Servers(folder, durable=False) as servers:
         for url in (servers.database_url, servers.redis_url, servers.smtp_url):
-            assert listening()[urlsplit(url).port or 0] == ["0100007F"]
+            port = f"{urlsplit(url).port:04X}"
+            found = [address for address in listeners() if address.endswith(f":{port}")]
+            assert found == [f"0100007F:{port}"]
 
 
 @pytest.fixture

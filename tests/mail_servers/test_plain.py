@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import smtplib
 import ssl
 from collections.abc import AsyncIterator
@@ -13,6 +12,7 @@ import pytest
 
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.eventually import eventually
+from tests.listeners import listeners
 from tests.mail_servers.authority import Authority
 from tests.mail_servers.conftest import Configure
 from tests.mail_servers.exim import Exim
@@ -20,8 +20,6 @@ from tests.mail_servers.opensmtpd import OpenSmtpd
 from tests.mail_servers.postfix import Postfix
 from tests.mail_servers.sending import ODD_BODIES, sending
 from tests.mail_servers.server import UNKNOWN, USERNAME, MailServer
-
-_LISTENING = "0A"
 
 
 @pytest.fixture(params=[Postfix, Exim, OpenSmtpd], ids=lambda kind: kind.name)
@@ -32,24 +30,8 @@ async def server(
         yield running
 
 
-def _listeners(pids: set[int]) -> set[str]:
-    """Return the addresses on which processes accept TCP connections, in the form of /proc."""
-    inodes = {
-        found[1]
-        for pid in pids
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir()
-        if (found := re.match(r"socket:\[(\d+)\]", str(descriptor.readlink())))
-    }
-    lines = [
-        line.split()
-        for table in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
-    ]
-    return {line[1] for line in lines if line[3] == _LISTENING and line[9] in inodes}
-
-
 async def test_the_server_listens_on_its_port_only_on_loopback(server: MailServer) -> None:
-    assert _listeners(server.root.processes()) == {f"0100007F:{server.port:04X}"}
+    assert listeners(server.root.processes()) == {f"0100007F:{server.port:04X}"}
 
 
 async def test_stopping_the_server_ends_every_process_and_removes_its_files(

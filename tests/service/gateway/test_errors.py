@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,7 @@ from outbox_server.deploy.envoy.gateway import HEALTH
 from outbox_server.deploy.envoy.replies import REASONS
 from tests.eventually import eventually
 from tests.gateway_stack import GatewayStack
-
-# The number of a socket state in /proc/net/tcp.
-LISTEN = "0A"
+from tests.listeners import listening_ports
 
 
 def test_an_error_of_a_service_has_its_status_and_all_details(gateway: GatewayStack) -> None:
@@ -156,12 +153,4 @@ def test_the_access_log_has_no_url_and_no_body(gateway: GatewayStack) -> None:
 
 def test_the_gateway_listens_on_its_port_alone(gateway: GatewayStack) -> None:
     assert gateway.envoy is not None
-    process = Path(f"/proc/{gateway.envoy.child.pid}")
-    sockets = {str(file.readlink()) for file in (process / "fd").iterdir()}
-    ports = set()
-    for table in ("tcp", "tcp6"):
-        for line in (process / "net" / table).read_text().splitlines()[1:]:
-            _, local, _, state, *_, inode = line.split()[:10]
-            if state == LISTEN and f"socket:[{inode}]" in sockets:
-                ports.add(int(local.rpartition(":")[2], 16))
-    assert ports == {int(gateway.url.rpartition(":")[2])}
+    assert listening_ports([gateway.envoy.child.pid]) == {int(gateway.url.rpartition(":")[2])}
