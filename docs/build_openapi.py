@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.envoy.contract import read_descriptors
+from outbox_server.deploy.contract import read_descriptors
 from outbox_server.deploy.envoy.files import openapi_text
 
 TARGET: Final = Path(__file__).with_name("openapi.json")

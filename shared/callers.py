@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from outbox_server.shared.bounds import USER_ID
 from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
 from outbox_server.shared.fair_shares import NOBODY, Claimant
-from outbox_server.shared.quotas.user_quotas import UserQuotas
+from outbox_server.shared.user_quotas import UserQuotas
 
 Metadata = Iterable[tuple[str, str | bytes]]
 

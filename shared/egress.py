@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.name_lookup import NameResolver
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.smtp.ports import PermittedPorts
+from outbox_server.shared.smtp_ports import PermittedPorts
 
 Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -21,8 +21,8 @@ from outbox_server.deploy.embedded.system_user import (
     runnable_by_all,
     user_for_postgres,
 )
-from outbox_server.deploy.embedded.wheels import postgres_binaries
 from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.deploy.wheels import postgres_binaries
 
 SUPERUSER: Final = "postgres"
 _INITDB_LIMIT: Final = 120.0

@@ -21,7 +21,7 @@ from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.smtp.ports import ANY
+from outbox_server.shared.smtp_ports import ANY
 
 # How long `up` waits for a send in flight when it stops, unless OUTBOX_SHUTDOWN_GRACE is set.
 _GRACE: Final = timedelta(seconds=5)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+from outbox_server.deploy.contract import GatewayService
 from outbox_server.deploy.envoy.clusters import cluster, server_tls
-from outbox_server.deploy.envoy.contract import GatewayService
 from outbox_server.deploy.envoy.gateway import (
     BUFFER,
     BUFFER_BYTES,

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from outbox_server.deploy.embedded.wheels import package_folder
+from outbox_server.deploy.contract import read_descriptors, services_of
 from outbox_server.deploy.envoy.clusters import certificate_files
 from outbox_server.deploy.envoy.config import build_config
-from outbox_server.deploy.envoy.contract import read_descriptors, services_of
 from outbox_server.deploy.envoy.gateway import DESCRIPTORS, OPENAPI, Gateway
 from outbox_server.deploy.openapi.document import build_document
+from outbox_server.deploy.wheels import package_folder
 
 CONFIG: Final = "envoy.json"
 _EXTRA: Final = "gateway"

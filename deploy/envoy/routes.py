@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from outbox_server.deploy.envoy.contract import CallKind, GatewayService
+from outbox_server.deploy.contract import CallKind, GatewayService
 from outbox_server.deploy.envoy.gateway import (
     BUFFER,
     DESCRIPTORS,

@@ -9,7 +9,7 @@ from typing import Any, Final
 from google.api.field_behavior_pb2 import FieldBehavior
 from google.api.http_pb2 import HttpRule
 
-from outbox_server.deploy.envoy.contract import PACKAGE, rules_of
+from outbox_server.deploy.contract import PACKAGE, rules_of
 from outbox_server.deploy.openapi.descriptors import (
     Descriptors,
     FieldOfMessage,

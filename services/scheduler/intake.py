@@ -35,10 +35,10 @@ from outbox_server.shared.intake.batch_options import BatchOptions, check_spread
 from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
 from outbox_server.shared.intake.payloads import Payload
 from outbox_server.shared.intake.rows import RowRejection
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import BatchMode
+from outbox_server.shared.user_quotas import UserQuotas
 
 T = TypeVar("T")
 

@@ -39,7 +39,6 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
@@ -48,6 +47,7 @@ from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.traces.endpoint import open_tracer
+from outbox_server.shared.user_quotas import UserQuotas
 
 
 async def serve(

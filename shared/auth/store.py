@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey, PresentedKey
 from outbox_server.shared.database.models import ApiKeyRow, UserRow
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of
-from outbox_server.shared.quotas.user_quotas import UserQuotas
+from outbox_server.shared.user_quotas import UserQuotas
 
 # `last_used_at` is written at most once in this time, by all processes together.
 USE_INTERVAL: Final = timedelta(minutes=1)

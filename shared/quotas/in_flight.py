@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
-from outbox_server.shared.quotas.user_quotas import UserQuotas
+from outbox_server.shared.user_quotas import UserQuotas
 
 
 class CallGroup(StrEnum):

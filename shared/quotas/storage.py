@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.counts import user_counts
 from outbox_server.shared.database.models import BatchRejection, Sender, UserRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
-from outbox_server.shared.quotas.user_quotas import QUOTAS, UserQuotas
+from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
 
 # The first half of the keys of the advisory locks on users. Any number would do.
 _LOCK_SPACE: Final = 0x5551

@@ -19,7 +19,6 @@ from outbox_server.shared.callers import Authenticator, LocalAuthenticator, is_l
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.monitoring import Monitoring
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc import health
 from outbox_server.shared.rpc.addresses import bind, check_address
 from outbox_server.shared.rpc.calls import CallInterceptor
@@ -27,6 +26,7 @@ from outbox_server.shared.rpc.probes import Probes
 from outbox_server.shared.rpc.reflection import add_reflection
 from outbox_server.shared.rpc.tls import server_credentials
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.user_quotas import UserQuotas
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer

@@ -16,7 +16,7 @@ from outbox.v1 import email_job_pb2, email_job_service_pb2
 from psycopg import sql
 
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.wheels import postgres_binaries
+from outbox_server.deploy.wheels import postgres_binaries
 from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of

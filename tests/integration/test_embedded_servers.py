@@ -33,8 +33,8 @@ from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.stack import FolderInUseError, Servers
 from outbox_server.deploy.embedded.system_user import user_for_postgres
 from outbox_server.deploy.embedded.valkey import ValkeyServer
-from outbox_server.deploy.embedded.wheels import postgres_binaries
 from outbox_server.deploy.ports import free_port
+from outbox_server.deploy.wheels import postgres_binaries
 from tests.eventually import PATIENCE, eventually
 from tests.listeners import listeners
 

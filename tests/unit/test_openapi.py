@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import schemathesis
 
-from outbox_server.deploy.envoy.contract import read_descriptors, services_of
+from outbox_server.deploy.contract import read_descriptors, services_of
 from outbox_server.deploy.envoy.files import openapi_text
 
 

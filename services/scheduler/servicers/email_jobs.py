@@ -31,10 +31,10 @@ from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.addresses import BadAddress, check_address
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState, requested_enum
+from outbox_server.shared.user_quotas import UserQuotas
 
 # A cancellation is repeated if the job returns from a failed attempt meanwhile.
 _TRIES: Final = 5

@@ -31,7 +31,6 @@ from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.oauth2.credentials import TokenProvider
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
@@ -39,6 +38,7 @@ from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import SenderState, requested_enum
+from outbox_server.shared.user_quotas import UserQuotas
 
 _Columns = Mapping[str, Any]
 _log = structlog.get_logger("outbox.senders")

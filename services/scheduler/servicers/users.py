@@ -16,10 +16,10 @@ from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.quotas.storage import UserUsage, read_usage
-from outbox_server.shared.quotas.user_quotas import QUOTAS, UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from outbox_server.shared.sender_domains import normalise_domain
+from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
 
 _DOMAINS: Final = "sender_domains"
 _QUOTA_PATHS: Final = {f"quotas.{name}": name for name in QUOTAS}

@@ -54,7 +54,7 @@ from outbox_server.shared.quotas.storage import (
     read_quotas,
     store_rejections,
 )
-from outbox_server.shared.quotas.user_quotas import UserQuotas
+from outbox_server.shared.user_quotas import UserQuotas
 
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)

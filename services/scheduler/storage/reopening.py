@@ -34,8 +34,8 @@ from outbox_server.shared.database.models import Batch, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.quotas.storage import check_waiting_jobs, lock_user, read_quotas
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.states import BatchState, JobState
+from outbox_server.shared.user_quotas import UserQuotas
 
 # The number of jobs that one transaction moves, in about 0.5 s.
 _CHUNK: Final = 20_000

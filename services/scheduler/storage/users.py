@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.models import UserRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS
-from outbox_server.shared.quotas.user_quotas import QUOTAS
+from outbox_server.shared.user_quotas import QUOTAS
 
 
 @dataclass(frozen=True, slots=True)

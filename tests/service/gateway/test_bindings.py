@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from outbox_server.deploy.envoy.contract import PACKAGE, read_descriptors, rules_of
+from outbox_server.deploy.contract import PACKAGE, read_descriptors, rules_of
 from tests.gateway_stack import GatewayStack, HttpAnswer
 
 UNCERTAIN = {"resolution": "UNCERTAIN_RESOLUTION_SENT"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from outbox.v1 import sender_pb2
 
-from outbox_server.deploy.envoy.contract import read_descriptors, services_of
+from outbox_server.deploy.contract import read_descriptors, services_of
 from tests.gateway_stack import GatewayStack
 
 BIN = Path(sys.executable).parent
