@@ -18,6 +18,8 @@ EXAMPLES = {
     "state": (r"JobState\.EXPIRED|\bexpired_count\b", ("services/scheduler", "shared", "cli")),
     "setting": (r"\buncertain_policy\b", ("shared", "tests/unit/test_settings.py")),
     "fault": (r"\bredis_full\b", ("deploy", "docs")),
+    "alert": (r"OutboxRebuildLoop", ("deploy", "docs", "tests/firing_alerts.py")),
+    "quota": (r"stored_rejection", ("protos/outbox/v1/user.proto", "services", "shared", "cli")),
 }
 
 
@@ -33,8 +35,10 @@ def test_every_path_on_the_page_exists() -> None:
 
 
 def test_the_page_has_a_list_for_each_kind_of_change() -> None:
-    kinds = {"limit", "state", "method", "setting", "metric", "migration", "fault"}
-    assert LISTS.keys() == kinds
+    assert LISTS.keys() == {
+        *("limit", "state", "method", "setting", "metric", "alert"),
+        *("quota", "reason", "migration", "fault"),
+    }
     for kind, text in LISTS.items():
         numbers = [int(number) for number in re.findall(r"(?m)^(\d+)\. ", text)]
         assert numbers == list(range(1, len(numbers) + 1)), kind
@@ -47,7 +51,7 @@ def test_a_list_has_every_file_that_an_earlier_change_of_its_kind_touched(kind: 
         path.relative_to(ROOT).as_posix()
         for folder in folders
         for path in (ROOT / folder, *(ROOT / folder).rglob("*"))
-        if path.suffix in (".py", ".lua", ".proto", ".md")
+        if path.suffix in (".py", ".lua", ".proto", ".md", ".yml")
         and "versions" not in path.parts  # a migration is a new file
         and re.search(name, path.read_text(encoding="utf-8"))
     }
