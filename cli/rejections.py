@@ -20,11 +20,11 @@ _READ_BYTES: Final = 64 * 1024
 # Added after the columns of the CSV. Templates ignore them, so the user need not remove them.
 ADDED_COLUMNS: Final = ("rejected_row", "rejected_column", "rejected_reason", "rejected_message")
 
-# Spreadsheets take such a cell for a formula, which can call programs and servers (OWASP, CSV
-# Injection). In cells of wide characters as well.
+# Spreadsheets take a cell that begins like this for a formula, which can call programs and servers
+# (OWASP, CSV Injection). The full-width forms of the characters count as well.
 _FORMULA: Final = re.compile(r"[=+\-@\t\r\uff1d\uff0b\uff0d\uff20]")
-# These begin like a formula, and compute nothing but numbers: `+49 30 1234`, `-5`, `+x@b.org`. An
-# added quote would change what is scheduled again.
+# These begin like a formula, but are numbers and addresses: `+49 30 1234`, `-5`, `+x@b.org`. They
+# stay as they are, because a quote would become a part of the mail when the file is scheduled.
 _HARMLESS: Final = re.compile(r"[+-][0-9 ().,/-]*|[+-][\w.+-]*@[\w.-]+", re.ASCII)
 
 
@@ -33,7 +33,7 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
 
     They keep all columns and the separator. Columns added by an earlier run are replaced.
     `rejections` are in row order. A row with more cells than the header keeps them at its end.
-    A cell that a spreadsheet would take for a formula begins with `'`.
+    A cell that a spreadsheet would take for a formula gets a `'` in front.
     """
     writer = csv.writer(target, delimiter=table.separator)
     kept = [index for index, name in enumerate(table.names) if name not in ADDED_COLUMNS]
@@ -55,7 +55,7 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
 
 
 def _text(cell: str) -> str:
-    """Return a cell that spreadsheets take for a text."""
+    """Return the cell in a form that spreadsheets take for a text."""
     formula = _FORMULA.match(cell) and not _HARMLESS.fullmatch(cell)
     return f"'{cell}" if formula else cell
 

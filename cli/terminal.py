@@ -1,4 +1,4 @@
-"""The one way by which texts reach a terminal: no text can control it.
+"""Prints all texts of the command line in a form that cannot control the terminal.
 
 Servers and other users write parts of what is printed. A control character in them could move the
 cursor, set the title of the window, or answer in place of the user.

@@ -17,7 +17,7 @@ from outbox_server.cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = ("user_id", "quotas", "sender_domains", "update_time")
 _DEFAULT: Final = "default"
-# Instead of the number, for the default of the installation.
+# Stands for `default`, which removes the override of a quota.
 _UNSET: Final = -1
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ def _read_quota(text: str) -> int:
     if text.strip().lower() == _DEFAULT:
         return _UNSET
     if not (text.isascii() and text.isdecimal()) or len(text) > len("1000000000"):
-        raise typer.BadParameter(f"{text[:40]!r} is not 0 to 1000000000, nor `{_DEFAULT}`")
+        raise typer.BadParameter(f"must be 0 to 1000000000, or {_DEFAULT} (got {text[:40]!r})")
     return int(text)
 
 

@@ -41,13 +41,14 @@ MAX_CA_CERTIFICATES: Final = 50
 
 # RFC 5321: 256 characters of a path, without its angle brackets.
 MAX_ADDRESS: Final = 254
-# Size of a template, and of each text of a row's own.
+# Size of a template, and of each text that replaces it in one row.
 MAX_TEMPLATE_BYTES: Final = 256 * 1024
 # Number of rows of ScheduleBatch. Its message has room for half as many that have an address.
 MAX_ROWS: Final = 1_000_000
 # Number of structured rows times the number of columns that the templates use.
 MAX_ROW_VALUES: Final = 10_000_000
-# Of a CSV, and of a structured row. Normalising a name takes time by the square of its length.
+# Of a CSV, and of a structured row. The time to normalise a name grows with the square of its
+# length.
 MAX_COLUMNS: Final = 1_000
 MAX_COLUMN_NAME: Final = 256
 MAX_HEADER: Final = 256 * 1024
@@ -123,7 +124,7 @@ def check_spread(
         raise InvalidInput.field(field, wrong, reason="SPREAD_UNTIL_INVALID")
 
 
-# An id that the server made has at most 19.
+# The ids that servers assign have at most 19 characters.
 ID: Final = TextBounds(64, "FIELD_TOO_LONG")
 ADDRESS: Final = TextBounds(MAX_ADDRESS, "ADDRESS_INVALID")
 TIME_OF_DAY: Final = TextBounds(20, "SENDING_HOURS_INVALID")
@@ -134,7 +135,7 @@ MASK_PATH: Final = TextBounds(200, "UPDATE_MASK_INVALID")
 MAX_SUBJECT_BYTES: Final = 998
 # 253 characters (RFC 1035), and the `*.` of a wildcard.
 SENDER_DOMAIN: Final = TextBounds(255, "SENDER_DOMAIN_INVALID")
-# What a server returned, and a caller sends back in a field that is ignored.
+# A value of an output-only field, which a caller sends back and the server ignores.
 OUTPUT: Final = TextBounds(2_000, "FIELD_TOO_LONG")
 # An address of 254 characters as JSON escapes and as base64 has 4,082 characters.
 PAGE_TOKEN: Final = TextBounds(4_096, "PAGE_TOKEN_INVALID")

@@ -50,9 +50,9 @@ class Caller:
 
     @property
     def claimant(self) -> Claimant:
-        """The owner of the caller's share of what users share (see `shared.fair_shares`).
+        """The claimant whose share the caller's work uses (see `shared.fair_shares`).
 
-        All keys of a user have one share together. Every key of a service has one.
+        All keys of a user have one share together. Each key of a service has a share of its own.
         """
         match self.kind:
             case CallerKind.USER:
@@ -116,7 +116,7 @@ class Call:
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
-        # The user that the call acts for, as far as it is known: for the log.
+        # The user that the call acts for, if it is known. The log shows it.
         self.user_id = caller.user_id
         # Set by `shared.database.ownership` alone.
         self.bounded = False
@@ -148,7 +148,7 @@ def call_under_way() -> Call | None:
 
 
 def current_claimant() -> Claimant:
-    """Return the owner of the share that the current work uses; NOBODY outside of a call."""
+    """Return the claimant whose share the current call uses; NOBODY outside of a call."""
     call = _current.get()
     return NOBODY if call is None else call.caller.claimant
 

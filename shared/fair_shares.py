@@ -5,8 +5,8 @@ share of each: a user may take one more place only while it holds less than a fi
 free places. So a user who comes later always finds a free place, and nobody's place is taken away.
 (Choudhury and Hahne describe this rule as "dynamic queue length thresholds".)
 
-Taking a place without a wait takes constant time. Returning one takes time by the number of users
-who wait. Nothing is kept of a user who neither holds a place nor waits.
+Taking a free place takes constant time. The time to return one grows with the number of users who
+wait. Nothing is stored about a user who neither holds a place nor waits.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from outbox_server.shared.errors import ResourceExhausted
 # Shorter than the usual deadline of a call, so that the caller gets the reason and RetryInfo.
 PATIENCE: Final = timedelta(seconds=10)
 _RETRY_AFTER: Final = timedelta(seconds=2)
-# One place of so many is left free by a user who is alone, and one of so many is for operators.
+# A user alone leaves one place in four free. One place in sixteen is reserved for operators.
 _RESERVE: Final = 4
 _OPERATORS: Final = 16
-# Below this number of places, operators have none of their own. They come first in every line.
+# With fewer places than this, none is reserved for operators. They always come first in the line.
 _FEW: Final = 8
 _MAX_NAME: Final = 128
 
@@ -63,11 +63,11 @@ class FairShares:
         reserve: int | None = None,
         operators: int | None = None,
     ) -> None:
-        """Share `capacity` places. `waiting` more calls may wait, each for `patience`.
+        """Share `capacity` places. Up to `waiting` calls wait in line, each for `patience`.
 
-        Of the places, `operators` are for privileged claimants alone, and one user leaves at least
-        `reserve` of the others free. The default is one of 16 and one of 4. The line is shared by
-        the same rule; that of privileged claimants has `waiting` places of its own.
+        `operators` places are reserved for privileged claimants (default: one in 16). A user alone
+        leaves at least `reserve` of the other places free (default: one in 4). The waiting line is
+        shared by the same rule. Privileged claimants have a line of their own, equally long.
         """
         self.what = what
         self._capacity = capacity
@@ -189,7 +189,7 @@ class FairShares:
             chosen = min(able, key=lambda each: (not each.privileged, self._held[each]))
             line = self._waiters.pop(chosen)
             future = line.popleft()
-            # At the end of the order, so that users with equally many places take turns.
+            # Move it to the end, so that users with equally many places take turns.
             self._waiters[chosen] = line
             self._left_line(chosen)
             # A cancelled wait that has not run yet counts as left.
@@ -198,11 +198,11 @@ class FairShares:
                 future.set_result(None)
 
     def _refusal(self, claimant: Claimant, why: str) -> ResourceExhausted:
-        # A user who held none would get a place: so it is the share of this one.
+        # A user without places would get one, so this user's own share is the limit.
         own = not claimant.privileged and self._places.admit(0, self._capacity - self._total)
         current = self._held[claimant] if own else self._total
         if own:
-            whom = f"the {claimant} has its share of the {self.what} of this server"
+            whom = f"the {claimant} has reached its share of the {self.what} of this server"
         else:
             whom = f"all {self.what} of this server are taken"
         return ResourceExhausted(
@@ -219,7 +219,7 @@ class FairShares:
 
 
 class _Places:
-    """The rule of a share, for places or for those who wait."""
+    """The rule of a fair share. It applies to the places and to the waiting line."""
 
     def __init__(self, capacity: int, reserve: int | None) -> None:
         self.capacity = capacity
@@ -236,5 +236,5 @@ class _Places:
         """Return whether one who holds `held` may take one more, with at most `free` left."""
         free = min(free, self.free)
         if held and free == 1 and self._reserve:
-            return False  # the last one is for somebody who has none
+            return False  # the last place is kept for a user who has none
         return free > 0 and held * self._reserve < (self.capacity - self._reserve) * free

@@ -23,21 +23,21 @@ from typing import Final
 import aiodns
 import pycares
 
-# Limit of a look-up, with the wait for a place among the user's own look-ups.
+# Limit of a look-up, including the wait until fewer look-ups of the same user are under way.
 LIMIT: Final = timedelta(seconds=5)
-# The look-ups of one user at a time. More of them wait for each other, and not for other users.
+# The look-ups of one user at a time. Further ones wait for those of this user only.
 AT_ONCE_PER_USER: Final = 8
-# The addresses of a name that are used. A name may have thousands, and each may be tried.
+# How many addresses of a name are used. A name may have thousands, and each could be tried.
 MAX_ADDRESSES: Final = 16
 _RESOLV_CONF: Final = Path("/etc/resolv.conf")
 # The wait for the first reply, before c-ares knows how fast the servers are, and the number of
-# tries. Each try is waited for twice as long as the one before it.
+# tries. Each try waits twice as long as the one before it.
 _FIRST_WAIT_S: Final = 2.0
 _TRIES: Final = 5
-# The look-ups of one channel. c-ares keeps the answers without a limit to their number, and pycares
-# cannot turn that off, so that a user with many large answers could fill the memory.
+# The look-ups of one channel, which is then replaced. c-ares caches any number of answers, and
+# pycares cannot turn that off, so a user with many large answers could fill the memory.
 _LOOK_UPS_PER_CHANNEL: Final = 64
-# Errors that say that the name has no address. All others may pass.
+# Errors that say that the name has no address. All others may be temporary.
 _NO_SUCH_NAME: Final = (pycares.errno.ARES_ENOTFOUND, pycares.errno.ARES_ENODATA)
 # ARES_AI_NOSORT, which pycares has no name for. The sorting opens a socket for each address.
 _NO_SORT: Final = 1 << 7
@@ -115,7 +115,7 @@ class NameResolver:
         return _in_order(found)
 
     def _channel(self) -> _Channel:
-        """Return the channel that has read the present resolv.conf, and is not used up."""
+        """Return a channel that has read the current resolv.conf and may do one more look-up."""
         loop, state = asyncio.get_running_loop(), _state_of(_RESOLV_CONF)
         current = self._current
         if (

@@ -1,6 +1,7 @@
 """The domains whose addresses a user may use as From (OUTBOX_SENDER_POLICY=domains). Pure.
 
-`example.com` is that domain alone; `*.example.com` is every domain below it, and not itself.
+`example.com` means that domain only. `*.example.com` means every domain below it, but not
+`example.com` itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def normalise_domain(text: str) -> str:
         ValueError: it is not a domain; the text says what is wrong.
     """
     shown = repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")
-    # Before anything else sees it: the normalisation of a long text is slow.
+    # Checked first, because normalising a long text is slow.
     if len(text) > _LONGEST:
         raise ValueError(f"{shown} is longer than {_LONGEST} characters")
     wildcard = _WILDCARD if text.startswith(_WILDCARD) else ""
@@ -50,7 +51,7 @@ def check_sender_domain(address: str, allowed: Iterable[str], user_id: str) -> N
     try:
         domain = normalise_domain(shown)
     except ValueError:
-        domain = ""  # such as an address literal, which nobody can be assigned
+        domain = ""  # such as an address literal, which cannot be assigned
     permitted = frozenset(allowed)
     labels = domain.split(".")
     parents = (_WILDCARD + ".".join(labels[n:]) for n in range(1, len(labels)))

@@ -127,7 +127,7 @@ class Settings(BaseSettings):
         4_000,
         ge=1,
         le=60_000,
-        description="connections to one server at a time; fewer if few files may be open",
+        description="connections to one server at a time; fewer if the limit of open files is low",
     )
     connections_per_peer: int = Field(
         256,

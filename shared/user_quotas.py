@@ -15,7 +15,7 @@ from outbox_server.shared.errors import ResourceExhausted
 if TYPE_CHECKING:
     from outbox_server.shared.settings import Settings
 
-# Calls and streams end soon; jobs are sent by and by.
+# Calls and streams end soon. Waiting jobs take longer.
 _SOON: Final = timedelta(seconds=2)
 _LATER: Final = timedelta(minutes=1)
 

@@ -49,8 +49,8 @@ _CHANNEL: Final = (
     # A connection of its own for each channel, even if several have the same address.
     ("grpc.use_local_subchannel_pool", 1),
 )
-# With this name, gRPC also sets the least time limit of a connection attempt. A TLS handshake may
-# take longer than a connection.
+# This option of gRPC is also the shortest limit of a connection attempt, which includes the TLS
+# handshake.
 _PLAIN_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 50))
 _TLS_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 2_000))
 # The codes after which a caller tries again. Any other code means a wrong request or server.

@@ -160,7 +160,7 @@ OUTAGES: Final[Mapping[str, Kind]] = {
     f"{server}_outage": Kind(_OUTAGE_TEXT, server, (OUTAGE_S, OUTAGE_S))
     for server in ("redis", "postgres", "smtp")
 }
-# They need the production configuration. Each takes as long as the processes do.
+# Faults that need the production configuration. Their duration depends on the processes.
 ROLLOUTS: Final[Mapping[str, Kind]] = {
     "rolling_restart": Kind(
         "each process of each service: a new one starts, and when it is ready, an old one gets "
@@ -173,10 +173,11 @@ KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS}
 # The kinds that need libfaketime.
 CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
 
-# The start of the first rolling restart, and from one to the next; some overlap with outages.
+# When the first rolling restart starts, and the time from one to the next. Some overlap with
+# outages.
 _FIRST_ROLLOUT_S: Final = (2.0, 5.0)
 _ROLLOUT_PAUSES_S: Final = (60.0, 100.0)
-# From the start of any but the first to the end of the drill.
+# The least time from the start of a later one to the end of the drill.
 _ROLLOUT_CALM_S: Final = 60.0
 
 # The time from one fault to the next, so that faults come both alone and overlapping.

@@ -26,7 +26,7 @@ from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.database.migrating import migrate
 
 _ROLE: Final = "outbox"
-# What a client of PostgreSQL that begins with TLS asks for.
+# The ALPN name of PostgreSQL's protocol, which a client sends that begins with TLS.
 _POSTGRES_ALPN: Final = "postgresql"
 
 
@@ -36,7 +36,7 @@ class ProductionConfiguration:
     def __init__(self, folder: Path, stores: Certificate) -> None:
         self._folder = folder
         self._stores = stores
-        # A certificate of their own, so that a client which trusts the stores is not enough.
+        # Not the certificate of the stores: a client that trusts only that one must fail.
         self._services = self_signed(folder / "services")
         self._key = make_key()
         self._database_password = secrets.token_urlsafe(24)

@@ -14,7 +14,7 @@ from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.supervisor import LocalSystem
 
-# The chart's terminationGracePeriodSeconds is by so much longer than OUTBOX_SHUTDOWN_GRACE.
+# How much longer the chart's terminationGracePeriodSeconds is than OUTBOX_SHUTDOWN_GRACE.
 BESIDE_GRACE_S: Final = 15.0
 # A new process is not ready while a store is away. Outages of 30 s may come in a row.
 READY_LIMIT_S: Final = 180.0
@@ -33,13 +33,13 @@ class Rolled:
 
 
 class RollingRestart:
-    """Starts a new process, waits until it is ready, ends an old one, and so on for all."""
+    """Replaces each process: starts a new one, waits until it is ready, and ends the old one."""
 
     def __init__(self, system: LocalSystem, grace_s: float, say: Callable[[str], None]) -> None:
         self._system = system
         self._limit_s = grace_s + BESIDE_GRACE_S
         self._say = say
-        # Two rolling restarts at once would be one with twice as many processes.
+        # One rolling restart at a time: a second one would start twice as many processes.
         self._one = asyncio.Lock()
         self.rolled = Rolled()
 

@@ -90,7 +90,7 @@ class DrillStack:
         migrate: Callable[[str], None] | None = None,
         production: bool = False,
     ) -> None:
-        """`environment` is added to that of the services, which `migrate` runs before.
+        """The services get `environment` in addition. `migrate` runs before they start.
 
         With `production`, all connections have TLS, callers need a key, and secrets are in files.
         """
@@ -108,7 +108,7 @@ class DrillStack:
             # The relay of senders with their own endpoint: over TLS, with a trusted certificate.
             "endpoint": TcpProxy(lambda: self.inbox.port, self._tls),
         }
-        # Like a Service of Kubernetes: gives each new connection to one of the schedulers.
+        # Gives each new connection to one of the schedulers, like a Service of Kubernetes.
         self._balancer = TcpProxy(self._port_of_a_scheduler)
         # The file that sets the clock of Redis.
         self.redis_clock = folder / "redis_clock"

@@ -369,7 +369,7 @@ class LocalSystem:
 
 
 def _ports(settings: Settings) -> str:
-    """Return the ports of the operator's choice. A mail server for trying out may have any."""
+    """Return OUTBOX_SMTP_PORTS if it is set, else any: a stack to try out may use any port."""
     return settings.smtp_ports if "smtp_ports" in settings.model_fields_set else ANY
 
 

@@ -349,7 +349,7 @@ class _BatchWriter:
         gone = await self.transaction.suppressed(self.user_id, [row.address_key for row in rows])
         if gone:
             rows = [row for row in rows if row.address_key not in gone]
-        # At the end all waiting jobs of the user are counted. This only saves useless work.
+        # The exact check is made at the end. This one only ends a hopeless upload early.
         refusal = self.quotas.exceeded(
             "waiting_jobs", self.user_id, 0, self.counts.accepted + len(rows)
         )

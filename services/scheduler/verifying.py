@@ -40,7 +40,7 @@ class Verification:
     host: str
     port: int
     probe: Probe
-    # Whether it is the operator's relay.
+    # Whether the endpoint is the operator's relay.
     operators: bool
 
 
@@ -50,7 +50,7 @@ class Verifier:
     def __init__(
         self, settings: Settings, secrets: SecretBox, tokens: TokenProvider, egress: Egress
     ) -> None:
-        # Around every call of VerifySender.
+        # The places of VerifySender.
         self.shares = FairShares("verifications", _AT_ONCE, waiting=_WAITING)
         self._under_way: Counter[str] = Counter()
         self._tokens = tokens
@@ -59,7 +59,7 @@ class Verifier:
         self._limits = PhaseLimits.from_settings(settings)
         self._rules = ReplyRules.load(settings.reply_rules)
         self._helo = helo_name(settings)
-        # Around every connection to an endpoint that a user chose.
+        # Opens every connection to an endpoint that a user chose.
         self.egress = egress
 
     @contextmanager

@@ -138,7 +138,7 @@ def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
         return f"{cause}{all_expire} before the limits allow to send any."
     when = f"{found.end:%Y-%m-%d %H:%M:%S} UTC"
     if found.estimated:
-        # Not exact to the day.
+        # An estimate may be wrong by days.
         when = (
             f"about {found.end:%Y-%m}, an estimate because the exact time takes too long to compute"
         )

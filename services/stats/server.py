@@ -29,8 +29,8 @@ from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.traces.endpoint import open_tracer
 
-# Methods that read and compute much. They have few places of their own, so that they leave most
-# connections and processor time to others.
+# Methods that read and compute much. They have few places, so that most connections and processor
+# time remain for other calls.
 _COSTLY: Final = ("ForecastBatch", "AuditSender")
 _AT_ONCE: Final = 4
 _WAITING: Final = 100

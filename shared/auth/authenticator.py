@@ -1,8 +1,8 @@
 """The authenticator of OUTBOX_AUTH=keys: reads the API key in the call's metadata.
 
-A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that not every call costs
-a statement. A revoked key stops working on every server within that time, and a change of a quota
-takes effect.
+A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that most calls
+need no statement. A server knows of a revoked key and of a changed quota after that time at the
+latest.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class StoredKey:
     user_id: str | None
     # Whether `last_used_at` is older than USE_INTERVAL.
     use_is_old: bool
-    # Of the user of a user's key.
+    # Set for a user's key only: the quotas of its user.
     quotas: UserQuotas | None = None
 
 
@@ -59,7 +59,7 @@ class ApiKeyStore:
     """The statements on the table of API keys that servers use."""
 
     def __init__(self, engine: AsyncEngine, quotas: UserQuotas | None = None) -> None:
-        """`quotas` are those of users without overrides. None means that there are no quotas."""
+        """`quotas` are the defaults, for users without overrides. None means no quotas."""
         self._engine = engine
         self._quotas = quotas
 

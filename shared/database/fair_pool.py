@@ -17,7 +17,7 @@ from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.fair_shares import Claimant, FairShares
 
-# The calls of a process are bounded elsewhere; this is above all of those bounds together.
+# More than all calls of a process together, which other modules limit: it is never reached.
 _WAITING: Final = 10_000
 
 
@@ -32,7 +32,7 @@ class FairPool(AsyncAdaptedQueuePool):
             waiting=_WAITING,
             patience=timedelta(seconds=self.timeout()),
         )
-        # Who holds the connections that are in use.
+        # The claimant of each connection in use.
         self._holders: dict[ConnectionPoolEntry, Claimant] = {}
 
     def connect(self) -> PoolProxiedConnection:
@@ -49,7 +49,7 @@ class FairPool(AsyncAdaptedQueuePool):
                 raise PoolTimeoutError(error.message) from None
         try:
             connection = super().connect()
-            # Only SQLAlchemy's own proxy has it, and it is the only one there is.
+            # An attribute of SQLAlchemy's proxy class, the only class that a pool returns.
             record: ConnectionPoolEntry = connection._connection_record  # noqa: SLF001
         except BaseException:
             self._shares.give_back(claimant)

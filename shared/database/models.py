@@ -109,11 +109,11 @@ class UserRow(Base):
     uploads: Mapped[int | None] = mapped_column(BigInteger)
     watches: Mapped[int | None] = mapped_column(BigInteger)
     stored_rejections: Mapped[int | None] = mapped_column(BigInteger)
-    # In the form of shared/sender_domains.py, for OUTBOX_SENDER_POLICY=domains.
+    # Normalised by shared/sender_domains.py. Used under OUTBOX_SENDER_POLICY=domains.
     sender_domains: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     # How many rows of `batch_rejections` the user's batches have.
     stored_rejections_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    # When an operator last changed it. NULL means that the row only counts.
+    # When an operator last changed the user. NULL means never: the row has only the count.
     updated_at: Mapped[datetime | None] = mapped_column(_TIME)
 
     __table_args__ = (

@@ -30,8 +30,8 @@ from outbox_server.shared.forecast.simulation import (
     simulate,
 )
 
-# What is simulated in the event loop: the most groups, and the most work, about 5 ms. A thread does
-# what takes longer.
+# The largest simulation in the event loop: its number of groups, and its work, which takes about
+# 5 ms. Larger simulations run in a thread.
 _MOST_GROUPS_IN_LOOP: Final = 100
 _MOST_WORK_IN_LOOP: Final = 1_000
 

@@ -13,9 +13,9 @@ All of these are arithmetic sequences over long stretches: mails due at once or 
 spacing, sends one gap apart, a window that empties as it was filled. A piece is a series of sends
 whose times one of these sequences decides. Once the window alone has decided a whole window of
 sends, every later window repeats it, so all whole windows are one step. The cost depends on the
-number of changes, not on the number of mails. It is bounded: from there on the result is an
-estimate, which assumes that the rest is sent at the average rate so far. Times are whole
-microseconds since 1970.
+number of changes, not on the number of mails. The number of changes
+that are computed is bounded. Beyond it the result is an estimate, which assumes that the rest is
+sent at the average rate so far. Times are whole microseconds since 1970.
 
 The limits of a sender are implemented here, in look.lua (which decides), replay.py (audit) and
 queue_model.py (tests), and named in explaining.py: sender_limits.py has the list.
@@ -31,9 +31,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, Protocol
 
-# The most work of a simulation, in pieces: about a quarter of a second.
+# The largest number of pieces that one simulation computes, in about 0.25 s.
 MOST_WORK: Final = 40_000
-# The work of finding an opening of the sending hours, in pieces.
+# Finding an opening of the sending hours takes as long as this number of pieces.
 _OPENING_WORK: Final = 10
 
 
@@ -172,7 +172,7 @@ def simulate(
 
 
 def _share(group: JobGroup, count: int) -> int:
-    """Return how many of `count` mails of a group are mine."""
+    """Return how many of `count` mails of a group belong to the subject (`mine`)."""
     return count * group.mine // group.count
 
 
@@ -221,9 +221,10 @@ class _Simulation:
     def estimate(
         self, first: int | None, expiring: int, rest: Sequence[JobGroup]
     ) -> SimulatedOutcome:
-        """Return the outcome if the `rest` goes on at the average rate so far.
+        """Return the outcome if the `rest` is sent at the average rate so far.
 
-        `first` is the first send of mine so far, and `expiring` the number of mine that expired.
+        Of the subject's mails, `first` is the first send so far, and `expiring` the number that
+        expired.
         """
         if not self.sends:
             return SimulatedOutcome(first=first, within_sight=False, estimated=True)

@@ -62,7 +62,7 @@ class RebuildResult(StrEnum):
     COMPLETE = "complete"
     # Redis or the lock was lost again meanwhile.
     OVERTAKEN = "overtaken"
-    # PostgreSQL failed, or Redis for a moment.
+    # PostgreSQL failed, or Redis failed briefly.
     FAILED = "failed"
 
 
@@ -259,8 +259,8 @@ class HeadLoader:
                 loaded += len(lost)
         end = await queue.finish_rebuild(token)
         if end is RebuildEnd.STILL_COMPLETE:
-            # Few senders: those whose batch was accepted a moment ago, or whose last job has just
-            # ended. Only if Redis lost some keys, they are more.
+            # Usually few senders: those whose batch was accepted a moment ago, or whose last job
+            # has just ended. There are more only if Redis lost some keys.
             if loaded:
                 _log.info("heads_restored", shard=queue.shard, senders=loaded)
             return True

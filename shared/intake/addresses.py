@@ -50,7 +50,7 @@ def check_address(text: str) -> str:
         BadAddress: there is no address, more than one, or an invalid one.
     """
     text = text.strip(_PASTED_SPACE)
-    # Before any pattern and the library see it: what they do may take long for a long text.
+    # Checked first, because patterns and the library may take long for a long text.
     if len(text) > MAX_ADDRESS:
         raise _too_long(text)
     match = _PLAIN.fullmatch(text)

@@ -332,7 +332,7 @@ def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem 
                 name, "COLUMN_MISSING", "there is no subject: set `subject` or add that column"
             )
         if len(name) > MAX_COLUMN_NAME:
-            # Each rejection has the text, and a template has room for a name of 256 KiB.
+            # Every rejection repeats this text, and a template has room for a name of 256 KiB.
             return _Problem(
                 _cut(name),
                 "COLUMN_MISSING",

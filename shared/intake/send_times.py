@@ -44,7 +44,7 @@ def check_time_zone(name: str) -> tzinfo:
     Raises:
         BadScheduleTime: UNKNOWN_TIME_ZONE.
     """
-    # Not even cached if it is too long.
+    # A text that is too long must not get into the cache.
     zone = _zone(name) if len(name) <= TIME_ZONE.most else None
     if zone is None:
         raise BadScheduleTime(

@@ -1,4 +1,4 @@
-"""Ends an upload that is slower than a least rate: it would hold its place from others."""
+"""Ends uploads that are slower than a least rate. They would keep others from their places."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class LeastRate:
         return cls(settings.upload_least_rate, settings.upload_patience)
 
     async def keep(self, messages: AsyncIterator[M]) -> AsyncIterator[M]:
-        """Yield the messages. Only the time is counted in which this waits for the caller.
+        """Yield the messages. Only the time spent waiting for the caller counts.
 
-        It is a token bucket: it begins with `patience`, waiting takes from it, and each message
-        adds the time that it may take at the least rate, up to `patience`. So a fast beginning does
-        not pay for hours at one byte a second.
+        This is a token bucket of time. It starts full, with `patience`. Waiting drains it. Each
+        message refills it by the time that its bytes take at the least rate. So a fast start does
+        not permit hours at one byte per second.
 
         Raises:
             Unavailable: UPLOAD_STALLED: nothing arrived for `patience`; UPLOAD_TOO_SLOW.

@@ -22,8 +22,8 @@ from outbox_server.shared.listening import check_listen_address, host_and_port
 
 VARIABLE: Final = "OUTBOX_METRICS_LISTEN"
 _MAX_HEAD_BYTES: Final = 8 * 1024
-# Connections at once. A scraper has one; more are closed without an answer. One address has a
-# share, so that a peer which opens many does not shut out a scraper elsewhere.
+# The most connections at once, of all addresses and of one. Further ones are closed without an
+# answer. A scraper needs one. A peer that opens many does not keep a scraper elsewhere out.
 CONNECTIONS: Final = 64
 CONNECTIONS_OF_ONE_ADDRESS: Final = 8
 _LIMIT: Final = timedelta(seconds=10)
@@ -92,12 +92,12 @@ class MetricsEndpoint:
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(await self._answer(head))
                 writer.close()
-                # Until the client has the answer, or else the limit.
+                # Wait until the client has read the answer, or the limit ends.
                 await writer.wait_closed()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # the client left, is too slow, or speaks something else
         finally:
-            # A closed connection would stay open until the client has read everything.
+            # After `close` alone, the connection stays open until the client has read everything.
             writer.transport.abort()
             self._connections[address] -= 1
             if not self._connections[address]:

@@ -38,7 +38,7 @@ class TokenRequest:
     scope: str
     client_secret: str = field(default="", repr=False)
     refresh_token: str = field(default="", repr=False)
-    # Who chose the URL.
+    # The user who chose the URL.
     user_id: str = ""
 
     def form(self) -> bytes:
@@ -90,7 +90,8 @@ class TokenClient:
         except EgressRefused as error:
             return refusal(str(error))
         except httpcore.ProtocolError:
-            # Its text quotes the server, which may be another service, or may quote a secret.
+            # The error's text is not shown: it quotes the server, which may be another service, or
+            # may quote a secret.
             return outage(f"no answer from {host}: it does not speak HTTP")
         except (OSError, httpcore.NetworkError) as error:
             said = clean(str(error), wanted.secrets()) or type(error).__name__

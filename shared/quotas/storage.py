@@ -1,7 +1,7 @@
-"""The table of what operators have set for users: overrides of quotas, and domains.
+"""Reads the quotas and domains of users, and enforces the quotas that count rows.
 
-Quotas that count rows are exact: who adds rows locks the user, counts, and holds the lock until the
-commit. So two transactions of one user never count at the same time.
+These quotas are exact. A transaction that adds rows locks the user, counts the rows, and holds the
+lock until it commits. So two transactions of one user never count at the same time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def quotas_of(row: Any, defaults: UserQuotas) -> UserQuotas:
 async def lock_user(connection: AsyncConnection, user_id: str) -> None:
     """Lock a user's counted rows against other additions, until the end of the transaction.
 
-    Take it before locks on rows: all who take both keep this order.
+    Take this lock before locks on rows. A different order could cause deadlocks.
     """
     lock = func.pg_advisory_xact_lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))
     await connection.execute(select(lock))
@@ -43,7 +43,7 @@ async def lock_user(connection: AsyncConnection, user_id: str) -> None:
 async def read_quotas(
     connection: AsyncConnection, user_id: str, defaults: UserQuotas
 ) -> UserQuotas:
-    """Return the present quotas of a user, not those of a cache."""
+    """Return the current quotas of a user, from the database and not from a cache."""
     statement = owned_by(select(*QUOTA_COLUMNS), UserRow.user_id, user_id)
     row = (await connection.execute(statement)).one_or_none()
     return defaults if row is None else quotas_of(row, defaults)
@@ -57,7 +57,7 @@ async def read_domains(connection: AsyncConnection, user_id: str) -> Sequence[st
 
 @dataclass(frozen=True, slots=True)
 class UserUsage:
-    """What a user has of the things that quotas count in the whole installation."""
+    """The current numbers of a user that quotas of the installation limit."""
 
     waiting_jobs: int
     senders: int
@@ -79,7 +79,7 @@ async def check_waiting_jobs(
 ) -> None:
     """Check that a user may have `more` waiting jobs. The user must be locked.
 
-    With `added`, this transaction has added them already.
+    `added` says that this transaction has added them already.
 
     Raises:
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
@@ -110,7 +110,7 @@ async def store_rejections(
 ) -> int:
     """Count the stored rejections of a new batch, and remove those above the user's quota.
 
-    Return how many were removed: the last ones. The user must be locked.
+    Return how many were removed. The last ones of the batch are removed. The user must be locked.
     """
     of_batch = BatchRejection.batch_id == batch_id
     stored = await connection.scalar(select(func.count()).where(of_batch)) or 0

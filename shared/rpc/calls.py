@@ -50,14 +50,14 @@ _STREAMS: Final = 1_000
 # is published. Their calls are answered during a drain as well, do not delay it, and are logged at
 # level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
-# The most of their calls at once: of one peer, and of all. A watch has no end.
+# The most of their calls at once, of one peer and of all peers. A health watch has no end.
 _TOOLING_PER_PEER: Final = 100
 _TOOLING_CALLS: Final = 1_000
 # Fields of requests that log lines have, by the names that they have there.
 _IDS: Final = {"batch_id": "batch_id", "email_job_id": "job_id"}
 _MAX_ID_DIGITS: Final = 19
 _REQUEST_ID: Final = "x-request-id"
-# The longest text of a caller in a log line: that of a user id.
+# The longest text of a caller in a log line. A user id has at most this length.
 _MAX_LOGGED: Final = 128
 _ANONYMOUS: Final = Caller(user_id=None, kind=CallerKind.LOCAL)
 
@@ -82,7 +82,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metrics: CallMetrics,
         tracer: Tracer | None = None,
     ) -> None:
-        """`shares` is by method (`/outbox.v1.BatchService/UploadBatch`), for own places."""
+        """`shares` has the methods with places of their own, such as `/outbox.v1.A/Method`."""
         self._authenticator = authenticator
         self._shares = dict(shares or {})
         self._calls = FairShares("calls", _CALLS, waiting=_CALLS_WAITING)

@@ -22,15 +22,15 @@ import structlog
 
 from outbox_server.shared.rpc.peers import peer_of
 
-# The time between two looks, in seconds. gRPC accepts some thousand connections in this time.
+# The time between two checks, in seconds. gRPC accepts some thousand connections in this time.
 _PAUSE_S: Final = 0.1
-# The time between two lines of the log, as a flood has no end.
+# The least time between two log lines, so that a flood does not fill the log.
 _LOG_EVERY_S: Final = 10.0
 # Open files that a server keeps for its stores, mail servers, DNS, logs and libraries.
 _RESERVED_FILES: Final = 256
-# More than any server needs. Some systems allow a thousand million.
+# More than any server needs. Some systems allow a billion.
 _MOST_FILES: Final = 65_536
-# The time from a connection until TLS and HTTP/2 are agreed on.
+# The limit of the TLS handshake and the start of HTTP/2 together.
 HANDSHAKE_MS: Final = 10_000
 # A connection without a call for this long is ended. Clients connect again at their next call.
 IDLE_MS: Final = 5 * 60_000
@@ -67,26 +67,26 @@ class ConnectionGuard:
         self._port = port
         self._per_peer = per_peer
         self._task: asyncio.Task[None] | None = None
-        # The other ends of the connections at the last look.
+        # The remote addresses of the connections at the last check.
         self._known: frozenset[Any] = frozenset()
         self._closed = 0
         self._logged_at = -_LOG_EVERY_S
         self._log = structlog.get_logger("outbox.connections")
 
     def start(self) -> None:
-        """Look from now on, until `stop`."""
+        """Check regularly until `stop`."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Stop looking."""
+        """Stop checking."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
 
     async def _run(self) -> None:
         while True:
-            # With fewer open files nobody can have too many connections. The directory is a few
-            # microseconds; each of its sockets is as much.
+            # With fewer open files, no peer can have too many connections. Reading the folder takes
+            # a few microseconds, and so does each of its sockets.
             crowded = len(os.listdir(_FILES)) > self._per_peer  # noqa: PTH208 - names only
             if crowded:
                 await asyncio.to_thread(self._look)
@@ -126,7 +126,7 @@ class ConnectionGuard:
 
 
 def _other_end(number: int, port: int) -> Any | None:
-    """Return the other end's address if a file is a connection that was accepted at `port`."""
+    """Return the remote address if a file is a connection that was accepted at `port`."""
     try:
         looked_at = socket.socket(fileno=number)
     except OSError:
@@ -143,11 +143,11 @@ def _other_end(number: int, port: int) -> Any | None:
 
 
 def _shut_down(number: int, port: int, other_end: Any) -> None:
-    """End a connection. gRPC may have closed it meanwhile, and the number may be another file."""
+    """End a connection. gRPC may have closed it meanwhile, and reused its number."""
     with suppress(OSError):
         held = os.dup(number)
         try:
-            # From here on the number cannot change its meaning.
+            # The duplicate cannot be closed or reused by gRPC.
             if _other_end(held, port) == other_end:
                 ending = socket.socket(fileno=held)
                 try:

@@ -41,7 +41,7 @@ class FieldLimit:
     each: FieldLimit | None = None
     # Whether the limit is of one row: the row is rejected, not the request.
     by_row: bool = False
-    # Whether more is RESOURCE_EXHAUSTED, as for a whole message that is too large.
+    # Whether the error is RESOURCE_EXHAUSTED, as for a message that is too large.
     exhausted: bool = False
     hint: str = ""
 
@@ -78,7 +78,7 @@ _ADDRESS: Final = _text(bounds.ADDRESS)
 _TEMPLATE: Final = _bytes(bounds.MAX_TEMPLATE_BYTES, "TEMPLATE_TOO_LARGE")
 _OUTPUT: Final = _text(bounds.OUTPUT)
 
-# By the name of the field in any message: names mean the same everywhere.
+# The limits of fields by name. A name has the same meaning in every message.
 _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "user_id": _text(bounds.USER_ID),
     "request_id": _text(bounds.REQUEST_ID),
@@ -92,7 +92,7 @@ _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "resume_token": _text(bounds.RESUME_TOKEN),
     "time_zone": _text(bounds.TIME_ZONE),
 }
-# By message, where no name says it.
+# The limits of all other fields, by message.
 _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
     "outbox.v1.BatchOptions": {"subject": _TEMPLATE, "body": _TEMPLATE, "html": _TEMPLATE},
     "outbox.v1.ScheduleBatchRequest": {

@@ -96,7 +96,7 @@ def decode(token: str, kind: str, filters_digest: bytes, start: P, *, largest: i
 
 
 def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
-    """Return the position in a token; None if `encode` does not make such a token."""
+    """Return the position in a token; None if `encode` cannot have made the token."""
     if len(token) > PAGE_TOKEN.most:
         return None
     try:
@@ -118,7 +118,7 @@ def _position(token: str, kind: str, filters_digest: bytes) -> Position | None:
 
 
 def _may_be_in_a_position(part: object) -> bool:
-    """Return whether PostgreSQL can compare the value with a column: no bool is an id."""
+    """Return whether PostgreSQL can compare the value with a column. A bool is not an id."""
     if type(part) is int:
         return 0 <= part <= MAX_ID
     # A lone surrogate has no form in UTF-8.

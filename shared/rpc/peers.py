@@ -1,4 +1,7 @@
-"""Limits what one peer may have without an API key: a peer is the other end of a connection."""
+"""Limits the calls that one peer may make without an API key.
+
+A peer is the remote end of connections: an IPv4 address, or an IPv6 network.
+"""
 
 from __future__ import annotations
 

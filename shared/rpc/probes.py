@@ -29,19 +29,19 @@ LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
 
 _VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
-# Connections at once of all, and of one peer; more are closed. A kubelet opens one for each probe,
-# a balancer keeps some.
+# The most connections at once, of all peers and of one. Further ones are closed. A kubelet opens
+# one for each probe; a load balancer keeps some open.
 CONNECTIONS: Final = 200
+_CONNECTIONS_PER_PEER: Final = 8
+# The most calls of one connection, and of all connections, so that no peer can take all calls.
 _STREAMS: Final = 4
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     # Anyone in the network may call: a request is a name, and a connection needs few streams.
     ("grpc.max_receive_message_length", 1024),
     ("grpc.max_concurrent_streams", _STREAMS),
-    ("grpc.max_allowed_incoming_connections", CONNECTIONS),
-    # A connection that says nothing, asks nothing, or does not finish a call soon gives its place
-    # to another one.
-    ("grpc.server_handshake_timeout_ms", 5_000),
+    # Idle connections, and those whose handshake or call does not end, are closed soon: their
+    # places are needed.
     ("grpc.settings_timeout", 5_000),
     ("grpc.max_connection_idle_ms", 30_000),
     ("grpc.max_connection_age_ms", 60_000),

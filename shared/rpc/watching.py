@@ -48,7 +48,7 @@ class Watch(Generic[T]):
     ) -> None:
         self._read = read
         self._pause = pause
-        # In the order in which they will be read; the values mean nothing.
+        # An ordered set: the keys are in the order in which they will be read.
         self._watchers: dict[_Watcher[T], None] = {}
         self._loop = Loop("watching", self._look, errors=DATABASE_ERRORS)
 

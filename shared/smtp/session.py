@@ -339,7 +339,7 @@ async def _connect_anywhere(host: str, port: int, stream: SmtpStream) -> None:
     """Connect to an endpoint of the operator, which may be in the operator's network."""
     try:
         await asyncio.get_running_loop().create_connection(lambda: stream, host, port)
-    except (OSError, UnicodeError) as error:  # an odd name cannot be encoded
+    except (OSError, UnicodeError) as error:  # not every name can be encoded
         # Users read this. It names no host and no address of the operator's network.
         raise OSError(f"no connection to the operator's relay: {reason_of(error)}") from None
 

@@ -72,7 +72,9 @@ async def test_a_missing_name_and_a_failing_server_are_told_apart(names: DnsServ
 @pytest.mark.parametrize(
     "name", ["a..test", "a" * 64 + ".test", ".".join(["a" * 60] * 5), "\u2028"]
 )
-async def test_what_is_no_host_name_is_refused_at_once(names: DnsServer, name: str) -> None:
+async def test_a_text_that_is_not_a_host_name_is_refused_at_once(
+    names: DnsServer, name: str
+) -> None:
     assert "cannot be resolved" in await refusal(names.resolver().addresses(name, "a"))
 
 
@@ -137,7 +139,7 @@ async def test_a_slow_server_is_waited_for(names: DnsServer) -> None:
     assert list(await resolver.addresses("slow.test", "a")) == ["192.0.2.2"]
 
 
-async def test_a_silent_server_is_given_up_within_the_limit(names: DnsServer) -> None:
+async def test_a_lookup_at_a_silent_server_ends_within_the_limit(names: DnsServer) -> None:
     names.silent.add("silent.test")
     began = time.monotonic()
     found = await refusal(names.resolver(limit=timedelta(seconds=1)).addresses("silent.test", "a"))

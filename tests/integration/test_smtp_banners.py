@@ -65,7 +65,7 @@ async def test_a_banner_of_another_service_is_not_shown(banner: str) -> None:
         await pool.close()
 
 
-async def test_a_failed_tls_handshake_does_not_show_what_answered() -> None:
+async def test_a_failed_tls_handshake_does_not_show_the_servers_text() -> None:
     async with OtherService(BANNERS[0]) as service:
         pool = pool_of(timeout=5.0)
         result = await send(pool, endpoint_of(service, security=SmtpSecurity.TLS))
@@ -74,7 +74,7 @@ async def test_a_failed_tls_handshake_does_not_show_what_answered() -> None:
         await pool.close()
 
 
-async def test_a_token_url_does_not_show_what_answered() -> None:
+async def test_a_failed_token_request_does_not_show_the_servers_text() -> None:
     async with OtherService(f"{BANNERS[0]}\r\n") as service:
         client = TokenClient(Egress(["127.0.0.1"]), TlsContexts())
         url = f"http://127.0.0.1:{service.port}/token"

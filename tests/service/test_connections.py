@@ -95,7 +95,7 @@ async def test_a_flood_of_unfinished_tls_handshakes_leaves_places_for_others(
             assert await check(f"127.0.0.1:{port}", trusted) == "OK"
 
 
-async def test_the_connections_that_a_peer_has_outlive_its_flood() -> None:
+async def test_older_connections_of_a_peer_survive_its_flood() -> None:
     async with serving(connections_per_peer=20, connections=400) as port:
         address = f"127.0.0.1:{port}"
         async with grpc.aio.insecure_channel(address, STREAMING) as channel:

@@ -189,7 +189,7 @@ def can_arrive(place: Place) -> bool:
     return place.limit.most * entry < MOST_BYTES
 
 
-async def test_the_real_methods_refuse_what_is_longer_than_its_limit(servers: Servers) -> None:
+async def test_every_method_refuses_values_above_their_limits(servers: Servers) -> None:
     tested = [
         place
         for place in places()

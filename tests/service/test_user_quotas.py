@@ -330,7 +330,7 @@ class WrongChange:
         ),
     ],
 )
-async def test_wrong_changes_of_users_are_refused(
+async def test_invalid_changes_of_a_user_are_refused(
     database_url: str, redis_url: str, wrong: WrongChange
 ) -> None:
     async with rivals(database_url, redis_url) as both:

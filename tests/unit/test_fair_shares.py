@@ -173,7 +173,9 @@ async def test_one_user_cannot_fill_the_line() -> None:
     taken_by(shares, EVE)
     crowd = Crowd(shares)
     async with waiting(crowd, [EVE] * 6):
-        with pytest.raises(ResourceExhausted, match=r"eve has its share .* 6 wait") as caught:
+        with pytest.raises(
+            ResourceExhausted, match=r"eve has reached its share .* 6 wait"
+        ) as caught:
             await shares.take(EVE)
         assert caught.value.metadata["limit_of"] == "user eve"
         assert caught.value.metadata["current"] == "6"

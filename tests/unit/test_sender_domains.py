@@ -39,7 +39,7 @@ def test_addresses_in_an_assigned_domain_are_allowed(address: str, assigned: str
         ("ann@exаmple.com", "example.com"),  # noqa: RUF001 - the first a is Cyrillic
     ],
 )
-def test_other_addresses_are_not(address: str, assigned: str) -> None:
+def test_addresses_in_other_domains_are_refused(address: str, assigned: str) -> None:
     with pytest.raises(PermissionDenied) as caught:
         check_sender_domain(address, [normalise_domain(assigned)], "ann")
     assert caught.value.reason == "SENDER_DOMAIN_NOT_ALLOWED"
@@ -65,6 +65,6 @@ def test_other_addresses_are_not(address: str, assigned: str) -> None:
         "a" * 64 + ".com",
     ],
 )
-def test_what_is_no_domain_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_domain_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"is not a domain|is longer than"):
         normalise_domain(text)

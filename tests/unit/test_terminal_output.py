@@ -87,7 +87,7 @@ def test_no_text_of_a_message_controls_the_terminal(
         assert "\\x1b]0;X" in shown.out or "\\u001b]0;X" in shown.out
 
 
-def test_lines_rows_and_errors_do_not_control_it_either(
+def test_lines_rows_and_errors_do_not_control_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     say(ESCAPES)

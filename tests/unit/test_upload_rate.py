@@ -70,6 +70,6 @@ async def test_the_time_in_which_the_server_is_busy_does_not_count() -> None:
     assert seen == 3
 
 
-async def test_without_a_least_rate_any_rate_will_do() -> None:
+async def test_without_a_least_rate_every_rate_is_accepted() -> None:
     rate = LeastRate(0, timedelta(seconds=0.2))
     assert await read(rate, paced(30, 1, 0.02)) == 30

@@ -32,7 +32,8 @@ _SERVICES: Final = (
     suppression_service_pb2,
     user_service_pb2,
 )
-# Of a call of any kind: refused before it began, or rolled back whole. The server asks for another.
+# The reasons after which every call may be repeated: it was refused before it began, or completely
+# rolled back.
 _NOTHING_HAPPENED: Final = frozenset(
     {
         "TOO_MANY_CALLS",
@@ -42,7 +43,7 @@ _NOTHING_HAPPENED: Final = frozenset(
         "CONFLICT",
     }
 )
-# What a call may at least take that has no time left: gRPC reads 0 as no deadline at all.
+# The deadline of a call that has no time left: gRPC takes 0 for no deadline.
 _LEAST_S: Final = 0.001
 
 

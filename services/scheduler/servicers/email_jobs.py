@@ -50,7 +50,7 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     def __init__(
         self, engine: AsyncEngine, loader: HeadLoader, explainer: Explainer, quotas: UserQuotas
     ) -> None:
-        """`quotas` are those of users without overrides."""
+        """`quotas` are the defaults, for users without overrides."""
         self._quotas = quotas
         self._engine = engine
         self._explainer = explainer

@@ -205,7 +205,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         with self.verifier.turn_of(user_id):
             result = await self.verifier.verify(endpoint, address, recipient)
         if result.operators and current_caller().kind is CallerKind.USER:
-            # It may be in the operator's network.
+            # The relay may be in the operator's network, which users must not learn about.
             result = replace(result, host="", port=0)
         return to_verification(result)
 

@@ -29,7 +29,7 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
     """Shows and changes the quotas and the domains of users."""
 
     def __init__(self, engine: AsyncEngine, quotas: UserQuotas) -> None:
-        """`quotas` are those of users without overrides."""
+        """`quotas` are the defaults, for users without overrides."""
         self._engine = engine
         self._quotas = quotas
 

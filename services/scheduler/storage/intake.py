@@ -78,7 +78,7 @@ class IntakeSender:
     user_id: str
     deleted: bool
     email: str
-    # Those that are assigned to its user.
+    # The domains that are assigned to the sender's user.
     domains: Sequence[str]
 
 
@@ -113,7 +113,7 @@ class IntakeStore:
     """Reads what an intake needs before it begins, and opens its transaction."""
 
     def __init__(self, engine: AsyncEngine, quotas: UserQuotas) -> None:
-        """`quotas` are those of users without overrides."""
+        """`quotas` are the defaults, for users without overrides."""
         self._engine = engine
         self._quotas = quotas
 

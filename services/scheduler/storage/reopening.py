@@ -67,10 +67,10 @@ async def retry_failed(
 
     Each `chunk` of a batch has its own transaction. If the call is interrupted, the caller can
     simply repeat it. Jobs of cancelled batches and of deleted senders are left alone. `quotas` are
-    those of users without overrides; None means that there are none.
+    those of users without overrides; None means no quotas.
 
     Raises:
-        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED. The chunks before stay moved.
+        ResourceExhausted: USER_WAITING_JOBS_EXCEEDED. Chunks that were already moved stay so.
     """
     async with engine.connect() as connection:
         matched = (await connection.execute(_count_matching(which))).scalar_one()

@@ -1,4 +1,4 @@
-"""The table of what operators have set for users."""
+"""The statements on the quotas and domains that operators have set for users."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from outbox_server.shared.user_quotas import QUOTAS
 
 @dataclass(frozen=True, slots=True)
 class UserRecord:
-    """What is set for a user. `overrides` has None for each quota that has its default."""
+    """The settings of a user. `overrides` has None for each quota with its default."""
 
     user_id: str
     overrides: Mapping[str, int | None]
@@ -56,7 +56,7 @@ async def list_users(connection: AsyncConnection, after: str, limit: int) -> Seq
 
 
 async def update_user(connection: AsyncConnection, user_id: str, values: Mapping[str, Any]) -> None:
-    """Change some columns of a user. They are by name; None in that of a quota: the default."""
+    """Change the given columns of a user. None in the column of a quota means the default."""
     changes = {**values, "updated_at": func.now()}
     statement = (
         insert(UserRow)
