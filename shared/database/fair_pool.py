@@ -7,7 +7,7 @@ would wait behind that user's.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection
@@ -23,6 +23,9 @@ _WAITING: Final = 10_000
 
 class FairPool(AsyncAdaptedQueuePool):
     """The pool of one process. Work outside of calls may take every connection."""
+
+    # SQLAlchemy derives the logger from the module of a subclass, and silences only its own ones.
+    _sqla_logger_namespace: ClassVar[str] = "sqlalchemy.pool.FairPool"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

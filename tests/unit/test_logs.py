@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import structlog
 
+from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.logs import configure_logging
 from outbox_server.shared.settings import load_settings
 
@@ -122,3 +123,9 @@ def test_the_errors_of_a_group_are_all_written() -> None:
     (line,) = documents(out)
     assert "KeyError: 'first'" in line["exception"]
     assert "ValueError: second" in line["exception"]
+
+
+async def test_the_connection_pool_logs_nothing_when_it_ends() -> None:
+    out = configured()
+    await create_engine(load_settings()).dispose()
+    assert documents(out) == []
