@@ -39,9 +39,9 @@ class DnsServer:
         self.aliases: dict[str, str] = {}
         self.silent: set[str] = set()
         self.slow: dict[str, float] = {}
-        # Names whose answers carry another question, as those of a forger would.
+        # Names whose answers have another question, as forged answers would.
         self.forged: set[str] = set()
-        # Names that get an error of the server.
+        # Names for which the server answers with an error.
         self.failing: set[str] = set()
         self.over_tcp = 0
         self._questions: Counter[tuple[str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""Page tokens with a right checksum and any content, as everybody can make who reads our code."""
+"""Page tokens with a valid checksum and forged content, as any reader of the code can make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which addresses processes accept TCP connections on, as the kernel lists them in /proc."""
+"""Lists the addresses on which processes accept TCP connections, from /proc."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class PostgresServer(LocalServer):
         self._durable = durable
         self._binaries = binaries
         self._system_user = system_user
-        # By role. All others are trusted.
+        # The passwords by role. All other roles are trusted.
         self._passwords: dict[str, str] = {}
 
     def url(self, database: str = "outbox", role: str = "outbox") -> str:

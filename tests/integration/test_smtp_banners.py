@@ -1,4 +1,4 @@
-"""What users read about an endpoint: SMTP replies, and nothing that another service said."""
+"""Users read the SMTP replies of an endpoint, but no text of another service."""
 
 from __future__ import annotations
 

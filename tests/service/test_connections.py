@@ -1,4 +1,4 @@
-"""Connections to a server: silent ones, too many, and those of peers that behave."""
+"""Connections to a server: silent ones, too many of them, and those of other peers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.peers import Flood, relayed
 # end never comes.
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
 SLOW_HEADERS = PREFACE + bytes.fromhex("00ffff010000000001") + b"\x00" * 10
-# The beginning of a TLS handshake: a ClientHello of 512 bytes, of which 6 come.
+# The beginning of a TLS handshake: the first 6 bytes of a ClientHello of 512 bytes.
 HALF_A_HELLO = bytes.fromhex("160301020001") + b"\x00\x01\xfc\x03\x03\x00"
 STREAMING = [("grpc.use_local_subchannel_pool", 1)]
 
@@ -76,7 +76,7 @@ async def test_a_flood_of_one_peer_leaves_places_for_others(first: bytes) -> Non
             await flood.open(500)
             await eventually(lambda: flood.alive() <= 20)
             assert await check(f"127.0.0.1:{port}") == "OK"
-            # More of them do not help.
+            # Further connections take no more places.
             await flood.open(100)
             await eventually(lambda: flood.alive() <= 20)
             assert await check(f"127.0.0.1:{port}") == "OK"
@@ -104,7 +104,7 @@ async def test_older_connections_of_a_peer_survive_its_flood() -> None:
             await watch.read()
             with Flood(port, first=PREFACE) as kept:
                 await kept.open(19)
-                # Over the number of files at which the guard looks, and seen by it.
+                # More files than the guard ignores, so it checks them.
                 with Flood(port, "127.0.0.2") as other:
                     await other.open(30)
                     await eventually(lambda: other.alive() <= 20)

@@ -1,4 +1,4 @@
-"""Page and resume tokens whose checksum is right and whose content is not ours."""
+"""Page and resume tokens with a valid checksum and forged content."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.forged_tokens import content_of, forged
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.stats_stack import stats_server
 
-# No position looks like one of these, whatever the types of its parts are.
+# No list has a position like these, whatever types the parts have.
 NEVER_OURS: Final = (
     b"",
     b"5",

@@ -369,7 +369,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_loses_its_place(
             async with asyncio.timeout(PATIENCE):
                 while got := await loop.sock_recv(client, 1 << 20):
                     received += len(got)
-    # What the kernels hold, and no more.
+    # The client gets what the kernels' buffers hold, and no more.
     assert received < len(generate_latest(registry)) / 2
 
 

@@ -188,11 +188,13 @@ async def test_silent_connections_are_bounded_and_soon_give_their_places_to_othe
     host, port = address.split(":")
     async with serving(health_listen=address), AsyncExitStack() as open_:
         silent = []
-        for _ in range(CONNECTIONS + 20):
-            reader, writer = await asyncio.open_connection(host, int(port))
+        for number in range(CONNECTIONS + 20):
+            # They come from many peers, because each may have a few only.
+            peer = f"127.0.1.{1 + number // 5}"
+            reader, writer = await asyncio.open_connection(host, int(port), local_addr=(peer, 0))
             open_.callback(writer.close)
             silent.append(asyncio.create_task(_until_closed(reader)))
-        # Those beyond the bound at once, and the others because they say nothing.
+        # Those beyond the limit are closed at once, and the others because they are idle.
         await eventually(lambda: sum(task.done() for task in silent) >= 20)
         assert await probe(address, "liveness") == "UNAVAILABLE"
         await eventually(lambda: all(task.done() for task in silent), 30)

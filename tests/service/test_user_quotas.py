@@ -73,7 +73,7 @@ async def test_batches_at_once_never_exceed_the_quota_of_waiting_jobs(
         assert refusal.metadata == {"user": "ann", "limit": "10", "current": "9"}
         assert await Fingerprint(database_url).take() == before
         assert (await one.schedule(senders[0])).batch.accepted_count == 1
-        # Of no other user.
+        # The quota limits this user only.
         assert (await one.schedule(other, ROWS)).batch.accepted_count == 3
 
 

@@ -84,5 +84,5 @@ def test_merging_very_many_groups_takes_few_steps_for_each(monkeypatch: pytest.M
     groups = [JobGroup(0, 1_000, 10**9) for _ in range(300)]
     groups += [JobGroup(n * 10**6, 1) for n in range(small)]
     assert sum(group.count for group in in_order(groups)) == 300_000 + small
-    # 300 for each if all long groups are cut at each small one.
+    # It would be 300 for each if all long groups were cut at each small one.
     assert steps < 40 * small

@@ -1,4 +1,4 @@
-"""Which calls and connections count together."""
+"""Which calls and connections count as those of one peer."""
 
 import pytest
 

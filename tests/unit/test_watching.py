@@ -37,7 +37,7 @@ async def test_many_watches_of_one_user_are_read_in_turns_and_those_of_others_ea
         await running
     with_hers = [keys for keys in reads if HERS in keys]
     assert len(with_hers) >= 7
-    # From the first read with all of them on.
+    # Counted from the first read in which all watches are open.
     crowded = [keys for keys in with_hers if len(keys) > USER_READ]
     assert crowded
     assert all(len(keys) == USER_READ + 1 for keys in crowded)

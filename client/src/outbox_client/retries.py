@@ -119,7 +119,7 @@ def may_pass(error: CallError) -> bool:
     if error.code is grpc.StatusCode.UNAVAILABLE:
         return True
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and not error.reason:
-        # Of a proxy, which is busy; or of gRPC itself, to which a message is too large for ever.
+        # From a busy proxy; or from gRPC itself, for which the message will always be too large.
         return "larger than max" not in error.message
     if error.code in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED):
         return error.retry_delay is not None

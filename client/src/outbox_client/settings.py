@@ -54,7 +54,7 @@ class Connection:
 
     api_key: str | None = field(default=None, repr=False)
     credentials: grpc.ChannelCredentials | None = None
-    # Of a unary call and of an upload, in seconds, all tries together; streams have none.
+    # Limits in seconds of a unary call and of an upload, for all tries together. Streams have none.
     timeout: float = 30.0
     upload_timeout: float = 3600.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
