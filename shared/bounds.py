@@ -58,8 +58,6 @@ MAX_CELL: Final = 16 * MIB
 MAX_TIME: Final = 100
 # Number of rejections of a batch that are stored. All are counted.
 MAX_STORED_REJECTIONS: Final = 10_000
-# The value of a Subject header, encoded (RFC 5322: a line has at most 998 characters).
-MAX_SUBJECT: Final = 998
 # A bearer token, and the headers of a trace.
 MAX_METADATA_VALUE: Final = 1_024
 

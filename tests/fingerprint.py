@@ -8,6 +8,7 @@ import psycopg
 from psycopg import sql
 
 from outbox_server.shared.database.models import Base
+from tests.eventually import eventually
 
 # Counts may be folded at any time, and a marker is deleted when its head is loaded.
 MOVING: Final = (
@@ -26,6 +27,10 @@ class Fingerprint:
         self._url = database_url
 
     async def take(self) -> dict[str, Any]:
+        """Return each table's number of rows and hash, by the table's name.
+
+        The mail of a cancelled batch is cancelled after the call's answer: wait until it is.
+        """
         of_a_table = sql.SQL(
             "SELECT {}, count(*), md5(string_agg(t::text, '|' ORDER BY t::text)) FROM {} t"
         )
@@ -37,5 +42,12 @@ class Fingerprint:
             if table.name not in MOVING
         )
         async with await psycopg.AsyncConnection.connect(self._url, autocommit=True) as connection:
+            await eventually(lambda: _no_batch_is_being_cancelled(connection))
             rows = await (await connection.execute(statement)).fetchall()
         return {name: found for name, *found in rows}
+
+
+async def _no_batch_is_being_cancelled(connection: psycopg.AsyncConnection) -> bool:
+    found = await connection.execute("SELECT NOT EXISTS (SELECT FROM batch_cancellations)")
+    (done,) = await found.fetchone() or (False,)
+    return bool(done)

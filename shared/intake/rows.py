@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
-from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS, MAX_SUBJECT_BYTES
+from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.intake.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
 from outbox_server.shared.intake.send_times import (
@@ -34,6 +34,8 @@ _ABSENT = -1
 # The number of column names whose variable names are cached, since rows repeat the same columns.
 _MAX_CACHED_NAMES = 10_000
 _MAX_SHOWN = 80
+# The subject of a row with a longer cell is rendered at intake, to see whether it is too long.
+_SHORT_CELL = 100
 
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
 
@@ -259,7 +261,7 @@ class _Checks:
         broken = ""
         for index in self._subject_indexes:
             cell = values[index] or ""
-            if len(cell) > MAX_SUBJECT_BYTES or LINE_BREAK.search(cell):
+            if len(cell) > _SHORT_CELL or LINE_BREAK.search(cell):
                 broken = self._names[index]
                 break
         # Only a rendered subject shows whether a filter removes or cuts the text. Rendering takes

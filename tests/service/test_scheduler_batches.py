@@ -284,7 +284,8 @@ async def test_a_file_that_is_not_csv_is_refused_and_nothing_is_stored(
             "LOCAL_TIME_DOES_NOT_EXIST",
         ),
         ("a@b.org,Ann,2027-10-31 02:30,Europe/Berlin", "schedule_time", "LOCAL_TIME_AMBIGUOUS"),
-        (f"a@b.org,{'x' * 4096},,", "", "MESSAGE_TOO_LARGE"),
+        (f"a@b.org,{'x' * 996},,", "name", "SUBJECT_TOO_LONG"),
+        (f"a@b.org,{'é' * 498},,", "name", "SUBJECT_TOO_LONG"),
     ],
 )
 async def test_a_bad_row_is_rejected_or_makes_a_strict_batch_fail(

@@ -22,8 +22,18 @@ from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 NOW = datetime(2026, 11, 24, 9, 5, 3, tzinfo=UTC)
 ID = "<outbox.7.demo@shop.example>"
 MEBIBYTE = 1024 * 1024
-TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=300)
-AWKWARD = st.text(alphabet=" \t\n\r.=?_-é名🎉\x01\x0b&<'\"", max_size=300)
+
+
+def texts(max_size: int) -> st.SearchStrategy[str]:
+    """Return random texts, and texts of the characters that change when they are encoded."""
+    return st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=max_size) | st.text(
+        alphabet=" \t\n\r.=?_-é名🎉\x01\x0b&<'\"", max_size=max_size
+    )
+
+
+TEXT = texts(300)
+# Encoded, it has at most 998 bytes.
+SUBJECT = texts(100)
 
 
 def build(
@@ -64,10 +74,9 @@ MAILS = {
     "base64": {"body": "名前\n" * 1000},
     "base64 of emoji": {"html": "🎉" * 1000},
     "both parts": {"body": "Grüße\n" * 500, "html": "<p>名前</p>" * 500},
-    "a subject of encoded words": {"subject": "名" * 1000, "body": "b"},
-    "a subject of encoded words in two bytes": {"subject": "é" * 1001, "body": "b"},
-    "a folded subject": {"subject": "word " * 300, "body": "b"},
-    "a long subject of plain words": {"subject": "word " * 3000, "body": "b"},
+    "a subject of encoded words": {"subject": "名" * 180, "body": "b"},
+    "a subject of encoded words in two bytes": {"subject": "é" * 201, "body": "b"},
+    "a folded subject": {"subject": "word " * 150, "body": "b"},
 }
 
 
@@ -86,7 +95,7 @@ def test_a_mail_of_exactly_the_limit_is_built_and_one_byte_more_is_refused(name:
     assert reported == size if exact else size - 1 < reported <= size
 
 
-@given(subject=TEXT | AWKWARD, body=TEXT | AWKWARD, html=TEXT | AWKWARD)
+@given(subject=SUBJECT, body=TEXT, html=TEXT)
 @example(subject="é" * 22, body="x", html="")
 @example(subject="", body=" \n" * 40, html="\t\n" * 40)
 @example(subject="", body="名\n" * 10, html="é=" * 100)
@@ -98,7 +107,7 @@ def test_a_mail_within_the_limit_is_never_refused(subject: str, body: str, html:
     refusal(values, size - 1)
 
 
-@given(name=TEXT | AWKWARD, times=st.integers(0, 4))
+@given(name=TEXT, times=st.integers(0, 4))
 def test_a_row_within_the_limit_is_never_rejected_by_the_estimate(name: str, times: int) -> None:
     source = "{{ name }}" * times + "{{ other | default: 'é' }}"
     template = BatchTemplate.compile("s", source, f"<p>{source}</p>")
@@ -176,7 +185,6 @@ GROWING = {
     "quoted-printable": ("body", "\x01" * (MEBIBYTE - 1_000)),
     "line ends": ("body", "\n" * (MEBIBYTE - 1_000)),
     "base64": ("html", "名" * (MEBIBYTE // 3 - 1_000)),
-    "the subject": ("subject", "a b" * (MEBIBYTE // 3 - 1_000)),
 }
 
 
@@ -207,7 +215,7 @@ def test_a_captured_text_may_be_longer_than_the_mail() -> None:
     assert data.endswith(b"4000\r\n")
 
 
-@given(TEXT | AWKWARD)
+@given(TEXT)
 def test_estimated_sizes_equal_the_sizes_of_the_text(text: str) -> None:
     raw = text.encode()
     assert utf8_size(text) == len(raw)
