@@ -86,9 +86,13 @@ def test_headers_and_bodies_are_limited(gateway: GatewayStack) -> None:
 
 def test_a_deadline_reaches_the_service(gateway: GatewayStack) -> None:
     answer = gateway.call("GET", "/api/senders/1", grpc_timeout="1n")
-    # Both the service and the gateway watch the deadline.
+    # The service, its gRPC library and the gateway watch the deadline. On a busy machine, the
+    # library answers before the service has the call, and gives no reason.
     assert answer.status == 504
-    assert answer.reason in {"DEADLINE_EXCEEDED", "GATEWAY_TIMEOUT"}
+    if answer.document["details"]:
+        assert answer.reason in {"DEADLINE_EXCEEDED", "GATEWAY_TIMEOUT"}
+    else:
+        assert answer.document["message"] == "Deadline Exceeded"
 
 
 def test_unknown_fields_of_a_json_body_are_ignored(gateway: GatewayStack) -> None:
