@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
+from outbox_server.shared.bounds import MAX_ROW_VALUES
+from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.csv_reader import read_csv
 from outbox_server.shared.intake.rows import CsvPlan, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate

@@ -30,6 +30,8 @@ from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.metrics.calls import UNKNOWN_METHOD, CallMetrics, MethodMetrics
 from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
+from outbox_server.shared.rpc.field_limits import check_fields
+from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -88,6 +90,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._calls = FairShares("calls", _CALLS, waiting=_CALLS_WAITING)
         self._watches = FairShares("watches", _STREAMS)
         self._by_user = CallsInFlight()
+        self._tooling = PeerPlaces(
+            "health and reflection calls", per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS
+        )
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
         self._metrics = metrics
@@ -250,7 +255,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 caller = await self._authenticate(method, context, log)
                 set_current_caller(caller)
                 if method.startswith(_TOOLING):
-                    return await work()
+                    with self._tooling.place_of(peer_of_call(context.peer())):
+                        return await work()
                 shares = self._shares_of(method, stream=stream)
                 with self._by_user.counted(caller.user_id, caller.quotas, group):
                     async with shares.entered(caller.claimant):

@@ -35,6 +35,7 @@ CONNECTIONS: Final = 200
 _CONNECTIONS_PER_PEER: Final = 8
 # The most calls of one connection, and of all connections, so that no peer can take all calls.
 _STREAMS: Final = 4
+_CALLS: Final = 100
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),
     # Anyone in the network may call: a request is a name, and a connection needs few streams.
@@ -43,7 +44,6 @@ _OPTIONS: Final = (
     # Idle connections, and those whose handshake or call does not end, are closed soon: their
     # places are needed.
     ("grpc.settings_timeout", 5_000),
-    ("grpc.max_connection_idle_ms", 30_000),
     ("grpc.max_connection_age_ms", 60_000),
     ("grpc.max_connection_age_grace_ms", 5_000),
 )
@@ -88,7 +88,8 @@ async def open_probes(settings: Settings) -> AsyncIterator[Probes]:
         yield probes
         return
     check_address(_VARIABLE, settings.health_listen)
-    server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=CONNECTIONS * _STREAMS)
+    options = (*_OPTIONS, *connection_options(CONNECTIONS))
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_CALLS)
     health_pb2_grpc.add_HealthServicer_to_server(probes, server)
     port = await bind(server, _VARIABLE, settings.health_listen)
     await server.start()

@@ -22,6 +22,7 @@ from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.rpc import health
 from outbox_server.shared.rpc.addresses import bind, check_address
 from outbox_server.shared.rpc.calls import CallInterceptor
+from outbox_server.shared.rpc.connections import ConnectionGuard, connection_options
 from outbox_server.shared.rpc.probes import Probes
 from outbox_server.shared.rpc.reflection import add_reflection
 from outbox_server.shared.rpc.tls import server_credentials

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -143,14 +143,20 @@ async def test_watches_of_one_user_leave_room_for_those_of_another(
             ).batch.batch_id
             for key in (both.ann, both.eve)
         ]
-        streams = [
-            both.scheduler.batches.WatchBatch(
-                WatchBatchRequest(batch_id=batches[1]), metadata=both.eve
-            )
-            for _ in range(800)
-        ]
-        async with watching(streams) as reads:
-            await eventually(lambda: all(each.done() for each in reads))
+        reads: list[asyncio.Future[Any]] = []
+        async with AsyncExitStack() as open_watches:
+            # In groups: a call that waits for a connection to PostgreSQL is refused after 10 s.
+            for _ in range(8):
+                group = [
+                    both.scheduler.batches.WatchBatch(
+                        WatchBatchRequest(batch_id=batches[1]), metadata=both.eve
+                    )
+                    for _ in range(100)
+                ]
+                opened = await open_watches.enter_async_context(watching(group))
+                _, late = await asyncio.wait(opened, timeout=PATIENCE)
+                assert not late
+                reads.extend(opened)
             assert refusals(reads) == {("TOO_MANY_CALLS", "user eve"): 800 - 704}
             hers = both.scheduler.batches.WatchBatch(
                 WatchBatchRequest(batch_id=batches[0]), metadata=both.ann

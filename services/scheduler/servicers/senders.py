@@ -29,7 +29,6 @@ from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.oauth2.credentials import TokenProvider
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
