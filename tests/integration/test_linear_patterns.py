@@ -30,6 +30,8 @@ FOLDERS: Final = {
     "client/src/outbox_client": "outbox_client",
 }
 METHODS: Final = ("match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer")
+# What a file contains if it uses an expression. Parsing all files would take each run a second.
+IN_SOURCE: Final = re.compile(rf"\.\s*(?:compile|{'|'.join(METHODS)})\b")
 # Methods that try each place of a text do the same work.
 ANCHORED: Final = ("match", "fullmatch")
 # Expressions that a function builds, by file and function: examples of them.
@@ -56,8 +58,9 @@ def sources() -> dict[str, ast.Module]:
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if "_sync" not in path.parts and "migrations" not in path.parts:
-                name = str(path.relative_to(ROOT))
-                found[name] = ast.parse(path.read_text(encoding="utf-8"))
+                source = path.read_text(encoding="utf-8")
+                if IN_SOURCE.search(source):
+                    found[str(path.relative_to(ROOT))] = ast.parse(source)
     return found
 
 
@@ -112,7 +115,7 @@ def expressions() -> Iterator[Expression]:
             private = target.id.startswith("_")
             methods = uses().get((name if private else "", target.id), set())
             yield Expression(f"{name}:{target.id}", pattern, tuple(methods or METHODS[:3]))
-        for function, node in calls_in_functions(tree):
+        for function, node in calls_in_functions(name):
             if id(node) in at_top or (name, function) in BUILT:
                 continue
             text = text_of(node.args[0])
@@ -148,8 +151,9 @@ def text_of(node: ast.expr) -> Any:
     return None
 
 
-def calls_in_functions(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
-    """Yield the calls of `re`, each with the name of the innermost function around it."""
+@cache
+def calls_in_functions(name: str) -> list[tuple[str, ast.Call]]:
+    """Return the calls of `re` in a file, each with the name of its innermost function."""
 
     def walk(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call]]:
         for child in ast.iter_child_nodes(node):
@@ -160,7 +164,7 @@ def calls_in_functions(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
                 yield inside, child
             yield from walk(child, inside)
 
-    yield from walk(tree, "")
+    return list(walk(sources()[name], ""))
 
 
 def distinct(methods: tuple[str, ...]) -> list[str]:
@@ -181,8 +185,8 @@ def test_all_expressions_are_found() -> None:
     calls = sum(1 for tree in sources().values() for node in ast.walk(tree) if is_call_of_re(node))
     built = sum(
         1
-        for name, tree in sources().items()
-        for function, _ in calls_in_functions(tree)
+        for name in sources()
+        for function, _ in calls_in_functions(name)
         if (name, function) in BUILT
     )
     examples = sum(map(len, BUILT.values()))
