@@ -17,11 +17,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -150,32 +148,11 @@ def _build_schema(url: str) -> None:
     migrate(url)
 
 
-@contextmanager
-def _compiling_once() -> Iterator[None]:
-    """Let all engines share the SQL that SQLAlchemy compiles from their statements.
-
-    A process compiles each of its statements once. Here every test has new engines. Without this,
-    compiling the same statements again would take a third of a test's CPU.
-    """
-    from sqlalchemy.dialects.postgresql.psycopg import PGDialectAsync_psycopg
-    from sqlalchemy.ext.asyncio import create_async_engine
-    from sqlalchemy.util import LRUCache
-
-    from outbox_server.shared.database import engine as module
-
-    compiled: LRUCache[Any, Any] = LRUCache(2_000)
-    create = partial(create_async_engine, execution_options={"compiled_cache": compiled})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "create_async_engine", create)
-        # The dialect is part of the key, and each engine has its own. All dialects are equal.
-        patch.setattr(PGDialectAsync_psycopg, "__hash__", lambda self: hash(type(self)))
-        patch.setattr(PGDialectAsync_psycopg, "__eq__", lambda a, b: type(a) is type(b))
-        yield
-
-
 @pytest.fixture(scope="session")
 def stores() -> Iterator[Stores]:
     """Start both servers, with the schema in a template database."""
+    from tests.shared_statements import share_statements
+
     # Not pytest's own folder: only its owner may enter it, and PostgreSQL refuses to run as root.
     folder = Path(tempfile.mkdtemp(prefix="outbox-test-"))
     folder.chmod(0o711)
@@ -196,8 +173,8 @@ def stores() -> Iterator[Stores]:
         try:
             runner.run(start())
             _build_schema(chosen.postgres.url(TEMPLATE))
-            with _compiling_once():
-                yield chosen
+            share_statements()
+            yield chosen
         finally:
             runner.run(stop())
             shutil.rmtree(folder)
