@@ -23,6 +23,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# grpc reads this at import. Without it, a server that a test starts while a channel is open may end
+# in grpc's fork handlers, before it is PostgreSQL or Redis.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 if TYPE_CHECKING:
     from psycopg import sql
     from redis.asyncio import Redis

@@ -155,8 +155,8 @@ async def test_many_jobs_are_renewed_by_one_statement(
         send.reply.set()
     await asyncio.gather(*tasks)
 
-    # The jobs of the second shard were claimed a moment later.
-    assert len(sizes) <= 4
+    # One statement for all jobs of a shard that were claimed at once.
+    assert sum(sizes) / len(sizes) >= 10, sizes
     assert sum(sizes[:2]) >= 50
 
 
