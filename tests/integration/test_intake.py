@@ -317,7 +317,7 @@ async def test_a_sender_is_not_deleted_right_before_the_commit_of_its_jobs(
 ) -> None:
     with psycopg.connect(scheduler.settings.database_url) as connection:
         # Stops the intake after its last check of the sender.
-        connection.execute("LOCK TABLE count_deltas IN SHARE MODE")
+        await asyncio.to_thread(connection.execute, "LOCK TABLE count_deltas IN SHARE MODE")
         accepting = asyncio.ensure_future(scheduler.schedule(sender))
         await eventually(lambda: scheduler.value(_WAIT_FOR_LOCKS) == 1)
         deleting = asyncio.ensure_future(
