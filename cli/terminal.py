@@ -1,7 +1,7 @@
 """Prints all texts of the command line in a form that cannot control the terminal.
 
-Servers and other users write parts of what is printed. A control character in them could move the
-cursor, set the title of the window, or answer in place of the user.
+Some of the texts that are printed come from servers and other users. A control character in such a
+text could move the cursor, set the title of the window, or type in place of the user.
 """
 
 from __future__ import annotations
