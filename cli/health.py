@@ -38,6 +38,8 @@ def health(
 ) -> None:
     """Ask a service on its health port whether it is ready, or alive. Exit code 0 means yes.
 
+    If it is not ready, the second line says which store is in trouble.
+
     A kubelet asks the same by itself (a gRPC probe of the port), which costs less than a command.
 
     $ OUTBOX_HEALTH_LISTEN=127.0.0.1:50060 outbox health liveness
@@ -46,6 +48,7 @@ def health(
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from outbox_server.cli.client import reachable
+    from outbox_server.shared.rpc.probes import REASON_KEY
     from outbox_server.shared.settings import load_settings
 
     address = server or reachable(load_settings().health_listen)
@@ -53,7 +56,7 @@ def health(
         raise CommandFailed("set OUTBOX_HEALTH_LISTEN or --server to a service's health port")
     with grpc.insecure_channel(address) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(
+            answer, call = health_pb2_grpc.HealthStub(channel).Check.with_call(
                 health_pb2.HealthCheckRequest(service=probe), timeout=_LIMIT_S
             )
         except grpc.RpcError as error:
@@ -62,9 +65,12 @@ def health(
                 "does not run, or it is not its OUTBOX_HEALTH_LISTEN"
             ) from None
     state = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    reason = dict(call.trailing_metadata()).get(REASON_KEY, "")
     if output is OutputFormat.JSON:
-        print_json({"probe": probe.value, "state": state})
+        print_json({"probe": probe.value, "state": state, "reason": reason})
     else:
         say(state)
+        if reason:
+            say(reason)
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -12,7 +13,7 @@ import typer
 
 from outbox_server.cli.client_files import ClientFiles, client_files
 from outbox_server.cli.lazy import Entry, LazyGroup
-from outbox_server.cli.terminal import say
+from outbox_server.cli.terminal import note, say
 
 _SYSTEM = "The complete system on this machine"
 _CLIENT = "Client commands: one group per service, one command per method"
@@ -188,4 +189,17 @@ def main() -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     # Without it, grpc prints its own line about each failed TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _warn_about_unknown_settings()
     app(prog_name="outbox")
+
+
+def _warn_about_unknown_settings() -> None:
+    """Name variables that are no settings. A service logs them itself."""
+    if sys.argv[1:2] in [["scheduler"], ["dispatcher"], ["stats"]]:
+        return
+    if any(name.startswith("OUTBOX_") for name in os.environ):
+        # Imported here, because most calls for help have no such variable.
+        from outbox_server.shared.unknown_settings import unknown_settings
+
+        for warning in unknown_settings(os.environ):
+            note(f"warning: {warning}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,6 +16,7 @@ import uvloop
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.logs import configure_logging
 from outbox_server.shared.settings import Settings, load_settings
+from outbox_server.shared.unknown_settings import unknown_settings
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -53,6 +55,8 @@ def run_with_settings(serve: Callable[[Settings, asyncio.Event], Awaitable[None]
     async def main(stop: asyncio.Event) -> None:
         settings = load_settings()
         configure_logging(settings)
+        for warning in unknown_settings(os.environ):
+            structlog.get_logger("outbox.settings").warning("unknown_setting", warning=warning)
         await serve(settings, stop)
 
     return run_service(main)

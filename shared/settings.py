@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     SecretStr,
@@ -29,6 +30,7 @@ from pydantic_settings import (
 from outbox_server.shared.bounds import MAX_GAP, MAX_QUOTA
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
+from outbox_server.shared.store_urls import check_database_url, check_redis_url
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)(ms|s|m|h|d)")
@@ -97,6 +99,9 @@ Durations = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_duration
 # The waits before a mail server is tried again: never zero, and short enough to give a valid date.
 Waits = Annotated[tuple[timedelta, ...], NoDecode, BeforeValidator(_waits)]
 
+DatabaseUrl = Annotated[str, AfterValidator(check_database_url)]
+RedisUrl = Annotated[str, AfterValidator(check_redis_url)]
+
 
 class Settings(BaseSettings):
     """The settings of the operator. Durations are written as `250ms`, `2s`, `1h`."""
@@ -104,12 +109,12 @@ class Settings(BaseSettings):
     # Not `.env`: who can write to the current folder could redirect calls, and read the API key.
     model_config = SettingsConfigDict(env_prefix="OUTBOX_", extra="ignore", frozen=True)
 
-    database_url: str = Field(
+    database_url: DatabaseUrl = Field(
         "postgresql://outbox@127.0.0.1:5432/outbox",
         description="PostgreSQL 14 or later: postgresql://user:password@host:port/database",
     )
     database_pool: int = Field(10, ge=2, le=200, description="connections of one process")
-    redis_url: str = Field(
+    redis_url: RedisUrl = Field(
         "redis://127.0.0.1:6379/0", description="Redis 6.2+ or Valkey 7.2+: redis://host:port/0"
     )
     shards: int = Field(

@@ -37,6 +37,7 @@ from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
@@ -46,6 +47,7 @@ from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.helo import helo_name
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
+from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.tls import TlsContexts
 from outbox_server.shared.traces.endpoint import open_tracer
 
@@ -160,8 +162,12 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check, "redis": redis.ping},
+                    {"postgresql": schema.check, "redis": partial(check_serving, redis, queues)},
                     stop,
+                    places={
+                        "postgresql": place_of(settings.database_url),
+                        "redis": place_of(settings.redis_url),
+                    },
                     report=monitoring.show_dependencies,
                 ),
                 partial(schema.run_when_usable, work, stop),

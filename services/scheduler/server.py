@@ -46,6 +46,7 @@ from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas
 
@@ -128,6 +129,7 @@ async def serve(
                     server,
                     {"postgresql": schema.check},
                     stop,
+                    places={"postgresql": place_of(settings.database_url)},
                     report=monitoring.show_dependencies,
                 ),
                 partial(schema.run_when_usable, work, stop),

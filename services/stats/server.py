@@ -27,6 +27,7 @@ from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
 from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.traces.endpoint import open_tracer
 
 # Methods that read and compute much. They have few places, so that most connections and processor
@@ -106,6 +107,7 @@ async def serve(
                     server,
                     {"postgresql": schema.check},
                     stop,
+                    places={"postgresql": place_of(settings.database_url)},
                     report=monitoring.show_dependencies,
                 ),
                 partial(schema.run_when_usable, work, stop),

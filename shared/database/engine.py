@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import psycopg
 from sqlalchemy import event
 from sqlalchemy.engine import ExceptionContext, make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from outbox_server.shared.database.fair_pool import FairPool
@@ -31,9 +30,10 @@ _ANSWER_LIMIT_S = _STATEMENT_TIMEOUT_MS / 1000 + 10
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
-# The errors of calls when PostgreSQL is unreachable, slow, full, or rolled back a transaction. A
-# later try may succeed. Any other error is a bug.
-DATABASE_ERRORS = (OperationalError, InterfaceError, PoolTimeoutError, OSError)
+# What work outside of calls may get from PostgreSQL and its driver. All of it is tried again: an
+# outage, but also a pooler that forgot a prepared statement, or a missing privilege or column. None
+# may end a process, because the next one would meet the same.
+DATABASE_ERRORS = (SQLAlchemyError, psycopg.Error, OSError)
 
 
 class _Connection(psycopg.AsyncConnection[Any]):

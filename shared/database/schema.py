@@ -18,6 +18,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox_server.shared.database.serving import check_serving
 from outbox_server.shared.errors import ConfigurationError, FailedPrecondition
 
 _VERSIONS: Final = Path(__file__).parent / "migrations" / "versions"
@@ -92,11 +93,12 @@ class SchemaGuard:
         self.revision = ""
 
     async def check(self) -> None:
-        """Read the revision of the schema, and check that this release can run on it.
+        """Check that this release can run on the schema, and that PostgreSQL serves it.
 
         Raises:
             SchemaOlderError, ConfigurationError: it cannot. The cause is logged once.
-            sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached.
+            sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, is read-only, or lacks a
+                column.
         """
         found = await read_revision(self._engine)
         self.revision = found.revision
@@ -112,6 +114,7 @@ class SchemaGuard:
             raise
         self._logged = ""
         self._decided.set()
+        await check_serving(self._engine)
 
     async def run_when_usable(
         self, work: Sequence[Callable[[], Awaitable[None]]], stop: asyncio.Event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -12,10 +13,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
 from outbox_server.shared.queue.sentinel import SCHEMES, connect_by_sentinel
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.store_urls import REDIS_FORM
 
 _LONGEST_AUTH_WAIT = timedelta(hours=1)
 _CALL_LIMIT_S = 5.0
@@ -33,7 +36,7 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
     The client must not retry a claim: the first call may have been executed.
 
     Raises:
-        ConfigurationError: a URL of Sentinel is malformed.
+        ConfigurationError: the URL is malformed, or has a parameter that redis-py does not know.
     """
     options: dict[str, Any] = {
         "decode_responses": True,
@@ -46,7 +49,22 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
     }
     if settings.redis_url.startswith(SCHEMES):
         return connect_by_sentinel(settings.redis_url, options)
-    return Redis.from_url(settings.redis_url, **options)
+    try:
+        client = Redis.from_url(settings.redis_url, **options)
+        # Only a connection object shows which parameters are known. It does not connect.
+        pool: Any = client.connection_pool
+        pool.make_connection()
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"OUTBOX_REDIS_URL: {_cause(error)}") from None
+    return client
+
+
+def _cause(error: Exception) -> str:
+    """Return what is wrong, without the URL, which may have a password."""
+    unknown = re.search(r"unexpected keyword argument '(\w{1,50})'", str(error))
+    if unknown:
+        return f"unknown parameter {unknown[1]!r}"
+    return f"redis-py does not accept it; write {REDIS_FORM}"
 
 
 def _auth_backoff(backoff: Sequence[timedelta]) -> tuple[timedelta, ...]:

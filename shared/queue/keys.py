@@ -37,3 +37,4 @@ class ShardKeys:
         self.generation = prefix + "generation"
         self.rebuild = prefix + "rebuild"
         self.wake = prefix + "wake"
+        self.health = prefix + "health"

@@ -7,17 +7,24 @@ one watcher that does not read would keep the server from reporting that it drai
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from outbox_server.shared.loops import Loop
+from outbox_server.shared.store_trouble import StoreTrouble, trouble_of
 
 SERVICE_NAME = "grpc.health.v1.Health"
+NOT_CHECKED: Final = "its stores are not checked yet"
+# The pause before a trouble that lasts is logged again: it doubles from the first to the last.
+_FIRST_REMINDER_S: Final = 2.0
+_LAST_REMINDER_S: Final = 300.0
 
 _Status = health_pb2.HealthCheckResponse
 
@@ -28,6 +35,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset(("", SERVICE_NAME, *services))
         self._serving = False
+        # Why it does not serve, in words for anybody.
+        self.reason = NOT_CHECKED
         self._changed = asyncio.Event()
 
     @property
@@ -35,8 +44,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
         """Whether it reports SERVING."""
         return self._serving
 
-    def set(self, *, serving: bool) -> None:
+    def set(self, *, serving: bool, reason: str = "") -> None:
         """Report SERVING or NOT_SERVING from now on, also to every watcher."""
+        self.reason = "" if serving else reason
         if serving == self._serving:
             return
         self._serving = serving
@@ -87,8 +97,58 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
 class Switch(Protocol):
     """The part of a server that `follow_dependencies` uses, such as GrpcServer's."""
 
-    def set_serving(self, serving: bool) -> None:
-        """Set whether health reports SERVING."""
+    def set_serving(self, serving: bool, reason: str = "") -> None:
+        """Set whether health reports SERVING, and if not, why, in words for anybody."""
+
+
+@dataclass(slots=True)
+class _Outage:
+    """The present trouble of one store, and when it is logged again."""
+
+    trouble: StoreTrouble
+    since: float
+    pause: float = _FIRST_REMINDER_S
+    next_log: float = field(default=0.0)
+
+
+class _StoreLog:
+    """Logs when a store begins to fail, at growing intervals while it does, and its return."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._log = structlog.get_logger("outbox.health")
+        self._places = places
+        self._outages: dict[str, _Outage] = {}
+        self._served: set[str] = set()
+
+    def serves(self, store: str) -> None:
+        """Log that a store serves, unless it served before."""
+        outage = self._outages.pop(store, None)
+        if outage is not None or store not in self._served:
+            self._served.add(store)
+            seconds = 0 if outage is None else round(time.monotonic() - outage.since)
+            self._log.info("store_serves", store=store, after_s=seconds)
+
+    def fails(self, store: str, trouble: StoreTrouble) -> None:
+        """Log a trouble, unless it is the same as before and was logged a short time ago."""
+        now = time.monotonic()
+        outage = self._outages.get(store)
+        if outage is None:
+            outage = self._outages[store] = _Outage(trouble, now)
+        elif outage.trouble.kind != trouble.kind:
+            outage.next_log = now
+        outage.trouble = trouble
+        if now < outage.next_log:
+            return
+        outage.next_log = now + outage.pause
+        outage.pause = min(outage.pause * 2, _LAST_REMINDER_S)
+        self._log.warning(
+            "store_fails",
+            store=store,
+            place=self._places.get(store, ""),
+            trouble=trouble.kind,
+            error=trouble.text,
+            for_s=round(now - outage.since),
+        )
 
 
 async def follow_dependencies(
@@ -96,37 +156,44 @@ async def follow_dependencies(
     checks: Mapping[str, Callable[[], Awaitable[object]]],
     stop: asyncio.Event,
     *,
+    places: Mapping[str, str] | None = None,
     report: Callable[[Mapping[str, bool]], None] | None = None,
     interval: timedelta = timedelta(seconds=1),
     limit: timedelta = timedelta(seconds=2),
 ) -> None:
-    """Let health report SERVING while every dependency answers, until `stop` is set.
+    """Let health report SERVING while every dependency serves, until `stop` is set.
 
-    `report` gets the result of each round. Each check asks one dependency (its name is for the log)
-    and raises if that cannot be reached. A
+    Each check does one cheap operation of the kind that the service needs, and raises if that
+    fails. `places` has the host and port of dependencies, for the log. `report` gets the result of
+    each round. A
     check that takes longer than `limit` counts as failed. It is cancelled, but not awaited: psycopg
     then asks the server to end the statement, which takes 10 s if the server hangs.
     """
-    log = structlog.get_logger("outbox.health")
-    gone_before: set[str] | None = None
+    log = _StoreLog(places or {})
+    late_text = f"no answer within {limit.total_seconds():g} s"
     asking: dict[str, asyncio.Task[None]] = {}
 
     async def check_all() -> timedelta:
-        nonlocal gone_before, asking
+        nonlocal asking
         begun = {name: asyncio.create_task(_run(checks[name])) for name in checks.keys() - asking}
         asking |= begun
         if begun:
             _, late = await asyncio.wait(begun.values(), timeout=limit.total_seconds())
             for check in late:
                 check.cancel()
-        gone = {name for name, check in asking.items() if not _answered(check)}
+        gone: dict[str, StoreTrouble] = {}
+        for name, check in asking.items():
+            trouble = _trouble(check, late_text)
+            if trouble is None:
+                log.serves(name)
+            else:
+                gone[name] = trouble
+                log.fails(name, trouble)
         asking = {name: check for name, check in asking.items() if not check.done()}
-        if gone != gone_before:
-            gone_before = gone
-            (log.warning if gone else log.info)("dependencies", gone=sorted(gone))
         if report is not None:
             report({name: name not in gone for name in checks})
-        server.set_serving(not gone)
+        reason = "; ".join(f"{name}: {trouble.kind}" for name, trouble in sorted(gone.items()))
+        server.set_serving(not gone, reason)
         return interval
 
     try:
@@ -141,6 +208,9 @@ async def _run(check: Callable[[], Awaitable[object]]) -> None:
     await check()
 
 
-def _answered(check: asyncio.Task[None]) -> bool:
-    """Whether a check succeeded. After any error, the dependency counts as unreachable."""
-    return check.done() and not check.cancelled() and check.exception() is None
+def _trouble(check: asyncio.Task[None], late: str) -> StoreTrouble | None:
+    """Return why a check failed; None if it succeeded. After any error the store does not serve."""
+    if not check.done() or check.cancelled():
+        return StoreTrouble(late, late)
+    error = check.exception()
+    return None if error is None else trouble_of(error)

@@ -2,12 +2,13 @@
 
 A kubelet speaks no TLS to gRPC, and has no client certificate. A command as the probe would cost
 0.3 s of a core each time, to start Python and import grpc. The port tells nobody more than whether
-the process lives and is ready.
+the process lives and is ready, and which store is in which kind of trouble: no host, no text of a
+server.
 
 - `liveness` is SERVING as long as the event loop runs. It depends on no store: a restart does not
   bring PostgreSQL back. A process whose loop hangs does not answer, and is restarted.
 - `readiness`, as the empty name, is what the service's own port says: SERVING while its stores
-  answer, and never again after SIGTERM.
+  serve, and never again after SIGTERM. If not, the trailing metadata say why.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from outbox_server.shared.settings import Settings
 
 LIVENESS: Final = "liveness"
 READINESS: Final = "readiness"
+# The trailing metadata of an answer NOT_SERVING: `redis: out of memory`.
+REASON_KEY: Final = "outbox-reason"
 
 _VARIABLE: Final = "OUTBOX_HEALTH_LISTEN"
 # The most connections at once, of all peers and of one. Further ones are closed. A kubelet opens
@@ -71,7 +74,10 @@ class Probes(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # grpc_heal
                 grpc.StatusCode.NOT_FOUND,
                 f"there is no probe {request.service!r}; ask for {LIVENESS} or {READINESS}",
             )
-        return status(status=status.SERVING if self._health.serving else status.NOT_SERVING)
+        if self._health.serving:
+            return status(status=status.SERVING)
+        context.set_trailing_metadata(((REASON_KEY, self._health.reason),))
+        return status(status=status.NOT_SERVING)
 
 
 @asynccontextmanager

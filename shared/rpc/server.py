@@ -166,14 +166,15 @@ class GrpcServer:
             self._guard.start()
         self._log.info("listening", port=self._port, tls=self._credentials is not None)
 
-    def set_serving(self, serving: bool) -> None:
-        """Set whether health reports SERVING. After the start of a drain it never does."""
-        self._health.set(serving=serving and not self._draining)
+    def set_serving(self, serving: bool, reason: str = "") -> None:
+        """Set whether health reports SERVING, or why not. During a drain it never does."""
+        if not self._draining:
+            self._health.set(serving=serving, reason=reason)
 
     def begin_drain(self) -> None:
         """Report NOT_SERVING from now on, but still accept calls."""
         self._draining = True
-        self._health.set(serving=False)
+        self._health.set(serving=False, reason="the process stops")
 
     async def drain_and_stop(self, grace: timedelta) -> None:
         """Stop within `grace`: let calls finish, end the watches, then cancel the rest.

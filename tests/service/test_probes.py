@@ -104,7 +104,9 @@ async def test_the_command_queries_the_health_port_and_its_exit_code_gives_the_s
 
     assert "does not answer the probe (UNAVAILABLE)" in (await ask())[1]
     async with serving(health_listen=address) as server:
-        assert await ask() == (1, "NOT_SERVING")
+        assert await ask() == (1, "NOT_SERVING\nits stores are not checked yet")
+        server.set_serving(False, "redis: out of memory")
+        assert await ask() == (1, "NOT_SERVING\nredis: out of memory")
         assert await ask("liveness") == (0, "SERVING")
         server.set_serving(True)
         assert await ask("readiness", "--server", address) == (0, "SERVING")

@@ -15,8 +15,10 @@ class Recorder:
 
     def __init__(self) -> None:
         self.reported: asyncio.Queue[bool] = asyncio.Queue()
+        self.reason = ""
 
-    def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool, reason: str = "") -> None:
+        self.reason = reason
         self.reported.put_nowait(serving)
 
     async def until(self, serving: bool) -> None:

@@ -1,0 +1,123 @@
+"""Says in a few words why a store does not serve, from the error of its driver.
+
+The words are fixed and name no host, so that the health port may show them to anybody. The driver's
+own text is for the log.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import psycopg
+from redis import exceptions as redis_errors
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from outbox_server.shared.errors import ConfigurationError, OutboxError
+
+_MAX_TEXT: Final = 300
+UNREACHABLE: Final = "unreachable"
+FAILED: Final = "failed"
+
+# By the beginning of a SQLSTATE; the longest one counts.
+_STATES: Final = {
+    "25006": "read-only server",
+    "42703": "column missing",
+    "42P01": "table missing",
+    "42501": "permission denied",
+    "28": "login refused",
+    "3D000": "database missing",
+    "53": "out of resources",
+    "55P03": "locked",
+    "57014": "too slow",
+    "57P": "starting or stopping",
+    "08": UNREACHABLE,
+}
+# By the first word of a reply. A script's error may quote the reply further on.
+_REPLIES: Final = {
+    "OOM": "out of memory",
+    "READONLY": "read-only replica",
+    "MOVED": "slot is on another node",
+    "ASK": "slot is on another node",
+    "CLUSTERDOWN": "cluster is down",
+    "TRYAGAIN": "cluster is down",
+    "CROSSSLOT": "slot is on another node",
+    "MASTERDOWN": "read-only replica",
+    "MISCONF": "refuses writes",
+    "NOREPLICAS": "refuses writes",
+    "LOADING": "starting or stopping",
+    "NOPERM": "permission denied",
+    "NOAUTH": "login refused",
+    "WRONGPASS": "login refused",
+}
+_REPLY: Final = re.compile(rf"(?:^|-)({'|'.join(_REPLIES)})\b")
+# redis-py removes the first word of some replies.
+_KINDS: Final[tuple[tuple[type[Exception], str], ...]] = (
+    (redis_errors.OutOfMemoryError, "out of memory"),
+    (redis_errors.ReadOnlyError, "read-only replica"),
+    (redis_errors.AskError, "slot is on another node"),
+    (redis_errors.ClusterDownError, "cluster is down"),
+    (redis_errors.MasterDownError, "cluster is down"),
+    (redis_errors.BusyLoadingError, "starting or stopping"),
+    (redis_errors.NoPermissionError, "permission denied"),
+    (redis_errors.AuthenticationError, "login refused"),
+    (PoolTimeoutError, "no connection free"),
+    (psycopg.OperationalError, UNREACHABLE),
+    (psycopg.InterfaceError, UNREACHABLE),
+    (redis_errors.ConnectionError, UNREACHABLE),
+    (redis_errors.TimeoutError, UNREACHABLE),
+    (OSError, UNREACHABLE),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreTrouble:
+    """Why a store does not serve: `kind` for anybody, `text` (one line) for the operator."""
+
+    kind: str
+    text: str
+
+
+def trouble_of(error: BaseException) -> StoreTrouble:
+    """Return what an error of a check says about the store."""
+    if isinstance(error, OutboxError):
+        return StoreTrouble(_of_ours(error), _one_line(error.message))
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    text = _text(cause) or type(cause).__name__
+    return StoreTrouble(_of_driver(cause, text), text)
+
+
+def _of_ours(error: OutboxError) -> str:
+    # Not the class, which is in the module that runs the checks.
+    if error.reason == "SCHEMA_OLDER":
+        return "schema older than this release: run `outbox migrate`"
+    if isinstance(error, ConfigurationError):
+        return "schema too new for this release"
+    return FAILED
+
+
+def _of_driver(cause: BaseException, text: str) -> str:
+    state = cause.sqlstate if isinstance(cause, psycopg.Error) else None
+    for length in (5, 3, 2):
+        if state and state[:length] in _STATES:
+            return _STATES[state[:length]]
+    # A refused login ends the connection, so that psycopg has no SQLSTATE for it.
+    if isinstance(cause, psycopg.OperationalError) and "authentication failed" in text:
+        return "login refused"
+    reply = _REPLY.search(text) if isinstance(cause, redis_errors.RedisError) else None
+    if reply is not None:
+        return _REPLIES[reply[1]]
+    return next((words for kind, words in _KINDS if isinstance(cause, kind)), FAILED)
+
+
+def _text(cause: BaseException) -> str:
+    """Return the driver's text. Further lines of a server's error may have the values of a row."""
+    if isinstance(cause, psycopg.Error) and cause.sqlstate:
+        return _one_line(str(cause).partition("\n")[0])
+    return _one_line(str(cause))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_TEXT]
