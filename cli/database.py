@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from sqlalchemy.exc import SQLAlchemyError
@@ -17,7 +17,7 @@ from outbox_server.shared.settings import load_settings
 T = TypeVar("T")
 
 
-def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: bool) -> T:
+def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: Any) -> T:
     """Run `work` on the database of OUTBOX_DATABASE_URL and return its result.
 
     `options` are those of `create_engine`.

@@ -34,17 +34,16 @@ def migrate(
     steps are kept.
     """
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     from outbox_server.shared.database import migrating
     from outbox_server.shared.settings import load_settings
+    from outbox_server.shared.store_urls import place_of
 
     url = load_settings().database_url
     try:
-        place = make_url(url).render_as_string(hide_password=True)
         migrating.migrate(url, say=note, patience=wait)
     except SQLAlchemyError as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None
-    note(f"the schema of {place} is up to date")
+    note(f"the schema of {place_of(url)} is up to date")

@@ -212,6 +212,23 @@ class DispatcherProcess:
         """Return whether its health is not SERVING or it does not answer."""
         return not await self.serving()
 
+    async def ready(self) -> bool:
+        """Return whether the server, of whichever service, is SERVING."""
+        if not self.listen:
+            return False
+        async with grpc.aio.insecure_channel(self.listen) as channel:
+            try:
+                answer = await health_pb2_grpc.HealthStub(channel).Check(
+                    health_pb2.HealthCheckRequest()
+                )
+            except grpc.aio.AioRpcError:
+                return False
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def unready(self) -> bool:
+        """Return the opposite of `ready`."""
+        return not await self.ready()
+
     async def exit_code(self) -> int:
         """Wait until it ends by itself; return its exit code."""
         await eventually(lambda: not self.is_running())

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from functools import partial
 
 import psycopg
 from sqlalchemy import event
-from sqlalchemy.engine import ExceptionContext, make_url
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from outbox_server.shared.database.connecting import (
+    STATEMENT_TIMEOUT_MS,
+    connect,
+    parse_target,
+)
 from outbox_server.shared.database.fair_pool import FairPool
 from outbox_server.shared.database.ownership import refuse_unbounded
 from outbox_server.shared.settings import Settings
 
-T = TypeVar("T")
-
-_CONNECT_TIMEOUT_S = 5
-# A statement that takes longer is stuck; a long intake consists of many statements.
-_STATEMENT_TIMEOUT_MS = 60_000
-# PostgreSQL ends such a statement itself and reports an error. If no reply comes although the
-# network acknowledges all packets (such as a frozen host behind a proxy), keep-alives detect
-# nothing, and only this limit ends the wait.
-_ANSWER_LIMIT_S = _STATEMENT_TIMEOUT_MS / 1000 + 10
+# A call waits this long for a lock, such as that of another call that changes the same sender.
+LOCK_TIMEOUT = timedelta(seconds=10)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
@@ -36,30 +33,13 @@ _MILLISECOND = timedelta(milliseconds=1)
 DATABASE_ERRORS = (SQLAlchemyError, psycopg.Error, OSError)
 
 
-class _Connection(psycopg.AsyncConnection[Any]):
-    """A connection whose waits for PostgreSQL all have a time limit."""
-
-    async def wait(self, *args: Any, **options: Any) -> Any:
-        try:
-            async with asyncio.timeout(_ANSWER_LIMIT_S):
-                return await super().wait(*args, **options)
-        except TimeoutError:
-            # A late reply could still arrive, so close; the pool then drops all older connections.
-            self.pgconn.finish()
-            raise psycopg.OperationalError("PostgreSQL does not reply") from None
-
-
-def driver_url(url: str) -> str:
-    """Return the URL with the driver that Outbox uses: psycopg 3."""
-    return make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-
-
 def create_engine(
     settings: Settings,
     *,
     lookups_only: bool = False,
     single_statements: bool = False,
     patient: bool = False,
+    lock_timeout: timedelta = LOCK_TIMEOUT,
 ) -> AsyncEngine:
     """Return the engine of one process, with a bounded pool and a time limit on every wait.
 
@@ -67,17 +47,27 @@ def create_engine(
     statistics, which are wrong for a table that was just filled.
     `single_statements`: each statement is its own transaction, in one round trip instead of four.
     `patient`: statements have no time limit, because nobody waits for them.
+    `lock_timeout`: how long a statement waits for a lock that somebody else holds.
     No statement of a call runs before the call is bound to its user: `shared.database.ownership`.
+
+    Raises:
+        ConfigurationError: OUTBOX_DATABASE_URL is malformed.
     """
-    limit = 0 if patient else _STATEMENT_TIMEOUT_MS
-    options = f"-c statement_timeout={limit} -c timezone=UTC -c jit=off"
+    settings_of_postgres = {
+        "statement_timeout": str(0 if patient else STATEMENT_TIMEOUT_MS),
+        "lock_timeout": str(0 if patient else lock_timeout // _MILLISECOND),
+        "timezone": "UTC",
+        "jit": "off",
+    }
     if lookups_only:
-        options += " -c enable_seqscan=off -c enable_hashjoin=off -c enable_mergejoin=off"
         # Read in the order of the index, too: a bitmap scan that sorts a million jobs of a sender
         # to find the first 128 takes 0.5 s.
-        options += " -c enable_bitmapscan=off"
+        scans = ("seqscan", "hashjoin", "mergejoin", "bitmapscan")
+        settings_of_postgres |= {f"enable_{scan}": "off" for scan in scans}
+    target = parse_target(settings.database_url)
     engine = create_async_engine(
-        driver_url(settings.database_url),
+        "postgresql+psycopg://",
+        async_creator=partial(connect, target, settings_of_postgres, patient=patient),
         poolclass=FairPool,
         pool_size=settings.database_pool,
         max_overflow=0,
@@ -89,19 +79,16 @@ def create_engine(
         hide_parameters=True,
         isolation_level="AUTOCOMMIT" if single_statements else "READ COMMITTED",
         pool_reset_on_return=None if single_statements else "rollback",
-        connect_args={
-            "async_creator_fn": (psycopg.AsyncConnection if patient else _Connection).connect,
-            "connect_timeout": _CONNECT_TIMEOUT_S,
-            "options": options,
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-            "tcp_user_timeout": 10_000,
-        },
     )
     refuse_unbounded(engine)
     event.listen(engine.sync_engine, "handle_error", _leave_standby)
     return engine
+
+
+def is_locked(error: Exception) -> bool:
+    """Return whether a statement ended because somebody else held a lock for too long."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return isinstance(cause, psycopg.errors.LockNotAvailable)
 
 
 def _leave_standby(context: ExceptionContext) -> None:

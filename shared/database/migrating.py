@@ -24,7 +24,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, pool, text
 from sqlalchemy.exc import DBAPIError
 
-from outbox_server.shared.database.engine import driver_url
+from outbox_server.shared.database.connecting import connect_directly
 from outbox_server.shared.database.schema import SchemaRevision
 from outbox_server.shared.errors import OutboxError
 
@@ -36,11 +36,13 @@ _PAUSE_S: Final = 1.0
 _POLL_S: Final = 0.2
 # Any constant. The session that holds this advisory lock migrates.
 _ADVISORY_LOCK: Final = 7_402_311_915
-_OPTIONS: Final = (
-    f"-c lock_timeout={LOCK_TIMEOUT_MS} -c statement_timeout=0 -c timezone=UTC"
+_SETTINGS: Final = {
+    "lock_timeout": str(LOCK_TIMEOUT_MS),
+    "statement_timeout": "0",
+    "timezone": "UTC",
     # When this process dies, its session ends its statement and releases its locks.
-    " -c client_connection_check_interval=1000"
-)
+    "client_connection_check_interval": "1000",
+}
 _RETRIED: Final = (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected)
 _OLDEST_TRANSACTION: Final = text(
     "SELECT pid, coalesce(nullif(application_name, ''), backend_type) AS who,"
@@ -77,7 +79,8 @@ def migrate(
     follow those of this release; tests use it.
 
     Raises:
-        ConfigurationError: the schema is newer, and no longer has what this release uses.
+        ConfigurationError: the schema is newer, and no longer has what this release uses; or the
+            URL is malformed, or leads to a pooler, which keeps no lock of a session.
         MigrationBlockedError: the locks were not free for `patience`; run it again later.
         sqlalchemy.exc.SQLAlchemyError: PostgreSQL cannot be reached, or a migration is wrong.
     """
@@ -115,16 +118,9 @@ def migrate(
 @contextmanager
 def _session(url: str) -> Iterator[Connection]:
     engine = create_engine(
-        driver_url(url),
+        "postgresql+psycopg://",
         poolclass=pool.NullPool,
-        connect_args={
-            "connect_timeout": 5,
-            "options": _OPTIONS,
-            "application_name": "outbox migrate",
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 3,
-        },
+        creator=partial(connect_directly, url, _SETTINGS, application_name="outbox migrate"),
     )
     try:
         with engine.connect() as connection:

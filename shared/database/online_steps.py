@@ -11,6 +11,7 @@ import psycopg
 from alembic import op
 from sqlalchemy import text
 
+from outbox_server.shared.database.connecting import connect_directly
 from outbox_server.shared.database.migrating import LOCK_TIMEOUT_MS, Say
 
 _REPORT_S: Final = 2.0
@@ -69,7 +70,7 @@ def _progress(url: str, pid: int, say: Say) -> Iterator[None]:
 
     def report() -> None:
         try:
-            with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+            with connect_directly(url, autocommit=True) as connection:
                 while not over.wait(_REPORT_S):
                     row = connection.execute(_PROGRESS, [pid]).fetchone()
                     if row is not None:

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from functools import partial
+
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from outbox_server.shared.database.engine import driver_url
+from outbox_server.shared.database.connecting import connect_directly
 from outbox_server.shared.database.models import Base
 
 
 def test_the_migrated_schema_equals_the_models(database_url: str) -> None:
-    engine = create_engine(driver_url(database_url), poolclass=NullPool)
+    engine = create_engine(
+        "postgresql+psycopg://", creator=partial(connect_directly, database_url), poolclass=NullPool
+    )
     with engine.connect() as connection:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "compare_server_default": True}
@@ -19,7 +23,9 @@ def test_the_migrated_schema_equals_the_models(database_url: str) -> None:
 
 
 def test_every_check_of_the_models_is_in_the_schema(database_url: str) -> None:
-    engine = create_engine(driver_url(database_url), poolclass=NullPool)
+    engine = create_engine(
+        "postgresql+psycopg://", creator=partial(connect_directly, database_url), poolclass=NullPool
+    )
     with engine.connect() as connection:
         found = set(
             connection.scalars(text("SELECT conname FROM pg_constraint WHERE contype = 'c'"))

@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.services.dispatcher import recovery as recovery_module
-from outbox_server.shared.database import engine as database
+from outbox_server.shared.database import connecting as database
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
