@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
+# The pause before a job is claimed again that somebody else had locked.
+_LOCKED_PAUSE = timedelta(seconds=1)
 _log = structlog.get_logger(__name__)
 
 
@@ -239,6 +241,9 @@ class Dispatcher:
                 jobs = await storage.mark_sending(
                     connection, [claim.job for claim in group.claims], self._lease
                 )
+                marked = {job.job for job in jobs}
+                missing = [claim.job for claim in group.claims if claim.job not in marked]
+                locked = await storage.still_waiting(connection, missing) if missing else set()
         except BaseException:
             # Nothing was sent. If the statement was committed, the lease of its attempts expires.
             for claim in group.claims:
@@ -246,7 +251,11 @@ class Dispatcher:
             raise
         by_ref = {job.job: job for job in jobs}
         for claim in group.claims:
-            if claim.job not in by_ref:
+            if claim.job.job_id in locked and claim.job not in by_ref:
+                # Not at once, because the lock may last.
+                due_ms = claim.lease_ms + (_LOCKED_PAUSE - self._lease) // timedelta(milliseconds=1)
+                self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
+            elif claim.job not in by_ref:
                 self._settler.settle(UnmarkedClaim(claim))
         return [(claim, by_ref[claim.job]) for claim in group.claims if claim.job in by_ref]
 

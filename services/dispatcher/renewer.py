@@ -149,11 +149,15 @@ class Renewer:
             ends = await storage.renew_leases(
                 connection, [leased.marked.job for leased in old], self._lease
             )
+            missing = [each.marked.job for each in old if each.marked.job.job_id not in ends]
+            locked = await storage.still_sending(connection, missing) if missing else set()
         ours: list[LeasedJob] = []
         for leased in old:
             end = ends.get(leased.marked.job.job_id)
             if leased not in self._leased:
                 continue  # it has ended meanwhile
+            if end is None and leased.marked.job.job_id in locked:
+                continue  # the next round tries again, and the send stops before its lease ends
             if end is None:
                 _log.warning("lease_lost", job_id=leased.marked.job.job_id)
                 self._metrics.lost_leases(LostLease.RENEWAL)

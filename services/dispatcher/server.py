@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
+from typing import Final
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -51,6 +52,9 @@ from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.tls import TlsContexts
 from outbox_server.shared.traces.endpoint import open_tracer
 
+# A statement for many jobs does not wait longer for a lock on one of them.
+_LOCK_TIMEOUT: Final = timedelta(seconds=1)
+
 
 async def serve(
     settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
@@ -58,9 +62,11 @@ async def serve(
     """Run a dispatcher until `stop` is set. `ready` is called with the port once it is bound."""
     async with AsyncExitStack() as stack:
         probes = await stack.enter_async_context(open_probes(settings))
-        engine = create_engine(settings, lookups_only=True)
+        engine = create_engine(settings, lookups_only=True, lock_timeout=_LOCK_TIMEOUT)
         stack.push_async_callback(engine.dispose)
-        statements = create_engine(settings, lookups_only=True, single_statements=True)
+        statements = create_engine(
+            settings, lookups_only=True, single_statements=True, lock_timeout=_LOCK_TIMEOUT
+        )
         stack.push_async_callback(statements.dispose)
         redis, listening = connect(settings), connect(settings, listening=True)
         stack.push_async_callback(redis.aclose)

@@ -26,7 +26,7 @@ from outbox_server.services.dispatcher.cooling import (
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
-from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.database.engine import DATABASE_ERRORS, is_locked
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
@@ -129,20 +129,29 @@ class Settler:
 
     async def run(self) -> None:
         """Write outcomes until closed. A group that PostgreSQL cannot record is tried again."""
-        async with asyncio.TaskGroup() as redis_writes:
+        async with asyncio.TaskGroup() as tasks:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
                 group, self._pending = self._pending, []
                 if group:
-                    recorded = await self._until_recorded(group)
-                    self._slots.release(len(group))
-                    # Not awaited: while Redis hangs, the next outcomes must still be recorded
-                    # before their leases expire.
-                    redis_writes.create_task(self._settle_in_redis(group, recorded))
+                    await self._finish(group, tasks)
                 if self._closed and not self._pending:
                     return
                 raise_if_cancelled()
+
+    async def _finish(self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup) -> None:
+        """Record a group in PostgreSQL, then in Redis."""
+        recorded = await self._until_recorded(group)
+        if recorded is None:
+            # The others must not wait for the outcome whose row is locked.
+            for outcome in group:
+                tasks.create_task(self._finish([outcome], tasks))
+            return
+        self._slots.release(len(group))
+        # Not awaited: while Redis hangs, the next outcomes must still be recorded before their
+        # leases expire.
+        tasks.create_task(self._settle_in_redis(group, recorded))
 
     async def _record(self, group: list[ClaimOutcome]) -> _Recorded:
         ended = [o for o in group if isinstance(o, EndedAttempt)]
@@ -206,12 +215,15 @@ class Settler:
             # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
 
-    async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded:
+    async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded | None:
+        """Record a group, however long it takes. None: somebody has locked a row of several."""
         failing = False
         while True:
             try:
                 return await self._record(group)
             except DATABASE_ERRORS as error:
+                if len(group) > 1 and is_locked(error):
+                    return None
                 if not failing:
                     _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)
                 failing = True

@@ -94,10 +94,11 @@ async def serve(
         stack.push_async_callback(egress.close)
         tokens = TokenSource(engine, secrets, TokenClient.from_settings(settings, egress))
         stack.push_async_callback(tokens.close)
-        senders = SenderServicer(
-            engine, loader, secrets, settings, Verifier(settings, secrets, tokens, egress)
-        )
         sweeper = Sweeper(engine)
+        verifier = Verifier(settings, secrets, tokens, egress)
+        senders = SenderServicer(
+            engine, loader, secrets, settings, verifier, wake_sweeper=sweeper.wake
+        )
         watch = Watch(partial(_read_batches, engine))
         schema = SchemaGuard(engine)
         server = GrpcServer(

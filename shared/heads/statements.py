@@ -48,7 +48,12 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
     """Return the statement for settings, first waiting jobs and markers of senders."""
     waiting = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
-        .where(EmailJob.sender_id == Sender.id, waits_of(Sender.id))
+        .where(
+            EmailJob.sender_id == Sender.id,
+            # Nothing of a deleted sender is sent, and a million rows may wait to be cancelled.
+            Sender.deleted_at.is_(None),
+            waits_of(Sender.id),
+        )
         .order_by(EmailJob.scheduled_at, EmailJob.id)
         .limit(HEAD_SIZE + 1)
         .correlate(Sender)

@@ -18,7 +18,13 @@ from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from sqlalchemy import select
 
-from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob, mark_sending, settle
+from outbox_server.services.dispatcher.storage import (
+    AttemptRecord,
+    MarkedJob,
+    mark_sending,
+    settle,
+    still_waiting,
+)
 from outbox_server.services.scheduler.storage.cancelling import (
     CancelledBatch,
     cancel_batch,
@@ -151,15 +157,20 @@ async def test_a_job_that_returns_from_a_failed_attempt_is_cancelled(world: Worl
     assert list(await left(world)) == []
 
 
-async def test_a_mark_that_waits_for_a_cancellation_marks_nothing(world: World) -> None:
+async def test_a_mark_during_a_cancellation_marks_nothing_and_does_not_wait(world: World) -> None:
     jobs = await world.schedule(await world.sender(), 3)
     batch = await batch_of(world, jobs[0])
     async with world.engine.begin() as connection:
         cancelled = await cancel_batch(connection, batch, None)
-        marking = asyncio.create_task(mark(world, jobs))
-        await eventually(partial(any_lock_waits, world))
+        assert await mark(world, jobs) == []
+        refs = [JobRef(job, 1) for job in jobs]
+        async with world.engine.connect() as other:
+            # As far as others know, they still wait: they are claimed again, and refused then.
+            assert await still_waiting(other, refs) == set(jobs)
     assert cancelled is not None
-    assert (cancelled.jobs, await marking) == (3, [])
+    assert cancelled.jobs == 3
+    async with world.engine.connect() as other:
+        assert await still_waiting(other, refs) == set()
     await world.check_counts()
 
 

@@ -15,9 +15,10 @@ from outbox_server.services.dispatcher.storage.marking import (
     MarkedJob,
     mark_sending,
     read_batches,
+    still_waiting,
 )
 from outbox_server.services.dispatcher.storage.recovering import next_expiry, recover_expired
-from outbox_server.services.dispatcher.storage.renewing import renew_leases
+from outbox_server.services.dispatcher.storage.renewing import renew_leases, still_sending
 from outbox_server.services.dispatcher.storage.settling import AttemptRecord, give_back, settle
 
 __all__ = [
@@ -35,4 +36,6 @@ __all__ = [
     "refused_in_a_row",
     "renew_leases",
     "settle",
+    "still_sending",
+    "still_waiting",
 ]

@@ -84,15 +84,17 @@ _active_revision = (
 def _mark_statement() -> Any:
     """Return the statement that marks claimed jobs, and ends those that must not be sent any more.
 
-    Jobs of cancelled batches are left out. FOR SHARE waits for a cancellation that is under way and
-    then checks the state again. A later cancellation waits for this statement (see
-    shared/database/cancellations.py).
+    Jobs of cancelled batches are left out. A later cancellation waits for FOR SHARE of this
+    statement (see shared/database/cancellations.py).
+
+    It waits for nobody: jobs and batches that somebody else has locked are left out, because the
+    other jobs of the group would wait for them. `still_waiting` finds them.
     """
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
         select(Batch.id, Batch.user_id)
         .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE)
-        .with_for_update(read=True)
+        .with_for_update(read=True, skip_locked=True)
         .cte("sendable")
     )
     suppressed = (
@@ -124,6 +126,7 @@ def _mark_statement() -> Any:
             EmailJob.attempt == _claim.c.attempt - 1,
             _active_revision.is_not(None),
         )
+        .with_for_update(of=EmailJob, key_share=True, skip_locked=True)
         .cte("decided")
     )
     sends = decided.c.state == JobState.SENDING
@@ -169,8 +172,9 @@ async def mark_sending(
 ) -> list[MarkedJob]:
     """Mark claimed jobs SENDING and load them.
 
-    A job that is missing from the result must not be sent: it or its batch was cancelled, an
-    earlier claim sent it, its sender was paused, or it is now SUPPRESSED or EXPIRED.
+    A job that is missing from the result must not be sent now: it or its batch was cancelled, an
+    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, or it is locked
+    (see `still_waiting`).
     """
     rows = await connection.execute(
         _MARK,
@@ -194,6 +198,32 @@ async def mark_sending(
         )
         for row in rows
     ]
+
+
+# What is locked is read without a lock, so a change that is not committed yet is not seen.
+_STILL_WAITING = (
+    select(EmailJob.id)
+    .join(_claim, _claim.c.id == EmailJob.id)
+    .join(Batch, Batch.id == EmailJob.batch_id)
+    .where(
+        _WAITS,
+        EmailJob.attempt == _claim.c.attempt - 1,
+        Batch.state == BatchState.ACTIVE,
+        _active_revision.is_not(None),
+    )
+)
+
+
+async def still_waiting(connection: AsyncConnection, jobs: Sequence[JobRef]) -> set[int]:
+    """Return the ids of those jobs that `mark_sending` left out because they were locked.
+
+    They can be claimed again. One whose cancellation was under way is refused then.
+    """
+    found = await connection.execute(
+        _STILL_WAITING,
+        {"ids": [job.job_id for job in jobs], "attempts": [job.attempt for job in jobs]},
+    )
+    return set(found.scalars())
 
 
 async def read_batches(

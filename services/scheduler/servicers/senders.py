@@ -53,7 +53,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         secrets: SecretBox,
         settings: Settings,
         verifier: Verifier,
+        *,
+        wake_sweeper: Callable[[], None] = lambda: None,
     ) -> None:
+        """`wake_sweeper` is called after jobs were cancelled, whose rows are to be updated."""
+        self._wake_sweeper = wake_sweeper
         self._engine = engine
         self._loader = loader
         self._secrets = secrets
@@ -165,6 +169,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 reason="SENDER_HAS_OPEN_JOBS",
                 metadata={"sender_id": request.sender_id},
             )
+        self._wake_sweeper()
         _log_ended(sender_id, deletion.ended, by="DeleteSender")
         await load_soon(self._loader, [sender_id])
         return Empty()

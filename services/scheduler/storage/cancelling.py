@@ -14,26 +14,36 @@ from typing import Any, Final
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    any_,
     cast,
     delete,
     func,
     insert,
     literal,
+    or_,
     select,
     update,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.count_deltas import counting_moves
 from outbox_server.shared.database.counts import batch_counts, in_state
-from outbox_server.shared.database.models import Batch, BatchCancellation, EmailJob
+from outbox_server.shared.database.models import (
+    Batch,
+    BatchCancellation,
+    BatchCount,
+    CountDelta,
+    EmailJob,
+)
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.heads.markers import mark_stale, marking_stale
 from outbox_server.shared.states import BatchState, JobState
 
 # The number of rows that one transaction moves, in about 0.3 s.
 SWEPT_AT_ONCE: Final = 20_000
+_BATCHES_AT_ONCE: Final = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,7 @@ def _statement(
     limit: int | None,
     *,
     heads: bool = True,
+    skip_locked: bool = False,
 ) -> Any:
     """Return the statement that moves jobs and updates the counts, and the markers if `heads`."""
     # Locked in the order of ids, as settlements lock them, so that there are no deadlocks.
@@ -78,7 +89,7 @@ def _statement(
         .where(which)
         .order_by(EmailJob.id)
         .limit(limit)
-        .with_for_update()
+        .with_for_update(skip_locked=skip_locked)
         .cte("waiting")
     )
     # `at` is used for the rows and for their deltas, so that a recount by hours gives the same.
@@ -157,6 +168,47 @@ async def cancel_batch(
     return CancelledBatch(row.sender_id, waiting)
 
 
+async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:
+    """Cancel all batches of a sender that have waiting jobs or jobs in flight.
+
+    The sender's row is locked, so no batch is added meanwhile. Each batch is cancelled as by
+    `cancel_batch`; `sweep` updates the rows, in parts. Return the number of cancelled jobs.
+    """
+    now = func.now()
+    folded = select(BatchCount.batch_id).where(BatchCount.state == JobState.SCHEDULED)
+    recent = select(CountDelta.batch_id).where(CountDelta.sender_id == sender_id)
+    of_sender = (
+        Batch.sender_id == sender_id,
+        Batch.state == BatchState.ACTIVE,
+        or_(
+            folded.where(BatchCount.batch_id == Batch.id, BatchCount.n > 0).exists(),
+            Batch.id.in_(recent),
+        ),
+    )
+    # Locked in the order of ids: two cancellations never wait for one another.
+    locked = select(Batch.id).where(*of_sender).order_by(Batch.id).with_for_update()
+    ids = list((await connection.execute(locked)).scalars())
+    jobs = 0
+    for first in range(0, len(ids), _BATCHES_AT_ONCE):
+        counts = await batch_counts(connection, ids[first : first + _BATCHES_AT_ONCE])
+        opened = [batch_id for batch_id, each in counts.items() if each.open]
+        if not opened:
+            continue
+        jobs += sum(counts[batch_id].scheduled for batch_id in opened)
+        cancelled = (
+            update(Batch)
+            .where(Batch.id == any_(literal(opened, ARRAY(BigInteger))))
+            .values(state=BatchState.CANCELLED, cancelled_at=now)
+            .returning(Batch.id, Batch.sender_id, Batch.cancelled_at)
+            .cte("cancelled")
+        )
+        columns = ("batch_id", "sender_id", "cancelled_at")
+        await connection.execute(
+            insert(BatchCancellation).from_select(columns, select(*cancelled.c))
+        )
+    return jobs
+
+
 async def unswept(connection: AsyncConnection) -> Sequence[int]:
     """Return the cancelled batches whose rows are not all CANCELLED yet."""
     found = select(BatchCancellation.batch_id).order_by(BatchCancellation.batch_id)
@@ -186,6 +238,8 @@ async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_A
         limit,
         # The heads were marked when the batch was cancelled.
         heads=False,
+        # Those that somebody has locked are left to a later call, too.
+        skip_locked=True,
     )
     moved = (await connection.execute(statement)).one()
     if moved.jobs == limit:
@@ -200,8 +254,22 @@ async def sweep(connection: AsyncConnection, batch_id: int, limit: int = SWEPT_A
         # Jobs that were in flight may have returned to any place, so all rows are read once more.
         await connection.execute(update(BatchCancellation).where(this).values(swept_to=0))
         return True
+    if await _open_rows(connection, batch_id):
+        return False
     await connection.execute(delete(BatchCancellation).where(this))
     return False
+
+
+async def _open_rows(connection: AsyncConnection, batch_id: int) -> bool:
+    """Return whether rows are left, by the counts: to look for them would read all rows."""
+    folded = select(BatchCount.n).where(
+        BatchCount.batch_id == batch_id, BatchCount.state == JobState.SCHEDULED
+    )
+    recent = select(CountDelta.n).where(
+        CountDelta.batch_id == batch_id, CountDelta.state == JobState.SCHEDULED
+    )
+    part = folded.union_all(recent).subquery()
+    return bool(await connection.scalar(select(func.coalesce(func.sum(part.c.n), 0) > 0)))
 
 
 async def _is_sending(connection: AsyncConnection, batch_id: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from sqlalchemy import Select, Text, delete, exists, func, insert, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.storage.cancelling import end_waiting
+from outbox_server.services.scheduler.storage.cancelling import cancel_batches_of
 from outbox_server.services.scheduler.storage.oauth2_credentials import (
     VISIBLE_CREDENTIALS,
     replace_credentials,
@@ -308,7 +308,7 @@ class Deletion:
 async def delete_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None, *, force: bool
 ) -> Deletion | None:
-    """Delete a sender. With `force`, its waiting jobs are cancelled.
+    """Delete a sender. With `force`, its batches with waiting jobs are cancelled.
 
     Return None if it does not exist or belongs to another user. The row is locked first. An intake
     locks and checks it before its commit. So either its jobs are found here, or it finds that the
@@ -325,8 +325,7 @@ async def delete_sender(
         return None
     cancelled = 0
     if force:
-        which = EmailJob.sender_id == sender_id
-        cancelled = (await end_waiting(connection, which, JobState.CANCELLED)).jobs
+        cancelled = await cancel_batches_of(connection, sender_id)
     elif await _has_open_jobs(connection, sender_id):
         return Deletion(deleted=False)
     # Nothing will be sent for it any more, so its secrets are deleted.
