@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.deploy.private_files import write_private
 
 
 class Certificate(NamedTuple):
@@ -47,13 +48,12 @@ def self_signed(
     folder.mkdir(exist_ok=True)
     public, private = folder / f"{host}.crt", folder / f"{host}.key"
     public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
+    secret = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
     )
+    write_private(private, secret.decode())
     return Certificate(public, private)
 
 

@@ -11,16 +11,19 @@ import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from outbox_server.deploy.private_files import open_private
 from outbox_server.shared.errors import OutboxError
 
 _LAST_LINES: Final = 15
 _POLL: Final = 0.01
 _PR_SET_PDEATHSIG: Final = 1
+_APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 # A child does not inherit this process's environment, such as PG* variables and secrets.
 CHILD_ENVIRONMENT: Final = {"PATH": os.defpath, "LC_ALL": "C"}
 
@@ -50,7 +53,9 @@ class Child:
         user: pwd.struct_passwd | None = None,
         environment: Mapping[str, str] = CHILD_ENVIRONMENT,
         death_signal: signal.Signals = signal.SIGKILL,
+        stdin: str = "",
     ) -> None:
+        """`stdin` is what the process reads: for secrets, as all users can see its arguments."""
         self.name = name
         self._argv = [str(word) for word in argv]
         self._log = log
@@ -59,6 +64,7 @@ class Child:
         # Takes effect at the next start.
         self.environment = dict(environment)
         self._death_signal = death_signal
+        self._stdin = stdin.encode()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -75,13 +81,19 @@ class Child:
 
     def start(self) -> None:
         """Start the process, and return before it is ready."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        with self._log.open("ab") as output:
+        self._log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # A log may quote what only its owner may see.
+        with (
+            os.fdopen(open_private(self._log, _APPEND), "ab") as output,
+            tempfile.TemporaryFile() as stdin,
+        ):
+            stdin.write(self._stdin)
+            stdin.seek(0)
             self._process = subprocess.Popen(  # noqa: S603 - our own command line
                 self._argv,
                 cwd=self._cwd,
                 env=self.environment,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from outbox_server.deploy.private_files import open_private, private_folder
 from outbox_server.deploy.record import (
     MESSAGE_ID,
     RECORD,
@@ -17,6 +18,7 @@ from outbox_server.deploy.record import (
 )
 
 HOSTNAME: Final = "inbox.localhost"
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _END_OF_HEADERS: Final = b"\r\n\r\n"
 
 
@@ -24,7 +26,8 @@ class MailStore:
     """Stores mails exactly as they arrived.
 
     The standard library's `mailbox.Maildir` and mail programs can open the Maildir (`tmp`, `new`,
-    `cur`). It also contains `record.jsonl`, the record of arrivals. Nothing is synced to disk.
+    `cur`). It also contains `record.jsonl`, the record of arrivals. Only the owner may read them.
+    Nothing is synced to disk.
     """
 
     def __init__(self, maildir: Path) -> None:
@@ -42,9 +45,14 @@ class MailStore:
         return self.maildir / RECORD
 
     def open(self) -> None:
-        """Make the folders, and open the record to append."""
+        """Make the folders, which only their owner may enter, and open the record to append.
+
+        Raises:
+            ForeignFolderError: a folder belongs to another user.
+        """
+        private_folder(self.maildir)
         for name in ("tmp", "new", "cur"):
-            (self.maildir / name).mkdir(parents=True, exist_ok=True)
+            private_folder(self.maildir / name)
         self.receiver_id = ensure_receiver_id(self.maildir)
         self._record = RecordFile(self.record)
 
@@ -77,7 +85,8 @@ class MailStore:
             file=name,
         )
         written = self.maildir / "tmp" / name
-        written.write_bytes(content)
+        with os.fdopen(open_private(written, _CREATE), "wb") as opened:
+            opened.write(content)
         written.rename(self.maildir / "new" / name)
         self._record.append(mail)
         return mail

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from outbox_server.deploy.private_files import open_private, write_private
 from outbox_server.shared.audit.replay import least_gap, most_in_window
 
 RECORD: Final = "record.jsonl"
@@ -47,7 +48,9 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         """Open the record to append. A last line that a crash cut off is dropped."""
-        self._file: BinaryIO = path.open("ab+", buffering=0)
+        self._file: BinaryIO = os.fdopen(
+            open_private(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "ab+", buffering=0
+        )
         self._file.seek(0)
         kept = self._file.read().rfind(b"\n") + 1
         self._file.truncate(kept)
@@ -122,9 +125,7 @@ def ensure_receiver_id(folder: Path) -> str:
     if known is not None:
         return known
     made = secrets.token_hex(6)
-    written = folder / f"{_RECEIVER_ID}.new"
-    written.write_text(f"{made}\n")
-    written.rename(folder / _RECEIVER_ID)
+    write_private(folder / _RECEIVER_ID, f"{made}\n")
     return made
 
 

@@ -51,7 +51,7 @@ class Stores:
         """Run a statement as the superuser, outside a transaction."""
         import psycopg
 
-        from outbox_server.deploy.embedded.postgres import SUPERUSER
+        from outbox_server.deploy.embedded.passwords import SUPERUSER
 
         url = self.postgres.url("postgres", SUPERUSER)
         with psycopg.connect(url, autocommit=True) as connection:

@@ -22,7 +22,7 @@ from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
 from outbox_server.deploy.drill.rolling import RollingRestart
 from outbox_server.deploy.drill.stack import DrillStack
 from outbox_server.deploy.drill.waiting import until
-from outbox_server.deploy.embedded.postgres import SUPERUSER
+from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.trouble import InboxTrouble, Way

@@ -7,8 +7,6 @@ that the services verify a certificate and encrypt, and the servers behind only 
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +18,13 @@ from outbox_server.deploy.certificates import Certificate, self_signed, server_c
 from outbox_server.deploy.drill.database import store_user_key
 from outbox_server.deploy.drill.load import USER
 from outbox_server.deploy.embedded.encryption_key import key_in
-from outbox_server.deploy.embedded.postgres import PostgresServer
+from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
 from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.deploy.private_files import write_private
 from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.database.migrating import migrate
 
-_ROLE: Final = "outbox"
-# The ALPN name of PostgreSQL's protocol, which a client sends that begins with TLS.
+# What a client of PostgreSQL that begins with TLS asks for.
 _POSTGRES_ALPN: Final = "postgresql"
 
 
@@ -39,8 +37,7 @@ class ProductionConfiguration:
         # Not the certificate of the stores: a client that trusts only that one must fail.
         self._services = self_signed(folder / "services")
         self._key = make_key()
-        self._database_password = secrets.token_urlsafe(24)
-        self.redis_password: Final = secrets.token_urlsafe(24)
+        self._database_password = PasswordFile(folder / "postgres").password_of(OWNER)
 
     @property
     def contexts(self) -> dict[str, ssl.SSLContext]:
@@ -60,7 +57,7 @@ class ProductionConfiguration:
             grpc.access_token_call_credentials(self._key.text),
         )
 
-    def environment(self, ports: Mapping[str, int]) -> dict[str, str]:
+    def environment(self, ports: Mapping[str, int], redis_password: str) -> dict[str, str]:
         """Write the secrets into files, and return the variables of the services.
 
         `ports` are those of the proxies. A variable that is empty counts as not set.
@@ -69,7 +66,7 @@ class ProductionConfiguration:
         folder.mkdir(mode=0o700)
         values = {
             "DATABASE_URL": self._database_url(ports["postgres"]),
-            "REDIS_URL": f"rediss://:{self.redis_password}@{LOOPBACK}:{ports['redis']}/0"
+            "REDIS_URL": f"rediss://:{redis_password}@{LOOPBACK}:{ports['redis']}/0"
             f"?ssl_ca_certs={self._stores.public}",
             "SMTP_URL": f"smtps://drill:drill@{LOOPBACK}:{ports['smtp']}",
             "ENCRYPTION_KEYS": key_in(self._folder),
@@ -81,25 +78,22 @@ class ProductionConfiguration:
         }
         for name, value in values.items():
             file = folder / name.lower()
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as opened:
-                opened.write(value + "\n")
+            write_private(file, value + "\n")
             found |= {f"OUTBOX_{name}": "", f"OUTBOX_{name}_FILE": str(file)}
         return found
 
-    def prepare_database(self, postgres: PostgresServer, port: int) -> None:
-        """Require a password, migrate by way of the proxy at `port`, and store the user's key.
+    def prepare_database(self, port: int) -> None:
+        """Migrate by way of the proxy at `port`, and store the user's key.
 
         Called in a thread, while the event loop of the proxy runs in another one.
         """
-        asyncio.run(postgres.require_password(_ROLE, self._database_password))
         url = self._database_url(port)
         migrate(url)
         asyncio.run(store_user_key(url, self._key, USER))
 
     def _database_url(self, port: int) -> str:
         return (
-            f"postgresql://{_ROLE}:{self._database_password}@{LOOPBACK}:{port}/outbox"
+            f"postgresql://{OWNER}:{self._database_password}@{LOOPBACK}:{port}/outbox"
             # TLS from the first byte (PostgreSQL 17 or later), as the proxy does not speak the
             # protocol by which clients ask for TLS.
             f"?sslmode=verify-full&sslrootcert={self._stores.public}&sslnegotiation=direct"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from outbox_server.deploy.drill.plan import (
 )
 from outbox_server.deploy.drill.production import ProductionConfiguration
 from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service
@@ -130,6 +132,7 @@ class DrillStack:
             for proxy in (*self.proxies.values(), self._balancer):
                 await stack.enter_async_context(proxy)
             ports = {name: proxy.port for name, proxy in self.proxies.items()}
+            redis_password = secrets.token_urlsafe(24)
             self._system = LocalSystem(
                 self._folder,
                 self.settings,
@@ -137,13 +140,19 @@ class DrillStack:
                 schedulers=self.size.schedulers,
                 stats=self.size.stats,
                 through={
-                    "OUTBOX_DATABASE_URL": f"postgresql://outbox@{LOOPBACK}:{ports['postgres']}/outbox",
-                    "OUTBOX_REDIS_URL": f"redis://{LOOPBACK}:{ports['redis']}/0",
+                    "OUTBOX_DATABASE_URL": PasswordFile(self._folder / "postgres").url(
+                        ports["postgres"], "outbox", OWNER
+                    ),
+                    "OUTBOX_REDIS_URL": f"redis://:{redis_password}@{LOOPBACK}:{ports['redis']}/0",
                     # With a name and a password, so that there is an AUTH to fail.
                     "OUTBOX_SMTP_URL": f"smtp://drill:drill@{LOOPBACK}:{ports['smtp']}",
                     "OUTBOX_SMTP_ALLOW": LOOPBACK,
                     "SSL_CERT_FILE": str(self._trusted.public),
-                    **(self._production.environment(ports) if self._production else {}),
+                    **(
+                        self._production.environment(ports, redis_password)
+                        if self._production
+                        else {}
+                    ),
                     **self._environment,
                 },
                 default_ports=False,
@@ -152,8 +161,7 @@ class DrillStack:
                 health=self._production is not None,
                 say=self._say,
             )
-            if self._production is not None:
-                self._system.servers.valkey.password = self._production.redis_password
+            self._system.servers.valkey.password = redis_password
             if self._faketime is not None:
                 set_clock(self.redis_clock, 0)
                 valkey = self._system.servers.valkey
@@ -168,7 +176,7 @@ class DrillStack:
 
     def _prepare(self, _: str) -> None:
         if self._production is not None:
-            self._production.prepare_database(self.postgres, self.proxies["postgres"].port)
+            self._production.prepare_database(self.proxies["postgres"].port)
 
     def _port_of_a_scheduler(self) -> int:
         ready = [one for one in self.system.services if one.name == "scheduler"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from outbox_server.deploy.private_files import write_private
 from outbox_server.shared.secrets import generate_key
 
 
@@ -18,11 +18,6 @@ def key_in(folder: Path) -> str:
         return path.read_text().strip()
     except FileNotFoundError:
         pass
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(generate_key() + "\n")
-    # Rename the complete file: passwords that are encrypted with half a key would be lost.
-    fresh.rename(path)
+    # Complete or not at all: passwords that are encrypted with half a key would be lost.
+    write_private(path, generate_key() + "\n")
     return path.read_text().strip()

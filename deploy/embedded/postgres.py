@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pwd
 import shutil
@@ -15,6 +14,7 @@ from psycopg import sql
 
 from outbox_server.deploy.child import Child, LocalServerError, run_to_end, stop_orphans
 from outbox_server.deploy.embedded.local_server import LocalServer
+from outbox_server.deploy.embedded.passwords import OWNER, SUPERUSER, PasswordFile
 from outbox_server.deploy.embedded.system_user import (
     DEFAULT_USER,
     all_may_enter,
@@ -24,12 +24,11 @@ from outbox_server.deploy.embedded.system_user import (
 from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.deploy.wheels import postgres_binaries
 
-SUPERUSER: Final = "postgres"
 _INITDB_LIMIT: Final = 120.0
+# It recovers the cluster first, like a start.
+_PASSWORDS_LIMIT: Final = 120.0
 # The recovery after a crash may replay max_wal_size of WAL.
 _START_LIMIT: Final = 120.0
-_RELOAD_LIMIT_S: Final = 30.0
-_RELOAD_POLL_S: Final = 0.02
 # SIGINT is PostgreSQL's fast shutdown: it ends sessions and writes a checkpoint. SIGQUIT is the
 # immediate shutdown: nothing is lost, because the next start recovers.
 _STOP: Final = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0))
@@ -45,10 +44,17 @@ _SETTINGS: Final = {
 # Commits stay synchronous. Without fsync that only costs a write to the page cache; with
 # asynchronous commits, a kill -9 of PostgreSQL would lose the commits of the last 0.6 s.
 _NOT_DURABLE: Final = {"fsync": "off", "full_page_writes": "off"}
+# SCRAM, so that a program which takes the port while the server is down does not learn a password.
+_ACCESS: Final = f"host all all {LOOPBACK}/32 scram-sha-256\n"
+# The first release whose setting decides about the iterations of SCRAM.
+_SCRAM_ITERATIONS_SINCE: Final = 160_000
 
 
 class PostgresServer(LocalServer):
-    """PostgreSQL on loopback with its data in `folder`. It trusts every local user, by default.
+    """PostgreSQL on loopback with its data in `folder`. Every login needs a password.
+
+    Other users of this machine can reach the port, and whoever logs in as the superuser can run
+    programs. The passwords are in a file beside `folder`, which only its owner may read.
 
     The caller makes sure that only one process uses the folder at a time (`Servers` does, by a
     lock).
@@ -76,14 +82,11 @@ class PostgresServer(LocalServer):
         self._durable = durable
         self._binaries = binaries
         self._system_user = system_user
-        # The passwords by role. All other roles are trusted.
-        self._passwords: dict[str, str] = {}
+        self.passwords: Final = PasswordFile(self.folder)
 
-    def url(self, database: str = "outbox", role: str = "outbox") -> str:
+    def url(self, database: str = "outbox", role: str = OWNER) -> str:
         """Return the URL of a database, as OUTBOX_DATABASE_URL takes it."""
-        password = self._passwords.get(role)
-        login = f"{role}:{password}" if password else role
-        return f"postgresql://{login}@{LOOPBACK}:{self.port}/{database}"
+        return self.passwords.url(self.port, database, role)
 
     async def start(self) -> None:
         """Start on the data folder, created if missing, and return when a connection works.
@@ -104,6 +107,7 @@ class PostgresServer(LocalServer):
         # No server runs here. The pid in the file may belong to another process by now, which
         # PostgreSQL would take for a running server.
         (self.folder / "postmaster.pid").unlink(missing_ok=True)
+        await self._require_passwords(binaries, user)
         await self._start(
             lambda port: self._child_on(port, binaries, user),
             self._answers,
@@ -116,40 +120,59 @@ class PostgresServer(LocalServer):
         await self.child.stop()
         await stop_orphans(self.folder, "postgres", ())
 
-    async def ensure_database(self, database: str = "outbox", role: str = "outbox") -> None:
-        """Create the role (not a superuser; may create databases) and its database, if missing."""
-        name, owner = sql.Identifier(database), sql.Identifier(role)
+    async def ensure_database(self, database: str = "outbox") -> None:
+        """Create the owner (not a superuser; may create databases) and its database, if missing."""
+        name, owner = sql.Identifier(database), sql.Identifier(OWNER)
         connection = await psycopg.AsyncConnection.connect(
             self.url("postgres", SUPERUSER), autocommit=True
         )
         async with connection:
-            if not await _has(connection, "pg_roles", "rolname", role):
+            if not await _has(connection, "pg_roles", "rolname", OWNER):
                 await connection.execute(sql.SQL("CREATE ROLE {} LOGIN CREATEDB").format(owner))
+            await self._set_password_of_owner(connection)
             if not await _has(connection, "pg_database", "datname", database):
                 await connection.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(name, owner))
 
-    async def require_password(self, role: str, password: str) -> None:
-        """Let `role` log in only with a password, by SCRAM; other roles stay trusted.
+    async def _set_password_of_owner(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        if connection.info.server_version >= _SCRAM_ITERATIONS_SINCE:
+            # More would slow down each login, and protect only passwords that can be guessed.
+            await connection.execute("SET scram_iterations = 1")
+        # The verifier instead of the password, which the log could quote.
+        password = self.passwords.password_of(OWNER).encode()
+        verifier = connection.pgconn.encrypt_password(password, OWNER.encode(), b"scram-sha-256")
+        statement = sql.SQL("ALTER ROLE {} PASSWORD {}")
+        await connection.execute(
+            statement.format(sql.Identifier(OWNER), sql.Literal(verifier.decode()))
+        )
 
-        The password must consist of characters that a URL may have. Returns when the server
-        refuses a login without it.
+    async def _require_passwords(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
+        """Make every login need a password, also in the data folder of an earlier release.
+
+        The superuser's is set while no server runs, so there is no moment without a password.
         """
-        admin = self.url("postgres", SUPERUSER)
-        connection = await psycopg.AsyncConnection.connect(admin, autocommit=True)
-        async with connection:
-            statement = sql.SQL("ALTER ROLE {} PASSWORD {}")
-            await connection.execute(statement.format(sql.Identifier(role), sql.Literal(password)))
-            # Written over the existing file, which belongs to the user of the server.
-            (self.folder / "pg_hba.conf").write_text(
-                f'host all "{role}" all scram-sha-256\nhost all all all trust\n'
-            )
-            await connection.execute("SELECT pg_reload_conf()")
-        # The server reads the file again a moment later.
-        bare = self.url("postgres", role)
-        async with asyncio.timeout(_RELOAD_LIMIT_S):
-            while await _logs_in(bare):  # noqa: ASYNC110 - there is no event to wait for
-                await asyncio.sleep(_RELOAD_POLL_S)
-        self._passwords[role] = password
+        access = self.folder / "pg_hba.conf"
+        # Tells whether the superuser has the password of the present file.
+        wanted = f"# with the passwords of {self.passwords.digest}\n{_ACCESS}"
+        if access.read_text() == wanted:
+            return
+        argv: list[str | Path] = [binaries / "postgres", "--single"]
+        argv += ["-D", _path_for(user, self.folder)]
+        # An error would be logged without the statement, which has the password.
+        settings = {"log_min_error_statement": "panic"}
+        argv += _options(settings | ({} if self._durable else _NOT_DURABLE))
+        password = self.passwords.password_of(SUPERUSER)
+        single = Child(
+            "PostgreSQL in single-user mode",
+            [*argv, "postgres"],
+            log=self._log,
+            cwd=self.folder,
+            user=user,
+            stdin=f"ALTER ROLE {SUPERUSER} PASSWORD '{password}'\n",
+        )
+        await run_to_end(single, _PASSWORDS_LIMIT)
+        # Written over the existing file, which belongs to the user of the server. An incomplete one
+        # lets nobody in, and the next start repeats this.
+        access.write_text(wanted)
 
     async def _initialise(self, binaries: Path, user: pwd.struct_passwd | None) -> None:
         # Create it under another name and rename it, so that a kill leaves no incomplete folder.
@@ -160,7 +183,8 @@ class PostgresServer(LocalServer):
         if user is not None:
             os.chown(fresh, user.pw_uid, user.pw_gid)
         argv: list[str | Path] = [binaries / "initdb", "--pgdata", _path_for(user, fresh)]
-        argv += ["--auth=trust"]
+        # Nobody, until there are passwords.
+        argv += ["--auth=reject"]
         argv += [f"--username={SUPERUSER}", "--encoding=UTF8", "--locale=C", "--no-sync"]
         initdb = Child("initdb", argv, log=self._log, cwd=fresh, user=user)
         await run_to_end(initdb, _INITDB_LIMIT)
@@ -177,11 +201,9 @@ class PostgresServer(LocalServer):
     def _child_on(self, port: int, binaries: Path, user: pwd.struct_passwd | None) -> Child:
         settings = _SETTINGS | {"port": str(port)} | ({} if self._durable else _NOT_DURABLE)
         argv: list[str | Path] = [binaries / "postgres", "-D", _path_for(user, self.folder)]
-        for name, value in settings.items():
-            argv += ["-c", f"{name}={value}"]
         return Child(
             self.NAME,
-            argv,
+            [*argv, *_options(settings)],
             log=self._log,
             cwd=self.folder,
             user=user,
@@ -217,12 +239,8 @@ def _path_for(user: pwd.struct_passwd | None, folder: Path) -> Path:
     return Path("/proc/self/cwd")
 
 
-async def _logs_in(url: str) -> bool:
-    try:
-        async with await psycopg.AsyncConnection.connect(url, autocommit=True):
-            return True
-    except psycopg.OperationalError:
-        return False
+def _options(settings: dict[str, str]) -> list[str]:
+    return [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
 
 
 async def _has(

@@ -13,6 +13,7 @@ from outbox_server.deploy.child import LocalServerError
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.valkey import ValkeyServer
+from outbox_server.deploy.private_files import open_private, private_folder
 from outbox_server.deploy.providers.embedded import EmbeddedProvider, embedded_provider
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.errors import OutboxError
@@ -94,10 +95,12 @@ class Servers:
 
         Raises:
             FolderInUseError: another process uses the folder.
+            ForeignFolderError: the folder belongs to another user.
             LocalServerError: a server did not start; nothing is left running.
         """
         async with AsyncExitStack() as stack:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # It has mails, keys and passwords. An earlier release let every user enter it.
+            private_folder(self.folder)
             stack.enter_context(_lock(self.folder))
             stack.push_async_callback(self.postgres.stop)
             stack.push_async_callback(self.valkey.stop)
@@ -152,7 +155,7 @@ class Servers:
 
 
 def _lock(folder: Path) -> TextIO:
-    file = (folder / "lock").open("a+")
+    file = os.fdopen(open_private(folder / "lock", os.O_RDWR | os.O_APPEND | os.O_CREAT), "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
 from pathlib import Path
 from typing import Final
@@ -12,13 +13,13 @@ from redis.exceptions import RedisError
 from outbox_server.deploy.child import CHILD_ENVIRONMENT, Child, stop_orphans
 from outbox_server.deploy.embedded.local_server import LocalServer
 from outbox_server.deploy.ports import LOOPBACK
-from outbox_server.deploy.wheels import valkey_binary
+from outbox_server.deploy.private_files import write_private
 
 _START_LIMIT: Final = 30.0
 
 
 class ValkeyServer(LocalServer):
-    """Valkey on loopback. After a restart it has no data."""
+    """Valkey on loopback. After a restart it has no data. Clients need a password."""
 
     NAME = "Valkey"
     STOP = ((signal.SIGTERM, 5.0),)
@@ -40,8 +41,8 @@ class ValkeyServer(LocalServer):
         # Additional environment variables, from the next start on.
         self.environment: dict[str, str] = {}
         # The password that clients need from the next start on, in characters that a URL may have.
-        # Empty means none.
-        self.password = ""
+        # Empty means none: for tests of servers that find one another.
+        self.password = secrets.token_urlsafe(24)
 
     @property
     def url(self) -> str:
@@ -56,7 +57,7 @@ class ValkeyServer(LocalServer):
             LocalServerError: it did not start; the text quotes its log.
         """
         binary = self.binary or valkey_binary()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         await stop_orphans(self.folder, binary.name, self.STOP)
         await self._start(lambda port: self._child_on(port, binary), self._answers, _START_LIMIT)
 
@@ -81,8 +82,7 @@ class ValkeyServer(LocalServer):
 
     def _password_file(self) -> Path:
         path = self.folder / "password.conf"
-        path.touch(mode=0o600)
-        path.write_text(f"requirepass {self.password}\n")
+        write_private(path, f"requirepass {self.password}\n")
         return path
 
     async def _answers(self) -> bool:

@@ -18,7 +18,8 @@ from outbox.v1 import sender_pb2
 from outbox.v1.batch_service_pb2 import UploadBatchRequest
 
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.postgres import SUPERUSER, PostgresServer
+from outbox_server.deploy.embedded.passwords import SUPERUSER
+from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.shared.database.migrating import migrate
 from outbox_server.shared.states import JobState
 from tests.conftest import Stores

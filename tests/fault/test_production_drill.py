@@ -73,8 +73,7 @@ async def test_every_connection_needs_tls_and_a_secret_and_processes_are_replace
     assert await create_sender(address, only_tls) == "UNAUTHENTICATED"
 
     # The stores: neither without a password, nor without TLS where the services connect.
-    password = urlsplit(stack.system.servers.database_url).password
-    assert password
+    password = stack.postgres.passwords.password_of("outbox")
     proxy = stack.proxies["postgres"].port
     for url, refusal in (
         (f"postgresql://outbox@{LOOPBACK}:{stack.postgres.port}/outbox", "no password supplied"),

@@ -137,6 +137,7 @@ async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
     settings = settings_of(configure(lease="3s", min_gap="20ms", rate_window="1s"))
     # The replica has the same version: an older server cannot read the data of a newer one.
     replica = ValkeyServer(tmp_path / "replica", binary=redis_server.binary)
+    replica.password = redis_server.password
     await replica.start()
     try:
         async with (
@@ -150,6 +151,7 @@ async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
             await eventually(partial(at_least, 5, inbox.mails))
             for redis in (other, world.redis):
                 await redis.config_set("repl-diskless-sync-delay", 0)
+            await other.config_set("masterauth", replica.password)
             await other.replicaof("127.0.0.1", redis_server.port)
             await eventually(lambda: synced(other))
             # From now on the replica lags.
@@ -159,6 +161,7 @@ async def test_failing_over_to_a_replica_that_lags_breaks_no_promise(
             # As in a failover, this server keeps the old master's address. It becomes a replica,
             # then a master.
             await restart(redis_server, world)
+            await world.redis.config_set("masterauth", replica.password)
             await world.redis.replicaof("127.0.0.1", replica.port)
             await eventually(lambda: synced(world.redis))
             await world.redis.replicaof("NO", "ONE")

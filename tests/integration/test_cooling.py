@@ -305,7 +305,7 @@ async def test_a_cooldown_that_did_not_reach_redis_is_found_by_its_marker(
     sender = await world.sender()
     await world.schedule(sender, 3)
     async with TcpProxy(lambda: stores.redis.port) as proxy:
-        url = f"redis://127.0.0.1:{proxy.port}"
+        url = world.settings.redis_url.replace(f":{stores.redis.port}/", f":{proxy.port}/")
         settings = world.settings.model_copy(update={"redis_url": url})
         async with connect(settings) as redis:
             loader = HeadLoader(world.engine, open_queues(redis, settings), settings)

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
@@ -179,7 +180,9 @@ def through(settings: Settings, *, postgres: TcpProxy, redis: TcpProxy) -> Setti
     port = str(conninfo_to_dict(settings.database_url)["port"])
     database_url = settings.database_url.replace(f":{port}/", f":{postgres.port}/")
     assert database_url != settings.database_url
-    redis_url = f"redis://127.0.0.1:{redis.port}"
+    stored = urlsplit(settings.redis_url)
+    redis_url = settings.redis_url.replace(f":{stored.port}/", f":{redis.port}/")
+    assert redis_url != settings.redis_url
     return settings.model_copy(update={"database_url": database_url, "redis_url": redis_url})
 
 

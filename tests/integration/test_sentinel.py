@@ -33,6 +33,8 @@ class Watched:
 async def watched(stores: Stores, tmp_path: Path) -> AsyncIterator[Watched]:
     binary = stores.redis.binary or valkey_binary()
     primary, replica = (ValkeyServer(tmp_path / str(number), binary=binary) for number in (1, 2))
+    for server in (primary, replica):
+        server.password = ""
     folder, port = tmp_path / "sentinel", free_port()
     folder.mkdir()
     sentinel = Child(

@@ -49,7 +49,7 @@ async def test_postgresql_is_reached_with_tls_and_its_certificate_is_verified(
         async def try_with(ca: Path) -> None:
             url = database_url.replace(str(stores.postgres.port), str(port))
             tls = f"sslmode=verify-full&sslrootcert={ca}&sslnegotiation=direct"
-            engine = create_engine(load_settings(database_url=f"{url}?{tls}"))
+            engine = create_engine(load_settings(database_url=f"{url}&{tls}"))
             try:
                 await read_revision(engine)
             finally:

@@ -40,6 +40,7 @@ class ClusterServer(ValkeyServer):
 @pytest_asyncio.fixture
 async def cluster(stores: Stores, tmp_path: Path) -> AsyncIterator[Redis]:
     server = ClusterServer(tmp_path / "cluster", binary=stores.redis.binary)
+    server.password = ""
     await server.start()
     try:
         async with Redis.from_url(server.url, decode_responses=True) as redis:
