@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class Address:
     target: str
     origin: str
     service: str
+    # The file with an API key for this stack, unless the caller has another key.
+    key_file: Path | None = None
 
     def __str__(self) -> str:
         """Return the address with its origin, as it appears in messages."""
@@ -109,7 +112,7 @@ def find_address(service: str, server: str | None) -> Address:
     stack = read_endpoints()
     if stack is not None:
         found = stack["dispatchers"][0] if service == "dispatcher" else stack[service]
-        return Address(found, str(ENDPOINTS), service)
+        return Address(found, str(ENDPOINTS), service, key_file_of(stack))
     return Address(listen, _DEFAULT, service)
 
 
@@ -117,15 +120,28 @@ def read_endpoints() -> dict[str, Any] | None:
     """Return the addresses that `outbox up` wrote in this folder, or None if it does not run here.
 
     Raises:
-        CommandFailed: the file cannot be read, or is not JSON.
+        CommandFailed: the file cannot be read, is not JSON, or belongs to another user.
     """
     try:
-        found: dict[str, Any] = json.loads(ENDPOINTS.read_text())
+        with ENDPOINTS.open(encoding="utf-8") as file:
+            owner = os.fstat(file.fileno()).st_uid
+            found: dict[str, Any] = json.load(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise CommandFailed(f"{ENDPOINTS} cannot be read: {error}") from None
+    # In a folder that others may write to, anyone can put such a file.
+    if owner not in (os.geteuid(), 0):
+        raise CommandFailed(
+            f"{ENDPOINTS} belongs to user {owner}, who could redirect this call: use another "
+            "folder, or name the server with --server"
+        )
     return found
+
+
+def key_file_of(stack: dict[str, Any]) -> Path | None:
+    """Return the file with the operator's API key of a stack; None if its callers need none."""
+    return Path(stack["api_key_file"]) if stack.get("api_key_file") else None
 
 
 @contextmanager
@@ -136,7 +152,7 @@ def connection(service: str, server: str | None) -> Iterator[Client]:
         CommandFailed: a call failed. The text is the server's message in one line.
     """
     address = find_address(service, server)
-    credentials = credentials_for(address.target, load_settings())
+    credentials = credentials_for(address.target, load_settings(), address.key_file)
     addresses: dict[str, Any] = {service: address.target}
     with Client(
         **addresses, api_key=credentials.api_key or None, tls=credentials.tls, retry=_RETRY

@@ -25,13 +25,15 @@ class Credentials:
     tls: Tls | None
 
 
-def credentials_for(target: str, settings: Settings) -> Credentials:
-    """Return the credentials for a call to `target`.
+def credentials_for(target: str, settings: Settings, key_file: Path | None = None) -> Credentials:
+    """Return the credentials for a call to `target`. `key_file` has a key if the caller has none.
 
     Raises:
         CommandFailed: a file cannot be read, or the key would be sent unencrypted.
     """
     key = api_key_of(settings)
+    if not key and key_file is not None:
+        key = _key_in(key_file, "the key of `outbox up`")
     tls = _tls(settings)
     if tls is None and key and not is_loopback(target) and not settings.plaintext:
         raise CommandFailed(
@@ -50,12 +52,16 @@ def api_key_of(settings: Settings) -> str:
     file = client_files.get().api_key
     if file is None:
         return settings.api_key.get_secret_value().strip()
+    return _key_in(file, "--api-key-file")
+
+
+def _key_in(file: Path, origin: str) -> str:
     try:
         key = file.read_bytes().decode("ascii", "replace").strip()
     except OSError as error:
-        raise CommandFailed(f"--api-key-file: {file} cannot be read: {error.strerror}") from None
+        raise CommandFailed(f"{origin}: {file} cannot be read: {error.strerror}") from None
     if not key or not key.isprintable():
-        raise CommandFailed(f"--api-key-file: {file} contains no API key")
+        raise CommandFailed(f"{origin}: {file} contains no API key")
     return key
 
 

@@ -10,6 +10,7 @@ import psycopg
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.cli.client import ENDPOINTS, read_endpoints
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.settings import load_settings
@@ -20,14 +21,19 @@ T = TypeVar("T")
 def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: Any) -> T:
     """Run `work` on the database of OUTBOX_DATABASE_URL and return its result.
 
-    `options` are those of `create_engine`.
+    If that is not set, it is the database of the `outbox up` of the current folder, if one runs
+    there. `options` are those of `create_engine`.
 
     Raises:
         CommandFailed: the database cannot be reached, or has no schema.
     """
+    settings, origin = load_settings(), "OUTBOX_DATABASE_URL"
+    stack = None if "database_url" in settings.model_fields_set else read_endpoints()
+    if stack is not None:
+        settings, origin = load_settings(database_url=stack["database_url"]), str(ENDPOINTS)
 
     async def run() -> T:
-        engine = create_engine(load_settings(), **options)
+        engine = create_engine(settings, **options)
         try:
             return await work(engine)
         finally:
@@ -40,7 +46,7 @@ def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: Any) -> 
         text = " ".join(str(cause).split())
         if isinstance(cause, psycopg.errors.UndefinedTable):
             text = f"the schema is not up to date; run `outbox migrate` ({text})"
-        raise CommandFailed(f"OUTBOX_DATABASE_URL: {text}") from None
+        raise CommandFailed(f"{origin}: {text}") from None
 
 
 def in_one_transaction(work: Callable[[AsyncConnection], Awaitable[T]]) -> T:

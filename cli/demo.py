@@ -89,13 +89,16 @@ async def _run_demo(
     folder: Path, settings: Settings, csv: bytes, *, bundled: bool
 ) -> list[SenderReport]:
     note("starting PostgreSQL, Valkey, an inbox and the services, with two dispatchers ...")
-    system = LocalSystem(folder, settings, dispatchers=2, default_ports=False, say=note)
-    async with system, AsyncClient(system.scheduler, stats=system.stats) as client:
-        try:
-            return await _send_and_check(Demo(client), system, settings, csv, bundled=bundled)
-        except CallError as error:
-            address = Address(system.scheduler, "the demo's own stack", "scheduler")
-            raise CommandFailed(describe(error, address)) from None
+    # With keys, because other users of this machine can reach the ports.
+    system = LocalSystem(folder, settings, dispatchers=2, default_ports=False, keys=True, say=note)
+    async with system:
+        key = None if system.operator_key is None else system.operator_key.read_text().strip()
+        async with AsyncClient(system.scheduler, stats=system.stats, api_key=key) as client:
+            try:
+                return await _send_and_check(Demo(client), system, settings, csv, bundled=bundled)
+            except CallError as error:
+                address = Address(system.scheduler, "the demo's own stack", "scheduler")
+                raise CommandFailed(describe(error, address)) from None
 
 
 async def _send_and_check(

@@ -55,6 +55,8 @@ def create(
 ) -> None:
     """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
 
+    Without that variable, it is the database of `outbox up` in this folder.
+
     $ export OUTBOX_API_KEY=$(outbox keys create --user acme --name web)
     """
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.

@@ -16,6 +16,7 @@ import typer
 
 from outbox_server.cli.client import ENDPOINTS
 from outbox_server.cli.foreground import run
+from outbox_server.cli.options import text_or_file
 from outbox_server.cli.output import Output, OutputFormat, print_json
 from outbox_server.cli.simulated_provider import (
     NAMES,
@@ -31,6 +32,7 @@ from outbox_server.cli.terminal import note, say
 from outbox_server.deploy.embedded.supervisor import GATEWAY_PORT, LocalSystem
 from outbox_server.deploy.envoy.files import envoy_command
 from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.deploy.private_files import private_folder, write_private
 from outbox_server.deploy.providers.profile import Profile
 from outbox_server.shared.settings import Settings, format_duration, load_settings
 
@@ -40,8 +42,8 @@ _SHELL_VARIABLES: Final = ENDPOINTS.with_name("env")
 # Settings that `up` sets itself and ignores in the environment.
 _SET_BY_UP: Final = frozenset(
     (
-        *("database_url", "redis_url", "smtp_url", "smtp_override", "tls_certificate", "tls_key"),
-        "metrics_listen",
+        *("database_url", "redis_url", "smtp_url", "smtp_override"),
+        *("tls_certificate", "tls_key", "tls_client_ca", "metrics_listen"),
     )
 )
 
@@ -52,6 +54,15 @@ app = typer.Typer(add_completion=False)
 
 def _relay(text: str) -> str:
     """Return the URL of a relay, checked before anything starts."""
+    if urlsplit(text).password:
+        raise typer.BadParameter(
+            "every user of this machine can see a password among the arguments of a process: write "
+            "the URL into a file, and name it with --smtp-file"
+        )
+    return _checked_relay(text)
+
+
+def _checked_relay(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in _SCHEMES or not url.hostname:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
@@ -71,8 +82,16 @@ def up(
             "--smtp",
             parser=_relay,
             metavar="URL",
-            help="Send all mail to this relay (smtp://user:password@host:port, smtps://, "
-            "smtp+starttls://) instead of the development inbox.",
+            help="Send all mail to this relay (smtp://host:port, smtps://, smtp+starttls://) "
+            "instead of the development inbox.",
+        ),
+    ] = None,
+    smtp_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--smtp-file",
+            help="File containing only the relay's URL, for one with a password "
+            "(smtp+starttls://user:password@host:port); - is stdin.",
         ),
     ] = None,
     gateway: Annotated[
@@ -127,12 +146,19 @@ def up(
     `. .outbox/env` sets $SCHEDULER, $DISPATCHER, $STATS and $GATEWAY in a
     shell to the addresses. The services get all OUTBOX_* variables, such as OUTBOX_MIN_GAP.
 
+    Other users of this machine can read neither .outbox/ nor the databases,
+    but they can reach the ports of the services: with OUTBOX_AUTH=keys, calls
+    need an API key. Commands in this folder then use the operator's key in
+    .outbox/.
+
     $ outbox up --dispatchers 2
 
     $ outbox up --gateway
 
     $ outbox up --provider gmail --provider-quota 20 --provider-scale 0.001
     """
+    url = text_or_file(smtp, smtp_file, "--smtp and --smtp-file")
+    smtp = None if url is None else _checked_relay(url.strip())
     choice = chosen_provider(provider, scale=provider_scale, quota=provider_quota, smtp=smtp)
     settings = load_settings()
     _note_unused_settings(settings, smtp)
@@ -161,7 +187,7 @@ async def _run_stack(
 ) -> None:
     began = time.monotonic()
     folder = ENDPOINTS.parent
-    folder.mkdir(exist_ok=True)
+    private_folder(folder)
     # Data, keys and mails must not be committed.
     (folder / ".gitignore").write_text("*\n")
     profile = None if choice is None else choice.profile
@@ -173,6 +199,7 @@ async def _run_stack(
         provider=profile,
         metrics=metrics,
         gateway=gateway,
+        keys=settings.auth == "keys" and "auth" in settings.model_fields_set,
         say=_print_event,
     )
     note("starting ...")
@@ -181,7 +208,7 @@ async def _run_stack(
         _write(found)
         try:
             if output is OutputFormat.JSON:
-                print_json(found)
+                print_json(found | {"redis_url": _without_password(found["redis_url"])})
             else:
                 say(_welcome(found, smtp, choice))
             _warn_of_other_ports(found, settings)
@@ -205,6 +232,7 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
         "gateway": system.gateway_url,
         "database_url": servers.database_url,
         "redis_url": servers.redis_url,
+        "api_key_file": system.operator_key and str(system.operator_key),
         "smtp_url": servers.smtp_url if receives_mail else None,
         "inbox": str(servers.maildir) if receives_mail else None,
         "provider": servers.provider and servers.provider.server.profile.name,
@@ -226,14 +254,14 @@ def endpoints_of(system: LocalSystem, settings: Settings) -> dict[str, Any]:
 def _write(found: dict[str, Any]) -> None:
     pairs = _addresses(found) + ([("GATEWAY", found["gateway"])] if found["gateway"] else [])
     variables = "".join(f"{name}={shlex.quote(value)}\n" for name, value in pairs)
+    if found["api_key_file"]:
+        # Exported, so that grpcurl and the examples find it.
+        variables += f"export OUTBOX_API_KEY={Path(found['api_key_file']).read_text().strip()}\n"
     for path, content in (
         (ENDPOINTS, json.dumps(found, indent=2) + "\n"),
         (_SHELL_VARIABLES, f"# Load with: . {_SHELL_VARIABLES}\n{variables}"),
     ):
-        # The complete file is renamed, so that a client never reads a part of it.
-        fresh = path.with_suffix(".new")
-        fresh.write_text(content)
-        fresh.rename(path)
+        write_private(path, content)
 
 
 def _addresses(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -270,7 +298,8 @@ def _print_event(text: str) -> None:
 
 def _note_unused_settings(settings: Settings, smtp: str | None) -> None:
     for name in sorted(settings.model_fields_set.intersection(_SET_BY_UP)):
-        hint = "; name the relay with --smtp" if name == "smtp_url" and smtp is None else ""
+        asks = name == "smtp_url" and smtp is None
+        hint = "; name the relay with --smtp or --smtp-file" if asks else ""
         note(f"OUTBOX_{name.upper()} is not used by `outbox up`{hint}")
 
 
@@ -286,7 +315,8 @@ def _welcome(found: dict[str, Any], smtp: str | None, choice: ProviderChoice | N
             else []
         ),
         f"postgresql  {found['database_url']}",
-        f"redis       {found['redis_url']}",
+        f"redis       {_without_password(found['redis_url'])}, with the URL in {ENDPOINTS}",
+        *([f"API key     {file}, of an operator"] if (file := found["api_key_file"]) else []),
         *_mail_lines(found, smtp, choice),
         *(f"metrics     {url} ({title})" for title, url in found["metrics"].items()),
         f"logs        {found['logs']}",
@@ -334,11 +364,16 @@ def examples(found: dict[str, Any], choice: ProviderChoice | None) -> list[str]:
     scheduler, service = found["scheduler"], "outbox.v1.SenderService/CreateSender"
     # grpcurl prints senderId if it reads the contract from a file.
     find_id = r"""sed -n 's/.*"sender_*[Ii]d": "\(.*\)".*/\1/p'"""
+    call = f"{grpcurl} -plaintext"
+    if found["api_key_file"]:
+        # The key is not among the arguments, which every user of this machine can see.
+        call += " -expand-headers -H 'authorization: Bearer ${OUTBOX_API_KEY}'"
     return [
+        *([f". {_SHELL_VARIABLES}"] if found["api_key_file"] else []),
         f"{grpcurl} -plaintext {scheduler} list",
-        f"sender=$({grpcurl} -plaintext -d {_quoted(sender)} {scheduler} {service} | {find_id})",
-        f"{grpcurl} -plaintext -d {batch} {scheduler} outbox.v1.BatchService/ScheduleBatch",
-        f"{grpcurl} -plaintext -d {stats} {found['stats']} outbox.v1.StatsService/GetSenderStats",
+        f"sender=$({call} -d {_quoted(sender)} {scheduler} {service} | {find_id})",
+        f"{call} -d {batch} {scheduler} outbox.v1.BatchService/ScheduleBatch",
+        f"{call} -d {stats} {found['stats']} outbox.v1.StatsService/GetSenderStats",
         f"{outbox} jobs list --sender $sender",
     ]
 

@@ -10,7 +10,15 @@ import typer
 from outbox.v1 import server_service_pb2 as pb
 from outbox_client import NO_RETRIES, CallError, Client
 
-from outbox_server.cli.client import Server, find_address, in_brief, read_endpoints
+from outbox_server.cli.client import (
+    ENDPOINTS,
+    Address,
+    Server,
+    find_address,
+    in_brief,
+    key_file_of,
+    read_endpoints,
+)
 from outbox_server.cli.connection_check import SERVERS
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.lazy import CommandFailed
@@ -47,18 +55,21 @@ def version(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     print_rows([name.removesuffix("_revision") for name in _COLUMNS], rows)
 
 
-def _addresses(server: str | None) -> Iterator[str]:
+def _addresses(server: str | None) -> Iterator[Address]:
     if server is not None:
-        yield find_address("scheduler", server).target
+        yield find_address("scheduler", server)
         return
     for service in SERVERS:
-        yield find_address(service, None).target
+        yield find_address(service, None)
     # `outbox up` may run several dispatchers.
-    yield from (read_endpoints() or {}).get("dispatchers", [])[1:]
+    stack = read_endpoints() or {}
+    for target in stack.get("dispatchers", [])[1:]:
+        yield Address(target, str(ENDPOINTS), "dispatcher", key_file_of(stack))
 
 
-def _ask(address: str) -> dict[str, Any]:
-    credentials = credentials_for(address, load_settings())
+def _ask(asked: Address) -> dict[str, Any]:
+    address = asked.target
+    credentials = credentials_for(address, load_settings(), asked.key_file)
     with Client(
         address, api_key=credentials.api_key or None, tls=credentials.tls, retry=NO_RETRIES
     ) as client:

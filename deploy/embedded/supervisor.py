@@ -16,6 +16,7 @@ from typing import Final, Protocol, Self
 from outbox_server.deploy.child import Child, LocalServerError
 from outbox_server.deploy.embedded.encryption_key import key_in
 from outbox_server.deploy.embedded.gateway import EmbeddedGateway
+from outbox_server.deploy.embedded.operator_key import operator_key_in
 from outbox_server.deploy.embedded.service import Service, describe_end, environment_of
 from outbox_server.deploy.embedded.stack import Servers
 from outbox_server.deploy.ports import LOOPBACK, claim_port, free_port
@@ -68,6 +69,7 @@ class LocalSystem:
         migrate: Callable[[str], None] | None = None,
         metrics: bool = False,
         health: bool = False,
+        keys: bool = False,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
@@ -77,7 +79,8 @@ class LocalSystem:
         servers, such as proxies. With `default_ports` each port is the usual one if that is free;
         otherwise all are any free ones. `migrate` gets the URL of the database, in place of the
         migrations of this release. With `metrics` each service serves its metrics at a free port,
-        and with `health` it answers health checks without TLS at another one.
+        and with `health` it answers health checks without TLS at another one. With `keys`, callers
+        need an API key, and the folder has one of an operator.
         """
         # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
@@ -103,6 +106,9 @@ class LocalSystem:
         self._migrate = migrate
         self._metrics = metrics
         self._health = health
+        self._keys = keys
+        # The file with the operator's key; None if callers need none.
+        self.operator_key: Path | None = None
         self._say = say
         self._services: list[Service] = []
         # How many processes of each service were ever planned, for their titles.
@@ -143,6 +149,10 @@ class LocalSystem:
             await stack.enter_async_context(self.servers)
             migrate = self._migrate or (await imported).migrate
             await asyncio.to_thread(migrate, self.servers.database_url)
+            if self._keys:
+                self.operator_key = await asyncio.to_thread(
+                    operator_key_in, self.folder, self.servers.database_url
+                )
             self._services = self._plan(stack)
             for service in self._services:
                 service.begin_log()
@@ -322,8 +332,8 @@ class LocalSystem:
             # A simulated provider gets all mail too, so that its record suffices for an audit.
             "OUTBOX_SMTP_OVERRIDE": "true" if self._smtp_url or self.servers.provider else "false",
             "OUTBOX_ENCRYPTION_KEYS": keys,
-            # The services listen on loopback only, so they need neither keys nor TLS.
-            "OUTBOX_AUTH": "off",
+            # The services listen on loopback only, so they need no TLS.
+            "OUTBOX_AUTH": "keys" if self._keys else "off",
             "OUTBOX_TLS_CERTIFICATE": "",
             "OUTBOX_TLS_KEY": "",
             "OUTBOX_TLS_CLIENT_CA": "",

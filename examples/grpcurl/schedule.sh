@@ -6,7 +6,7 @@ set -euo pipefail
 scheduler=${1:-127.0.0.1:50051}
 grpcurl=${GRPCURL:-grpcurl}
 
-# With TLS: leave -plaintext out. With an API key: -H "authorization: Bearer $OUTBOX_API_KEY".
+# With TLS: leave -plaintext out. With an API key: -expand-headers -H 'authorization: Bearer ${OUTBOX_API_KEY}'.
 call() { "$grpcurl" -plaintext -max-time 30 -d "$2" "$scheduler" "outbox.v1.$1"; }
 # Prints the first value of a field. $1 is its name in lower case, without underscores, because grpcurl
 # prints sender_id by reflection and senderId with -protoset. With jq: .sender_id // .senderId

@@ -61,19 +61,17 @@ class PresentedKey:
 
 
 @dataclass(frozen=True, slots=True)
-class NewKey:
+class NewKey(PresentedKey):
     """A new key. `text` is shown once and stored nowhere."""
 
-    key_id: str
     text: str
-    secret_hash: bytes
 
 
 def make_key() -> NewKey:
     """Return a new random key."""
     key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
     secret = secrets.token_urlsafe(_SECRET_BYTES)
-    return NewKey(key_id, f"{PREFIX}_{key_id}_{secret}", _hash(secret))
+    return NewKey(key_id, _hash(secret), f"{PREFIX}_{key_id}_{secret}")
 
 
 def read_key(text: str) -> PresentedKey | None:

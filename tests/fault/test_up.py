@@ -304,7 +304,11 @@ async def test_with_a_relay_no_mail_goes_to_the_inbox_and_the_audit_asks_postgre
     # The other server runs in this process, so every wait here must let it run.
     async with Inbox(folder / "other") as other:
         # This folder sent all mail to a relay, and is now started without one.
-        async with running(folder, "--smtp", other.url) as up:
+        # In a file, because it has a password.
+        login = other.url.replace("//", "//relay-user:relay-s3cret@")
+        (folder / "relay").write_text(f"{login}\n")
+        async with running(folder, "--smtp-file", "relay") as up:
+            assert "all mail goes to smtp://relay-user:***@" in (folder / "stdout").read_text()
             assert up.endpoints["inbox"] is None
             await asyncio.to_thread(schedule, up, "relayed", None, names)
             await eventually(lambda: len(other.mails) == 3)
