@@ -24,7 +24,7 @@ from outbox_server.deploy.private_files import write_private
 from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.database.migrating import migrate
 
-# What a client of PostgreSQL that begins with TLS asks for.
+# The ALPN name of PostgreSQL's protocol, which a client sends that begins with TLS.
 _POSTGRES_ALPN: Final = "postgresql"
 
 
