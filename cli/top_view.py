@@ -254,4 +254,6 @@ def _circuit(endpoint: EndpointStatus) -> str:
     connections = f" ({endpoint.connection_count})" if endpoint.connection_count else ""
     if not endpoint.HasField("circuit_open_time"):
         return f"closed{connections}"
-    return f"open since {endpoint.circuit_open_time.ToDatetime(UTC):%H:%M:%S}{connections}"
+    users = endpoint.stopped_user_count
+    whose = f" for {users} user{'s' * (users > 1)}" if users else ""
+    return f"open{whose} since {endpoint.circuit_open_time.ToDatetime(UTC):%H:%M:%S}{connections}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 
@@ -31,6 +32,7 @@ class SecretBox:
         self._fernet = MultiFernet(fernets) if fernets else None
         # The number of different keys.
         self.key_count = len(set(keys))
+        self._oldest = keys[-1].encode() if keys else b""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> SecretBox:
@@ -41,6 +43,14 @@ class SecretBox:
         """
         keys = settings.encryption_keys.get_secret_value().split(",")
         return cls([key.strip() for key in keys if key.strip()])
+
+    def derive_key(self, purpose: bytes) -> bytes:
+        """Return a key for keyed hashes, 32 bytes; empty without encryption keys.
+
+        It is derived from the oldest key. So adding a key changes nothing; the removal of the
+        oldest key changes what is derived from it.
+        """
+        return self._oldest and blake2b(purpose, key=self._oldest, digest_size=32).digest()
 
     def encrypt(self, text: str) -> bytes:
         """Return the Fernet token of `text`.

@@ -281,6 +281,13 @@ class Settings(BaseSettings):
     dispatcher_concurrency: int = Field(
         5, ge=1, le=1000, description="sends in flight in one dispatcher"
     )
+    user_unproven_endpoints: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="sends in flight of one user, in one dispatcher, to mail servers that have not "
+        "replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, at least 2",
+    )
     default_hourly_limit: int = Field(
         200, ge=1, le=1_000_000, description="hourly_limit of senders that do not set it"
     )

@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from cachetools import LRUCache
 
 from outbox_server.services.dispatcher.message import MessageBuilder, MessageError
-from outbox_server.services.dispatcher.slots import Route
+from outbox_server.services.dispatcher.shares import Route
 from outbox_server.services.dispatcher.smtp import Envelope
 from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
 from outbox_server.shared.database.message_ids import message_id_for
 from outbox_server.shared.errors import InvalidInput, OutboxError
+from outbox_server.shared.queue.circuit_keys import relay_key, user_key
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.endpoint import Endpoint, relay_of, resolve_endpoint
@@ -22,7 +23,17 @@ from outbox_server.shared.templates.batch import BatchTemplate, RenderError, dec
 # The number of batches whose parsed templates are kept, unless the concurrency is higher.
 _KEPT_BATCHES = 500
 # The route of jobs for which no mail can be built. They use no server, but they need a permit too.
-NO_ROUTE = Route(("", 0), "")
+NO_ROUTE = Route("", "")
+
+
+def route_to(endpoint: Endpoint, user_id: str) -> Route:
+    """Return the route of a user's mail to an endpoint."""
+    return Route(
+        endpoint=relay_key(user_id) if endpoint.operators else endpoint.circuit,
+        user=user_key(user_id),
+        server=f"{endpoint.host}:{endpoint.port}",
+        relay=endpoint.operators,
+    )
 
 
 class CompositionError(Exception):
@@ -104,7 +115,7 @@ class Composer:
                 max_bytes=self._settings.max_message_bytes,
             )
             endpoint = resolve_endpoint(content.endpoint, self._settings, self._secrets)
-            route = Route((endpoint.host, endpoint.port), content.user_id)
+            route = route_to(endpoint, content.user_id)
             return _BatchMail(content, endpoint, route, builder)
         except MessageError as error:
             return CompositionError(f"{error.reason}: {error.message}")

@@ -37,7 +37,8 @@ from outbox_server.services.dispatcher.settler import (
     UnmarkedClaim,
     UnsentJob,
 )
-from outbox_server.services.dispatcher.slots import Permit, Resume, Route, Slots
+from outbox_server.services.dispatcher.shares import Permit, Route
+from outbox_server.services.dispatcher.slots import Resume, Slots
 from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
 from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.services.dispatcher.traced import trace_send
@@ -74,6 +75,8 @@ class _Group:
     claimed_at: float
     claims: list[Claim] = field(default_factory=list)
     permits: dict[JobRef, Permit] = field(default_factory=dict)
+    # The users of the claims whose route was not known.
+    unrouted: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -114,7 +117,11 @@ class Dispatcher:
         self._progress = progress
         self._metrics = metrics
         self._tracer = tracer
-        self._slots = Slots(settings.dispatcher_concurrency)
+        self._slots = Slots(
+            settings.dispatcher_concurrency,
+            unproven=settings.user_unproven_endpoints,
+            on_room=self._wake,
+        )
         self._settler = Settler(
             statements,
             transactions,
@@ -142,6 +149,10 @@ class Dispatcher:
     def in_flight(self) -> int:
         """The number of jobs that are claimed and not yet recorded."""
         return self._slots.in_flight
+
+    def relay_keys(self) -> list[str]:
+        """Return the relay's keys of the users whose mail went there last."""
+        return self._slots.relay_keys()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Dispatch until `stop` is set or `drain` is called.
@@ -177,10 +188,13 @@ class Dispatcher:
         """Take no more jobs and wait until none is in flight. Return how many were given back."""
         self._slots.close()
         self._pool.give_up_waiting()
-        for listener in self._listeners:
-            listener.wake()
+        self._wake()
         await self._slots.wait_until_idle()
         return self._settler.given_back_count
+
+    def _wake(self) -> None:
+        for listener in self._listeners:
+            listener.wake()
 
     # The five steps --------------------------------------------------------------------------
 
@@ -212,6 +226,8 @@ class Dispatcher:
         finally:
             for permit in group.permits.values():  # permits that no mail uses
                 self._slots.end(permit, sent=False)
+            for user in group.unrouted:
+                self._slots.end_unrouted(user)
 
     async def _send_and_settle(self, mail: _Mail) -> None:
         # This task works for one job alone, so its log lines are all about it.
@@ -226,11 +242,16 @@ class Dispatcher:
 
     async def _claim(self, queue: Queue, slots: int) -> Claimed:
         """Take at most as many jobs as there are slots."""
+        limits = self._slots.limits(slots)
+        # Before the claim: what ends meanwhile makes room already.
+        self._slots.limited(queue.shard, limits)
         try:
-            claimed = await queue.claim(slots)
+            claimed = await queue.claim(slots, limits)
         except QUEUE_ERRORS as error:
             _log.warning("claim_failed", shard=queue.shard, error=type(error).__name__)
             claimed = Claimed(next_look=_RETRY)
+        if not claimed.parked:
+            self._slots.limited(queue.shard, ())
         self._slots.release(slots - len(claimed.claims))
         return claimed
 
@@ -311,17 +332,16 @@ class Dispatcher:
             text = "internal error of the dispatcher"
             result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
         finally:
-            self._slots.end(mail.permit, sent=result is not None)
-        host, port = key = mail.permit.route.endpoint
+            answered = result is not None and result.smtp_code is not None
+            self._slots.end(mail.permit, sent=result is not None, answered=answered)
+        route = mail.permit.route
         if result.outcome is AttemptOutcome.CONNECTION_FAILURE:
             # The circuit may be open now. Redis knows whether the waiting claims may try.
-            self._slots.give_up(key)
+            self._slots.give_up(route.endpoint)
         self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
         since_claim = result.started - mail.claimed_at
         late = mail.claim.waited + timedelta(seconds=since_claim)
-        ended = self._outcomes.ended(
-            mail.claim, mail.job, result, late=late, server=f"{host}:{port}"
-        )
+        ended = self._outcomes.ended(mail.claim, mail.job, result, late=late, server=route.server)
         delay = mail.claim.seconds_since_due(self._lease) + since_claim
         _log.debug(
             "attempt_ended",
@@ -352,6 +372,9 @@ class Dispatcher:
                     waiting.append((route, partial(self._resume, queue, claim, claimed_at)))
                     continue
                 group.permits[claim.job] = permit
+            else:
+                self._slots.begin_unrouted(claim.user)
+                group.unrouted.append(claim.user)
             group.claims.append(claim)
         if group.claims:
             self._spawn(self._process(group))

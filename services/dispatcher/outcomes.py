@@ -53,6 +53,7 @@ class OutcomeRules:
             LimitUse.COUNTED if result.body_begun else LimitUse.BEGUN,
             contact=contact_of(result),
             connection_error=result.message or result.outcome.name,
+            before_mail=not result.mail_begun,
             server=server,
             signal=Signal(refused=decision.cools_down, daily=result.daily, probe=claim.probe),
         )

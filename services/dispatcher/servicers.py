@@ -14,6 +14,7 @@ from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.smtp import EndpointState, SmtpPool
+from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
@@ -64,6 +65,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
     async def _status(self) -> dispatcher_pb2.DispatcherStatus:
         states = self._pool.states()
         circuits = await self._circuits_of(states)
+        of_users = [circuits[key] for key in self._dispatcher.relay_keys() if key in circuits]
         attempts, sent = self._progress.rates()
         uptime = Duration()
         uptime.FromTimedelta(timedelta(seconds=self._progress.uptime))
@@ -82,7 +84,14 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
                 sent_count=self._progress.sent_count,
                 attempt_count=self._progress.attempt_count,
             ),
-            endpoints=[_endpoint(state, circuits.get(state.circuit)) for state in states],
+            endpoints=[
+                _endpoint(
+                    state,
+                    circuits.get(state.circuit),
+                    of_users if state.circuit == RELAY else (),
+                )
+                for state in states
+            ],
             uptime=uptime,
         )
 
@@ -93,6 +102,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
     async def _circuits_of(self, states: Collection[EndpointState]) -> dict[str, Circuit]:
         """Return the open circuits by endpoint. If several shards have one, the oldest counts."""
         endpoints = {state.circuit for state in states}
+        endpoints.update(self._dispatcher.relay_keys())
         found: dict[str, Circuit] = {}
         if not endpoints:
             return found
@@ -108,7 +118,12 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         return found
 
 
-def _endpoint(state: EndpointState, circuit: Circuit | None) -> dispatcher_pb2.EndpointStatus:
+def _endpoint(
+    state: EndpointState, circuit: Circuit | None, of_users: Sequence[Circuit]
+) -> dispatcher_pb2.EndpointStatus:
+    """Return the status of an endpoint. `of_users` are circuits of single users at the relay."""
+    stopped = len(of_users) if circuit is None else 0
+    circuit = circuit or min(of_users, key=lambda each: each.open_since_ms, default=None)
     return dispatcher_pb2.EndpointStatus(
         host=state.host,
         port=state.port,
@@ -117,6 +132,7 @@ def _endpoint(state: EndpointState, circuit: Circuit | None) -> dispatcher_pb2.E
         last_error_time=_timestamp(state.last_error_at),
         circuit_open_time=_timestamp(circuit.open_since_ms / 1000 if circuit else None),
         next_probe_time=_timestamp(circuit.next_probe_ms / 1000 if circuit else None),
+        stopped_user_count=stopped,
     )
 
 

@@ -49,6 +49,7 @@ class EndedAttempt:
     # What the attempt says about the endpoint, and its name, as in `Settlement`.
     contact: Contact = Contact.NONE
     connection_error: str = ""
+    before_mail: bool = False
     server: str = ""
     # What the attempt says about the sender's account.
     signal: Signal = _NO_SIGNAL
@@ -296,6 +297,7 @@ def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settl
         next_due_ms=due or 0,
         contact=outcome.contact,
         connection_error=outcome.connection_error,
+        before_mail=outcome.before_mail,
         server=outcome.server,
         smtp_code=record.smtp_code,
         cooldown=recorded.cooldowns.get(record.job),

@@ -28,7 +28,7 @@ from outbox_server.shared.heads.statements import (
     heads_statement,
     history_statement,
 )
-from outbox_server.shared.queue.circuit_keys import circuit_key
+from outbox_server.shared.queue.circuit_keys import CircuitKeys, user_key
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import (
@@ -41,6 +41,7 @@ from outbox_server.shared.queue.queue import (
     RebuildEnd,
     brings_history,
 )
+from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.sending_hours import SendingHours
 from outbox_server.shared.settings import Settings
 
@@ -106,7 +107,9 @@ class HeadLoader:
         self.queues = queues
         self._window = settings.rate_window
         self._floor = settings.min_gap
-        self._override = settings.smtp_override
+        self._circuit_keys = CircuitKeys(
+            SecretBox.from_settings(settings), override=settings.smtp_override
+        )
 
     def queue_of(self, sender_id: int) -> Queue:
         """Return the shard of a sender."""
@@ -201,13 +204,15 @@ class HeadLoader:
             active=row.active,
             jobs=jobs[:HEAD_SIZE],
             more=len(jobs) > HEAD_SIZE,
-            endpoint=circuit_key(
+            user=user_key(row.user_id),
+            endpoint=self._circuit_keys.of_sender(
                 row.user_id,
                 row.smtp_host,
                 row.smtp_port,
                 row.smtp_security,
                 row.smtp_username,
-                override=self._override,
+                password=row.smtp_password,
+                oauth2_credentials_id=row.oauth2_credentials_id,
             ),
             revision=row.revision,
             opening=_opening(row.sending_hours, row.now),

@@ -28,6 +28,7 @@ from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Attempt, Cooldown, EmailJob, HeadMarker, Sender
 from outbox_server.shared.queue.queue import HEAD_SIZE
+from outbox_server.shared.smtp.endpoint_columns import OAUTH2_CREDENTIALS_ID
 from outbox_server.shared.states import JobState, SenderState
 
 
@@ -92,6 +93,8 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
             Sender.smtp_port,
             Sender.smtp_security,
             Sender.smtp_username,
+            Sender.smtp_password,
+            OAUTH2_CREDENTIALS_ID.label("oauth2_credentials_id"),
             and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
             cooldown.label("cooldown"),
             jobs.c.ids,

@@ -19,6 +19,7 @@ from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_change
 from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
+from outbox_server.shared.queue.user_limits import UserLimit
 
 # The most jobs in a sender's head; up to this size Redis stores a sorted set as a compact listpack.
 HEAD_SIZE = 128
@@ -85,6 +86,8 @@ class Claim:
     probe: bool = False
     # The limit that made it wait after it was due, as a name of WaitReason. Empty if none did.
     delayed_by: str = ""
+    # The key of the user who owns the sender. Empty if the last load did not know it.
+    user: str = ""
 
     def seconds_since_due(self, lease: timedelta) -> float:
         """Return the time from when it was due until it was claimed, for one `lease`."""
@@ -101,6 +104,8 @@ class Claimed:
     claims: tuple[Claim, ...] = ()
     # Senders whose head must be loaded.
     loads: tuple[int, ...] = ()
+    # Senders wait because their user may have no more.
+    parked: bool = False
     # Time until something may be claimed next. None means not before something is added.
     next_look: timedelta | None = None
 
@@ -121,8 +126,10 @@ class Settlement:
     lease_ms: int = 0
     # How the endpoint reacted.
     contact: Contact = Contact.NONE
-    # Why the connection failed. Used with FAILED and AUTH_FAILED.
+    # Why the connection failed, and whether it did before MAIL, so that no mail can be the cause.
+    # Used with FAILED and AUTH_FAILED.
     connection_error: str = ""
+    before_mail: bool = False
     # Time from now until the sender's next probe may begin. Zero means that its cooldown is over,
     # None that the cooldown does not change.
     cooldown: timedelta | None = None
@@ -164,7 +171,9 @@ class Head:
     more: bool
     ends: tuple[PastEnd, ...] = ()
     leases: tuple[ActiveLease, ...] = field(default=())
-    # The key of its endpoint (`shared.queue.circuit_keys`), and the sender's revision.
+    # The key of its user, which a claim counts by, and of its endpoint
+    # (`shared.queue.circuit_keys`), and the sender's revision.
+    user: str = ""
     endpoint: str = RELAY
     revision: int = 1
     # The current or next opening of its sending hours, in Unix ms. None means no sending hours.
@@ -225,6 +234,7 @@ def _settlement_arg(settlement: Settlement) -> bytes:
         "next_member": None if next_job is None else member_of(next_job),
         "next_due": settlement.next_due_ms,
         "contact": _contact(settlement),
+        "before_mail": settlement.before_mail,
         "cooldown": _cooldown(settlement),
     }
     return _pack(fields)
@@ -241,6 +251,7 @@ def _head_arg(head: Head) -> bytes:
         "flight": head.max_in_flight,
         "state": 1 if head.active else 2,
         "horizon": head.jobs[-1][1] if head.more and head.jobs else "inf",
+        "user": head.user,
         "endpoint": head.endpoint,
         "revision": str(head.revision),
         "jobs": " ".join([f"{member_of(job)} {due_ms}" for job, due_ms in head.jobs]),
@@ -315,14 +326,22 @@ class Queue:
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
         return await self._scripts[name](keys=[*keys], args=[*args])
 
-    async def claim(self, want: int) -> Claimed:
+    async def claim(self, want: int, limits: Sequence[UserLimit] = ()) -> Claimed:
         """Claim up to `want` jobs that may be sent now, each leased for one lease time."""
+        by_user = {limit.user: (limit.first, limit.most) for limit in limits}
         answer = await self._run(
             "claim",
             (self.keys.ready, self.keys.generation),
-            (want, self._lease, self._window, LOW_WATER, _ms(_LOAD_PATIENCE)),
+            (
+                want,
+                self._lease,
+                self._window,
+                LOW_WATER,
+                _ms(_LOAD_PATIENCE),
+                _pack(by_user) if by_user else "",
+            ),
         )
-        state, look, claims, loads = answer
+        state, look, claims, loads, parked = answer
         return Claimed(
             lost=state == "LOST",
             claims=tuple(
@@ -334,10 +353,12 @@ class Queue:
                     claims[i + 4],
                     claims[i + 5] == 1,
                     claims[i + 6],
+                    claims[i + 7],
                 )
-                for i in range(0, len(claims), 7)
+                for i in range(0, len(claims), 8)
             ),
             loads=tuple(int(sender) for sender in loads),
+            parked=parked == 1,
             next_look=None if look < 0 else timedelta(milliseconds=look),
         )
 

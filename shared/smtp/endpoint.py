@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 from outbox_server.shared.callers import is_loopback_host
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.oauth2.credentials import OAuth2Ref
-from outbox_server.shared.queue.circuit_keys import RELAY, circuit_key
+from outbox_server.shared.queue.circuit_keys import RELAY, CircuitKeys
 from outbox_server.shared.redaction import redact
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
@@ -42,10 +42,9 @@ class Endpoint:
     # CA certificates (PEM) that are trusted in addition to the usual ones. Part of equality, so a
     # sender that trusts fewer does not get a connection that was opened with more.
     ca: str = field(default="", repr=False)
-    # The endpoint's key in Redis (`shared.queue.circuit_keys`).
-    circuit: str = field(default=RELAY, compare=False)
-    # The user who chose the host: look-ups of names count per user. Empty for the relay.
-    chosen_by: str = field(default="", compare=False)
+    # The endpoint's key (`shared.queue.circuit_keys`), which depends on the user. Part of equality,
+    # so users share connections to the relay only.
+    circuit: str = RELAY
 
     def shown(self, text: str) -> str:
         """Return a reply as people may read it and PostgreSQL can store it, shortened.
@@ -91,16 +90,17 @@ def resolve_endpoint(stored: StoredEndpoint, settings: Settings, secrets: Secret
         ConfigurationError: OUTBOX_SMTP_URL is invalid (see `relay_of`).
         FailedPrecondition: no key decrypts the password.
     """
-    circuit = circuit_key(
+    if settings.smtp_override or stored.host is None or stored.port is None:
+        return relay_of(settings.smtp_url, plaintext=settings.plaintext)
+    circuit = CircuitKeys(secrets, override=False).of_sender(
         stored.user_id,
         stored.host,
         stored.port,
         stored.security,
         stored.username,
-        override=settings.smtp_override,
+        password=stored.password,
+        oauth2_credentials_id=stored.oauth2_credentials_id,
     )
-    if circuit == RELAY or stored.host is None or stored.port is None:
-        return relay_of(settings.smtp_url, plaintext=settings.plaintext)
     oauth2 = stored.oauth2_credentials_id
     return Endpoint(
         host=stored.host,

@@ -10,7 +10,8 @@ from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.states import SmtpSecurity
 
-_CREDENTIALS_ID: Final = (
+# The `oauth2_credentials.id` of a sender, for a statement that selects from Sender.
+OAUTH2_CREDENTIALS_ID: Final = (
     select(OAuth2CredentialsRow.id)
     .where(OAuth2CredentialsRow.sender_id == Sender.id)
     .correlate(Sender)
@@ -25,7 +26,7 @@ ENDPOINT_COLUMNS: Final = (
     Sender.smtp_username.label("endpoint_username"),
     Sender.smtp_password.label("endpoint_password"),
     Sender.smtp_ca.label("endpoint_ca"),
-    _CREDENTIALS_ID.label("endpoint_credentials_id"),
+    OAUTH2_CREDENTIALS_ID.label("endpoint_credentials_id"),
 )
 
 

@@ -12,7 +12,7 @@ tests how they use it; the openings of a week are computed in Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 INFINITY = float("inf")
@@ -82,6 +82,8 @@ class SenderModel:
     idle: bool = False
     endpoint: str = ""
     revision: int = 0
+    # The user who owns it.
+    user: str = ""
     # The sender's own circuit: failures in a row, whether it is open, the next probe and its lease.
     troubles: int = 0
     open: bool = False
@@ -140,6 +142,7 @@ class HeadModel:
     active: bool
     endpoint: str
     revision: int
+    user: str
     jobs: Sequence[tuple[str, int]]
     more: bool
     # Member, ms since its end, whether it takes an entry.
@@ -181,6 +184,10 @@ class QueueModel:
         self.new_epochs: dict[int, int] = {}
         self.ready: dict[int, int] = {}
         self.circuits: dict[str, CircuitModel] = {}
+        # The senders of users who had no room, by the look that they had.
+        self.parked: dict[str, dict[int, int]] = {}
+        # The users whose parked senders a claim considers.
+        self.parked_users: set[str] = set()
         # Circuits that opened or closed; the sender is None for an endpoint's circuit.
         self.changes: list[tuple[bool, int | None]] = []
 
@@ -191,27 +198,53 @@ class QueueModel:
 
     # claim -----------------------------------------------------------------------------------
 
-    def claim(self, now: int, want: int) -> tuple[list[ClaimModel], list[int]]:
+    def claim(
+        self, now: int, want: int, limits: Mapping[str, tuple[int, int]] | None = None
+    ) -> tuple[list[ClaimModel], list[int]]:
         """Return the claims and loads.
 
-        Each claim has a lease that begins now.
+        Each claim has a lease that begins now. `limits` has two limits of users: how many jobs are
+        claimed in turn, and how many if no other user's job is left.
 
         Senders with the same look are served in the order of their ids as texts.
         """
         claims: list[ClaimModel] = []
         loads: list[int] = []
-        while len(claims) < want:
-            eligible = [(look, str(i), i) for i, look in self.ready.items() if look <= now]
-            if not eligible:
-                break
-            self._visit(min(eligible)[2], now, want, claims, loads)
+        for stage in (0, 1):
+
+            def room_of(user: str, stage: int = stage) -> float:
+                of_user = [s for s, *_ in claims if self.senders[s].user == user]
+                most = (limits or {}).get(user, (INFINITY, INFINITY))[stage]
+                return min(want - len(claims), most - len(of_user))
+
+            if len(claims) < want:
+                self._unpark(room_of)
+            while len(claims) < want:
+                eligible = [(look, str(i), i) for i, look in self.ready.items() if look <= now]
+                if not eligible:
+                    break
+                self._visit(min(eligible)[2], now, room_of, claims, loads)
         return claims, loads
+
+    def _unpark(self, room_of: Callable[[str], float]) -> None:
+        for user in list(self.parked_users):
+            parked = self.parked.setdefault(user, {})
+            if room_of(user) <= 0:
+                continue
+            for _ in range(max(0, int(room_of(user)))):
+                if parked:
+                    look, _, sender_id = min((look, str(i), i) for i, look in parked.items())
+                    del parked[sender_id]
+                    if sender_id in self.ready:
+                        self.ready[sender_id] = min(self.ready[sender_id], look)
+            if not parked:
+                self.parked_users.discard(user)
 
     def _visit(
         self,
         sender_id: int,
         now: int,
-        want: int,
+        room_of: Callable[[str], float],
         claims: list[ClaimModel],
         loads: list[int],
     ) -> None:
@@ -221,18 +254,20 @@ class QueueModel:
             self.ready[sender_id] = now + self.patience
             return
         self._expire(s, now)
-        limited = not s.active or s.gap > 0 or not s.due
-        while s.active and len(claims) < want and s.places > 0 and s.first is not None:
+        parks = room_of(s.user) <= 0
+        limited = not s.active or not s.due or (s.gap > 0 and bool(s.leases))
+        while s.active and room_of(s.user) > 0 and s.places > 0 and s.first is not None:
             due, member = s.first
             allowed = s.allowed_at(self.window)
-            if max(due, allowed) > now or not self.circuit(s).admits(now):
+            if max(due, allowed) > now or not self._admits(s, now):
                 limited = True
                 break
             del s.due[member]
             s.leases[member] = now + self.lease
             self._begin_probe(sender_id, member, now)
             claims.append((sender_id, member, now - max(due, allowed), s.cool > 0))
-            limited = limited or (not s.due and s.places > 0 and len(claims) < want)
+            limited = limited or s.gap > 0
+            limited = limited or (not s.due and s.places > 0 and room_of(s.user) > 0)
         # Entries are kept for this long, so that the wait of a job for which there was no room is
         # known.
         keep = max(self.window, s.gap) * (1 if limited else 2)
@@ -243,6 +278,11 @@ class QueueModel:
             s.loading = now + self.patience
             loads.append(sender_id)
         self._look(sender_id, now)
+        look = self.ready.get(sender_id, INFINITY)
+        if parks and look <= now:
+            self.parked.setdefault(s.user, {})[sender_id] = int(look)
+            self.parked_users.add(s.user)
+            self.ready[sender_id] = now + RECHECK
 
     def _expire(self, s: SenderModel, now: int) -> None:
         expired = [member for member, deadline in s.leases.items() if deadline <= now]
@@ -270,6 +310,7 @@ class QueueModel:
         lease: int = 0,
         answered: bool = False,
         failed: Sequence[int] = (),
+        before_mail: bool = False,
         pace: str = "",
         cooldown: int | None = None,
     ) -> bool:
@@ -286,7 +327,9 @@ class QueueModel:
         probed = self._end_probe(sender_id, member, lease if kind == "UNUSED" else None)
         cleared = None
         if failed:
-            cleared = self._failed(sender_id, member, now, failed, probed=probed)
+            cleared = self._failed(
+                sender_id, member, now, failed, probed=probed, before_mail=before_mail
+            )
         elif answered:
             self._answered(sender_id)
             self._learn_pace(s, pace)
@@ -338,16 +381,21 @@ class QueueModel:
         end = now + self.lease
         if s.leases[member] != end:
             s.leases[member] = end
-            c = self.circuit(s)
-            if c.probe == (sender_id, member):
-                c.busy_until = end
+            own = self.circuits_of(s)[0]
+            if own.probe == (sender_id, member):
+                own.busy_until = end
             self._look(sender_id, now)
         return end
 
     # circuits --------------------------------------------------------------------------------
 
-    def circuit(self, s: SenderModel) -> CircuitModel:
-        return self.circuits.setdefault(s.endpoint, CircuitModel())
+    def circuits_of(self, s: SenderModel) -> list[CircuitModel]:
+        """Return the circuits that the sender's mail needs: its endpoint's and a shared one."""
+        keys = [s.endpoint, *(["relay"] if s.endpoint.startswith("relay:") else [])]
+        return [self.circuits.setdefault(key, CircuitModel()) for key in keys]
+
+    def _admits(self, s: SenderModel, now: int) -> bool:
+        return all(c.admits(now) for c in self.circuits_of(s))
 
     def _schedule_prober(self, c: CircuitModel) -> None:
         if c.first is not None:
@@ -361,19 +409,21 @@ class QueueModel:
         s = self.senders[sender_id]
         if s.open:
             s.prober = member
-        c = self.circuit(s)
-        if c.open:
-            c.probe, c.busy_until = (sender_id, member), now + self.lease
-            c.waiters.pop(sender_id, None)
-            self._schedule_prober(c)
+        for c in self.circuits_of(s):
+            if c.open:
+                c.probe, c.busy_until = (sender_id, member), now + self.lease
+                c.waiters.pop(sender_id, None)
+                self._schedule_prober(c)
 
-    def _end_probe(self, sender_id: int, member: str, lease: int | None) -> bool:
-        c = self.circuit(self.senders[sender_id])
-        if c.probe != (sender_id, member) or lease not in (None, c.busy_until):
-            return False
-        c.probe, c.busy_until = None, 0
-        self._schedule_prober(c)
-        return True
+    def _end_probe(self, sender_id: int, member: str, lease: int | None) -> list[CircuitModel]:
+        """Return the circuits of which this was the probe."""
+        ended = []
+        for c in self.circuits_of(self.senders[sender_id]):
+            if c.probe == (sender_id, member) and lease in (None, c.busy_until):
+                c.probe, c.busy_until = None, 0
+                self._schedule_prober(c)
+                ended.append(c)
+        return ended
 
     def _forget_troubles(self, sender_id: int) -> None:
         s = self.senders[sender_id]
@@ -383,25 +433,46 @@ class QueueModel:
 
     def _answered(self, sender_id: int) -> None:
         self._forget_troubles(sender_id)
-        s = self.senders[sender_id]
-        if self.circuit(s).open:
+        for c in self.circuits_of(self.senders[sender_id]):
+            self._close(c)
+
+    def _close(self, c: CircuitModel) -> None:
+        if c.open:
             self.changes.append((False, None))
-        for waiter, at in self.circuit(s).waiters.items():
+        for waiter, at in c.waiters.items():
             self.ready[waiter] = min(self.ready.get(waiter, at), at)
-        self.circuits[s.endpoint] = CircuitModel()
+        (key,) = (key for key, each in self.circuits.items() if each is c)
+        self.circuits[key] = CircuitModel()
 
     def _failed(
-        self, sender_id: int, member: str, now: int, backoff: Sequence[int], *, probed: bool
+        self,
+        sender_id: int,
+        member: str,
+        now: int,
+        backoff: Sequence[int],
+        *,
+        probed: list[CircuitModel],
+        before_mail: bool,
     ) -> int | None:
         s = self.senders[sender_id]
-        c = self.circuit(s)
         if s.open and s.prober == member:
             s.step += 1
             s.probe = now + wait_of(backoff, s.step)
-        if c.open and probed:
-            c.step += 1
-            c.next = now + wait_of(backoff, c.step)
-            self._schedule_prober(c)
+        own, *shared = self.circuits_of(s)
+        for c in (own, *shared):
+            if not (c.open and any(each is c for each in probed)):
+                continue
+            if c is own or before_mail:
+                c.step += 1
+                c.next = now + wait_of(backoff, c.step)
+                self._schedule_prober(c)
+            else:
+                self._close(c)
+        blamed = shared[0] if shared and before_mail else own
+        return self._blame(sender_id, blamed, now + backoff[0])
+
+    def _blame(self, sender_id: int, c: CircuitModel, probe_at: int) -> int | None:
+        s = self.senders[sender_id]
         if c.open or s.open:
             return None
         before = set(c.senders)
@@ -409,12 +480,12 @@ class QueueModel:
         c.senders.add(sender_id)
         s.troubles += 1
         if c.failures >= FAILURES and len(c.senders) > 1:
-            c.open, c.step, c.next = True, 1, now + backoff[0]
+            c.open, c.step, c.next = True, 1, probe_at
             self.changes.append((True, None))
             self._forget_troubles(sender_id)
             return before.pop() if len(before) == 1 else None
         if s.troubles >= FAILURES:
-            s.open, s.step, s.probe = True, 1, now + backoff[0]
+            s.open, s.step, s.probe = True, 1, probe_at
             self.changes.append((True, sender_id))
         return None
 
@@ -450,9 +521,10 @@ class QueueModel:
             restored = dict(s.leases)
         elif (s.endpoint, s.revision) != (head.endpoint, head.revision):
             self._forget_troubles(sender_id)
-            self._leave_waiters(self.circuit(s), sender_id)
+            for c in self.circuits_of(s):
+                self._leave_waiters(c, sender_id)
             s.pace = 0
-        s.endpoint, s.revision = head.endpoint, head.revision
+        s.endpoint, s.revision, s.user = head.endpoint, head.revision, head.user
         s.limit, s.own_gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
         s.cool = now_up + head.cooldown if head.cooldown else 0
         for member, _ in head.jobs:
@@ -483,12 +555,19 @@ class QueueModel:
         self.senders.pop(sender_id, None)
         self.new_epochs.pop(sender_id, None)
 
-    def lose_all(self, ready: Mapping[int, int]) -> None:
-        """Lose everything except an old `ready` from a snapshot."""
+    def lose_all(
+        self,
+        ready: Mapping[int, int],
+        parked: Mapping[str, Mapping[int, int]],
+        parked_users: Iterable[str],
+    ) -> None:
+        """Lose everything except what is valid in an old snapshot."""
         self.senders.clear()
         self.new_epochs.clear()
         self.ready = dict(ready)
         self.circuits.clear()
+        self.parked = {user: dict(looks) for user, looks in parked.items()}
+        self.parked_users = set(parked_users)
         self.whole = False
 
     def _look(self, sender_id: int, now: int) -> None:
@@ -498,18 +577,22 @@ class QueueModel:
             looks.append(min(s.leases.values()))
         if s.loading is not None:
             looks.append(s.loading)
-        c = self.circuit(s)
         sends: float = INFINITY
         # Limit.PAUSE
         if s.active and s.first is not None and s.places > 0:
             sends = max(s.first[0], s.allowed_at(self.window))
-        if sends <= now and not c.admits(now):
-            c.waiters[sender_id] = int(sends)
-            looks.append(min(now + RECHECK, c.turn) if c.first == sender_id else now + RECHECK)
-        else:
-            self._leave_waiters(c, sender_id)
-            if sends < INFINITY:
-                looks.append(int(sends))
+        holding = None
+        for c in self.circuits_of(s):
+            if sends <= now and holding is None and not c.admits(now):
+                holding = c
+            else:
+                self._leave_waiters(c, sender_id)
+        if holding is not None:
+            holding.waiters[sender_id] = int(sends)
+            first = holding.first == sender_id
+            looks.append(min(now + RECHECK, holding.turn) if first else now + RECHECK)
+        elif sends < INFINITY:
+            looks.append(int(sends))
         if looks:
             self.ready[sender_id] = min(looks)
         else:

@@ -55,7 +55,7 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
         for sender in sick:
             await world.schedule(sender, 5)
         async with running(settings) as dispatcher:
-            await eventually(lambda: server.waiting[phase] == 4)
+            await eventually(lambda: server.waiting[phase] == 2)
             await eventually(lambda: all_claimed(world, sick))
             began = time.time()
             jobs = [job for sender in well for job in await world.schedule(sender, 5)]
@@ -63,11 +63,11 @@ async def test_an_endpoint_that_hangs_delays_no_sender_of_another(
 
             assert jobs_in(inbox.mails) == dict.fromkeys(jobs, 1)
             # No mail to the silent server has ended meanwhile.
-            assert server.waiting[phase] == 4
+            assert server.waiting[phase] == 2
             assert max(mail.started_at for mail in inbox.mails) - began < 20
             # Waiting claims are not marked, so their jobs can be cancelled.
             states = await world.states(*sick)
-            assert states[JobState.SENDING] == 4
+            assert states[JobState.SENDING] == 2
             waiting = await world.in_state(JobState.SCHEDULED)
             assert await world.cancel(sorted(waiting)) == len(waiting)
             end(dispatcher, server)
@@ -137,21 +137,23 @@ async def test_a_drain_gives_back_the_claims_that_wait_for_a_slot(configure: Con
             await world.schedule(sender, 2)
         async with running(settings) as dispatcher:
             await eventually(lambda: all_claimed(world, senders))
-            server.cut()  # this ends the four hanging mails
+            server.cut()  # this ends the hanging mails
             await dispatcher.drain()
             assert not any([await world.leases_in_redis(sender) for sender in senders])
         assert (await world.states())[JobState.SENDING] == 0
         await world.check_counts()
 
 
-async def test_a_single_slow_endpoint_gets_ten_mails_at_once(configure: Configure) -> None:
-    """A slow relay that is the only endpoint gets all slots except the reserved ones."""
-    settings = settings_of(configure(dispatcher_concurrency=10))
+async def test_a_slow_endpoint_gets_all_slots_except_the_reserved_ones(
+    configure: Configure,
+) -> None:
+    """Two are reserved for other users, and one for other endpoints of the user."""
+    settings = settings_of(configure(dispatcher_concurrency=10, user_unproven_endpoints=10))
     async with ScriptedServer({"rcpt": Wait()}) as server, World(settings) as world:
         for _ in range(12):
             await world.schedule(await world.sender(**by(server)))
         async with running(settings) as dispatcher:
-            await eventually(lambda: server.waiting["rcpt"] == 8)
+            await eventually(lambda: server.waiting["rcpt"] == 7)
             end(dispatcher, server)
 
 
@@ -172,7 +174,7 @@ async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
         await eventually(lambda: world.done(honest))
         for sender in hostile:
             await world.schedule(sender, 3)
-        await eventually(lambda: waiting_for_greeting(servers) == 4)
+        await eventually(lambda: waiting_for_greeting(servers) == 2)
         await eventually(lambda: all_claimed(world, hostile))
 
         jobs = await world.schedule(honest, 20)
@@ -181,7 +183,7 @@ async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
         await eventually(lambda: world.done(honest, newcomer))
         assert jobs_in(inbox.mails).keys() >= set(jobs)
         # No mail to a silent server has ended meanwhile.
-        assert waiting_for_greeting(servers) == 4
+        assert waiting_for_greeting(servers) == 2
         dispatcher.stopping.set()
         for server in servers:
             server.cut()
@@ -210,12 +212,12 @@ async def test_claims_beyond_the_limit_of_waiters_take_no_reserved_slot(
             for sender in sick:
                 await world.schedule(sender, 2)
             await eventually(lambda: all_claimed(world, sick))
-            await eventually(lambda: server.waiting["rcpt"] == 4)
+            await eventually(lambda: server.waiting["rcpt"] == 2)
             jobs = await world.schedule(well, 10)
             await eventually(lambda: world.done(well))
             assert jobs_in(inbox.mails).keys() >= set(jobs)
-            assert server.waiting["rcpt"] == 4
-            server.cut()  # this ends the four hanging mails
+            assert server.waiting["rcpt"] == 2
+            server.cut()  # this ends the hanging mails
             await dispatcher.drain()
             assert not any([await world.leases_in_redis(sender) for sender in sick])
         await world.check_counts()

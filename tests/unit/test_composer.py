@@ -14,7 +14,7 @@ from outbox_server.services.dispatcher import composer as composer_module
 from outbox_server.services.dispatcher.composer import Composer, CompositionError, ReadBatches
 from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.queue.circuit_keys import circuit_key
+from outbox_server.shared.queue.circuit_keys import CircuitKeys
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.secrets import SecretBox, generate_key
 from outbox_server.shared.settings import load_settings
@@ -299,10 +299,19 @@ async def test_a_sender_with_its_own_relay_uses_it_with_starttls_by_default() ->
 
     endpoint, _ = composer.compose(job())
 
-    assert endpoint == Endpoint("own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret")
-    # As in a head that the scheduler loads without the password.
-    user = BATCH.user_id
-    assert endpoint.circuit == circuit_key(user, "OWN.test", 2525, None, "anna", override=False)
+    # As in a head that another process loads.
+    circuit = CircuitKeys(secrets, override=False).of_sender(
+        "anna",
+        "OWN.test",
+        2525,
+        None,
+        "anna",
+        password=secrets.encrypt("s3cret"),
+        oauth2_credentials_id=None,
+    )
+    assert endpoint == Endpoint(
+        "own.test", 2525, SmtpSecurity.STARTTLS, "anna", "s3cret", circuit=circuit
+    )
     assert "s3cret" not in repr(endpoint)
 
 

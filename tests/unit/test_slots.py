@@ -6,10 +6,13 @@ import asyncio
 
 import pytest
 
+from outbox_server.services.dispatcher import shares as shares_module
 from outbox_server.services.dispatcher import slots as slots_module
-from outbox_server.services.dispatcher.slots import Permit, Route, Slots
+from outbox_server.services.dispatcher.shares import Permit, Route
+from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.shared.queue.user_limits import UserLimit
 
-SLOW, QUICK, NEW = (Route((f"{name}.test", 25), "anna") for name in ("slow", "quick", "new"))
+SLOW, QUICK, NEW = (Route(f"{name}.test", "anna") for name in ("slow", "quick", "new"))
 
 
 class Clock:
@@ -27,7 +30,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def slots(clock: Clock) -> Slots:
-    return Slots(5, clock)
+    return Slots(5, clock, unproven=4)
 
 
 def take_all(slots: Slots, route: Route, most: int = 5) -> list[Permit]:
@@ -37,58 +40,173 @@ def take_all(slots: Slots, route: Route, most: int = 5) -> list[Permit]:
     return permits
 
 
-def send(slots: Slots, clock: Clock, route: Route, seconds: float) -> None:
+def send(
+    slots: Slots, clock: Clock, route: Route, seconds: float, *, answered: bool = True
+) -> None:
     permit = slots.permit(route)
     assert permit is not None
     clock.now += seconds
-    slots.end(permit)
+    slots.end(permit, answered=answered)
 
 
-# Permits -------------------------------------------------------------------------------------
+def route(host: str, user: str) -> Route:
+    return Route(f"{host} of {user}", user)
 
 
-def test_a_single_quick_endpoint_gets_all_slots(slots: Slots, clock: Clock) -> None:
+def silent(slots: Slots, number: int) -> list[Permit]:
+    """Let users wait for servers that do not reply, one each."""
+    permits = [slots.permit(route("silent.test", f"user{each}")) for each in range(number)]
+    assert None not in permits
+    return [permit for permit in permits if permit]
+
+
+def relay(user: str) -> Route:
+    return Route(f"relay:{user}", user, relay=True)
+
+
+# The share of a user --------------------------------------------------------------------------
+
+
+def test_one_user_alone_gets_all_slots_except_the_reserved_one(slots: Slots, clock: Clock) -> None:
     send(slots, clock, QUICK, 0.01)
-    assert len(take_all(slots, QUICK)) == 5
+    assert len(take_all(slots, QUICK)) == 4
+    assert len(take_all(slots, relay("bert"))) == 4
 
 
-def test_a_quick_endpoint_among_others_leaves_a_slot_free(slots: Slots, clock: Clock) -> None:
+@pytest.mark.parametrize(("total", "most"), [(1, 1), (2, 1), (3, 2), (5, 4), (20, 16)])
+def test_a_fifth_of_the_slots_and_at_least_one_is_reserved(
+    clock: Clock, total: int, most: int
+) -> None:
+    assert len(take_all(Slots(total, clock), relay("anna"), total)) == most
+
+
+def test_quick_endpoints_get_no_more_than_the_share_of_their_user(
+    slots: Slots, clock: Clock
+) -> None:
+    """Quick endpoints may all stop replying at the same time."""
+    quick = [route(f"quick{number}.test", "eve") for number in range(3)]
+    for each in quick:
+        send(slots, clock, each, 0.01)
+    assert sum(len(take_all(slots, each, 2)) for each in quick) == 4
+    clock.now += 300
+    assert slots.permit(relay("bert"))
+
+
+def test_the_relay_is_slow_for_the_user_whose_mail_is_slow_there(
+    slots: Slots, clock: Clock
+) -> None:
+    silent(slots, 4)
+    send(slots, clock, relay("eve"), 2)
+    clock.now += 300
+    assert slots.permit(relay("eve")) is None
+    assert slots.permit(relay("bert"))
+
+
+def test_a_server_is_slow_for_the_user_whose_mail_is_slow_there(slots: Slots, clock: Clock) -> None:
+    good, same_server = Route("1", "bert", "mail.test:25"), Route("2", "eve", "mail.test:25")
+    send(slots, clock, good, 0.01)
+    take_all(slots, same_server)
+    clock.now += 300
+    assert slots.permit(good)
+
+
+# Endpoints that have not replied --------------------------------------------------------------
+
+
+def test_endpoints_that_have_not_replied_get_few_slots_of_their_user(clock: Clock) -> None:
+    slots = Slots(20, clock, unproven=2)
+    silent = [route(f"silent{number}.test", "eve") for number in range(9)]
+    assert sum(slots.permit(each) is not None for each in silent) == 2
+    assert slots.permit(relay("eve"))
+    assert len(take_all(slots, route("new.test", "bert"))) == 2
+
+
+@pytest.mark.parametrize(("total", "most"), [(3, 1), (5, 2), (8, 2), (20, 5)])
+def test_by_default_a_quarter_of_the_slots_may_be_at_endpoints_that_have_not_replied(
+    clock: Clock, total: int, most: int
+) -> None:
+    slots = Slots(total, clock)
+    silent = [slots.permit(route(f"silent{number}.test", "eve")) for number in range(20)]
+    assert sum(permit is not None for permit in silent) == most
+
+
+def test_an_endpoint_that_has_replied_is_no_longer_counted(clock: Clock) -> None:
+    slots = Slots(20, clock, unproven=2)
+    slow = route("slow.test", "eve")
+    send(slots, clock, slow, 2)
+    assert len(take_all(slots, slow, 9)) == 9
+
+
+def test_an_endpoint_that_stops_replying_is_counted_again(clock: Clock) -> None:
+    slots = Slots(20, clock, unproven=2)
+    silent = route("silent.test", "eve")
+    send(slots, clock, silent, 2)
+    send(slots, clock, silent, 300, answered=False)
+    assert len(take_all(slots, silent, 9)) == 2
+
+
+# Slow endpoints -------------------------------------------------------------------------------
+
+
+def test_an_endpoint_among_others_of_its_user_leaves_them_a_slot(
+    slots: Slots, clock: Clock
+) -> None:
     send(slots, clock, QUICK, 0.01)
     send(slots, clock, NEW, 0.01)
-    assert len(take_all(slots, QUICK)) == 4
+    assert len(take_all(slots, QUICK)) == 3
     assert slots.permit(NEW)
 
 
-def test_no_slot_is_reserved_for_an_endpoint_that_is_no_longer_used(
-    slots: Slots, clock: Clock
-) -> None:
+def test_no_slot_is_left_for_an_endpoint_that_is_no_longer_used(slots: Slots, clock: Clock) -> None:
     send(slots, clock, NEW, 0.01)
     clock.now += 61
     send(slots, clock, QUICK, 0.01)
-    assert len(take_all(slots, QUICK)) == 5
+    assert len(take_all(slots, QUICK)) == 4
 
 
-def test_an_endpoint_that_has_never_answered_leaves_a_slot_free(slots: Slots) -> None:
-    assert len(take_all(slots, SLOW)) == 4
-    assert slots.permit(NEW)
-
-
-def test_slow_endpoints_together_leave_a_slot_free(slots: Slots, clock: Clock) -> None:
+def test_slow_endpoints_of_a_user_leave_a_slot_to_the_quick_ones(
+    slots: Slots, clock: Clock
+) -> None:
     send(slots, clock, SLOW, 2)
     send(slots, clock, NEW, 2)
     send(slots, clock, QUICK, 0.01)
-    assert len(take_all(slots, SLOW)) + len(take_all(slots, NEW)) == 4
+    assert len(take_all(slots, SLOW)) + len(take_all(slots, NEW)) == 3
     assert slots.permit(QUICK)
+
+
+def test_slow_endpoints_of_all_users_leave_the_reserved_slot_free(
+    slots: Slots, clock: Clock
+) -> None:
+    """An endpoint of which nothing is known is slow, and gets no reserved slot either."""
+    users = ("anna", "bert", "carl", "dora", "eve")
+    permits = [slots.permit(route(f"silent.{user}", user)) for user in users]
+    assert [permit is not None for permit in permits] == [True] * 4 + [False]
+    clock.now += 300
+    assert slots.permit(relay("eve"))
+
+
+def test_half_of_several_reserved_slots_go_to_slow_endpoints_of_users_who_have_none(
+    clock: Clock,
+) -> None:
+    slots = Slots(20, clock)
+    send(slots, clock, relay("bert"), 0.01)
+    silent = [route(f"silent{number}.test", f"eve{number}") for number in range(30)]
+    assert sum(slots.permit(each) is not None for each in silent) == 18
+    clock.now += 300
+    assert slots.permit(relay("bert"))
 
 
 def test_an_endpoint_is_slow_as_soon_as_a_send_takes_long(slots: Slots, clock: Clock) -> None:
     send(slots, clock, QUICK, 0.01)
-    held = take_all(slots, QUICK, 4)
+    send(slots, clock, NEW, 0.01)
+    held = take_all(slots, QUICK, 3)
     clock.now += 2
     assert slots.permit(QUICK) is None
+    assert slots.permit(NEW)
     for permit in held:
         slots.end(permit)
-    assert len(take_all(slots, QUICK)) == 4  # the last one was slow
+    silent(slots, 4)
+    assert slots.permit(QUICK) is None  # the last one was slow, so no reserved slot
     assert slots.permit(NEW)
 
 
@@ -100,56 +218,71 @@ def test_a_permit_that_was_not_used_says_nothing_about_the_endpoint(
     assert permit is not None
     clock.now += 5
     slots.end(permit, sent=False)
-    assert len(take_all(slots, QUICK)) == 5
+    silent(slots, 4)
+    assert slots.permit(QUICK)  # the reserved slot
 
 
-def route(host: str, user: str) -> Route:
-    return Route((host, 25), user)
+# What claims may take of a user ---------------------------------------------------------------
 
 
-def test_endpoints_that_never_answer_get_no_more_than_the_share_of_their_user(
-    slots: Slots,
+def test_a_user_who_holds_little_is_not_limited(slots: Slots) -> None:
+    slots.permit(relay("anna"))
+    assert slots.limits(3) == []
+
+
+def test_a_claim_may_take_no_more_of_a_user_than_the_share_leaves(slots: Slots) -> None:
+    take_all(slots, relay("eve"), 3)
+    assert slots.limits(2) == [UserLimit("eve", first=1, most=1)]
+    take_all(slots, relay("eve"))
+    assert slots.limits(1) == [UserLimit("eve", first=0, most=0)]
+
+
+def test_the_users_who_have_less_come_first(clock: Clock) -> None:
+    slots = Slots(10, clock)
+    take_all(slots, relay("eve"), 6)
+    take_all(slots, relay("bert"), 1)
+    assert slots.limits(3) == [UserLimit("eve", first=0, most=2)]
+
+
+def test_claims_whose_route_is_not_known_count_for_their_user(slots: Slots) -> None:
+    for _ in range(4):
+        slots.begin_unrouted("eve")
+    assert slots.limits(1) == [UserLimit("eve", first=0, most=0)]
+    for _ in range(4):
+        slots.end_unrouted("eve")
+    assert slots.limits(4) == []
+
+
+async def test_no_more_jobs_are_claimed_of_a_user_for_whom_very_many_wait(
+    slots: Slots, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert slots.permit(route("good.test", "bert"))
-    held = [slots.permit(route(f"silent{number}.test", "eve")) for number in range(9)]
-    assert sum(permit is not None for permit in held) == 3  # with bert's permit, the share
-    assert slots.permit(route("new.test", "carl"))
+    monkeypatch.setattr(slots_module, "MAX_WAITING_OF_USER", 3)
+    send(slots, clock, SLOW, 2)
+    take_all(slots, SLOW)
+    await take(slots, 4)
+    waits = [each for _ in range(3) for each in await wait(slots, SLOW)]
+    assert slots.limits(1) == [UserLimit("anna", first=0, most=0)]
+    slots.close()
+    assert all(each.ended for each in waits)
 
 
-def test_quick_endpoints_get_no_more_than_the_share_of_their_user(
-    slots: Slots, clock: Clock
-) -> None:
-    """Quick endpoints may all stop answering at the same time."""
-    quick = [route(f"quick{number}.test", "eve") for number in range(3)]
-    for each in quick:
-        send(slots, clock, each, 0.01)
-    good = route("good.test", "bert")
-    send(slots, clock, good, 0.01)
-    assert sum(len(take_all(slots, each, 2)) for each in quick) == 4
-    clock.now += 300
-    assert slots.permit(good)
-
-
-def test_many_users_with_endpoints_that_never_answer_leave_slots_to_quick_ones(
-    clock: Clock,
-) -> None:
-    slots = Slots(20, clock)
-    good = route("good.test", "bert")
-    send(slots, clock, good, 0.01)
-    silent = [route(f"silent{number}.test", f"eve{number}") for number in range(30)]
-    assert sum(slots.permit(each) is not None for each in silent) == 18
-    clock.now += 300
-    assert slots.permit(good)
-
-
-def test_a_user_with_a_slow_endpoint_gets_a_slot_when_another_user_has_the_share(
-    clock: Clock,
-) -> None:
-    slots = Slots(20, clock)
-    slow = route("slow.test", "bert")
-    send(slots, clock, slow, 2)
-    assert len(take_all(slots, route("silent.test", "eve"), 20)) == 16
-    assert len(take_all(slots, slow, 20)) == 1
+def test_a_claim_is_tried_again_once_a_limited_user_has_room(clock: Clock) -> None:
+    woken: list[bool] = []
+    slots = Slots(5, clock, on_room=lambda: woken.append(True))
+    [first, *_] = take_all(slots, relay("eve"))
+    other = slots.permit(relay("bert"))
+    assert other is not None
+    slots.limited(0, slots.limits(1))
+    slots.limited(1, [])
+    slots.end(other)
+    assert not woken
+    slots.end(first)
+    assert woken
+    slots.limited(0, [])
+    woken.clear()
+    for permit in take_all(slots, relay("eve")):
+        slots.end(permit)
+    assert not woken
 
 
 # Slots ---------------------------------------------------------------------------------------
@@ -290,14 +423,15 @@ async def test_a_permit_without_a_free_slot_resumes_no_waiting_claim(
 async def test_a_permit_goes_to_the_user_with_the_fewest_slots(slots: Slots, clock: Clock) -> None:
     eve, bert = (route("relay.test", user) for user in ("eve", "bert"))
     send(slots, clock, eve, 2)
+    send(slots, clock, bert, 2)
     await take(slots, 4)
-    held = take_all(slots, eve)
+    [held, *_] = silent(slots, 3)
+    take_all(slots, eve)
     [of_eve] = await wait(slots, eve)
     [of_bert] = await wait(slots, bert)
     assert not of_eve.ended
     assert not of_bert.ended
-    clock.now += 2
-    slots.end(held[0])
+    slots.end(held)
     slots.release(1)
     assert (of_eve.ended, of_bert.permit is not None) == (False, True)
 
@@ -345,7 +479,7 @@ async def test_a_slot_stays_reserved_while_very_many_claims_wait(
     assert not any(each.ended for [each] in waits)
     assert slots.permit(SLOW) is None
     assert slots.in_flight == 4
-    assert slots.permit(NEW)
+    assert slots.permit(relay("bert"))
 
 
 async def test_a_claim_beyond_the_limit_of_waiters_gets_no_permit_and_times_out(
@@ -447,12 +581,16 @@ def test_the_last_route_of_a_sender_is_remembered(slots: Slots) -> None:
 def test_the_memory_of_routes_endpoints_and_users_is_limited(
     slots: Slots, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for limit in ("_MAX_SENDERS", "_MAX_ENDPOINTS", "_MAX_USERS"):
-        monkeypatch.setattr(slots_module, limit, 3)
+    monkeypatch.setattr(slots_module, "_MAX_SENDERS", 3)
+    for limit in ("_MAX_ENDPOINTS", "_MAX_USERS"):
+        monkeypatch.setattr(shares_module, limit, 3)
+    held = slots.permit(route("held", "user"))
     for number in range(9):
         each = route(f"{number}.test", f"user{number}")
         slots.learn(number, each)
-        send(slots, clock, each, 61)
+        send(slots, clock, each, 0.01)
     assert [number for number in range(9) if slots.route_of(number)] == [6, 7, 8]
-    assert len(slots._endpoints) <= 3
-    assert len(slots._users) <= 3
+    assert held is not None
+    slots.end(held)
+    assert len(slots._shares._endpoints) <= 3
+    assert len(slots._shares._users) <= 4

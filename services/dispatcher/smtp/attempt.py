@@ -254,6 +254,7 @@ class SendAttempt:
             enhanced_code=enhanced,
             reply_class=meaning.reply_class,
             daily=meaning.daily,
+            mail_begun=phase not in OPENING,
         )
 
     def _result(

@@ -24,7 +24,7 @@ local function examine(sender)
     if not s or not s.active or NOW >= s.closes then return end
     local in_flight = redis.call('ZCARD', lease_of(s.id))
     local allowed = allowed_at(s, in_flight, window)
-    if allowed > NOW or not admits(circuit(s.endpoint)) then return end
+    if allowed > NOW or not admits_sender(s) then return end
     local first = redis.call('ZRANGE', due_of(s.id), 0, 0, 'WITHSCORES')[2]
     local room = places(s, in_flight)
     if not first or room <= 0 then return end
@@ -34,8 +34,17 @@ local function examine(sender)
     oldest = math.min(oldest, math.max(allowed, tonumber(first)))
 end
 
-for _, sender in ipairs(redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, most)) do
-    examine(sender)
+local seen, senders = {}, redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, most)
+for _, user in ipairs(redis.call('ZRANGE', PARKED, 0, -1)) do
+    local room = most - #senders
+    if room <= 0 then break end
+    for _, sender in ipairs(redis.call('ZRANGE', parked_of(user), 0, room - 1)) do
+        senders[#senders + 1] = sender
+    end
+end
+for _, sender in ipairs(senders) do
+    if not seen[sender] then examine(sender) end
+    seen[sender] = true
 end
 jobs = jobs + math.max(0, redis.call('ZCOUNT', READY, '-inf', NOW) - most)
 local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'

@@ -22,7 +22,10 @@ local answers = {}
 for i = 1, #ARGV, 2 do
     local id, found = ARGV[i + 1], {}
     if ARGV[i] == 'sender' then
-        found[1] = of_endpoint(redis.call('HGET', settings_of(id), 'endpoint') or '')
+        local endpoint = redis.call('HGET', settings_of(id), 'endpoint') or ''
+        found[1] = of_endpoint(endpoint)
+        local shared = shared_of(endpoint)
+        if shared then found[#found + 1] = of_endpoint(shared) end
         found[#found + 1] = of_sender(id)
     else
         local by = redis.call('HGET', circuit_of(id), 'by')

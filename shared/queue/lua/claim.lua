@@ -1,4 +1,5 @@
--- Claims jobs that may be sent now, oldest look first. A lease on each job reserves its entry.
+-- Claims jobs that may be sent now, oldest look first, for each user within limits that the caller
+-- gives. A lease on each job reserves its entry.
 --
 -- KEYS[1] ready       the shard's senders by next look (ms)
 -- KEYS[2] generation  the life in which the shard was completely loaded; lost if Redis is lost
@@ -7,13 +8,16 @@
 -- ARGV[3] window      ms of the trailing window
 -- ARGV[4] low         a head with fewer jobs than this requests a load, if PostgreSQL has more
 -- ARGV[5] patience    ms after which a load is requested again
+-- ARGV[6] limits      '', or a map (cmsgpack) of users to {first, most}: `first` jobs of a user are
+--                     claimed in turn; more, up to `most`, only if no other user's job is left
 --
--- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads}:
+-- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads, parked}:
 --   LOST    the shard is incomplete: start a rebuild. Loaded senders may send meanwhile
 --   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
 --           when its lease expires, when it was due, 1 if it is the probe of a cooldown, the limit
---           that made it wait after it was due ('' if none did)
+--           that made it wait after it was due ('' if none did), user
 --   loads   senders whose head the caller must load
+--   parked  1 if senders wait because their user may have no more (park.lua)
 --
 -- A sender that may not send yet has a later score in `ready`, so it is not visited. The cost
 -- depends on the jobs claimed, never on the jobs that wait.
@@ -23,48 +27,39 @@
 --!include life
 --!include circuit
 --!include look
+--!include expire
+--!include park
 
 local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
+local limits = ARGV[6] ~= '' and cmsgpack.unpack(ARGV[6]) or {}
 
 local claims, loads, taken = {}, {}, 0
+-- The jobs claimed of each user with a limit, and which of the two limits applies now.
+local of_user, stage = {}, 1
 
--- Turns expired leases into used entries. Whether such a job was sent is unknown, so its entry
--- counts from the end of the lease, and the head is loaded again, since the job may wait again. It
--- has its own member (`assumed`): the same attempt may be claimed again and take another entry.
-local function expire_leases(s)
-    local leases = lease_of(s.id)
-    local expired = redis.call('ZRANGEBYSCORE', leases, '-inf', NOW, 'WITHSCORES')
-    for i = 1, #expired, 2 do
-        redis.call('ZREM', leases, expired[i])
-        local entry = assumed(expired[i])
-        while redis.call('ZSCORE', window_of(s.id), entry) do entry = assumed(entry) end
-        redis.call('ZADD', window_of(s.id), expired[i + 1], entry)
-        s.last_end = math.max(s.last_end, tonumber(expired[i + 1]))
-    end
-    if #expired > 0 then
-        redis.call('HSET', settings_of(s.id), 'end', s.last_end)
-        -- A load in progress may have read PostgreSQL before this.
-        redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
-        s.loading = NOW
-    end
+-- How many more jobs of a user may be claimed.
+local function room_of(user)
+    local most = limits[user]
+    return math.min(want - taken, most and most[stage] - (of_user[user] or 0) or math.huge)
 end
 
 -- Returns whether the next job waits for the sender's limits, not for room in the dispatcher.
 local function take(s)
     local leases, due = lease_of(s.id), due_of(s.id)
     local in_flight = redis.call('ZCARD', leases)
-    while taken < want and places(s, in_flight) > 0 do
+    while room_of(s.user) > 0 and places(s, in_flight) > 0 do
         local allowed = allowed_at(s, in_flight, window)
         if allowed > NOW or NOW >= s.closes then return true end
         local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
-        if not first[1] or not admits(circuit(s.endpoint)) then return true end
+        if not first[1] or not admits_sender(s) then return true end
         local delayed_by = allowed > tonumber(first[2]) and delay_of(s, allowed) or ''
         redis.call('ZREM', due, first[1])
         redis.call('ZADD', leases, NOW + lease, first[1])
         begin_probe(s, first[1], NOW + lease)
         in_flight = in_flight + 1
         taken = taken + 1
+        of_user[s.user] = (of_user[s.user] or 0) + 1
         claims[#claims + 1] = s.id
         claims[#claims + 1] = first[1]
         claims[#claims + 1] = NOW - math.max(allowed, tonumber(first[2]))
@@ -72,8 +67,10 @@ local function take(s)
         claims[#claims + 1] = tonumber(first[2])
         claims[#claims + 1] = s.cool > 0 and 1 or 0
         claims[#claims + 1] = delayed_by
+        claims[#claims + 1] = s.user
     end
-    return s.gap > 0
+    -- With a gap and no job in flight, the user had no room: the next job waits for the dispatcher.
+    return s.gap > 0 and in_flight > 0
 end
 
 local function visit(sender)
@@ -85,6 +82,7 @@ local function visit(sender)
         return
     end
     expire_leases(s)
+    local has_room = room_of(s.user) > 0
     local limited = not s.active or take(s)
     -- Not before `take`, which computes a job's lateness from the ends that left the window. If
     -- the next job waits for room in the dispatcher, its lateness is still to be computed.
@@ -102,18 +100,32 @@ local function visit(sender)
         loads[#loads + 1] = sender
     end
     schedule_look(s, window)
+    if not has_room then
+        local look = redis.call('ZSCORE', READY, sender)
+        if look and tonumber(look) <= NOW then park(s, look) end
+    end
 end
 
 -- Almost every visit claims a job or moves the sender's look past NOW. The bound on visits is for
--- those that do neither, such as many expired leases at once.
-local visits = 0
-while taken < want and visits < want + 64 do
-    local senders = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, want - taken)
-    if #senders == 0 then break end
-    for _, sender in ipairs(senders) do
-        visits = visits + 1
-        if taken < want then visit(sender) end
+-- those that do neither, such as many expired leases at once, or senders that are parked.
+local function visit_due(most)
+    local visits = 0
+    while taken < want and visits < most do
+        local senders = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, want - taken)
+        if #senders == 0 then break end
+        for _, sender in ipairs(senders) do
+            visits = visits + 1
+            if taken < want then visit(sender) end
+        end
     end
+end
+
+unpark(room_of)
+visit_due(want + 64)
+if taken < want and redis.call('EXISTS', PARKED) == 1 then
+    stage = 2
+    unpark(room_of)
+    visit_due(want + 64)
 end
 
 local look = first_look()
@@ -127,4 +139,5 @@ else
     wake_sleepers()
 end
 local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'
-return { state, look and math.max(0, look - NOW) or -1, claims, loads }
+local parked = redis.call('EXISTS', PARKED)
+return { state, look and math.max(0, look - NOW) or -1, claims, loads, parked }

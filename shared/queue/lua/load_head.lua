@@ -7,7 +7,8 @@
 -- ARGV[3] head     a map (cmsgpack):
 --   sender, limit, gap (ms), flight, state (1 active)
 --   horizon        due ms of the last job loaded, or 'inf' if no more wait
---   endpoint       key of the endpoint that its mail goes to
+--   user           key of the user who owns it
+--   endpoint       key of the endpoint that its mail goes to (circuit_keys.py)
 --   revision       of the sender, as text
 --   jobs           of the head, each as member, due ms
 --   ends           each as member, ms since it ended, 1 if it takes an entry
@@ -99,7 +100,7 @@ if before and (before.endpoint ~= head.endpoint
     or redis.call('HGET', settings, 'revision') ~= head.revision) then
     -- The endpoint or its password changed, so the old failures and pace no longer apply.
     forget_troubles(before)
-    leave_waiters(circuit(before.endpoint), id)
+    leave_all_waiters(before)
     redis.call('HDEL', settings, 'pace')
 end
 if replace_head() then
@@ -113,7 +114,7 @@ if #restored > 0 then
 end
 redis.call('HSET', settings, 'limit', head.limit, 'gap', head.gap, 'flight', head.flight,
     'state', head.state, 'horizon', head.horizon, 'sets', sets_of(id),
-    'endpoint', head.endpoint, 'revision', head.revision,
+    'user', head.user, 'endpoint', head.endpoint, 'revision', head.revision,
     'opens', head.opens, 'closes', head.closes)
 if head.cooldown then
     redis.call('HSET', settings, 'cool', NOW_UP + head.cooldown)

@@ -14,6 +14,7 @@
 --   contact      how the endpoint reacted: '' not contacted; 'OK' it replied; 'SENT' it accepted a
 --                mail; 'RATE' it replied that mail comes too fast; '!' and the reason: the
 --                connection failed; '?' and the reason: authentication failed
+--   before_mail  whether the connection failed before MAIL, so that no mail can be the cause
 --   cooldown     nil no change; 0 the sender's cooldown is over; else ms from now until its next
 --                probe may begin
 --
@@ -52,10 +53,10 @@ local function release(key, member, lease)
 end
 
 -- Applies a contact to the circuit of the endpoint and to the pace of the sender.
-local function apply_contact(s, member, contact)
+local function apply_contact(s, member, contact, before_mail)
     local backoff = backoffs[string.sub(contact, 1, 1)]
     if backoff then
-        local cleared = failed(s, member, string.sub(contact, 2), backoff)
+        local cleared = failed(s, member, string.sub(contact, 2), backoff, before_mail)
         if cleared and read_sender(cleared) then forget_troubles(sender_of(cleared)) end
     elseif contact ~= '' then
         answered(s)
@@ -88,7 +89,7 @@ for i = 4, #ARGV do
             redis.call('HSET', settings_of(id), 'end', ended)
         end
         end_probe(s, member, lease)
-        apply_contact(s, member, claim.contact)
+        apply_contact(s, member, claim.contact, claim.before_mail)
         set_cooldown(s, claim.cooldown)
         for n = reported + 1, #changes do changes[n][5] = i - 4 end
         reported = #changes

@@ -21,6 +21,7 @@ from outbox_server.shared.queue.queue import (
     Queue,
     Settlement,
 )
+from outbox_server.shared.queue.user_limits import UserLimit
 
 WINDOW = timedelta(hours=1)
 LEASE = timedelta(seconds=60)
@@ -135,14 +136,14 @@ class Shard:
         epochs = await self.queue.begin_load([h.sender_id for h in heads], committed=committed)
         assert await self.queue.load_heads(heads, epochs) == []
 
-    async def claim(self, want: int = 100) -> Claimed:
-        claimed = await self.queue.claim(want)
+    async def claim(self, want: int = 100, *limits: UserLimit) -> Claimed:
+        claimed = await self.queue.claim(want, limits)
         assert not claimed.lost
         return claimed
 
-    async def claimed(self, want: int = 100) -> list[int]:
+    async def claimed(self, want: int = 100, *limits: UserLimit) -> list[int]:
         """Claim; return the ids of the claimed jobs."""
-        return [claim.job.job_id for claim in (await self.claim(want)).claims]
+        return [claim.job.job_id for claim in (await self.claim(want, *limits)).claims]
 
     async def settle(
         self,
@@ -155,6 +156,7 @@ class Shard:
         answered: bool = False,
         connection_error: str | None = None,
         contact: Contact | None = None,
+        before_mail: bool = False,
         cooldown: timedelta | None = None,
     ) -> list[int]:
         """Settle one claim; its job is due again at `retry_at`, in ms after START."""
@@ -169,6 +171,7 @@ class Shard:
             lease_ms=claim.lease_ms,
             contact=contact,
             connection_error=connection_error or "",
+            before_mail=before_mail,
             cooldown=cooldown,
             server=f"mail.example:{claim.sender_id}",
         )

@@ -16,8 +16,9 @@ from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef, member_of
 from outbox_server.shared.queue.queue import Contact, LimitUse, Settlement, brings_history
+from outbox_server.shared.queue.user_limits import UserLimit
 from outbox_server.shared.states import JobState
-from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds
+from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds, scores
 from tests.integration.queue.under_way import (
     ClaimUnderWay,
     LimitHistory,
@@ -35,14 +36,18 @@ LOW = 2
 SOON = 100
 # The keys of a sender, and its entry in `ready`.
 SENDER_KEYS = ("due", "lease", "window", "sender", "ready")
-SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life", "circuit:relay", "waiters:relay")
+SHARD_KEYS: tuple[str, ...] = ("ready", "generation", "asleep", "rebuild", "life", "parked")
 # The second wait of a probe is longer than the lease, the last one longer than a recheck.
 BACKOFF = (500, 4_000, 40_000)
 AUTH_BACKOFF = (700, 9_000)
 BACKOFFS = {Contact.FAILED: BACKOFF, Contact.AUTH_FAILED: AUTH_BACKOFF}
-ENDPOINTS = ("relay", "other")
+# The circuits that there may be.
+CIRCUITS = ("relay", "relay:a", "relay:b", "own", "other")
+SHARD_KEYS += tuple(f"{kind}:{key}" for kind in ("circuit", "waiters") for key in CIRCUITS)
+SHARD_KEYS += ("parked:a", "parked:b")
 # Sorted as texts, their order is reversed.
 SENDERS = (9, 10, 11)
+USERS = {9: "a", 10: "b", 11: "a"}
 
 
 class QueueSteps(RuleBasedStateMachine):
@@ -93,7 +98,9 @@ class QueueSteps(RuleBasedStateMachine):
     def now_up(self) -> int:
         return -(-self.now // 1000)
 
-    async def _outage(self, spared: int | None, *, waits: bool, rounds: int) -> None:
+    async def _outage(
+        self, spared: int | None, *, waits: bool, rounds: int, before_mail: bool
+    ) -> None:
         """Fail for a while, except for one sender. `waits`: claim before the next probe."""
         for _ in range(rounds):
             await self._claim(3)
@@ -106,7 +113,11 @@ class QueueSteps(RuleBasedStateMachine):
                     await self._advance_claim(holding)
                 else:
                     await self._advance_claim(
-                        holding, use=LimitUse.BEGUN, contact=Contact.FAILED, retry=300
+                        holding,
+                        use=LimitUse.BEGUN,
+                        contact=Contact.FAILED,
+                        retry=300,
+                        before_mail=before_mail,
                     )
             look = self.model.first_look or 0
             if not waits or look < self.now_ms + BACKOFF[0]:
@@ -147,10 +158,23 @@ class QueueSteps(RuleBasedStateMachine):
             self.world.markers.pop(number, None)
         self.limits[load.sender_id].changes.append((self.now, load.model.limit))
 
-    async def _claim(self, want: int, *, waits: bool = False, rebuilds: bool = True) -> None:
-        claimed = await self.queue.claim(want)
-        allowed = {sender_id: self._probes_allowed(sender_id) for sender_id in self.model.senders}
-        claims, loads = self.model.claim(self.now_ms, want)
+    async def _claim(
+        self,
+        want: int,
+        *,
+        waits: bool = False,
+        rebuilds: bool = True,
+        limits: dict[str, tuple[int, int]] | None = None,
+    ) -> None:
+        given = [UserLimit(user, first, most) for user, (first, most) in (limits or {}).items()]
+        claimed = await self.queue.claim(want, given)
+        allowed = {
+            key: self._probes_allowed(self.model.circuits.get(key, CircuitModel()))
+            for key in CIRCUITS
+        }
+        claims, loads = self.model.claim(self.now_ms, want, limits)
+        for user, (_, most) in (limits or {}).items():
+            assert sum(USERS[sender_id] == user for sender_id, *_ in claims) <= most
         assert claimed.lost is not self.model.whole
         found = [
             (
@@ -162,9 +186,9 @@ class QueueSteps(RuleBasedStateMachine):
             for claim in claimed.claims
         ]
         assert (found, list(claimed.loads)) == (claims, loads)
-        for endpoint in ENDPOINTS:
-            at_once = [allowed[s] for s, *_ in found if self.model.senders[s].endpoint == endpoint]
-            assert len(at_once) <= min(at_once, default=0), "more than one probe at a time"
+        for key in CIRCUITS:
+            through = [s for s, *_ in found if key in self._circuits_of(s)]
+            assert len(through) <= allowed[key], "more than one probe at a time"
         look = self.model.first_look
         assert claimed.next_look == (
             None if look is None else milliseconds(max(0, look - self.now_ms))
@@ -179,10 +203,12 @@ class QueueSteps(RuleBasedStateMachine):
         if claimed.lost and rebuilds:
             await self._rebuild()
 
-    def _probes_allowed(self, sender_id: int) -> float:
-        """Return how many jobs may be claimed for all senders of this sender's endpoint."""
-        s = self.model.senders[sender_id]
-        c = self.model.circuit(s)
+    def _circuits_of(self, sender_id: int) -> tuple[str, ...]:
+        endpoint = self.model.senders[sender_id].endpoint
+        return (endpoint, "relay") if endpoint.startswith("relay:") else (endpoint,)
+
+    def _probes_allowed(self, c: CircuitModel) -> float:
+        """Return how many jobs may be claimed through a circuit."""
         if not c.open:
             return INFINITY
         return 1 if c.turn <= self.now_ms else 0
@@ -251,6 +277,7 @@ class QueueSteps(RuleBasedStateMachine):
         retry: int | None = None,
         age: int = 0,
         contact: Contact = Contact.ACCEPTED,
+        before_mail: bool = False,
         cools: int | None = None,
         waits: bool = False,
     ) -> None:
@@ -280,6 +307,7 @@ class QueueSteps(RuleBasedStateMachine):
             next_due_ms=retry_at or 0,
             contact=contact,
             connection_error="refused",
+            before_mail=before_mail,
             cooldown=cooldown,
         )
         stale = (retry_at is not None and not ours) or cooldown is not None
@@ -321,6 +349,7 @@ class QueueSteps(RuleBasedStateMachine):
             lease=reported.lease_ms,
             answered=reported.contact in (Contact.ANSWERED, Contact.ACCEPTED, Contact.TOO_FAST),
             failed=BACKOFFS.get(reported.contact, ()),
+            before_mail=reported.before_mail,
             pace=reported.contact.value,
             cooldown=cooldown,
         )
@@ -329,7 +358,12 @@ class QueueSteps(RuleBasedStateMachine):
             await self._load(reported.sender_id, committed=True)
 
     async def _save(self) -> None:
-        self.snapshot = Snapshot({}, dict(self.model.ready))
+        self.snapshot = Snapshot(
+            {},
+            dict(self.model.ready),
+            {user: dict(looks) for user, looks in self.model.parked.items()},
+            set(self.model.parked_users),
+        )
         for key in await self.raw.keys(self.shard.prefix + "*"):
             name = os.fsdecode(key)
             value = await self.raw.dump(name)
@@ -344,7 +378,7 @@ class QueueSteps(RuleBasedStateMachine):
         await self.shard.redis.set(self.shard.prefix + "test:run", f"run{self.runs}")
         # A restart takes longer than the clock resolution that distinguishes two lives.
         await self._advance(self.now + 1000)
-        self.model.lose_all(snapshot.ready)
+        self.model.lose_all(snapshot.ready, snapshot.parked, snapshot.parked_users)
         self.lossy = True
 
     async def _lose(self, sender_id: int, kind: str) -> None:
@@ -361,14 +395,18 @@ class QueueSteps(RuleBasedStateMachine):
         await self.shard.redis.delete(self.shard.prefix + key)
         if key == "ready":
             self.model.ready.clear()
-        elif key == "circuit:relay":
-            self.model.circuits.pop("relay", None)
-        elif key == "waiters:relay" and "relay" in self.model.circuits:
-            self.model.circuits["relay"].waiters.clear()
+        elif key == "parked":
+            self.model.parked_users.clear()
+        elif key.startswith("parked:"):
+            self.model.parked.pop(key.removeprefix("parked:"), None)
+        elif key.startswith("circuit:"):
+            self.model.circuits.pop(key.removeprefix("circuit:"), None)
+        elif (c := self.model.circuits.get(key.removeprefix("waiters:"))) is not None:
+            c.waiters.clear()
         elif key == "generation":
             self.model.whole = False
         elif key == "life":
-            self.model.lose_all(self.model.ready)
+            self.model.lose_all(self.model.ready, self.model.parked, self.model.parked_users)
             await self._advance(self.now + 1000)
 
     async def _rebuild(self) -> None:
@@ -413,16 +451,20 @@ class QueueSteps(RuleBasedStateMachine):
             assert int(found.settings.get("probe", 0)) == expected.probe
             assert int(found.settings.get("cool", 0)) == expected.cool
             assert int(found.settings.get("pace", 0)) == expected.pace
+            assert found.settings["user"] == expected.user
+        for user in set(USERS.values()):
+            parked = await scores(self.shard.redis, f"{self.shard.prefix}parked:{user}")
+            assert {int(s): look for s, look in parked.items()} == self.model.parked.get(user, {})
         await self._compare_circuits()
 
     async def _compare_circuits(self) -> None:
         async with self.shard.redis.pipeline(transaction=False) as pipeline:
             pipeline.get(self.shard.prefix + "test:run")
             pipeline.hgetall(self.shard.prefix + "life")
-            for endpoint in ENDPOINTS:
+            for endpoint in CIRCUITS:
                 pipeline.hgetall(f"{self.shard.prefix}circuit:{endpoint}")
             run, life, *circuits = await pipeline.execute()
-        for endpoint, found in zip(ENDPOINTS, circuits, strict=True):
+        for endpoint, found in zip(CIRCUITS, circuits, strict=True):
             c = self.model.circuits.get(endpoint, CircuitModel())
             this_life = (run or "first", found.get("life")) == (life.get("run"), life.get("id"))
             known = found if this_life else {}

@@ -31,11 +31,11 @@ from outbox_server.shared.queue.queue import Contact, LimitUse
 from outbox_server.shared.states import JobState
 from tests.integration.queue.limit_steps import Answers, LimitSteps
 from tests.integration.queue.steps import (
-    ENDPOINTS,
     LOW,
     SENDER_KEYS,
     SENDERS,
     SHARD_KEYS,
+    USERS,
 )
 from tests.integration.queue.under_way import ClaimUnderWay, Snapshot, Step
 from tests.integration.queue.world import SenderRow
@@ -50,10 +50,12 @@ rows = st.builds(
     gap=st.sampled_from([0, 0, 70, 900]),
     flight=st.integers(1, 6),
     active=st.sampled_from([True, True, True, False]),
-    endpoint=st.sampled_from(ENDPOINTS[:1] * 4 + ENDPOINTS[1:]),
+    own=st.sampled_from([False] * 4 + [True]),
 )
 
 
+# How many jobs of a user are claimed in turn, and at most.
+limits = st.tuples(st.integers(0, 2), st.integers(0, 2)).map(lambda both: (both[0], sum(both)))
 contacts = st.sampled_from([Contact.FAILED] * 5 + list(Contact))
 answers = st.sampled_from([Answers.BOTH] * 3 + list(Answers))
 
@@ -61,7 +63,8 @@ answers = st.sampled_from([Answers.BOTH] * 3 + list(Answers))
 class QueueMachine(LimitSteps):
     @initialize(these=st.tuples(*(rows for _ in SENDERS)))
     def start(self, these: tuple[SenderRow, ...]) -> None:
-        self.world.senders = dict(zip(SENDERS, these, strict=True))
+        for sender_id, row in zip(SENDERS, these, strict=True):
+            self.world.senders[sender_id] = replace(row, user=USERS[sender_id])
         self.do(self._start())
 
     async def _start(self) -> None:
@@ -81,9 +84,16 @@ class QueueMachine(LimitSteps):
         if not dies:
             self.do(self._load(sender_id, committed=True, waits=waits))
 
-    @rule(want=st.integers(1, 5), waits=chances, rebuilds=chances)
-    def claim(self, want: int, waits: bool, rebuilds: bool) -> None:
-        self.do(self._claim(want, waits=waits, rebuilds=rebuilds))
+    @rule(
+        want=st.integers(1, 5),
+        waits=chances,
+        rebuilds=chances,
+        limits=st.dictionaries(st.sampled_from("ab"), limits, max_size=2),
+    )
+    def claim(
+        self, want: int, waits: bool, rebuilds: bool, limits: dict[str, tuple[int, int]]
+    ) -> None:
+        self.do(self._claim(want, waits=waits, rebuilds=rebuilds, limits=limits))
 
     @precondition(lambda self: self._at(Step.CLAIMED))
     @rule(
@@ -117,6 +127,7 @@ class QueueMachine(LimitSteps):
         retry=st.sampled_from([None, None, 0, 300, 20_000]),
         age=st.integers(0, 5_000_000),
         contact=contacts,
+        before_mail=chances,
         cools=st.sampled_from([None] * 6 + [1, 400, 8_000]),
         waits=chances,
     )
@@ -128,12 +139,21 @@ class QueueMachine(LimitSteps):
         spared=st.sampled_from([None, None, SENDERS[1]]),
         waits=chances,
         rounds=st.integers(2, 7),
+        before_mail=chances,
     )
-    def outage(self, who: tuple[int, ...], spared: int | None, waits: bool, rounds: int) -> None:
+    def outage(
+        self,
+        *,
+        who: tuple[int, ...],
+        spared: int | None,
+        waits: bool,
+        rounds: int,
+        before_mail: bool,
+    ) -> None:
         for sender_id in who:
             self.world.add_jobs(sender_id, [self.now_ms, self.now_ms])
             self.do(self._load(sender_id, committed=True))
-        self.do(self._outage(spared, waits=waits, rounds=rounds))
+        self.do(self._outage(spared, waits=waits, rounds=rounds, before_mail=before_mail))
 
     @precondition(lambda self: self._renewable())
     @rule(pick=picks, answers=answers)
@@ -218,7 +238,8 @@ class QueueMachine(LimitSteps):
     @rule(sender_id=senders, row=rows, waits=chances)
     def change(self, sender_id: int, row: SenderRow, waits: bool) -> None:
         revision = self.world.senders[sender_id].revision + 1
-        self.world.senders[sender_id] = replace(row, revision=revision)
+        user = USERS[sender_id]
+        self.world.senders[sender_id] = replace(row, revision=revision, user=user)
         self.world.mark_stale(sender_id)
         self.do(self._load(sender_id, committed=True, waits=waits))
 

@@ -82,7 +82,9 @@ class LimitHistory:
 
 @dataclass
 class Snapshot:
-    """All keys at an earlier time, with their remaining ms to live, and the model's `ready`."""
+    """All keys at an earlier time, with their remaining ms to live, and the model's data."""
 
     keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     ready: dict[int, int] = field(default_factory=dict)
+    parked: dict[str, dict[int, int]] = field(default_factory=dict)
+    parked_users: set[str] = field(default_factory=set)

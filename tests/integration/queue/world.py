@@ -18,6 +18,8 @@ from tests.integration.queue_model import HeadModel
 
 # Small, so that a head is used up soon.
 HEAD_SIZE = 4
+# The endpoints of each user: the relay and another.
+ENDPOINTS = {"a": ("relay:a", "own"), "b": ("relay:b", "other")}
 
 
 @dataclass
@@ -26,8 +28,14 @@ class SenderRow:
     gap: int
     flight: int
     active: bool
-    endpoint: str = "relay"
+    user: str = "a"
+    # Whether it has an SMTP endpoint of its own.
+    own: bool = False
     revision: int = 1
+
+    @property
+    def endpoint(self) -> str:
+        return ENDPOINTS[self.user][self.own]
 
 
 @dataclass
@@ -125,6 +133,7 @@ class ModelledInstallation:
                 more,
                 tuple(PastEnd(job, timedelta(milliseconds=age), c) for job, age, c in ends),
                 tuple(ActiveLease(job, timedelta(milliseconds=left)) for job, left in leases),
+                user=row.user,
                 endpoint=row.endpoint,
                 revision=row.revision,
                 cooldown=None if left is None else timedelta(milliseconds=left),
@@ -136,6 +145,7 @@ class ModelledInstallation:
                 row.active,
                 row.endpoint,
                 row.revision,
+                row.user,
                 [(member_of(job), due) for job, due in head],
                 more,
                 # The end of an expired lease may lie in the future; its age is 0.

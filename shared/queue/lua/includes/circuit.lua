@@ -3,6 +3,10 @@
 -- A sender's circuit (in its settings) opens if only its own connections fail, an endpoint's if
 -- those of several senders fail. So one failing sender stops no other.
 --
+-- The endpoint `relay:<user>` is the operator's relay as one user's mail meets it. Its sends also
+-- need the circuit `relay`, which all users share. A failure counts for `relay` if it came before
+-- MAIL: no mail can cause that. Every other failure counts for the user alone.
+--
 -- While an endpoint's circuit is open, the senders that could send are in `waiters`, scored by the
 -- time since when they could. In `ready` they are scored for a periodic recheck, so that a loss of
 -- the circuit's keys strands no sender. The first sender in `waiters` sends the next probe: a job
@@ -19,6 +23,9 @@ local circuits = {}
 -- The circuits that this run of the script opened or closed; only its caller reports them. Each as
 -- 'opened' or 'closed', the sender or '' (the endpoint's), open since (ms), reason.
 local changes = {}
+
+-- Returns the circuit that the users of an endpoint share, or nil.
+local function shared_of(endpoint) return string.match(endpoint, '^(relay):') end
 
 local function circuit(endpoint)
     local c = circuits[endpoint]
@@ -51,8 +58,19 @@ local function write_circuit(c, ...)
     redis.call('PEXPIRE', circuit_of(c.id), KEEP + math.max(0, c.next - NOW))
 end
 
--- Whether one more job may be sent to the endpoint now.
+-- Whether a circuit lets one more job through now.
 local function admits(c) return not c.open or math.max(c.next, c.busy_until) <= NOW end
+
+-- Whether one more job of the sender may be sent to its endpoint now.
+local function admits_sender(s)
+    return admits(circuit(s.endpoint)) and (not s.shared or admits(circuit(s.shared)))
+end
+
+-- Calls `step` with each circuit that the sender's mail needs.
+local function each_circuit(s, step, ...)
+    step(circuit(s.endpoint), s, ...)
+    if s.shared then step(circuit(s.shared), s, ...) end
+end
 
 -- Schedules the longest-waiting sender in `waiters` for the time of the next probe.
 local function schedule_prober(c)
@@ -64,24 +82,29 @@ local function leave_waiters(c, id)
     if c.open and redis.call('ZREM', waiters_of(c.id), id) == 1 then schedule_prober(c) end
 end
 
--- Returns when to check a sender whose own limits allow a send from `at` on.
-local function through_circuit(s, at)
-    local c = circuit(s.endpoint)
-    if not c.open then return at end
-    if at > NOW or admits(c) then
-        leave_waiters(c, s.id)
-        return at
-    end
-    local waiters = waiters_of(c.id)
-    redis.call('ZADD', waiters, at, s.id)
-    redis.call('PEXPIRE', waiters, KEEP + math.max(0, c.next - NOW))
-    if redis.call('ZRANGE', waiters, 0, 0)[1] ~= s.id then return NOW + RECHECK end
-    return math.min(NOW + RECHECK, math.max(c.next, c.busy_until))
+-- The sender waits for neither of its circuits: it was sent to another endpoint.
+local function leave_all_waiters(s)
+    each_circuit(s, function(c) leave_waiters(c, s.id) end)
 end
 
-local function begin_probe(s, member, until_ms)
-    if s.open then redis.call('HSET', settings_of(s.id), 'prober', member) end
-    local c = circuit(s.endpoint)
+-- Returns when to check a sender whose own limits allow a send from `at` on.
+local function through_circuit(s, at)
+    local closed
+    local function pass(c)
+        if not c.open then return end
+        if at > NOW or closed or admits(c) then leave_waiters(c, s.id) else closed = c end
+    end
+    pass(circuit(s.endpoint))
+    if s.shared then pass(circuit(s.shared)) end
+    if not closed then return at end
+    local waiters = waiters_of(closed.id)
+    redis.call('ZADD', waiters, at, s.id)
+    redis.call('PEXPIRE', waiters, KEEP + math.max(0, closed.next - NOW))
+    if redis.call('ZRANGE', waiters, 0, 0)[1] ~= s.id then return NOW + RECHECK end
+    return math.min(NOW + RECHECK, math.max(closed.next, closed.busy_until))
+end
+
+local function begin_probe_of(c, s, member, until_ms)
     if not c.open then return end
     c.probe, c.busy_until = s.id .. ' ' .. member, until_ms
     write_circuit(c, 'probe', c.probe, 'until', until_ms)
@@ -90,7 +113,13 @@ local function begin_probe(s, member, until_ms)
     schedule_prober(c)
 end
 
--- Moves the end of a probe whose lease was renewed.
+local function begin_probe(s, member, until_ms)
+    if s.open then redis.call('HSET', settings_of(s.id), 'prober', member) end
+    each_circuit(s, begin_probe_of, member, until_ms)
+end
+
+-- Moves the end of a probe whose lease was renewed. Not in a shared circuit: there the mail of one
+-- user, which may be slow by itself, holds back the next probe for one lease and no longer.
 local function extend_probe(s, member, until_ms)
     local c = circuit(s.endpoint)
     if c.probe ~= s.id .. ' ' .. member then return end
@@ -99,14 +128,15 @@ local function extend_probe(s, member, until_ms)
 end
 
 -- `lease` is set for a claim that was not used: it must not end the probe of a later claim.
-local function end_probe(s, member, lease)
-    local c = circuit(s.endpoint)
+local function end_probe_of(c, s, member, lease)
     if c.probe ~= s.id .. ' ' .. member or (lease and lease ~= c.busy_until) then return end
     c.busy_until, c.ended = 0, c.probe
     redis.call('HDEL', circuit_of(c.id), 'probe', 'until')
     c.probe = false
     schedule_prober(c)
 end
+
+local function end_probe(s, member, lease) each_circuit(s, end_probe_of, member, lease) end
 
 local function has_closed(key, sender)
     local f = redis.call('HMGET', key, 'open', 'reason')
@@ -125,9 +155,7 @@ local function forget_troubles(s)
 end
 
 -- The endpoint replied: all senders in `waiters` may send again, within their own limits.
-local function answered(s)
-    forget_troubles(s)
-    local c = circuit(s.endpoint)
+local function close(c)
     if c.failures == 0 then return end
     if c.open then
         has_closed(circuit_of(c.id), '')
@@ -136,6 +164,11 @@ local function answered(s)
     end
     redis.call('DEL', circuit_of(c.id), waiters_of(c.id))
     circuits[c.id] = nil
+end
+
+local function answered(s)
+    forget_troubles(s)
+    each_circuit(s, close)
 end
 
 local function wait_of(backoff, number)
@@ -148,23 +181,38 @@ local function wait_of(backoff, number)
     return wait
 end
 
+-- A probe failed: the next one waits longer.
+local function postpone_probe(c, reason, backoff)
+    c.next = NOW + wait_of(backoff, redis.call('HINCRBY', circuit_of(c.id), 'step', 1))
+    write_circuit(c, 'next', c.next, 'reason', reason)
+    schedule_prober(c)
+end
+
+-- Returns the circuit that a failure counts for. A send that was in flight when a circuit opened
+-- is no probe: it changes nothing of an open circuit.
+local function blame(s, member, reason, backoff, before_mail)
+    local own = circuit(s.endpoint)
+    local shared = s.shared and circuit(s.shared)
+    local ended = s.id .. ' ' .. member
+    if own.open and own.ended == ended then postpone_probe(own, reason, backoff) end
+    if shared and shared.open and shared.ended == ended then
+        -- With MAIL, the probe was in a session, so the relay replies.
+        if before_mail then postpone_probe(shared, reason, backoff) else close(shared) end
+    end
+    return shared and before_mail and shared or own
+end
+
 -- The connection of this attempt failed. If that opens the endpoint's circuit, returns the sender
 -- that the failures were counted for so far, if it was only one: they are the endpoint's now.
-local function failed(s, member, reason, backoff)
-    local c, settings = circuit(s.endpoint), settings_of(s.id)
+local function failed(s, member, reason, backoff, before_mail)
+    local settings = settings_of(s.id)
     if s.open and redis.call('HGET', settings, 'prober') == member then
         local step = redis.call('HINCRBY', settings, 'step', 1)
         s.probe = NOW + wait_of(backoff, step)
         redis.call('HSET', settings, 'probe', s.probe, 'reason', reason)
     end
-    if c.open then
-        -- A send that was in flight when the circuit opened is no probe: it changes nothing.
-        if c.ended ~= s.id .. ' ' .. member then return nil end
-        c.next = NOW + wait_of(backoff, redis.call('HINCRBY', circuit_of(c.id), 'step', 1))
-        write_circuit(c, 'next', c.next, 'reason', reason)
-        schedule_prober(c)
-        return nil
-    end
+    local c = blame(s, member, reason, backoff, before_mail)
+    if c.open then return nil end
     if s.open then
         -- Failures of a sender whose own circuit is open do not open the endpoint's circuit.
         if c.failures > 0 then write_circuit(c, 'reason', reason) end

@@ -4,11 +4,13 @@ local prefix = string.match(KEYS[1], '^(.-%}):') .. ':'
 local READY = KEYS[1]
 local ASLEEP = prefix .. 'asleep'
 local WAKE = prefix .. 'wake' -- a channel
+local PARKED = prefix .. 'parked'
 
 local function due_of(sender) return prefix .. 'due:' .. sender end
 local function lease_of(sender) return prefix .. 'lease:' .. sender end
 local function window_of(sender) return prefix .. 'window:' .. sender end
 local function settings_of(sender) return prefix .. 'sender:' .. sender end
+local function parked_of(user) return prefix .. 'parked:' .. user end
 local function circuit_of(endpoint) return prefix .. 'circuit:' .. endpoint end
 local function waiters_of(endpoint) return prefix .. 'waiters:' .. endpoint end
 

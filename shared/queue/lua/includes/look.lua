@@ -19,7 +19,7 @@ local function gap_with_pace(own_gap, pace) return math.max(own_gap, pace) end
 local function read_sender(sender)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
         'horizon', 'loading', 'life', 'sets', 'endpoint', 'troubles', 'open', 'probe',
-        'opens', 'closes', 'cool', 'pace')
+        'opens', 'closes', 'cool', 'pace', 'user')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
     local own_gap, pace = tonumber(f[2]), number_or(f[17], 0)
     return {
@@ -36,6 +36,8 @@ local function read_sender(sender)
         loading = number_or(f[7], nil),
         sets = tonumber(f[9]),
         endpoint = f[10] or '',
+        -- The circuit that all users of the relay share.
+        shared = shared_of(f[10] or ''),
         -- The sender's circuit (circuit.lua): connection failures in a row, whether it is open, and
         -- the earliest time of its next probe.
         troubles = number_or(f[11], 0),
@@ -46,6 +48,8 @@ local function read_sender(sender)
         closes = (not f[15] or f[15] == 'inf') and math.huge or tonumber(f[15]),
         -- In a cooldown: the earliest time of the next probe. 0: the sender does not cool down.
         cool = number_or(f[16], 0),
+        -- '' until the first load by a process that knows users.
+        user = f[18] or '',
     }
 end
 
