@@ -107,16 +107,14 @@ local function visit(sender)
 end
 
 -- Almost every visit claims a job or moves the sender's look past NOW. The bound on visits is for
--- those that do neither, such as many expired leases at once, or senders that are parked.
+-- those that do neither, such as many expired leases at once, or senders that are parked. A visit may
+-- change the looks of others, so the next sender is read after each.
 local function visit_due(most)
-    local visits = 0
-    while taken < want and visits < most do
-        local senders = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, want - taken)
-        if #senders == 0 then break end
-        for _, sender in ipairs(senders) do
-            visits = visits + 1
-            if taken < want then visit(sender) end
-        end
+    for _ = 1, most do
+        if taken >= want then return end
+        local sender = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, 1)[1]
+        if not sender then return end
+        visit(sender)
     end
 end
 
