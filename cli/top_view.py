@@ -55,6 +55,7 @@ _REASONS: Final = {
     jobs.WAIT_REASON_DISPATCHER: "dispatcher",
     jobs.WAIT_REASON_COOLDOWN: "cooldown",
     jobs.WAIT_REASON_DEFERRED: "deferred",
+    jobs.WAIT_REASON_SHARE: "share",
 }
 _KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   q: quit"
 # The number of senders shown even on a small screen.

@@ -78,6 +78,15 @@ class QuotaOptions:
             help="Most stored rejections.",
         ),
     ] = None
+    unproven_endpoints: Annotated[
+        int | None,
+        typer.Option(
+            "--unproven-endpoints",
+            parser=_read_quota,
+            metavar="N|default",
+            help="Most sends at a time to mail servers that have not replied yet.",
+        ),
+    ] = None
 
 
 @app.command(name="list")

@@ -281,13 +281,6 @@ class Settings(BaseSettings):
     dispatcher_concurrency: int = Field(
         5, ge=1, le=1000, description="sends in flight in one dispatcher"
     )
-    user_unproven_endpoints: int | None = Field(
-        None,
-        ge=1,
-        le=1000,
-        description="sends in flight of one user, in one dispatcher, to mail servers that have not "
-        "replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, at least 2",
-    )
     default_hourly_limit: int = Field(
         200, ge=1, le=1_000_000, description="hourly_limit of senders that do not set it"
     )
@@ -348,6 +341,14 @@ class Settings(BaseSettings):
         ge=0,
         le=MAX_QUOTA,
         description="most stored rejections of one user; further ones are counted, not stored",
+    )
+    user_unproven_endpoints: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_QUOTA,
+        description="most sends in flight of one user in one dispatcher to mail servers that have "
+        "not replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, and at "
+        "least 2",
     )
     sender_policy: Literal["any", "domains"] = Field(
         "any",

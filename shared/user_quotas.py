@@ -24,7 +24,8 @@ _LATER: Final = timedelta(minutes=1)
 class UserQuotas:
     """The most that one user may have. The field `x` is the setting `OUTBOX_USER_X`.
 
-    `calls`, `uploads` and `watches` count in each process, all others in the whole installation.
+    `calls`, `uploads` and `watches` count in each process, `unproven_endpoints` in each dispatcher,
+    all others in the whole installation.
     """
 
     waiting_jobs: int
@@ -33,11 +34,15 @@ class UserQuotas:
     uploads: int
     watches: int
     stored_rejections: int
+    unproven_endpoints: int
 
     @classmethod
     def from_settings(cls, settings: Settings) -> UserQuotas:
         """Return the defaults: those of users without overrides."""
-        return cls(**{name: getattr(settings, f"user_{name}") for name in QUOTAS})
+        values = {name: getattr(settings, f"user_{name}") for name in QUOTAS}
+        if values["unproven_endpoints"] is None:
+            values["unproven_endpoints"] = max(2, settings.dispatcher_concurrency // 4)
+        return cls(**values)
 
     def overridden(self, overrides: Mapping[str, int | None]) -> UserQuotas:
         """Return these quotas with the overrides of one user. None means the default."""
@@ -66,3 +71,5 @@ class UserQuotas:
 
 
 QUOTAS: Final = tuple(field.name for field in fields(UserQuotas))
+# The smallest values, if not 0.
+LEAST_QUOTAS: Final[Mapping[str, int]] = {"unproven_endpoints": 1}

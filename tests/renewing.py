@@ -114,7 +114,7 @@ class SendingWithoutSmtp:
             self.statements,
             transactions,
             self.loader,
-            Slots(len(sends)),
+            Slots(len(sends), unproven=2),
             CooldownRules.from_settings(self.settings),
         )
         for send in sends:

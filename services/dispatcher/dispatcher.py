@@ -46,9 +46,12 @@ from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import raise_if_cancelled
+from outbox_server.shared.queue.circuit_keys import user_key
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim, Claimed, Queue
+from outbox_server.shared.quotas.storage import read_unproven_endpoints
+from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 
@@ -58,8 +61,8 @@ if TYPE_CHECKING:
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
-# The pause before a job is claimed again that somebody else had locked.
-_LOCKED_PAUSE = timedelta(seconds=1)
+# An operator's change of a quota applies after this time at the latest.
+_QUOTAS_AGE = timedelta(seconds=5)
 _log = structlog.get_logger(__name__)
 
 
@@ -119,7 +122,7 @@ class Dispatcher:
         self._tracer = tracer
         self._slots = Slots(
             settings.dispatcher_concurrency,
-            unproven=settings.user_unproven_endpoints,
+            unproven=UserQuotas.from_settings(settings).unproven_endpoints,
             on_room=self._wake,
         )
         self._settler = Settler(
@@ -153,6 +156,13 @@ class Dispatcher:
     def relay_keys(self) -> list[str]:
         """Return the relay's keys of the users whose mail went there last."""
         return self._slots.relay_keys()
+
+    async def read_quotas(self) -> timedelta:
+        """Read the quotas that operators have set. Return the time until the next read."""
+        async with self._statements.connect() as connection:
+            overrides = await read_unproven_endpoints(connection)
+        self._slots.set_unproven({user_key(user): most for user, most in overrides.items()})
+        return _QUOTAS_AGE
 
     async def run(self, stop: asyncio.Event) -> None:
         """Dispatch until `stop` is set or `drain` is called.

@@ -25,7 +25,7 @@ from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import BatchContent
 from outbox_server.services.dispatcher.wake import WakeListener
-from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
@@ -148,7 +148,8 @@ async def serve(
         )
         recovery = Recovery(settings, engine, loader, metrics)
         monitoring.before_scrape(partial(_show_circuits, servicer, metrics))
-        endless = [*(listener.run for listener in listeners), recovery.run]
+        quotas = Loop("quotas", dispatcher.read_quotas, errors=DATABASE_ERRORS)
+        endless = [*(listener.run for listener in listeners), recovery.run, quotas.run]
         work = [
             partial(dispatcher.run, stop),
             *(partial(run_until_stopped, each, stop) for each in endless),

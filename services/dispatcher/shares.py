@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Final
@@ -28,7 +28,6 @@ from typing import Final
 # A send that takes longer makes its endpoint slow, until a later send is quicker.
 _SLOW_AFTER_S: Final = 1.0
 _RESERVED_PART: Final = 5
-_UNPROVEN_PART: Final = 4
 # A permit is reserved for the other endpoints of a user until they were unused for this long.
 _REMEMBERED_S: Final = 60.0
 _MAX_ENDPOINTS: Final = 10_000
@@ -104,18 +103,13 @@ class User:
         return bool(self.held or self.waiting)
 
 
-def default_unproven(total: int) -> int:
-    """Return the default of OUTBOX_USER_UNPROVEN_ENDPOINTS: a quarter of the slots, at least 2."""
-    return max(2, total // _UNPROVEN_PART)
-
-
 class Shares:
     """Gives out permits. `clock` is monotonic, in seconds."""
 
     def __init__(
-        self, total: int, unproven: int | None = None, clock: Callable[[], float] = time.monotonic
+        self, total: int, unproven: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`unproven` is OUTBOX_USER_UNPROVEN_ENDPOINTS; None means `default_unproven`."""
+        """`unproven` is the quota of users without an override."""
         self._total = total
         reserved = _reserved(total)
         # The most permits of one user, and of all users at slow endpoints.
@@ -124,7 +118,9 @@ class Shares:
         self._lent = reserved // 2
         # The most permits of a user at slow endpoints, and at one of several endpoints.
         self._part = self.share - _reserved(self.share)
-        self._unproven = default_unproven(total) if unproven is None else unproven
+        self._unproven = unproven
+        # The quotas of users with an override, by user.
+        self.unproven_of: Mapping[str, int] = {}
         self._clock = clock
         # In the order in which they were last used.
         self._endpoints: OrderedDict[str, Endpoint] = OrderedDict()
@@ -149,7 +145,8 @@ class Shares:
         now = self._clock()
         if not self._is_slow(endpoint, now):
             return len(endpoint.permits) < self._part or self._is_only(route, user)
-        if not endpoint.proven and self._unproven_permits(route.user) >= self._unproven:
+        most = self.unproven_of.get(route.user, self._unproven)
+        if not endpoint.proven and self._unproven_permits(route.user) >= most:
             return False
         slow = self.slow_permits() if slow is None else slow
         mine, taken = slow[route.user], slow.total()

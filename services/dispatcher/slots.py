@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -56,10 +56,10 @@ class Slots:
         total: int,
         clock: Callable[[], float] = time.monotonic,
         *,
-        unproven: int | None = None,
+        unproven: int,
         on_room: Callable[[], None] = lambda: None,
     ) -> None:
-        """`unproven` is OUTBOX_USER_UNPROVEN_ENDPOINTS."""
+        """`unproven` is the quota of sends to endpoints that have not replied yet."""
         self._total = total
         self._shares = Shares(total, unproven, clock)
         self._on_room = on_room
@@ -139,6 +139,11 @@ class Slots:
     def limited(self, shard: int, limits: Iterable[UserLimit]) -> None:
         """Note whose jobs a claim of a shard may leave out: `on_room` is called for them."""
         self._limited[shard] = {limit.user for limit in limits}
+
+    def set_unproven(self, overrides: Mapping[str, int]) -> None:
+        """Take the quotas of the users with an override. Claims that may now go on do so."""
+        self._shares.unproven_of = overrides
+        self.release(0)
 
     def begin_unrouted(self, user: str) -> None:
         """Count a claim whose route is not known yet."""

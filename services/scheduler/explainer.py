@@ -33,6 +33,7 @@ from outbox_server.shared.forecast.backlog import (
 from outbox_server.shared.forecast.forecasts import forecast_job
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
+from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import LimiterState
 from outbox_server.shared.states import JobState
 
@@ -89,7 +90,7 @@ class Explainer:
                     expire_after=expire_after,
                 )
                 send_time = found.first
-        live = await self._read_live(job.sender_id)
+        live = await self._read_live(job)
         limiter = live.limiter or _limiter_from(pace)
         situation = _situation(job, pace, ahead, limiter, live.circuit)
         until = _deferred_until(job, self._defer_for)
@@ -103,12 +104,13 @@ class Explainer:
             send_time = None
         return ExplainedJob(job, explanation, ahead, send_time)
 
-    async def _read_live(self, sender_id: int) -> _LiveState:
-        queue = self._loader.queue_of(sender_id)
+    async def _read_live(self, job: JobRecord) -> _LiveState:
+        queue = self._loader.queue_of(job.sender_id)
+        following = JobRef(job.job_id, job.attempts + 1)
         try:
             async with asyncio.timeout(_QUEUE_LIMIT_S):
-                limiter = await queue.read_limiter(sender_id)
-                circuits = await queue.circuits_of_sender(sender_id)
+                limiter = await queue.read_limiter(job.sender_id, following)
+                circuits = await queue.circuits_of_sender(job.sender_id)
         except (*QUEUE_ERRORS, TimeoutError):
             return _LiveState(reachable=False)
         # Both circuits may be open. Mail is sent only after the later probe.
@@ -167,6 +169,8 @@ def _situation(
         gap_left=live.gap_left,
         window_left=live.window_left,
         hourly_limit=pace.limiter.limit,
+        claimed_for=live.claimed_for,
+        parked=live.parked,
         opens=_opening(pace),
         circuit=circuit,
         cooldown=pace.cooldown,

@@ -35,7 +35,11 @@ class WaitReason(IntEnum):
     DISPATCHER = 9
     COOLDOWN = 10  # Limit.COOLDOWN
     DEFERRED = 11
+    SHARE = 12
 
+
+# A dispatcher marks a claimed job at once. One that it has for longer waits for a permit.
+_CLAIM_WAITS_AFTER: Final = timedelta(seconds=1)
 
 # Why an attempt with a reply of `shared.states.NOT_COUNTED` does not count as a failure: a clause.
 WHY_NOT_COUNTED: Final = {
@@ -89,6 +93,10 @@ class Situation:
     gap_left: timedelta
     window_left: timedelta
     hourly_limit: int
+    # How long ago a dispatcher claimed the job. None means that none has it.
+    claimed_for: timedelta | None = None
+    # The sender waits because its user may have no more of a dispatcher's slots.
+    parked: bool = False
     # When the sending hours begin again. None means that mail may be sent now.
     opens: datetime | None = None
     circuit: OpenCircuit | None = None
@@ -117,6 +125,14 @@ _FINAL = {
     JobState.SUPPRESSED: "Its recipient is suppressed: it will never be sent.",
     JobState.EXPIRED: "It expired and will never be sent.",
 }
+
+
+_SHARE: Final = Explanation(
+    WaitReason.SHARE,
+    None,
+    "It may be sent now, but its user, or its mail server, has its share of the dispatcher's "
+    "slots; it is sent when another mail of the user has ended.",
+)
 
 
 def explain_state(state: JobState) -> Explanation:
@@ -185,6 +201,9 @@ def _explain_due(it: Situation) -> Explanation:
     if holds:
         # Nothing is sent before the last of them ends, so that one is reported.
         return max(holds, key=lambda hold: hold[0])[1]
+    if it.claimed_for is not None and it.claimed_for >= _CLAIM_WAITS_AFTER:
+        # The limits allowed it, and it takes part in them already.
+        return _SHARE
     if it.cooldown is not None and (it.ahead or it.in_flight):
         text = f"{it.cooldown.refusal}; another mail goes first as a probe, and its reply decides."
         return Explanation(WaitReason.COOLDOWN, None, text)
@@ -228,6 +247,8 @@ def _explain_first(it: Situation) -> Explanation:
     if it.in_flight:
         text = "Another mail of its sender is being sent."
         return Explanation(WaitReason.QUEUE, None, text)
+    if it.parked:
+        return _SHARE
     text = "It may be sent now, as soon as a dispatcher is free."
     return Explanation(WaitReason.DISPATCHER, it.now, text)
 

@@ -109,7 +109,8 @@ class UserRow(Base):
     uploads: Mapped[int | None] = mapped_column(BigInteger)
     watches: Mapped[int | None] = mapped_column(BigInteger)
     stored_rejections: Mapped[int | None] = mapped_column(BigInteger)
-    # Normalised by shared/sender_domains.py. Used under OUTBOX_SENDER_POLICY=domains.
+    unproven_endpoints: Mapped[int | None] = mapped_column(BigInteger)
+    # In the form of shared/sender_domains.py, for OUTBOX_SENDER_POLICY=domains.
     sender_domains: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     # How many rows of `batch_rejections` the user's batches have.
     stored_rejections_count: Mapped[int] = mapped_column(BigInteger, server_default="0")

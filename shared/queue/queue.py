@@ -189,6 +189,10 @@ class LimiterState:
     in_flight: int
     gap_left: timedelta
     window_left: timedelta
+    # How long ago a dispatcher claimed the job that was asked about. None means that none has it.
+    claimed_for: timedelta | None = None
+    # The sender waits because its user may have no more of a dispatcher's slots.
+    parked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,13 +468,23 @@ class Queue:
             head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
         ]
 
-    async def read_limiter(self, sender_id: int) -> LimiterState | None:
-        """Return the state of a sender's limiter; None if Redis does not know the sender."""
-        found = await self._run("limiter", (self.keys.ready,), (self._window, sender_id))
+    async def read_limiter(self, sender_id: int, job: JobRef | None = None) -> LimiterState | None:
+        """Return the state of a sender's limiter; None if Redis does not know the sender.
+
+        `job` is one of its jobs: the attempt that comes next.
+        """
+        args = (self._window, sender_id, "" if job is None else member_of(job))
+        found = await self._run("limiter", (self.keys.ready,), args)
         if found is None:
             return None
-        in_flight, gap, window = found
-        return LimiterState(in_flight, timedelta(milliseconds=gap), timedelta(milliseconds=window))
+        in_flight, gap, window, lease, parked = found
+        return LimiterState(
+            in_flight,
+            gap_left=timedelta(milliseconds=gap),
+            window_left=timedelta(milliseconds=window),
+            claimed_for=timedelta(milliseconds=self._lease - lease) if lease >= 0 else None,
+            parked=parked == 1,
+        )
 
     async def count_ready_jobs(self) -> ReadyJobs:
         """Count the jobs that may be sent now, in one call for the shard."""

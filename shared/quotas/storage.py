@@ -49,6 +49,14 @@ async def read_quotas(
     return defaults if row is None else quotas_of(row, defaults)
 
 
+async def read_unproven_endpoints(connection: AsyncConnection) -> dict[str, int]:
+    """Return the overrides of `unproven_endpoints` by user."""
+    column = UserRow.unproven_endpoints
+    statement = select(UserRow.user_id, column).where(column.is_not(None))
+    rows = await connection.execute(owned_by(statement, UserRow.user_id, None))
+    return {row.user_id: row.unproven_endpoints for row in rows}
+
+
 async def read_domains(connection: AsyncConnection, user_id: str) -> Sequence[str]:
     """Return the domains that are assigned to a user."""
     statement = owned_by(select(UserRow.sender_domains), UserRow.user_id, user_id)

@@ -96,7 +96,7 @@ async def settle(
         statements,
         cast(AsyncEngine, transactions or world.engine),
         loader or world.loader,
-        Slots(len(outcomes)),
+        Slots(len(outcomes), unproven=2),
         CooldownRules.from_settings(world.settings),
     )
     for outcome in outcomes:

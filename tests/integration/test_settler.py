@@ -36,7 +36,7 @@ async def settle(
     world: World, statements: AsyncEngine, outcome: Any, transactions: Any = None
 ) -> None:
     """Let a settler write one outcome completely."""
-    slots = Slots(1)
+    slots = Slots(1, unproven=2)
     await slots.take_free()
     engine = cast(AsyncEngine, transactions or world.engine)
     settler = Settler(

@@ -189,6 +189,29 @@ async def test_a_user_whose_endpoints_are_silent_delays_no_other_user(
             server.cut()
 
 
+async def test_an_operator_changes_the_slots_for_endpoints_that_have_not_replied(
+    configure: Configure,
+) -> None:
+    """The dispatcher reads the change while it runs."""
+    settings = settings_of(configure(dispatcher_concurrency=10, user_unproven_endpoints=1))
+    async with AsyncExitStack() as stack:
+        servers = [
+            await stack.enter_async_context(ScriptedServer({"greeting": Wait()})) for _ in range(4)
+        ]
+        world = await stack.enter_async_context(World(settings))
+        senders = [await world.sender(user="eve", **by(server)) for server in servers]
+        dispatcher = await stack.enter_async_context(running(settings))
+        for sender in senders:
+            await world.schedule(sender)
+        await eventually(lambda: all_claimed(world, senders))
+        await eventually(lambda: waiting_for_greeting(servers) == 1)
+        await world.sql("INSERT INTO users (user_id, unproven_endpoints) VALUES ('eve', 3)")
+        await eventually(lambda: waiting_for_greeting(servers) == 3)
+        dispatcher.stopping.set()
+        for server in servers:
+            server.cut()
+
+
 def of(inbox: Inbox) -> dict[str, Any]:
     port = int(inbox.url.rpartition(":")[2])
     return {"smtp_port": port, "smtp_security": int(SmtpSecurity.NONE)}

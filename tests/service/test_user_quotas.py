@@ -28,7 +28,7 @@ from outbox.v1.sender_service_pb2 import (
     GetSenderRequest,
     UpdateSenderRequest,
 )
-from outbox.v1.user_pb2 import User
+from outbox.v1.user_pb2 import User, UserQuotas
 from outbox.v1.user_service_pb2 import GetUserRequest, ListUsersRequest, UpdateUserRequest
 
 from outbox_server.shared.database.engine import create_engine
@@ -282,9 +282,12 @@ async def test_operators_read_and_change_users(database_url: str, redis_url: str
         user = User(user_id="ann", sender_domains=["EXÄMPLE.com", "*.example.org"])
         user.quotas.senders = 2
         user.quotas.calls = 9
+        user.quotas.unproven_endpoints = 3
         changed = await update(user)
         assert list(changed.sender_domains) == ["xn--exmple-cua.com", "*.example.org"]
         assert (changed.quotas.senders, changed.effective_quotas.senders) == (2, 2)
+        assert found.effective_quotas.unproven_endpoints == 2
+        assert changed.effective_quotas.unproven_endpoints == 3
         # Named in the mask and unset: the default again.
         changed = await update(User(user_id="ann"), "quotas.senders")
         assert not changed.quotas.HasField("senders")
@@ -338,10 +341,10 @@ async def test_invalid_changes_of_a_user_are_refused(
         request.update_mask.paths.append(wrong.path)
         refusal = await refusal_of(both.users.UpdateUser(request, metadata=both.operator))
         assert (refusal.reason, list(refusal.violations)) == (wrong.reason, [wrong.field])
-        user = User(user_id="ann")
-        user.quotas.calls = -1
-        call = both.users.UpdateUser(UpdateUserRequest(user=user), metadata=both.operator)
-        assert (await refusal_of(call)).reason == "QUOTA_INVALID"
+        for quotas in (UserQuotas(calls=-1), UserQuotas(unproven_endpoints=0)):
+            request = UpdateUserRequest(user=User(user_id="ann", quotas=quotas))
+            call = both.users.UpdateUser(request, metadata=both.operator)
+            assert (await refusal_of(call)).reason == "QUOTA_INVALID"
         assert both.scheduler.value("SELECT count(*) FROM users") == 0
 
 

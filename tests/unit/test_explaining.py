@@ -176,3 +176,22 @@ def test_the_explanation_of_a_failed_connection_counts_earlier_failures() -> Non
         "The connection of attempt 4 failed (connection reset); attempts that count as failures so "
         "far: 2; attempt 5 is at 2026-11-28 10:06:00 UTC."
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"claimed_for": timedelta(seconds=2), "in_flight": 1}, WaitReason.SHARE),
+        # Its own claim has used up the window.
+        ({"claimed_for": MINUTE, "in_flight": 1, "window_left": MINUTE}, WaitReason.SHARE),
+        ({"claimed_for": timedelta(0), "in_flight": 1}, WaitReason.QUEUE),
+        ({"parked": True}, WaitReason.SHARE),
+        ({"parked": True, "gap_left": MINUTE}, WaitReason.MIN_GAP),
+        ({"parked": True, "ahead": 1}, WaitReason.QUEUE),
+        ({"parked": True, "circuit": circuit(NOW + MINUTE)}, WaitReason.ENDPOINT_DOWN),
+    ],
+)
+def test_a_job_that_waits_for_a_slot_of_its_user_names_the_share(
+    change: dict[str, object], reason: WaitReason
+) -> None:
+    assert explain(replace(FREE, **change)).reason is reason  # type: ignore[arg-type]  # by name

@@ -77,7 +77,7 @@ def test_one_user_alone_gets_all_slots_except_the_reserved_one(slots: Slots, clo
 def test_a_fifth_of_the_slots_and_at_least_one_is_reserved(
     clock: Clock, total: int, most: int
 ) -> None:
-    assert len(take_all(Slots(total, clock), relay("anna"), total)) == most
+    assert len(take_all(Slots(total, clock, unproven=2), relay("anna"), total)) == most
 
 
 def test_quick_endpoints_get_no_more_than_the_share_of_their_user(
@@ -121,13 +121,22 @@ def test_endpoints_that_have_not_replied_get_few_slots_of_their_user(clock: Cloc
     assert len(take_all(slots, route("new.test", "bert"))) == 2
 
 
-@pytest.mark.parametrize(("total", "most"), [(3, 1), (5, 2), (8, 2), (20, 5)])
-def test_by_default_a_quarter_of_the_slots_may_be_at_endpoints_that_have_not_replied(
-    clock: Clock, total: int, most: int
+async def test_an_operator_gives_a_user_more_slots_for_endpoints_that_have_not_replied(
+    clock: Clock,
 ) -> None:
-    slots = Slots(total, clock)
-    silent = [slots.permit(route(f"silent{number}.test", "eve")) for number in range(20)]
-    assert sum(permit is not None for permit in silent) == most
+    slots = Slots(20, clock, unproven=1)
+    resumed: list[Permit | None] = []
+    assert slots.permit(route("silent0.test", "eve"))
+    assert await slots.take_free() == 20
+    slots.wait([(route("silent1.test", "eve"), resumed.append)], 60)
+    slots.release(19)
+    assert slots.permit(route("silent2.test", "eve")) is None
+    assert not resumed
+    slots.set_unproven({"eve": 2})
+    assert [permit is not None for permit in resumed] == [True]
+    assert slots.permit(route("silent0.test", "bert"))
+    assert slots.permit(route("silent1.test", "bert")) is None
+    slots.close()
 
 
 def test_an_endpoint_that_has_replied_is_no_longer_counted(clock: Clock) -> None:
@@ -188,7 +197,7 @@ def test_slow_endpoints_of_all_users_leave_the_reserved_slot_free(
 def test_half_of_several_reserved_slots_go_to_slow_endpoints_of_users_who_have_none(
     clock: Clock,
 ) -> None:
-    slots = Slots(20, clock)
+    slots = Slots(20, clock, unproven=5)
     send(slots, clock, relay("bert"), 0.01)
     silent = [route(f"silent{number}.test", f"eve{number}") for number in range(30)]
     assert sum(slots.permit(each) is not None for each in silent) == 18
@@ -238,7 +247,7 @@ def test_a_claim_may_take_no_more_of_a_user_than_the_share_leaves(slots: Slots) 
 
 
 def test_the_users_who_have_less_come_first(clock: Clock) -> None:
-    slots = Slots(10, clock)
+    slots = Slots(10, clock, unproven=2)
     take_all(slots, relay("eve"), 6)
     take_all(slots, relay("bert"), 1)
     assert slots.limits(3) == [UserLimit("eve", first=0, most=2)]
@@ -268,7 +277,7 @@ async def test_no_more_jobs_are_claimed_of_a_user_for_whom_very_many_wait(
 
 def test_a_claim_is_tried_again_once_a_limited_user_has_room(clock: Clock) -> None:
     woken: list[bool] = []
-    slots = Slots(5, clock, on_room=lambda: woken.append(True))
+    slots = Slots(5, clock, unproven=2, on_room=lambda: woken.append(True))
     [first, *_] = take_all(slots, relay("eve"))
     other = slots.permit(relay("bert"))
     assert other is not None
@@ -500,7 +509,7 @@ async def test_a_claim_beyond_the_limit_of_waiters_gets_no_permit_and_times_out(
 
 
 def test_a_single_slot_is_not_reserved(clock: Clock) -> None:
-    slots = Slots(1, clock)
+    slots = Slots(1, clock, unproven=2)
     send(slots, clock, SLOW, 5)
     assert slots.permit(SLOW)
 

@@ -16,6 +16,7 @@ from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.quotas.storage import UserUsage, read_usage
+from outbox_server.shared.quotas.user_quotas import LEAST_QUOTAS, QUOTAS, UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from outbox_server.shared.sender_domains import normalise_domain
@@ -135,10 +136,11 @@ def _checked_quota(quotas: user_pb2.UserQuotas, name: str) -> int | None:
     if not _is_set(quotas, name):
         return None
     value: int = getattr(quotas, name)
-    if not 0 <= value <= bounds.MAX_QUOTA:
+    least = LEAST_QUOTAS.get(name, 0)
+    if not least <= value <= bounds.MAX_QUOTA:
         raise InvalidInput.field(
             f"user.quotas.{name}",
-            f"must be 0 to {bounds.MAX_QUOTA:,} (got {value:,}); unset means the default",
+            f"must be {least} to {bounds.MAX_QUOTA:,} (got {value:,}); unset means the default",
             reason="QUOTA_INVALID",
         )
     return value

@@ -107,8 +107,8 @@ local function visit(sender)
 end
 
 -- Almost every visit claims a job or moves the sender's look past NOW. The bound on visits is for
--- those that do neither, such as many expired leases at once, or senders that are parked. A visit may
--- change the looks of others, so the next sender is read after each.
+-- those that do neither, such as many expired leases at once, or senders that are parked. A visit
+-- may change the looks of others, so the next sender is read after each.
 local function visit_due(most)
     for _ = 1, most do
         if taken >= want then return end

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import LimitUse, PastEnd
+from outbox_server.shared.queue.user_limits import UserLimit
 from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
 
 HEAD = replace(SENDER, hourly_limit=2, jobs=jobs((1, 0), (2, 0), (3, 0)))
@@ -44,3 +45,24 @@ async def test_sends_in_flight_take_an_entry_and_reading_the_limiter_changes_not
     found = await shard.queue.read_limiter(ID)
     assert found is not None
     assert (found.in_flight, found.gap_left) == (0, SENDER.gap)
+
+
+async def test_the_limiter_says_how_long_ago_a_job_was_claimed(shard: Shard) -> None:
+    await shard.load(HEAD)
+    (claim,) = (await shard.claim()).claims
+    await shard.at(1_500)
+    found = await shard.queue.read_limiter(ID, claim.job)
+    assert found is not None
+    assert found.claimed_for == milliseconds(1_500)
+    other = await shard.queue.read_limiter(ID, JobRef(2, 1))
+    assert other is not None
+    assert other.claimed_for is None
+
+
+async def test_the_limiter_says_that_a_users_share_delays_a_sender(shard: Shard) -> None:
+    await shard.load(replace(HEAD, user="eve"))
+    for limits, parked in (([UserLimit("eve", 0, 0)], True), ([], False)):
+        await shard.claim(1, *limits)
+        found = await shard.queue.read_limiter(ID, JobRef(1, 1))
+        assert found is not None
+        assert found.parked is parked

@@ -1,8 +1,8 @@
 -- Parks senders of users who may have no more slots of the dispatcher that claims. So the senders
 -- of one user, however many, do not stand before those of another.
 --
--- `parked:<user>` has the user's parked senders by the look that they had, `parked` the users by the
--- time of their last turn. In `ready` a parked sender is scored for a recheck, so that a loss of
+-- `parked:<user>` has the user's parked senders by the look that they had, `parked` the users by
+-- the time of their last turn. In `ready` a parked sender is scored for a recheck, so that a loss of
 -- these keys, or a dispatcher that does not know them, strands no sender. They may be stale: a
 -- sender that was parked may have been visited since.
 
