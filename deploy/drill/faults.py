@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
 from outbox_server.deploy.drill.database import end_connections, fail_writes, heal_writes
+from outbox_server.deploy.drill.hostile import HostileUser
 from outbox_server.deploy.drill.plan import LAG_S, Fault
 from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
 from outbox_server.deploy.drill.rolling import RollingRestart
@@ -56,6 +57,9 @@ class Faults:
         self._rolling = RollingRestart(stack.system, grace_s, say)
         self.rolled = self._rolling.rolled
         self._writes = asyncio.Lock()
+        self.hostile = HostileUser(
+            stack.schedulers, stack.hostile_credentials, stack.proxies["endpoint"].port
+        )
         self._ways: Mapping[str, Callable[[Fault], Awaitable[None]]] = {
             "redis_flush": self._flush,
             "redis_kill": self._kill_redis,
@@ -72,6 +76,7 @@ class Faults:
             "endpoint_slow": self._slow_down,
             "endpoint_certificate": self._distrust,
             "rolling_restart": self._roll,
+            "user_hostile": self._attack,
         }
 
     async def strike(self, fault: Fault) -> float:
@@ -159,6 +164,9 @@ class Faults:
             await asyncio.sleep(fault.lasts)
         finally:
             await self._restart(service, {})
+
+    async def _attack(self, fault: Fault) -> None:
+        await self.hostile.attack(fault.variant, fault.lasts)
 
     async def _roll(self, _: Fault) -> None:
         await self._rolling.run()

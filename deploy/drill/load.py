@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Final, TypeVar
+from typing import Final
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -25,9 +24,8 @@ from outbox.v1.sender_pb2 import Sender, SmtpEndpoint
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
+from outbox_server.deploy.drill.caller import TRY_LIMIT_S, Answered, Caller
 from outbox_server.deploy.record import ReceivedMail
-
-T = TypeVar("T")
 
 USER: Final = "drill"
 WINDOW: Final = timedelta(seconds=5)
@@ -40,53 +38,7 @@ _PAUSE_S: Final = (0.05, 0.3)
 _ROWS: Final = (2, 12)
 # Jobs that may wait at once: as many as are sent within about five seconds.
 _MOST_WAITING: Final = 200
-_TRY_LIMIT_S: Final = 8.0
-_TRY_PAUSE_S: Final = (0.05, 0.3)
 _CANCELLED_SHARE: Final = 0.06
-_CHANNEL: Final = (
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 200),
-    # A connection of its own for each channel, even if several have the same address.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-# This option of gRPC is also the shortest limit of a connection attempt, which includes the TLS
-# handshake.
-_PLAIN_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 50))
-_TLS_CHANNEL: Final = (*_CHANNEL, ("grpc.min_reconnect_backoff_ms", 2_000))
-# The codes after which a caller tries again. Any other code means a wrong request or server.
-_REPEATED: Final = frozenset(
-    {
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.CANCELLED,
-    }
-)
-
-
-# Bugs of the server: the call is repeated, but the answer is recorded as wrong.
-_OURS: Final = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
-# The text of grpc.aio (not of a server) when a connection ends while a stream is being sent.
-_CUT_OFF: Final = "Internal error from Core"
-
-
-@dataclass
-class Answered:
-    """The answers of the schedulers, from which the drill knows what was accepted."""
-
-    # Accepted rows by batch.
-    batches: dict[str, int] = field(default_factory=dict)
-    cancelled: int = 0
-    # How often a call had to be repeated, by the code that it failed with.
-    repeated: Counter[str] = field(default_factory=Counter)
-    # Answers that no fault explains.
-    wrong: list[str] = field(default_factory=list)
-
-    @property
-    def accepted(self) -> int:
-        """How many jobs were accepted."""
-        return sum(self.batches.values())
 
 
 class Load:
@@ -109,24 +61,21 @@ class Load:
         the operator's relay. Without `credentials` there is neither TLS nor a key.
         """
         self._chance = random.Random(seed)  # noqa: S311 - a load, not a secret
-        self._addresses = addresses
+        self.answered = Answered()
+        self._caller = Caller(self.answered, addresses, credentials, self._chance)
         self._arrived = arrived
         self._refused = refused
         self._endpoint = endpoint
-        self._credentials = credentials
         self._looked_at = (0, 0)
         # Number of waiting jobs per sender, as far as this side knows.
         self._waiting: Counter[str] = Counter()
-        self.answered = Answered()
-        self._schedulers: list[grpc.aio.Channel] = []
         # Ids by From address.
         self._senders: dict[str, str] = {}
         self._number = 0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Upload until `stop`, then wait until all uploads in progress are answered."""
-        self._schedulers = [self._channel(address) for address in self._addresses]
-        try:
+        async with self._caller:
             for number in range(_SENDERS):
                 made = await self._create(number)
                 self._senders[made.email] = made.sender_id
@@ -143,13 +92,6 @@ class Load:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._chance.uniform(*_PAUSE_S)):
                             await stop.wait()
-        finally:
-            await asyncio.gather(*(channel.close() for channel in self._schedulers))
-
-    def _channel(self, address: str) -> grpc.aio.Channel:
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(address, options=_PLAIN_CHANNEL)
-        return grpc.aio.secure_channel(address, self._credentials, options=_TLS_CHANNEL)
 
     def _count_ended(self) -> None:
         arrived, refused = self._looked_at
@@ -167,7 +109,7 @@ class Load:
             smtp=self._endpoint if number % _OWN_EVERY == 1 else None,
         )
         request = CreateSenderRequest(user_id=USER, sender=sender)
-        return await SenderServiceStub(self._schedulers[0]).CreateSender(request, timeout=30)
+        return await SenderServiceStub(self._caller.first).CreateSender(request, timeout=30)
 
     async def _upload(self, sender: str) -> None:
         chance, number = self._chance, self._number
@@ -191,11 +133,11 @@ class Load:
 
         async def upload(channel: grpc.aio.Channel) -> ScheduleBatchResponse:
             call = BatchServiceStub(channel).UploadBatch(
-                _messages(options, csv), timeout=_TRY_LIMIT_S
+                _messages(options, csv), timeout=TRY_LIMIT_S
             )
             return await call
 
-        answer = await self._until_answered(upload)
+        answer = await self._caller.until_answered(upload)
         if answer is None:
             return
         batch = answer.batch
@@ -207,8 +149,8 @@ class Load:
 
     async def _cancel(self, batch_id: str) -> int:
         request = CancelBatchRequest(batch_id=batch_id, user_id=USER)
-        answer = await self._until_answered(
-            lambda channel: BatchServiceStub(channel).CancelBatch(request, timeout=_TRY_LIMIT_S)
+        answer = await self._caller.until_answered(
+            lambda channel: BatchServiceStub(channel).CancelBatch(request, timeout=TRY_LIMIT_S)
         )
         if answer is None:
             return 0
@@ -216,19 +158,6 @@ class Load:
         cancelled = answer.batch.counts.cancelled_count
         self.answered.cancelled += cancelled
         return cancelled
-
-    async def _until_answered(self, call: Callable[[grpc.aio.Channel], Awaitable[T]]) -> T | None:
-        while True:
-            try:
-                return await call(self._chance.choice(self._schedulers))
-            except grpc.aio.AioRpcError as error:
-                name = error.code().name
-                if error.code() not in _REPEATED and error.details() != _CUT_OFF:
-                    self.answered.wrong.append(f"{name}: {error.details()}")
-                    if error.code() not in _OURS:
-                        return None
-                self.answered.repeated[name] += 1
-            await asyncio.sleep(self._chance.uniform(*_TRY_PAUSE_S))
 
 
 async def _messages(options: BatchOptions, csv: bytes) -> AsyncIterator[UploadBatchRequest]:

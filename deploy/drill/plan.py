@@ -153,6 +153,13 @@ CARDS: Final[Mapping[str, Kind]] = {
         "endpoint",
         _SHORT,
     ),
+    "user_hostile": Kind(
+        "another user sends by 12 senders to servers that never reply, or without TLS to the "
+        "server of others",
+        "users",
+        _HABIT,
+        ("silent", "same_server"),
+    ),
 }
 
 # Long faults. They come now and then, beside the others, in a drill of minutes.

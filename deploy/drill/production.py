@@ -16,12 +16,12 @@ import grpc
 
 from outbox_server.deploy.certificates import Certificate, self_signed, server_context
 from outbox_server.deploy.drill.database import store_user_key
+from outbox_server.deploy.drill.hostile import HOSTILE_USER
 from outbox_server.deploy.drill.load import USER
 from outbox_server.deploy.embedded.encryption_key import key_in
 from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
 from outbox_server.deploy.ports import LOOPBACK
-from outbox_server.deploy.private_files import write_private
-from outbox_server.shared.auth.keys import make_key
+from outbox_server.shared.auth.keys import NewKey, make_key
 from outbox_server.shared.database.migrating import migrate
 
 # The ALPN name of PostgreSQL's protocol, which a client sends that begins with TLS.
@@ -36,8 +36,9 @@ class ProductionConfiguration:
         self._stores = stores
         # Not the certificate of the stores: a client that trusts only that one must fail.
         self._services = self_signed(folder / "services")
-        self._key = make_key()
-        self._database_password = PasswordFile(folder / "postgres").password_of(OWNER)
+        self._key, self._hostile_key = make_key(), make_key()
+        self._database_password = secrets.token_urlsafe(24)
+        self.redis_password: Final = secrets.token_urlsafe(24)
 
     @property
     def contexts(self) -> dict[str, ssl.SSLContext]:
@@ -52,9 +53,17 @@ class ProductionConfiguration:
 
         grpc sends the key only over TLS.
         """
+        return self._credentials_with(self._key)
+
+    @property
+    def hostile_credentials(self) -> grpc.ChannelCredentials:
+        """The credentials of the hostile user, with a key of its own."""
+        return self._credentials_with(self._hostile_key)
+
+    def _credentials_with(self, key: NewKey) -> grpc.ChannelCredentials:
         return grpc.composite_channel_credentials(
             grpc.ssl_channel_credentials(self._services.public.read_bytes()),
-            grpc.access_token_call_credentials(self._key.text),
+            grpc.access_token_call_credentials(key.text),
         )
 
     def environment(self, ports: Mapping[str, int], redis_password: str) -> dict[str, str]:
@@ -82,14 +91,15 @@ class ProductionConfiguration:
             found |= {f"OUTBOX_{name}": "", f"OUTBOX_{name}_FILE": str(file)}
         return found
 
-    def prepare_database(self, port: int) -> None:
-        """Migrate by way of the proxy at `port`, and store the user's key.
+    def prepare_database(self, postgres: PostgresServer, port: int) -> None:
+        """Require a password, migrate by way of the proxy at `port`, and store the users' keys.
 
         Called in a thread, while the event loop of the proxy runs in another one.
         """
         url = self._database_url(port)
         migrate(url)
         asyncio.run(store_user_key(url, self._key, USER))
+        asyncio.run(store_user_key(url, self._hostile_key, HOSTILE_USER))
 
     def _database_url(self, port: int) -> str:
         return (

@@ -11,9 +11,10 @@ from typing import Final
 
 from outbox.v1.sender_pb2 import SMTP_SECURITY_TLS, SmtpEndpoint
 
+from outbox_server.deploy.drill.caller import Answered
 from outbox_server.deploy.drill.database import count_open_jobs
 from outbox_server.deploy.drill.faults import Faults
-from outbox_server.deploy.drill.load import Answered, Load
+from outbox_server.deploy.drill.load import Load
 from outbox_server.deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
 from outbox_server.deploy.drill.rolling import Rolled
 from outbox_server.deploy.drill.stack import DrillStack
@@ -104,6 +105,7 @@ class Drill:
             # The last recoveries need mail, so the load goes on until then.
             stop.set()
             outcome.faults = [one.result() for one in struck]
+            outcome.answered.add(self._faults.hostile.answered)
             self._stack.heal()
             done, _ = await asyncio.wait({loading}, timeout=_ANSWER_LIMIT_S)
             outcome.unanswered = not done

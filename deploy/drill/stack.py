@@ -206,6 +206,11 @@ class DrillStack:
         return None if self._production is None else self._production.credentials
 
     @property
+    def hostile_credentials(self) -> grpc.ChannelCredentials | None:
+        """What the hostile user presents; None without TLS and keys."""
+        return None if self._production is None else self._production.hostile_credentials
+
+    @property
     def system(self) -> LocalSystem:
         """The servers and services."""
         if self._system is None:

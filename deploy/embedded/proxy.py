@@ -134,6 +134,8 @@ class TcpProxy:
             writer.write(data)
             await writer.drain()
         # Forward the end of the stream after the bytes.
+        if writer.is_closing():
+            return  # `cut` was faster
         if writer.can_write_eof():
             writer.write_eof()
         else:

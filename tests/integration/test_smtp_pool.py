@@ -335,3 +335,11 @@ async def test_a_mail_that_needs_smtputf8_fails_alone_if_the_server_lacks_it(
         assert server.visits["mail"] == 0
         assert (await send(pool, server)).outcome is SENT
         assert server.connections == 1
+
+
+async def test_mails_with_different_circuits_share_no_connection(pool: SmtpPool) -> None:
+    """The circuit stands for the user and the credentials."""
+    async with ScriptedServer() as server:
+        for circuit in ("of ann", "of eve", "of ann"):
+            assert (await send(pool, endpoint_of(server, circuit=circuit))).outcome is SENT
+        assert server.connections == 2

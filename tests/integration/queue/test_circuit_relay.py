@@ -138,3 +138,25 @@ async def test_a_send_that_was_in_flight_when_the_relay_failed_does_not_open_it(
         await fail(users, claim, before_mail=True)
     await fail(users, late)
     assert "open" in await users.circuit("relay")
+
+
+async def test_senders_that_an_older_release_loaded_leave_its_circuits_with_their_next_load(
+    shard: Shard,
+) -> None:
+    """Older releases have one key for the relay and others for all endpoints, and no users."""
+    for number, endpoint in ((1, "relay"), (2, "relay"), (3, "old"), (4, "old")):
+        await shard.load(replace(sender(number, endpoint=endpoint), user="", max_in_flight=3))
+        await shard.redis.hdel(f"{shard.prefix}sender:{number}", "user")
+    assert await senders_of(shard, NOT_BERT) == {1, 2, 3, 4}
+
+
+async def test_the_circuit_of_an_older_release_stops_nobody_after_the_next_load(
+    shard: Shard,
+) -> None:
+    old = [replace(sender(n, endpoint="old"), user="", max_in_flight=3) for n in (1, 2, 3)]
+    await shard.load(*old)
+    await fail_all(shard, 1, 2)
+    assert await senders_of(shard) == set()
+    assert "open" in await shard.circuit("old")
+    await shard.load(*(replace(head, user="bert", endpoint="new") for head in old))
+    assert await senders_of(shard) == {1, 2, 3}
