@@ -66,7 +66,7 @@ class Answered:
         self.wrong += other.wrong
 
 
-class Caller:
+class DrillCaller:
     """The connections of one user to the schedulers, while the context is open."""
 
     def __init__(

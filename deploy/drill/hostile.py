@@ -21,7 +21,7 @@ from outbox.v1.sender_pb2 import SMTP_SECURITY_NONE, Sender, SmtpEndpoint
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
-from outbox_server.deploy.drill.caller import TRY_LIMIT_S, Answered, Caller
+from outbox_server.deploy.drill.caller import TRY_LIMIT_S, Answered, DrillCaller
 from outbox_server.deploy.ports import LOOPBACK
 
 HOSTILE_USER: Final = "hostile"
@@ -59,7 +59,7 @@ class HostileUser:
         attack = self._attacks
         chance = random.Random(attack)  # noqa: S311 - a choice of servers, not a secret
         async with AsyncExitStack() as stack:
-            caller = Caller(self.answered, self._addresses, self._credentials, chance)
+            caller = DrillCaller(self.answered, self._addresses, self._credentials, chance)
             await stack.enter_async_context(caller)
             ports = [self._endpoint_port] * SENDERS
             if variant == "silent":
@@ -75,7 +75,7 @@ class HostileUser:
                         for batch_id in batches:
                             await self._cancel(caller, batch_id)
 
-    async def _schedule(self, caller: Caller, name: str, port: int) -> list[str]:
+    async def _schedule(self, caller: DrillCaller, name: str, port: int) -> list[str]:
         sender = Sender(
             email=f"{name}@hostile.example",
             smtp=SmtpEndpoint(host=LOOPBACK, port=port, security=SMTP_SECURITY_NONE),
@@ -107,7 +107,7 @@ class HostileUser:
         self.answered.batches[answer.batch.batch_id] = answer.batch.accepted_count
         return [answer.batch.batch_id]
 
-    async def _cancel(self, caller: Caller, batch_id: str) -> None:
+    async def _cancel(self, caller: DrillCaller, batch_id: str) -> None:
         """Cancel what waits, until nothing is being sent either."""
         request = CancelBatchRequest(batch_id=batch_id, user_id=HOSTILE_USER)
 

@@ -24,7 +24,7 @@ from outbox.v1.sender_pb2 import Sender, SmtpEndpoint
 from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
-from outbox_server.deploy.drill.caller import TRY_LIMIT_S, Answered, Caller
+from outbox_server.deploy.drill.caller import TRY_LIMIT_S, Answered, DrillCaller
 from outbox_server.deploy.record import ReceivedMail
 
 USER: Final = "drill"
@@ -62,7 +62,7 @@ class Load:
         """
         self._chance = random.Random(seed)  # noqa: S311 - a load, not a secret
         self.answered = Answered()
-        self._caller = Caller(self.answered, addresses, credentials, self._chance)
+        self._caller = DrillCaller(self.answered, addresses, credentials, self._chance)
         self._arrived = arrived
         self._refused = refused
         self._endpoint = endpoint
