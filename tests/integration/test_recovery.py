@@ -82,6 +82,63 @@ async def test_a_recovered_job_is_marked_as_its_next_attempt(
     assert set(await mark(connection, [job], attempt=2)) == {job}
 
 
+async def wait_again(world: World, job: int) -> None:
+    """Make a job wait, as RetryEmailJobs and ResolveUncertainJob do."""
+    await world.sql("UPDATE email_jobs SET state = 1, finished_at = NULL WHERE id = %s", job)
+
+
+async def test_a_job_is_given_up_after_three_leases_that_expired_without_a_reply(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job, other] = await world.schedule(await world.sender(), 2, load=False)
+    for attempt in (1, 2, 3):
+        await mark(connection, [job], attempt=attempt, lease=OVER)
+        assert (await world.job(job)).state == JobState.SENDING
+        await recover(world)
+
+    row, attempts = await world.job(job), await world.attempts(job)
+    assert (row.state, row.attempt) == (JobState.FAILED, 3)
+    assert row.finished_at.timestamp() == attempts[-1].ended_at
+    assert {each.outcome for each in attempts} == {AttemptOutcome.LEASE_EXPIRED}
+    assert [str(each.message).partition(":")[0] for each in attempts[1:]] == [
+        "the dispatcher recorded no outcome before its lease expired",
+        "LEASE_EXPIRED_REPEATEDLY",
+    ]
+    assert (await world.job(other)).state == JobState.SCHEDULED
+    await world.check_counts()
+
+
+async def test_a_reply_or_a_retry_of_a_caller_starts_the_count_of_expired_leases_again(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    for attempt in range(1, 9):
+        [marked] = (await mark(connection, [job], attempt=attempt, lease=OVER)).values()
+        if attempt == 3:
+            deferred = {"outcome": AttemptOutcome.TEMPORARY_FAILURE, "smtp_code": 451}
+            await settle(connection, [record_of(marked, JobState.SCHEDULED, **deferred)])
+        else:
+            await recover(world)
+        # Three leases after the reply have expired at attempt 6.
+        state = JobState.FAILED if attempt == 6 else JobState.SCHEDULED
+        assert (await world.job(job)).state == state, attempt
+        if attempt == 6:
+            await world.sql(
+                "UPDATE email_jobs SET state = 1, finished_at = NULL WHERE id = %s", job
+            )
+
+
+async def test_a_job_is_never_given_up_if_the_operator_chose_hold(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    for attempt in (1, 2, 3):
+        await mark(connection, [job], attempt=attempt, lease=OVER)
+        await recover(world, JobState.UNCERTAIN)
+        assert (await world.job(job)).state == JobState.UNCERTAIN
+        await wait_again(world, job)
+
+
 async def test_two_recoveries_at_once_end_each_attempt_once(
     world: World, connection: AsyncConnection
 ) -> None:

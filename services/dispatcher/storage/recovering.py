@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Final
 
 from sqlalchemy import (
+    CTE,
+    ColumnElement,
     SmallInteger,
     bindparam,
+    case,
     cast,
     extract,
     func,
     literal,
     null,
+    or_,
     select,
     update,
 )
@@ -20,10 +25,45 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import counting_ends, log_attempts
 from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.models import EmailJob
+from outbox_server.shared.database.models import Attempt, EmailJob
 from outbox_server.shared.states import AttemptOutcome, JobState
 
 _RECOVERED_AT_ONCE = 1_000
+# A job whose lease expires so often without any SMTP reply is given up. Otherwise a mail that ends
+# or blocks its dispatcher would do so for ever.
+MOST_EXPIRED_LEASES: Final = 3
+_LOST: Final = "the dispatcher recorded no outcome before its lease expired"
+# The beginning of the message of an attempt after which a job was given up.
+_REPEATEDLY: Final = "LEASE_EXPIRED_REPEATEDLY"
+
+
+def _is_last(expired: CTE) -> ColumnElement[bool]:
+    """Return whether this is the last lease of an expired job that may expire.
+
+    Leases count that expired since the last SMTP reply, or since a caller retried the job after it
+    was given up.
+    """
+    last_reply = (
+        select(func.coalesce(func.max(Attempt.attempt), 0))
+        .where(
+            Attempt.email_job_id == expired.c.id,
+            or_(Attempt.smtp_code.is_not(None), Attempt.message.startswith(_REPEATEDLY)),
+        )
+        .correlate(expired)
+        .scalar_subquery()
+    )
+    before = (
+        select(func.count())
+        .select_from(Attempt)
+        .where(
+            Attempt.email_job_id == expired.c.id,
+            Attempt.outcome == int(AttemptOutcome.LEASE_EXPIRED),
+            Attempt.attempt > last_reply,
+        )
+        .correlate(expired)
+        .scalar_subquery()
+    )
+    return before >= MOST_EXPIRED_LEASES - 1
 
 
 async def recover_expired(
@@ -32,7 +72,8 @@ async def recover_expired(
     """End the attempts whose lease has expired. Return their number by sender.
 
     Nobody knows whether such a mail was sent, so it counts in the window, as of the latest possible
-    time. `next_state` is SCHEDULED (the job waits again, at its old place) or UNCERTAIN.
+    time. `next_state` is SCHEDULED (the job waits again, at its old place) or UNCERTAIN. Instead of
+    SCHEDULED, a job whose lease has expired too often is FAILED.
     """
     expired = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.lease_until)
@@ -42,13 +83,16 @@ async def recover_expired(
         .with_for_update(skip_locked=True)
         .cte("expired")
     )
-    final = next_state is not JobState.SCHEDULED
+    waits = next_state is JobState.SCHEDULED
+    state = case((_is_last(expired), int(JobState.FAILED)), else_=int(next_state))
     moved = (
         update(EmailJob)
         .values(
-            state=next_state,
+            state=state if waits else next_state,
             lease_until=null(),
-            finished_at=expired.c.lease_until if final else null(),
+            finished_at=case((_is_last(expired), expired.c.lease_until), else_=null())
+            if waits
+            else expired.c.lease_until,
         )
         .where(EmailJob.id == expired.c.id)
         .returning(
@@ -73,7 +117,13 @@ async def recover_expired(
         ended_at=expired.c.lease_until,
         outcome=cast(literal(int(AttemptOutcome.LEASE_EXPIRED)), SmallInteger),
         counted=literal(True),
-        message=literal("the dispatcher recorded no outcome before its lease expired"),
+        message=case(
+            (
+                moved.c.state == int(JobState.FAILED),
+                f"{_REPEATEDLY}: {_LOST}, {MOST_EXPIRED_LEASES} times without an SMTP reply",
+            ),
+            else_=_LOST,
+        ),
     )
     statement = (
         select(moved.c.sender_id, func.count().label("n"))
