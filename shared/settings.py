@@ -381,6 +381,25 @@ class Settings(BaseSettings):
         le=100 * 1024 * 1024,
         description="largest mail, in bytes, as built and encoded",
     )
+    template_workers: int = Field(
+        2,
+        ge=1,
+        le=64,
+        description="processes of one service in which templates with more than columns are parsed "
+        "and rendered; one user gets at most all but one",
+    )
+    template_budget: Duration = Field(
+        timedelta(seconds=1),
+        ge=timedelta(milliseconds=10),
+        le=timedelta(minutes=1),
+        description="processor time to parse one template, and to render one mail",
+    )
+    template_memory: int = Field(
+        256 * 1024 * 1024,
+        ge=128 * 1024 * 1024,
+        le=16 * 1024 * 1024 * 1024,
+        description="address space of one such process, in bytes",
+    )
     metrics_listen: str = Field(
         "",
         description="host:port that serves Prometheus metrics over HTTP, at `/metrics`; each "

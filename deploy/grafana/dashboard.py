@@ -268,14 +268,23 @@ ROWS: Final = (
                     ),
                 ),
                 unit="s",
-                width=6,
+                width=5,
             ),
             Panel(
                 "Stalls",
                 "How much too late event loops run a timer.",
                 _quantiles("outbox_event_loop_stall_seconds", "job"),
                 unit="s",
-                width=6,
+                width=5,
+            ),
+            Panel(
+                "Templates in worker processes",
+                "What was parsed or rendered per second, by result, and what waits for a worker.",
+                (
+                    (_rate("outbox_template_jobs_total", "result"), "{{result}}"),
+                    ("sum(outbox_template_jobs_waiting)", "waiting"),
+                ),
+                width=5,
             ),
             Panel(
                 "CPU",
@@ -286,7 +295,7 @@ ROWS: Final = (
                         "{{job}} {{instance}}",
                     ),
                 ),
-                width=6,
+                width=5,
             ),
             Panel(
                 "Memory",
@@ -298,7 +307,7 @@ ROWS: Final = (
                     ),
                 ),
                 unit="bytes",
-                width=6,
+                width=4,
             ),
         ),
     ),

@@ -1,15 +1,26 @@
-"""Builds the mail of a marked job. The parts that a batch shares are built once."""
+"""Builds the mail of a marked job. The parts that a batch shares are built once.
+
+A short mail whose template only inserts columns is built at once. Any other mail is built in a
+worker process, because that may take long, and the event loop has other mails to send.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cachetools import LRUCache
 
-from outbox_server.services.dispatcher.message import MessageBuilder, MessageError
-from outbox_server.services.dispatcher.shares import Route
+from outbox_server.services.dispatcher.mail_worker import MailRequest, message_of
+from outbox_server.services.dispatcher.message import (
+    Message,
+    MessageBuilder,
+    MessageError,
+    wire_address,
+)
+from outbox_server.services.dispatcher.slots import Route
 from outbox_server.services.dispatcher.smtp import Envelope
 from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
 from outbox_server.shared.database.message_ids import message_id_for
@@ -19,9 +30,14 @@ from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.endpoint import Endpoint, relay_of, resolve_endpoint
 from outbox_server.shared.templates.batch import BatchTemplate, RenderError, decode_variables
+from outbox_server.shared.templates.workers import TooCostlyError, WorkerPool
 
-# The number of batches whose parsed templates are kept, unless the concurrency is higher.
-_KEPT_BATCHES = 500
+# The size of the batches that are kept, in characters, unless the concurrency needs more.
+_KEPT_CHARACTERS = 64 * 1024 * 1024
+# What a batch needs besides its texts, and the most that it needs with three templates of 256 KiB
+# and 1,000 names of 256 characters.
+_LEAST_OF_A_BATCH = 16 * 1024
+_MOST_OF_A_BATCH = 1280 * 1024
 # The route of jobs for which no mail can be built. They use no server, but they need a permit too.
 NO_ROUTE = Route("", "")
 
@@ -45,13 +61,25 @@ class _BatchMail:
     content: BatchContent
     endpoint: Endpoint
     route: Route
-    builder: MessageBuilder
+    # What builds a mail in this process, for templates that only insert columns.
+    template: BatchTemplate | None
+    builder: MessageBuilder | None
 
 
 @dataclass(frozen=True, slots=True)
 class _KnownBatch:
     sender_revision: int
     mail: _BatchMail | CompositionError
+
+    @property
+    def size(self) -> int:
+        """The approximate size in characters."""
+        if isinstance(self.mail, CompositionError):
+            return _LEAST_OF_A_BATCH
+        content = self.mail.content
+        texts = (content.subject, content.body, content.html, *content.variable_names)
+        size = _LEAST_OF_A_BATCH + sum(len(text or "") for text in texts)
+        return min(size, _MOST_OF_A_BATCH)
 
 
 ReadBatches = Callable[[Sequence[int]], Awaitable[dict[int, BatchContent]]]
@@ -66,6 +94,7 @@ class Composer:
         secrets: SecretBox,
         read: ReadBatches,
         read_installation_id: Callable[[], Awaitable[str]],
+        workers: WorkerPool,
     ) -> None:
         # Raises an error if OUTBOX_SMTP_URL is invalid, so that the dispatcher does not start.
         relay_of(settings.smtp_url, plaintext=settings.plaintext)
@@ -73,9 +102,16 @@ class Composer:
         self._secrets = secrets
         self._read = read
         self._read_installation_id = read_installation_id
+        self._workers = workers
         self._installation_id = ""
+        # Held while a mail is built in this process.
+        self._turn = asyncio.Lock()
+        # Ends the building of a mail in a worker.
+        self._building: set[asyncio.Timeout] = set()
+        self._closed = False
         self._batches: LRUCache[int, _KnownBatch] = LRUCache(
-            max(_KEPT_BATCHES, settings.dispatcher_concurrency)
+            max(_KEPT_CHARACTERS, settings.dispatcher_concurrency * _MOST_OF_A_BATCH),
+            lambda batch: batch.size,
         )
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
@@ -107,16 +143,18 @@ class Composer:
 
     def _batch_mail(self, content: BatchContent) -> _BatchMail | CompositionError:
         try:
-            template = BatchTemplate.compile(content.subject, content.body, content.html)
-            builder = MessageBuilder(
-                content.email,
-                content.display_name,
-                template,
-                max_bytes=self._settings.max_message_bytes,
-            )
+            template = BatchTemplate.plain(content.subject, content.body, content.html)
+            builder = None
+            if template is not None:
+                builder = MessageBuilder(
+                    content.email,
+                    content.display_name,
+                    template,
+                    max_bytes=self._settings.max_message_bytes,
+                )
             endpoint = resolve_endpoint(content.endpoint, self._settings, self._secrets)
-            route = route_to(endpoint, content.user_id)
-            return _BatchMail(content, endpoint, route, builder)
+            route = Route((endpoint.host, endpoint.port), content.user_id)
+            return _BatchMail(content, endpoint, route, template, builder)
         except MessageError as error:
             return CompositionError(f"{error.reason}: {error.message}")
         except (InvalidInput, OutboxError) as error:
@@ -135,13 +173,15 @@ class Composer:
         mail = self._mail_of(job)
         return mail.content.trace_parent if isinstance(mail, _BatchMail) else None
 
-    def compose(self, job: MarkedJob) -> tuple[Endpoint, Envelope]:
+    async def compose(self, job: MarkedJob, wait: float) -> tuple[Endpoint, Envelope]:
         """Return the endpoint and the envelope of a job's mail.
 
         `prepare` must have been called for the job.
 
         Raises:
             CompositionError: no mail can be built.
+            TimeoutError: no worker was free for `wait` seconds, or the dispatcher stops.
+            WorkerLostError: the mail can be built later.
         """
         batch = self._mail_of(job)
         if batch is None:
@@ -149,17 +189,64 @@ class Composer:
         if isinstance(batch, CompositionError):
             raise batch
         content = batch.content
-        values = decode_variables(content.variable_names, job.variables)
+        message_id = message_id_for(
+            job.job.job_id, content.message_id_address, self._installation_id
+        )
         try:
-            message = batch.builder.build(
-                job.recipient,
-                values,
-                message_id_for(job.job.job_id, content.message_id_address, self._installation_id),
-                datetime.now(UTC),
-            )
+            if (
+                batch.template is not None
+                and batch.builder is not None
+                and batch.template.is_quick(len(job.variables or ""))
+            ):
+                async with self._turn:
+                    values = decode_variables(content.variable_names, job.variables)
+                    now = datetime.now(UTC)
+                    message = batch.builder.build(job.recipient, values, message_id, now)
+                    # So that the event loop does other work between two mails.
+                    await asyncio.sleep(0)
+            else:
+                message = await self._build_elsewhere(content, job, message_id, wait)
         except (MessageError, RenderError) as error:
             raise CompositionError(f"{error.reason}: {error.message}") from None
+        except InvalidInput as error:
+            raise CompositionError(str(error)) from None
+        except TooCostlyError as error:
+            raise CompositionError(f"TEMPLATE_TOO_COSTLY: building this mail {error}") from None
         envelope = Envelope(
-            batch.builder.sender, message.recipient, message.data, message.needs_smtputf8
+            wire_address(content.email), message.recipient, message.data, message.needs_smtputf8
         )
         return batch.endpoint, envelope
+
+    async def _build_elsewhere(
+        self, content: BatchContent, job: MarkedJob, message_id: str, wait: float
+    ) -> Message:
+        request = MailRequest(
+            subject=content.subject,
+            body=content.body,
+            html=content.html,
+            sender_email=content.email,
+            display_name=content.display_name,
+            max_bytes=self._settings.max_message_bytes,
+            variable_names=content.variable_names,
+            variables=job.variables,
+            recipient=job.recipient,
+            message_id=message_id,
+            date=datetime.now(UTC).timestamp(),
+        )
+        async with asyncio.timeout(0 if self._closed else None) as limit:
+            self._building.add(limit)
+            try:
+                message, _ = await self._workers.run(
+                    content.user_id, "build", *request, decode=message_of, wait=wait
+                )
+            finally:
+                self._building.discard(limit)
+        return message
+
+    def give_up_building(self) -> None:
+        """Make `compose` raise TimeoutError for the mails that workers build, now and later."""
+        self._closed = True
+        now = asyncio.get_running_loop().time()
+        for limit in self._building:
+            if limit.when() is None:
+                limit.reschedule(now)

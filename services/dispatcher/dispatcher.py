@@ -12,6 +12,7 @@ docs/send-path.md shows what happens if the process stops after each step.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
@@ -44,6 +45,7 @@ from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.services.dispatcher.traced import trace_send
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.circuit_keys import user_key
@@ -54,6 +56,7 @@ from outbox_server.shared.quotas.storage import read_unproven_endpoints
 from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
+from outbox_server.shared.templates.workers import WorkerLostError
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -198,7 +201,9 @@ class Dispatcher:
         """Take no more jobs and wait until none is in flight. Return how many were given back."""
         self._slots.close()
         self._pool.give_up_waiting()
-        self._wake()
+        self._composer.give_up_building()
+        for listener in self._listeners:
+            listener.wake()
         await self._slots.wait_until_idle()
         return self._settler.given_back_count
 
@@ -320,8 +325,13 @@ class Dispatcher:
         started = time.monotonic()
         result: SendResult | None = None
         relay: bool | None = None
+        # Half of the lease is left for the send, as after a wait for a permit.
+        wait = mail.claimed_at + self._lease.total_seconds() / 2 - started
         try:
-            endpoint, envelope = self._composer.compose(mail.job)
+            # The time that a mail needs to be built says nothing about its endpoint.
+            mail.permit.since = math.inf
+            endpoint, envelope = await self._composer.compose(mail.job, wait)
+            mail.permit.since = time.monotonic()
             relay = endpoint.operators
             with self._renewer.keep_lease(mail.claim, mail.job, mail.claimed_at) as leased:
                 try:
@@ -333,18 +343,26 @@ class Dispatcher:
                     )
                 except GivenBackError:
                     return self._outcomes.given_back(leased, started)
+        except (TimeoutError, ResourceExhausted):
+            # Workers were busy with other mails, or the dispatcher stops. Nothing was sent.
+            if not self._slots.closed:
+                self._metrics.waited(WaitCause.DISPATCHER)
+            return UnsentJob(mail.claim, mail.job)
         except CompositionError as error:
             text = str(error)[:500].replace("\x00", "")
             result = result_without_smtp(AttemptOutcome.PERMANENT_FAILURE, text, started)
+        except WorkerLostError as error:
+            text = f"the mail could not be built: {error}"
+            result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
         except Exception:  # noqa: BLE001 - see below
             # An internal error must not keep the job for ever, and the mail is not to blame.
             _log.exception("send_failed")
             text = "internal error of the dispatcher"
             result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
         finally:
-            answered = result is not None and result.smtp_code is not None
-            self._slots.end(mail.permit, sent=result is not None, answered=answered)
-        route = mail.permit.route
+            # A mail that could not be built says nothing about its endpoint.
+            self._slots.end(mail.permit, sent=result is not None and relay is not None)
+        host, port = key = mail.permit.route.endpoint
         if result.outcome is AttemptOutcome.CONNECTION_FAILURE:
             # The circuit may be open now. Redis knows whether the waiting claims may try.
             self._slots.give_up(route.endpoint)

@@ -48,7 +48,7 @@ from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.helo import helo_name
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
-from outbox_server.shared.store_urls import place_of
+from outbox_server.shared.templates.workers import WorkerPool
 from outbox_server.shared.tls import TlsContexts
 from outbox_server.shared.traces.endpoint import open_tracer
 
@@ -100,11 +100,20 @@ async def serve(
             tls=TlsContexts.from_settings(settings),
             tokens=tokens,
         )
+        workers = WorkerPool(
+            "outbox_server.services.dispatcher.mail_worker",
+            settings,
+            monitoring.registry,
+            # A mail waits for half of its lease at most, and takes three budgets at most.
+            budget=min(settings.template_budget, settings.lease / 8),
+        )
+        stack.push_async_callback(workers.close)
         composer = Composer(
             settings,
             box,
             partial(_read_batches, statements),
             partial(_read_installation_id, engine),
+            workers,
         )
         progress = Progress()
         dispatcher = Dispatcher(

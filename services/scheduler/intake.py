@@ -31,14 +31,18 @@ from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant
 from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
 from outbox_server.shared.fair_shares import FairShares
-from outbox_server.shared.intake.batch_options import BatchOptions, check_spread
+from outbox_server.shared.intake.batch_options import (
+    BatchOptions,
+    check_spread,
+    under_options,
+)
 from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
 from outbox_server.shared.intake.payloads import Payload
 from outbox_server.shared.intake.rows import RowRejection
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import BatchMode
-from outbox_server.shared.user_quotas import UserQuotas
+from outbox_server.shared.templates.remote import TemplateParser
 
 T = TypeVar("T")
 
@@ -88,6 +92,7 @@ class Intake:
         self,
         store: IntakeStore,
         load: Callable[[int], Awaitable[bool]],
+        templates: TemplateParser,
         *,
         max_message_bytes: int,
         most_open: int,
@@ -108,6 +113,7 @@ class Intake:
         self._trace_parent = trace_parent
         self._store = store
         self._load = load
+        self._templates = templates
         self._max_message_bytes = max_message_bytes
         self._restrict_domains = restrict_domains
         self._under_way = 0
@@ -141,9 +147,9 @@ class Intake:
         Raises:
             NotFound: SENDER_NOT_FOUND.
             AlreadyExists: REQUEST_ID_REUSED.
-            InvalidInput: the payload or a template is invalid; ROW_REJECTED, NO_ROW_ACCEPTED,
-                SPACING_INVALID, SPREAD_UNTIL_INVALID.
-            Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS.
+            InvalidInput: the payload or a template is invalid; TEMPLATE_TOO_COSTLY, ROW_REJECTED,
+                NO_ROW_ACCEPTED, SPACING_INVALID, SPREAD_UNTIL_INVALID.
+            Unavailable: UPLOAD_STALLED, REQUEST_IN_PROGRESS, TEMPLATE_WORKER_UNAVAILABLE.
             ResourceExhausted: TOO_MANY_CALLS, USER_WAITING_JOBS_EXCEEDED.
             PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
         """
@@ -189,6 +195,13 @@ class Intake:
         self, options: BatchOptions, steps: _Steps, sender: IntakeSender
     ) -> Acceptance | None:
         """Store the batch. Return None if a batch with this `request_id` exists already."""
+        try:
+            template = await self._templates.parse(
+                sender.user_id, options.subject, options.body, options.html
+            )
+        except InvalidInput as error:
+            raise under_options(error) from None
+        steps.reader.use(template)
         block = await steps.next()
         place = self._places[steps.reader.waits].entered(current_claimant())
         async with place, self._store.begin() as transaction:

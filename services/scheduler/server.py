@@ -46,7 +46,7 @@ from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.store_urls import place_of
+from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas
 
@@ -78,10 +78,13 @@ async def serve(
         loader = HeadLoader(engine, queues, settings)
         # Here as well as in the dispatchers, so that it shows when none of them runs.
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
+        templates = TemplateParser(settings, monitoring.registry)
+        stack.push_async_callback(templates.close)
         quotas = UserQuotas.from_settings(settings)
         intake = Intake(
             IntakeStore(engine, quotas),
             lambda sender_id: load_soon(loader, [sender_id]),
+            templates,
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
             restrict_domains=settings.sender_policy == "domains",

@@ -35,6 +35,7 @@ class BlockReader:
         self._payload = payload
         self._options = options
         self._max_message_bytes = max_message_bytes
+        self._template: BatchTemplate | None = None
         self._names: tuple[str, ...] = ()
         self._blocks = self._read()
         payload.hash_first(options.canonical())
@@ -48,6 +49,10 @@ class BlockReader:
     def variable_names(self) -> tuple[str, ...]:
         """The names of the values in `JobRow.variables`, in order. Known after the first block."""
         return self._names
+
+    def use(self, template: BatchTemplate) -> None:
+        """Use a template that was parsed elsewhere. Otherwise the first block parses it."""
+        self._template = template
 
     def next(self) -> ReadBlock | None:
         """Return the next block, or None after the last.
@@ -76,10 +81,12 @@ class BlockReader:
 
     def _read(self) -> Generator[ReadBlock, None, None]:
         options = self._options
-        try:
-            template = BatchTemplate.compile(options.subject, options.body, options.html)
-        except InvalidInput as error:
-            raise under_options(error) from None
+        template = self._template
+        if template is None:
+            try:
+                template = BatchTemplate.compile(options.subject, options.body, options.html)
+            except InvalidInput as error:
+                raise under_options(error) from None
         opened = self._payload.open(template, options.time_zone)
         self._names = opened.variable_names
         plan = _SizeLimitedPlan(

@@ -18,12 +18,15 @@ from typing import Final, NamedTuple
 from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.message_size import TextSize, utf8_size
-from outbox_server.shared.templates.guard import RENDER_BUDGET, GuardedEnvironment
+from outbox_server.shared.templates.guard import RENDER_BUDGET
+from outbox_server.shared.templates.parsing import parse_source
+from outbox_server.shared.templates.plain import plain_source
 from outbox_server.shared.templates.source import (
     MAX_SOURCE_BYTES,
     RenderError,
     Room,
     TemplateSource,
+    check_source_size,
 )
 
 __all__ = [
@@ -46,6 +49,8 @@ SUBJECT_TOO_LONG: Final = (
 LINE_BREAK = re.compile(r"[\r\n]")
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
+# A mail of this length is built in about 2 ms.
+_MOST_QUICK_CHARACTERS = 64 * 1024
 
 
 class Rendered(NamedTuple):
@@ -115,54 +120,81 @@ class BatchTemplate:
             else:
                 for name, times in source.uses:
                     uses[name] += times
-                names |= source.needs.names
-                required |= source.needs.required
+                names |= source.summary.names
+                required |= source.summary.required
         if subject is None:
             required.add("subject")
         self.variable_names: tuple[str, ...] = tuple(sorted(names))
         self.required: frozenset[str] = frozenset(required)
         self.subject_names: frozenset[str] = frozenset(
-            ("subject",) if subject is None else subject.needs.names
+            ("subject",) if subject is None else subject.summary.names
         )
         # How often the mail uses its most used column, as far as `least_size` counts.
         self.most_uses: int = max(uses.values(), default=1)
         # Whether the subject's template can produce a line break by itself, so that each row must
         # be rendered; otherwise only a value with a line break can.
-        self.subject_may_break: bool = subject is not None and subject.may_break
+        self.subject_may_break: bool = subject is not None and subject.summary.may_break
         # Whether a row can have no content: neither text nor HTML has a template.
         self.content_from_row: bool = body is None and html is None
         self.subject_from_row: bool = subject is None
 
+        # A subject with columns is checked for each row, and so is one whose text changes.
+        if subject is not None and not subject.is_liquid and not self.subject_names:
+            try:
+                self.render_subject({})
+            except RenderError as error:
+                raise InvalidInput.field("subject", error.message, reason=error.reason) from None
+
     @classmethod
     def compile(cls, subject: str | None, body: str | None, html: str | None) -> BatchTemplate:
-        """Parse the sources. None means the row's own column of that name, without a template.
+        """Parse the sources in this process, which may take long (see `shared.templates.parsing`).
+
+        None means the row's own column of that name, without a template.
 
         Raises:
             InvalidInput: TEMPLATE_INVALID, for the field `subject`, `body` or `html`, with line and
                 column; TEMPLATE_TOO_LARGE; SUBJECT_LINE_BREAK.
         """
-        longest = max(len(source or "") for source in (subject, body, html))
-        plain = GuardedEnvironment(autoescape=False, longest=longest)
+        longest = longest_of(subject, body, html)
+        return cls(
+            **{
+                field: None if text is None else parse_source(field, text, longest)
+                for field, text in check_sizes(subject, body, html).items()
+            }
+        )
+
+    @classmethod
+    def plain(cls, subject: str | None, body: str | None, html: str | None) -> BatchTemplate | None:
+        """Return the template if it is short and only inserts columns, or None.
+
+        This takes microseconds. With a longer template, no mail is quick to build.
+
+        Raises:
+            InvalidInput: TEMPLATE_TOO_LARGE, SUBJECT_LINE_BREAK.
+        """
         sources: dict[str, TemplateSource | None] = {}
-        for field, text in (("subject", subject), ("body", body), ("html", html)):
-            if text is None:
-                sources[field] = None
-                continue
-            if len(text.encode("utf-8", "replace")) > MAX_SOURCE_BYTES:
-                raise InvalidInput.field(
-                    field,
-                    f"a template must have at most {MAX_SOURCE_BYTES // 1024} KiB",
-                    reason="TEMPLATE_TOO_LARGE",
-                )
-            env = GuardedEnvironment(autoescape=True, longest=longest) if field == "html" else plain
-            sources[field] = TemplateSource(field, text, env)
-        template = cls(**sources)
-        if not template.subject_names:
-            try:
-                template.render_subject({})
-            except RenderError as error:
-                raise InvalidInput.field("subject", error.message, reason=error.reason) from None
-        return template
+        texts = check_sizes(subject, body, html)
+        if sum(len(text or "") for text in texts.values()) > _MOST_QUICK_CHARACTERS:
+            return None
+        for field, text in texts.items():
+            summary = None if text is None else plain_source(field, text)
+            if text is not None and summary is None:
+                return None
+            sources[field] = None if summary is None else TemplateSource(summary)
+        return cls(**sources)
+
+    def is_quick(self, characters: int) -> bool:
+        """Return whether a mail may be built in an event loop: its text is short and plain.
+
+        `characters` is the length of the row's values together.
+        """
+        most = characters * self.most_uses
+        for _, source in self._sources:
+            if source is not None:
+                if not source.is_quick:
+                    return False
+                most += source.own_bytes
+        return most <= _MOST_QUICK_CHARACTERS
 
     def render_subject(self, values: Mapping[str, str], room: Room | None = None) -> str:
         """Return the subject for one row, without white space around it.
@@ -216,6 +248,24 @@ class BatchTemplate:
             )
             least += size.least_encoded
         return least
+
+
+def check_sizes(subject: str | None, body: str | None, html: str | None) -> dict[str, str | None]:
+    """Return the sources by field.
+
+    Raises:
+        InvalidInput: TEMPLATE_TOO_LARGE.
+    """
+    sources = {"subject": subject, "body": body, "html": html}
+    for field, text in sources.items():
+        if text is not None:
+            check_source_size(field, text)
+    return sources
+
+
+def longest_of(*sources: str | None) -> int:
+    """Return the length of the longest source."""
+    return max(len(source or "") for source in sources)
 
 
 def missing_column(name: str, columns: Iterable[str]) -> str:

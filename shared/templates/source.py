@@ -1,34 +1,31 @@
-"""One parsed template of a batch. It is rendered for each mail, within a limit of bytes."""
+"""One template of a batch, as every process knows it: what it needs, and how its text is made.
+
+A template that only inserts columns is a list of parts, and any process can render it. All other
+templates are Liquid. Their text comes from a function that the creator of the source passes: the
+parsed template itself, or a call to a worker process.
+"""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple, Self, TypeAlias
 
-from liquid.exceptions import LiquidError, ResourceLimitError
-from liquid.template import BoundTemplate
 from markupsafe import escape
 
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.message_size import MOST_BYTES, TextSize, too_large, utf8_size
-from outbox_server.shared.templates.guard import (
-    RENDER_BUDGET,
-    GuardedEnvironment,
-    OutputTooLargeError,
-)
-from outbox_server.shared.templates.variables import Needs, Placeholder, needs_of, plain_parts
 
 MAX_SOURCE_BYTES = 256 * 1024
-# Sources that can put a line break into a text although no value has one.
-_CAN_BREAK = re.compile(r"[\r\n]|_decode|newline_to_br")
+# A template with more insertions is not rendered in an event loop: 1,000 take half a millisecond.
+_MOST_QUICK_INSERTIONS: Final = 1_000
 
 
 class RenderError(Exception):
     """A mail cannot be made of this row.
 
     `reason` is one of SUBJECT_LINE_BREAK, NO_CONTENT, MESSAGE_TOO_LARGE, TEMPLATE_LIMIT,
-    TEMPLATE_RENDER_FAILED.
+    TEMPLATE_RENDER_FAILED, or one of those that `MessageError` has.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -69,48 +66,112 @@ class Room:
         return RenderError("MESSAGE_TOO_LARGE", too_large(self.limit + over, self.limit))
 
 
-class TemplateSource:
-    """One parsed template: static text, a splice, or Liquid."""
+class Placeholder(NamedTuple):
+    """A column that a template inserts, and the text that replaces it if it is empty."""
 
-    def __init__(self, field: str, source: str, env: GuardedEnvironment) -> None:
-        self.field = field
-        self._env = env
-        self._template: BoundTemplate | None = None
+    name: str
+    default: str | None
+
+
+class SourceSummary(NamedTuple):
+    """What is known of a template without its parsed form."""
+
+    # The columns that it uses, and those that every row must have.
+    names: frozenset[str]
+    required: frozenset[str]
+    # Whether it can put a line break into a text although no value has one.
+    may_break: bool
+    # Whether values are escaped for HTML.
+    escapes: bool
+    # Its text, if that is the same for every row.
+    static: str | None = None
+    # Its texts and insertions in order, if it has nothing else. None means Liquid.
+    parts: tuple[str | Placeholder, ...] | None = None
+
+    def to_wire(self) -> list[object]:
+        """Return the summary as msgpack can encode it."""
+        parts = None if self.parts is None else [_part_to_wire(part) for part in self.parts]
+        names, required = sorted(self.names), sorted(self.required)
+        return [names, required, self.may_break, self.escapes, self.static, parts]
+
+    @classmethod
+    def from_wire(cls, value: object) -> Self:
+        """Return the summary that `to_wire` encoded.
+
+        Raises:
+            ValueError: it did not encode that.
+        """
+        match value:
+            case [list(names), list(required), bool(may_break), bool(escapes), static, parts]:
+                pass
+            case _:
+                raise ValueError("not the summary of a template")
+        if not (static is None or isinstance(static, str)):
+            raise ValueError("not the text of a template")
+        if not all(isinstance(name, str) for name in (*names, *required)):
+            raise ValueError("not the names of columns")
+        if parts is not None:
+            if not isinstance(parts, list):
+                raise ValueError("not the parts of a template")
+            parts = tuple(_part_from_wire(part) for part in parts)
+        return cls(frozenset(names), frozenset(required), may_break, escapes, static, parts)
+
+
+def _part_to_wire(part: str | Placeholder) -> object:
+    return part if isinstance(part, str) else list(part)
+
+
+def _part_from_wire(value: object) -> str | Placeholder:
+    match value:
+        case str():
+            return value
+        case [str(name), str() | None as default]:
+            return Placeholder(name, default)
+    raise ValueError("not a part of a template")
+
+
+# Returns the text of a Liquid template for one row, and subtracts its size from the room.
+LiquidText: TypeAlias = Callable[[Mapping[str, str], Room], str]
+
+
+class TemplateSource:
+    """One template of a batch: static text, a splice, or Liquid."""
+
+    def __init__(self, summary: SourceSummary, liquid: LiquidText | None = None) -> None:
+        """`liquid` renders the template if it is Liquid. Without it, this process cannot."""
+        self.summary = summary
+        self._liquid = liquid
         self._texts: list[str] = []
         self._placeholders: list[tuple[int, str, str | None]] = []
-        self.static: str | None = None
-        self.may_break = bool(_CAN_BREAK.search(source.strip()))
-        template, self.needs = _parse(field, source, env)
-        parts = plain_parts(template.nodes)
-        if parts is None:
-            self._template = template
-            # A template without a variable always gives the same text. Rendering it now reports an
-            # error at once and not in the middle of a batch.
-            if not self.needs.names and not _uses_the_clock(source):
-                try:
-                    text = self._render_liquid(template, {}, Room(RENDER_BUDGET))
-                except RenderError as error:
-                    raise _invalid(field, error.message) from None
-                # Loops can make a long text of a short source. It is not kept, because templates
-                # are kept for many batches.
-                if len(text) <= MAX_SOURCE_BYTES:
-                    self.static = text
-        else:
-            self._splice(parts)
-        self._own_size = TextSize.of(self.static or "".join(self._texts))
-        self._uses = list(
-            Counter((name, default) for _, name, default in self._placeholders).items()
-        )
-
-    def _splice(self, parts: list[str | Placeholder]) -> None:
-        for part in parts:
+        for part in summary.parts or ():
             if isinstance(part, Placeholder):
                 self._placeholders.append((len(self._texts), part.name, part.default))
                 self._texts.append("")
             else:
                 self._texts.append(part)
-        if not self._placeholders:
-            self.static = "".join(self._texts)
+        static = summary.static
+        if static is None and summary.parts is not None and not self._placeholders:
+            static = "".join(self._texts)
+        self.static = static
+        self._own_size = TextSize.of("".join(self._texts) if static is None else static)
+        self._uses = list(
+            Counter((name, default) for _, name, default in self._placeholders).items()
+        )
+
+    @property
+    def is_liquid(self) -> bool:
+        """Whether only Liquid can render it."""
+        return self.static is None and self.summary.parts is None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether short values can be rendered in an event loop."""
+        return not self.is_liquid and len(self._placeholders) <= _MOST_QUICK_INSERTIONS
+
+    @property
+    def own_bytes(self) -> int:
+        """The size of the text around the insertions."""
+        return self._own_size.size
 
     def render(self, values: Mapping[str, str], room: Room) -> str:
         """Return the text for one row, and subtract its size from `room`.
@@ -121,20 +182,22 @@ class TemplateSource:
         if self.static is not None:
             room.take(self._own_size.size)
             return self.static
-        if self._template is not None:
-            return self._render_liquid(self._template, values, room)
+        if self.summary.parts is None:
+            if self._liquid is None:
+                raise RuntimeError("this process cannot render a Liquid template")
+            return self._liquid(values, room)
         # A few characters of source can name a long value many times, so the size is computed
         # before the text is built.
         if self._most_bytes(values) > room.left:
             room.check(self.least_size(values).size)
         texts = self._texts.copy()
-        autoescape = self._env.autoescape
+        escapes = self.summary.escapes
         for index, name, default in self._placeholders:
             value = values.get(name, "")
             if not value and default is not None:
                 texts[index] = default
             else:
-                texts[index] = escape(value) if autoescape else value
+                texts[index] = escape(value) if escapes else value
         text = "".join(texts)
         room.take(utf8_size(text))
         return text
@@ -159,57 +222,20 @@ class TemplateSource:
             if not value and default is not None:
                 value_size = TextSize.of(default)
             else:
-                value_size = TextSize.of(value, escaped=self._env.autoescape)
+                value_size = TextSize.of(value, escaped=self.summary.escapes)
             size = size.plus(value_size * times)
         return size
 
-    def _render_liquid(self, template: BoundTemplate, values: Mapping[str, str], room: Room) -> str:
-        self._env.budget.reset(room.left)
-        try:
-            text = template.render(values)
-        except OutputTooLargeError as error:
-            raise room.refusal(error.over) from None
-        except ResourceLimitError as error:
-            raise RenderError("TEMPLATE_LIMIT", f"{self.field}: {_describe(error)}") from None
-        except LiquidError as error:
-            raise RenderError(
-                "TEMPLATE_RENDER_FAILED", f"{self.field}: {_describe(error)}"
-            ) from None
-        # The library passes on errors of filters (base64 that is not text, a date out of range).
-        # Such an error concerns this row only, and must not stop a dispatcher.
-        except Exception as error:  # noqa: BLE001
-            raise RenderError("TEMPLATE_RENDER_FAILED", f"{self.field}: {error}") from None
-        room.take(utf8_size(text))
-        return text
 
+def check_source_size(field: str, source: str) -> None:
+    """Check the length of a template.
 
-def _parse(field: str, source: str, env: GuardedEnvironment) -> tuple[BoundTemplate, Needs]:
-    try:
-        template = env.from_string(source)
-        return template, needs_of(template)
-    except LiquidError as error:
-        raise _invalid(field, _describe(error, source)) from None
-    except RecursionError:
-        raise _invalid(field, "an expression is nested too deeply") from None
-
-
-def _invalid(field: str, description: str) -> InvalidInput:
-    return InvalidInput.field(field, description, reason="TEMPLATE_INVALID")
-
-
-def _uses_the_clock(source: str) -> bool:
-    return "now" in source or "today" in source
-
-
-def _describe(error: LiquidError, source: str | None = None) -> str:
-    """Return `line 2, column 7: message`. Without a position, it is the end of the source."""
-    index = -1
-    if error.token is not None:
-        source, index = error.token.source, error.token.start_index
-    if source is None:
-        return str(error.message)
-    if not 0 <= index <= len(source):
-        index = len(source)
-    line = source.count("\n", 0, index) + 1
-    column = index - source.rfind("\n", 0, index)
-    return f"line {line}, column {column}: {error.message}"
+    Raises:
+        InvalidInput: TEMPLATE_TOO_LARGE.
+    """
+    if len(source.encode("utf-8", "replace")) > MAX_SOURCE_BYTES:
+        raise InvalidInput.field(
+            field,
+            f"a template must have at most {MAX_SOURCE_BYTES // 1024} KiB",
+            reason="TEMPLATE_TOO_LARGE",
+        )

@@ -24,6 +24,7 @@ from liquid.context import RenderContext
 from liquid.exceptions import LiquidSyntaxError, UnknownFilterError
 
 from outbox_server.shared.templates.guard import bound_ranges
+from outbox_server.shared.templates.source import Placeholder
 
 if TYPE_CHECKING:
     from liquid.ast import Node
@@ -41,14 +42,6 @@ class Needs:
 
     names: set[str] = field(default_factory=set)
     required: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class Placeholder:
-    """A variable in a plain template, and the text that replaces it if it is empty."""
-
-    name: str
-    default: str | None
 
 
 def needs_of(template: BoundTemplate) -> Needs:

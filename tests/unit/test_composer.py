@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from outbox_server.services.dispatcher import composer as composer_module
 from outbox_server.services.dispatcher.composer import Composer, CompositionError, ReadBatches
+from outbox_server.services.dispatcher.smtp import Envelope
 from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.queue.circuit_keys import CircuitKeys
@@ -20,6 +22,7 @@ from outbox_server.shared.secrets import SecretBox, generate_key
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.smtp.endpoint import Endpoint, StoredEndpoint, relay_of
 from outbox_server.shared.states import SmtpSecurity
+from outbox_server.shared.templates.workers import WorkerPool
 
 BATCH = BatchContent(
     batch_id=1,
@@ -51,6 +54,16 @@ def job(number: int = 1, *, batch: int = 1, revision: int = 1, **changes: Any) -
     return replace(marked, **changes)
 
 
+POOLS: list[WorkerPool] = []
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def workers_end() -> AsyncIterator[None]:
+    yield
+    while POOLS:
+        await POOLS.pop().close()
+
+
 class Reader:
     """The batches in PostgreSQL, and the requests for them."""
 
@@ -69,16 +82,23 @@ async def _inst() -> str:
     return "inst"
 
 
+async def compose(composer: Composer, job: MarkedJob) -> tuple[Endpoint, Envelope]:
+    return await composer.compose(job, wait=60)
+
+
 def composer_of(reader: ReadBatches, secrets: SecretBox | None = None, **settings: Any) -> Composer:
     settings = {"smtp_url": "smtp://relay.test"} | settings
-    return Composer(load_settings(**settings), secrets or SecretBox(), reader, _inst)
+    loaded = load_settings(**settings)
+    workers = WorkerPool("outbox_server.services.dispatcher.mail_worker", loaded)
+    POOLS.append(workers)
+    return Composer(loaded, secrets or SecretBox(), reader, _inst, workers)
 
 
 async def test_a_mail_has_its_row_its_addresses_and_a_unique_message_id() -> None:
     composer = composer_of(Reader(BATCH))
     await composer.prepare([job(41)])
 
-    endpoint, envelope = composer.compose(job(41))
+    endpoint, envelope = await compose(composer, job(41))
 
     assert endpoint == RELAY
     assert (envelope.mail_from, envelope.rcpt_to) == ("shop@shop.test", "ann@x.test")
@@ -92,7 +112,7 @@ async def test_the_message_id_is_the_same_for_every_attempt() -> None:
     composer = composer_of(Reader(BATCH))
     await composer.prepare([job(41)])
 
-    mails = [composer.compose(job(41, job=JobRef(41, n)))[1].data for n in (1, 2, 3)]
+    mails = [(await compose(composer, job(41, job=JobRef(41, n))))[1].data for n in (1, 2, 3)]
 
     assert all(b"<outbox.41.inst@shop.test>" in mail for mail in mails)
 
@@ -109,7 +129,7 @@ async def test_a_batch_is_read_once_until_its_sender_changes() -> None:
     await composer.prepare([job(5, revision=2), job(6, revision=1)])
 
     assert reader.asked == [[1], [1]]
-    assert composer.compose(job(4, revision=2))[1].mail_from == "new@shop.test"
+    assert (await compose(composer, job(4, revision=2)))[1].mail_from == "new@shop.test"
 
 
 async def test_a_late_read_does_not_restore_old_sender_data() -> None:
@@ -131,7 +151,7 @@ async def test_a_late_read_does_not_restore_old_sender_data() -> None:
     await late
 
     for each in (job(1), job(2, revision=2)):
-        assert composer.compose(each)[1].mail_from == "new@shop.test"
+        assert (await compose(composer, each))[1].mail_from == "new@shop.test"
 
 
 async def test_the_batches_of_one_group_are_read_together() -> None:
@@ -141,13 +161,20 @@ async def test_the_batches_of_one_group_are_read_together() -> None:
     await composer.prepare([job(1, batch=2), job(2, batch=1), job(3, batch=2)])
 
     assert reader.asked == [[1, 2]]
-    assert composer.compose(job(1, batch=2))[1].data.endswith(b"Two\r\n")
+    assert (await compose(composer, job(1, batch=2)))[1].data.endswith(b"Two\r\n")
+
+
+def keep_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make room for four batches, unless the concurrency needs more."""
+    size = composer_module._LEAST_OF_A_BATCH
+    monkeypatch.setattr(composer_module, "_KEPT_CHARACTERS", 4 * size)
+    monkeypatch.setattr(composer_module, "_MOST_OF_A_BATCH", size)
 
 
 async def test_no_batch_of_a_group_is_evicted_before_its_mails_are_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    keep_few(monkeypatch)
     composer = composer_of(
         Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20))), dispatcher_concurrency=2
     )
@@ -159,13 +186,13 @@ async def test_no_batch_of_a_group_is_evicted_before_its_mails_are_built(
     await composer.prepare(group)
 
     for each in group:
-        composer.compose(each)
+        await compose(composer, each)
 
 
 async def test_a_batch_is_not_evicted_while_another_batch_of_its_group_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    keep_few(monkeypatch)
     reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20)))
     resume = asyncio.Event()
 
@@ -186,13 +213,13 @@ async def test_a_batch_is_not_evicted_while_another_batch_of_its_group_is_read(
         resume.set()
 
     for n in (1, 5, 6):
-        composer.compose(job(n, batch=n))
+        await compose(composer, job(n, batch=n))
 
 
 async def test_a_group_with_more_batches_than_the_cache_holds_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    keep_few(monkeypatch)
     group = [job(n, batch=n) for n in range(1, 11)]
     composer = composer_of(
         Reader(*(replace(BATCH, batch_id=n) for n in range(1, 20))), dispatcher_concurrency=10
@@ -201,11 +228,11 @@ async def test_a_group_with_more_batches_than_the_cache_holds_is_sent(
     await composer.prepare(group)
 
     for each in group:
-        composer.compose(each)
+        await compose(composer, each)
 
 
 async def test_the_number_of_cached_batches_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composer_module, "_KEPT_BATCHES", 4)
+    keep_few(monkeypatch)
     reader = Reader(*(replace(BATCH, batch_id=n) for n in range(1, 40)))
     composer = composer_of(reader, dispatcher_concurrency=2)
     for n in range(1, 40):
@@ -215,7 +242,31 @@ async def test_the_number_of_cached_batches_is_bounded(monkeypatch: pytest.Monke
     # An evicted batch is read again.
     await composer.prepare([job(1, batch=1)])
     assert reader.asked[-1] == [1]
-    composer.compose(job(1, batch=1))
+    await compose(composer, job(1, batch=1))
+
+
+async def test_the_size_of_cached_batches_is_bounded() -> None:
+    large = replace(BATCH, body="x" * 250_000, html="y" * 250_000)
+    reader = Reader(*(replace(large, batch_id=n) for n in range(1, 300)))
+    composer = composer_of(reader, dispatcher_concurrency=2)
+    for n in range(1, 300):
+        await composer.prepare([job(n, batch=n)])
+
+    assert len(composer._batches) == 64 * 1024 * 1024 // (500_000 + 16 * 1024 + 20)
+
+
+async def test_mails_are_built_one_in_each_turn_of_the_event_loop() -> None:
+    composer = composer_of(Reader(BATCH))
+    await composer.prepare([job(1)])
+    built: list[int] = []
+    tasks = [asyncio.create_task(compose(composer, job(n))) for n in range(1, 11)]
+    while not all(each.done() for each in tasks):
+        before = sum(each.done() for each in tasks)
+        await asyncio.sleep(0)
+        built.append(sum(each.done() for each in tasks) - before)
+
+    assert max(built) == 1
+    await asyncio.gather(*tasks)
 
 
 async def test_a_row_that_cannot_become_a_mail_has_a_reason() -> None:
@@ -224,10 +275,12 @@ async def test_a_row_that_cannot_become_a_mail_has_a_reason() -> None:
     await composer.prepare([job()])
 
     with pytest.raises(CompositionError, match=r"^SUBJECT_LINE_BREAK: "):
-        composer.compose(job(variables='["a\\nBcc: all@x.test","Ann"]'))
+        await compose(composer, job(variables='["a\\nBcc: all@x.test","Ann"]'))
     with pytest.raises(CompositionError, match=r"^ADDRESS_INVALID: "):
-        composer.compose(job(recipient="a@x.test>\r\nRCPT TO:<b@x.test", variables='["s","n"]'))
-    assert composer.compose(job(variables='["Fine","Ann"]'))
+        await compose(
+            composer, job(recipient="a@x.test>\r\nRCPT TO:<b@x.test", variables='["s","n"]')
+        )
+    assert await compose(composer, job(variables='["Fine","Ann"]'))
 
 
 async def test_a_mail_over_the_size_limit_names_its_size_and_the_limit() -> None:
@@ -245,8 +298,8 @@ async def test_a_mail_over_the_size_limit_names_its_size_and_the_limit() -> None
             CompositionError,
             match=rf"^MESSAGE_TOO_LARGE: the mail has {size} bytes, .*_BYTES permits 10,000$",
         ):
-            composer.compose(job(variables=f'["{name}"]'))
-    assert composer.compose(job(variables='["Ann"]'))
+            await compose(composer, job(variables=f'["{name}"]'))
+    assert await compose(composer, job(variables='["Ann"]'))
 
 
 async def test_a_sender_whose_name_is_too_large_for_any_mail_is_reported() -> None:
@@ -255,7 +308,7 @@ async def test_a_sender_whose_name_is_too_large_for_any_mail_is_reported() -> No
     await composer.prepare([job()])
 
     with pytest.raises(CompositionError, match=r"^MESSAGE_TOO_LARGE: the mail has at least "):
-        composer.compose(job())
+        await compose(composer, job())
 
 
 @pytest.mark.parametrize(
@@ -276,8 +329,8 @@ async def test_a_batch_that_cannot_be_built_fails_its_mails_and_no_others(
     await composer.prepare([job(1), job(2, batch=2)])
 
     with pytest.raises(CompositionError, match=text):
-        composer.compose(job(1))
-    composer.compose(job(2, batch=2))
+        await compose(composer, job(1))
+    await compose(composer, job(2, batch=2))
 
 
 async def test_a_missing_batch_is_an_error_of_its_mails() -> None:
@@ -285,7 +338,7 @@ async def test_a_missing_batch_is_an_error_of_its_mails() -> None:
     await composer.prepare([job()])
 
     with pytest.raises(CompositionError, match="batch 1 does not exist"):
-        composer.compose(job())
+        await compose(composer, job())
 
 
 OWN = StoredEndpoint("anna", "own.test", 2525, username="anna")
@@ -297,7 +350,7 @@ async def test_a_sender_with_its_own_relay_uses_it_with_starttls_by_default() ->
     composer = composer_of(Reader(replace(BATCH, endpoint=own)), secrets)
     await composer.prepare([job()])
 
-    endpoint, _ = composer.compose(job())
+    endpoint, _ = await compose(composer, job())
 
     # As in a head that another process loads.
     circuit = CircuitKeys(secrets, override=False).of_sender(
@@ -319,7 +372,7 @@ async def test_override_sends_everything_to_the_relay() -> None:
     composer = composer_of(Reader(replace(BATCH, endpoint=OWN)), smtp_override=True)
     await composer.prepare([job()])
 
-    assert composer.compose(job())[0] == RELAY
+    assert (await compose(composer, job()))[0] == RELAY
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.stats.metrics import StatsMetrics
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
+from outbox_server.shared.settings import load_settings
+from outbox_server.shared.templates.workers import WorkerPool
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 _ROW = re.compile(r"^\| `(outbox_\w+)` \| (\w+) \|(.*?)\| (.+) \|$", re.MULTILINE)
@@ -30,6 +32,7 @@ def registered() -> dict[str, tuple[str, set[str]]]:
     SchedulerMetrics(monitoring.registry)
     StatsMetrics(monitoring.registry, nothing, ())
     ReadyJobsCollector(monitoring.registry, ())
+    WorkerPool("module", load_settings(), monitoring.registry)
     found: dict[str, tuple[str, set[str]]] = {}
     for collector in set(monitoring.registry._collector_to_names):
         described: Any = collector

@@ -1,0 +1,87 @@
+"""A worker process that builds mails: those with Liquid templates, and those that are long.
+
+`python -m outbox_server.services.dispatcher.mail_worker BUDGET MEMORY`; see
+`shared.templates.worker`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+from outbox_server.services.dispatcher.message import Message, MessageBuilder, MessageError
+from outbox_server.shared.templates.batch import (
+    BatchTemplate,
+    RenderError,
+    decode_variables,
+    longest_of,
+)
+from outbox_server.shared.templates.wire import StartBudget
+from outbox_server.shared.templates.worker import Job, TemplateCache, serve
+
+# A template that was accepted must not fail because it is parsed a little more slowly here.
+_PARSING_BUDGETS: Final = 2.0
+
+
+class MailRequest(NamedTuple):
+    """What a mail is built from. Decoded, a tuple is a list."""
+
+    subject: str | None
+    body: str | None
+    html: str | None
+    sender_email: str
+    display_name: str
+    max_bytes: int
+    variable_names: Sequence[str]
+    variables: str | None
+    recipient: str
+    message_id: str
+    # Unix time.
+    date: float
+
+
+def _mail_of(start_budget: StartBudget) -> Job:
+    templates = TemplateCache()
+
+    def build(*arguments: Any) -> object:
+        it = MailRequest(*arguments)
+        start_budget(_PARSING_BUDGETS)
+        longest = longest_of(it.subject, it.body, it.html)
+        sources = {"subject": it.subject, "body": it.body, "html": it.html}
+        template = BatchTemplate(
+            **{
+                field: None if source is None else templates.get(field, source, longest)
+                for field, source in sources.items()
+            }
+        )
+        start_budget(1.0)
+        try:
+            builder = MessageBuilder(
+                it.sender_email, it.display_name, template, max_bytes=it.max_bytes
+            )
+            values = decode_variables(it.variable_names, it.variables)
+            date = datetime.fromtimestamp(it.date, UTC)
+            mail = builder.build(it.recipient, values, it.message_id, date)
+        except MessageError as error:
+            raise RenderError(error.reason, error.message) from None
+        return [mail.data, mail.recipient, mail.needs_smtputf8]
+
+    return build
+
+
+def message_of(value: object) -> Message:
+    """Return the mail that a worker built.
+
+    Raises:
+        ValueError: it built none.
+    """
+    match value:
+        case [bytes(data), str(recipient), bool(needs_smtputf8)]:
+            return Message(data, recipient, needs_smtputf8)
+    raise ValueError("not a mail")
+
+
+if __name__ == "__main__":
+    sys.exit(serve({"build": _mail_of}))

@@ -1,0 +1,202 @@
+"""A worker process: does jobs for a `WorkerPool`, within limits of CPU and memory.
+
+`python -m outbox_server.shared.templates.worker BUDGET MEMORY` reads jobs from its standard input,
+a stream socket, and writes the replies to the same socket. Each is a msgpack document after its
+length, a big-endian 32-bit number. The process has no secrets, writes no files, and ends when its
+parent does.
+
+The jobs are done by a child of this process, a copy that is forked after the imports. The kernel
+ends it if it uses more CPU than its budget for one step of a job (SIGPROF), even within a regular
+expression. This process then sends the reply, and forks the next one: that takes a few milliseconds
+of CPU, and a new Python a third of a second.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from cachetools import LRUCache
+
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.templates.parsing import parse_source
+from outbox_server.shared.templates.source import RenderError, Room, TemplateSource
+from outbox_server.shared.templates.wire import (
+    READY,
+    StartBudget,
+    WorkerReply,
+    from_frame,
+    length_of,
+    to_frame,
+)
+
+# The characters of the templates whose parsed forms are kept. A parsed template takes up to 300
+# bytes per character.
+_KEPT_CHARACTERS: Final = 256 * 1024
+
+# The exit code of a process whose memory is full.
+_USED_UP: Final = 3
+
+Job: TypeAlias = Callable[..., object]
+
+
+def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
+    """Do jobs until the parent closes the connection. Each value makes a job of a name.
+
+    A job begins with one budget. It may call the function that it was made with to get another one.
+    """
+    budget, memory = float(sys.argv[1]), int(sys.argv[2])
+    _restrict(memory)
+    # The modules are never freed, so looking at them again is a waste.
+    gc.freeze()
+    with socket.socket(fileno=os.dup(0)) as connection:
+        while True:
+            child = os.fork()
+            if not child:
+                code = 1
+                try:
+                    code = _do_jobs(jobs, budget, connection)
+                finally:
+                    os._exit(code)
+            _, status = os.waitpid(child, 0)
+            code = os.waitstatus_to_exitcode(status)
+            if code == -signal.SIGPROF:
+                connection.sendall(to_frame([int(WorkerReply.OVER_BUDGET), budget, None]))
+            elif code != _USED_UP:
+                # The parent has closed the connection. After a crash, it learns of it by the end of
+                # this process.
+                return code
+
+
+def _do_jobs(
+    jobs: Mapping[str, Callable[[StartBudget], Job]], budget: float, connection: socket.socket
+) -> int:
+    """Do jobs until the parent closes the connection. Return the exit code."""
+
+    def start_budget(budgets: float) -> None:
+        signal.setitimer(signal.ITIMER_PROF, budget * budgets)
+
+    made: dict[str, Job] = {name: make(start_budget) for name, make in jobs.items()}
+    made[READY] = lambda: None
+    # Unbuffered, so that the next process gets every job that this one has not begun.
+    stream = connection.makefile("rwb", buffering=0)
+    while (request := _read(stream)) is not None:
+        start_budget(1.0)
+        began = time.process_time()
+        reply, result = _answer(made, request)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        spent = time.process_time() - began
+        try:
+            frame = to_frame([int(reply), spent, result])
+        except MemoryError:
+            reply = WorkerReply.OUT_OF_MEMORY
+            frame = to_frame([int(reply), spent, None])
+        try:
+            connection.sendall(frame)
+        except OSError:
+            return 0
+        if reply is WorkerReply.OUT_OF_MEMORY:
+            return _USED_UP
+    return 0
+
+
+def _restrict(memory: int) -> None:
+    # A terminal or a service manager signals the whole group. The parent decides when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # If the host or the container has no memory left, the kernel ends a worker and not the service.
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _read(stream: RawIOBase) -> list[Any] | None:
+    """Return the next job, or None if the parent is gone."""
+    try:
+        head = _exactly(stream, 4)
+        request = from_frame(_exactly(stream, length_of(head)))
+    except (OSError, EOFError, ValueError):
+        return None
+    return request if isinstance(request, list) else None
+
+
+def _exactly(stream: RawIOBase, size: int) -> bytearray:
+    data = bytearray()
+    while len(data) < size:
+        part = stream.read(size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _answer(jobs: Mapping[str, Job], request: list[Any]) -> tuple[WorkerReply, object]:
+    name, *arguments = request
+    try:
+        return WorkerReply.DONE, jobs[name](*arguments)
+    except InvalidInput as error:
+        (violation,) = error.violations
+        return WorkerReply.INVALID, [violation.field, violation.description, error.reason]
+    except RenderError as error:
+        return WorkerReply.REFUSED, [error.reason, error.message]
+    except MemoryError:
+        return WorkerReply.OUT_OF_MEMORY, None
+    except Exception as error:  # noqa: BLE001 - the parent logs it
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        # Not its text, which may quote a mail.
+        return WorkerReply.FAILED, f"{type(error).__name__} at {last.filename}:{last.lineno}"
+
+
+class TemplateCache:
+    """The parsed templates that were used last."""
+
+    def __init__(self) -> None:
+        self._parsed: LRUCache[tuple[str, str, int], tuple[TemplateSource, int]] = LRUCache(
+            _KEPT_CHARACTERS, lambda value: value[1]
+        )
+
+    def get(self, field: str, source: str, longest: int) -> TemplateSource:
+        """Return a parsed template."""
+        key = field, source, longest
+        kept = self._parsed.get(key)
+        if kept is not None:
+            return kept[0]
+        parsed = parse_source(field, source, longest)
+        if len(source) < _KEPT_CHARACTERS:
+            self._parsed[key] = parsed, len(source) + 1
+        return parsed
+
+
+def _summary_of(_: StartBudget) -> Job:
+    def parse(field: str, source: str, longest: int) -> object:
+        return parse_source(field, source, longest).summary.to_wire()
+
+    return parse
+
+
+def _text_of(start_budget: StartBudget) -> Job:
+    templates = TemplateCache()
+
+    def render(field: str, source: str, longest: int, values: dict[str, str], room: int) -> str:
+        template = templates.get(field, source, longest)
+        start_budget(1.0)
+        return template.render(values, Room(room))
+
+    return render
+
+
+if __name__ == "__main__":
+    sys.exit(serve({"parse": _summary_of, "render": _text_of}))

@@ -1,0 +1,97 @@
+"""Finds the worker processes of templates below a process, in Linux's `/proc`."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+PARSER = "outbox_server.shared.templates.worker"
+BUILDER = "outbox_server.services.dispatcher.mail_worker"
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """A worker process that was found."""
+
+    pid: int
+
+    def is_running(self) -> bool:
+        """Return whether it has not ended. One that waits for its parent has."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
+        except OSError:
+            return False
+        return text.rpartition(")")[2].split()[0] != "Z"
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time that it has used."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
+        except OSError:
+            return 0.0
+        user, system = text.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / _TICKS
+
+    def environment(self) -> set[str]:
+        """Return the names of its environment variables."""
+        data = Path(f"/proc/{self.pid}/environ").read_bytes()
+        return {entry.partition(b"=")[0].decode() for entry in data.split(b"\0") if entry}
+
+    def memory_limit(self) -> tuple[int, int]:
+        """Return the limits of its address space, in bytes."""
+        return resource.prlimit(self.pid, resource.RLIMIT_AS)
+
+    def ended_first(self) -> int:
+        """Return how soon the kernel ends it when memory is short: at most 1,000."""
+        return int(Path(f"/proc/{self.pid}/oom_score_adj").read_text(encoding="ascii"))
+
+    def peak_memory(self) -> int:
+        """Return the most memory that it has had, in bytes."""
+        text = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
+        (line,) = [each for each in text.splitlines() if each.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
+
+    def kill(self) -> None:
+        """End it with kill -9."""
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+
+def workers_of(pid: int, module: str) -> list[WorkerProcess]:
+    """Return the processes that do the jobs of a module for a process.
+
+    Each is the child of a child of that process.
+    """
+    first = [each for each in _children(pid) if _runs(each, module)]
+    found = [WorkerProcess(each) for parent in first for each in _children(parent)]
+    return [each for each in found if each.is_running()]
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            text = (task / "children").read_text(encoding="ascii")
+            found += [int(child) for child in text.split()]
+    except OSError:  # the process or a thread has ended
+        pass
+    return found
+
+
+def _runs(pid: int, module: str) -> bool:
+    try:
+        return module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def workers_here(module: str = PARSER) -> list[WorkerProcess]:
+    """Return the workers of this process."""
+    return workers_of(os.getpid(), module)
