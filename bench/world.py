@@ -32,6 +32,7 @@ class BenchStack:
 
     def __init__(self, servers: Servers, smtp_port: int) -> None:
         self.servers = servers
+        self._smtp_port = smtp_port
         self.smtp_url = f"smtp://127.0.0.1:{smtp_port}"
         self.scheduler = f"127.0.0.1:{free_port()}"
         self._environment = {
@@ -44,6 +45,10 @@ class BenchStack:
             "OUTBOX_LOG_LEVEL": "warning",
             "OUTBOX_SCHEDULER_LISTEN": self.scheduler,
         }
+
+    def with_new_ports(self) -> BenchStack:
+        """Return a stack of other processes with the same servers."""
+        return BenchStack(self.servers, self._smtp_port)
 
     @contextmanager
     def process(self, service: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
