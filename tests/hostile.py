@@ -11,6 +11,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from tests.hostile_shapes import hostile_texts
+
 MOST_DEPTH: Final = 5
 
 TEXTS: Final = (
@@ -55,6 +57,7 @@ TEXTS: Final = (
     "::1",
     "eyJhIjoxfQ",
     "AAAA",
+    *hostile_texts(1_000),
 )
 BYTES: Final = (
     b"",
@@ -71,6 +74,7 @@ BYTES: Final = (
     b"email,email\na@b.org,c@d.org\n",
     b"email,limit\na@b.org,1\n\xc3\x28,2\n",
     b"email,x\na@b.org," + b"y" * 100_000 + b"\n",
+    *(b"email,name\na@b.org," + text.encode() for text in hostile_texts(1_000)),
 )
 INTEGERS: Final = (0, 1, 2, 3, 7, 50, 1000, 1001, 65_535, 65_536, -1, 2**31 - 1, -(2**31))
 LONG_INTEGERS: Final = (*INTEGERS, 2**32, 2**53 + 1, 2**63 - 1, -(2**63))
