@@ -50,7 +50,7 @@ def test_the_shell_example_reads_both_json_spellings(grpcurl: Path) -> None:
 
 
 def test_the_hint_of_up_reads_both_json_spellings(grpcurl: Path) -> None:
-    found = {"scheduler": "127.0.0.1:1", "stats": "127.0.0.1:2", "api_key_file": ""}
+    found = {"scheduler": "127.0.0.1:1", "stats": "127.0.0.1:2", "api_key_file": None}
     (hint,) = (line for line in examples(found, None) if line.startswith("sender="))
     _, _, pipe = hint.partition("grpcurl ")
     assert run(f"sender=$({grpcurl} {pipe}; echo $sender", grpcurl) == ["7"]
