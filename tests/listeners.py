@@ -1,4 +1,4 @@
-"""Lists the addresses on which processes accept TCP connections, from /proc."""
+"""TCP sockets of processes, as the kernel lists them in /proc."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-# The number of the state "listening" in /proc/net/tcp.
+# The numbers of states in /proc/net/tcp.
+_ESTABLISHED = "01"
 _LISTENING = "0A"
 
 
@@ -30,6 +31,17 @@ def listeners(pids: Iterable[int] | None = None) -> set[str]:
 def listening_ports(pids: Iterable[int]) -> set[int]:
     """Return the ports that processes listen on."""
     return {int(local.rpartition(":")[2], 16) for local in listeners(pids)}
+
+
+def connections_at(port: int) -> int:
+    """Return how many connections the server that listens on a port has."""
+    return sum(
+        state == _ESTABLISHED and int(local.rpartition(":")[2], 16) == port
+        for table in ("tcp", "tcp6")
+        for _, local, _, state, *_ in map(
+            str.split, Path("/proc/net", table).read_text().splitlines()[1:]
+        )
+    )
 
 
 def _sockets(pid: int) -> set[str]:

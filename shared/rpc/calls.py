@@ -52,7 +52,9 @@ _STREAMS: Final = 1_000
 # is published. Their calls are answered during a drain as well, do not delay it, and are logged at
 # level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
-# The most of their calls at once, of one peer and of all peers. A health watch has no end.
+# The most of their calls at once: of one peer, and of all. A watch has no end. Calls that end by
+# themselves have as many again. So those who watch through a gateway cannot make its own health
+# checks fail: it is one peer with them.
 _TOOLING_PER_PEER: Final = 100
 _TOOLING_CALLS: Final = 1_000
 # Fields of requests that log lines have, by the names that they have there.
@@ -90,8 +92,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._calls = FairShares("calls", _CALLS, waiting=_CALLS_WAITING)
         self._watches = FairShares("watches", _STREAMS)
         self._by_user = CallsInFlight()
-        self._tooling = PeerPlaces(
-            "health and reflection calls", per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS
+        self._checks, self._tooling_streams = (
+            PeerPlaces(what, per_peer=_TOOLING_PER_PEER, total=_TOOLING_CALLS)
+            for what in ("health checks", "health watches and reflection calls")
         )
         self._default_deadline = default_deadline
         self._log = structlog.get_logger("outbox.calls")
@@ -255,7 +258,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 caller = await self._authenticate(method, context, log)
                 set_current_caller(caller)
                 if method.startswith(_TOOLING):
-                    with self._tooling.place_of(peer_of_call(context.peer())):
+                    places = self._tooling_streams if stream else self._checks
+                    with places.place_of(peer_of_call(context.peer())):
                         return await work()
                 shares = self._shares_of(method, stream=stream)
                 with self._by_user.counted(caller.user_id, caller.quotas, group):

@@ -167,9 +167,11 @@ async def test_a_peer_has_a_limited_number_of_watches_and_others_have_their_own(
                     await call.read()
                 assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert caught.value.details() == (
-                    "100 health and reflection calls of peer 127.0.0.1 are in progress, which is "
-                    "the limit; end some of them"
+                    "100 health watches and reflection calls of peer 127.0.0.1 are in progress, "
+                    "which is the limit; end some of them"
                 )
+            # Health checks have places of their own.
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
             # A peer with another address has places.
             theirs = health_pb2_grpc.HealthStub(others).Watch(health_pb2.HealthCheckRequest())
             await theirs.read()
@@ -178,8 +180,9 @@ async def test_a_peer_has_a_limited_number_of_watches_and_others_have_their_own(
             begun[0].cancel()
 
             async def accepted() -> bool:
+                begun.append(stub.Watch(health_pb2.HealthCheckRequest()))
                 try:
-                    await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+                    await begun[-1].read()
                 except grpc.aio.AioRpcError:
                     return False
                 return True
