@@ -27,7 +27,7 @@ VALUES: Final = {
 MINIMAL: Final = VALUES["minimal"]
 SERVICES: Final = ("scheduler", "dispatcher", "stats")
 # Custom resources of operators; the schemas of Kubernetes do not include them.
-CUSTOM: Final = {"ScaledObject", "PodMonitor"}
+CUSTOM: Final = {"ScaledObject", "PodMonitor", "HTTPRoute"}
 
 Resource = dict[str, Any]
 

@@ -48,6 +48,32 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- if and .Values.tls.clientCaKey (not .Values.tls.existingSecret) -}}
 {{- fail "tls.clientCaKey: client certificates require TLS; set tls.existingSecret too" -}}
 {{- end -}}
+{{- with .Values.gateway -}}
+{{- if .enabled -}}
+{{- if and .tls.existingSecret .tls.plaintext -}}
+{{- fail "gateway.tls.plaintext: true, but gateway.tls.existingSecret is set; choose one of them" -}}
+{{- end -}}
+{{- if and .tls.clientCaKey (not (include "outbox.gatewayCertificate" $)) -}}
+{{- fail "gateway.tls.clientCaKey: client certificates require TLS; set gateway.tls.existingSecret too" -}}
+{{- end -}}
+{{- if and $.Values.tls.clientCaKey (not .services.clientSecret) -}}
+{{- fail "gateway.services.clientSecret: the services require client certificates (tls.clientCaKey); name a Secret of type kubernetes.io/tls" -}}
+{{- end -}}
+{{- if and $.Values.tls.plaintext .services.clientSecret -}}
+{{- fail "gateway.services.clientSecret: the services have no TLS (tls.plaintext); leave it empty" -}}
+{{- end -}}
+{{- if and .service.externalTrafficPolicy (eq .service.type "ClusterIP") -}}
+{{- fail "gateway.service.externalTrafficPolicy: only for the types NodePort and LoadBalancer (gateway.service.type)" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The Secret with the gateway's certificate for its clients; empty: it serves plain HTTP. */}}
+{{- define "outbox.gatewayCertificate" -}}
+{{- if not .Values.gateway.tls.plaintext -}}
+{{- .Values.gateway.tls.existingSecret | default .Values.tls.existingSecret -}}
+{{- end -}}
 {{- end -}}
 
 {{/* What changes when the Secret does: its content, if it can be read, and the text of the values. */}}
@@ -140,5 +166,37 @@ securityContext:
 - name: ca
   mountPath: /etc/outbox/ca
   readOnly: true
+{{- end }}
+{{- end -}}
+
+{{/* Where the pods of a component run: (dict "root" $ "component" NAME). */}}
+{{- define "outbox.placement" -}}
+{{- $root := .root -}}
+{{- $values := get $root.Values .component -}}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $root.Values.topologyKeys }}
+topologySpreadConstraints:
+  {{- range . }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "outbox.selector" $ | nindent 8 }}
+  {{- end }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}

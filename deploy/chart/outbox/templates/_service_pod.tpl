@@ -18,32 +18,7 @@ spec:
   serviceAccountName: {{ include "outbox.serviceAccountName" $root }}
   {{- include "outbox.podSecurity" $root | nindent 2 }}
   terminationGracePeriodSeconds: {{ add $root.Values.shutdownGraceSeconds 15 }}
-  {{- with $values.priorityClassName }}
-  priorityClassName: {{ . }}
-  {{- end }}
-  {{- with $root.Values.topologyKeys }}
-  topologySpreadConstraints:
-    {{- range . }}
-    - maxSkew: 1
-      topologyKey: {{ . }}
-      whenUnsatisfiable: ScheduleAnyway
-      labelSelector:
-        matchLabels:
-          {{- include "outbox.selector" $ | nindent 10 }}
-    {{- end }}
-  {{- end }}
-  {{- with $values.nodeSelector }}
-  nodeSelector:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $values.tolerations }}
-  tolerations:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with $values.affinity }}
-  affinity:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
+  {{- include "outbox.placement" . | nindent 2 }}
   containers:
     - name: {{ .component }}
       {{- include "outbox.containerSecurity" $root | nindent 6 }}
