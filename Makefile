@@ -98,6 +98,10 @@ systemd:
 test-deploy: systemd build/checkov/ready $(READY) ## Check (as root) image, chart, manifests, compose file and units
 	$(PYTEST) tests/deploy
 
+.PHONY: test-containers
+test-containers: $(READY) ## Build the image, and run the chart's pods in containers (as root)
+	tests/containers/run.sh
+
 .PHONY: manifests
 manifests: $(READY) ## Render the chart to deploy/manifests, and list the settings in its schema
 	$(BIN)/python -m outbox_server.deploy.chart

@@ -1,0 +1,349 @@
+"""The image, and the chart's pods in real containers, from an empty database to mails."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import functools
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import HTTPSConnection
+from pathlib import Path
+from typing import Final
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from outbox.v1.batch_pb2 import BatchOptions
+from outbox.v1.sender_pb2 import Sender
+from outbox.v1.sender_service_pb2 import CreateSenderRequest, UpdateSenderRequest
+from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
+from outbox_client import AsyncClient, Tls
+
+import outbox_server
+from outbox_server.deploy.certificates import Certificate, self_signed
+from outbox_server.deploy.chart.rendering import render
+from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.shared.auth.keys import make_key
+from outbox_server.shared.secrets import generate_key
+from release.versions import project_version
+from tests.conftest import Stores
+from tests.containers.podman import IMAGE, PlayedPod, podman, remove_everything
+from tests.eventually import eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+DATABASE: Final = "outbox_containers"
+SERVICES: Final = ("scheduler", "dispatcher", "stats")
+PODS: Final = (*SERVICES, "gateway")
+# The only folder in which the processes of a pod can write.
+WRITABLE: Final = {"scheduler": ["/var/tmp"], "gateway": ["/run/gateway"]}
+ALL_SECRETS: Final = {"database-url", "redis-url", "encryption-keys", "smtp-url"}
+SECRETS: Final = {
+    "scheduler": ALL_SECRETS,
+    "dispatcher": ALL_SECRETS,
+    "stats": {"database-url"},
+    "gateway": set(),
+}
+DEMO: Final = Path(outbox_server.__file__).parent / "cli" / "demo.csv"
+MIB: Final = 1024 * 1024
+# What the image adds to its base: Envoy alone is 120 MiB.
+MAX_ADDED: Final = 400 * MIB
+
+
+@dataclass
+class Installation:
+    """An installation of the rendered chart, and the mail server to which it sends."""
+
+    pods: dict[str, PlayedPod]
+    inbox: Inbox
+    api_key: str
+    certificate: Certificate
+    jobs: dict[str, tuple[int, str]]
+
+    def client(self) -> AsyncClient:
+        return AsyncClient(
+            f"127.0.0.1:{self.pods['scheduler'].ports[50051]}",
+            stats=f"127.0.0.1:{self.pods['stats'].ports[50053]}",
+            dispatcher=f"127.0.0.1:{self.pods['dispatcher'].ports[50052]}",
+            api_key=self.api_key,
+            tls=Tls(ca=self.certificate.public),
+        )
+
+    def arrived(self, sender: str) -> collections.Counter[str]:
+        """How many mails of a sender each address has got."""
+        mails = [mail for mail in self.inbox.mails if mail.mail_from == sender]
+        return collections.Counter(address for mail in mails for address in mail.rcpt_tos)
+
+    async def until_ready(self) -> None:
+        """Wait until the readiness probe of every pod passes, as a kubelet asks."""
+        for name in PODS:
+            await eventually(functools.partial(self.passes, name, "readinessProbe"))
+
+    async def passes(self, name: str, kind: str) -> bool:
+        """Ask a pod what one of the probes in its manifest asks."""
+        pod = self.pods[name]
+        if name == "gateway":
+            path = pod.rendered[kind]["httpGet"]["path"]
+            return (await self.through_the_gateway("GET", path))[0] == HTTPStatus.OK
+        probe = pod.rendered[kind]["grpc"]
+        request = health_pb2.HealthCheckRequest(service=probe["service"])
+        address = f"127.0.0.1:{pod.ports[probe['port']]}"
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(address, options) as channel:
+            try:
+                answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
+            except grpc.aio.AioRpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def through_the_gateway(
+        self, method: str, path: str, body: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        """Call the REST API; return the status and the answer. The status 0 is no connection."""
+        context = ssl.create_default_context(cafile=self.certificate.public)
+
+        def call() -> tuple[int, str]:
+            port = self.pods["gateway"].ports[8080]
+            connection = HTTPSConnection("127.0.0.1", port, timeout=10, context=context)
+            headers = {
+                "authorization": f"Bearer {self.api_key}",
+                "content-type": "application/json",
+            }
+            try:
+                connection.request(method, path, json.dumps(body) if body else None, headers)
+                answer = connection.getresponse()
+                return answer.status, answer.read().decode()
+            except OSError:
+                return 0, ""
+            finally:
+                connection.close()
+
+        return await asyncio.to_thread(call)
+
+
+def values() -> dict[str, object]:
+    return {
+        "secrets": {"existingSecret": "outbox", "keys": {"smtpUrl": "smtp-url"}},
+        "tls": {"existingSecret": "outbox-tls"},
+        "operatorKey": {"existingSecret": "outbox-operator"},
+        "settings": {"OUTBOX_MIN_GAP": "50ms"},
+        "gateway": {"enabled": True},
+    }
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def installation(
+    stores: Stores, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Installation]:
+    """Migrate, register the first key and start the services and the gateway."""
+    folder = tmp_path_factory.mktemp("installation")
+    await stores.postgres.ensure_database(DATABASE)
+    await remove_everything()
+    certificate = self_signed(folder / "certificate")
+    key = make_key().text
+    async with Inbox(folder / "inbox") as inbox:
+        secrets = {
+            "outbox": {
+                "database-url": stores.postgres.url(DATABASE),
+                "redis-url": stores.redis.url,
+                "encryption-keys": generate_key(),
+                "smtp-url": inbox.url,
+            },
+            "outbox-tls": {
+                "tls.crt": certificate.public.read_text(),
+                "tls.key": certificate.private.read_text(),
+                "ca.crt": certificate.public.read_text(),
+            },
+            "outbox-operator": {"api-key": key},
+        }
+        resources = render(values())
+        names = ("migrate", "operator-key", *PODS)
+        pods = {name: PlayedPod(resources, name, secrets, folder) for name in names}
+        try:
+            jobs = {"migrate": await pods["migrate"].job()}
+            await asyncio.gather(*(pods[name].play() for name in PODS))
+            jobs["operator-key"] = await pods["operator-key"].job()
+            made = Installation(pods, inbox, key, certificate, jobs)
+            await made.until_ready()
+            yield made
+        finally:
+            await remove_everything()
+
+
+async def test_the_image_is_this_version_and_has_neither_compiler_nor_pip() -> None:
+    (image,) = json.loads(await podman("image", "inspect", IMAGE))
+    assert image["Labels"]["org.opencontainers.image.version"] == project_version()
+    assert image["Config"]["User"] == "65532:65532"
+    (base,) = json.loads(await podman("image", "inspect", "localhost/outbox-base"))
+    assert 0 < image["Size"] - base["Size"] < MAX_ADDED
+
+    async def found(*names: str) -> str:
+        script = 'for name; do command -v "$name"; done; true'
+        run = ("run", "--rm", "--network", "host", "--entrypoint", "sh", IMAGE, "-c", script, "sh")
+        return await podman(*run, *names)
+
+    assert await found("gcc", "cc", "c++", "clang", "ld", "as", "make", "pip", "git") == ""
+    assert await found("outbox") == "/opt/outbox/bin/outbox\n"
+
+
+async def test_the_jobs_of_the_chart_migrate_and_store_the_first_key(
+    installation: Installation,
+) -> None:
+    code, _ = installation.jobs["migrate"]
+    assert code == 0
+    code, log = installation.jobs["operator-key"]
+    assert (code, "is stored now" in log) == (0, True)
+
+
+@pytest.mark.parametrize("name", PODS)
+async def test_a_container_has_no_rights_and_cannot_write(
+    installation: Installation, name: str
+) -> None:
+    pod = installation.pods[name]
+    status = dict(
+        line.split(":\t", 1)
+        for line in (await pod.execute("cat", "/proc/1/status")).splitlines()
+        if ":\t" in line
+    )
+    assert status["Uid"].split() == ["65532"] * 4
+    assert status["Gid"].split() == ["65532"] * 4
+    assert {int(status[f"Cap{one}"], 16) for one in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    command = (await pod.execute("cat", "/proc/1/cmdline")).split("\0")
+    if name == "gateway":
+        assert command[0].endswith("/envoy")
+    else:
+        assert command[1:3] == ["/opt/outbox/bin/outbox", name]
+
+    script = 'for folder; do touch "$folder/written" 2>/dev/null && echo "$folder"; done; true'
+    folders = (
+        "/",
+        "/tmp",
+        "/opt/outbox",
+        "/run",
+        "/run/gateway",
+        "/run/secrets/outbox",
+        "/etc/outbox/tls",
+        "/var/tmp",
+    )
+    written = await pod.execute("sh", "-c", script, "sh", *folders)
+    assert written.split() == WRITABLE.get(name, [])
+    secrets = await pod.execute("sh", "-c", "ls /run/secrets/outbox 2>/dev/null; true")
+    assert set(secrets.split()) == SECRETS[name]
+    limit = json.loads(await podman("inspect", pod.container))[0]["HostConfig"]["Memory"]
+    assert f"{limit // MIB}Mi" == pod.rendered["resources"]["limits"]["memory"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+async def test_the_probes_pass_from_outside_and_as_commands(
+    installation: Installation, name: str
+) -> None:
+    for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert await installation.passes(name, kind)
+    pod = installation.pods[name]
+    for probe in ("liveness", "readiness"):
+        assert "SERVING" in await pod.execute("outbox", "health", probe)
+    nobody = await pod.execute("outbox", "health", "--server", "127.0.0.1:9", may_fail=True)
+    assert "SERVING" not in nobody
+
+
+async def test_the_main_job_runs_inside_a_container_and_keeps_every_limit(
+    installation: Installation,
+) -> None:
+    pod = installation.pods["scheduler"]
+    environment = (
+        "env",
+        f"OUTBOX_API_KEY={installation.api_key}",
+        "OUTBOX_TLS_CA=/etc/outbox/tls/tls.crt",
+    )
+    to_the_scheduler = ("--user", "demo", "--server", f"127.0.0.1:{pod.ports[50051]}")
+
+    async def outbox(*words: str, stdin: str = "") -> str:
+        return await pod.execute(*environment, "outbox", *words, *to_the_scheduler, stdin=stdin)
+
+    email = "demo@example.com"
+    sender = json.loads(await outbox("senders", "create", "--email", email, "-o", "json"))
+    csv = DEMO.read_text(encoding="utf-8")
+    texts = ("--subject", "Hello {{ first_name }}", "--body", "Good day")
+    await outbox("schedule", "-", "--sender", sender["sender_id"], *texts, "--wait", stdin=csv)
+
+    arrived = installation.arrived(email)
+    assert arrived.keys() <= {line.split(",")[0] for line in csv.splitlines()[1:]}
+    assert len(arrived) > 20
+    assert set(arrived.values()) == {1}
+    # Ends with 1 if a mail was lost or doubled, or a limit exceeded.
+    audit = await pod.execute("outbox", "audit")
+    assert "demo@example.com" in audit
+
+
+async def test_the_gateway_translates_rest_calls_to_the_services_over_tls(
+    installation: Installation,
+) -> None:
+    # The health checks of Envoy find the services within seconds.
+    async def created() -> str:
+        status, answer = await installation.through_the_gateway(
+            "POST", "/api/senders?user_id=rest", {"email": "rest@example.com"}
+        )
+        return answer if status == HTTPStatus.OK else ""
+
+    sender = json.loads(await eventually(created))
+    assert sender["email"] == "rest@example.com"
+    status, answer = await installation.through_the_gateway(
+        "GET", f"/api/senders/{sender['sender_id']}/stats?user_id=rest"
+    )
+    assert (status, json.loads(answer)["sender_id"]) == (HTTPStatus.OK, sender["sender_id"])
+
+
+@asynccontextmanager
+async def waiting_mails(installation: Installation, email: str) -> AsyncIterator[None]:
+    """Schedule mails, and yield while most of them wait; then check that each arrives once."""
+    count = 40
+    # The gaps last longer than a busy machine takes to stop and start all pods.
+    sender = Sender(email=email, min_gap=Duration(seconds=60))
+    addresses = {f"{number}.{email}" for number in range(count)}
+    async with installation.client() as client:
+        made = await client.senders.CreateSender(CreateSenderRequest(user_id="shop", sender=sender))
+        options = BatchOptions(
+            user_id="shop", sender_id=made.sender_id, subject="Hello", body="Good day"
+        )
+        answer = await client.upload([{"email": address} for address in sorted(addresses)], options)
+        assert not answer.rejections
+        await eventually(lambda: installation.arrived(email))
+    yield
+    assert 1 <= installation.arrived(email).total() < count
+    await installation.until_ready()
+    async with installation.client() as client:
+        faster = Sender(sender_id=made.sender_id, min_gap=Duration(nanos=50_000_000))
+        await client.senders.UpdateSender(UpdateSenderRequest(sender=faster))
+        done = await client.wait_for_batch(answer.batch.batch_id, "shop")
+        assert done.counts.sent_count == count
+        assert installation.arrived(email) == dict.fromkeys(addresses, 1)
+        stats = await client.stats.GetSenderStats(
+            GetSenderStatsRequest(user_id="shop", sender_id=made.sender_id)
+        )
+        assert stats.counts.sent_count == count
+
+
+async def test_sigterm_and_a_restart_lose_and_double_no_waiting_mail(
+    installation: Installation,
+) -> None:
+    async with waiting_mails(installation, "restart@example.com"):
+        pods = [installation.pods[name] for name in SERVICES]
+        # SIGKILL after the grace period would be 137.
+        assert await asyncio.gather(*(pod.stop() for pod in pods)) == [0, 0, 0]
+        assert ["stopped" in await pod.log() for pod in pods] == [True, True, True]
+        await asyncio.gather(*(pod.start() for pod in pods))
+
+
+async def test_new_pods_in_place_of_the_old_lose_and_double_no_waiting_mail(
+    installation: Installation,
+) -> None:
+    async with waiting_mails(installation, "replace@example.com"):
+        await asyncio.gather(*(installation.pods[name].replace() for name in PODS))
