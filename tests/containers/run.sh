@@ -10,6 +10,7 @@ cd "$(dirname "$0")/../.."
 
 readonly TARGET=build/containers
 readonly BASE=localhost/outbox-base
+readonly HOST=localhost/outbox-host
 readonly IMAGE=localhost/outbox:test
 readonly PYTHON_OF_BASE=3.11 # Debian 12
 
@@ -90,6 +91,15 @@ podman pod rm --force --ignore outbox-probe >"$TARGET/log" 2>&1 || true
 } >"$TARGET/log" 2>&1 || cannot "$(last_line "$TARGET/log")"
 podman pod rm --force --time 0 outbox-probe >/dev/null
 
+# Make a container from an image, run a command in it, and commit it: FROM TO COMMAND...
+derive() {
+  local container
+  container="$(buildah from "$1")"
+  buildah run --isolation chroot --network host "$container" -- "${@:3}" >"$TARGET/log" 2>&1 ||
+    fail "cannot make the image $2: $(last_line "$TARGET/log") (all of it: $TARGET/log)"
+  buildah commit --rm --quiet "$container" "$2" >/dev/null
+}
+
 if ! buildah inspect --type image "$BASE" >/dev/null 2>&1; then
   echo "making the base image"
   mmdebstrap --variant=minbase --include=python3,python3-venv,ca-certificates \
@@ -99,6 +109,12 @@ if ! buildah inspect --type image "$BASE" >/dev/null 2>&1; then
   buildah add "$container" "$TARGET/base.tar" / >/dev/null
   buildah commit --rm --quiet "$container" "$BASE" >/dev/null
   rm "$TARGET/base.tar"
+fi
+if ! buildah inspect --type image "$HOST" >/dev/null 2>&1; then
+  echo "making the image of a host with systemd"
+  derive "$BASE" "$HOST" sh -c \
+    'apt-get update -qq && apt-get install -y -qq --no-install-recommends systemd &&
+     apt-get clean && rm -r /var/lib/apt/lists'
 fi
 
 wheels="$TARGET/wheels"

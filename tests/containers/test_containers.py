@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import functools
 import json
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Final
 
-import grpc
 import pytest
 import pytest_asyncio
-from google.protobuf.duration_pb2 import Duration
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from outbox.v1.batch_pb2 import BatchOptions
-from outbox.v1.sender_pb2 import Sender
-from outbox.v1.sender_service_pb2 import CreateSenderRequest, UpdateSenderRequest
-from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
 from outbox_client import AsyncClient, Tls
 
 import outbox_server
@@ -34,6 +25,7 @@ from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.secrets import generate_key
 from release.versions import project_version
 from tests.conftest import Stores
+from tests.containers.mails import arrivals, serving, waiting_mails
 from tests.containers.podman import IMAGE, PlayedPod, podman, remove_everything
 from tests.eventually import eventually
 
@@ -76,11 +68,6 @@ class Installation:
             tls=Tls(ca=self.certificate.public),
         )
 
-    def arrived(self, sender: str) -> collections.Counter[str]:
-        """How many mails of a sender each address has got."""
-        mails = [mail for mail in self.inbox.mails if mail.mail_from == sender]
-        return collections.Counter(address for mail in mails for address in mail.rcpt_tos)
-
     async def until_ready(self) -> None:
         """Wait until the readiness probe of every pod passes, as a kubelet asks."""
         for name in PODS:
@@ -93,15 +80,7 @@ class Installation:
             path = pod.rendered[kind]["httpGet"]["path"]
             return (await self.through_the_gateway("GET", path))[0] == HTTPStatus.OK
         probe = pod.rendered[kind]["grpc"]
-        request = health_pb2.HealthCheckRequest(service=probe["service"])
-        address = f"127.0.0.1:{pod.ports[probe['port']]}"
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        async with grpc.aio.insecure_channel(address, options) as channel:
-            try:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)
-            except grpc.aio.AioRpcError:
-                return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return await serving(pod.ports[probe["port"]], probe["service"])
 
     async def through_the_gateway(
         self, method: str, path: str, body: dict[str, str] | None = None
@@ -274,7 +253,7 @@ async def test_the_main_job_runs_inside_a_container_and_keeps_every_limit(
     texts = ("--subject", "Hello {{ first_name }}", "--body", "Good day")
     await outbox("schedule", "-", "--sender", sender["sender_id"], *texts, "--wait", stdin=csv)
 
-    arrived = installation.arrived(email)
+    arrived = arrivals(installation.inbox, email)
     assert arrived.keys() <= {line.split(",")[0] for line in csv.splitlines()[1:]}
     assert len(arrived) > 20
     assert set(arrived.values()) == {1}
@@ -301,40 +280,12 @@ async def test_the_gateway_translates_rest_calls_to_the_services_over_tls(
     assert (status, json.loads(answer)["sender_id"]) == (HTTPStatus.OK, sender["sender_id"])
 
 
-@asynccontextmanager
-async def waiting_mails(installation: Installation, email: str) -> AsyncIterator[None]:
-    """Schedule mails, and yield while most of them wait; then check that each arrives once."""
-    count = 40
-    # The gaps last longer than a busy machine takes to stop and start all pods.
-    sender = Sender(email=email, min_gap=Duration(seconds=60))
-    addresses = {f"{number}.{email}" for number in range(count)}
-    async with installation.client() as client:
-        made = await client.senders.CreateSender(CreateSenderRequest(user_id="shop", sender=sender))
-        options = BatchOptions(
-            user_id="shop", sender_id=made.sender_id, subject="Hello", body="Good day"
-        )
-        answer = await client.upload([{"email": address} for address in sorted(addresses)], options)
-        assert not answer.rejections
-        await eventually(lambda: installation.arrived(email))
-    yield
-    assert 1 <= installation.arrived(email).total() < count
-    await installation.until_ready()
-    async with installation.client() as client:
-        faster = Sender(sender_id=made.sender_id, min_gap=Duration(nanos=50_000_000))
-        await client.senders.UpdateSender(UpdateSenderRequest(sender=faster))
-        done = await client.wait_for_batch(answer.batch.batch_id, "shop")
-        assert done.counts.sent_count == count
-        assert installation.arrived(email) == dict.fromkeys(addresses, 1)
-        stats = await client.stats.GetSenderStats(
-            GetSenderStatsRequest(user_id="shop", sender_id=made.sender_id)
-        )
-        assert stats.counts.sent_count == count
-
-
 async def test_sigterm_and_a_restart_lose_and_double_no_waiting_mail(
     installation: Installation,
 ) -> None:
-    async with waiting_mails(installation, "restart@example.com"):
+    async with waiting_mails(
+        installation.client, installation.inbox, installation.until_ready, "restart@example.com"
+    ):
         pods = [installation.pods[name] for name in SERVICES]
         # SIGKILL after the grace period would be 137.
         assert await asyncio.gather(*(pod.stop() for pod in pods)) == [0, 0, 0]
@@ -345,5 +296,7 @@ async def test_sigterm_and_a_restart_lose_and_double_no_waiting_mail(
 async def test_new_pods_in_place_of_the_old_lose_and_double_no_waiting_mail(
     installation: Installation,
 ) -> None:
-    async with waiting_mails(installation, "replace@example.com"):
+    async with waiting_mails(
+        installation.client, installation.inbox, installation.until_ready, "replace@example.com"
+    ):
         await asyncio.gather(*(installation.pods[name].replace() for name in PODS))
