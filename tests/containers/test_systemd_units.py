@@ -45,8 +45,8 @@ set -eu
 ln -s /image/opt/outbox /opt/outbox
 install -d -m 700 /etc/outbox /etc/outbox/secrets
 install -m 600 /units/*.env /etc/outbox/
-printf "$1" > /etc/outbox/secrets/database-url
-printf "$2" > /etc/outbox/secrets/redis-url
+printf %s "$1" > /etc/outbox/secrets/database-url
+printf %s "$2" > /etc/outbox/secrets/redis-url
 printf "OUTBOX_MIN_GAP=50ms\nOUTBOX_SMTP_URL=$3\n" >> /etc/outbox/outbox.env
 /opt/outbox/bin/outbox keys generate-encryption-key > /etc/outbox/secrets/encryption-keys
 install -m 644 /units/*.service /etc/systemd/system/
