@@ -23,10 +23,11 @@ _BINARY = "/usr/sbin/pgbouncer"
 class PgBouncer:
     """A pooler with few sessions, so that each transaction of a client may get another one."""
 
-    def __init__(self, folder: Path, server_port: int) -> None:
+    def __init__(self, folder: Path, server_port: int, password: str) -> None:
         assert Path(_BINARY).exists(), "apt-get install pgbouncer"
         self.port = free_port()
         self._folder = folder
+        self._password = password
         self._configure(server_port)
         # It refuses to run as root.
         user = ["-u", "nobody"] if os.geteuid() == 0 else []
@@ -36,7 +37,8 @@ class PgBouncer:
 
     def _configure(self, server_port: int) -> None:
         (self._folder / "ini").write_text(
-            f"[databases]\n* = host={LOOPBACK} port={server_port} user=outbox\n"
+            f"[databases]\n* = host={LOOPBACK} port={server_port} user=outbox"
+            f" password={self._password}\n"
             f"[pgbouncer]\nlisten_addr = {LOOPBACK}\nlisten_port = {self.port}\n"
             "unix_socket_dir =\nauth_type = any\npool_mode = transaction\n"
             "default_pool_size = 5\nmax_client_conn = 200\nserver_login_retry = 1\n"
@@ -69,12 +71,12 @@ class PgBouncer:
 
 
 @asynccontextmanager
-async def pooler(server_port: int, database: str) -> AsyncIterator[PgBouncer]:
-    """Run a PgBouncer in front of a server."""
+async def pooler(server_port: int, database: str, password: str) -> AsyncIterator[PgBouncer]:
+    """Run a PgBouncer in front of a server; it alone has the password of the role `outbox`."""
     # Not pytest's folder: only its owner may enter it, and PgBouncer does not run as root.
     folder = Path(tempfile.mkdtemp(prefix="outbox-pgbouncer-"))
     folder.chmod(0o755)  # noqa: ASYNC240
-    bouncer = PgBouncer(folder, server_port)
+    bouncer = PgBouncer(folder, server_port, password)
     try:
         await bouncer.start(database)
         yield bouncer

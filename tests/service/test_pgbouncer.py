@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import psycopg
@@ -30,6 +31,10 @@ from tests.pgbouncer import pooler
 from tests.scheduler_stack import Scheduler
 
 
+def password_of(stores: Stores) -> str:
+    return stores.postgres.passwords.password_of("outbox")
+
+
 @asynccontextmanager
 async def engine_of(url: str, **kind: Any) -> AsyncIterator[AsyncEngine]:
     engine = create_engine(load_settings(database_url=url, database_pool=2), **kind)
@@ -48,7 +53,7 @@ async def test_mail_is_sent_through_a_pooler_that_is_killed_and_then_leads_to_an
 ) -> None:
     async with (
         TcpProxy(lambda: stores.postgres.port) as first,
-        pooler(first.port, DATABASE) as bouncer,
+        pooler(first.port, DATABASE, password_of(stores)) as bouncer,
     ):
         values = options(
             bouncer.url(DATABASE), redis_url, inbox.url, lease="15s", dispatcher_concurrency=3
@@ -109,7 +114,7 @@ async def test_settings_hold_in_each_transaction_and_do_not_reach_other_clients(
     stores: Stores,
 ) -> None:
     names = ("statement_timeout", "TimeZone", "enable_seqscan", "lock_timeout")
-    async with pooler(stores.postgres.port, DATABASE) as bouncer:
+    async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
         url = bouncer.url(DATABASE)
         kinds: list[dict[str, bool]] = [{}, {"single_statements": True}]
         for kind in kinds:
@@ -141,8 +146,8 @@ async def test_statements_are_prepared_without_a_pooler_only(
             return int(await connection.scalar(count, {"like": "SELECT $1%+ 1"}) or 0)
 
     assert await prepared(database_url) == 1
-    assert await prepared(f"{database_url}?prepare_threshold=none") == 0
-    async with pooler(stores.postgres.port, DATABASE) as bouncer:
+    assert await prepared(f"{database_url}&prepare_threshold=none") == 0
+    async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
         url = bouncer.url(DATABASE)
         # Clients whose statements would have the same names.
         assert await asyncio.gather(*(prepared(url) for _ in range(8))) == [0] * 8
@@ -150,7 +155,7 @@ async def test_statements_are_prepared_without_a_pooler_only(
 
 @pytest.mark.usefixtures("database_url")
 async def test_migrate_refuses_a_pooler_in_one_line(stores: Stores) -> None:
-    async with pooler(stores.postgres.port, DATABASE) as bouncer:
+    async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
         with pytest.raises(ConfigurationError, match=r"^OUTBOX_DATABASE_URL: .* leads to a pooler"):
             await asyncio.to_thread(migrate, bouncer.url(DATABASE))
 
@@ -158,12 +163,13 @@ async def test_migrate_refuses_a_pooler_in_one_line(stores: Stores) -> None:
 async def test_a_url_with_several_hosts_finds_the_one_that_can_write(
     stores: Stores, new_database: Callable[[], str]
 ) -> None:
-    name = new_database().rpartition("/")[2]
+    name = urlsplit(new_database()).path.strip("/")
     for hosts in (
         f"{LOOPBACK}:{free_port()},{LOOPBACK}:{stores.postgres.port}",
         f"{LOOPBACK}:{stores.postgres.port},[::1]:{free_port()}",
     ):
-        url = f"postgresql://outbox@{hosts}/{name}?target_session_attrs=read-write"
+        login = f"outbox:{password_of(stores)}"
+        url = f"postgresql://{login}@{hosts}/{name}?target_session_attrs=read-write"
         await asyncio.to_thread(migrate, url)
         async with engine_of(f"{url}&prepare_threshold=2") as engine, engine.connect() as found:
             assert await found.scalar(text("SELECT current_database()")) == name

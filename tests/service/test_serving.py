@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import psycopg
@@ -139,7 +140,7 @@ async def test_a_store_that_answers_and_does_not_serve_is_reported_and_mail_goes
     url = new_database()
     values = options(url, redis_url, inbox.url, lease="3s")
     async with ready_dispatcher(values, tmp_path) as (dispatcher, address):
-        async with trouble(stores, url.rpartition("/")[2]):
+        async with trouble(stores, urlsplit(url).path.strip("/")):
 
             async def reported() -> bool:
                 return await readiness(address) == ("NOT_SERVING", reason)
