@@ -15,6 +15,11 @@ from outbox_server.shared.secret_files import MAX_SECRET_BYTES, SECRET_SETTINGS
 from outbox_server.shared.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
+# The settings that only a URL can be the value of.
+URLS = {
+    "database_url": "postgresql://outbox:a%20secret@db/outbox",
+    "redis_url": "redis://:a%20secret@cache/0",
+}
 
 
 def value_of(settings: Settings, name: str) -> str:
@@ -35,10 +40,11 @@ def test_a_secret_comes_from_its_file_without_the_line_break_at_the_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, end: str
 ) -> None:
     file = tmp_path / "secret"
-    file.write_bytes(b" a secret" + end.encode())
+    value = URLS.get(name, " a secret")
+    file.write_text(f"{value}{end}", newline="")
     monkeypatch.setenv(f"OUTBOX_{name.upper()}_FILE", str(file))
     settings = load_settings()
-    assert value_of(settings, name) == " a secret"
+    assert value_of(settings, name) == value
     assert name in settings.model_fields_set
 
 
@@ -100,7 +106,7 @@ def test_an_unusable_file_is_refused_in_one_line(
     assert refusal() == f"{name} is not text in UTF-8"
     file.write_bytes(b"x" * (MAX_SECRET_BYTES + 1))
     assert refusal() == f"{name} has more than 65536 bytes, so it is no such secret"
-    file.write_bytes(b"x" * MAX_SECRET_BYTES)
+    file.write_bytes(b"postgresql://db/".ljust(MAX_SECRET_BYTES, b"x"))
     assert len(load_settings().database_url) == MAX_SECRET_BYTES
     file.unlink()
     file.mkdir()
