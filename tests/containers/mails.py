@@ -16,7 +16,16 @@ from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
 from outbox_client import AsyncClient
 
 from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.passwords import OWNER
+from tests.conftest import Stores
 from tests.eventually import eventually
+
+
+def database_url(stores: Stores, database: str) -> str:
+    """Return the URL of a database with the password in it, for those who cannot read its file."""
+    postgres = stores.postgres
+    login = f"{OWNER}:{postgres.passwords.password_of(OWNER)}"
+    return f"postgresql://{login}@127.0.0.1:{postgres.port}/{database}"
 
 
 async def serving(port: int, probe: str) -> bool:

@@ -25,7 +25,7 @@ from outbox_server.shared.auth.keys import make_key
 from outbox_server.shared.secrets import generate_key
 from release.versions import project_version
 from tests.conftest import Stores
-from tests.containers.mails import arrivals, serving, waiting_mails
+from tests.containers.mails import arrivals, database_url, serving, waiting_mails
 from tests.containers.podman import IMAGE, PlayedPod, podman, remove_everything
 from tests.eventually import eventually
 
@@ -130,7 +130,7 @@ async def installation(
     async with Inbox(folder / "inbox") as inbox:
         secrets = {
             "outbox": {
-                "database-url": stores.postgres.url(DATABASE),
+                "database-url": database_url(stores, DATABASE),
                 "redis-url": stores.redis.url,
                 "encryption-keys": generate_key(),
                 "smtp-url": inbox.url,

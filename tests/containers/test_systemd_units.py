@@ -15,7 +15,7 @@ from outbox_client import AsyncClient
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from tests.conftest import Stores
-from tests.containers.mails import serving, waiting_mails
+from tests.containers.mails import database_url, serving, waiting_mails
 from tests.containers.podman import IMAGE, podman
 from tests.eventually import eventually
 
@@ -103,7 +103,7 @@ async def host(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> Asyn
                 return state.strip() in ("running", "degraded")
 
             await eventually(booted)
-            urls = (stores.postgres.url(DATABASE), stores.redis.url, inbox.url)
+            urls = (database_url(stores, DATABASE), stores.redis.url, inbox.url)
             await on_host("sh", "-c", INSTALL, "sh", *urls)
             (key,) = re.findall(r"\bobx_\S+|\boutbox_\S+", await on_host("sh", "-c", FIRST_KEY))
             await until_ready()
