@@ -13,7 +13,7 @@ from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavail
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.batch import BatchTemplate, check_sizes, longest_of
 from outbox_server.shared.templates.plain import plain_source
-from outbox_server.shared.templates.source import Room, SourceSummary, TemplateSource
+from outbox_server.shared.templates.source import LiquidText, Room, SourceSummary, TemplateSource
 from outbox_server.shared.templates.workers import TooCostlyError, WorkerLostError, WorkerPool
 
 T = TypeVar("T")
@@ -24,6 +24,8 @@ _PATIENCE: Final = timedelta(seconds=30)
 # The CPU time that the check of one row's subject may take on average, after the first second. A
 # usual subject takes 0.1 ms.
 _SECONDS_PER_SUBJECT: Final = 0.002
+# The template of a shorter source is put together in the event loop, which takes a millisecond.
+_SHORT: Final = 4 * 1024
 # The path of the subject in a request, for errors that a row shows.
 _SUBJECT: Final = "options.subject"
 
@@ -55,27 +57,27 @@ class TemplateParser:
         """
         longest = longest_of(subject, body, html)
         spent = 0.0
-        sources: dict[str, TemplateSource | None] = {}
-        for field, text in check_sizes(subject, body, html).items():
-            if text is None:
-                sources[field] = None
-                continue
-            plain = plain_source(field, text)
-            if plain is not None:
-                sources[field] = TemplateSource(plain)
+        texts = check_sizes(subject, body, html)
+        summaries: dict[str, object] = {}
+        liquid: LiquidText | None = None
+        for field, text in texts.items():
+            plain = None if text is None else plain_source(field, text)
+            if text is None or plain is not None:
+                summaries[field] = plain
             else:
-                summary, cpu = await self.run(
-                    user, field, "parse", field, text, longest, decode=SourceSummary.from_wire
+                summaries[field], cpu = await self.run(
+                    user, field, "parse", field, text, longest, decode=_anything
                 )
                 spent += cpu
                 # A dispatcher parses all of them for its first mail.
                 if spent > self._budget:
                     raise too_costly(field, "and those before it need too much processor time")
-                liquid = None
                 if field == "subject":
                     liquid = _SubjectInWorker(self, user, text, longest, self._budget)
-                sources[field] = TemplateSource(summary, liquid)
-        return BatchTemplate(**sources)
+        if longest <= _SHORT:
+            return _template_of(summaries, liquid)
+        # A long template may have 50,000 insertions.
+        return await asyncio.to_thread(_template_of, summaries, liquid)
 
     async def run(
         self, user: str, field: str, *job: object, decode: Callable[[object], T]
@@ -102,6 +104,22 @@ class TemplateParser:
                 f"the template cannot be parsed now ({error}); try again later",
                 reason="TEMPLATE_WORKER_UNAVAILABLE",
             ) from None
+
+
+def _anything(value: object) -> object:
+    return value
+
+
+def _template_of(summaries: Mapping[str, object], subject: LiquidText | None) -> BatchTemplate:
+    """Return a template by the summaries of its fields, of which some are as a worker sent them."""
+    sources: dict[str, TemplateSource | None] = {}
+    for field, value in summaries.items():
+        if value is None:
+            sources[field] = None
+            continue
+        summary = value if isinstance(value, SourceSummary) else SourceSummary.from_wire(value)
+        sources[field] = TemplateSource(summary, subject if field == "subject" else None)
+    return BatchTemplate(**sources)
 
 
 def too_costly(field: str, why: str) -> InvalidInput:

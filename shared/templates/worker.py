@@ -45,6 +45,9 @@ from outbox_server.shared.templates.wire import (
 # bytes per character.
 _KEPT_CHARACTERS: Final = 256 * 1024
 
+# A template with more texts and insertions counts as Liquid for the process that asked, which would
+# need long to read them. So whether a mail is too large shows when it is built.
+_MOST_PARTS: Final = 10_000
 # The exit code of a process whose memory is full.
 _USED_UP: Final = 3
 
@@ -182,7 +185,10 @@ class TemplateCache:
 
 def _summary_of(_: StartBudget) -> Job:
     def parse(field: str, source: str, longest: int) -> object:
-        return parse_source(field, source, longest).summary.to_wire()
+        summary = parse_source(field, source, longest).summary
+        if summary.parts is not None and len(summary.parts) > _MOST_PARTS:
+            summary = summary._replace(parts=None)
+        return summary.to_wire()
 
     return parse
 
