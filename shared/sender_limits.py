@@ -23,6 +23,10 @@ class Limit(Enum):
     WINDOW = auto()
     # `max_in_flight`: sends at once.
     IN_FLIGHT = auto()
+    # `limits.hourly_limit` of the user: sends of all its senders in one trailing window.
+    USER_WINDOW = auto()
+    # `limits.min_gap` of the user: from the end of a send of any of its senders to the next start.
+    USER_GAP = auto()
     # PauseSender.
     PAUSE = auto()
     # `sending_hours`: the openings of a week.

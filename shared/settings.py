@@ -27,7 +27,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from outbox_server.shared.bounds import MAX_GAP, MAX_QUOTA
+from outbox_server.shared.bounds import MAX_GAP, MAX_HOURLY_LIMIT, MAX_QUOTA
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secret_files import SecretFiles
 from outbox_server.shared.store_urls import check_database_url, check_redis_url
@@ -349,6 +349,20 @@ class Settings(BaseSettings):
         description="most sends in flight of one user in one dispatcher to mail servers that have "
         "not replied to the last send; unset: a quarter of OUTBOX_DISPATCHER_CONCURRENCY, and at "
         "least 2",
+    )
+    user_hourly_limit: int = Field(
+        0,
+        ge=0,
+        le=MAX_HOURLY_LIMIT,
+        description="most sends of one user in any OUTBOX_RATE_WINDOW, all its senders together; "
+        "0: no limit",
+    )
+    user_gap: Duration = Field(
+        _ZERO,
+        ge=_ZERO,
+        le=timedelta(days=1),
+        description="least time from the end of a send of one user to the start of its next, all "
+        "its senders together; 0: none",
     )
     sender_policy: Literal["any", "domains"] = Field(
         "any",

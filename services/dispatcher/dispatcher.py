@@ -222,6 +222,7 @@ class Dispatcher:
             claimed = await self._claim(queue, slots)
             # Not awaited, so that jobs that become eligible meanwhile do not wait.
             self._load_heads(queue, claimed)
+            self._loader.learn_routes(queue, (claim.sender_id for claim in claimed.claims))
             self._metrics.claimed(claimed.claims)
             self._start(queue, claimed.claims, claimed_at)
             pause = self._pause_after(claimed, slots)
@@ -445,7 +446,7 @@ class Dispatcher:
             self._rebuilding.add(queue.shard)
             self._spawn(self._rebuild(queue))
         if claimed.loads:
-            self._spawn(self._load(claimed.loads))
+            self._spawn(self._load(queue, claimed.loads))
 
     async def _rebuild(self, queue: Queue) -> None:
         try:
@@ -455,9 +456,9 @@ class Dispatcher:
         finally:
             self._rebuilding.discard(queue.shard)
 
-    async def _load(self, sender_ids: Sequence[int]) -> None:
+    async def _load(self, queue: Queue, sender_ids: Sequence[int]) -> None:
         try:
-            await self._loader.load(sender_ids, committed=False)
+            await self._loader.load_requested(queue, sender_ids)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # A later claim asks again, once the load is overdue.
             _log.warning("load_failed", senders=len(sender_ids), error=type(error).__name__)

@@ -51,6 +51,7 @@ class OutcomeRules:
         return EndedAttempt(
             _record(job, result, decision, late),
             LimitUse.COUNTED if result.body_begun else LimitUse.BEGUN,
+            user=claim.user,
             contact=contact_of(result),
             connection_error=result.message or result.outcome.name,
             before_mail=not result.mail_begun,
@@ -73,7 +74,8 @@ class OutcomeRules:
             started,
         )
         decision = Decision(JobState.SCHEDULED, leased.marked.failures, timedelta(0))
-        return EndedAttempt(_record(leased.marked, result, decision, None), LimitUse.BEGUN)
+        record = _record(leased.marked, result, decision, None)
+        return EndedAttempt(record, LimitUse.BEGUN, user=leased.claim.user)
 
 
 def _record(

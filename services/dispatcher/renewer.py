@@ -186,8 +186,16 @@ class Renewer:
         renewed first, so that end is never before the one that the send knows.
         """
         found = await self._loader.queues[shard].renew(
-            [(leased.marked.sender_id, leased.marked.job) for leased in jobs]
+            [(leased.marked.sender_id, leased.marked.job, leased.claim.user) for leased in jobs]
         )
+        missing = [
+            leased.marked.sender_id
+            for leased, end_ms in zip(jobs, found, strict=True)
+            if end_ms is None
+        ]
+        if missing:
+            # The sender may have been moved to another shard: the next round asks that one.
+            await self._loader.find_queues(missing)
         for leased, end_ms in zip(jobs, found, strict=True):
             if end_ms is not None:
                 leased.claim = replace(leased.claim, lease_ms=end_ms)

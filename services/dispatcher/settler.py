@@ -32,7 +32,7 @@ from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Contact, LimitUse, Settlement
+from outbox_server.shared.queue.queue import Claim, Contact, LimitUse, Queue, Settlement
 from outbox_server.shared.states import JobState
 
 _RETRY_S = 0.2
@@ -46,6 +46,8 @@ class EndedAttempt:
 
     record: AttemptRecord
     use: LimitUse
+    # The key of the sender's user, as in `Claim`.
+    user: str = ""
     # What the attempt says about the endpoint, and its name, as in `Settlement`.
     contact: Contact = Contact.NONE
     connection_error: str = ""
@@ -207,14 +209,29 @@ class Settler:
             if _is_stale(outcome, recorded.dues) or _may_have_cooled(outcome, settlement):
                 stale.add(settlement.sender_id)
         try:
-            for settlements in by_queue.values():
-                queue = self._loader.queue_of(settlements[0].sender_id)
-                stale.update(await queue.settle(settlements))
-            if stale:
-                await self._loader.load(stale, committed=True)
+            unknown: set[int] = set()
+            for shard, settlements in by_queue.items():
+                unknown.update(await self._loader.queues[shard].settle(settlements))
+            if stale or unknown:
+                await self._loader.load(stale | unknown, committed=True)
+            if unknown:
+                await self._settle_moved(by_queue, unknown)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
+
+    async def _settle_moved(
+        self, by_queue: Mapping[int, Sequence[Settlement]], unknown: set[int]
+    ) -> None:
+        """Settle claims of senders that were moved to another shard, which the load has found."""
+        for shard, settlements in by_queue.items():
+            again: dict[Queue, list[Settlement]] = {}
+            for settlement in settlements:
+                queue = self._loader.queue_of(settlement.sender_id)
+                if settlement.sender_id in unknown and queue.shard != shard:
+                    again.setdefault(queue, []).append(settlement)
+            for queue, moved in again.items():
+                await queue.settle(moved)
 
     async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded | None:
         """Record a group, however long it takes. None: somebody has locked a row of several."""
@@ -282,6 +299,7 @@ def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settl
             claim.sender_id,
             claim.job,
             LimitUse.UNUSED,
+            user=claim.user,
             next_job=None if due is None else claim.job,
             next_due_ms=due or 0,
             lease_ms=claim.lease_ms,
@@ -292,6 +310,7 @@ def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settl
         record.sender_id,
         record.job,
         outcome.use,
+        user=outcome.user,
         age=timedelta(seconds=max(0.0, now - record.ended)),
         next_job=None if due is None else JobRef(record.job.job_id, record.job.attempt + 1),
         next_due_ms=due or 0,

@@ -110,7 +110,10 @@ class UserRow(Base):
     watches: Mapped[int | None] = mapped_column(BigInteger)
     stored_rejections: Mapped[int | None] = mapped_column(BigInteger)
     unproven_endpoints: Mapped[int | None] = mapped_column(BigInteger)
-    # In the form of shared/sender_domains.py, for OUTBOX_SENDER_POLICY=domains.
+    # Limits of all its senders together; 0 means none, NULL the default.
+    hourly_limit: Mapped[int | None] = mapped_column(BigInteger)
+    min_gap_ms: Mapped[int | None] = mapped_column(BigInteger)
+    # Normalised by shared/sender_domains.py. Used under OUTBOX_SENDER_POLICY=domains.
     sender_domains: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     # How many rows of `batch_rejections` the user's batches have.
     stored_rejections_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -158,6 +161,9 @@ class Sender(Base):
     revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
     updated_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    # Decides the sender's shard of the queue instead of the id. All senders of a user with limits
+    # of its own have the same. Once set, it never changes.
+    shard_key: Mapped[int | None] = mapped_column(BigInteger)
     # If set, callers do not see the sender any more. Its history stays.
     deleted_at: Mapped[datetime | None] = mapped_column(_TIME)
 

@@ -9,7 +9,7 @@ load that read too early is refused and reads again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from enum import StrEnum
@@ -23,11 +23,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.heads.markers import delete_markers, read_abandoned
+from outbox_server.shared.heads.routes import Routes
 from outbox_server.shared.heads.statements import (
     concerned_statement,
     heads_statement,
     history_statement,
+    shard_keys_statement,
 )
+from outbox_server.shared.heads.users import UserLoader, spans_of
 from outbox_server.shared.queue.circuit_keys import CircuitKeys, user_key
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
@@ -54,7 +57,6 @@ _PAGE = 10_000
 _DAY_MS = 24 * 60 * 60 * 1000
 
 _log = structlog.get_logger(__name__)
-_CONCERNED = concerned_statement()
 
 
 class RebuildResult(StrEnum):
@@ -105,6 +107,9 @@ class HeadLoader:
         self._on_rebuild = on_rebuild
         self._engine = engine
         self.queues = queues
+        self._routes = Routes(queues)
+        self._users = UserLoader(engine, self._routes, settings)
+        self._concerned_statement = concerned_statement(sharded=self._users.sharded)
         self._window = settings.rate_window
         self._floor = settings.min_gap
         self._circuit_keys = CircuitKeys(
@@ -112,8 +117,30 @@ class HeadLoader:
         )
 
     def queue_of(self, sender_id: int) -> Queue:
-        """Return the shard of a sender."""
-        return self.queues[sender_id % len(self.queues)]
+        """Return the shard of a sender, as far as this process knows it (`routes`)."""
+        return self._routes.of(sender_id)
+
+    def learn_routes(self, queue: Queue, sender_ids: Iterable[int]) -> None:
+        """Remember that these senders were found in this shard."""
+        for sender_id in sender_ids:
+            self._routes.learn(sender_id, queue)
+
+    async def find_queues(self, sender_ids: Sequence[int]) -> Mapping[int, Queue]:
+        """Return the shards of senders, as PostgreSQL knows them."""
+        if self._users.sharded:
+            async with self._engine.connect() as connection:
+                for row in await connection.execute(shard_keys_statement(sender_ids)):
+                    self._routes.by_key(row.id, row.shard_key)
+        return {sender_id: self._routes.of(sender_id) for sender_id in sender_ids}
+
+    async def load_user(self, user_id: str, sender_ids: Sequence[int]) -> None:
+        """Load the limits of a user, which were just changed, and its senders."""
+        if sender_ids:
+            # So that the limits hold at once, before all senders are loaded.
+            await self.load(sender_ids[:1], committed=True)
+            queue = (await self.find_queues(sender_ids[:1]))[sender_ids[0]]
+            await self._users.load(queue, [user_id], committed=True)
+            await self.load(sender_ids, committed=True)
 
     async def load(self, sender_ids: Iterable[int], *, committed: bool) -> None:
         """Load the heads of these senders, and delete the markers that requested it.
@@ -124,23 +151,44 @@ class HeadLoader:
             redis.exceptions.RedisError: Redis is unreachable; the markers stay for a later load.
             sqlalchemy.exc.DBAPIError: PostgreSQL is unreachable.
         """
-        by_queue: dict[Queue, list[int]] = {}
-        for sender_id in dict.fromkeys(sender_ids):
-            by_queue.setdefault(self.queue_of(sender_id), []).append(sender_id)
-        for queue, ids in by_queue.items():
+        moved: list[int] = []
+        for queue, ids in self._routes.grouped(sender_ids).items():
             for start in range(0, len(ids), _CHUNK):
-                await self._load_chunk(queue, ids[start : start + _CHUNK], committed=committed)
+                chunk = ids[start : start + _CHUNK]
+                moved += await self._load_chunk(queue, chunk, committed=committed)
+        if moved:
+            # Their shard is known now.
+            await self.load(moved, committed=True)
 
-    async def _load_chunk(self, queue: Queue, sender_ids: list[int], *, committed: bool) -> None:
-        again, full = sender_ids, list[int]()
+    async def _load_chunk(
+        self, queue: Queue, sender_ids: list[int], *, committed: bool
+    ) -> list[int]:
+        """Load senders of one shard. Returns those that are in another shard."""
+        again, full, moved = sender_ids, list[int](), list[int]()
         for _ in range(_TRIES):
             epochs = await queue.begin_load(again, committed=committed)
             full += [sender_id for sender_id in again if sender_id not in epochs]
             # Read heads and history from one snapshot: otherwise a job that begins to wait again
             # between the two statements would be in neither.
-            history = any(map(brings_history, epochs.values()))
-            async with snapshot(self._engine) if history else self._engine.connect() as connection:
-                heads, markers = await self._read(connection, epochs)
+            fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
+            if fresh and self._users.sharded:
+                # What they send from another shard until then is in PostgreSQL, or not confirmed.
+                await self._users.forget_elsewhere(queue, fresh)
+            async with snapshot(self._engine) if fresh else self._engine.connect() as connection:
+                rows = (await connection.execute(heads_statement(list(epochs)))).all()
+                heads, markers = await self._read(connection, epochs, rows)
+            strangers = await self._find_strangers(queue, rows)
+            if strangers:
+                moved += strangers
+                heads = [head for head in heads if head.sender_id not in strangers]
+                markers = {one: ids for one, ids in markers.items() if one not in strangers}
+            users = {
+                row.user_id
+                for row in rows
+                if row.id not in strangers and self._users.needs_load(row)
+            }
+            if users:
+                await self._users.load(queue, sorted(users), committed=False)
             again = await queue.load_heads(heads, epochs)
             done = [
                 marker
@@ -158,11 +206,32 @@ class HeadLoader:
             _log.warning("heads_kept_moving", senders=again)
         if full:
             raise QueueFullError(f"Redis is out of memory: {len(full)} senders must wait")
+        return moved
+
+    async def _find_strangers(self, queue: Queue, rows: Sequence[Row[Any]]) -> list[int]:
+        """Return the senders of another shard, and remove them from this one."""
+        for user_id in {row.user_id for row in rows if self._users.needs_route(row)}:
+            await self._users.route(user_id)
+        routed = [row.id for row in rows if self._users.needs_route(row)]
+        if routed:
+            await self.find_queues(routed)
+        strangers = [
+            row.id
+            for row in rows
+            if (
+                self._routes.of(row.id)
+                if row.shard_key is None
+                else self._routes.by_key(row.id, row.shard_key)
+            )
+            is not queue
+        ]
+        if strangers:
+            await queue.forget_senders(strangers)
+        return strangers
 
     async def _read(
-        self, connection: AsyncConnection, epochs: Mapping[int, str]
+        self, connection: AsyncConnection, epochs: Mapping[int, str], rows: Sequence[Row[Any]]
     ) -> tuple[list[Head], dict[int, list[int]]]:
-        rows = (await connection.execute(heads_statement(list(epochs)))).all()
         ends: dict[int, list[PastEnd]] = {}
         leases: dict[int, list[ActiveLease]] = {}
         fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
@@ -170,15 +239,10 @@ class HeadLoader:
             gaps = (effective_gap(row.min_gap_ms, self._floor) for row in rows if row.id in fresh)
             reach = max([self._window, *gaps])
             for row in await connection.execute(history_statement(fresh, reach)):
-                each = zip(row.email_job_id, row.attempt, row.ms, row.counted, strict=True)
-                spans = [
-                    (JobRef(job_id, attempt), timedelta(milliseconds=ms), counted)
-                    for job_id, attempt, ms, counted in each
-                ]
                 if row.leased:
-                    leases[row.sender_id] = [ActiveLease(job, left) for job, left, _ in spans]
+                    leases[row.sender_id] = [ActiveLease(*span[:2]) for span in spans_of(row)]
                 else:
-                    ends[row.sender_id] = [PastEnd(*span) for span in spans]
+                    ends[row.sender_id] = [PastEnd(*span) for span in spans_of(row)]
         heads = [
             self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
             for row in rows
@@ -205,6 +269,7 @@ class HeadLoader:
             jobs=jobs[:HEAD_SIZE],
             more=len(jobs) > HEAD_SIZE,
             user=user_key(row.user_id),
+            user_limited=bool(row.user_hourly_limit or row.user_min_gap_ms),
             endpoint=self._circuit_keys.of_sender(
                 row.user_id,
                 row.smtp_host,
@@ -220,6 +285,15 @@ class HeadLoader:
             ends=ends,
             leases=leases,
         )
+
+    async def load_requested(self, queue: Queue, sender_ids: Sequence[int]) -> None:
+        """Load senders that a claim on a shard asked for."""
+        queues = await self.find_queues(sender_ids)
+        moved = [sender_id for sender_id in sender_ids if queues[sender_id] is not queue]
+        if moved:
+            # Otherwise the shard would ask for them again and again.
+            await queue.forget_senders(moved)
+        await self.load(sender_ids, committed=False)
 
     async def load_abandoned(self) -> Sequence[int]:
         """Load the heads of senders with an old marker, which a process left when it died."""
@@ -254,6 +328,7 @@ class HeadLoader:
         loaded, after = 0, 0
         while senders := await self._concerned(queue.shard, after):
             after = max(senders)
+            self.learn_routes(queue, senders)
             for part in range(0, len(senders), _CHUNK):
                 lost = await queue.find_lost(senders[part : part + _CHUNK])
                 await self.load(lost, committed=False)
@@ -283,7 +358,7 @@ class HeadLoader:
         """Return the next senders of a shard, by id, that have a waiting job or a lease."""
         async with self._engine.connect() as connection:
             found = await connection.execute(
-                _CONCERNED,
+                self._concerned_statement,
                 {"after": after, "shards": len(self.queues), "shard": shard, "page": _PAGE},
             )
             return list(found.scalars())
@@ -296,11 +371,28 @@ async def load_soon(
 
     The commit is valid either way, and its marker causes the load later.
     """
+    return await _soon(loader.load(sender_ids, committed=True), sender_ids, limit)
+
+
+async def load_user_soon(
+    loader: HeadLoader,
+    user_id: str,
+    sender_ids: Sequence[int],
+    *,
+    limit: timedelta = timedelta(seconds=3),
+) -> bool:
+    """Load a user's limits and its senders after a commit, like `load_soon`."""
+    return await _soon(loader.load_user(user_id, sender_ids), sender_ids, limit)
+
+
+async def _soon(
+    load: Coroutine[Any, Any, None], sender_ids: Iterable[int], limit: timedelta
+) -> bool:
     from redis.exceptions import RedisError  # noqa: PLC0415 - the driver stays inside shared.queue
 
     try:
         async with asyncio.timeout(limit.total_seconds()):
-            await loader.load(sender_ids, committed=True)
+            await load
     except (RedisError, SQLAlchemyError, TimeoutError) as error:
         _log.warning("load_postponed", senders=list(sender_ids), error=type(error).__name__)
         return False

@@ -11,6 +11,7 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     SQLColumnExpression,
+    Subquery,
     and_,
     bindparam,
     cast,
@@ -21,12 +22,21 @@ from sqlalchemy import (
     null,
     select,
     true,
+    update,
 )
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
-from outbox_server.shared.database.models import Attempt, Cooldown, EmailJob, HeadMarker, Sender
+from outbox_server.shared.database.models import (
+    Attempt,
+    Cooldown,
+    EmailJob,
+    HeadMarker,
+    Sender,
+    UserRow,
+)
+from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.smtp.endpoint_columns import OAUTH2_CREDENTIALS_ID
 from outbox_server.shared.states import JobState, SenderState
@@ -97,12 +107,16 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
             OAUTH2_CREDENTIALS_ID.label("oauth2_credentials_id"),
             and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
             cooldown.label("cooldown"),
+            Sender.shard_key,
+            UserRow.hourly_limit.label("user_hourly_limit"),
+            UserRow.min_gap_ms.label("user_min_gap_ms"),
             jobs.c.ids,
             jobs.c.attempts,
             jobs.c.dues,
             markers.c.markers,
         )
         .select_from(Sender)
+        .outerjoin(UserRow, UserRow.user_id == Sender.user_id)
         .join(jobs, true())
         .join(markers, true())
         .where(Sender.id.in_(sender_ids))
@@ -111,6 +125,55 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
 
 def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any]:
     """Return the statement for ends within `reach`, and leases, of senders that Redis lost."""
+    each = _history(Attempt.sender_id.in_(sender_ids), EmailJob.sender_id.in_(sender_ids), reach)
+    return _grouped(each, each.c.sender_id)
+
+
+def user_history_statement(user_ids: Sequence[str], reach: timedelta) -> Select[Any]:
+    """Return the same of all senders of these users together, by `user_id`."""
+    senders = select(Sender.id).where(Sender.user_id.in_(user_ids))
+    each = _history(Attempt.sender_id.in_(senders), EmailJob.sender_id.in_(senders), reach)
+    return _grouped(each, Sender.user_id, Sender.id == each.c.sender_id)
+
+
+def user_limits_statement(
+    user_ids: Sequence[str],
+) -> Select[str, int | None, int | None]:
+    """Return the statement for the limits that were set for users. Most users have no row."""
+    return select(UserRow.user_id, UserRow.hourly_limit, UserRow.min_gap_ms).where(
+        UserRow.user_id.in_(user_ids)
+    )
+
+
+def shard_keys_statement(sender_ids: Sequence[int]) -> Select[int, int | None]:
+    """Return the statement for the senders that have a shard key."""
+    return select(Sender.id, Sender.shard_key).where(
+        Sender.id.in_(sender_ids), Sender.shard_key.is_not(None)
+    )
+
+
+def senders_of_users_statement(user_ids: Sequence[str]) -> Select[int, int | None]:
+    """Return the statement for the senders with a shard key of these users, even deleted ones."""
+    return select(Sender.id, Sender.shard_key).where(
+        Sender.user_id.in_(user_ids), Sender.shard_key.is_not(None)
+    )
+
+
+def routing_statement(user_id: str, shard_key: int) -> Select[Any]:
+    """Return the statement that gives all senders of a user their shard key, with markers."""
+    moved = (
+        update(Sender)
+        .where(Sender.user_id == user_id, Sender.shard_key.is_(None))
+        .values(shard_key=shard_key)
+        .returning(Sender.id.label("sender_id"))
+        .cte("moved")
+    )
+    return select(moved.c.sender_id).add_cte(marking_stale(moved))
+
+
+def _history(
+    of_attempt: ColumnElement[bool], of_job: ColumnElement[bool], reach: timedelta
+) -> Subquery:
     ends = select(
         Attempt.sender_id,
         Attempt.email_job_id,
@@ -119,7 +182,7 @@ def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any
         Attempt.counted,
         literal(False).label("leased"),
     ).where(
-        Attempt.sender_id.in_(sender_ids),
+        of_attempt,
         Attempt.ended_at > func.statement_timestamp() - reach,
     )
     leases = select(
@@ -129,23 +192,22 @@ def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any
         -_age_ms(EmailJob.lease_until),
         literal(True),
         literal(True),
-    ).where(EmailJob.sender_id.in_(sender_ids), in_state(JobState.SENDING))
-    each = ends.union_all(leases).subquery()
+    ).where(of_job, in_state(JobState.SENDING))
+    return ends.union_all(leases).subquery()
+
+
+def _grouped(each: Subquery, owner: Any, *join: ColumnElement[bool]) -> Select[Any]:
     # As arrays: one row per end would be ten times as expensive to transfer.
-    return select(
-        each.c.sender_id,
-        each.c.leased,
-        *(
-            func.array_agg(each.c[name]).label(name)
-            for name in ("email_job_id", "attempt", "ms", "counted")
-        ),
-    ).group_by(each.c.sender_id, each.c.leased)
+    columns = ("email_job_id", "attempt", "ms", "counted")
+    arrays = (func.array_agg(each.c[name]).label(name) for name in columns)
+    return select(owner, each.c.leased, *arrays).where(*join).group_by(owner, each.c.leased)
 
 
-def concerned_statement() -> Select[Any]:
+def concerned_statement(*, sharded: bool) -> Select[Any]:
     """Return the statement for the next senders by id with a waiting job or a lease, by due time.
 
-    It costs one probe of the index of waiting jobs per sender, and none per job.
+    It costs one probe of the index of waiting jobs per sender, and none per job. Unless `sharded`,
+    all senders are in one shard.
     """
     after: Any = bindparam("after")
     page: Any = bindparam("page")
@@ -159,7 +221,11 @@ def concerned_statement() -> Select[Any]:
         )
 
     def of_shard(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
-        return sender % bindparam("shards") == bindparam("shard")
+        if not sharded:
+            return true()
+        key = func.coalesce(Sender.shard_key, Sender.id)
+        found = select(key % bindparam("shards")).where(Sender.id == sender)
+        return found.scalar_subquery() == bindparam("shard")
 
     walk = first_of(EmailJob.sender_id > after).cte("walk", recursive=True)
     following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))

@@ -24,6 +24,11 @@ def user_key(user_id: str) -> str:
     return blake2s(user_id.encode(), digest_size=8, person=b"user").hexdigest()
 
 
+def shard_key(user_id: str) -> int:
+    """Return the number that decides the shard of senders that share limits of their user."""
+    return int(user_key(user_id)[:15], 16)
+
+
 def relay_key(user_id: str) -> str:
     """Return the key of the relay as the mail of one user meets it.
 

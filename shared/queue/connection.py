@@ -17,6 +17,7 @@ from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
 from outbox_server.shared.queue.sentinel import SCHEMES, connect_by_sentinel
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.store_urls import REDIS_FORM
 
@@ -93,6 +94,7 @@ def open_queues(
             lease=settings.lease,
             backoff=settings.retry_backoff,
             auth_backoff=_auth_backoff(settings.retry_backoff),
+            user_limits=UserSendLimits.from_settings(settings),
             on_change=on_change,
         )
         for shard in range(settings.shards)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum, StrEnum
@@ -18,8 +18,9 @@ from redis.exceptions import OutOfMemoryError
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_change
 from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
+from outbox_server.shared.queue.limiter_state import LimiterState, limiter_state_of
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
-from outbox_server.shared.queue.user_limits import UserLimit
+from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserLimit, UserSendLimits
 
 # The most jobs in a sender's head; up to this size Redis stores a sorted set as a compact listpack.
 HEAD_SIZE = 128
@@ -130,6 +131,8 @@ class Settlement:
     # Used with FAILED and AUTH_FAILED.
     connection_error: str = ""
     before_mail: bool = False
+    # The key of the sender's user, as in `Claim`.
+    user: str = ""
     # Time from now until the sender's next probe may begin. Zero means that its cooldown is over,
     # None that the cooldown does not change.
     cooldown: timedelta | None = None
@@ -174,6 +177,8 @@ class Head:
     # The key of its user, which a claim counts by, and of its endpoint
     # (`shared.queue.circuit_keys`), and the sender's revision.
     user: str = ""
+    # Whether the user has limits that were set for it alone, so that it has a `UserHead`.
+    user_limited: bool = False
     endpoint: str = RELAY
     revision: int = 1
     # The current or next opening of its sending hours, in Unix ms. None means no sending hours.
@@ -183,16 +188,17 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class LimiterState:
-    """The current state of a sender's limits. A time that is over is zero or negative."""
+class UserHead:
+    """The limits of a user, and the history of all its senders, as read from PostgreSQL.
 
-    in_flight: int
-    gap_left: timedelta
-    window_left: timedelta
-    # How long ago a dispatcher claimed the job that was asked about. None means that none has it.
-    claimed_for: timedelta | None = None
-    # The sender waits because its user may have no more of a dispatcher's slots.
-    parked: bool = False
+    None means that the limit is that of all users.
+    """
+
+    user: str
+    hourly_limit: int | None = None
+    gap: timedelta | None = None
+    ends: tuple[PastEnd, ...] = ()
+    leases: tuple[ActiveLease, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +238,7 @@ def _settlement_arg(settlement: Settlement) -> bytes:
     fields = {
         "sender": str(settlement.sender_id),
         "member": member_of(settlement.job),
+        "user": settlement.user,
         "kind": settlement.use.value,
         "age": _ms(settlement.age),
         "lease": settlement.lease_ms,
@@ -247,7 +254,6 @@ def _settlement_arg(settlement: Settlement) -> bytes:
 def _head_arg(head: Head) -> bytes:
     """Return the map that load_head.lua describes."""
     opens, closes = head.opening or (0, "inf")
-    ends = [f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in head.ends]
     fields = {
         "sender": str(head.sender_id),
         "limit": head.hourly_limit,
@@ -256,14 +262,35 @@ def _head_arg(head: Head) -> bytes:
         "state": 1 if head.active else 2,
         "horizon": head.jobs[-1][1] if head.more and head.jobs else "inf",
         "user": head.user,
+        "limited": head.user_limited,
         "endpoint": head.endpoint,
         "revision": str(head.revision),
         "jobs": " ".join([f"{member_of(job)} {due_ms}" for job, due_ms in head.jobs]),
-        "ends": " ".join(ends),
-        "leases": " ".join([f"{member_of(one.job)} {_ms(one.left)}" for one in head.leases]),
+        "ends": _ends(head.ends),
+        "leases": _leases(head.leases),
         "opens": opens,
         "closes": closes,
         "cooldown": None if head.cooldown is None else max(1, _ms(head.cooldown)),
+    }
+    return _pack(fields)
+
+
+def _ends(ends: Iterable[PastEnd]) -> str:
+    return " ".join([f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in ends])
+
+
+def _leases(leases: Iterable[ActiveLease]) -> str:
+    return " ".join([f"{member_of(one.job)} {_ms(one.left)}" for one in leases])
+
+
+def _user_arg(head: UserHead) -> bytes:
+    """Return the map that load_user.lua describes."""
+    fields = {
+        "user": head.user,
+        "limit": "" if head.hourly_limit is None else head.hourly_limit,
+        "gap": "" if head.gap is None else _ms(head.gap),
+        "ends": _ends(head.ends),
+        "leases": _leases(head.leases),
     }
     return _pack(fields)
 
@@ -304,6 +331,7 @@ class Queue:
         lease: timedelta,
         backoff: Sequence[timedelta] = DEFAULT_BACKOFF,
         auth_backoff: Sequence[timedelta] = (),
+        user_limits: UserSendLimits = NO_USER_LIMITS,
         chance: Callable[[], float] = random.random,
         includes: Mapping[str, str] | None = None,
         on_change: Callable[[CircuitChange], None] = log_change,
@@ -311,8 +339,8 @@ class Queue:
         """Set up one shard.
 
         `backoff` has the waits before the probes of an open circuit, `auth_backoff` the waits after
-        failed authentications. `on_change` is called for each circuit that a call of this object
-        opens or closes.
+        failed authentications. `user_limits` are those of users without limits of their own.
+        `on_change` is called for each circuit that a call of this object opens or closes.
         """
         self.keys = ShardKeys(shard)
         self.shard = shard
@@ -321,6 +349,7 @@ class Queue:
         self._lease = _ms(lease)
         self._backoff = tuple(backoff) or DEFAULT_BACKOFF
         self._auth_backoff = tuple(auth_backoff) or self._backoff
+        self._user_limits = f"{user_limits.hourly_limit} {_ms(user_limits.gap)}"
         self._chance = chance
         self._on_change = on_change
         self._scripts: dict[str, AsyncScript] = {
@@ -343,6 +372,7 @@ class Queue:
                 LOW_WATER,
                 _ms(_LOAD_PATIENCE),
                 _pack(by_user) if by_user else "",
+                self._user_limits,
             ),
         )
         state, look, claims, loads, parked = answer
@@ -373,15 +403,15 @@ class Queue:
             args += (claim.sender_id, member_of(claim.job), claim.lease_ms)
         return [holds == 1 for holds in await self._run("confirm", (self.keys.ready,), args)]
 
-    async def renew(self, claims: Sequence[tuple[int, JobRef]]) -> list[int | None]:
-        """Renew the leases of these (sender, job) pairs: each ends a full lease time from now.
+    async def renew(self, claims: Sequence[tuple[int, JobRef, str]]) -> list[int | None]:
+        """Renew the leases of these (sender, job, key of the user): each ends a lease from now.
 
         Returns the new end of each, in Unix ms of Redis' clock. None means that the lease does not
         exist any more, or that Redis does not know the sender.
         """
         args: list[Any] = [self._window, self._lease]
-        for sender_id, job in claims:
-            args += (sender_id, member_of(job))
+        for sender_id, job, user in claims:
+            args += (sender_id, member_of(job), user)
         return [end or None for end in await self._run("renew", (self.keys.ready,), args)]
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[int]:
@@ -468,6 +498,32 @@ class Queue:
             head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
         ]
 
+    async def begin_user_loads(self, users: Sequence[str], *, committed: bool) -> dict[str, str]:
+        """Return the epoch of the limiter of each user; `begin_load` describes the rest.
+
+        A sender of a user whose limiter Redis does not know may not send before `load_users`.
+        """
+        ids = [f"u:{user}" for user in users]
+        epochs = await self._run("begin_load", (self.keys.ready,), (int(committed), *ids))
+        return {user: epoch for user, epoch in zip(users, epochs, strict=True) if epoch}
+
+    async def load_users(self, heads: Sequence[UserHead], epochs: Mapping[str, str]) -> list[str]:
+        """Apply limits that were read after `begin_user_loads`. Returns the users to read again."""
+        again = []
+        for head in heads:
+            args = (self._window, epochs[head.user], _user_arg(head))
+            if not await self._run("load_user", (self.keys.ready,), args):
+                again.append(head.user)
+        return again
+
+    async def forget_senders(self, sender_ids: Sequence[int]) -> int:
+        """Remove senders that belong to another shard. Returns how many of them were known."""
+        return int(await self._run("forget", (self.keys.ready,), sender_ids))
+
+    async def forget_user(self, user: str) -> None:
+        """Remove the limiter of a user: the next load restores it with its history."""
+        await self._run("forget", (self.keys.ready,), (f"u:{user}",))
+
     async def read_limiter(self, sender_id: int, job: JobRef | None = None) -> LimiterState | None:
         """Return the state of a sender's limiter; None if Redis does not know the sender.
 
@@ -477,14 +533,7 @@ class Queue:
         found = await self._run("limiter", (self.keys.ready,), args)
         if found is None:
             return None
-        in_flight, gap, window, lease, parked = found
-        return LimiterState(
-            in_flight,
-            gap_left=timedelta(milliseconds=gap),
-            window_left=timedelta(milliseconds=window),
-            claimed_for=timedelta(milliseconds=self._lease - lease) if lease >= 0 else None,
-            parked=parked == 1,
-        )
+        return limiter_state_of(found, self._lease)
 
     async def count_ready_jobs(self) -> ReadyJobs:
         """Count the jobs that may be sent now, in one call for the shard."""

@@ -15,7 +15,9 @@ SCRIPTS = (
     "settle",
     "begin_load",
     "load_head",
+    "load_user",
     "find_lost",
+    "forget",
     "begin_rebuild",
     "keep_rebuild",
     "finish_rebuild",
@@ -37,7 +39,8 @@ def read_script(name: str, replace: dict[str, str] | None = None) -> str:
         wanted = match.group(1)
         if wanted in includes:
             return includes[wanted]
-        return folder.joinpath("includes", f"{wanted}.lua").read_text(encoding="utf-8")
+        text = folder.joinpath("includes", f"{wanted}.lua").read_text(encoding="utf-8")
+        return _INCLUDE.sub(include, text)
 
     return _INCLUDE.sub(include, folder.joinpath(f"{name}.lua").read_text(encoding="utf-8"))
 

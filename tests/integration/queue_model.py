@@ -11,157 +11,25 @@ tests how they use it; the openings of a week are computed in Python.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
-INFINITY = float("inf")
-# The number of connection failures in a row that open a circuit; ms between two rechecks of a
-# waiter.
-FAILURES = 3
-RECHECK = 30_000
-# The learned pace: its first and its longest gap, and the factor by which it shrinks.
-PACE_FIRST = 125
-PACE_MOST = 60_000
-PACE_SHRINKS_TO = 0.9
-
-
-@dataclass
-class CircuitModel:
-    """The state of one endpoint in the queue."""
-
-    failures: int = 0
-    # The senders of these failures.
-    senders: set[int] = field(default_factory=set)
-    open: bool = False
-    next: int = 0
-    step: int = 0
-    probe: tuple[int, str] | None = None
-    busy_until: int = 0
-    # For each waiting sender, the time from which it could send without the circuit.
-    waiters: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def turn(self) -> int:
-        """Return the time of the next probe."""
-        return max(self.next, self.busy_until)
-
-    @property
-    def first(self) -> int | None:
-        """Return the waiter that has been able to send for the longest time."""
-        return min(((at, str(s), s) for s, at in self.waiters.items()), default=(0, "", None))[2]
-
-    def admits(self, now: int) -> bool:
-        return not self.open or self.turn <= now
-
-
-@dataclass
-class SenderModel:
-    """The state of one sender in the queue."""
-
-    epoch: int
-    limit: int = 1
-    # The sender's own gap, and the pace learned from its server; 0 means none.
-    own_gap: int = 0
-    pace: int = 0
-    flight: int = 1
-    active: bool = True
-    horizon: float = INFINITY
-    # A load was requested, and is requested again at this time.
-    loading: int | None = None
-    last_end: int = 0
-    due: dict[str, int] = field(default_factory=dict)
-    leases: dict[str, int] = field(default_factory=dict)
-    # The leases that its history brought.
-    restored: dict[str, int] = field(default_factory=dict)
-    # Ends that take an entry of the window, by job and attempt. A "?" marks each assumed end.
-    entries: dict[str, int] = field(default_factory=dict)
-    # The last load left out a job because it was claimed.
-    left_out: bool = False
-    # No job waits or is in flight: the sender is deleted together with its history.
-    idle: bool = False
-    endpoint: str = ""
-    revision: int = 0
-    # The user who owns it.
-    user: str = ""
-    # The sender's own circuit: failures in a row, whether it is open, the next probe and its lease.
-    troubles: int = 0
-    open: bool = False
-    probe: int = 0
-    step: int = 0
-    prober: str | None = None
-    # The time of the next probe if the sender is in a cooldown, otherwise 0.
-    cool: int = 0
-
-    @property
-    def gap(self) -> int:
-        """The gap that applies: Limit.GAP or Limit.PACE."""
-        return max(self.own_gap, self.pace)
-
-    @property
-    def places(self) -> int:
-        """How many more sends may be in flight: Limit.IN_FLIGHT."""
-        most = 1 if self.gap or self.open or self.cool else self.flight
-        return min(most, self.limit) - len(self.leases)
-
-    @property
-    def first(self) -> tuple[int, str] | None:
-        """The next job in the order of (due, id)."""
-        return min(((due, member) for member, due in self.due.items()), default=None)
-
-    def allowed_at(self, window: int) -> int:
-        """Return the earliest instant at which the limits allow one more send.
-
-        Limit.WINDOW, Limit.CIRCUIT (the sender's own), Limit.COOLDOWN and Limit.GAP.
-        """
-        room = self.limit - len(self.leases)
-        ends = self.entries.values()
-        instants = (0, *(end + window for end in ends))
-        free = min(t for t in instants if sum(end + window > t for end in ends) < room)
-        return max(free, self.probe, self.cool, self.last_end + self.gap if self.gap else 0)
-
-    def slow_down(self) -> None:
-        """Raise the pace, because mail comes too fast. Sends begun before the pace do not count."""
-        if not self.pace or not self.leases:
-            self.pace = min(PACE_MOST, max(2 * self.gap, PACE_FIRST))
-
-    def speed_up(self) -> None:
-        """Record that a mail was accepted."""
-        if self.pace and not self.leases:
-            pace = math.floor(self.pace * PACE_SHRINKS_TO)
-            self.pace = pace if pace > max(self.own_gap, PACE_FIRST / 2) else 0
-
-
-@dataclass(frozen=True)
-class HeadModel:
-    """The contents of a load."""
-
-    limit: int
-    gap: int
-    flight: int
-    active: bool
-    endpoint: str
-    revision: int
-    user: str
-    jobs: Sequence[tuple[str, int]]
-    more: bool
-    # Member, ms since its end, whether it takes an entry.
-    ends: Sequence[tuple[str, int, bool]] = ()
-    # Member, remaining ms.
-    leases: Sequence[tuple[str, int]] = ()
-    # ms until the next probe; 0 means no cooldown.
-    cooldown: int = 0
-
-
-def wait_of(backoff: Sequence[int], number: int) -> int:
-    return backoff[min(number, len(backoff)) - 1]
-
+from tests.integration.queue_state import (
+    FAILURES,
+    INFINITY,
+    RECHECK,
+    CircuitModel,
+    HeadModel,
+    SenderModel,
+    limiter_of,
+    wait_of,
+)
+from tests.integration.queue_users import UserLimitsModel
 
 # Sender, member, ms since the claim was allowed, whether it is the probe of a cooldown.
 ClaimModel = tuple[int, str, int, bool]
 
 
-class QueueModel:
+class QueueModel(UserLimitsModel):
     """One shard. Each method takes the time that the script would read from Redis."""
 
     def __init__(
@@ -173,19 +41,17 @@ class QueueModel:
         patience: int,
         soon: int,
     ) -> None:
-        self.window = window
+        super().__init__(window)
         self.lease = lease
         self.low = low
         self.patience = patience
         self.soon = soon
         self.whole = False
-        self.senders: dict[int, SenderModel] = {}
         # Epochs of senders that are not loaded yet but are being loaded.
         self.new_epochs: dict[int, int] = {}
-        self.ready: dict[int, int] = {}
         self.circuits: dict[str, CircuitModel] = {}
         # The senders of users who had no room, by the look that they had.
-        self.parked: dict[str, dict[int, int]] = {}
+        self.parked: dict[str, dict[int | str, int]] = {}
         # The users whose parked senders a claim considers.
         self.parked_users: set[str] = set()
         # Circuits that opened or closed; the sender is None for an endpoint's circuit.
@@ -199,7 +65,11 @@ class QueueModel:
     # claim -----------------------------------------------------------------------------------
 
     def claim(
-        self, now: int, want: int, limits: Mapping[str, tuple[int, int]] | None = None
+        self,
+        now: int,
+        want: int,
+        limits: Mapping[str, tuple[int, int]] | None = None,
+        everyone: tuple[int, int] = (0, 0),
     ) -> tuple[list[ClaimModel], list[int]]:
         """Return the claims and loads.
 
@@ -208,6 +78,7 @@ class QueueModel:
 
         Senders with the same look are served in the order of their ids as texts.
         """
+        self.everyone = everyone
         claims: list[ClaimModel] = []
         loads: list[int] = []
         for stage in (0, 1):
@@ -223,7 +94,11 @@ class QueueModel:
                 eligible = [(look, str(i), i) for i, look in self.ready.items() if look <= now]
                 if not eligible:
                     break
-                self._visit(min(eligible)[2], now, room_of, claims, loads)
+                first = min(eligible, key=lambda one: one[:2])[2]
+                if isinstance(first, str):
+                    self._visit_user(first.removeprefix("u:"), now, room_of, claims, loads)
+                else:
+                    self._visit(first, now, room_of, claims, loads)
         return claims, loads
 
     def _unpark(self, room_of: Callable[[str], float]) -> None:
@@ -233,12 +108,51 @@ class QueueModel:
                 continue
             for _ in range(max(0, int(room_of(user)))):
                 if parked:
-                    look, _, sender_id = min((look, str(i), i) for i, look in parked.items())
+                    look, _, sender_id = min(
+                        ((look, str(i), i) for i, look in parked.items()), key=lambda one: one[:2]
+                    )
                     del parked[sender_id]
                     if sender_id in self.ready:
                         self.ready[sender_id] = min(self.ready[sender_id], look)
             if not parked:
                 self.parked_users.discard(user)
+
+    def _visit_user(
+        self,
+        user: str,
+        now: int,
+        room_of: Callable[[str], float],
+        claims: list[ClaimModel],
+        loads: list[int],
+    ) -> None:
+        owner = self.owner_of(user)
+        if owner is None:
+            del self.ready[limiter_of(user)]
+            waiting = self._first_turn(user)
+            if waiting is not None:
+                self.ready[waiting] = min(self.ready.get(waiting, now), now)
+            return
+        self._expire(owner, now)
+        for _ in range(len(self.turns.get(user, {}))):
+            first = self._first_turn(user)
+            if room_of(user) <= 0 or first is None or not self._user_admits(owner, now):
+                break
+            del self.turns[user][first]
+            self._visit(first, now, room_of, claims, loads, turn=True)
+        self._forget_old_ends(owner, now, 2)
+        self._schedule_user(user, now)
+        look = self.ready.get(limiter_of(user), INFINITY)
+        if room_of(user) <= 0 and look <= now:
+            self._park(user, limiter_of(user), int(look), now)
+
+    def _park(self, user: str, who: int | str, look: int, now: int) -> None:
+        self.parked.setdefault(user, {})[who] = look
+        self.parked_users.add(user)
+        self.ready[who] = now + RECHECK
+
+    def _forget_old_ends(self, s: SenderModel, now: int, windows: int) -> None:
+        keep = max(self.window, s.gap) * windows
+        s.entries = {member: end for member, end in s.entries.items() if end > now - keep}
 
     def _visit(
         self,
@@ -247,31 +161,42 @@ class QueueModel:
         room_of: Callable[[str], float],
         claims: list[ClaimModel],
         loads: list[int],
+        *,
+        turn: bool = False,
     ) -> None:
         s = self.senders.get(sender_id)
-        if s is None:
+        if s is None or not self.is_known(sender_id):
             loads.append(sender_id)
             self.ready[sender_id] = now + self.patience
             return
         self._expire(s, now)
+        owner = self.owner_of(s.user)
+        if owner is not None:
+            self._expire(owner, now)
+            self._forget_old_ends(owner, now, 2)
         parks = room_of(s.user) <= 0
         limited = not s.active or not s.due or (s.gap > 0 and bool(s.leases))
         while s.active and room_of(s.user) > 0 and s.places > 0 and s.first is not None:
             due, member = s.first
             allowed = s.allowed_at(self.window)
-            if max(due, allowed) > now or not self._admits(s, now):
+            admitted = self._admits(s, now) and self._owner_admits(sender_id, now, turn=turn)
+            if max(due, allowed) > now or not admitted:
                 limited = True
                 break
             del s.due[member]
             s.leases[member] = now + self.lease
+            turn = False
+            if owner is not None:
+                self.turns.get(s.user, {}).pop(sender_id, None)
+                allowed = max(allowed, owner.allowed_at(self.window))
+                owner.leases[member] = now + self.lease
             self._begin_probe(sender_id, member, now)
             claims.append((sender_id, member, now - max(due, allowed), s.cool > 0))
             limited = limited or s.gap > 0
             limited = limited or (not s.due and s.places > 0 and room_of(s.user) > 0)
         # Entries are kept for this long, so that the wait of a job for which there was no room is
         # known.
-        keep = max(self.window, s.gap) * (1 if limited else 2)
-        s.entries = {member: end for member, end in s.entries.items() if end > now - keep}
+        self._forget_old_ends(s, now, 1 if limited else 2)
         if s.horizon < INFINITY and len(s.due) < self.low and s.loading is None:
             s.loading = now
         if s.loading is not None and s.loading <= now:
@@ -280,9 +205,7 @@ class QueueModel:
         self._look(sender_id, now)
         look = self.ready.get(sender_id, INFINITY)
         if parks and look <= now:
-            self.parked.setdefault(s.user, {})[sender_id] = int(look)
-            self.parked_users.add(s.user)
-            self.ready[sender_id] = now + RECHECK
+            self._park(s.user, sender_id, int(look), now)
 
     def _expire(self, s: SenderModel, now: int) -> None:
         expired = [member for member, deadline in s.leases.items() if deadline <= now]
@@ -307,6 +230,7 @@ class QueueModel:
         kind: str,
         *,
         retry: tuple[str, int] | None = None,
+        user: str,
         lease: int = 0,
         answered: bool = False,
         failed: Sequence[int] = (),
@@ -320,8 +244,10 @@ class QueueModel:
         waits before probes, if the connection failed. `pace`: SENT or RATE. `cooldown`: the time of
         the next probe, 0 if the cooldown is over.
         """
+        self._release_of_user(user, ended, member, kind, lease)
         s = self.senders.get(sender_id)
         if s is None:
+            self._schedule_user(user, now)
             return False
         self._release(s, ended, member, kind, lease)
         probed = self._end_probe(sender_id, member, lease if kind == "UNUSED" else None)
@@ -346,7 +272,18 @@ class QueueModel:
         if cleared in self.senders:
             self._forget_troubles(cleared)
             self._look(cleared, now)
+        self._schedule_user(user, now)
         return True
+
+    def _release_of_user(self, user: str, ended: int, member: str, kind: str, lease: int) -> None:
+        owner = self.users.get(user)
+        if owner is not None:
+            self._release(owner, ended, member, kind, lease)
+            restored = owner.restored.get(member)
+            if kind == "UNUSED" and restored and owner.leases.get(member) == restored:
+                del owner.leases[member]
+        elif user in self.new_user_epochs:
+            self.new_user_epochs[user] += 1
 
     def _learn_pace(self, s: SenderModel, pace: str) -> None:
         if pace == "SENT":
@@ -366,19 +303,34 @@ class QueueModel:
     def confirm(self, now: int, sender_id: int, member: str, lease: int) -> bool:
         """Return whether a claim still holds; if so, restore its own lease."""
         s = self.senders.get(sender_id)
-        if s is None or member not in s.leases:
+        if s is None or not self.is_known(sender_id):
             return False
-        if s.leases[member] != lease:
-            s.leases[member] = lease
+        owner = self.owner_of(s.user)
+        held = [s] if owner is None else [s, owner]
+        if any(member not in one.leases for one in held):
+            return False
+        if any(one.leases[member] != lease for one in held):
+            for one in held:
+                one.leases[member] = lease
             self._look(sender_id, now)
         return True
 
-    def renew(self, now: int, sender_id: int, member: str) -> int | None:
+    def renew(self, now: int, sender_id: int, member: str, user: str) -> int | None:
         """Move the end of a lease and return it; None if the lease no longer exists."""
+        end = now + self.lease
+        owner = self.owner_of(user)
+        moved = owner is not None and owner.leases.get(member, end) != end
+        if owner is not None and moved:
+            owner.leases[member] = end
+        found = self._renew(now, sender_id, member, end)
+        if moved:
+            self._schedule_user(user, now)
+        return found
+
+    def _renew(self, now: int, sender_id: int, member: str, end: int) -> int | None:
         s = self.senders.get(sender_id)
         if s is None or member not in s.leases:
             return None
-        end = now + self.lease
         if s.leases[member] != end:
             s.leases[member] = end
             own = self.circuits_of(s)[0]
@@ -511,6 +463,8 @@ class QueueModel:
         if self._epoch(sender_id) != epoch:
             return False
         s = self.senders.get(sender_id)
+        if not self.needs_limiter(limited=head.user_limited):
+            self._forget_user(head.user)
         restored = {} if s is None else s.restored
         if s is None:
             s = self.senders[sender_id] = SenderModel(epoch=now * 1000)
@@ -525,6 +479,7 @@ class QueueModel:
                 self._leave_waiters(c, sender_id)
             s.pace = 0
         s.endpoint, s.revision, s.user = head.endpoint, head.revision, head.user
+        s.user_limited = head.user_limited
         s.limit, s.own_gap, s.flight, s.active = head.limit, head.gap, head.flight, head.active
         s.cool = now_up + head.cooldown if head.cooldown else 0
         for member, _ in head.jobs:
@@ -543,10 +498,11 @@ class QueueModel:
         """Return the senders that must be loaded; each has a waiting job."""
         lost = []
         for sender_id in sender_ids:
-            s = self.senders.get(sender_id)
-            if s is not None:
+            if self.is_known(sender_id):
                 self._look(sender_id, now)
-            if s is None or (s.active and sender_id not in self.ready):
+            if not self.is_known(sender_id) or (
+                self.senders[sender_id].active and sender_id not in self.ready
+            ):
                 lost.append(sender_id)
         return lost
 
@@ -557,9 +513,11 @@ class QueueModel:
 
     def lose_all(
         self,
-        ready: Mapping[int, int],
-        parked: Mapping[str, Mapping[int, int]],
+        ready: Mapping[int | str, int],
+        parked: Mapping[str, Mapping[int | str, int]],
         parked_users: Iterable[str],
+        turns: Mapping[str, Mapping[int, int]],
+        everyone: tuple[int, int],
     ) -> None:
         """Lose everything except what is valid in an old snapshot."""
         self.senders.clear()
@@ -568,6 +526,11 @@ class QueueModel:
         self.circuits.clear()
         self.parked = {user: dict(looks) for user, looks in parked.items()}
         self.parked_users = set(parked_users)
+        self.users.clear()
+        self.new_user_epochs.clear()
+        self.damaged_users.clear()
+        self.turns = {user: dict(turns) for user, turns in turns.items()}
+        self.everyone = everyone
         self.whole = False
 
     def _look(self, sender_id: int, now: int) -> None:
@@ -590,9 +553,11 @@ class QueueModel:
         if holding is not None:
             holding.waiters[sender_id] = int(sends)
             first = holding.first == sender_id
-            looks.append(min(now + RECHECK, holding.turn) if first else now + RECHECK)
-        elif sends < INFINITY:
+            sends = min(now + RECHECK, holding.turn) if first else now + RECHECK
+        sends = self._through_user(sender_id, sends, now)
+        if sends < INFINITY:
             looks.append(int(sends))
+        self._schedule_user(s.user, now)
         if looks:
             self.ready[sender_id] = min(looks)
         else:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
 import pytest_asyncio
-from sqlalchemy import event
+from sqlalchemy import Row, event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.deploy.ports import free_port
@@ -242,9 +242,9 @@ class SlowLoader(HeadLoader):
         self.looks = 0
 
     async def _read(
-        self, connection: AsyncConnection, epochs: Mapping[int, str]
+        self, connection: AsyncConnection, epochs: Mapping[int, str], rows: Sequence[Row[Any]]
     ) -> tuple[list[Head], dict[int, list[int]]]:
-        found = await super()._read(connection, epochs)
+        found = await super()._read(connection, epochs, rows)
         self.looks += 1
         if self.looks == 1:
             self.read.set()
@@ -306,10 +306,10 @@ async def test_a_marker_of_a_commit_that_a_load_has_not_seen_survives_it(world: 
 async def test_a_sender_that_changes_constantly_keeps_its_marker(world: World) -> None:
     class Moving(HeadLoader):
         async def _read(
-            self, connection: AsyncConnection, epochs: Mapping[int, str]
+            self, connection: AsyncConnection, epochs: Mapping[int, str], rows: Sequence[Row[Any]]
         ) -> tuple[list[Head], dict[int, list[int]]]:
             await world.queues[0].begin_load(list(epochs), committed=True)
-            return await super()._read(connection, epochs)
+            return await super()._read(connection, epochs, rows)
 
     sender = await world.sender()
     await world.schedule(sender)

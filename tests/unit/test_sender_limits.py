@@ -30,7 +30,10 @@ PLACES: dict[str, list[Traversable]] = {
         Path(simulation.__file__).with_name("forecasts.py"),
     ],
     "replay.py": [Path(replay.__file__)],
-    "queue_model.py": [Path(queue_model.__file__)],
+    "queue_model.py": [
+        Path(queue_model.__file__),
+        Path(queue_model.__file__).with_name("queue_state.py"),
+    ],
     "explaining.py": [Path(explaining.__file__)],
 }
 

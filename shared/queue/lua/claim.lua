@@ -10,6 +10,8 @@
 -- ARGV[5] patience    ms after which a load is requested again
 -- ARGV[6] limits      '', or a map (cmsgpack) of users to {first, most}: `first` jobs of a user are
 --                     claimed in turn; more, up to `most`, only if no other user's job is left
+-- ARGV[7] users       sends in a window and gap (ms), with a space between, of users that have no
+--                     limits of their own; 0: none
 --
 -- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads, parked}:
 --   LOST    the shard is incomplete: start a rebuild. Loaded senders may send meanwhile
@@ -34,6 +36,10 @@ local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[
 local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 local limits = ARGV[6] ~= '' and cmsgpack.unpack(ARGV[6]) or {}
 
+redis.call('HSET', LIFE_KEY, 'users', ARGV[7])
+local limit, gap = string.match(ARGV[7], '^(%d+) (%d+)$')
+USER_LIMIT, USER_GAP = tonumber(limit), tonumber(gap)
+
 local claims, loads, taken = {}, {}, 0
 -- The jobs claimed of each user with a limit, and which of the two limits applies now.
 local of_user, stage = {}, 1
@@ -44,18 +50,32 @@ local function room_of(user)
     return math.min(want - taken, most and most[stage] - (of_user[user] or 0) or math.huge)
 end
 
--- Returns whether the next job waits for the sender's limits, not for room in the dispatcher.
+-- The sender whose turn it is to use the limits of its user.
+local turn
+
+-- Returns whether the next job waits for limits, not for room in the dispatcher.
 local function take(s)
-    local leases, due = lease_of(s.id), due_of(s.id)
+    local leases, due, owner = lease_of(s.id), due_of(s.id), s.owner
     local in_flight = redis.call('ZCARD', leases)
     while room_of(s.user) > 0 and places(s, in_flight) > 0 do
         local allowed = allowed_at(s, in_flight, window)
+        if not owner_admits(s, window, turn) then return true end
+        if owner then
+            local used = redis.call('ZCARD', lease_of(owner.id))
+            owner.allowed = allowed_at(owner, used, window)
+            allowed = math.max(allowed, owner.allowed)
+        end
         if allowed > NOW or NOW >= s.closes then return true end
         local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
         if not first[1] or not admits_sender(s) then return true end
         local delayed_by = allowed > tonumber(first[2]) and delay_of(s, allowed) or ''
         redis.call('ZREM', due, first[1])
         redis.call('ZADD', leases, NOW + lease, first[1])
+        if owner then
+            redis.call('ZADD', lease_of(owner.id), NOW + lease, first[1])
+            redis.call('ZREM', turns_of(s.user), s.id)
+            turn = nil
+        end
         begin_probe(s, first[1], NOW + lease)
         in_flight = in_flight + 1
         taken = taken + 1
@@ -73,6 +93,11 @@ local function take(s)
     return s.gap > 0 and in_flight > 0
 end
 
+local function forget_old_ends(s, windows)
+    local keep = math.max(window, s.gap) * windows
+    redis.call('ZREMRANGEBYSCORE', window_of(s.id), '-inf', NOW - keep)
+end
+
 local function visit(sender)
     local s = read_sender(sender)
     if not s then
@@ -82,12 +107,15 @@ local function visit(sender)
         return
     end
     expire_leases(s)
+    if s.owner then
+        expire_leases(s.owner)
+        forget_old_ends(s.owner, 2)
+    end
     local has_room = room_of(s.user) > 0
     local limited = not s.active or take(s)
     -- Not before `take`, which computes a job's lateness from the ends that left the window. If
     -- the next job waits for room in the dispatcher, its lateness is still to be computed.
-    local keep = math.max(window, s.gap) * (limited and 1 or 2)
-    redis.call('ZREMRANGEBYSCORE', window_of(sender), '-inf', NOW - keep)
+    forget_old_ends(s, limited and 1 or 2)
     if s.horizon < math.huge and redis.call('ZCARD', due_of(sender)) < low then
         s.loading = s.loading or NOW
     end
@@ -106,6 +134,29 @@ local function visit(sender)
     end
 end
 
+-- Visits the senders of a user, in turns, while the user's limits allow it.
+local function visit_user(user)
+    local owner = read_user(user)
+    if not owner or owner == LOST then
+        redis.call('ZREM', READY, limiter_of(user))
+        -- The load of one of its senders brings the limiter.
+        local first = redis.call('ZRANGE', turns_of(user), 0, 0)[1]
+        if first then redis.call('ZADD', READY, 'LT', NOW, first) end
+        return
+    end
+    expire_leases(owner)
+    for _ = 1, math.min(want + 64, redis.call('ZCARD', turns_of(user))) do
+        if room_of(user) <= 0 or not user_admits(owner, window) then break end
+        turn = redis.call('ZPOPMIN', turns_of(user))[1]
+        visit(turn)
+        turn = nil
+    end
+    forget_old_ends(owner, 2)
+    schedule_user(owner, window)
+    local look = redis.call('ZSCORE', READY, owner.id)
+    if room_of(user) <= 0 and look and tonumber(look) <= NOW then park(owner, look) end
+end
+
 -- Almost every visit claims a job or moves the sender's look past NOW. The bound on visits is for
 -- those that do neither, such as many expired leases at once, or senders that are parked. A visit
 -- may change the looks of others, so the next sender is read after each.
@@ -114,7 +165,8 @@ local function visit_due(most)
         if taken >= want then return end
         local sender = redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, 1)[1]
         if not sender then return end
-        visit(sender)
+        local user = user_of(sender)
+        if user then visit_user(user) else visit(sender) end
     end
 end
 

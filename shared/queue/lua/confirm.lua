@@ -20,10 +20,16 @@ for i = 2, #ARGV, 3 do
     -- A sender whose keys are lost will be loaded again, with leases from the marks in PostgreSQL.
     local s = read_sender(id)
     local found = s and redis.call('ZSCORE', lease_of(id), member)
-    if found and tonumber(found) ~= until_ms then
+    local owned = found and s.owner and redis.call('ZSCORE', lease_of(s.owner.id), member)
+    -- Without a lease of the user, the claim is from before the user had a limiter, or the limiter
+    -- was restored before the mark.
+    if found and s.owner then found = owned end
+    local changed = found and tonumber(redis.call('ZSCORE', lease_of(id), member)) ~= until_ms
+    if changed or owned and tonumber(owned) ~= until_ms then
         -- Claimed again after a loss, by a dispatcher whose mark will be refused. Restore our
         -- lease, so that the other claim does not release it.
         redis.call('ZADD', lease_of(id), until_ms, member)
+        if s.owner then redis.call('ZADD', lease_of(s.owner.id), until_ms, member) end
         schedule_look(s, window)
     end
     results[#results + 1] = found and 1 or 0

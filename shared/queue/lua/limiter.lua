@@ -1,12 +1,13 @@
--- Returns the current state of a sender's limiter, without changing it.
+-- Returns the current state of a sender's limiter and of its user's, without changing them.
 --
 -- KEYS[1] ready
 -- ARGV[1] window  ms of the trailing window
 -- ARGV[2] sender
 -- ARGV[3] member  of one job
--- Returns nil if Redis does not know the sender, or {in flight, ms until its gap is over, ms until
--- its window has room, ms until the job's lease ends, 1 if the sender is parked}. A time that is
--- over is 0 or less. Without a lease, the fourth is -1.
+-- Returns nil if Redis does not know the sender, or {ms until the job's lease ends (without a lease
+-- -1), 1 if the sender is parked, in flight, ms until its gap is over, and its window has room}.
+-- A time that is over is 0 or less. If its user has limits: then the last three of the user, the
+-- user's limit (0: none) and gap
 --!include keys
 --!include time
 --!include run
@@ -14,11 +15,22 @@
 --!include circuit
 --!include look
 
-local s = read_sender(ARGV[2])
+local window, s = tonumber(ARGV[1]), read_sender(ARGV[2])
 if not s then return nil end
-local in_flight = redis.call('ZCARD', lease_of(s.id))
-local gap = s.gap > 0 and s.last_end + s.gap or 0
 local lease = tonumber(redis.call('ZSCORE', lease_of(s.id), ARGV[3]) or NOW - 1)
-local window_room = window_room_at(s, in_flight, tonumber(ARGV[1]))
 local parked = redis.call('ZSCORE', parked_of(s.user), s.id)
-return { in_flight, gap - NOW, window_room - NOW, lease - NOW, parked and 1 or 0 }
+local state = { lease - NOW, parked and 1 or 0 }
+local function add(one)
+    local in_flight = redis.call('ZCARD', lease_of(one.id))
+    local gap = one.gap > 0 and one.last_end + one.gap or 0
+    state[#state + 1] = in_flight
+    state[#state + 1] = gap - NOW
+    state[#state + 1] = window_room_at(one, in_flight, window) - NOW
+end
+add(s)
+if s.owner then
+    add(s.owner)
+    state[#state + 1] = s.owner.limit < NO_LIMIT and s.owner.limit or 0
+    state[#state + 1] = s.owner.gap
+end
+return state

@@ -7,7 +7,8 @@
 -- ARGV[3] head     a map (cmsgpack):
 --   sender, limit, gap (ms), flight, state (1 active)
 --   horizon        due ms of the last job loaded, or 'inf' if no more wait
---   user           key of the user who owns it
+--   user           key of the user who owns it, or ''
+--   limited        whether that user has limits that were set for it alone (load_user.lua)
 --   endpoint       key of the endpoint that its mail goes to (circuit_keys.py)
 --   revision       of the sender, as text
 --   jobs           of the head, each as member, due ms
@@ -26,6 +27,8 @@
 --!include epoch
 --!include circuit
 --!include look
+--!include history
+--!include restored
 
 -- ms until a load that brought nothing is requested again.
 local SOON = 100
@@ -33,23 +36,12 @@ local window, epoch, head = tonumber(ARGV[1]), ARGV[2], cmsgpack.unpack(ARGV[3])
 local id, settings = head.sender, settings_of(head.sender)
 if epoch_of(id) ~= epoch then return nil end
 
--- Adds the scores in parts, because Lua's stack is small.
-local function add_all(key, scores)
-    for i = 1, #scores, 1000 do
-        redis.call('ZADD', key, unpack(scores, i, math.min(i + 999, #scores)))
-    end
-end
-
 -- Returns whether a job was left out because it is claimed.
 local function replace_head()
     local due, leases, scores, left_out = due_of(id), lease_of(id), {}, false
     redis.call('DEL', due)
     local leased = redis.call('EXISTS', leases) == 1
-    local known = {}
-    local texts = redis.call('HGET', settings, 'restored') or ''
-    for member, at in string.gmatch(texts, '(%S+) (%S+)') do
-        known[member] = tonumber(at)
-    end
+    local known = restored_leases(id)
     for member, at in string.gmatch(head.jobs, '(%S+) (%S+)') do
         local lease = leased and redis.call('ZSCORE', leases, member)
         if lease and tonumber(lease) == known[member] then
@@ -70,32 +62,9 @@ local function replace_head()
     return left_out
 end
 
--- The leases of a history, each as member, score.
-local restored = {}
-if is_new(epoch) then
-    redis.call('DEL', due_of(id), lease_of(id), window_of(id), settings)
-    redis.call('HSET', settings, 'epoch', string.format('%.0f', NOW * 1000), 'life', LIFE)
-    local last_end, ends, leases = 0, {}, {}
-    for member, age, counted in string.gmatch(head.ends, '(%S+) (%S+) (%S+)') do
-        local ended = NOW_UP - tonumber(age)
-        if counted == '1' then
-            ends[#ends + 1] = ended
-            ends[#ends + 1] = member
-        end
-        last_end = math.max(last_end, ended)
-    end
-    add_all(window_of(id), ends)
-    for member, left in string.gmatch(head.leases, '(%S+) (%S+)') do
-        leases[#leases + 1] = NOW_UP + tonumber(left)
-        leases[#leases + 1] = member
-    end
-    add_all(lease_of(id), leases)
-    redis.call('HSET', settings, 'end', last_end)
-    for i = 1, #leases, 2 do
-        restored[#restored + 1] = leases[i + 1] .. ' ' .. string.format('%.0f', leases[i])
-    end
-end
-local before = read_sender(id)
+local restored = is_new(epoch) and restore_history(id, head.ends, head.leases) or ''
+if not needs_limiter(head.limited) then forget_user(head.user) end
+local before = read_sender(id, true)
 if before and (before.endpoint ~= head.endpoint
     or redis.call('HGET', settings, 'revision') ~= head.revision) then
     -- The endpoint or its password changed, so the old failures and pace no longer apply.
@@ -109,12 +78,11 @@ if replace_head() then
 else
     redis.call('HDEL', settings, 'left')
 end
-if #restored > 0 then
-    redis.call('HSET', settings, 'restored', table.concat(restored, ' '))
-end
+if restored ~= '' then redis.call('HSET', settings, 'restored', restored) end
 redis.call('HSET', settings, 'limit', head.limit, 'gap', head.gap, 'flight', head.flight,
     'state', head.state, 'horizon', head.horizon, 'sets', sets_of(id),
-    'user', head.user, 'endpoint', head.endpoint, 'revision', head.revision,
+    'user', head.user, 'limited', head.limited and 1 or 0,
+    'endpoint', head.endpoint, 'revision', head.revision,
     'opens', head.opens, 'closes', head.closes)
 if head.cooldown then
     redis.call('HSET', settings, 'cool', NOW_UP + head.cooldown)
@@ -129,6 +97,6 @@ else
 end
 redis.call('PERSIST', settings)
 redis.call('PERSIST', window_of(id))
-schedule_look(read_sender(id), window)
+schedule_look(read_sender(id, true), window)
 wake_sleepers()
 return changes

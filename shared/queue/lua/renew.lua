@@ -3,7 +3,7 @@
 -- KEYS[1] ready
 -- ARGV[1] window   ms of the trailing window
 -- ARGV[2] lease    ms from now
--- ARGV    then flat: sender, member
+-- ARGV    then flat: sender, member, key of its user
 -- Returns an array of the new ends (ms), in the order of ARGV. 0: the lease does not exist any
 -- more, or Redis does not know the sender
 --!include keys
@@ -14,10 +14,16 @@
 --!include look
 
 local window, until_ms = tonumber(ARGV[1]), NOW + tonumber(ARGV[2])
-local ends, touched = {}, {}
-for i = 3, #ARGV, 2 do
+local ends, touched, owners = {}, {}, {}
+for i = 3, #ARGV, 3 do
     local id, member = ARGV[i], ARGV[i + 1]
-    local s = touched[id] or read_sender(id)
+    -- Each by itself: while one is lost, the lease of the other must not expire.
+    local s, owner = touched[id] or read_sender(id, true), read_user(ARGV[i + 2])
+    if owner and owner ~= LOST then
+        if redis.call('ZADD', lease_of(owner.id), 'XX', 'CH', until_ms, member) == 1 then
+            owners[owner.id] = owner
+        end
+    end
     if s and redis.call('ZADD', lease_of(id), 'XX', 'CH', until_ms, member) == 1 then
         touched[id] = s
         extend_probe(s, member, until_ms)
@@ -28,4 +34,5 @@ for i = 3, #ARGV, 2 do
     end
 end
 for _, s in pairs(touched) do schedule_look(s, window) end
+for _, owner in pairs(owners) do schedule_user(owner, window) end
 return ends

@@ -5,7 +5,7 @@
 -- ARGV[2] backoff  ms before the first, second, ... probe of an open circuit, comma-separated;
 --                  the last repeats
 -- ARGV[3] backoff  the same, for failed authentications
--- ARGV    then, for each claim, a map (cmsgpack) of sender, member and
+-- ARGV    then, for each claim, a map (cmsgpack) of sender, member, key of the user and
 --   kind         COUNTED (its body was begun: takes an entry), BEGUN (SMTP was tried, no body: only
 --                the gap counts) or UNUSED (SMTP was not tried)
 --   age          ms since the send ended, measured by the caller's monotonic clock
@@ -28,16 +28,17 @@
 --!include circuit
 --!include look
 --!include pace
+--!include restored
 
 local window = tonumber(ARGV[1])
 local backoffs = { ['!'] = ARGV[2], ['?'] = ARGV[3] }
-local touched, order, unknown = {}, {}, {}
+local touched, order, unknown, owners = {}, {}, {}, {}
 local reported = 0
 
 local function sender_of(id)
     local s = touched[id]
     if s == nil then
-        s = read_sender(id) or false
+        s = read_sender(id, true) or false
         touched[id] = s
         order[#order + 1] = id
     end
@@ -49,6 +50,20 @@ end
 local function release(key, member, lease)
     if not lease or tonumber(redis.call('ZSCORE', key, member) or 0) == lease then
         redis.call('ZREM', key, member)
+    end
+end
+
+-- Turns the lease of a claim on the limits of a sender or a user into an entry, or frees it.
+local function end_use(s, claim, lease)
+    local member, ended = claim.member, NOW_UP - claim.age
+    release(lease_of(s.id), member, lease)
+    if lease and s.restored then release(lease_of(s.id), member, s.restored[member] or -1) end
+    -- If the lease had expired, its entry was assumed to be used; now the holder reports it.
+    release(window_of(s.id), assumed(member), lease)
+    if claim.kind == 'COUNTED' then redis.call('ZADD', window_of(s.id), ended, member) end
+    if claim.kind ~= 'UNUSED' and ended > s.last_end then
+        s.last_end = ended
+        redis.call('HSET', settings_of(s.id), 'end', ended)
     end
 end
 
@@ -77,17 +92,20 @@ for i = 4, #ARGV do
     local claim = cmsgpack.unpack(ARGV[i])
     local id, member, kind = claim.sender, claim.member, claim.kind
     local s = sender_of(id)
+    local lease = kind == 'UNUSED' and claim.lease
+    local owner = read_user(claim.user)
+    if owner == LOST then
+        -- A load of the limiter may have read PostgreSQL before this.
+        redis.call('HINCRBY', settings_of(limiter_of(claim.user)), 'epoch', 1)
+    elseif owner then
+        -- Leases that the load of the limiter brought. A claim that was given back after PostgreSQL
+        -- was read does not know its own. A load of its sender ends that of the sender.
+        owner.restored = owner.restored or restored_leases(owner.id)
+        owners[owner.id] = owner
+        end_use(owner, claim, lease)
+    end
     if s then
-        local ended = NOW_UP - claim.age
-        local lease = kind == 'UNUSED' and claim.lease
-        release(lease_of(id), member, lease)
-        -- If the lease had expired, its entry was assumed to be used; now the holder reports it.
-        release(window_of(id), assumed(member), lease)
-        if kind == 'COUNTED' then redis.call('ZADD', window_of(id), ended, member) end
-        if kind ~= 'UNUSED' and ended > s.last_end then
-            s.last_end = ended
-            redis.call('HSET', settings_of(id), 'end', ended)
-        end
+        end_use(s, claim, lease)
         end_probe(s, member, lease)
         apply_contact(s, member, claim.contact, claim.before_mail)
         set_cooldown(s, claim.cooldown)
@@ -117,5 +135,6 @@ for _, id in ipairs(order) do
         unknown[#unknown + 1] = id
     end
 end
+for _, owner in pairs(owners) do schedule_user(owner, window) end
 wake_sleepers()
 return { unknown, changes }

@@ -36,8 +36,9 @@ class LimitSteps(QueueSteps):
         holding.lease_until = end
         if answers is Answers.REDIS_AWAY:
             return
-        (found,) = await self.queue.renew([(claim.sender_id, claim.job)])
-        assert found == self.model.renew(self.now_ms, claim.sender_id, member_of(claim.job))
+        (found,) = await self.queue.renew([(claim.sender_id, claim.job, claim.user)])
+        member = member_of(claim.job)
+        assert found == self.model.renew(self.now_ms, claim.sender_id, member, claim.user)
         if answers is Answers.BOTH and found is not None:
             holding.renewed(found)
             self._hold_until(holding, found * 1000)

@@ -20,6 +20,7 @@ from outbox_server.shared.queue.queue import (
     LimitUse,
     Queue,
     Settlement,
+    UserHead,
 )
 from outbox_server.shared.queue.user_limits import UserLimit
 
@@ -173,6 +174,7 @@ class Shard:
             connection_error=connection_error or "",
             before_mail=before_mail,
             cooldown=cooldown,
+            user=claim.user,
             server=f"mail.example:{claim.sender_id}",
         )
         if retry_at is not None:
@@ -186,13 +188,29 @@ class Shard:
 
     async def renew(self, *claims: Claim) -> list[int | None]:
         """Renew leases; return their new ends in ms after START."""
-        ends = await self.queue.renew([(claim.sender_id, claim.job) for claim in claims])
+        ends = await self.queue.renew(
+            [(claim.sender_id, claim.job, claim.user) for claim in claims]
+        )
         return [end and end - START_MS for end in ends]
 
     async def ready(self) -> dict[int, int]:
         """The time of each sender's next look, in ms after START."""
         found = await scores(self.redis, self.prefix + "ready")
-        return {int(sender): look - START_MS for sender, look in found.items()}
+        return {
+            int(sender): look - START_MS
+            for sender, look in found.items()
+            if not sender.startswith("u:")
+        }
+
+    async def all_ready(self) -> dict[str, int]:
+        """The same, with the limiters of users, as `u:` and the key of the user."""
+        found = await scores(self.redis, self.prefix + "ready")
+        return {one: look - START_MS for one, look in found.items()}
+
+    async def load_user(self, head: UserHead, *, committed: bool = True) -> None:
+        """Load the limits of a user, which no other load is loading."""
+        epochs = await self.queue.begin_user_loads([head.user], committed=committed)
+        assert await self.queue.load_users([head], epochs) == []
 
     async def waiters(self, endpoint: str = RELAY) -> dict[int, int]:
         """The start of each sender's wait for an endpoint's circuit, in ms after START."""
@@ -204,11 +222,11 @@ class Shard:
         found: Any = await self.redis.hgetall(f"{self.prefix}circuit:{endpoint}")
         return dict(found)
 
-    async def sender(self, sender_id: int = SENDER.sender_id) -> StoredSender:
+    async def sender(self, sender_id: int | str = SENDER.sender_id) -> StoredSender:
         (state,) = await self.senders([sender_id])
         return state
 
-    async def senders(self, sender_ids: Iterable[int]) -> list[StoredSender]:
+    async def senders(self, sender_ids: Iterable[int | str]) -> list[StoredSender]:
         """Return everything that Redis holds about these senders; times are in ms after START."""
         ids = list(sender_ids)
         async with self.redis.pipeline(transaction=False) as pipeline:

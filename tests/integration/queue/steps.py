@@ -9,9 +9,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-)
 from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef, member_of
@@ -26,10 +23,11 @@ from tests.integration.queue.under_way import (
     Snapshot,
     Step,
 )
+from tests.integration.queue.user_steps import USERS, WINDOW, UserSteps, after_start
 from tests.integration.queue.world import ModelledInstallation, Send
-from tests.integration.queue_model import INFINITY, CircuitModel, QueueModel
+from tests.integration.queue_model import QueueModel
+from tests.integration.queue_state import INFINITY, CircuitModel
 
-WINDOW = 10_000
 LEASE = 3_000
 LOW = 2
 # The same value as in load_head.lua.
@@ -44,13 +42,14 @@ BACKOFFS = {Contact.FAILED: BACKOFF, Contact.AUTH_FAILED: AUTH_BACKOFF}
 # The circuits that there may be.
 CIRCUITS = ("relay", "relay:a", "relay:b", "own", "other")
 SHARD_KEYS += tuple(f"{kind}:{key}" for kind in ("circuit", "waiters") for key in CIRCUITS)
-SHARD_KEYS += ("parked:a", "parked:b")
+SHARD_KEYS += ("parked:a", "parked:b", "turns:a", "turns:b")
+# The keys of a user's limiter, and its entry in `ready`.
+USER_KEYS = ("lease", "window", "sender", "ready")
 # Sorted as texts, their order is reversed.
 SENDERS = (9, 10, 11)
-USERS = {9: "a", 10: "b", 11: "a"}
 
 
-class QueueSteps(RuleBasedStateMachine):
+class QueueSteps(UserSteps):
     """Senders, dispatchers, PostgreSQL and Redis; the caller chooses the next step."""
 
     def __init__(self, runner: asyncio.Runner, redis: Redis, raw: Redis) -> None:
@@ -86,18 +85,6 @@ class QueueSteps(RuleBasedStateMachine):
         self.runner.run(step)
         self.broken = False
 
-    @property
-    def now(self) -> int:
-        return self.shard.now_us
-
-    @property
-    def now_ms(self) -> int:
-        return self.now // 1000
-
-    @property
-    def now_up(self) -> int:
-        return -(-self.now // 1000)
-
     async def _outage(
         self, spared: int | None, *, waits: bool, rounds: int, before_mail: bool
     ) -> None:
@@ -130,9 +117,6 @@ class QueueSteps(RuleBasedStateMachine):
         choice = self._at(step)
         return choice[pick % len(choice)]
 
-    async def _advance(self, time: int) -> None:
-        await self.shard.at(max(0, time, self.now) / 1000 - START_MS)
-
     async def _load(self, sender_id: int, *, committed: bool, waits: bool = False) -> None:
         epochs = await self.queue.begin_load([sender_id], committed=committed)
         epoch = self.model.begin_load(self.now_ms, sender_id, committed=committed)
@@ -146,11 +130,14 @@ class QueueSteps(RuleBasedStateMachine):
             await self._apply(load)
 
     async def _apply(self, load: LoadUnderWay) -> None:
+        if load.head.user_limited or any(self.everyone):
+            await self._load_user(load.head.user, committed=False)
         again = await self.queue.load_heads([load.head], {load.sender_id: load.epoch})
         applied = self.model.load_head(
             self.now_ms, self.now_up, load.sender_id, load.epoch, load.model
         )
         assert again == ([] if applied else [load.sender_id])
+        self._note_user_limits()
         if not applied:
             await self._load(load.sender_id, committed=False)
             return
@@ -167,12 +154,14 @@ class QueueSteps(RuleBasedStateMachine):
         limits: dict[str, tuple[int, int]] | None = None,
     ) -> None:
         given = [UserLimit(user, first, most) for user, (first, most) in (limits or {}).items()]
+        self.queue._user_limits = "{} {}".format(*self.everyone)
         claimed = await self.queue.claim(want, given)
         allowed = {
             key: self._probes_allowed(self.model.circuits.get(key, CircuitModel()))
             for key in CIRCUITS
         }
-        claims, loads = self.model.claim(self.now_ms, want, limits)
+        claims, loads = self.model.claim(self.now_ms, want, limits, self.everyone)
+        self._note_user_limits()
         for user, (_, most) in (limits or {}).items():
             assert sum(USERS[sender_id] == user for sender_id, *_ in claims) <= most
         assert claimed.lost is not self.model.whole
@@ -197,7 +186,9 @@ class QueueSteps(RuleBasedStateMachine):
             gap = self.model.senders[claim.sender_id].gap
             deadline = claim.lease_ms * 1000
             assert claim.lease_ms == self.now_ms + LEASE
-            self.holdings.append(ClaimUnderWay(claim, self.now, deadline, gap))
+            owner = self.model.owner_of(claim.user)
+            user_gap = 0 if owner is None else owner.gap
+            self.holdings.append(ClaimUnderWay(claim, self.now, deadline, gap, user_gap))
         for sender_id in loads:
             await self._load(sender_id, committed=False, waits=waits)
         if claimed.lost and rebuilds:
@@ -244,8 +235,11 @@ class QueueSteps(RuleBasedStateMachine):
             await self._give_back(holding, waits=waits)
             return
         limit = self.limits[claim.sender_id].highest_since(holding.claimed)
-        holding.send = Send(claim.job.job_id, holding.claimed, holding.deadline, holding.gap)
-        self.world.begin_send(claim.sender_id, holding.send, self.now, limit)
+        user_limit = self.user_limits[claim.user].highest_since(holding.claimed)
+        holding.send = Send(
+            claim.job.job_id, holding.claimed, holding.deadline, holding.gap, holding.user_gap
+        )
+        self.world.begin_send(claim.sender_id, holding.send, self.now, limit, user_limit)
 
     async def _give_back(
         self, holding: ClaimUnderWay, *, leased: bool = True, waits: bool = False
@@ -332,7 +326,8 @@ class QueueSteps(RuleBasedStateMachine):
         assert settlement is not None
         used = settlement.use is not LimitUse.UNUSED
         age = (self.now - holding.ended) // 1000 if used else 0
-        reported = replace(settlement, age=milliseconds(age))
+        user = holding.claim.user
+        reported = replace(settlement, age=milliseconds(age), user=user)
         unknown = await self.queue.settle([reported])
         retry = reported.next_job and (member_of(reported.next_job), reported.next_due_ms)
         cooldown: int | None = None
@@ -346,6 +341,7 @@ class QueueSteps(RuleBasedStateMachine):
             member_of(reported.job),
             reported.use.value,
             retry=retry,
+            user=user,
             lease=reported.lease_ms,
             answered=reported.contact in (Contact.ANSWERED, Contact.ACCEPTED, Contact.TOO_FAST),
             failed=BACKOFFS.get(reported.contact, ()),
@@ -363,6 +359,8 @@ class QueueSteps(RuleBasedStateMachine):
             dict(self.model.ready),
             {user: dict(looks) for user, looks in self.model.parked.items()},
             set(self.model.parked_users),
+            {user: dict(turns) for user, turns in self.model.turns.items()},
+            self.model.everyone,
         )
         for key in await self.raw.keys(self.shard.prefix + "*"):
             name = os.fsdecode(key)
@@ -378,7 +376,14 @@ class QueueSteps(RuleBasedStateMachine):
         await self.shard.redis.set(self.shard.prefix + "test:run", f"run{self.runs}")
         # A restart takes longer than the clock resolution that distinguishes two lives.
         await self._advance(self.now + 1000)
-        self.model.lose_all(snapshot.ready, snapshot.parked, snapshot.parked_users)
+        self.model.lose_all(
+            snapshot.ready,
+            snapshot.parked,
+            snapshot.parked_users,
+            snapshot.turns,
+            snapshot.everyone,
+        )
+        self._note_user_limits()
         self.lossy = True
 
     async def _lose(self, sender_id: int, kind: str) -> None:
@@ -399,6 +404,8 @@ class QueueSteps(RuleBasedStateMachine):
             self.model.parked_users.clear()
         elif key.startswith("parked:"):
             self.model.parked.pop(key.removeprefix("parked:"), None)
+        elif key.startswith("turns:"):
+            self.model.turns.pop(key.removeprefix("turns:"), None)
         elif key.startswith("circuit:"):
             self.model.circuits.pop(key.removeprefix("circuit:"), None)
         elif (c := self.model.circuits.get(key.removeprefix("waiters:"))) is not None:
@@ -406,7 +413,13 @@ class QueueSteps(RuleBasedStateMachine):
         elif key == "generation":
             self.model.whole = False
         elif key == "life":
-            self.model.lose_all(self.model.ready, self.model.parked, self.model.parked_users)
+            self.model.lose_all(
+                self.model.ready,
+                self.model.parked,
+                self.model.parked_users,
+                self.model.turns,
+                (0, 0),
+            )
             await self._advance(self.now + 1000)
 
     async def _rebuild(self) -> None:
@@ -429,8 +442,9 @@ class QueueSteps(RuleBasedStateMachine):
             await self._load(sender_id, committed=False, waits=waits)
 
     async def _compare(self) -> None:
-        ready = await self.shard.ready()
-        assert {s: look + START_MS for s, look in ready.items()} == self.model.ready
+        ready = await self.shard.all_ready()
+        expected_ready = {str(one): look - START_MS for one, look in self.model.ready.items()}
+        assert ready == expected_ready
         known = [s for s in SENDERS if s in self.model.senders]
         for sender_id, found in zip(known, await self.shard.senders(known), strict=True):
             expected = self.model.senders[sender_id]
@@ -452,9 +466,12 @@ class QueueSteps(RuleBasedStateMachine):
             assert int(found.settings.get("cool", 0)) == expected.cool
             assert int(found.settings.get("pace", 0)) == expected.pace
             assert found.settings["user"] == expected.user
+            assert found.settings["limited"] == str(int(expected.user_limited))
+        await self._compare_users()
         for user in set(USERS.values()):
             parked = await scores(self.shard.redis, f"{self.shard.prefix}parked:{user}")
-            assert {int(s): look for s, look in parked.items()} == self.model.parked.get(user, {})
+            expected_looks = self.model.parked.get(user, {})
+            assert parked == {str(one): look for one, look in expected_looks.items()}
         await self._compare_circuits()
 
     async def _compare_circuits(self) -> None:
@@ -481,6 +498,8 @@ class QueueSteps(RuleBasedStateMachine):
         """Continue like a working dispatcher until all waiting mail is sent."""
         while self.loads:
             await self._apply(self.loads.pop())
+        while self.user_loads:
+            await self._apply_user(self.user_loads.pop())
         for sender_id, row in self.world.senders.items():
             if not row.active:
                 row.active = True
@@ -513,9 +532,3 @@ class QueueSteps(RuleBasedStateMachine):
             Step.RECORDED: self._release,
         }
         await steps[holding.step](holding)
-
-
-def after_start(
-    times: dict[Any, int], after: float = -INFINITY, *, start: int = START_MS
-) -> dict[Any, int]:
-    return {member: time - start for member, time in times.items() if time - start > after}

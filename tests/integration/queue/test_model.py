@@ -35,9 +35,10 @@ from tests.integration.queue.steps import (
     SENDER_KEYS,
     SENDERS,
     SHARD_KEYS,
-    USERS,
+    USER_KEYS,
 )
 from tests.integration.queue.under_way import ClaimUnderWay, Snapshot, Step
+from tests.integration.queue.user_steps import USERS
 from tests.integration.queue.world import SenderRow
 
 senders = st.sampled_from(SENDERS)
@@ -242,6 +243,50 @@ class QueueMachine(LimitSteps):
         self.world.senders[sender_id] = replace(row, revision=revision, user=user)
         self.world.mark_stale(sender_id)
         self.do(self._load(sender_id, committed=True, waits=waits))
+
+    @rule(
+        user=st.sampled_from("ab"),
+        limit=st.sampled_from([None, 0, 1, 2, 4]),
+        gap=st.sampled_from([None, 0, 0, 300, 2_500]),
+        waits=chances,
+    )
+    def limit_user(self, user: str, limit: int | None, gap: int | None, waits: bool) -> None:
+        self.do(self._set_user(user, (limit, gap), waits=waits))
+
+    @rule(limit=st.sampled_from([0, 0, 2]), gap=st.sampled_from([0, 0, 400]))
+    def configure(self, limit: int, gap: int) -> None:
+        """Start dispatchers with other limits of all users."""
+        self.everyone = (limit, gap)
+
+    @rule(user=st.sampled_from("ab"), limit=st.integers(1, 3), rounds=st.integers(2, 6))
+    def crowd(self, user: str, limit: int, rounds: int) -> None:
+        """Let the senders of a user compete for its limits."""
+        self.do(self._set_user(user, (limit, None), waits=False))
+        for sender_id in self.world.senders_of(user):
+            self.world.add_jobs(sender_id, [self.now_ms] * 3)
+            self.do(self._load(sender_id, committed=True))
+        self.do(self._send_all(rounds))
+
+    async def _send_all(self, rounds: int) -> None:
+        for _ in range(rounds):
+            await self._claim(5)
+            for holding in tuple(self.holdings):
+                if holding in self.holdings:
+                    await self._advance_claim(holding)
+            await self._compare()
+            await self._advance((self.model.first_look or 0) * 1000)
+
+    @precondition(lambda self: self.user_loads)
+    @rule(pick=picks, dies=st.sampled_from([False, False, False, True]))
+    def finish_user_load(self, pick: int, dies: bool) -> None:
+        load = self.user_loads.pop(pick % len(self.user_loads))
+        if not dies:
+            self.do(self._apply_user(load))
+
+    @precondition(lambda self: len(self.world.jobs) > 3)
+    @rule(user=st.sampled_from("ab"), kind=st.sampled_from(USER_KEYS))
+    def lose_user(self, user: str, kind: str) -> None:
+        self.do(self._lose_user(user, kind))
 
     @precondition(lambda self: any(self.world.in_state(JobState.SCHEDULED)))
     @rule(pick=picks)

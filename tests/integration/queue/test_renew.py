@@ -180,7 +180,7 @@ async def test_a_renewed_send_releases_its_entry_by_the_end_that_the_renewal_ret
     await shard.load(HEAD)
     claim = await claim_one(shard)
     await shard.at(20_000)
-    (end,) = await shard.queue.renew([(claim.sender_id, claim.job)])
+    (end,) = await shard.queue.renew([(claim.sender_id, claim.job, claim.user)])
     assert end is not None
     await shard.settle(replace(claim, lease_ms=end), LimitUse.UNUSED, retry_at=0, give_back=True)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from typing import Any
 
-from outbox_server.shared.queue.queue import Claim, Head, Settlement
+from outbox_server.shared.queue.queue import Claim, Head, Settlement, UserHead
 from tests.integration.queue.world import Send
-from tests.integration.queue_model import HeadModel
+from tests.integration.queue_state import HeadModel, UserHeadModel
 
 
 class Step(Enum):
@@ -32,6 +33,16 @@ class LoadUnderWay:
 
 
 @dataclass
+class UserLoadUnderWay:
+    """A load of a user's limits under way: PostgreSQL was read, and Redis is not written yet."""
+
+    user: str
+    epoch: str
+    head: UserHead
+    model: UserHeadModel
+
+
+@dataclass
 class ClaimUnderWay:
     """A claim that a dispatcher holds."""
 
@@ -39,6 +50,7 @@ class ClaimUnderWay:
     claimed: int
     deadline: int
     gap: int
+    user_gap: int = 0
     # The lease in PostgreSQL, once the job is marked there.
     lease_until: int = 0
     # Redis confirmed that it still has the lease.
@@ -71,11 +83,11 @@ class ClaimUnderWay:
 
 @dataclass
 class LimitHistory:
-    """The limits of one sender, with the time from which each applied."""
+    """The limits of one sender or user, with the time from which each applied."""
 
-    changes: list[tuple[int, int]] = field(default_factory=list)
+    changes: list[tuple[int, Any]] = field(default_factory=list)
 
-    def highest_since(self, time: int) -> int:
+    def highest_since(self, time: int) -> Any:
         before = [limit for at, limit in self.changes if at < time][-1:]
         return max(before + [limit for at, limit in self.changes if at >= time])
 
@@ -85,6 +97,8 @@ class Snapshot:
     """All keys at an earlier time, with their remaining ms to live, and the model's data."""
 
     keys: dict[str, tuple[bytes, int]] = field(default_factory=dict)
-    ready: dict[int, int] = field(default_factory=dict)
-    parked: dict[str, dict[int, int]] = field(default_factory=dict)
+    ready: dict[int | str, int] = field(default_factory=dict)
+    parked: dict[str, dict[int | str, int]] = field(default_factory=dict)
     parked_users: set[str] = field(default_factory=set)
+    turns: dict[str, dict[int, int]] = field(default_factory=dict)
+    everyone: tuple[int, int] = (0, 0)

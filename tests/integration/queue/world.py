@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef, member_of
-from outbox_server.shared.queue.queue import ActiveLease, Head, PastEnd
+from outbox_server.shared.queue.queue import ActiveLease, Head, PastEnd, UserHead
 from outbox_server.shared.states import JobState
-from tests.integration.queue_model import HeadModel
+from tests.integration.queue_state import HeadModel, UserHeadModel
 
 # Small, so that a head is used up soon.
 HEAD_SIZE = 4
@@ -64,6 +64,8 @@ class Send:
     claimed: int
     deadline: int
     gap: int
+    # The gap of its user.
+    user_gap: int = 0
     # None while it is under way; it ends at the deadline at the latest.
     ended: int | None = None
     counted: bool = True
@@ -84,6 +86,8 @@ class ModelledInstallation:
     markers: dict[int, int] = field(default_factory=dict)
     marker_ids: Iterator[int] = field(default_factory=itertools.count)
     sends: dict[int, list[Send]] = field(default_factory=dict)
+    # The limits that were set for users: sends in a window, and gap. None means those of all users.
+    users: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     # The earliest time of the next probe, for each sender in a cooldown.
     cooldowns: dict[int, int] = field(default_factory=dict)
 
@@ -110,16 +114,7 @@ class ModelledInstallation:
         )
         head = tuple((JobRef(j.job_id, j.attempt + 1), j.due) for j in waiting[:HEAD_SIZE])
         more = len(waiting) > HEAD_SIZE
-        ends = [
-            (a.job, (now - a.ended) // 1000, a.counted)
-            for a in self.attempts
-            if fresh and a.sender_id == sender_id and now - a.ended < self.window * 1000
-        ]
-        leases = [
-            (JobRef(j.job_id, j.attempt), max(0, -((now - j.lease_until) // 1000)))
-            for j in self.in_state(JobState.SENDING, sender_id)
-            if fresh
-        ]
+        ends, leases = self._history([sender_id] if fresh else [], now)
         probe_at = self.cooldowns.get(sender_id)
         left = None if probe_at is None else (probe_at - now) // 1000
         return (
@@ -134,6 +129,7 @@ class ModelledInstallation:
                 tuple(PastEnd(job, timedelta(milliseconds=age), c) for job, age, c in ends),
                 tuple(ActiveLease(job, timedelta(milliseconds=left)) for job, left in leases),
                 user=row.user,
+                user_limited=any(self.users.get(row.user, ())),
                 endpoint=row.endpoint,
                 revision=row.revision,
                 cooldown=None if left is None else timedelta(milliseconds=left),
@@ -146,12 +142,52 @@ class ModelledInstallation:
                 row.endpoint,
                 row.revision,
                 row.user,
+                any(self.users.get(row.user, ())),
                 [(member_of(job), due) for job, due in head],
                 more,
                 # The end of an expired lease may lie in the future; its age is 0.
                 [(member_of(job), max(0, age), c) for job, age, c in ends],
                 [(member_of(job), left) for job, left in leases],
                 0 if left is None else max(1, left),
+            ),
+        )
+
+    def _history(
+        self, sender_ids: list[int], now: int
+    ) -> tuple[list[tuple[JobRef, int, bool]], list[tuple[JobRef, int]]]:
+        """Return the ends in the window and the leases of these senders."""
+        ends = [
+            (a.job, (now - a.ended) // 1000, a.counted)
+            for a in self.attempts
+            if a.sender_id in sender_ids and now - a.ended < self.window * 1000
+        ]
+        leases = [
+            (JobRef(j.job_id, j.attempt), max(0, -((now - j.lease_until) // 1000)))
+            for j in self.in_state(JobState.SENDING)
+            if j.sender_id in sender_ids
+        ]
+        return ends, leases
+
+    def senders_of(self, user: str) -> list[int]:
+        return [sender_id for sender_id, row in self.senders.items() if row.user == user]
+
+    def read_user(self, user: str, now: int, *, fresh: bool) -> tuple[UserHead, UserHeadModel]:
+        """Return what a load of a user's limits reads, for the queue and for its model."""
+        limit, gap = self.users.get(user, (None, None))
+        ends, leases = self._history(self.senders_of(user) if fresh else [], now)
+        return (
+            UserHead(
+                user,
+                limit,
+                None if gap is None else timedelta(milliseconds=gap),
+                tuple(PastEnd(job, timedelta(milliseconds=age), c) for job, age, c in ends),
+                tuple(ActiveLease(job, timedelta(milliseconds=left)) for job, left in leases),
+            ),
+            UserHeadModel(
+                limit,
+                gap,
+                [(member_of(job), max(0, age), c) for job, age, c in ends],
+                [(member_of(job), left) for job, left in leases],
             ),
         )
 
@@ -209,11 +245,14 @@ class ModelledInstallation:
 
     # Sends that took place -------------------------------------------------------------------
 
-    def begin_send(self, sender_id: int, send: Send, now: int, limit: int) -> None:
+    def begin_send(
+        self, sender_id: int, send: Send, now: int, limit: int, user_limit: float
+    ) -> None:
         """Record the start of a send, and check the promises.
 
-        `limit` is the highest limit that applied since the claim.
+        `limit` and `user_limit` are the highest limits that applied since the claim.
         """
+        self._check_user(self.senders[sender_id].user, send, now, user_limit)
         others = self.sends.setdefault(sender_id, [])
         for other in others:
             if other.claimed <= send.claimed and send.gap:
@@ -224,3 +263,13 @@ class ModelledInstallation:
         used = sum(other.counted and other.last_end > since for other in others)
         assert used < limit, "the window holds more than the limit"
         others.append(send)
+
+    def _check_user(self, user: str, send: Send, now: int, limit: float) -> None:
+        others = [one for s in self.senders_of(user) for one in self.sends.get(s, ())]
+        for other in others:
+            if other.claimed <= send.claimed and send.user_gap:
+                apart = send.claimed - other.last_end
+                assert apart >= send.user_gap * 1000, "the gap of the user is too short"
+        since = now - self.window * 1000
+        used = sum(other.counted and other.last_end > since for other in others)
+        assert used < limit, "the window holds more than the limit of the user"

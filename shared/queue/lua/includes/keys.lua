@@ -11,8 +11,13 @@ local function lease_of(sender) return prefix .. 'lease:' .. sender end
 local function window_of(sender) return prefix .. 'window:' .. sender end
 local function settings_of(sender) return prefix .. 'sender:' .. sender end
 local function parked_of(user) return prefix .. 'parked:' .. user end
+local function turns_of(user) return prefix .. 'turns:' .. user end
 local function circuit_of(endpoint) return prefix .. 'circuit:' .. endpoint end
 local function waiters_of(endpoint) return prefix .. 'waiters:' .. endpoint end
+
+-- A user's limiter has the keys of a sender without jobs, under this id.
+local function limiter_of(user) return 'u:' .. user end
+local function user_of(id) return string.match(id, '^u:(.*)$') end
 
 -- Returns the member of an entry that counts as used because the claim's lease expired unsettled.
 local function assumed(member) return member .. '?' end

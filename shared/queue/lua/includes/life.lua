@@ -11,8 +11,11 @@ local LIFE
 -- Whether Redis is out of memory (noeviction). Settling and renewing claims still works, because
 -- it frees memory; no new sender is loaded.
 local FULL = false
+-- The limits of users that have none of their own: sends in a window and gap in ms, 0: none. They
+-- are those of the dispatcher that claimed last.
+local USER_LIMIT, USER_GAP = 0, 0
 do
-    local f = redis.call('HMGET', LIFE_KEY, 'run', 'id', 'seen')
+    local f = redis.call('HMGET', LIFE_KEY, 'run', 'id', 'seen', 'users')
     local seen = tonumber(f[3] or 0)
     LIFE = f[2]
     if f[1] ~= RUN or NOW <= seen - STEP then
@@ -20,6 +23,8 @@ do
     else
         NOW, NOW_UP = math.max(NOW, seen), math.max(NOW_UP, seen)
     end
+    local limit, gap = string.match(f[4] or '', '^(%d+) (%d+)$')
+    if limit then USER_LIMIT, USER_GAP = tonumber(limit), tonumber(gap) end
     local kept = redis.pcall('HSET', LIFE_KEY, 'run', RUN, 'id', LIFE, 'seen', NOW)
     if type(kept) == 'table' and kept.err then
         FULL = true

@@ -15,13 +15,22 @@ end
 -- Limit.PACE: the longer of the sender's own gap and its pace (pace.lua).
 local function gap_with_pace(own_gap, pace) return math.max(own_gap, pace) end
 
--- Returns nil if Redis does not know the sender (see life.lua).
-local function read_sender(sender)
+--!include user
+
+-- Returns nil if Redis does not know the sender (see life.lua), or its user's limiter, unless
+-- `alone`: then the sender may have no `owner` although it has limits.
+local function read_sender(sender, alone)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
         'horizon', 'loading', 'life', 'sets', 'endpoint', 'troubles', 'open', 'probe',
-        'opens', 'closes', 'cool', 'pace', 'user')
+        'opens', 'closes', 'cool', 'pace', 'user', 'limited')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
     local own_gap, pace = tonumber(f[2]), number_or(f[17], 0)
+    local user = f[18] or ''
+    local owner = read_user(user)
+    if owner == LOST or not owner and user ~= '' and needs_limiter(f[19] == '1') then
+        if not alone then return nil end
+        owner = nil
+    end
     return {
         id = sender,
         limit = tonumber(f[1]),
@@ -49,7 +58,9 @@ local function read_sender(sender)
         -- In a cooldown: the earliest time of the next probe. 0: the sender does not cool down.
         cool = number_or(f[16], 0),
         -- '' until the first load by a process that knows users.
-        user = f[18] or '',
+        user = user,
+        -- The limiter of its user; nil if the user has no limits.
+        owner = owner,
     }
 end
 
@@ -69,6 +80,7 @@ local function window_room_at(s, in_flight, window)
     return oldest[2] and tonumber(oldest[2]) + window or 0
 end
 
+-- Limit.USER_WINDOW and Limit.USER_GAP are the same of the limiter of its user (turns.lua).
 -- The time from which the sender allows one more send: Limit.CIRCUIT (`probe`), Limit.COOLDOWN,
 -- Limit.SENDING_HOURS, Limit.GAP and Limit.WINDOW.
 local function allowed_at(s, in_flight, window)
@@ -79,6 +91,11 @@ end
 -- Returns which limit `allowed` comes from, by the names of WaitReason in explaining.py. Nothing is
 -- calculated again: each limit has its own instant.
 local function delay_of(s, allowed)
+    local owner = s.owner
+    if owner and allowed == owner.allowed then
+        local by_gap = owner.gap > 0 and allowed == owner.last_end + owner.gap
+        return by_gap and 'USER_GAP' or 'USER_HOURLY_LIMIT'
+    end
     if allowed == s.cool then return 'COOLDOWN' end
     if allowed == s.probe then return 'ENDPOINT_DOWN' end
     if allowed == s.opens then return 'SENDING_HOURS' end
@@ -86,20 +103,35 @@ local function delay_of(s, allowed)
     return 'HOURLY_LIMIT'
 end
 
--- Puts the sender into `ready` for the next instant at which there can be something to do.
-local function schedule_look(s, window)
+local function store_sets(s)
     local sets = sets_of(s.id)
     if sets ~= s.sets then
         s.sets = sets
         redis.call('HSET', settings_of(s.id), 'sets', sets)
     end
-    local look = math.huge
+end
+
+-- Returns when the first lease expires, and how many there are. Unless the jobs in flight are
+-- settled before, that is the next event.
+local function first_expiry(s)
     local leases = lease_of(s.id)
     local in_flight = redis.call('ZCARD', leases)
-    if in_flight > 0 then
-        -- The next event, unless the jobs in flight are settled before, is the first lease expiry.
-        look = tonumber(redis.call('ZRANGE', leases, 0, 0, 'WITHSCORES')[2])
-    end
+    if in_flight == 0 then return math.huge, 0 end
+    return tonumber(redis.call('ZRANGE', leases, 0, 0, 'WITHSCORES')[2]), in_flight
+end
+
+local function expire_history(s, window)
+    local keep = math.max(window, s.gap) + IDLE_MARGIN
+    redis.call('PEXPIRE', settings_of(s.id), keep)
+    redis.call('PEXPIRE', window_of(s.id), keep + IDLE_MARGIN)
+end
+
+--!include turns
+
+-- Puts the sender into `ready` for the next instant at which there can be something to do.
+local function schedule_look(s, window)
+    store_sets(s)
+    local look, in_flight = first_expiry(s)
     local first = redis.call('ZRANGE', due_of(s.id), 0, 0, 'WITHSCORES')[2]
     if s.loading then
         -- A load was requested: check when it is overdue, since the dispatcher may have died.
@@ -112,17 +144,14 @@ local function schedule_look(s, window)
         -- Too late for this opening: when it ends, a load brings the next one.
         if math.max(sends, NOW) >= s.closes then sends = s.loading and math.huge or s.closes end
     end
-    look = math.min(look, through_circuit(s, sends))
+    look = math.min(look, through_user(s, through_circuit(s, sends), window))
+    if s.owner then schedule_user(s.owner, window) end
     if look < math.huge then
         redis.call('ZADD', READY, look, s.id)
         return
     end
     redis.call('ZREM', READY, s.id)
-    if in_flight == 0 and not first then
-        local keep = math.max(window, s.gap) + IDLE_MARGIN
-        redis.call('PEXPIRE', settings_of(s.id), keep)
-        redis.call('PEXPIRE', window_of(s.id), keep + IDLE_MARGIN)
-    end
+    if in_flight == 0 and not first then expire_history(s, window) end
 end
 
 local function first_look()

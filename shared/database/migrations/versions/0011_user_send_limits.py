@@ -1,0 +1,16 @@
+"""Keep limits that a user has for all its senders, and the shard of such senders"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0011"
+down_revision = "0010"
+
+
+def upgrade() -> None:
+    # Columns without a default change only the catalog.
+    op.add_column("users", sa.Column("hourly_limit", sa.BigInteger(), nullable=True))
+    op.add_column("users", sa.Column("min_gap_ms", sa.BigInteger(), nullable=True))
+    op.add_column("senders", sa.Column("shard_key", sa.BigInteger(), nullable=True))
