@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Annotated, Final
 
 import typer
@@ -12,18 +13,20 @@ from outbox.v1.user_pb2 import User, UserQuotas
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging
+from outbox_server.cli.options import Paging, read_duration
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
+from outbox_server.shared.bounds import MAX_HOURLY_LIMIT
 
-_COLUMNS = ("user_id", "quotas", "sender_domains", "update_time")
+_COLUMNS = ("user_id", "quotas", "limits", "sender_domains", "update_time")
 _DEFAULT: Final = "default"
 # Stands for `default`, which removes the override of a quota.
 _UNSET: Final = -1
+_UNSET_GAP: Final = timedelta(-1)
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Show and change the quotas and sender domains of users (operators only).",
+    help="Show and change the quotas, limits and sender domains of users (operators only).",
 )
 
 UserId = Annotated[str, typer.Argument(metavar="USER")]
@@ -89,6 +92,44 @@ class QuotaOptions:
     ] = None
 
 
+def _read_limit(text: str) -> int:
+    if text.strip().lower() == _DEFAULT:
+        return _UNSET
+    if not (text.isascii() and text.isdecimal()) or int(text[:10]) > MAX_HOURLY_LIMIT:
+        raise typer.BadParameter(f"{text[:40]!r} is not 0 to {MAX_HOURLY_LIMIT}, nor `{_DEFAULT}`")
+    return int(text[:10])
+
+
+def _read_gap(text: str) -> timedelta:
+    if text.strip().lower() == _DEFAULT:
+        return _UNSET_GAP
+    return read_duration(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserLimitOptions:
+    """The options of the limits that all senders of a user share."""
+
+    hourly_limit: Annotated[
+        int | None,
+        typer.Option(
+            "--hourly-limit",
+            parser=_read_limit,
+            metavar="N|default",
+            help="Most sends an hour, all senders together; 0: no limit.",
+        ),
+    ] = None
+    min_gap: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--min-gap",
+            parser=_read_gap,
+            metavar="DURATION|default",
+            help="Least time between two sends of all senders together, such as 500ms; 0s: none.",
+        ),
+    ] = None
+
+
 @app.command(name="list")
 @with_option_groups
 def list_(*, paging: Paging, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
@@ -115,6 +156,7 @@ def set_(
     user: UserId,
     *,
     quotas: QuotaOptions,
+    limits: UserLimitOptions,
     domain: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,7 +171,7 @@ def set_(
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Change the quotas or the domains of a user. What exists already stays.
+    """Change the quotas, limits or domains of a user. What exists already stays.
 
     $ outbox users set demo --waiting-jobs 500000 --domain example.com
     """
@@ -143,8 +185,16 @@ def set_(
             paths.append(f"quotas.{field.name}")
         if value is not None and value != _UNSET:
             setattr(changed.quotas, field.name, value)
+    if limits.hourly_limit is not None:
+        paths.append("limits.hourly_limit")
+        if limits.hourly_limit != _UNSET:
+            changed.limits.hourly_limit = limits.hourly_limit
+    if limits.min_gap is not None:
+        paths.append("limits.min_gap")
+        if limits.min_gap != _UNSET_GAP:
+            changed.limits.min_gap.FromTimedelta(limits.min_gap)
     if not paths:
-        raise typer.BadParameter("name at least one quota or domain to change")
+        raise typer.BadParameter("name at least one quota, limit or domain to change")
     request = pb.UpdateUserRequest(user=changed, update_mask=FieldMask(paths=paths))
     with connection("scheduler", server) as client:
         updated = client.users.UpdateUser(request)

@@ -39,6 +39,7 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
 from outbox_server.shared.rpc.server import GrpcServer, ServiceBinding
@@ -151,7 +152,7 @@ def _services(
     sweeper: Sweeper,
     watch: Watch[BatchRecord],
 ) -> list[ServiceBinding]:
-    rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
+    rules = Rules.from_settings(settings)
     forecaster = Forecaster(rules)
     batches = BatchServicer(
         engine,
@@ -165,7 +166,7 @@ def _services(
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
     jobs = EmailJobServicer(engine, loader, explainer, quotas)
-    users = UserServicer(engine, quotas)
+    users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings))
     suppressions = SuppressionServicer(engine, loader)
     return [
         ServiceBinding(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Final
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -15,24 +16,35 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.heads.loader import HeadLoader, load_user_soon
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import UserUsage, read_usage
 from outbox_server.shared.quotas.user_quotas import LEAST_QUOTAS, QUOTAS, UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
-from outbox_server.shared.rpc.proto_mapping import to_timestamp
+from outbox_server.shared.rpc.proto_mapping import from_duration, to_duration, to_timestamp
 from outbox_server.shared.sender_domains import normalise_domain
-from outbox_server.shared.user_quotas import QUOTAS, UserQuotas
+from outbox_server.shared.settings import format_duration
+from outbox_server.shared.user_quotas import LEAST_QUOTAS, QUOTAS, UserQuotas
 
 _DOMAINS: Final = "sender_domains"
 _QUOTA_PATHS: Final = {f"quotas.{name}": name for name in QUOTAS}
+# The column of each limit.
+_LIMIT_PATHS: Final = {"limits.hourly_limit": "hourly_limit", "limits.min_gap": "min_gap_ms"}
+_GROUPS: Final = {"quotas": tuple(_QUOTA_PATHS), "limits": tuple(_LIMIT_PATHS)}
+_MILLISECOND: Final = timedelta(milliseconds=1)
 
 
 class UserServicer(user_service_pb2_grpc.UserServiceServicer):
-    """Shows and changes the quotas and the domains of users."""
+    """Shows and changes the quotas, the limits and the domains of users."""
 
-    def __init__(self, engine: AsyncEngine, quotas: UserQuotas) -> None:
-        """`quotas` are the defaults, for users without overrides."""
+    def __init__(
+        self, engine: AsyncEngine, loader: HeadLoader, quotas: UserQuotas, limits: UserSendLimits
+    ) -> None:
+        """`quotas` and `limits` are the defaults, for users without overrides."""
         self._engine = engine
+        self._loader = loader
         self._quotas = quotas
+        self._limits = limits
 
     async def GetUser(
         self,
@@ -63,7 +75,7 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         request: user_service_pb2.UpdateUserRequest,
         context: Context,
     ) -> user_pb2.User:
-        """Change some quotas, or the domains, of a user."""
+        """Change some quotas, limits or the domains of a user."""
         user = request.user
         user_id = require_user(current_caller(), user.user_id)
         mask = request.update_mask if request.HasField("update_mask") else None
@@ -71,15 +83,23 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
         for path in _paths(user, mask):
             if path == _DOMAINS:
                 values[_DOMAINS] = _checked_domains(user.sender_domains)
+            elif path in _LIMIT_PATHS:
+                values[_LIMIT_PATHS[path]] = _checked_limit(user.limits, path)
             else:
                 values[_QUOTA_PATHS[path]] = _checked_quota(user.quotas, _QUOTA_PATHS[path])
 
-        async def update(connection: AsyncConnection) -> user_pb2.User:
+        async def update(connection: AsyncConnection) -> tuple[user_pb2.User, Sequence[int]]:
+            senders: Sequence[int] = ()
             if values:
                 await storage.update_user(connection, user_id, values)
-            return await self._read(connection, user_id)
+            if values.keys() & set(_LIMIT_PATHS.values()):
+                senders = await storage.mark_senders_stale(connection, user_id)
+            return await self._read(connection, user_id), senders
 
-        return await in_transaction(self._engine, update)
+        updated, senders = await in_transaction(self._engine, update)
+        if senders:
+            await load_user_soon(self._loader, user_id, senders)
+        return updated
 
     async def _read(self, connection: AsyncConnection, user_id: str) -> user_pb2.User:
         found = await storage.read_user(connection, user_id)
@@ -87,11 +107,21 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
 
     def _to_user(self, record: storage.UserRecord, usage: UserUsage | None = None) -> user_pb2.User:
         effective = self._quotas.overridden(record.overrides)
+        limits = self._limits.overridden(record.hourly_limit, record.min_gap_ms)
         return user_pb2.User(
             user_id=record.user_id,
             quotas=user_pb2.UserQuotas(**record.overrides),
             effective_quotas=user_pb2.UserQuotas(
                 **{name: getattr(effective, name) for name in QUOTAS}
+            ),
+            limits=user_pb2.UserLimits(
+                hourly_limit=record.hourly_limit,
+                min_gap=None
+                if record.min_gap_ms is None
+                else to_duration(record.min_gap_ms * _MILLISECOND),
+            ),
+            effective_limits=user_pb2.UserLimits(
+                hourly_limit=limits.hourly_limit, min_gap=to_duration(limits.gap)
             ),
             sender_domains=record.sender_domains,
             usage=None
@@ -109,27 +139,58 @@ def _paths(user: user_pb2.User, mask: FieldMask | None) -> Iterable[str]:
     """Return the fields to change: those of the mask or, without a mask, those that are set."""
     if mask is None or not mask.paths:
         given = [path for path, name in _QUOTA_PATHS.items() if _is_set(user.quotas, name)]
+        given += [path for path in _LIMIT_PATHS if _is_set(user.limits, _field_of(path))]
         return [*given, _DOMAINS] if user.sender_domains else given
     paths: dict[str, None] = {}
     for path in mask.paths:
-        if path in ("*", "quotas"):
-            paths.update(dict.fromkeys(_QUOTA_PATHS))
+        for group, members in _GROUPS.items():
+            if path in ("*", group):
+                paths.update(dict.fromkeys(members))
         if path in ("*", _DOMAINS):
             paths[_DOMAINS] = None
-        elif path in _QUOTA_PATHS:
+        elif path in _QUOTA_PATHS or path in _LIMIT_PATHS:
             paths[path] = None
-        elif path != "quotas":
+        elif path not in _GROUPS:
             raise InvalidInput.field(
                 "update_mask",
-                f"{path[:80]!r} cannot be changed; use {_DOMAINS}, quotas, a quota such as "
-                "quotas.senders, or * for all of them",
+                f"{path[:80]!r} cannot be changed; use {_DOMAINS}, quotas, limits, one of these "
+                "such as quotas.senders or limits.min_gap, or * for all of them",
                 reason="UPDATE_MASK_INVALID",
             )
     return paths
 
 
-def _is_set(quotas: user_pb2.UserQuotas, name: str) -> bool:
-    return quotas.HasField(name)  # type: ignore[arg-type]  # name is a field
+def _is_set(message: user_pb2.UserQuotas | user_pb2.UserLimits, name: str) -> bool:
+    return message.HasField(name)  # type: ignore[arg-type]  # name is a field
+
+
+def _field_of(path: str) -> str:
+    return path.partition(".")[2]
+
+
+def _checked_limit(limits: user_pb2.UserLimits, path: str) -> int | None:
+    """Return the value of a limit's column."""
+    if not _is_set(limits, _field_of(path)):
+        return None
+    if path == "limits.hourly_limit":
+        value: int = limits.hourly_limit
+        if not 0 <= value <= bounds.MAX_HOURLY_LIMIT:
+            raise InvalidInput.field(
+                f"user.{path}",
+                f"must be 0 to {bounds.MAX_HOURLY_LIMIT:,} (got {value:,}); 0 means no limit, "
+                "unset the default",
+                reason="USER_LIMIT_INVALID",
+            )
+        return value
+    gap = from_duration(limits.min_gap, f"user.{path}")
+    if not timedelta(0) <= gap <= bounds.MAX_GAP:
+        raise InvalidInput.field(
+            f"user.{path}",
+            f"must be 0 to {format_duration(bounds.MAX_GAP)} (got {gap.total_seconds():g} s); 0 "
+            "means none, unset the default",
+            reason="USER_LIMIT_INVALID",
+        )
+    return gap // _MILLISECOND
 
 
 def _checked_quota(quotas: user_pb2.UserQuotas, name: str) -> int | None:

@@ -11,8 +11,9 @@ from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared.database.models import UserRow
+from outbox_server.shared.database.models import Sender, UserRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
+from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS
 from outbox_server.shared.user_quotas import QUOTAS
 
@@ -23,16 +24,33 @@ class UserRecord:
 
     user_id: str
     overrides: Mapping[str, int | None]
+    # Limits of all its senders together; None means the default.
+    hourly_limit: int | None = None
+    min_gap_ms: int | None = None
     sender_domains: Sequence[str] = ()
     updated_at: datetime | None = None
 
 
-_COLUMNS = (UserRow.user_id, *QUOTA_COLUMNS, UserRow.sender_domains, UserRow.updated_at)
+_COLUMNS = (
+    UserRow.user_id,
+    *QUOTA_COLUMNS,
+    UserRow.hourly_limit,
+    UserRow.min_gap_ms,
+    UserRow.sender_domains,
+    UserRow.updated_at,
+)
 
 
 def _record(row: Any) -> UserRecord:
     overrides = {name: getattr(row, name) for name in QUOTAS}
-    return UserRecord(row.user_id, overrides, row.sender_domains, row.updated_at)
+    return UserRecord(
+        row.user_id,
+        overrides,
+        row.hourly_limit,
+        row.min_gap_ms,
+        row.sender_domains,
+        row.updated_at,
+    )
 
 
 async def read_user(connection: AsyncConnection, user_id: str) -> UserRecord:
@@ -64,3 +82,12 @@ async def update_user(connection: AsyncConnection, user_id: str, values: Mapping
         .on_conflict_do_update(index_elements=[UserRow.user_id], set_=changes)
     )
     await connection.execute(statement)
+
+
+async def mark_senders_stale(connection: AsyncConnection, user_id: str) -> Sequence[int]:
+    """Request a load of all senders of a user, because its limits change. Return the senders."""
+    statement = owned_by(select(Sender.id).order_by(Sender.id), Sender.user_id, user_id)
+    sender_ids = (await connection.execute(statement)).scalars().all()
+    if sender_ids:
+        await mark_stale(connection, sender_ids)
+    return sender_ids
