@@ -15,6 +15,7 @@ from outbox_server.services.scheduler.explaining import (
     LastAttempt,
     OpenCircuit,
     Situation,
+    UserSituation,
     explain,
     explain_state,
 )
@@ -31,10 +32,13 @@ from outbox_server.shared.forecast.backlog import (
     read_pace,
 )
 from outbox_server.shared.forecast.forecasts import forecast_job
+from outbox_server.shared.forecast.simulation import Limiter
+from outbox_server.shared.forecast.user_shares import UserLimiter
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import LimiterState
+from outbox_server.shared.queue.limiter_state import LimiterState
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.states import JobState
 
 _QUEUE_LIMIT_S: Final = 1.0
@@ -105,10 +109,10 @@ class Explainer:
         return ExplainedJob(job, explanation, ahead, send_time)
 
     async def _read_live(self, job: JobRecord) -> _LiveState:
-        queue = self._loader.queue_of(job.sender_id)
         following = JobRef(job.job_id, job.attempts + 1)
         try:
             async with asyncio.timeout(_QUEUE_LIMIT_S):
+                queue = (await self._loader.find_queues([job.sender_id]))[job.sender_id]
                 limiter = await queue.read_limiter(job.sender_id, following)
                 circuits = await queue.circuits_of_sender(job.sender_id)
         except (*QUEUE_ERRORS, TimeoutError):
@@ -136,18 +140,28 @@ class _LiveState:
 
 def _limiter_from(pace: SenderPace) -> LimiterState:
     """Calculate the state of the limiter from the attempts recorded in PostgreSQL."""
-    limiter = pace.limiter
+    found, user = _state_of(pace.limiter, pace.limiter.window, pace.now), pace.user
+    if user is None:
+        return found
+    return replace(
+        found,
+        user=_state_of(user, pace.limiter.window, pace.now),
+        user_limits=UserSendLimits(user.limit, timedelta(microseconds=user.gap)),
+    )
+
+
+def _state_of(limiter: Limiter | UserLimiter, window: int, now: int) -> LimiterState:
     gap_end = limiter.gap + (limiter.last_end or 0) if limiter.gap else 0
     window_end, room = 0, limiter.limit
-    for sends in reversed(limiter.sent):
+    for sends in reversed(limiter.sent) if limiter.limit else ():
         if sends.count >= room:
-            window_end = sends.first + (sends.count - room) * sends.step + limiter.window
+            window_end = sends.first + (sends.count - room) * sends.step + window
             break
         room -= sends.count
     return LimiterState(
         in_flight=0,
-        gap_left=timedelta(microseconds=gap_end - pace.now),
-        window_left=timedelta(microseconds=window_end - pace.now),
+        gap_left=timedelta(microseconds=gap_end - now),
+        window_left=timedelta(microseconds=window_end - now),
     )
 
 
@@ -171,10 +185,20 @@ def _situation(
         hourly_limit=pace.limiter.limit,
         claimed_for=live.claimed_for,
         parked=live.parked,
+        user=_user_situation(live),
         opens=_opening(pace),
         circuit=circuit,
         cooldown=pace.cooldown,
         last=_last_attempt(job.last),
+    )
+
+
+def _user_situation(live: LimiterState) -> UserSituation | None:
+    user, limits = live.user, live.user_limits
+    if user is None:
+        return None
+    return UserSituation(
+        limits.hourly_limit, bool(limits.gap), user.gap_left, user.window_left, user.in_flight
     )
 
 

@@ -36,6 +36,8 @@ class WaitReason(IntEnum):
     COOLDOWN = 10  # Limit.COOLDOWN
     DEFERRED = 11
     SHARE = 12
+    USER_HOURLY_LIMIT = 13  # Limit.USER_WINDOW
+    USER_GAP = 14  # Limit.USER_GAP
 
 
 # A dispatcher marks a claimed job at once. One that it has for longer waits for a permit.
@@ -76,6 +78,18 @@ class LastAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class UserSituation:
+    """The state of the limits that a user has for all its senders together."""
+
+    # 0 means that only the gap is limited.
+    hourly_limit: int
+    has_gap: bool
+    gap_left: timedelta
+    window_left: timedelta
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
 class Situation:
     """The state of a waiting job and of its sender at `now`."""
 
@@ -97,6 +111,8 @@ class Situation:
     claimed_for: timedelta | None = None
     # The sender waits because its user may have no more of a dispatcher's slots.
     parked: bool = False
+    # The same of the limits that the user has for all its senders. None means that it has none.
+    user: UserSituation | None = None
     # When the sending hours begin again. None means that mail may be sent now.
     opens: datetime | None = None
     circuit: OpenCircuit | None = None
@@ -236,6 +252,9 @@ def _holds(it: Situation) -> Iterator[tuple[datetime, Explanation]]:
 
 def _explain_first(it: Situation) -> Explanation:
     zero = timedelta(0)
+    by_user = None if it.user is None else _explain_user(it, it.user)
+    if by_user is not None:
+        return by_user
     if it.window_left > zero and it.window_left >= it.gap_left:
         until = it.now + it.window_left
         text = f"The sender's limit of {it.hourly_limit} mails is used up until {_at(until)}."
@@ -251,6 +270,29 @@ def _explain_first(it: Situation) -> Explanation:
         return _SHARE
     text = "It may be sent now, as soon as a dispatcher is free."
     return Explanation(WaitReason.DISPATCHER, it.now, text)
+
+
+def _explain_user(it: Situation, user: UserSituation) -> Explanation | None:
+    """Explain a wait for the limits of the user; None if the sender's own limits last longer."""
+    own = max(it.window_left, it.gap_left, timedelta(0))
+    if own == timedelta(0) and user.has_gap and user.in_flight and not it.in_flight:
+        text = "Another mail of its user is being sent, and the user's gap allows one at a time."
+        return Explanation(WaitReason.USER_GAP, None, text)
+    if max(user.window_left, user.gap_left) <= own:
+        return None
+    if user.window_left >= user.gap_left:
+        until = it.now + user.window_left
+        text = (
+            f"The limit of {user.hourly_limit} mails that its user has for all senders together is "
+            f"used up until {_at(until)}; then they take turns."
+        )
+        return Explanation(WaitReason.USER_HOURLY_LIMIT, until, text)
+    until = it.now + user.gap_left
+    text = (
+        f"The gap after the last send of its user, by whichever sender, ends at {_at(until)}; then "
+        "its senders take turns."
+    )
+    return Explanation(WaitReason.USER_GAP, until, text)
 
 
 def _at(time: datetime) -> str:

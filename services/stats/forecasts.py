@@ -28,6 +28,8 @@ _LIMITS: Final = {
     Bound.SPACING: sender_pb2.BINDING_LIMIT_SPACING,
     Bound.GAP: sender_pb2.BINDING_LIMIT_MIN_GAP,
     Bound.WINDOW: sender_pb2.BINDING_LIMIT_HOURLY_LIMIT,
+    Bound.USER_WINDOW: sender_pb2.BINDING_LIMIT_USER_HOURLY_LIMIT,
+    Bound.USER_GAP: sender_pb2.BINDING_LIMIT_USER_GAP,
     Bound.HOURS: sender_pb2.BINDING_LIMIT_SENDING_HOURS,
     Bound.COOLDOWN: sender_pb2.BINDING_LIMIT_COOLDOWN,
 }
@@ -36,6 +38,8 @@ _REASONS: Final = {
     Bound.SPACING: "the spacing of its mails binds",
     Bound.GAP: "the sender's gap binds",
     Bound.WINDOW: "the sender's hourly limit binds",
+    Bound.USER_WINDOW: "the hourly limit of its user for all senders binds",
+    Bound.USER_GAP: "the gap of its user for all senders binds",
     Bound.HOURS: "the sender's sending hours bind",
     Bound.COOLDOWN: "the sender's cooldown binds",
     Bound.PLACES: "the duration of each send binds",
@@ -145,7 +149,7 @@ def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
     text = f"The last of {_mails(found.jobs)} will be sent at {when}"
     if found.ahead:
         text += f", after {found.ahead:,} others of the sender"
-    text += f"; {_REASONS[found.bound]}"
+    text += f"; {_reason(found)}"
     if found.expiring:
         text += f"; {found.expiring:,} expire before"
     conditions = [
@@ -164,6 +168,13 @@ def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
             f"failed: {trouble.message}"
         )
     return f"{text}."
+
+
+def _reason(found: Forecast) -> str:
+    if found.bound in (Bound.USER_WINDOW, Bound.USER_GAP) and found.sharing > 1:
+        turns = f"if its {found.sharing:,} senders with due mail keep taking turns"
+        return f"{_REASONS[found.bound]}, {turns}"
+    return _REASONS[found.bound]
 
 
 def _mails(count: int) -> str:

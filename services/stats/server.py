@@ -53,7 +53,7 @@ async def serve(
         stack.push_async_callback(engine.dispose)
         removing = create_engine(settings, lookups_only=True)
         stack.push_async_callback(removing.dispose)
-        rules = Rules(settings.min_gap, settings.rate_window, settings.lease)
+        rules = Rules.from_settings(settings)
         watch = Watch(partial(storage.read_watched, engine, rules.window))
         servicer = StatsServicer(engine, rules, watch)
         service = ServiceBinding(

@@ -40,11 +40,15 @@ from outbox_server.shared.database.models import (
     CountDelta,
     EmailJob,
     Sender,
+    UserRow,
 )
 from outbox_server.shared.forecast.job_groups import first_of, in_order, joined
 from outbox_server.shared.forecast.openings import Openings
 from outbox_server.shared.forecast.simulation import JobGroup, Limiter, Sends
+from outbox_server.shared.forecast.user_shares import UserLimiter
 from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserSendLimits
+from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import BatchState, JobState, SenderState
 
 # The most jobs that are read one by one, in about 20 ms.
@@ -59,11 +63,21 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The operator's settings: `OUTBOX_MIN_GAP`, `OUTBOX_RATE_WINDOW`, `OUTBOX_LEASE`."""
+    """The operator's settings: `OUTBOX_MIN_GAP`, `OUTBOX_RATE_WINDOW`, `OUTBOX_LEASE`.
+
+    `everyone` has `OUTBOX_USER_HOURLY_LIMIT` and `OUTBOX_USER_GAP`.
+    """
 
     floor: timedelta
     window: timedelta
     lease: timedelta
+    everyone: UserSendLimits = NO_USER_LIMITS
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Rules:
+        """Return the rules of an installation."""
+        everyone = UserSendLimits.from_settings(settings)
+        return cls(settings.min_gap, settings.rate_window, settings.lease, everyone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +90,8 @@ class SenderPace:
     # Number of jobs that wait.
     waiting: int
     cooldown: CooldownRecord | None = None
+    # The limits that its user has for all its senders together.
+    user: UserLimiter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +137,31 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
                 Sender.min_gap_ms,
                 Sender.max_in_flight,
                 Sender.sending_hours,
+                Sender.user_id,
+                UserRow.hourly_limit.label("user_hourly_limit"),
+                UserRow.min_gap_ms.label("user_min_gap_ms"),
                 last_end.label("last_end"),
                 *COOLDOWN_COLUMNS,
             )
             .outerjoin_from(Sender, Cooldown, Cooldown.sender_id == Sender.id)
+            .outerjoin(UserRow, UserRow.user_id == Sender.user_id)
             .where(Sender.id == sender_id)
         )
     ).one()
     now = to_us(row.now)
     cooldown = cooldown_of(row)
     takes = await _read_takes(connection, sender_id)
-    sent = await _read_sends(connection, sender_id, row.hourly_limit, rules.window)
+    own = Attempt.sender_id == sender_id
+    sent = await _read_sends(connection, own, row.hourly_limit, rules.window)
     ends = [to_us(row.last_end)] if row.last_end else []
-    for began in await _read_in_flight(connection, sender_id, rules.lease):
+    for began in await _read_in_flight(connection, EmailJob.sender_id == sender_id, rules.lease):
         end = max(now, to_us(began) + takes)
         sent.append(Sends(end))
         ends.append(end)
+    limits = rules.everyone.overridden(row.user_hourly_limit, row.user_min_gap_ms)
+    user = None
+    if limits:
+        user = await _read_user(connection, row.user_id, limits, rules, (now, takes))
     counts = await sender_counts(connection, [sender_id])
     gap = effective_gap(row.min_gap_ms, rules.floor)
     return SenderPace(
@@ -155,6 +180,46 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
         ),
         waiting=counts[sender_id].scheduled,
         cooldown=cooldown,
+        user=user,
+    )
+
+
+async def _read_user(
+    connection: AsyncConnection,
+    user_id: str,
+    limits: UserSendLimits,
+    rules: Rules,
+    pace: tuple[int, int],
+) -> UserLimiter:
+    """Return the limiter of a user; `pace` has the present time and the duration of a send."""
+    now, takes = pace
+    senders = select(Sender.id).where(Sender.user_id == user_id)
+    most = limits.hourly_limit or 1
+    sent = await _read_sends(connection, Attempt.sender_id.in_(senders), most, rules.window)
+    ends = [sends.first + (sends.count - 1) * sends.step for sends in sent]
+    for began in await _read_in_flight(connection, EmailJob.sender_id.in_(senders), rules.lease):
+        end = max(now, to_us(began) + takes)
+        sent.append(Sends(end))
+        ends.append(end)
+    first_due = (
+        select(EmailJob.scheduled_at)
+        .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
+        .order_by(EmailJob.scheduled_at, EmailJob.id)
+        .limit(1)
+        .correlate(Sender)
+        .scalar_subquery()
+    )
+    competing = select(func.count()).where(
+        Sender.user_id == user_id,
+        Sender.state == SenderState.ACTIVE,
+        first_due <= func.statement_timestamp(),
+    )
+    return UserLimiter(
+        limit=limits.hourly_limit,
+        gap=limits.gap // _MICROSECOND,
+        senders=max(1, await connection.scalar(competing) or 0),
+        sent=sent,
+        last_end=max(ends, default=None),
     )
 
 
@@ -184,7 +249,7 @@ async def _read_takes(connection: AsyncConnection, sender_id: int) -> int:
 
 
 async def _read_sends(
-    connection: AsyncConnection, sender_id: int, limit: int, window: timedelta
+    connection: AsyncConnection, of_senders: ColumnElement[bool], limit: int, window: timedelta
 ) -> list[Sends]:
     """Return the ends in the window, at most `limit`; if they are many, from every n-th one."""
     ends = (
@@ -194,7 +259,7 @@ async def _read_sends(
             func.least(func.count().over(), limit).label("total"),
         )
         .where(
-            Attempt.sender_id == sender_id,
+            of_senders,
             Attempt.counted,
             # Not clock_timestamp(): PostgreSQL uses no index for a value that changes meanwhile.
             Attempt.ended_at > func.statement_timestamp() - window,
@@ -222,12 +287,12 @@ async def _read_sends(
 
 
 async def _read_in_flight(
-    connection: AsyncConnection, sender_id: int, lease: timedelta
+    connection: AsyncConnection, of_senders: ColumnElement[bool], lease: timedelta
 ) -> Sequence[datetime]:
     """Return the start of the lease of each job in SENDING."""
     rows = await connection.execute(
         select(EmailJob.lease_until - lease)
-        .where(EmailJob.sender_id == sender_id, in_state(JobState.SENDING))
+        .where(of_senders, in_state(JobState.SENDING))
         .order_by(EmailJob.lease_until)
     )
     return [began for began in rows.scalars() if began]

@@ -29,6 +29,7 @@ from outbox_server.shared.forecast.simulation import (
     SimulatedOutcome,
     simulate,
 )
+from outbox_server.shared.forecast.user_shares import share_of
 
 # The largest simulation in the event loop: its number of groups, and its work, which takes about
 # 5 ms. Larger simulations run in a thread.
@@ -53,6 +54,8 @@ class Forecast:
     end: datetime | None = None
     # The limit that causes most of the wait. None means only the due time.
     bound: Bound | None = None
+    # The senders of the user with due mail, which take turns if the user has limits.
+    sharing: int = 1
     # Number of other jobs of the sender that come before the last one.
     ahead: int = 0
     expiring: int = 0
@@ -116,7 +119,9 @@ async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
     # Limit.PAUSE: the time at which a paused sender resumes is unknown.
     if not jobs or not pace.active:
         return known
-    found = await _simulate(pace.limiter, groups, pace.now)
+    # Limit.USER_WINDOW, Limit.USER_GAP
+    shared = share_of(pace.limiter, pace.user)
+    found = await _simulate(shared.limiter, groups, pace.now)
     try:
         first = None if found.first is None else from_us(found.first)
         end = None if found.end is None else from_us(found.end)
@@ -126,7 +131,8 @@ async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
         known,
         first=first,
         end=end,
-        bound=found.bound,
+        bound=found.bound and shared.bounds.get(found.bound, found.bound),
+        sharing=1 if pace.user is None else pace.user.senders,
         ahead=max(found.sends - (jobs - found.expiring), 0),
         expiring=found.expiring,
         within_sight=found.within_sight,

@@ -54,6 +54,10 @@ class Bound(Enum):
     SPACING = "spacing"
     GAP = "gap"
     WINDOW = "window"
+    # Those that the user has for all its senders: Limit.USER_GAP, Limit.USER_WINDOW. A simulation
+    # gets them as limits of the sender (user_shares.py).
+    USER_GAP = "user gap"
+    USER_WINDOW = "user window"
     HOURS = "hours"
     COOLDOWN = "cooldown"
     # With a gap of 0: the number of sends in flight.
