@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Final, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -12,9 +14,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.audit import storage
 from outbox_server.shared.audit.jobs import Copies, contradiction_of, delivery_of
 from outbox_server.shared.audit.replay import Replay
-from outbox_server.shared.audit.storage import AuditedSender, Totals
+from outbox_server.shared.audit.storage import AuditedSender, AuditedUser, Totals
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.message_ids import job_of_message_id
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings
 
 _EXAMPLES: Final = 5
@@ -72,6 +75,17 @@ class JobFindings:
 
 
 @dataclass
+class UserReplays:
+    """The sends of all senders of one user, and the limits that it has for them together."""
+
+    user_id: str
+    limits: UserSendLimits
+    recorded: Replay
+    # None if the SMTP side was not read.
+    seen: Replay | None = None
+
+
+@dataclass
 class Findings:
     """The findings of an audit; `shared.audit.report` decides which of them break a promise."""
 
@@ -82,6 +96,8 @@ class Findings:
     # By sender: the sends that PostgreSQL recorded, and those that the SMTP side saw, with times.
     recorded: dict[int, Replay]
     seen: dict[int, Replay] | None
+    # The same of each user with limits for all its senders together.
+    users: list[UserReplays] = field(default_factory=list)
 
 
 async def audit_installation(settings: Settings, smtp_side: SmtpSide | None) -> Findings:
@@ -117,14 +133,21 @@ async def _audit(
     recorded = _Replays(senders, settings)
     async for sender_id, start, end in storage.stream_sends(connection):
         recorded.add(sender_id, start, end)
+    users = await _replay_users(connection, senders, settings)
     seen = None
     sends = None if smtp_side is None else smtp_side.sends()
+    if sends is None:
+        users = {user_id: replace(user, seen=None) for user_id, user in users.items()}
     if sends is not None:
         seen = _Replays(senders, settings)
         for message_id, start, end in sends:
             job_id = job_of_message_id(message_id, installation)
             if job_id is not None and job_id < len(sender_of) and sender_of[job_id]:
-                seen.add(sender_of[job_id], start, end)
+                sender_id = sender_of[job_id]
+                seen.add(sender_id, start, end)
+                user = users.get(senders[sender_id].user_id)
+                if user is not None and user.seen is not None:
+                    user.seen.add(start, end)
     return Findings(
         senders=senders,
         totals=totals,
@@ -132,7 +155,41 @@ async def _audit(
         jobs=jobs,
         recorded=recorded.by_sender,
         seen=None if seen is None else seen.by_sender,
+        users=list(users.values()),
     )
+
+
+async def _replay_users(
+    connection: AsyncConnection, senders: dict[int, AuditedSender], settings: Settings
+) -> dict[str, UserReplays]:
+    everyone = UserSendLimits.from_settings(settings)
+    changed = await storage.read_users(connection)
+    users: dict[str, UserReplays] = {}
+    for user_id in sorted({sender.user_id for sender in senders.values()}):
+        user = changed.get(user_id, AuditedUser(user_id))
+        limits = everyone.overridden(user.hourly_limit, user.min_gap_ms)
+        if limits:
+            recorded, seen = (
+                Replay(
+                    settings.rate_window.total_seconds(),
+                    limits.hourly_limit or sys.maxsize,
+                    _since(user.changed_at, settings),
+                )
+                for _ in range(2)
+            )
+            users[user_id] = UserReplays(user_id, limits, recorded, seen)
+    if users:
+        async for user_id, start, end in storage.stream_sends_of_users(connection, users):
+            users[user_id].recorded.add(start, end)
+    return users
+
+
+def _since(changed_at: datetime | None, settings: Settings) -> float | None:
+    """Return the start of the sends to check after a change.
+
+    A send that began within a lease after it may have been claimed before it.
+    """
+    return None if changed_at is None else changed_at.timestamp() + settings.lease.total_seconds()
 
 
 def _copies(smtp_side: SmtpSide, installation: str, totals: Totals) -> Copies:
@@ -184,17 +241,15 @@ class _Replays:
 
     def __init__(self, senders: dict[int, AuditedSender], settings: Settings) -> None:
         self._senders = senders
+        self._settings = settings
         self._window = settings.rate_window.total_seconds()
-        # A send that began within this after a change may have been claimed before it.
-        self._lease = settings.lease.total_seconds()
         self.by_sender: dict[int, Replay] = {}
 
     def add(self, sender_id: int, start: float, end: float) -> None:
         replay = self.by_sender.get(sender_id)
         if replay is None:
             sender = self._senders[sender_id]
-            changed = sender.changed_at
-            since = None if changed is None else changed.timestamp() + self._lease
+            since = _since(sender.changed_at, self._settings)
             replay = Replay(self._window, sender.hourly_limit, since)
             self.by_sender[sender_id] = replay
         replay.add(start, end)

@@ -51,7 +51,9 @@ def most_in_window(ends: Iterable[Time], window: Time) -> int:
 
 
 class Replay:
-    """Replays the sends of one sender, in the order of their ends, with the memory of one window.
+    """Replays the sends of one sender or user, in the order of their ends.
+
+    It needs the memory of one window.
 
     Times are seconds. Sends that started before `since` are not checked, because other limits may
     have been valid then. They still count in the gap and window of later sends.
@@ -83,11 +85,11 @@ class Replay:
             return
         self.checked += 1
         self.most_in_window = max(self.most_in_window, len(inside))
-        # Limit.WINDOW
+        # Limit.WINDOW, and Limit.USER_WINDOW with the sends of all senders of a user.
         if len(inside) > self._limit:
             span = end - inside[-1 - self._limit]
             self.shortest = span if self.shortest is None else min(self.shortest, span)
-        # Limit.GAP
+        # Limit.GAP, Limit.USER_GAP
         if before is not None:
             gap = start - before
             self.least_gap = gap if self.least_gap is None else min(self.least_gap, gap)

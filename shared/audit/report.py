@@ -10,6 +10,7 @@ from outbox_server.shared.audit.installation import Findings
 from outbox_server.shared.audit.replay import Replay
 from outbox_server.shared.audit.storage import AuditedSender
 from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings, format_duration
 from outbox_server.shared.states import JobState
 
@@ -69,6 +70,42 @@ class SenderCheck:
 
 
 @dataclass(frozen=True, slots=True)
+class UserCheck:
+    """The sends of all senders of one user, compared with the limits that they share."""
+
+    user_id: str
+    limits: UserSendLimits
+    replay: Replay
+    by_smtp_side: bool
+
+    def broken(self, window: str) -> Iterator[str]:
+        """Yield the broken promises, one per line."""
+        slack = 0.0 if self.by_smtp_side else RECORDING_SLACK_S
+        gap, least = self.replay.least_gap, self.limits.gap.total_seconds()
+        if gap is not None and least and gap < least - slack:
+            yield f"user {self.user_id}: a gap of {gap:.3f} s, less than {least:g} s"
+        if self.replay.overshoot(slack):
+            yield (
+                f"user {self.user_id}: {self.replay.most_in_window} mails within {window}, more "
+                f"than {self.limits.hourly_limit}"
+            )
+
+    def document(self) -> dict[str, Any]:
+        """Return its part of the JSON document."""
+        gap = self.replay.least_gap
+        return {
+            "user_id": self.user_id,
+            "checked_by": _CHECKED_BY[self.by_smtp_side],
+            "sends": self.replay.sends,
+            "checked": self.replay.checked,
+            "hourly_limit": self.limits.hourly_limit,
+            "most_in_window": self.replay.most_in_window,
+            "min_gap_s": self.limits.gap.total_seconds(),
+            "least_gap_s": None if gap is None else round(gap, 6),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class AuditReport:
     """The findings of an audit, with the settings that they are compared with."""
 
@@ -85,6 +122,21 @@ class AuditReport:
         """All senders that have sent, ordered by the distance to their limits, closest first."""
         checks = [self._check(sender) for sender in self.findings.senders.values()]
         return sorted(filter(None, checks), key=lambda check: check.margin)
+
+    @property
+    def users(self) -> list[UserCheck]:
+        """All users with limits for all their senders together."""
+        elsewhere = {
+            self.findings.senders[sender_id].user_id
+            for sender_id in self.findings.jobs.senders_elsewhere
+        }
+        checks = []
+        for user in self.findings.users:
+            # If mail of the user also went elsewhere, the SMTP side saw only some of it.
+            seen = None if user.user_id in elsewhere else user.seen
+            replay = user.recorded if seen is None else seen
+            checks.append(UserCheck(user.user_id, user.limits, replay, seen is not None))
+        return checks
 
     def _check(self, sender: AuditedSender) -> SenderCheck | None:
         replays, by_smtp_side = self.findings.recorded, False
@@ -114,8 +166,8 @@ class AuditReport:
         floor = format_duration(self.settings.min_gap)
         return (
             f"each sender's hourly_limit in any {window} (OUTBOX_RATE_WINDOW) and its min_gap, at "
-            f"least {floor} (OUTBOX_MIN_GAP), as they are now; sends before the last change of "
-            "their sender are not checked"
+            f"least {floor} (OUTBOX_MIN_GAP), and with the limits of each user, as they are now; "
+            "sends before the last change of their sender or user are not checked"
         )
 
     @property
@@ -136,6 +188,8 @@ class AuditReport:
         window = format_duration(self.settings.rate_window)
         for check in self.senders:
             lines += check.broken(window)
+        for user in self.users:
+            lines += user.broken(window)
         return lines + [f"for example: {text}" for text in jobs.examples]
 
     def _gap_s(self, sender: AuditedSender) -> float:
@@ -179,6 +233,7 @@ class AuditReport:
                 "slack_s": max((one.slack_s for one in self.senders), default=0.0),
             },
             "senders": [_sender(check) for check in self.senders],
+            "users": [check.document() for check in self.users],
             "broken": self.broken,
         }
 

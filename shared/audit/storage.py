@@ -34,6 +34,7 @@ from outbox_server.shared.database.models import (
     PurgedCount,
     Sender,
     SenderHourCount,
+    UserRow,
 )
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.states import FINAL_STATES, AttemptOutcome, JobState
@@ -59,6 +60,18 @@ class AuditedSender:
     min_gap_ms: int | None
     # The time of its last change. None means that it was never changed.
     changed_at: datetime | None
+    user_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedUser:
+    """A user with the limits that were set for it. None means those of all users."""
+
+    user_id: str
+    hourly_limit: int | None = None
+    min_gap_ms: int | None = None
+    # The time of its last change. None means that it was never changed.
+    changed_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +106,36 @@ async def read_senders(connection: AsyncConnection) -> dict[int, AuditedSender]:
             Sender.hourly_limit,
             Sender.min_gap_ms,
             changed.label("changed_at"),
+            Sender.user_id,
         )
     )
     return {row.id: AuditedSender(*row) for row in rows}
+
+
+async def read_users(connection: AsyncConnection) -> dict[str, AuditedUser]:
+    """Return every user for which something was set, by its id."""
+    rows = await connection.execute(
+        select(UserRow.user_id, UserRow.hourly_limit, UserRow.min_gap_ms, UserRow.updated_at)
+    )
+    return {row.user_id: AuditedUser(*row) for row in rows}
+
+
+async def stream_sends_of_users(
+    connection: AsyncConnection, user_ids: Iterable[str]
+) -> AsyncIterator[tuple[str, float, float]]:
+    """Yield (user, start, end) of every send of these users, ordered by user and end."""
+    statement = (
+        select(Sender.user_id, _seconds(Attempt.started_at), _seconds(Attempt.ended_at))
+        .join(Sender, Sender.id == Attempt.sender_id)
+        .where(
+            Sender.user_id.in_(list(user_ids)),
+            Attempt.counted,
+            Attempt.outcome != AttemptOutcome.LEASE_EXPIRED,
+        )
+        .order_by(Sender.user_id, Attempt.ended_at)
+    )
+    async for row in await _stream(connection, statement):
+        yield row[0], row[1], row[2]
 
 
 async def read_totals(connection: AsyncConnection) -> Totals:

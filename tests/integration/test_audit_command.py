@@ -382,3 +382,36 @@ async def test_mails_of_removed_jobs_are_not_checked_but_their_counts_are(
     assert any("1 mails belong to jobs that PostgreSQL does not have" in line for line in broken)
     assert any("counts differ" in line for line in broken)
     assert any("1 accepted jobs have no row" in line for line in broken)
+
+
+@pytest.mark.parametrize("smtp_side", [False, True])
+async def test_the_limits_that_all_senders_of_a_user_share_are_replayed(
+    past: SentHistory, settings: Settings, smtp_side: bool
+) -> None:
+    one, two, other = (
+        await past.world.sender(gap_ms=0),
+        await past.world.sender(gap_ms=0),
+        await past.world.sender(user="bert"),
+    )
+    await past.sent(one, 0, 6)
+    await past.sent(two, 3, 9)
+    await past.sent(other, 1, 5)
+    past.mails.sort(key=lambda mail: mail.received_at)
+    assert (await past.audit(settings, smtp_side=smtp_side)).broken == []
+    limits = settings.model_copy(
+        update={"user_hourly_limit": 3, "user_gap": timedelta(seconds=2, milliseconds=950)}
+    )
+    report = await past.audit(limits, smtp_side=smtp_side)
+    gap = "2.920" if smtp_side else "2.900"
+    found = [line for line in report.broken if "user" in line]
+    expected = ["user anna: 4 mails within 10s, more than 3"]
+    if smtp_side:
+        expected = [f"user anna: a gap of {gap} s, less than 2.95 s", *expected]
+    assert found == expected
+    users = {one["user_id"]: one for one in report.document()["users"]}
+    assert (users["anna"]["sends"], users["bert"]["sends"]) == (4, 2)
+    # What an operator has set for one user takes precedence.
+    await past.world.sql(
+        "INSERT INTO users (user_id, hourly_limit, min_gap_ms) VALUES ('anna', 4, 0)"
+    )
+    assert (await past.audit(limits, smtp_side=smtp_side)).broken == []
