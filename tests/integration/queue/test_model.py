@@ -359,7 +359,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 # 40 examples, split so that the workers share them.
-@pytest.mark.parametrize("_part", range(4))
+@pytest.mark.parametrize("_part", range(5))
 @pytest.mark.usefixtures("low_water")
 def test_the_scripts_agree_with_the_model_and_keep_the_promises(
     redis_url: str, runner: asyncio.Runner, _part: int
@@ -374,7 +374,7 @@ def test_the_scripts_agree_with_the_model_and_keep_the_promises(
         run_state_machine_as_test(
             Machine,
             settings=settings(
-                max_examples=10,
+                max_examples=8,
                 phases=[Phase.generate],
                 stateful_step_count=50,
                 deadline=None,
