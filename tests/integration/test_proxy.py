@@ -28,11 +28,15 @@ async def proxy(stores: Stores, redis_url: str) -> AsyncIterator[TcpProxy]:
 
 
 @pytest.fixture
-async def client(proxy: TcpProxy) -> AsyncIterator[Redis]:
+async def client(stores: Stores, proxy: TcpProxy) -> AsyncIterator[Redis]:
     """One connection that is never reopened automatically."""
     never = Retry(NoBackoff(), 0)
     async with Redis(
-        host=LOOPBACK, port=proxy.port, single_connection_client=True, retry=never
+        host=LOOPBACK,
+        port=proxy.port,
+        password=stores.redis.password,
+        single_connection_client=True,
+        retry=never,
     ) as client:
         yield client
 
@@ -80,7 +84,8 @@ async def test_the_proxy_presents_its_current_certificate(stores: Stores, tmp_pa
     trusted, other = self_signed(tmp_path), self_signed(tmp_path / "other")
     context = server_context(trusted)
     async with TcpProxy(lambda: stores.redis.port, context) as proxy:
-        url = f"rediss://{LOOPBACK}:{proxy.port}?ssl_ca_certs={trusted.public}"
+        login = f":{stores.redis.password}@"
+        url = f"rediss://{login}{LOOPBACK}:{proxy.port}?ssl_ca_certs={trusted.public}"
         never = Retry(NoBackoff(), 0)
         for certificate in (trusted, other, trusted):
             context.load_cert_chain(*certificate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Sized
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -188,19 +188,23 @@ async def test_a_recovery_skips_a_lease_that_is_being_renewed(
     assert (await world.job(job.job.job_id)).state == JobState.SENDING
 
 
-@pytest.mark.parametrize("recovered", [True, False], ids=["committed", "rolled back"])
-async def test_a_renewal_waits_for_a_recovery_under_way(
-    world: World, connection: AsyncConnection, recovered: bool
+async def test_a_renewal_leaves_out_a_job_whose_recovery_is_under_way(
+    world: World, connection: AsyncConnection
 ) -> None:
-    # After an outage of PostgreSQL a recovery is rolled back to give dispatchers time.
-    [job] = await marked_jobs(world, connection, lease=OVER)
+    [job, other] = await marked_jobs(world, connection, 2, lease=OVER)
     async with world.engine.connect() as recovering:
         await storage.recover_expired(recovering, LEASE, JobState.SCHEDULED)
-        renewing = asyncio.create_task(renew(connection, job))
-        await waiting_for_locks(world, 1)
-        await (recovering.commit() if recovered else recovering.rollback())
+        assert await renew(connection, job, other) == {}
+        # After an outage of PostgreSQL a recovery is rolled back to give dispatchers time.
+        assert await storage.still_sending(connection, [job.job]) == {job.job.job_id}
+        await recovering.rollback()
 
-        assert set(await renewing) == (set() if recovered else {job.job.job_id})
+        assert set(await renew(connection, job)) == {job.job.job_id}
+        await storage.recover_expired(recovering, LEASE, JobState.SCHEDULED)
+        await recovering.commit()
+
+    assert await renew(connection, other) == {}
+    assert await storage.still_sending(connection, [other.job]) == set()
 
 
 async def test_a_recovered_attempt_starts_no_later_than_its_last_renewal(
@@ -219,51 +223,44 @@ async def test_a_recovered_attempt_starts_no_later_than_its_last_renewal(
 # Concurrent with a settlement ----------------------------------------------------------------
 
 
-async def test_a_renewal_and_a_settlement_of_the_same_jobs_do_not_wait_for_each_other(
+async def test_a_renewal_waits_neither_for_a_locked_row_nor_for_a_settlement(
     world: World, statements: AsyncEngine
 ) -> None:
     # A job that has just ended is both in the renewal under way and in the group being recorded.
     async with statements.connect() as renewing, statements.connect() as settling:
-        first, second = await marked_jobs(world, renewing, 2)
+        first, second, third = await marked_jobs(world, renewing, 3)
         async with world.engine.begin() as holder:
             await holder.execute(
                 text("SELECT 1 FROM email_jobs WHERE id = :id FOR UPDATE"), {"id": first.job.job_id}
             )
-            renewal = asyncio.create_task(renew(renewing, first, second))
-            await waiting_for_locks(world, 1)
             settlement = asyncio.create_task(
                 storage.settle(settling, [sent(second), sent(first)], time.monotonic())
             )
-            await waiting_for_locks(world, 2)
+            await waiting_for_locks(world, 1)
+            # The settlement may have locked the second row already.
+            renewed = set(await renew(renewing, first, second, third))
+            assert third.job.job_id in renewed
+            assert first.job.job_id not in renewed
 
-        assert len(await renewal) == 2
         assert len(await settlement) == 2
+        assert await renew(renewing, first, second) == {}
 
 
-@pytest.mark.parametrize("renewed_first", [True, False])
-async def test_a_renewal_and_a_give_back_of_the_same_jobs_do_not_wait_for_each_other(
-    world: World, statements: AsyncEngine, renewed_first: bool
+async def test_a_renewal_does_not_wait_for_a_give_back_of_the_same_jobs(
+    world: World, statements: AsyncEngine
 ) -> None:
     async with statements.connect() as renewing, statements.connect() as giving:
         first, second = await marked_jobs(world, renewing, 2)
-
-        def renewal(*jobs: MarkedJob) -> Awaitable[Sized]:
-            return renew(renewing, *jobs)
-
-        def give_back(*jobs: MarkedJob) -> Awaitable[Sized]:
-            return storage.give_back(giving, jobs)
-
-        steps = (renewal, give_back) if renewed_first else (give_back, renewal)
         async with world.engine.begin() as holder:
             await holder.execute(
                 text("SELECT 1 FROM email_jobs WHERE id = :id FOR UPDATE"), {"id": first.job.job_id}
             )
-            earlier = asyncio.ensure_future(steps[0](first, second))
+            given_back = asyncio.create_task(storage.give_back(giving, [first, second]))
             await waiting_for_locks(world, 1)
             # In the opposite order.
-            later = asyncio.ensure_future(steps[1](second, first))
-            await waiting_for_locks(world, 2)
+            renewed = set(await renew(renewing, second, first))
+            assert first.job.job_id not in renewed
 
-        assert len(await earlier) == 2
-        # The end of the lease is the fencing token of a give-back; afterwards no renewal succeeds.
-        assert len(await later) == 0
+        # The end of the lease is the fencing token of a give-back.
+        assert len(await given_back) == 2 - len(renewed)
+        assert set(await renew(renewing, first, second)) == renewed

@@ -12,6 +12,7 @@ import pytest
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import dispatcher as dispatcher_module
 from outbox_server.services.dispatcher import recovery as recovery_module
+from outbox_server.services.dispatcher import server as server_module
 from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, running, settings_of
@@ -192,12 +193,14 @@ async def memory(world: World) -> int:
 
 
 async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_entry(
-    configure: Configure,
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job, not marked yet, was claimed before and after a loss of Redis: one claim is refused.
 
     The refused claim must not release the entry of the claim that sends.
     """
+    # Both marks wait for the lock at the same time.
+    monkeypatch.setattr(server_module, "_LOCK_TIMEOUT", timedelta(seconds=60))
     held = Wait()
     async with ScriptedServer({"body": [Succeed(), (held, Succeed())]}) as server:
         settings = settings_of(configure(server.url, min_gap="1s"))
