@@ -47,14 +47,16 @@ async def test_a_full_disk_refuses_the_batch_and_a_later_try_succeeds(
             " END $$"
         )
         try:
-            scheduler.execute(
+            # In a thread: the server in this process may have to end a transaction first.
+            await asyncio.to_thread(
+                scheduler.execute,
                 f"CREATE TRIGGER full_disk BEFORE INSERT ON {table}"
-                " FOR EACH ROW EXECUTE FUNCTION disk_full()"
+                " FOR EACH ROW EXECUTE FUNCTION disk_full()",
             )
             refused = await pressed(scheduler.schedule(sender, request_id="once"))
             refused_upload = await pressed(scheduler.batches.UploadBatch(upload(sender)))
         finally:
-            scheduler.execute("DROP FUNCTION disk_full CASCADE")
+            await asyncio.to_thread(scheduler.execute, "DROP FUNCTION disk_full CASCADE")
 
         assert refused == refused_upload == ("RESOURCE_EXHAUSTED", "DATABASE_EXHAUSTED")
         assert scheduler.value("SELECT count(*) FROM email_jobs") == 0
