@@ -1,4 +1,4 @@
-"""TCP sockets of processes, as the kernel lists them in /proc."""
+"""Lists TCP sockets of processes, from /proc."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from outbox_server.deploy.drill.load import USER
 from outbox_server.deploy.embedded.encryption_key import key_in
 from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
 from outbox_server.deploy.ports import LOOPBACK
+from outbox_server.deploy.private_files import write_private
 from outbox_server.shared.auth.keys import NewKey, make_key
 from outbox_server.shared.database.migrating import migrate
 
@@ -37,8 +38,7 @@ class ProductionConfiguration:
         # Not the certificate of the stores: a client that trusts only that one must fail.
         self._services = self_signed(folder / "services")
         self._key, self._hostile_key = make_key(), make_key()
-        self._database_password = secrets.token_urlsafe(24)
-        self.redis_password: Final = secrets.token_urlsafe(24)
+        self._database_password = PasswordFile(folder / "postgres").password_of(OWNER)
 
     @property
     def contexts(self) -> dict[str, ssl.SSLContext]:
@@ -91,8 +91,8 @@ class ProductionConfiguration:
             found |= {f"OUTBOX_{name}": "", f"OUTBOX_{name}_FILE": str(file)}
         return found
 
-    def prepare_database(self, postgres: PostgresServer, port: int) -> None:
-        """Require a password, migrate by way of the proxy at `port`, and store the users' keys.
+    def prepare_database(self, port: int) -> None:
+        """Migrate by way of the proxy at `port`, and store the users' keys.
 
         Called in a thread, while the event loop of the proxy runs in another one.
         """

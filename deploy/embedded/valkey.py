@@ -14,6 +14,7 @@ from outbox_server.deploy.child import CHILD_ENVIRONMENT, Child, stop_orphans
 from outbox_server.deploy.embedded.local_server import LocalServer
 from outbox_server.deploy.ports import LOOPBACK
 from outbox_server.deploy.private_files import write_private
+from outbox_server.deploy.wheels import valkey_binary
 
 _START_LIMIT: Final = 30.0
 

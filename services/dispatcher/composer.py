@@ -20,7 +20,7 @@ from outbox_server.services.dispatcher.message import (
     MessageError,
     wire_address,
 )
-from outbox_server.services.dispatcher.slots import Route
+from outbox_server.services.dispatcher.shares import Route
 from outbox_server.services.dispatcher.smtp import Envelope
 from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
 from outbox_server.shared.database.message_ids import message_id_for
@@ -153,7 +153,7 @@ class Composer:
                     max_bytes=self._settings.max_message_bytes,
                 )
             endpoint = resolve_endpoint(content.endpoint, self._settings, self._secrets)
-            route = Route((endpoint.host, endpoint.port), content.user_id)
+            route = route_to(endpoint, content.user_id)
             return _BatchMail(content, endpoint, route, template, builder)
         except MessageError as error:
             return CompositionError(f"{error.reason}: {error.message}")

@@ -53,10 +53,10 @@ from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim, Claimed, Queue
 from outbox_server.shared.quotas.storage import read_unproven_endpoints
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 from outbox_server.shared.templates.workers import WorkerLostError
+from outbox_server.shared.user_quotas import UserQuotas
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -64,6 +64,8 @@ if TYPE_CHECKING:
 # Redis cannot announce that it lost its data, so a shard is claimed from at least this often.
 HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
+# The pause before a job is claimed again that somebody else had locked.
+_LOCKED_PAUSE = timedelta(seconds=1)
 # An operator's change of a quota applies after this time at the latest.
 _QUOTAS_AGE = timedelta(seconds=5)
 _log = structlog.get_logger(__name__)
@@ -202,8 +204,7 @@ class Dispatcher:
         self._slots.close()
         self._pool.give_up_waiting()
         self._composer.give_up_building()
-        for listener in self._listeners:
-            listener.wake()
+        self._wake()
         await self._slots.wait_until_idle()
         return self._settler.given_back_count
 
@@ -362,8 +363,10 @@ class Dispatcher:
             result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
         finally:
             # A mail that could not be built says nothing about its endpoint.
-            self._slots.end(mail.permit, sent=result is not None and relay is not None)
-        host, port = key = mail.permit.route.endpoint
+            sent = result is not None and relay is not None
+            answered = result is not None and result.smtp_code is not None
+            self._slots.end(mail.permit, sent=sent, answered=answered)
+        route = mail.permit.route
         if result.outcome is AttemptOutcome.CONNECTION_FAILURE:
             # The circuit may be open now. Redis knows whether the waiting claims may try.
             self._slots.give_up(route.endpoint)

@@ -48,6 +48,7 @@ from outbox_server.shared.settings import Settings
 from outbox_server.shared.smtp.helo import helo_name
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import ReplyRules
+from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.templates.workers import WorkerPool
 from outbox_server.shared.tls import TlsContexts
 from outbox_server.shared.traces.endpoint import open_tracer

@@ -43,6 +43,7 @@ from outbox_server.shared.rpc.proto_mapping import id_text, not_found
 from outbox_server.shared.sender_domains import check_sender_domain
 from outbox_server.shared.states import BatchMode
 from outbox_server.shared.templates.remote import TemplateParser
+from outbox_server.shared.user_quotas import UserQuotas
 
 T = TypeVar("T")
 

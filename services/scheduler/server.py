@@ -47,6 +47,7 @@ from outbox_server.shared.rpc.server_info import server_service
 from outbox_server.shared.rpc.watching import Watch
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas

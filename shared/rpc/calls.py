@@ -52,9 +52,9 @@ _STREAMS: Final = 1_000
 # is published. Their calls are answered during a drain as well, do not delay it, and are logged at
 # level debug.
 _TOOLING: Final = ("/grpc.health.", "/grpc.reflection.")
-# The most of their calls at once: of one peer, and of all. A watch has no end. Calls that end by
-# themselves have as many again. So those who watch through a gateway cannot make its own health
-# checks fail: it is one peer with them.
+# The most of their calls at once, of one peer and of all peers. A health watch has no end. Calls
+# that end by themselves have as many places again. A gateway is one peer together with its clients,
+# so their watches must not take the places of its own health checks.
 _TOOLING_PER_PEER: Final = 100
 _TOOLING_CALLS: Final = 1_000
 # Fields of requests that log lines have, by the names that they have there.

@@ -45,6 +45,8 @@ class Endpoint:
     # The endpoint's key (`shared.queue.circuit_keys`), which depends on the user. Part of equality,
     # so users share connections to the relay only.
     circuit: str = RELAY
+    # The user who chose the host: look-ups of names count per user. Empty for the relay.
+    chosen_by: str = field(default="", compare=False)
 
     def shown(self, text: str) -> str:
         """Return a reply as people may read it and PostgreSQL can store it, shortened.

@@ -82,7 +82,7 @@ async def test_a_flood_of_one_peer_leaves_places_for_others(first: bytes) -> Non
             await flood.open(500)
             await eventually(lambda: flood.alive() <= 20)
             await check_as_fast(call, quiet, 10)
-            # More of them do not help.
+            # Further connections take no more places.
             await flood.open(100)
             await eventually(lambda: flood.alive() <= 20)
             assert await check(f"127.0.0.1:{port}") == "OK"

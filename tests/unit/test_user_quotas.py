@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from outbox_server.shared.quotas.user_quotas import UserQuotas
 from outbox_server.shared.settings import load_settings
+from outbox_server.shared.user_quotas import UserQuotas
 
 
 def unproven_endpoints(**options: int) -> int:

@@ -19,7 +19,6 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_user_soon
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.quotas.storage import UserUsage, read_usage
-from outbox_server.shared.quotas.user_quotas import LEAST_QUOTAS, QUOTAS, UserQuotas
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import from_duration, to_duration, to_timestamp
 from outbox_server.shared.sender_domains import normalise_domain
