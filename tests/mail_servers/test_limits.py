@@ -52,7 +52,7 @@ _EXIM_RATE = """\
 """
 _LIMITS = {
     "postfix-connections": Limit(
-        _postfix("smtpd_client_connection_count_limit = 2"),
+        _postfix("smtpd_client_connection_count_limit = 1"),
         "Connection concurrency limit exceeded",
     ),
     "postfix-connection-rate": Limit(
@@ -80,9 +80,9 @@ _LIMITS = {
         _exim("smtp_accept_max_per_connection = 1"), "too many messages"
     ),
     "exim-connections-per-host": Limit(
-        _exim("smtp_accept_max_per_host = 2"), "too many connections"
+        _exim("smtp_accept_max_per_host = 1"), "too many connections"
     ),
-    "exim-connections": Limit(_exim("smtp_accept_max = 2"), "too many connections"),
+    "exim-connections": Limit(_exim("smtp_accept_max = 1"), "too many connections"),
     "exim-rate": Limit(_exim(mail=_EXIM_RATE), "ratelimit"),
     "opensmtpd-mails-per-connection": Limit(
         _opensmtpd("smtp limit max-mails 1"), "Too many messages sent"
