@@ -190,8 +190,8 @@ docs: $(READY) ## Write the API reference, docs/api.md, and docs/openapi.json, f
 	$(BIN)/python docs/build_openapi.py
 
 .PHONY: bench
-bench: $(READY) ## Measure intake, dispatch and lateness (needs postfix's smtp-sink)
-	$(BIN)/python -m bench
+bench: $(READY) ## Measure all, or the rows in ROWS, such as ROWS="intake hostile" (needs postfix's smtp-sink)
+	$(BIN)/python -m bench $(ROWS)
 
 LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --universal \
   --python-version 3.11

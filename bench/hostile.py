@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import urllib.request
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -26,7 +28,7 @@ PROMISED_STALL_MS: Final = 50
 # Ann's mails with each body.
 _COUNT, _SPACING = 200, timedelta(milliseconds=100)
 _LIMIT_S: Final = 120
-_STALL: Final = "outbox_event_loop_longest_stall_seconds"
+_STALLS: Final = "outbox_event_loop_stall_seconds"
 # Ann's mails: half of them only insert columns.
 _BODIES: Final = ("Dear {{ name }}", "{% if name %}Dear {{ name | capitalize }}{% endif %}")
 _SORTING: Final = (
@@ -63,7 +65,10 @@ async def hostile(stack: BenchStack) -> dict[str, float]:
 
 
 async def _run(stack: BenchStack, *, evil: bool) -> tuple[float, float]:
-    """Return the lateness of Ann's mail, and the longest stall of scheduler and dispatcher."""
+    """Return the lateness of Ann's mail, and the longest stall of scheduler and dispatcher, in ms.
+
+    The stall is the upper bound of its bucket in the histogram.
+    """
     metrics = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     with ExitStack() as processes:
         for service, listen in zip(("scheduler", "dispatcher"), metrics, strict=True):
@@ -73,11 +78,13 @@ async def _run(stack: BenchStack, *, evil: bool) -> tuple[float, float]:
         async with grpc.aio.insecure_channel(stack.scheduler) as channel:
             # So that the workers and the connections exist before anything is measured.
             await _send_some(stack, channel, 1, timedelta(0))
+            before = [await asyncio.to_thread(_stalls, each) for each in metrics]
             eve = asyncio.create_task(_attack(channel)) if evil else None
             late = await _send_some(stack, channel, _COUNT, _SPACING)
             if eve is not None:
                 await eve
-            return late, 1000 * max([await asyncio.to_thread(_stall, each) for each in metrics])
+            after = [await asyncio.to_thread(_stalls, each) for each in metrics]
+            return late, 1000 * max(map(_longest, before, after))
 
 
 async def _attack(channel: grpc.aio.Channel) -> None:
@@ -164,10 +171,20 @@ def _request(
     )
 
 
-def _stall(address: str) -> float:
+def _stalls(address: str) -> dict[float, float]:
+    """Return how many stalls were at most so many seconds long."""
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     for family in text_string_to_metric_families(text):
-        if family.name == _STALL:
-            return float(family.samples[0].value)
-    raise RuntimeError(f"{address} has no {_STALL}")
+        if family.name == _STALLS:
+            return {
+                float(sample.labels["le"]): float(sample.value)
+                for sample in family.samples
+                if sample.name == f"{_STALLS}_bucket"
+            }
+    raise RuntimeError(f"{address} has no {_STALLS}")
+
+
+def _longest(before: Mapping[float, float], after: Mapping[float, float]) -> float:
+    total = after[math.inf] - before[math.inf]
+    return min(bound for bound in after if after[bound] - before[bound] == total)

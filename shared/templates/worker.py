@@ -50,6 +50,9 @@ _KEPT_CHARACTERS: Final = 256 * 1024
 _MOST_PARTS: Final = 10_000
 # The exit code of a process whose memory is full.
 _USED_UP: Final = 3
+# Lower than the priority of the event loops (19 is the lowest), which templates must not delay on a
+# machine whose processors are all busy.
+_NICENESS: Final = 10
 
 Job: TypeAlias = Callable[..., object]
 
@@ -118,6 +121,7 @@ def _restrict(memory: int) -> None:
     # A terminal or a service manager signals the whole group. The parent decides when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(_NICENESS)
     # If the host or the container has no memory left, the kernel ends a worker and not the service.
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
