@@ -8,17 +8,27 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim
 from outbox_server.shared.states import AttemptOutcome, JobState
-from tests.world import World
+from tests.world import TEST_LIFE, TEST_SHARD, World
 
 LEASE = timedelta(minutes=1)
 # The length of a lease that has expired when it begins.
 OVER = timedelta(milliseconds=-1)
+
+
+# A shard that no queue has, with one life, which is valid for ever.
+_BEGIN_LIFE = text(
+    f"INSERT INTO shard_lives (shard, life) SELECT {TEST_SHARD}, '{TEST_LIFE}'"
+    f" WHERE NOT EXISTS (SELECT FROM shard_lives WHERE shard = {TEST_SHARD})"
+)
+_SENDERS = text("SELECT id, sender_id FROM email_jobs WHERE id = ANY(:ids)")
 
 
 def refs(jobs: Sequence[int], attempt: int = 1) -> list[JobRef]:
@@ -28,8 +38,26 @@ def refs(jobs: Sequence[int], attempt: int = 1) -> list[JobRef]:
 async def mark(
     connection: AsyncConnection, jobs: Sequence[int], attempt: int = 1, lease: timedelta = LEASE
 ) -> dict[int, MarkedJob]:
-    marked = await storage.mark_sending(connection, refs(jobs, attempt), lease)
+    marked = await mark_refs(connection, refs(jobs, attempt), lease)
     return {each.job.job_id: each for each in marked}
+
+
+async def claims_of(connection: AsyncConnection, jobs: Sequence[JobRef]) -> list[Claim]:
+    """Return claims of jobs as the queues of their senders hand them out, in a valid life."""
+    await connection.execute(_BEGIN_LIFE)
+    found = await connection.execute(_SENDERS, {"ids": [job.job_id for job in jobs]})
+    senders = {row.id: row.sender_id for row in found}
+    return [
+        Claim(senders.get(job.job_id, 0), job, timedelta(0), 0, 0, life=TEST_LIFE) for job in jobs
+    ]
+
+
+async def mark_refs(
+    connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta
+) -> list[MarkedJob]:
+    """Mark jobs SENDING, as if they had been claimed in a valid life."""
+    claims = await claims_of(connection, jobs)
+    return await storage.mark_sending(connection, claims, lease, shard=TEST_SHARD)
 
 
 def record_of(marked: MarkedJob, state: JobState = JobState.SENT, **changes: Any) -> AttemptRecord:

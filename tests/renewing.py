@@ -18,7 +18,6 @@ import structlog
 from prometheus_client import CollectorRegistry
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.outcomes import OutcomeRules
@@ -33,6 +32,7 @@ from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.queue import Claim
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
+from tests.marked_jobs import mark_refs
 
 # Longer than any lease of these tests.
 REPLY_LIMIT_S = 600.0
@@ -87,7 +87,7 @@ class SendingWithoutSmtp:
             asked = time.monotonic()
             claims = (await queue.claim(want)).claims
             async with self.statements.connect() as connection:
-                marked = await storage.mark_sending(
+                marked = await mark_refs(
                     connection, [claim.job for claim in claims], self.settings.lease
                 )
             by_job = {each.job: each for each in marked}

@@ -58,6 +58,9 @@ WITH ended AS (
 )
 SELECT count(*) AS n FROM ended
 """
+# A shard with a valid life, for tests that mark jobs which no queue handed out.
+TEST_SHARD: Final = 999
+TEST_LIFE: Final = "test"
 _JOB_IN_MESSAGE_ID = re.compile(r"<outbox\.(\d+)\.")
 
 
@@ -103,6 +106,11 @@ class World:
         self._connection = await self.connect()
         self._stack.push_async_callback(self.engine.dispose)
         self._stack.push_async_callback(self.redis.aclose)
+        await self.sql(
+            "INSERT INTO shard_lives (shard, life) VALUES (%s, %s) ON CONFLICT DO NOTHING",
+            TEST_SHARD,
+            TEST_LIFE,
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:

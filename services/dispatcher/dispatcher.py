@@ -41,7 +41,7 @@ from outbox_server.services.dispatcher.settler import (
 from outbox_server.services.dispatcher.shares import Permit, Route
 from outbox_server.services.dispatcher.slots import Resume, Slots
 from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
-from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
 from outbox_server.services.dispatcher.traced import trace_send
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
@@ -66,6 +66,7 @@ HEARTBEAT = timedelta(seconds=1)
 _RETRY = timedelta(milliseconds=500)
 # The pause before a job is claimed again that somebody else had locked.
 _LOCKED_PAUSE = timedelta(seconds=1)
+_MS = timedelta(milliseconds=1)
 # An operator's change of a quota applies after this time at the latest.
 _QUOTAS_AGE = timedelta(seconds=5)
 _log = structlog.get_logger(__name__)
@@ -219,6 +220,10 @@ class Dispatcher:
         while slots := await self._slots.take_free():
             raise_if_cancelled()
             listener.clear()
+            if self._loader.lives.is_superseded(queue):
+                self._slots.release(slots)
+                await _wait(listener, HEARTBEAT)
+                continue
             claimed_at = time.monotonic()
             claimed = await self._claim(queue, slots)
             # Not awaited, so that jobs that become eligible meanwhile do not wait.
@@ -228,8 +233,7 @@ class Dispatcher:
             self._start(queue, claimed.claims, claimed_at)
             pause = self._pause_after(claimed, slots)
             if pause > timedelta(0):
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(listener.wait(), pause.total_seconds())
+                await _wait(listener, pause)
 
     async def _process(self, group: _Group) -> None:
         """Mark and confirm a group of claims, then send and settle each in a task of its own."""
@@ -276,26 +280,44 @@ class Dispatcher:
         """Move the claimed jobs to SENDING. Jobs that may no longer be sent are left out."""
         try:
             async with self._statements.connect() as connection:
+                shard = group.queue.shard
                 jobs = await storage.mark_sending(
-                    connection, [claim.job for claim in group.claims], self._lease
+                    connection, group.claims, self._lease, shard=shard
                 )
-                marked = {job.job for job in jobs}
-                missing = [claim.job for claim in group.claims if claim.job not in marked]
-                locked = await storage.still_waiting(connection, missing) if missing else set()
+                by_ref = {job.job: job for job in jobs}
+                missing = [claim for claim in group.claims if claim.job not in by_ref]
+                why = None
+                if missing:
+                    why = await storage.explain_unmarked(connection, missing, shard=shard)
         except BaseException:
             # Nothing was sent. If the statement was committed, the lease of its attempts expires.
             for claim in group.claims:
                 self._settler.settle(UnmarkedClaim(claim, waits=True))
             raise
-        by_ref = {job.job: job for job in jobs}
-        for claim in group.claims:
-            if claim.job.job_id in locked and claim.job not in by_ref:
-                # Not at once, because the lock may last.
-                due_ms = claim.lease_ms + (_LOCKED_PAUSE - self._lease) // timedelta(milliseconds=1)
-                self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
-            elif claim.job not in by_ref:
-                self._settler.settle(UnmarkedClaim(claim))
+        if why is not None:
+            self._refused(group.queue, missing, why)
         return [(claim, by_ref[claim.job]) for claim in group.claims if claim.job in by_ref]
+
+    def _refused(self, queue: Queue, claims: Sequence[Claim], why: Unmarked) -> None:
+        """Return the claims that PostgreSQL did not mark to the queue, as far as they wait."""
+        if not why.valid:
+            # Another server may be in use: the rebuild finds out, and goes on here if not.
+            self._begin_rebuild(queue)
+            self._store_failed = True
+        claimed_ms = claims[0].lease_ms - self._lease // _MS
+        if any(due_ms > why.postgres_ms for due_ms in why.due.values()):
+            # So that Redis waits until the jobs are due by PostgreSQL's clock.
+            queue.learn_clocks(claimed_ms, why.postgres_ms)
+        for claim in claims:
+            due_ms = why.due.get(claim.job.job_id)
+            if due_ms is None:
+                unknown = claim.job.job_id in why.unknown
+                self._settler.settle(UnmarkedClaim(claim, unknown=unknown))
+                continue
+            if due_ms <= why.postgres_ms and why.valid:
+                # Locked. Not at once, because the lock may last.
+                due_ms = claimed_ms + _LOCKED_PAUSE // _MS
+            self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
 
     async def _confirm(self, group: _Group, marked: list[tuple[Claim, MarkedJob]]) -> list[_Mail]:
         """Return the jobs whose lease Redis still has and that get a permit.
@@ -440,16 +462,20 @@ class Dispatcher:
             return _RETRY
         if len(claimed.claims) == slots:
             return timedelta(0)
-        longest = _RETRY if claimed.lost else HEARTBEAT
+        longest = _RETRY if claimed.lost or claimed.provisional else HEARTBEAT
         return longest if claimed.next_look is None else min(claimed.next_look, longest)
 
     def _load_heads(self, queue: Queue, claimed: Claimed) -> None:
         """Begin the loads that a claim asked for. Senders that are loaded go on meanwhile."""
-        if claimed.lost and queue.shard not in self._rebuilding:
-            self._rebuilding.add(queue.shard)
-            self._spawn(self._rebuild(queue))
+        if claimed.lost or claimed.provisional:
+            self._begin_rebuild(queue)
         if claimed.loads:
             self._spawn(self._load(queue, claimed.loads))
+
+    def _begin_rebuild(self, queue: Queue) -> None:
+        if queue.shard not in self._rebuilding:
+            self._rebuilding.add(queue.shard)
+            self._spawn(self._rebuild(queue))
 
     async def _rebuild(self, queue: Queue) -> None:
         try:
@@ -474,3 +500,9 @@ class Dispatcher:
         except RuntimeError:  # another task failed, and the whole run ends
             coroutine.close()
             raise
+
+
+async def _wait(listener: WakeListener, pause: timedelta) -> None:
+    """Wait for a wake-up, but no longer than `pause`."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(listener.wait(), pause.total_seconds())

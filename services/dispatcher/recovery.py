@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.heads.lives import CHECK_PAUSE
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.heads.markers import MARKER_AGE, mark_stale
 from outbox_server.shared.loops import Loop
@@ -35,6 +36,8 @@ _HANGS = timedelta(seconds=2)
 # How often one of the dispatchers compares the senders that have waiting jobs with those in Redis:
 # 20 us of PostgreSQL and 10 us of Redis per sender.
 REBUILD_PAUSE = timedelta(seconds=4)
+# How often a dispatcher whose Redis is not the one in use looks whether it is now.
+_SOON = timedelta(seconds=1)
 _ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
 
@@ -68,6 +71,7 @@ class Recovery:
                 ("lease recovery", self.recover_leases),
                 ("loading abandoned heads", self._load_abandoned),
                 ("restoring lost keys", self._restore_lost),
+                ("confirming lives", self._confirm_lives),
             ):
                 loop = Loop(name, partial(self._try, step), errors=_ERRORS)
                 group.create_task(loop.run())
@@ -109,6 +113,23 @@ class Recovery:
         async with self._engine.connect() as connection:
             left = await storage.next_expiry(connection)
         return self._lease if left is None else min(self._lease, max(left, timedelta(0)) + _SLACK)
+
+    async def _confirm_lives(self) -> timedelta:
+        """Compare the lives of all shards with PostgreSQL; begin a new one where that is allowed.
+
+        Other dispatchers see by this that the life is in use. It also compares the clocks.
+        """
+        failed: Exception | None = None
+        for queue in self._loader.queues:
+            try:
+                if not await self._loader.lives.confirm(queue):
+                    await self._loader.rebuild(queue)
+            except _ERRORS as error:
+                # In a cluster, other shards are served.
+                failed = error
+        if failed is not None:
+            raise failed
+        return _SOON if self._loader.lives.any_superseded else CHECK_PAUSE
 
     async def _load_abandoned(self) -> timedelta:
         senders = await self._loader.load_abandoned()

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Final
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
@@ -179,7 +180,7 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check, "redis": partial(check_serving, redis, queues)},
+                    {"postgresql": schema.check, "redis": partial(_check_redis, redis, loader)},
                     stop,
                     places={
                         "postgresql": place_of(settings.database_url),
@@ -200,6 +201,11 @@ async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, 
 async def _read_installation_id(engine: AsyncEngine) -> str:
     async with engine.begin() as connection:
         return await installation_id(connection)
+
+
+async def _check_redis(redis: Redis, loader: HeadLoader) -> None:
+    await check_serving(redis, loader.queues)
+    loader.lives.check()
 
 
 def _circuit_changed(metrics: DispatcherMetrics, change: CircuitChange) -> None:

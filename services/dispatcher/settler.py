@@ -74,11 +74,14 @@ class UnmarkedClaim:
     """A claim whose job was not marked.
 
     `waits` means that the job still waits, as far as is known, and returns to the queue: PostgreSQL
-    failed, or there was no permit. Otherwise it must not be sent: it is cancelled or sent already.
+    failed, there was no permit, or it is locked or not due. Otherwise it must not be sent: it is
+    cancelled or sent already. `unknown` means that PostgreSQL has no such job of this sender, so
+    that the sender's whole head may be wrong.
     """
 
     claim: Claim
     waits: bool = False
+    unknown: bool = False
 
 
 ClaimOutcome = EndedAttempt | UnsentJob | UnmarkedClaim
@@ -206,16 +209,23 @@ class Settler:
             settlement = _settlement(outcome, recorded, now)
             shard = self._loader.queue_of(settlement.sender_id).shard
             by_queue.setdefault(shard, []).append(settlement)
-            if _is_stale(outcome, recorded.dues) or _may_have_cooled(outcome, settlement):
+            unknown = isinstance(outcome, UnmarkedClaim) and outcome.unknown
+            # Without a marker, also for a sender that does not exist: if this process dies, the
+            # lease expires, which causes a load.
+            if (
+                unknown
+                or _is_stale(outcome, recorded.dues)
+                or _may_have_cooled(outcome, settlement)
+            ):
                 stale.add(settlement.sender_id)
         try:
-            unknown: set[int] = set()
+            lost: set[int] = set()
             for shard, settlements in by_queue.items():
-                unknown.update(await self._loader.queues[shard].settle(settlements))
-            if stale or unknown:
-                await self._loader.load(stale | unknown, committed=True)
-            if unknown:
-                await self._settle_moved(by_queue, unknown)
+                lost.update(await self._loader.queues[shard].settle(settlements))
+            if stale or lost:
+                await self._loader.load(stale | lost, committed=True)
+            if lost:
+                await self._settle_moved(by_queue, lost)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)

@@ -442,6 +442,23 @@ class HeadMarker(Base):
     __table_args__ = (Index(None, "sender_id"),)
 
 
+class ShardLife(Base):
+    """The life of Redis that is valid for a shard: only jobs that were claimed in it are marked.
+
+    See shared/heads/lives.py.
+    """
+
+    __tablename__ = "shard_lives"
+
+    shard: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    # Unique, so that PostgreSQL takes it for a part of a key: a mark locks the row FOR KEY SHARE,
+    # so a change of the life waits for marks in progress, and a change of `seen_at` does not.
+    life: Mapped[str] = mapped_column(Text, unique=True)
+    begun_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    # When a dispatcher last found this life in Redis.
+    seen_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+
+
 class Suppression(Base):
     """An address that a user's mail must never go to."""
 

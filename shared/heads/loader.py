@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.heads.lives import Lives
 from outbox_server.shared.heads.markers import delete_markers, read_abandoned
 from outbox_server.shared.heads.routes import Routes
 from outbox_server.shared.heads.statements import (
@@ -107,6 +108,7 @@ class HeadLoader:
         self._on_rebuild = on_rebuild
         self._engine = engine
         self.queues = queues
+        self.lives = Lives(engine)
         self._routes = Routes(queues)
         self._users = UserLoader(engine, self._routes, settings)
         self._concerned_statement = concerned_statement(sharded=self._users.sharded)
@@ -167,6 +169,7 @@ class HeadLoader:
         again, full, moved = sender_ids, list[int](), list[int]()
         for _ in range(_TRIES):
             epochs = await queue.begin_load(again, committed=committed)
+            life = queue.life
             full += [sender_id for sender_id in again if sender_id not in epochs]
             # Read heads and history from one snapshot: otherwise a job that begins to wait again
             # between the two statements would be in neither.
@@ -198,7 +201,7 @@ class HeadLoader:
             ]
             if done:
                 async with self._engine.begin() as connection:
-                    await delete_markers(connection, done)
+                    await delete_markers(connection, done, queue.shard, life)
             if not again:
                 break
             committed = False
@@ -308,12 +311,15 @@ class HeadLoader:
         It visits the senders with waiting jobs, in pages of 10,000, of each page those due first. A
         sender with only a history is loaded when it is used. Returns whether the shard is complete.
         False means that another process rebuilds it, that the last rebuild ended less than `pause`
-        ago, or that Redis was lost again meanwhile.
+        ago, that Redis was lost again meanwhile, or that another server is in use.
         """
         token = await queue.begin_rebuild(pause=pause)
         if token is None:
             return False
         try:
+            if not await self.lives.begin(queue, token):
+                await queue.give_up_rebuild(token)
+                return False
             return await self._rebuild(queue, token)
         except Exception:
             # So that the next try, here or elsewhere, does not wait until the lock expires.
@@ -326,11 +332,14 @@ class HeadLoader:
 
     async def _rebuild(self, queue: Queue, token: str) -> bool:
         loaded, after = 0, 0
-        while senders := await self._concerned(queue.shard, after):
+        while firsts := await self._concerned(queue.shard, after):
+            senders = [sender_id for sender_id, *_ in firsts]
             after = max(senders)
             self.learn_routes(queue, senders)
             for part in range(0, len(senders), _CHUNK):
-                lost = await queue.find_lost(senders[part : part + _CHUNK])
+                chunk = firsts[part : part + _CHUNK]
+                lost = await queue.find_lost([sender_id for sender_id, *_ in chunk])
+                lost += await find_outdated(queue, chunk)
                 await self.load(lost, committed=False)
                 if not await queue.keep_rebuild(token):
                     _log.warning("rebuild_overtaken", shard=queue.shard)
@@ -354,14 +363,35 @@ class HeadLoader:
         if self._on_rebuild is not None:
             self._on_rebuild(result)
 
-    async def _concerned(self, shard: int, after: int) -> list[int]:
-        """Return the next senders of a shard, by id, that have a waiting job or a lease."""
+    async def _concerned(
+        self, shard: int, after: int
+    ) -> list[tuple[int, int | None, int | None, int | None]]:
+        """Return the next senders of a shard, by id, that have a waiting job or a lease.
+
+        Each with its first waiting job: id, number of attempts, due time in Unix ms.
+        """
         async with self._engine.connect() as connection:
             found = await connection.execute(
                 self._concerned_statement,
                 {"after": after, "shards": len(self.queues), "shard": shard, "page": _PAGE},
             )
-            return list(found.scalars())
+            return [(row.sender_id, row.id, row.attempt, row.due_ms) for row in found]
+
+
+async def find_outdated(
+    queue: Queue, firsts: Sequence[tuple[int, int | None, int | None, int | None]]
+) -> list[int]:
+    """Return the senders of which Redis knows another first job than PostgreSQL has.
+
+    `firsts` has senders, each with its first waiting job (or None): id, attempts, due time.
+    """
+    return await queue.find_outdated(
+        [
+            (sender_id, JobRef(job_id, attempt + 1), due_ms)
+            for sender_id, job_id, attempt, due_ms in firsts
+            if job_id is not None and attempt is not None and due_ms is not None
+        ]
+    )
 
 
 async def load_soon(

@@ -14,6 +14,7 @@ from sqlalchemy import CTE, delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import HeadMarker
+from outbox_server.shared.heads.lives import is_valid
 
 # A marker of this age was left behind by a process that died between its commit and its load.
 MARKER_AGE = timedelta(seconds=5)
@@ -43,6 +44,14 @@ async def read_abandoned(connection: AsyncConnection, limit: int) -> Sequence[in
     return (await connection.execute(senders)).scalars().all()
 
 
-async def delete_markers(connection: AsyncConnection, marker_ids: Sequence[int]) -> None:
-    """Delete the markers whose load is done."""
-    await connection.execute(delete(HeadMarker).where(HeadMarker.id.in_(marker_ids)))
+async def delete_markers(
+    connection: AsyncConnection, marker_ids: Sequence[int], shard: int, life: str
+) -> None:
+    """Delete the markers whose load is done.
+
+    A load into a life that is not valid did not reach the server that hands out mail. Then the
+    markers stay, and a dispatcher of that server finds them by their age.
+    """
+    await connection.execute(
+        delete(HeadMarker).where(HeadMarker.id.in_(marker_ids), is_valid(shard, life))
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -50,7 +50,7 @@ def _age_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     return cast(func.floor(extract("epoch", func.clock_timestamp() - time) * 1000), BigInteger)
 
 
-def _unix_ms(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
+def unix_ms_of(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     """Convert like shared.database.engine.unix_ms, but in SQL, as heads have many jobs."""
     return cast(func.ceil(extract("epoch", time) * 1000), BigInteger)
 
@@ -75,7 +75,7 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
         select(
             _array(waiting.c.id, *order).label("ids"),
             _array(waiting.c.attempt, *order).label("attempts"),
-            _array(_unix_ms(waiting.c.scheduled_at), *order).label("dues"),
+            _array(unix_ms_of(waiting.c.scheduled_at), *order).label("dues"),
         )
     )
     markers = lateral(
@@ -98,7 +98,7 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
             Sender.max_in_flight,
             Sender.revision,
             Sender.sending_hours,
-            _unix_ms(func.statement_timestamp()).label("now"),
+            unix_ms_of(func.statement_timestamp()).label("now"),
             Sender.smtp_host,
             Sender.smtp_port,
             Sender.smtp_security,
@@ -212,9 +212,9 @@ def concerned_statement(*, sharded: bool) -> Select[Any]:
     after: Any = bindparam("after")
     page: Any = bindparam("page")
 
-    def first_of(senders: ColumnElement[bool]) -> Select[int, datetime]:
+    def first_of(senders: ColumnElement[bool]) -> Any:
         return (
-            select(EmailJob.sender_id, EmailJob.scheduled_at)
+            select(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id, EmailJob.attempt)
             .where(in_state(JobState.SCHEDULED), senders)
             .order_by(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id)
             .limit(1)
@@ -232,18 +232,26 @@ def concerned_statement(*, sharded: bool) -> Select[Any]:
     walk = walk.union_all(select(following).select_from(walk).join(following, true()))
     # The limit ends the recursion, because PostgreSQL computes only the rows that are read.
     waiting = select(walk).where(of_shard(walk.c.sender_id)).limit(page)
-    sending = select(EmailJob.sender_id, null()).where(
+    sending = select(EmailJob.sender_id, null(), null(), null()).where(
         in_state(JobState.SENDING),
         EmailJob.sender_id > after,
         of_shard(EmailJob.sender_id),
     )
     each = waiting.union_all(sending).subquery()
+    # Of each sender, at most one row is of a waiting job.
     first = (
-        select(each.c.sender_id, func.min(each.c.scheduled_at).label("due"))
+        select(
+            each.c.sender_id,
+            func.min(each.c.scheduled_at).label("due"),
+            func.min(each.c.id).label("id"),
+            func.min(each.c.attempt).label("attempt"),
+        )
         .group_by(each.c.sender_id)
         .order_by(each.c.sender_id)
         .limit(page)
         .subquery()
     )
     # Senders with only jobs in SENDING come last: nothing of theirs waits to be sent.
-    return select(first.c.sender_id).order_by(first.c.due.nulls_last(), first.c.sender_id)
+    return select(
+        first.c.sender_id, first.c.id, first.c.attempt, unix_ms_of(first.c.due).label("due_ms")
+    ).order_by(first.c.due.nulls_last(), first.c.sender_id)

@@ -17,6 +17,7 @@ from redis.exceptions import OutOfMemoryError
 
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_change
+from outbox_server.shared.queue.clock_difference import ClockDifference
 from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from outbox_server.shared.queue.limiter_state import LimiterState, limiter_state_of
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
@@ -89,6 +90,8 @@ class Claim:
     delayed_by: str = ""
     # The key of the user who owns the sender. Empty if the last load did not know it.
     user: str = ""
+    # The life of the shard in which it was made.
+    life: str = ""
 
     def seconds_since_due(self, lease: timedelta) -> float:
         """Return the time from when it was due until it was claimed, for one `lease`."""
@@ -109,6 +112,8 @@ class Claimed:
     parked: bool = False
     # Time until something may be claimed next. None means not before something is added.
     next_look: timedelta | None = None
+    # Redis was lost, and no dispatcher has begun the next life of the shard yet.
+    provisional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +309,11 @@ def _ms(duration: timedelta) -> int:
     return max(0, duration // timedelta(milliseconds=1))
 
 
+def is_provisional(life: str) -> bool:
+    """Whether a life was begun by Redis alone, and PostgreSQL has no name for it (life.lua)."""
+    return ":" in life
+
+
 class RebuildEnd(IntEnum):
     """How a rebuild ended, with the numbers of finish_rebuild.lua. Only OVERTAKEN is false."""
 
@@ -352,6 +362,10 @@ class Queue:
         self._user_limits = f"{user_limits.hourly_limit} {_ms(user_limits.gap)}"
         self._chance = chance
         self._on_change = on_change
+        # The life that the last claim, load or `read_life` found. Empty before the first.
+        self.life = ""
+        # By how much Redis' clock is ahead of PostgreSQL's.
+        self._ahead = ClockDifference()
         self._scripts: dict[str, AsyncScript] = {
             name: redis.register_script(read_script(name, dict(includes or {}))) for name in SCRIPTS
         }
@@ -373,9 +387,11 @@ class Queue:
                 _ms(_LOAD_PATIENCE),
                 _pack(by_user) if by_user else "",
                 self._user_limits,
+                self._ahead.ms(),
             ),
         )
-        state, look, claims, loads, parked = answer
+        state, look, claims, loads, parked, life = answer
+        self._found(life)
         return Claimed(
             lost=state == "LOST",
             claims=tuple(
@@ -388,12 +404,14 @@ class Queue:
                     claims[i + 5] == 1,
                     claims[i + 6],
                     claims[i + 7],
+                    self.life,
                 )
                 for i in range(0, len(claims), 8)
             ),
             loads=tuple(int(sender) for sender in loads),
             parked=parked == 1,
             next_look=None if look < 0 else timedelta(milliseconds=look),
+            provisional=is_provisional(self.life),
         )
 
     async def confirm(self, claims: Sequence[Claim]) -> list[bool]:
@@ -479,7 +497,9 @@ class Queue:
         a load in progress, which may have read too early, is refused. A sender that Redis has no
         memory for is missing from the result.
         """
-        epochs = await self._run("begin_load", (self.keys.ready,), (int(committed), *sender_ids))
+        args = (int(committed), *sender_ids)
+        life, *epochs = await self._run("begin_load", (self.keys.ready,), args)
+        self._found(life)
         return {each: epoch for each, epoch in zip(sender_ids, epochs, strict=True) if epoch}
 
     async def load_heads(self, heads: Sequence[Head], epochs: Mapping[int, str]) -> list[int]:
@@ -504,7 +524,9 @@ class Queue:
         A sender of a user whose limiter Redis does not know may not send before `load_users`.
         """
         ids = [f"u:{user}" for user in users]
-        epochs = await self._run("begin_load", (self.keys.ready,), (int(committed), *ids))
+        args = (int(committed), *ids)
+        life, *epochs = await self._run("begin_load", (self.keys.ready,), args)
+        self._found(life)
         return {user: epoch for user, epoch in zip(users, epochs, strict=True) if epoch}
 
     async def load_users(self, heads: Sequence[UserHead], epochs: Mapping[str, str]) -> list[str]:
@@ -545,6 +567,44 @@ class Queue:
         """Return which of these senders, all with waiting jobs, must be loaded."""
         args = (self._window, *sender_ids)
         return [int(lost) for lost in await self._run("find_lost", (self.keys.ready,), args)]
+
+    async def find_outdated(self, firsts: Sequence[tuple[int, JobRef, int]]) -> list[int]:
+        """Return the known senders that must be loaded, because Redis lacks their first job.
+
+        `firsts` has senders, each with its first waiting job in PostgreSQL (the next attempt) and
+        when that is due (Unix ms).
+        """
+        args = [word for one, job, due_ms in firsts for word in (one, member_of(job), due_ms)]
+        found = await self._run("find_outdated", (self.keys.ready,), args)
+        return [int(sender) for sender in found]
+
+    async def read_life(self) -> int:
+        """Read the life of the shard into `life`. Returns Redis' time, in Unix ms."""
+        life, now_ms = await self._run("read_life", (self.keys.ready,), ())
+        self._found(life)
+        return int(now_ms)
+
+    async def begin_life(self, token: str, life: str) -> bool:
+        """Begin a new life, within a rebuild; False if Redis or the lock was lost."""
+        args = (token, life, _ms(_REBUILD_LOCK))
+        begun = await self._run("begin_life", (self.keys.ready, self.keys.rebuild), args)
+        if begun:
+            self.life = life
+        return bool(begun)
+
+    def _found(self, life: str) -> None:
+        if life != self.life:
+            self.life = life
+            # It may have begun because the clock stepped back.
+            self._ahead = ClockDifference()
+
+    def learn_clocks(self, redis_ms: int, postgres_ms: int) -> None:
+        """Note what Redis' clock showed, and then PostgreSQL's. A claim compares due times so."""
+        self._ahead.learn(redis_ms - postgres_ms)
+
+    async def leave_server(self) -> None:
+        """Let the next calls use new connections, which may lead to another server."""
+        await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     async def begin_rebuild(self, *, pause: timedelta = timedelta(0)) -> str | None:
         """Take the lock of a rebuild and return its token.

@@ -17,10 +17,13 @@ SCRIPTS = (
     "load_head",
     "load_user",
     "find_lost",
+    "find_outdated",
     "forget",
     "begin_rebuild",
     "keep_rebuild",
     "finish_rebuild",
+    "begin_life",
+    "read_life",
     "limiter",
     "backlog",
 )

@@ -25,6 +25,9 @@ from tests.integration.queue_state import (
 )
 from tests.integration.queue_users import UserLimitsModel
 
+# As in expire.lua and find_outdated.lua.
+ASKED_AGAIN = 250
+PUT_BACK = 5_000
 # Sender, member, ms since the claim was allowed, whether it is the probe of a cooldown.
 ClaimModel = tuple[int, str, int, bool]
 
@@ -132,7 +135,10 @@ class QueueModel(UserLimitsModel):
             if waiting is not None:
                 self.ready[waiting] = min(self.ready.get(waiting, now), now)
             return
-        self._expire(owner, now)
+        if not self._expire(owner, now):
+            self.lose_user(user, "sender")
+            self.ready[limiter_of(user)] = now + ASKED_AGAIN
+            return
         for _ in range(len(self.turns.get(user, {}))):
             first = self._first_turn(user)
             if room_of(user) <= 0 or first is None or not self._user_admits(owner, now):
@@ -169,10 +175,11 @@ class QueueModel(UserLimitsModel):
             loads.append(sender_id)
             self.ready[sender_id] = now + self.patience
             return
-        self._expire(s, now)
         owner = self.owner_of(s.user)
+        if self._expires_restored(sender_id, s, now):
+            self.ready[sender_id] = now + ASKED_AGAIN
+            return
         if owner is not None:
-            self._expire(owner, now)
             self._forget_old_ends(owner, now, 2)
         parks = room_of(s.user) <= 0
         limited = not s.active or not s.due or (s.gap > 0 and bool(s.leases))
@@ -207,8 +214,22 @@ class QueueModel(UserLimitsModel):
         if parks and look <= now:
             self._park(s.user, sender_id, int(look), now)
 
-    def _expire(self, s: SenderModel, now: int) -> None:
+    def _expires_restored(self, sender_id: int, s: SenderModel, now: int) -> bool:
+        """End expired leases of a sender and its user. Whether the data of one was discarded."""
+        owner = self.owner_of(s.user)
+        if not self._expire(s, now):
+            self.lose(sender_id)
+            return True
+        if owner is not None and not self._expire(owner, now):
+            self.lose_user(s.user, "sender")
+            return True
+        return False
+
+    def _expire(self, s: SenderModel, now: int) -> bool:
+        """End expired leases; False if one was restored, so that the sender is discarded."""
         expired = [member for member, deadline in s.leases.items() if deadline <= now]
+        if any(s.restored.get(member) == s.leases[member] for member in expired):
+            return False
         for member in expired:
             entry = member + "?"
             while entry in s.entries:
@@ -218,6 +239,7 @@ class QueueModel(UserLimitsModel):
         if expired:
             s.epoch += 1
             s.loading = now
+        return True
 
     # settle ----------------------------------------------------------------------------------
 
@@ -505,6 +527,21 @@ class QueueModel(UserLimitsModel):
             ):
                 lost.append(sender_id)
         return lost
+
+    def find_outdated(self, firsts: Iterable[tuple[int, str, int]]) -> list[int]:
+        """Return the known senders that lack their first waiting job, or have it much later."""
+        outdated = []
+        for sender_id, member, due in firsts:
+            if not self.is_known(sender_id):
+                continue
+            s = self.senders[sender_id]
+            leased = s.leases.get(member)
+            if member in s.due:
+                if s.due[member] > due + PUT_BACK:
+                    outdated.append(sender_id)
+            elif leased is None or leased == s.restored.get(member):
+                outdated.append(sender_id)
+        return outdated
 
     def lose(self, sender_id: int) -> None:
         """Lose any of the keys of a sender: its other keys are no longer used."""

@@ -17,13 +17,13 @@ from outbox.v1.sender_service_pb2 import DeleteSenderRequest
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.suppression_service_pb2 import CreateSuppressionRequest
 from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage import (
     AttemptRecord,
     MarkedJob,
-    mark_sending,
+    explain_unmarked,
     settle,
-    still_waiting,
 )
 from outbox_server.services.scheduler.storage.cancelling import (
     CancelledBatch,
@@ -39,8 +39,9 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.eventually import eventually
+from tests.marked_jobs import claims_of, mark_refs
 from tests.scheduler_stack import running_scheduler
-from tests.world import World
+from tests.world import TEST_SHARD, World
 
 LEASE = timedelta(seconds=60)
 
@@ -66,7 +67,12 @@ async def cancel(world: World, batch: int) -> CancelledBatch:
 
 async def mark(world: World, jobs: Sequence[int]) -> list[MarkedJob]:
     async with world.engine.begin() as connection:
-        return await mark_sending(connection, [JobRef(job, 1) for job in jobs], LEASE)
+        return await mark_refs(connection, [JobRef(job, 1) for job in jobs], LEASE)
+
+
+async def waiting_among(connection: AsyncConnection, refs: Sequence[JobRef]) -> set[int]:
+    claims = await claims_of(connection, refs)
+    return set((await explain_unmarked(connection, claims, shard=TEST_SHARD)).due)
 
 
 async def end(world: World, marked: Sequence[MarkedJob], state: JobState) -> None:
@@ -150,7 +156,7 @@ async def test_a_job_that_returns_from_a_failed_attempt_is_cancelled(world: Worl
         assert (await batch_counts(connection, [batch]))[batch].cancelled == 5
     async with world.engine.begin() as connection:
         again = [JobRef(job.job.job_id, 2) for job in marked]
-        assert await mark_sending(connection, again, LEASE) == []
+        assert await mark_refs(connection, again, LEASE) == []
     while await one_step(world, batch, 1):
         pass
     assert (await world.states())[JobState.CANCELLED] == 5
@@ -166,11 +172,11 @@ async def test_a_mark_during_a_cancellation_marks_nothing_and_does_not_wait(worl
         refs = [JobRef(job, 1) for job in jobs]
         async with world.engine.connect() as other:
             # As far as others know, they still wait: they are claimed again, and refused then.
-            assert await still_waiting(other, refs) == set(jobs)
+            assert await waiting_among(other, refs) == set(jobs)
     assert cancelled is not None
     assert cancelled.jobs == 3
     async with world.engine.connect() as other:
-        assert await still_waiting(other, refs) == set()
+        assert await waiting_among(other, refs) == set()
     await world.check_counts()
 
 
@@ -178,7 +184,7 @@ async def test_a_cancellation_waits_for_a_mark_and_is_too_late_for_it(world: Wor
     jobs = await world.schedule(await world.sender(), 3)
     batch = await batch_of(world, jobs[0])
     async with world.engine.begin() as connection:
-        marked = await mark_sending(connection, [JobRef(jobs[0], 1)], LEASE)
+        marked = await mark_refs(connection, [JobRef(jobs[0], 1)], LEASE)
         cancelling = asyncio.create_task(cancel(world, batch))
         await eventually(partial(any_lock_waits, world))
     assert (len(marked), (await cancelling).jobs) == (1, 2)

@@ -13,7 +13,6 @@ import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.deploy.embedded.proxy import TcpProxy
-from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules, Signal, record_cooldowns
 from outbox_server.services.dispatcher.outcomes import OutcomeRules
 from outbox_server.services.dispatcher.settler import EndedAttempt, Settler
@@ -28,6 +27,7 @@ from tests.conftest import Stores
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.lost_answers import LostAnswers
+from tests.marked_jobs import mark_refs
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -57,7 +57,7 @@ async def begin(world: World, statements: AsyncEngine, want: int = 1) -> list[Se
     """Claim and mark the mail that may be sent."""
     claims = (await world.queues[0].claim(want)).claims
     async with statements.connect() as connection:
-        marked = await storage.mark_sending(connection, [claim.job for claim in claims], LEASE)
+        marked = await mark_refs(connection, [claim.job for claim in claims], LEASE)
     by_job = {each.job: each for each in marked}
     return [(claim, by_job[claim.job]) for claim in claims]
 

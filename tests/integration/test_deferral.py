@@ -17,6 +17,7 @@ from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.dispatchers import options, settings_of
+from tests.marked_jobs import mark_refs
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -44,7 +45,7 @@ async def attempt(
     reply_class: ReplyClass | None = None,
 ) -> MarkedJob:
     """Make one attempt at a job; return the marked job."""
-    [marked] = await storage.mark_sending(connection, [JobRef(job, number)], LEASE)
+    [marked] = await mark_refs(connection, [JobRef(job, number)], LEASE)
     now = time.monotonic()
     record = AttemptRecord(
         job=marked.job,

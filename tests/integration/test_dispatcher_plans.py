@@ -17,6 +17,7 @@ from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads.statements import heads_statement
 from outbox_server.shared.queue.keys import JobRef
 from tests.dispatchers import options, settings_of
+from tests.marked_jobs import mark_refs
 from tests.world import World
 
 ATTEMPTS = 200_000
@@ -139,7 +140,7 @@ async def test_a_mark_reads_its_jobs_only_although_all_jobs_were_finished_before
                 "SELECT sum(idx_tup_fetch + seq_tup_read) FROM pg_stat_xact_user_tables"
                 " WHERE relname = 'email_jobs'"
             )
-            assert len(await storage.mark_sending(connection, claims, 60 * SECOND)) == 20
+            assert len(await mark_refs(connection, claims, 60 * SECOND)) == 20
             assert (await connection.execute(read)).scalar_one() < 200
             await connection.rollback()
         await engine.dispose()

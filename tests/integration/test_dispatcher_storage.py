@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,14 +14,26 @@ import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
-from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
 from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
-from tests.marked_jobs import LEASE, OVER, mark, record_of, recover, settle, whole_row
-from tests.world import World
+from tests.marked_jobs import (
+    LEASE,
+    OVER,
+    claims_of,
+    mark,
+    mark_refs,
+    record_of,
+    recover,
+    refs,
+    settle,
+    whole_row,
+)
+from tests.world import TEST_SHARD, World
 
 
 @pytest_asyncio.fixture
@@ -49,7 +62,7 @@ async def test_a_marked_job_is_sending_and_is_returned_with_the_data_for_its_mai
         job,
     )
     before = datetime.now(UTC)
-    [marked] = await storage.mark_sending(connection, [JobRef(job, 3)], LEASE)
+    [marked] = await mark_refs(connection, [JobRef(job, 3)], LEASE)
 
     row = await world.job(job)
     assert (row.state, row.attempt, row.finished_at) == (JobState.SENDING, 3, None)
@@ -115,6 +128,52 @@ async def test_a_mark_returns_the_revision_of_its_sender(
     await world.change(sender, load=False, hourly_limit=5)
 
     assert (await mark(connection, [job]))[job].sender_revision == 2
+
+
+async def why_unmarked(connection: AsyncConnection, claims: Sequence[Claim]) -> Unmarked:
+    assert await storage.mark_sending(connection, claims, LEASE, shard=TEST_SHARD) == []
+    return await storage.explain_unmarked(connection, claims, shard=TEST_SHARD)
+
+
+async def test_a_job_that_is_not_due_by_postgresqls_clock_is_not_marked(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), due=timedelta(hours=2), load=False)
+    why = await why_unmarked(connection, await claims_of(connection, refs([job])))
+
+    due = (await world.job(job)).scheduled_at.timestamp()
+    assert 0 <= why.due[job] / 1000 - due < 0.001
+    assert abs(why.postgres_ms / 1000 + 7200 - due) < 60
+    assert (why.valid, why.unknown) == (True, frozenset())
+
+
+async def test_a_claim_of_a_job_that_redis_should_not_have_is_unknown(
+    world: World, connection: AsyncConnection
+) -> None:
+    """As after a failover of PostgreSQL: no such job, that of another sender, another attempt."""
+    sender, other = await world.sender(), await world.sender()
+    [anothers] = await world.schedule(other, load=False)
+    [newer, locked, cancelled] = await world.schedule(sender, 3, load=False)
+    await world.sql("UPDATE email_jobs SET attempt = 3 WHERE id = %s", newer)
+    await world.cancel([cancelled])
+    jobs = [anothers, newer, locked, cancelled, 99_999_999]
+    claims = [replace(c, sender_id=sender) for c in await claims_of(connection, refs(jobs))]
+
+    async with await world.connect() as holder, holder.transaction():
+        await holder.execute("SELECT FROM email_jobs WHERE id = %s FOR UPDATE", [locked])
+        why = await why_unmarked(connection, claims)
+    assert why.unknown == {anothers, newer, 99_999_999}
+    assert list(why.due) == [locked]
+    assert await world.in_state(JobState.SENDING) == set()
+
+
+async def test_a_claim_of_a_life_that_is_not_valid_still_waits(
+    world: World, connection: AsyncConnection
+) -> None:
+    [job] = await world.schedule(await world.sender(), load=False)
+    claims = [replace(c, life="old") for c in await claims_of(connection, refs([job]))]
+    why = await why_unmarked(connection, claims)
+    assert (why.valid, list(why.due), why.unknown) == (False, [job], frozenset())
 
 
 async def test_nothing_is_marked_twice(world: World, connection: AsyncConnection) -> None:

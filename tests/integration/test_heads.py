@@ -28,7 +28,7 @@ from outbox_server.shared.queue.queue import (
 )
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.states import JobState, SenderState
-from tests.eventually import PATIENCE
+from tests.eventually import PATIENCE, eventually
 from tests.integration.queue.shard import scores
 from tests.world import World
 
@@ -340,10 +340,12 @@ async def test_a_job_that_is_requeued_between_the_two_reads_of_a_first_load_is_n
     event.remove(world.engine.sync_engine, "before_cursor_execute", settle)
 
     # Either the job waits, or its lease expires and a load is requested.
-    claimed = await claim(world.queues[0])
-    for sender_id in claimed.loads:
-        await world.loader.load([sender_id], committed=False)
-    assert await waiting(world, sender) == [job]
+    async def found() -> bool:
+        claimed = await claim(world.queues[0])
+        await world.loader.load(claimed.loads, committed=False)
+        return await waiting(world, sender) == [job]
+
+    await eventually(found)
 
 
 # Markers -------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ from datetime import UTC, datetime, timedelta
 
 import pytest_asyncio
 
-from outbox_server.services.dispatcher.storage import MarkedJob, mark_sending
+from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.sending_hours import SendingHours
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import JobState
+from tests.marked_jobs import mark_refs
 from tests.world import World
 
 LEASE = timedelta(seconds=60)
@@ -31,7 +32,7 @@ async def mark(world: World, jobs: list[int]) -> list[MarkedJob]:
     engine = create_engine(world.settings, lookups_only=True, single_statements=True)
     try:
         async with engine.connect() as connection:
-            return await mark_sending(connection, [JobRef(job, 1) for job in jobs], LEASE)
+            return await mark_refs(connection, [JobRef(job, 1) for job in jobs], LEASE)
     finally:
         await engine.dispose()
 
@@ -72,7 +73,7 @@ async def test_only_waiting_jobs_are_checked(world: World) -> None:
     await suppress(world, "r1@y.test")
     assert await mark(world, [job]) == []
     async with world.engine.begin() as connection:
-        assert await mark_sending(connection, [JobRef(job, 2)], LEASE) == []
+        assert await mark_refs(connection, [JobRef(job, 2)], LEASE) == []
     assert await world.in_state(JobState.SENDING) == {job}
     paused = await world.sender()
     (other,) = await world.schedule(paused, 1)

@@ -19,6 +19,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
+from tests.marked_jobs import mark_refs
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -41,7 +42,7 @@ async def marked_jobs(
     world: World, connection: AsyncConnection, n: int = 1, lease: timedelta = LEASE
 ) -> list[MarkedJob]:
     jobs = await world.schedule(await world.sender(), n, load=False)
-    marked = await storage.mark_sending(connection, [JobRef(job, 1) for job in jobs], lease)
+    marked = await mark_refs(connection, [JobRef(job, 1) for job in jobs], lease)
     return sorted(marked, key=lambda each: each.job)
 
 
@@ -129,7 +130,7 @@ async def test_a_job_that_was_recovered_is_not_renewed(
 
     assert await renew(connection, job) == {}
     # The next attempt, which another dispatcher holds, is not renewed either.
-    await storage.mark_sending(connection, [JobRef(job.job.job_id, 2)], LEASE)
+    await mark_refs(connection, [JobRef(job.job.job_id, 2)], LEASE)
     assert await renew(connection, job) == {}
 
 

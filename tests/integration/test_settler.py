@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.settler import Settler, UnmarkedClaim, UnsentJob
 from outbox_server.services.dispatcher.slots import Slots
@@ -19,6 +18,7 @@ from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.lost_answers import LostAnswers
+from tests.marked_jobs import mark_refs
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -71,7 +71,7 @@ async def test_a_job_given_back_by_an_unanswered_commit_is_claimed_again(
     sender = await world.sender()
     job, claim = await claim_before_tomorrows(world, sender)
     async with statements.connect() as connection:
-        [marked] = await storage.mark_sending(connection, [claim.job], LEASE)
+        [marked] = await mark_refs(connection, [claim.job], LEASE)
 
     lost = LostAnswers(world.engine)
     await settle(world, statements, UnsentJob(claim, marked), lost)
@@ -102,7 +102,7 @@ async def test_a_job_refused_in_a_pause_that_ends_before_redis_learns_of_it_is_c
     job, claim = await claim_before_tomorrows(world, sender)
     await world.change(sender, state=SenderState.PAUSED)
     async with statements.connect() as connection:
-        assert await storage.mark_sending(connection, [claim.job], LEASE) == []
+        assert await mark_refs(connection, [claim.job], LEASE) == []
     await world.change(sender, state=SenderState.ACTIVE)
 
     await settle(world, statements, UnmarkedClaim(claim))

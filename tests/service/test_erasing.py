@@ -16,7 +16,6 @@ from outbox.v1.suppression_pb2 import Suppression
 from psycopg import sql
 from redis.asyncio import Redis
 
-from outbox_server.services.dispatcher.storage.marking import mark_sending
 from outbox_server.services.scheduler.erasing import contains_address
 from outbox_server.services.scheduler.storage.erasing import erase_jobs, suppress_erased
 from outbox_server.shared.database.engine import create_engine
@@ -24,6 +23,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import JobState
 from tests import cooldowns
+from tests.marked_jobs import mark_refs
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 ADDRESS = "Ann.Secret@example.com"
@@ -190,7 +190,7 @@ async def test_an_erased_address_stays_suppressed(scheduler: Scheduler, email: s
     engine = create_engine(scheduler.settings, lookups_only=True)
     async with engine.begin() as connection:
         lease = scheduler.settings.lease
-        assert await mark_sending(connection, [JobRef(job_id, 1)], lease) == []
+        assert await mark_refs(connection, [JobRef(job_id, 1)], lease) == []
     await engine.dispose()
     assert scheduler.value("SELECT state FROM email_jobs") == JobState.SUPPRESSED
 

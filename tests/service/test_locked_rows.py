@@ -29,6 +29,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, process, running, settings_of
 from tests.eventually import eventually
+from tests.marked_jobs import mark_refs
 from tests.scheduler_stack import Scheduler
 from tests.world import World, address_of, jobs_in
 
@@ -99,7 +100,7 @@ async def test_a_locked_row_in_sending_delays_no_renewal_and_no_outcome_of_other
     )
     try:
         async with statements.connect() as connection:
-            assert len(await storage.mark_sending(connection, refs, lease)) == 3
+            assert len(await mark_refs(connection, refs, lease)) == 3
             async with locked(world, jobs[:1]):
                 renewed = await storage.renew_leases(connection, refs, lease)
                 assert renewed.keys() == set(jobs[1:])
@@ -129,7 +130,7 @@ async def test_a_locked_row_delays_no_outcome_of_others_and_is_recorded_later(
         async with asyncio.timeout(SOON), asyncio.TaskGroup() as group:
             async with world.engine.begin() as connection:
                 refs = [claim.job for claim in claims]
-                marked = await storage.mark_sending(connection, refs, timedelta(seconds=60))
+                marked = await mark_refs(connection, refs, timedelta(seconds=60))
             async with locked(world, jobs[:1]):
                 for claim, job in zip(claims, marked, strict=True):
                     settler.settle(UnsentJob(claim, job))

@@ -29,7 +29,6 @@ from outbox.v1.suppression_service_pb2 import (
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.dispatcher.storage import mark_sending
 from outbox_server.services.stats.storage import fold_once
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.message_ids import installation_id, message_id_for
@@ -40,6 +39,7 @@ from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 from outbox_server.shared.states import FINAL_STATES, ReplyClass
 from tests.eventually import eventually
+from tests.marked_jobs import mark_refs
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 SCHEDULED = email_job_pb2.EMAIL_JOB_STATE_SCHEDULED
@@ -312,7 +312,7 @@ async def test_exactly_one_of_a_concurrent_cancel_and_claim_wins(
 
     async def mark(job: str) -> bool:
         async with engine.begin() as connection:
-            marked = await mark_sending(connection, [JobRef(int(job), 1)], timedelta(seconds=60))
+            marked = await mark_refs(connection, [JobRef(int(job), 1)], timedelta(seconds=60))
         return bool(marked)
 
     async def try_cancel(job: str) -> bool:
@@ -398,10 +398,12 @@ async def test_no_spelling_of_a_suppressed_address_passes_the_last_check(
     for suppressed in ("strasse@b.org", "änne@b.org", "iNFO@b.org"):
         await suppress(scheduler, suppressed)
 
-    waiting = scheduler.rows("SELECT id FROM email_jobs WHERE state = 1")
+    waiting = scheduler.rows(
+        "UPDATE email_jobs SET scheduled_at = now() WHERE state = 1 RETURNING id"
+    )
     async with engine.begin() as connection:
         refs = [JobRef(job, 1) for (job,) in waiting]
-        marked = await mark_sending(connection, refs, timedelta(minutes=1))
+        marked = await mark_refs(connection, refs, timedelta(minutes=1))
 
     assert [job.recipient for job in marked] == ["Ännchen@b.org"] * 2
     assert scheduler.value("SELECT count(*) FROM email_jobs WHERE state = 7") == 6

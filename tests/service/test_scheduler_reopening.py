@@ -21,11 +21,12 @@ from outbox.v1.email_job_service_pb2 import (
 )
 from outbox.v1.sender_service_pb2 import DeleteSenderRequest
 
-from outbox_server.services.dispatcher.storage import AttemptRecord, mark_sending, settle
+from outbox_server.services.dispatcher.storage import AttemptRecord, settle
 from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry_failed
 from outbox_server.services.stats.storage import fold_once
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState
+from tests.marked_jobs import mark_refs
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.world import World
 
@@ -50,7 +51,7 @@ async def end(world: World, jobs: Sequence[int], state: JobState, attempt: int =
     """End an attempt at each of these jobs, as a dispatcher does."""
     refs = [JobRef(job, attempt) for job in jobs]
     async with world.engine.begin() as connection:
-        marked = await mark_sending(connection, refs, LEASE)
+        marked = await mark_refs(connection, refs, LEASE)
     assert len(marked) == len(jobs)
     now = time.monotonic()
     outcome = {

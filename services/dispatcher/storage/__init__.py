@@ -13,9 +13,10 @@ from outbox_server.services.dispatcher.storage.cooldowns import (
 from outbox_server.services.dispatcher.storage.marking import (
     BatchContent,
     MarkedJob,
+    Unmarked,
+    explain_unmarked,
     mark_sending,
     read_batches,
-    still_waiting,
 )
 from outbox_server.services.dispatcher.storage.recovering import next_expiry, recover_expired
 from outbox_server.services.dispatcher.storage.renewing import renew_leases, still_sending
@@ -26,8 +27,10 @@ __all__ = [
     "AttemptRecord",
     "BatchContent",
     "MarkedJob",
+    "Unmarked",
     "cool_down",
     "end_cooldowns",
+    "explain_unmarked",
     "give_back",
     "mark_sending",
     "next_expiry",
@@ -37,5 +40,4 @@ __all__ = [
     "renew_leases",
     "settle",
     "still_sending",
-    "still_waiting",
 ]

@@ -7,16 +7,32 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BigInteger, SmallInteger, bindparam, case, column, func, null, select, update
+from sqlalchemy import (
+    BigInteger,
+    SmallInteger,
+    and_,
+    bindparam,
+    case,
+    column,
+    func,
+    not_,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
 from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.message_ids import message_id_address
-from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
+from outbox_server.shared.database.models import Batch, EmailJob, Sender, ShardLife, Suppression
 from outbox_server.shared.database.recipient_keys import recipient_key
+from outbox_server.shared.heads.statements import unix_ms_of
 from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
 from outbox_server.shared.states import BatchState, JobState, SenderState
@@ -57,10 +73,38 @@ class BatchContent:
     trace_parent: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Unmarked:
+    """Why `mark_sending` left out claims.
+
+    `valid`: the life in which they were made is the valid one. `postgres_ms` is PostgreSQL's time.
+    `due` has the claims that wait to be sent, with their due times (Unix ms). `unknown` has those
+    that Redis should not have: PostgreSQL has no such job, it belongs to another sender, or it
+    waits with another attempt. All others must not be sent any more.
+    """
+
+    valid: bool
+    postgres_ms: int
+    due: dict[int, int]
+    unknown: frozenset[int]
+
+
 _claim = (
-    func.unnest(array("ids", BigInteger), array("attempts", SmallInteger))
-    .table_valued(column("id", BigInteger), column("attempt", SmallInteger), name="claim")
+    func.unnest(
+        array("ids", BigInteger), array("attempts", SmallInteger), array("senders", BigInteger)
+    )
+    .table_valued(
+        column("id", BigInteger),
+        column("attempt", SmallInteger),
+        column("sender", BigInteger),
+        name="claim",
+    )
     .render_derived()
+)
+
+# The life in which the claims were made, if it is valid (shared/heads/lives.py).
+_valid_life = select(ShardLife.shard).where(
+    ShardLife.shard == bindparam("shard", type_=BigInteger), ShardLife.life == bindparam("life")
 )
 
 # `+ 0`: if all jobs that the statistics know are finished, the planner expects no waiting job. It
@@ -88,8 +132,13 @@ def _mark_statement() -> Any:
     statement (see shared/database/cancellations.py).
 
     It waits for nobody: jobs and batches that somebody else has locked are left out, because the
-    other jobs of the group would wait for them. `still_waiting` finds them.
+    other jobs of the group would wait for them. `explain_unmarked` finds them. The exception is the
+    life: while a dispatcher begins the next one, the statement waits, and then marks nothing. Until
+    it is committed, no next life becomes valid.
+
+    PostgreSQL decides whose the job is, and by its clock whether it is due.
     """
+    life = _valid_life.with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
         select(Batch.id, Batch.user_id)
@@ -121,9 +170,12 @@ def _mark_statement() -> Any:
         )
         .join(_claim, _claim.c.id == EmailJob.id)
         .join(batches, batches.c.id == EmailJob.batch_id)
+        .join(life, true())
         .where(
             _WAITS,
             EmailJob.attempt == _claim.c.attempt - 1,
+            EmailJob.sender_id == _claim.c.sender,
+            EmailJob.scheduled_at <= func.clock_timestamp(),
             _active_revision.is_not(None),
         )
         .with_for_update(of=EmailJob, key_share=True, skip_locked=True)
@@ -167,23 +219,27 @@ def _mark_statement() -> Any:
 _MARK = _mark_statement()
 
 
+def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
+    """Return the parameters of both statements. All claims are of one life of the shard."""
+    return {
+        "ids": [claim.job.job_id for claim in claims],
+        "attempts": [claim.job.attempt for claim in claims],
+        "senders": [claim.sender_id for claim in claims],
+        "shard": shard,
+        "life": claims[0].life if claims else "",
+    }
+
+
 async def mark_sending(
-    connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta
+    connection: AsyncConnection, claims: Sequence[Claim], lease: timedelta, *, shard: int
 ) -> list[MarkedJob]:
-    """Mark claimed jobs SENDING and load them.
+    """Mark claimed jobs of one life of a shard SENDING, and load them.
 
     A job that is missing from the result must not be sent now: it or its batch was cancelled, an
-    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, or it is locked
-    (see `still_waiting`).
+    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, or one of the
+    reasons of `Unmarked`.
     """
-    rows = await connection.execute(
-        _MARK,
-        {
-            "ids": [job.job_id for job in jobs],
-            "attempts": [job.attempt for job in jobs],
-            "lease": lease,
-        },
-    )
+    rows = await connection.execute(_MARK, {**_claims(claims, shard), "lease": lease})
     return [
         MarkedJob(
             job=JobRef(row.id, row.attempt),
@@ -200,30 +256,48 @@ async def mark_sending(
     ]
 
 
-# What is locked is read without a lock, so a change that is not committed yet is not seen.
-_STILL_WAITING = (
-    select(EmailJob.id)
-    .join(_claim, _claim.c.id == EmailJob.id)
-    .join(Batch, Batch.id == EmailJob.batch_id)
-    .where(
-        _WAITS,
-        EmailJob.attempt == _claim.c.attempt - 1,
-        Batch.state == BatchState.ACTIVE,
-        _active_revision.is_not(None),
+def _explain_statement() -> Any:
+    waits = and_(_WAITS, Batch.state == BatchState.ACTIVE, _active_revision.is_not(None))
+    is_job = EmailJob.sender_id == _claim.c.sender
+    is_attempt = EmailJob.attempt == _claim.c.attempt - 1
+    waiting = case((and_(waits, is_job, is_attempt), unix_ms_of(EmailJob.scheduled_at)))
+    # What is locked is read without a lock, so a change that is not committed yet is not seen.
+    return (
+        select(
+            _claim.c.id,
+            waiting.label("due_ms"),
+            or_(
+                EmailJob.id.is_(None),
+                not_(is_job),
+                and_(EmailJob.state == JobState.SCHEDULED, not_(is_attempt)),
+            ).label("unknown"),
+            _valid_life.exists().label("valid"),
+            unix_ms_of(func.clock_timestamp()).label("now_ms"),
+        )
+        .select_from(_claim)
+        .outerjoin(EmailJob, EmailJob.id == _claim.c.id)
+        .outerjoin(Batch, Batch.id == EmailJob.batch_id)
     )
-)
 
 
-async def still_waiting(connection: AsyncConnection, jobs: Sequence[JobRef]) -> set[int]:
-    """Return the ids of those jobs that `mark_sending` left out because they were locked.
+_EXPLAIN = _explain_statement()
 
-    They can be claimed again. One whose cancellation was under way is refused then.
+
+async def explain_unmarked(
+    connection: AsyncConnection, claims: Sequence[Claim], *, shard: int
+) -> Unmarked:
+    """Return why `mark_sending` left out these claims, at least one.
+
+    Those that wait can be claimed again: they are locked, not due yet, or their life is not valid.
+    One whose cancellation was under way is refused then.
     """
-    found = await connection.execute(
-        _STILL_WAITING,
-        {"ids": [job.job_id for job in jobs], "attempts": [job.attempt for job in jobs]},
+    rows = (await connection.execute(_EXPLAIN, _claims(claims, shard))).all()
+    return Unmarked(
+        valid=rows[0].valid,
+        postgres_ms=rows[0].now_ms,
+        due={row.id: row.due_ms for row in rows if row.due_ms is not None},
+        unknown=frozenset(row.id for row in rows if row.unknown),
     )
-    return set(found.scalars())
 
 
 async def read_batches(

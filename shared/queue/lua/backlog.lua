@@ -50,10 +50,10 @@ local function examine(sender)
         room = math.min(room, places(s.owner, used))
         allowed = math.max(allowed, allowed_at(s.owner, used, window))
     end
-    local due = redis.call('ZCOUNT', due_of(s.id), '-inf', NOW)
+    local due = redis.call('ZCOUNT', due_of(s.id), '-inf', NOW - AHEAD)
     if due == 0 then return end
     jobs = jobs + math.min(room, due)
-    oldest = math.min(oldest, math.max(allowed, tonumber(first)))
+    oldest = math.min(oldest, math.max(allowed, tonumber(first) + AHEAD))
 end
 
 local seen, senders = {}, redis.call('ZRANGEBYSCORE', READY, '-inf', NOW, 'LIMIT', 0, most)

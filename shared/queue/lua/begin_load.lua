@@ -4,7 +4,7 @@
 -- ARGV[1] raise    1: raise the epoch first, because the caller has just committed something that a
 --                  load in progress may have missed (so that load is refused); 0: only read it
 -- ARGV    then senders
--- Returns an array of epochs. The epoch of a sender that Redis does not know begins with 'new:', or
+-- Returns the life of the shard, and then an epoch per sender. The epoch of a sender that Redis does not know begins with 'new:', or
 -- is '' while Redis is out of memory
 --!include keys
 --!include time
@@ -14,7 +14,7 @@
 
 -- ms for which the epoch of an unknown sender is kept. A load that takes longer is refused.
 local NEW_MS = 60000
-local epochs = {}
+local answer = { LIFE }
 for i = 2, #ARGV do
     local id = ARGV[i]
     local key, epoch = settings_of(id), epoch_of(id)
@@ -23,7 +23,7 @@ for i = 2, #ARGV do
         redis.call('DEL', due_of(id), lease_of(id), window_of(id), key)
     end
     if FULL and is_new(epoch) then
-        epochs[#epochs + 1] = ''
+        answer[#answer + 1] = ''
     else
         if epoch == NO_EPOCH then
             -- An epoch from the clock: no earlier life of this sender can have had it.
@@ -32,7 +32,7 @@ for i = 2, #ARGV do
         elseif ARGV[1] == '1' then
             redis.call('HINCRBY', key, 'epoch', 1)
         end
-        epochs[#epochs + 1] = epoch_of(id)
+        answer[#answer + 1] = epoch_of(id)
     end
 end
-return epochs
+return answer

@@ -12,14 +12,16 @@
 --                     claimed in turn; more, up to `most`, only if no other user's job is left
 -- ARGV[7] users       sends in a window and gap (ms), with a space between, of users that have no
 --                     limits of their own; 0: none
+-- ARGV[8] ahead       ms by which this server's clock is ahead of PostgreSQL's (life.lua)
 --
--- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads, parked}:
+-- Returns {'OK' or 'LOST', ms until the next look or -1, claims, loads, parked, life}:
 --   LOST    the shard is incomplete: start a rebuild. Loaded senders may send meanwhile
 --   claims  flat: sender, member, ms since the earliest instant at which the limits allowed it,
 --           when its lease expires, when it was due, 1 if it is the probe of a cooldown, the limit
 --           that made it wait after it was due ('' if none did), user
 --   loads   senders whose head the caller must load
 --   parked  1 if senders wait because their user may have no more (park.lua)
+--   life    the life in which the claims were made
 --
 -- A sender that may not send yet has a later score in `ready`, so it is not visited. The cost
 -- depends on the jobs claimed, never on the jobs that wait.
@@ -29,6 +31,7 @@
 --!include life
 --!include circuit
 --!include look
+--!include restored
 --!include expire
 --!include park
 
@@ -36,9 +39,9 @@ local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[
 local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 local limits = ARGV[6] ~= '' and cmsgpack.unpack(ARGV[6]) or {}
 
-redis.call('HSET', LIFE_KEY, 'users', ARGV[7])
+redis.call('HSET', LIFE_KEY, 'users', ARGV[7], 'ahead', ARGV[8])
 local limit, gap = string.match(ARGV[7], '^(%d+) (%d+)$')
-USER_LIMIT, USER_GAP = tonumber(limit), tonumber(gap)
+USER_LIMIT, USER_GAP, AHEAD = tonumber(limit), tonumber(gap), tonumber(ARGV[8])
 
 local claims, loads, taken = {}, {}, 0
 -- The jobs claimed of each user with a limit, and which of the two limits applies now.
@@ -66,9 +69,11 @@ local function take(s)
             allowed = math.max(allowed, owner.allowed)
         end
         if allowed > NOW or NOW >= s.closes then return true end
-        local first = redis.call('ZRANGEBYSCORE', due, '-inf', NOW, 'WITHSCORES', 'LIMIT', 0, 1)
+        local by = NOW - AHEAD
+        local first = redis.call('ZRANGEBYSCORE', due, '-inf', by, 'WITHSCORES', 'LIMIT', 0, 1)
         if not first[1] or not admits_sender(s) then return true end
-        local delayed_by = allowed > tonumber(first[2]) and delay_of(s, allowed) or ''
+        local due_at = tonumber(first[2]) + AHEAD
+        local delayed_by = allowed > due_at and delay_of(s, allowed) or ''
         redis.call('ZREM', due, first[1])
         redis.call('ZADD', leases, NOW + lease, first[1])
         if owner then
@@ -82,7 +87,7 @@ local function take(s)
         of_user[s.user] = (of_user[s.user] or 0) + 1
         claims[#claims + 1] = s.id
         claims[#claims + 1] = first[1]
-        claims[#claims + 1] = NOW - math.max(allowed, tonumber(first[2]))
+        claims[#claims + 1] = NOW - math.max(allowed, due_at)
         claims[#claims + 1] = NOW + lease
         claims[#claims + 1] = tonumber(first[2])
         claims[#claims + 1] = s.cool > 0 and 1 or 0
@@ -106,11 +111,11 @@ local function visit(sender)
         redis.call('ZADD', READY, NOW + patience, sender)
         return
     end
-    expire_leases(s)
-    if s.owner then
-        expire_leases(s.owner)
-        forget_old_ends(s.owner, 2)
+    if not expire_leases(s) or s.owner and not expire_leases(s.owner) then
+        redis.call('ZADD', READY, NOW + ASKED_AGAIN, sender)
+        return
     end
+    if s.owner then forget_old_ends(s.owner, 2) end
     local has_room = room_of(s.user) > 0
     local limited = not s.active or take(s)
     -- Not before `take`, which computes a job's lateness from the ends that left the window. If
@@ -144,7 +149,10 @@ local function visit_user(user)
         if first then redis.call('ZADD', READY, 'LT', NOW, first) end
         return
     end
-    expire_leases(owner)
+    if not expire_leases(owner) then
+        redis.call('ZADD', READY, NOW + ASKED_AGAIN, owner.id)
+        return
+    end
     for _ = 1, math.min(want + 64, redis.call('ZCARD', turns_of(user))) do
         if room_of(user) <= 0 or not user_admits(owner, window) then break end
         turn = redis.call('ZPOPMIN', turns_of(user))[1]
@@ -190,4 +198,4 @@ else
 end
 local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'
 local parked = redis.call('EXISTS', PARKED)
-return { state, look and math.max(0, look - NOW) or -1, claims, loads, parked }
+return { state, look and math.max(0, look - NOW) or -1, claims, loads, parked, LIFE }

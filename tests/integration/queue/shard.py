@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -127,9 +128,10 @@ class Shard:
         await self.redis.set(self.prefix + "test:now", self.now_us)
 
     async def whole(self) -> None:
-        """Mark the shard as complete, as a rebuild does."""
+        """Begin a life and mark the shard as complete, as a rebuild does."""
         token = await self.queue.begin_rebuild()
         assert token is not None
+        assert await self.queue.begin_life(token, secrets.token_hex(4))
         assert await self.queue.finish_rebuild(token)
 
     async def load(self, *heads: Head, committed: bool = False) -> None:

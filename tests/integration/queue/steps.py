@@ -79,6 +79,8 @@ class QueueSteps(UserSteps):
         self.runs = 0
         # Data was lost, and a recovery has to find it.
         self.lossy = False
+        # The lives that dispatchers have begun in this Redis.
+        self.names: set[str] = set()
 
     def do(self, step: Coroutine[Any, Any, None]) -> None:
         self.broken = True
@@ -191,7 +193,8 @@ class QueueSteps(UserSteps):
             self.holdings.append(ClaimUnderWay(claim, self.now, deadline, gap, user_gap))
         for sender_id in loads:
             await self._load(sender_id, committed=False, waits=waits)
-        if claimed.lost and rebuilds:
+        assert claimed.provisional is (self.queue.life not in self.names)
+        if rebuilds and (claimed.lost or self.queue.life != self.world.life):
             await self._rebuild()
 
     def _circuits_of(self, sender_id: int) -> tuple[str, ...]:
@@ -209,7 +212,7 @@ class QueueSteps(UserSteps):
     ) -> None:
         claim = holding.claim
         unused = Settlement(claim.sender_id, claim.job, LimitUse.UNUSED, lease_ms=claim.lease_ms)
-        if fails:
+        if fails or claim.life != self.world.life:
             holding.settlement = replace(unused, next_job=claim.job, next_due_ms=claim.due_ms)
         elif not self.world.mark(claim.job, self.now):
             holding.settlement = unused
@@ -425,9 +428,21 @@ class QueueSteps(UserSteps):
     async def _rebuild(self) -> None:
         token = await self.queue.begin_rebuild()
         assert token is not None
+        await self.queue.read_life()
+        if self.queue.life != self.world.life:
+            await self._begin_life(token)
         await self._restore_lost()
         assert await self.queue.finish_rebuild(token)
         self.model.whole = True
+
+    async def _begin_life(self, token: str) -> None:
+        """Begin the next valid life: everything is loaded again."""
+        life = self.world.begin_life()
+        self.names.add(life)
+        assert await self.queue.begin_life(token, life)
+        model = self.model
+        model.lose_all(model.ready, model.parked, model.parked_users, model.turns, model.everyone)
+        self._note_user_limits()
 
     async def _restore_lost(self, *, waits: bool = False) -> None:
         """Load the lost senders that have waiting jobs."""
@@ -438,7 +453,18 @@ class QueueSteps(UserSteps):
         }
         lost = await self.queue.find_lost(sorted(concerned))
         assert lost == self.model.find_lost(self.now_ms, sorted(concerned))
-        for sender_id in lost:
+        firsts = [
+            (*min((job.due, job.job_id, job.attempt) for job in waiting), sender_id)
+            for sender_id in sorted(concerned)
+            if (waiting := list(self.world.in_state(JobState.SCHEDULED, sender_id)))
+        ]
+        outdated = await self.queue.find_outdated(
+            [(s, JobRef(job_id, attempt + 1), due) for due, job_id, attempt, s in firsts]
+        )
+        assert outdated == self.model.find_outdated(
+            (s, member_of(JobRef(job_id, attempt + 1)), due) for due, job_id, attempt, s in firsts
+        )
+        for sender_id in [*lost, *(s for s in outdated if s not in lost)]:
             await self._load(sender_id, committed=False, waits=waits)
 
     async def _compare(self) -> None:
@@ -483,7 +509,8 @@ class QueueSteps(UserSteps):
             run, life, *circuits = await pipeline.execute()
         for endpoint, found in zip(CIRCUITS, circuits, strict=True):
             c = self.model.circuits.get(endpoint, CircuitModel())
-            this_life = (run or "first", found.get("life")) == (life.get("run"), life.get("id"))
+            present = (life.get("replication"), life.get("id"))
+            this_life = (run or "first", found.get("life")) == present
             known = found if this_life else {}
             assert int(known.get("failures", 0)) == c.failures
             assert ("open" in known) is c.open

@@ -59,8 +59,9 @@ async def test_a_claimed_job_is_leased_and_no_longer_waits(shard: Shard) -> None
     claimed = await shard.claim()
 
     lease_ms = START_MS + 250 + LEASE_MS
+    life = shard.queue.life
     assert claimed.claims == (
-        Claim(SENDER.sender_id, JobRef(1, 1), milliseconds(250), lease_ms, START_MS),
+        Claim(SENDER.sender_id, JobRef(1, 1), milliseconds(250), lease_ms, START_MS, life=life),
     )
     state = await shard.sender()
     assert state.leases == dict.fromkeys(members(1), 250 + LEASE_MS)
@@ -299,14 +300,31 @@ async def test_a_sender_whose_settings_are_lost_sends_nothing_until_it_is_loaded
     assert await shard.claimed() == [1]
 
 
-async def test_a_lease_from_before_a_loss_blocks_the_gap_until_it_ends(shard: Shard) -> None:
+async def test_a_lease_from_before_a_loss_blocks_the_gap_until_postgresql_tells_its_end(
+    shard: Shard,
+) -> None:
+    """Its dispatcher may renew it at another server of Redis, which lost nothing."""
     lease = ActiveLease(JobRef(1, 1), milliseconds(900))
     await shard.load(replace(SENDER, leases=(lease,), jobs=jobs((2, 0))))
 
     assert (await shard.claim()).next_look == milliseconds(900)
     await shard.at(900)
+    claimed = await shard.claim()
+    assert (claimed.claims, claimed.loads, claimed.next_look) == ((), (), milliseconds(250))
+    await shard.at(1_150)
     assert (await shard.claim()).loads == (7,)
-    assert await shard.ready() == {7: 2900}
+    # It was renewed.
+    lease = ActiveLease(JobRef(1, 1), milliseconds(500))
+    await shard.load(replace(SENDER, leases=(lease,), jobs=jobs((2, 0))))
+    assert (await shard.claim()).next_look == milliseconds(500)
+    await shard.at(1_650)
+    assert (await shard.claim()).claims == ()
+    await shard.at(1_900)
+    assert (await shard.claim()).loads == (7,)
+    # It ended half a second ago.
+    ended = PastEnd(JobRef(1, 1), milliseconds(500), counted=True)
+    await shard.load(replace(SENDER, ends=(ended,), jobs=jobs((2, 0))))
+    assert await shard.ready() == {7: 3_400}
 
 
 async def calls_of_a_claim(shard: Shard, want: int) -> dict[str, int]:

@@ -24,8 +24,8 @@ async def test_a_claim_from_before_a_loss_of_redis_is_not_confirmed(shard: Shard
     claims = (await shard.claim(2)).claims
     await shard.redis.flushall()
     await shard.at(1)
-    await shard.load(HEAD)
     await shard.whole()
+    await shard.load(HEAD)
 
     assert await shard.queue.confirm(claims) == [False, False]
 
@@ -37,8 +37,8 @@ async def test_a_job_claimed_twice_around_a_loss_belongs_to_the_dispatcher_that_
     (marked,) = (await shard.claim(1)).claims
     await shard.redis.flushall()
     await shard.at(1)
-    await shard.load(HEAD)
     await shard.whole()
+    await shard.load(HEAD)
     (refused,) = (await shard.claim(1)).claims
     assert refused.job == marked.job
 

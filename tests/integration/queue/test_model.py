@@ -323,6 +323,15 @@ class QueueMachine(LimitSteps):
     def lose_key_of_shard(self, key: str) -> None:
         self.do(self._lose_key_of_shard(key))
 
+    @precondition(lambda self: len(self.world.jobs) > 3)
+    @rule(sends=st.lists(senders, max_size=4), pause=st.integers(0, 900_000))
+    def supersede(self, sends: list[int], pause: int) -> None:
+        """Let another Redis become the valid one, and its dispatchers send."""
+        self.world.begin_life()
+        for sender_id in sends:
+            self.world.send_elsewhere(sender_id, self.now, self.everyone)
+            self.do(self._advance(self.now + pause))
+
     @rule(waits=chances)
     def restore_lost(self, waits: bool) -> None:
         self.do(self._restore_lost(waits=waits))

@@ -162,8 +162,8 @@ async def test_a_refused_claim_does_not_release_a_renewed_lease(
     marked = await claim_one(shard)
     await shard.redis.flushall()
     await shard.at(1)
-    await shard.load(HEAD)
     await shard.whole()
+    await shard.load(HEAD)
     refused = await claim_one(shard)
     assert refused.job == marked.job
     await shard.at(2)

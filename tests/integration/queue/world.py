@@ -90,6 +90,9 @@ class ModelledInstallation:
     users: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
     # The earliest time of the next probe, for each sender in a cooldown.
     cooldowns: dict[int, int] = field(default_factory=dict)
+    # The life of Redis that is valid, and the number of the last one.
+    life: str = ""
+    lives: Iterator[int] = field(default_factory=itertools.count)
 
     # PostgreSQL ------------------------------------------------------------------------------
 
@@ -191,8 +194,15 @@ class ModelledInstallation:
             ),
         )
 
+    def begin_life(self) -> str:
+        """Store a new valid life, and return it."""
+        self.life = f"life {next(self.lives)}"
+        return self.life
+
     def mark(self, job: JobRef, now: int) -> bool:
+        """Mark a job that was claimed in the valid life."""
         row = self.jobs[job.job_id]
+        assert row.due * 1000 <= now, "claimed before it was due"
         if (
             row.state is not JobState.SCHEDULED
             or row.attempt != job.attempt - 1
@@ -242,6 +252,44 @@ class ModelledInstallation:
     def _holds(self, job: JobRef) -> bool:
         row = self.jobs[job.job_id]
         return row.state is JobState.SENDING and row.attempt == job.attempt
+
+    # Sends of another server -----------------------------------------------------------------
+
+    def send_elsewhere(self, sender_id: int, now: int, everyone: tuple[int, int]) -> None:
+        """Send the next job of a sender at once, if its limits allow that.
+
+        The dispatchers of another Redis do this while theirs is the valid one.
+        """
+        row = self.senders[sender_id]
+        limit, gap = self.users.get(row.user, (None, None))
+        user_limit = (everyone[0] if limit is None else limit) or float("inf")
+        user_gap = everyone[1] if gap is None else gap
+        jobs = (
+            job for job in self.in_state(JobState.SCHEDULED, sender_id) if job.due * 1000 <= now
+        )
+        job = min(jobs, key=lambda one: (one.due, one.job_id), default=None)
+        own, of_user = [sender_id], self.senders_of(row.user)
+        if job is None or not row.active:
+            return
+        if not self._allows(own, now, row.limit, row.gap):
+            return
+        if not self._allows(of_user, now, user_limit, user_gap):
+            return
+        ref = JobRef(job.job_id, job.attempt + 1)
+        assert self.mark(ref, now)
+        send = Send(job.job_id, now, now + self.lease, row.gap, user_gap)
+        self.begin_send(sender_id, send, now, row.limit, user_limit)
+        send.ended = now
+        assert self.settle(ref, now, counted=True, retry_at=None)
+
+    def _allows(self, senders: list[int], now: int, limit: float, gap: int) -> bool:
+        """Whether the history in PostgreSQL allows one more send now."""
+        leases = [job for s in senders for job in self.in_state(JobState.SENDING, s)]
+        ends = [one for one in self.attempts if one.sender_id in senders]
+        since = now - self.window * 1000
+        used = len(leases) + sum(one.counted and one.ended > since for one in ends)
+        last = max((one.ended for one in ends), default=-gap * 1000)
+        return used < limit and now - last >= gap * 1000 and not (gap and leases)
 
     # Sends that took place -------------------------------------------------------------------
 

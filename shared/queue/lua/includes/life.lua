@@ -1,9 +1,14 @@
 -- The life of a shard: data that was loaded in an earlier life is discarded and loaded again.
 -- A life ends when
--- - the server's process ends: leases and ends in a snapshot or on a replica may be outdated;
+-- - the server's process ends, or a replica becomes the primary: leases and ends in a snapshot or on
+--   a replica may be outdated;
 -- - the server's clock steps back by a second or more: stored ends would lie in the future (after
 --   a smaller step, NOW stands still until the clock has caught up);
 -- - LIFE_KEY is lost.
+--
+-- The next life is provisional and has a colon in its name. Then a dispatcher gives it a name that
+-- PostgreSQL stores as the valid one (begin_life.lua, shared/heads/lives.py). What was loaded before
+-- is discarded again, because the history may have been read before the former life became invalid.
 
 local LIFE_KEY = prefix .. 'life'
 local STEP = 1000
@@ -14,24 +19,32 @@ local FULL = false
 -- The limits of users that have none of their own: sends in a window and gap in ms, 0: none. They
 -- are those of the dispatcher that claimed last.
 local USER_LIMIT, USER_GAP = 0, 0
+-- By how many ms this server's clock is ahead of PostgreSQL's, as far as the dispatcher that claimed
+-- last knows; 0 if it is behind. Times that PostgreSQL decides (due times, sending hours) have come
+-- by NOW if they are at most NOW - AHEAD.
+local AHEAD = 0
 do
-    local f = redis.call('HMGET', LIFE_KEY, 'run', 'id', 'seen', 'users')
+    local f = redis.call('HMGET', LIFE_KEY, 'replication', 'id', 'seen', 'users', 'ahead')
     local seen = tonumber(f[3] or 0)
+    local kept = { 'replication', RUN }
     LIFE = f[2]
     if f[1] ~= RUN or NOW <= seen - STEP then
         LIFE = string.sub(RUN, 1, 8) .. string.format(':%.0f', NOW)
+        -- The last release compares the id of the process.
+        kept[3], kept[4] = 'run', string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
     else
         NOW, NOW_UP = math.max(NOW, seen), math.max(NOW_UP, seen)
     end
     local limit, gap = string.match(f[4] or '', '^(%d+) (%d+)$')
     if limit then USER_LIMIT, USER_GAP = tonumber(limit), tonumber(gap) end
-    local kept = redis.pcall('HSET', LIFE_KEY, 'run', RUN, 'id', LIFE, 'seen', NOW)
-    if type(kept) == 'table' and kept.err then
+    AHEAD = tonumber(f[5] or 0)
+    local stored = redis.pcall('HSET', LIFE_KEY, 'id', LIFE, 'seen', NOW, unpack(kept))
+    if type(stored) == 'table' and stored.err then
         FULL = true
         -- Redis never refuses a deletion, and it refuses a script no memory after its first write,
         -- so that scripts do not stop half way.
         redis.call('HDEL', LIFE_KEY, '')
-        redis.call('HSET', LIFE_KEY, 'run', RUN, 'id', LIFE, 'seen', NOW)
+        redis.call('HSET', LIFE_KEY, 'id', LIFE, 'seen', NOW, unpack(kept))
     end
 end
 

@@ -12,6 +12,11 @@ local function number_or(value, default)
     return default
 end
 
+-- Returns by this server's clock a time that PostgreSQL decides. 0 stands for always.
+local function by_own_clock(time)
+    return time > 0 and time + AHEAD or 0
+end
+
 -- Limit.PACE: the longer of the sender's own gap and its pace (pace.lua).
 local function gap_with_pace(own_gap, pace) return math.max(own_gap, pace) end
 
@@ -53,8 +58,8 @@ local function read_sender(sender, alone)
         open = f[12] ~= false,
         probe = number_or(f[13], 0),
         -- The current or next opening of its sending hours; a load brings the one after it.
-        opens = number_or(f[14], 0),
-        closes = (not f[15] or f[15] == 'inf') and math.huge or tonumber(f[15]),
+        opens = by_own_clock(number_or(f[14], 0)),
+        closes = (not f[15] or f[15] == 'inf') and math.huge or by_own_clock(tonumber(f[15])),
         -- In a cooldown: the earliest time of the next probe. 0: the sender does not cool down.
         cool = number_or(f[16], 0),
         -- '' until the first load by a process that knows users.
@@ -140,7 +145,7 @@ local function schedule_look(s, window)
     local sends = math.huge
     -- Limit.PAUSE: a sender that is not active has no next send.
     if s.active and first and places(s, in_flight) > 0 then
-        sends = math.max(tonumber(first), allowed_at(s, in_flight, window))
+        sends = math.max(tonumber(first) + AHEAD, allowed_at(s, in_flight, window))
         -- Too late for this opening: when it ends, a load brings the next one.
         if math.max(sends, NOW) >= s.closes then sends = s.loading and math.huge or s.closes end
     end
