@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.audit import storage
-from outbox_server.shared.audit.jobs import Copies, contradiction_of, delivery_of
+from outbox_server.shared.audit.jobs import Copies, JobNumbers, contradiction_of, delivery_of
 from outbox_server.shared.audit.replay import Replay
 from outbox_server.shared.audit.storage import AuditedSender, AuditedUser, Totals
 from outbox_server.shared.database.engine import create_engine, snapshot
@@ -125,10 +125,14 @@ async def _audit(
     senders = await storage.read_senders(connection)
     totals = await storage.read_totals(connection)
     installation = await storage.installation_id(connection) or ""
-    sender_of = array("q", bytes(8 * (totals.highest_job_id + 1)))
+    numbers = JobNumbers()
+    async for stored_id in storage.stream_job_ids(connection):
+        numbers.add(stored_id)
     # Read the SMTP side after the snapshot, so that it has the mail of every job that is SENT.
-    copies = None if smtp_side is None else _copies(smtp_side, installation, totals)
+    copies = None if smtp_side is None else _copies(smtp_side, installation, numbers)
     receiver_id = None if smtp_side is None else smtp_side.receiver_id
+    # The sender of each job, by its number.
+    sender_of = array("q")
     jobs = await _jobs(connection, copies, receiver_id, sender_of)
     recorded = _Replays(senders, settings)
     async for sender_id, start, end in storage.stream_sends(connection):
@@ -142,8 +146,9 @@ async def _audit(
         seen = _Replays(senders, settings)
         for message_id, start, end in sends:
             job_id = job_of_message_id(message_id, installation)
-            if job_id is not None and job_id < len(sender_of) and sender_of[job_id]:
-                sender_id = sender_of[job_id]
+            number = None if job_id is None else numbers.of(job_id)
+            if number is not None:
+                sender_id = sender_of[number]
                 seen.add(sender_id, start, end)
                 user = users.get(senders[sender_id].user_id)
                 if user is not None and user.seen is not None:
@@ -192,8 +197,8 @@ def _since(changed_at: datetime | None, settings: Settings) -> float | None:
     return None if changed_at is None else changed_at.timestamp() + settings.lease.total_seconds()
 
 
-def _copies(smtp_side: SmtpSide, installation: str, totals: Totals) -> Copies:
-    copies = Copies(totals.highest_job_id)
+def _copies(smtp_side: SmtpSide, installation: str, numbers: JobNumbers) -> Copies:
+    copies = Copies(numbers)
     for message_id in smtp_side.message_ids():
         job_id = job_of_message_id(message_id, installation)
         if job_id is not None:
@@ -209,7 +214,7 @@ async def _jobs(
 ) -> JobFindings:
     found = JobFindings(seen=None if copies is None else 0)
     async for job, sender_id in storage.stream_jobs(connection, receiver_id):
-        sender_of[job.job_id] = sender_id
+        sender_of.append(sender_id)
         came = None if copies is None else copies.of(job.job_id)
         delivery = delivery_of(job, came)
         found.lost += delivery.lost
@@ -230,9 +235,7 @@ async def _jobs(
             found.note(f"job {job.job_id}: {contradiction}")
     if copies is not None:
         found.renamed = len(copies.renamed)
-        for job_id in copies.jobs():
-            found.seen = (found.seen or 0) + copies.of(job_id)
-            found.unknown += not sender_of[job_id]
+        found.seen, found.unknown = copies.seen, copies.unknown
     return found
 
 

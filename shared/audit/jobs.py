@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,36 +20,74 @@ def sent_twice(message_ids: Iterable[str]) -> dict[str, int]:
     return {name: times for name, times in Counter(message_ids).items() if times > 1}
 
 
-class Copies:
-    """The number of copies of each job's mail. Takes three bytes per job, as job ids are dense."""
+class JobNumbers:
+    """The place of each job among all jobs, from 0. Takes eight bytes per job."""
 
-    def __init__(self, highest_job_id: int) -> None:
-        """Take the highest job id. Mails with a higher one are not counted."""
-        self._times = bytearray(highest_job_id + 1)
-        self._names = array("H", bytes(2 * (highest_job_id + 1)))
+    def __init__(self, job_ids: Iterable[int] = ()) -> None:
+        """Take the ids of all jobs, in ascending order."""
+        self._ids = array("q", job_ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def add(self, job_id: int) -> None:
+        """Add the next job, whose id is the highest so far."""
+        self._ids.append(job_id)
+
+    def of(self, job_id: int) -> int | None:
+        """Return the number of a job; None if there is no such job."""
+        place = bisect_left(self._ids, job_id)
+        return place if place < len(self._ids) and self._ids[place] == job_id else None
+
+    @property
+    def highest(self) -> int:
+        """The highest id, or 0 without jobs."""
+        return self._ids[-1] if self._ids else 0
+
+
+class Copies:
+    """The number of copies of each job's mail. Takes three bytes per job."""
+
+    def __init__(self, numbers: JobNumbers) -> None:
+        """Take all jobs. Mails with a higher id than theirs are not counted: they are newer."""
+        self._numbers = numbers
+        self._times = bytearray(len(numbers))
+        self._names = array("H", bytes(2 * len(numbers)))
         self._known: dict[str, int] = {}
+        # The ids of the copies of other jobs' mails.
+        self._others = array("q")
         # Jobs whose copies had different Message-IDs.
         self.renamed: set[int] = set()
 
     def add(self, job_id: int, message_id: str) -> None:
         """Count one copy of a job's mail."""
-        if job_id >= len(self._times):
+        number = self._numbers.of(job_id)
+        if number is None:
+            if job_id < self._numbers.highest:
+                self._others.append(job_id)
             return
         # The rest of the Message-ID depends only on the domain, so there are few values.
         rest = message_id.replace(str(job_id), "", 1)
         name = self._known.setdefault(rest, len(self._known) % _NAMES)
-        if self._times[job_id] and self._names[job_id] != name:
+        if self._times[number] and self._names[number] != name:
             self.renamed.add(job_id)
-        self._names[job_id] = name
-        self._times[job_id] = min(self._times[job_id] + 1, 255)
+        self._names[number] = name
+        self._times[number] = min(self._times[number] + 1, 255)
 
     def of(self, job_id: int) -> int:
         """Return how many copies arrived; 255 means 255 or more."""
-        return self._times[job_id] if job_id < len(self._times) else 0
+        number = self._numbers.of(job_id)
+        return 0 if number is None else self._times[number]
 
-    def jobs(self) -> Iterator[int]:
-        """Return the jobs whose mail arrived."""
-        return (job_id for job_id, times in enumerate(self._times) if times)
+    @property
+    def seen(self) -> int:
+        """The number of all copies."""
+        return sum(self._times) + len(self._others)
+
+    @property
+    def unknown(self) -> int:
+        """The number of jobs whose mail arrived although there is no such job."""
+        return len(set(self._others))
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,6 @@ class Totals:
     # Number of jobs in SENDING although their lease expired long ago.
     stuck: int
     in_doubt: int
-    highest_job_id: int
 
 
 async def installation_id(connection: AsyncConnection) -> str | None:
@@ -172,7 +171,6 @@ async def read_totals(connection: AsyncConnection) -> Totals:
         missing=int(missing),
         stuck=await connection.scalar(stuck) or 0,
         in_doubt=await connection.scalar(in_doubt) or 0,
-        highest_job_id=await connection.scalar(select(func.max(EmailJob.id))) or 0,
     )
 
 
@@ -192,6 +190,12 @@ async def stream_sends(connection: AsyncConnection) -> AsyncIterator[tuple[int, 
     )
     async for row in await _stream(connection, statement):
         yield row[0], row[1], row[2]
+
+
+async def stream_job_ids(connection: AsyncConnection) -> AsyncIterator[int]:
+    """Yield the id of every job, in ascending order."""
+    async for (job_id,) in await _stream(connection, select(EmailJob.id).order_by(EmailJob.id)):
+        yield job_id
 
 
 async def stream_jobs(

@@ -6,6 +6,7 @@ import pytest
 
 from outbox_server.shared.audit.jobs import (
     Copies,
+    JobNumbers,
     JobTrace,
     contradiction_of,
     delivery_of,
@@ -125,18 +126,23 @@ def test_an_excess_within_the_tolerance_is_not_reported() -> None:
 
 
 def test_copies_are_counted_by_job_and_compared_by_message_id() -> None:
-    copies = Copies(9)
+    copies = Copies(JobNumbers([1, 2, 3, 4, 9, 4_000_000_000_000_000_000]))
     for job_id, message_id in (
         (2, "<outbox.2.abc@x.test>"),
         (2, "<outbox.2.abc@x.test>"),
         (3, "<outbox.3.abc@x.test>"),
         (4, "<outbox.4.abc@x.test>"),
         (4, "<outbox.4.abc@y.test>"),
-        (10, "<outbox.10.abc@x.test>"),
+        (5, "<outbox.5.abc@x.test>"),
+        (5, "<outbox.5.abc@x.test>"),
+        (4_000_000_000_000_000_000, "<outbox.4000000000000000000.abc@x.test>"),
+        # Accepted after PostgreSQL was read.
+        (4_000_000_000_000_000_001, "<outbox.4000000000000000001.abc@x.test>"),
     ):
         copies.add(job_id, message_id)
-    assert [copies.of(job_id) for job_id in (1, 2, 3, 4, 10)] == [0, 2, 1, 2, 0]
-    assert list(copies.jobs()) == [2, 3, 4]
+    jobs = (1, 2, 3, 4, 5, 4_000_000_000_000_000_000, 4_000_000_000_000_000_001)
+    assert [copies.of(job_id) for job_id in jobs] == [0, 2, 1, 2, 0, 1, 0]
+    assert (copies.seen, copies.unknown) == (8, 1)
     assert copies.renamed == {4}
 
 
