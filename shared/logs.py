@@ -22,6 +22,8 @@ _HIDDEN: Final = "[hidden]"
 _SECRET_FIELD: Final = re.compile(
     r"password|passwd|secret|token|authorization|api_?key|encryption_?key", re.IGNORECASE
 )
+# Numbers up to this one are exact in JavaScript, jq and others that use floats for all numbers.
+_MOST_EXACT: Final = 2**53
 # The password in a URL, which may be in a setting, a driver's message or a trace.
 _URL_PASSWORD: Final = re.compile(r"(://[^\s:/@\"']*:)[^\s@\"']+(?=@)")
 
@@ -42,6 +44,7 @@ def configure_logging(settings: Settings, stream: TextIO | None = None) -> None:
         if settings.log_addresses
         else structlog.processors.ExceptionRenderer(brief_trace),
         hide_secret_fields,
+        write_large_numbers_as_text,
     ]
     finish: list[Any] = [hide_url_passwords]
     if not settings.log_addresses:
@@ -88,6 +91,22 @@ def hide_secret_fields(
         if _SECRET_FIELD.search(name):
             event[name] = _HIDDEN
     return event
+
+
+def write_large_numbers_as_text(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Write numbers above 2^53, such as ids, as text: most readers of JSON would round them."""
+    for name, value in event.items():
+        if isinstance(value, list):
+            event[name] = [_exact(each) for each in value]
+        else:
+            event[name] = _exact(value)
+    return event
+
+
+def _exact(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and abs(value) > _MOST_EXACT else value
 
 
 def hide_url_passwords(_logger: object, _method: str, line: Any) -> str:

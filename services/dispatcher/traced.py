@@ -25,9 +25,10 @@ async def trace_send(
     span = tracer.begin_send(
         parent,
         {
-            "job_id": job.job.job_id,
-            "batch_id": job.batch_id,
-            "sender_id": job.sender_id,
+            # As text, because viewers in JavaScript would round them.
+            "job_id": str(job.job.job_id),
+            "batch_id": str(job.batch_id),
+            "sender_id": str(job.sender_id),
             "attempt": job.job.attempt,
         },
     )

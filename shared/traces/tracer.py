@@ -106,7 +106,7 @@ class Tracer:
         """Return the current call's span as `traceparent`; None if its trace is not sampled."""
         return _current.get()
 
-    def begin_send(self, parent: str, ids: Mapping[str, int]) -> SendSpan | None:
+    def begin_send(self, parent: str, ids: Mapping[str, int | str]) -> SendSpan | None:
         """Begin the span of a send, below the span of the call that accepted its batch.
 
         None means that `parent` is no `traceparent`.

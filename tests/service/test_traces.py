@@ -134,7 +134,7 @@ async def test_one_trace_leads_from_the_caller_to_the_reply_of_the_mail_server(
             "SENT",
         )
         (job,) = it.scheduler.rows("SELECT id FROM email_jobs")[0]
-        assert first.attributes["outbox.job_id"] == job
+        assert first.attributes["outbox.job_id"] == str(job)
         assert [line["trace_id"] for line in it.calls() if SCHEDULE in line["method"]] == [TRACE]
 
 

@@ -45,6 +45,14 @@ def test_structlog_and_logging_both_write_one_json_document_per_line() -> None:
     assert theirs["time"].endswith("Z")
 
 
+def test_ids_are_written_exactly_for_readers_whose_numbers_are_floats() -> None:
+    out = configured()
+    structlog.get_logger().info("x", job_id=3_766_484_992_000_000_001, senders=[2**53 + 1, 7], n=7)
+    (line,) = documents(out)
+    assert line["job_id"] == "3766484992000000001"
+    assert (line["senders"], line["n"]) == (["9007199254740993", 7], 7)
+
+
 def test_messages_below_the_level_are_not_written() -> None:
     out = configured(level="warning")
     structlog.get_logger().info("x")
