@@ -176,7 +176,7 @@ def schedule(
     The optional columns subject, body, html, schedule_time and time_zone
     apply to their row.
 
-    $ outbox schedule people.csv --sender 1 --subject 'Hello {{ first_name }}' \
+    $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
       --body 'Good to see you.' --schedule-time 'in 10m' --wait
     """
     options = BatchOptions(

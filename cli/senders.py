@@ -212,7 +212,7 @@ def verify(
 ) -> None:
     """Test a sender's SMTP session up to RCPT, without sending. Exit code 1 means not ready.
 
-    $ outbox senders verify 3
+    $ outbox senders verify 4011225433571328001
     """
     with connection("scheduler", server) as client:
         found = client.senders.VerifySender(

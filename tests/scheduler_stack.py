@@ -27,6 +27,7 @@ from outbox.v1 import (
 )
 
 from outbox_server.services.scheduler.server import serve
+from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import PATIENCE
 
@@ -154,7 +155,7 @@ def options_for(sender: sender_pb2.Sender, **options: Any) -> batch_pb2.BatchOpt
 
 @asynccontextmanager
 async def running_scheduler(
-    database_url: str, redis_url: str, **settings: Any
+    database_url: str, redis_url: str, ids: IdSource | None = None, /, **settings: Any
 ) -> AsyncIterator[Scheduler]:
     """Run a scheduler; `settings` are added to the usual ones."""
     loaded = load_settings(
@@ -169,7 +170,7 @@ async def running_scheduler(
     )
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    server = asyncio.create_task(serve(loaded, stop, ready=port.set_result))
+    server = asyncio.create_task(serve(loaded, stop, ready=port.set_result, ids=ids))
     waited: list[asyncio.Future[Any]] = [server, port]
     await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
     if server.done():

@@ -118,17 +118,21 @@ class Composer:
         """Read the batches of these jobs, unless they are known with the present senders."""
         if not self._installation_id:
             self._installation_id = await self._read_installation_id()
-        revisions = {job.batch_id: job.sender_revision for job in jobs}
+        revisions: dict[int, int] = {}
+        for job in jobs:
+            newest = max(job.sender_revision, revisions.get(job.batch_id, 0))
+            revisions[job.batch_id] = newest
         # A read marks each batch as used, so the cache evicts none before its mails are built.
+        known = {batch_id: self._known_revision(batch_id) for batch_id in revisions}
         missing = sorted(
-            batch_id
-            for batch_id, revision in revisions.items()
-            if self._known_revision(batch_id) < revision
+            batch_id for batch_id, revision in revisions.items() if known[batch_id] != revision
         )
         found = await self._read(missing) if missing else {}
         for batch_id, content in found.items():
-            # Two groups may read at once, and the older data may arrive last.
-            if content.sender_revision > self._known_revision(batch_id):
+            # Two groups may read at once, and the older data may arrive last. If nothing arrived
+            # meanwhile, a lower revision means that a failover has lost the change.
+            present = self._known_revision(batch_id)
+            if content.sender_revision > present or known[batch_id] == present:
                 self._batches[batch_id] = _KnownBatch(
                     content.sender_revision, self._batch_mail(content)
                 )

@@ -90,19 +90,20 @@ class Schedule:
 
 
 def format_jobs(
-    rows: Sequence[JobRow], times: Iterable[str], batch_id: int, sender_id: int
+    rows: Sequence[JobRow], times: Iterable[str], first_id: int, batch_id: int, sender_id: int
 ) -> bytes:
-    """Return the columns of each row: batch_id, sender_id, `times`, row_number, ..."""
+    """Return the columns of each row: id, batch_id, sender_id, `times`, row_number, ..."""
     head = f"{batch_id}\t{sender_id}\t"
+    ids = range(first_id, first_id + len(rows))
     lines = []
-    for row, time in zip(rows, times, strict=True):
+    for job_id, row, time in zip(ids, rows, times, strict=True):
         # Variables are JSON, which contains no raw control characters.
         variables = "\\N" if row.variables is None else row.variables.replace("\\", "\\\\")
         recipient = row.recipient
         if "\\" in recipient:
             recipient = recipient.replace("\\", "\\\\")
         key = "\\N" if recipient.isascii() else row.address_key.translate(_ESCAPES)
-        lines.append(f"{head}{time}\t{row.row_number}\t{recipient}\t{key}\t{variables}\n")
+        lines.append(f"{job_id}\t{head}{time}\t{row.row_number}\t{recipient}\t{key}\t{variables}\n")
     return "".join(lines).encode()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Final, TypeVar
 
 import structlog
@@ -378,9 +379,15 @@ class _BatchWriter:
                     "the last mails would be due after the year 9999",
                     reason="SPACING_INVALID",
                 ) from None
+            lines_from = partial(
+                format_jobs,
+                rows,
+                times,
+                batch_id=self.begun.batch_id,
+                sender_id=self.options.sender_id,
+            )
             await self.transaction.copy_jobs(
-                format_jobs(rows, times, self.begun.batch_id, self.options.sender_id),
-                spread=self.options.spread_until is not None,
+                len(rows), lines_from, spread=self.options.spread_until is not None
             )
         if block.rejections:
             await self.transaction.copy_rejections(

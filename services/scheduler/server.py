@@ -32,6 +32,7 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
@@ -54,9 +55,15 @@ from outbox_server.shared.user_quotas import UserQuotas
 
 
 async def serve(
-    settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
+    settings: Settings,
+    stop: asyncio.Event,
+    *,
+    ready: Callable[[int], None] | None = None,
+    ids: IdSource | None = None,
 ) -> None:
     """Serve until `stop` is set. `ready` is called with the port once it is bound.
+
+    New senders, batches and jobs get their ids from `ids`; None means a new source.
 
     The process also starts without PostgreSQL and Redis. Health is NOT_SERVING until PostgreSQL can
     be reached. Without Redis, batches are accepted and sent later.
@@ -83,8 +90,9 @@ async def serve(
         templates = TemplateParser(settings, monitoring.registry)
         stack.push_async_callback(templates.close)
         quotas = UserQuotas.from_settings(settings)
+        ids = ids or IdSource()
         intake = Intake(
-            IntakeStore(engine, quotas),
+            IntakeStore(engine, quotas, ids),
             lambda sender_id: load_soon(loader, [sender_id]),
             templates,
             max_message_bytes=settings.max_message_bytes,
@@ -102,7 +110,7 @@ async def serve(
         sweeper = Sweeper(engine)
         verifier = Verifier(settings, secrets, tokens, egress)
         senders = SenderServicer(
-            engine, loader, secrets, settings, verifier, wake_sweeper=sweeper.wake
+            engine, loader, secrets, settings, verifier, wake_sweeper=sweeper.wake, ids=ids
         )
         watch = Watch(partial(_read_batches, engine))
         schema = SchemaGuard(engine)

@@ -1,5 +1,8 @@
 """The tables. PostgreSQL is the source of truth: it stores every job and every attempt.
 
+The ids of senders, batches and jobs come from `shared.id_source`. Their sequences are left for the
+release before this one, which may run beside it.
+
 Rows of `email_jobs` are narrow: `batches` stores what the jobs of a batch share, and only the CSV
 columns that the templates use are stored.
 """
@@ -19,6 +22,7 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
+    TextClause,
     Uuid,
     func,
     text,
@@ -29,6 +33,16 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from outbox_server.shared.states import PURGEABLE, JobState
 
 _TIME = TIMESTAMP(timezone=True)
+
+
+def _time_and_sequence(sequence: str) -> TextClause:
+    """Return the default of an id that callers never see: ms since 1970, then 21 bits.
+
+    A failover or a restore may set the sequence back, but then the time differs. The processes that
+    used a lost row must not find another one under its id.
+    """
+    ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+    return text(f"(({ms} << 21) | (nextval('{sequence}') & 2097151))")
 
 
 class Base(DeclarativeBase):
@@ -189,7 +203,12 @@ class OAuth2CredentialsRow(Base):
 
     __tablename__ = "oauth2_credentials"
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    id: Mapped[int] = mapped_column(
+        BigInteger,
+        Identity(),
+        primary_key=True,
+        default=_time_and_sequence("oauth2_credentials_id_seq"),
+    )
     sender_id: Mapped[int] = mapped_column(ForeignKey("senders.id"))
     token_url: Mapped[str] = mapped_column(Text)
     client_id: Mapped[str] = mapped_column(Text)
@@ -435,7 +454,12 @@ class HeadMarker(Base):
 
     __tablename__ = "head_markers"
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    id: Mapped[int] = mapped_column(
+        BigInteger,
+        Identity(),
+        primary_key=True,
+        default=_time_and_sequence("head_markers_id_seq"),
+    )
     sender_id: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.clock_timestamp())
 

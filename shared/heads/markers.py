@@ -29,7 +29,8 @@ async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> 
 
 def marking_stale(moved: CTE) -> CTE:
     """Return the part of a statement that requests a load of the heads of `moved.sender_id`."""
-    senders = select(moved.c.sender_id).distinct()
+    # Not DISTINCT, which would compare the ids of the new markers too.
+    senders = select(moved.c.sender_id).group_by(moved.c.sender_id)
     return insert(HeadMarker).from_select(("sender_id",), senders).cte("markers")
 
 

@@ -15,9 +15,10 @@ class JobRef(NamedTuple):
 def member_of(job: JobRef) -> str:
     """Return the sorted-set member of a job.
 
-    Members with the same score sort as text, so the id is padded to twelve digits: jobs due at the
-    same time are sent in the order of their ids. The attempt makes a claim a compare-and-swap: a
-    stale member can be claimed, but PostgreSQL then refuses it.
+    Members with the same score sort as text, and jobs due at the same time are sent in the order of
+    their ids. Ids have 19 digits (`shared.id_source`), except those of earlier releases, which are
+    padded to twelve and sort before them. The attempt makes a claim a compare-and-swap: a stale
+    member can be claimed, but PostgreSQL then refuses it.
     """
     return f"{job.job_id:012d}:{job.attempt}"
 

@@ -38,9 +38,15 @@ def commands() -> list[str]:
 
 
 def run_line(folder: Path, command: str) -> list[Any]:
-    """Run a line of the page in a shell; return the JSON documents that it prints."""
+    """Run a line of the page in a shell; return the JSON documents that it prints.
+
+    A line that sets a variable also sets it for the lines after it.
+    """
+    name, _, value = command.partition("=$(")
+    if value:
+        command = f"{command}\necho {name}=${name} >> .outbox/env"
     done = subprocess.run(
-        ["bash", "-euc", f". .outbox/env\n{command}"],
+        ["bash", "-euo", "pipefail", "-c", f". .outbox/env\n{command}"],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -76,11 +82,11 @@ async def test_the_curl_lines_for_the_old_calls_run_as_printed(folder: Path) -> 
         assert (batch["accepted_count"], batch["rejected_count"]) == ("2", "1")
         assert batch["subject"] == "Hello {{ name }}"
         assert len(answer_to("state=")["email_jobs"]) == 3
-        assert answer_to("jobs/1:explain")["wait_reason"] == "WAIT_REASON_NOT_DUE"
-        assert answer_to('DELETE "$GATEWAY/api/email-jobs/1')["state"].endswith("_CANCELLED")
-        assert answer_to("batches/1:cancel")["cancelled_count"] == "1"
-        assert answer_to("batches/1:watch")["done"]
-        assert answer_to("stats?senderId=1")["counts"]["cancelled_count"] == "2"
+        assert answer_to("jobs/$JOB:explain")["wait_reason"] == "WAIT_REASON_NOT_DUE"
+        assert answer_to('DELETE "$GATEWAY/api/email-jobs/$JOB')["state"].endswith("_CANCELLED")
+        assert answer_to("batches/$BATCH:cancel")["cancelled_count"] == "1"
+        assert answer_to("batches/$BATCH:watch")["done"]
+        assert answer_to("stats?senderId=$SENDER")["counts"]["cancelled_count"] == "2"
 
 
 async def test_a_gateway_that_is_killed_is_started_again_on_its_port(folder: Path) -> None:

@@ -34,7 +34,7 @@ TABLES = ("batches", "batch_rejections", "email_jobs", "count_deltas", "head_mar
 # Sessions that have copied rows: the scheduler's sweeps have open transactions too.
 _OPEN_INTAKES = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
-    " AND state LIKE 'idle in transaction%%' AND query LIKE 'COPY%%'"
+    " AND state LIKE 'idle in transaction%%' AND query LIKE 'RELEASE%%'"
 )
 _WAIT_FOR_LOCKS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 BLOCK = 5_000
@@ -380,7 +380,7 @@ async def test_a_lost_connection_to_postgresql_refuses_only_the_current_batch(
         with psycopg.connect(scheduler.settings.database_url, autocommit=True) as connection:
             connection.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND query LIKE 'COPY%'"
+                " WHERE datname = current_database() AND query LIKE 'RELEASE%'"
             )
         messages.put(None)
         refusal = await refusal_of(call)

@@ -34,7 +34,8 @@ from tests.scheduler_stack import Scheduler, options_for, refusal_of, running_sc
 from tests.stats_stack import stats_server
 
 # An id of a resource that does not exist, with as many digits as the ids that exist.
-NOWHERE: Final = "987654321"
+# As long as a real id, because the length is part of the printed answer.
+NOWHERE: Final = "3000000000987654321"
 # A part of all of Ann's texts. It must not appear in any answer to Bob.
 HERS: Final = "annas-secret"
 

@@ -137,8 +137,12 @@ def test_the_readme_tour_runs_as_printed_while_the_default_ports_are_in_use(
     for section in ("command line", "grpc", "examples"):
         loaded = ""
         for command in commands(section):
+            variable = re.match(r"([A-Z]+)=\$\(", command)
             if command.startswith(". "):
                 loaded = f"{command}\n"
+            elif variable:
+                kept = f'{command}\nprintf %s "${variable[1]}"'
+                loaded += f"{variable[1]}={shell(folder, node, loaded + kept)}\n"
             else:
                 outputs[command] = shell(folder, node, loaded + command)
 

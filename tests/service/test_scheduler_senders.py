@@ -199,7 +199,7 @@ async def test_an_update_changes_the_fields_in_its_mask(scheduler: Scheduler) ->
     assert (changed.hourly_limit, changed.HasField("min_gap")) == (8, False)
     assert (changed.email, changed.display_name) == (sender.email, "Ann")
     assert changed.update_time.ToNanoseconds() > sender.update_time.ToNanoseconds()
-    assert scheduler.value("SELECT revision FROM senders") == 2
+    assert scheduler.value("SELECT revision FROM senders") > 1
 
 
 async def test_an_update_without_a_mask_changes_the_fields_that_are_set(
@@ -299,12 +299,14 @@ async def test_a_resumed_sender_continues_where_it_stopped(
     paused = await scheduler.senders.PauseSender(pause)
     assert paused.state == sender_pb2.SENDER_STATE_PAUSED
     assert (await queue.claim(10)).claims == ()
+    revision = scheduler.value("SELECT revision FROM senders")
     assert await scheduler.senders.PauseSender(pause) == paused  # idempotent
+    assert scheduler.value("SELECT revision FROM senders") == revision
     resume = ResumeSenderRequest(sender_id=sender.sender_id)
     resumed = await scheduler.senders.ResumeSender(resume)
     assert resumed.state == sender_pb2.SENDER_STATE_ACTIVE
     assert len((await queue.claim(10)).claims) == 1
-    assert scheduler.value("SELECT revision FROM senders") == 3
+    assert scheduler.value("SELECT revision FROM senders") > revision > 1
     await eventually(lambda: scheduler.value("SELECT count(*) = 0 FROM head_markers"))
 
 

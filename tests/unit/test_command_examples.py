@@ -19,7 +19,7 @@ from outbox_server.cli.main import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A line of a code block, with a possible prefix, or a piece of code within a sentence.
-SHOWN = re.compile(r"^(?:[A-Z_]+=\S* |export \w+=\$\()*(?:\.venv/bin/)?outbox (.*)$")
+SHOWN = re.compile(r"^(?:[A-Z_]+=\S* |(?:export )?\w+=\$\()*(?:\.venv/bin/)?outbox (.*)$")
 INLINE = re.compile(r"`(?:[A-Z_]+=\S* )?(?:\.venv/bin/)?outbox ([^`]+)`")
 
 

@@ -154,6 +154,17 @@ async def test_a_late_read_does_not_restore_old_sender_data() -> None:
         assert (await compose(composer, each))[1].mail_from == "new@shop.test"
 
 
+async def test_a_change_of_a_sender_that_a_failover_has_lost_is_not_used() -> None:
+    reader = Reader(replace(BATCH, sender_revision=2, email="lost@shop.test"))
+    composer = composer_of(reader)
+    await composer.prepare([job(1, revision=2)])
+
+    reader.batches[1] = BATCH
+    await composer.prepare([job(2, revision=1)])
+
+    assert (await compose(composer, job(2, revision=1)))[1].mail_from == "shop@shop.test"
+
+
 async def test_the_batches_of_one_group_are_read_together() -> None:
     reader = Reader(BATCH, replace(BATCH, batch_id=2, body="Two"))
     composer = composer_of(reader)

@@ -29,6 +29,7 @@ from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
@@ -55,9 +56,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         verifier: Verifier,
         *,
         wake_sweeper: Callable[[], None] = lambda: None,
+        ids: IdSource | None = None,
     ) -> None:
         """`wake_sweeper` is called after jobs were cancelled, whose rows are to be updated."""
         self._wake_sweeper = wake_sweeper
+        self._ids = ids or IdSource()
         self._engine = engine
         self._loader = loader
         self._secrets = secrets
@@ -86,7 +89,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         async def create(connection: AsyncConnection) -> storage.SenderRecord:
             await lock_and_check_senders(connection, user_id, self._quotas)
             await self._check_domain(connection, user_id, values)
-            return await storage.insert_sender(connection, user_id, values)
+            return await storage.insert_sender(connection, self._ids, user_id, values)
 
         return self._answer(await in_transaction(self._engine, create))
 

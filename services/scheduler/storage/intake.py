@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
 import psycopg
+import structlog
 from sqlalchemy import (
     Text,
     and_,
@@ -24,7 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.storage.spreading import (
@@ -47,6 +48,7 @@ from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.recipient_keys import recipient_key
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.id_source import ID_TRIES, IdSource
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.quotas.storage import (
     check_waiting_jobs,
@@ -62,12 +64,14 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 # How long a call waits for another call with the same request_id. Below the usual deadline.
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
-    "COPY email_jobs (batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
+    "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
     "recipient_key, variables) FROM STDIN"
 )
 _COPY_REJECTIONS: Final = (
     "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
 )
+
+_log = structlog.get_logger("outbox.intake")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +116,13 @@ class IntakeCounts:
 class IntakeStore:
     """Reads what an intake needs before it begins, and opens its transaction."""
 
-    def __init__(self, engine: AsyncEngine, quotas: UserQuotas) -> None:
+    def __init__(
+        self, engine: AsyncEngine, quotas: UserQuotas, ids: IdSource | None = None
+    ) -> None:
         """`quotas` are the defaults, for users without overrides."""
         self._engine = engine
         self._quotas = quotas
+        self._ids = ids or IdSource()
 
     async def look_up(
         self, sender_id: int, request_id: str, user_id: str | None
@@ -156,7 +163,7 @@ class IntakeStore:
             raw = await connection.get_raw_connection()
             driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
-                yield IntakeTransaction(connection, driver, self._quotas)
+                yield IntakeTransaction(connection, driver, self._quotas, self._ids)
             except psycopg.OperationalError:
                 # COPY bypasses SQLAlchemy, so the pool does not notice a closed connection.
                 if driver.closed:
@@ -172,9 +179,13 @@ class IntakeTransaction:
         connection: AsyncConnection,
         driver: psycopg.AsyncConnection[Any],
         default_quotas: UserQuotas,
+        ids: IdSource,
     ) -> None:
         self._connection = connection
         self._default_quotas = default_quotas
+        self._ids = ids
+        # Number of jobs that wait in the temporary table of a spread batch.
+        self._unplaced = 0
         # For COPY, which SQLAlchemy does not have. It runs in the same transaction.
         self._driver = driver
         self._erased: bool | None = None
@@ -196,6 +207,7 @@ class IntakeTransaction:
         statement = (
             insert_or_ignore(Batch)
             .values(
+                id=bindparam("batch_id"),
                 user_id=user_id,
                 sender_id=options.sender_id,
                 request_id=options.request_id,
@@ -212,12 +224,24 @@ class IntakeTransaction:
                 mode=options.mode,
                 trace_parent=trace_parent,
             )
-            .on_conflict_do_nothing(index_elements=["user_id", "request_id"])
+            .on_conflict_do_nothing()
             .returning(Batch.id, Batch.start_at, Batch.created_at)
+        )
+        same_request = select(
+            exists().where(Batch.user_id == user_id, Batch.request_id == options.request_id)
         )
         await self._limit_locks(_LOCK_LIMIT)
         try:
-            row = (await self._connection.execute(statement)).one_or_none()
+            for _ in range(ID_TRIES):
+                batch_id = self._ids.issue()
+                added = await self._connection.execute(statement, {"batch_id": batch_id})
+                row = added.one_or_none()
+                # Without a row, either the request or the id is in use.
+                if row is not None or (await self._connection.execute(same_request)).scalar_one():
+                    break
+                _log.info("ids_issued_again", table="batches")
+            else:
+                raise RuntimeError(f"no batch has an id of its own after {ID_TRIES} tries")
         except DBAPIError as error:
             if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                 raise
@@ -270,11 +294,38 @@ class IntakeTransaction:
 
     async def spread(self, spread: Spread, expire_after: timedelta | None) -> None:
         """Set the times of those jobs, and move them into `email_jobs`."""
-        await move_spread_jobs(self._connection, spread, expire_after)
+        await self._with_ids(
+            self._unplaced,
+            lambda first: move_spread_jobs(self._connection, spread, expire_after, first),
+        )
 
-    async def copy_jobs(self, data: bytes, *, spread: bool = False) -> None:
-        """Write jobs formatted by `copy_format`. With `spread`, `begin_spread` must come first."""
-        await self._copy(COPY_SPREAD_JOBS if spread else _COPY_JOBS, data)
+    async def copy_jobs(
+        self, count: int, lines_from: Callable[[int], bytes], *, spread: bool = False
+    ) -> None:
+        """Write `count` jobs. With `spread`, `begin_spread` must come first.
+
+        `lines_from` returns them as `copy_format` does, numbered from its argument.
+        """
+        if spread:
+            await self._copy(COPY_SPREAD_JOBS, lines_from(self._unplaced))
+            self._unplaced += count
+        else:
+            await self._with_ids(count, lambda first: self._copy(_COPY_JOBS, lines_from(first)))
+
+    async def _with_ids(self, count: int, write: Callable[[int], Awaitable[None]]) -> None:
+        """Run `write` with the first of `count` new ids, and again if one of them is in use."""
+        for left in reversed(range(ID_TRIES)):
+            try:
+                # A savepoint. SQLAlchemy's would cost three times as much.
+                async with self._driver.transaction():
+                    await write(self._ids.issue(count))
+            except (psycopg.errors.UniqueViolation, IntegrityError):
+                # No other constraint of `email_jobs` depends on what is stored already.
+                if not left:
+                    raise
+                _log.info("ids_issued_again", table="email_jobs")
+            else:
+                return
 
     async def copy_rejections(self, data: bytes) -> None:
         """Write rejections formatted by `copy_format`."""

@@ -7,7 +7,21 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import Select, Text, delete, exists, func, insert, literal, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Select,
+    Text,
+    cast,
+    delete,
+    exists,
+    extract,
+    func,
+    literal,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.cancelling import cancel_batches_of
@@ -23,6 +37,7 @@ from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Cooldown, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.id_source import ID_TRIES, IdSource
 from outbox_server.shared.sending_hours import SendingHours
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
@@ -127,13 +142,24 @@ def _record(row: Any, cooldown: CooldownRecord | None) -> SenderRecord:
 
 
 async def insert_sender(
-    connection: AsyncConnection, user_id: str, values: Mapping[str, Any]
+    connection: AsyncConnection, ids: IdSource, user_id: str, values: Mapping[str, Any]
 ) -> SenderRecord:
     """Store a new sender. `values` has its columns by name, and `oauth2` (see `update_sender`)."""
     columns = dict(values)
     oauth2 = columns.pop("oauth2", None)
-    statement = insert(Sender).values(user_id=owner_of(user_id), **columns).returning(*_ALL)
-    created = _record((await connection.execute(statement)).one(), None)
+    for _ in range(ID_TRIES):
+        statement = (
+            insert(Sender)
+            .values(id=ids.issue(), user_id=owner_of(user_id), **columns)
+            .on_conflict_do_nothing(index_elements=["id"])
+            .returning(*_ALL)
+        )
+        row = (await connection.execute(statement)).one_or_none()
+        if row is not None:
+            break
+    else:
+        raise RuntimeError(f"no sender has an id of its own after {ID_TRIES} tries")
+    created = _record(row, None)
     if oauth2 is None:
         return created
     return await _with_credentials(connection, created, oauth2)
@@ -244,7 +270,7 @@ async def _update(
     changed = owned_by(
         update(Sender)
         .where(Sender.id == sender_id, _NOT_DELETED)
-        .values(revision=Sender.revision + 1, updated_at=func.now(), **columns)
+        .values(revision=_next_revision(), updated_at=func.now(), **columns)
         .returning(*_ALL),
         Sender.user_id,
         user_id,
@@ -257,6 +283,12 @@ async def _update(
         return None
     await mark_stale(connection, [sender_id])
     return _record(row, cooldown_of(row))
+
+
+def _next_revision() -> ColumnElement[int]:
+    """Return a revision that no other change has, even one that a failover has lost."""
+    microseconds = cast(extract("epoch", func.clock_timestamp()) * 1_000_000, BigInteger)
+    return func.greatest(Sender.revision + 1, microseconds)
 
 
 async def _end_cooldown(connection: AsyncConnection, sender_id: int) -> CooldownRecord | None:

@@ -32,18 +32,20 @@ from outbox_server.shared.database.models import EmailJob
 
 # As text, because Core has no CREATE TABLE ... AS. It copies the types of `email_jobs`.
 _CREATE: Final = text(
-    "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, batch_id,"
+    "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, id, batch_id,"
     " sender_id, scheduled_at, expires_at, row_number, recipient,"
     " recipient_key, variables FROM email_jobs WITH NO DATA"
 )
 COPY_SPREAD_JOBS: Final = (
-    "COPY spread_jobs (batch_id, sender_id, place, scheduled_at, expires_at, row_number, recipient,"
-    " recipient_key, variables) FROM STDIN"
+    "COPY spread_jobs (id, batch_id, sender_id, place, scheduled_at, expires_at, row_number,"
+    " recipient, recipient_key, variables) FROM STDIN"
 )
 _TIME: Final = TIMESTAMP(timezone=True)
 _jobs: Final = Table(
     "spread_jobs",
     MetaData(),
+    # The number of the job in the batch, from 0.
+    Column("id", BigInteger),
     Column("batch_id", BigInteger),
     Column("sender_id", BigInteger),
     # The job's place among the jobs without their own time. NULL means that it has its own time.
@@ -84,9 +86,9 @@ async def create_spread_jobs(connection: AsyncConnection) -> None:
 
 
 async def move_spread_jobs(
-    connection: AsyncConnection, spread: Spread, expire_after: timedelta | None
+    connection: AsyncConnection, spread: Spread, expire_after: timedelta | None, first_id: int
 ) -> None:
-    """Move all jobs from the temporary table to `email_jobs`, with their times."""
+    """Move all jobs from the temporary table to `email_jobs`, with their ids and times."""
     # Not `spacing`, whose rounding error would grow with the place.
     way = (spread.until - spread.start).total_seconds() / max(spread.count - 1, 1)
     due = func.coalesce(
@@ -103,6 +105,7 @@ async def move_spread_jobs(
     await connection.execute(
         insert(EmailJob).from_select(
             [
+                "id",
                 "batch_id",
                 "sender_id",
                 "scheduled_at",
@@ -113,6 +116,7 @@ async def move_spread_jobs(
                 "variables",
             ],
             select(
+                _jobs.c.id + literal(first_id, BigInteger),
                 _jobs.c.batch_id,
                 _jobs.c.sender_id,
                 due,

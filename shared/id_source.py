@@ -1,0 +1,55 @@
+"""Issues the ids of senders, batches and jobs: time and randomness instead of a sequence.
+
+A sequence steps back when PostgreSQL fails over to a replica without the last commits, and when a
+dump is restored. It then issues ids again that callers, Redis and receivers of mail already know.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Final
+
+# An id has 63 bits: 42 of the Unix time in ms, which last until 2109, and 21 at random. So one
+# second has 2,147,483,648 ids.
+_RANDOM_BITS: Final = 21
+# 2026-01-01. All ids are above it, with 19 digits, even if the clock is wrong: so they differ from
+# those of the sequences that older releases use, and their order as text is that as numbers.
+_EARLIEST_MS: Final = 1_767_225_600_000
+# How often ids that turn out to be in use are replaced by others, before that is an error.
+ID_TRIES: Final = 5
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class IdSource:
+    """Issues increasing ids that callers cannot guess from other ids.
+
+    Other processes may issue the same id, although this is unlikely: two that store 50,000 rows a
+    second each meet once in half an hour. The primary key refuses such an id, and the caller takes
+    another one.
+    """
+
+    def __init__(
+        self,
+        now_ms: Callable[[], int] = _now_ms,
+        random_bits: Callable[[int], int] = secrets.randbits,
+    ) -> None:
+        """`now_ms` returns the Unix time, and `random_bits` a number of so many random bits."""
+        self._now_ms = now_ms
+        self._random_bits = random_bits
+        self._last = 0
+
+    def issue(self, count: int = 1) -> int:
+        """Return the first of `count` consecutive ids, all above those issued before.
+
+        A run of ids meets another run far less often than so many separate ids would. Its first id
+        is random, so that a run says nothing about the runs of other callers.
+        """
+        now = max(self._now_ms(), _EARLIEST_MS) << _RANDOM_BITS
+        first = max(now, self._last + 1) + self._random_bits(_RANDOM_BITS)
+        self._last = first + count - 1
+        return first
