@@ -185,6 +185,9 @@ def _senders(view: View, selected: int, room: int, width: int) -> Table:
     }
     while _width(least, names) > width and len(names) > _MIN_COLUMNS:
         names.remove(min(names, key=lambda name: _SENDER_COLUMNS[name]))
+    if _width(natural, names) > width and "id" in names:
+        # An id has up to 19 digits, and a reason says more.
+        names.remove("id")
     over = max(_width(natural, names) - width, 0)
     natural["waits for"] = max(natural["waits for"] - over, least["waits for"])
     natural["sender"] -= max(_width(natural, names) - width, 0)
