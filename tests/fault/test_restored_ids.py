@@ -21,7 +21,7 @@ from tests.eventually import eventually
 from tests.fault.test_backup import postgres_tool
 from tests.scheduler_stack import Scheduler, running_scheduler
 
-ROWS = 40
+ROWS = 20
 
 
 @dataclass
@@ -62,11 +62,16 @@ async def installation(database_url: str, redis_url: str, inbox: Inbox) -> Async
         yield scheduler
 
 
-async def send(scheduler: Scheduler, inbox: Inbox, name: str) -> None:
-    """Send a batch of a new sender; each mail has another recipient."""
+async def schedule(scheduler: Scheduler, name: str) -> None:
+    """Schedule a batch of a new sender; each mail has another recipient."""
     rows = "".join(f"{name}{i}@example.org\n" for i in range(ROWS))
-    before = len(inbox.mails)
     await scheduler.schedule(await scheduler.sender(), f"email\n{rows}")
+
+
+async def send(scheduler: Scheduler, inbox: Inbox, name: str) -> None:
+    """Schedule a batch, and wait until it is sent."""
+    before = len(inbox.mails)
+    await schedule(scheduler, name)
     await eventually(lambda: len(inbox.mails) >= before + ROWS)
     await eventually(lambda: not scheduler.value("SELECT count(*) FROM email_jobs WHERE state < 3"))
 
@@ -100,8 +105,8 @@ async def test_no_id_and_no_message_id_is_issued_twice_by_a_restored_or_another_
         new = issued(scheduler, without=kept)
     await redis.flushall()
 
-    async with installation(new_database(), redis_url, inbox) as scheduler:
-        await send(scheduler, inbox, "other")
+    async with running_scheduler(new_database(), redis_url) as scheduler:
+        await schedule(scheduler, "other")
         other = issued(scheduler)
 
     for one in (kept, lost, new, other):
@@ -109,6 +114,6 @@ async def test_no_id_and_no_message_id_is_issued_twice_by_a_restored_or_another_
     for one, another in combinations((kept, lost, new, other), 2):
         assert not one.all & another.all
     # Every mail went to another recipient, and has a Message-ID of its own.
-    assert Counter(len(mail.rcpt_tos) for mail in inbox.mails) == {1: 4 * ROWS}
-    assert len({mail.rcpt_tos[0] for mail in inbox.mails}) == 4 * ROWS
-    assert len({mail.message_id for mail in inbox.mails}) == 4 * ROWS
+    assert Counter(len(mail.rcpt_tos) for mail in inbox.mails) == {1: 3 * ROWS}
+    assert len({mail.rcpt_tos[0] for mail in inbox.mails}) == 3 * ROWS
+    assert len({mail.message_id for mail in inbox.mails}) == 3 * ROWS
