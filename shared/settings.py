@@ -369,6 +369,11 @@ class Settings(BaseSettings):
         description="From addresses that users may choose: `any`, or those in the `domains` that "
         "an operator has assigned to the user",
     )
+    special_domains: Literal["allow", "refuse"] = Field(
+        "allow",
+        description="addresses of senders and recipients in domains of private networks (`.local`, "
+        "`.test`, `.home.arpa`): `allow`, or `refuse`",
+    )
     upload_least_rate: int = Field(
         1_000,
         ge=0,
@@ -487,7 +492,21 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigurationError("; ".join(lines)) from None
 
 
+# By the library's kinds of error.
+_WRONG = {
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing_size": "is too large",
+    "bool_parsing": "must be true or false",
+    "float_parsing": "must be a number",
+    "string_type": "must be a text",
+}
+
+
 def _explain(detail: ErrorDetails) -> str:
     """Return what is wrong, with the library's phrases replaced by ours."""
+    own = _WRONG.get(detail["type"])
+    if own is not None:
+        return own
     said = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
     return said.replace(repr(_ZERO), "0 seconds")

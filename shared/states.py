@@ -100,6 +100,15 @@ class BatchMode(IntEnum):
     STRICT = 2
 
 
+class SuppressionForm(IntEnum):
+    """What the address of a suppression covers. Older releases write none."""
+
+    # The address itself, in lower case.
+    EXACT = 1
+    # Nothing. It lets processes of older releases find an EXACT one, which they compare folded.
+    FOR_OLDER_RELEASES = 2
+
+
 class AttemptOutcome(IntEnum):
     """How one try to hand a job to SMTP ended."""
 

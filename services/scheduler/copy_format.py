@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
+from outbox_server.shared.intake.addresses import folded_key
 from outbox_server.shared.intake.rows import JobRow, RowRejection
 
 _MILLISECOND = timedelta(milliseconds=1)
@@ -102,8 +103,11 @@ def format_jobs(
         recipient = row.recipient
         if "\\" in recipient:
             recipient = recipient.replace("\\", "\\\\")
-        key = "\\N" if recipient.isascii() else row.address_key.translate(_ESCAPES)
-        lines.append(f"{job_id}\t{head}{time}\t{row.row_number}\t{recipient}\t{key}\t{variables}\n")
+        keys = "\\N\t\\N"
+        if not recipient.isascii():
+            folded = folded_key(row.recipient).translate(_ESCAPES)
+            keys = f"{folded}\t{row.address_key.translate(_ESCAPES)}"
+        lines.append(f"{head}{time}\t{row.row_number}\t{recipient}\t{keys}\t{variables}\n")
     return "".join(lines).encode()
 
 

@@ -10,7 +10,7 @@ from outbox_server.services.scheduler.storage import erasing as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.suppressions import SuppressionRecord
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.intake.addresses import address_key
+from outbox_server.shared.intake.addresses import folded_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,8 @@ async def _erase_rejections(engine: AsyncEngine, user_id: str, address: str) -> 
 
 def contains_address(text: str, address: str) -> bool:
     """Return whether a text contains the address, in any case, or the part before a cut (`...`)."""
-    key, folded = address_key(address), address_key(text)
+    # Folded, because an erasure had better find too much.
+    key, folded = folded_key(address), folded_key(text)
     if key in folded:
         return True
     local = key.rpartition("@")[0]

@@ -28,14 +28,16 @@ _DAY_MINUTES: Final = 24 * 60
 _HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 
 
-def check_sender_address(field: str, text: str) -> str:
+def check_sender_address(field: str, text: str, *, special_domains: bool = True) -> str:
     """Return the address in the form that is used for sending.
+
+    Without `special_domains`, domains of private networks are refused.
 
     Raises:
         InvalidInput: ADDRESS_INVALID.
     """
     try:
-        return check_address(text)
+        return check_address(text, special_domains=special_domains)
     except BadAddress as error:
         raise InvalidInput.field(field, error.message, reason="ADDRESS_INVALID") from None
 

@@ -260,6 +260,8 @@ class Batch(Base):
     body: Mapped[str | None] = mapped_column(Text)
     html: Mapped[str | None] = mapped_column(Text)
     # The names of the values in `email_jobs.variables`, in the same order.
+    # The column of the CSV that has the addresses. NULL: rows, or a batch of an older release.
+    email_column: Mapped[str | None] = mapped_column(Text)
     variable_names: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     start_at: Mapped[datetime] = mapped_column(_TIME)
     spacing_ms: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -341,9 +343,12 @@ class EmailJob(Base):
     recipient: Mapped[str] = mapped_column(Text)
     # When the server first deferred it (reply class DEFERRED). NULL means that it has not.
     deferred_since: Mapped[datetime | None] = mapped_column(_TIME)
-    # The address for comparison with suppressions. NULL means the lower case of `recipient`, all
-    # ASCII: for other letters lower() differs from Python and depends on the locale.
+    # The case-folded address, by which releases before schema 0017 compare. NULL means that
+    # `recipient` is all ASCII. The lower case of other letters depends on PostgreSQL's locale.
     recipient_key: Mapped[str | None] = mapped_column(Text)
+    # The address for comparison with suppressions, if it has letters beyond ASCII. NULL beside a
+    # `recipient_key`: a job of an older release (shared/database/recipient_keys.py).
+    address_key: Mapped[str | None] = mapped_column(Text)
     # A JSON array of strings, in the order of `batches.variable_names`. NULL means none. It is text
     # instead of jsonb: SQL never reads into it, and jsonb would be parsed at every COPY.
     variables: Mapped[str | None] = mapped_column(Text)
@@ -489,9 +494,12 @@ class Suppression(Base):
     __tablename__ = "suppressions"
 
     user_id: Mapped[str] = mapped_column(Text, primary_key=True)
-    # Case-folded, because addresses are compared without regard to case. Of an erased person only
+    # In lower case, because addresses are compared without regard to case. Of an erased person only
     # the hash of the address is kept (shared/database/erased_keys.py).
     address: Mapped[str] = mapped_column(Text, primary_key=True)
+    # What the address covers (`shared.states.SuppressionForm`). NULL: every address that case
+    # folding makes equal to it, as in the older release that wrote it.
+    form: Mapped[int | None] = mapped_column(SmallInteger)
     reason: Mapped[str] = mapped_column(Text, server_default="")
     created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
 

@@ -25,9 +25,9 @@ NEARLY = st.builds(
 )
 
 
-def reason(text: str) -> str:
+def reason(text: str, *, special_domains: bool = True) -> str:
     with pytest.raises(BadAddress) as caught:
-        check_address(text)
+        check_address(text, special_domains=special_domains)
     assert len(caught.value.message) < 400
     return caught.value.reason
 
@@ -43,8 +43,9 @@ def test_the_fast_check_accepts_only_what_the_library_accepts(text: str) -> None
         # Spaces around an address are removed before it is checked.
         expected = validate_email(text.strip(" "), check_deliverability=False).normalized
     except EmailNotValidError:
-        reason(text)
+        reason(text, special_domains=False)
     else:
+        assert check_address(text, special_domains=False) == expected
         assert check_address(text) == expected
 
 
@@ -99,8 +100,65 @@ def test_the_error_for_an_address_with_a_name_gives_the_correct_form() -> None:
 
 def test_addresses_are_compared_without_case() -> None:
     assert address_key("Ann@example.com") == address_key("aNN@example.com")
-    assert address_key("STRASSE@example.com") == address_key("straße@example.com")
+    assert address_key("JÜRGEN@example.com") == address_key("ju\u0308rgen@example.com")
+    assert address_key("STRAẞE@example.com") == address_key("straße@example.com")
     assert address_key("ann@example.com") != address_key("anna@example.com")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("info@fußball.de", "info@fussball.de"),
+        ("groß@example.com", "gross@example.com"),
+        ("νίκος@example.com", "νίκοσ@example.com"),
+        ("\ufb01n@example.com", "fin@example.com"),
+        ("\u0149a@example.com", "\u02bcna@example.com"),
+        ("\u017fam@example.com", "sam@example.com"),
+        ("\u00b5@example.com", "\u03bc@example.com"),
+        ("i\u0307@example.com", "i@example.com"),
+        ("\u0131@example.com", "i@example.com"),
+        ("\u03d0@example.com", "β@example.com"),
+    ],
+)
+def test_addresses_that_only_case_folding_makes_equal_are_different(one: str, other: str) -> None:
+    assert address_key(one) != address_key(other)
+
+
+@given(st.text(max_size=20))
+def test_a_key_is_its_own_key(text: str) -> None:
+    assert address_key(address_key(text)) == address_key(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("ann@corp.local", "ann@corp.local"),
+        ("Ann@Corp.LOCAL", "Ann@corp.local"),
+        ("ann@a.b.test", "ann@a.b.test"),
+        ("ann@nas.home.arpa", "ann@nas.home.arpa"),
+        ("ann@home.arpa", "ann@home.arpa"),
+        ("INFO@corp.local", "info@corp.local"),
+        ("jürgen@büro.local", "jürgen@büro.local"),
+        ("ann@xn--bro-hoa.local", "ann@büro.local"),
+    ],
+)
+def test_domains_of_private_networks_are_accepted_unless_they_are_forbidden(
+    text: str, address: str
+) -> None:
+    assert check_address(text) == address
+    assert reason(text, special_domains=False) == "ADDRESS_INVALID"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("ann@local", "ann@test", "ann@x.invalid", "ann@x.localhost", "ann@x.onion"),
+        *("ann@1.in-addr.arpa", "ann@x.arpa", "ann@xhome.arpa", "ann@-x.local", "ann@.local"),
+        "ann@a..test",
+    ],
+)
+def test_domains_that_no_network_has_are_refused(text: str) -> None:
+    assert reason(text) == "ADDRESS_INVALID"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ from outbox_server.shared.settings import format_duration, load_settings, parse_
         # Sends that the limiter may need after a loss of Redis would be removed.
         ("RETENTION", "23h", "must be 0 or at least 1d (the longest gap) (got 23h)"),
         ("REFUSALS_IN_A_ROW", "-1", "must be greater than or equal to 0"),
+        ("REFUSALS_IN_A_ROW", "many", "must be a whole number ("),
+        ("REFUSALS_IN_A_ROW", "1.5", "must be a whole number ("),
+        ("REFUSALS_IN_A_ROW", "9" * 5_000, "is too large ("),
+        ("PLAINTEXT", "perhaps", "must be true or false ("),
+        ("SPECIAL_DOMAINS", "some", "must be 'allow' or 'refuse'"),
     ],
 )
 def test_an_invalid_setting_is_named(

@@ -26,11 +26,9 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
-from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.message_ids import message_id_address
-from outbox_server.shared.database.models import Batch, EmailJob, Sender, ShardLife, Suppression
-from outbox_server.shared.database.recipient_keys import recipient_key
-from outbox_server.shared.heads.statements import unix_ms_of
+from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
+from outbox_server.shared.database.recipient_keys import covers_job
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
@@ -148,12 +146,7 @@ def _mark_statement() -> Any:
     )
     suppressed = (
         select(Suppression.address)
-        .where(
-            Suppression.user_id == batches.c.user_id,
-            Suppression.address.in_(
-                [recipient_key(), erased_key(batches.c.user_id, recipient_key())]
-            ),
-        )
+        .where(covers_job(batches.c.user_id))
         .correlate(batches, EmailJob)
         .exists()
     )

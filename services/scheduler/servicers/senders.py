@@ -203,7 +203,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         sender_id = parse_id(request.sender_id, "sender_id")
         recipient = request.recipient
         if recipient:
-            recipient = senders.check_sender_address("recipient", recipient)
+            recipient = self._address("recipient", recipient)
         async with self._engine.connect() as connection:
             found = await storage.read_endpoint(connection, sender_id, user_id)
         if found is None:
@@ -284,7 +284,11 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         return values
 
     def _email(self, sender: sender_pb2.Sender) -> _Columns:
-        return {"email": senders.check_sender_address("sender.email", sender.email)}
+        return {"email": self._address("sender.email", sender.email)}
+
+    def _address(self, field: str, text: str) -> str:
+        allowed = self._settings.special_domains == "allow"
+        return senders.check_sender_address(field, text, special_domains=allowed)
 
     def _display_name(self, sender: sender_pb2.Sender) -> _Columns:
         name = bounds.DISPLAY_NAME.check("sender.display_name", sender.display_name)

@@ -14,7 +14,7 @@ from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
+from outbox_server.shared.intake.addresses import BadAddress, check_address
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 
@@ -34,7 +34,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         """Suppress an address, and end the waiting jobs to it."""
         user_id = named_user(request.user_id)
         asked = request.suppression
-        address = address_key(check_sender_address("suppression.email", asked.email))
+        address = check_sender_address("suppression.email", asked.email)
         reason = bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason)
         created, moved = await in_transaction(
             self._engine,
@@ -52,7 +52,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         """Delete a suppression. Mail may be sent to the address again."""
         user_id = named_user(request.user_id)
         try:
-            address = address_key(check_address(request.email))
+            address = check_address(request.email)
         except BadAddress:
             # Only valid addresses can be suppressed.
             raise _not_found(request.email) from None

@@ -21,6 +21,7 @@ from sqlalchemy import (
     func,
     literal,
     null,
+    or_,
     select,
     tuple_,
     update,
@@ -34,6 +35,7 @@ from outbox_server.services.scheduler.storage.suppressions import (
     SUPPRESSION_COLUMNS,
     SuppressionRecord,
     lock_suppressions,
+    store_suppression,
 )
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.counts import in_state
@@ -49,8 +51,8 @@ from outbox_server.shared.database.models import (
     Suppression,
 )
 from outbox_server.shared.database.ownership import owned_by
-from outbox_server.shared.intake.addresses import address_key
-from outbox_server.shared.states import JobState
+from outbox_server.shared.intake.addresses import keys_of
+from outbox_server.shared.states import JobState, SuppressionForm
 
 # The number of rows that one transaction changes.
 ERASED_AT_ONCE: Final = 1_000
@@ -75,21 +77,24 @@ async def suppress_erased(
     """Suppress an address by its hash alone, and end the waiting jobs to it."""
     await lock_suppressions(connection, user_id)
     await connection.execute(insert(ErasureKey).on_conflict_do_nothing())
-    key = address_key(address)
-    hashed = erased_key(literal(user_id, Text), literal(key, Text))
-    await connection.execute(
-        insert(Suppression)
-        .from_select(
-            ["user_id", "address", "reason", "created_at"],
-            # Not now(): the transaction may have begun long before it got the lock.
-            select(literal(user_id, Text), hashed, literal("", Text), func.clock_timestamp()),
+    exact, folded = keys_of(address)
+    hashed = erased_key(literal(user_id, Text), literal(exact, Text))
+    await store_suppression(connection, user_id, hashed, SuppressionForm.EXACT)
+    plain = Suppression.address == exact
+    if folded != exact:
+        # What older releases find. One that they wrote still covers what it has covered.
+        theirs = and_(Suppression.address == folded, Suppression.form.is_(None))
+        older = await connection.scalar(
+            owned_by(select(Suppression.address).where(theirs), Suppression.user_id, user_id)
         )
-        .on_conflict_do_nothing()
-    )
-    await connection.execute(
-        owned_by(
-            delete(Suppression).where(Suppression.address == key), Suppression.user_id, user_id
+        form = SuppressionForm.FOR_OLDER_RELEASES if older is None else None
+        await store_suppression(
+            connection, user_id, erased_key(literal(user_id, Text), literal(folded, Text)), form
         )
+        only_theirs = Suppression.form.is_distinct_from(SuppressionForm.EXACT)
+        plain = or_(plain, and_(Suppression.address == folded, only_theirs))
+    await connection.execute(
+        owned_by(delete(Suppression).where(plain), Suppression.user_id, user_id)
     )
     row = (
         await connection.execute(
@@ -197,7 +202,10 @@ def _to_person(address: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     The second one finds other spellings of letters beyond ASCII. It excludes what the first finds.
     """
     by_address = is_to(address)
-    by_key = and_(EmailJob.recipient_key == address_key(address), ~by_address)
+    exact, folded = keys_of(address)
+    # A job of an older release has the folded key alone.
+    same = func.coalesce(EmailJob.address_key, exact) == exact
+    by_key = and_(EmailJob.recipient_key == folded, same, ~by_address)
     return by_address, by_key
 
 
@@ -225,7 +233,7 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
     jobs = (
         update(EmailJob)
         .where(EmailJob.id == picked.c.id)
-        .values(recipient="", recipient_key=null(), variables=null())
+        .values(recipient="", recipient_key=null(), address_key=null(), variables=null())
         .returning(EmailJob.id)
         .cte("jobs")
     )

@@ -45,10 +45,10 @@ from outbox_server.shared.database.models import (
     UserRow,
 )
 from outbox_server.shared.database.ownership import owned_by
-from outbox_server.shared.database.recipient_keys import recipient_key
+from outbox_server.shared.database.recipient_keys import exact_job_key, folded_job_key
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
-from outbox_server.shared.id_source import ID_TRIES, IdSource
+from outbox_server.shared.intake.addresses import keys_of
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.quotas.storage import (
     check_waiting_jobs,
@@ -56,6 +56,7 @@ from outbox_server.shared.quotas.storage import (
     read_quotas,
     store_rejections,
 )
+from outbox_server.shared.states import SuppressionForm
 from outbox_server.shared.user_quotas import UserQuotas
 
 # A suppression can be seen only some time after its `created_at`.
@@ -64,8 +65,8 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 # How long a call waits for another call with the same request_id. Below the usual deadline.
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
-    "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
-    "recipient_key, variables) FROM STDIN"
+    "COPY email_jobs (batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
+    "recipient_key, address_key, variables) FROM STDIN"
 )
 _COPY_REJECTIONS: Final = (
     "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
@@ -195,6 +196,7 @@ class IntakeTransaction:
         options: BatchOptions,
         user_id: str,
         variable_names: Sequence[str],
+        email_column: str = "",
         trace_parent: str | None = None,
     ) -> BegunBatch | None:
         """Write the row of the batch. Return None if a batch with this `request_id` exists.
@@ -216,6 +218,7 @@ class IntakeTransaction:
                 body=options.body,
                 html=options.html,
                 variable_names=list(variable_names),
+                email_column=email_column or None,
                 start_at=func.greatest(
                     literal(options.schedule_time, TIMESTAMP(timezone=True)), func.now()
                 ),
@@ -257,21 +260,35 @@ class IntakeTransaction:
         setting = func.set_config("lock_timeout", limit, True)
         await self._connection.execute(select(setting))
 
-    async def suppressed(self, user_id: str, addresses: Sequence[str]) -> set[str]:
-        """Return which of these case-folded addresses the user has suppressed."""
+    async def suppressed(self, user_id: str, recipients: Sequence[str]) -> set[str]:
+        """Return which of these addresses the user has suppressed."""
         some = select(exists().where(Suppression.user_id == user_id))
         if not (await self._connection.execute(some)).scalar_one():
             return set()
+        keys = {recipient: keys_of(recipient) for recipient in recipients}
         given = bindparam("addresses", type_=ARRAY(Text))
-        named = select(Suppression.address).where(
+        stored = Suppression.address, Suppression.form
+        named = select(*stored).where(
             Suppression.user_id == user_id, Suppression.address == any_(given)
         )
         if await self._has_erased(user_id):
             each = func.unnest(given).column_valued("each")
-            either = Suppression.address.in_([each, erased_key(user_id, each)])
-            named = select(each).where(exists().where(Suppression.user_id == user_id, either))
-        found = await self._connection.execute(named, {"addresses": list(addresses)})
-        return set(found.scalars())
+            named = select(each, Suppression.form).join(
+                Suppression,
+                and_(
+                    Suppression.user_id == user_id,
+                    Suppression.address.in_([each, erased_key(user_id, each)]),
+                ),
+            )
+        texts = sorted({key for both in keys.values() for key in both})
+        found = {tuple(row) for row in await self._connection.execute(named, {"addresses": texts})}
+        if not found:
+            return set()
+        return {
+            recipient
+            for recipient, (exact, folded) in keys.items()
+            if (exact, SuppressionForm.EXACT) in found or (folded, None) in found
+        }
 
     async def _has_erased(self, user_id: str) -> bool:
         """Return whether the user had an erased recipient when this was first asked.
@@ -401,14 +418,16 @@ class IntakeTransaction:
         new = (Suppression.user_id == user_id, Suppression.created_at > begun.accepted_at - _SLACK)
         if not (await self._connection.execute(select(exists().where(*new)))).scalar_one():
             return 0
+        exact = select(Suppression.address).where(*new, Suppression.form == SuppressionForm.EXACT)
+        folded = select(Suppression.address).where(*new, Suppression.form.is_(None))
         dropped = await self._connection.execute(
             delete(EmailJob).where(
                 EmailJob.batch_id == begun.batch_id,
                 or_(
-                    recipient_key().in_(select(Suppression.address).where(*new)),
-                    erased_key(user_id, recipient_key()).in_(
-                        select(Suppression.address).where(*new)
-                    ),
+                    exact_job_key().in_(exact),
+                    folded_job_key().in_(folded),
+                    erased_key(user_id, exact_job_key()).in_(exact),
+                    erased_key(user_id, folded_job_key()).in_(folded),
                 ),
             )
         )

@@ -34,11 +34,11 @@ from outbox_server.shared.database.models import EmailJob
 _CREATE: Final = text(
     "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, id, batch_id,"
     " sender_id, scheduled_at, expires_at, row_number, recipient,"
-    " recipient_key, variables FROM email_jobs WITH NO DATA"
+    " recipient_key, address_key, variables FROM email_jobs WITH NO DATA"
 )
 COPY_SPREAD_JOBS: Final = (
-    "COPY spread_jobs (id, batch_id, sender_id, place, scheduled_at, expires_at, row_number,"
-    " recipient, recipient_key, variables) FROM STDIN"
+    "COPY spread_jobs (batch_id, sender_id, place, scheduled_at, expires_at, row_number, recipient,"
+    " recipient_key, address_key, variables) FROM STDIN"
 )
 _TIME: Final = TIMESTAMP(timezone=True)
 _jobs: Final = Table(
@@ -55,6 +55,7 @@ _jobs: Final = Table(
     Column("row_number", BigInteger),
     Column("recipient", Text),
     Column("recipient_key", Text),
+    Column("address_key", Text),
     Column("variables", Text),
 )
 
@@ -113,6 +114,7 @@ async def move_spread_jobs(
                 "row_number",
                 "recipient",
                 "recipient_key",
+                "address_key",
                 "variables",
             ],
             select(
@@ -124,6 +126,7 @@ async def move_spread_jobs(
                 _jobs.c.row_number,
                 _jobs.c.recipient,
                 _jobs.c.recipient_key,
+                _jobs.c.address_key,
                 _jobs.c.variables,
             ),
         )

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Text, delete, func, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    SmallInteger,
+    Text,
+    and_,
+    delete,
+    func,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -16,7 +27,8 @@ from outbox_server.services.scheduler.storage.email_jobs import is_to
 from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.models import Batch, EmailJob, Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
-from outbox_server.shared.states import JobState
+from outbox_server.shared.intake.addresses import address_key, folded_key, keys_of
+from outbox_server.shared.states import JobState, SuppressionForm
 
 # The first half of the keys of the advisory locks on a user's suppressions. Any number would do.
 _LOCK_SPACE: Final = 0x5355
@@ -53,42 +65,86 @@ async def lock_suppressions(
     await connection.execute(select(lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))))
 
 
-def _names(user_id: str, address: str) -> ColumnElement[bool]:
-    """Return the condition that a suppression has this case-folded address, or its hash."""
-    return Suppression.address.in_([literal(address, Text), erased_key(user_id, address)])
+def _plain_or_erased(user_id: str, key: str) -> ColumnElement[bool]:
+    return Suppression.address.in_([literal(key, Text), erased_key(user_id, key)])
+
+
+def _of_older_release(user_id: str, address: str) -> ColumnElement[bool]:
+    """Return the condition that a suppression of an older release covers this address.
+
+    It covers every address that case folding makes equal to it.
+    """
+    return and_(Suppression.form.is_(None), _plain_or_erased(user_id, folded_key(address)))
+
+
+def _exact(user_id: str, address: str) -> ColumnElement[bool]:
+    """Return the condition that a suppression is of exactly this address."""
+    return and_(
+        Suppression.form == SuppressionForm.EXACT, _plain_or_erased(user_id, address_key(address))
+    )
+
+
+async def store_suppression(
+    connection: AsyncConnection,
+    user_id: str,
+    address: ColumnElement[str],
+    form: SuppressionForm | None,
+    reason: str = "",
+) -> None:
+    """Store a suppression. It replaces one that is only for older releases."""
+    columns = ("user_id", "address", "form", "reason", "created_at")
+    new = insert(Suppression).from_select(
+        columns,
+        select(
+            literal(user_id, Text),
+            address,
+            literal(form, SmallInteger),
+            literal(reason, Text),
+            # Not now(): the transaction may have begun long before it got the lock.
+            func.clock_timestamp(),
+        ),
+    )
+    replaced = {name: new.excluded[name] for name in columns[2:]}
+    await connection.execute(
+        new.on_conflict_do_update(
+            index_elements=columns[:2],
+            set_=replaced,
+            where=(Suppression.form == SuppressionForm.FOR_OLDER_RELEASES)
+            & (new.excluded.form.is_distinct_from(SuppressionForm.FOR_OLDER_RELEASES)),
+        )
+    )
 
 
 async def insert_suppression(
     connection: AsyncConnection, user_id: str, address: str, reason: str
 ) -> tuple[SuppressionRecord, EndedJobs]:
-    """Suppress a case-folded address, and end the waiting jobs to it.
+    """Suppress an address, and end the waiting jobs to it.
 
     If the address is suppressed already, that suppression is kept, also if it has only the hash of
     the address because the person was erased.
     """
     await lock_suppressions(connection, user_id)
-    stored = await connection.scalar(
-        owned_by(
-            select(Suppression.address).where(_names(user_id, address)),
-            Suppression.user_id,
-            user_id,
-        )
+    exact, folded = keys_of(address)
+    covering = (
+        select(Suppression.address)
+        .where(or_(_exact(user_id, address), _of_older_release(user_id, address)))
+        .order_by(Suppression.form)
+        .limit(1)
     )
-    await connection.execute(
-        insert(Suppression)
-        .values(
-            user_id=user_id,
-            address=stored or address,
-            reason=reason,
-            # Not now(): the transaction may have begun long before it got the lock.
-            created_at=func.clock_timestamp(),
+    stored = await connection.scalar(owned_by(covering, Suppression.user_id, user_id))
+    if stored is None:
+        stored = exact
+        await store_suppression(
+            connection, user_id, literal(exact, Text), SuppressionForm.EXACT, reason
         )
-        .on_conflict_do_nothing()
-    )
+        if folded != exact:
+            await store_suppression(
+                connection, user_id, literal(folded, Text), SuppressionForm.FOR_OLDER_RELEASES
+            )
     row = (
         await connection.execute(
             owned_by(
-                select(*SUPPRESSION_COLUMNS).where(Suppression.address == (stored or address)),
+                select(*SUPPRESSION_COLUMNS).where(Suppression.address == stored),
                 Suppression.user_id,
                 user_id,
             )
@@ -108,10 +164,34 @@ async def delete_suppression(connection: AsyncConnection, user_id: str, address:
     `insert_suppression`.
     """
     await lock_suppressions(connection, user_id)
-    statement = owned_by(
-        delete(Suppression).where(_names(user_id, address)), Suppression.user_id, user_id
-    )
-    return (await connection.execute(statement)).rowcount > 0
+    exact, folded = keys_of(address)
+    which = _exact(user_id, address)
+    if exact == folded:
+        which |= _of_older_release(user_id, address)
+    statements: list[Any] = [delete(Suppression).where(which)]
+    if exact != folded:
+        # The suppression of an older release may be meant for the other address, which it has.
+        statements.append(
+            update(Suppression)
+            .where(_of_older_release(user_id, address))
+            .values(form=SuppressionForm.EXACT)
+        )
+    changed = 0
+    for statement in statements:
+        owned = owned_by(statement, Suppression.user_id, user_id)
+        changed += (await connection.execute(owned)).rowcount
+    if exact != folded:
+        await connection.execute(
+            owned_by(
+                delete(Suppression).where(
+                    Suppression.form == SuppressionForm.FOR_OLDER_RELEASES,
+                    _plain_or_erased(user_id, folded),
+                ),
+                Suppression.user_id,
+                user_id,
+            )
+        )
+    return changed > 0
 
 
 async def list_suppressions(
@@ -120,7 +200,10 @@ async def list_suppressions(
     """Return the user's first `limit` suppressions after the address `after`."""
     statement = owned_by(
         select(*SUPPRESSION_COLUMNS)
-        .where(Suppression.address > after)
+        .where(
+            Suppression.address > after,
+            Suppression.form.is_distinct_from(SuppressionForm.FOR_OLDER_RELEASES),
+        )
         .order_by(Suppression.address)
         .limit(limit),
         Suppression.user_id,

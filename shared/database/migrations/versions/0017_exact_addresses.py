@@ -1,0 +1,16 @@
+"""Compare addresses by lower case, and keep the column of a batch's addresses"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0017"
+down_revision = "0011"
+
+
+def upgrade() -> None:
+    # Columns without a default change only the catalog.
+    op.add_column("email_jobs", sa.Column("address_key", sa.Text(), nullable=True))
+    op.add_column("suppressions", sa.Column("form", sa.SmallInteger(), nullable=True))
+    op.add_column("batches", sa.Column("email_column", sa.Text(), nullable=True))
