@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from outbox_server.services.dispatcher.message import Message, MessageBuilder, MessageError
 from outbox_server.shared.templates.batch import (
@@ -19,10 +19,7 @@ from outbox_server.shared.templates.batch import (
     longest_of,
 )
 from outbox_server.shared.templates.wire import StartBudget
-from outbox_server.shared.templates.worker import Job, TemplateCache, serve
-
-# A template that was accepted must not fail because it is parsed a little more slowly here.
-_PARSING_BUDGETS: Final = 2.0
+from outbox_server.shared.templates.worker import PARSING_BUDGETS, Job, TemplateCache, serve
 
 
 class MailRequest(NamedTuple):
@@ -47,7 +44,8 @@ def _mail_of(start_budget: StartBudget) -> Job:
 
     def build(*arguments: Any) -> object:
         it = MailRequest(*arguments)
-        start_budget(_PARSING_BUDGETS)
+        # Templates that were accepted must not fail because they are parsed more slowly here.
+        start_budget(PARSING_BUDGETS)
         longest = longest_of(it.subject, it.body, it.html)
         sources = {"subject": it.subject, "body": it.body, "html": it.html}
         template = BatchTemplate(

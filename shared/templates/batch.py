@@ -24,6 +24,7 @@ from outbox_server.shared.templates.plain import plain_source
 from outbox_server.shared.templates.source import (
     MAX_SOURCE_BYTES,
     RenderError,
+    RenderingProof,
     Room,
     TemplateSource,
     check_source_size,
@@ -131,12 +132,27 @@ class BatchTemplate:
         )
         # How often the mail uses its most used column, as far as `least_size` counts.
         self.most_uses: int = max(uses.values(), default=1)
-        # Whether the subject's template can produce a line break by itself, so that each row must
-        # be rendered; otherwise only a value with a line break can.
-        self.subject_may_break: bool = subject is not None and subject.summary.may_break
+        # Whether the subject's template has a line break itself; otherwise only a value with a line
+        # break can put one into the subject.
+        self.subject_breaks: bool = (
+            subject is not None and not subject.is_liquid and subject.summary.may_break
+        )
+        self.subject_is_liquid: bool = subject is not None and subject.is_liquid
         # Whether a row can have no content: neither text nor HTML has a template.
         self.content_from_row: bool = body is None and html is None
         self.subject_from_row: bool = subject is None
+        # Whether a row may be impossible to render, so that rows are rendered at intake.
+        liquid = [source for _, source in self._sources if source and source.is_liquid]
+        self.may_fail: bool = bool(liquid)
+        # What proves that a row can be rendered. Empty if nothing does.
+        proofs = [source.summary.proof for source in liquid if source.summary.proof is not None]
+        self.proofs: list[RenderingProof] = proofs if len(proofs) == len(liquid) else []
+        self.plain_sources: list[TemplateSource] = [
+            source for _, source in self._sources if source and not source.is_liquid
+        ]
+        self.subject_proof: RenderingProof | None = (
+            None if subject is None or subject.summary.may_break else subject.summary.proof
+        )
 
         # A subject with columns is checked for each row, and so is one whose text changes.
         if subject is not None and not subject.is_liquid and not self.subject_names:

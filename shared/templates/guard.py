@@ -29,6 +29,8 @@ from liquid.template import BoundTemplate
 from markupsafe import Markup
 
 from outbox_server.shared.message_size import escape_growth, fits_escaped, utf8_size
+from outbox_server.shared.templates.comparing import compare_as_numbers, equal
+from outbox_server.shared.templates.wording import TemplateFault, TemplateLimitError
 
 if TYPE_CHECKING:
     from liquid.ast import Node
@@ -51,11 +53,11 @@ _PADDED_DIRECTIVE = re.compile(r"%[^a-zA-Z%]*\d")
 _LOOP_WORK = 5_000_000
 
 
-class OutputTooLargeError(ResourceLimitError):
+class OutputTooLargeError(TemplateLimitError):
     """The output would exceed its limit by at least `over` bytes."""
 
     def __init__(self, over: int) -> None:
-        super().__init__("the output is too large", token=None)
+        super().__init__("the output is too large")
         self.over = over
 
 
@@ -81,7 +83,10 @@ class Budget:
         """
         self.left -= amount
         if self.left < 0:
-            raise ResourceLimitError("the template does too much work", token=None)
+            raise TemplateLimitError("the template does too much work")
+
+
+_write = StringIO.write
 
 
 class _Buffer(StringIO):
@@ -93,14 +98,19 @@ class _Buffer(StringIO):
         self.room = room
 
     def write(self, text: str) -> int:
-        self._budget.spend(len(text))
-        self.room -= utf8_size(text)
+        # Written for speed: a mail has many short texts.
+        length = len(text)
+        budget = self._budget
+        budget.left -= length
+        if budget.left < 0:
+            budget.spend(0)
+        self.room -= length if text.isascii() else utf8_size(text)
         if self.room < 0:
             self.refuse(-self.room)
-        return super().write(text)
+        return _write(self, text)
 
     def refuse(self, over: int) -> NoReturn:  # noqa: ARG002
-        raise ResourceLimitError("a captured text is too long", token=None)
+        raise TemplateLimitError("a captured text is too long")
 
 
 class _Output(_Buffer):
@@ -168,7 +178,7 @@ class _AnyOf(Expression):
 
     __slots__ = ("inner",)
 
-    def __init__(self, inner: Expression) -> None:
+    def __init__(self, inner: Any) -> None:
         super().__init__(inner.token)
         self.inner = inner
 
@@ -176,8 +186,8 @@ class _AnyOf(Expression):
         return str(self.inner)
 
     def evaluate(self, context: RenderContext) -> list[bool]:
-        matches = self.inner.evaluate(context)
-        return [isinstance(matches, list) and any(matches)]
+        left = self.inner.left.evaluate(context)
+        return [any(equal(left, one.evaluate(context)) for one in self.inner.expressions)]
 
     def children(self) -> list[Expression]:
         return list(self.inner.children())
@@ -195,7 +205,7 @@ class _CaseTag(CaseTag):
 class BoundedRange(RangeLiteral):
     """A range that is never longer than a loop may be.
 
-    It replaces each range of a parsed template (`bound_ranges`).
+    It replaces each range of a parsed template (`guard_expression`).
     """
 
     __slots__ = ()
@@ -205,16 +215,17 @@ class BoundedRange(RangeLiteral):
         result = super().evaluate(context)
         # Not len(): it overflows from 2**63 on.
         if result.stop - result.start > MAX_ITEMS:
-            raise ResourceLimitError("a range is too long", token=self.token)
+            raise TemplateLimitError("a range is too long", token=self.token)
         return result
 
 
-def bound_ranges(expression: Expression) -> None:
-    """Make every range below `expression` a `BoundedRange`."""
+def guard_expression(expression: Expression) -> None:
+    """Make every range below `expression` a `BoundedRange`, and every comparison one of numbers."""
     if type(expression) is RangeLiteral:
         expression.__class__ = BoundedRange
+    compare_as_numbers(expression)
     for child in expression.children():
-        bound_ranges(child)
+        guard_expression(child)
 
 
 def _size(value: object) -> int:
@@ -227,23 +238,23 @@ def _size(value: object) -> int:
         size = len(value)
     elif isinstance(value, (list, tuple)):
         if len(value) > MAX_ITEMS:
-            raise ResourceLimitError("a list is too long", token=None)
+            raise TemplateLimitError("a list is too long")
         size = sum(_size(item) + 1 for item in value)
     elif isinstance(value, bool):
         return 0
     elif isinstance(value, int):
         if value.bit_length() > MAX_NUMBER_BITS:
-            raise ResourceLimitError("a number is too large", token=None)
+            raise TemplateLimitError("a number is too large")
         return 0
     elif isinstance(value, Decimal):
         exponent = value.as_tuple().exponent
         if isinstance(exponent, int) and abs(exponent) > MAX_NUMBER_BITS:
-            raise ResourceLimitError("a number is too large", token=None)
+            raise TemplateLimitError("a number is too large")
         return 0
     else:
         return 0
     if size > MAX_CHARACTERS:
-        raise ResourceLimitError("a text is too long for a filter", token=None)
+        raise TemplateLimitError("a text is too long for a filter")
     return size
 
 
@@ -257,11 +268,22 @@ def _result_size(name: str, left: object, arguments: tuple[object, ...]) -> int:
     return 0
 
 
+def _filter_fault(name: str) -> TemplateFault:
+    """Return the error of a filter that fails. It does not repeat the cells."""
+    if name in ("divided_by", "modulo"):
+        return TemplateFault(
+            f"the filter `{name}` cannot be used on the values of this row: it divides by zero, "
+            "and an empty cell counts as zero"
+        )
+    return TemplateFault(f"the filter `{name}` cannot be used on the values of this row")
+
+
 # Cached, because each batch has environments of its own and all of them use the same filters.
 @functools.cache
 def _guard(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     slow = _SLOW_FILTERS.get(name)
     wants_environment = getattr(filter_, "with_environment", False)
+    is_date, multiplies = name == "date", name in ("join", "replace")
 
     @with_environment
     @functools.wraps(filter_)  # keeps attributes such as `with_context`
@@ -272,15 +294,21 @@ def _guard(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
         for argument in (*arguments, *named.values()):
             size += _size(argument)
         if slow is not None and size > slow:
-            raise ResourceLimitError(f"a text is too long for `{name}`", token=None)
-        if name == "date" and arguments and _PADDED_DIRECTIVE.search(str(arguments[0])):
-            raise ResourceLimitError("the format of `date` must not have a width", token=None)
-        if _result_size(name, left, arguments) > MAX_CHARACTERS:
-            raise ResourceLimitError(f"the result of `{name}` is too long", token=None)
+            raise TemplateLimitError(f"a text is too long for `{name}`")
+        if is_date and arguments and _PADDED_DIRECTIVE.search(str(arguments[0])):
+            raise TemplateLimitError("the format of `date` must not have a width")
+        if multiplies and _result_size(name, left, arguments) > MAX_CHARACTERS:
+            raise TemplateLimitError(f"the result of `{name}` is too long")
         environment.budget.spend(_CALL_COST + size)
         if wants_environment:
             named["environment"] = environment
-        result = filter_(left, *arguments, **named)
+        try:
+            result = filter_(left, *arguments, **named)
+        except (ResourceLimitError, MemoryError):
+            raise
+        # Filters pass on errors of all kinds: base64 that is not text, a date out of range.
+        except Exception:  # noqa: BLE001
+            raise _filter_fault(name) from None
         _size(result)
         return result
 

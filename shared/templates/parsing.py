@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from liquid.context import RenderContext
 from liquid.exceptions import LiquidError, ResourceLimitError
 from liquid.template import BoundTemplate
 
@@ -18,6 +19,7 @@ from outbox_server.shared.templates.guard import (
     GuardedEnvironment,
     OutputTooLargeError,
 )
+from outbox_server.shared.templates.proving import prove
 from outbox_server.shared.templates.source import (
     MAX_SOURCE_BYTES,
     RenderError,
@@ -26,6 +28,7 @@ from outbox_server.shared.templates.source import (
     TemplateSource,
 )
 from outbox_server.shared.templates.variables import Needs, needs_of, plain_parts
+from outbox_server.shared.templates.wording import TemplateFault, describe_error
 
 # Sources that can put a line break into a text although no value has one.
 _CAN_BREAK = re.compile(r"[\r\n]|_decode|newline_to_br")
@@ -49,7 +52,7 @@ def parse_source(field: str, source: str, longest: int) -> TemplateSource:
         try:
             text = liquid({}, Room(RENDER_BUDGET))
         except RenderError as error:
-            raise _invalid(field, error.message) from None
+            raise _invalid(field, error.message.removeprefix(f"{field}: ")) from None
         # Loops can make a long text of a short source. It is not kept, because templates are
         # kept for many batches.
         if len(text) <= MAX_SOURCE_BYTES:
@@ -61,6 +64,7 @@ def parse_source(field: str, source: str, longest: int) -> TemplateSource:
         escapes=escapes,
         static=static,
         parts=None if parts is None else tuple(parts),
+        proof=None if parts is not None else prove(template.nodes, source, RenderContext(template)),
     )
     return TemplateSource(summary, liquid)
 
@@ -80,17 +84,20 @@ class _Liquid:
         except OutputTooLargeError as error:
             raise room.refusal(error.over) from None
         except ResourceLimitError as error:
-            raise RenderError("TEMPLATE_LIMIT", f"{self._field}: {_describe(error)}") from None
+            raise RenderError("TEMPLATE_LIMIT", f"{self._field}: {describe_error(error)}") from None
         except LiquidError as error:
             raise RenderError(
-                "TEMPLATE_RENDER_FAILED", f"{self._field}: {_describe(error)}"
+                "TEMPLATE_RENDER_FAILED",
+                f"{self._field}: {describe_error(error)}",
+                column=error.column if isinstance(error, TemplateFault) else "",
             ) from None
         except MemoryError:
             raise
-        # The library passes on errors of filters (base64 that is not text, a date out of range).
         # Such an error concerns this row only, and must not stop a dispatcher.
-        except Exception as error:  # noqa: BLE001
-            raise RenderError("TEMPLATE_RENDER_FAILED", f"{self._field}: {error}") from None
+        except Exception:  # noqa: BLE001
+            raise RenderError(
+                "TEMPLATE_RENDER_FAILED", f"{self._field}: it does not fit the values of this row"
+            ) from None
         room.take(utf8_size(text))
         return text
 
@@ -100,7 +107,7 @@ def _parse(field: str, source: str, env: GuardedEnvironment) -> tuple[BoundTempl
         template = env.from_string(source)
         return template, needs_of(template)
     except LiquidError as error:
-        raise _invalid(field, _describe(error, source)) from None
+        raise _invalid(field, describe_error(error, source)) from None
     except RecursionError:
         raise _invalid(field, "an expression is nested too deeply") from None
 
@@ -111,17 +118,3 @@ def _invalid(field: str, description: str) -> InvalidInput:
 
 def _uses_the_clock(source: str) -> bool:
     return "now" in source or "today" in source
-
-
-def _describe(error: LiquidError, source: str | None = None) -> str:
-    """Return `line 2, column 7: message`. Without a position, it is the end of the source."""
-    index = -1
-    if error.token is not None:
-        source, index = error.token.source, error.token.start_index
-    if source is None:
-        return str(error.message)
-    if not 0 <= index <= len(source):
-        index = len(source)
-    line = source.count("\n", 0, index) + 1
-    column = index - source.rfind("\n", 0, index)
-    return f"line {line}, column {column}: {error.message}"

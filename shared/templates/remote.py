@@ -1,9 +1,11 @@
-"""Parses the templates of a batch in worker processes, for a process that accepts batches."""
+"""Parses templates and checks rows in worker processes, for a process that accepts batches."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Final, TypeVar
 
@@ -12,8 +14,10 @@ from prometheus_client import CollectorRegistry
 from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavailable
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.batch import BatchTemplate, check_sizes, longest_of
+from outbox_server.shared.templates.checking import RowFailure
 from outbox_server.shared.templates.plain import plain_source
-from outbox_server.shared.templates.source import LiquidText, Room, SourceSummary, TemplateSource
+from outbox_server.shared.templates.source import SourceSummary, TemplateSource
+from outbox_server.shared.templates.worker import STEPS_BEFORE_ROWS, RowsRequest
 from outbox_server.shared.templates.workers import TooCostlyError, WorkerLostError, WorkerPool
 
 T = TypeVar("T")
@@ -21,13 +25,18 @@ T = TypeVar("T")
 _MODULE: Final = "outbox_server.shared.templates.worker"
 # The longest wait for a worker and its answer.
 _PATIENCE: Final = timedelta(seconds=30)
-# The CPU time that the check of one row's subject may take on average, after the first second. A
-# usual subject takes 0.1 ms.
-_SECONDS_PER_SUBJECT: Final = 0.002
+# The CPU time that the rendering of one row may take on average, beyond the budgets below. A usual
+# mail takes 0.1 ms.
+_SECONDS_PER_ROW: Final = 0.02
+# How many budgets all rows of a batch may use besides.
+_SPARE_BUDGETS: Final = 3
+# A job of rows ends after this time, so that other users' jobs do not wait for a whole batch.
+_SECONDS_PER_JOB: Final = 0.1
+# The most rows and characters of a job. They are sent again if the job ends before its last row.
+_ROWS_PER_JOB: Final = 2_500
+_CHARACTERS_PER_JOB: Final = 1024 * 1024
 # The template of a shorter source is put together in the event loop, which takes a millisecond.
 _SHORT: Final = 4 * 1024
-# The path of the subject in a request, for errors that a row shows.
-_SUBJECT: Final = "options.subject"
 
 
 class TemplateParser:
@@ -44,11 +53,11 @@ class TemplateParser:
 
     async def parse(
         self, user: str, subject: str | None, body: str | None, html: str | None
-    ) -> BatchTemplate:
+    ) -> RemoteTemplate:
         """Return the template of a batch of a user.
 
-        Its `render_subject` may be called in any thread but that of the running event loop. Its
-        `render` is only for templates without Liquid.
+        Its `renderer` may be used in any thread but that of the running event loop. Its `render` is
+        only for templates without Liquid.
 
         Raises:
             InvalidInput: as `BatchTemplate.compile`; TEMPLATE_TOO_COSTLY.
@@ -59,7 +68,6 @@ class TemplateParser:
         spent = 0.0
         texts = check_sizes(subject, body, html)
         summaries: dict[str, object] = {}
-        liquid: LiquidText | None = None
         for field, text in texts.items():
             plain = None if text is None else plain_source(field, text)
             if text is None or plain is not None:
@@ -72,12 +80,14 @@ class TemplateParser:
                 # A dispatcher parses all of them for its first mail.
                 if spent > self._budget:
                     raise too_costly(field, "and those before it need too much processor time")
-                if field == "subject":
-                    liquid = _SubjectInWorker(self, user, text, longest, self._budget)
-        if longest <= _SHORT:
-            return _template_of(summaries, liquid)
         # A long template may have 50,000 insertions.
-        return await asyncio.to_thread(_template_of, summaries, liquid)
+        template = (
+            _template_of(summaries)
+            if longest <= _SHORT
+            else await asyncio.to_thread(_template_of, summaries)
+        )
+        template.renderer = RemoteRows(self, user, texts, longest, self._budget)
+        return template
 
     async def run(
         self, user: str, field: str, *job: object, decode: Callable[[object], T]
@@ -87,13 +97,25 @@ class TemplateParser:
         Raises:
             RenderError, InvalidInput, ResourceExhausted, Unavailable: see `parse`.
         """
+        try:
+            return await self.try_to_run(user, *job, decode=decode)
+        except TooCostlyError as error:
+            raise too_costly(field, str(error)) from None
+
+    async def try_to_run(
+        self, user: str, *job: object, decode: Callable[[object], T]
+    ) -> tuple[T, float]:
+        """Do a job like `run`.
+
+        Raises:
+            TooCostlyError: it needs too much CPU or memory.
+            RenderError, InvalidInput, ResourceExhausted, Unavailable: see `parse`.
+        """
         name, *arguments = job
         try:
             return await self._pool.run(
                 user, str(name), *arguments, decode=decode, wait=_PATIENCE.total_seconds()
             )
-        except TooCostlyError as error:
-            raise too_costly(field, str(error)) from None
         except TimeoutError:
             raise ResourceExhausted(
                 "other templates of this user are still being parsed; try again later",
@@ -110,7 +132,13 @@ def _anything(value: object) -> object:
     return value
 
 
-def _template_of(summaries: Mapping[str, object], subject: LiquidText | None) -> BatchTemplate:
+class RemoteTemplate(BatchTemplate):
+    """A template whose Liquid only worker processes can render. They do it by `renderer`."""
+
+    renderer: RemoteRows
+
+
+def _template_of(summaries: Mapping[str, object]) -> RemoteTemplate:
     """Return a template by the summaries of its fields, of which some are as a worker sent them."""
     sources: dict[str, TemplateSource | None] = {}
     for field, value in summaries.items():
@@ -118,8 +146,8 @@ def _template_of(summaries: Mapping[str, object], subject: LiquidText | None) ->
             sources[field] = None
             continue
         summary = value if isinstance(value, SourceSummary) else SourceSummary.from_wire(value)
-        sources[field] = TemplateSource(summary, subject if field == "subject" else None)
-    return BatchTemplate(**sources)
+        sources[field] = TemplateSource(summary)
+    return RemoteTemplate(**sources)
 
 
 def too_costly(field: str, why: str) -> InvalidInput:
@@ -129,37 +157,130 @@ def too_costly(field: str, why: str) -> InvalidInput:
     )
 
 
-class _SubjectInWorker:
-    """Renders a Liquid subject in a worker, for a thread that checks the rows of a batch.
+class RemoteRows:
+    """Renders the rows of a batch in workers, for a thread that reads them.
 
-    All checks of a batch share an allowance, so that no batch keeps its thread for hours.
+    All rows of a batch share an allowance, so that no batch keeps its thread for hours. Each job
+    takes a fraction of a second, so that users take turns.
     """
 
     def __init__(
-        self, parser: TemplateParser, user: str, source: str, longest: int, allowance: float
+        self,
+        parser: TemplateParser,
+        user: str,
+        sources: Mapping[str, str | None],
+        longest: int,
+        budget: float,
     ) -> None:
         self._parser = parser
         self._user = user
-        self._source = source
+        self._sources = dict(sources)
         self._longest = longest
-        self._allowance = allowance
+        self._budget = budget
+        self._allowance = _SPARE_BUDGETS * budget
         self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._waiting: Future[tuple[tuple[int, dict[int, RowFailure]], float]] | None = None
 
-    def __call__(self, values: Mapping[str, str], room: Room) -> str:
-        rendering = self._parser.run(
-            self._user,
-            _SUBJECT,
-            *("render", "subject", self._source, self._longest, dict(values), room.left),
-            decode=_text,
+    def close(self) -> None:
+        """Make a thread that waits for a worker, now or later, fail."""
+        with self._lock:
+            self._closed = True
+            if self._waiting is not None:
+                self._waiting.cancel()
+
+    def failures(
+        self, names: Sequence[str], rows: Sequence[str | None], max_bytes: int
+    ) -> dict[int, RowFailure]:
+        """Render rows. Return the failures by the index of the row.
+
+        Raises:
+            InvalidInput: TEMPLATE_TOO_COSTLY: the rows need too much CPU on average.
+            ResourceExhausted, Unavailable: see `TemplateParser.parse`.
+            concurrent.futures.CancelledError: `close` was called.
+        """
+        found: dict[int, RowFailure] = {}
+        start = 0
+        # A row that is too costly ends its job without a result. Then the rows before it come
+        # again, and it is left out.
+        end = len(rows)
+        while start < len(rows):
+            if start in found:
+                start += 1
+                continue
+            if start >= end:
+                end = len(rows)
+            some = _first_rows(rows[start:end])
+            try:
+                (done, failures), cpu = self._run(names, some, max_bytes)
+            except TooCostlyError as error:
+                self._spend(self._budget)
+                culprit = error.step - 1 - STEPS_BEFORE_ROWS
+                if not 0 <= culprit < len(some):
+                    if len(some) > 1:
+                        # It is the memory, or the parsing: try one row alone.
+                        end = start + 1
+                        continue
+                    culprit = 0
+                end = start + culprit
+                found[end] = RowFailure(
+                    "", "TEMPLATE_TOO_COSTLY", f"rendering the mail of this row {error}"
+                )
+                continue
+            self._spend(cpu - _SECONDS_PER_ROW * done)
+            found |= {start + index: failure for index, failure in failures.items()}
+            start += done
+        return found
+
+    def _run(
+        self, names: Sequence[str], rows: Sequence[str | None], max_bytes: int
+    ) -> tuple[tuple[int, dict[int, RowFailure]], float]:
+        request = RowsRequest(
+            self._sources, self._longest, names, rows, max_bytes, _SECONDS_PER_JOB
         )
-        text, cpu = asyncio.run_coroutine_threadsafe(rendering, self._loop).result()
-        self._allowance += _SECONDS_PER_SUBJECT - cpu
+        checking = self._parser.try_to_run(self._user, "check", *request, decode=_checked)
+        with self._lock:
+            # If `close` was called before, it had nothing to cancel.
+            waiting = asyncio.run_coroutine_threadsafe(checking, self._loop)
+            self._waiting = waiting
+            if self._closed:
+                waiting.cancel()
+        return waiting.result()
+
+    def _spend(self, seconds: float) -> None:
+        self._allowance -= seconds
         if self._allowance < 0:
-            raise too_costly(_SUBJECT, "needs too much processor time for the rows of this batch")
-        return text
+            field = next(field for field, source in self._sources.items() if source is not None)
+            raise too_costly(
+                f"options.{field}", "needs too much processor time for the rows of this batch"
+            )
 
 
-def _text(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError("not a text")
+def _first_rows(rows: Sequence[str | None]) -> Sequence[str | None]:
+    """Return as many rows as one job may have, and at least one."""
+    characters = 0
+    for count, row in enumerate(rows[:_ROWS_PER_JOB]):
+        characters += len(row or "")
+        if characters > _CHARACTERS_PER_JOB:
+            return rows[: max(count, 1)]
+    return rows[:_ROWS_PER_JOB]
+
+
+def _checked(value: object) -> tuple[int, dict[int, RowFailure]]:
+    """Return how many rows were rendered, and the failures by the index of the row.
+
+    Raises:
+        ValueError: a worker replied something else.
+    """
+    match value:
+        case [int(done), list(found)] if done > 0:
+            return done, dict(map(_failure, found))
+    raise ValueError("not a result of rows")
+
+
+def _failure(value: object) -> tuple[int, RowFailure]:
+    match value:
+        case [int(index), str(column), str(reason), str(message)]:
+            return index, RowFailure(column, reason, message)
+    raise ValueError("not a failure of a row")

@@ -25,13 +25,15 @@ class RenderError(Exception):
     """A mail cannot be made of this row.
 
     `reason` is one of SUBJECT_LINE_BREAK, NO_CONTENT, MESSAGE_TOO_LARGE, TEMPLATE_LIMIT,
-    TEMPLATE_RENDER_FAILED, or one of those that `MessageError` has.
+    TEMPLATE_RENDER_FAILED, or one of those that `MessageError` has. `column` is the column that
+    does not fit, if it is known.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, *, column: str = "") -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
+        self.column = column
 
 
 class Room:
@@ -73,6 +75,16 @@ class Placeholder(NamedTuple):
     default: str | None
 
 
+class RenderingProof(NamedTuple):
+    """What a row needs so that Liquid surely renders it (`shared.templates.proving`)."""
+
+    # The columns whose cells must be numbers, if the row has them.
+    numbers: frozenset[str]
+    # How often columns are inserted, compared or filtered, and the most bytes that are not theirs.
+    uses: int
+    size: int
+
+
 class SourceSummary(NamedTuple):
     """What is known of a template without its parsed form."""
 
@@ -87,12 +99,17 @@ class SourceSummary(NamedTuple):
     static: str | None = None
     # Its texts and insertions in order, if it has nothing else. None means Liquid.
     parts: tuple[str | Placeholder, ...] | None = None
+    # For Liquid: None means that each row must be rendered.
+    proof: RenderingProof | None = None
 
     def to_wire(self) -> list[object]:
         """Return the summary as msgpack can encode it."""
         parts = None if self.parts is None else [_part_to_wire(part) for part in self.parts]
         names, required = sorted(self.names), sorted(self.required)
-        return [names, required, self.may_break, self.escapes, self.static, parts]
+        proof = None
+        if self.proof is not None:
+            proof = [sorted(self.proof.numbers), self.proof.uses, self.proof.size]
+        return [names, required, self.may_break, self.escapes, self.static, parts, proof]
 
     @classmethod
     def from_wire(cls, value: object) -> Self:
@@ -102,8 +119,8 @@ class SourceSummary(NamedTuple):
             ValueError: it did not encode that.
         """
         match value:
-            case [list(names), list(required), bool(may_break), bool(escapes), static, parts]:
-                pass
+            case [list(names), list(required), bool(may_break), bool(escapes), *rest]:
+                static, parts, proof = rest
             case _:
                 raise ValueError("not the summary of a template")
         if not (static is None or isinstance(static, str)):
@@ -114,7 +131,24 @@ class SourceSummary(NamedTuple):
             if not isinstance(parts, list):
                 raise ValueError("not the parts of a template")
             parts = tuple(_part_from_wire(part) for part in parts)
-        return cls(frozenset(names), frozenset(required), may_break, escapes, static, parts)
+        return cls(
+            frozenset(names),
+            frozenset(required),
+            may_break,
+            escapes,
+            static,
+            parts,
+            _proof_from_wire(proof),
+        )
+
+
+def _proof_from_wire(value: object) -> RenderingProof | None:
+    match value:
+        case None:
+            return None
+        case [list(numbers), int(uses), int(size)]:
+            return RenderingProof(frozenset(numbers), uses, size)
+    raise ValueError("not a proof")
 
 
 def _part_to_wire(part: str | Placeholder) -> object:

@@ -21,10 +21,10 @@ from liquid.builtin.tags.doc_tag import DocNode
 from liquid.builtin.tags.if_tag import IfNode
 from liquid.builtin.tags.unless_tag import UnlessNode
 from liquid.context import RenderContext
-from liquid.exceptions import LiquidSyntaxError, UnknownFilterError
 
-from outbox_server.shared.templates.guard import bound_ranges
+from outbox_server.shared.templates.guard import guard_expression
 from outbox_server.shared.templates.source import Placeholder
+from outbox_server.shared.templates.wording import TemplateFault
 
 if TYPE_CHECKING:
     from liquid.ast import Node
@@ -45,7 +45,7 @@ class Needs:
 
 
 def needs_of(template: BoundTemplate) -> Needs:
-    """Return the variables that `template` needs, and bound its ranges.
+    """Return the variables that `template` needs, and guard its expressions.
 
     Raises:
         LiquidError: a filter does not exist, or the name of a variable is computed.
@@ -71,7 +71,7 @@ class _Walk:
         """
         expressions = list(node.expressions())
         for expression in expressions:
-            bound_ranges(expression)
+            guard_expression(expression)
         if isinstance(node, _CONDITIONAL):
             asked = {
                 name
@@ -93,14 +93,14 @@ class _Walk:
         names = names - scope - self._assigned
         self.needs.names |= names
         if required:
-            self.needs.required |= names
+            self.needs.required |= names - _BUILT_IN
 
     def _uses(self, expression: Expression, *, defaulted: bool) -> Iterator[tuple[str, bool]]:
         """Yield each variable of `expression`, and whether it has the `default` filter."""
         if isinstance(expression, Path):
             head = expression.head()
             if not isinstance(head, str):
-                raise LiquidSyntaxError(
+                raise TemplateFault(
                     "the name of a variable cannot be computed", token=expression.token
                 )
             yield head, defaulted
@@ -108,9 +108,7 @@ class _Walk:
             filters = expression.filters or []
             for filter_ in filters:
                 if filter_.name not in self._env.filters:
-                    raise UnknownFilterError(
-                        f"unknown filter '{filter_.name}'", token=filter_.token
-                    )
+                    raise TemplateFault(f"unknown filter '{filter_.name}'", token=filter_.token)
             has_default = any(filter_.name == "default" for filter_ in filters)
             yield from self._uses(expression.left, defaulted=has_default)
             for filter_ in filters:

@@ -8,12 +8,14 @@ parent does.
 The jobs are done by a child of this process, a copy that is forked after the imports. The kernel
 ends it if it uses more CPU than its budget for one step of a job (SIGPROF), even within a regular
 expression. This process then sends the reply, and forks the next one: that takes a few milliseconds
-of CPU, and a new Python a third of a second.
+of CPU, and a new Python a third of a second. The child counts the steps of its job in memory that
+both share, so the reply says which step needed too much.
 """
 
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import resource
 import signal
@@ -21,15 +23,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from cachetools import LRUCache
 
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.templates.batch import BatchTemplate
+from outbox_server.shared.templates.checking import failure_of
 from outbox_server.shared.templates.parsing import parse_source
 from outbox_server.shared.templates.source import RenderError, Room, TemplateSource
 from outbox_server.shared.templates.wire import (
@@ -50,11 +54,23 @@ _KEPT_CHARACTERS: Final = 256 * 1024
 _MOST_PARTS: Final = 10_000
 # The exit code of a process whose memory is full.
 _USED_UP: Final = 3
-# Lower than the priority of the event loops (19 is the lowest), which templates must not delay on a
-# machine whose processors are all busy.
-_NICENESS: Final = 10
+_STEPS_BYTES: Final = 8
+PARSING_BUDGETS: Final = 2.0
+# The step of the check of rows before that of the first row.
+STEPS_BEFORE_ROWS: Final = 2
 
 Job: TypeAlias = Callable[..., object]
+
+
+class RowsRequest(NamedTuple):
+    """The templates by field, and the rows that are rendered with them, until a time is over."""
+
+    sources: dict[str, str | None]
+    longest: int
+    names: Sequence[str]
+    rows: Sequence[str | None]
+    max_bytes: int
+    most_seconds: float
 
 
 def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
@@ -66,19 +82,20 @@ def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
     _restrict(memory)
     # The modules are never freed, so looking at them again is a waste.
     gc.freeze()
-    with socket.socket(fileno=os.dup(0)) as connection:
+    with socket.socket(fileno=os.dup(0)) as connection, mmap.mmap(-1, _STEPS_BYTES) as steps:
         while True:
             child = os.fork()
             if not child:
                 code = 1
                 try:
-                    code = _do_jobs(jobs, budget, connection)
+                    code = _do_jobs(jobs, budget, connection, steps)
                 finally:
                     os._exit(code)
             _, status = os.waitpid(child, 0)
             code = os.waitstatus_to_exitcode(status)
             if code == -signal.SIGPROF:
-                connection.sendall(to_frame([int(WorkerReply.OVER_BUDGET), budget, None]))
+                step = int.from_bytes(steps[:], "big")
+                connection.sendall(to_frame([int(WorkerReply.OVER_BUDGET), budget, step]))
             elif code != _USED_UP:
                 # The parent has closed the connection. After a crash, it learns of it by the end of
                 # this process.
@@ -86,18 +103,26 @@ def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
 
 
 def _do_jobs(
-    jobs: Mapping[str, Callable[[StartBudget], Job]], budget: float, connection: socket.socket
+    jobs: Mapping[str, Callable[[StartBudget], Job]],
+    budget: float,
+    connection: socket.socket,
+    steps: mmap.mmap,
 ) -> int:
     """Do jobs until the parent closes the connection. Return the exit code."""
+    step = 0
 
     def start_budget(budgets: float) -> None:
+        nonlocal step
         signal.setitimer(signal.ITIMER_PROF, budget * budgets)
+        step += 1
+        steps[:] = step.to_bytes(_STEPS_BYTES, "big")
 
     made: dict[str, Job] = {name: make(start_budget) for name, make in jobs.items()}
     made[READY] = lambda: None
     # Unbuffered, so that the next process gets every job that this one has not begun.
     stream = connection.makefile("rwb", buffering=0)
     while (request := _read(stream)) is not None:
+        step = 0
         start_budget(1.0)
         began = time.process_time()
         reply, result = _answer(made, request)
@@ -208,5 +233,34 @@ def _text_of(start_budget: StartBudget) -> Job:
     return render
 
 
+def _failures_of(start_budget: StartBudget) -> Job:
+    templates = TemplateCache()
+
+    def check(*arguments: Any) -> object:
+        sources, longest, names, rows, max_bytes, most_seconds = RowsRequest(*arguments)
+        # Templates that were accepted must not fail because they are parsed more slowly here.
+        start_budget(PARSING_BUDGETS)
+        template = BatchTemplate(
+            **{
+                field: None if source is None else templates.get(field, source, longest)
+                for field, source in sources.items()
+            }
+        )
+        ends = time.process_time() + most_seconds
+        found = []
+        done = 0
+        for variables in rows:
+            start_budget(1.0)
+            failure = failure_of(template, names, variables, max_bytes)
+            if failure is not None:
+                found.append([done, *failure])
+            done += 1
+            if time.process_time() > ends:
+                break
+        return [done, found]
+
+    return check
+
+
 if __name__ == "__main__":
-    sys.exit(serve({"parse": _summary_of, "render": _text_of}))
+    sys.exit(serve({"parse": _summary_of, "render": _text_of, "check": _failures_of}))

@@ -48,7 +48,14 @@ _log = structlog.get_logger("outbox.templates")
 
 
 class TooCostlyError(Exception):
-    """A job needed more CPU or memory than it may use. The text says what and how much."""
+    """A job needed more CPU or memory than it may use. The text says what and how much.
+
+    `step` is the number of the job's step that did, from 1; 0 if it is not known.
+    """
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class WorkerLostError(Exception):
@@ -201,10 +208,11 @@ class WorkerPool:
             case WorkerReply.FAILED, str(text):
                 _log.error("template_job_failed", error=text[:200])
                 return None
-            case WorkerReply.OVER_BUDGET, _:
+            case WorkerReply.OVER_BUDGET, int(step):
                 return TooCostlyError(
                     f"needs more than {format_duration(self._budget)} of processor time "
-                    "(OUTBOX_TEMPLATE_BUDGET)"
+                    "(OUTBOX_TEMPLATE_BUDGET)",
+                    step,
                 )
             case WorkerReply.OUT_OF_MEMORY, _:
                 # Otherwise templates of other users may have filled the memory.
@@ -361,7 +369,8 @@ def _spawn(command: Sequence[str], connection: socket.socket) -> subprocess.Pope
         stdin=connection.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=kept | {"PYTHONPATH": path},
+        # With a zone, so that `now` does not depend on that of the host.
+        env=kept | {"PYTHONPATH": path, "TZ": "UTC"},
         cwd="/",
         # With its child it is a group, which ends as a whole.
         process_group=0,
