@@ -52,6 +52,8 @@ MAX_ROW_VALUES: Final = 10_000_000
 MAX_COLUMNS: Final = 1_000
 MAX_COLUMN_NAME: Final = 256
 MAX_HEADER: Final = 256 * 1024
+# Number of lines before the header.
+MAX_SKIP_LINES: Final = 1_000
 # More than the largest mail. A longer cell is most likely a quote that is never closed.
 MAX_CELL: Final = 16 * MIB
 # The cell of a `schedule_time` or a `time_zone`.
@@ -108,11 +110,14 @@ def check_spread(
     """
     if spread_until is None:
         return
+    # The path of the other options.
+    beside = field.removesuffix("spread_until")
     wrong = ""
     if spacing:
-        wrong = "cannot be combined with spacing; set one of them"
+        wrong = f"cannot be combined with {beside}spacing; set one of them"
     elif start is not None and spread_until <= start:
-        wrong = f"must be later than schedule_time ({start.isoformat(timespec='seconds')})"
+        begins = start.isoformat(timespec="seconds")
+        wrong = f"must be later than {beside}schedule_time ({begins})"
     else:
         try:
             spread_until + (longest_wait or timedelta(0))
@@ -151,4 +156,5 @@ OAUTH2_CLIENT_ID: Final = TextBounds(512, "SMTP_ENDPOINT_INVALID", least=1)
 OAUTH2_CLIENT_SECRET: Final = TextBounds(1_024, "SMTP_ENDPOINT_INVALID")
 OAUTH2_REFRESH_TOKEN: Final = TextBounds(8_192, "SMTP_ENDPOINT_INVALID")
 OAUTH2_SCOPE: Final = TextBounds(1_024, "SMTP_ENDPOINT_INVALID")
+EMAIL_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "EMAIL_COLUMN_INVALID")
 TIME_ZONE: Final = TextBounds(64, "UNKNOWN_TIME_ZONE")

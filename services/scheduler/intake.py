@@ -99,6 +99,7 @@ class Intake:
         max_message_bytes: int,
         most_open: int,
         restrict_domains: bool = False,
+        special_domains: bool = True,
         metrics: SchedulerMetrics | None = None,
         trace_parent: Callable[[], str | None] | None = None,
     ) -> None:
@@ -106,8 +107,9 @@ class Intake:
 
         Half of them are for uploads and half for batches of one message, so that those do not wait
         for slow uploads. With `restrict_domains`, senders need an address in a domain of their
-        user. `trace_parent` returns the span of the current call, for the trace of the
-        sends; None means that there are no traces.
+        user. `special_domains` accepts addresses in domains of private networks. `trace_parent`
+        returns the span of the current call, for the trace of the sends; None means that there are
+        no traces.
         """
         self.batches = FairShares("batches", _BATCHES, waiting=_WAITING)
         self.uploads = FairShares("uploads", _UPLOADS, waiting=_WAITING)
@@ -118,6 +120,7 @@ class Intake:
         self._templates = templates
         self._max_message_bytes = max_message_bytes
         self._restrict_domains = restrict_domains
+        self._special_domains = special_domains
         self._under_way = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -155,7 +158,12 @@ class Intake:
             ResourceExhausted: TOO_MANY_CALLS, USER_WAITING_JOBS_EXCEEDED.
             PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
         """
-        reader = BlockReader(payload, options, self._max_message_bytes)
+        reader = BlockReader(
+            payload,
+            options,
+            self._max_message_bytes,
+            special_domains=self._special_domains,
+        )
         steps = _Steps(reader, self._threads[reader.waits])
         self._under_way += 1
         self._idle.clear()
@@ -203,7 +211,7 @@ class Intake:
             )
         except InvalidInput as error:
             raise under_options(error) from None
-        steps.reader.use(template)
+        steps.reader.use(template, template.renderer)
         block = await steps.next()
         place = self._places[steps.reader.waits].entered(current_claimant())
         async with place, self._store.begin() as transaction:
@@ -211,6 +219,7 @@ class Intake:
                 options,
                 sender.user_id,
                 steps.reader.variable_names,
+                steps.reader.email_column,
                 None if self._trace_parent is None else self._trace_parent(),
             )
             if begun is None:
@@ -361,9 +370,9 @@ class _BatchWriter:
                 self.check()
             return
         rows = block.rows
-        gone = await self.transaction.suppressed(self.user_id, [row.address_key for row in rows])
+        gone = await self.transaction.suppressed(self.user_id, [row.recipient for row in rows])
         if gone:
-            rows = [row for row in rows if row.address_key not in gone]
+            rows = [row for row in rows if row.recipient not in gone]
         # The exact check is made at the end. This one only ends a hopeless upload early.
         refusal = self.quotas.exceeded(
             "waiting_jobs", self.user_id, 0, self.counts.accepted + len(rows)

@@ -98,6 +98,7 @@ async def serve(
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
             restrict_domains=settings.sender_policy == "domains",
+            special_domains=settings.special_domains == "allow",
             metrics=SchedulerMetrics(monitoring.registry),
             trace_parent=None if tracer is None else tracer.current_parent,
         )

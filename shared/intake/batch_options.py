@@ -38,6 +38,10 @@ class BatchOptions:
     expire_after_ms: int | None = None
     # None means that `spacing_ms` sets the times.
     spread_until: datetime | None = None
+    # How the header of a CSV calls the column of the addresses. Empty means that its name tells.
+    email_column: str = ""
+    # How many lines of a CSV are before its header.
+    skip_lines: int = 0
 
     def canonical(self) -> bytes:
         """Return bytes that are equal for equal options. Unset fields count as their defaults."""
@@ -53,8 +57,10 @@ class BatchOptions:
                 int(self.mode),
                 self.time_zone,
                 self.expire_after_ms,
-                # Only if it is set, so that batches from before the option keep their digests.
+                # Only if they are set, so that batches from before the options keep their digests.
                 *([self.spread_until.isoformat()] if self.spread_until else []),
+                *([{"email_column": self.email_column}] if self.email_column else []),
+                *([{"skip_lines": self.skip_lines}] if self.skip_lines else []),
             ]
         ).encode()
 
@@ -71,7 +77,8 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
 
     Raises:
         InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
-            EXPIRE_AFTER_INVALID, SPREAD_UNTIL_INVALID, UNKNOWN_TIME_ZONE.
+            EXPIRE_AFTER_INVALID, SPREAD_UNTIL_INVALID, UNKNOWN_TIME_ZONE, EMAIL_COLUMN_INVALID,
+            SKIP_LINES_INVALID.
     """
     if not options.request_id:
         raise InvalidInput.field(
@@ -105,6 +112,13 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
             reason="EXPIRE_AFTER_INVALID",
         )
     check_spread(options, options.schedule_time, field)
+    bounds.EMAIL_COLUMN.check(f"{field}.email_column", options.email_column)
+    if not 0 <= options.skip_lines <= bounds.MAX_SKIP_LINES:
+        raise InvalidInput.field(
+            f"{field}.skip_lines",
+            f"must be 0 to {bounds.MAX_SKIP_LINES:,} (got {options.skip_lines:,})",
+            reason="SKIP_LINES_INVALID",
+        )
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
         check_time_zone(options.time_zone)

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.batch_options import BatchOptions, under_options
 from outbox_server.shared.intake.duplicates import DuplicateFinder
 from outbox_server.shared.intake.payloads import Payload
-from outbox_server.shared.intake.rows import JobRow, RowPlan, RowRejection, read_blocks
+from outbox_server.shared.intake.rows import (
+    Block,
+    JobRow,
+    ReadingRules,
+    RowPlan,
+    RowRejection,
+    read_blocks,
+)
 from outbox_server.shared.message_size import MOST_BYTES
 from outbox_server.shared.states import DuplicatePolicy
 from outbox_server.shared.templates.batch import BatchTemplate, decode_variables
+from outbox_server.shared.templates.checking import RowFailure, is_proven, local_failures
 
 # A character of a row becomes at most this many bytes of a mail: four in UTF-8 or five escaped, and
 # quoted-printable writes up to three bytes for each.
 _MOST_GROWTH = 3 * MOST_BYTES
+# Failures whose text begins with the field of the template.
+_OF_A_TEMPLATE = ("TEMPLATE_RENDER_FAILED", "TEMPLATE_LIMIT")
+
+
+class RowRenderer(Protocol):
+    """Renders rows somewhere else."""
+
+    def failures(
+        self, names: Sequence[str], rows: Sequence[str | None], max_bytes: int
+    ) -> dict[int, RowFailure]:
+        """Return the failures by the index of the row. `names` are those of the rows' values."""
+
+    def close(self) -> None:
+        """Make a thread that waits for a result fail at once."""
 
 
 class ReadBlock(NamedTuple):
@@ -31,11 +53,24 @@ class ReadBlock(NamedTuple):
 class BlockReader:
     """Reads the blocks of one payload. Calls may come from any thread, but only one at a time."""
 
-    def __init__(self, payload: Payload, options: BatchOptions, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        payload: Payload,
+        options: BatchOptions,
+        max_message_bytes: int,
+        *,
+        special_domains: bool = True,
+    ) -> None:
+        """Read `payload`. `special_domains` accepts addresses such as `ann@corp.local`."""
         self._payload = payload
         self._options = options
         self._max_message_bytes = max_message_bytes
+        self._rules = ReadingRules(
+            options.time_zone, options.email_column, options.skip_lines, special_domains
+        )
+        self._email_column = ""
         self._template: BatchTemplate | None = None
+        self._renderer: RowRenderer | None = None
         self._names: tuple[str, ...] = ()
         self._blocks = self._read()
         payload.hash_first(options.canonical())
@@ -50,9 +85,18 @@ class BlockReader:
         """The names of the values in `JobRow.variables`, in order. Known after the first block."""
         return self._names
 
-    def use(self, template: BatchTemplate) -> None:
-        """Use a template that was parsed elsewhere. Otherwise the first block parses it."""
+    @property
+    def email_column(self) -> str:
+        """The column of the addresses, as the CSV calls it. Known after the first block."""
+        return self._email_column
+
+    def use(self, template: BatchTemplate, renderer: RowRenderer) -> None:
+        """Use a template that was parsed elsewhere, and render it elsewhere.
+
+        Otherwise the first block parses it, and each block renders it in its thread.
+        """
         self._template = template
+        self._renderer = renderer
 
     def next(self) -> ReadBlock | None:
         """Return the next block, or None after the last.
@@ -72,8 +116,10 @@ class BlockReader:
         return self._payload.digest()
 
     def interrupt(self) -> None:
-        """Make a call fail that waits for the caller's data in another thread."""
+        """Make a call fail that waits in another thread, for the caller's data or a rendering."""
         self._payload.close()
+        if self._renderer is not None:
+            self._renderer.close()
 
     def close(self) -> None:
         """Free the resources of the reader."""
@@ -87,8 +133,9 @@ class BlockReader:
                 template = BatchTemplate.compile(options.subject, options.body, options.html)
             except InvalidInput as error:
                 raise under_options(error) from None
-        opened = self._payload.open(template, options.time_zone)
+        opened = self._payload.open(template, self._rules)
         self._names = opened.variable_names
+        self._email_column = opened.email_column
         plan = _SizeLimitedPlan(
             opened.plan,
             limit=self._max_message_bytes,
@@ -98,9 +145,44 @@ class BlockReader:
         )
         keep_first = options.duplicates is DuplicatePolicy.KEEP_FIRST
         with DuplicateFinder() if keep_first else nullcontext() as finder:
-            for rows, rejections in read_blocks(opened.rows, plan):
+            for block in read_blocks(opened.rows, plan):
+                rows, rejections = self._render(template, block)
                 kept = rows if finder is None else _without_duplicates(rows, finder)
                 yield ReadBlock(kept, rejections, len(rows) - len(kept))
+
+    def _render(self, template: BatchTemplate, block: Block) -> Block:
+        """Reject the rows that a template cannot render.
+
+        This comes before duplicates are removed: the first row that can be sent is kept.
+        """
+        rows, rejections = block
+        if not rows or not template.may_fail:
+            return block
+        most = self._max_message_bytes
+        doubtful = [
+            index
+            for index, row in enumerate(rows)
+            if not is_proven(template, self._names, row.variables, most)
+        ]
+        if not doubtful:
+            return block
+        values = [rows[index].variables for index in doubtful]
+        if self._renderer is None:
+            failures = local_failures(template, self._names, values, most)
+        else:
+            failures = self._renderer.failures(self._names, values, most)
+        found = {doubtful[place]: failure for place, failure in failures.items()}
+        if not found:
+            return block
+        failed = [_rejection(rows[index], found[index]) for index in sorted(found)]
+        kept = [row for index, row in enumerate(rows) if index not in found]
+        return Block(kept, sorted([*rejections, *failed], key=lambda one: one.row_number))
+
+
+def _rejection(row: JobRow, failure: RowFailure) -> RowRejection:
+    # The path of the template in the request.
+    path = "in options." if failure.reason in _OF_A_TEMPLATE else ""
+    return RowRejection(row.row_number, failure.column, failure.reason, f"{path}{failure.message}")
 
 
 def _without_duplicates(rows: list[JobRow], finder: DuplicateFinder) -> list[JobRow]:

@@ -19,17 +19,21 @@ from itertools import chain
 
 from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS, MAX_HEADER
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.address_column import find_email_column, no_email_column, show
+from outbox_server.shared.intake.csv_header import HeaderCandidate, choose
 from outbox_server.shared.templates.batch import variable_name
 
-EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address", "recipient", "to"})
 # The column of a row's time zone. The second name is of older files; a file has one of them.
 ZONE_NAMES = ("time_zone", "timezone")
 _SEPARATORS = ",;\t|"
-_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 # The line in which Excel names the separator, before the header.
 _SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
-_MAX_SHOWN_COLUMNS = 50
-_MAX_SHOWN = 80
+# The mark by which DOS ended a text file, and which some programs still write.
+_END_OF_FILE = "\x1a"
+# More of these marks and of blanks at the end of a text are taken for data.
+_MOST_AT_THE_END = 4096
+# What a line of empty cells consists of.
+_EMPTY_LINE = f'{_SEPARATORS}" \r\n\u00a0'
 _TOO_LONG = (
     f"a cell or a line has more than {MAX_CELL:,} characters; check that each quote is closed"
 )
@@ -48,7 +52,8 @@ class CsvTable:
     """A CSV whose header has been read.
 
     `columns` has the cells of the header as written. `names` has their variable names; an empty
-    cell has an empty name. `email_index` is the index of the address column.
+    cell has an empty name, and two columns may have the same one. `email_index` is the index of the
+    address column.
     """
 
     columns: tuple[str, ...]
@@ -84,8 +89,11 @@ class _BadText(Exception):
         )
 
 
-def read_csv(chunks: Iterator[bytes]) -> CsvTable:
+def read_csv(chunks: Iterator[bytes], email_column: str = "", skip_lines: int = 0) -> CsvTable:
     """Read the header of a CSV. The rows are read as they are needed.
+
+    `email_column` names the column of the addresses; if it is empty, its name tells. `skip_lines`
+    is the number of lines before the header.
 
     Raises:
         InvalidInput: CSV_EMPTY, CSV_HEADER_TOO_LONG, CSV_NO_EMAIL_COLUMN, CSV_DUPLICATE_COLUMN,
@@ -96,7 +104,7 @@ def read_csv(chunks: Iterator[bytes]) -> CsvTable:
     state = _EndMarker()
     lines = _lines(chunks, state)
     try:
-        header_lines, separator = _header_lines(lines, state)
+        header_lines, separator = _header_lines(lines, state, email_column, skip_lines)
     except _BadText as error:
         raise error.at("in the header") from None
     reader = csv.reader(chain(header_lines, lines), delimiter=separator)
@@ -108,7 +116,10 @@ def read_csv(chunks: Iterator[bytes]) -> CsvTable:
         raise error.at("in the header") from None
     _check_header(columns)
     names = tuple(map(variable_name, columns))
-    return CsvTable(columns, names, _email_index(columns, names), separator, _rows(reader, state))
+    email_index = find_email_column(columns, names, email_column)
+    if email_index is None:
+        raise no_email_column(columns, email_column)
+    return CsvTable(columns, names, email_index, separator, _rows(reader, state))
 
 
 class _EndMarker:
@@ -135,7 +146,8 @@ def _rows(reader: Iterator[list[str]], state: _EndMarker) -> Iterator[tuple[int,
                 if cells != [_END]:
                     raise _unclosed_quote(f"row {number}")
                 break
-            if not cells or (len(cells) == 1 and cells[0].isspace()):
+            # Spreadsheets write separators for empty rows.
+            if not cells or (not cells[0].strip() and not "".join(cells).strip()):
                 continue
             empty = False
             yield number, cells
@@ -152,7 +164,7 @@ def _lines(chunks: Iterator[bytes], state: _EndMarker) -> Iterator[str]:
 
     To be fast, no Python code runs for a single line.
     """
-    pieces = _pieces(_texts(chunks))
+    pieces = _pieces(_without_end_mark(_texts(chunks)))
     lines = chain.from_iterable(io.StringIO(piece, newline="") for piece in pieces)
     return chain(lines, state.mark())
 
@@ -186,6 +198,22 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
         yield rest
 
 
+def _without_end_mark(texts: Iterator[str]) -> Iterator[str]:
+    """Yield the texts without the end-of-file marks (Ctrl-Z) at the end of the last one."""
+    held = ""
+    for arrived in texts:
+        text = held + arrived
+        held = ""
+        if text.endswith((_END_OF_FILE, "\r", "\n", " ")) and _END_OF_FILE in text:
+            # Not a regular expression, which would take long for many marks before other text.
+            last = len(text.rstrip(f"{_END_OF_FILE} \r\n"))
+            mark = text.find(_END_OF_FILE, last)
+            if mark >= 0 and len(text) - mark <= _MOST_AT_THE_END:
+                text, held = text[:mark], text[mark:]
+        if text:
+            yield text
+
+
 def _texts(chunks: Iterator[bytes]) -> Iterator[str]:
     """Yield the decoded chunks.
 
@@ -209,6 +237,9 @@ def _texts(chunks: Iterator[bytes]) -> Iterator[str]:
         except UnicodeDecodeError as error:
             good, _ = decode(error.object[: error.start])
             yield from _checked(good, start, name)
+            # A single byte at the end of UTF-16, as `copy` of DOS adds it.
+            if error.object[error.start :] == _END_OF_FILE.encode():
+                return
             raise _not_text(error, start, name) from None
         offset += len(chunk)
         if text:
@@ -249,52 +280,43 @@ def _not_text(error: UnicodeDecodeError, start: int, encoding: str) -> _BadText:
     )
 
 
-def _header_lines(lines: Iterator[str], state: _EndMarker) -> tuple[list[str], str]:
-    """Return the lines of the header, which is the first row that is not blank, and its separator.
+def _header_lines(
+    lines: Iterator[str], state: _EndMarker, email_column: str, skip_lines: int
+) -> tuple[list[str], str]:
+    """Return the lines of the header, which is the first row that is not empty, and its separator.
 
     The header has more than one line if a quoted cell contains a line break.
     """
-    separator = ""
+    noted = ""
     header: list[str] = []
-    length = quotes = 0
+    length = number = 0
+    candidates: list[HeaderCandidate] = []
     for line in lines:
         if state.reached:
             break
+        number += 1
         if not header:
             note = _SEPARATOR_LINE.fullmatch(line)
             if note:
-                separator = note[1]
+                noted = note[1]
+            if note or number <= skip_lines or not line.strip(_EMPTY_LINE):
                 continue
-            if not line.strip():
-                continue
+            candidates = [HeaderCandidate(each) for each in (noted or _SEPARATORS)]
         header.append(line)
         length += len(line)
         if length > MAX_HEADER:
             raise _BadText("CSV_HEADER_TOO_LONG", _HEADER_TOO_LONG, -1)
-        # An odd number of quotes means that one is open. A doubled quote counts as two.
-        quotes += line.count('"')
-        if quotes % 2 == 0:
-            break
-    if not header:
-        raise InvalidInput("the CSV is empty", reason="CSV_EMPTY")
-    if state.reached:
-        raise _unclosed_quote("the header")
-    return header, separator or _separator("".join(header))
+        for each in candidates:
+            each.add(line)
+        best = choose(candidates, email_column)
+        if best is not None:
+            return header, best.separator
+    raise _unclosed_quote("the header") if header else _empty(skip_lines)
 
 
-def _separator(header: str) -> str:
-    """Return the most frequent separator with which `header` has an e-mail column.
-
-    If there is none, return the most frequent separator. Quoted text does not count.
-    """
-    bare = _QUOTED.sub("", header)
-    candidates = sorted(_SEPARATORS, key=bare.count, reverse=True)
-    for separator in candidates:
-        cells = next(csv.reader(io.StringIO(header, newline=""), delimiter=separator))
-        short = (cell for cell in cells if len(cell) <= MAX_COLUMN_NAME)
-        if any(variable_name(cell) in EMAIL_NAMES for cell in short):
-            return separator
-    return candidates[0]
+def _empty(skip_lines: int) -> InvalidInput:
+    skipped = f" after the {skip_lines:,} lines that options.skip_lines skips" if skip_lines else ""
+    return InvalidInput(f"the CSV is empty{skipped}", reason="CSV_EMPTY")
 
 
 def _check_header(columns: Sequence[str]) -> None:
@@ -312,42 +334,10 @@ def _check_header(columns: Sequence[str]) -> None:
     if len(longest) > MAX_COLUMN_NAME:
         wrong = (
             f"the name of a column must have at most {MAX_COLUMN_NAME} characters "
-            f"(got {len(longest):,}): {_show(longest)}"
+            f"(got {len(longest):,}): {show(longest)}"
         )
     if wrong:
         raise InvalidInput(f"in the header: {wrong}", reason="CSV_HEADER_TOO_LONG")
-
-
-def _email_index(columns: Sequence[str], names: Sequence[str]) -> int:
-    seen: dict[str, str] = {}
-    for column, name in zip(columns, names, strict=True):
-        if name and name in seen:
-            raise InvalidInput(
-                f"the columns {_show(seen[name])} and {_show(column)} have the same variable name, "
-                f"`{name}`; rename one",
-                reason="CSV_DUPLICATE_COLUMN",
-                metadata={"column": name},
-            )
-        seen[name] = column
-    if seen.keys() >= set(ZONE_NAMES):
-        first, second = (seen[name] for name in ZONE_NAMES)
-        raise InvalidInput(
-            f"the columns {_show(first)} and {_show(second)} both give the time zone of a row; "
-            "keep one",
-            reason="CSV_DUPLICATE_COLUMN",
-            metadata={"column": ZONE_NAMES[1]},
-        )
-    if "email" in names:
-        return names.index("email")
-    for index, name in enumerate(names):
-        if name in EMAIL_NAMES:
-            return index
-    found = ", ".join(map(_show, columns[:_MAX_SHOWN_COLUMNS]))
-    raise InvalidInput(
-        f"the CSV must have a column `email`; its columns are {found}",
-        reason="CSV_NO_EMAIL_COLUMN",
-        metadata={"columns": found},
-    )
 
 
 def _unclosed_quote(where: str) -> InvalidInput:
@@ -358,7 +348,3 @@ def _unclosed_quote(where: str) -> InvalidInput:
 
 def _cell_too_long(where: str) -> InvalidInput:
     return InvalidInput(f"{where}: {_TOO_LONG}", reason="CSV_CELL_TOO_LONG")
-
-
-def _show(text: str) -> str:
-    return repr(text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "...")

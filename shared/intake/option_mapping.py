@@ -42,6 +42,8 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             time_zone=options.time_zone or "UTC",
             expire_after_ms=expire_after,
             spread_until=_time(options, "spread_until"),
+            email_column=options.email_column,
+            skip_lines=options.skip_lines,
         )
     )
 

@@ -13,16 +13,20 @@ from typing import Any, NamedTuple, Protocol
 from outbox_server.shared.bounds import MAX_ROW_VALUES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.csv_reader import read_csv
-from outbox_server.shared.intake.rows import CsvPlan, RecipientPlan, RowPlan
+from outbox_server.shared.intake.rows import CsvPlan, ReadingRules, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate
 
 
 class OpenedRows(NamedTuple):
-    """Numbered raw rows, and the plan that checks them."""
+    """Numbered raw rows, and the plan that checks them.
+
+    `email_column` is the column of the addresses, as the CSV calls it; empty without a CSV.
+    """
 
     plan: RowPlan[Any]
     variable_names: tuple[str, ...]
     rows: Iterator[tuple[int, Any]]
+    email_column: str = ""
 
 
 class Payload(Protocol):
@@ -35,7 +39,7 @@ class Payload(Protocol):
     def hash_first(self, prefix: bytes) -> None:
         """Let the digest begin with `prefix`."""
 
-    def open(self, template: BatchTemplate, time_zone: str) -> OpenedRows:
+    def open(self, template: BatchTemplate, rules: ReadingRules) -> OpenedRows:
         """Return the rows.
 
         Raises:
@@ -75,11 +79,12 @@ class CsvPayload:
         """Let the digest begin with `prefix`."""
         self._digest.update(prefix)
 
-    def open(self, template: BatchTemplate, time_zone: str) -> OpenedRows:
+    def open(self, template: BatchTemplate, rules: ReadingRules) -> OpenedRows:
         """Read the header. The rows are read as they are needed."""
-        table = read_csv(self._chunks)
-        plan = CsvPlan(table, template, time_zone)
-        return OpenedRows(plan, plan.variable_names, table.rows())
+        table = read_csv(self._chunks, rules.email_column, rules.skip_lines)
+        plan = CsvPlan(table, template, rules)
+        column = table.columns[table.email_index]
+        return OpenedRows(plan, plan.variable_names, table.rows(), column)
 
     def drain(self) -> None:
         """Read the rest, only to complete the digest."""
@@ -116,8 +121,18 @@ class RowsPayload:
         """Let the digest begin with `prefix`."""
         self._digest.update(prefix)
 
-    def open(self, template: BatchTemplate, time_zone: str) -> OpenedRows:
-        """Return the rows."""
+    def open(self, template: BatchTemplate, rules: ReadingRules) -> OpenedRows:
+        """Return the rows, without empty ones."""
+        for option, reason in (
+            ("email_column", "EMAIL_COLUMN_INVALID"),
+            ("skip_lines", "SKIP_LINES_INVALID"),
+        ):
+            if getattr(rules, option):
+                raise InvalidInput.field(
+                    f"options.{option}",
+                    "is for a CSV; rows have their address in `email`, and no header",
+                    reason=reason,
+                )
         # Each row stores a value for each column of the templates, and may have none of them.
         names = len(template.variable_names)
         if names * self._count > MAX_ROW_VALUES:
@@ -128,8 +143,23 @@ class RowsPayload:
                 f"(got {self._count:,})",
                 reason="TOO_MANY_ENTRIES",
             )
-        plan = RecipientPlan(template, time_zone)
-        return OpenedRows(plan, plan.variable_names, self._rows)
+        plan = RecipientPlan(template, rules)
+        return OpenedRows(plan, plan.variable_names, self._filled())
+
+    def _filled(self) -> Iterator[tuple[int, tuple[str, Mapping[str, str]]]]:
+        """Yield the rows that are not empty, as a CSV's empty rows are left out."""
+        empty = True
+        for number, row in self._rows:
+            email, columns = row
+            if email.strip() or any(map(str.strip, columns.values())):
+                empty = False
+                yield number, row
+        if empty:
+            raise InvalidInput.field(
+                "recipients.rows",
+                "must have recipients: every row is empty",
+                reason="PAYLOAD_REQUIRED",
+            )
 
     def drain(self) -> None:
         """Read the rest, only to complete the digest."""

@@ -1,18 +1,22 @@
 """Converts each raw row to a job, or to a rejection that says what is wrong.
 
 A row is rejected for the first problem in this order: its number of cells, the address,
-`schedule_time` and `time_zone`, columns that the templates require, the subject, the content.
+`schedule_time` and `time_zone`, columns that the templates require, the subject, the content. A
+column that nothing uses is never a problem.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
 from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.address_column import show
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
-from outbox_server.shared.intake.csv_reader import EMAIL_NAMES, ZONE_NAMES, CsvTable
+from outbox_server.shared.intake.csv_reader import ZONE_NAMES, CsvTable
 from outbox_server.shared.intake.send_times import (
     BadScheduleTime,
     check_time_zone,
@@ -26,6 +30,7 @@ from outbox_server.shared.templates.batch import (
     missing_column,
     variable_name,
 )
+from outbox_server.shared.templates.checking import SHORT_CELL, doubtful_column
 
 _BLOCK_SIZE = 5_000
 # Limits the memory of a block, because a cell may be long.
@@ -34,10 +39,27 @@ _ABSENT = -1
 # The number of column names whose variable names are cached, since rows repeat the same columns.
 _MAX_CACHED_NAMES = 10_000
 _MAX_SHOWN = 80
-# The subject of a row with a longer cell is rendered at intake, to see whether it is too long.
-_SHORT_CELL = 100
+# Columns of a structured row that would hold its address, which belongs in `email`.
+EMAIL_NAMES = frozenset({"email", "e_mail", "email_address", "e_mail_address"})
+_MAYBE_EMAIL_NAMES = frozenset({"recipient", "to"})
 
 Raw_contra = TypeVar("Raw_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadingRules:
+    """How rows are read.
+
+    `special_domains` accepts addresses in domains of private networks, such as `.local`.
+    """
+
+    default_zone: str = "UTC"
+    email_column: str = ""
+    skip_lines: int = 0
+    special_domains: bool = True
+
+
+_RULES = ReadingRules()
 
 
 class JobRow(NamedTuple):
@@ -107,22 +129,34 @@ class CsvPlan:
     `variable_names` has the names of the values in `JobRow.variables`, in order.
     """
 
-    def __init__(self, table: CsvTable, template: BatchTemplate, default_zone: str = "UTC") -> None:
-        index_of = {name: index for index, name in enumerate(table.names) if name}
+    def __init__(
+        self, table: CsvTable, template: BatchTemplate, rules: ReadingRules = _RULES
+    ) -> None:
+        """Use the columns of `table`.
+
+        Raises:
+            InvalidInput: CSV_DUPLICATE_COLUMN: two columns have a name that is used.
+        """
+        index_of: dict[str, int] = {}
+        for index, name in enumerate(table.names):
+            index_of.setdefault(name, index)
+        index_of.pop("", None)
+        # `{{ email }}` is the address, whatever its column is called.
+        index_of["email"] = table.email_index
         self._email_index = table.email_index
         self._email_name = table.names[table.email_index]
-        # `{{ email }}` is the address, whatever its column is called.
-        index_of.setdefault("email", table.email_index)
+        self._special_domains = rules.special_domains
         self._schedule_time_index = index_of.get("schedule_time", _ABSENT)
         self._zone_name = next((name for name in ZONE_NAMES if name in index_of), "")
         self._zone_index = index_of.get(self._zone_name, _ABSENT)
         self._width = len(table.columns)
         # Cells of nameless columns at the end may be missing.
-        self._least_width = max(index_of.values()) + 1
+        self._least_width = max(index for index, name in enumerate(table.names) if name) + 1
         self.variable_names = tuple(name for name in template.variable_names if name in index_of)
         self._indexes = [index_of[name] for name in self.variable_names]
         self._missing = _first_missing(template, index_of)
-        self._checks = _Checks(template, self.variable_names, default_zone)
+        self._checks = _Checks(template, self.variable_names, rules.default_zone)
+        _check_used(table, template, timed=self._schedule_time_index >= 0)
 
     def read(self, number: int, raw: list[str]) -> JobRow | RowRejection:
         """Check one row."""
@@ -134,7 +168,7 @@ class CsvPlan:
                 number, "", "RAGGED_ROW", f"the row has {width} cells, not {self._width}"
             )
         try:
-            recipient = check_address(raw[self._email_index])
+            recipient = check_address(raw[self._email_index], special_domains=self._special_domains)
         except BadAddress as error:
             return RowRejection(number, self._email_name, error.reason, error.message)
         schedule_time = None
@@ -165,10 +199,12 @@ class RecipientPlan:
     `variable_names` has the names of the values in `JobRow.variables`, in order.
     """
 
-    def __init__(self, template: BatchTemplate, default_zone: str = "UTC") -> None:
+    def __init__(self, template: BatchTemplate, rules: ReadingRules = _RULES) -> None:
         self._template = template
         self.variable_names = template.variable_names
-        self._checks = _Checks(template, self.variable_names, default_zone)
+        self._special_domains = rules.special_domains
+        self._checks = _Checks(template, self.variable_names, rules.default_zone)
+        self._used = frozenset((*template.variable_names, "schedule_time"))
         self._names: dict[str, str] = {}
 
     def read(self, number: int, raw: tuple[str, Mapping[str, str]]) -> JobRow | RowRejection:
@@ -182,7 +218,7 @@ class RecipientPlan:
         zone_name = next((name for name in ZONE_NAMES if name in cells), "")
         schedule_time = None
         try:
-            recipient = check_address(email)
+            recipient = check_address(email, special_domains=self._special_domains)
             if "schedule_time" in cells:
                 schedule_time = self._checks.schedule_time(
                     cells["schedule_time"], cells.get(zone_name, "")
@@ -206,11 +242,22 @@ class RecipientPlan:
         """Add the cells to `cells` by variable name, or return the problem of a column."""
         for column, cell in columns.items():
             name = self._name(column)
-            problem = _duplicate(name, cells)
-            if problem:
-                return problem
+            if name in EMAIL_NAMES or (name in _MAYBE_EMAIL_NAMES and "@" in cell):
+                return _Problem(
+                    name, "DUPLICATE_COLUMN", "the address belongs in `email`, not in a column"
+                )
+            if name in cells and (name in self._used or name in ZONE_NAMES):
+                return _Problem(
+                    name, "DUPLICATE_COLUMN", f"two columns have the variable name `{name}`"
+                )
             if name:
                 cells[name] = cell
+        if "schedule_time" in cells and all(name in cells for name in ZONE_NAMES):
+            return _Problem(
+                ZONE_NAMES[1],
+                "DUPLICATE_COLUMN",
+                "`time_zone` and `timezone` both give the time zone; keep one",
+            )
         return None
 
     def _name(self, column: str) -> str:
@@ -241,8 +288,11 @@ class _Checks:
         self._template = template
         self._names = names
         self._default_zone = default_zone
+        # The subject of a Liquid template is rendered with the rest of the mail.
         self._subject_indexes = [
-            index for index, name in enumerate(names) if name in template.subject_names
+            index
+            for index, name in enumerate(names)
+            if name in template.subject_names and not template.subject_is_liquid
         ]
         self._content_indexes = [
             index for index, name in enumerate(names) if name in ("body", "html")
@@ -258,15 +308,14 @@ class _Checks:
 
     def texts(self, values: Sequence[str | None]) -> _Problem | None:
         """Return the first problem with the subject or the content, or None."""
-        broken = ""
+        doubtful = self._template.subject_breaks
         for index in self._subject_indexes:
             cell = values[index] or ""
-            if len(cell) > _SHORT_CELL or LINE_BREAK.search(cell):
-                broken = self._names[index]
+            if len(cell) > SHORT_CELL or LINE_BREAK.search(cell):
+                doubtful = True
                 break
-        # Only a rendered subject shows whether a filter removes or cuts the text. Rendering takes
-        # 25 us, so it is done only for doubtful rows.
-        if broken or self._template.subject_may_break:
+        # Only a rendered subject shows whether it is too long, or has a line break within.
+        if doubtful:
             try:
                 self._template.render_subject(
                     {
@@ -276,7 +325,8 @@ class _Checks:
                     }
                 )
             except RenderError as error:
-                return _Problem(broken or "subject", error.reason, error.message)
+                column = doubtful_column(self._template, self._names, values)
+                return _Problem(column, error.reason, error.message)
         if self._template.content_from_row and not any(
             values[index] for index in self._content_indexes
         ):
@@ -313,17 +363,32 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _duplicate(name: str, names: Container[str]) -> _Problem | None:
-    """Return the problem if `name` cannot be a column besides these of the same row, or None."""
-    if name in EMAIL_NAMES:
-        message = "the address belongs in `email`, not in a column"
-    elif name in names:
-        message = f"two columns have the variable name `{name}`"
-    elif name in ZONE_NAMES and any(other in names for other in ZONE_NAMES):
-        message = "`time_zone` and `timezone` both give the time zone; keep one"
-    else:
-        return None
-    return _Problem(name, "DUPLICATE_COLUMN", message)
+def _check_used(table: CsvTable, template: BatchTemplate, *, timed: bool) -> None:
+    """Check that no name that is used belongs to two columns.
+
+    Raises:
+        InvalidInput: CSV_DUPLICATE_COLUMN.
+    """
+    used = set(template.variable_names) - {"email"}
+    if timed:
+        used.update(("schedule_time", *ZONE_NAMES))
+    first: dict[str, str] = {}
+    for column, name in zip(table.columns, table.names, strict=True):
+        if name in used and name in first:
+            raise InvalidInput(
+                f"the columns {show(first[name])} and {show(column)} have the same variable name, "
+                f"`{name}`, which is used; rename one",
+                reason="CSV_DUPLICATE_COLUMN",
+                metadata={"column": name},
+            )
+        first.setdefault(name, column)
+    if timed and first.keys() >= set(ZONE_NAMES):
+        zones = [show(first[name]) for name in ZONE_NAMES]
+        raise InvalidInput(
+            f"the columns {zones[0]} and {zones[1]} both give the time zone of a row; keep one",
+            reason="CSV_DUPLICATE_COLUMN",
+            metadata={"column": ZONE_NAMES[1]},
+        )
 
 
 def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem | None:
@@ -331,7 +396,9 @@ def _first_missing(template: BatchTemplate, columns: Iterable[str]) -> _Problem 
     for name in sorted(template.required.difference(columns)):
         if name == "subject" and template.subject_from_row:
             return _Problem(
-                name, "COLUMN_MISSING", "there is no subject: set `subject` or add that column"
+                name,
+                "COLUMN_MISSING",
+                "there is no subject: set options.subject, or add the column",
             )
         if len(name) > MAX_COLUMN_NAME:
             # Every rejection repeats this text, and a template has room for a name of 256 KiB.

@@ -1,8 +1,9 @@
 """Converts a row's `schedule_time` and `time_zone` to an instant, or says why it is impossible.
 
-The format is RFC 3339. A blank may replace the `T`, and seconds may be left out. A time without an
-offset is a local time in `time_zone` (a name of the IANA database), or else in the time zone of the
-batch, which is UTC by default.
+The format is RFC 3339. A blank may replace the `T`, and seconds may be left out. An offset may also
+be written as `+0100` or `+01`, as other programs do. A time without an offset is a local time in
+`time_zone` (a name of the IANA database), or else in the time zone of the batch, which is UTC by
+default.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from zoneinfo import ZoneInfo
 from outbox_server.shared.bounds import MAX_TIME, TIME_ZONE
 
 _FORM = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d:\d\d)?", re.ASCII
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?\s?([Zz]|[+-]\d\d(?::?\d\d)?)?",
+    re.ASCII,
 )
 _EXAMPLE = "write 2026-11-24T09:00:00+01:00, or 2026-11-24 09:00 with a time_zone"
 # Files of the database that are not time zones, or that count leap seconds.

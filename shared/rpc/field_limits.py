@@ -91,6 +91,7 @@ _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "page_token": _text(bounds.PAGE_TOKEN),
     "resume_token": _text(bounds.RESUME_TOKEN),
     "time_zone": _text(bounds.TIME_ZONE),
+    "email_column": _text(bounds.EMAIL_COLUMN),
 }
 # The limits of all other fields, by message.
 _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {

@@ -46,6 +46,22 @@ async def test_a_file_in_pieces_is_accepted_once_per_request_id(scheduler: Sched
     assert (refusal.code, refusal.reason) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
 
 
+async def test_the_options_of_a_file_work_and_a_repeated_call_names_its_address_column(
+    scheduler: Scheduler,
+) -> None:
+    sender = await scheduler.sender()
+    csv = b"Export of 1 December\nTo;Konto;email\n2026;ann@b.org;old@b.org\n;;\n\x1a"
+    options = options_for(sender, subject="{{ to }}", email_column="konto", skip_lines=1)
+    for replayed in (False, True):
+        answer = await upload(scheduler, options, [csv])
+        assert answer.replayed is replayed
+        assert (answer.batch.email_column, answer.batch.accepted_count) == ("Konto", 1)
+    assert scheduler.value("SELECT recipient FROM email_jobs") == "ann@b.org"
+    # Another column makes it another request.
+    options.email_column = "email"
+    assert (await refusal_of(upload(scheduler, options, [csv]))).reason == "REQUEST_ID_REUSED"
+
+
 @pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json"])
 async def test_a_body_that_is_not_csv_is_refused_by_its_content_type(
     scheduler: Scheduler, kind: str

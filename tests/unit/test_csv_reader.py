@@ -90,7 +90,12 @@ def test_rows_written_by_the_csv_module_are_read_unchanged(
     writer = csv.writer(out, lineterminator=end, quoting=quoting)  # type: ignore[arg-type]
     writer.writerows([["email", "x"], *body])
     data = out.getvalue()
-    assert [cells for _, cells in rows(data, size)] == body
+    # A row of empty cells is an empty row of a spreadsheet.
+    filled = [cells for cells in body if "".join(cells).strip()]
+    if filled:
+        assert [cells for _, cells in rows(data, size)] == filled
+    else:
+        assert refusal(data, size).reason == "CSV_NO_ROWS"
 
 
 def test_a_separator_inside_a_quoted_name_does_not_count() -> None:
@@ -150,17 +155,8 @@ def test_the_error_for_a_missing_email_column_names_the_columns() -> None:
     assert "'Name', 'Mail adress'" in error.message
 
 
-def test_two_columns_of_the_same_name_are_refused() -> None:
-    error = refusal("email,First Name,first_name\na,b,c\n")
-    assert error.reason == "CSV_DUPLICATE_COLUMN"
-    assert "'First Name' and 'first_name'" in error.message
+def test_columns_without_a_name_are_no_variables() -> None:
     assert table("email,,\na,b,c\n").names == ("email", "", "")
-
-
-def test_two_columns_for_the_time_zone_are_refused() -> None:
-    error = refusal("email,Timezone,schedule_time,Time Zone\na@b.org,UTC,,UTC\n")
-    assert error.reason == "CSV_DUPLICATE_COLUMN"
-    assert "'Time Zone' and 'Timezone' both give the time zone of a row; keep one" in error.message
 
 
 def test_bytes_that_are_not_utf8_are_refused_with_their_position() -> None:

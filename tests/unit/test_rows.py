@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import UTC, datetime
 
 import pytest
 
 from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.batch_options import BatchOptions
+from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
 from outbox_server.shared.intake.csv_reader import read_csv
-from outbox_server.shared.intake.payloads import RowsPayload
+from outbox_server.shared.intake.payloads import CsvPayload, RowsPayload, WholeFile
 from outbox_server.shared.intake.rows import (
     Block,
     CsvPlan,
     JobRow,
+    ReadingRules,
     RecipientPlan,
     RowRejection,
     read_blocks,
@@ -22,9 +26,18 @@ PLAIN = BatchTemplate.compile("s", "Dear {{ name }}", None)
 
 def read(text: str, template: BatchTemplate = PLAIN, zone: str = "UTC") -> Block:
     table = read_csv(iter([text.encode()]))
-    blocks = list(read_blocks(table.rows(), CsvPlan(table, template, zone)))
+    blocks = list(read_blocks(table.rows(), CsvPlan(table, template, ReadingRules(zone))))
     assert len(blocks) == 1
     return blocks[0]
+
+
+def rendered(text: str, subject: str) -> ReadBlock:
+    """Read a CSV whose rows are also rendered."""
+    options = BatchOptions("request", 1, subject=subject, body="b", html="h")
+    with closing(BlockReader(CsvPayload(WholeFile(text.encode())), options, 100_000)) as reader:
+        block = reader.next()
+    assert block is not None
+    return block
 
 
 def rejection(text: str, template: BatchTemplate = PLAIN) -> RowRejection:
@@ -157,7 +170,9 @@ def test_a_subject_that_no_mail_can_have_rejects_the_row() -> None:
     shared = BatchTemplate.compile("{{ name }}", "b", "h")
     text = f"email,name\na@example.com,{'x' * 999}\n"
     assert rejection(text, shared)[1:3] == ("name", "SUBJECT_TOO_LONG")
-    assert read(text, BatchTemplate.compile("{{ name | truncate: 50 }}", "b", "h")).rows
+    assert rendered(text, "{{ name | truncate: 50 }}").rows
+    (found,) = rendered(text, "{{ name | upcase }}").rejections
+    assert found[1:3] == ("name", "SUBJECT_TOO_LONG")
 
 
 def test_a_line_break_in_a_subject_rejects_the_row() -> None:
@@ -171,10 +186,11 @@ def test_a_line_break_in_a_subject_rejects_the_row() -> None:
     assert read(
         'email,name\na@example.com,"x\n"\n', BatchTemplate.compile("{{ name }}", "b", "h")
     ).rows
-    squished = BatchTemplate.compile("Hi {{ name | squish }} there", "b", "h")
-    assert read(text, squished).rows
-    decoded = BatchTemplate.compile("Hi {{ name | url_decode }} there", "b", "h")
-    found = rejection("email,name\na@example.com,x%0Ay\n", decoded)
+    assert rendered(text, "Hi {{ name | squish }} there").rows
+    (found,) = rendered(text, "Hi {{ name | upcase }} there").rejections
+    assert found[1:3] == ("name", "SUBJECT_LINE_BREAK")
+    decoded = "email,name\na@example.com,x%0Ay\n"
+    (found,) = rendered(decoded, "Hi {{ name | url_decode }} there").rejections
     assert found[1:3] == ("subject", "SUBJECT_LINE_BREAK")
 
 
@@ -229,7 +245,7 @@ def test_inline_rows_are_read_like_csv_rows() -> None:
         ),
         (
             "a@example.com",
-            {"name": "Ann", "timezone": "UTC", "Time Zone": "UTC"},
+            {"name": "Ann", "schedule_time": "", "timezone": "UTC", "Time Zone": "UTC"},
             "DUPLICATE_COLUMN",
         ),
     ],
@@ -282,7 +298,9 @@ def test_the_values_that_structured_rows_store_are_limited() -> None:
     template = BatchTemplate.compile("s", body, None)
 
     def opened(count: int) -> object:
-        return RowsPayload((("a@b.org", {}) for _ in range(count)), count).open(template, "UTC")
+        return RowsPayload((("a@b.org", {}) for _ in range(count)), count).open(
+            template, ReadingRules()
+        )
 
     opened(10_000)
     with pytest.raises(InvalidInput, match="at most 10,000 entries if the templates use 1,000"):

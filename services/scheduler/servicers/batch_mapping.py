@@ -50,6 +50,7 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
         create_time=to_timestamp(record.created_at),
         cancel_time=_timestamp(record.cancelled_at),
         forecast_end_time=_timestamp(forecast),
+        email_column=record.email_column or "",
     )
     if record.expire_after_ms is not None:
         batch.expire_after.CopyFrom(to_duration(timedelta(milliseconds=record.expire_after_ms)))

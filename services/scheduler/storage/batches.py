@@ -41,6 +41,7 @@ class BatchRecord:
     created_at: datetime
     cancelled_at: datetime | None
     last_due_at: datetime | None
+    email_column: str | None
     counts: JobCounts
 
 
@@ -63,6 +64,7 @@ _LISTED: Final = (
     Batch.created_at,
     Batch.cancelled_at,
     Batch.last_due_at,
+    Batch.email_column,
 )
 
 
@@ -88,6 +90,7 @@ def _record(row: Any, counts: JobCounts, body: str | None, html: str | None) -> 
         created_at=row.created_at,
         cancelled_at=row.cancelled_at,
         last_due_at=row.last_due_at,
+        email_column=row.email_column,
         counts=counts,
     )
 

@@ -29,6 +29,7 @@ def test_a_csv_of_any_size_is_uploaded_as_it_is(gateway: GatewayStack) -> None:
             "options.body": "Hi + bye",
             "options.spacing": "0.250s",
             "options.schedule_time": "2099-01-01T00:00:00Z",
+            "options.email_column": "email",
         }
     )
     path = f"/api/batches:uploadFile?{query}"
@@ -40,7 +41,7 @@ def test_a_csv_of_any_size_is_uploaded_as_it_is(gateway: GatewayStack) -> None:
     batch = answer.document["batch"]
     assert batch["accepted_count"] == str(ROWS)
     assert (batch["subject"], batch["body"]) == ("Hello {{ name }} & all", "Hi + bye")
-    assert batch["spacing"] == "0.250s"
+    assert (batch["spacing"], batch["email_column"]) == ("0.250s", "email")
     again = gateway.call("POST", path, content, key="ann").document
     assert (again["replayed"], again["batch"]["batch_id"]) == (True, batch["batch_id"])
     form = gateway.call("POST", path, b"--x", key="ann", content_type="multipart/form-data")
