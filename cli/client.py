@@ -31,6 +31,7 @@ from outbox_client import (
 
 from outbox_server.cli.connection_check import SERVERS, Target, which_server, why_no_answer
 from outbox_server.cli.credentials import credentials_for
+from outbox_server.cli.flags import in_flags
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import Paging
 from outbox_server.cli.terminal import printable
@@ -210,7 +211,8 @@ def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
     elif isinstance(error, DeadlineExceeded):
         line = f"no answer in time from {address}: the {address.title} may be overloaded; try again"
     else:
-        line = " ".join(str(error).split())
+        fields = [violation.field for violation in error.violations]
+        line = in_flags(" ".join(str(error).split()), fields)
     if error.request_id and not isinstance(error, _REFUSALS):
         line += f"; the batch may have been accepted: try again with --request {error.request_id}"
     return printable(line)

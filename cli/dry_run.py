@@ -13,14 +13,19 @@ from outbox.v1.stats_service_pb2 import ForecastBatchRequest, ForecastBatchRespo
 from outbox_client import Unimplemented, UploadProgress
 
 from outbox_server.cli.client import connection
+from outbox_server.cli.flags import in_flags
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.progress import upload_progress
 from outbox_server.cli.terminal import note
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.intake.batch_options import BatchOptions as CheckedOptions
 from outbox_server.shared.intake.blocks import BlockReader
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
 from outbox_server.shared.intake.payloads import CsvPayload
+from outbox_server.shared.intake.rows import EMAIL_NAMES
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import BatchMode
+from outbox_server.shared.templates.batch import variable_name
 
 _READ_BYTES: Final = 64 * 1024
 
@@ -63,9 +68,16 @@ def read(options: BatchOptions, source: BinaryIO) -> CheckedRows:
     """Read the CSV as the scheduler does.
 
     Raises:
-        InvalidInput: an option, a template or the header of the CSV is invalid.
+        CommandFailed: an option, a template or the header of the CSV is invalid.
     """
-    checked = from_options(options)
+    try:
+        return _read(from_options(options), source)
+    except InvalidInput as error:
+        fields = [violation.field for violation in error.violations]
+        raise CommandFailed(in_flags(error.message, fields)) from None
+
+
+def _read(checked: CheckedOptions, source: BinaryIO) -> CheckedRows:
     # This is the default. The scheduler may have another limit (OUTBOX_MAX_MESSAGE_BYTES).
     largest = Settings.model_fields["max_message_bytes"].default
     file, checked_rows = _ChunkReader(source), CheckedRows()
@@ -77,6 +89,8 @@ def read(options: BatchOptions, source: BinaryIO) -> CheckedRows:
             checked_rows.timed += sum(row.schedule_time is not None for row in block.rows)
             checked_rows.rejections += to_rejections(block.rejections)
             progress(UploadProgress(file.read_bytes, _size_of(source), checked_rows.rows))
+    if variable_name(reader.email_column) not in EMAIL_NAMES:
+        note(f"the addresses are in the column {reader.email_column!r}")
     checked_rows.strict = checked.mode is BatchMode.STRICT
     note(
         f"{checked_rows.rows} rows read: {checked_rows.accepted} would be accepted, "
@@ -102,7 +116,7 @@ def check(checked_rows: CheckedRows) -> None:
     if not checked_rows.rejections:
         return
     first = checked_rows.rejections[0]
-    named = f"the first one is in row {first.row_number}: {first.message}"
+    named = f"the first one is in row {first.row_number}: {in_flags(first.message)}"
     if checked_rows.strict:
         raise CommandFailed(f"the batch would be rejected, because its mode is STRICT; {named}")
     if not checked_rows.accepted + checked_rows.duplicates:

@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as command_of
 
+from outbox_server.cli.flags import remember_flags
 from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import ConfigurationError, OutboxError
 
@@ -65,6 +66,7 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(self.entries[name].module)
         command = command_of(module.app)
         command.name = name
+        remember_flags(command, rest)
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

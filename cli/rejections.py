@@ -13,6 +13,7 @@ from typing import BinaryIO, Final, TextIO
 
 from outbox.v1.batch_pb2 import Rejection
 
+from outbox_server.cli.flags import in_flags
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.shared.intake.csv_reader import CsvTable, read_csv
 
@@ -46,7 +47,8 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
         if number != rejection.row_number:
             continue
         padded = cells + [""] * (width - len(cells))
-        why = (str(number), rejection.column, rejection.reason, rejection.message)
+        said = in_flags(rejection.message)
+        why = (str(number), rejection.column, rejection.reason, said)
         written_again = (*(padded[index] for index in kept), *why, *padded[width:])
         writer.writerow([_text(cell) for cell in written_again])
         written += 1
@@ -80,13 +82,24 @@ def new_file(path: Path | None) -> Iterator[BinaryIO | None]:
             path.unlink()
 
 
-def write_again(source: BinaryIO, rejections: Iterable[Rejection], target: BinaryIO) -> None:
-    """Write the rejected rows of a CSV that has been read once. `source` must be seekable."""
+def write_again(
+    source: BinaryIO,
+    rejections: Iterable[Rejection],
+    target: BinaryIO,
+    *,
+    email_column: str = "",
+    skip_lines: int = 0,
+) -> None:
+    """Write the rejected rows of a CSV that has been read once. `source` must be seekable.
+
+    The lines before the header are left out. The options are those with which it was read.
+    """
     source.seek(0)
     if source.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
         target.write(codecs.BOM_UTF8)  # Without it, Excel assumes another encoding.
     source.seek(0)
     text = io.TextIOWrapper(target, encoding="utf-8", newline="", write_through=True)
-    table = read_csv(iter(lambda: source.read(_READ_BYTES), b""))
+    chunks = iter(lambda: source.read(_READ_BYTES), b"")
+    table = read_csv(chunks, email_column, skip_lines)
     write_rejections(table, iter(rejections), text)
     text.detach()

@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,12 +20,14 @@ from outbox_client import Client
 from outbox_server.cli import dry_run
 from outbox_server.cli.batches import REJECTION_COLUMNS
 from outbox_server.cli.client import Server, connection
+from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
 from outbox_server.cli.options import (
     User,
     enum_reader,
     read_duration,
+    read_int32,
     read_time,
     text_or_file,
     to_duration,
@@ -54,6 +56,7 @@ _SUMMARY = (
     "duplicate_count",
     "suppressed_count",
     "schedule_time",
+    "email_column",
 )
 _SENT_SUMMARY = ("counts.sent_count", "counts.failed_count", "counts.uncertain_count")
 
@@ -143,6 +146,23 @@ def schedule(
             help="Time zone of a row's schedule_time without an offset, such as Europe/Berlin.",
         ),
     ] = None,
+    email_column: Annotated[
+        str | None,
+        typer.Option(
+            "--email-column",
+            metavar="NAME",
+            help="Column of the addresses, as the header writes it (default: found by its name).",
+        ),
+    ] = None,
+    skip_lines: Annotated[
+        int,
+        typer.Option(
+            "--skip-lines",
+            parser=read_int32,
+            metavar="N",
+            help="Lines before the header, such as a title (default: 0).",
+        ),
+    ] = 0,
     request: Annotated[
         str | None,
         typer.Option(
@@ -172,9 +192,11 @@ def schedule(
 ) -> None:
     r"""Upload a CSV of recipients, of any size, as a batch.
 
-    The CSV needs a column `email`; every column is a template variable.
-    The optional columns subject, body, html, schedule_time and time_zone
-    apply to their row.
+    The addresses are in the column `email`, or in one whose name says e-mail
+    (E-mail 1 - Value, Primary Email, E-Mail-Adresse, Courriel), or in the one
+    that --email-column names. Every column is a template variable. The optional
+    columns subject, body, html, schedule_time and time_zone apply to their row.
+    A row with which the templates cannot be rendered is rejected.
 
     $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
       --body 'Good to see you.' --schedule-time 'in 10m' --wait
@@ -193,6 +215,8 @@ def schedule(
         expire_after=to_duration(expire_after),
         spread_until=to_timestamp(spread_until),
         time_zone=time_zone or "",
+        email_column=email_column or "",
+        skip_lines=skip_lines,
     )
     if dry and wait:
         raise typer.BadParameter(
@@ -210,7 +234,7 @@ def schedule(
                 asked = pb.ListRejectionsRequest(
                     batch_id=answer.batch.batch_id, user_id=answer.batch.user_id
                 )
-                write_again(source, client.list_rejections(asked), unsent)
+                _write_again(source, client.list_rejections(asked), unsent, options)
             if output is OutputFormat.TABLE:
                 _print_answer(answer, rejections)
             if wait:
@@ -235,11 +259,23 @@ def _dry_run(
     with new_file(rejections) as unsent:
         checked = dry_run.read(options, source)
         if unsent is not None and checked.rejections:
-            write_again(source, checked.rejections, unsent)
+            _write_again(source, checked.rejections, unsent, options)
         if output is OutputFormat.TABLE and checked.rejections:
             _print_rejections(checked.rejections, rejections)
     dry_run.check(checked)
     show(dry_run.forecast(options, checked, server), output)
+
+
+def _write_again(
+    source: BinaryIO, rejections: Iterable[Rejection], target: BinaryIO, options: BatchOptions
+) -> None:
+    write_again(
+        source,
+        rejections,
+        target,
+        email_column=options.email_column,
+        skip_lines=options.skip_lines,
+    )
 
 
 @contextmanager
@@ -263,8 +299,10 @@ def _upload(client: Client, source: BinaryIO, options: BatchOptions) -> pb.Sched
     with upload_progress("uploading") as progress:
         answer = client.upload(source, options, progress=progress)
     batch = answer.batch
+    rows = batch.accepted_count + batch.rejected_count
+    rows += batch.duplicate_count + batch.suppressed_count
     note(
-        f"{progress.rows} rows read: {batch.accepted_count} accepted, {batch.rejected_count} "
+        f"{rows} rows read: {batch.accepted_count} accepted, {batch.rejected_count} "
         f"rejected, {batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed"
     )
     return answer
@@ -287,7 +325,7 @@ def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> Non
 
 def _print_rejections(rejections: Sequence[Rejection], written: Path | None) -> None:
     shown = rejections[:_MAX_REJECTIONS_SHOWN]
-    rows = ([value_at(one, path) for path in REJECTION_COLUMNS] for one in shown)
+    rows = ([in_flags(value_at(one, path)) for path in REJECTION_COLUMNS] for one in shown)
     print_rows(REJECTION_COLUMNS, rows)
     if written is not None:
         note(f"all rejected rows, to fix and schedule again: {written}")

@@ -1,0 +1,64 @@
+"""Puts errors into the words of the command line: flags instead of the fields of requests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from typing import Any, Final
+
+# Paths of fields. Only below these messages, because a host or a file may look like a path.
+_PATH: Final = re.compile(
+    r"\b(?:planned_batch\.)?(?:options|sender|suppression|user)(?:\.[a-z][a-z0-9_]*)+"
+)
+_ROW: Final = re.compile(r"\brows\[(\d+)\](?:\.(\w+))?")
+# Ids that an error names without a path.
+_ID: Final = re.compile(r"\b(?:request|sender|user|batch)_id\b(?= ')")
+
+
+# The flags of the running command.
+_running: Final[ContextVar[frozenset[str]]] = ContextVar("running", default=frozenset())
+
+
+def remember_flags(command: Any, words: Sequence[str]) -> None:
+    """Keep the flags of the command that runs: of `command`, or the one in it that `words` name."""
+    for word in words:
+        inner = getattr(command, "commands", {}).get(word)
+        if inner is None:
+            break
+        command = inner
+    _running.set(
+        frozenset(
+            flag for parameter in command.params for flag in parameter.opts if flag.startswith("--")
+        )
+    )
+
+
+def in_flags(text: str, fields: Iterable[str] = ()) -> str:
+    """Return `text` with the flags of the running command in place of fields.
+
+    `fields` are the fields that the error is about. A field without a flag stays as it is.
+    """
+    flags = _running.get()
+    for field in sorted(fields, key=len, reverse=True):
+        flag = _flag_of(field, flags)
+        if flag:
+            text = re.sub(rf"(?<![\w.]){re.escape(field)}(?=:| )", flag, text)
+    text = _PATH.sub(lambda found: _flag_of(found[0], flags) or found[0], text)
+    text = _ID.sub(lambda found: _flag_of(found[0], flags) or found[0], text)
+    return _ROW.sub(_row, text)
+
+
+def _row(found: re.Match[str]) -> str:
+    return f"row {found[1]}, column {found[2]}" if found[2] else f"row {found[1]}"
+
+
+def _flag_of(path: str, flags: frozenset[str]) -> str:
+    """Return the flag of a field, or an empty text: `sender.smtp.host` may be `--smtp-host`."""
+    parts = path.split(".")
+    for start in range(len(parts)):
+        name = "-".join(parts[start:]).replace("_", "-")
+        for flag in (f"--{name}", f"--{name.removesuffix('-id')}"):
+            if flag in flags:
+                return flag
+    return ""
