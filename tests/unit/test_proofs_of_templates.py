@@ -69,6 +69,9 @@ CELL = st.none() | st.sampled_from(
 @example("{{ a | upcase }}", "{{ a }}", None, ("x" * 998, None, None), 100_000)
 @example("{{ a | upcase }} x", "{{ a }}", None, ("a\nb", None, None), 100_000)
 @example("{{ a | upcase }}\n.", "{{ a }}", None, ("a", None, None), 100_000)
+@example(None, "{% if a > 5 %}x{% endif %}", None, ("x", None, None), 100_000)
+@example(None, "{{ a | times: b | round }}", None, ("9" * 5_000, "2", None), 100_000)
+@example(None, "{{ a | upcase | append: a }}", None, ("x" * 998, None, None), 1_024)
 def test_a_row_that_is_proven_can_be_rendered(
     subject: str | None,
     body: str,
