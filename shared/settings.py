@@ -462,17 +462,29 @@ class Settings(BaseSettings):
         cls, value: timedelta | None, info: ValidationInfo
     ) -> timedelta | None:
         """Refuse a retention that removes sends which a limit may still have to count."""
-        if value is None:
-            return None
-        needed = {"1d (the longest gap)": MAX_GAP}
-        for name in ("rate_window", "quota_day"):
-            # A setting that is wrong itself is missing here.
-            span = info.data.get(name, _ZERO)
-            needed[f"OUTBOX_{name.upper()} ({format_duration(span)})"] = span
-        for what, span in needed.items():
-            if value < span:
-                raise ValueError(f"must be 0 or at least {what} (got {format_duration(value)})")
+        # A setting that is wrong itself is missing here.
+        check_retention(
+            value, info.data.get("rate_window", _ZERO), info.data.get("quota_day", _ZERO)
+        )
         return value
+
+
+def check_retention(
+    retention: timedelta | None, rate_window: timedelta, quota_day: timedelta
+) -> None:
+    """Check that a retention keeps the sends which a limit may still have to count.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if retention is None:
+        return
+    needed = {"1d (the longest gap)": MAX_GAP}
+    for name, span in (("rate_window", rate_window), ("quota_day", quota_day)):
+        needed[f"OUTBOX_{name.upper()} ({format_duration(span)})"] = span
+    for what, span in needed.items():
+        if retention < span:
+            raise ValueError(f"must be 0 or at least {what} (got {format_duration(retention)})")
 
 
 def load_settings(**overrides: Any) -> Settings:

@@ -10,6 +10,7 @@ columns that the templates use are stored.
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import (
@@ -27,7 +28,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from outbox_server.shared.states import PURGEABLE, JobState
@@ -84,6 +85,58 @@ class ErasureKey(Base):
     )
 
     __table_args__ = (CheckConstraint("singleton", name="one_row"),)
+
+
+class AgreedSettingsRow(Base):
+    """One row, since the first start: the settings that are the same in every process.
+
+    See `shared.agreed.values`. Every mark compares `key_space`, so that a process that works by
+    older values sends nothing.
+    """
+
+    __tablename__ = "agreed_settings"
+
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    shards: Mapped[int]
+    rate_window_ms: Mapped[int] = mapped_column(BigInteger)
+    min_gap_ms: Mapped[int] = mapped_column(BigInteger)
+    user_hourly_limit: Mapped[int] = mapped_column(BigInteger)
+    user_gap_ms: Mapped[int] = mapped_column(BigInteger)
+    uncertain_policy: Mapped[str] = mapped_column(Text)
+    # The name of the keys in Redis that depend on these values, and the earlier names.
+    key_space: Mapped[str] = mapped_column(Text, server_default="")
+    old_key_spaces: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    # When a window or a gap last changed: earlier sends kept other limits. NULL means never.
+    limits_changed_at: Mapped[datetime | None] = mapped_column(_TIME)
+
+    __table_args__ = (
+        CheckConstraint("singleton", name="one_row"),
+        CheckConstraint("shards BETWEEN 1 AND 4096", name="shards_in_bounds"),
+        CheckConstraint("rate_window_ms > 0", name="rate_window_positive"),
+        CheckConstraint(
+            "least(min_gap_ms, user_hourly_limit, user_gap_ms) >= 0", name="limits_not_negative"
+        ),
+        CheckConstraint("uncertain_policy IN ('resend', 'hold')", name="uncertain_policy_known"),
+    )
+
+
+class AuditEvent(Base):
+    """What an operator changed: who, when, what, and the values before and after."""
+
+    __tablename__ = "audit_events"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    happened_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    # Who did it, such as `root@host` for a command on a machine.
+    actor: Mapped[str] = mapped_column(Text)
+    # What was done, such as `settings.set`, and to what. The target may be empty.
+    action: Mapped[str] = mapped_column(Text)
+    target: Mapped[str] = mapped_column(Text, server_default="")
+    # The changed values by name. NULL means that there were none.
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+
+    __table_args__ = (Index(None, "action", "id"),)
 
 
 class ApiKeyRow(Base):

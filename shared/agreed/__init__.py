@@ -1,0 +1,1 @@
+"""The settings that must agree: stored once per installation, and the same in every process."""
