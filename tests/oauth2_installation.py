@@ -115,7 +115,7 @@ async def installed(
             )
         )
         scheduler = await stack.enter_async_context(
-            running_scheduler(database_url, redis_url, **settings)
+            running_scheduler(database_url, redis_url, min_gap="0", **settings)
         )
         world = await stack.enter_async_context(World(settings_of(values)))
         yield OAuth2Installation(scheduler, provider, server, world, values)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -115,7 +115,9 @@ class Dispatcher:
         progress: Progress,
         metrics: DispatcherMetrics,
         tracer: Tracer | None = None,
+        confirmed_at: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`confirmed_at` is that of `Settler`."""
         self._lease = settings.lease
         self._statements = statements
         self._loader = loader
@@ -138,6 +140,7 @@ class Dispatcher:
             self._slots,
             CooldownRules.from_settings(settings),
             metrics=metrics,
+            confirmed_at=confirmed_at,
         )
         self._renewer = Renewer(statements, loader, settings.lease, metrics)
         metrics.concurrency.set(settings.dispatcher_concurrency)
@@ -169,6 +172,11 @@ class Dispatcher:
             overrides = await read_unproven_endpoints(connection)
         self._slots.set_unproven({user_key(user): most for user, most in overrides.items()})
         return _QUOTAS_AGE
+
+    def follow(self, successor: HeadLoader) -> None:
+        """Tell the next key space too how the sends in flight go on and end."""
+        self._settler.follow(successor)
+        self._renewer.follow(successor)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Dispatch until `stop` is set or `drain` is called.
@@ -282,7 +290,10 @@ class Dispatcher:
             async with self._statements.connect() as connection:
                 shard = group.queue.shard
                 jobs = await storage.mark_sending(
-                    connection, group.claims, self._lease, shard=shard
+                    connection,
+                    [claim.job for claim in group.claims],
+                    self._lease,
+                    group.queue.key_space,
                 )
                 by_ref = {job.job: job for job in jobs}
                 missing = [claim for claim in group.claims if claim.job not in by_ref]

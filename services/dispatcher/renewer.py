@@ -86,6 +86,7 @@ class Renewer:
         self._lease_s = lease.total_seconds()
         self._try_limit_s = self._lease_s * _TRY_LIMIT_PART
         self._leased: dict[LeasedJob, None] = {}
+        self._successors: list[HeadLoader] = []
         self._failing = False
         self._under_way: set[asyncio.Task[None]] = set()
 
@@ -101,6 +102,10 @@ class Renewer:
             yield leased
         finally:
             del self._leased[leased]
+
+    def follow(self, successor: HeadLoader) -> None:
+        """Renew the leases in a later key space of Redis too (see `Settler`)."""
+        self._successors.append(successor)
 
     def _until(self, renewed: float) -> float:
         """Return when a send must have stopped whose lease was last renewed at `renewed`."""
@@ -165,6 +170,7 @@ class Renewer:
             else:
                 leased.marked = replace(leased.marked, lease_until=end)
                 ours.append(leased)
+        await self._renew_later(ours)
         by_shard: dict[int, list[LeasedJob]] = {}
         for leased in ours:
             by_shard.setdefault(self._loader.queue_of(leased.marked.sender_id).shard, []).append(
@@ -178,6 +184,19 @@ class Renewer:
         for error in answers:
             if error is not None:
                 raise error
+
+    async def _renew_later(self, jobs: Sequence[LeasedJob]) -> None:
+        """Renew in later key spaces. A lease that is not there yet comes from PostgreSQL."""
+        for loader in self._successors if jobs else ():
+            queues = await loader.find_queues([leased.marked.sender_id for leased in jobs])
+            for queue in set(queues.values()):
+                await queue.renew(
+                    [
+                        (leased.marked.sender_id, leased.marked.job, leased.claim.user)
+                        for leased in jobs
+                        if queues[leased.marked.sender_id] is queue
+                    ]
+                )
 
     async def _renew_in_redis(self, shard: int, jobs: Sequence[LeasedJob], asked: float) -> None:
         """Renew the leases of one shard. A lease that Redis does not have is left as it was.

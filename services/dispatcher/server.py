@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
@@ -26,6 +26,8 @@ from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import BatchContent
 from outbox_server.services.dispatcher.wake import WakeListener
+from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
+from outbox_server.shared.agreed.values import AgreedSettings
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.schema import SchemaGuard
@@ -38,7 +40,8 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
-from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.connection import QUEUE_ERRORS, connect, open_queues
+from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
@@ -62,6 +65,11 @@ async def serve(
     settings: Settings, stop: asyncio.Event, *, ready: Callable[[int], None] | None = None
 ) -> None:
     """Run a dispatcher until `stop` is set. `ready` is called with the port once it is bound."""
+    await run_agreed(settings, stop, _serve, listen="dispatcher_listen", ready=ready)
+
+
+async def _serve(run: AgreedRun) -> None:
+    settings, stop = run.settings, run.stop
     async with AsyncExitStack() as stack:
         probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings, lookups_only=True, lock_timeout=_LOCK_TIMEOUT)
@@ -81,7 +89,7 @@ async def serve(
         if tracer is not None:
             stack.push_async_callback(tracer.close)
         metrics = DispatcherMetrics(monitoring.registry)
-        queues = open_queues(redis, settings, partial(_circuit_changed, metrics))
+        queues = open_queues(redis, settings, partial(_circuit_changed, metrics), run.key_space)
         loader = HeadLoader(engine, queues, settings, on_rebuild=metrics.rebuilt)
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         listeners = [WakeListener(listening, queue.keys.wake) for queue in queues]
@@ -130,7 +138,9 @@ async def serve(
             progress=progress,
             metrics=metrics,
             tracer=tracer,
+            confirmed_at=lambda: run.confirmed_at,
         )
+        run.follow(partial(_follow, run, dispatcher, partial(_later_loader, engine, redis)))
         dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         servicer = DispatcherServicer(
             dispatcher_id=dispatcher_id,
@@ -160,15 +170,24 @@ async def serve(
         recovery = Recovery(settings, engine, loader, metrics)
         monitoring.before_scrape(partial(_show_circuits, servicer, metrics))
         quotas = Loop("quotas", dispatcher.read_quotas, errors=DATABASE_ERRORS)
-        endless = [*(listener.run for listener in listeners), recovery.run, quotas.run]
-        work = [
-            partial(dispatcher.run, stop),
+        old_keys = OldKeys(
+            redis,
+            (UNKNOWN_KEY_SPACE, *run.agreed.old_key_spaces) if run.agreed else (),
+            settings.shutdown_grace + settings.lease,
+        )
+        endless = [
+            *(listener.run for listener in listeners),
+            recovery.run,
+            quotas.run,
+            Loop("old keys", old_keys.delete_soon, errors=QUEUE_ERRORS).run,
+        ]
+        work: list[Callable[[], Awaitable[None]]] = [
+            partial(_dispatch, run, dispatcher, statements),
             *(partial(run_until_stopped, each, stop) for each in endless),
         ]
 
         async def announce() -> None:
-            if ready is not None:
-                ready(server.port)
+            run.bound(server.port)
 
         await serve_until_stopped(
             server,
@@ -180,7 +199,10 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check, "redis": partial(_check_redis, redis, loader)},
+                    {
+                        "postgresql": partial(run.check, schema.check, statements),
+                        "redis": partial(check_serving, redis, queues),
+                    },
                     stop,
                     places={
                         "postgresql": place_of(settings.database_url),
@@ -188,9 +210,34 @@ async def serve(
                     },
                     report=monitoring.show_dependencies,
                 ),
-                partial(schema.run_when_usable, work, stop),
+                partial(schema.run_when_usable, run.known(work), stop),
             ],
         )
+
+
+async def _dispatch(run: AgreedRun, dispatcher: Dispatcher, engine: AsyncEngine) -> None:
+    async with run.looking(engine):
+        await dispatcher.run(run.stop)
+
+
+def _follow(
+    run: AgreedRun,
+    dispatcher: Dispatcher,
+    loader_of: Callable[[Settings, AgreedSettings], HeadLoader],
+    settings: Settings,
+    agreed: AgreedSettings,
+) -> None:
+    """Tell the next key space about the sends in flight, if the change has begun another one."""
+    if agreed.key_space != run.key_space:
+        dispatcher.follow(loader_of(settings, agreed))
+
+
+def _later_loader(
+    engine: AsyncEngine, redis: Redis, settings: Settings, agreed: AgreedSettings
+) -> HeadLoader:
+    # Those who claim from it report its circuits.
+    queues = open_queues(redis, settings, lambda _: None, agreed.key_space)
+    return HeadLoader(engine, queues, settings)
 
 
 async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, BatchContent]:

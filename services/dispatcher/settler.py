@@ -3,13 +3,17 @@
 Outcomes are written in groups. What arrives while one group is written forms the next group. If the
 process dies between the two stores, the leases in Redis expire. Until then they count in the
 window, and afterwards the sender's head is loaded again.
+
+When the settings of the installation change, other processes load the next key space of Redis from
+PostgreSQL. There too, a send that is in flight meanwhile has a lease, which ends with the send.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -111,8 +115,16 @@ class Settler:
         rules: CooldownRules,
         *,
         metrics: DispatcherMetrics | None = None,
+        confirmed_at: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`confirmed_at` returns since when no change of the settings can be unknown here."""
         self._metrics = metrics or DispatcherMetrics()
+        self._confirmed_at = confirmed_at
+        # The loaders of later key spaces, and those of them that do not know `_recent` yet.
+        self._successors: list[HeadLoader] = []
+        self._new_successors: list[HeadLoader] = []
+        # What was recorded since `confirmed_at`: a load of the next key space may have missed it.
+        self._recent: deque[tuple[float, list[ClaimOutcome], _Recorded]] = deque()
         self._rules = rules
         self._statements = statements
         self._transactions = transactions
@@ -128,6 +140,12 @@ class Settler:
         self._pending.append(outcome)
         self._arrived.set()
 
+    def follow(self, successor: HeadLoader) -> None:
+        """Settle in this key space too from now on, and what it may have missed."""
+        self._successors.append(successor)
+        self._new_successors.append(successor)
+        self._arrived.set()
+
     def close(self) -> None:
         """Let `run` return once everything is written."""
         self._closed = True
@@ -139,6 +157,9 @@ class Settler:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
+                for loader in self._new_successors:
+                    tasks.create_task(self._settle_recent(loader))
+                self._new_successors = []
                 group, self._pending = self._pending, []
                 if group:
                     await self._finish(group, tasks)
@@ -202,12 +223,51 @@ class Settler:
         return _Recorded(dues, cooldowns)
 
     async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: _Recorded) -> None:
+        now = time.monotonic()
+        while self._recent and self._recent[0][0] < self._confirmed_at():
+            self._recent.popleft()
+        self._recent.append((now, group, recorded))
+        await self._settle_in(self._loader, group, recorded)
+        for loader in self._successors:
+            await self._settle_later(loader, group, recorded)
+
+    async def _settle_recent(self, loader: HeadLoader) -> None:
+        for _, group, recorded in list(self._recent):
+            await self._settle_later(loader, group, recorded)
+
+    async def _settle_later(
+        self, loader: HeadLoader, group: list[ClaimOutcome], recorded: _Recorded
+    ) -> None:
+        """Settle in a later key space. Settling twice changes nothing more."""
+        # A claim that was not marked never had a lease there.
+        ended = [outcome for outcome in group if isinstance(outcome, EndedAttempt)]
+        unsent = [outcome for outcome in group if isinstance(outcome, UnsentJob)]
+        try:
+            senders = {one.record.sender_id for one in ended}
+            senders |= {one.claim.sender_id for one in unsent}
+            queues = await loader.find_queues(sorted(senders))
+            for outcome in unsent:
+                # Its claim does not know the lease that a load has brought there.
+                claim = outcome.claim
+                await queues[claim.sender_id].forget_senders([claim.sender_id])
+                if claim.user:
+                    await queues[claim.sender_id].forget_user(claim.user)
+            if unsent:
+                await loader.load({outcome.claim.sender_id for outcome in unsent}, committed=True)
+        except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
+            _log.warning("release_failed", jobs=len(unsent), error=type(error).__name__)
+        if ended:
+            await self._settle_in(loader, ended, recorded)
+
+    async def _settle_in(
+        self, loader: HeadLoader, group: Sequence[ClaimOutcome], recorded: _Recorded
+    ) -> None:
         by_queue: dict[int, list[Settlement]] = {}
         stale: set[int] = set()
         now = time.monotonic()
         for outcome in group:
             settlement = _settlement(outcome, recorded, now)
-            shard = self._loader.queue_of(settlement.sender_id).shard
+            shard = loader.queue_of(settlement.sender_id).shard
             by_queue.setdefault(shard, []).append(settlement)
             unknown = isinstance(outcome, UnmarkedClaim) and outcome.unknown
             # Without a marker, also for a sender that does not exist: if this process dies, the
@@ -221,27 +281,14 @@ class Settler:
         try:
             lost: set[int] = set()
             for shard, settlements in by_queue.items():
-                lost.update(await self._loader.queues[shard].settle(settlements))
-            if stale or lost:
-                await self._loader.load(stale | lost, committed=True)
-            if lost:
-                await self._settle_moved(by_queue, lost)
+                unknown.update(await loader.queues[shard].settle(settlements))
+            if stale or unknown:
+                await loader.load(stale | unknown, committed=True)
+            if unknown:
+                await _settle_moved(loader, by_queue, unknown)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
             _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
-
-    async def _settle_moved(
-        self, by_queue: Mapping[int, Sequence[Settlement]], unknown: set[int]
-    ) -> None:
-        """Settle claims of senders that were moved to another shard, which the load has found."""
-        for shard, settlements in by_queue.items():
-            again: dict[Queue, list[Settlement]] = {}
-            for settlement in settlements:
-                queue = self._loader.queue_of(settlement.sender_id)
-                if settlement.sender_id in unknown and queue.shard != shard:
-                    again.setdefault(queue, []).append(settlement)
-            for queue, moved in again.items():
-                await queue.settle(moved)
 
     async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded | None:
         """Record a group, however long it takes. None: somebody has locked a row of several."""
@@ -256,6 +303,20 @@ class Settler:
                     _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)
                 failing = True
                 await asyncio.sleep(_RETRY_S)
+
+
+async def _settle_moved(
+    loader: HeadLoader, by_queue: Mapping[int, Sequence[Settlement]], unknown: set[int]
+) -> None:
+    """Settle claims of senders that were moved to another shard, which the load has found."""
+    for shard, settlements in by_queue.items():
+        again: dict[Queue, list[Settlement]] = {}
+        for settlement in settlements:
+            queue = loader.queue_of(settlement.sender_id)
+            if settlement.sender_id in unknown and queue.shard != shard:
+                again.setdefault(queue, []).append(settlement)
+        for queue, moved in again.items():
+            await queue.settle(moved)
 
 
 async def _settle_in_postgres(

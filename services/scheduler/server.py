@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -27,6 +27,7 @@ from outbox_server.services.scheduler.storage.batches import BatchRecord, read_w
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.services.scheduler.verifying import Verifier
+from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
@@ -71,6 +72,11 @@ async def serve(
     Raises:
         ConfigurationError: a setting is wrong, or the address is in use.
     """
+    await run_agreed(settings, stop, _serve, listen="scheduler_listen", ready=ready)
+
+
+async def _serve(run: AgreedRun) -> None:
+    settings, stop = run.settings, run.stop
     async with AsyncExitStack() as stack:
         probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings, lookups_only=True)
@@ -83,7 +89,7 @@ async def serve(
         tracer = open_tracer(settings, "scheduler")
         if tracer is not None:
             stack.push_async_callback(tracer.close)
-        queues = open_queues(redis, settings)
+        queues = open_queues(redis, settings, key_space=run.key_space)
         loader = HeadLoader(engine, queues, settings)
         # Here as well as in the dispatchers, so that it shows when none of them runs.
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
@@ -127,11 +133,13 @@ async def serve(
             monitoring=monitoring,
             tracer=tracer,
         )
-        work = [partial(sweeper.run, stop), partial(watch.run, stop)]
+        work: list[Callable[[], Awaitable[None]]] = [
+            partial(sweeper.run, stop),
+            partial(watch.run, stop),
+        ]
 
         async def announce() -> None:
-            if ready is not None:
-                ready(server.port)
+            run.bound(server.port)
 
         await serve_until_stopped(
             server,
@@ -142,12 +150,12 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check},
+                    {"postgresql": partial(run.check, schema.check, engine)},
                     stop,
                     places={"postgresql": place_of(settings.database_url)},
                     report=monitoring.show_dependencies,
                 ),
-                partial(schema.run_when_usable, work, stop),
+                partial(schema.run_when_usable, run.known(work), stop),
             ],
         )
 

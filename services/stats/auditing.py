@@ -31,7 +31,13 @@ async def audit(
     interval = _interval(request)
     async with storage.snapshot(engine) as connection:
         found = await audit_sender(
-            connection, sender_id, user_id, interval, floor=rules.floor, window=rules.window
+            connection,
+            sender_id,
+            user_id,
+            interval,
+            floor=rules.floor,
+            window=rules.window,
+            lease=rules.lease,
         )
     if found is None:
         raise not_found("sender_id", request.sender_id)

@@ -14,6 +14,7 @@ from outbox_server.services.stats import storage
 from outbox_server.services.stats.folding import fold_until_stopped
 from outbox_server.services.stats.metrics import StatsMetrics
 from outbox_server.services.stats.servicers import StatsServicer
+from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import DATABASE_ERRORS, create_engine
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.fair_shares import FairShares
@@ -47,15 +48,22 @@ async def serve(
     Raises:
         ConfigurationError: a setting is wrong, or the address is in use.
     """
+    await run_agreed(settings, stop, _serve, listen="stats_listen", ready=ready, reads_only=True)
+
+
+async def _serve(run: AgreedRun) -> None:
+    settings, stop = run.settings, run.stop
     async with AsyncExitStack() as stack:
         probes = await stack.enter_async_context(open_probes(settings))
         engine = create_engine(settings)
         stack.push_async_callback(engine.dispose)
         removing = create_engine(settings, lookups_only=True)
         stack.push_async_callback(removing.dispose)
-        rules = Rules.from_settings(settings)
-        watch = Watch(partial(storage.read_watched, engine, rules.window))
-        servicer = StatsServicer(engine, rules, watch)
+        # The stored settings may change while this runs.
+        watch = Watch(
+            lambda senders: storage.read_watched(engine, run.settings.rate_window, senders)
+        )
+        servicer = StatsServicer(engine, lambda: Rules.from_settings(run.settings), watch)
         service = ServiceBinding(
             stats_service_pb2.DESCRIPTOR.services_by_name["StatsService"].full_name,
             partial(stats_service_pb2_grpc.add_StatsServiceServicer_to_server, servicer),
@@ -93,8 +101,7 @@ async def serve(
             work.append(partial(Purger(removing, settings.retention).run, stop))
 
         async def announce() -> None:
-            if ready is not None:
-                ready(server.port)
+            run.bound(server.port)
 
         await serve_until_stopped(
             server,
@@ -105,11 +112,11 @@ async def serve(
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check},
+                    {"postgresql": partial(run.check, schema.check, engine)},
                     stop,
                     places={"postgresql": place_of(settings.database_url)},
                     report=monitoring.show_dependencies,
                 ),
-                partial(schema.run_when_usable, work, stop),
+                partial(schema.run_when_usable, run.known(work), stop),
             ],
         )

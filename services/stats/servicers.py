@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Any, Final
@@ -36,7 +36,9 @@ _WATCHED: Final = "sender_stats"
 class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     """Answers from PostgreSQL only."""
 
-    def __init__(self, engine: AsyncEngine, rules: Rules, watch: Watch[WatchedSender]) -> None:
+    def __init__(
+        self, engine: AsyncEngine, rules: Callable[[], Rules], watch: Watch[WatchedSender]
+    ) -> None:
         self._watch = watch
         self._engine = engine
         self._rules = rules
@@ -50,7 +52,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
         user_id = effective_user(current_caller(), request.user_id)
         sender_id = parse_id(request.sender_id, "sender_id")
         async with storage.snapshot(self._engine) as connection:
-            found = await storage.read_sender(connection, sender_id, user_id, self._rules.window)
+            found = await storage.read_sender(connection, sender_id, user_id, self._rules().window)
         if found is None:
             raise not_found("sender_id", request.sender_id)
         return _sender_stats(found)
@@ -75,7 +77,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     ) -> stats_service_pb2.ForecastBatchResponse:
         """Return when all mails of a batch, real or planned, will have been sent."""
         user_id = effective_user(current_caller(), request.user_id)
-        return await forecast(self._engine, request, user_id, self._rules)
+        return await forecast(self._engine, request, user_id, self._rules())
 
     async def AuditSender(
         self,
@@ -84,7 +86,7 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
     ) -> stats_service_pb2.AuditSenderResponse:
         """Check the recorded attempts of a sender against its limits."""
         user_id = effective_user(current_caller(), request.user_id)
-        return await audit(self._engine, request, user_id, self._rules)
+        return await audit(self._engine, request, user_id, self._rules())
 
     async def QuerySenderSeries(
         self,

@@ -108,7 +108,7 @@ class HeadLoader:
         self._on_rebuild = on_rebuild
         self._engine = engine
         self.queues = queues
-        self.lives = Lives(engine)
+        self._key_space = queues[0].key_space if queues else ""
         self._routes = Routes(queues)
         self._users = UserLoader(engine, self._routes, settings)
         self._concerned_statement = concerned_statement(sharded=self._users.sharded)
@@ -201,7 +201,7 @@ class HeadLoader:
             ]
             if done:
                 async with self._engine.begin() as connection:
-                    await delete_markers(connection, done, queue.shard, life)
+                    await delete_markers(connection, done, self._key_space)
             if not again:
                 break
             committed = False

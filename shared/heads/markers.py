@@ -13,6 +13,7 @@ from datetime import timedelta
 from sqlalchemy import CTE, delete, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.database.key_space import PARAMETER, is_key_space
 from outbox_server.shared.database.models import HeadMarker
 from outbox_server.shared.heads.lives import is_valid
 
@@ -46,13 +47,14 @@ async def read_abandoned(connection: AsyncConnection, limit: int) -> Sequence[in
 
 
 async def delete_markers(
-    connection: AsyncConnection, marker_ids: Sequence[int], shard: int, life: str
+    connection: AsyncConnection, marker_ids: Sequence[int], key_space: str = ""
 ) -> None:
-    """Delete the markers whose load is done.
+    """Delete the markers whose load into this key space is done.
 
-    A load into a life that is not valid did not reach the server that hands out mail. Then the
-    markers stay, and a dispatcher of that server finds them by their age.
+    If the settings have changed meanwhile, the markers stay: others have begun to load the next key
+    space, maybe before the commit that wrote the markers.
     """
     await connection.execute(
-        delete(HeadMarker).where(HeadMarker.id.in_(marker_ids), is_valid(shard, life))
+        delete(HeadMarker).where(HeadMarker.id.in_(marker_ids), is_key_space()),
+        {PARAMETER: key_space},
     )

@@ -84,8 +84,12 @@ def open_queues(
     redis: Redis,
     settings: Settings,
     on_change: Callable[[CircuitChange], None] = log_change,
+    key_space: str = "",
 ) -> list[Queue]:
-    """Return the shards of the queue, in their order. `on_change` is that of `Queue`."""
+    """Return the shards of the queue, in their order.
+
+    `on_change` is that of `Queue`, and `key_space` that of `ShardKeys`.
+    """
     return [
         Queue(
             redis,
@@ -95,6 +99,7 @@ def open_queues(
             backoff=settings.retry_backoff,
             auth_backoff=_auth_backoff(settings.retry_backoff),
             user_limits=UserSendLimits.from_settings(settings),
+            key_space=key_space,
             on_change=on_change,
         )
         for shard in range(settings.shards)

@@ -30,10 +30,14 @@ def job_of(member: str) -> JobRef:
 
 
 class ShardKeys:
-    """The keys of one shard. The hash tag keeps them, and all of its senders, in one slot."""
+    """The keys of one shard. The hash tag keeps them, and all of its senders, in one slot.
 
-    def __init__(self, shard: int) -> None:
-        prefix = f"outbox:{{{shard}}}:"
+    `key_space` is the name of the stored settings that the data depends on (`shared.agreed`).
+    """
+
+    def __init__(self, shard: int, key_space: str = "") -> None:
+        tag = f"{key_space}.{shard}" if key_space else str(shard)
+        prefix = f"outbox:{{{tag}}}:"
         self.ready = prefix + "ready"
         self.generation = prefix + "generation"
         self.rebuild = prefix + "rebuild"

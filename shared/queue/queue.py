@@ -342,6 +342,7 @@ class Queue:
         backoff: Sequence[timedelta] = DEFAULT_BACKOFF,
         auth_backoff: Sequence[timedelta] = (),
         user_limits: UserSendLimits = NO_USER_LIMITS,
+        key_space: str = "",
         chance: Callable[[], float] = random.random,
         includes: Mapping[str, str] | None = None,
         on_change: Callable[[CircuitChange], None] = log_change,
@@ -350,9 +351,11 @@ class Queue:
 
         `backoff` has the waits before the probes of an open circuit, `auth_backoff` the waits after
         failed authentications. `user_limits` are those of users without limits of their own.
-        `on_change` is called for each circuit that a call of this object opens or closes.
+        `key_space` is that of `ShardKeys`. `on_change` is called for each circuit that a call of
+        this object opens or closes.
         """
-        self.keys = ShardKeys(shard)
+        self.keys = ShardKeys(shard, key_space)
+        self.key_space = key_space
         self.shard = shard
         self._redis = redis
         self._window = _ms(window)

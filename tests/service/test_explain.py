@@ -170,6 +170,7 @@ async def test_an_endpoint_that_is_down_is_named_with_its_error_and_next_probe(
         f"smtp://127.0.0.1:{free_port()}",
         retry_backoff="60s",
         dispatcher_concurrency=1,
+        min_gap="2s",
     )
     jobs = await scheduled(scheduler, sender, 6)
     async with dispatchers.running(dispatchers.settings_of(values)):

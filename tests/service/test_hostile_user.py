@@ -22,7 +22,7 @@ async def test_the_mail_of_the_hostile_user_is_cancelled_and_counted(
     async with (
         ScriptedServer({"greeting": Close()}) as server,
         running_scheduler(
-            database_url, redis_url, smtp_ports="any", smtp_allow="127.0.0.1"
+            database_url, redis_url, min_gap="0", smtp_ports="any", smtp_allow="127.0.0.1"
         ) as scheduler,
         running(settings_of(settings)),
     ):

@@ -80,7 +80,10 @@ async def test_intake_continues_without_redis_and_the_mails_are_sent_later(
     away: Callable[[Stores], AbstractAsyncContextManager[None]],
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url))
-    async with running_scheduler(database_url, redis_url) as scheduler, running(settings):
+    async with (
+        running_scheduler(database_url, redis_url, min_gap="0") as scheduler,
+        running(settings),
+    ):
         known = await scheduler.sender(email="known@example.com")
         await scheduler.schedule(known)
         await eventually(lambda: len(inbox.mails) == 1)
@@ -100,7 +103,7 @@ async def test_intake_continues_without_dispatchers_and_the_mails_are_sent_later
     database_url: str, redis_url: str, inbox: Inbox
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url))
-    async with running_scheduler(database_url, redis_url) as scheduler:
+    async with running_scheduler(database_url, redis_url, min_gap="0") as scheduler:
         sender = await scheduler.sender()
         answer = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
         assert answer.batch.accepted_count == 2

@@ -26,6 +26,9 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
+from outbox_server.shared.database.erased_keys import erased_key
+from outbox_server.shared.database.key_space import PARAMETER as KEY_SPACE
+from outbox_server.shared.database.key_space import is_locked_key_space
 from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import Batch, EmailJob, Sender, Suppression
 from outbox_server.shared.database.recipient_keys import covers_job
@@ -129,12 +132,11 @@ def _mark_statement() -> Any:
     Jobs of cancelled batches are left out. A later cancellation waits for FOR SHARE of this
     statement (see shared/database/cancellations.py).
 
-    It waits for nobody: jobs and batches that somebody else has locked are left out, because the
-    other jobs of the group would wait for them. `explain_unmarked` finds them. The exception is the
-    life: while a dispatcher begins the next one, the statement waits, and then marks nothing. Until
-    it is committed, no next life becomes valid.
+    A process whose settings were changed marks nothing: the change waits for the marks under way,
+    and later ones see it.
 
-    PostgreSQL decides whose the job is, and by its clock whether it is due.
+    It waits for nobody else: jobs and batches that somebody else has locked are left out, because
+    the other jobs of the group would wait for them. `still_waiting` finds them.
     """
     life = _valid_life.with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
@@ -170,6 +172,7 @@ def _mark_statement() -> Any:
             EmailJob.sender_id == _claim.c.sender,
             EmailJob.scheduled_at <= func.clock_timestamp(),
             _active_revision.is_not(None),
+            is_locked_key_space(),
         )
         .with_for_update(of=EmailJob, key_share=True, skip_locked=True)
         .cte("decided")
@@ -224,15 +227,23 @@ def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
 
 
 async def mark_sending(
-    connection: AsyncConnection, claims: Sequence[Claim], lease: timedelta, *, shard: int
+    connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta, key_space: str = ""
 ) -> list[MarkedJob]:
-    """Mark claimed jobs of one life of a shard SENDING, and load them.
+    """Mark jobs that were claimed from this key space SENDING, and load them.
 
     A job that is missing from the result must not be sent now: it or its batch was cancelled, an
-    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, or one of the
-    reasons of `Unmarked`.
+    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, it is
+    locked (see `still_waiting`), or the key space is an earlier one.
     """
-    rows = await connection.execute(_MARK, {**_claims(claims, shard), "lease": lease})
+    rows = await connection.execute(
+        _MARK,
+        {
+            "ids": [job.job_id for job in jobs],
+            "attempts": [job.attempt for job in jobs],
+            "lease": lease,
+            KEY_SPACE: key_space,
+        },
+    )
     return [
         MarkedJob(
             job=JobRef(row.id, row.attempt),
