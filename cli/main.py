@@ -74,6 +74,11 @@ class OutboxGroup(LazyGroup):
             "Show and change the quotas and sender domains of users.",
             _SERVICES,
         ),
+        "settings": Entry(
+            "outbox_server.cli.settings",
+            "Show and change the settings that all processes share.",
+            _SERVICES,
+        ),
         "scheduler": Entry("outbox_server.cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
             "outbox_server.cli.dispatcher",

@@ -15,6 +15,8 @@ from outbox.v1 import email_job_pb2, email_job_service_pb2
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.wheels import postgres_binaries
+from outbox_server.shared.agreed.storage import change_agreed
+from outbox_server.shared.agreed.values import AgreedValues
 from outbox_server.shared.states import JobState
 from tests.conftest import Stores
 from tests.dispatchers import options, running, settings_of
@@ -96,15 +98,19 @@ async def restored(
 async def restarted(restored: Restored, redis_url: str, inbox: Inbox) -> AsyncIterator[World]:
     """Run a dispatcher on the restored database until no due job waits."""
     values = options(restored.url, redis_url, inbox.url, min_gap="20ms", lease="2s")
-    settings = settings_of({**values, "uncertain_policy": "hold"})
-    async with World(settings) as world, running(settings):
+    async with World(settings_of(values)) as world:
+        # The backup has the stored settings too.
+        async with world.engine.begin() as connection:
+            stored = AgreedValues.from_settings(world.settings)
+            await change_agreed(connection, {"uncertain_policy": "hold"}, stored, "test")
 
         async def all_ended() -> bool:
             # Only the job for tomorrow still waits.
             return len(await world.in_state(JobState.SCHEDULED, JobState.SENDING)) == 1
 
-        await eventually(all_ended)
-        yield world
+        async with running(settings_of(values)):
+            await eventually(all_ended)
+            yield world
 
 
 async def test_a_restored_backup_sends_mail_that_it_does_not_record_as_sent(
