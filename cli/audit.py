@@ -75,7 +75,7 @@ def audit(
         raise CommandFailed(f"{error.filename}: no such file or folder") from None
     except ValueError as error:
         raise CommandFailed(str(error)) from None
-    report = AuditReport(findings, settings)
+    report = AuditReport(findings, findings.settings)
     if output is OutputFormat.JSON:
         print_json(report.document())
     else:

@@ -14,7 +14,7 @@ from outbox_server.cli.options import read_duration
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
 from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import ConfigurationError
-from outbox_server.shared.settings import format_duration, load_settings
+from outbox_server.shared.settings import check_retention, format_duration, load_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -71,6 +71,7 @@ def purge(
             "set an age, such as 90d, because OUTBOX_RETENTION is not set",
             param_hint="--older-than",
         )
+    _keep_what_limits_need(age)
     months = _count(age)
     found = {name: sum(getattr(row, name) for row in months) for name in _TABLES}
     document = {
@@ -86,6 +87,19 @@ def purge(
         print_json(document)
         return
     _print(document, months, dry_run=dry_run)
+
+
+def _keep_what_limits_need(age: timedelta) -> None:
+    """Refuse an age that removes sends which the stored window still has to count."""
+    from outbox_server.cli.database import in_one_transaction
+    from outbox_server.shared.agreed.storage import read_agreed
+
+    agreed = in_one_transaction(read_agreed)
+    if agreed is not None:
+        try:
+            check_retention(age, agreed.values.rate_window, timedelta(0))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--older-than") from None
 
 
 def _print(document: dict[str, Any], months: Sequence[OldRows], *, dry_run: bool) -> None:

@@ -137,7 +137,7 @@ async def side_by_side(
         findings = await audit_installation(
             stack.audit_settings, KeptMails(record=stack.inbox.record)
         )
-        audit = AuditReport(findings, stack.audit_settings)
+        audit = AuditReport(findings, findings.settings)
         return DrillReport(outcome, audit, "resend", renamed_recipients(stack.inbox.mails)), in_time
 
 

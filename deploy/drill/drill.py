@@ -49,7 +49,7 @@ async def drill(
         findings = await audit_installation(stack.audit_settings, mails)
         return DrillReport(
             outcome,
-            AuditReport(findings, stack.audit_settings),
+            AuditReport(findings, findings.settings),
             stack.settings.uncertain_policy,
             renamed_recipients(stack.inbox.mails),
         )

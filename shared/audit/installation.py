@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.agreed.storage import read_agreed, read_limits_change
 from outbox_server.shared.audit import storage
 from outbox_server.shared.audit.jobs import Copies, JobNumbers, contradiction_of, delivery_of
 from outbox_server.shared.audit.replay import Replay
@@ -96,6 +97,8 @@ class Findings:
     # By sender: the sends that PostgreSQL recorded, and those that the SMTP side saw, with times.
     recorded: dict[int, Replay]
     seen: dict[int, Replay] | None
+    # The settings that they were compared with, those of the installation among them.
+    settings: Settings
     # The same of each user with limits for all its senders together.
     users: list[UserReplays] = field(default_factory=list)
 
@@ -122,7 +125,14 @@ async def audit_installation(settings: Settings, smtp_side: SmtpSide | None) -> 
 async def _audit(
     connection: AsyncConnection, settings: Settings, smtp_side: SmtpSide | None
 ) -> Findings:
-    senders = await storage.read_senders(connection)
+    agreed = await read_agreed(connection)
+    if agreed is not None:
+        settings = agreed.values.apply_to(settings)
+    changed = await read_limits_change(connection)
+    senders = {
+        sender_id: replace(sender, changed_at=_later(sender.changed_at, changed))
+        for sender_id, sender in (await storage.read_senders(connection)).items()
+    }
     totals = await storage.read_totals(connection)
     installation = await storage.installation_id(connection) or ""
     numbers = JobNumbers()
@@ -137,7 +147,7 @@ async def _audit(
     recorded = _Replays(senders, settings)
     async for sender_id, start, end in storage.stream_sends(connection):
         recorded.add(sender_id, start, end)
-    users = await _replay_users(connection, senders, settings)
+    users = await _replay_users(connection, senders, settings, changed)
     seen = None
     sends = None if smtp_side is None else smtp_side.sends()
     if sends is None:
@@ -161,11 +171,15 @@ async def _audit(
         recorded=recorded.by_sender,
         seen=None if seen is None else seen.by_sender,
         users=list(users.values()),
+        settings=settings,
     )
 
 
 async def _replay_users(
-    connection: AsyncConnection, senders: dict[int, AuditedSender], settings: Settings
+    connection: AsyncConnection,
+    senders: dict[int, AuditedSender],
+    settings: Settings,
+    limits_changed: datetime | None,
 ) -> dict[str, UserReplays]:
     everyone = UserSendLimits.from_settings(settings)
     changed = await storage.read_users(connection)
@@ -178,7 +192,7 @@ async def _replay_users(
                 Replay(
                     settings.rate_window.total_seconds(),
                     limits.hourly_limit or sys.maxsize,
-                    _since(user.changed_at, settings),
+                    _since(_later(user.changed_at, limits_changed), settings),
                 )
                 for _ in range(2)
             )
@@ -187,6 +201,10 @@ async def _replay_users(
         async for user_id, start, end in storage.stream_sends_of_users(connection, users):
             users[user_id].recorded.add(start, end)
     return users
+
+
+def _later(one: datetime | None, other: datetime | None) -> datetime | None:
+    return max((time for time in (one, other) if time is not None), default=None)
 
 
 def _since(changed_at: datetime | None, settings: Settings) -> float | None:

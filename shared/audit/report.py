@@ -167,7 +167,8 @@ class AuditReport:
         return (
             f"each sender's hourly_limit in any {window} (OUTBOX_RATE_WINDOW) and its min_gap, at "
             f"least {floor} (OUTBOX_MIN_GAP), and with the limits of each user, as they are now; "
-            "sends before the last change of their sender or user are not checked"
+            "sends before the last change of their sender, user or these settings are not "
+            "checked"
         )
 
     @property

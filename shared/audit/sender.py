@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.shared.agreed.storage import read_limits_change
 from outbox_server.shared.audit import storage
 from outbox_server.shared.audit.replay import Replay
 from outbox_server.shared.audit.storage import Interval
@@ -39,21 +40,27 @@ async def audit_sender(
     *,
     floor: timedelta,
     window: timedelta,
+    lease: timedelta,
 ) -> SenderFindings | None:
     """Audit the sends of a sender in an interval; None if this user has no such sender.
 
-    `floor` is OUTBOX_MIN_GAP, and `window` is OUTBOX_RATE_WINDOW.
+    `floor` is OUTBOX_MIN_GAP, `window` is OUTBOX_RATE_WINDOW, and `lease` is OUTBOX_LEASE. Sends
+    that may have been claimed before the last change of a window or a gap are only counted.
     """
     sender = await storage.read_limits(connection, sender_id, user_id)
     if sender is None:
         return None
+    checked, changed = interval, await read_limits_change(connection)
+    if changed is not None and (interval.start is None or interval.start < changed + lease):
+        # Earlier sends kept other limits.
+        checked = replace(interval, start=changed + lease)
     gap = max(floor, timedelta(milliseconds=sender.min_gap_ms or 0))
     replay = Replay(
         window / _SECOND,
         sender.hourly_limit,
-        None if interval.start is None else interval.start.timestamp(),
+        None if checked.start is None else checked.start.timestamp(),
     )
-    sends = storage.stream_sends_of(connection, sender_id, interval, max(window, gap))
+    sends = storage.stream_sends_of(connection, sender_id, checked, max(window, gap))
     async for start, end in sends:
         replay.add(start.timestamp(), end.timestamp())
     sent, duplicates = await storage.count_sends(connection, sender_id, interval)
