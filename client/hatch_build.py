@@ -31,6 +31,7 @@ _SERVICES: Final = (
     "Batch",
     "Dispatcher",
     "EmailJob",
+    "Hold",
     "Sender",
     "Server",
     "Stats",

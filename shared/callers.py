@@ -34,7 +34,9 @@ class CallerKind(StrEnum):
 
 
 # Services that show and change the whole system, not one user's resources.
-_OPERATOR_SERVICES: Final = frozenset({"outbox.v1.DispatcherService", "outbox.v1.UserService"})
+_OPERATOR_SERVICES: Final = frozenset(
+    {"outbox.v1.DispatcherService", "outbox.v1.HoldService", "outbox.v1.UserService"}
+)
 
 
 @dataclass(frozen=True, slots=True)

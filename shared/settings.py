@@ -307,6 +307,13 @@ class Settings(BaseSettings):
         le=timedelta(hours=1),
         description="how long a dispatcher holds a job",
     )
+    hold_after: Duration = Field(
+        timedelta(minutes=5),
+        gt=_ZERO,
+        le=timedelta(days=30),
+        description="how much PostgreSQL may lose in a failover; if it lost more, as after a "
+        "restore, nothing that waits is sent until an operator releases it",
+    )
     uncertain_policy: Literal["resend", "hold"] = Field(
         "resend",
         description="what happens to a mail if nobody can know whether the server accepted it: "

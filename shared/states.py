@@ -48,6 +48,17 @@ class JobState(IntEnum):
     EXPIRED = 8
 
 
+class HoldReason(IntEnum):
+    """Why an installation is held; numbered as in the proto."""
+
+    # PostgreSQL is not the one that mail was last sent with, as after the restore of a dump.
+    RESTORED = 1
+    # PostgreSQL has lost more than OUTBOX_HOLD_AFTER, as after a recovery to a point in time.
+    STEPPED_BACK = 2
+    # An operator asked for it.
+    REQUESTED = 3
+
+
 FINAL_STATES = frozenset(
     {
         JobState.SENT,

@@ -31,6 +31,8 @@ from outbox_server.deploy.drill.run import Drill
 from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
 from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.ports import LOOPBACK, free_port
+from outbox_server.shared.holds.requesting import request_hold
+from outbox_server.shared.settings import load_settings
 
 _RULES: Final = Path(__file__).parents[1] / "deploy" / "prometheus" / "outbox.rules.yml"
 _SIZE: Final = Size(dispatchers=2, schedulers=2, stats=2)
@@ -219,6 +221,18 @@ async def _nothing_folds(stack: DrillStack) -> AsyncIterator[None]:
             await locking.rollback()
 
 
+@asynccontextmanager
+async def _held(stack: DrillStack) -> AsyncIterator[None]:
+    """An operator holds the installation."""
+    url = stack.system.servers.database_url
+    await request_hold(load_settings(database_url=url))
+    try:
+        yield
+    finally:
+        async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+            await connection.execute("DELETE FROM hold")
+
+
 # Each trouble with the alerts that it must make fire.
 TROUBLES: Final[tuple[tuple[str, Trouble, tuple[str, ...]], ...]] = (
     (
@@ -250,6 +264,7 @@ TROUBLES: Final[tuple[tuple[str, Trouble, tuple[str, ...]], ...]] = (
         ("OutboxCallsFail", "OutboxDueJobWaits"),
     ),
     ("nothing can fold the counts", _nothing_folds, ("OutboxDeltasNotFolded",)),
+    ("the installation is held", _held, ("OutboxHeld",)),
 )
 
 

@@ -36,9 +36,13 @@ def refs(jobs: Sequence[int], attempt: int = 1) -> list[JobRef]:
 
 
 async def mark(
-    connection: AsyncConnection, jobs: Sequence[int], attempt: int = 1, lease: timedelta = LEASE
+    connection: AsyncConnection,
+    jobs: Sequence[int],
+    attempt: int = 1,
+    lease: timedelta = LEASE,
+    seen: int = 0,
 ) -> dict[int, MarkedJob]:
-    marked = await mark_refs(connection, refs(jobs, attempt), lease)
+    marked = await storage.mark_sending(connection, refs(jobs, attempt), lease, seen)
     return {each.job.job_id: each for each in marked}
 
 

@@ -100,6 +100,13 @@ ROWS: Final = (
                 width=6,
                 kind="stat",
             ),
+            Panel(
+                "Held",
+                "1 while only mail that an operator releases is sent, as after a restore.",
+                (("max(outbox_held)", "held"),),
+                width=6,
+                kind="stat",
+            ),
         ),
     ),
     Row(

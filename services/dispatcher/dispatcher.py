@@ -32,6 +32,7 @@ from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLea
 from outbox_server.services.dispatcher.outcomes import OutcomeRules, result_without_smtp
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
+from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.settler import (
     ClaimOutcome,
     Settler,
@@ -114,6 +115,7 @@ class Dispatcher:
         pool: SmtpPool,
         progress: Progress,
         metrics: DispatcherMetrics,
+        guard: RestoreGuard,
         tracer: Tracer | None = None,
         confirmed_at: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -127,6 +129,7 @@ class Dispatcher:
         self._pool = pool
         self._progress = progress
         self._metrics = metrics
+        self._guard = guard
         self._tracer = tracer
         self._slots = Slots(
             settings.dispatcher_concurrency,
@@ -293,7 +296,7 @@ class Dispatcher:
                     connection,
                     [claim.job for claim in group.claims],
                     self._lease,
-                    group.queue.key_space,
+                    self._guard.seen,
                 )
                 by_ref = {job.job: job for job in jobs}
                 missing = [claim for claim in group.claims if claim.job not in by_ref]
@@ -305,8 +308,18 @@ class Dispatcher:
             for claim in group.claims:
                 self._settler.settle(UnmarkedClaim(claim, waits=True))
             raise
-        if why is not None:
-            self._refused(group.queue, missing, why)
+        by_ref = {job.job: job for job in jobs}
+        if self._guard.hold is not None and len(locked) < len(missing):
+            # Otherwise each job of the heads, which were loaded before the hold, would be claimed.
+            held = {claim.sender_id for claim in group.claims if claim.job in missing}
+            self._spawn(self._load(group.queue, sorted(held)))
+        for claim in group.claims:
+            if claim.job.job_id in locked and claim.job not in by_ref:
+                # Not at once, because the lock may last.
+                due_ms = claim.lease_ms + (_LOCKED_PAUSE - self._lease) // timedelta(milliseconds=1)
+                self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
+            elif claim.job not in by_ref:
+                self._settler.settle(UnmarkedClaim(claim))
         return [(claim, by_ref[claim.job]) for claim in group.claims if claim.job in by_ref]
 
     def _refused(self, queue: Queue, claims: Sequence[Claim], why: Unmarked) -> None:

@@ -118,6 +118,11 @@ class DispatcherMetrics:
             "Open circuits of endpoints that this dispatcher has used lately.",
             registry=registry,
         )
+        self.held = Gauge(
+            "outbox_held",
+            "1 while the installation is held, so that only released mail is sent; else 0.",
+            registry=registry,
+        )
         self._cooldowns = Counter(
             "outbox_cooldowns",
             "Refusals that began or prolonged the cooldown of a sender, by cause.",

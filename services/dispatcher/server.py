@@ -6,11 +6,11 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
 from redis.asyncio import Redis
@@ -22,6 +22,7 @@ from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.recovery import Recovery
+from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import BatchContent
@@ -40,8 +41,8 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
-from outbox_server.shared.queue.connection import QUEUE_ERRORS, connect, open_queues
-from outbox_server.shared.queue.old_keys import OldKeys
+from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.heartbeats import HeartbeatMemory
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
@@ -126,6 +127,7 @@ async def _serve(run: AgreedRun) -> None:
             workers,
         )
         progress = Progress()
+        guard = RestoreGuard(engine, partial(HeartbeatMemory, redis), settings.hold_after, metrics)
         dispatcher = Dispatcher(
             settings=settings,
             statements=statements,
@@ -137,6 +139,7 @@ async def _serve(run: AgreedRun) -> None:
             pool=pool,
             progress=progress,
             metrics=metrics,
+            guard=guard,
             tracer=tracer,
             confirmed_at=lambda: run.confirmed_at,
         )
@@ -149,6 +152,7 @@ async def _serve(run: AgreedRun) -> None:
             pool=pool,
             progress=progress,
             queues=queues,
+            held_since=lambda: guard.held_since,
             on_drain=lambda: server.begin_drain(),  # noqa: PLW0108 - `server` is assigned later
         )
         schema = SchemaGuard(statements)
@@ -170,19 +174,14 @@ async def _serve(run: AgreedRun) -> None:
         recovery = Recovery(settings, engine, loader, metrics)
         monitoring.before_scrape(partial(_show_circuits, servicer, metrics))
         quotas = Loop("quotas", dispatcher.read_quotas, errors=DATABASE_ERRORS)
-        old_keys = OldKeys(
-            redis,
-            (UNKNOWN_KEY_SPACE, *run.agreed.old_key_spaces) if run.agreed else (),
-            settings.shutdown_grace + settings.lease,
-        )
-        endless = [
+        endless: list[Callable[[], Coroutine[Any, Any, None]]] = [
             *(listener.run for listener in listeners),
-            recovery.run,
+            guard.run,
+            partial(guard.then, recovery.run, stop),
             quotas.run,
-            Loop("old keys", old_keys.delete_soon, errors=QUEUE_ERRORS).run,
         ]
-        work: list[Callable[[], Awaitable[None]]] = [
-            partial(_dispatch, run, dispatcher, statements),
+        work = [
+            partial(guard.then, partial(dispatcher.run, stop), stop),
             *(partial(run_until_stopped, each, stop) for each in endless),
         ]
 

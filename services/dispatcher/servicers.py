@@ -33,7 +33,9 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         progress: Progress,
         queues: Sequence[Queue],
         on_drain: Callable[[], None],
+        held_since: Callable[[], datetime | None],
     ) -> None:
+        """`held_since` returns since when the installation is held; None if it is not."""
         self._id = dispatcher_id
         self._concurrency = concurrency
         self._dispatcher = dispatcher
@@ -41,6 +43,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         self._progress = progress
         self._queues = queues
         self._on_drain = on_drain
+        self._held_since = held_since
 
     async def GetDispatcherStatus(
         self,
@@ -67,6 +70,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         circuits = await self._circuits_of(states)
         of_users = [circuits[key] for key in self._dispatcher.relay_keys() if key in circuits]
         attempts, sent = self._progress.rates()
+        held = self._held_since()
         uptime = Duration()
         uptime.FromTimedelta(timedelta(seconds=self._progress.uptime))
         return dispatcher_pb2.DispatcherStatus(
@@ -93,6 +97,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
                 for state in states
             ],
             uptime=uptime,
+            hold_start_time=_timestamp(None if held is None else held.timestamp()),
         )
 
     async def open_circuits(self) -> dict[str, Circuit]:

@@ -73,6 +73,69 @@ class Installation(Base):
     __table_args__ = (CheckConstraint("singleton", name="one_row"),)
 
 
+class Heartbeat(Base):
+    """One row, which dispatchers write every few seconds: where and when mail could last be sent.
+
+    It tells a restored database from the one that was in use (`shared.holds`).
+    """
+
+    __tablename__ = "heartbeat"
+
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    # Grows with every write, and never goes back.
+    number: Mapped[int] = mapped_column(BigInteger)
+    beat_at: Mapped[datetime] = mapped_column(_TIME)
+    # The transaction that wrote the row. In a restored dump, another one has written it.
+    written_by: Mapped[int] = mapped_column(BigInteger)
+    # Of the PostgreSQL cluster. NULL means that the role may not read it.
+    system_identifier: Mapped[int | None] = mapped_column(BigInteger)
+    timeline: Mapped[int]
+
+    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
+
+
+class HoldRow(Base):
+    """One row while the installation is held: dispatchers mark only what was released."""
+
+    __tablename__ = "hold"
+
+    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    held_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    # `shared.states.HoldReason`.
+    reason: Mapped[int] = mapped_column(SmallInteger)
+    # What was found, in a sentence for operators.
+    detail: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (
+        CheckConstraint("singleton", name="one_row"),
+        CheckConstraint("reason BETWEEN 1 AND 3", name="reason_known"),
+    )
+
+
+class HeldSend(Base):
+    """A job that was SENDING when the hold began: nobody knows whether it was sent."""
+
+    __tablename__ = "held_sends"
+
+    email_job_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+
+
+class HoldRelease(Base):
+    """A filter of mail that may be sent although the installation is held. NULL means any."""
+
+    __tablename__ = "hold_releases"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    user_id: Mapped[str | None] = mapped_column(Text)
+    sender_id: Mapped[int | None] = mapped_column(BigInteger)
+    batch_id: Mapped[int | None] = mapped_column(BigInteger)
+    due_from: Mapped[datetime | None] = mapped_column(_TIME)
+    due_before: Mapped[datetime | None] = mapped_column(_TIME)
+    # True: only jobs of `held_sends`. False: only the others.
+    sending: Mapped[bool | None]
+    released_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+
+
 class ErasureKey(Base):
     """One row, since the first erasure: the key of the hashes that replace erased addresses."""
 

@@ -37,6 +37,7 @@ from outbox_server.shared.database.models import (
     UserRow,
 )
 from outbox_server.shared.heads.markers import marking_stale
+from outbox_server.shared.holds.conditions import may_be_sent, sender_may_send
 from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.smtp.endpoint_columns import OAUTH2_CREDENTIALS_ID
 from outbox_server.shared.states import JobState, SenderState
@@ -64,6 +65,7 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
             # Nothing of a deleted sender is sent, and a million rows may wait to be cancelled.
             Sender.deleted_at.is_(None),
             waits_of(Sender.id),
+            may_be_sent(),
         )
         .order_by(EmailJob.scheduled_at, EmailJob.id)
         .limit(HEAD_SIZE + 1)
@@ -231,8 +233,12 @@ def concerned_statement(*, sharded: bool) -> Select[Any]:
     following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))
     walk = walk.union_all(select(following).select_from(walk).join(following, true()))
     # The limit ends the recursion, because PostgreSQL computes only the rows that are read.
-    waiting = select(walk).where(of_shard(walk.c.sender_id)).limit(page)
-    sending = select(EmailJob.sender_id, null(), null(), null()).where(
+    waiting = (
+        select(walk)
+        .where(of_shard(walk.c.sender_id), sender_may_send(walk.c.sender_id))
+        .limit(page)
+    )
+    sending = select(EmailJob.sender_id, null()).where(
         in_state(JobState.SENDING),
         EmailJob.sender_id > after,
         of_shard(EmailJob.sender_id),

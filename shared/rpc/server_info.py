@@ -17,6 +17,7 @@ from outbox_server.shared.rpc.server import ServiceBinding
 CAPABILITIES: Final = (
     "batch.request_id",
     "batch.watch_resume",
+    "hold",
     "job.explain_waits",
     "sender.cooldown",
     "sender.oauth2",

@@ -10,6 +10,14 @@ from outbox_server.services.dispatcher.storage.cooldowns import (
     end_cooldowns,
     refused_in_a_row,
 )
+from outbox_server.services.dispatcher.storage.heartbeats import (
+    ServerIdentity,
+    StoredBeat,
+    read_heartbeat,
+    read_identity,
+    readable_functions,
+    write_heartbeat,
+)
 from outbox_server.services.dispatcher.storage.marking import (
     BatchContent,
     MarkedJob,
@@ -27,7 +35,8 @@ __all__ = [
     "AttemptRecord",
     "BatchContent",
     "MarkedJob",
-    "Unmarked",
+    "ServerIdentity",
+    "StoredBeat",
     "cool_down",
     "end_cooldowns",
     "explain_unmarked",
@@ -35,9 +44,14 @@ __all__ = [
     "mark_sending",
     "next_expiry",
     "read_batches",
+    "read_heartbeat",
+    "read_identity",
+    "readable_functions",
     "recover_expired",
     "refused_in_a_row",
     "renew_leases",
     "settle",
     "still_sending",
+    "still_waiting",
+    "write_heartbeat",
 ]

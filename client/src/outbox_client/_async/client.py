@@ -24,6 +24,7 @@ from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceStub
 from outbox.v1.email_job_pb2 import Attempt, EmailJob
 from outbox.v1.email_job_service_pb2 import ListAttemptsRequest, ListEmailJobsRequest
 from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
+from outbox.v1.hold_service_pb2_grpc import HoldServiceStub
 from outbox.v1.sender_pb2 import Sender
 from outbox.v1.sender_service_pb2 import ListSendersRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # names that only the type stubs know
     from outbox.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
     from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceAsyncStub
     from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceAsyncStub
+    from outbox.v1.hold_service_pb2_grpc import HoldServiceAsyncStub
     from outbox.v1.sender_service_pb2_grpc import SenderServiceAsyncStub
     from outbox.v1.server_service_pb2_grpc import ServerServiceAsyncStub
     from outbox.v1.stats_service_pb2_grpc import StatsServiceAsyncStub
@@ -63,8 +65,8 @@ _LOOK: Final = RetryPolicy(first=timedelta(milliseconds=200), factor=1.3)
 class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
-    `senders`, `batches`, `email_jobs`, `suppressions`, `users`, `stats`, `dispatcher` and `server`
-    are the generated stubs with all methods of the API, such as
+    `senders`, `batches`, `email_jobs`, `suppressions`, `users`, `holds`, `stats`, `dispatcher` and
+    `server` are the generated stubs with all methods of the API, such as
     `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds, for all tries
     together; default: the client's `timeout`) and `metadata`, and raises CallError. Reads,
     `ScheduleBatch` and `upload` are retried while the server is unreachable; other calls only if
@@ -134,6 +136,11 @@ class AsyncClient:
     def users(self) -> UserServiceAsyncStub:
         """UserService, for operators."""
         return cast("UserServiceAsyncStub", self._stub("scheduler", UserServiceStub))
+
+    @property
+    def holds(self) -> HoldServiceAsyncStub:
+        """HoldService, for operators."""
+        return cast("HoldServiceAsyncStub", self._stub("scheduler", HoldServiceStub))
 
     @property
     def suppressions(self) -> SuppressionServiceAsyncStub:

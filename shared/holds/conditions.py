@@ -1,0 +1,84 @@
+"""The conditions of statements on jobs that may be sent although the installation is held.
+
+They cost one look at an empty table while nothing is held.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, SQLColumnExpression, and_, or_, select
+
+from outbox_server.shared.database.models import (
+    Attempt,
+    EmailJob,
+    HeldSend,
+    HoldRelease,
+    HoldRow,
+    Sender,
+)
+
+
+def was_sending() -> ColumnElement[bool]:
+    """Return the condition that a job was SENDING when the hold began."""
+    found: ColumnElement[bool] = (
+        select(HeldSend.email_job_id)
+        .where(HeldSend.email_job_id == EmailJob.id)
+        .correlate(EmailJob)
+        .exists()
+    )
+    return found
+
+
+def may_be_sent() -> ColumnElement[bool]:
+    """Return the condition that no hold keeps a job from being sent."""
+    released = (
+        select(HoldRelease.id)
+        .where(
+            *_of_sender(EmailJob.sender_id),
+            _any_or(HoldRelease.batch_id, HoldRelease.batch_id == EmailJob.batch_id),
+            _any_or(HoldRelease.due_from, EmailJob.scheduled_at >= HoldRelease.due_from),
+            _any_or(HoldRelease.due_before, EmailJob.scheduled_at < HoldRelease.due_before),
+            _any_or(HoldRelease.sending, HoldRelease.sending == was_sending()),
+        )
+        .correlate(EmailJob)
+        .exists()
+    )
+    # A retry moves the due time. A job that was released by its due time stays released.
+    begun = (
+        select(Attempt.attempt)
+        .where(
+            Attempt.email_job_id == EmailJob.id,
+            Attempt.started_at >= select(HoldRow.held_at).scalar_subquery(),
+        )
+        .correlate(EmailJob)
+        .exists()
+    )
+    return or_(_nothing_is_held(), released, and_(EmailJob.attempt > 0, begun))
+
+
+def sender_may_send(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
+    """Return the condition that some mail of a sender may be sent, as far as holds decide."""
+    released = (
+        select(HoldRelease.id).where(*_of_sender(sender)).correlate_except(HoldRelease).exists()
+    )
+    return or_(_nothing_is_held(), released)
+
+
+def _nothing_is_held() -> ColumnElement[bool]:
+    held: ColumnElement[bool] = select(HoldRow.singleton).exists()
+    return ~held
+
+
+def _of_sender(sender: SQLColumnExpression[int]) -> tuple[ColumnElement[bool], ...]:
+    owner = (
+        select(Sender.user_id).where(Sender.id == sender).correlate_except(Sender).scalar_subquery()
+    )
+    return (
+        _any_or(HoldRelease.sender_id, HoldRelease.sender_id == sender),
+        _any_or(HoldRelease.user_id, HoldRelease.user_id == owner),
+    )
+
+
+def _any_or(column: Any, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    return or_(column.is_(None), condition)
