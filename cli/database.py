@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 import psycopg
@@ -39,8 +39,17 @@ def with_engine(work: Callable[[AsyncEngine], Awaitable[T]], **options: Any) -> 
         finally:
             await engine.dispose()
 
+    return run_on(origin, run())
+
+
+def run_on(origin: str, work: Coroutine[Any, Any, T]) -> T:
+    """Run work on the database that `origin` names, and return its result.
+
+    Raises:
+        CommandFailed: the database cannot be reached, or has no schema.
+    """
     try:
-        return asyncio.run(run())
+        return asyncio.run(work)
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         text = " ".join(str(cause).split())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
@@ -26,7 +28,18 @@ app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 
 @app.callback()
-def dispatcher(ctx: typer.Context) -> None:
+def dispatcher(
+    ctx: typer.Context,
+    *,
+    hold: Annotated[
+        bool,
+        typer.Option(
+            "--hold",
+            help="First hold the installation: nothing is sent until an operator releases it "
+            "(`outbox held`).",
+        ),
+    ] = False,
+) -> None:
     """Run a dispatcher, which sends due mail. Subcommands query a running one.
 
     Its settings are the OUTBOX_* variables. It listens on
@@ -35,7 +48,21 @@ def dispatcher(ctx: typer.Context) -> None:
     dispatchers may run at the same time.
     """
     if ctx.invoked_subcommand is None:
+        if hold:
+            _hold()
         run("dispatcher")
+    elif hold:
+        raise typer.BadParameter("holds before a dispatcher runs; use `outbox held begin`")
+
+
+def _hold() -> None:
+    # Imported here because SQLAlchemy is slow to import, and clients do not need it.
+    from outbox_server.cli.database import run_on
+    from outbox_server.shared.holds.requesting import request_hold
+    from outbox_server.shared.settings import load_settings
+
+    new = run_on("OUTBOX_DATABASE_URL", request_hold(load_settings()))
+    note("the installation is held" if new else "the installation is held already")
 
 
 @app.command()

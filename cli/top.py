@@ -149,6 +149,12 @@ class _Monitor:
                 GetDispatcherStatusRequest(), timeout=2
             )
             dispatchers.append(status)
+            if status.HasField("hold_start_time"):
+                since = status.hold_start_time.ToDatetime(UTC)
+                troubles.append(
+                    f"held since {since:%Y-%m-%d %H:%M:%S} UTC: only released mail is sent; see "
+                    "`outbox held`"
+                )
         except CallError as error:
             troubles.append("dispatcher: " + in_brief(error, "it"))
             # An unreachable dispatcher must not slow down every refresh.

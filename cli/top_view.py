@@ -58,6 +58,7 @@ _REASONS: Final = {
     jobs.WAIT_REASON_SHARE: "share",
     jobs.WAIT_REASON_USER_HOURLY_LIMIT: "user limit",
     jobs.WAIT_REASON_USER_GAP: "user gap",
+    jobs.WAIT_REASON_HELD: "held",
 }
 _KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   q: quit"
 # The number of senders shown even on a small screen.

@@ -133,6 +133,14 @@ def up(
         bool,
         typer.Option("--metrics", help="Serve each service's Prometheus metrics at a free port."),
     ] = False,
+    hold: Annotated[
+        bool,
+        typer.Option(
+            "--hold",
+            help="First hold the installation: nothing is sent until you release it "
+            "(`outbox held`).",
+        ),
+    ] = False,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Run the complete system on this machine until Ctrl-C.
@@ -169,7 +177,14 @@ def up(
         envoy_command(ENDPOINTS.parent)
     run(
         lambda: _run_stack(
-            settings, dispatchers, smtp, choice, output, metrics=metrics, gateway=gateway
+            settings,
+            dispatchers,
+            smtp,
+            choice,
+            output,
+            metrics=metrics,
+            gateway=gateway,
+            hold=hold,
         ),
         lambda: note("stopping ..."),
     )
@@ -184,6 +199,7 @@ async def _run_stack(
     *,
     metrics: bool,
     gateway: bool,
+    hold: bool,
 ) -> None:
     began = time.monotonic()
     folder = ENDPOINTS.parent
@@ -199,6 +215,7 @@ async def _run_stack(
         provider=profile,
         metrics=metrics,
         gateway=gateway,
+        hold=hold,
         keys=settings.auth == "keys" and "auth" in settings.model_fields_set,
         say=_print_event,
     )

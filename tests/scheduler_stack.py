@@ -19,6 +19,7 @@ from outbox.v1 import (
     batch_service_pb2,
     batch_service_pb2_grpc,
     email_job_service_pb2_grpc,
+    hold_service_pb2_grpc,
     sender_pb2,
     sender_service_pb2,
     sender_service_pb2_grpc,
@@ -94,6 +95,7 @@ class Scheduler:
         self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
         self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
         self.users = user_service_pb2_grpc.UserServiceStub(channel)
+        self.holds = hold_service_pb2_grpc.HoldServiceStub(channel)
 
     async def sender(self, user_id: str = "ann", **fields: Any) -> sender_pb2.Sender:
         """Create a sender."""

@@ -70,6 +70,7 @@ class LocalSystem:
         metrics: bool = False,
         health: bool = False,
         keys: bool = False,
+        hold: bool = False,
         say: Callable[[str], None],
     ) -> None:
         """Take `settings`, whose addresses are ignored, and `say`, which informs the user.
@@ -80,7 +81,8 @@ class LocalSystem:
         otherwise all are any free ones. `migrate` gets the URL of the database, in place of the
         migrations of this release. With `metrics` each service serves its metrics at a free port,
         and with `health` it answers health checks without TLS at another one. With `keys`, callers
-        need an API key, and the folder has one of an operator.
+        need an API key, and the folder has one of an operator. With `hold`, nothing is sent until
+        an operator releases it.
         """
         # The reservations of the servers' usual ports, from now until the end.
         self._claims: list[socket.socket] = []
@@ -107,6 +109,7 @@ class LocalSystem:
         self._metrics = metrics
         self._health = health
         self._keys = keys
+        self._hold = hold
         # The file with the operator's key; None if callers need none.
         self.operator_key: Path | None = None
         self._say = say
@@ -149,6 +152,11 @@ class LocalSystem:
             await stack.enter_async_context(self.servers)
             migrate = self._migrate or (await imported).migrate
             await asyncio.to_thread(migrate, self.servers.database_url)
+            if self._hold:
+                # Imported here because it imports SQLAlchemy, and after the thread above.
+                holds = importlib.import_module("outbox_server.shared.holds.requesting")
+                url = self.servers.database_url
+                await holds.request_hold(self._settings.model_copy(update={"database_url": url}))
             if self._keys:
                 self.operator_key = await asyncio.to_thread(
                     operator_key_in, self.folder, self.servers.database_url

@@ -22,6 +22,7 @@ from outbox_server.services.scheduler.explaining import (
 from outbox_server.services.scheduler.storage import email_jobs as storage
 from outbox_server.services.scheduler.storage.batches import read_expire_after
 from outbox_server.services.scheduler.storage.email_jobs import JobRecord, PastAttempt
+from outbox_server.services.scheduler.storage.holds import is_held
 from outbox_server.shared.database.engine import from_unix_ms, snapshot
 from outbox_server.shared.forecast.backlog import (
     BacklogPosition,
@@ -83,7 +84,8 @@ class Explainer:
             place = BacklogPosition(job.scheduled_at, job.job_id)
             ahead = await count_ahead(connection, job.sender_id, place, MOST_AHEAD)
             send_time = None
-            if ahead < MOST_AHEAD:
+            held = await is_held(connection, job.job_id)
+            if ahead < MOST_AHEAD and not held:
                 expire_after = await read_expire_after(connection, job.batch_id)
                 found = await forecast_job(
                     connection,
@@ -98,7 +100,7 @@ class Explainer:
         limiter = live.limiter or _limiter_from(pace)
         situation = _situation(job, pace, ahead, limiter, live.circuit)
         until = _deferred_until(job, self._defer_for)
-        explanation = explain(replace(situation, deferred_until=until))
+        explanation = explain(replace(situation, deferred_until=until, held=held))
         if not live.reachable:
             explanation = Explanation(
                 explanation.reason, explanation.until, explanation.text + _NO_REDIS

@@ -38,6 +38,7 @@ class WaitReason(IntEnum):
     SHARE = 12
     USER_HOURLY_LIMIT = 13  # Limit.USER_WINDOW
     USER_GAP = 14  # Limit.USER_GAP
+    HELD = 15
 
 
 # A dispatcher marks a claimed job at once. One that it has for longer waits for a permit.
@@ -121,6 +122,8 @@ class Situation:
     last: LastAttempt | None = None
     # Until when a deferred job is tried. None means that the server did not defer it.
     deferred_until: datetime | None = None
+    # The installation is held, and the job was not released.
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,14 @@ _SHARE: Final = Explanation(
 )
 
 
+_HELD: Final = Explanation(
+    WaitReason.HELD,
+    None,
+    "The installation is held, as after a restore of its database; an operator releases or cancels "
+    "what waits.",
+)
+
+
 def explain_state(state: JobState) -> Explanation:
     """Explain a job that does not wait."""
     return Explanation(WaitReason.UNSPECIFIED, None, _FINAL[state])
@@ -159,9 +170,11 @@ def explain_state(state: JobState) -> Explanation:
 def explain(it: Situation) -> Explanation:
     """Explain a job that waits.
 
-    Several limits may delay it. The first in this order is named: a pause, the job's due time,
-    limits on all mail of the sender, other jobs that come first, the sender's window and gap.
+    Several limits may delay it. The first in this order is named: a hold, a pause, the job's due
+    time, limits on all mail of the sender, other jobs that come first, the sender's window and gap.
     """
+    if it.held:
+        return _HELD
     if not it.sender_active:
         return Explanation(
             WaitReason.SENDER_PAUSED, None, "Its sender is paused; ResumeSender ends the pause."

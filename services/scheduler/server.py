@@ -9,6 +9,7 @@ from functools import partial
 
 from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from outbox.v1.email_job_service_pb2_grpc import add_EmailJobServiceServicer_to_server
+from outbox.v1.hold_service_pb2_grpc import add_HoldServiceServicer_to_server
 from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_server
 from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceServicer_to_server
 from outbox.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
@@ -20,6 +21,7 @@ from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
+from outbox_server.services.scheduler.servicers.holds import HoldServicer
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
@@ -186,6 +188,7 @@ def _services(
     jobs = EmailJobServicer(engine, loader, explainer, quotas)
     users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings))
     suppressions = SuppressionServicer(engine, loader)
+    holds = HoldServicer(engine, loader)
     return [
         ServiceBinding(
             "outbox.v1.SenderService",
@@ -208,6 +211,7 @@ def _services(
             "outbox.v1.SuppressionService",
             partial(add_SuppressionServiceServicer_to_server, suppressions),
         ),
+        ServiceBinding("outbox.v1.HoldService", partial(add_HoldServiceServicer_to_server, holds)),
         ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),
     ]
 

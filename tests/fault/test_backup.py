@@ -3,36 +3,55 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, Final
 
 import psycopg
 import pytest
-from outbox.v1 import email_job_pb2, email_job_service_pb2
+from outbox.v1 import email_job_service_pb2
+from psycopg import sql
 
 from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.passwords import SUPERUSER
+from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.wheels import postgres_binaries
 from outbox_server.shared.agreed.storage import change_agreed
 from outbox_server.shared.agreed.values import AgreedValues
 from outbox_server.shared.states import JobState
+from tests.commands import outbox
 from tests.conftest import Stores
-from tests.dispatchers import options, running, settings_of
+from tests.dispatchers import DispatcherProcess, options, process, running, settings_of
 from tests.eventually import PATIENCE, eventually
-from tests.scheduler_stack import running_scheduler
+from tests.marked_jobs import mark
+from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.world import World, jobs_in
+
+ROOT: Final = Path(__file__).parents[2]
+# The exact statements of the documented restore for ids.
+IDS: Final = (
+    "SELECT setval(pg_get_serial_sequence('email_jobs', 'id'), max(id) + 1000000) FROM email_jobs;",
+    "SELECT setval(pg_get_serial_sequence('batches', 'id'), max(id) + 1000000) FROM batches;",
+)
+
+_SAME_CLUSTER: Final = "the same cluster"
+_OTHER_CLUSTER: Final = "another cluster"
 
 
 async def postgres_tool(stores: Stores, name: str, *words: str) -> None:
     binaries = stores.postgres._binaries or postgres_binaries()
-    process = await asyncio.create_subprocess_exec(
+    tool = await asyncio.create_subprocess_exec(
         binaries / name, *words, stderr=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(PATIENCE):
-        _, complaint = await process.communicate()
-    assert process.returncode == 0, complaint.decode()
+        _, complaint = await tool.communicate()
+    assert tool.returncode == 0, complaint.decode()
 
 
 @dataclass
@@ -40,116 +59,226 @@ class Restored:
     """An installation from a dump that was made while mail was being sent."""
 
     url: str
-    # The SENT jobs of the dump, and all jobs of the dump.
+    # The SENT jobs of the dump, and those in SENDING.
     sent: set[int]
-    jobs: set[int]
-    # The jobs that had arrived when the first installation failed.
-    arrived: set[int]
+    sending: set[int]
+    # The arrivals until the first installation failed, by job.
+    arrived: Counter[int]
     # A job that is due long after the failure.
     later: int
+    # Two senders of Anna's, one of Bert's, and one of Anna's with one job, in SENDING.
+    senders: list[int]
 
 
 @pytest.fixture
-def values(database_url: str, redis_url: str, inbox: Inbox) -> dict[str, str]:
-    """The settings of the installation that fails."""
-    return options(database_url, redis_url, inbox.url, min_gap="20ms")
+async def target(
+    request: pytest.FixtureRequest, stores: Stores, new_database: Callable[[], str]
+) -> AsyncIterator[str]:
+    """An empty database to restore into."""
+    if request.param == _SAME_CLUSTER:
+        url = new_database()
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        yield url
+        return
+    other = PostgresServer(
+        stores.postgres.folder.with_name("restored"),
+        durable=False,
+        binaries=stores.postgres._binaries,
+        system_user=stores.postgres._system_user,
+    )
+    await other.start()
+    try:
+        await other.ensure_database()
+        yield other.url()
+    finally:
+        await other.stop()
+
+
+@pytest.fixture
+async def dumped(
+    database_url: str, redis_url: str, stores: Stores, inbox: Inbox, tmp_path: Path
+) -> tuple[Path, int, list[int]]:
+    """A dump that was made while mail was being sent, a job that is due later, and the senders."""
+    dump = tmp_path / "outbox.dump"
+    settings = settings_of(options(database_url, redis_url, inbox.url, min_gap="20ms"))
+    async with World(settings) as world:
+        senders = [await world.sender(user=user) for user in ("anna", "anna", "bert", "anna")]
+        async with running(settings):
+            for sender in senders[:3]:
+                await world.schedule(sender, 25)
+            (later,) = await world.schedule(senders[2], 1, due=timedelta(days=2))
+            (sending,) = await world.schedule(senders[3], 1, due=timedelta(days=-2), load=False)
+            # By a dispatcher that dies.
+            async with world.engine.begin() as connection:
+                assert await mark(connection, [sending])
+            await eventually(lambda: len(inbox.mails) >= 15)
+            source = database_url.replace("outbox@", f"{SUPERUSER}@")
+            await postgres_tool(stores, "pg_dump", "-Fc", "-f", str(dump), source)
+            at_dump = len(inbox.mails)
+            await eventually(lambda: len(inbox.mails) >= at_dump + 15)
+        # The first installation fails here and is not used again.
+        await world.redis.flushall()
+    return dump, later, senders
 
 
 @pytest.fixture
 async def restored(
-    values: dict[str, str],
-    stores: Stores,
-    inbox: Inbox,
-    tmp_path: Path,
-    new_database: Callable[[], str],
+    target: str, dumped: tuple[Path, int, list[int]], stores: Stores, inbox: Inbox
 ) -> Restored:
-    dump = tmp_path / "outbox.dump"
-    settings = settings_of(values)
-    async with World(settings) as world:
-        async with running(settings):
-            senders = [await world.sender() for _ in range(4)]
-            for sender in senders:
-                await world.schedule(sender, 25)
-            (later,) = await world.schedule(senders[0], 1, due=timedelta(days=1))
-            await eventually(lambda: len(inbox.mails) >= 20)
-            source = values["database_url"].replace("outbox@", "postgres@")
-            await postgres_tool(stores, "pg_dump", "-Fc", "-f", str(dump), source)
-            at_dump = len(inbox.mails)
-            await eventually(lambda: len(inbox.mails) >= at_dump + 20)
-        # The first installation fails here and is not used again.
-        await world.redis.flushall()
-    url = new_database()
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    target = url.replace("outbox@", "postgres@")
-    await postgres_tool(stores, "pg_restore", "-d", target, "--exit-on-error", str(dump))
-    with psycopg.connect(url, autocommit=True) as connection:
+    dump, later, senders = dumped
+    words = ("--no-owner", "--role=outbox", "--exit-on-error")
+    admin = target.replace("outbox@", f"{SUPERUSER}@")
+    await postgres_tool(stores, "pg_restore", "-d", admin, *words, str(dump))
+    with psycopg.connect(target, autocommit=True) as connection:
+        for statement in IDS:
+            connection.execute(sql.SQL(statement))
+        # A restore takes longer than a lease.
+        connection.execute("UPDATE email_jobs SET lease_until = now() WHERE state = 2")
         rows = connection.execute("SELECT id, state FROM email_jobs").fetchall()
     return Restored(
-        url,
+        target,
         {job for job, state in rows if state == JobState.SENT},
-        {job for job, _ in rows},
-        set(jobs_in(inbox.mails)),
+        {job for job, state in rows if state == JobState.SENDING},
+        jobs_in(inbox.mails),
         later,
+        senders,
     )
 
 
+async def held(scheduler: Scheduler, *words: str) -> Any:
+    """Run a command of `outbox held`; return its JSON."""
+    done = await outbox(scheduler, "held", *words, "-o", "json")
+    assert done.exit_code == 0, done.stderr
+    # The scheduler's log lines are on the same stdout.
+    document, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{\n") :])
+    return document
+
+
 @asynccontextmanager
-async def restarted(restored: Restored, redis_url: str, inbox: Inbox) -> AsyncIterator[World]:
-    """Run a dispatcher on the restored database until no due job waits."""
+async def held_dispatcher(values: dict[str, str], log: Path) -> AsyncIterator[DispatcherProcess]:
+    """Run a dispatcher; it serves, and has said that the installation is held."""
+    async with process(values, log) as dispatcher:
+        await eventually(dispatcher.serving)
+        await eventually(lambda: '"held"' in dispatcher.log())
+        yield dispatcher
+
+
+async def check_shown(scheduler: Scheduler, world: World, restored: Restored) -> None:
+    """Check that everything that waits is shown, by state and age, and by sender."""
+    waiting = await world.in_state(JobState.SCHEDULED, JobState.SENDING) - restored.sending
+    shown = await held(scheduler)
+    assert (shown["held"], shown["reason"]) == (True, "HOLD_REASON_RESTORED")
+    assert int(shown["job_count"]) == len(waiting) + len(restored.sending) > 10
+    groups = {(each["state"], each["age"]): int(each["job_count"]) for each in shown["groups"]}
+    in_flight = len(restored.sending) - 1
+    assert groups == {
+        ("HELD_STATE_SENDING", "HELD_AGE_OVERDUE_DAYS"): 1,
+        **({("HELD_STATE_SENDING", "HELD_AGE_OVERDUE"): in_flight} if in_flight else {}),
+        ("HELD_STATE_WAITING", "HELD_AGE_OVERDUE"): len(waiting) - 1,
+        ("HELD_STATE_WAITING", "HELD_AGE_DUE_LATER"): 1,
+    }
+    by_sender = {each["sender_id"]: each for each in shown["senders"]}
+    assert by_sender.keys() == {str(sender) for sender in restored.senders}
+    _, _, third, fourth = (by_sender[str(sender)] for sender in restored.senders)
+    assert (third["user_id"], fourth["sending_count"]) == ("bert", "1")
+    # For a caller, in words.
+    request = email_job_service_pb2.ExplainEmailJobRequest(email_job_id=str(restored.later))
+    why = await scheduler.jobs.ExplainEmailJob(request)
+    assert why.wait_reason == email_job_service_pb2.WAIT_REASON_HELD
+
+
+@pytest.mark.parametrize("target", [_SAME_CLUSTER], indirect=True)
+async def test_a_dump_that_is_restored_into_the_same_cluster_is_held_too(
+    restored: Restored, redis_url: str, inbox: Inbox, tmp_path: Path
+) -> None:
     values = options(restored.url, redis_url, inbox.url, min_gap="20ms", lease="2s")
-    async with World(settings_of(values)) as world:
-        # The backup has the stored settings too.
-        async with world.engine.begin() as connection:
-            stored = AgreedValues.from_settings(world.settings)
-            await change_agreed(connection, {"uncertain_policy": "hold"}, stored, "test")
+    async with (
+        World(settings_of(values)) as world,
+        running_scheduler(restored.url, redis_url) as scheduler,
+        held_dispatcher(values, tmp_path / "dispatcher.log"),
+    ):
+        await check_shown(scheduler, world, restored)
+        world._numbers = itertools.count(1_000)
+        sender = await world.sender(user="carl")
+        await held(scheduler, "release", "--sender", str(sender))
+        jobs = await world.schedule(sender, 1)
+        await eventually(lambda: jobs_in(inbox.mails) - restored.arrived)
+        assert jobs_in(inbox.mails) - restored.arrived == dict.fromkeys(jobs, 1)
 
-        async def all_ended() -> bool:
-            # Only the job for tomorrow still waits.
-            return len(await world.in_state(JobState.SCHEDULED, JobState.SENDING)) == 1
 
-        async with running(settings_of(values)):
-            await eventually(all_ended)
-            yield world
-
-
-async def test_a_restored_backup_sends_mail_that_it_does_not_record_as_sent(
-    restored: Restored, redis_url: str, inbox: Inbox
+@pytest.mark.parametrize("target", [_OTHER_CLUSTER], indirect=True)
+async def test_after_a_restore_nothing_is_sent_until_it_is_released(
+    restored: Restored, redis_url: str, inbox: Inbox, tmp_path: Path
 ) -> None:
-    assert restored.arrived - restored.sent, "nothing was sent after the dump"
-    async with restarted(restored, redis_url, inbox) as world:
-        arrivals = jobs_in(inbox.mails)
-        held = await world.in_state(JobState.UNCERTAIN)
-        # No job of the backup is lost.
-        assert restored.jobs - {restored.later} <= set(arrivals) | held
-        # Mail recorded as sent in the backup is not sent again. Mail sent after the backup is sent
-        # twice.
-        again = {job for job, times in arrivals.items() if times > 1}
-        assert again == restored.arrived - restored.sent - held
-        assert max(arrivals.values()) <= 2
-        await world.check_counts()
+    values = options(restored.url, redis_url, inbox.url, min_gap="20ms", lease="2s")
+    first, second, third, _ = restored.senders
+    assert restored.arrived.keys() - restored.sent, "nothing was sent after the dump"
+    expected: set[int] = set()
 
+    def arrived(*jobs: int) -> bool:
+        """Return whether these jobs, and no others than released ones, have arrived again."""
+        again = jobs_in(inbox.mails) - restored.arrived
+        assert again.keys() <= expected
+        assert not again or max(again.values()) == 1
+        return again.keys() >= set(jobs)
 
-async def test_mail_that_may_have_been_sent_after_the_backup_can_be_cancelled_first(
-    restored: Restored, redis_url: str, inbox: Inbox
-) -> None:
-    before = jobs_in(inbox.mails)
-    async with running_scheduler(restored.url, redis_url) as scheduler:
-        waiting = email_job_service_pb2.ListEmailJobsRequest(
-            user_id="anna", state=email_job_pb2.EMAIL_JOB_STATE_SCHEDULED, page_size=1000
+    async with (
+        World(settings_of(values)) as world,
+        running_scheduler(restored.url, redis_url) as scheduler,
+        held_dispatcher(values, tmp_path / "one.log") as one,
+        held_dispatcher(values, tmp_path / "two.log"),
+    ):
+        # The restored batches have the first request ids.
+        world._numbers = itertools.count(1_000)
+        await check_shown(scheduler, world, restored)
+
+        # Only the released sender sends, also what is accepted meanwhile.
+        rows = await world.sql(
+            "SELECT id FROM email_jobs WHERE sender_id = %s AND state < 3", first
         )
-        listed = (await scheduler.jobs.ListEmailJobs(waiting)).email_jobs
-        now = scheduler.value("SELECT now()")
-        due = [job for job in listed if job.schedule_time.ToDatetime(now.tzinfo) <= now]
-        assert len(due) == len(listed) - 1
-        cancel = scheduler.jobs.CancelEmailJob
-        request_of = email_job_service_pb2.CancelEmailJobRequest
-        for start in range(0, len(due), 5):
-            some = due[start : start + 5]
-            await asyncio.gather(
-                *(cancel(request_of(email_job_id=job.email_job_id)) for job in some)
-            )
-    async with restarted(restored, redis_url, inbox) as world:
-        assert jobs_in(inbox.mails) == before
-        assert await world.in_state(JobState.SCHEDULED) == {restored.later}
+        expected |= {row.id for row in rows}
+        answer = await held(scheduler, "release", "--sender", str(first))
+        assert answer == {"released_count": str(len(rows)), "hold_ended": False}
+        await world.schedule(second, 1)
+        expected |= {*(new := await world.schedule(first, 1))}
+        await eventually(lambda: arrived(*expected))
+        # Ids assigned after the dump are not assigned again.
+        assert min(new) > 1_000_000
+
+        # A dispatcher that is killed comes back, and everything else stays held. What it sent is
+        # recorded: otherwise it would be in doubt, and sent again.
+        await eventually(lambda: world.done(first))
+        await one.kill()
+        async with held_dispatcher(values, tmp_path / "three.log"):
+            expected |= {*(new := await world.schedule(first, 1))}
+            await eventually(lambda: arrived(*new))
+
+            # What was SENDING is in doubt. It is sent if it is released.
+            expected |= restored.sending
+            await held(scheduler, "release", "--state", "sending")
+            await eventually(lambda: arrived(*expected))
+
+            # What is cancelled is never sent.
+            waiting = (await world.states(second))[JobState.SCHEDULED]
+            answer = await held(scheduler, "cancel", "--sender", str(second))
+            assert (int(answer["cancelled_count"]), answer["hold_ended"]) == (waiting, False)
+            assert (await world.states(second))[JobState.CANCELLED] == waiting > 1
+            assert not (await held(scheduler, "--sender", str(second)))["groups"]
+
+            # The hold ends when nothing is held any more.
+            await held(scheduler, "cancel", "--user", "bert", "--due-before", "now")
+            answer = await held(scheduler, "release", "--due-after", "now")
+            assert answer == {"released_count": "1", "hold_ended": True}
+            assert (await held(scheduler))["held"] is False
+            expected |= {*(new := await world.schedule(third, 1))}
+            await eventually(lambda: arrived(*new))
+
+            async def all_recorded() -> bool:
+                open_jobs = await world.in_state(JobState.SCHEDULED, JobState.SENDING)
+                return open_jobs == {restored.later}
+
+            # Before the dispatcher is killed at the end of its block.
+            await eventually(all_recorded)
+        assert arrived(*expected)
         await world.check_counts()

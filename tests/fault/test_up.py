@@ -361,6 +361,22 @@ async def test_a_simulated_provider_accepts_all_mail_within_its_rules_and_the_au
         assert "and refused 2 times: 1 x 550 5.1.1 The email account that you" in up.errors
 
 
+async def test_with_hold_nothing_is_sent_until_it_is_released(folder: Path) -> None:
+    async with running(folder, "--hold") as up:
+        sender = up.ask("senders", "create", "--user", "ann", "--email", "a@x.org")["sender_id"]
+        (folder / "list.csv").write_text("email\nb@y.org\n")
+        up.ask("schedule", "list.csv", "--sender", sender, "--subject", "Hi", "--body", "Hi")
+        shown = up.ask("held")
+        assert (shown["reason"], shown["job_count"]) == ("HOLD_REASON_REQUESTED", "1")
+        table = up.outbox("held")
+        assert "DUE" in table.stdout
+        assert "a@x.org" in table.stdout
+        assert not up.mails()
+        assert up.ask("held", "release", "--all") == {"released_count": "1", "hold_ended": True}
+        await eventually(lambda: len(up.mails()) == 1)
+        assert "not held" in up.outbox("held").stderr
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

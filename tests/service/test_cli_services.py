@@ -30,9 +30,11 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 @contextmanager
-def running(folder: Path, name: str, variables: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+def running(
+    folder: Path, name: str, variables: dict[str, str], *options: str
+) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [OUTBOX, name],
+        [OUTBOX, name, *options],
         cwd=folder,
         env=environment(**variables),
         stdout=subprocess.PIPE,
@@ -79,6 +81,24 @@ async def test_a_service_command_serves_until_sigterm(
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out) == (0, "")
+
+
+async def test_a_dispatcher_with_hold_first_holds_the_installation(
+    database_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    variables = {
+        "OUTBOX_DATABASE_URL": database_url,
+        "OUTBOX_REDIS_URL": redis_url,
+        "OUTBOX_AUTH": "off",
+        "OUTBOX_DISPATCHER_LISTEN": "127.0.0.1:0",
+    }
+    with psycopg.connect(database_url, autocommit=True) as connection:
+
+        def held() -> bool:
+            return bool(connection.execute("SELECT FROM hold WHERE reason = 3").rowcount)
+
+        with running(tmp_path, "dispatcher", variables, "--hold"):
+            await eventually(held)
 
 
 def test_a_service_command_with_an_invalid_variable_exits_with_code_2(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from outbox.v1 import (  # noqa: F401 - importing them is what makes the service
     batch_service_pb2,
     dispatcher_service_pb2,
     email_job_service_pb2,
+    hold_service_pb2,
     sender_service_pb2,
     server_service_pb2,
     stats_service_pb2,
@@ -49,6 +50,7 @@ SCHEDULER: Final = (
     "BatchService",
     "EmailJobService",
     "SuppressionService",
+    "HoldService",
     "UserService",
     "ServerService",
 )
@@ -116,6 +118,8 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     for (old,) in scheduler.rows("SELECT id FROM senders WHERE deleted_at IS NULL"):
         delete = sender_service_pb2.DeleteSenderRequest(sender_id=str(old), force=True)
         await scheduler.senders.DeleteSender(delete)
+    # Only what is held can be released and cancelled.
+    await scheduler.holds.BeginHold(hold_service_pb2.BeginHoldRequest())
     first, second = await scheduler.sender(), await scheduler.sender("bob")
     batches = [
         await scheduler.schedule(each, "email,name\na@b.org,Ann\nc@d.org,Bo\ne@f.org,Cy\n")

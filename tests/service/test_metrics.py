@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
+from outbox.v1.hold_service_pb2 import BeginHoldRequest, ReleaseHeldJobsRequest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from outbox_server.deploy.ports import free_port
@@ -212,6 +213,17 @@ async def test_cooldowns_and_circuits_are_counted_with_their_causes(
     assert found.value("outbox_open_circuits") == 1
     assert found.value("outbox_replies_total", code="none", reply_class="none") >= 3
     assert found.value("outbox_endpoint_seconds_count", route="own") >= 3
+
+
+async def test_a_hold_is_shown_until_it_ends(installation: Installation) -> None:
+    it = installation.scheduler
+    await it.schedule(await it.sender())
+    await it.holds.BeginHold(BeginHoldRequest())
+    async with dispatching(installation):
+        await installation.once("dispatcher", lambda found: found.value("outbox_held") == 1)
+        await it.holds.ReleaseHeldJobs(ReleaseHeldJobsRequest(all=True))
+        await eventually(lambda: len(installation.smtp.taken) == 1)
+        await installation.once("dispatcher", lambda found: found.value("outbox_held") == 0)
 
 
 async def test_a_lost_redis_is_counted_as_a_rebuild(installation: Installation, redis: Any) -> None:

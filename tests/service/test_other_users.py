@@ -53,9 +53,12 @@ RIGHT: Final[Mapping[str, Any]] = {
     "force": True,
 }
 # They are about the server and not about resources of a user, so they have no user id.
-OF_NO_USER: Final = {"GetServerInfo", "ListUsers"}
+OF_NO_USER: Final = {"BeginHold", "GetServerInfo", "ListUsers"}
 # Only operators may call these, whichever user is named.
-FOR_OPERATORS: Final = {"GetUser", "ListUsers", "UpdateUser"}
+FOR_OPERATORS: Final = {
+    *("GetUser", "ListUsers", "UpdateUser"),
+    *("BeginHold", "CancelHeldJobs", "GetHold", "ReleaseHeldJobs"),
+}
 # The quotas equal what each user has, so every further job or sender is refused.
 QUOTAS: Final = {"user_senders": 1, "user_waiting_jobs": 4, "user_stored_rejections": 1}
 IDS: Final = ("sender_id", "batch_id", "email_job_id", "email_job_ids")

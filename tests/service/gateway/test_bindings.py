@@ -71,6 +71,10 @@ REFUSED = {
     ("POST", "/api/email-jobs/{email_job_id}:resolve"): "NOT_UNCERTAIN",
     ("GET", "/api/dispatcher"): "OPERATOR_REQUIRED",
     ("POST", "/api/dispatcher:drain"): "OPERATOR_REQUIRED",
+    ("GET", "/api/hold"): "OPERATOR_REQUIRED",
+    ("POST", "/api/hold"): "OPERATOR_REQUIRED",
+    ("POST", "/api/hold:release"): "OPERATOR_REQUIRED",
+    ("POST", "/api/hold:cancel"): "OPERATOR_REQUIRED",
 }
 # These run last and in this order, because they change resources that the others need.
 LAST = [

@@ -88,7 +88,11 @@ GROUPS = (
     (("SenderService",), ("GET", "PATCH", "POST"), "ann"),
     (("BatchService",), ("GET", "POST"), "ann"),
     (("EmailJobService",), ("GET", "POST", "DELETE"), "ann"),
-    (("StatsService", "SuppressionService", "ServerService", "UserService"), ALL_VERBS, "ann"),
+    (
+        ("StatsService", "SuppressionService", "ServerService", "UserService", "HoldService"),
+        ALL_VERBS,
+        "ann",
+    ),
     (("DispatcherService",), ("GET", "POST"), "operator"),
     # The last operation deletes the sender.
     (("SenderService",), ("DELETE",), "ann"),

@@ -1,0 +1,108 @@
+"""Releases and cancels what is held after a restore, part by part."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.storage import holds as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.cancelling import SWEPT_AT_ONCE, EndedJobs
+from outbox_server.services.scheduler.storage.holds import HeldFilter
+from outbox_server.shared.errors import FailedPrecondition
+from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.holds.storage import end_hold
+
+# What is not loaded within this time is loaded by the dispatchers.
+_LOAD_LIMIT: Final = timedelta(seconds=10)
+# A call ends after this time, and the next one continues.
+_CANCEL_LIMIT_S: Final = 10.0
+_EVERYTHING: Final = HeldFilter()
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The result of a release."""
+
+    jobs: int
+    hold_ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CancelledHeld:
+    """The result of a cancellation. `more`: the time was up before all were cancelled."""
+
+    jobs: int
+    more: bool
+    sending: int
+    hold_ended: bool
+
+
+async def release_held(engine: AsyncEngine, loader: HeadLoader, which: HeldFilter) -> Released:
+    """Release the held jobs that match, in one transaction, and load the heads of their senders.
+
+    Raises:
+        FailedPrecondition: NOT_HELD, TOO_MANY_RELEASES.
+    """
+
+    async def release(connection: AsyncConnection) -> tuple[int, Sequence[int], bool]:
+        await _require_hold(connection)
+        jobs, senders = await storage.request_loads(connection, which)
+        releases = await storage.list_releases(connection)
+        if which != _EVERYTHING and which not in releases:
+            if len(releases) >= storage.MOST_RELEASES:
+                raise FailedPrecondition(
+                    f"{storage.MOST_RELEASES:,} filters were released already: release more with "
+                    "one filter, such as a user, or everything",
+                    reason="TOO_MANY_RELEASES",
+                )
+            await storage.add_release(connection, which)
+        ended = which == _EVERYTHING or not await storage.any_held(connection)
+        if ended:
+            await end_hold(connection)
+        return jobs, senders, ended
+
+    jobs, senders, ended = await in_transaction(engine, release)
+    if senders:
+        await load_soon(loader, senders, limit=_LOAD_LIMIT)
+    return Released(jobs, ended)
+
+
+async def cancel_held(engine: AsyncEngine, which: HeldFilter) -> CancelledHeld:
+    """Cancel the held jobs that match, in transactions of their own. It may be repeated.
+
+    Raises:
+        FailedPrecondition: NOT_HELD.
+    """
+    until = time.monotonic() + _CANCEL_LIMIT_S
+    cancelled, after, more = 0, 0, True
+
+    async def cancel(connection: AsyncConnection) -> EndedJobs:
+        await _require_hold(connection)
+        return await storage.cancel_held(connection, which, after)
+
+    while more and time.monotonic() < until:
+        part = await in_transaction(engine, cancel)
+        cancelled, after, more = cancelled + part.jobs, part.last_id, part.jobs == SWEPT_AT_ONCE
+
+    async def end_if_empty(connection: AsyncConnection) -> tuple[int, bool]:
+        if await storage.lock_hold(connection) is None:
+            return 0, True
+        sending = await storage.count_sending(connection, which)
+        ended = not more and not sending and not await storage.any_held(connection)
+        if ended:
+            await end_hold(connection)
+        return sending, ended
+
+    sending, ended = await in_transaction(engine, end_if_empty)
+    return CancelledHeld(cancelled, more, sending, ended)
+
+
+async def _require_hold(connection: AsyncConnection) -> None:
+    if await storage.lock_hold(connection) is None:
+        raise FailedPrecondition("the installation is not held", reason="NOT_HELD")
