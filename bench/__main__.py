@@ -26,6 +26,8 @@ from rich.table import Table
 
 from bench.healing import healing
 from bench.hostile import PROMISED_STALL_MS, hostile
+from bench.idle import SENDERS as WAITING_SENDERS
+from bench.idle import idle
 from bench.world import BenchStack, peak_memory_mib, world
 
 USER = "bench"
@@ -188,6 +190,7 @@ _ROWS: Final[Mapping[str, Callable[[BenchStack], Awaitable[dict[str, float]]]]] 
     "lateness": lateness,
     "healing": healing,
     "hostile": hostile,
+    "idle": lambda stack: idle(stack, WAITING_SENDERS[0]),
 }
 
 
