@@ -1,4 +1,4 @@
-"""Recovers from failures: ends expired leases, loads abandoned heads, restores lost keys."""
+"""Recovers from failures: ends expired leases, loads abandoned heads, looks for lost senders."""
 
 from __future__ import annotations
 
@@ -33,11 +33,8 @@ _SLACK = timedelta(milliseconds=20)
 # At worst the mail is in doubt, as after the death of a dispatcher.
 GRACE = timedelta(seconds=10)
 _HANGS = timedelta(seconds=2)
-# How often one of the dispatchers compares the senders that have waiting jobs with those in Redis:
-# 20 us of PostgreSQL and 10 us of Redis per sender.
-REBUILD_PAUSE = timedelta(seconds=4)
-# How often a dispatcher whose Redis is not the one in use looks whether it is now.
-_SOON = timedelta(seconds=1)
+# How often one of the dispatchers does a part of the patrol (shared/heads/patrol.py).
+PATROL_PAUSE = timedelta(seconds=1)
 _ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
 
@@ -70,8 +67,7 @@ class Recovery:
             for name, step in (
                 ("lease recovery", self.recover_leases),
                 ("loading abandoned heads", self._load_abandoned),
-                ("restoring lost keys", self._restore_lost),
-                ("confirming lives", self._confirm_lives),
+                ("the patrol", self._patrol),
             ):
                 loop = Loop(name, partial(self._try, step), errors=_ERRORS)
                 group.create_task(loop.run())
@@ -137,8 +133,5 @@ class Recovery:
             _log.info("abandoned_heads_loaded", senders=senders)
         return MARKER_AGE
 
-    async def _restore_lost(self) -> timedelta:
-        """Load the senders whose keys Redis has lost, even if only some of them are missing."""
-        for queue in self._loader.queues:
-            await self._loader.rebuild(queue, pause=REBUILD_PAUSE)
-        return REBUILD_PAUSE
+    async def _patrol(self) -> timedelta:
+        return await self._loader.patrol(PATROL_PAUSE)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import structlog
@@ -22,13 +23,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.gap import effective_gap
-from outbox_server.shared.heads.lives import Lives
-from outbox_server.shared.heads.markers import delete_markers, read_abandoned
+from outbox_server.shared.heads.concerned import Walk
+from outbox_server.shared.heads.markers import delete_markers, mark_stale, read_abandoned
+from outbox_server.shared.heads.patrol import Patrol
+from outbox_server.shared.heads.rebuilding import Rebuild
 from outbox_server.shared.heads.routes import Routes
 from outbox_server.shared.heads.statements import (
-    concerned_statement,
-    heads_statement,
-    history_statement,
+    HEADS_STATEMENT,
+    HISTORY_STATEMENT,
     shard_keys_statement,
 )
 from outbox_server.shared.heads.users import UserLoader, spans_of
@@ -53,8 +55,6 @@ from outbox_server.shared.settings import Settings
 _TRIES = 20
 # Senders per statement and pipeline, which bounds the memory of a rebuild.
 _CHUNK = 200
-# Senders that a rebuild sorts by due time at once: 20 us each, and its lock lasts 10 s.
-_PAGE = 10_000
 _DAY_MS = 24 * 60 * 60 * 1000
 
 _log = structlog.get_logger(__name__)
@@ -111,7 +111,9 @@ class HeadLoader:
         self._key_space = queues[0].key_space if queues else ""
         self._routes = Routes(queues)
         self._users = UserLoader(engine, self._routes, settings)
-        self._concerned_statement = concerned_statement(sharded=self._users.sharded)
+        self._patrol = Patrol(
+            engine, queues, find_queues=self.find_queues, load=self._load_without_commit
+        )
         self._window = settings.rate_window
         self._floor = settings.min_gap
         self._circuit_keys = CircuitKeys(
@@ -178,7 +180,8 @@ class HeadLoader:
                 # What they send from another shard until then is in PostgreSQL, or not confirmed.
                 await self._users.forget_elsewhere(queue, fresh)
             async with snapshot(self._engine) if fresh else self._engine.connect() as connection:
-                rows = (await connection.execute(heads_statement(list(epochs)))).all()
+                found = await connection.execute(HEADS_STATEMENT, {"senders": list(epochs)})
+                rows = found.all()
                 heads, markers = await self._read(connection, epochs, rows)
             strangers = await self._find_strangers(queue, rows)
             if strangers:
@@ -229,19 +232,27 @@ class HeadLoader:
             is not queue
         ]
         if strangers:
-            await queue.forget_senders(strangers)
+            await self._forget(queue, strangers)
         return strangers
+
+    async def _forget(self, queue: Queue, sender_ids: Sequence[int]) -> None:
+        """Remove senders from the wrong shard. The caller loads them into the right one."""
+        # In case this process dies before.
+        async with self._engine.begin() as connection:
+            await mark_stale(connection, sender_ids)
+        await queue.forget_senders(sender_ids)
 
     async def _read(
         self, connection: AsyncConnection, epochs: Mapping[int, str], rows: Sequence[Row[Any]]
     ) -> tuple[list[Head], dict[int, list[int]]]:
         ends: dict[int, list[PastEnd]] = {}
         leases: dict[int, list[ActiveLease]] = {}
-        fresh = [sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)]
+        fresh = {sender_id for sender_id, epoch in epochs.items() if brings_history(epoch)}
         if fresh:
             gaps = (effective_gap(row.min_gap_ms, self._floor) for row in rows if row.id in fresh)
             reach = max([self._window, *gaps])
-            for row in await connection.execute(history_statement(fresh, reach)):
+            values = {"senders": list(fresh), "reach": reach}
+            for row in await connection.execute(HISTORY_STATEMENT, values):
                 if row.leased:
                     leases[row.sender_id] = [ActiveLease(*span[:2]) for span in spans_of(row)]
                 else:
@@ -295,7 +306,7 @@ class HeadLoader:
         moved = [sender_id for sender_id in sender_ids if queues[sender_id] is not queue]
         if moved:
             # Otherwise the shard would ask for them again and again.
-            await queue.forget_senders(moved)
+            await self._forget(queue, moved)
         await self.load(sender_ids, committed=False)
 
     async def load_abandoned(self) -> Sequence[int]:
@@ -305,15 +316,18 @@ class HeadLoader:
         await self.load(senders, committed=True)
         return senders
 
-    async def rebuild(self, queue: Queue, *, pause: timedelta = timedelta(0)) -> bool:
+    async def patrol(self, pause: timedelta) -> timedelta:
+        """Load the senders of the next part of the patrol that Redis has lost (`Patrol.step`)."""
+        return await self._patrol.step(pause)
+
+    async def rebuild(self, queue: Queue) -> bool:
         """Load all senders of a shard that Redis lost completely or in part.
 
-        It visits the senders with waiting jobs, in pages of 10,000, of each page those due first. A
-        sender with only a history is loaded when it is used. Returns whether the shard is complete.
-        False means that another process rebuilds it, that the last rebuild ended less than `pause`
-        ago, that Redis was lost again meanwhile, or that another server is in use.
+        It visits the senders with waiting jobs, and loads those first whose jobs are due. A sender
+        with only a history is loaded when it is used. Returns whether the shard is complete. False
+        means that another process rebuilds it, or that Redis was lost again meanwhile.
         """
-        token = await queue.begin_rebuild(pause=pause)
+        token = await queue.begin_rebuild()
         if token is None:
             return False
         try:
@@ -325,33 +339,23 @@ class HeadLoader:
             # So that the next try, here or elsewhere, does not wait until the lock expires.
             with suppress(*QUEUE_ERRORS):
                 await queue.give_up_rebuild(token)
-                # Dispatchers look for lost senders all the time, also while PostgreSQL is away.
+                # A rebuild of a complete shard that fails has lost nothing.
                 if not (await queue.count_ready_jobs()).complete:
                     self._rebuilt(RebuildResult.FAILED)
             raise
 
     async def _rebuild(self, queue: Queue, token: str) -> bool:
-        loaded, after = 0, 0
-        while firsts := await self._concerned(queue.shard, after):
-            senders = [sender_id for sender_id, *_ in firsts]
-            after = max(senders)
-            self.learn_routes(queue, senders)
-            for part in range(0, len(senders), _CHUNK):
-                chunk = firsts[part : part + _CHUNK]
-                lost = await queue.find_lost([sender_id for sender_id, *_ in chunk])
-                lost += await find_outdated(queue, chunk)
-                await self.load(lost, committed=False)
-                if not await queue.keep_rebuild(token):
-                    _log.warning("rebuild_overtaken", shard=queue.shard)
-                    self._rebuilt(RebuildResult.OVERTAKEN)
-                    return False
-                loaded += len(lost)
+        walk = Walk(shards=len(self.queues), shard=queue.shard)
+        load = partial(self._load_of_shard, queue)
+        rebuild = Rebuild(self._engine, queue, walk, token, chunk=_CHUNK, load=load)
+        await rebuild.run()
+        loaded = rebuild.loaded
+        if rebuild.overtaken:
+            _log.warning("rebuild_overtaken", shard=queue.shard)
+            self._rebuilt(RebuildResult.OVERTAKEN)
+            return False
         end = await queue.finish_rebuild(token)
         if end is RebuildEnd.STILL_COMPLETE:
-            # Usually few senders: those whose batch was accepted a moment ago, or whose last job
-            # has just ended. There are more only if Redis lost some keys.
-            if loaded:
-                _log.info("heads_restored", shard=queue.shard, senders=loaded)
             return True
         whole = end is RebuildEnd.RESTORED
         if loaded:
@@ -359,39 +363,16 @@ class HeadLoader:
             self._rebuilt(RebuildResult.COMPLETE if whole else RebuildResult.OVERTAKEN)
         return whole
 
+    async def _load_of_shard(self, queue: Queue, sender_ids: Sequence[int]) -> None:
+        self.learn_routes(queue, sender_ids)
+        await self.load(sender_ids, committed=False)
+
+    async def _load_without_commit(self, sender_ids: Sequence[int]) -> None:
+        await self.load(sender_ids, committed=False)
+
     def _rebuilt(self, result: RebuildResult) -> None:
         if self._on_rebuild is not None:
             self._on_rebuild(result)
-
-    async def _concerned(
-        self, shard: int, after: int
-    ) -> list[tuple[int, int | None, int | None, int | None]]:
-        """Return the next senders of a shard, by id, that have a waiting job or a lease.
-
-        Each with its first waiting job: id, number of attempts, due time in Unix ms.
-        """
-        async with self._engine.connect() as connection:
-            found = await connection.execute(
-                self._concerned_statement,
-                {"after": after, "shards": len(self.queues), "shard": shard, "page": _PAGE},
-            )
-            return [(row.sender_id, row.id, row.attempt, row.due_ms) for row in found]
-
-
-async def find_outdated(
-    queue: Queue, firsts: Sequence[tuple[int, int | None, int | None, int | None]]
-) -> list[int]:
-    """Return the senders of which Redis knows another first job than PostgreSQL has.
-
-    `firsts` has senders, each with its first waiting job (or None): id, attempts, due time.
-    """
-    return await queue.find_outdated(
-        [
-            (sender_id, JobRef(job_id, attempt + 1), due_ms)
-            for sender_id, job_id, attempt, due_ms in firsts
-            if job_id is not None and attempt is not None and due_ms is not None
-        ]
-    )
 
 
 async def load_soon(

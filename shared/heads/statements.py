@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -13,18 +13,18 @@ from sqlalchemy import (
     SQLColumnExpression,
     Subquery,
     and_,
+    any_,
     bindparam,
     cast,
     extract,
     func,
     lateral,
     literal,
-    null,
     select,
     true,
     update,
 )
-from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, aggregate_order_by
 
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
@@ -42,6 +42,10 @@ from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.smtp.endpoint_columns import OAUTH2_CREDENTIALS_ID
 from outbox_server.shared.states import JobState, SenderState
 
+# Statements for many senders take them as one array: with a parameter for each of them, the driver
+# and PostgreSQL need longer for the text than for the rows.
+_SENDERS: Final[Any] = bindparam("senders", type_=ARRAY(BigInteger))
+
 
 def _array(column: Any, *order: Any) -> Any:
     return func.array_agg(aggregate_order_by(column, *order))
@@ -56,8 +60,7 @@ def unix_ms_of(time: SQLColumnExpression[Any]) -> ColumnElement[Any]:
     return cast(func.ceil(extract("epoch", time) * 1000), BigInteger)
 
 
-def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
-    """Return the statement for settings, first waiting jobs and markers of senders."""
+def _heads_statement() -> Select[Any]:
     waiting = (
         select(EmailJob.id, EmailJob.attempt, EmailJob.scheduled_at)
         .where(
@@ -121,20 +124,23 @@ def heads_statement(sender_ids: Sequence[int]) -> Select[Any]:
         .outerjoin(UserRow, UserRow.user_id == Sender.user_id)
         .join(jobs, true())
         .join(markers, true())
-        .where(Sender.id.in_(sender_ids))
+        .where(Sender.id == any_(_SENDERS))
     )
 
 
-def history_statement(sender_ids: Sequence[int], reach: timedelta) -> Select[Any]:
-    """Return the statement for ends within `reach`, and leases, of senders that Redis lost."""
-    each = _history(Attempt.sender_id.in_(sender_ids), EmailJob.sender_id.in_(sender_ids), reach)
+def _history_statement() -> Select[Any]:
+    reach = bindparam("reach", type_=INTERVAL)
+    each = _history(
+        Attempt.sender_id == any_(_SENDERS), EmailJob.sender_id == any_(_SENDERS), reach
+    )
     return _grouped(each, each.c.sender_id)
 
 
 def user_history_statement(user_ids: Sequence[str], reach: timedelta) -> Select[Any]:
     """Return the same of all senders of these users together, by `user_id`."""
     senders = select(Sender.id).where(Sender.user_id.in_(user_ids))
-    each = _history(Attempt.sender_id.in_(senders), EmailJob.sender_id.in_(senders), reach)
+    of_attempt, of_job = Attempt.sender_id.in_(senders), EmailJob.sender_id.in_(senders)
+    each = _history(of_attempt, of_job, literal(reach, INTERVAL))
     return _grouped(each, Sender.user_id, Sender.id == each.c.sender_id)
 
 
@@ -174,7 +180,7 @@ def routing_statement(user_id: str, shard_key: int) -> Select[Any]:
 
 
 def _history(
-    of_attempt: ColumnElement[bool], of_job: ColumnElement[bool], reach: timedelta
+    of_attempt: ColumnElement[bool], of_job: ColumnElement[bool], reach: ColumnElement[timedelta]
 ) -> Subquery:
     ends = select(
         Attempt.sender_id,
@@ -205,59 +211,8 @@ def _grouped(each: Subquery, owner: Any, *join: ColumnElement[bool]) -> Select[A
     return select(owner, each.c.leased, *arrays).where(*join).group_by(owner, each.c.leased)
 
 
-def concerned_statement(*, sharded: bool) -> Select[Any]:
-    """Return the statement for the next senders by id with a waiting job or a lease, by due time.
-
-    It costs one probe of the index of waiting jobs per sender, and none per job. Unless `sharded`,
-    all senders are in one shard.
-    """
-    after: Any = bindparam("after")
-    page: Any = bindparam("page")
-
-    def first_of(senders: ColumnElement[bool]) -> Any:
-        return (
-            select(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id, EmailJob.attempt)
-            .where(in_state(JobState.SCHEDULED), senders)
-            .order_by(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id)
-            .limit(1)
-        )
-
-    def of_shard(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
-        if not sharded:
-            return true()
-        key = func.coalesce(Sender.shard_key, Sender.id)
-        found = select(key % bindparam("shards")).where(Sender.id == sender)
-        return found.scalar_subquery() == bindparam("shard")
-
-    walk = first_of(EmailJob.sender_id > after).cte("walk", recursive=True)
-    following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))
-    walk = walk.union_all(select(following).select_from(walk).join(following, true()))
-    # The limit ends the recursion, because PostgreSQL computes only the rows that are read.
-    waiting = (
-        select(walk)
-        .where(of_shard(walk.c.sender_id), sender_may_send(walk.c.sender_id))
-        .limit(page)
-    )
-    sending = select(EmailJob.sender_id, null()).where(
-        in_state(JobState.SENDING),
-        EmailJob.sender_id > after,
-        of_shard(EmailJob.sender_id),
-    )
-    each = waiting.union_all(sending).subquery()
-    # Of each sender, at most one row is of a waiting job.
-    first = (
-        select(
-            each.c.sender_id,
-            func.min(each.c.scheduled_at).label("due"),
-            func.min(each.c.id).label("id"),
-            func.min(each.c.attempt).label("attempt"),
-        )
-        .group_by(each.c.sender_id)
-        .order_by(each.c.sender_id)
-        .limit(page)
-        .subquery()
-    )
-    # Senders with only jobs in SENDING come last: nothing of theirs waits to be sent.
-    return select(
-        first.c.sender_id, first.c.id, first.c.attempt, unix_ms_of(first.c.due).label("due_ms")
-    ).order_by(first.c.due.nulls_last(), first.c.sender_id)
+# Built once, because that takes longer than to run them for a sender.
+# Settings, first waiting jobs and markers of `senders`.
+HEADS_STATEMENT: Final = _heads_statement()
+# The ends within `reach`, and the leases, of `senders` that Redis lost.
+HISTORY_STATEMENT: Final = _history_statement()

@@ -64,7 +64,7 @@ class UserLoader:
         return len(self._routes.queues) > 1
 
     def limits_of(self, row: Any) -> UserSendLimits:
-        """Return the limits of the user of a row of `heads_statement`."""
+        """Return the limits of the user of a row of `HEADS_STATEMENT`."""
         return self._everyone.overridden(row.user_hourly_limit, row.user_min_gap_ms)
 
     def needs_load(self, row: Any) -> bool:

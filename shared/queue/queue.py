@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_chan
 from outbox_server.shared.queue.clock_difference import ClockDifference
 from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from outbox_server.shared.queue.limiter_state import LimiterState, limiter_state_of
+from outbox_server.shared.queue.parts import parts_by_cost
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
 from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserLimit, UserSendLimits
 
@@ -36,6 +38,8 @@ _JITTER = 0.1
 _MAX_REASON = 200
 # Senders of which `count_ready_jobs` counts the jobs, about 10 us each.
 _MOST_EXAMINED = 200
+# How long one script of a load may block Redis, in us. A longer history is loaded by itself.
+_LONGEST_LOAD = 2_000
 # Must be longer than one part of a rebuild takes. After a crash, no rebuild starts for this long.
 _REBUILD_LOCK = timedelta(seconds=10)
 
@@ -280,6 +284,11 @@ def _head_arg(head: Head) -> bytes:
     return _pack(fields)
 
 
+def _load_cost(head: Head) -> int:
+    """Return about how many us Redis needs to load a head."""
+    return 80 + len(head.jobs) + len(head.ends)
+
+
 def _ends(ends: Iterable[PastEnd]) -> str:
     return " ".join([f"{member_of(end.job)} {_ms(end.age)} {end.counted:d}" for end in ends])
 
@@ -507,19 +516,21 @@ class Queue:
 
     async def load_heads(self, heads: Sequence[Head], epochs: Mapping[int, str]) -> list[int]:
         """Apply heads that were read after `begin_load`. Returns the senders to read again."""
+        again: list[int] = []
         async with self._redis.pipeline(transaction=False) as pipeline:
-            for head in heads:
-                await self._scripts["load_head"](
-                    keys=[self.keys.ready],
-                    args=[self._window, epochs[head.sender_id], _head_arg(head)],
-                    client=pipeline,
-                )
-            answers = await pipeline.execute()
-        for change in [change for changes in answers for change in changes or ()]:
-            self._report(change)
-        return [
-            head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
-        ]
+            for part in parts_by_cost(heads, _load_cost, most=_LONGEST_LOAD):
+                args: list[Any] = [self._window]
+                for head in part:
+                    args += (epochs[head.sender_id], _head_arg(head))
+                await self._scripts["load_head"](keys=[self.keys.ready], args=args, client=pipeline)
+                # Each part takes some ms of this process.
+                await asyncio.sleep(0)
+            answers = await pipeline.execute() if heads else []
+        for refused, changes in answers:
+            again += map(int, refused)
+            for change in changes:
+                self._report(change)
+        return again
 
     async def begin_user_loads(self, users: Sequence[str], *, committed: bool) -> dict[str, str]:
         """Return the epoch of the limiter of each user; `begin_load` describes the rest.
@@ -566,57 +577,20 @@ class Queue:
         state, count, age = await self._run("backlog", keys, (self._window, _MOST_EXAMINED))
         return ReadyJobs(state != "LOST", count, timedelta(milliseconds=age))
 
-    async def find_lost(self, sender_ids: Sequence[int]) -> list[int]:
-        """Return which of these senders, all with waiting jobs, must be loaded."""
-        args = (self._window, *sender_ids)
-        return [int(lost) for lost in await self._run("find_lost", (self.keys.ready,), args)]
+    async def find_lost(self, sender_ids: Sequence[int], *, whole: bool = False) -> list[int]:
+        """Return which of these senders, all with waiting jobs, must be loaded.
 
-    async def find_outdated(self, firsts: Sequence[tuple[int, JobRef, int]]) -> list[int]:
-        """Return the known senders that must be loaded, because Redis lacks their first job.
-
-        `firsts` has senders, each with its first waiting job in PostgreSQL (the next attempt) and
-        when that is due (Unix ms).
+        With `whole`, it returns none while the shard is incomplete, because a rebuild loads them.
         """
-        args = [word for one, job, due_ms in firsts for word in (one, member_of(job), due_ms)]
-        found = await self._run("find_outdated", (self.keys.ready,), args)
-        return [int(sender) for sender in found]
+        args = (self._window, int(whole), *sender_ids)
+        keys = (self.keys.ready, self.keys.generation)
+        return [int(lost) for lost in await self._run("find_lost", keys, args)]
 
-    async def read_life(self) -> int:
-        """Read the life of the shard into `life`. Returns Redis' time, in Unix ms."""
-        life, now_ms = await self._run("read_life", (self.keys.ready,), ())
-        self._found(life)
-        return int(now_ms)
-
-    async def begin_life(self, token: str, life: str) -> bool:
-        """Begin a new life, within a rebuild; False if Redis or the lock was lost."""
-        args = (token, life, _ms(_REBUILD_LOCK))
-        begun = await self._run("begin_life", (self.keys.ready, self.keys.rebuild), args)
-        if begun:
-            self.life = life
-        return bool(begun)
-
-    def _found(self, life: str) -> None:
-        if life != self.life:
-            self.life = life
-            # It may have begun because the clock stepped back.
-            self._ahead = ClockDifference()
-
-    def learn_clocks(self, redis_ms: int, postgres_ms: int) -> None:
-        """Note what Redis' clock showed, and then PostgreSQL's. A claim compares due times so."""
-        self._ahead.learn(redis_ms - postgres_ms)
-
-    async def leave_server(self) -> None:
-        """Let the next calls use new connections, which may lead to another server."""
-        await self._redis.connection_pool.disconnect(inuse_connections=False)
-
-    async def begin_rebuild(self, *, pause: timedelta = timedelta(0)) -> str | None:
-        """Take the lock of a rebuild and return its token.
-
-        None means that another rebuild is running, or the last one ended less than `pause` ago.
-        """
+    async def begin_rebuild(self) -> str | None:
+        """Take the lock of a rebuild and return its token. None: another rebuild is running."""
         token = secrets.token_hex(8)
-        args = (token, _ms(_REBUILD_LOCK), _ms(pause))
-        taken = await self._run("begin_rebuild", (self.keys.ready, self.keys.rebuild), args)
+        keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)
+        taken = await self._run("begin_rebuild", keys, (token, _ms(_REBUILD_LOCK)))
         return token if taken else None
 
     async def keep_rebuild(self, token: str) -> bool:
@@ -632,3 +606,15 @@ class Queue:
         """Mark the shard as completely loaded, unless Redis was lost again meanwhile."""
         keys = (self.keys.ready, self.keys.generation, self.keys.rebuild)
         return RebuildEnd(await self._run("finish_rebuild", keys, (token,)))
+
+    async def begin_patrol(self, pause: timedelta) -> int | None:
+        """Return the last sender before the next part of a patrol, which the caller does.
+
+        None means that a process began a part less than `pause` ago.
+        """
+        last = await self._run("begin_patrol", (self.keys.ready,), (_ms(pause),))
+        return None if last is None else int(last)
+
+    async def end_patrol(self, last_sender: int) -> None:
+        """Store the last sender of a part, or 0 after the last part."""
+        await self._run("end_patrol", (self.keys.ready,), (last_sender,))

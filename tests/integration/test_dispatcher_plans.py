@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AccountRefusal
 from outbox_server.shared.database.engine import create_engine
-from outbox_server.shared.heads.statements import heads_statement
+from outbox_server.shared.heads.statements import HEADS_STATEMENT
 from outbox_server.shared.queue.keys import JobRef
 from tests.dispatchers import options, settings_of
 from tests.marked_jobs import mark_refs
@@ -96,7 +96,7 @@ CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
     "renew_leases": lambda c: storage.renew_leases(
         c, [JobRef(job, 1) for job in range(100, 5_100, 100)], 60 * SECOND
     ),
-    "heads": lambda c: c.execute(heads_statement([7])),
+    "heads": lambda c: c.execute(HEADS_STATEMENT, {"senders": [7]}),
 }
 
 

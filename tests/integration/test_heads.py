@@ -487,6 +487,7 @@ async def test_a_loss_during_a_rebuild_is_noticed_and_the_next_rebuild_is_comple
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 2)
+    monkeypatch.setattr("outbox_server.shared.heads.rebuilding._LOADS", 1)
     senders = [await world.sender() for _ in range(6)]
     for sender in senders:
         await world.schedule(sender, load=False)
@@ -526,7 +527,8 @@ async def test_a_rebuild_of_many_senders_runs_in_chunks(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 7)
-    monkeypatch.setattr("outbox_server.shared.heads.loader._PAGE", 11)
+    monkeypatch.setattr("outbox_server.shared.heads.rebuilding._FIRST_READ", 5)
+    monkeypatch.setattr("outbox_server.shared.heads.rebuilding._LONGEST_READ", 11)
     senders = [await world.sender() for _ in range(30)]
     for sender in senders:
         await world.schedule(sender, load=False)
@@ -556,6 +558,7 @@ async def test_a_rebuild_starts_with_the_senders_that_are_due_first(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("outbox_server.shared.heads.loader._CHUNK", 2)
+    monkeypatch.setattr("outbox_server.shared.heads.rebuilding._LOADS", 1)
     dues = (30, -10, 20, -20, -10)
     senders = [await world.sender() for _ in dues]
     for sender, due in zip(senders, dues, strict=True):

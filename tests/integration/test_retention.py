@@ -20,7 +20,7 @@ from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry
 from outbox_server.shared.audit.storage import count_missing, read_totals, stats_mismatch
 from outbox_server.shared.database.counts import batch_counts, sender_counts
 from outbox_server.shared.database.engine import create_engine, snapshot
-from outbox_server.shared.heads.statements import history_statement
+from outbox_server.shared.heads.statements import HISTORY_STATEMENT
 from outbox_server.shared.retention import storage
 from outbox_server.shared.retention.purging import PurgedRows, Purger, RemovalBusy
 from outbox_server.shared.retention.storage import OldRows
@@ -216,7 +216,9 @@ class Reading:
 
 async def _read(engine: AsyncEngine, installation: Installation, reach: timedelta) -> Reading:
     async with snapshot(engine) as connection:
-        rows = await connection.execute(history_statement(installation.senders, reach))
+        rows = await connection.execute(
+            HISTORY_STATEMENT, {"senders": installation.senders, "reach": reach}
+        )
         history = {
             (row.sender_id, row.leased, job, attempt)
             for row in rows

@@ -23,13 +23,13 @@ SENDER_KEYS = ("due", "lease", "window", "sender")
 # The keys of a sender that are lost at once; "ready" means its entry there.
 LOSSES = [*((part,) for part in SENDER_KEYS), ("ready",), (*SENDER_KEYS, "ready")]
 # The real value, unlike in most of these tests.
-REBUILD_PAUSE = recovery_module.REBUILD_PAUSE
+PATROL_PAUSE = recovery_module.PATROL_PAUSE
 SHARD_KEYS = ("ready", "generation", "asleep", "rebuild", "life")
 
 
 @pytest.fixture(autouse=True)
-def rebuilds_are_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery_module, "REBUILD_PAUSE", timedelta(milliseconds=100))
+def patrols_are_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery_module, "PATROL_PAUSE", timedelta(milliseconds=100))
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ async def test_a_waiting_sender_resumes_in_time_after_the_loss_of_any_key(
 async def test_a_sender_that_lost_only_its_own_keys_resumes_within_10_s(
     configure: Configure, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery_module, "REBUILD_PAUSE", REBUILD_PAUSE)
+    monkeypatch.setattr(recovery_module, "PATROL_PAUSE", PATROL_PAUSE)
     settings = settings_of(configure())
     async with World(settings) as world, running(settings):
         sender = await world.sender()

@@ -15,6 +15,7 @@
 --!include life
 --!include circuit
 --!include look
+--!include whole
 
 local window, most = tonumber(ARGV[1]), tonumber(ARGV[2])
 local jobs, oldest = 0, NOW
@@ -69,5 +70,5 @@ for _, sender in ipairs(senders) do
     seen[sender] = true
 end
 jobs = jobs + math.max(0, redis.call('ZCOUNT', READY, '-inf', NOW) - most)
-local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'
+local state = is_whole(KEYS[2]) and 'OK' or 'LOST'
 return { state, jobs, NOW - oldest }

@@ -1,20 +1,24 @@
 -- Takes the lock of a rebuild, which loads all senders that have waiting jobs and were lost.
 --
 -- KEYS[1] ready
--- KEYS[2] rebuild     the lock: a life and the token of its owner; void in another life
+-- KEYS[2] generation  the life in which the shard was completely loaded
+-- KEYS[3] rebuild     the lock: a life and the token of its owner; void in another life
 -- ARGV[1] token
 -- ARGV[2] limit       ms that the lock lasts
--- ARGV[3] pause       least ms since the end of the last rebuild; 0: no pause
--- Returns 1, or 0: another rebuild is running, or the last one ended less than `pause` ago
+-- Returns 1, or 0: another rebuild is running
 --!include keys
 --!include time
 --!include run
 --!include life
+--!include whole
 
-local held = redis.call('GET', KEYS[2])
+local held = redis.call('GET', KEYS[3])
 if held and string.sub(held, 1, #LIFE) == LIFE then return 0 end
-local last = tonumber(redis.call('HGET', LIFE_KEY, 'rebuilt') or 0)
--- A time in the future is from an earlier life: the clock stepped back since.
-if NOW >= last and NOW < last + tonumber(ARGV[3]) then return 0 end
-redis.call('SET', KEYS[2], LIFE .. ' ' .. ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[3], LIFE .. ' ' .. ARGV[1], 'PX', ARGV[2])
+if not is_whole(KEYS[2]) then
+    -- The guard is back before the first load, so that a loss of `ready` from here on is noticed.
+    -- Until the end of the rebuild the shard is not whole.
+    redis.call('DEL', KEYS[2])
+    redis.call('ZADD', READY, GUARD_AT, GUARD)
+end
 return 1

@@ -2,7 +2,7 @@
 -- gives. A lease on each job reserves its entry.
 --
 -- KEYS[1] ready       the shard's senders by next look (ms)
--- KEYS[2] generation  the life in which the shard was completely loaded; lost if Redis is lost
+-- KEYS[2] generation  the life in which the shard was completely loaded (whole.lua)
 -- ARGV[1] want        most jobs to claim
 -- ARGV[2] lease       ms that the caller holds each of them
 -- ARGV[3] window      ms of the trailing window
@@ -33,6 +33,7 @@
 --!include look
 --!include restored
 --!include expire
+--!include whole
 --!include park
 
 local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -196,6 +197,6 @@ if taken < want then
 else
     wake_sleepers()
 end
-local state = redis.call('GET', KEYS[2]) == LIFE and 'OK' or 'LOST'
+local state = is_whole(KEYS[2]) and 'OK' or 'LOST'
 local parked = redis.call('EXISTS', PARKED)
 return { state, look and math.max(0, look - NOW) or -1, claims, loads, parked, LIFE }

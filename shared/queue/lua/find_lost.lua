@@ -3,7 +3,9 @@
 -- have waiting jobs in PostgreSQL.
 --
 -- KEYS[1] ready
--- ARGV[1] window   ms of the trailing window
+-- KEYS[2] generation  the life in which the shard was completely loaded
+-- ARGV[1] window      ms of the trailing window
+-- ARGV[2] whole       1: return none unless the shard is whole, because a rebuild loads them
 -- ARGV    then senders
 -- Returns an array of senders
 --!include keys
@@ -12,9 +14,11 @@
 --!include life
 --!include circuit
 --!include look
+--!include whole
 
 local lost = {}
-for i = 2, #ARGV do
+if ARGV[2] == '1' and not is_whole(KEYS[2]) then return lost end
+for i = 3, #ARGV do
     local s = read_sender(ARGV[i])
     if s then schedule_look(s, tonumber(ARGV[1])) end
     -- Known and active, but without a next look: a load did not finish.

@@ -10,11 +10,11 @@
 --!include time
 --!include run
 --!include life
+--!include whole
 
-if redis.call('GET', KEYS[3]) ~= LIFE .. ' ' .. ARGV[1] then return 0 end
+if redis.call('GET', KEYS[3]) ~= LIFE .. ' ' .. ARGV[1] or not is_guarded() then return 0 end
 local before = redis.call('GET', KEYS[2])
 redis.call('SET', KEYS[2], LIFE)
-redis.call('HSET', LIFE_KEY, 'rebuilt', NOW)
 redis.call('DEL', KEYS[3])
 if before == LIFE then return 1 end
 redis.call('PUBLISH', WAKE, '1')

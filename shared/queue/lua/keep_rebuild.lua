@@ -9,7 +9,8 @@
 --!include time
 --!include run
 --!include life
+--!include whole
 
-if redis.call('GET', KEYS[2]) ~= LIFE .. ' ' .. ARGV[1] then return 0 end
+if redis.call('GET', KEYS[2]) ~= LIFE .. ' ' .. ARGV[1] or not is_guarded() then return 0 end
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1

@@ -69,9 +69,12 @@ def members(*ids: int, attempt: int = 1) -> list[str]:
 
 
 async def scores(redis: Redis, key: str) -> dict[str, int]:
-    """Return a sorted set in its order; every score of Outbox is a whole number of ms."""
+    """Return a sorted set in its order; every score of Outbox is a whole number of ms.
+
+    The guard of `ready` (whole.lua) is left out.
+    """
     found: Any = await redis.zrange(key, 0, -1, withscores=True)
-    return {member: int(score) for member, score in found}
+    return {member: int(score) for member, score in found if member != "guard"}
 
 
 @dataclass(frozen=True)

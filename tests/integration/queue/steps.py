@@ -402,7 +402,9 @@ class QueueSteps(UserSteps):
         self.lossy = True
         await self.shard.redis.delete(self.shard.prefix + key)
         if key == "ready":
+            # And its guard, so that the next claim notices it.
             self.model.ready.clear()
+            self.model.whole = False
         elif key == "parked":
             self.model.parked_users.clear()
         elif key.startswith("parked:"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from outbox_server.shared.queue.queue import RebuildEnd
-from tests.integration.queue.shard import Shard
+from tests.integration.queue.shard import SENDER, Shard
 
 
 async def test_one_rebuild_runs_at_a_time(bare_shard: Shard) -> None:
@@ -85,3 +87,35 @@ async def test_a_rebuild_that_lost_its_lock_does_not_extend_the_lock_of_another(
     assert not await queue.keep_rebuild(first)
     assert await redis.pttl(queue.keys.rebuild) <= 5000
     assert await queue.finish_rebuild(second)
+
+
+async def test_a_loss_of_all_looks_is_noticed_although_some_are_back(shard: Shard) -> None:
+    """An eviction took `ready`, and a batch was accepted since."""
+    await shard.load(SENDER)
+    assert not (await shard.claim(1)).lost
+    await shard.redis.delete(shard.prefix + "ready")
+    await shard.load(replace(SENDER, sender_id=8))
+
+    assert (await shard.queue.claim(1)).lost
+    assert not (await shard.queue.count_ready_jobs()).complete
+    token = await shard.queue.begin_rebuild()
+    assert token is not None
+    assert await shard.queue.finish_rebuild(token) is RebuildEnd.RESTORED
+    assert not (await shard.claim(1)).lost
+
+
+async def test_a_rebuild_during_which_all_looks_are_lost_does_not_complete(shard: Shard) -> None:
+    token = await shard.queue.begin_rebuild()
+    assert token is not None
+    await shard.redis.delete(shard.prefix + "ready")
+    await shard.load(SENDER)
+
+    assert not await shard.queue.keep_rebuild(token)
+    assert not await shard.queue.finish_rebuild(token)
+    assert (await shard.queue.claim(1)).lost
+
+
+async def test_a_shard_without_senders_is_complete(shard: Shard) -> None:
+    claimed = await shard.claim()
+    assert claimed.next_look is None
+    assert (await shard.queue.count_ready_jobs()).complete

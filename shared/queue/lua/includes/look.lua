@@ -160,8 +160,8 @@ local function schedule_look(s, window)
 end
 
 local function first_look()
-    local first = redis.call('ZRANGE', READY, 0, 0, 'WITHSCORES')[2]
-    return first and tonumber(first) or nil
+    local first = redis.call('ZRANGE', READY, 0, 0, 'WITHSCORES')
+    return first[1] and first[1] ~= GUARD and tonumber(first[2]) or nil
 end
 
 -- Wakes sleeping dispatchers if there is something to do before the time they sleep until.
