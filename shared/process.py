@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     if not structlog.is_configured():
         # By default structlog writes to stdout, and traces contain the locals of every frame.
         configure_logging(Settings.model_construct())
+    # The imported modules are never garbage. Each full collection that examined them would stop the
+    # event loop for 0.1 s.
+    gc.freeze()
     code = EXIT_OK
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -204,3 +204,16 @@ async def test_failing_work_stops_the_server_and_all_other_work() -> None:
     assert [str(error) for error in caught.value.exceptions] == ["boom"]
     assert cancelled.is_set()
     assert server.reported == ["start", "stop now"]
+
+
+async def test_the_imported_modules_are_left_out_of_garbage_collections() -> None:
+    """A full collection that examined them would stop the event loop for 0.1 s."""
+    main = """
+import gc
+async def main(stop):
+    print(len(gc.get_objects()), gc.get_freeze_count(), flush=True)
+"""
+    async with process(main) as child:
+        examined, left_out = map(int, (await line(child)).split())
+        assert await child.wait() == 0
+    assert examined < left_out / 10
