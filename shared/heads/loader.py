@@ -257,10 +257,14 @@ class HeadLoader:
                     leases[row.sender_id] = [ActiveLease(*span[:2]) for span in spans_of(row)]
                 else:
                     ends[row.sender_id] = [PastEnd(*span) for span in spans_of(row)]
-        heads = [
-            self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
-            for row in rows
-        ]
+                await asyncio.sleep(0)
+        heads = []
+        for row in rows:
+            heads.append(
+                self._head(row, tuple(ends.get(row.id, ())), tuple(leases.get(row.id, ())))
+            )
+            # A chunk with long heads takes 0.1 s, and mail is sent meanwhile.
+            await asyncio.sleep(0)
         known = {row.id for row in rows}
         heads += [_no_head(sender_id) for sender_id in epochs if sender_id not in known]
         return heads, {row.id: row.markers or [] for row in rows}

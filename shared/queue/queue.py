@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 from redis.asyncio import Redis
@@ -30,6 +30,7 @@ HEAD_SIZE = 128
 # A head with fewer jobs is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)
+_MILLISECOND = timedelta(milliseconds=1)
 # The waits before the probes of an open circuit if the operator's backoff is empty.
 DEFAULT_BACKOFF = (timedelta(seconds=5), timedelta(seconds=25), timedelta(seconds=125))
 # The largest share of a wait that is added to it at random.
@@ -151,8 +152,7 @@ class Settlement:
     smtp_code: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PastEnd:
+class PastEnd(NamedTuple):
     """An attempt that ended within the window: the limiter's history."""
 
     job: JobRef
@@ -160,8 +160,7 @@ class PastEnd:
     counted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveLease:
+class ActiveLease(NamedTuple):
     """A job that a dispatcher is sending."""
 
     job: JobRef
@@ -315,7 +314,7 @@ def _pack(fields: Mapping[str, object]) -> bytes:
 
 
 def _ms(duration: timedelta) -> int:
-    return max(0, duration // timedelta(milliseconds=1))
+    return max(0, duration // _MILLISECOND)
 
 
 def is_provisional(life: str) -> bool:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AccountRefusal
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.heads.concerned import Walk
 from outbox_server.shared.heads.statements import HEADS_STATEMENT
 from outbox_server.shared.queue.keys import JobRef
 from tests.dispatchers import options, settings_of
@@ -96,6 +97,8 @@ CALLS: dict[str, Callable[[AsyncConnection], Awaitable[Any]]] = {
     "renew_leases": lambda c: storage.renew_leases(
         c, [JobRef(job, 1) for job in range(100, 5_100, 100)], 60 * SECOND
     ),
+    "walk": lambda c: Walk().read(c, after=0, most=250),
+    "walk over a shard": lambda c: Walk(shards=3, shard=1).read(c, after=0, most=250),
     "heads": lambda c: c.execute(HEADS_STATEMENT, {"senders": [7]}),
 }
 
@@ -143,4 +146,24 @@ async def test_a_mark_reads_its_jobs_only_although_all_jobs_were_finished_before
             assert len(await mark_refs(connection, claims, 60 * SECOND)) == 20
             assert (await connection.execute(read)).scalar_one() < 200
             await connection.rollback()
+        await engine.dispose()
+
+
+async def test_a_walk_over_senders_reads_few_rows_of_each_however_many_jobs_wait(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    settings = settings_of(options(new_database(), redis_url, "smtp://127.0.0.1:1"))
+    async with World(settings) as world:
+        senders = [await world.sender() for _ in range(10)]
+        for sender in senders:
+            await world.schedule(sender, 500, load=False)
+        engine = create_engine(settings, lookups_only=True)
+        async with engine.connect() as connection:
+            read = text(
+                "SELECT sum(idx_tup_fetch + seq_tup_read) FROM pg_stat_xact_user_tables"
+                " WHERE relname = 'email_jobs'"
+            )
+            found = await Walk().read(connection, after=0, most=250)
+            assert [one.sender_id for one in found] == senders
+            assert (await connection.execute(read)).scalar_one() < 50
         await engine.dispose()
