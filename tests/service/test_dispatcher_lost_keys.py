@@ -121,12 +121,13 @@ async def test_a_mail_in_flight_keeps_its_senders_slot_after_the_loss_of_any_key
             await eventually(lambda: world.done(control))
             await eventually(lambda: has_lease(world, sender))
             assert len(mails_of(server.taken, sender)) == 1
+            # The first mail ends after this, at its reply. PostgreSQL may record its end late.
+            released = time.time()
             held.event.set()
             await eventually(world.done)
 
             assert jobs_in(mails_of(server.taken, sender)) == {first: 1, second: 1}
-            [attempt] = await world.attempts(first)
-            assert mails_of(server.taken, sender)[1].started_at - attempt.ended_at >= 0.095
+            assert mails_of(server.taken, sender)[1].started_at - released >= 0.1
 
 
 async def has_lease(world: World, sender: int) -> bool:
