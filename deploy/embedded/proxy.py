@@ -49,8 +49,10 @@ class TcpProxy:
 
     async def __aexit__(self, *_: object) -> None:
         """Cut all connections and free the port."""
+        accepting = [] if self._accepting is None else [self._accepting]
         self.refuse()
-        await asyncio.gather(*self._pairs, return_exceptions=True)
+        # The loop must have forgotten the socket before its number is used for another one.
+        await asyncio.gather(*accepting, *self._pairs, return_exceptions=True)
         self._socket.close()
 
     def refuse(self) -> None:
