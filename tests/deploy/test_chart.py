@@ -59,7 +59,7 @@ def pod_of(resources: list[Resource], component: str) -> Resource:
 
 
 def test_there_are_several_values_to_check_with() -> None:
-    assert VALUES.keys() == {"minimal", "full", "keda", "mesh"}
+    assert VALUES.keys() == {"minimal", "full", "keda", "mesh", "stores"}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -104,6 +104,7 @@ def test_a_resource_with_an_unknown_field_is_refused() -> None:
         ({"extraEnv": [{"name": "OUTBOX_AUTH", "value": "off"}]}, "extraEnv"),
         ({"image": {"digest": "latest"}}, "digest"),
         ({"secrets": {"delivery": "vault"}}, "delivery"),
+        ({"secrets": {"keys": {"migrationDatabaseUrl": "a/b"}}}, "migrationDatabaseUrl"),
         ({"listenAddress": "127.0.0.1"}, "listenAddress"),
         ({"networkPolicy": {"clients": [{"podSelectors": {}}]}}, "podSelectors"),
         ({"networkPolicy": {"smtp": {"ports": [70000]}}}, "maximum"),
@@ -259,6 +260,28 @@ def test_each_pod_gets_only_the_secrets_that_it_needs(delivery: str) -> None:
     assert secret_keys(resources, "dispatcher") == everything
     for component in ("stats", "migrate", "operator-key"):
         assert secret_keys(resources, component) == {"database-url"}
+
+
+@pytest.mark.parametrize("delivery", ["files", "environment"])
+def test_behind_a_pooler_only_the_migrations_get_the_url_of_postgresql_itself(
+    delivery: str,
+) -> None:
+    values = copy.deepcopy(VALUES["stores"])
+    values["secrets"]["delivery"] = delivery
+    resources = render(values)
+    assert secret_keys(resources, "migrate") == {"direct-database-url"}
+    for component in SERVICES:
+        assert "direct-database-url" not in secret_keys(resources, component)
+        assert "database-url" in secret_keys(resources, component)
+    (variable,) = pod_of(resources, "migrate")["spec"]["containers"][0]["env"]
+    if delivery == "files":
+        assert variable == {
+            "name": "OUTBOX_DATABASE_URL_FILE",
+            "value": "/run/secrets/outbox/direct-database-url",
+        }
+    else:
+        assert variable["name"] == "OUTBOX_DATABASE_URL"
+    assert ports_out(resources, "migrate") == {53, 6432, 5432}
 
 
 def checksums(values: dict[str, Any]) -> list[dict[str, str]]:

@@ -118,7 +118,8 @@ securityContext:
 {{- range .secrets -}}
 {{- $key := get $secrets.keys . -}}
 {{- if $key }}
-{{- $variable := printf "OUTBOX_%s" (snakecase . | upper) }}
+{{- $setting := ternary "databaseUrl" . (eq . "migrationDatabaseUrl") }}
+{{- $variable := printf "OUTBOX_%s" (snakecase $setting | upper) }}
 {{- if eq $secrets.delivery "files" }}
 - name: {{ $variable }}_FILE
   value: /run/secrets/outbox/{{ $key }}
