@@ -7,6 +7,7 @@ own text is for the log.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,6 +21,7 @@ from outbox_server.shared.errors import ConfigurationError, OutboxError
 _MAX_TEXT: Final = 300
 UNREACHABLE: Final = "unreachable"
 FAILED: Final = "failed"
+MOVING: Final = "slot is being moved"
 
 # By the beginning of a SQLSTATE; the longest one counts.
 _STATES: Final = {
@@ -40,9 +42,9 @@ _REPLIES: Final = {
     "OOM": "out of memory",
     "READONLY": "read-only replica",
     "MOVED": "slot is on another node",
-    "ASK": "slot is on another node",
+    "ASK": MOVING,
     "CLUSTERDOWN": "cluster is down",
-    "TRYAGAIN": "cluster is down",
+    "TRYAGAIN": MOVING,
     "CROSSSLOT": "slot is on another node",
     "MASTERDOWN": "read-only replica",
     "MISCONF": "refuses writes",
@@ -53,15 +55,10 @@ _REPLIES: Final = {
     "WRONGPASS": "login refused",
 }
 _REPLY: Final = re.compile(rf"(?:^|-)({'|'.join(_REPLIES)})\b")
-# redis-py removes the first word of some replies.
+# A script's error if a key that it uses is on another node, as the slot is being moved.
+_NON_LOCAL: Final = "non local key"
 _KINDS: Final[tuple[tuple[type[Exception], str], ...]] = (
-    (redis_errors.OutOfMemoryError, "out of memory"),
-    (redis_errors.ReadOnlyError, "read-only replica"),
-    (redis_errors.AskError, "slot is on another node"),
-    (redis_errors.ClusterDownError, "cluster is down"),
-    (redis_errors.MasterDownError, "cluster is down"),
-    (redis_errors.BusyLoadingError, "starting or stopping"),
-    (redis_errors.NoPermissionError, "permission denied"),
+    # The server closed the connection after the login.
     (redis_errors.AuthenticationError, "login refused"),
     (PoolTimeoutError, "no connection free"),
     (psycopg.OperationalError, UNREACHABLE),
@@ -80,8 +77,33 @@ class StoreTrouble:
     text: str
 
 
+class ShardsFailedError(redis_errors.RedisError):
+    """Some shards of the queue do not serve, and others do."""
+
+    def __init__(self, cause: BaseException, failed: Sequence[int], shards: int) -> None:
+        """`cause` is the error of the first shard in `failed`."""
+        self.cause = cause
+        self.where = f"shards {', '.join(map(str, failed))} of {shards}"
+        super().__init__(f"{cause} ({self.where})")
+
+
+def refusal_of(error: BaseException) -> str | None:
+    """Return the first word of a refusal by Redis, such as READONLY; None for another error."""
+    if not isinstance(error, redis_errors.RedisError):
+        return None
+    # redis-py keeps the first word of some replies here alone.
+    word = getattr(error, "status_code", None)
+    if word in _REPLIES:
+        return str(word)
+    reply = _REPLY.search(str(error))
+    return None if reply is None else reply[1]
+
+
 def trouble_of(error: BaseException) -> StoreTrouble:
     """Return what an error of a check says about the store."""
+    if isinstance(error, ShardsFailedError):
+        trouble = trouble_of(error.cause)
+        return StoreTrouble(f"{trouble.kind} ({error.where})", trouble.text)
     if isinstance(error, OutboxError):
         return StoreTrouble(_of_ours(error), _one_line(error.message))
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
@@ -108,9 +130,10 @@ def _of_driver(cause: BaseException, text: str) -> str:
     # A refused login ends the connection, so that psycopg has no SQLSTATE for it.
     if isinstance(cause, psycopg.OperationalError) and "authentication failed" in text:
         return "login refused"
-    reply = _REPLY.search(text) if isinstance(cause, redis_errors.RedisError) else None
-    if reply is not None:
-        return _REPLIES[reply[1]]
+    if (refusal := refusal_of(cause)) is not None:
+        return _REPLIES[refusal]
+    if isinstance(cause, redis_errors.RedisError) and _NON_LOCAL in text:
+        return MOVING
     return next((words for kind, words in _KINDS if isinstance(cause, kind)), FAILED)
 
 

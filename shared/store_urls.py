@@ -18,7 +18,10 @@ _MAX_HOSTS: Final = 20
 # "+psycopg" was needed once, to name the driver.
 DATABASE_SCHEMES: Final = ("postgresql", "postgres", "postgresql+psycopg")
 DATABASE_FORM: Final = "postgresql://user:password@host:port/database"
-REDIS_SCHEMES: Final = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
+REDIS_SCHEMES: Final = (
+    *("redis", "rediss", "unix"),
+    *("redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"),
+)
 REDIS_FORM: Final = "redis://user:password@host:port/0"
 _ENCODE: Final = "write special characters of user and password as %XX"
 
@@ -34,7 +37,7 @@ def check_database_url(url: str) -> str:
 
 
 def check_redis_url(url: str) -> str:
-    """Return a URL that has the form of redis-py's, or of Sentinel's.
+    """Return a URL that has the form of redis-py's, or of one for Sentinel or a cluster.
 
     Raises:
         ValueError: it does not; the text says what is wrong, without the URL.

@@ -22,6 +22,7 @@ from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service
 
 from outbox_server.services.dispatcher.server import serve
 from outbox_server.shared.process import run_with_settings
+from outbox_server.shared.rpc.probes import REASON_KEY
 from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import eventually
 
@@ -249,6 +250,18 @@ def _run_process(service: str, environment: Mapping[str, str], log: Path, port: 
             os.dup2(file.fileno(), stream.fileno())
     module = importlib.import_module(f"outbox_server.services.{service}.server")
     sys.exit(run_with_settings(partial(module.serve, ready=port.send)))
+
+
+async def readiness(address: str) -> tuple[str, str]:
+    """Return the state and the reason that a health port gives."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="readiness")
+        )
+        status = (await call).status
+        said = dict(list(await call.trailing_metadata()))
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    return name, str(said.get(REASON_KEY, ""))
 
 
 @asynccontextmanager

@@ -42,6 +42,11 @@ class LocalServer:
             raise RuntimeError(f"{self.NAME} was not started")
         return self._child
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._child is not None and self._child.running
+
     async def stop(self) -> None:
         """Stop cleanly, in at most about the time of `STOP`; do nothing if it does not run."""
         if self._child is not None:

@@ -41,6 +41,8 @@ class ValkeyServer(LocalServer):
         self.binary = binary
         # Additional environment variables, from the next start on.
         self.environment: dict[str, str] = {}
+        # Additional arguments, from the next start on.
+        self.arguments: tuple[str, ...] = ()
         # The password that clients need from the next start on, in characters that a URL may have.
         # Empty means none: for tests of servers that find one another.
         self.password = secrets.token_urlsafe(24)
@@ -72,7 +74,7 @@ class ValkeyServer(LocalServer):
             # In a file, because all users of the machine can read the arguments of a process.
             argv.append(self._password_file())
         argv += ["--port", str(port), "--bind", LOOPBACK]
-        argv += ["--dir", self.folder, "--save", "", "--appendonly", "no"]
+        argv += ["--dir", self.folder, "--save", "", "--appendonly", "no", *self.arguments]
         return Child(
             self.NAME,
             argv,
@@ -83,7 +85,8 @@ class ValkeyServer(LocalServer):
 
     def _password_file(self) -> Path:
         path = self.folder / "password.conf"
-        write_private(path, f"requirepass {self.password}\n")
+        # A replica shows the same password to its primary.
+        write_private(path, f"requirepass {self.password}\nmasterauth {self.password}\n")
         return path
 
     async def _answers(self) -> bool:

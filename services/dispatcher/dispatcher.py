@@ -152,6 +152,8 @@ class Dispatcher:
         self._group: asyncio.TaskGroup | None = None
         # The shards that this dispatcher is rebuilding.
         self._rebuilding: set[int] = set()
+        # The shards whose last claim failed.
+        self._failing: set[int] = set()
         # Whether a store failed after a claim. The next claim then waits a little.
         self._store_failed = False
 
@@ -230,6 +232,10 @@ class Dispatcher:
         """Claim jobs of one shard as slots get free, until the dispatcher drains."""
         while slots := await self._slots.take_free():
             raise_if_cancelled()
+            if queue.shard in self._failing and slots > 1:
+                # Its server may hang. The other slots are for the shards of other servers.
+                self._slots.release(slots - 1)
+                slots = 1
             listener.clear()
             if self._loader.lives.is_superseded(queue):
                 self._slots.release(slots)
@@ -282,6 +288,9 @@ class Dispatcher:
         except QUEUE_ERRORS as error:
             _log.warning("claim_failed", shard=queue.shard, error=type(error).__name__)
             claimed = Claimed(next_look=_RETRY)
+            self._failing.add(queue.shard)
+        else:
+            self._failing.discard(queue.shard)
         if not claimed.parked:
             self._slots.limited(queue.shard, ())
         self._slots.release(slots - len(claimed.claims))

@@ -133,5 +133,15 @@ class Recovery:
             _log.info("abandoned_heads_loaded", senders=senders)
         return MARKER_AGE
 
-    async def _patrol(self) -> timedelta:
-        return await self._loader.patrol(PATROL_PAUSE)
+    async def _restore_lost(self) -> timedelta:
+        """Load the senders whose keys Redis has lost, even if only some of them are missing."""
+        failure: Exception | None = None
+        for queue in self._loader.queues:
+            try:
+                await self._loader.rebuild(queue, pause=REBUILD_PAUSE)
+            except QUEUE_ERRORS as error:
+                # The shards may be on different nodes: restore the others first.
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return REBUILD_PAUSE

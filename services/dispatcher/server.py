@@ -41,8 +41,8 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
-from outbox_server.shared.queue.connection import connect, open_queues
-from outbox_server.shared.queue.heartbeats import HeartbeatMemory
+from outbox_server.shared.queue.connection import client_of, connect, open_queues
+from outbox_server.shared.queue.following import departures_of
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
@@ -93,7 +93,14 @@ async def _serve(run: AgreedRun) -> None:
         queues = open_queues(redis, settings, partial(_circuit_changed, metrics), run.key_space)
         loader = HeadLoader(engine, queues, settings, on_rebuild=metrics.rebuilt)
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
-        listeners = [WakeListener(listening, queue.keys.wake) for queue in queues]
+        listeners = [
+            WakeListener(
+                client_of(listening, queue.shard),
+                queue.keys.wake,
+                partial(departures_of, queue.redis),
+            )
+            for queue in queues
+        ]
         box = SecretBox.from_settings(settings)
         egress = Egress.from_settings(settings)
         stack.push_async_callback(egress.close)
@@ -198,10 +205,7 @@ async def _serve(run: AgreedRun) -> None:
                 partial(
                     follow_dependencies,
                     server,
-                    {
-                        "postgresql": partial(run.check, schema.check, statements),
-                        "redis": partial(check_serving, redis, queues),
-                    },
+                    {"postgresql": schema.check, "redis": partial(check_serving, queues)},
                     stop,
                     places={
                         "postgresql": place_of(settings.database_url),

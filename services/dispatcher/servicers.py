@@ -111,9 +111,9 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         found: dict[str, Circuit] = {}
         if not endpoints:
             return found
-        # Without Redis, the rest of the status is still valid.
-        with suppress(*QUEUE_ERRORS):
-            for queue in self._queues:
+        for queue in self._queues:
+            # Without a shard, the rest of the status is still valid.
+            with suppress(*QUEUE_ERRORS):
                 for endpoint, circuit in (
                     await queue.circuits_of_endpoints(sorted(endpoints))
                 ).items():

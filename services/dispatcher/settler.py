@@ -278,17 +278,20 @@ class Settler:
                 or _may_have_cooled(outcome, settlement)
             ):
                 stale.add(settlement.sender_id)
+        unknown: set[int] = set()
+        for shard, settlements in by_queue.items():
+            # The shards may be on different nodes: each is settled, whatever happens to the others.
+            try:
+                unknown.update(await self._loader.queues[shard].settle(settlements))
+            except QUEUE_ERRORS as error:
+                _release_failed(len(settlements), error)
         try:
-            lost: set[int] = set()
-            for shard, settlements in by_queue.items():
-                unknown.update(await loader.queues[shard].settle(settlements))
             if stale or unknown:
                 await loader.load(stale | unknown, committed=True)
             if unknown:
                 await _settle_moved(loader, by_queue, unknown)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
-            _log.warning("release_failed", jobs=len(group), error=type(error).__name__)
+            _release_failed(len(group), error)
 
     async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded | None:
         """Record a group, however long it takes. None: somebody has locked a row of several."""
@@ -305,18 +308,9 @@ class Settler:
                 await asyncio.sleep(_RETRY_S)
 
 
-async def _settle_moved(
-    loader: HeadLoader, by_queue: Mapping[int, Sequence[Settlement]], unknown: set[int]
-) -> None:
-    """Settle claims of senders that were moved to another shard, which the load has found."""
-    for shard, settlements in by_queue.items():
-        again: dict[Queue, list[Settlement]] = {}
-        for settlement in settlements:
-            queue = loader.queue_of(settlement.sender_id)
-            if settlement.sender_id in unknown and queue.shard != shard:
-                again.setdefault(queue, []).append(settlement)
-        for queue, moved in again.items():
-            await queue.settle(moved)
+def _release_failed(jobs: int, error: Exception) -> None:
+    # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
+    _log.warning("release_failed", jobs=jobs, error=type(error).__name__)
 
 
 async def _settle_in_postgres(

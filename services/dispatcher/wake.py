@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -12,14 +13,20 @@ from outbox_server.shared.loops import Loop, raise_if_cancelled
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 
 _RETRY = timedelta(milliseconds=500)
+# How often it checks whether the claims go to another server now.
+_CHECK_S = 2.0
 
 
 class WakeListener:
     """Listens on a shard's channel. A missed message delays a claim by at most a heartbeat."""
 
-    def __init__(self, redis: Redis, channel: str) -> None:
+    def __init__(
+        self, redis: Redis, channel: str, departures: Callable[[], int] = lambda: 0
+    ) -> None:
+        """`departures` counts how often the claims have left their server: it leaves it then."""
         self._redis = redis
         self._channel = channel
+        self._departures = departures
         self._event = asyncio.Event()
 
     def clear(self) -> None:
@@ -44,7 +51,9 @@ class WakeListener:
                 await pubsub.subscribe(self._channel)
                 # Messages may have been missed before the subscription, so wake once.
                 self._event.set()
-                async for _ in pubsub.listen():
-                    self._event.set()
+                before = self._departures()
+                while self._departures() == before:
+                    if await pubsub.get_message(timeout=_CHECK_S):
+                        self._event.set()
                     raise_if_cancelled()
         return _RETRY

@@ -43,6 +43,7 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
@@ -152,9 +153,14 @@ async def _serve(run: AgreedRun) -> None:
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": partial(run.check, schema.check, engine)},
+                    {"postgresql": schema.check, "redis": partial(check_serving, queues)},
                     stop,
-                    places={"postgresql": place_of(settings.database_url)},
+                    # Without Redis, batches are accepted. The dispatchers are not ready then.
+                    optional=("redis",),
+                    places={
+                        "postgresql": place_of(settings.database_url),
+                        "redis": place_of(settings.redis_url),
+                    },
                     report=monitoring.show_dependencies,
                 ),
                 partial(schema.run_when_usable, run.known(work), stop),

@@ -156,13 +156,20 @@ class HeadLoader:
             sqlalchemy.exc.DBAPIError: PostgreSQL is unreachable.
         """
         moved: list[int] = []
+        failure: Exception | None = None
         for queue, ids in self._routes.grouped(sender_ids).items():
-            for start in range(0, len(ids), _CHUNK):
-                chunk = ids[start : start + _CHUNK]
-                moved += await self._load_chunk(queue, chunk, committed=committed)
+            try:
+                for start in range(0, len(ids), _CHUNK):
+                    chunk = ids[start : start + _CHUNK]
+                    moved += await self._load_chunk(queue, chunk, committed=committed)
+            except QUEUE_ERRORS as error:
+                # The shards may be on different nodes: load the others first.
+                failure = failure or error
         if moved:
             # Their shard is known now.
             await self.load(moved, committed=True)
+        if failure is not None:
+            raise failure
 
     async def _load_chunk(
         self, queue: Queue, sender_ids: list[int], *, committed: bool

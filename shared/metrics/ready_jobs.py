@@ -13,9 +13,14 @@ from prometheus_client.registry import Collector
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue, ReadyJobs
 
+_SILENT = ReadyJobs(complete=False, count=0, age=timedelta(0))
+
 
 class ReadyJobsCollector(Collector):
-    """Shows the ready jobs of all shards. Without an answer of Redis there are no samples."""
+    """Shows the ready jobs of all shards. Without an answer of Redis there are no samples.
+
+    A shard that does not answer while others do counts as incomplete, without jobs.
+    """
 
     def __init__(self, registry: CollectorRegistry, queues: Sequence[Queue]) -> None:
         self._queues = queues
@@ -24,13 +29,10 @@ class ReadyJobsCollector(Collector):
 
     async def refresh(self) -> None:
         """Ask Redis, in one call per shard."""
-        self._found = None
-        try:
-            self._found = await asyncio.gather(
-                *(queue.count_ready_jobs() for queue in self._queues)
-            )
-        except QUEUE_ERRORS:
-            return  # `outbox_dependency_up` says so
+        found = await asyncio.gather(*(_count(queue) for queue in self._queues))
+        # If none answers, `outbox_dependency_up` says so.
+        answers = any(shard is not None for shard in found)
+        self._found = [shard or _SILENT for shard in found] if answers else None
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
         """Return the families without samples."""
@@ -67,3 +69,10 @@ class ReadyJobsCollector(Collector):
                 incomplete,
             ),
         )
+
+
+async def _count(queue: Queue) -> ReadyJobs | None:
+    try:
+        return await queue.count_ready_jobs()
+    except QUEUE_ERRORS:
+        return None

@@ -14,9 +14,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.queue import cluster, sentinel
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
+from outbox_server.shared.queue.cluster import ClusterClient, connect_to_cluster
+from outbox_server.shared.queue.following import FollowingClient, FollowingPool
+from outbox_server.shared.queue.keys import ShardKeys
 from outbox_server.shared.queue.queue import DEFAULT_BACKOFF, Queue
-from outbox_server.shared.queue.sentinel import SCHEMES, connect_by_sentinel
+from outbox_server.shared.queue.sentinel import connect_by_sentinel
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.store_urls import REDIS_FORM
@@ -31,10 +35,11 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCN
 QUEUE_ERRORS = (RedisError, OSError)
 
 
-def connect(settings: Settings, *, listening: bool = False) -> Redis:
+def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
     """Return a client. `listening` is for subscriptions, whose reads have no time limit.
 
-    The client must not retry a claim: the first call may have been executed.
+    The client must not retry a claim: the first call may have been executed. With a cluster, it is
+    the client of the first shard, and `client_of` returns those of the others.
 
     Raises:
         ConfigurationError: the URL is malformed, or has a parameter that redis-py does not know.
@@ -48,16 +53,22 @@ def connect(settings: Settings, *, listening: bool = False) -> Redis:
         "retry": Retry(NoBackoff(), 0),
         "max_connections": None if listening else 100,
     }
-    if settings.redis_url.startswith(SCHEMES):
+    if settings.redis_url.startswith(sentinel.SCHEMES):
         return connect_by_sentinel(settings.redis_url, options)
+    if settings.redis_url.startswith(cluster.SCHEMES):
+        return connect_to_cluster(settings.redis_url, options)
     try:
-        client = Redis.from_url(settings.redis_url, **options)
+        pool: Any = FollowingPool.from_url(settings.redis_url, **options)
         # Only a connection object shows which parameters are known. It does not connect.
-        pool: Any = client.connection_pool
         pool.make_connection()
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"OUTBOX_REDIS_URL: {_cause(error)}") from None
-    return client
+    return FollowingClient(pool)
+
+
+def client_of(redis: Redis, shard: int) -> Redis:
+    """Return the client of a shard: in a cluster, each has its own."""
+    return redis.of_key(ShardKeys(shard).ready) if isinstance(redis, ClusterClient) else redis
 
 
 def _cause(error: Exception) -> str:
@@ -92,7 +103,7 @@ def open_queues(
     """
     return [
         Queue(
-            redis,
+            client_of(redis, shard),
             shard,
             window=settings.rate_window,
             lease=settings.lease,

@@ -365,7 +365,7 @@ class Queue:
         self.keys = ShardKeys(shard, key_space)
         self.key_space = key_space
         self.shard = shard
-        self._redis = redis
+        self.redis = redis
         self._window = _ms(window)
         self._lease = _ms(lease)
         self._backoff = tuple(backoff) or DEFAULT_BACKOFF
@@ -515,21 +515,19 @@ class Queue:
 
     async def load_heads(self, heads: Sequence[Head], epochs: Mapping[int, str]) -> list[int]:
         """Apply heads that were read after `begin_load`. Returns the senders to read again."""
-        again: list[int] = []
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for part in parts_by_cost(heads, _load_cost, most=_LONGEST_LOAD):
-                args: list[Any] = [self._window]
-                for head in part:
-                    args += (epochs[head.sender_id], _head_arg(head))
-                await self._scripts["load_head"](keys=[self.keys.ready], args=args, client=pipeline)
-                # Each part takes some ms of this process.
-                await asyncio.sleep(0)
-            answers = await pipeline.execute() if heads else []
-        for refused, changes in answers:
-            again += map(int, refused)
-            for change in changes:
-                self._report(change)
-        return again
+        async with self.redis.pipeline(transaction=False) as pipeline:
+            for head in heads:
+                await self._scripts["load_head"](
+                    keys=[self.keys.ready],
+                    args=[self._window, epochs[head.sender_id], _head_arg(head)],
+                    client=pipeline,
+                )
+            answers = await pipeline.execute()
+        for change in [change for changes in answers for change in changes or ()]:
+            self._report(change)
+        return [
+            head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
+        ]
 
     async def begin_user_loads(self, users: Sequence[str], *, committed: bool) -> dict[str, str]:
         """Return the epoch of the limiter of each user; `begin_load` describes the rest.

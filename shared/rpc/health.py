@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Final, Protocol
@@ -156,6 +156,7 @@ async def follow_dependencies(
     checks: Mapping[str, Callable[[], Awaitable[object]]],
     stop: asyncio.Event,
     *,
+    optional: Collection[str] = (),
     places: Mapping[str, str] | None = None,
     report: Callable[[Mapping[str, bool]], None] | None = None,
     interval: timedelta = timedelta(seconds=1),
@@ -164,10 +165,10 @@ async def follow_dependencies(
     """Let health report SERVING while every dependency serves, until `stop` is set.
 
     Each check does one cheap operation of the kind that the service needs, and raises if that
-    fails. `places` has the host and port of dependencies, for the log. `report` gets the result of
-    each round. A
-    check that takes longer than `limit` counts as failed. It is cancelled, but not awaited: psycopg
-    then asks the server to end the statement, which takes 10 s if the server hangs.
+    fails. Those in `optional` are checked, logged and reported, and health does not depend on them.
+    `places` has the host and port of dependencies, for the log. `report` gets the result of each
+    round. A check that takes longer than `limit` counts as failed. It is cancelled, but not
+    awaited: psycopg then asks the server to end the statement, which takes 10 s if it hangs.
     """
     log = _StoreLog(places or {})
     late_text = f"no answer within {limit.total_seconds():g} s"
@@ -192,8 +193,9 @@ async def follow_dependencies(
         asking = {name: check for name, check in asking.items() if not check.done()}
         if report is not None:
             report({name: name not in gone for name in checks})
-        reason = "; ".join(f"{name}: {trouble.kind}" for name, trouble in sorted(gone.items()))
-        server.set_serving(not gone, reason)
+        needed = sorted(gone.keys() - {*optional})
+        reason = "; ".join(f"{name}: {gone[name].kind}" for name in needed)
+        server.set_serving(not needed, reason)
         return interval
 
     try:

@@ -21,9 +21,8 @@ from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.deploy.ports import LOOPBACK, free_port
 from outbox_server.deploy.wheels import valkey_binary
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
-from outbox_server.shared.rpc.probes import REASON_KEY
 from tests.conftest import Stores
-from tests.dispatchers import DispatcherProcess, options, process, settings_of
+from tests.dispatchers import DispatcherProcess, options, process, readiness, settings_of
 from tests.eventually import eventually
 from tests.world import World
 
@@ -94,18 +93,6 @@ def end_sessions(stores: Stores, database: str) -> None:
             " WHERE datname = {} AND pid <> pg_backend_pid()"
         ).format(sql.Literal(database))
     )
-
-
-async def readiness(address: str) -> tuple[str, str]:
-    """Return the state and the reason that a health port gives."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(service="readiness")
-        )
-        status = (await call).status
-        said = dict(list(await call.trailing_metadata()))
-    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
-    return name, str(said.get(REASON_KEY, ""))
 
 
 @asynccontextmanager

@@ -34,6 +34,13 @@ SECRET = "hunter2-is-secret"
         ("REDIS_URL", f"redis://:{SECRET}@[::1:6379/0"),
         ("REDIS_URL", f"redis://:{SECRET}@cache/0?db=x&password={SECRET}"),
         ("REDIS_URL", f"redis://:{SECRET}@cache/0?sokket_timeout=1"),
+        ("REDIS_URL", f"redis+cluster://:{SECRET}@n1:6379,n2:x/0"),
+        ("REDIS_URL", f"redis+cluster://:{SECRET}@n1:6379/1"),
+        ("REDIS_URL", f"redis+cluster://:{SECRET}@n1:6379?db=0&password={SECRET}"),
+        ("REDIS_URL", f"redis+cluster://:{SECRET}@n1?ssl_ca_certs=/ca.crt"),
+        ("REDIS_URL", f"redis+cluster://:{SECRET}@"),
+        ("REDIS_URL", f"redis+cluster://:{SECRET}@" + "n," * 30 + "n"),
+        ("REDIS_URL", f"cluster+redis://:{SECRET}@n1"),
     ],
 )
 def test_a_malformed_url_is_named_in_one_line_without_its_secret(
@@ -60,6 +67,7 @@ def test_a_malformed_url_is_named_in_one_line_without_its_secret(
         (f"rediss://ann:{SECRET}@cache", "cache"),
         ("unix:///run/valkey.sock?db=0", "/run/valkey.sock"),
         (f"redis+sentinel://:{SECRET}@s1:26379,s2:26379/main/0", "s1:26379,s2:26379/main/0"),
+        (f"redis+cluster://:{SECRET}@n1:6379,n2:6379", "n1:6379,n2:6379"),
     ],
 )
 def test_the_place_of_a_url_is_its_hosts_and_its_path(url: str, place: str) -> None:

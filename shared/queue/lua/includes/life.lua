@@ -10,6 +10,10 @@
 -- PostgreSQL stores as the valid one (begin_life.lua, shared/heads/lives.py). What was loaded before
 -- is discarded again, because the history may have been read before the former life became invalid.
 
+-- No such key exists. While the slot of a shard is being moved to another node, a look for it
+-- fails, so that no script stops half way at a key that has been moved already.
+redis.call('EXISTS', prefix .. 'absent')
+
 local LIFE_KEY = prefix .. 'life'
 local STEP = 1000
 local LIFE

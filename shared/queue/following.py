@@ -1,0 +1,212 @@
+"""Connections that leave a server which no longer serves, and follow its duty to another server.
+
+A primary may be demoted, or lose its slots, while its connections stay open. It then refuses what
+it is asked. After such a reply all connections to it are closed, those in use after their call, and
+the next call connects again: to the host of the URL, to the primary that Sentinel names, or to the
+node that owns the slot. No call is repeated here.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any, Final, Protocol
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    ConnectionPool,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import MovedError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from outbox_server.shared.store_trouble import refusal_of
+
+Address = tuple[str, int]
+
+# Replies of a server that is the wrong one, or cannot serve now.
+_LEFT_AFTER: Final = frozenset(
+    ("READONLY", "MASTERDOWN", "MOVED", "CLUSTERDOWN", "OOM", "LOADING", "MISCONF", "NOREPLICAS")
+)
+# A server that is the only one is left again and again while it does not serve: the pause between
+# two departures doubles from the first to the last, and starts anew after the reset.
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 4.0
+_RESET_S: Final = 10.0
+_MAX_TEXT: Final = 200
+_log = structlog.get_logger(__name__)
+
+
+class Place(Protocol):
+    """Finds the server of a client, for each new connection."""
+
+    async def find(self) -> Address:
+        """Return the address of the server.
+
+        Raises:
+            redis.exceptions.RedisError: it is not known.
+        """
+
+    def doubt(self, address: Address) -> None:
+        """Note that the server at this address cannot be reached, or does not serve."""
+
+    def moved(self, address: Address) -> None:
+        """Note that the server said that its duty is at this address."""
+
+    async def aclose(self) -> None:
+        """Close what it uses itself."""
+
+
+class _Following(AbstractConnection):
+    """A connection that tells its pool when its server is the wrong one."""
+
+    host: str
+    port: int
+
+    def __init__(self, *, following_pool: FollowingPool, **options: Any) -> None:
+        self._pool = following_pool
+        super().__init__(**options)
+
+    async def connect_check_health(self, *args: Any, **options: Any) -> None:
+        """Connect to the server that the place names now."""
+        place = self._pool.place
+        if place is None or self.is_connected:
+            await super().connect_check_health(*args, **options)
+            return
+        address = await place.find()
+        self._pool.found(address)
+        self.host, self.port = address
+        try:
+            await super().connect_check_health(*args, **options)
+        except (RedisConnectionError, RedisTimeoutError):
+            place.doubt(address)
+            raise
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """Return a reply. Leave the server if the reply says that it does not serve."""
+        try:
+            return await super().read_response(*args, **options)
+        except RedisError as error:
+            self._judge(error)
+            raise
+
+    def _judge(self, error: RedisError) -> None:
+        place = self._pool.place
+        if refusal_of(error) in _LEFT_AFTER:
+            _mark(self)
+            if place is not None and isinstance(error, MovedError):
+                place.moved((error.host or self.host, error.port))
+            elif place is not None:
+                place.doubt((self.host, self.port))
+            self._pool.leave(error)
+        elif place is not None and isinstance(error, RedisConnectionError | RedisTimeoutError):
+            place.doubt((self.host, self.port))
+
+
+class FollowingConnection(_Following, Connection):
+    """One by TCP."""
+
+
+class FollowingSSLConnection(_Following, SSLConnection):
+    """One by TLS."""
+
+
+class FollowingUnixConnection(_Following, UnixDomainSocketConnection):
+    """One to a socket of this machine."""
+
+
+_CLASSES: Final[dict[type[AbstractConnection], type[_Following]]] = {
+    Connection: FollowingConnection,
+    SSLConnection: FollowingSSLConnection,
+    UnixDomainSocketConnection: FollowingUnixConnection,
+}
+
+
+class FollowingPool(ConnectionPool):
+    """The connections to one server, or to whichever server has its duty.
+
+    Without a `place`, its server is the one of the URL.
+    """
+
+    def __init__(
+        self,
+        connection_class: type[AbstractConnection] = Connection,
+        *,
+        place: Place | None = None,
+        **options: Any,
+    ) -> None:
+        if options.pop("ssl", False):
+            connection_class = SSLConnection
+        super().__init__(connection_class=_CLASSES[connection_class], **options)
+        self.connection_kwargs["following_pool"] = weakref.proxy(self)
+        self.place = place
+        # How often its server was left.
+        self.departures = 0
+        self._address: Address | None = None
+        self._left_at = float("-inf")
+        self._pause = _FIRST_PAUSE_S
+
+    def found(self, address: Address) -> None:
+        """Leave the server that had the duty before, if the place names another one now."""
+        if self._address not in (None, address):
+            self._depart()
+        self._address = address
+
+    def leave(self, error: RedisError) -> None:
+        """Let the next calls use new connections, unless the server was left a moment ago."""
+        now = time.monotonic()
+        since = now - self._left_at
+        if since < self._pause:
+            return
+        if since > _RESET_S:
+            self._pause = _FIRST_PAUSE_S
+            _log.warning("redis_left", error=str(error)[:_MAX_TEXT])
+        else:
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_S)
+        self._left_at = now
+        self._depart()
+
+    def _depart(self) -> None:
+        self.departures += 1
+        for connection in (*self._get_free_connections(), *self._get_in_use_connections()):
+            if connection.is_connected:
+                _mark(connection)
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        """Connect, or connect again if the server was left since the last use."""
+        marked: Any = connection.should_reconnect
+        if marked():
+            await connection.disconnect()
+        await super().ensure_connection(connection)
+
+
+class FollowingClient(Redis):
+    """A client whose connections follow the server; it owns its pool and the pool's place."""
+
+    def __init__(self, pool: FollowingPool) -> None:
+        super().__init__(connection_pool=pool)
+        self.auto_close_connection_pool = True
+        self._pool = pool
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        """Close all connections."""
+        await super().aclose(close_connection_pool)
+        if self._pool.place is not None:
+            await self._pool.place.aclose()
+
+
+def _mark(connection: AbstractConnection) -> None:
+    """Let it be closed after its call; the next call opens it again."""
+    mark: Any = connection.mark_for_reconnect
+    mark()
+
+
+def departures_of(redis: Redis) -> int:
+    """Return how often a client has left its server, for another one or to connect again."""
+    pool = redis.connection_pool
+    return pool.departures if isinstance(pool, FollowingPool) else 0
