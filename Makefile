@@ -110,6 +110,10 @@ manifests: $(READY) ## Render the chart to deploy/manifests, and list the settin
 drill: $(READY) ## Kill the parts of a private stack at random for a minute, and audit it
 	$(BIN)/outbox drill --minutes 1 --seed 1
 
+.PHONY: drill-stores
+drill-stores: $(READY) ## The same on a Redis Cluster and PgBouncer (apt-get install pgbouncer)
+	$(BIN)/outbox drill --minutes 1 --seed 13 --stores cluster
+
 .PHONY: drill-production
 drill-production: $(READY) ## The same with TLS, keys and secrets in files, and rolling restarts
 	$(BIN)/outbox drill --production --minutes 1 --seed 1

@@ -23,9 +23,13 @@ from outbox_server.deploy.drill.plan import (
     OUTAGE_DRILL_S,
     OUTAGES,
     ROLLOUTS,
+    SINGLE_REDIS,
+    STORES,
 )
 from outbox_server.deploy.drill.report import DrillReport
 from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
+from outbox_server.deploy.embedded.pgbouncer import BINARY
+from outbox_server.deploy.embedded.pgbouncer import HOW_TO_GET as PGBOUNCER_MISSING
 
 _SEEDS: Final = 10_000
 
@@ -35,6 +39,13 @@ class UncertainPolicy(StrEnum):
 
     RESEND = "resend"
     HOLD = "hold"
+
+
+class DrillStores(StrEnum):
+    """What the stores of a drill are."""
+
+    SINGLE = "single"
+    CLUSTER = "cluster"
 
 
 app = typer.Typer(add_completion=False)
@@ -96,6 +107,14 @@ def drill(
             "two processes each; with rolling restarts.",
         ),
     ] = False,
+    stores: Annotated[
+        DrillStores,
+        typer.Option(
+            "--stores",
+            help="cluster: Redis is a cluster of three primaries with replicas, and PostgreSQL is "
+            "behind PgBouncer, each with faults of its own.",
+        ),
+    ] = DrillStores.SINGLE,
     dispatchers: Annotated[
         int, typer.Option("--dispatchers", min=1, max=16, help="Number of dispatchers.")
     ] = 2,
@@ -146,13 +165,20 @@ def drill(
     seed = secrets.randbelow(_SEEDS) if seed is None else seed
     if faults is not None and set(names) & set(ROLLOUTS) and not production:
         raise typer.BadParameter("a rolling restart requires --production")
+    clustered = stores is DrillStores.CLUSTER
+    _check_stores([] if faults is None else names, clustered=clustered, production=production)
     least = 2 if production else 1
     size = Size(dispatchers, schedulers or least, stats or least)
     if min(size.dispatchers, size.schedulers, size.stats) < least:
         raise typer.BadParameter("--production requires two processes or more of each service")
     with DrillFolder() as folder:
         stack = DrillStack(
-            folder.path, size, drill_settings(policy.value), _say, production=production
+            folder.path,
+            size,
+            drill_settings(policy.value),
+            _say,
+            production=production,
+            cluster=clustered,
         )
         note(f"seed {seed}; starting a stack in {folder.path} ...")
         if stack.without_clocks and CLOCK_KINDS & set(names):
@@ -171,6 +197,19 @@ def drill(
         _print(report, folder.path, seed)
     if report.broken:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _check_stores(wanted: list[str], *, clustered: bool, production: bool) -> None:
+    """Refuse what cannot be done with the stores. `wanted` are the faults that were named."""
+    if clustered and production:
+        raise typer.BadParameter("--stores cluster and --production exclude each other")
+    if clustered and not BINARY.exists():
+        raise typer.BadParameter(PGBOUNCER_MISSING)
+    if set(wanted) & (SINGLE_REDIS if clustered else set(STORES)):
+        raise typer.BadParameter(
+            "the faults of one Redis require --stores single, and those of a cluster and of "
+            "PgBouncer --stores cluster"
+        )
 
 
 def _say(text: str) -> None:

@@ -77,6 +77,7 @@ class Faults:
             "endpoint_certificate": self._distrust,
             "rolling_restart": self._roll,
             "user_hostile": self._attack,
+            **({} if stack.stores is None else stack.stores.ways),
         }
 
     async def strike(self, fault: Fault) -> float:

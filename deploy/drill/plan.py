@@ -175,7 +175,18 @@ ROLLOUTS: Final[Mapping[str, Kind]] = {
         "services",
     )
 }
-KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS}
+# Faults of the stores of a production system, which the usual stack does not have.
+STORES: Final[Mapping[str, Kind]] = {
+    "cluster_takeover": Kind(
+        "kill -9 of a primary of the cluster; its replica takes over; it comes back as a replica",
+        "cluster",
+    ),
+    "cluster_move": Kind("the slot of a shard is moved to another node", "cluster"),
+    "pooler_kill": Kind("kill -9 of PgBouncer; starts again", "pooler"),
+}
+KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS, **STORES}
+# The faults of the single Redis, which a stack with a cluster does not have.
+SINGLE_REDIS: Final = frozenset(name for name, kind in KINDS.items() if kind.strikes == "redis")
 
 # The kinds that need libfaketime.
 CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
@@ -186,6 +197,11 @@ _FIRST_ROLLOUT_S: Final = (2.0, 5.0)
 _ROLLOUT_PAUSES_S: Final = (60.0, 100.0)
 # The least time from the start of a later one to the end of the drill.
 _ROLLOUT_CALM_S: Final = 60.0
+
+# When the first fault of the stores comes, and the time from one to the next: a node that was
+# killed must be back before the next one is.
+_FIRST_STORE_S: Final = (3.0, 6.0)
+_STORE_PAUSES_S: Final = (14.0, 22.0)
 
 # The time from one fault to the next, so that faults come both alone and overlapping.
 _PAUSES_S: Final = (0.3, 4.0)
@@ -214,7 +230,8 @@ def plan(
     """Return the faults of a drill, ordered by time.
 
     `processes` has the number of processes per service. Kinds are dealt like cards: each comes
-    about as often as every other. Outages and rolling restarts are planned separately.
+    about as often as every other. Outages, rolling restarts and the faults of the stores are
+    planned separately.
     """
     outages = _outages(seed, duration_s, sorted(set(names) & set(OUTAGES)))
     chance = random.Random(seed)  # noqa: S311 - a plan, not a secret
@@ -244,7 +261,8 @@ def plan(
             break
         now += pause
     rollouts = _rollouts(seed, duration_s, sorted(set(names) & set(ROLLOUTS)))
-    return sorted((*faults, *outages, *rollouts), key=lambda fault: fault.at)
+    stores = _stores(seed, duration_s, sorted(set(names) & set(STORES)))
+    return sorted((*faults, *outages, *rollouts, *stores), key=lambda fault: fault.at)
 
 
 def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
@@ -267,6 +285,18 @@ def _rollouts(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]
         while not found or now + _ROLLOUT_CALM_S <= duration_s:
             found.append(Fault(round(now, 3), name))
             now += chance.uniform(*_ROLLOUT_PAUSES_S)
+    return found
+
+
+def _stores(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
+    chance = random.Random(f"stores of {seed}")  # noqa: S311 - a plan, not a secret
+    hand: list[str] = []
+    found = []
+    now = chance.uniform(*_FIRST_STORE_S)
+    while names and now < duration_s - _QUIET_S:
+        hand = hand or chance.sample(names, len(names))
+        found.append(Fault(round(now, 3), hand.pop()))
+        now += chance.uniform(*_STORE_PAUSES_S)
     return found
 
 

@@ -20,12 +20,17 @@ from outbox_server.deploy.drill.plan import (
     CLOCK_KINDS,
     LEASE_S,
     ROLLOUTS,
+    SINGLE_REDIS,
     SMTP_END_TIMEOUT_S,
     SMTP_TIMEOUT_S,
+    STORES,
 )
 from outbox_server.deploy.drill.production import ProductionConfiguration
+from outbox_server.deploy.drill.store_faults import StoreFaults
+from outbox_server.deploy.embedded.cluster import ValkeyCluster
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
+from outbox_server.deploy.embedded.pgbouncer import PgBouncer, pooler_folder
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service
@@ -40,6 +45,8 @@ _BACKOFF: Final = tuple(timedelta(seconds=step) for step in (0.2, 0.5, 1, 2, *[3
 _SHORT_BACKOFF: Final = tuple(timedelta(seconds=step) for step in (0.3, 0.6, 1))
 _QUOTA_DAY: Final = timedelta(seconds=2)
 _PHASE_LIMIT: Final = timedelta(seconds=SMTP_TIMEOUT_S)
+# On three primaries, so that each has a shard or two.
+_CLUSTER_SHARDS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +98,19 @@ class DrillStack:
         environment: Mapping[str, str] | None = None,
         migrate: Callable[[str], None] | None = None,
         production: bool = False,
+        cluster: bool = False,
     ) -> None:
         """The services get `environment` in addition. `migrate` runs before they start.
 
         With `production`, all connections have TLS, callers need a key, and secrets are in files.
+        With `cluster`, Redis is a cluster of three primaries with replicas, and PostgreSQL is
+        reached through PgBouncer.
         """
+        if cluster:
+            settings = settings.model_copy(update={"shards": _CLUSTER_SHARDS})
+        self._cluster = cluster
+        # The faults of the cluster and of PgBouncer, once they run; None without them.
+        self.stores: StoreFaults | None = None
         self.settings = settings
         self.size = size
         self._trusted = self_signed(folder)
@@ -133,6 +148,7 @@ class DrillStack:
                 await stack.enter_async_context(proxy)
             ports = {name: proxy.port for name, proxy in self.proxies.items()}
             redis_password = secrets.token_urlsafe(24)
+            stores = await self._start_stores(stack, ports) if self._cluster else {}
             self._system = LocalSystem(
                 self._folder,
                 self.settings,
@@ -153,6 +169,7 @@ class DrillStack:
                         if self._production
                         else {}
                     ),
+                    **stores,
                     **self._environment,
                 },
                 default_ports=False,
@@ -169,6 +186,21 @@ class DrillStack:
             await stack.enter_async_context(self._system)
             self._open = stack.pop_all()
         return self
+
+    async def _start_stores(
+        self, stack: AsyncExitStack, ports: Mapping[str, int]
+    ) -> dict[str, str]:
+        """Start the cluster and PgBouncer; return the variables that lead to them."""
+        cluster = ValkeyCluster(self._folder / "cluster", replicas=(0, 1, 2))
+        stack.push_async_callback(cluster.stop)
+        await cluster.start()
+        folder = stack.enter_context(pooler_folder())
+        password = PasswordFile(self._folder / "postgres").password_of(OWNER)
+        pooler = PgBouncer(folder, ports["postgres"], password)
+        stack.push_async_callback(pooler.kill)
+        await pooler.start()
+        self.stores = StoreFaults(cluster, pooler, self.settings.shards)
+        return {"OUTBOX_DATABASE_URL": pooler.url("outbox"), "OUTBOX_REDIS_URL": cluster.url}
 
     async def __aexit__(self, *_: object) -> None:
         """Stop everything."""
@@ -191,7 +223,8 @@ class DrillStack:
     def missing(self) -> frozenset[str]:
         """The kinds of faults that are not possible here."""
         clocks = CLOCK_KINDS if self.without_clocks else frozenset()
-        return clocks | (frozenset() if self._production else frozenset(ROLLOUTS))
+        stores = SINGLE_REDIS if self._cluster else frozenset(STORES)
+        return clocks | stores | (frozenset() if self._production else frozenset(ROLLOUTS))
 
     @property
     def schedulers(self) -> list[str]:

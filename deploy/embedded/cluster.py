@@ -146,6 +146,12 @@ class ValkeyCluster:
         port = max(votes, key=lambda each: votes[each])
         return next(node for node in self.nodes if node.port == port)
 
+    async def owners(self) -> list[ClusterNode]:
+        """Return the nodes that own slots now."""
+        node = next(node for node in self.nodes if node.running)
+        ports = {int(owner[1]) for _, _, owner, *_ in await node.command("CLUSTER", "SLOTS")}
+        return [node for node in self.nodes if node.port in ports]
+
     async def begin_move(self, slot: int, target: ClusterNode) -> ClusterNode:
         """Begin to move a slot; return its owner. No key has been moved yet."""
         source = await self.owner_of(slot)
@@ -166,7 +172,7 @@ class ValkeyCluster:
             await source.command(*words)
             moved += len(keys)
         owner = await target.id()
-        others = [node for node in self.primaries if node not in (source, target)]
+        others = [node for node in await self.owners() if node not in (source, target)]
         for node in (target, source, *others):
             if node.running:
                 await node.command("CLUSTER", "SETSLOT", slot, "NODE", owner)

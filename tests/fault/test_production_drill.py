@@ -116,6 +116,9 @@ async def test_every_connection_needs_tls_and_a_secret_and_processes_are_replace
     [
         (["--faults", "rolling_restart"], "requires --production"),
         (["--production", "--dispatchers", "1"], "two processes or more"),
+        (["--production", "--stores", "cluster"], "exclude each other"),
+        (["--faults", "cluster_move"], "PgBouncer --stores cluster"),
+        (["--stores", "cluster", "--faults", "redis_kill"], "one Redis require --stores single"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
@@ -12,9 +13,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psycopg
 import pytest
 from redis.crc import key_slot
 
+from outbox_server.deploy.drill.plan import Fault
+from outbox_server.deploy.drill.store_faults import StoreFaults
 from outbox_server.deploy.embedded.cluster import SLOTS, ValkeyCluster
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.ports import LOOPBACK, free_port
@@ -22,9 +26,10 @@ from outbox_server.deploy.wheels import valkey_binary
 from outbox_server.shared.queue import connection
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import ShardKeys
-from tests.conftest import Stores
+from tests.conftest import DATABASE, Stores
 from tests.dispatchers import DispatcherProcess, options, process, readiness, settings_of
 from tests.eventually import eventually
+from tests.pgbouncer import pooler
 from tests.world import World, gap_of, jobs_in
 
 SHARDS = 4
@@ -226,3 +231,31 @@ async def test_a_node_that_hangs_delays_its_own_shards_only(
         await eventually(run.world.done)
         await eventually(run.dispatcher.serving)
         run.check_arrivals(5)
+
+
+@pytest.mark.usefixtures("database_url")
+async def test_the_faults_of_a_drill_strike_the_cluster_and_the_pooler(
+    stores: Stores, cluster: ValkeyCluster
+) -> None:
+    password = stores.postgres.passwords.password_of("outbox")
+    async with pooler(stores.postgres.port, DATABASE, password) as bouncer:
+        faults = StoreFaults(cluster, bouncer, SHARDS)
+        replicated = {slot_of(1), slot_of(2)}
+        times = (float(number) for number in itertools.count())
+        fault = next(
+            each
+            for each in (Fault(at, "cluster_takeover") for at in times)
+            if faults.slot_of(each) in replicated
+        )
+        slot = faults.slot_of(fault)
+        # A replica takes over, and then the node that it took over from.
+        owners = [await cluster.owner_of(slot)]
+        for _ in range(2):
+            await faults.ways["cluster_takeover"](fault)
+            owners.append(await cluster.owner_of(slot))
+        assert owners[0] is owners[2] is not owners[1]
+        await faults.ways["cluster_move"](fault)
+        assert await cluster.owner_of(slot) is not owners[2]
+        await faults.ways["pooler_kill"](fault)
+        with psycopg.connect(bouncer.url(DATABASE)) as connection:
+            connection.execute("SELECT 1")

@@ -94,7 +94,7 @@ async def test_mail_is_sent_through_a_pooler_that_is_killed_and_then_leads_to_an
             await bouncer.kill()
             for service in services:
                 await eventually(service.unready)
-            await bouncer.start(DATABASE)
+            await bouncer.start()
             await batch()
             # The server's address changes, and every session with it.
             bouncer.lead_to(stores.postgres.port)

@@ -11,6 +11,7 @@ from outbox_server.deploy.drill.plan import (
     OUTAGE_DRILL_S,
     OUTAGES,
     ROLLOUTS,
+    STORES,
     Fault,
     plan,
 )
@@ -97,4 +98,15 @@ def test_a_drill_has_rolling_restarts_from_its_start_on(seed: int) -> None:
     # They change nothing of the other faults.
     with_rollouts = plan(seed, 300, tuple(KINDS), PROCESSES)
     others = plan(seed, 300, (*CARDS, *OUTAGES), PROCESSES)
-    assert [fault for fault in with_rollouts if fault.name not in ROLLOUTS] == others
+    planned = {*ROLLOUTS, *STORES}
+    assert [fault for fault in with_rollouts if fault.name not in planned] == others
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_faults_of_the_stores_come_one_by_one_and_equally_often(seed: int) -> None:
+    found = plan(seed, 600, tuple(STORES), PROCESSES)
+    counts = Counter(fault.name for fault in found)
+    assert set(counts) == set(STORES)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    # A node that was killed is back before the next fault.
+    assert all(later.at - fault.at >= 14 for fault, later in itertools.pairwise(found))
