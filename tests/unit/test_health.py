@@ -85,3 +85,30 @@ async def test_a_dependency_check_that_ignores_cancellation_is_unhealthy() -> No
         thawed.set()
         await recorder.until(serving=True)
         stop.set()
+
+
+async def test_an_optional_dependency_is_reported_and_health_does_not_depend_on_it() -> None:
+    recorder, stop = Recorder(), asyncio.Event()
+    found: asyncio.Queue[dict[str, bool]] = asyncio.Queue()
+
+    async def fail() -> None:
+        raise ConnectionError
+
+    async def well() -> None:
+        """Answer at once."""
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(
+            follow_dependencies(
+                recorder,
+                {"x": fail, "y": well},
+                stop,
+                optional=("x",),
+                report=lambda up: found.put_nowait(dict(up)),
+                interval=SHORT,
+            )
+        )
+        async with asyncio.timeout(PATIENCE):
+            assert await found.get() == {"x": False, "y": True}
+            assert await recorder.reported.get() is True
+        stop.set()
