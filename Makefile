@@ -54,7 +54,7 @@ demo: $(READY) ## Run the main job: a CSV becomes paced mail in an inbox, and is
 
 .PHONY: faketime
 faketime:
-	@$(PACKAGES) curl faketime pgbouncer
+	@$(PACKAGES) curl faketime jq pgbouncer
 
 .PHONY: test
 test: faketime $(READY) ## Run the tests on real servers (not test-deploy, test-mail-servers)
