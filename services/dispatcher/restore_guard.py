@@ -38,8 +38,13 @@ class RestoreGuard:
         memory_of: Callable[[str], HeartbeatMemory],
         hold_after: timedelta,
         metrics: DispatcherMetrics | None = None,
+        on_step_back: Callable[[], None] = lambda: None,
     ) -> None:
-        """`memory_of` returns the memory of an installation, by its id."""
+        """`memory_of` returns the memory of an installation, by its id.
+
+        `on_step_back` is called when PostgreSQL has lost commits and the mail is not held.
+        """
+        self._on_step_back = on_step_back
         self._engine = engine
         self._memory_of = memory_of
         self._memory: HeartbeatMemory | None = None
@@ -92,7 +97,9 @@ class RestoreGuard:
             found = find_restore(stored, server, known, self._hold_after)
             if found is not None and await any_open_job(connection):
                 await begin_hold(connection, *found)
+            stepped_back = False
             if stored is not None and known is not None and known.number > stored.number:
+                stepped_back = True
                 lost = (known.at - stored.at).total_seconds()
                 _log.warning("postgresql_stepped_back", seconds=lost, held=found is not None)
             beat = _following(stored, server, known)
@@ -101,6 +108,8 @@ class RestoreGuard:
             hold = await read_hold(connection)
         self._known = beat
         self._show(hold)
+        if stepped_back and hold is None:
+            self._on_step_back()
         self._decided.set()
         # Redis may be full. Then this process is the only one that remembers.
         await self._memory.write(beat)

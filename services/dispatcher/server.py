@@ -134,7 +134,13 @@ async def _serve(run: AgreedRun) -> None:
             workers,
         )
         progress = Progress()
-        guard = RestoreGuard(engine, partial(HeartbeatMemory, redis), settings.hold_after, metrics)
+        guard = RestoreGuard(
+            engine,
+            partial(HeartbeatMemory, redis),
+            settings.hold_after,
+            metrics,
+            on_step_back=loader.hurry_patrol,
+        )
         dispatcher = Dispatcher(
             settings=settings,
             statements=statements,

@@ -331,6 +331,10 @@ class HeadLoader:
         """Load the senders of the next part of the patrol that Redis has lost (`Patrol.step`)."""
         return await self._patrol.step(pause)
 
+    def hurry_patrol(self) -> None:
+        """Let the patrol go through all senders at once."""
+        self._patrol.hurry()
+
     async def rebuild(self, queue: Queue) -> bool:
         """Load all senders of a shard that Redis lost completely or in part.
 

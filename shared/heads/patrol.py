@@ -42,8 +42,16 @@ class Patrol:
         self._find_queues = find_queues
         self._load = load
         self._walk = Walk()
-        # Whether much of the last part was lost.
+        # Whether the next part follows at once.
         self._hurries = False
+        # Rounds that are to be ended without pauses.
+        self._rounds_at_once = 0
+
+    def hurry(self) -> None:
+        """Go through all senders at once, because PostgreSQL may differ from Redis anywhere."""
+        self._hurries = True
+        # The end of the present round, and a whole one.
+        self._rounds_at_once = 2
 
     async def step(self, pause: timedelta) -> timedelta:
         """Examine the next part, unless a process began one less than `pause` ago.
@@ -65,7 +73,9 @@ class Patrol:
                 # In a cluster, other shards are served.
                 error = found
         is_last = len(senders) < PART
-        self._hurries = not is_last and restored > _MANY * PART
+        if is_last:
+            self._rounds_at_once = max(self._rounds_at_once - 1, 0)
+        self._hurries = self._rounds_at_once > 0 or (not is_last and restored > _MANY * PART)
         await self._queues[0].end_patrol(0 if is_last else senders[-1].sender_id)
         if restored:
             # Usually few: those whose batch was accepted a moment ago.

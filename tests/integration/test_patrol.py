@@ -73,6 +73,20 @@ async def test_each_step_examines_one_part_and_a_round_restores_every_lost_entry
     assert await in_ready(world) == set(senders), "the next round begins with the first sender"
 
 
+async def test_a_hurried_patrol_ends_the_round_and_goes_through_a_whole_one(world: World) -> None:
+    senders = await waiting_senders(world, 5)
+    await world.loader.patrol(NONE)
+    # One entry a part, which alone causes no hurry: before and behind the present place.
+    await world.redis.zrem(READY, senders[0], senders[3])
+    world.loader.hurry_patrol()
+    pauses = 0
+    while await world.loader.patrol(LONG) == NONE:
+        pauses += 1
+    assert await in_ready(world) == set(senders)
+    # Two parts to the end of this round, and three of the next one, the last of which pauses.
+    assert pauses == 4
+
+
 async def test_a_sender_of_which_everything_is_lost_is_loaded(world: World) -> None:
     (sender,) = await waiting_senders(world, 1)
     await world.redis.zrem(READY, sender)

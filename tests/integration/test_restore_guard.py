@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
@@ -24,8 +25,9 @@ async def world(database_url: str, redis_url: str) -> World:
     return World(settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1")))
 
 
-def guard(world: World) -> RestoreGuard:
-    return RestoreGuard(world.engine, partial(HeartbeatMemory, world.redis), HOLD_AFTER)
+def guard(world: World, on_step_back: Callable[[], None] = lambda: None) -> RestoreGuard:
+    memory_of = partial(HeartbeatMemory, world.redis)
+    return RestoreGuard(world.engine, memory_of, HOLD_AFTER, on_step_back=on_step_back)
 
 
 def reason(guard: RestoreGuard) -> HoldReason | None:
@@ -72,13 +74,15 @@ async def test_data_that_stepped_back_by_much_are_held_and_by_little_are_not(
 ) -> None:
     async with world:
         await world.schedule(await world.sender())
-        running = guard(world)
+        steps: list[str] = []
+        running = guard(world, on_step_back=lambda: steps.append("back"))
         await running.beat()
         for _ in range(2):
             await age(world, timedelta(seconds=2))
             await running.beat()
+        assert steps == []
         if remembers == "redis":
-            running = guard(world)
+            running = guard(world, on_step_back=lambda: steps.append("back"))
         else:
             await world.redis.flushall()
         await age(world, timedelta(minutes=4), number=2)
@@ -86,9 +90,11 @@ async def test_data_that_stepped_back_by_much_are_held_and_by_little_are_not(
         assert reason(running) is None
         # Numbers never go back, or another process could not tell old data from new.
         assert running.seen == 4
+        assert steps == ["back"]
         await age(world, timedelta(minutes=6), number=2)
         await running.beat()
         assert reason(running) is HoldReason.STEPPED_BACK
+        assert steps == ["back"], "nothing is sent while it is held"
 
 
 async def test_nothing_is_marked_in_data_older_than_what_the_process_has_seen(
