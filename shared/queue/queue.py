@@ -597,7 +597,7 @@ class Queue:
 
     async def give_up_rebuild(self, token: str) -> None:
         """Release the lock of a rebuild that failed, if it still has the lock."""
-        await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), (token, 1))
+        await self._run("keep_rebuild", (self.keys.ready, self.keys.rebuild), (token, 0))
 
     async def finish_rebuild(self, token: str) -> RebuildEnd:
         """Mark the shard as completely loaded, unless Redis was lost again meanwhile."""

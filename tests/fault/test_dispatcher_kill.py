@@ -90,11 +90,18 @@ async def waits(world: World, statement: str) -> bool:
     return bool(rows[0].n)
 
 
+async def is_rebuilt(world: World) -> bool:
+    """Return whether a dispatcher has begun a life of the shard, and loaded all senders."""
+    return (await world.queues[0].count_ready_jobs()).complete
+
+
 async def test_a_mark_executed_after_its_dispatcher_died_holds_for_one_lease(
     configure: Configure, start: Start, inbox: Inbox
 ) -> None:
     values = configure(inbox.url)
     async with World(settings_of(values)) as world:
+        # A rebuild cannot read the table.
+        assert await world.loader.rebuild(world.queues[0])
         sender = await world.sender()
         [job] = await world.schedule(sender)
         async with table_held(world, "email_jobs"), start(short_lease(values)) as child:
@@ -215,6 +222,7 @@ async def test_a_job_whose_lease_expired_during_mark_is_given_up(
     values = configure(inbox.url)
     async with World(settings_of(values)) as world, start(short_lease(values)) as sleeper:
         await eventually(sleeper.serving)
+        await eventually(lambda: is_rebuilt(world))
         sender = await world.sender()
         [job] = await world.schedule(sender, load=False)
         async with table_held(world, "email_jobs"):

@@ -99,8 +99,12 @@ async def test_no_id_and_no_message_id_is_issued_twice_by_a_restored_or_another_
         connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
     target = restored.replace("outbox@", "postgres@")
     await postgres_tool(stores, "pg_restore", "-d", target, "--exit-on-error", str(dump))
+    with psycopg.connect(restored) as connection:
+        (beats,) = connection.execute("SELECT max(number) FROM heartbeat").fetchone() or (0,)
     async with installation(restored, redis_url, inbox) as scheduler:
         assert issued(scheduler) == kept
+        # Nothing waits, so it is not held.
+        await eventually(lambda: scheduler.value("SELECT max(number) FROM heartbeat") > beats)
         await send(scheduler, inbox, "new")
         new = issued(scheduler, without=kept)
     await redis.flushall()

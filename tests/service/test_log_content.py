@@ -153,7 +153,7 @@ async def test_a_call_has_the_ids_that_its_request_names(logged: Callable[..., A
             lambda: [line for line in it.lines("call") if "ScheduleBatch" in line["method"]]
         )
         assert calls[0]["request_id"] == "order-7"
-        assert calls[0]["batch_id"] == int(answer.batch.batch_id)
+        assert calls[0]["batch_id"] == answer.batch.batch_id
         with pytest.raises(grpc.aio.AioRpcError):
             await _get(it, "x" * 100)
         with pytest.raises(grpc.aio.AioRpcError):

@@ -116,6 +116,7 @@ async def test_jobs_already_in_redis_are_sent_while_redis_is_full(
 ) -> None:
     settings = settings_of(options(database_url, redis_url, inbox.url, min_gap="10ms"))
     async with World(settings) as world:
+        assert await world.loader.rebuild(world.queues[0])
         sender = await world.sender()
         # More jobs than a head holds: the others are loaded while Redis is full.
         await world.schedule(sender, HEAD_SIZE + 20)

@@ -3,7 +3,7 @@
 -- KEYS[1] ready
 -- KEYS[2] rebuild     the lock: a life and the token of its owner
 -- ARGV[1] token
--- ARGV[2] limit       ms that the lock lasts from now on
+-- ARGV[2] limit       ms that the lock lasts from now on; 0 releases it
 -- Returns 1, or 0: Redis was lost again, or the lock expired and another process has it
 --!include keys
 --!include time
