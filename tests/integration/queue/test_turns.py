@@ -212,6 +212,25 @@ async def test_a_job_given_back_frees_a_lease_that_was_restored(shard: Shard) ->
     assert await shard.claimed() == [1101]
 
 
+async def test_a_sender_stays_known_whose_lease_expires_with_a_restored_lease_of_its_user(
+    shard: Shard,
+) -> None:
+    await shard.load_user(UserHead("eve", 2))
+    await shard.load(sender(11))
+    (first,) = (await shard.claim(1)).claims
+    await shard.at(1_000)
+    (second,) = (await shard.claim(1)).claims
+    await shard.redis.delete(shard.prefix + "sender:u:eve")
+    left = ((first, LEASE_MS - 1_000), (second, LEASE_MS))
+    leases = tuple(ActiveLease(claim.job, milliseconds(ms)) for claim, ms in left)
+    await shard.load_user(UserHead("eve", 2, leases=leases))
+    await shard.at(LEASE_MS)
+    # The first lease takes an entry of the sender; the data of its user is discarded.
+    assert await shard.claimed() == []
+    assert await shard.redis.exists(shard.prefix + "sender:u:eve") == 0
+    assert await shard.settle(second) == []
+
+
 async def test_the_state_of_both_limiters_is_read(trio: Shard) -> None:
     assert len(await send(trio)) == 2
     await trio.at(1_000)

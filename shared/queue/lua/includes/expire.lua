@@ -30,8 +30,10 @@ local function expire_leases(s)
         redis.call('ZADD', window_of(s.id), expired[i + 1], entry)
         s.last_end = math.max(s.last_end, tonumber(expired[i + 1]))
     end
-    -- `loading` is stored, because the visit ends here if the data of its user is discarded.
+    -- `loading` and the number of sets are stored, because the visit ends here if the data of its
+    -- user is discarded.
     redis.call('HSET', settings_of(s.id), 'end', s.last_end, 'loading', NOW)
+    store_sets(s)
     -- A load in progress may have read PostgreSQL before this.
     redis.call('HINCRBY', settings_of(s.id), 'epoch', 1)
     s.loading = NOW
