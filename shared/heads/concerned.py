@@ -26,6 +26,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import EmailJob, Sender
 from outbox_server.shared.heads.statements import unix_ms_of
+from outbox_server.shared.holds.conditions import nothing_is_held, sender_may_send
+from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.states import JobState
 
@@ -40,6 +42,8 @@ class ConcernedSender(NamedTuple):
     # Its first waiting job, and when that is due (Unix ms). None: it has only jobs in SENDING.
     job_id: int | None
     due_ms: int | None
+    # Whether nothing is held (`shared.holds`). Otherwise Redis may not know that job.
+    free: bool
     # Whether that job is due within the time that the caller named.
     soon: bool
 
@@ -103,7 +107,12 @@ def _walk_statement(*, sharded: bool) -> Select[Any]:
 
     def first_of(senders: ColumnElement[bool]) -> Select[int, datetime, int]:
         return (
-            select(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id)
+            select(
+                EmailJob.sender_id,
+                EmailJob.scheduled_at,
+                EmailJob.id,
+                EmailJob.attempt,
+            )
             .where(in_state(JobState.SCHEDULED), senders)
             .order_by(EmailJob.sender_id, EmailJob.scheduled_at, EmailJob.id)
             .limit(1)
@@ -120,8 +129,12 @@ def _walk_statement(*, sharded: bool) -> Select[Any]:
     following = lateral(first_of(EmailJob.sender_id > walk.c.sender_id).correlate(walk))
     walk = walk.union_all(select(following).select_from(walk).join(following, true()))
     # The limit ends the recursion, because PostgreSQL computes only the rows that are read.
-    waiting = select(walk).where(of_shard(walk.c.sender_id)).limit(most)
-    sending = select(EmailJob.sender_id, null(), null()).where(
+    waiting = (
+        select(walk)
+        .where(of_shard(walk.c.sender_id), sender_may_send(walk.c.sender_id))
+        .limit(most)
+    )
+    sending = select(EmailJob.sender_id, null(), null(), null()).where(
         in_state(JobState.SENDING),
         EmailJob.sender_id > after,
         of_shard(EmailJob.sender_id),
@@ -132,8 +145,10 @@ def _walk_statement(*, sharded: bool) -> Select[Any]:
         select(
             each.c.sender_id,
             func.max(each.c.id).label("job_id"),
+            func.max(each.c.attempt).label("attempt"),
             unix_ms_of(func.max(each.c.scheduled_at)).label("due"),
             unix_ms_of(func.statement_timestamp()).label("now"),
+            nothing_is_held().label("free"),
         )
         .group_by(each.c.sender_id)
         .order_by(each.c.sender_id)

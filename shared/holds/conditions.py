@@ -54,7 +54,7 @@ def may_be_sent() -> ColumnElement[bool]:
         .correlate(EmailJob)
         .exists()
     )
-    return or_(_nothing_is_held(), released, and_(EmailJob.attempt > 0, begun))
+    return or_(nothing_is_held(), released, and_(EmailJob.attempt > 0, begun))
 
 
 def sender_may_send(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
@@ -62,10 +62,11 @@ def sender_may_send(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
     released = (
         select(HoldRelease.id).where(*_of_sender(sender)).correlate_except(HoldRelease).exists()
     )
-    return or_(_nothing_is_held(), released)
+    return or_(nothing_is_held(), released)
 
 
-def _nothing_is_held() -> ColumnElement[bool]:
+def nothing_is_held() -> ColumnElement[bool]:
+    """Return the condition that the installation is not held."""
     held: ColumnElement[bool] = select(HoldRow.singleton).exists()
     return ~held
 
