@@ -74,6 +74,11 @@ class OutboxGroup(LazyGroup):
             "Show and change the quotas and sender domains of users.",
             _SERVICES,
         ),
+        "settings": Entry(
+            "outbox_server.cli.settings",
+            "Show and change the settings that all processes share.",
+            _SERVICES,
+        ),
         "held": Entry(
             "outbox_server.cli.held",
             "Show, release and cancel what is held after a restore.",

@@ -115,6 +115,8 @@ def _of_ours(error: OutboxError) -> str:
     # Not the class, which is in the module that runs the checks.
     if error.reason == "SCHEMA_OLDER":
         return "schema older than this release: run `outbox migrate`"
+    if error.reason == "LIFE_SUPERSEDED":
+        return "another Redis server is in use"
     if error.reason == "SETTINGS_UNKNOWN":
         return "stored settings not read yet"
     if isinstance(error, ConfigurationError):

@@ -42,7 +42,7 @@ async def mark(
     lease: timedelta = LEASE,
     seen: int = 0,
 ) -> dict[int, MarkedJob]:
-    marked = await storage.mark_sending(connection, refs(jobs, attempt), lease, seen)
+    marked = await mark_refs(connection, refs(jobs, attempt), lease, seen=seen)
     return {each.job.job_id: each for each in marked}
 
 
@@ -57,11 +57,17 @@ async def claims_of(connection: AsyncConnection, jobs: Sequence[JobRef]) -> list
 
 
 async def mark_refs(
-    connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta
+    connection: AsyncConnection,
+    jobs: Sequence[JobRef],
+    lease: timedelta,
+    key_space: str = "",
+    seen: int = 0,
 ) -> list[MarkedJob]:
     """Mark jobs SENDING, as if they had been claimed in a valid life."""
     claims = await claims_of(connection, jobs)
-    return await storage.mark_sending(connection, claims, lease, shard=TEST_SHARD)
+    return await storage.mark_sending(
+        connection, claims, lease, shard=TEST_SHARD, key_space=key_space, seen=seen
+    )
 
 
 def record_of(marked: MarkedJob, state: JobState = JobState.SENT, **changes: Any) -> AttemptRecord:

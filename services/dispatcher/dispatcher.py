@@ -303,9 +303,11 @@ class Dispatcher:
                 shard = group.queue.shard
                 jobs = await storage.mark_sending(
                     connection,
-                    [claim.job for claim in group.claims],
+                    group.claims,
                     self._lease,
-                    self._guard.seen,
+                    shard=shard,
+                    key_space=group.queue.key_space,
+                    seen=self._guard.seen,
                 )
                 by_ref = {job.job: job for job in jobs}
                 missing = [claim for claim in group.claims if claim.job not in by_ref]
@@ -317,18 +319,8 @@ class Dispatcher:
             for claim in group.claims:
                 self._settler.settle(UnmarkedClaim(claim, waits=True))
             raise
-        by_ref = {job.job: job for job in jobs}
-        if self._guard.hold is not None and len(locked) < len(missing):
-            # Otherwise each job of the heads, which were loaded before the hold, would be claimed.
-            held = {claim.sender_id for claim in group.claims if claim.job in missing}
-            self._spawn(self._load(group.queue, sorted(held)))
-        for claim in group.claims:
-            if claim.job.job_id in locked and claim.job not in by_ref:
-                # Not at once, because the lock may last.
-                due_ms = claim.lease_ms + (_LOCKED_PAUSE - self._lease) // timedelta(milliseconds=1)
-                self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
-            elif claim.job not in by_ref:
-                self._settler.settle(UnmarkedClaim(claim))
+        if why is not None:
+            self._refused(group.queue, missing, why)
         return [(claim, by_ref[claim.job]) for claim in group.claims if claim.job in by_ref]
 
     def _refused(self, queue: Queue, claims: Sequence[Claim], why: Unmarked) -> None:
@@ -341,6 +333,11 @@ class Dispatcher:
         if any(due_ms > why.postgres_ms for due_ms in why.due.values()):
             # So that Redis waits until the jobs are due by PostgreSQL's clock.
             queue.learn_clocks(claimed_ms, why.postgres_ms)
+        if self._guard.hold is not None:
+            # Otherwise each job of the heads, which were loaded before the hold, would be claimed.
+            held = {claim.sender_id for claim in claims if claim.job.job_id not in why.due}
+            if held:
+                self._spawn(self._load(queue, sorted(held)))
         for claim in claims:
             due_ms = why.due.get(claim.job.job_id)
             if due_ms is None:

@@ -35,6 +35,8 @@ GRACE = timedelta(seconds=10)
 _HANGS = timedelta(seconds=2)
 # How often one of the dispatchers does a part of the patrol (shared/heads/patrol.py).
 PATROL_PAUSE = timedelta(seconds=1)
+# How often a dispatcher whose Redis is not the one in use looks whether it is now.
+_SOON = timedelta(seconds=1)
 _ERRORS = (*QUEUE_ERRORS, *DATABASE_ERRORS)
 _log = structlog.get_logger(__name__)
 
@@ -68,6 +70,7 @@ class Recovery:
                 ("lease recovery", self.recover_leases),
                 ("loading abandoned heads", self._load_abandoned),
                 ("the patrol", self._patrol),
+                ("confirming lives", self._confirm_lives),
             ):
                 loop = Loop(name, partial(self._try, step), errors=_ERRORS)
                 group.create_task(loop.run())
@@ -133,15 +136,5 @@ class Recovery:
             _log.info("abandoned_heads_loaded", senders=senders)
         return MARKER_AGE
 
-    async def _restore_lost(self) -> timedelta:
-        """Load the senders whose keys Redis has lost, even if only some of them are missing."""
-        failure: Exception | None = None
-        for queue in self._loader.queues:
-            try:
-                await self._loader.rebuild(queue, pause=REBUILD_PAUSE)
-            except QUEUE_ERRORS as error:
-                # The shards may be on different nodes: restore the others first.
-                failure = failure or error
-        if failure is not None:
-            raise failure
-        return REBUILD_PAUSE
+    async def _patrol(self) -> timedelta:
+        return await self._loader.patrol(PATROL_PAUSE)

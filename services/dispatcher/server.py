@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from functools import partial
@@ -41,8 +41,10 @@ from outbox_server.shared.oauth2.token_client import TokenClient
 from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
-from outbox_server.shared.queue.connection import client_of, connect, open_queues
+from outbox_server.shared.queue.connection import QUEUE_ERRORS, client_of, connect, open_queues
 from outbox_server.shared.queue.following import departures_of
+from outbox_server.shared.queue.heartbeats import HeartbeatMemory
+from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.rpc.health import follow_dependencies
 from outbox_server.shared.rpc.probes import open_probes
@@ -95,7 +97,7 @@ async def _serve(run: AgreedRun) -> None:
         monitoring.before_scrape(ReadyJobsCollector(monitoring.registry, queues).refresh)
         listeners = [
             WakeListener(
-                client_of(listening, queue.shard),
+                client_of(listening, queue.keys.ready),
                 queue.keys.wake,
                 partial(departures_of, queue.redis),
             )
@@ -187,14 +189,21 @@ async def _serve(run: AgreedRun) -> None:
         recovery = Recovery(settings, engine, loader, metrics)
         monitoring.before_scrape(partial(_show_circuits, servicer, metrics))
         quotas = Loop("quotas", dispatcher.read_quotas, errors=DATABASE_ERRORS)
+        old_keys = OldKeys(
+            redis,
+            [queue.redis for queue in queues],
+            (UNKNOWN_KEY_SPACE, *run.agreed.old_key_spaces) if run.agreed else (),
+            settings.shutdown_grace + settings.lease,
+        )
         endless: list[Callable[[], Coroutine[Any, Any, None]]] = [
             *(listener.run for listener in listeners),
             guard.run,
             partial(guard.then, recovery.run, stop),
             quotas.run,
+            Loop("old keys", old_keys.delete_soon, errors=QUEUE_ERRORS).run,
         ]
-        work = [
-            partial(guard.then, partial(dispatcher.run, stop), stop),
+        work: list[Callable[[], Awaitable[None]]] = [
+            partial(guard.then, partial(_dispatch, run, dispatcher, statements), stop),
             *(partial(run_until_stopped, each, stop) for each in endless),
         ]
 
@@ -211,7 +220,10 @@ async def _serve(run: AgreedRun) -> None:
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check, "redis": partial(check_serving, queues)},
+                    {
+                        "postgresql": partial(run.check, schema.check, statements),
+                        "redis": partial(_check_redis, loader),
+                    },
                     stop,
                     places={
                         "postgresql": place_of(settings.database_url),
@@ -259,8 +271,8 @@ async def _read_installation_id(engine: AsyncEngine) -> str:
         return await installation_id(connection)
 
 
-async def _check_redis(redis: Redis, loader: HeadLoader) -> None:
-    await check_serving(redis, loader.queues)
+async def _check_redis(loader: HeadLoader) -> None:
+    await check_serving(loader.queues)
     loader.lives.check()
 
 

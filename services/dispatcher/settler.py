@@ -278,18 +278,18 @@ class Settler:
                 or _may_have_cooled(outcome, settlement)
             ):
                 stale.add(settlement.sender_id)
-        unknown: set[int] = set()
+        lost: set[int] = set()
         for shard, settlements in by_queue.items():
             # The shards may be on different nodes: each is settled, whatever happens to the others.
             try:
-                unknown.update(await self._loader.queues[shard].settle(settlements))
+                lost.update(await loader.queues[shard].settle(settlements))
             except QUEUE_ERRORS as error:
                 _release_failed(len(settlements), error)
         try:
-            if stale or unknown:
-                await loader.load(stale | unknown, committed=True)
-            if unknown:
-                await _settle_moved(loader, by_queue, unknown)
+            if stale or lost:
+                await loader.load(stale | lost, committed=True)
+            if lost:
+                await _settle_moved(loader, by_queue, lost)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _release_failed(len(group), error)
 
@@ -306,6 +306,20 @@ class Settler:
                     _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)
                 failing = True
                 await asyncio.sleep(_RETRY_S)
+
+
+async def _settle_moved(
+    loader: HeadLoader, by_queue: Mapping[int, Sequence[Settlement]], unknown: set[int]
+) -> None:
+    """Settle claims of senders that were moved to another shard, which the load has found."""
+    for shard, settlements in by_queue.items():
+        again: dict[Queue, list[Settlement]] = {}
+        for settlement in settlements:
+            queue = loader.queue_of(settlement.sender_id)
+            if settlement.sender_id in unknown and queue.shard != shard:
+                again.setdefault(queue, []).append(settlement)
+        for queue, moved in again.items():
+            await queue.settle(moved)
 
 
 def _release_failed(jobs: int, error: Exception) -> None:

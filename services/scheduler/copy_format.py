@@ -107,7 +107,9 @@ def format_jobs(
         if not recipient.isascii():
             folded = folded_key(row.recipient).translate(_ESCAPES)
             keys = f"{folded}\t{row.address_key.translate(_ESCAPES)}"
-        lines.append(f"{head}{time}\t{row.row_number}\t{recipient}\t{keys}\t{variables}\n")
+        lines.append(
+            f"{job_id}\t{head}{time}\t{row.row_number}\t{recipient}\t{keys}\t{variables}\n"
+        )
     return "".join(lines).encode()
 
 

@@ -75,10 +75,11 @@ async def serve(
     Raises:
         ConfigurationError: a setting is wrong, or the address is in use.
     """
-    await run_agreed(settings, stop, _serve, listen="scheduler_listen", ready=ready)
+    serving = partial(_serve, ids=ids or IdSource())
+    await run_agreed(settings, stop, serving, listen="scheduler_listen", ready=ready)
 
 
-async def _serve(run: AgreedRun) -> None:
+async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
     settings, stop = run.settings, run.stop
     async with AsyncExitStack() as stack:
         probes = await stack.enter_async_context(open_probes(settings))
@@ -99,7 +100,6 @@ async def _serve(run: AgreedRun) -> None:
         templates = TemplateParser(settings, monitoring.registry)
         stack.push_async_callback(templates.close)
         quotas = UserQuotas.from_settings(settings)
-        ids = ids or IdSource()
         intake = Intake(
             IntakeStore(engine, quotas, ids),
             lambda sender_id: load_soon(loader, [sender_id]),
@@ -153,7 +153,10 @@ async def _serve(run: AgreedRun) -> None:
                 partial(
                     follow_dependencies,
                     server,
-                    {"postgresql": schema.check, "redis": partial(check_serving, queues)},
+                    {
+                        "postgresql": partial(run.check, schema.check, engine),
+                        "redis": partial(check_serving, queues),
+                    },
                     stop,
                     # Without Redis, batches are accepted. The dispatchers are not ready then.
                     optional=("redis",),

@@ -459,7 +459,7 @@ class EmailJob(Base):
     recipient: Mapped[str] = mapped_column(Text)
     # When the server first deferred it (reply class DEFERRED). NULL means that it has not.
     deferred_since: Mapped[datetime | None] = mapped_column(_TIME)
-    # The case-folded address, by which releases before schema 0017 compare. NULL means that
+    # The case-folded address, by which releases before schema 0014 compare. NULL means that
     # `recipient` is all ASCII. The lower case of other letters depends on PostgreSQL's locale.
     recipient_key: Mapped[str | None] = mapped_column(Text)
     # The address for comparison with suppressions, if it has letters beyond ASCII. NULL beside a

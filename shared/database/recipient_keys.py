@@ -1,6 +1,6 @@
 """The keys by which a job's address is compared with suppressions, in SQL.
 
-Releases before schema 0017 compared by case folding, for which `fußball.de` and `fussball.de` are
+Releases before schema 0014 compared by case folding, for which `fußball.de` and `fussball.de` are
 one domain. Their rows have the folded key alone: a job `recipient_key`, a suppression an `address`
 without a `form`. Such a suppression covers every address that folds to it, as it did before: nobody
 knows any more which of them was meant. Rows of later releases have both keys, because processes of

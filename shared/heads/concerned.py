@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -40,7 +39,7 @@ class ConcernedSender(NamedTuple):
 
     sender_id: int
     # Its first waiting job, and when that is due (Unix ms). None: it has only jobs in SENDING.
-    job_id: int | None
+    job: JobRef | None
     due_ms: int | None
     # Whether nothing is held (`shared.holds`). Otherwise Redis may not know that job.
     free: bool
@@ -68,8 +67,9 @@ class Walk:
         return [
             ConcernedSender(
                 row.sender_id,
-                row.job_id,
+                None if row.job_id is None else JobRef(row.job_id, row.attempt + 1),
                 row.due,
+                bool(row.free),
                 row.due is not None and row.due <= row.now + soon_ms,
             )
             for row in rows
@@ -81,13 +81,21 @@ async def find_lost(
 ) -> list[int]:
     """Return which of these senders of a shard Redis has lost, in their order.
 
-    They must be loaded. This is the one place where what PostgreSQL has is compared with what Redis
-    has. With `whole`, it returns none while the shard is incomplete, because a rebuild loads them.
+    They must be loaded: Redis does not know them, or not their first job. This is the one place
+    where what PostgreSQL has is compared with what Redis has. With `whole`, it does not return
+    unknown ones while the shard is incomplete, because a rebuild loads them.
     """
     lost: list[int] = []
     for start in range(0, len(senders), _EXAMINED_AT_ONCE):
         part = senders[start : start + _EXAMINED_AT_ONCE]
         lost += await queue.find_lost([one.sender_id for one in part], whole=whole)
+        lost += await queue.find_outdated(
+            [
+                (one.sender_id, one.job, one.due_ms)
+                for one in part
+                if one.free and one.job is not None and one.due_ms is not None
+            ]
+        )
     return lost
 
 
@@ -105,7 +113,7 @@ def _walk_statement(*, sharded: bool) -> Select[Any]:
     after: Any = bindparam("after", type_=BigInteger)
     most: Any = bindparam("most", type_=BigInteger)
 
-    def first_of(senders: ColumnElement[bool]) -> Select[int, datetime, int]:
+    def first_of(senders: ColumnElement[bool]) -> Any:
         return (
             select(
                 EmailJob.sender_id,

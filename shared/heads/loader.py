@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.gap import effective_gap
 from outbox_server.shared.heads.concerned import Walk
+from outbox_server.shared.heads.lives import Lives
 from outbox_server.shared.heads.markers import delete_markers, mark_stale, read_abandoned
 from outbox_server.shared.heads.patrol import Patrol
 from outbox_server.shared.heads.rebuilding import Rebuild
@@ -108,7 +109,7 @@ class HeadLoader:
         self._on_rebuild = on_rebuild
         self._engine = engine
         self.queues = queues
-        self._key_space = queues[0].key_space if queues else ""
+        self.lives = Lives(engine)
         self._routes = Routes(queues)
         self._users = UserLoader(engine, self._routes, settings)
         self._patrol = Patrol(
@@ -211,7 +212,7 @@ class HeadLoader:
             ]
             if done:
                 async with self._engine.begin() as connection:
-                    await delete_markers(connection, done, self._key_space)
+                    await delete_markers(connection, done, queue, life)
             if not again:
                 break
             committed = False
@@ -340,7 +341,8 @@ class HeadLoader:
 
         It visits the senders with waiting jobs, and loads those first whose jobs are due. A sender
         with only a history is loaded when it is used. Returns whether the shard is complete. False
-        means that another process rebuilds it, or that Redis was lost again meanwhile.
+        means that another process rebuilds it, that Redis was lost again meanwhile, or that another
+        server is in use.
         """
         token = await queue.begin_rebuild()
         if token is None:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.key_space import PARAMETER, is_key_space
 from outbox_server.shared.database.models import HeadMarker
 from outbox_server.shared.heads.lives import is_valid
+from outbox_server.shared.queue.queue import Queue
 
 # A marker of this age was left behind by a process that died between its commit and its load.
 MARKER_AGE = timedelta(seconds=5)
@@ -47,14 +48,18 @@ async def read_abandoned(connection: AsyncConnection, limit: int) -> Sequence[in
 
 
 async def delete_markers(
-    connection: AsyncConnection, marker_ids: Sequence[int], key_space: str = ""
+    connection: AsyncConnection, marker_ids: Sequence[int], queue: Queue, life: str
 ) -> None:
-    """Delete the markers whose load into this key space is done.
+    """Delete the markers whose load into a life of this shard is done.
 
-    If the settings have changed meanwhile, the markers stay: others have begun to load the next key
-    space, maybe before the commit that wrote the markers.
+    A load into a life that is not valid did not reach the server that hands out mail. Then the
+    markers stay, and a dispatcher of that server finds them by their age. They also stay if the
+    stored settings have changed meanwhile: others have begun to load the next key space, maybe
+    before the commit that wrote the markers.
     """
     await connection.execute(
-        delete(HeadMarker).where(HeadMarker.id.in_(marker_ids), is_key_space()),
-        {PARAMETER: key_space},
+        delete(HeadMarker).where(
+            HeadMarker.id.in_(marker_ids), is_valid(queue.shard, life), is_key_space()
+        ),
+        {PARAMETER: queue.key_space},
     )

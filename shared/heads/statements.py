@@ -37,7 +37,7 @@ from outbox_server.shared.database.models import (
     UserRow,
 )
 from outbox_server.shared.heads.markers import marking_stale
-from outbox_server.shared.holds.conditions import may_be_sent, sender_may_send
+from outbox_server.shared.holds.conditions import may_be_sent
 from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.smtp.endpoint_columns import OAUTH2_CREDENTIALS_ID
 from outbox_server.shared.states import JobState, SenderState

@@ -85,7 +85,7 @@ def address_key(address: str) -> str:
 
 
 def folded_key(address: str) -> str:
-    """Return the key by which releases before schema 0017 compared addresses."""
+    """Return the key by which releases before schema 0014 compared addresses."""
     return address.casefold()
 
 

@@ -66,9 +66,9 @@ def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
     return FollowingClient(pool)
 
 
-def client_of(redis: Redis, shard: int) -> Redis:
-    """Return the client of a shard: in a cluster, each has its own."""
-    return redis.of_key(ShardKeys(shard).ready) if isinstance(redis, ClusterClient) else redis
+def client_of(redis: Redis, key: str) -> Redis:
+    """Return the client of the slot of a key: in a cluster, each has its own."""
+    return redis.of_key(key) if isinstance(redis, ClusterClient) else redis
 
 
 def _cause(error: Exception) -> str:
@@ -103,7 +103,7 @@ def open_queues(
     """
     return [
         Queue(
-            client_of(redis, shard),
+            client_of(redis, ShardKeys(shard, key_space).ready),
             shard,
             window=settings.rate_window,
             lease=settings.lease,

@@ -8,6 +8,7 @@ from datetime import datetime
 from redis.asyncio import Redis
 
 from outbox_server.shared.database.engine import from_unix_ms, unix_ms
+from outbox_server.shared.queue.connection import client_of
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -22,8 +23,8 @@ class HeartbeatMemory:
     """Keeps the newest heartbeat of an installation in Redis. It may be lost at any time."""
 
     def __init__(self, redis: Redis, installation_id: str) -> None:
-        self._redis = redis
         self._key = f"outbox:{{{installation_id}}}:heartbeat"
+        self._redis = client_of(redis, self._key)
 
     async def read(self) -> KnownBeat | None:
         """Return the newest heartbeat; None if Redis knows none."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Final
 
 from redis.asyncio import Redis
+
+from outbox_server.shared.queue.connection import client_of
 
 _TAG: Final = re.compile(r"outbox:\{(?:([^.}]*)\.)?\d+\}:")
 _AT_ONCE: Final = 500
@@ -22,9 +24,16 @@ class OldKeys:
     must not delete what came after it.
     """
 
-    def __init__(self, redis: Redis, key_spaces: Collection[str], wait: timedelta) -> None:
-        """`wait` is how long the sends that began in them may still use them."""
+    def __init__(
+        self, redis: Redis, nodes: Iterable[Redis], key_spaces: Collection[str], wait: timedelta
+    ) -> None:
+        """`wait` is how long the sends that began in them may still use them.
+
+        `nodes` are clients of the servers that are searched. In a cluster, keys on a node without a
+        shard of today stay until it has one.
+        """
         self._redis = redis
+        self._nodes = set(nodes)
         self._key_spaces = frozenset(key_spaces)
         self._wait: timedelta | None = wait
 
@@ -43,15 +52,19 @@ class OldKeys:
         deleted = 0
         # By hash tag, because the keys of one command must be in one slot of a cluster.
         found: dict[str, list[str]] = {}
-        async for key in self._redis.scan_iter(match="outbox:{*", count=_AT_ONCE):
-            name = key.decode() if isinstance(key, bytes) else key
-            tag = _TAG.match(name)
-            if tag is None or (tag[1] or "") not in self._key_spaces:
-                continue
-            keys = found.setdefault(tag[0], [])
-            keys.append(name)
-            if len(keys) >= _AT_ONCE:
-                deleted += int(await self._redis.unlink(*found.pop(tag[0])))
+        for node in self._nodes:
+            async for key in node.scan_iter(match="outbox:{*", count=_AT_ONCE):
+                name = key.decode() if isinstance(key, bytes) else key
+                tag = _TAG.match(name)
+                if tag is None or (tag[1] or "") not in self._key_spaces:
+                    continue
+                keys = found.setdefault(tag[0], [])
+                keys.append(name)
+                if len(keys) >= _AT_ONCE:
+                    deleted += await self._unlink(found.pop(tag[0]))
         for keys in found.values():
-            deleted += int(await self._redis.unlink(*keys))
+            deleted += await self._unlink(keys)
         return deleted
+
+    async def _unlink(self, keys: list[str]) -> int:
+        return int(await client_of(self._redis, keys[0]).unlink(*keys))

@@ -515,19 +515,21 @@ class Queue:
 
     async def load_heads(self, heads: Sequence[Head], epochs: Mapping[int, str]) -> list[int]:
         """Apply heads that were read after `begin_load`. Returns the senders to read again."""
+        again: list[int] = []
         async with self.redis.pipeline(transaction=False) as pipeline:
-            for head in heads:
-                await self._scripts["load_head"](
-                    keys=[self.keys.ready],
-                    args=[self._window, epochs[head.sender_id], _head_arg(head)],
-                    client=pipeline,
-                )
-            answers = await pipeline.execute()
-        for change in [change for changes in answers for change in changes or ()]:
-            self._report(change)
-        return [
-            head.sender_id for head, changes in zip(heads, answers, strict=True) if changes is None
-        ]
+            for part in parts_by_cost(heads, _load_cost, most=_LONGEST_LOAD):
+                args: list[Any] = [self._window]
+                for head in part:
+                    args += (epochs[head.sender_id], _head_arg(head))
+                await self._scripts["load_head"](keys=[self.keys.ready], args=args, client=pipeline)
+                # Each part takes some ms of this process.
+                await asyncio.sleep(0)
+            answers = await pipeline.execute() if heads else []
+        for refused, changes in answers:
+            again += map(int, refused)
+            for change in changes:
+                self._report(change)
+        return again
 
     async def begin_user_loads(self, users: Sequence[str], *, committed: bool) -> dict[str, str]:
         """Return the epoch of the limiter of each user; `begin_load` describes the rest.
@@ -582,6 +584,44 @@ class Queue:
         args = (self._window, int(whole), *sender_ids)
         keys = (self.keys.ready, self.keys.generation)
         return [int(lost) for lost in await self._run("find_lost", keys, args)]
+
+    async def find_outdated(self, firsts: Sequence[tuple[int, JobRef, int]]) -> list[int]:
+        """Return the known senders that must be loaded, because Redis lacks their first job.
+
+        `firsts` has senders, each with its first waiting job in PostgreSQL (the next attempt) and
+        when that is due (Unix ms).
+        """
+        args = [word for one, job, due_ms in firsts for word in (one, member_of(job), due_ms)]
+        found = await self._run("find_outdated", (self.keys.ready,), args)
+        return [int(sender) for sender in found]
+
+    async def read_life(self) -> int:
+        """Read the life of the shard into `life`. Returns Redis' time, in Unix ms."""
+        life, now_ms = await self._run("read_life", (self.keys.ready,), ())
+        self._found(life)
+        return int(now_ms)
+
+    async def begin_life(self, token: str, life: str) -> bool:
+        """Begin a new life, within a rebuild; False if Redis or the lock was lost."""
+        args = (token, life, _ms(_REBUILD_LOCK))
+        begun = await self._run("begin_life", (self.keys.ready, self.keys.rebuild), args)
+        if begun:
+            self.life = life
+        return bool(begun)
+
+    def _found(self, life: str) -> None:
+        if life != self.life:
+            self.life = life
+            # It may have begun because the clock stepped back.
+            self._ahead = ClockDifference()
+
+    def learn_clocks(self, redis_ms: int, postgres_ms: int) -> None:
+        """Note what Redis' clock showed, and then PostgreSQL's. A claim compares due times so."""
+        self._ahead.learn(redis_ms - postgres_ms)
+
+    async def leave_server(self) -> None:
+        """Let the next calls use new connections, which may lead to another server."""
+        await self.redis.connection_pool.disconnect(inuse_connections=False)
 
     async def begin_rebuild(self) -> str | None:
         """Take the lock of a rebuild and return its token. None: another rebuild is running."""

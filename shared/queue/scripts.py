@@ -22,6 +22,8 @@ SCRIPTS = (
     "begin_rebuild",
     "keep_rebuild",
     "finish_rebuild",
+    "begin_life",
+    "read_life",
     "begin_patrol",
     "end_patrol",
     "limiter",

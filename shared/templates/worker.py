@@ -54,6 +54,9 @@ _KEPT_CHARACTERS: Final = 256 * 1024
 _MOST_PARTS: Final = 10_000
 # The exit code of a process whose memory is full.
 _USED_UP: Final = 3
+# Lower than the priority of the event loops (19 is the lowest), which templates must not delay on a
+# machine whose processors are all busy.
+_NICENESS: Final = 10
 _STEPS_BYTES: Final = 8
 PARSING_BUDGETS: Final = 2.0
 # The step of the check of rows before that of the first row.

@@ -16,14 +16,11 @@ from typing import Any, Final
 import psycopg
 import pytest
 from outbox.v1 import email_job_service_pb2
-from psycopg import sql
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.wheels import postgres_binaries
-from outbox_server.shared.agreed.storage import change_agreed
-from outbox_server.shared.agreed.values import AgreedValues
 from outbox_server.shared.states import JobState
 from tests.commands import outbox
 from tests.conftest import Stores
@@ -32,13 +29,6 @@ from tests.eventually import PATIENCE, eventually
 from tests.marked_jobs import mark
 from tests.scheduler_stack import Scheduler, running_scheduler
 from tests.world import World, jobs_in
-
-ROOT: Final = Path(__file__).parents[2]
-# The exact statements of the documented restore for ids.
-IDS: Final = (
-    "SELECT setval(pg_get_serial_sequence('email_jobs', 'id'), max(id) + 1000000) FROM email_jobs;",
-    "SELECT setval(pg_get_serial_sequence('batches', 'id'), max(id) + 1000000) FROM batches;",
-)
 
 _SAME_CLUSTER: Final = "the same cluster"
 _OTHER_CLUSTER: Final = "another cluster"
@@ -131,8 +121,6 @@ async def restored(
     admin = target.replace("outbox@", f"{SUPERUSER}@")
     await postgres_tool(stores, "pg_restore", "-d", admin, *words, str(dump))
     with psycopg.connect(target, autocommit=True) as connection:
-        for statement in IDS:
-            connection.execute(sql.SQL(statement))
         # A restore takes longer than a lease.
         connection.execute("UPDATE email_jobs SET lease_until = now() WHERE state = 2")
         rows = connection.execute("SELECT id, state FROM email_jobs").fetchall()

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.settler import Settler, UnsentJob
 from outbox_server.services.dispatcher.slots import Slots
@@ -25,11 +24,11 @@ from outbox_server.shared.database.audit_events import read_changes
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import open_queues
-from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
+from tests.marked_jobs import mark_refs, refs
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -53,7 +52,7 @@ async def change(world: World, **wanted: Any) -> AgreedSettings:
 
 async def mark(world: World, job: int, key_space: str) -> int:
     async with world.engine.begin() as connection:
-        return len(await storage.mark_sending(connection, [JobRef(job, 1)], LEASE, key_space))
+        return len(await mark_refs(connection, refs([job]), LEASE, key_space))
 
 
 async def test_of_processes_that_start_at_once_one_stores_its_values(world: World) -> None:
@@ -103,7 +102,7 @@ async def test_a_change_waits_for_a_mark_under_way_and_a_later_mark_sees_it(worl
     first, second = await world.schedule(await world.sender(), 2)
     await read_or_store(world.engine, values(world))
     async with world.engine.connect() as marking, world.engine.connect() as changing:
-        marked = await storage.mark_sending(marking, [JobRef(first, 1)], LEASE, "")
+        marked = await mark_refs(marking, refs([first]), LEASE)
         assert len(marked) == 1
         waiting = asyncio.create_task(
             change_agreed(changing, {"shards": 2}, values(world), "ann@host")
@@ -144,7 +143,7 @@ async def test_a_send_that_ended_before_its_process_noticed_the_change_ends_in_b
     await world.schedule(sender)
     [claim] = (await world.queues[0].claim(1)).claims
     async with statements.connect() as connection:
-        [marked] = await storage.mark_sending(connection, [claim.job], LEASE)
+        [marked] = await mark_refs(connection, [claim.job], LEASE)
     after = await change(world, rate_window=timedelta(minutes=2))
     later = after.values.apply_to(world.settings)
     queues = open_queues(world.redis, later, key_space=after.key_space)
@@ -183,7 +182,7 @@ async def test_only_the_keys_of_earlier_key_spaces_are_deleted(world: World) -> 
     old = ["outbox:{0}:ready", "outbox:{12}:window:u:x", "outbox:{old.3}:life"]
     for key in (*kept, *old):
         await world.redis.set(key, "1")
-    assert await OldKeys(world.redis, ["", "old"], LEASE).delete() == len(old)
+    assert await OldKeys(world.redis, [world.redis], ["", "old"], LEASE).delete() == len(old)
     assert sorted(await world.redis.keys("*")) == sorted(kept)
 
 
@@ -191,7 +190,7 @@ async def test_keys_in_use_by_sends_of_an_earlier_key_space_are_left_for_a_while
     world: World,
 ) -> None:
     await world.redis.set("outbox:{0}:ready", "1")
-    old = OldKeys(world.redis, [""], LEASE)
+    old = OldKeys(world.redis, [world.redis], [""], LEASE)
     assert await old.delete_soon() == LEASE
     assert await world.redis.exists("outbox:{0}:ready")
     assert await old.delete_soon() > LEASE

@@ -56,9 +56,9 @@ async def in_head(world: World, sender: int) -> int:
 
 async def test_only_what_a_release_matches_is_loaded_and_marked(world: World) -> None:
     ann, ben = await world.sender(user="ann"), await world.sender(user="ben")
-    today = await world.schedule(ann, 2)
-    later = await world.schedule(ann, 3, due=DAY)
-    other = await world.schedule(ben, 4)
+    today = await world.schedule(ann, 2, due=-DAY)
+    later = await world.schedule(ann, 3)
+    other = await world.schedule(ben, 4, due=-DAY)
     everything = [*today, *later, *other]
     assert await marked(world, everything) == set(everything)
     (sending,) = today[:1]
@@ -67,7 +67,7 @@ async def test_only_what_a_release_matches_is_loaded_and_marked(world: World) ->
     await hold(world)
     assert await recover(world) == [ann]
     (batch,) = {(await world.job(job)).batch_id for job in later}
-    (row,) = await world.sql("SELECT now() + interval '1 hour' AS soon")
+    (row,) = await world.sql("SELECT now() - interval '1 hour' AS soon")
 
     async def sendable() -> set[int]:
         return await marked(world, everything) | await marked(world, [sending], attempt=2)
@@ -94,9 +94,9 @@ async def test_only_what_a_release_matches_is_loaded_and_marked(world: World) ->
 
 async def test_a_released_job_that_is_tried_again_later_stays_released(world: World) -> None:
     sender = await world.sender()
-    first, second = await world.schedule(sender, 2)
+    first, second = await world.schedule(sender, 2, due=-DAY)
     await hold(world)
-    (row,) = await world.sql("SELECT now() + interval '1 hour' AS soon")
+    (row,) = await world.sql("SELECT now() - interval '1 hour' AS soon")
     await release(world, due_before=row.soon)
     # Its first attempt has failed, and the next one is due after the end of the filter.
     await world.sql(
@@ -106,7 +106,7 @@ async def test_a_released_job_that_is_tried_again_later_stays_released(world: Wo
         sender,
     )
     await world.sql("UPDATE email_jobs SET attempt = 1 WHERE id = %s", first)
-    await world.sql("UPDATE email_jobs SET scheduled_at = now() + interval '2 hours'")
+    await world.sql("UPDATE email_jobs SET scheduled_at = now()")
     assert await marked(world, [first], attempt=2) == {first}
     assert await marked(world, [second]) == set()
 

@@ -1,6 +1,6 @@
 """Addresses are compared exactly, and what an older release has suppressed stays suppressed.
 
-Releases before schema 0017 compared addresses by case folding. Their rows have folded keys alone.
+Releases before schema 0014 compared addresses by case folding. Their rows have folded keys alone.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from outbox.v1.suppression_service_pb2 import (
     ListSuppressionsRequest,
 )
 
-from outbox_server.services.dispatcher.storage.marking import mark_sending
 from outbox_server.shared.database.engine import create_engine
-from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import JobState
+from tests.marked_jobs import mark_refs, refs
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 
 SHARP, DOUBLE = "info@fußball.de", "info@fussball.de"
@@ -89,9 +88,7 @@ async def marked(scheduler: Scheduler, *, of_older_release: bool = False) -> lis
     engine = create_engine(scheduler.settings)
     try:
         async with engine.begin() as connection:
-            found = await mark_sending(
-                connection, [JobRef(job, 1) for job in jobs], timedelta(minutes=1)
-            )
+            found = await mark_refs(connection, refs(list(jobs)), timedelta(minutes=1))
     finally:
         await engine.dispose()
     return sorted(jobs[each.job.job_id] for each in found)

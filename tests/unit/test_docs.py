@@ -14,7 +14,13 @@ _REASON = re.compile(
     r'(?:reason(?:: str)? ?= ?|_reason = |, |\(\s*)"([A-Z][A-Z0-9]+(?:_[A-Z0-9]+)+)"'
 )
 # Upper-case words in the same places that are not error reasons; callers never see the last two.
-_OTHERS = {"COMMAND_FAILED", "MIGRATION_BLOCKED", "SCHEMA_OLDER", "SETTINGS_UNKNOWN"}
+_OTHERS = {
+    "COMMAND_FAILED",
+    "LIFE_SUPERSEDED",
+    "MIGRATION_BLOCKED",
+    "SCHEMA_OLDER",
+    "SETTINGS_UNKNOWN",
+}
 
 
 def reasons_in_code() -> set[str]:

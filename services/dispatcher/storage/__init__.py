@@ -37,6 +37,7 @@ __all__ = [
     "MarkedJob",
     "ServerIdentity",
     "StoredBeat",
+    "Unmarked",
     "cool_down",
     "end_cooldowns",
     "explain_unmarked",
@@ -52,6 +53,5 @@ __all__ = [
     "renew_leases",
     "settle",
     "still_sending",
-    "still_waiting",
     "write_heartbeat",
 ]

@@ -26,12 +26,19 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
-from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.key_space import PARAMETER as KEY_SPACE
 from outbox_server.shared.database.key_space import is_locked_key_space
 from outbox_server.shared.database.message_ids import message_id_address
-from outbox_server.shared.database.models import Batch, EmailJob, Heartbeat, Sender, Suppression
-from outbox_server.shared.database.recipient_keys import recipient_key
+from outbox_server.shared.database.models import (
+    Batch,
+    EmailJob,
+    Heartbeat,
+    Sender,
+    ShardLife,
+    Suppression,
+)
+from outbox_server.shared.database.recipient_keys import covers_job
+from outbox_server.shared.heads.statements import unix_ms_of
 from outbox_server.shared.holds.conditions import may_be_sent
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Claim
@@ -127,6 +134,11 @@ _active_revision = (
 )
 
 
+_DATA_ARE_NEW = func.coalesce(select(Heartbeat.number).scalar_subquery(), 0) >= bindparam(
+    "seen", type_=BigInteger
+)
+
+
 def _mark_statement() -> Any:
     """Return the statement that marks claimed jobs, and ends those that must not be sent any more.
 
@@ -134,10 +146,14 @@ def _mark_statement() -> Any:
     statement (see shared/database/cancellations.py).
 
     It waits for nobody: jobs and batches that somebody else has locked are left out, because the
-    other jobs of the group would wait for them. `still_waiting` finds them.
+    other jobs of the group would wait for them. `explain_unmarked` finds them. There are two
+    exceptions. While a dispatcher begins the next life, or the stored settings change, the
+    statement waits, and then marks nothing. Until it is committed, no next life becomes valid and
+    no change of the settings is made.
 
-    It marks nothing that is held (`shared.holds`), and nothing at all in data that are older than
-    what this process has seen.
+    PostgreSQL decides whose the job is, and by its clock whether it is due. It marks nothing that
+    is held (`shared.holds`), and nothing at all in data that are older than what this process has
+    seen.
     """
     life = _valid_life.with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
@@ -173,8 +189,8 @@ def _mark_statement() -> Any:
             EmailJob.sender_id == _claim.c.sender,
             EmailJob.scheduled_at <= func.clock_timestamp(),
             _active_revision.is_not(None),
-            func.coalesce(select(Heartbeat.number).scalar_subquery(), 0)
-            >= bindparam("seen", type_=BigInteger),
+            is_locked_key_space(),
+            _DATA_ARE_NEW,
             may_be_sent(),
         )
         .with_for_update(of=EmailJob, key_share=True, skip_locked=True)
@@ -230,24 +246,23 @@ def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
 
 
 async def mark_sending(
-    connection: AsyncConnection, jobs: Sequence[JobRef], lease: timedelta, seen: int = 0
+    connection: AsyncConnection,
+    claims: Sequence[Claim],
+    lease: timedelta,
+    *,
+    shard: int,
+    key_space: str = "",
+    seen: int = 0,
 ) -> list[MarkedJob]:
-    """Mark jobs that were claimed from this key space SENDING, and load them.
+    """Mark jobs that were claimed in one life of a shard of a key space SENDING, and load them.
 
-    `seen` is the number of the newest heartbeat that the process has seen.
-    A job that is missing from the result must not be sent now: it or its batch was cancelled, an
-    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, it is held, or it
-    is locked or the data are too old (see `still_waiting`).
+    `seen` is the number of the newest heartbeat that the process has seen. A job that is missing
+    from the result must not be sent now: it or its batch was cancelled, an earlier claim sent it,
+    its sender was paused, it is now SUPPRESSED or EXPIRED, it is held, the key space is an earlier
+    one, or one of the reasons of `Unmarked`.
     """
-    rows = await connection.execute(
-        _MARK,
-        {
-            "ids": [job.job_id for job in jobs],
-            "attempts": [job.attempt for job in jobs],
-            "lease": lease,
-            "seen": seen,
-        },
-    )
+    values = _claims(claims, shard) | {"lease": lease, KEY_SPACE: key_space, "seen": seen}
+    rows = await connection.execute(_MARK, values)
     return [
         MarkedJob(
             job=JobRef(row.id, row.attempt),
@@ -264,25 +279,43 @@ async def mark_sending(
     ]
 
 
-# What is locked is read without a lock, so a change that is not committed yet is not seen.
-_STILL_WAITING = (
-    select(EmailJob.id)
-    .join(_claim, _claim.c.id == EmailJob.id)
-    .join(Batch, Batch.id == EmailJob.batch_id)
-    .where(
-        _WAITS,
-        EmailJob.attempt == _claim.c.attempt - 1,
-        Batch.state == BatchState.ACTIVE,
-        _active_revision.is_not(None),
-        may_be_sent(),
+def _explain_statement() -> Any:
+    waits = and_(
+        _WAITS, Batch.state == BatchState.ACTIVE, _active_revision.is_not(None), may_be_sent()
+    )
+    is_job = EmailJob.sender_id == _claim.c.sender
+    is_attempt = EmailJob.attempt == _claim.c.attempt - 1
+    waiting = case((and_(waits, is_job, is_attempt), unix_ms_of(EmailJob.scheduled_at)))
+    # What is locked is read without a lock, so a change that is not committed yet is not seen.
+    return (
+        select(
+            _claim.c.id,
+            waiting.label("due_ms"),
+            or_(
+                EmailJob.id.is_(None),
+                not_(is_job),
+                and_(EmailJob.state == JobState.SCHEDULED, not_(is_attempt)),
+            ).label("unknown"),
+            _valid_life.exists().label("valid"),
+            unix_ms_of(func.clock_timestamp()).label("now_ms"),
+        )
+        .select_from(_claim)
+        .outerjoin(EmailJob, EmailJob.id == _claim.c.id)
+        .outerjoin(Batch, Batch.id == EmailJob.batch_id)
     )
 
 
-async def still_waiting(connection: AsyncConnection, jobs: Sequence[JobRef]) -> set[int]:
-    """Return the ids of those jobs that `mark_sending` left out although they wait.
+_EXPLAIN = _explain_statement()
 
-    They were locked, or the data are older than what the process has seen. They can be claimed
-    again. One whose cancellation was under way is refused then.
+
+async def explain_unmarked(
+    connection: AsyncConnection, claims: Sequence[Claim], *, shard: int
+) -> Unmarked:
+    """Return why `mark_sending` left out these claims, at least one.
+
+    Those that wait can be claimed again: they are locked, not due yet, their life is not valid, or
+    the data are older than what the process has seen. One whose cancellation was under way is
+    refused then.
     """
     rows = (await connection.execute(_EXPLAIN, _claims(claims, shard))).all()
     return Unmarked(

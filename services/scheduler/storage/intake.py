@@ -48,6 +48,7 @@ from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.database.recipient_keys import exact_job_key, folded_job_key
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
+from outbox_server.shared.id_source import ID_TRIES, IdSource
 from outbox_server.shared.intake.addresses import keys_of
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.quotas.storage import (
@@ -65,7 +66,7 @@ _MILLISECOND: Final = timedelta(milliseconds=1)
 # How long a call waits for another call with the same request_id. Below the usual deadline.
 _LOCK_LIMIT: Final = "20s"
 _COPY_JOBS: Final = (
-    "COPY email_jobs (batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
+    "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
     "recipient_key, address_key, variables) FROM STDIN"
 )
 _COPY_REJECTIONS: Final = (

@@ -37,8 +37,8 @@ _CREATE: Final = text(
     " recipient_key, address_key, variables FROM email_jobs WITH NO DATA"
 )
 COPY_SPREAD_JOBS: Final = (
-    "COPY spread_jobs (batch_id, sender_id, place, scheduled_at, expires_at, row_number, recipient,"
-    " recipient_key, address_key, variables) FROM STDIN"
+    "COPY spread_jobs (id, batch_id, sender_id, place, scheduled_at, expires_at, row_number,"
+    " recipient, recipient_key, address_key, variables) FROM STDIN"
 )
 _TIME: Final = TIMESTAMP(timezone=True)
 _jobs: Final = Table(

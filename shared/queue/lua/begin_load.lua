@@ -4,8 +4,8 @@
 -- ARGV[1] raise    1: raise the epoch first, because the caller has just committed something that a
 --                  load in progress may have missed (so that load is refused); 0: only read it
 -- ARGV    then senders
--- Returns the life of the shard, and then an epoch per sender. The epoch of a sender that Redis does not know begins with 'new:', or
--- is '' while Redis is out of memory
+-- Returns the life of the shard, and then an epoch per sender. The epoch of a sender that Redis
+-- does not know begins with 'new:', or is '' while Redis is out of memory
 --!include keys
 --!include time
 --!include run

@@ -7,7 +7,7 @@ from alembic import op
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 revision = "0015"
-down_revision = "0011"
+down_revision = "0014"
 
 _TIME = TIMESTAMP(timezone=True)
 

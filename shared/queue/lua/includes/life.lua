@@ -1,14 +1,15 @@
 -- The life of a shard: data that was loaded in an earlier life is discarded and loaded again.
 -- A life ends when
--- - the server's process ends, or a replica becomes the primary: leases and ends in a snapshot or on
---   a replica may be outdated;
+-- - the server's process ends, or a replica becomes the primary: leases and ends in a snapshot or
+--   on a replica may be outdated;
 -- - the server's clock steps back by a second or more: stored ends would lie in the future (after
 --   a smaller step, NOW stands still until the clock has caught up);
 -- - LIFE_KEY is lost.
 --
 -- The next life is provisional and has a colon in its name. Then a dispatcher gives it a name that
--- PostgreSQL stores as the valid one (begin_life.lua, shared/heads/lives.py). What was loaded before
--- is discarded again, because the history may have been read before the former life became invalid.
+-- PostgreSQL stores as the valid one (begin_life.lua, shared/heads/lives.py). What was loaded
+-- before is discarded again, because the history may have been read before the former life became
+-- invalid.
 
 -- No such key exists. While the slot of a shard is being moved to another node, a look for it
 -- fails, so that no script stops half way at a key that has been moved already.
@@ -23,9 +24,9 @@ local FULL = false
 -- The limits of users that have none of their own: sends in a window and gap in ms, 0: none. They
 -- are those of the dispatcher that claimed last.
 local USER_LIMIT, USER_GAP = 0, 0
--- By how many ms this server's clock is ahead of PostgreSQL's, as far as the dispatcher that claimed
--- last knows; 0 if it is behind. Times that PostgreSQL decides (due times, sending hours) have come
--- by NOW if they are at most NOW - AHEAD.
+-- By how many ms this server's clock is ahead of PostgreSQL's, as far as the dispatcher that
+-- claimed last knows; 0 if it is behind. Times that PostgreSQL decides (due times, sending hours)
+-- have come by NOW if they are at most NOW - AHEAD.
 local AHEAD = 0
 do
     local f = redis.call('HMGET', LIFE_KEY, 'replication', 'id', 'seen', 'users', 'ahead')

@@ -13,8 +13,8 @@ local function number_or(value, default)
 end
 
 -- Returns by this server's clock a time that PostgreSQL decides. 0 stands for always.
-local function by_own_clock(time)
-    return time > 0 and time + AHEAD or 0
+local function by_own_clock(at)
+    return at > 0 and at + AHEAD or 0
 end
 
 -- Limit.PACE: the longer of the sender's own gap and its pace (pace.lua).
