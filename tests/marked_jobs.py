@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.world import TEST_LIFE, TEST_SHARD, World
 

@@ -29,7 +29,7 @@ from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import connect, open_queues
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 from tests.marked_jobs import mark_refs

@@ -52,7 +52,8 @@ from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.circuit_keys import user_key
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Claimed, Queue
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import Claim, Claimed
 from outbox_server.shared.quotas.storage import read_unproven_endpoints
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState

@@ -13,7 +13,7 @@ from outbox_server.services.dispatcher.cooling import Signal
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.shared.heads.loader import RebuildResult
 from outbox_server.shared.queue.circuits import CircuitChange
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
 
 LATENESS_BUCKETS: Final = (

@@ -12,7 +12,7 @@ from outbox_server.services.dispatcher.retry import Backoffs, Decision, JobAttem
 from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
-from outbox_server.shared.queue.queue import Claim, Contact, LimitUse
+from outbox_server.shared.queue.records import Claim, Contact, LimitUse
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import CONNECTION_TROUBLE, AttemptOutcome, JobState, ReplyClass
 

@@ -40,7 +40,7 @@ from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import Loop
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 
 # The part of a lease that is reserved for recording the outcome, in case PostgreSQL is slow.
 RESERVED_PART = 0.1

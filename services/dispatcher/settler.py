@@ -36,7 +36,8 @@ from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Contact, LimitUse, Queue, Settlement
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import Claim, Contact, LimitUse, Settlement
 from outbox_server.shared.states import JobState
 
 _RETRY_S = 0.2

@@ -38,13 +38,11 @@ from outbox_server.shared.heads.users import UserLoader, spans_of
 from outbox_server.shared.queue.circuit_keys import CircuitKeys, user_key
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import (
-    HEAD_SIZE,
+from outbox_server.shared.queue.queue import HEAD_SIZE, Queue, QueueFullError
+from outbox_server.shared.queue.records import (
     ActiveLease,
     Head,
     PastEnd,
-    Queue,
-    QueueFullError,
     RebuildEnd,
     brings_history,
 )

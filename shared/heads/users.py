@@ -24,14 +24,8 @@ from outbox_server.shared.heads.statements import (
 )
 from outbox_server.shared.queue.circuit_keys import shard_key, user_key
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import (
-    ActiveLease,
-    PastEnd,
-    Queue,
-    QueueFullError,
-    UserHead,
-    brings_history,
-)
+from outbox_server.shared.queue.queue import Queue, QueueFullError
+from outbox_server.shared.queue.records import ActiveLease, PastEnd, UserHead, brings_history
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from outbox_server.shared.settings import Settings
 

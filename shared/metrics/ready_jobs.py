@@ -11,7 +11,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
-from outbox_server.shared.queue.queue import Queue, ReadyJobs
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import ReadyJobs
 
 _SILENT = ReadyJobs(complete=False, count=0, age=timedelta(0))
 

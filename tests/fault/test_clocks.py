@@ -16,7 +16,7 @@ from outbox_server.deploy.drill.clocks import clock_off_by
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.services.dispatcher import storage
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, process, running, settings_of
 from tests.eventually import eventually

@@ -21,7 +21,7 @@ from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import connect, open_queues
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.conftest import Stores
 from tests.dispatchers import options, settings_of

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.states import AttemptOutcome, JobState, SenderState, SmtpSecurity
 from tests.dispatchers import options, settings_of

@@ -17,15 +17,8 @@ from outbox_server.deploy.ports import free_port
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.keys import job_of
-from outbox_server.shared.queue.queue import (
-    HEAD_SIZE,
-    Claim,
-    Claimed,
-    Head,
-    LimitUse,
-    Queue,
-    Settlement,
-)
+from outbox_server.shared.queue.queue import HEAD_SIZE, Queue
+from outbox_server.shared.queue.records import Claim, Claimed, Head, LimitUse, Settlement
 from outbox_server.shared.settings import Settings, load_settings
 from outbox_server.shared.states import JobState, SenderState
 from tests.eventually import PATIENCE, eventually

@@ -17,7 +17,8 @@ from outbox_server.shared.heads import lives as lives_module
 from outbox_server.shared.heads.lives import Lives, SupersededLifeError
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Queue
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually

@@ -27,7 +27,7 @@ from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.keys import member_of
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.conftest import Stores

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.settler import Settler, UnmarkedClaim, UnsentJob
 from outbox_server.services.dispatcher.slots import Slots
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually

@@ -9,7 +9,8 @@ import pytest_asyncio
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.circuit_keys import shard_key
 from outbox_server.shared.queue.connection import open_queues
-from outbox_server.shared.queue.queue import Claim, LimitUse, Queue, Settlement
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import Claim, LimitUse, Settlement
 from outbox_server.shared.settings import load_settings
 from tests.world import World
 

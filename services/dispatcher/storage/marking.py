@@ -41,7 +41,7 @@ from outbox_server.shared.database.recipient_keys import covers_job
 from outbox_server.shared.heads.statements import unix_ms_of
 from outbox_server.shared.holds.conditions import may_be_sent
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
 from outbox_server.shared.states import BatchState, JobState, SenderState

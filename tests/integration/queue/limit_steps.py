@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum, auto
 
 from outbox_server.shared.queue.keys import member_of
-from outbox_server.shared.queue.queue import Contact, LimitUse
+from outbox_server.shared.queue.records import Contact, LimitUse
 from tests.integration.queue.steps import QueueSteps
 from tests.integration.queue.under_way import ClaimUnderWay, Step
 

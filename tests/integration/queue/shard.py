@@ -13,13 +13,13 @@ from redis.asyncio import Redis
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import CircuitChange
 from outbox_server.shared.queue.keys import JobRef, member_of
-from outbox_server.shared.queue.queue import (
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import (
     Claim,
     Claimed,
     Contact,
     Head,
     LimitUse,
-    Queue,
     Settlement,
     UserHead,
 )

@@ -12,7 +12,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef, member_of
-from outbox_server.shared.queue.queue import Contact, LimitUse, Settlement, brings_history
+from outbox_server.shared.queue.records import Contact, LimitUse, Settlement, brings_history
 from outbox_server.shared.queue.user_limits import UserLimit
 from outbox_server.shared.states import JobState
 from tests.integration.queue.shard import PATIENCE_MS, START_MS, Shard, milliseconds, scores

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from outbox_server.shared.queue.queue import Head, LimitUse, ReadyJobs
+from outbox_server.shared.queue.records import Head, LimitUse, ReadyJobs
 from tests.integration.queue.shard import SENDER, START_MS, Shard, jobs, milliseconds
 
 NO_GAP = replace(SENDER, gap=timedelta(0), max_in_flight=3)

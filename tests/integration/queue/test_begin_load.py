@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outbox_server.shared.queue.queue import brings_history
+from outbox_server.shared.queue.records import brings_history
 from tests.integration.queue.shard import SENDER, START_MS, Shard
 
 FIRST_EPOCH = str(START_MS * 1000)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Head, LimitUse
+from outbox_server.shared.queue.records import Claim, Head, LimitUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, START_MS, Shard, jobs, milliseconds
 
 RECHECK_MS = 30_000

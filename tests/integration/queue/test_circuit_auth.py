@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import open_queues
-from outbox_server.shared.queue.queue import Claim, Contact, LimitUse
+from outbox_server.shared.queue.records import Claim, Contact, LimitUse
 from tests.dispatchers import options, settings_of
 from tests.integration.queue.shard import AUTH_BACKOFF, BACKOFF, SENDER, START_MS, Shard, jobs
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from outbox_server.shared.queue.queue import Claim, Contact, LimitUse
+from outbox_server.shared.queue.records import Claim, Contact, LimitUse
 from outbox_server.shared.queue.user_limits import UserLimit
 from tests.integration.queue.shard import LEASE_MS, START_MS, Shard
 from tests.integration.queue.test_circuit import sender

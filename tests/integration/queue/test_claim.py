@@ -9,13 +9,13 @@ import pytest
 from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import (
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import (
     ActiveLease,
     Claim,
     Claimed,
     LimitUse,
     PastEnd,
-    Queue,
     Settlement,
 )
 from tests.integration.queue.shard import (

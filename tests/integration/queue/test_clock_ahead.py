@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.clock_difference import ClockDifference
-from outbox_server.shared.queue.queue import LimitUse
+from outbox_server.shared.queue.records import LimitUse
 from tests.integration.queue.shard import SENDER, START_MS, Shard, jobs
 
 AHEAD_MS = 300_000

@@ -21,7 +21,7 @@ from redis.exceptions import ResponseError
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.deploy.ports import LOOPBACK, free_port
-from outbox_server.shared.queue.queue import LimitUse, Settlement
+from outbox_server.shared.queue.records import LimitUse, Settlement
 from tests.conftest import Stores
 from tests.eventually import eventually
 from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
-from outbox_server.shared.queue.queue import LimitUse
+from outbox_server.shared.queue.records import LimitUse
 from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs, members
 
 HEAD = replace(SENDER, gap=timedelta(0), jobs=jobs((1, 0), (2, 0), (3, 0)))

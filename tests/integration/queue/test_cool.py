@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, Contact, LimitUse, PastEnd
+from outbox_server.shared.queue.records import Claim, Contact, LimitUse, PastEnd
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,

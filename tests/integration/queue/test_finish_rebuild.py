@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from outbox_server.shared.queue.queue import RebuildEnd
+from outbox_server.shared.queue.records import RebuildEnd
 from tests.integration.queue.shard import SENDER, Shard
 
 

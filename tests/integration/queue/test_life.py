@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Head, LimitUse, PastEnd, brings_history
+from outbox_server.shared.queue.records import Head, LimitUse, PastEnd, brings_history
 from tests.integration.queue.shard import SENDER, Shard, jobs, milliseconds
 
 TWO = replace(SENDER, jobs=jobs((1, 0), (2, 0)))

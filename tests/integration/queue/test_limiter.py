@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import LimitUse, PastEnd
+from outbox_server.shared.queue.records import LimitUse, PastEnd
 from outbox_server.shared.queue.user_limits import UserLimit
 from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
 

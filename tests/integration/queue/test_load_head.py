@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import ActiveLease, LimitUse, PastEnd
+from outbox_server.shared.queue.records import ActiveLease, LimitUse, PastEnd
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from redis.asyncio import Redis
 
 import outbox_server.shared.queue.queue
-from outbox_server.shared.queue.queue import Contact, LimitUse
+from outbox_server.shared.queue.records import Contact, LimitUse
 from outbox_server.shared.states import JobState
 from tests.integration.queue.limit_steps import Answers, LimitSteps
 from tests.integration.queue.steps import (

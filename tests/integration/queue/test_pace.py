@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from redis.asyncio import Redis
 
-from outbox_server.shared.queue.queue import Claim, Contact, Head, LimitUse
+from outbox_server.shared.queue.records import Claim, Contact, Head, LimitUse
 from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
 
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Head, LimitUse
+from outbox_server.shared.queue.records import Head, LimitUse
 from outbox_server.shared.queue.user_limits import UserLimit
 from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs, milliseconds
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import ActiveLease, Claim, LimitUse
+from outbox_server.shared.queue.records import ActiveLease, Claim, LimitUse
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,

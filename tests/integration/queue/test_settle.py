@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import Claim, LimitUse, Settlement
+from outbox_server.shared.queue.records import Claim, LimitUse, Settlement
 from tests.integration.queue.shard import (
     LEASE_MS,
     SENDER,

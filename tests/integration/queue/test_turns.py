@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
-from outbox_server.shared.queue.queue import ActiveLease, Head, LimitUse, PastEnd, UserHead
+from outbox_server.shared.queue.records import ActiveLease, Head, LimitUse, PastEnd, UserHead
 from outbox_server.shared.queue.user_limits import UserSendLimits
 from tests.integration.queue.shard import (
     LEASE_MS,

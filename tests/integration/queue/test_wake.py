@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from redis.asyncio.client import PubSub
 
-from outbox_server.shared.queue.queue import LimitUse
+from outbox_server.shared.queue.records import LimitUse
 from tests.eventually import PATIENCE
 from tests.integration.queue.shard import SENDER, Shard, jobs
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
-from outbox_server.shared.queue.queue import Claim, Head, Settlement, UserHead
+from outbox_server.shared.queue.records import Claim, Head, Settlement, UserHead
 from tests.integration.queue.world import Send
 from tests.integration.queue_state import HeadModel, UserHeadModel
 

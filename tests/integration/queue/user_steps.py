@@ -6,7 +6,8 @@ from typing import Any
 
 from hypothesis.stateful import RuleBasedStateMachine
 
-from outbox_server.shared.queue.queue import Queue, brings_history
+from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.queue.records import brings_history
 from tests.integration.queue.shard import START_MS, Shard, scores
 from tests.integration.queue.under_way import LimitHistory, UserLoadUnderWay
 from tests.integration.queue.world import ModelledInstallation

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from outbox_server.shared.queue.keys import JobRef, member_of
-from outbox_server.shared.queue.queue import ActiveLease, Head, PastEnd, UserHead
+from outbox_server.shared.queue.records import ActiveLease, Head, PastEnd, UserHead
 from outbox_server.shared.states import JobState
 from tests.integration.queue_state import HeadModel, UserHeadModel
 
