@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -192,12 +193,13 @@ async def test_a_mail_in_flight_at_the_old_master_counts_at_the_new_one_for_as_l
             await other.loader.load([control], committed=True)
             await eventually(partial(world.done, control))
             assert len(mails_of(server.taken, sender)) == 1
+            # The first mail ends after this, at its reply. PostgreSQL may record its end late.
+            released = time.time()
             held.event.set()
             await eventually(world.done)
 
             assert jobs_in(mails_of(server.taken, sender)) == {begun: 1, following: 1}
-            [attempt] = await world.attempts(begun)
-            assert mails_of(server.taken, sender)[1].started_at - attempt.ended_at >= 0.095
+            assert mails_of(server.taken, sender)[1].started_at - released >= 0.1
 
 
 async def is_renewed(world: World, job: int, beyond: object) -> bool:
