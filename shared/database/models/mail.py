@@ -1,11 +1,4 @@
-"""The tables. PostgreSQL is the source of truth: it stores every job and every attempt.
-
-The ids of senders, batches and jobs come from `shared.id_source`. Their sequences are left for the
-release before this one, which may run beside it.
-
-Rows of `email_jobs` are narrow: `batches` stores what the jobs of a batch share, and only the CSV
-columns that the templates use are stored.
-"""
+"""The tables of users, senders, batches, jobs and attempts."""
 
 from __future__ import annotations
 
@@ -20,7 +13,6 @@ from sqlalchemy import (
     Identity,
     Index,
     LargeBinary,
-    MetaData,
     SmallInteger,
     Text,
     TextClause,
@@ -28,12 +20,11 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import Mapped, mapped_column
 
+from outbox_server.shared.database.models.base import TIME, Base
 from outbox_server.shared.states import PURGEABLE, JobState
-
-_TIME = TIMESTAMP(timezone=True)
 
 
 def _time_and_sequence(sequence: str) -> TextClause:
@@ -46,150 +37,13 @@ def _time_and_sequence(sequence: str) -> TextClause:
     return text(f"(({ms} << 21) | (nextval('{sequence}') & 2097151))")
 
 
-class Base(DeclarativeBase):
-    """Base of all tables. It names every constraint, so that migrations can refer to it."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-
-
-class Installation(Base):
-    """One row with the unique id of this installation, which is part of all Message-IDs."""
-
-    __tablename__ = "installation"
-
-    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
-    installation_id: Mapped[str] = mapped_column(
-        Text, server_default=text("substr(md5((gen_random_uuid())::text), 1, 12)")
-    )
-
-    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
-
-
-class Heartbeat(Base):
-    """One row, which dispatchers write every few seconds: where and when mail could last be sent.
-
-    It tells a restored database from the one that was in use (`shared.holds`).
-    """
-
-    __tablename__ = "heartbeat"
-
-    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
-    # Grows with every write, and never goes back.
-    number: Mapped[int] = mapped_column(BigInteger)
-    beat_at: Mapped[datetime] = mapped_column(_TIME)
-    # The transaction that wrote the row. In a restored dump, another one has written it.
-    written_by: Mapped[int] = mapped_column(BigInteger)
-    # Of the PostgreSQL cluster. NULL means that the role may not read it.
-    system_identifier: Mapped[int | None] = mapped_column(BigInteger)
-    timeline: Mapped[int]
-
-    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
-
-
-class HoldRow(Base):
-    """One row while the installation is held: dispatchers mark only what was released."""
-
-    __tablename__ = "hold"
-
-    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
-    held_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-    # `shared.states.HoldReason`.
-    reason: Mapped[int] = mapped_column(SmallInteger)
-    # What was found, in a sentence for operators.
-    detail: Mapped[str] = mapped_column(Text)
-
-    __table_args__ = (
-        CheckConstraint("singleton", name="one_row"),
-        CheckConstraint("reason BETWEEN 1 AND 3", name="reason_known"),
-    )
-
-
-class HeldSend(Base):
-    """A job that was SENDING when the hold began: nobody knows whether it was sent."""
-
-    __tablename__ = "held_sends"
-
-    email_job_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-
-
-class HoldRelease(Base):
-    """A filter of mail that may be sent although the installation is held. NULL means any."""
-
-    __tablename__ = "hold_releases"
-
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    user_id: Mapped[str | None] = mapped_column(Text)
-    sender_id: Mapped[int | None] = mapped_column(BigInteger)
-    batch_id: Mapped[int | None] = mapped_column(BigInteger)
-    due_from: Mapped[datetime | None] = mapped_column(_TIME)
-    due_before: Mapped[datetime | None] = mapped_column(_TIME)
-    # True: only jobs of `held_sends`. False: only the others.
-    sending: Mapped[bool | None]
-    released_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-
-
-class ErasureKey(Base):
-    """One row, since the first erasure: the key of the hashes that replace erased addresses."""
-
-    __tablename__ = "erasure_key"
-
-    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
-    key: Mapped[str] = mapped_column(
-        Text,
-        server_default=text("((gen_random_uuid())::text || (gen_random_uuid())::text)"),
-    )
-
-    __table_args__ = (CheckConstraint("singleton", name="one_row"),)
-
-
-class AgreedSettingsRow(Base):
-    """One row, since the first start: the settings that are the same in every process.
-
-    See `shared.agreed.values`. Every mark compares `key_space`, so that a process that works by
-    older values sends nothing.
-    """
-
-    __tablename__ = "agreed_settings"
-
-    singleton: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
-    shards: Mapped[int]
-    rate_window_ms: Mapped[int] = mapped_column(BigInteger)
-    min_gap_ms: Mapped[int] = mapped_column(BigInteger)
-    user_hourly_limit: Mapped[int] = mapped_column(BigInteger)
-    user_gap_ms: Mapped[int] = mapped_column(BigInteger)
-    uncertain_policy: Mapped[str] = mapped_column(Text)
-    # The name of the keys in Redis that depend on these values, and the earlier names.
-    key_space: Mapped[str] = mapped_column(Text, server_default="")
-    old_key_spaces: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
-    # When a window or a gap last changed: earlier sends kept other limits. NULL means never.
-    limits_changed_at: Mapped[datetime | None] = mapped_column(_TIME)
-
-    __table_args__ = (
-        CheckConstraint("singleton", name="one_row"),
-        CheckConstraint("shards BETWEEN 1 AND 4096", name="shards_in_bounds"),
-        CheckConstraint("rate_window_ms > 0", name="rate_window_positive"),
-        CheckConstraint(
-            "least(min_gap_ms, user_hourly_limit, user_gap_ms) >= 0", name="limits_not_negative"
-        ),
-        CheckConstraint("uncertain_policy IN ('resend', 'hold')", name="uncertain_policy_known"),
-    )
-
-
 class AuditEvent(Base):
     """What an operator changed: who, when, what, and the values before and after."""
 
     __tablename__ = "audit_events"
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    happened_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    happened_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     # Who did it, such as `root@host` for a command on a machine.
     actor: Mapped[str] = mapped_column(Text)
     # What was done, such as `settings.set`, and to what. The target may be empty.
@@ -213,9 +67,9 @@ class ApiKeyRow(Base):
     kind: Mapped[int] = mapped_column(SmallInteger)
     user_id: Mapped[str | None] = mapped_column(Text)
     name: Mapped[str] = mapped_column(Text, server_default="")
-    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-    last_used_at: Mapped[datetime | None] = mapped_column(_TIME)
-    revoked_at: Mapped[datetime | None] = mapped_column(_TIME)
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    last_used_at: Mapped[datetime | None] = mapped_column(TIME)
+    revoked_at: Mapped[datetime | None] = mapped_column(TIME)
 
     __table_args__ = (
         CheckConstraint("kind BETWEEN 1 AND 3", name="kind_known"),
@@ -248,7 +102,7 @@ class UserRow(Base):
     # How many rows of `batch_rejections` the user's batches have.
     stored_rejections_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
     # When an operator last changed the user. NULL means never: the row has only the count.
-    updated_at: Mapped[datetime | None] = mapped_column(_TIME)
+    updated_at: Mapped[datetime | None] = mapped_column(TIME)
 
     __table_args__ = (
         CheckConstraint(
@@ -289,13 +143,13 @@ class Sender(Base):
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
     # Every change increments it, so that caches of a sender know when to read it again.
     revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
-    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-    updated_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     # Decides the sender's shard of the queue instead of the id. All senders of a user with limits
     # of its own have the same. Once set, it never changes.
     shard_key: Mapped[int | None] = mapped_column(BigInteger)
     # If set, callers do not see the sender any more. Its history stays.
-    deleted_at: Mapped[datetime | None] = mapped_column(_TIME)
+    deleted_at: Mapped[datetime | None] = mapped_column(TIME)
 
     __table_args__ = (
         CheckConstraint("hourly_limit > 0", name="hourly_limit_positive"),
@@ -337,14 +191,14 @@ class OAuth2CredentialsRow(Base):
     # Changes with each access token, so that of two tokens requested at once only one is stored.
     version: Mapped[UUID] = mapped_column(Uuid, server_default=func.gen_random_uuid())
     # When to request the next access token, and when this one expires.
-    refresh_at: Mapped[datetime | None] = mapped_column(_TIME)
-    expires_at: Mapped[datetime | None] = mapped_column(_TIME)
+    refresh_at: Mapped[datetime | None] = mapped_column(TIME)
+    expires_at: Mapped[datetime | None] = mapped_column(TIME)
     # Set while one process requests an access token. After this time another process may do so.
-    lease_until: Mapped[datetime | None] = mapped_column(_TIME)
+    lease_until: Mapped[datetime | None] = mapped_column(TIME)
     # Requests since the last access token: how many failed, when the next one may be made, the last
     # error, and whether that was a refusal by the provider (else it could not be reached).
     failures: Mapped[int] = mapped_column(server_default="0")
-    retry_at: Mapped[datetime | None] = mapped_column(_TIME)
+    retry_at: Mapped[datetime | None] = mapped_column(TIME)
     error: Mapped[str | None] = mapped_column(Text)
     refused: Mapped[bool] = mapped_column(server_default=text("false"))
 
@@ -379,7 +233,7 @@ class Batch(Base):
     # The column of the CSV that has the addresses. NULL: rows, or a batch of an older release.
     email_column: Mapped[str | None] = mapped_column(Text)
     variable_names: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
-    start_at: Mapped[datetime] = mapped_column(_TIME)
+    start_at: Mapped[datetime] = mapped_column(TIME)
     spacing_ms: Mapped[int] = mapped_column(BigInteger, server_default="0")
     duplicates: Mapped[int] = mapped_column(SmallInteger)
     mode: Mapped[int] = mapped_column(SmallInteger)
@@ -389,10 +243,10 @@ class Batch(Base):
     rejected_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
     duplicate_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
     suppressed_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-    cancelled_at: Mapped[datetime | None] = mapped_column(_TIME)
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    cancelled_at: Mapped[datetime | None] = mapped_column(TIME)
     # The latest first due time of its jobs, for forecasts. NULL means that it has no jobs.
-    last_due_at: Mapped[datetime | None] = mapped_column(_TIME)
+    last_due_at: Mapped[datetime | None] = mapped_column(TIME)
     # The span of the call that brought it (W3C's `traceparent`). NULL means no trace.
     trace_parent: Mapped[str | None] = mapped_column(Text)
 
@@ -427,7 +281,7 @@ class BatchCancellation(Base):
 
     batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     sender_id: Mapped[int] = mapped_column(BigInteger)
-    cancelled_at: Mapped[datetime] = mapped_column(_TIME)
+    cancelled_at: Mapped[datetime] = mapped_column(TIME)
     # The rows up to this id are done.
     swept_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
@@ -443,13 +297,13 @@ class EmailJob(Base):
     batch_id: Mapped[int] = mapped_column(BigInteger)
     sender_id: Mapped[int] = mapped_column(BigInteger)
     # The due time. A retry moves it.
-    scheduled_at: Mapped[datetime] = mapped_column(_TIME)
+    scheduled_at: Mapped[datetime] = mapped_column(TIME)
     # From this time on it must not be sent any more. NULL means that it never expires.
-    expires_at: Mapped[datetime | None] = mapped_column(_TIME)
+    expires_at: Mapped[datetime | None] = mapped_column(TIME)
     # SENDING only: when the dispatcher's lease expires.
-    lease_until: Mapped[datetime | None] = mapped_column(_TIME)
+    lease_until: Mapped[datetime | None] = mapped_column(TIME)
     # When it reached its final state.
-    finished_at: Mapped[datetime | None] = mapped_column(_TIME)
+    finished_at: Mapped[datetime | None] = mapped_column(TIME)
     row_number: Mapped[int]
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
     # Number of attempts begun. The number of the attempt in flight is the fencing token.
@@ -458,7 +312,7 @@ class EmailJob(Base):
     failures: Mapped[int] = mapped_column(SmallInteger, server_default="0")
     recipient: Mapped[str] = mapped_column(Text)
     # When the server first deferred it (reply class DEFERRED). NULL means that it has not.
-    deferred_since: Mapped[datetime | None] = mapped_column(_TIME)
+    deferred_since: Mapped[datetime | None] = mapped_column(TIME)
     # The case-folded address, by which releases before schema 0014 compare. NULL means that
     # `recipient` is all ASCII. The lower case of other letters depends on PostgreSQL's locale.
     recipient_key: Mapped[str | None] = mapped_column(Text)
@@ -520,8 +374,8 @@ class Attempt(Base):
     email_job_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     attempt: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
     sender_id: Mapped[int] = mapped_column(BigInteger)
-    started_at: Mapped[datetime] = mapped_column(_TIME)
-    ended_at: Mapped[datetime] = mapped_column(_TIME)
+    started_at: Mapped[datetime] = mapped_column(TIME)
+    ended_at: Mapped[datetime] = mapped_column(TIME)
     outcome: Mapped[int] = mapped_column(SmallInteger)
     # Whether it takes an entry of the window: its body was begun, or may have been.
     counted: Mapped[bool]
@@ -553,9 +407,9 @@ class Cooldown(Base):
 
     sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     # When the first refusal ended.
-    since: Mapped[datetime] = mapped_column(_TIME)
+    since: Mapped[datetime] = mapped_column(TIME)
     # When the next probe may begin. A refused attempt that began before it changes nothing.
-    next_probe_at: Mapped[datetime] = mapped_column(_TIME)
+    next_probe_at: Mapped[datetime] = mapped_column(TIME)
     # Number of refusals in a row: the position in the waits of OUTBOX_COOLDOWN.
     refusals: Mapped[int] = mapped_column(server_default="1")
     # The reply of the last refusal.
@@ -582,26 +436,9 @@ class HeadMarker(Base):
         default=_time_and_sequence("head_markers_id_seq"),
     )
     sender_id: Mapped[int] = mapped_column(BigInteger)
-    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.clock_timestamp())
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.clock_timestamp())
 
     __table_args__ = (Index(None, "sender_id"),)
-
-
-class ShardLife(Base):
-    """The life of Redis that is valid for a shard: only jobs that were claimed in it are marked.
-
-    See shared/heads/lives.py.
-    """
-
-    __tablename__ = "shard_lives"
-
-    shard: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
-    # Unique, so that PostgreSQL takes it for a part of a key: a mark locks the row FOR KEY SHARE,
-    # so a change of the life waits for marks in progress, and a change of `seen_at` does not.
-    life: Mapped[str] = mapped_column(Text, unique=True)
-    begun_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-    # When a dispatcher last found this life in Redis.
-    seen_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
 
 
 class Suppression(Base):
@@ -617,68 +454,4 @@ class Suppression(Base):
     # folding makes equal to it, as in the older release that wrote it.
     form: Mapped[int | None] = mapped_column(SmallInteger)
     reason: Mapped[str] = mapped_column(Text, server_default="")
-    created_at: Mapped[datetime] = mapped_column(_TIME, server_default=func.now())
-
-
-class CountDelta(Base):
-    """A change of a count, appended in the transaction that moved the jobs.
-
-    `state` SCHEDULED counts all open jobs, including those in SENDING. These are always few and are
-    counted directly, so that a claim writes no delta.
-    """
-
-    __tablename__ = "count_deltas"
-
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
-    sender_id: Mapped[int] = mapped_column(BigInteger)
-    batch_id: Mapped[int] = mapped_column(BigInteger)
-    hour: Mapped[datetime] = mapped_column(_TIME)
-    state: Mapped[int] = mapped_column(SmallInteger)
-    n: Mapped[int] = mapped_column(BigInteger)
-
-
-class SenderCount(Base):
-    """The folded count of a sender's jobs by state."""
-
-    __tablename__ = "sender_counts"
-
-    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
-    n: Mapped[int] = mapped_column(BigInteger)
-
-
-class BatchCount(Base):
-    """The folded count of a batch's jobs by state."""
-
-    __tablename__ = "batch_counts"
-
-    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
-    n: Mapped[int] = mapped_column(BigInteger)
-
-
-class SenderHourCount(Base):
-    """The folded count of a sender's jobs by the hour (UTC) in which they reached a state."""
-
-    __tablename__ = "sender_hour_counts"
-
-    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    hour: Mapped[datetime] = mapped_column(_TIME, primary_key=True)
-    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
-    n: Mapped[int] = mapped_column(BigInteger)
-
-
-class PurgedCount(Base):
-    """The number of jobs whose rows were removed after OUTBOX_RETENTION, by the hour of their end.
-
-    Counts that callers see never change by a removal. With this table, the audit can still compare
-    them with a recount of the rows. `batch_id` is 0 for batches that were removed as well.
-    """
-
-    __tablename__ = "purged_counts"
-
-    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    sender_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
-    hour: Mapped[datetime] = mapped_column(_TIME, primary_key=True)
-    state: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
-    n: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())

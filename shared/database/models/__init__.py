@@ -1,0 +1,76 @@
+"""The tables. PostgreSQL is the source of truth: it stores every job and every attempt.
+
+The ids of senders, batches and jobs come from `shared.id_source`. Their sequences are left for the
+release before this one, which may run beside it.
+
+Rows of `email_jobs` are narrow: `batches` stores what the jobs of a batch share, and only the CSV
+columns that the templates use are stored.
+"""
+
+from __future__ import annotations
+
+from outbox_server.shared.database.models.base import (
+    Base,
+)
+from outbox_server.shared.database.models.counts import (
+    BatchCount,
+    CountDelta,
+    PurgedCount,
+    SenderCount,
+    SenderHourCount,
+)
+from outbox_server.shared.database.models.installation import (
+    AgreedSettingsRow,
+    ErasureKey,
+    Heartbeat,
+    HeldSend,
+    HoldRelease,
+    HoldRow,
+    Installation,
+    ShardLife,
+)
+from outbox_server.shared.database.models.mail import (
+    ApiKeyRow,
+    Attempt,
+    AuditEvent,
+    Batch,
+    BatchCancellation,
+    BatchRejection,
+    Cooldown,
+    EmailJob,
+    HeadMarker,
+    OAuth2CredentialsRow,
+    Sender,
+    Suppression,
+    UserRow,
+)
+
+__all__ = [
+    "AgreedSettingsRow",
+    "ApiKeyRow",
+    "Attempt",
+    "AuditEvent",
+    "Base",
+    "Batch",
+    "BatchCancellation",
+    "BatchCount",
+    "BatchRejection",
+    "Cooldown",
+    "CountDelta",
+    "EmailJob",
+    "ErasureKey",
+    "HeadMarker",
+    "Heartbeat",
+    "HeldSend",
+    "HoldRelease",
+    "HoldRow",
+    "Installation",
+    "OAuth2CredentialsRow",
+    "PurgedCount",
+    "Sender",
+    "SenderCount",
+    "SenderHourCount",
+    "ShardLife",
+    "Suppression",
+    "UserRow",
+]
