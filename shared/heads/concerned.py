@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
@@ -104,6 +105,7 @@ def in_order_of_due_time(senders: Iterable[ConcernedSender]) -> list[ConcernedSe
     return sorted(senders, key=lambda one: (one.due_ms is None, one.due_ms, one.sender_id))
 
 
+@cache
 def _walk_statement(*, sharded: bool) -> Select[Any]:
     """Return the statement for the next senders by id.
 

@@ -198,7 +198,7 @@ class Queue:
         # By how much Redis' clock is ahead of PostgreSQL's.
         self._ahead = ClockDifference()
         self._scripts: dict[str, AsyncScript] = {
-            name: redis.register_script(read_script(name, dict(includes or {}))) for name in SCRIPTS
+            name: redis.register_script(read_script(name, includes)) for name in SCRIPTS
         }
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -32,13 +34,19 @@ SCRIPTS = (
 _INCLUDE = re.compile(r"^--!include (\w+)$", re.MULTILINE)
 
 
-def read_script(name: str, replace: dict[str, str] | None = None) -> str:
+def read_script(name: str, replace: Mapping[str, str] | None = None) -> str:
     """Return the source of `lua/<name>.lua` with its includes inserted.
 
-    `replace` has other texts for includes: tests use it to set the time.
+    `replace` has other texts for includes: tests use it to set the time. The files of a script are
+    read once in a process, which has a queue for each shard.
     """
+    return _resolve(name, tuple(sorted((replace or {}).items())))
+
+
+@cache
+def _resolve(name: str, replace: tuple[tuple[str, str], ...]) -> str:
     folder = files(__package__).joinpath("lua")
-    includes = replace or {}
+    includes = dict(replace)
 
     def include(match: re.Match[str]) -> str:
         wanted = match.group(1)
