@@ -13,6 +13,7 @@ import uvloop
 
 from outbox_server.deploy.ports import free_port
 from outbox_server.services.dispatcher.smtp import SmtpPool, session
+from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import AttemptOutcome, SmtpSecurity
 from tests.eventually import eventually
@@ -20,6 +21,7 @@ from tests.smtp_pools import (
     LIMIT,
     MAIL,
     all_closed,
+    endpoint_of,
     open_connections,
     pool_of,
     send,
@@ -228,7 +230,13 @@ async def test_a_silent_server_does_not_hold_a_mail_beyond_the_lease() -> None:
     async with ScriptedServer({"rcpt": [Wait()], "body": [Wait()]}) as server:
         began = time.monotonic()
         before = await send(pool, server, within=LIMIT)
-        after = await send(pool, server, within=LIMIT)
+        lease = Lease(time.monotonic() + 60)
+        sending = asyncio.create_task(
+            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
+        )
+        await eventually(lambda: server.waiting["body"] == 1)
+        lease.extend(time.monotonic() + LIMIT)
+        after = await sending
 
         assert (before.outcome, before.body_begun) == (CONNECTION, False)
         assert (after.outcome, after.body_begun) == (IN_DOUBT, True)
