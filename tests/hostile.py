@@ -112,10 +112,16 @@ class Requests:
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
         self._known: Mapping[str, Sequence[Any]] = {}
+        # How often an optional field is set for which no valid value is known.
+        self._optional = 0.3
 
     def learn(self, known: Mapping[str, Sequence[Any]]) -> None:
         """Set valid values by field name."""
         self._known = known
+
+    def prefer_valid(self) -> None:
+        """From now on, set few fields for which no valid value is known."""
+        self._optional = 0.03
 
     def message(self, descriptor: Descriptor) -> Message:
         """Return a request that is mostly valid; a few of its fields, or all, may be invalid."""
@@ -169,7 +175,7 @@ class Requests:
         behaviour = field.GetOptions().Extensions[field_behavior]
         if FieldBehavior.REQUIRED in behaviour or field.name in self._known:
             return 0.9
-        return 0.0 if FieldBehavior.OUTPUT_ONLY in behaviour else 0.3
+        return 0.0 if FieldBehavior.OUTPUT_ONLY in behaviour else self._optional
 
     def _fill(self, message: Message, field: FieldDescriptor, wildness: float, depth: int) -> None:
         count = self._chance.choice((1, 2, 3, 30))
