@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class LazyGroup(TyperGroup):
         name, stub, rest = super().resolve_command(ctx, args)
         if name is None or stub is None:
             return name, stub, rest
-        module = importlib.import_module(self.entries[name].module)
+        module = _import(self.entries[name].module)
         command = command_of(module.app)
         command.name = name
         remember_flags(command, rest)
@@ -88,6 +89,17 @@ class LazyGroup(TyperGroup):
         except OutboxError as error:
             _print_error(error)
             raise typer.Exit(EXIT_FAILED) from None
+
+
+def _import(name: str) -> Any:
+    """Import a module without garbage collections, since modules are never garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _print_error(error: OutboxError) -> None:

@@ -39,6 +39,8 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
     # The imported modules are never garbage. Each full collection that examined them would stop the
     # event loop for 0.1 s.
     gc.freeze()
+    # A process may import its modules without collections.
+    gc.enable()
     code = EXIT_OK
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from outbox_server.services.stats.server import serve
-from outbox_server.shared.process import run_with_settings
+from outbox_server.services.starting import run
 
 if __name__ == "__main__":
-    sys.exit(run_with_settings(serve))
+    sys.exit(run("stats"))
