@@ -189,21 +189,25 @@ def _run_database(stores: Stores) -> str:
     return stores.clone(DATABASE)
 
 
-@pytest.fixture
-def database_url(_run_database: str) -> str:
-    """The run's database: migrated and without rows."""
-    import psycopg
+@pytest.fixture(scope="session")
+def _delete_rows(_run_database: str) -> Iterator[Callable[[], object]]:
     from psycopg import sql
 
     from outbox_server.shared.database.models import Base
+    from tests.kept_connection import KeptConnection
 
     tables = [sql.Identifier(table.name) for table in reversed(Base.metadata.sorted_tables)]
     # Twenty times as fast as TRUNCATE, which creates new files.
-    clear = sql.SQL(";").join(sql.SQL("DELETE FROM {}").format(table) for table in tables)
-    with psycopg.connect(_run_database, autocommit=True) as connection:
-        # If a test left a transaction open, the next one fails with a message instead of hanging.
-        connection.execute("SET lock_timeout = '5s'")
-        connection.execute(clear)
+    delete = sql.SQL(";").join(sql.SQL("DELETE FROM {}").format(table) for table in tables)
+    connection = KeptConnection(_run_database)
+    yield lambda: connection.execute(delete)
+    connection.close()
+
+
+@pytest.fixture
+def database_url(_run_database: str, _delete_rows: Callable[[], object]) -> str:
+    """The run's database: migrated and without rows."""
+    _delete_rows()
     return _run_database
 
 
