@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-import psycopg
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -31,6 +30,7 @@ from outbox_server.services.scheduler.server import serve
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.settings import Settings, load_settings
 from tests.eventually import PATIENCE
+from tests.kept_connection import KeptConnection
 
 _request_ids = itertools.count(1)
 
@@ -85,11 +85,16 @@ class Scheduler:
         settings: Settings,
         address: str,
         stop: Callable[[], None] = lambda: None,
+        database: KeptConnection | None = None,
     ) -> None:
-        """`stop` begins to stop the scheduler; `running_scheduler` waits for its end."""
+        """`stop` begins to stop the scheduler; `running_scheduler` waits for its end.
+
+        Without `database`, each access to the tables opens a connection.
+        """
         self.settings = settings
         self.address = address
         self.stop = stop
+        self._database = database
         self.senders = sender_service_pb2_grpc.SenderServiceStub(channel)
         self.batches = batch_service_pb2_grpc.BatchServiceStub(channel)
         self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
@@ -129,11 +134,16 @@ class Scheduler:
         with self._connect() as connection:
             connection.execute(statement.encode(), parameters)
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        # A query blocks the event loop. It would wait forever for a lock that the scheduler holds.
-        return psycopg.connect(
-            self.settings.database_url, autocommit=True, options="-c lock_timeout=5s"
-        )
+    def close(self) -> None:
+        """Close the connection to the tables. Each later access opens one."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+    def _connect(self) -> AbstractContextManager[KeptConnection]:
+        if self._database is not None:
+            return nullcontext(self._database)
+        return closing(KeptConnection(self.settings.database_url))
 
     def value(self, statement: str, *parameters: Any) -> Any:
         """Return the one value of PostgreSQL's answer."""
@@ -180,7 +190,10 @@ async def running_scheduler(
     try:
         address = f"127.0.0.1:{await port}"
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Scheduler(channel, loaded, address, stop.set)
+            database = KeptConnection(loaded.database_url)
+            scheduler = Scheduler(channel, loaded, address, stop.set, database)
+            with closing(scheduler):
+                yield scheduler
     finally:
         stop.set()
         await server
