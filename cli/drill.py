@@ -111,8 +111,8 @@ def drill(
         DrillStores,
         typer.Option(
             "--stores",
-            help="cluster: Redis is a cluster of three primaries with replicas, and PostgreSQL is "
-            "behind PgBouncer, each with faults of its own.",
+            help="cluster: Redis is a cluster of three primaries with replicas, and PostgreSQL has "
+            "a synchronous replica and is behind PgBouncer, each with faults of its own.",
         ),
     ] = DrillStores.SINGLE,
     dispatchers: Annotated[

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final, TypeAlias
 
 import psycopg
-from psycopg import sql
+from psycopg import errors, sql
 
 from outbox_server.shared.auth.keys import ApiKeyKind, NewKey
 from outbox_server.shared.auth.store import insert_key
@@ -93,6 +93,7 @@ async def _everywhere(
             on_each = [sql.SQL(each).format(table=sql.Identifier(name)) for (name,) in tables]
             for statement in (*before, *on_each, *after):
                 await connection.execute(statement)
-    except psycopg.OperationalError:
+    except (psycopg.OperationalError, errors.ReadOnlySqlTransaction):
+        # It is away, or a replica that is about to take over.
         return False
     return True

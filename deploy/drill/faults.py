@@ -263,8 +263,9 @@ class Faults:
         self._stack.postgres.child.signal(signal.SIGQUIT)
 
     async def _cut_postgres(self, _: Fault) -> None:
-        url = self._stack.postgres.url("postgres", SUPERUSER)
-        await until(lambda: end_connections(url), _PATIENCE_S)
+        await until(
+            lambda: end_connections(self._stack.postgres.url("postgres", SUPERUSER)), _PATIENCE_S
+        )
 
     async def _fill_disk(self, fault: Fault) -> None:
         await self._fail_writes("53100", 1.0, fault.lasts)
@@ -273,12 +274,15 @@ class Faults:
         await self._fail_writes(fault.variant, 1 / 3, fault.lasts)
 
     async def _fail_writes(self, state: str, share: float, lasts: float) -> None:
-        url = self._stack.system.servers.database_url
+        # A replica may take over meanwhile, which has its own address.
+        servers = self._stack.system.servers
         # A slow fault of this kind may overlap with the next one.
         async with self._writes:
             try:
                 with suppress(TimeoutError):
-                    await until(lambda: fail_writes(url, state, share), _PATIENCE_S)
+                    await until(
+                        lambda: fail_writes(servers.database_url, state, share), _PATIENCE_S
+                    )
                 await asyncio.sleep(lasts)
             finally:
-                await until(lambda: heal_writes(url), _HEAL_LIMIT_S)
+                await until(lambda: heal_writes(servers.database_url), _HEAL_LIMIT_S)

@@ -182,6 +182,10 @@ STORES: Final[Mapping[str, Kind]] = {
         "cluster",
     ),
     "cluster_move": Kind("the slot of a shard is moved to another node", "cluster"),
+    "postgres_takeover": Kind(
+        "kill -9 of the primary; its synchronous replica takes over, and gets a new replica",
+        "primary",
+    ),
     "pooler_kill": Kind("kill -9 of PgBouncer; starts again", "pooler"),
 }
 KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS, **STORES}

@@ -33,6 +33,7 @@ from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
 from outbox_server.deploy.embedded.pgbouncer import PgBouncer, pooler_folder
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.proxy import TcpProxy
+from outbox_server.deploy.embedded.replication import Replication
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.supervisor import LocalSystem
 from outbox_server.deploy.embedded.valkey import ValkeyServer
@@ -47,6 +48,22 @@ _QUOTA_DAY: Final = timedelta(seconds=2)
 _PHASE_LIMIT: Final = timedelta(seconds=SMTP_TIMEOUT_S)
 # On three primaries, so that each has a shard or two.
 _CLUSTER_SHARDS: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    """What stands before the single servers in a production system."""
+
+    cluster: ValkeyCluster
+    pooler: PgBouncer
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables that lead the services to them."""
+        return {
+            "OUTBOX_DATABASE_URL": self.pooler.url("outbox"),
+            "OUTBOX_REDIS_URL": self.cluster.url,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +120,13 @@ class DrillStack:
         """The services get `environment` in addition. `migrate` runs before they start.
 
         With `production`, all connections have TLS, callers need a key, and secrets are in files.
-        With `cluster`, Redis is a cluster of three primaries with replicas, and PostgreSQL is
-        reached through PgBouncer.
+        With `cluster`, Redis is a cluster of three primaries with replicas, and PostgreSQL has a
+        synchronous replica, and is reached through PgBouncer.
         """
         if cluster:
             settings = settings.model_copy(update={"shards": _CLUSTER_SHARDS})
         self._cluster = cluster
-        # The faults of the cluster and of PgBouncer, once they run; None without them.
+        # The faults of the cluster, the replica and PgBouncer, once they run; None without them.
         self.stores: StoreFaults | None = None
         self.settings = settings
         self.size = size
@@ -148,7 +165,7 @@ class DrillStack:
                 await stack.enter_async_context(proxy)
             ports = {name: proxy.port for name, proxy in self.proxies.items()}
             redis_password = secrets.token_urlsafe(24)
-            stores = await self._start_stores(stack, ports) if self._cluster else {}
+            chosen = await self._start_stores(stack, ports) if self._cluster else None
             self._system = LocalSystem(
                 self._folder,
                 self.settings,
@@ -169,7 +186,7 @@ class DrillStack:
                         if self._production
                         else {}
                     ),
-                    **stores,
+                    **({} if chosen is None else chosen.variables),
                     **self._environment,
                 },
                 default_ports=False,
@@ -183,14 +200,21 @@ class DrillStack:
                 set_clock(self.redis_clock, 0)
                 valkey = self._system.servers.valkey
                 valkey.environment = clock_by_file(self._faketime, self.redis_clock)
+            servers = self._system.servers
+            servers.postgres.replicated = self._cluster
+            replication = Replication(servers)
+            stack.push_async_callback(replication.stop)
             await stack.enter_async_context(self._system)
+            if chosen is not None:
+                await replication.start()
+                self.stores = StoreFaults(
+                    chosen.cluster, chosen.pooler, self.settings.shards, replication
+                )
             self._open = stack.pop_all()
         return self
 
-    async def _start_stores(
-        self, stack: AsyncExitStack, ports: Mapping[str, int]
-    ) -> dict[str, str]:
-        """Start the cluster and PgBouncer; return the variables that lead to them."""
+    async def _start_stores(self, stack: AsyncExitStack, ports: Mapping[str, int]) -> _Stores:
+        """Start the cluster and PgBouncer."""
         cluster = ValkeyCluster(self._folder / "cluster", replicas=(0, 1, 2))
         stack.push_async_callback(cluster.stop)
         await cluster.start()
@@ -199,8 +223,7 @@ class DrillStack:
         pooler = PgBouncer(folder, ports["postgres"], password)
         stack.push_async_callback(pooler.kill)
         await pooler.start()
-        self.stores = StoreFaults(cluster, pooler, self.settings.shards)
-        return {"OUTBOX_DATABASE_URL": pooler.url("outbox"), "OUTBOX_REDIS_URL": cluster.url}
+        return _Stores(cluster, pooler)
 
     async def __aexit__(self, *_: object) -> None:
         """Stop everything."""

@@ -1,9 +1,9 @@
-"""The faults of the stores of a production system: a cluster of Redis, and PgBouncer."""
+"""The faults of the stores of a production system: a cluster, a replica, and PgBouncer."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from redis.crc import key_slot
@@ -13,6 +13,7 @@ from outbox_server.deploy.drill.plan import Fault
 from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.embedded.cluster import SLOTS, ClusterNode, ValkeyCluster
 from outbox_server.deploy.embedded.pgbouncer import PgBouncer
+from outbox_server.deploy.embedded.replication import Replication
 from outbox_server.shared.queue.keys import ShardKeys
 
 # For a failover, or for a node that comes back and copies the data of its new primary.
@@ -20,17 +21,26 @@ _PATIENCE_S: Final = 60.0
 
 
 class StoreFaults:
-    """Injects faults into a cluster that has the slots of `shards`, and into a pooler."""
+    """Injects faults into a cluster that has the slots of `shards`, PostgreSQL, and a pooler."""
 
-    def __init__(self, cluster: ValkeyCluster, pooler: PgBouncer, shards: int) -> None:
+    def __init__(
+        self,
+        cluster: ValkeyCluster,
+        pooler: PgBouncer,
+        shards: int,
+        replication: Replication | None = None,
+    ) -> None:
+        """Without `replication`, PostgreSQL has no replica that could take over."""
         self._cluster = cluster
         self._pooler = pooler
         self._shards = shards
-        self.ways: Mapping[str, Callable[[Fault], Awaitable[None]]] = {
+        self.ways: dict[str, Callable[[Fault], Awaitable[None]]] = {
             "cluster_takeover": self.take_over,
             "cluster_move": self.move,
             "pooler_kill": self._kill_pooler,
         }
+        if replication is not None:
+            self.ways["postgres_takeover"] = lambda _: replication.take_over()
 
     async def take_over(self, fault: Fault) -> None:
         """Kill the owner of a shard's slot. It comes back as a replica of its replica."""

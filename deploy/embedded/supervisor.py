@@ -216,35 +216,47 @@ class LocalSystem:
             await asyncio.shield(self._keepers)
 
     async def _keep_all(self) -> None:
-        postgres, valkey = self.servers.postgres, self.servers.valkey
+        servers = self.servers
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep("PostgreSQL", postgres))
-            group.create_task(self._keep("Valkey", valkey))
+            group.create_task(self._keep("PostgreSQL", lambda: servers.postgres))
+            group.create_task(self._keep("Valkey", lambda: servers.valkey))
             self._group = group
             for service in self._services:
                 self._keep_service(service)
-            if self._gateway is not None:
-                group.create_task(self._keep("the gateway", self._gateway))
+            if (gateway := self._gateway) is not None:
+                group.create_task(self._keep("the gateway", lambda: gateway))
 
-    async def _keep(self, title: str, kept: _Restartable) -> None:
+    async def _keep(self, title: str, present: Callable[[], _Restartable]) -> None:
+        """Start what `present` returns again whenever it ends.
+
+        If another server has taken its place by then, that one is kept from then on.
+        """
         while True:
+            kept = present()
             code = await kept.child.wait()
+            if present() is not kept:
+                continue
             self._say(f"{title} {describe_end(code)}; starting it again")
-            pause = _FIRST_PAUSE_S
-            while True:
-                try:
-                    await kept.start()
-                    break
-                except LocalServerError as error:
-                    self._say(str(error))
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, _LONGEST_PAUSE_S)
-            self._say(f"{title} is running again")
+            if await self._start_again(kept, present):
+                self._say(f"{title} is running again")
+
+    async def _start_again(self, kept: _Restartable, present: Callable[[], _Restartable]) -> bool:
+        pause = _FIRST_PAUSE_S
+        while present() is kept:
+            try:
+                await kept.start()
+            except LocalServerError as error:
+                self._say(str(error))
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
+            else:
+                return True
+        return False
 
     def _keep_service(self, service: Service) -> None:
         if self._group is None:
             raise RuntimeError("the system was not started")
-        self._keeping[service] = self._group.create_task(self._keep(service.title, service))
+        self._keeping[service] = self._group.create_task(self._keep(service.title, lambda: service))
 
     async def add(self, name: str) -> Service:
         """Start one more process of a service, and return it when it reports SERVING.

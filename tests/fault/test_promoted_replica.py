@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pwd
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
-import psycopg
 import pytest
 
 from outbox_server.deploy.embedded.inbox import Inbox
-from outbox_server.deploy.embedded.passwords import SUPERUSER
-from outbox_server.deploy.embedded.postgres import _ACCESS, PostgresServer
+from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.proxy import TcpProxy
-from outbox_server.deploy.ports import LOOPBACK
-from outbox_server.deploy.wheels import postgres_binaries
 from outbox_server.shared.database.migrating import migrate
 from outbox_server.shared.queue.heartbeats import HeartbeatMemory, KnownBeat
 from tests.conftest import Stores
 from tests.dispatchers import RunningDispatcher, options, running, settings_of
-from tests.eventually import PATIENCE, eventually
+from tests.eventually import eventually
 from tests.world import World, jobs_in
 
 
@@ -33,26 +26,23 @@ class ReplicatedPostgres:
     """A PostgreSQL with its own cluster, and replicas that can take over its address."""
 
     def __init__(self, stores: Stores, folder: Path) -> None:
-        self._stores = stores
         self._folder = folder
         self._stack = AsyncExitStack()
         self._proxy = TcpProxy(lambda: self.primary.port)
         self._replicas = 0
-        self.primary = self._server("primary")
+        shared = stores.postgres
+        self.primary = PostgresServer(
+            folder / "primary",
+            durable=False,
+            binaries=shared._binaries,
+            system_user=shared._system_user,
+        )
+        self.primary.replicated = True
 
     @property
     def url(self) -> str:
         """The URL of the database, which stays the same after a failover."""
         return self.primary.passwords.url(self._proxy.port, "outbox", "outbox")
-
-    def _server(self, name: str) -> PostgresServer:
-        shared = self._stores.postgres
-        return PostgresServer(
-            self._folder / name,
-            durable=False,
-            binaries=shared._binaries,
-            system_user=shared._system_user,
-        )
 
     async def __aenter__(self) -> Self:
         self._stack.push_async_callback(self.primary.stop)
@@ -65,43 +55,15 @@ class ReplicatedPostgres:
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    def execute(self, server: PostgresServer, statement: str) -> str:
-        with psycopg.connect(server.url("postgres", SUPERUSER), autocommit=True) as connection:
-            row = connection.execute(statement.encode()).fetchone()
-        return str(row and row[0])
-
     async def add_replica(self) -> PostgresServer:
         """Return a running replica that has all that the primary has."""
         self._replicas += 1
-        replica = self._server(f"replica{self._replicas}")
-        # Roles, their passwords and the access are copied.
-        replica.passwords = self.primary.passwords  # type: ignore[misc]
-        access = f"# with the passwords of {self.primary.passwords.digest}\n{_ACCESS}"
-        file = self.primary.folder / "pg_hba.conf"
-        file.write_text(f"{access}host replication all {LOOPBACK}/32 scram-sha-256\n")
-        self.execute(self.primary, "SELECT pg_reload_conf()")
-        password = self.primary.passwords.password_of(SUPERUSER)
-        address = f"{LOOPBACK}:{self.primary.port}"
-        tool = await asyncio.create_subprocess_exec(
-            (self._stores.postgres._binaries or postgres_binaries()) / "pg_basebackup",
-            *("--write-recovery-conf", "--checkpoint=fast", "--no-sync"),
-            *("--pgdata", replica.folder, "--dbname"),
-            f"postgresql://{SUPERUSER}:{password}@{address}/postgres",
-            stderr=asyncio.subprocess.PIPE,
-        )
-        async with asyncio.timeout(PATIENCE):
-            _, complaint = await tool.communicate()
-        assert tool.returncode == 0, complaint.decode()
-        (replica.folder / "pg_hba.conf").write_text(access)
-        if os.geteuid() == 0:
-            owner = pwd.getpwnam(self._stores.postgres._system_user)
-            for path in (replica.folder, *replica.folder.rglob("*")):
-                shutil.chown(path, owner.pw_uid, owner.pw_gid)
+        replica = self.primary.another(self._folder / f"replica{self._replicas}")
         self._stack.push_async_callback(replica.stop)
-        await replica.start()
-        written = self.execute(self.primary, "SELECT pg_current_wal_lsn()")
+        await replica.start_as_replica(self.primary)
+        written = await self.primary.ask("SELECT pg_current_wal_lsn()")
         replayed = f"SELECT coalesce(pg_last_wal_replay_lsn() >= '{written}', false)"
-        await eventually(lambda: self.execute(replica, replayed) == "True")
+        await eventually(lambda: replica.ask(replayed))
         return replica
 
     async def fail_over(self, replica: PostgresServer) -> None:
@@ -110,7 +72,7 @@ class ReplicatedPostgres:
         await self.primary.kill()
         if not replica.child.running:
             await replica.start()
-        self.execute(replica, "SELECT pg_promote()")
+        await replica.ask("SELECT pg_promote()")
         self.primary = replica
         self._proxy.heal()
 
