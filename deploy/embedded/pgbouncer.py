@@ -30,9 +30,17 @@ class PgBouncer:
     """
 
     def __init__(
-        self, folder: Path, server_port: int, password: str, *, sessions: int = 20
+        self,
+        folder: Path,
+        server_port: int,
+        password: str,
+        *,
+        sessions: int = 20,
+        log: Path | None = None,
     ) -> None:
         """Create a pooler in an empty folder, with at most `sessions` connections to the server.
+
+        `log` None means a file in the folder.
 
         Raises:
             LocalServerError: PgBouncer is not installed.
@@ -48,9 +56,8 @@ class PgBouncer:
             shutil.chown(folder, _USER)
         self._configure(server_port)
         user = ["-u", _USER] if self._as_root else []
-        self._child = Child(
-            "PgBouncer", [BINARY, *user, folder / "ini"], log=folder / "log", cwd=folder
-        )
+        self.log = log or folder / "log"
+        self.child = Child("PgBouncer", [BINARY, *user, folder / "ini"], log=self.log, cwd=folder)
 
     def _configure(self, server_port: int) -> None:
         file = self._folder / "ini"
@@ -76,7 +83,7 @@ class PgBouncer:
         Raises:
             LocalServerError: it does not start; the text quotes its log.
         """
-        self._child.start()
+        self.child.start()
 
         async def accepts() -> bool:
             try:
@@ -87,16 +94,16 @@ class PgBouncer:
             await writer.wait_closed()
             return True
 
-        await self._child.until_ready(accepts, _START_LIMIT_S)
+        await self.child.until_ready(accepts, _START_LIMIT_S)
 
     async def kill(self) -> None:
         """End it with kill -9."""
-        await self._child.stop()
+        await self.child.stop()
 
     def lead_to(self, server_port: int) -> None:
         """Lead to another server from the next transaction on."""
         self._configure(server_port)
-        os.kill(self._child.pid, signal.SIGHUP)
+        os.kill(self.child.pid, signal.SIGHUP)
 
 
 @contextmanager

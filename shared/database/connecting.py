@@ -95,6 +95,8 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
     answer_limit_s: float | None = None
     # The statement that applies the settings to a transaction; None without a pooler.
     local_settings: sql.Composed | None = None
+    # Whether a pooler may be between.
+    pooled = True
 
     async def configure(self, target: DatabaseTarget, settings: Mapping[str, str]) -> None:
         """Find out whether a pooler is between, and apply the settings accordingly.
@@ -107,14 +109,31 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
         pooled = sql.SQL("pg_backend_pid() <> {}").format(pid)
         query = sql.SQL("SELECT {}, {}").format(pooled, _setting(settings, local=pooled))
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            row = await (await self.execute(query, prepare=False)).fetchone()
+            answer = await self.execute(query, prepare=False)
+        if answer.description is None:
+            # A pooler that loses its place answers with what another client asked for.
+            raise psycopg.OperationalError("the answer belongs to another statement")
+        row = await answer.fetchone()
         await self.set_autocommit(False)
-        if row is not None and row[0]:
+        self.pooled = row is not None and bool(row[0])
+        if self.pooled:
             self.local_settings = sql.SQL("SELECT {}").format(
                 _setting(settings, local=sql.SQL("true"))
             )
         use = target.prepare_given or self.local_settings is None
         self.prepare_threshold = target.prepare_after if use else None
+
+    async def cancel_safe(self, *, timeout: float = 30.0) -> None:  # noqa: ASYNC109 - psycopg's
+        """Cancel the running statement. Behind a pooler, close the connection instead.
+
+        PgBouncer 1.18 and 1.19 end, with all their connections, when a busy system sends cancel
+        requests (issues 822 and 904 of PgBouncer). Without one, PostgreSQL notices the end of the
+        client later: at the latest when the statement's timeout is over.
+        """
+        if self.pooled:
+            self.pgconn.finish()
+        else:
+            await super().cancel_safe(timeout=timeout)
 
     async def wait(self, *args: Any, **options: Any) -> Any:
         """Wait for PostgreSQL, but not for ever."""

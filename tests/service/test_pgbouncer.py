@@ -154,6 +154,47 @@ async def test_statements_are_prepared_without_a_pooler_only(
 
 
 @pytest.mark.usefixtures("database_url")
+async def test_a_statement_that_is_given_up_sends_no_cancel_request_to_a_pooler(
+    stores: Stores, database_url: str
+) -> None:
+    """PgBouncer 1.18 ends, with the connections of all its clients, if many come."""
+
+    async def running(seconds: int) -> int:
+        """Return how many statements sleep for so long."""
+        query = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query = :query"
+        async with engine_of(database_url) as engine, engine.connect() as connection:
+            values = {"query": f"SELECT pg_sleep({seconds})"}
+            return int(await connection.scalar(text(query), values) or 0)
+
+    async def give_up(url: str, seconds: int) -> None:
+        """Begin two statements, cancel them, and use the pool again."""
+
+        async def sleep() -> None:
+            async with engine.connect() as connection:
+                await connection.execute(text(f"SELECT pg_sleep({seconds})"))
+
+        async def begun() -> bool:
+            return await running(seconds) == len(tasks)
+
+        async with engine_of(url) as engine:
+            tasks = [asyncio.create_task(sleep()) for _ in range(2)]
+            await eventually(begun)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            assert all(task.cancelled() for task in tasks)
+            async with engine.connect() as connection:
+                assert await connection.scalar(text("SELECT 1")) == 1
+
+    async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
+        await give_up(bouncer.url(DATABASE), 3)
+        assert "cancel request" not in bouncer.log.read_text()
+    # Without a pooler, PostgreSQL ends them at once.
+    await give_up(database_url, 60)
+    assert await running(60) == 0
+
+
+@pytest.mark.usefixtures("database_url")
 async def test_migrate_refuses_a_pooler_in_one_line(stores: Stores) -> None:
     async with pooler(stores.postgres.port, DATABASE, password_of(stores)) as bouncer:
         with pytest.raises(ConfigurationError, match=r"^OUTBOX_DATABASE_URL: .* leads to a pooler"):
