@@ -44,7 +44,8 @@ async def drill(
         LocalServerError: a server or service did not start.
     """
     async with stack:
-        outcome = await Drill(stack, seed=seed, names=names, seconds=seconds, say=say).run()
+        one = Drill(stack, seed=seed, names=names, seconds=seconds, say=say, limited=True)
+        outcome = await one.run()
         mails = KeptMails(record=stack.inbox.record)
         findings = await audit_installation(stack.audit_settings, mails)
         return DrillReport(

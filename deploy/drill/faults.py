@@ -16,17 +16,28 @@ from redis.exceptions import RedisError
 
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.drill.clocks import HOW_TO_GET, clock_off_by, faketime_library, set_clock
-from outbox_server.deploy.drill.database import end_connections, fail_writes, heal_writes
-from outbox_server.deploy.drill.hostile import HostileUser
-from outbox_server.deploy.drill.plan import LAG_S, Fault
+from outbox_server.deploy.drill.database import (
+    are_loaded,
+    end_connections,
+    fail_writes,
+    heal_writes,
+    markers_of,
+)
+from outbox_server.deploy.drill.hostile import HOSTILE_USER, HostileUser
+from outbox_server.deploy.drill.operator import OPERATOR, DrillOperator
+from outbox_server.deploy.drill.plan import LAG_S, LEASE_S, Fault
 from outbox_server.deploy.drill.provider_troubles import PROVIDER_TROUBLES
+from outbox_server.deploy.drill.restoring import Restoring
 from outbox_server.deploy.drill.rolling import RollingRestart
+from outbox_server.deploy.drill.split_brain import SplitBrain
 from outbox_server.deploy.drill.stack import DrillStack
+from outbox_server.deploy.drill.user_limits import LIMITS, TIGHTER_LIMITS, LimitJudge
 from outbox_server.deploy.drill.waiting import until
 from outbox_server.deploy.embedded.passwords import SUPERUSER
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.embedded.service import Service
 from outbox_server.deploy.embedded.trouble import InboxTrouble, Way
+from outbox_server.shared.queue.user_limits import UserSendLimits
 
 # If another fault has just killed a server, wait this long until it runs again.
 _PATIENCE_S: Final = 30.0
@@ -51,15 +62,23 @@ _TROUBLES: Final = {
 class Faults:
     """Injects faults into one stack."""
 
-    def __init__(self, stack: DrillStack, say: Callable[[str], None]) -> None:
+    def __init__(self, stack: DrillStack, say: Callable[[str], None], judge: LimitJudge) -> None:
+        """`judge` is told of each change of limits."""
         self._stack = stack
+        self._judge = judge
         grace_s = stack.settings.shutdown_grace.total_seconds()
         self._rolling = RollingRestart(stack.system, grace_s, say)
         self.rolled = self._rolling.rolled
         self._writes = asyncio.Lock()
+        known = stack.credentials
         self.hostile = HostileUser(
-            stack.schedulers, stack.hostile_credentials, stack.proxies["endpoint"].port
+            stack.schedulers,
+            None if known is None else known[HOSTILE_USER],
+            stack.proxies["endpoint"].port,
         )
+        self.operator = DrillOperator(stack.schedulers, None if known is None else known[OPERATOR])
+        self.restoring = Restoring(stack, self.operator, self._writes)
+        split_brain = SplitBrain(stack, self._restart)
         self._ways: Mapping[str, Callable[[Fault], Awaitable[None]]] = {
             "redis_flush": self._flush,
             "redis_kill": self._kill_redis,
@@ -77,6 +96,9 @@ class Faults:
             "endpoint_certificate": self._distrust,
             "rolling_restart": self._roll,
             "user_hostile": self._attack,
+            "user_limits": self._tighten,
+            "redis_split": lambda fault: split_brain.split(fault.lasts),
+            "postgres_restore": lambda fault: self.restoring.restore(fault.lasts),
             **({} if stack.stores is None else stack.stores.ways),
         }
 
@@ -169,6 +191,30 @@ class Faults:
     async def _attack(self, fault: Fault) -> None:
         await self.hostile.attack(fault.variant, fault.lasts)
 
+    async def _tighten(self, fault: Fault) -> None:
+        await self._set_limits(fault.variant, TIGHTER_LIMITS[fault.variant])
+        try:
+            await asyncio.sleep(fault.lasts)
+        finally:
+            # Last, because the audit judges all mail that follows by the limits of the end.
+            await self._set_limits(fault.variant, LIMITS[fault.variant])
+
+    async def _set_limits(self, user: str, limits: UserSendLimits) -> None:
+        servers = self._stack.system.servers
+        markers: list[int] = []
+
+        async def noted() -> bool:
+            found = await markers_of(servers.database_url, user)
+            markers[:] = found or []
+            return found is not None
+
+        asked = time.time()
+        await self.operator.set_limits(user, limits)
+        await until(noted, _HEAL_LIMIT_S)
+        await until(lambda: are_loaded(servers.database_url, markers), _HEAL_LIMIT_S)
+        # A mail that was claimed before may begin as long as its lease lasts.
+        self._judge.change(user, limits, asked=asked, settled=time.time() + LEASE_S)
+
     async def _roll(self, _: Fault) -> None:
         await self._rolling.run()
 
@@ -227,8 +273,12 @@ class Faults:
 
     async def _step_back(self, fault: Fault) -> None:
         file = self._stack.redis_clock
-        set_clock(file, -float(fault.variant.removesuffix("s")))
+        step_s = float(fault.variant.removesuffix("s"))
+        set_clock(file, -step_s)
         try:
+            # The process reads the file now and then.
+            with suppress(TimeoutError):
+                await until(lambda: self._is_behind(step_s / 2), _PATIENCE_S)
             await asyncio.sleep(fault.lasts)
         finally:
             # After a step forward, limits would end too early. So Redis starts empty afterwards.
@@ -236,6 +286,14 @@ class Faults:
             child.signal(signal.SIGSTOP)
             set_clock(file, 0)
             child.signal(signal.SIGKILL)
+
+    async def _is_behind(self, seconds: float) -> bool:
+        async with redis.asyncio.Redis.from_url(self._stack.valkey.url) as client:
+            try:
+                whole, micros = await client.time()
+            except (RedisError, OSError):
+                return False
+        return whole + micros / 1e6 < time.time() - seconds
 
     async def _runs_after(self, before: Child) -> bool:
         return self._stack.valkey.child is not before and await self._asked(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from typing import Final
 
@@ -25,6 +25,7 @@ from outbox.v1.sender_service_pb2 import CreateSenderRequest
 from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 
 from outbox_server.deploy.drill.caller import TRY_LIMIT_S, Answered, DrillCaller
+from outbox_server.deploy.drill.user_limits import GAP_USER, WINDOW_USER
 from outbox_server.deploy.record import ReceivedMail
 
 USER: Final = "drill"
@@ -34,6 +35,9 @@ _SENDERS: Final = 24
 _FAST_EVERY: Final = 4
 # One of three senders has its own relay.
 _OWN_EVERY: Final = 3
+# Which senders, of eight, belong to a user with limits: one that is fast, and one with a gap.
+_USERS: Final = {4: WINDOW_USER, 7: GAP_USER}
+USERS: Final = (USER, *_USERS.values())
 _PAUSE_S: Final = (0.05, 0.3)
 _ROWS: Final = (2, 12)
 # Jobs that may wait at once: as many as are sent within about five seconds.
@@ -52,17 +56,21 @@ class Load:
         arrived: Sequence[ReceivedMail],
         refused: Sequence[str],
         endpoint: SmtpEndpoint,
-        credentials: grpc.ChannelCredentials | None = None,
+        credentials: Mapping[str, grpc.ChannelCredentials] | None = None,
     ) -> None:
         """Take the schedulers' addresses, two lists that grow, a relay, and TLS with an API key.
 
         `arrived` has the mails that have arrived, `refused` the sender address of each mail that
         was permanently refused. Every third sender has `endpoint` as its own relay; the others use
-        the operator's relay. Without `credentials` there is neither TLS nor a key.
+        the operator's relay. Without the `credentials` of each user there is neither TLS nor a key.
         """
         self._chance = random.Random(seed)  # noqa: S311 - a load, not a secret
         self.answered = Answered()
-        self._caller = DrillCaller(self.answered, addresses, credentials, self._chance)
+        self._callers = {
+            user: DrillCaller(self.answered, addresses, known, self._chance)
+            for user in USERS
+            for known in [None if credentials is None else credentials[user]]
+        }
         self._arrived = arrived
         self._refused = refused
         self._endpoint = endpoint
@@ -71,11 +79,15 @@ class Load:
         self._waiting: Counter[str] = Counter()
         # Ids by From address.
         self._senders: dict[str, str] = {}
+        # Users by From address.
+        self.user_of: dict[str, str] = {}
         self._number = 0
 
     async def run(self, stop: asyncio.Event) -> None:
         """Upload until `stop`, then wait until all uploads in progress are answered."""
-        async with self._caller:
+        async with AsyncExitStack() as stack:
+            for caller in self._callers.values():
+                await stack.enter_async_context(caller)
             for number in range(_SENDERS):
                 made = await self._create(number)
                 self._senders[made.email] = made.sender_id
@@ -101,6 +113,7 @@ class Load:
 
     async def _create(self, number: int) -> Sender:
         fast = number % _FAST_EVERY == 0
+        user = _USERS.get(number % 8, USER)
         sender = Sender(
             email=f"s{number}@drill.example",
             hourly_limit=8 + 2 * (number % 12),
@@ -108,19 +121,23 @@ class Load:
             max_in_flight=4 if fast else None,
             smtp=self._endpoint if number % _OWN_EVERY == 1 else None,
         )
-        request = CreateSenderRequest(user_id=USER, sender=sender)
-        return await SenderServiceStub(self._caller.first).CreateSender(request, timeout=30)
+        self.user_of[sender.email] = user
+        request = CreateSenderRequest(user_id=user, sender=sender)
+        channel = self._callers[user].first
+        return await SenderServiceStub(channel).CreateSender(request, timeout=30)
 
     async def _upload(self, sender: str) -> None:
         chance, number = self._chance, self._number
         self._number += 1
+        user = self.user_of[sender]
+        caller = self._callers[user]
         rows = chance.randint(*_ROWS)
         start = Timestamp()
         start.GetCurrentTime()
         start.seconds += chance.choice((0, 0, 0, 1, 3))
         options = BatchOptions(
             request_id=f"drill-{number}",
-            user_id=USER,
+            user_id=user,
             sender_id=self._senders[sender],
             subject="Drill {{ n }}",
             body="Mail {{ n }} of a drill.",
@@ -137,7 +154,7 @@ class Load:
             )
             return await call
 
-        answer = await self._caller.until_answered(upload)
+        answer = await caller.until_answered(upload)
         if answer is None:
             return
         batch = answer.batch
@@ -145,11 +162,11 @@ class Load:
             self.answered.wrong.append(f"a batch of {rows} rows has {batch.accepted_count}")
         self.answered.batches[batch.batch_id] = batch.accepted_count
         if cancel:
-            self._waiting[sender] -= await self._cancel(batch.batch_id)
+            self._waiting[sender] -= await self._cancel(batch.batch_id, user)
 
-    async def _cancel(self, batch_id: str) -> int:
-        request = CancelBatchRequest(batch_id=batch_id, user_id=USER)
-        answer = await self._caller.until_answered(
+    async def _cancel(self, batch_id: str, user: str) -> int:
+        request = CancelBatchRequest(batch_id=batch_id, user_id=user)
+        answer = await self._callers[user].until_answered(
             lambda channel: BatchServiceStub(channel).CancelBatch(request, timeout=TRY_LIMIT_S)
         )
         if answer is None:

@@ -188,9 +188,35 @@ STORES: Final[Mapping[str, Kind]] = {
     ),
     "pooler_kill": Kind("kill -9 of PgBouncer; starts again", "pooler"),
 }
-KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS, **STORES}
+# What operators do while mail is sent. Planned apart, with time between them.
+OPERATIONS: Final[Mapping[str, Kind]] = {
+    "user_limits": Kind(
+        "the limits that a user has for all its senders together become tighter",
+        "limits",
+        (10.0, 15.0),
+        ("drill-window", "drill-gap"),
+    ),
+    "postgres_restore": Kind(
+        "restored from a dump, after a kill -9 of all dispatchers: nothing is sent until an "
+        "operator releases it",
+        "database",
+        (2.0, 4.0),
+    ),
+    "redis_split": Kind(
+        "a replica is promoted while its primary lives on, with a dispatcher on each; then the "
+        "primary copies the data of the other",
+        "split",
+        (3.0, 6.0),
+    ),
+}
+KINDS: Final[Mapping[str, Kind]] = {**CARDS, **OUTAGES, **ROLLOUTS, **STORES, **OPERATIONS}
 # The faults of the single Redis, which a stack with a cluster does not have.
-SINGLE_REDIS: Final = frozenset(name for name, kind in KINDS.items() if kind.strikes == "redis")
+SINGLE_REDIS: Final = frozenset(
+    name for name, kind in KINDS.items() if kind.strikes in ("redis", "split")
+)
+
+# No mail can be sent while such a fault lasts, however long the machine takes for it.
+SUSPENSIONS: Final = frozenset({*OUTAGES, "postgres_restore", "redis_split"})
 
 # The kinds that need libfaketime.
 CLOCK_KINDS: Final = frozenset({"dispatcher_clock", "redis_clock"})
@@ -206,6 +232,11 @@ _ROLLOUT_CALM_S: Final = 60.0
 # killed must be back before the next one is.
 _FIRST_STORE_S: Final = (3.0, 6.0)
 _STORE_PAUSES_S: Final = (14.0, 22.0)
+
+_FIRST_OPERATION_S: Final = (5.0, 15.0)
+_OPERATION_PAUSES_S: Final = (25.0, 40.0)
+# The least time from the start of an operation to the end of the drill.
+_OPERATION_CALM_S: Final = 20.0
 
 # The time from one fault to the next, so that faults come both alone and overlapping.
 _PAUSES_S: Final = (0.3, 4.0)
@@ -234,8 +265,8 @@ def plan(
     """Return the faults of a drill, ordered by time.
 
     `processes` has the number of processes per service. Kinds are dealt like cards: each comes
-    about as often as every other. Outages, rolling restarts and the faults of the stores are
-    planned separately.
+    about as often as every other. Outages, rolling restarts, the faults of the stores and what
+    operators do are planned separately.
     """
     outages = _outages(seed, duration_s, sorted(set(names) & set(OUTAGES)))
     chance = random.Random(seed)  # noqa: S311 - a plan, not a secret
@@ -266,7 +297,8 @@ def plan(
         now += pause
     rollouts = _rollouts(seed, duration_s, sorted(set(names) & set(ROLLOUTS)))
     stores = _stores(seed, duration_s, sorted(set(names) & set(STORES)))
-    return sorted((*faults, *outages, *rollouts, *stores), key=lambda fault: fault.at)
+    operations = _operations(seed, duration_s, sorted(set(names) & set(OPERATIONS)))
+    return sorted((*faults, *outages, *rollouts, *stores, *operations), key=lambda one: one.at)
 
 
 def _outages(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
@@ -301,6 +333,21 @@ def _stores(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
         hand = hand or chance.sample(names, len(names))
         found.append(Fault(round(now, 3), hand.pop()))
         now += chance.uniform(*_STORE_PAUSES_S)
+    return found
+
+
+def _operations(seed: int, duration_s: float, names: Sequence[str]) -> list[Fault]:
+    chance = random.Random(f"operations of {seed}")  # noqa: S311 - a plan, not a secret
+    hand: list[tuple[str, str]] = []
+    all_ = [(name, variant) for name in names for variant in OPERATIONS[name].variants or ("",)]
+    found = []
+    now = chance.uniform(*_FIRST_OPERATION_S)
+    while names and now + _OPERATION_CALM_S <= duration_s:
+        hand = hand or chance.sample(all_, len(all_))
+        name, variant = hand.pop()
+        lasts = chance.uniform(*OPERATIONS[name].lasts)
+        found.append(Fault(round(now, 3), name, round(lasts, 3), variant=variant))
+        now += chance.uniform(*_OPERATION_PAUSES_S)
     return found
 
 

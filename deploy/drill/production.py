@@ -15,9 +15,10 @@ from typing import Final
 import grpc
 
 from outbox_server.deploy.certificates import Certificate, self_signed, server_context
-from outbox_server.deploy.drill.database import store_user_key
+from outbox_server.deploy.drill.database import store_key
 from outbox_server.deploy.drill.hostile import HOSTILE_USER
-from outbox_server.deploy.drill.load import USER
+from outbox_server.deploy.drill.load import USERS
+from outbox_server.deploy.drill.operator import OPERATOR
 from outbox_server.deploy.embedded.encryption_key import key_in
 from outbox_server.deploy.embedded.passwords import OWNER, PasswordFile
 from outbox_server.deploy.ports import LOOPBACK
@@ -37,7 +38,7 @@ class ProductionConfiguration:
         self._stores = stores
         # Not the certificate of the stores: a client that trusts only that one must fail.
         self._services = self_signed(folder / "services")
-        self._key, self._hostile_key = make_key(), make_key()
+        self._keys = {name: make_key() for name in (*USERS, HOSTILE_USER, OPERATOR)}
         self._database_password = PasswordFile(folder / "postgres").password_of(OWNER)
 
     @property
@@ -48,17 +49,12 @@ class ProductionConfiguration:
         return found
 
     @property
-    def credentials(self) -> grpc.ChannelCredentials:
-        """The credentials of a client: it trusts the services' certificate, and has a user's key.
+    def credentials(self) -> dict[str, grpc.ChannelCredentials]:
+        """The credentials of each user and of the operator, who trust the services' certificate.
 
         grpc sends the key only over TLS.
         """
-        return self._credentials_with(self._key)
-
-    @property
-    def hostile_credentials(self) -> grpc.ChannelCredentials:
-        """The credentials of the hostile user, with a key of its own."""
-        return self._credentials_with(self._hostile_key)
+        return {name: self._credentials_with(key) for name, key in self._keys.items()}
 
     def _credentials_with(self, key: NewKey) -> grpc.ChannelCredentials:
         return grpc.composite_channel_credentials(
@@ -92,14 +88,14 @@ class ProductionConfiguration:
         return found
 
     def prepare_database(self, port: int) -> None:
-        """Migrate by way of the proxy at `port`, and store the users' keys.
+        """Migrate by way of the proxy at `port`, and store the keys.
 
         Called in a thread, while the event loop of the proxy runs in another one.
         """
         url = self._database_url(port)
         migrate(url)
-        asyncio.run(store_user_key(url, self._key, USER))
-        asyncio.run(store_user_key(url, self._hostile_key, HOSTILE_USER))
+        for name, key in self._keys.items():
+            asyncio.run(store_key(url, key, None if name == OPERATOR else name))
 
     def _database_url(self, port: int) -> str:
         return (

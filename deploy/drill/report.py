@@ -28,7 +28,6 @@ class DrillReport:
         """The promises that were broken, one per line."""
         outcome, figures = self.outcome, self.audit.figures()
         accepted, recorded = outcome.answered.accepted, figures["accepted"]
-        silent = sum(one.recovery_s is None for one in outcome.faults)
         copies = figures["duplicates"] if self.policy == "hold" else 0
         given_up = max(0, figures["failed"] - outcome.refused)
         found = (
@@ -38,14 +37,19 @@ class DrillReport:
             (figures["sent_elsewhere"], "mails went to another server than the inbox"),
             (self.renamed, "recipients got different Message-IDs for one job"),
             (given_up, "jobs FAILED although their mail was not permanently refused"),
-            (silent, f"faults were not followed by a mail within {RECOVERY_LIMIT_S:.0f} s"),
             (copies, "mails came twice, although mails in doubt are held"),
             (outcome.unanswered, "or more uploads were never answered"),
         )
         lines = [f"{int(number)} {text}" for number, text in found if number]
         wrong = Counter(outcome.answered.wrong)
         lines += [f"{number} answers: {text}" for text, number in wrong.items()]
-        return lines + outcome.rolled.problems + self.audit.broken
+        lines += [
+            f"{RECOVERY_LIMIT_S:.0f} s after {one.fault.name}: {one.missing}"
+            for one in outcome.faults
+            if one.missing
+        ]
+        lines += [*outcome.over_limits, *outcome.held_and_sent, *outcome.rolled.problems]
+        return lines + self.audit.broken
 
     @property
     def recoveries(self) -> dict[str, list[float]]:
@@ -75,6 +79,7 @@ class DrillReport:
                 name: {"median": round(statistics.median(times), 3), "most": round(max(times), 3)}
                 for name, times in self.recoveries.items()
             },
+            "users": [check.document() for check in self.audit.users],
             "replaced_processes": self.outcome.rolled.replaced,
             "longest_end_s": round(self.outcome.rolled.longest_end_s, 1),
             "seconds": round(self.outcome.seconds, 1),

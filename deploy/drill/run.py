@@ -12,18 +12,20 @@ from typing import Final
 from outbox.v1.sender_pb2 import SMTP_SECURITY_TLS, SmtpEndpoint
 
 from outbox_server.deploy.drill.caller import Answered
-from outbox_server.deploy.drill.database import count_open_jobs
+from outbox_server.deploy.drill.database import count_open_jobs, limit_users
 from outbox_server.deploy.drill.faults import Faults
-from outbox_server.deploy.drill.load import Load
-from outbox_server.deploy.drill.plan import KINDS, OUTAGE_S, OUTAGES, Fault, plan
+from outbox_server.deploy.drill.load import WINDOW, Load
+from outbox_server.deploy.drill.plan import KINDS, SUSPENSIONS, Fault, plan
 from outbox_server.deploy.drill.rolling import Rolled
 from outbox_server.deploy.drill.stack import DrillStack
-from outbox_server.deploy.drill.waiting import until
+from outbox_server.deploy.drill.user_limits import LIMITS, LimitJudge
 from outbox_server.deploy.ports import LOOPBACK
 
-# After a fault, a mail must be sent within this time. An outage may have begun meanwhile, and most
-# of the rest is the start of Python.
-RECOVERY_LIMIT_S: Final = 60.0 + OUTAGE_S
+# After a fault, a mail must be begun within this time, and the process that was hit must serve. The
+# time of an outage or a restore meanwhile does not count. Most of it is the start of Python, which
+# took 40 s at a load of 20 on two cores.
+RECOVERY_LIMIT_S: Final = 90.0
+_POLL_S: Final = 0.02
 # If no job ends for this long at the end of the drill, no job will end any more.
 _STANDSTILL_S: Final = 60.0
 _ANSWER_LIMIT_S: Final = 60.0
@@ -31,10 +33,12 @@ _ANSWER_LIMIT_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Struck:
-    """An injected fault. `recovery_s` is None if no mail followed within RECOVERY_LIMIT_S."""
+    """An injected fault. `recovery_s` is None if the stack did not recover in RECOVERY_LIMIT_S."""
 
     fault: Fault
     recovery_s: float | None
+    # What was missing then.
+    missing: str = ""
 
 
 @dataclass
@@ -48,6 +52,10 @@ class DrillOutcome:
     open_jobs: int = 0
     # Mails that the SMTP side permanently refused: as many jobs may be FAILED.
     refused: int = 0
+    # Mails that were sent although they were held, one line per restore.
+    held_and_sent: list[str] = field(default_factory=list)
+    # The limits of users that were exceeded, one per line.
+    over_limits: list[str] = field(default_factory=list)
     # Whether an upload was never answered, not even after the last fault was over.
     unanswered: bool = False
     seconds: float = 0.0
@@ -64,9 +72,13 @@ class Drill:
         names: list[str],
         seconds: float,
         say: Callable[[str], None],
+        limited: bool = False,
     ) -> None:
+        """If `limited`, some users have limits for all their senders together."""
+        self._limited = limited
         self._stack = stack
-        self._faults = Faults(stack, say)
+        self._judge = LimitJudge(WINDOW)
+        self._faults = Faults(stack, say, self._judge)
         # Plan with all kinds, so that kinds that are missing here do not change the others.
         faults = plan(seed, seconds, names, stack.processes)
         self._plan = [fault for fault in faults if fault.name not in stack.missing]
@@ -83,8 +95,9 @@ class Drill:
             credentials=stack.credentials,
         )
         self._began = time.monotonic()
-        # When the last outage was over, in seconds since 1970.
-        self._outage_over = 0.0
+        # How many faults of SUSPENSIONS last, and when the last one was over (Unix time).
+        self._suspensions = 0
+        self._suspended_until = 0.0
 
     async def run(self, over: asyncio.Event | None = None) -> DrillOutcome:
         """Inject the planned faults, undo them all, and wait for the end of the last job.
@@ -92,6 +105,8 @@ class Drill:
         `over` ends the load before its time.
         """
         over = over or asyncio.Event()
+        if self._limited:
+            await limit_users(self._stack.system.servers.database_url, LIMITS)
         self._began = time.monotonic()
         outcome = DrillOutcome(self._load.answered, self._faults.rolled)
         stop = asyncio.Event()
@@ -106,6 +121,7 @@ class Drill:
             stop.set()
             outcome.faults = [one.result() for one in struck]
             outcome.answered.add(self._faults.hostile.answered)
+            outcome.answered.add(self._faults.operator.answered)
             self._stack.heal()
             done, _ = await asyncio.wait({loading}, timeout=_ANSWER_LIMIT_S)
             outcome.unanswered = not done
@@ -115,6 +131,10 @@ class Drill:
                 await loading
         self._say("all faults are over; waiting for the last job")
         outcome.open_jobs = await self._until_final()
+        mails = self._stack.inbox.mails
+        if self._limited:
+            outcome.over_limits = list(self._judge.broken(mails, self._load.user_of))
+        outcome.held_and_sent = self._faults.restoring.problems
         outcome.refused = len(self._stack.inbox.refused)
         outcome.seconds = time.monotonic() - self._began
         return outcome
@@ -127,28 +147,45 @@ class Drill:
         variant = f" ({fault.variant})" if fault.variant else ""
         lasts = f", for {fault.lasts:.1f} s" if fault.lasts else ""
         self._say(f"{self._now():7.2f} s  {fault.name}{which}: {kind.text}{variant}{lasts}")
+        suspends = fault.name in SUSPENSIONS
+        self._suspensions += suspends
         ended = await self._faults.strike(fault)
-        if fault.name in OUTAGES:
-            self._outage_over = ended
-        try:
-            await until(lambda: self._whole_after(fault, ended), RECOVERY_LIMIT_S)
-        except TimeoutError:
-            self._say(f"{self._now():7.2f} s  {fault.name}{which}: still no mail")
-            return Struck(fault, None)
+        self._suspensions -= suspends
+        if suspends:
+            self._suspended_until = ended
+        missing = await self._missing_in_the_end(fault, ended)
+        if missing:
+            self._say(f"{self._now():7.2f} s  {fault.name}{which}: {missing}")
+            return Struck(fault, None, missing)
         # The time of an outage meanwhile counts for the outage.
-        recovery = time.time() - max(ended, self._outage_over)
+        recovery = time.time() - max(ended, self._suspended_until)
         self._say(f"{self._now():7.2f} s  {fault.name}{which}: recovered after {recovery:.2f} s")
         return Struck(fault, recovery)
 
-    async def _whole_after(self, fault: Fault, ended: float) -> bool:
-        """Whether a mail was begun after the fault, and the process that it hit is serving."""
+    async def _missing_in_the_end(self, fault: Fault, ended: float) -> str:
+        """Wait for the recovery, and return what was missing when its time was over; or nothing."""
+        left, before = RECOVERY_LIMIT_S, time.monotonic()
+        while missing := await self._missing_after(fault, ended):
+            await asyncio.sleep(_POLL_S)
+            now = time.monotonic()
+            if not self._suspensions:
+                left -= now - before
+            before = now
+            if left < 0:
+                return missing
+        return ""
+
+    async def _missing_after(self, fault: Fault, ended: float) -> str:
+        """Return what is missing after a fault: a mail, or the process that it hit."""
         mails = self._stack.inbox.mails
         if not mails or mails[-1].started_at <= ended:
-            return False
+            return "no mail was begun"
         name = KINDS[fault.name].strikes
-        if name not in self._stack.processes:
-            return True
-        return await self._stack.service(name, fault.number).serving()
+        if name in self._stack.processes:
+            service = self._stack.service(name, fault.number)
+            if not await service.serving():
+                return f"{service.title} did not serve"
+        return ""
 
     async def _until_final(self) -> int:
         """Wait until no job is open or none ends any more; return how many are open."""

@@ -260,14 +260,9 @@ class DrillStack:
         return [one.address for one in self.system.services if one.name == "scheduler"]
 
     @property
-    def credentials(self) -> grpc.ChannelCredentials | None:
-        """What callers present; None without TLS and keys."""
+    def credentials(self) -> dict[str, grpc.ChannelCredentials] | None:
+        """What the callers present, by user; None without TLS and keys."""
         return None if self._production is None else self._production.credentials
-
-    @property
-    def hostile_credentials(self) -> grpc.ChannelCredentials | None:
-        """What the hostile user presents; None without TLS and keys."""
-        return None if self._production is None else self._production.hostile_credentials
 
     @property
     def system(self) -> LocalSystem:

@@ -21,6 +21,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from typer.testing import CliRunner
 
 from outbox_server.cli.main import app
+from outbox_server.deploy.drill.hostile import HOSTILE_USER
 from outbox_server.deploy.drill.load import USER
 from outbox_server.deploy.drill.rolling import RollingRestart
 from outbox_server.deploy.drill.stack import DrillStack, Size, drill_settings
@@ -67,7 +68,10 @@ async def test_every_connection_needs_tls_and_a_secret_and_processes_are_replace
     services = folder / "services" / f"{LOOPBACK}.crt"
     only_tls = grpc.ssl_channel_credentials(services.read_bytes())
     of_stores = grpc.ssl_channel_credentials((folder / f"{LOOPBACK}.crt").read_bytes())
-    assert (await create_sender(address, stack.credentials)).isdecimal()
+    known = stack.credentials
+    assert known is not None
+    assert (await create_sender(address, known[USER])).isdecimal()
+    assert await create_sender(address, known[HOSTILE_USER]) == "PERMISSION_DENIED"
     assert await create_sender(address, None) == "UNAVAILABLE"
     assert await create_sender(address, of_stores) == "UNAVAILABLE"
     assert await create_sender(address, only_tls) == "UNAUTHENTICATED"
@@ -102,7 +106,7 @@ async def test_every_connection_needs_tls_and_a_secret_and_processes_are_replace
     assert new is not old
     assert not old.child.running
     assert await new.serving()
-    assert (await create_sender(address, stack.credentials)).isdecimal()
+    assert (await create_sender(address, known[USER])).isdecimal()
 
     # A process that does not end by itself is killed, and is a problem.
     hanging = stack.service("stats", 1)

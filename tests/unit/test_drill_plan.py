@@ -8,6 +8,7 @@ import pytest
 from outbox_server.deploy.drill.plan import (
     CARDS,
     KINDS,
+    OPERATIONS,
     OUTAGE_DRILL_S,
     OUTAGES,
     ROLLOUTS,
@@ -98,7 +99,7 @@ def test_a_drill_has_rolling_restarts_from_its_start_on(seed: int) -> None:
     # They change nothing of the other faults.
     with_rollouts = plan(seed, 300, tuple(KINDS), PROCESSES)
     others = plan(seed, 300, (*CARDS, *OUTAGES), PROCESSES)
-    planned = {*ROLLOUTS, *STORES}
+    planned = {*ROLLOUTS, *STORES, *OPERATIONS}
     assert [fault for fault in with_rollouts if fault.name not in planned] == others
 
 
@@ -110,3 +111,13 @@ def test_faults_of_the_stores_come_one_by_one_and_equally_often(seed: int) -> No
     assert max(counts.values()) - min(counts.values()) <= 1
     # A node that was killed is back before the next fault.
     assert all(later.at - fault.at >= 14 for fault, later in itertools.pairwise(found))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_operations_come_one_by_one_and_leave_time_for_their_effect(seed: int) -> None:
+    assert plan(seed, 60, tuple(OPERATIONS), PROCESSES)
+    found = plan(seed, 600, tuple(OPERATIONS), PROCESSES)
+    wanted = {(name, way) for name, kind in OPERATIONS.items() for way in kind.variants or ("",)}
+    assert {(fault.name, fault.variant) for fault in found} == wanted
+    assert all(later.at >= one.at + one.lasts + 10 for one, later in itertools.pairwise(found))
+    assert found[-1].at <= 580
