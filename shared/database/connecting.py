@@ -135,6 +135,14 @@ class PostgresConnection(psycopg.AsyncConnection[Any]):
         else:
             await super().cancel_safe(timeout=timeout)
 
+    async def set_read_only(self, value: bool | None) -> None:
+        """Let transactions only read; False means what the server's default is.
+
+        After a snapshot, SQLAlchemy sets it to False, so that each transaction would ask for
+        writes. A replica that is not promoted yet refuses that with an error of its own (0A000).
+        """
+        await super().set_read_only(value or None)
+
     async def wait(self, *args: Any, **options: Any) -> Any:
         """Wait for PostgreSQL, but not for ever."""
         try:

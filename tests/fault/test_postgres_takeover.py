@@ -14,10 +14,14 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from outbox_server.deploy.child import processes_in
 from outbox_server.deploy.embedded.postgres import PostgresServer
 from outbox_server.deploy.embedded.replication import Replication
+from outbox_server.shared.database.engine import create_engine, snapshot
+from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
 from tests.eventually import eventually
 
@@ -98,7 +102,9 @@ async def test_replicas_take_over_in_turn_and_have_every_commit_that_was_answere
     assert not keeper.postgres.running
 
 
-async def test_a_commit_is_not_answered_before_the_replica_has_it(keeper: Keeper) -> None:
+async def test_commits_wait_for_a_replica_that_hangs_and_survive_a_kill_of_the_primary(
+    keeper: Keeper,
+) -> None:
     replication = Replication(keeper)
     try:
         await replication.start()
@@ -116,23 +122,32 @@ async def test_a_commit_is_not_answered_before_the_replica_has_it(keeper: Keeper
                 os.kill(pid, signal.SIGCONT)
             await asyncio.wait({inserting})
         await inserting
+        # It recovers, and its replica finds it again.
+        await keeper.postgres.kill()
+        await keeper.postgres.start()
+        await insert(keeper, 2)
         await replication.take_over()
-        assert await keeper.postgres.ask("SELECT count(*) FROM kept") == 1
+        assert await keeper.postgres.ask("SELECT count(*) FROM kept") == 2
     finally:
         await replication.stop()
 
 
-async def test_a_primary_that_is_killed_recovers_and_its_replica_follows_it_again(
-    keeper: Keeper,
-) -> None:
+async def test_a_client_of_a_replica_that_is_not_promoted_yet_leaves_it(keeper: Keeper) -> None:
+    """Also with a connection that was used for a snapshot, which only reads."""
+    await keeper.postgres.ensure_database()
     replication = Replication(keeper)
     try:
         await replication.start()
-        await keeper.postgres.kill()
-        await keeper.postgres.start()
-        # The commit waits until the replica has found it again.
-        await insert(keeper, 1)
-        await replication.take_over()
-        assert await keeper.postgres.ask("SELECT count(*) FROM kept") == 1
+        [replica] = replication._all
+        engine = create_engine(load_settings(database_url=replica.url()))
+        try:
+            async with snapshot(engine) as connection:
+                assert await connection.scalar(text("SELECT pg_is_in_recovery()"))
+            with pytest.raises(OperationalError, match="read-only") as caught:
+                async with engine.begin() as connection:
+                    await connection.execute(text("CREATE TABLE written ()"))
+            assert caught.value.connection_invalidated
+        finally:
+            await engine.dispose()
     finally:
         await replication.stop()
