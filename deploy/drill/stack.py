@@ -128,6 +128,7 @@ class DrillStack:
         self._cluster = cluster
         # The faults of the cluster, the replica and PgBouncer, once they run; None without them.
         self.stores: StoreFaults | None = None
+        self._replication: Replication | None = None
         self.settings = settings
         self.size = size
         self._trusted = self_signed(folder)
@@ -136,7 +137,7 @@ class DrillStack:
         self._production = ProductionConfiguration(folder, self._trusted) if production else None
         contexts = self._production.contexts if self._production else {}
         self.proxies = {
-            "postgres": TcpProxy(lambda: self.postgres.port, contexts.get("postgres")),
+            "postgres": TcpProxy(self._port_of_the_primary, contexts.get("postgres")),
             "redis": TcpProxy(lambda: self.valkey.port, contexts.get("redis")),
             "smtp": TcpProxy(lambda: self.inbox.port, contexts.get("smtp")),
             # The relay of senders with their own endpoint: over TLS, with a trusted certificate.
@@ -202,15 +203,15 @@ class DrillStack:
                 valkey.environment = clock_by_file(self._faketime, self.redis_clock)
             servers = self._system.servers
             servers.postgres.replicated = self._cluster
-            replication = Replication(servers)
-            stack.push_async_callback(replication.stop)
             if chosen is not None:
+                self._replication = Replication(servers)
+                stack.push_async_callback(self._replication.stop)
                 self._system.keep("PgBouncer", chosen.pooler)
             await stack.enter_async_context(self._system)
-            if chosen is not None:
-                await replication.start()
+            if chosen is not None and self._replication is not None:
+                await self._replication.start()
                 self.stores = StoreFaults(
-                    chosen.cluster, chosen.pooler, self.settings.shards, replication
+                    chosen.cluster, chosen.pooler, self.settings.shards, self._replication
                 )
             self._open = stack.pop_all()
         return self
@@ -235,6 +236,10 @@ class DrillStack:
     def _prepare(self, _: str) -> None:
         if self._production is not None:
             self._production.prepare_database(self.proxies["postgres"].port)
+
+    def _port_of_the_primary(self) -> int:
+        primary = self.postgres if self._replication is None else self._replication.primary
+        return primary.port
 
     def _port_of_a_scheduler(self) -> int:
         ready = [one for one in self.system.services if one.name == "scheduler"]

@@ -38,6 +38,9 @@ class Replication:
     def __init__(self, servers: _HasPostgres) -> None:
         """The owner of `servers` starts again what `servers.postgres` is, if that ends."""
         self._servers = servers
+        # The server that an address of the primary leads to. During a takeover it is still the old
+        # one, as nobody may read old data from a replica that is not promoted yet.
+        self.primary = servers.postgres
         self._home: Path = servers.postgres.folder
         self._made = 0
         self._replica: PostgresServer | None = None
@@ -77,6 +80,7 @@ class Replication:
         self._servers.postgres = new
         await old.kill()
         await _until(lambda: self._promote(new), "the replica is not promoted")
+        self.primary = new
         shutil.rmtree(old.folder, ignore_errors=True)
         self._replacing = asyncio.create_task(self._add_replica())
 
