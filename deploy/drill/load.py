@@ -38,6 +38,8 @@ _OWN_EVERY: Final = 3
 # Which senders, of eight, belong to a user with limits: one that is fast, and one with a gap.
 _USERS: Final = {4: WINDOW_USER, 7: GAP_USER}
 USERS: Final = (USER, *_USERS.values())
+# How much longer a job of theirs takes, so that a drill does not wait for them at its end.
+_SLOWER: Final = 3
 _PAUSE_S: Final = (0.05, 0.3)
 _ROWS: Final = (2, 12)
 # Jobs that may wait at once: as many as are sent within about five seconds.
@@ -97,13 +99,18 @@ class Load:
                     # Use the less busy one of two senders, so that no work piles up at a slow one.
                     sender = min(
                         self._chance.sample(sorted(self._senders), 2),
-                        key=lambda one: self._waiting[one],
+                        key=self._seconds_of_work,
                     )
                     if self._waiting.total() < _MOST_WAITING:
                         group.create_task(self._upload(sender))
                     with suppress(TimeoutError):
                         async with asyncio.timeout(self._chance.uniform(*_PAUSE_S)):
                             await stop.wait()
+
+    def _seconds_of_work(self, sender: str) -> int:
+        """Return about how long the waiting jobs of a sender take, in any unit."""
+        slower = 1 if self.user_of[sender] == USER else _SLOWER
+        return self._waiting[sender] * slower
 
     def _count_ended(self) -> None:
         arrived, refused = self._looked_at
