@@ -12,6 +12,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partialmethod
+from inspect import iscoroutinefunction
 from multiprocessing.process import BaseProcess
 from typing import Any, Final, Never
 
@@ -38,33 +39,41 @@ def _after(owner: Any, name: str, of_use: Callable[[Any], bool] = lambda _: True
         call = getattr(owner, name)
         visits = itertools.count(1)
 
-        async def wrapped(*args: Any, **options: Any) -> Any:
-            answer = await call(*args, **options)
+        def look_at(answer: Any) -> None:
             if of_use(answer) and next(visits) == visit:
                 _die()
+
+        async def wrapped(*args: Any, **options: Any) -> Any:
+            answer = await call(*args, **options)
+            look_at(answer)
             return answer
 
-        setattr(owner, name, wrapped)
+        def wrapped_step(*args: Any, **options: Any) -> Any:
+            answer = call(*args, **options)
+            look_at(answer)
+            return answer
+
+        setattr(owner, name, wrapped if iscoroutinefunction(call) else wrapped_step)
 
     return arm
 
 
 def _in_body(share: float) -> Arm:
     """Return a function that arms a kill once that share of a body and its dot is in the kernel."""
-    send = Transaction._send
+    begin = Transaction._begin_body
     visits = itertools.count(1)
 
-    async def cut(transaction: Transaction, visit: int, data: bytes) -> Answer:
+    def cut(transaction: Transaction, visit: int) -> Answer | None:
         if next(visits) < visit:
-            return await send(transaction, data)
-        sent = data + b".\r\n"
+            return begin(transaction)
+        sent = transaction._envelope.data + b".\r\n"
         connection = transaction._stream.transport.get_extra_info("socket")
         # Bypasses the transport, which may write later.
         os.write(connection.fileno(), sent[: int(len(sent) * share)])
         _die()
 
     def arm(visit: int) -> None:
-        Transaction._send = partialmethod(cut, visit)  # type: ignore[assignment,method-assign]
+        Transaction._begin_body = partialmethod(cut, visit)  # type: ignore[assignment,method-assign]
 
     return arm
 
@@ -74,10 +83,10 @@ POINTS: Final[Mapping[str, Arm]] = {
     "claimed": _after(Queue, "claim", lambda claimed: bool(claimed.claims)),
     "marked": _after(storage, "mark_sending", bool),
     "confirmed": _after(Queue, "confirm", any),
-    "before_the_body": _after(Transaction, "_announce", lambda refusal: refusal is None),
+    "before_the_body": _after(Transaction, "_refusal", lambda refusal: refusal is None),
     "in_the_body": _in_body(0.5),
     "before_the_reply": _in_body(1.0),
-    "after_the_reply": _after(Transaction, "_send"),
+    "after_the_reply": _after(Transaction, "_body_answer"),
     "recorded": _after(storage, "settle"),
     "released": _after(Queue, "settle"),
 }

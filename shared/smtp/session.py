@@ -27,6 +27,7 @@ from outbox_server.shared.oauth2.credentials import (
 )
 from outbox_server.shared.smtp.commands import Answer, Command, check_command, reply_within
 from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.exchange import Exchange
 from outbox_server.shared.smtp.helo import address_literal
 from outbox_server.shared.smtp.limits import Deadline, FixedDeadline, PhaseLimits
 from outbox_server.shared.smtp.oauth2_auth import Login, authenticate, is_token_refused, login_for
@@ -272,38 +273,26 @@ class SmtpSession:
             else:
                 return
 
-    async def exchange(self, commands: Sequence[Command], deadline: Deadline) -> list[Answer]:
-        """Send commands and return their replies, in order.
+    def exchange_of(self, commands: Sequence[Command]) -> Exchange:
+        """Return the exchange of these commands, which is not begun."""
+        return Exchange(self.stream, commands, pipelining="pipelining" in self.extensions)
 
-        If the server offers PIPELINING (RFC 2920), all commands go in one write and every reply is
-        awaited. Otherwise the commands go one by one, up to the first that is not accepted.
+    async def exchange(self, commands: Sequence[Command], deadline: Deadline) -> list[Answer]:
+        """Send commands and return their replies, in order (see `Exchange`).
 
         Raises:
             TimeoutError: a reply took longer than its limit, or the deadline has passed.
             ConnectionLost: the connection ended.
             MalformedReply: the server does not speak SMTP, or a reply fits no command.
         """
-        stream, pipelining = self.stream, "pipelining" in self.extensions
-        answers: list[Answer] = []
-        if pipelining:
-            stream.write(b"\r\n".join([command.line for command in commands]) + b"\r\n")
-        for command in commands:
-            self.phase = command.phase
-            if not pipelining:
-                stream.write(command.line + b"\r\n")
-            if stream.unread:
-                reply = stream.take()
-            else:
-                reply = await reply_within(stream, command.limit, deadline, command.phase)
-            answer = Answer(command.phase, reply)
-            answers.append(answer)
-            if answer.accepted:
-                continue
-            if not reply.refuses:
-                raise MalformedReply(f"not a reply to {command.phase}: code {reply.code}")
-            if not pipelining:
-                break
-        return answers
+        exchange, over = self.exchange_of(commands), False
+        self.phase = commands[0].phase
+        exchange.begin()
+        while not over:
+            self.phase = exchange.due.phase
+            reply = await reply_within(self.stream, exchange.due.limit, deadline, self.phase)
+            over = exchange.take(reply)
+        return exchange.answers
 
     async def quit(self, deadline: Deadline | None = None) -> None:
         """Send QUIT, wait for the reply for at most QUIT_LIMIT or until `deadline`, and close."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 import time
 from collections.abc import Callable
@@ -22,11 +23,11 @@ class ConnectionLost(OSError):
 
 
 class SmtpStream(asyncio.Protocol):
-    """One connection, on which one task at a time waits.
+    """One connection, to which one listener at a time listens: a callback, or a task that waits.
 
-    Each wait has a limit in seconds and a deadline that may move. All waits of a connection share
-    one timer, which is set again only when it fires early. A timer per wait would cost more than
-    everything else that is done for a reply.
+    A listener has a limit in seconds, which it sets anew for each reply, and a deadline that may
+    move. All limits of a connection share one timer, which is set again only when it fires early.
+    A timer per wait would cost more than everything else that is done for a reply.
     """
 
     def __init__(self) -> None:
@@ -35,10 +36,10 @@ class SmtpStream(asyncio.Protocol):
         self._parser = ReplyParser()
         self._replies = self._parser.replies
         self._failure: Exception | None = None
-        self._event: asyncio.Future[None] | None = None
+        self._hear: Callable[[], None] | None = None
         self._paused = False
         self._closed = False
-        self._latest = 0.0
+        self._latest = math.inf
         self._deadline: Deadline | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -51,7 +52,7 @@ class SmtpStream(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Parse replies, and wake the waiting task."""
+        """Parse replies, and call the listener."""
         if self._failure is None:
             try:
                 self._parser.feed(data)
@@ -88,8 +89,45 @@ class SmtpStream(asyncio.Protocol):
         self._wake()
 
     def _wake(self) -> None:
-        if self._event is not None and not self._event.done():
-            self._event.set_result(None)
+        if self._hear is not None:
+            self._hear()
+
+    # Called by a listener --------------------------------------------------------------------
+
+    def listen(self, hear: Callable[[], None], deadline: Deadline) -> None:
+        """Call `hear` after each event, until `stop_listening`.
+
+        Events are: bytes have arrived, the connection has ended, the server accepts bytes again,
+        the time is over. `hear` must not raise an error.
+        """
+        self._hear, self._deadline = hear, deadline
+        self._latest = math.inf
+        deadline.watch(self._look_at_time)
+
+    def stop_listening(self) -> None:
+        """Call the listener no more."""
+        if self._deadline is not None:
+            self._deadline.unwatch(self._look_at_time)
+        self._hear = self._deadline = None
+
+    def limit(self, seconds: float) -> None:
+        """Let the listener's time be over in `seconds` from now, or at its deadline if earlier."""
+        now = time.monotonic()
+        self._latest = now + seconds
+        self._set_timer(now)
+
+    def raise_if_over(self) -> None:
+        """Raise the error that ends the wait for the next event, if there is one.
+
+        Raises:
+            TimeoutError: the time is over.
+            ConnectionLost: the connection ended.
+            MalformedReply: the server does not speak SMTP.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if time.monotonic() >= self._end:
+            raise TimeoutError
 
     # Called by sessions ----------------------------------------------------------------------
 
@@ -153,16 +191,6 @@ class SmtpStream(asyncio.Protocol):
         """Return the next reply without waiting. `unread` must be true."""
         return self._replies.popleft()
 
-    async def writable_or_reply(self, seconds: float, deadline: Deadline) -> None:
-        """Return when the server accepts more bytes or has sent a reply.
-
-        Raises:
-            TimeoutError: neither happened within `seconds`, or the deadline has passed.
-            ConnectionLost: the connection ended.
-        """
-        if self._paused and not self._replies:
-            await self._wait(lambda: not self._paused or bool(self._replies), seconds, deadline)
-
     async def until_closed(self, seconds: float, deadline: Deadline) -> None:
         """Return when the socket is closed.
 
@@ -201,37 +229,48 @@ class SmtpStream(asyncio.Protocol):
         self._fail(ConnectionLost("the connection was aborted"))
 
     async def _wait(self, arrived: Callable[[], bool], seconds: float, deadline: Deadline) -> None:
-        """Wait until `arrived` returns True; it is called after each event of the transport."""
-        self._latest = time.monotonic() + seconds
-        self._deadline = deadline
-        deadline.watch(self._look_at_time)
+        """Wait until `arrived` returns True; it is called after each event."""
+        event: asyncio.Future[None] | None = None
+
+        def hear() -> None:
+            if event is not None and not event.done():
+                event.set_result(None)
+
+        self.listen(hear, deadline)
+        self.limit(seconds)
         try:
             while not arrived():
-                if self._failure is not None:
-                    raise self._failure
-                self._event = self._loop.create_future()
-                self._look_at_time()
-                await self._event
+                self.raise_if_over()
+                event = self._loop.create_future()
+                await event
         finally:
-            deadline.unwatch(self._look_at_time)
-            self._deadline = self._event = None
+            self.stop_listening()
 
-    def _look_at_time(self) -> None:
-        """End the wait if its time is over; otherwise make sure that a timer is set."""
-        if self._deadline is None or self._event is None or self._event.done():
-            return
-        now = time.monotonic()
-        end = min(self._latest, self._deadline.until)
-        if end <= now:
-            self._event.set_exception(TimeoutError())
-        elif self._timer is None or self._timer_at > end:
+    @property
+    def _end(self) -> float:
+        return self._latest if self._deadline is None else min(self._latest, self._deadline.until)
+
+    def _set_timer(self, now: float) -> None:
+        """Make sure that a timer fires at the end of the listener's time, or before it."""
+        end = self._end
+        if self._timer is None or self._timer_at > end:
             self._stop_timer()
             self._timer_at = end
-            self._timer = self._loop.call_later(end - now, self._timer_fired)
+            self._timer = self._loop.call_later(max(0.0, end - now), self._timer_fired)
 
     def _timer_fired(self) -> None:
         self._timer = None
         self._look_at_time()
+
+    def _look_at_time(self) -> None:
+        """Call the listener if its time is over; otherwise make sure that a timer is set."""
+        if self._hear is None:
+            return
+        now = time.monotonic()
+        if now >= self._end:
+            self._hear()
+        else:
+            self._set_timer(now)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -1,12 +1,16 @@
-"""One attempt to send a mail: over a kept connection and, if that one fails, over a new one."""
+"""One attempt to send a mail: over a kept connection and, if that one fails, over a new one.
+
+It is driven by the events of its connection. Only opening or replacing a connection is a task.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
-from outbox_server.services.dispatcher.smtp.endpoint_pool import EndpointPool
+from outbox_server.services.dispatcher.smtp.endpoint_pool import EndpointPool, Place, Waiter
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.services.dispatcher.smtp.result import (
     OPENING,
@@ -28,7 +32,6 @@ from outbox_server.shared.smtp.replies import (
     leaves_session_usable,
     split_enhanced_code,
 )
-from outbox_server.shared.smtp.reply_parser import WireReply
 from outbox_server.shared.smtp.session import SESSION_ERRORS, SessionRefused
 from outbox_server.shared.smtp.stream import ConnectionLost
 from outbox_server.shared.states import AttemptOutcome, ReplyClass
@@ -43,154 +46,225 @@ _BEFORE_RCPT: Final = OPENING | {Phase.MAIL}
 
 
 class SendAttempt:
-    """Sends one mail. The outcome depends on the replies and on how much of the mail was sent."""
+    """Sends one mail. The outcome depends on the replies and on how much of the mail was sent.
+
+    `ended` is called once: with the result, with GivenBackError (the send may not begin, and the
+    server has no part of the body), or with the error of a programming mistake. `spawn` runs a
+    coroutine as a task.
+    """
 
     def __init__(
         self,
         endpoint: Endpoint,
+        envelope: Envelope,
         pool: EndpointPool,
         new_session: Callable[[], KeptSession],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
         *,
         limits: PhaseLimits,
         rules: ReplyRules,
         lease: Lease,
         may_begin: Callable[[], bool],
+        ended: Callable[[SendAttempt, SendResult | Exception], None],
     ) -> None:
         self._endpoint = endpoint
+        self._envelope = envelope
         self._pool = pool
         self._new_session = new_session
+        self._spawn = spawn
         self._limits = limits
         self._rules = rules
         self._lease = lease
         self._may_begin = may_begin
+        self._ended = ended
         self._started = 0.0
         self._body_begun = False
+        # What the attempt waits for: a place, a task, or the transaction.
+        self._waiter: Waiter | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._transaction: Transaction | None = None
         # The connection in use. None means that the attempt only has a place for a connection.
         self._session: KeptSession | None = None
-        self._transaction: Transaction | None = None
+        # Whether the session was kept, and what it had carried and for how long it was idle then.
+        self._kept = False
+        self._idled = False
+        self._earlier_mails = 0
         # Mails that the kept connection carried before its server refused another one.
         self._carried: int | None = None
         # The refusal on the kept connection, after which the mail is tried on a new connection.
         self._refusal: SendResult | None = None
 
-    async def run(self, envelope: Envelope) -> SendResult:
-        """Return how the attempt ended.
-
-        Raises:
-            GivenBackError: the send may not begin, and the server has no part of the body.
-        """
-        self._check()
-        self._session = await self._pool.acquire(self._lease, self._may_begin)
-        self._lease.begun = True
-        self._started = time.monotonic()
-        try:
-            result = None
-            if self._session is not None:
-                result = await self._over_kept(self._session, envelope)
-            return result or await self._over_new(envelope)
-        except SESSION_ERRORS as error:
-            return self._broken(error)
-        except TokenRefused as error:
-            # The account was refused. The server was not asked about this mail.
-            self._pool.drop(self._session)
-            return self._result(
-                AttemptOutcome.TEMPORARY_FAILURE, str(error), reply_class=ReplyClass.ACCOUNT
-            )
-        except GivenBackError:
-            self._pool.drop(self._session)
-            if self._refusal is not None and self._body_begun:
-                # The server has seen the body and refused it: that was an attempt.
-                return self._refusal
-            raise
-        except BaseException:
-            self._pool.drop(self._session)
-            raise
-
-    def _check(self) -> None:
-        if not (self._may_begin() and self._lease.holds):
-            raise GivenBackError
-
-    async def _over_kept(self, session: KeptSession, envelope: Envelope) -> SendResult | None:
-        """Send over a kept connection and return the result.
-
-        None means that only the connection failed. It is closed, and the attempt keeps its place.
-        """
-        refusal = self._refuse(session, envelope)
-        if refusal is not None:
-            return refusal
-        idled, carried = self._pool.was_idling(session), session.mails
-        try:
-            answer = await self._hand_over(session, envelope)
-        except SESSION_ERRORS:
-            if self._body_begun or not self._lease.holds:
-                raise
-            # The server closed the connection while it was idle, or has forgotten it. That says
-            # nothing about the server or the mail. Without QUIT: the server may still owe a reply.
-            session.abort()
+    def start(self) -> None:
+        """Begin. `ended` may be called before this returns."""
+        if self._may_go_on():
+            self._waiter = self._pool.acquire(self._lease, self._take_place)
         else:
-            result = self._result_of(answer.phase, answer.reply, carried)
-            if result.reply_class is not ReplyClass.SESSION:
-                self._release(session, answer, result)
-                return result
-            self._carried = None if idled else carried
-            self._refusal = result
-        await self._pool.replace(session)
-        self._session = None
-        return None
+            self._ended(self, GivenBackError())
 
-    async def _over_new(self, envelope: Envelope) -> SendResult:
-        self._check()
-        session = self._session = self._new_session()
-        self._transaction = None
+    def cancel(self) -> None:
+        """Stop now, close the connection, and do not call `ended`."""
+        if self._task is not None:
+            self._task.cancel()
+        elif self._waiter is not None:
+            self._pool.leave(self._waiter)
+        elif self._transaction is not None:
+            self._transaction.stop()
+            self._pool.drop(self._session)
+
+    def _may_go_on(self) -> bool:
+        return self._may_begin() and self._lease.holds
+
+    def _take_place(self, place: Place | GivenBackError) -> None:
+        self._waiter = None
+        if isinstance(place, GivenBackError):
+            self._ended(self, place)
+        elif not self._may_begin():
+            self._pool.hand_back(place)
+            self._ended(self, GivenBackError())
+        else:
+            self._session = place
+            self._lease.begun = True
+            self._started = time.monotonic()
+            if place is None:
+                self._open()
+            else:
+                self._kept, self._idled = True, self._pool.was_idling(place)
+                self._hand_over(place)
+
+    # Connections -----------------------------------------------------------------------------
+
+    def _open(self, kept: KeptSession | None = None) -> None:
+        """Open a connection in a task, in place of a kept one if there is one."""
+        self._task = self._spawn(self._open_new(kept))
+        self._task.add_done_callback(self._opening_ended)
+
+    def _opening_ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            self._pool.drop(self._session)
+
+    async def _open_new(self, kept: KeptSession | None) -> None:
         try:
+            if kept is not None:
+                await self._pool.replace(kept)
+            session = self._begin_session()
             await session.open(self._lease)
         except SessionRefused as refused:
-            answer = Answer(refused.phase, refused.reply)
+            self._task = None
+            self._take_answer(session, Answer(refused.phase, refused.reply))
+        except Exception as error:  # noqa: BLE001 - `ended` gets every error
+            self._task = None
+            self._fail(error)
         else:
+            self._task = None
             self._pool.opened(session)
-            refusal = self._refuse(session, envelope)
-            if refusal is not None:
-                return refusal
-            answer = await self._hand_over(session, envelope)
-        result = self._result_of(answer.phase, answer.reply, 0)
-        if result.reply_class in _POSSIBLY_TOO_MANY and answer.phase in _BEFORE_RCPT:
-            self._pool.may_be_too_many(session)
-        if result.reply_class is ReplyClass.SENT and self._carried:
-            self._pool.learn_mails(self._carried)
-        self._release(session, answer, result)
-        return result
+            self._hand_over(session)
 
-    async def _hand_over(self, session: KeptSession, envelope: Envelope) -> Answer:
+    def _begin_session(self) -> KeptSession:
+        """Return a new session, in place of a kept one.
+
+        Raises:
+            GivenBackError: the send may not begin.
+        """
+        self._session = self._transaction = None
+        self._kept, self._earlier_mails = False, 0
+        if not self._may_go_on():
+            raise GivenBackError
+        self._session = self._new_session()
+        return self._session
+
+    def _hand_over(self, session: KeptSession) -> None:
+        """Send the mail over an open session, unless the server cannot take it."""
+        self._earlier_mails = session.mails
+        refusal = self._refuse(session)
+        if refusal is not None:
+            self._ended(self, refusal)
+            return
         if not self._pool.trusts_pipelining:
             session.extensions.pop("pipelining", None)
-        transaction = Transaction(session, self._limits, self._lease, self._may_begin)
-        self._transaction = transaction
-        used = session.mails > 0
-        try:
-            return await transaction.run(envelope)
-        except SESSION_ERRORS as error:
-            # A kept connection may be closed because it was idle, whatever pipelining does.
-            idled = used and isinstance(error, ConnectionLost)
-            if not (transaction.body_begun or idled) and self._lease.holds:
-                self._pool.distrust_pipelining()
-            raise
-        finally:
-            self._body_begun |= transaction.body_begun
+        transaction = self._transaction = Transaction(
+            session,
+            self._envelope,
+            limits=self._limits,
+            lease=self._lease,
+            may_begin=self._may_begin,
+            ended=self._transaction_ended,
+        )
+        transaction.start()
 
     # How a mail ends -------------------------------------------------------------------------
 
-    def _refuse(self, session: KeptSession, envelope: Envelope) -> SendResult | None:
+    def _transaction_ended(self, end: Answer | Exception) -> None:
+        transaction, session = self._transaction, self._session
+        if transaction is None or session is None:
+            raise RuntimeError("a transaction without a session has ended")
+        self._body_begun |= transaction.body_begun
+        if isinstance(end, Answer):
+            self._take_answer(session, end)
+            return
+        if isinstance(end, SESSION_ERRORS) and self._lease.holds:
+            # A kept connection may be closed because it was idle, whatever pipelining does.
+            idled = self._earlier_mails > 0 and isinstance(end, ConnectionLost)
+            if not (transaction.body_begun or idled):
+                self._pool.distrust_pipelining()
+            if self._kept and not self._body_begun:
+                # The server closed the connection while it was idle, or has forgotten it. That
+                # says nothing about the server or the mail. Without QUIT: the server may still
+                # owe a reply.
+                session.abort()
+                self._open(session)
+                return
+        self._fail(end)
+
+    def _take_answer(self, session: KeptSession, answer: Answer) -> None:
+        try:
+            result = self._result_of(answer, self._earlier_mails)
+        except Exception as error:  # noqa: BLE001 - `ended` gets every error
+            self._fail(error)
+            return
+        reply_class = result.reply_class
+        if self._kept and reply_class is ReplyClass.SESSION:
+            self._carried = None if self._idled else self._earlier_mails
+            self._refusal = result
+            self._open(session)
+            return
+        if not self._kept:
+            if reply_class in _POSSIBLY_TOO_MANY and answer.phase in _BEFORE_RCPT:
+                self._pool.may_be_too_many(session)
+            if reply_class is ReplyClass.SENT and self._carried:
+                self._pool.learn_mails(self._carried)
+        self._release(session, answer, result)
+        self._ended(self, result)
+
+    def _fail(self, error: Exception) -> None:
+        """End the attempt with an error that is no reply of the server."""
+        if isinstance(error, SESSION_ERRORS):
+            self._ended(self, self._broken(error))
+            return
+        self._pool.drop(self._session)
+        if isinstance(error, TokenRefused):
+            # The account was refused. The server was not asked about this mail.
+            result = self._result(
+                AttemptOutcome.TEMPORARY_FAILURE, str(error), reply_class=ReplyClass.ACCOUNT
+            )
+            self._ended(self, result)
+        elif isinstance(error, GivenBackError) and self._refusal is not None and self._body_begun:
+            # The server has seen the body and refused it: that was an attempt.
+            self._ended(self, self._refusal)
+        else:
+            self._ended(self, error)
+
+    def _refuse(self, session: KeptSession) -> SendResult | None:
         """Refuse a mail that exceeds what the server offers in EHLO, without asking the server.
 
         None means that the server may take the mail.
         """
-        size, most = len(envelope.data), size_limit(session.extensions)
+        size, most = len(self._envelope.data), size_limit(session.extensions)
         if most is not None and size > most:
             code, text = (
                 552,
                 f"5.3.4 the mail has {size} bytes, but the server accepts at most {most} (SIZE)",
             )
-        elif envelope.needs_smtputf8 and "smtputf8" not in session.extensions:
+        elif self._envelope.needs_smtputf8 and "smtputf8" not in session.extensions:
             code, text = 553, "5.6.7 the address needs SMTPUTF8, which the server does not offer"
         else:
             return None
@@ -244,7 +318,8 @@ class SendAttempt:
             mail_begun=self._session is not None and self._session.phase not in OPENING,
         )
 
-    def _result_of(self, phase: Phase, reply: WireReply, earlier_mails: int) -> SendResult:
+    def _result_of(self, answer: Answer, earlier_mails: int) -> SendResult:
+        phase, reply = answer
         enhanced, text = split_enhanced_code(reply.code, reply.text)
         meaning = self._rules.meaning(Reply(phase, reply.code, enhanced, text, earlier_mails))
         return self._result(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -26,7 +26,15 @@ _WORKS_FOR_S: Final = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 # A place for a connection: an open connection, or None where a new one may be opened.
-_Place: TypeAlias = KeptSession | None
+Place: TypeAlias = KeptSession | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Waiter:
+    """A send that waits for a place. `take` is called once, with a place or without one."""
+
+    lease: Lease
+    take: Callable[[Place | GivenBackError], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +58,16 @@ class EndpointPool:
         self,
         rules: PoolRules,
         clock: Callable[[], float],
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
         self._rules = rules
         self._clock = clock
         self._spawn = spawn
         self._idle: deque[KeptSession] = deque()
-        self._waiters: deque[asyncio.Future[_Place]] = deque()
+        self._waiters: deque[Waiter] = deque()
+        # Fires when the first lease of a waiting send ends, or before.
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = math.inf
         # Connections that were opened and are not ended.
         self._ready: set[KeptSession] = set()
         self._places_taken = 0
@@ -116,58 +127,71 @@ class EndpointPool:
 
     # Connections and places ------------------------------------------------------------------
 
-    async def acquire(self, lease: Lease, may_begin: Callable[[], bool]) -> KeptSession | None:
-        """Return an idle connection, or None with the place for a new one.
+    def acquire(
+        self, lease: Lease, take: Callable[[Place | GivenBackError], None]
+    ) -> Waiter | None:
+        """Call `take` with an idle connection, or with None, which is the place for a new one.
 
-        Raises:
-            GivenBackError: the lease ended or the dispatcher drains, or `may_begin` returned False.
+        If there is none, `take` is called later, and the result is the waiter for `leave`. It gets
+        GivenBackError if the lease ends first, or the dispatcher drains.
         """
         self.last_used_at = self._clock()
         if not self._waiters:
             found, place = self._next()
             if found:
-                return place
-        waiter: asyncio.Future[_Place] = asyncio.get_running_loop().create_future()
+                take(place)
+                return None
+        waiter = Waiter(lease, take)
         self._waiters.append(waiter)
-        try:
-            async with lease.limit(math.inf):
-                place = await waiter
-        except BaseException as error:
-            with suppress(ValueError):
-                self._waiters.remove(waiter)
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._hand_back(waiter.result())
-            if isinstance(error, TimeoutError):
-                raise GivenBackError from None
-            raise
-        if not may_begin():
-            self._hand_back(place)
-            raise GivenBackError
-        return place
+        self._set_timer(lease.until)
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Forget a waiting send."""
+        self._waiters.remove(waiter)
 
     def give_up(self) -> None:
         """End all waits for a connection with GivenBackError."""
         while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_exception(GivenBackError())
+            self._waiters.popleft().take(GivenBackError())
 
     def serve(self) -> None:
         """Give free connections and places to the waiting sends."""
         if self._serving:
-            return  # called again by a connection that `_next` ends
+            return  # called again by a connection that `_next` ends, or by a send that has ended
         self._serving = True
         try:
             while self._waiters:
-                if self._waiters[0].done():
-                    self._waiters.popleft()
-                    continue
                 found, place = self._next()
                 if not found:
                     return
-                self._waiters.popleft().set_result(place)
+                self._waiters.popleft().take(place)
         finally:
             self._serving = False
+
+    def _set_timer(self, end: float) -> None:
+        """Make sure that a timer fires at a moment of `time.monotonic`, or before it.
+
+        A timer per waiting send would cost more than the rest of the wait.
+        """
+        if end < self._timer_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer_at = end
+            delay = max(0.0, end - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._end_old_waits)
+
+    def _end_old_waits(self) -> None:
+        """End the waits whose lease has ended."""
+        self._timer, self._timer_at = None, math.inf
+        old = [waiter for waiter in self._waiters if not waiter.lease.holds]
+        if old:
+            gone = set(old)
+            self._waiters = deque(waiter for waiter in self._waiters if waiter not in gone)
+        if self._waiters:
+            self._set_timer(min(waiter.lease.until for waiter in self._waiters))
+        for waiter in old:
+            waiter.take(GivenBackError())
 
     def opened(self, session: KeptSession) -> None:
         """Note that a connection is open and can carry mail."""
@@ -277,7 +301,7 @@ class EndpointPool:
 
     # -----------------------------------------------------------------------------------------
 
-    def _next(self) -> tuple[bool, _Place]:
+    def _next(self) -> tuple[bool, Place]:
         """Return whether there is a place, and the place: an idle connection, or None."""
         while self._idle:
             session = self._idle.pop()
@@ -289,7 +313,8 @@ class EndpointPool:
             return True, None
         return False, None
 
-    def _hand_back(self, place: _Place) -> None:
+    def hand_back(self, place: Place) -> None:
+        """Take back a place that was not used."""
         if place is None:
             self._free_place()
         elif self._closing:

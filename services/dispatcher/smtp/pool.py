@@ -75,8 +75,62 @@ class SmtpPool:
         self._tokens = tokens
         self._clock = clock
         self._pools: dict[Endpoint, EndpointPool] = {}
-        # Connections that are being ended.
+        # The sends that have not ended.
+        self._attempts: set[SendAttempt] = set()
+        # Connections that are being opened, and those that are being ended.
+        self._openings: set[asyncio.Task[None]] = set()
         self._endings: set[asyncio.Task[None]] = set()
+
+    def start(
+        self,
+        endpoint: Endpoint,
+        envelope: Envelope,
+        *,
+        lease: Lease,
+        may_begin: Callable[[], bool],
+        done: Callable[[SendResult | Exception], None],
+    ) -> SendAttempt:
+        """Begin to send one mail to its endpoint. The send stops when `lease` ends.
+
+        `may_begin` is called before the first command and again just before the body. `done` is
+        called once, maybe before this returns: with the result, with GivenBackError if `may_begin`
+        returned False or the lease ended before the server received a byte of the body, or with
+        another error, which is a programming mistake. It must not raise an error.
+        """
+        pool = self._pools.get(endpoint)
+        if pool is None:
+            self._make_room()
+            pool = self._pools[endpoint] = EndpointPool(
+                self._pool_rules, self._clock, lambda work: _spawn(work, self._endings)
+            )
+
+        def ended(attempt: SendAttempt, end: SendResult | Exception) -> None:
+            if attempt not in self._attempts:
+                return  # it was cancelled
+            self._attempts.discard(attempt)
+            if isinstance(end, SendResult) and (
+                end.outcome is AttemptOutcome.CONNECTION_FAILURE
+                or end.reply_class is ReplyClass.CONNECTIONS
+            ):
+                pool.last_error = end.message or ""
+                pool.last_error_at = time.time()
+            done(end)
+
+        attempt = SendAttempt(
+            endpoint,
+            envelope,
+            pool,
+            lambda: self._new_session(endpoint),
+            lambda work: _spawn(work, self._openings),
+            limits=self._limits,
+            rules=self._rules,
+            lease=lease,
+            may_begin=may_begin,
+            ended=ended,
+        )
+        self._attempts.add(attempt)
+        attempt.start()
+        return attempt
 
     async def send(
         self,
@@ -86,35 +140,34 @@ class SmtpPool:
         lease: Lease,
         may_begin: Callable[[], bool],
     ) -> SendResult:
-        """Send one mail to its endpoint, and stop when `lease` ends.
-
-        `may_begin` is called before the first command and again just before the body.
+        """Send one mail (see `start`), and return how the attempt ended.
 
         Raises:
             GivenBackError: `may_begin` returned False, or the lease ended. The server has received
                 no byte of the body.
         """
-        pool = self._pools.get(endpoint)
-        if pool is None:
-            self._make_room()
-            pool = self._pools[endpoint] = EndpointPool(self._pool_rules, self._clock, self._spawn)
-        attempt = SendAttempt(
-            endpoint,
-            pool,
-            lambda: self._new_session(endpoint),
-            limits=self._limits,
-            rules=self._rules,
-            lease=lease,
-            may_begin=may_begin,
-        )
-        result = await attempt.run(envelope)
-        if (
-            result.outcome is AttemptOutcome.CONNECTION_FAILURE
-            or result.reply_class is ReplyClass.CONNECTIONS
-        ):
-            pool.last_error = result.message or ""
-            pool.last_error_at = time.time()
-        return result
+        end: asyncio.Future[SendResult] = asyncio.get_running_loop().create_future()
+
+        def done(result: SendResult | Exception) -> None:
+            if end.done():
+                return
+            if isinstance(result, SendResult):
+                end.set_result(result)
+            else:
+                end.set_exception(result)
+
+        attempt = self.start(endpoint, envelope, lease=lease, may_begin=may_begin, done=done)
+        try:
+            return await end
+        except asyncio.CancelledError:
+            self.cancel(attempt)
+            raise
+
+    def cancel(self, attempt: SendAttempt) -> None:
+        """Stop a send now, without calling its `done`. What was sent of it is not known."""
+        if attempt in self._attempts:
+            self._attempts.discard(attempt)
+            attempt.cancel()
 
     def _make_room(self) -> None:
         """Forget the endpoint that was unused for the longest time, if there are too many.
@@ -176,7 +229,10 @@ class SmtpPool:
             opened_at=self._clock(),
         )
 
-    def _spawn(self, ending: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(ending)
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+
+def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+    """Run `work` as a task, which is in `tasks` until it ends."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task

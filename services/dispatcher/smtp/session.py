@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.smtp.commands import reply_within
 from outbox_server.shared.smtp.limits import FixedDeadline
 from outbox_server.shared.smtp.replies import Phase
+from outbox_server.shared.smtp.reply_parser import WireReply
 from outbox_server.shared.smtp.session import QUIT_LIMIT, SESSION_ERRORS, SmtpSession
 from outbox_server.shared.smtp.stream import ConnectionLost
 
@@ -52,20 +52,21 @@ class KeptSession(SmtpSession):
             return  # the next use of the session finds out
         self._owes_reset = True
 
-    async def wait_for_reset(self, lease: Lease) -> None:
-        """Wait for the reply to RSET if it has not arrived yet.
+    @property
+    def owes_reset(self) -> bool:
+        """Whether the reply to RSET was not read yet."""
+        return self._owes_reset
+
+    def limit_reset(self) -> None:
+        """Limit the wait for the reply to RSET."""
+        self.stream.limit(_RESET_LIMIT_S)
+
+    def take_reset(self, reply: WireReply) -> None:
+        """Take the reply to RSET.
 
         Raises:
-            ConnectionLost: the connection ended, or RSET was refused or not answered in time. This
-                says nothing about the next mail.
-            MalformedReply: the server does not speak SMTP.
+            ConnectionLost: RSET was refused. This says nothing about the next mail.
         """
-        if not self._owes_reset:
-            return
-        try:
-            reply = await reply_within(self.stream, _RESET_LIMIT_S, lease, "RSET")
-        except TimeoutError as error:
-            raise ConnectionLost(str(error)) from None
         self._owes_reset = False
         if not reply.accepts:
             raise ConnectionLost(f"RSET was refused: {reply}")
