@@ -96,16 +96,17 @@ class SendingWithoutSmtp:
 
     async def send(self, send: LeasedSend) -> None:
         """Wait for the reply, for as long as the lease lasts."""
-        with self.renewer.keep_lease(send.claim, send.marked, send.claimed) as leased:
-            send.leased = leased
-            leased.lease.begun = True
-            try:
-                async with leased.lease.limit(REPLY_LIMIT_S):
-                    await send.reply.wait()
-                send.replied = True
-            except TimeoutError:
-                pass
-            send.ended = time.monotonic()
+        leased = send.leased = self.renewer.begin(send.claim, send.marked, send.claimed)
+        leased.lease.begun = True
+        try:
+            async with leased.lease.limit(REPLY_LIMIT_S):
+                await send.reply.wait()
+            send.replied = True
+        except TimeoutError:
+            pass
+        finally:
+            self.renewer.end(leased)
+        send.ended = time.monotonic()
 
     async def settle(self, *sends: LeasedSend) -> None:
         """Record the outcomes of these sends: SENT, in doubt, or given back."""

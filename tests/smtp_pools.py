@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,7 +76,31 @@ async def send(
 ) -> SendResult:
     endpoint = server if isinstance(server, Endpoint) else endpoint_of(server)
     lease = Lease(time.monotonic() + within)
-    return await pool.send(endpoint, mail, lease=lease, may_begin=may_begin)
+    return await send_leased(pool, endpoint, mail, lease=lease, may_begin=may_begin)
+
+
+async def send_leased(
+    pool: SmtpPool,
+    endpoint: Endpoint,
+    mail: Envelope = MAIL,
+    *,
+    lease: Lease,
+    may_begin: Callable[[], bool] = lambda: True,
+) -> SendResult:
+    """Send one mail, and wait for its result, or raise the error."""
+    ended: asyncio.Future[SendResult] = asyncio.get_running_loop().create_future()
+
+    def done(end: SendResult | Exception) -> None:
+        if isinstance(end, SendResult):
+            ended.set_result(end)
+        else:
+            ended.set_exception(end)
+
+    attempt = pool.start(endpoint, mail, lease=lease, may_begin=may_begin, done=done)
+    try:
+        return await ended
+    finally:
+        pool.cancel(attempt)
 
 
 def open_connections(pool: SmtpPool) -> int:

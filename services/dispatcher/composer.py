@@ -177,6 +177,11 @@ class Composer:
         mail = self._mail_of(job)
         return mail.content.trace_parent if isinstance(mail, _BatchMail) else None
 
+    def builds_here(self, job: MarkedJob) -> bool:
+        """Return whether `compose` needs no worker process: the mail is short, or has an error."""
+        mail = self._mail_of(job)
+        return not isinstance(mail, _BatchMail) or _quick(mail, job) is not None
+
     async def compose(self, job: MarkedJob, wait: float) -> tuple[Endpoint, Envelope]:
         """Return the endpoint and the envelope of a job's mail.
 
@@ -197,15 +202,11 @@ class Composer:
             job.job.job_id, content.message_id_address, self._installation_id
         )
         try:
-            if (
-                batch.template is not None
-                and batch.builder is not None
-                and batch.template.is_quick(len(job.variables or ""))
-            ):
+            if (builder := _quick(batch, job)) is not None:
                 async with self._turn:
                     values = decode_variables(content.variable_names, job.variables)
                     now = datetime.now(UTC)
-                    message = batch.builder.build(job.recipient, values, message_id, now)
+                    message = builder.build(job.recipient, values, message_id, now)
                     # So that the event loop does other work between two mails.
                     await asyncio.sleep(0)
             else:
@@ -254,3 +255,10 @@ class Composer:
         for limit in self._building:
             if limit.when() is None:
                 limit.reschedule(now)
+
+
+def _quick(batch: _BatchMail, job: MarkedJob) -> MessageBuilder | None:
+    """Return what builds the mail of a job in this process. None if a worker must build it."""
+    if batch.template is None or not batch.template.is_quick(len(job.variables or "")):
+        return None
+    return batch.builder

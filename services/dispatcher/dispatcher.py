@@ -12,7 +12,6 @@ docs/send-path.md shows what happens if the process stops after each step.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -23,30 +22,26 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
-from structlog.contextvars import bind_contextvars
 
 from outbox_server.services.dispatcher import storage
-from outbox_server.services.dispatcher.composer import Composer, CompositionError
+from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.cooling import CooldownRules
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease, WaitCause
-from outbox_server.services.dispatcher.outcomes import OutcomeRules, result_without_smtp
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
+from outbox_server.services.dispatcher.sending import ReadyMail, SendStep
 from outbox_server.services.dispatcher.settler import (
-    ClaimOutcome,
     Settler,
     UnmarkedClaim,
     UnsentJob,
 )
 from outbox_server.services.dispatcher.shares import Permit, Route
 from outbox_server.services.dispatcher.slots import Resume, Slots
-from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool
+from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
-from outbox_server.services.dispatcher.traced import trace_send
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
-from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.circuit_keys import user_key
@@ -56,8 +51,6 @@ from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import Claim, Claimed
 from outbox_server.shared.quotas.storage import read_unproven_endpoints
 from outbox_server.shared.settings import Settings
-from outbox_server.shared.states import AttemptOutcome, JobState
-from outbox_server.shared.templates.workers import WorkerLostError
 from outbox_server.shared.user_quotas import UserQuotas
 
 if TYPE_CHECKING:
@@ -90,16 +83,6 @@ class _Group:
     unrouted: list[str] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Mail:
-    """A job that is ready to be sent."""
-
-    claim: Claim
-    claimed_at: float
-    job: MarkedJob
-    permit: Permit
-
-
 class Dispatcher:
     """Sends due mail from all shards, at most `dispatcher_concurrency` mails at once."""
 
@@ -128,10 +111,8 @@ class Dispatcher:
         self._listeners = listeners
         self._composer = composer
         self._pool = pool
-        self._progress = progress
         self._metrics = metrics
         self._guard = guard
-        self._tracer = tracer
         self._slots = Slots(
             settings.dispatcher_concurrency,
             unproven=UserQuotas.from_settings(settings).unproven_endpoints,
@@ -147,9 +128,20 @@ class Dispatcher:
             confirmed_at=confirmed_at,
         )
         self._renewer = Renewer(statements, loader, settings.lease, metrics)
+        self._sending = SendStep(
+            settings,
+            composer=composer,
+            pool=pool,
+            renewer=self._renewer,
+            slots=self._slots,
+            progress=progress,
+            metrics=metrics,
+            tracer=tracer,
+            settle=self._settler.settle,
+            spawn=self._spawn,
+        )
         metrics.concurrency.set(settings.dispatcher_concurrency)
         metrics.in_flight.set_function(lambda: self.in_flight)
-        self._outcomes = OutcomeRules(settings)
         self._group: asyncio.TaskGroup | None = None
         # The shards that this dispatcher is rebuilding.
         self._rebuilding: set[int] = set()
@@ -208,6 +200,8 @@ class Dispatcher:
                 stopping.cancel()
                 renewer.cancel()
         finally:
+            # Only an error leaves sends under way. The process starts again from what is recorded.
+            await self._pool.stop()
             await self._pool.close()
 
     async def _drain_at(self, stop: asyncio.Event) -> None:
@@ -254,11 +248,10 @@ class Dispatcher:
                 await _wait(listener, pause)
 
     async def _process(self, group: _Group) -> None:
-        """Mark and confirm a group of claims, then send and settle each in a task of its own."""
+        """Mark and confirm a group of claims, and begin to send them."""
+        mails: list[ReadyMail] = []
         try:
-            marked = await self._mark(group)
-            for mail in await self._confirm(group, marked):
-                self._spawn(self._send_and_settle(mail))
+            mails = await self._confirm(group, await self._mark(group))
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _log.warning("start_failed", jobs=len(group.claims), error=type(error).__name__)
             self._store_failed = True
@@ -267,17 +260,7 @@ class Dispatcher:
                 self._slots.end(permit, sent=False)
             for user in group.unrouted:
                 self._slots.end_unrouted(user)
-
-    async def _send_and_settle(self, mail: _Mail) -> None:
-        # This task works for one job alone, so its log lines are all about it.
-        bind_contextvars(job_id=mail.job.job.job_id, batch_id=mail.job.batch_id)
-        send = partial(self._send, mail)
-        if self._tracer is None:
-            outcome = await send()
-        else:
-            parent = self._composer.trace_parent_of(mail.job)
-            outcome = await trace_send(self._tracer, parent, mail.job, send)
-        self._settler.settle(outcome)
+        await self._sending.begin(mails)
 
     async def _claim(self, queue: Queue, slots: int) -> Claimed:
         """Take at most as many jobs as there are slots."""
@@ -350,7 +333,9 @@ class Dispatcher:
                 due_ms = claimed_ms + _LOCKED_PAUSE // _MS
             self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
 
-    async def _confirm(self, group: _Group, marked: list[tuple[Claim, MarkedJob]]) -> list[_Mail]:
+    async def _confirm(
+        self, group: _Group, marked: list[tuple[Claim, MarkedJob]]
+    ) -> list[ReadyMail]:
         """Return the jobs whose lease Redis still has and that get a permit.
 
         A lease may be gone because Redis lost its data after the claim. Batches are read before the
@@ -363,83 +348,17 @@ class Dispatcher:
             for claim, job in marked:
                 self._settler.settle(UnsentJob(claim, job))
             raise
-        mails: list[_Mail] = []
+        mails: list[ReadyMail] = []
         for (claim, job), holds in zip(marked, confirmed, strict=True):
             if not holds:
                 self._metrics.lost_leases(LostLease.BEFORE_SEND)
                 self._settler.settle(UnsentJob(claim, job, leased=False))
             elif permit := self._permit_for(job, group.permits.pop(job.job, None)):
-                mails.append(_Mail(claim, group.claimed_at, job, permit))
+                mails.append(ReadyMail(claim, group.claimed_at, job, permit))
             else:
                 # The sender's route is known now, so its next claim waits before the mark.
                 self._settler.settle(UnsentJob(claim, job))
         return mails
-
-    async def _send(self, mail: _Mail) -> ClaimOutcome:
-        """Send one mail by SMTP and return the outcome."""
-        started = time.monotonic()
-        result: SendResult | None = None
-        relay: bool | None = None
-        # Half of the lease is left for the send, as after a wait for a permit.
-        wait = mail.claimed_at + self._lease.total_seconds() / 2 - started
-        try:
-            # The time that a mail needs to be built says nothing about its endpoint.
-            mail.permit.since = math.inf
-            endpoint, envelope = await self._composer.compose(mail.job, wait)
-            mail.permit.since = time.monotonic()
-            relay = endpoint.operators
-            with self._renewer.keep_lease(mail.claim, mail.job, mail.claimed_at) as leased:
-                try:
-                    result = await self._pool.send(
-                        endpoint,
-                        envelope,
-                        lease=leased.lease,
-                        may_begin=lambda: not self._slots.closed,
-                    )
-                except GivenBackError:
-                    return self._outcomes.given_back(leased, started)
-        except (TimeoutError, ResourceExhausted):
-            # Workers were busy with other mails, or the dispatcher stops. Nothing was sent.
-            if not self._slots.closed:
-                self._metrics.waited(WaitCause.DISPATCHER)
-            return UnsentJob(mail.claim, mail.job)
-        except CompositionError as error:
-            text = str(error)[:500].replace("\x00", "")
-            result = result_without_smtp(AttemptOutcome.PERMANENT_FAILURE, text, started)
-        except WorkerLostError as error:
-            text = f"the mail could not be built: {error}"
-            result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
-        except Exception:  # noqa: BLE001 - see below
-            # An internal error must not keep the job for ever, and the mail is not to blame.
-            _log.exception("send_failed")
-            text = "internal error of the dispatcher"
-            result = result_without_smtp(AttemptOutcome.TEMPORARY_FAILURE, text, started)
-        finally:
-            # A mail that could not be built says nothing about its endpoint.
-            sent = result is not None and relay is not None
-            answered = result is not None and result.smtp_code is not None
-            self._slots.end(mail.permit, sent=sent, answered=answered)
-        route = mail.permit.route
-        if result.outcome is AttemptOutcome.CONNECTION_FAILURE:
-            # The circuit may be open now. Redis knows whether the waiting claims may try.
-            self._slots.give_up(route.endpoint)
-        self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
-        since_claim = result.started - mail.claimed_at
-        late = mail.claim.waited + timedelta(seconds=since_claim)
-        ended = self._outcomes.ended(mail.claim, mail.job, result, late=late, server=route.server)
-        delay = mail.claim.seconds_since_due(self._lease) + since_claim
-        _log.debug(
-            "attempt_ended",
-            attempt=mail.job.job.attempt,
-            outcome=result.outcome.name,
-            smtp_code=result.smtp_code,
-            enhanced_code=result.enhanced_code,
-            reply=result.message,
-        )
-        self._metrics.sent(result, relay=relay, late=late, delay=delay)
-        if ended.record.state is JobState.SCHEDULED:
-            self._metrics.waited(WaitCause.DEFERRED if ended.record.deferred else WaitCause.RETRY)
-        return ended
 
     # Between the steps -----------------------------------------------------------------------
 

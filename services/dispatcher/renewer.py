@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -90,18 +89,18 @@ class Renewer:
         self._failing = False
         self._under_way: set[asyncio.Task[None]] = set()
 
-    @contextmanager
-    def keep_lease(self, claim: Claim, marked: MarkedJob, claimed: float) -> Iterator[LeasedJob]:
-        """Renew the lease of a job while the context is open.
+    def begin(self, claim: Claim, marked: MarkedJob, claimed: float) -> LeasedJob:
+        """Renew the lease of a job until `end`.
 
         `claimed` is the time of the claim, as a value of `time.monotonic`.
         """
         leased = LeasedJob(claim, marked, Lease(self._until(claimed)), claimed)
         self._leased[leased] = None
-        try:
-            yield leased
-        finally:
-            del self._leased[leased]
+        return leased
+
+    def end(self, leased: LeasedJob) -> None:
+        """Renew the lease no more. `leased` keeps what was known last."""
+        self._leased.pop(leased, None)
 
     def follow(self, successor: HeadLoader) -> None:
         """Renew the leases in a later key space of Redis too (see `Settler`)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from outbox_server.services.dispatcher.settler import ClaimOutcome, EndedAttempt
@@ -10,19 +9,14 @@ from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.states import JobState
 
 if TYPE_CHECKING:
-    from outbox_server.shared.traces.tracer import Tracer
+    from outbox_server.shared.traces.tracer import SendSpan, Tracer
 
 
-async def trace_send(
-    tracer: Tracer,
-    parent: str | None,
-    job: MarkedJob,
-    send: Callable[[], Awaitable[ClaimOutcome]],
-) -> ClaimOutcome:
-    """Send, within a span below `parent`. Without a parent, the batch belongs to no trace."""
+def begin_span(tracer: Tracer, parent: str | None, job: MarkedJob) -> SendSpan | None:
+    """Begin the span of a send, below `parent`. Without a parent, the batch has no trace."""
     if parent is None:
-        return await send()
-    span = tracer.begin_send(
+        return None
+    return tracer.begin_send(
         parent,
         {
             # As text, because viewers in JavaScript would round them.
@@ -32,12 +26,13 @@ async def trace_send(
             "attempt": job.job.attempt,
         },
     )
-    outcome = await send()
-    if span is None:
-        return outcome
+
+
+def end_span(span: SendSpan, outcome: ClaimOutcome) -> None:
+    """End the span of a send with its outcome."""
     if not isinstance(outcome, EndedAttempt):
         span.given_back()
-        return outcome
+        return
     record = outcome.record
     span.ended(
         record.outcome.name,
@@ -48,4 +43,3 @@ async def trace_send(
         reply=record.message,
         failed=record.state is JobState.FAILED,
     )
-    return outcome

@@ -99,7 +99,7 @@ class Tracer:
             attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
         )
         _current.set(_text_of(span))
-        _bind_trace_id(span)
+        bind_contextvars(trace_id=_trace_id(span))
         return CallSpan(span)
 
     def current_parent(self) -> str | None:
@@ -120,7 +120,6 @@ class Tracer:
             kind=SpanKind.CLIENT,
             attributes={f"outbox.{name}": value for name, value in ids.items()},
         )
-        _bind_trace_id(span)
         return SendSpan(span, server_texts=self.server_texts)
 
     def _parent(self, headers: Mapping[str, str]) -> Context:
@@ -147,6 +146,8 @@ class SendSpan:
     def __init__(self, span: Span, *, server_texts: bool) -> None:
         self._span = span
         self._server_texts = server_texts
+        # What the log lines of the send name.
+        self.trace_id = _trace_id(span)
 
     def ended(
         self,
@@ -188,5 +189,5 @@ def _text_of(span: Span) -> str | None:
     return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
 
 
-def _bind_trace_id(span: Span) -> None:
-    bind_contextvars(trace_id=f"{span.get_span_context().trace_id:032x}")
+def _trace_id(span: Span) -> str:
+    return f"{span.get_span_context().trace_id:032x}"

@@ -127,12 +127,13 @@ async def test_a_send_that_has_no_connection_yet_is_not_renewed(
 ) -> None:
     await world.schedule(await world.sender(), 2)
     waits, runs = await sending.begin(2)
-    with sending.renewer.keep_lease(waits.claim, waits.marked, waits.claimed):
-        task = asyncio.create_task(sending.send(runs))
-        await renewed_for(world, runs, 0.5)
-        assert (await world.job(waits.job)).lease_until == waits.marked.lease_until
-        runs.reply.set()
-        await task
+    waiting = sending.renewer.begin(waits.claim, waits.marked, waits.claimed)
+    task = asyncio.create_task(sending.send(runs))
+    await renewed_for(world, runs, 0.5)
+    assert (await world.job(waits.job)).lease_until == waits.marked.lease_until
+    runs.reply.set()
+    await task
+    sending.renewer.end(waiting)
 
 
 async def test_many_jobs_are_renewed_by_one_statement(

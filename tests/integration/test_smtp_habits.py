@@ -28,6 +28,7 @@ from tests.smtp_pools import (
     pool_of,
     relay_at,
     send,
+    send_leased,
 )
 from tests.smtp_servers import Close, Conversation, Habit, Say, ScriptedServer, Succeed, Wait
 
@@ -257,10 +258,8 @@ async def test_a_late_reply_is_awaited_while_the_lease_is_renewed(
     pool, gate = pool_of(timeout=20.0), asyncio.Event()
     plan = {"body": (Wait(gate), Succeed())}
     async with ScriptedServer(plan, extensions=extensions) as server:
-        lease = Lease(time.monotonic() + 60)
-        sending = asyncio.create_task(
-            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
-        )
+        lease = Lease(time.monotonic() + LIMIT)
+        sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=lease))
         await eventually(lambda: server.waiting["body"] == 1)
         # Without a turn of the event loop between, so that the first end cannot pass before it
         # moves.
@@ -279,9 +278,7 @@ async def test_a_lost_lease_ends_the_wait_at_once() -> None:
     pool = pool_of(timeout=60.0)
     async with ScriptedServer({"body": Wait()}) as server:
         lease = Lease(time.monotonic() + 60)
-        sending = asyncio.create_task(
-            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
-        )
+        sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=lease))
         await eventually(lambda: server.waiting["body"] == 1)
         lease.extend(time.monotonic())
         result = await asyncio.wait_for(sending, 10)

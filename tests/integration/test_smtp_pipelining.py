@@ -18,7 +18,16 @@ from outbox_server.services.dispatcher.smtp import GivenBackError, SmtpPool
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
 from tests.eventually import eventually
-from tests.smtp_pools import LIMIT, MAIL, all_closed, endpoint_of, open_connections, pool_of, send
+from tests.smtp_pools import (
+    LIMIT,
+    MAIL,
+    all_closed,
+    endpoint_of,
+    open_connections,
+    pool_of,
+    send,
+    send_leased,
+)
 from tests.smtp_servers import Close, Say, ScriptedServer, StopReading, Succeed, Wait
 
 SENT = AttemptOutcome.SENT
@@ -182,7 +191,7 @@ async def test_no_body_begins_if_the_lease_ends_at_354(pool: SmtpPool) -> None:
 
     async with ScriptedServer(extensions=PIPELINING) as server:
         with pytest.raises(GivenBackError):
-            await pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=may_begin)
+            await send_leased(pool, endpoint_of(server), lease=lease, may_begin=may_begin)
         await eventually(lambda: not server.open)
         assert (server.taken, server.body_bytes, server.endings) == ([], 0, ["close"])
 

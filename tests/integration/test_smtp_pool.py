@@ -22,6 +22,7 @@ from tests.smtp_pools import (
     open_connections,
     pool_of,
     send,
+    send_leased,
 )
 from tests.smtp_servers import (
     Close,
@@ -280,10 +281,8 @@ async def test_no_body_begins_after_the_lease_expired_while_the_process_was_paus
     pool = pool_of(timeout=20.0)
     gate = asyncio.Event()
     async with ScriptedServer({"data": (Wait(gate), Succeed())}) as server:
-        lease = Lease(time.monotonic() + 60)
-        sending = asyncio.create_task(
-            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
-        )
+        deadline = time.monotonic() + 0.3
+        sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=Lease(deadline)))
         await eventually(lambda: server.waiting["data"] == 1)
         lease.extend(time.monotonic() + 0.05)
         gate.set()

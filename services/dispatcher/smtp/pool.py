@@ -132,37 +132,6 @@ class SmtpPool:
         attempt.start()
         return attempt
 
-    async def send(
-        self,
-        endpoint: Endpoint,
-        envelope: Envelope,
-        *,
-        lease: Lease,
-        may_begin: Callable[[], bool],
-    ) -> SendResult:
-        """Send one mail (see `start`), and return how the attempt ended.
-
-        Raises:
-            GivenBackError: `may_begin` returned False, or the lease ended. The server has received
-                no byte of the body.
-        """
-        end: asyncio.Future[SendResult] = asyncio.get_running_loop().create_future()
-
-        def done(result: SendResult | Exception) -> None:
-            if end.done():
-                return
-            if isinstance(result, SendResult):
-                end.set_result(result)
-            else:
-                end.set_exception(result)
-
-        attempt = self.start(endpoint, envelope, lease=lease, may_begin=may_begin, done=done)
-        try:
-            return await end
-        except asyncio.CancelledError:
-            self.cancel(attempt)
-            raise
-
     def cancel(self, attempt: SendAttempt) -> None:
         """Stop a send now, without calling its `done`. What was sent of it is not known."""
         if attempt in self._attempts:
@@ -193,11 +162,21 @@ class SmtpPool:
                 del self._pools[endpoint]
 
     async def close(self) -> None:
-        """End every idle connection, and return when all are closed, within about two seconds."""
+        """End every idle connection, and return when all are closed, within about two seconds.
+
+        A mail under way goes on, and its connection ends after it.
+        """
         for pool in self._pools.values():
             pool.close()
         while self._endings:
             await asyncio.wait(self._endings)
+
+    async def stop(self) -> None:
+        """Cancel every send, and return when their connections are closed."""
+        for attempt in tuple(self._attempts):
+            self.cancel(attempt)
+        while self._openings:
+            await asyncio.wait(self._openings)
 
     def states(self) -> list[EndpointState]:
         """Return the state of each endpoint, sorted by host and port."""
