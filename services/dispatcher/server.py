@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Final
 
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
-from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
@@ -42,7 +41,7 @@ from outbox_server.shared.oauth2.token_source import TokenSource
 from outbox_server.shared.process import serve_until_stopped
 from outbox_server.shared.queue.circuits import CircuitChange, log_change
 from outbox_server.shared.queue.connection import QUEUE_ERRORS, client_of, connect, open_queues
-from outbox_server.shared.queue.following import departures_of
+from outbox_server.shared.queue.following import FollowingClient, departures_of
 from outbox_server.shared.queue.heartbeats import HeartbeatMemory
 from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.queue.serving import check_serving
@@ -254,7 +253,7 @@ def _follow(
 
 
 def _later_loader(
-    engine: AsyncEngine, redis: Redis, settings: Settings, agreed: AgreedSettings
+    engine: AsyncEngine, redis: FollowingClient, settings: Settings, agreed: AgreedSettings
 ) -> HeadLoader:
     # Those who claim from it report its circuits.
     queues = open_queues(redis, settings, lambda _: None, agreed.key_space)

@@ -22,9 +22,10 @@ from redis.asyncio import Redis
 from redis.crc import key_slot
 from redis.exceptions import ClusterDownError, RedisError
 
-from outbox_server.shared.queue.following import Address, FollowingClient, FollowingPool
+from outbox_server.shared.queue.following import FollowingClient, FollowingPool
 from outbox_server.shared.queue.host_urls import HostsUrl, malformed, parse_hosts_url
 from outbox_server.shared.queue.keys import ShardKeys
+from outbox_server.shared.queue.places import Address
 
 SCHEMES: Final = ("redis+cluster://", "rediss+cluster://")
 _FORM: Final = "redis+cluster://[user:password@]host:6379[,host:6379...]"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -66,7 +65,7 @@ def connect(settings: Settings, *, listening: bool = False) -> FollowingClient:
     return FollowingClient(pool)
 
 
-def client_of(redis: Redis, key: str) -> Redis:
+def client_of(redis: FollowingClient, key: str) -> FollowingClient:
     """Return the client of the slot of a key: in a cluster, each has its own."""
     return redis.of_key(key) if isinstance(redis, ClusterClient) else redis
 
@@ -92,7 +91,7 @@ def _auth_backoff(backoff: Sequence[timedelta]) -> tuple[timedelta, ...]:
 
 
 def open_queues(
-    redis: Redis,
+    redis: FollowingClient,
     settings: Settings,
     on_change: Callable[[CircuitChange], None] = log_change,
     key_space: str = "",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from redis.asyncio import Redis
@@ -25,9 +25,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import MovedError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from outbox_server.shared.queue.places import Address, Place
+from outbox_server.shared.queue.script_pipe import ScriptPipe
 from outbox_server.shared.store_trouble import refusal_of
-
-Address = tuple[str, int]
 
 # Replies of a server that is the wrong one, or cannot serve now.
 _LEFT_AFTER: Final = frozenset(
@@ -40,26 +40,6 @@ _LONGEST_PAUSE_S: Final = 4.0
 _RESET_S: Final = 10.0
 _MAX_TEXT: Final = 200
 _log = structlog.get_logger(__name__)
-
-
-class Place(Protocol):
-    """Finds the server of a client, for each new connection."""
-
-    async def find(self) -> Address:
-        """Return the address of the server.
-
-        Raises:
-            redis.exceptions.RedisError: it is not known.
-        """
-
-    def doubt(self, address: Address) -> None:
-        """Note that the server at this address cannot be reached, or does not serve."""
-
-    def moved(self, address: Address) -> None:
-        """Note that the server said that its duty is at this address."""
-
-    async def aclose(self) -> None:
-        """Close what it uses itself."""
 
 
 class _Following(AbstractConnection):
@@ -92,20 +72,10 @@ class _Following(AbstractConnection):
         try:
             return await super().read_response(*args, **options)
         except RedisError as error:
-            self._judge(error)
+            address = None if self._pool.place is None else (self.host, self.port)
+            if self._pool.judge(error, address):
+                _mark(self)
             raise
-
-    def _judge(self, error: RedisError) -> None:
-        place = self._pool.place
-        if refusal_of(error) in _LEFT_AFTER:
-            _mark(self)
-            if place is not None and isinstance(error, MovedError):
-                place.moved((error.host or self.host, error.port))
-            elif place is not None:
-                place.doubt((self.host, self.port))
-            self._pool.leave(error)
-        elif place is not None and isinstance(error, RedisConnectionError | RedisTimeoutError):
-            place.doubt((self.host, self.port))
 
 
 class FollowingConnection(_Following, Connection):
@@ -157,6 +127,25 @@ class FollowingPool(ConnectionPool):
             self._depart()
         self._address = address
 
+    def judge(self, error: RedisError, address: Address | None) -> bool:
+        """Note an error of the server at this address. Returns whether to leave the server.
+
+        `address` is None without a `place`.
+        """
+        place = self.place
+        if refusal_of(error) in _LEFT_AFTER:
+            if place is not None and address is not None:
+                if isinstance(error, MovedError):
+                    place.moved((error.host or address[0], error.port))
+                else:
+                    place.doubt(address)
+            self.leave(error)
+            return True
+        is_lost = isinstance(error, RedisConnectionError | RedisTimeoutError)
+        if is_lost and place is not None and address is not None:
+            place.doubt(address)
+        return False
+
     def leave(self, error: RedisError) -> None:
         """Let the next calls use new connections, unless the server was left a moment ago."""
         now = time.monotonic()
@@ -192,9 +181,16 @@ class FollowingClient(Redis):
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
         self._pool = pool
+        self.scripts = ScriptPipe(pool)
+
+    async def leave_server(self) -> None:
+        """Let the next calls use new connections, which may lead to another server."""
+        self.scripts.leave()
+        await self._pool.disconnect(inuse_connections=False)
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         """Close all connections."""
+        await self.scripts.aclose()
         await super().aclose(close_connection_pool)
         if self._pool.place is not None:
             await self._pool.place.aclose()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from redis.asyncio import Redis
-
 from outbox_server.shared.database.engine import from_unix_ms, unix_ms
 from outbox_server.shared.queue.connection import client_of
+from outbox_server.shared.queue.following import FollowingClient
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -22,7 +21,7 @@ class KnownBeat:
 class HeartbeatMemory:
     """Keeps the newest heartbeat of an installation in Redis. It may be lost at any time."""
 
-    def __init__(self, redis: Redis, installation_id: str) -> None:
+    def __init__(self, redis: FollowingClient, installation_id: str) -> None:
         self._key = f"outbox:{{{installation_id}}}:heartbeat"
         self._redis = client_of(redis, self._key)
 

@@ -10,6 +10,7 @@ from typing import Final
 from redis.asyncio import Redis
 
 from outbox_server.shared.queue.connection import client_of
+from outbox_server.shared.queue.following import FollowingClient
 
 _TAG: Final = re.compile(r"outbox:\{(?:([^.}]*)\.)?\d+\}:")
 _AT_ONCE: Final = 500
@@ -25,7 +26,11 @@ class OldKeys:
     """
 
     def __init__(
-        self, redis: Redis, nodes: Iterable[Redis], key_spaces: Collection[str], wait: timedelta
+        self,
+        redis: FollowingClient,
+        nodes: Iterable[Redis],
+        key_spaces: Collection[str],
+        wait: timedelta,
     ) -> None:
         """`wait` is how long the sends that began in them may still use them.
 

@@ -10,12 +10,12 @@ from datetime import timedelta
 from typing import Any
 
 import msgpack
-from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError
 
 from outbox_server.shared.queue.circuits import Circuit, CircuitChange, log_change
 from outbox_server.shared.queue.clock_difference import ClockDifference
+from outbox_server.shared.queue.following import FollowingClient
 from outbox_server.shared.queue.keys import JobRef, ShardKeys, job_of, member_of
 from outbox_server.shared.queue.limiter_state import LimiterState, limiter_state_of
 from outbox_server.shared.queue.parts import parts_by_cost
@@ -162,7 +162,7 @@ class Queue:
 
     def __init__(
         self,
-        redis: Redis,
+        redis: FollowingClient,
         shard: int,
         *,
         window: timedelta,
@@ -202,7 +202,7 @@ class Queue:
         }
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[Any]) -> Any:
-        return await self._scripts[name](keys=[*keys], args=[*args])
+        return await self.redis.scripts.run(self._scripts[name], keys, args)
 
     async def claim(self, want: int, limits: Sequence[UserLimit] = ()) -> Claimed:
         """Claim up to `want` jobs that may be sent now, each leased for one lease time."""
@@ -441,7 +441,7 @@ class Queue:
 
     async def leave_server(self) -> None:
         """Let the next calls use new connections, which may lead to another server."""
-        await self.redis.connection_pool.disconnect(inuse_connections=False)
+        await self.redis.leave_server()
 
     async def begin_rebuild(self) -> str | None:
         """Take the lock of a rebuild and return its token. None: another rebuild is running."""

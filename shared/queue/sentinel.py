@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from redis.asyncio.sentinel import Sentinel
 
-from outbox_server.shared.queue.following import Address, FollowingClient, FollowingPool
+from outbox_server.shared.queue.following import FollowingClient, FollowingPool
 from outbox_server.shared.queue.host_urls import malformed, parse_hosts_url
+from outbox_server.shared.queue.places import Address
 
 SCHEMES: Final = ("redis+sentinel://", "rediss+sentinel://")
 _FORM: Final = "redis+sentinel://[user:password@]host:26379[,host:26379...]/name[/database]"

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 from psycopg.conninfo import conninfo_to_dict
-from redis.asyncio import Redis
 from sqlalchemy import event, text
 
 from outbox_server.deploy.embedded.proxy import TcpProxy
@@ -26,6 +25,7 @@ from outbox_server.services.dispatcher import storage
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.queue.connection import connect, open_queues
+from outbox_server.shared.queue.following import FollowingClient
 from outbox_server.shared.queue.keys import member_of
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.settings import Settings
@@ -50,7 +50,7 @@ async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
 
 @asynccontextmanager
 async def sending_with(
-    settings: Settings, redis_of: Sequence[Redis] | None = None
+    settings: Settings, redis_of: Sequence[FollowingClient] | None = None
 ) -> AsyncIterator[SendingWithoutSmtp]:
     """Yield a sender of mails with these settings; `redis_of` gives the Redis of each shard."""
     async with AsyncExitStack() as stack:

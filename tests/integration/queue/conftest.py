@@ -3,15 +3,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-from redis.asyncio import Redis
 
-from tests.integration.queue.shard import Shard
+from tests.integration.queue.shard import Shard, connect_to
 
 
 @pytest.fixture
 async def bare_shard(redis_url: str) -> AsyncIterator[Shard]:
     """A shard after a loss of Redis: it holds only the test's clock."""
-    async with Redis.from_url(redis_url, decode_responses=True) as client:
+    async with connect_to(redis_url) as client:
         shard = Shard(client)
         await shard.at(0)
         yield shard

@@ -12,6 +12,8 @@ from redis.asyncio import Redis
 
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import CircuitChange
+from outbox_server.shared.queue.connection import connect
+from outbox_server.shared.queue.following import FollowingClient
 from outbox_server.shared.queue.keys import JobRef, member_of
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import (
@@ -24,6 +26,7 @@ from outbox_server.shared.queue.records import (
     UserHead,
 )
 from outbox_server.shared.queue.user_limits import UserLimit
+from outbox_server.shared.settings import load_settings
 
 WINDOW = timedelta(hours=1)
 LEASE = timedelta(seconds=60)
@@ -90,12 +93,17 @@ class StoredSender:
     window_expires: bool
 
 
+def connect_to(url: str) -> FollowingClient:
+    """Return a client like that of a service."""
+    return connect(load_settings(redis_url=url))
+
+
 class Shard:
     """A queue, the clock that its scripts read, and a view of its keys."""
 
     def __init__(
         self,
-        redis: Redis,
+        redis: FollowingClient,
         number: int = 0,
         *,
         window: timedelta = WINDOW,

@@ -11,6 +11,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
+from outbox_server.shared.queue.following import FollowingClient
 from outbox_server.shared.queue.keys import JobRef, member_of
 from outbox_server.shared.queue.records import Contact, LimitUse, Settlement, brings_history
 from outbox_server.shared.queue.user_limits import UserLimit
@@ -52,7 +53,7 @@ SENDERS = (9, 10, 11)
 class QueueSteps(UserSteps):
     """Senders, dispatchers, PostgreSQL and Redis; the caller chooses the next step."""
 
-    def __init__(self, runner: asyncio.Runner, redis: Redis, raw: Redis) -> None:
+    def __init__(self, runner: asyncio.Runner, redis: FollowingClient, raw: Redis) -> None:
         super().__init__()
         self.raw = raw
         self.runner = runner

@@ -6,10 +6,9 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from redis.asyncio import Redis
 
 from outbox_server.shared.queue.circuits import Circuit
-from outbox_server.shared.queue.connection import open_queues
+from outbox_server.shared.queue.connection import connect, open_queues
 from outbox_server.shared.queue.records import Claim, Contact, LimitUse
 from tests.dispatchers import options, settings_of
 from tests.integration.queue.shard import AUTH_BACKOFF, BACKOFF, SENDER, START_MS, Shard, jobs
@@ -113,10 +112,11 @@ async def test_a_successful_authentication_closes_the_circuit(shard: Shard) -> N
     ],
 )
 async def test_the_backoff_after_failed_authentications_extends_the_retries_to_one_hour(
-    redis: Redis, backoff: str, expected: tuple[int, ...]
+    backoff: str, expected: tuple[int, ...]
 ) -> None:
     values = options("postgresql://outbox@localhost/outbox", "redis://localhost", "smtp://x.test")
     settings = settings_of(values | {"retry_backoff": backoff})
-    (queue,) = open_queues(redis, settings)
+    async with connect(settings) as redis:
+        (queue,) = open_queues(redis, settings)
 
     assert queue._auth_backoff == tuple(timedelta(seconds=each) for each in expected)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from redis.asyncio import Redis
 
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Queue
@@ -27,6 +26,7 @@ from tests.integration.queue.shard import (
     WINDOW,
     WINDOW_MS,
     Shard,
+    connect_to,
     jobs,
     members,
     milliseconds,
@@ -386,7 +386,7 @@ async def test_many_senders_without_settings_do_not_slow_a_claim(shard: Shard) -
 
 
 async def test_scripts_use_the_clock_of_redis(redis_url: str) -> None:
-    async with Redis.from_url(redis_url, decode_responses=True) as redis:
+    async with connect_to(redis_url) as redis:
         queue = Queue(redis, 0, window=WINDOW, lease=LEASE)
         token = await queue.begin_rebuild()
         assert token is not None

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.embedded.valkey import ValkeyServer
 from outbox_server.deploy.ports import LOOPBACK, free_port
+from outbox_server.shared.queue.following import FollowingClient
 from outbox_server.shared.queue.records import LimitUse, Settlement
 from tests.conftest import Stores
 from tests.eventually import eventually
-from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, jobs
+from tests.integration.queue.shard import LEASE_MS, SENDER, Shard, connect_to, jobs
 
 
 class ClusterServer(ValkeyServer):
@@ -38,12 +38,12 @@ class ClusterServer(ValkeyServer):
 
 
 @pytest_asyncio.fixture
-async def cluster(stores: Stores, tmp_path: Path) -> AsyncIterator[Redis]:
+async def cluster(stores: Stores, tmp_path: Path) -> AsyncIterator[FollowingClient]:
     server = ClusterServer(tmp_path / "cluster", binary=stores.redis.binary)
     server.password = ""
     await server.start()
     try:
-        async with Redis.from_url(server.url, decode_responses=True) as redis:
+        async with connect_to(server.url) as redis:
             command: Any = redis.execute_command
             await command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
 
@@ -66,7 +66,7 @@ def strict(shard: Shard) -> Shard:
     return shard
 
 
-async def test_no_script_touches_a_key_outside_of_its_shard(cluster: Redis) -> None:
+async def test_no_script_touches_a_key_outside_of_its_shard(cluster: FollowingClient) -> None:
     stray = "return redis.call('SET', 'outbox:{1}:x', '1')"
     with pytest.raises(ResponseError, match="slot"):
         await cluster.eval("#!lua\n" + stray, 1, "outbox:{0}:ready")

@@ -30,6 +30,7 @@ import outbox_server.shared.queue.queue
 from outbox_server.shared.queue.records import Contact, LimitUse
 from outbox_server.shared.states import JobState
 from tests.integration.queue.limit_steps import Answers, LimitSteps
+from tests.integration.queue.shard import connect_to
 from tests.integration.queue.steps import (
     LOW,
     SENDER_KEYS,
@@ -373,7 +374,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def test_the_scripts_agree_with_the_model_and_keep_the_promises(
     redis_url: str, runner: asyncio.Runner, _part: int
 ) -> None:
-    redis, raw = Redis.from_url(redis_url, decode_responses=True), Redis.from_url(redis_url)
+    redis, raw = connect_to(redis_url), Redis.from_url(redis_url)
 
     class Machine(QueueMachine):
         def __init__(self) -> None:

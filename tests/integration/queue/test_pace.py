@@ -6,10 +6,9 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from redis.asyncio import Redis
 
 from outbox_server.shared.queue.records import Claim, Contact, Head, LimitUse
-from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, jobs, milliseconds
+from tests.integration.queue.shard import SENDER, WINDOW_MS, Shard, connect_to, jobs, milliseconds
 
 FREE = replace(SENDER, gap=timedelta(0), jobs=jobs(*((n, 0) for n in range(1, 10))))
 MOST_MS = 60_000
@@ -151,7 +150,7 @@ async def test_the_limiter_reports_the_pace_as_the_gap(shard: Shard) -> None:
 async def test_a_pace_longer_than_the_window_keeps_the_promise_of_the_window(
     redis_url: str,
 ) -> None:
-    async with Redis.from_url(redis_url, decode_responses=True) as client:
+    async with connect_to(redis_url) as client:
         shard = Shard(client, window=milliseconds(10_000))
         await shard.at(0)
         await shard.whole()
@@ -171,7 +170,7 @@ async def test_a_pace_longer_than_the_window_keeps_the_promise_of_the_window(
 
 
 async def test_a_sender_with_a_pace_is_deleted_when_no_mail_waits(redis_url: str) -> None:
-    async with Redis.from_url(redis_url, decode_responses=True) as client:
+    async with connect_to(redis_url) as client:
         shard = Shard(client, window=milliseconds(10_000))
         await shard.at(0)
         await shard.whole()

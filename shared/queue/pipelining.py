@@ -1,0 +1,208 @@
+"""One connection that carries many calls at once: each is written at once, replies come in order.
+
+redis-py gives each call a connection of its own for as long as the call takes, and several tasks
+and time limits. Here a call costs one write and one future. redis-py's connection still does what
+happens once: the address, TLS, the login and the database. Then this module takes its transport.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import InvalidResponse, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from outbox_server.shared.queue.places import Address, ConnectionSource
+
+_INCOMPLETE: Final = object()
+
+
+class NoReplyError(RedisConnectionError):
+    """A command was written and no reply came: it may or may not have been executed."""
+
+
+class NoReplyInTimeError(NoReplyError, RedisTimeoutError):
+    """The same, because the reply took too long."""
+
+
+class _Written:
+    """The commands of one write, and their replies so far."""
+
+    __slots__ = ("count", "deadline", "future", "replies")
+
+    def __init__(self, count: int, deadline: float, future: asyncio.Future[list[Any]]) -> None:
+        self.count = count
+        self.deadline = deadline
+        self.future = future
+        self.replies: list[Any] = []
+
+
+class PipelinedConnection(asyncio.Protocol):
+    """A connection that is open, until it is closed or lost."""
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        pool: ConnectionSource,
+        on_replies: Callable[[], None],
+        on_lost: Callable[[PipelinedConnection], None],
+    ) -> None:
+        """Take over a connection of redis-py, which must have been opened just now.
+
+        `on_replies` is called when all replies of one `write` have come or are given up, and
+        `on_lost` when the connection has ended.
+        """
+        private: Any = connection
+        # A later redis-py must not close them, and the garbage collector neither.
+        self._streams = private._reader, private._writer  # noqa: SLF001 - it has no public name
+        private._reader = private._writer = None  # noqa: SLF001
+        self._transport: asyncio.Transport = self._streams[1].transport
+        encoder = connection.encoder
+        self._parser = hiredis.Reader(
+            protocolError=InvalidResponse,
+            replyError=private._parser.parse_error,  # noqa: SLF001
+            notEnoughData=_INCOMPLETE,
+            encoding=encoder.encoding,
+            errors=encoder.encoding_errors,
+        )
+        self._loop = asyncio.get_running_loop()
+        self._limit_s: float | None = connection.socket_timeout
+        self._pool = pool
+        self._departures = pool.departures
+        # None with a socket of this machine.
+        self._address: Address | None = None
+        if pool.place is not None:
+            self._address = private.host, private.port
+        self._on_replies = on_replies
+        self._on_lost = on_lost
+        self._waiting: deque[_Written] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._retired = False
+        self._ended = False
+        self._lost = asyncio.Event()
+        # Not set while too much is waiting to be sent.
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._transport.set_protocol(self)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether further calls may use it. Not after its server was left."""
+        return not (
+            self._ended
+            or self._retired
+            or self._departures != self._pool.departures
+            or self._transport.is_closing()
+        )
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the server takes what is sent."""
+        return self._writable.is_set()
+
+    async def until_writable(self) -> None:
+        """Wait until the server takes what is sent, or the connection has ended."""
+        await self._writable.wait()
+
+    def write(self, commands: bytes, count: int) -> asyncio.Future[list[Any]]:
+        """Send `count` commands at once. Returns their replies.
+
+        Errors are among the replies: those of the server, and `NoReplyError`. Nobody needs to wait
+        for the future: the replies of others stay in their order.
+        """
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
+        now = self._loop.time()
+        self._transport.write(commands)
+        self._waiting.append(_Written(count, now + (self._limit_s or 0), future))
+        if self._limit_s is not None and self._timer is None:
+            self._timer = self._loop.call_at(now + self._limit_s, self._check_limit)
+        return future
+
+    def retire(self) -> None:
+        """Close it after the calls that are under way."""
+        self._retired = True
+        if not self._waiting:
+            self._transport.close()
+
+    async def aclose(self) -> None:
+        """Close it now. The calls under way fail."""
+        self._end(NoReplyError, "the client was closed")
+        await self._lost.wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Give the replies to their calls."""
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets()) is not _INCOMPLETE:
+                # Nothing asks for such messages here, but a server may send them.
+                if not isinstance(reply, hiredis.PushNotification):
+                    self._received(reply)
+        except (InvalidResponse, ValueError) as error:
+            self._end(NoReplyError, f"the server sent what is no reply: {error}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give up the calls that are under way."""
+        cause = "" if exc is None else f" ({exc})"
+        self._end(NoReplyError, f"the connection to Redis was lost before its reply{cause}")
+        self._lost.set()
+        self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        """Note that the server takes less than is sent."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Note that the server takes what is sent."""
+        self._writable.set()
+
+    def _received(self, reply: Any) -> None:
+        if not self._waiting:
+            raise InvalidResponse("a reply without a call")
+        first = self._waiting[0]
+        first.replies.append(reply)
+        if isinstance(reply, RedisError) and self._pool.judge(reply, self._address):
+            self._retired = True
+        if len(first.replies) == first.count:
+            self._waiting.popleft()
+            self._finish(first)
+        if self._retired and not self._waiting:
+            self._transport.close()
+
+    def _finish(self, written: _Written) -> None:
+        if not written.future.done():
+            written.future.set_result(written.replies)
+        self._on_replies()
+
+    def _check_limit(self) -> None:
+        """Replies come in order, so the first call is the one that has waited longest."""
+        self._timer = None
+        if not self._waiting:
+            return
+        deadline = self._waiting[0].deadline
+        if deadline > self._loop.time():
+            self._timer = self._loop.call_at(deadline, self._check_limit)
+        else:
+            self._end(NoReplyInTimeError, f"no reply from Redis within {self._limit_s:g} s")
+
+    def _end(self, kind: type[NoReplyError], text: str) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._transport.abort()
+        if self._waiting:
+            self._pool.judge(kind(text), self._address)
+        while self._waiting:
+            written = self._waiting.popleft()
+            # Each gets an error of its own, because raising one adds to its traceback.
+            missing = written.count - len(written.replies)
+            written.replies += [kind(text) for _ in range(missing)]
+            self._finish(written)
+        self._writable.set()
