@@ -34,8 +34,9 @@ from outbox_server.shared.queue.records import (
 from outbox_server.shared.queue.scripts import SCRIPTS, read_script
 from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserLimit, UserSendLimits
 
-# The most jobs in a sender's head; up to this size Redis stores a sorted set as a compact listpack.
-HEAD_SIZE = 128
+# The most jobs in a sender's head. Redis stores a sorted set of up to 128 members as a compact
+# listpack, here with 33 bytes per job: the heads of 1,000 senders take less than 4 MB.
+HEAD_SIZE = 112
 # A head with fewer jobs is loaded again while the rest of it is being sent.
 LOW_WATER = 32
 _LOAD_PATIENCE = timedelta(seconds=5)

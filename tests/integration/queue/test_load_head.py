@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.queue import HEAD_SIZE
 from outbox_server.shared.queue.records import ActiveLease, LimitUse, PastEnd
 from tests.integration.queue.shard import (
     LEASE_MS,
@@ -284,3 +286,14 @@ async def test_a_sender_that_is_used_again_is_kept(shard: Shard, how: str) -> No
 
     state = await shard.sender()
     assert (state.settings_expire, state.window_expires) == (False, False)
+
+
+async def test_a_full_head_is_compact(shard: Shard) -> None:
+    first = JobRef(1_234_567_890_123_456_789, 1)
+    full = [(JobRef(first.job_id + n, 1), START_MS + n) for n in range(HEAD_SIZE)]
+    await shard.load(replace(SENDER, jobs=tuple(full), more=True))
+    key = shard.prefix + "due:7"
+
+    assert await shard.redis.object("ENCODING", key) == "listpack"
+    memory: Any = await shard.redis.memory_usage(key)
+    assert memory < 40 * HEAD_SIZE
