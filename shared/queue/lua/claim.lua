@@ -40,7 +40,9 @@ local want, lease, window = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[
 local low, patience = tonumber(ARGV[4]), tonumber(ARGV[5])
 local limits = ARGV[6] ~= '' and cmsgpack.unpack(ARGV[6]) or {}
 
-redis.call('HSET', LIFE_KEY, 'users', ARGV[7], 'ahead', ARGV[8])
+if STORED_USERS ~= ARGV[7] or STORED_AHEAD ~= ARGV[8] then
+    redis.call('HSET', LIFE_KEY, 'users', ARGV[7], 'ahead', ARGV[8])
+end
 local limit, gap = string.match(ARGV[7], '^(%d+) (%d+)$')
 USER_LIMIT, USER_GAP, AHEAD = tonumber(limit), tonumber(gap), tonumber(ARGV[8])
 

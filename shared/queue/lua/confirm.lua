@@ -14,17 +14,18 @@
 --!include look
 
 local window = tonumber(ARGV[1])
-local results = {}
+local results, senders = {}, {}
 for i = 2, #ARGV, 3 do
     local id, member, until_ms = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
     -- A sender whose keys are lost will be loaded again, with leases from the marks in PostgreSQL.
-    local s = read_sender(id)
-    local found = s and redis.call('ZSCORE', lease_of(id), member)
-    local owned = found and s.owner and redis.call('ZSCORE', lease_of(s.owner.id), member)
+    if senders[id] == nil then senders[id] = read_sender(id) or false end
+    local s = senders[id]
+    local lease = s and redis.call('ZSCORE', lease_of(id), member)
+    local owned = lease and s.owner and redis.call('ZSCORE', lease_of(s.owner.id), member)
     -- Without a lease of the user, the claim is from before the user had a limiter, or the limiter
     -- was restored before the mark.
-    if found and s.owner then found = owned end
-    local changed = found and tonumber(redis.call('ZSCORE', lease_of(id), member)) ~= until_ms
+    local found = lease and (not s.owner or owned)
+    local changed = found and tonumber(lease) ~= until_ms
     if changed or owned and tonumber(owned) ~= until_ms then
         -- Claimed again after a loss, by a dispatcher whose mark will be refused. Restore our
         -- lease, so that the other claim does not release it.

@@ -329,6 +329,8 @@ async def test_a_lease_from_before_a_loss_blocks_the_gap_until_postgresql_tells_
 
 async def calls_of_a_claim(shard: Shard, want: int) -> dict[str, int]:
     """Claim `want` jobs; return how often each Redis command was called."""
+    # The first claim also stores the limits of users.
+    assert await shard.claimed(0) == []
     await shard.redis.config_resetstat()
     assert len(await shard.claimed(want)) == want
     stats = await shard.redis.info("commandstats")

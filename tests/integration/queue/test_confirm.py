@@ -69,3 +69,17 @@ async def test_a_claim_of_a_sender_whose_settings_are_lost_is_not_confirmed(shar
 
     await shard.queue.begin_load([7], committed=False)
     assert await shard.queue.confirm(claims) == [False]
+
+
+async def test_the_sender_of_several_claims_is_read_once(shard: Shard) -> None:
+    head = replace(HEAD, user="ann", jobs=jobs(*((n, 0) for n in range(1, 6))))
+    await shard.load(head)
+    claims = (await shard.claim()).claims
+    reads = []
+    for confirmed in (claims[:1], claims):
+        await shard.redis.config_resetstat()
+        assert await shard.queue.confirm(confirmed) == [True] * len(confirmed)
+        reads.append((await shard.redis.info("commandstats"))["cmdstat_hmget"]["calls"])
+
+    assert len(claims) == 5
+    assert reads[0] == reads[1]

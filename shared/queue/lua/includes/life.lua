@@ -28,28 +28,32 @@ local USER_LIMIT, USER_GAP = 0, 0
 -- claimed last knows; 0 if it is behind. Times that PostgreSQL decides (due times, sending hours)
 -- have come by NOW if they are at most NOW - AHEAD.
 local AHEAD = 0
+-- The stored texts of both, as a claim writes them.
+local STORED_USERS, STORED_AHEAD
 do
     local f = redis.call('HMGET', LIFE_KEY, 'replication', 'id', 'seen', 'users', 'ahead')
     local seen = tonumber(f[3] or 0)
-    local kept = { 'replication', RUN }
+    local begun = {}
     LIFE = f[2]
     if f[1] ~= RUN or NOW <= seen - STEP then
         LIFE = string.sub(RUN, 1, 8) .. string.format(':%.0f', NOW)
         -- The last release compares the id of the process.
-        kept[3], kept[4] = 'run', string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+        local process = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
+        begun = { 'id', LIFE, 'replication', RUN, 'run', process }
     else
         NOW, NOW_UP = math.max(NOW, seen), math.max(NOW_UP, seen)
     end
+    STORED_USERS, STORED_AHEAD = f[4], f[5]
     local limit, gap = string.match(f[4] or '', '^(%d+) (%d+)$')
     if limit then USER_LIMIT, USER_GAP = tonumber(limit), tonumber(gap) end
     AHEAD = tonumber(f[5] or 0)
-    local stored = redis.pcall('HSET', LIFE_KEY, 'id', LIFE, 'seen', NOW, unpack(kept))
+    local stored = redis.pcall('HSET', LIFE_KEY, 'seen', NOW, unpack(begun))
     if type(stored) == 'table' and stored.err then
         FULL = true
         -- Redis never refuses a deletion, and it refuses a script no memory after its first write,
         -- so that scripts do not stop half way.
         redis.call('HDEL', LIFE_KEY, '')
-        redis.call('HSET', LIFE_KEY, 'id', LIFE, 'seen', NOW, unpack(kept))
+        redis.call('HSET', LIFE_KEY, 'seen', NOW, unpack(begun))
     end
 end
 

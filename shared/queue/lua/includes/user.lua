@@ -8,12 +8,16 @@ local LOST = 'lost'
 local users = {}
 
 -- Returns the limiter of a user; nil if there is none; LOST if its keys are lost or being loaded.
--- One object per user and script run, since the senders of a claim share it.
+-- One object per user and script run, since the senders of a claim share it; false: there is none.
 local function read_user(user)
-    if user == '' or users[user] then return users[user] end
+    if user == '' then return nil end
+    if users[user] ~= nil then return users[user] or nil end
     local id = limiter_of(user)
     local f = redis.call('HMGET', settings_of(id), 'limit', 'gap', 'end', 'life', 'sets')
-    if f[4] ~= LIFE then return nil end
+    if f[4] ~= LIFE then
+        users[user] = false
+        return nil
+    end
     if not is_known(id, f[1], f[4], f[5]) then return LOST end
     local limit, gap = tonumber(f[1]) or USER_LIMIT, tonumber(f[2]) or USER_GAP
     users[user] = {
