@@ -218,6 +218,14 @@ async def test_a_node_that_hangs_delays_its_own_shards_only(
     owners = [await cluster.owner_of(slot_of(shard)) for shard in range(SHARDS)]
     others = [shard for shard, owner in enumerate(owners) if owner is not hanging]
     async with sending(cluster, database_url, inbox, tmp_path) as run:
+
+        async def has_begun() -> bool:
+            lives = await run.world.sql("SELECT shard FROM shard_lives WHERE shard < %s", SHARDS)
+            return len(lives) == SHARDS
+
+        # A dispatcher reads the last heartbeat of PostgreSQL, which may be on any node, before it
+        # takes jobs.
+        await eventually(has_begun)
         os.kill(hanging.child.pid, signal.SIGSTOP)
         try:
             await eventually(run.dispatcher.not_serving)
