@@ -194,8 +194,16 @@ docs: $(READY) ## Write the API reference, docs/api.md, and docs/openapi.json, f
 	$(BIN)/python docs/build_openapi.py
 
 .PHONY: bench
-bench: $(READY) ## Measure all, or the rows in ROWS, such as ROWS="intake hostile" (needs postfix's smtp-sink)
-	$(BIN)/python -m bench $(ROWS)
+bench: $(READY) ## Measure all, or ROWS="lists idle"; SHORT=1: the short form; DOCS=1: also write docs/
+	$(BIN)/python -m bench $(ROWS) $(if $(SHORT),--short) $(if $(DOCS),--docs)
+
+.PHONY: bench-guard
+bench-guard: $(READY) ## Fail if a mail or a row costs much more than recorded, relative to bare probes
+	$(BIN)/python -m bench.guard
+
+.PHONY: bench-guard-record
+bench-guard-record: $(READY) ## Record what mails and rows cost now, after a change that is meant
+	$(BIN)/python -m bench.guard --record
 
 LOCK := uv pip compile --quiet --generate-hashes --no-emit-index-url --no-header --universal \
   --python-version 3.11

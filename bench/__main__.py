@@ -5,228 +5,161 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import platform
 import sys
 import tempfile
-import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import grpc
-import psycopg
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
-from outbox.v1 import batch_pb2, batch_service_pb2, sender_pb2, sender_service_pb2
-from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
-from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 from rich.console import Console
 from rich.table import Table
 
-from bench.healing import healing
-from bench.hostile import PROMISED_STALL_MS, hostile
-from bench.idle import SENDERS as WAITING_SENDERS
-from bench.idle import idle
-from bench.world import BenchStack, peak_memory_mib, world
+from bench import (
+    accounts,
+    backlog,
+    dispatching,
+    ending,
+    intake,
+    lateness,
+    pages,
+    promises,
+    reading,
+    standing,
+)
+from bench.bench import Bench
+from bench.results import RowResult
+from bench.rivals.installing import InstalledRivals
+from bench.row import BenchRow
+from bench.size import SHORT, BenchSize
+from bench.world import sink_name, smtp_sink
+from outbox_server.deploy.embedded.stack import Servers
+from outbox_server.shared.database.migrating import migrate
 
-USER = "bench"
-SENDERS = 100
-DISPATCHED = 30_000
-UPLOADED = 1_000_000
-DUE_A_SECOND, DUE_SECONDS = 200, 20
-CHUNK = 64 * 1024
-SUBJECT = "Your order {{ order }}"
-BODY = "Dear {{ name }},\n\nyour order {{ order }} leaves {{ city }} today.\n\nThe shop\n"
-HTML = "<p>Dear {{ name }},</p><p>your order <b>{{ order }}</b> leaves {{ city }} today.</p>"
-
-
-def _csv(rows: int, prefix: str) -> bytes:
-    lines = ["email,name,order,city"]
-    lines += [f"{prefix}{i}@example.net,Ann Example {i},{i:08},Springfield" for i in range(rows)]
-    return ("\r\n".join(lines) + "\r\n").encode()
-
-
-async def _senders(channel: grpc.aio.Channel, count: int) -> list[str]:
-    stub = SenderServiceStub(channel)
-    answers = [
-        await stub.CreateSender(
-            sender_service_pb2.CreateSenderRequest(
-                user_id=USER,
-                sender=sender_pb2.Sender(
-                    email=f"sender{i}@example.com", hourly_limit=1_000_000, max_in_flight=20
-                ),
-            )
-        )
-        for i in range(count)
-    ]
-    return [answer.sender_id for answer in answers]
+TARGET: Final = Path("build/bench.json")
+_MODULES: Final = (
+    *(dispatching, accounts, intake, lateness, backlog),
+    *(reading, ending, standing, promises),
+)
+ROWS: Final = {row.name: row for module in _MODULES for row in module.ROWS}
 
 
-def _options(sender_id: str, start: datetime, spacing: timedelta) -> batch_pb2.BatchOptions:
-    schedule_time, duration = Timestamp(), Duration()
-    schedule_time.FromDatetime(start)
-    duration.FromTimedelta(spacing)
-    return batch_pb2.BatchOptions(
-        request_id=str(uuid.uuid4()),
-        user_id=USER,
-        sender_id=sender_id,
-        subject=SUBJECT,
-        body=BODY,
-        html=HTML,
-        schedule_time=schedule_time,
-        spacing=duration,
-    )
+async def measure(names: Sequence[str], size: BenchSize) -> dict[str, Any]:
+    """Measure rows one after the other; in each, the contenders take turns.
+
+    The file is written after each row, so that an interrupted run leaves what it has measured.
+    """
+    console = Console(stderr=True)
+    run = _described(size)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="build") as folder:
+        async with Servers(Path(folder), inbox=False) as servers:
+            await asyncio.to_thread(migrate, servers.database_url)
+            with smtp_sink() as (sink_pid, smtp_port):
+                bench = Bench(servers, sink_pid, smtp_port, size, InstalledRivals(), console.print)
+                for name in names:
+                    console.print(f"{name} ...")
+                    result = await _measure_row(bench, ROWS[name])
+                    run["rows"][name] = result.as_json()
+                    await asyncio.to_thread(_write, run)
+    return run
 
 
-async def _upload(
-    channel: grpc.aio.Channel, options: batch_pb2.BatchOptions, csv: bytes
-) -> batch_service_pb2.ScheduleBatchResponse:
-    async def parts() -> AsyncIterator[batch_service_pb2.UploadBatchRequest]:
-        yield batch_service_pb2.UploadBatchRequest(options=options)
-        for start in range(0, len(csv), CHUNK):
-            yield batch_service_pb2.UploadBatchRequest(chunk=csv[start : start + CHUNK])
-
-    return await BatchServiceStub(channel).UploadBatch(parts())
+def _write(run: dict[str, Any]) -> None:
+    TARGET.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
 
-async def intake(stack: BenchStack) -> dict[str, float]:
-    """Upload one CSV and cancel its batch: rows per second, peak memory of the scheduler, s."""
-    csv = _csv(UPLOADED, "r")
-    with stack.process("scheduler") as process:
-        async with grpc.aio.insecure_channel(stack.scheduler) as channel:
-            (sender,) = await _senders(channel, 1)
-            later = datetime.now(UTC) + timedelta(days=30)
-            started = time.perf_counter()
-            answer = await _upload(channel, _options(sender, later, timedelta(0)), csv)
-            took = time.perf_counter() - started
-            started = time.perf_counter()
-            cancelled = await BatchServiceStub(channel).CancelBatch(
-                batch_service_pb2.CancelBatchRequest(batch_id=answer.batch.batch_id)
-            )
-            cancel_took = time.perf_counter() - started
-        if cancelled.cancelled_count != UPLOADED:
-            raise SystemExit(f"cancelled {cancelled.cancelled_count} of {UPLOADED}")
-        if answer.batch.accepted_count != UPLOADED:
-            raise SystemExit(f"accepted {answer.batch.accepted_count} of {UPLOADED}")
-        return {
-            "upload_rows": UPLOADED,
-            "upload_rows_per_s": UPLOADED / took,
-            "upload_peak_mib": peak_memory_mib(process),
-            "cancel_million_s": cancel_took,
-        }
-
-
-async def _schedule(stack: BenchStack, rows: int, start: datetime, spacing: timedelta) -> None:
-    """Give each sender the same number of rows; space their first mails evenly."""
-    with stack.process("scheduler"):
-        async with grpc.aio.insecure_channel(stack.scheduler) as channel:
-            for i, sender in enumerate(await _senders(channel, SENDERS)):
-                first = start + spacing * i / SENDERS
-                await _upload(channel, _options(sender, first, spacing), _csv(rows, f"s{i}r"))
-
-
-async def _until_sent(stack: BenchStack, total: int) -> None:
-    async with await psycopg.AsyncConnection.connect(
-        stack.servers.database_url, autocommit=True
-    ) as connection:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            cursor = await connection.execute("SELECT count(*) FROM attempts WHERE outcome = 1")
-            row = await cursor.fetchone()
-            if row is not None and row[0] >= total:
-                return
-            await asyncio.sleep(0.5)
-    raise SystemExit(f"not all of {total} mails were sent in two minutes")
-
-
-async def _one_row(stack: BenchStack, query: str) -> tuple[float, ...]:
-    async with await psycopg.AsyncConnection.connect(stack.servers.database_url) as connection:
-        row = await (await connection.execute(query)).fetchone()
-        if row is None:
-            raise RuntimeError(query)
-        return tuple(float(value) for value in row)
-
-
-async def dispatch(stack: BenchStack, concurrency: int) -> dict[str, float]:
-    """Measure mails per second: one dispatcher process, many senders, waiting mail, gap 0."""
-    await _schedule(stack, DISPATCHED // SENDERS, datetime.now(UTC), timedelta(0))
-    with stack.process("dispatcher", dispatcher_concurrency=str(concurrency)) as process:
-        await _until_sent(stack, DISPATCHED)
-        memory = peak_memory_mib(process)
-    (rate,) = await _one_row(
-        stack,
-        "SELECT count(*) / extract(epoch FROM max(ended_at) - min(started_at)) FROM attempts",
-    )
+def _described(size: BenchSize) -> dict[str, Any]:
+    """Return a run without rows: when, where and how much is measured."""
     return {
-        f"dispatch_mails_per_s_concurrency_{concurrency}": rate,
-        "dispatcher_peak_mib": memory,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+        },
+        "sink": sink_name(),
+        "fsync": "on",
+        "size": {"jobs": size.jobs, "mails": size.mails, "is_full": size.is_full},
+        "rounds": size.rounds,
+        "rows": {},
     }
 
 
-async def lateness(stack: BenchStack) -> dict[str, float]:
-    """Measure the lateness in ms of each mail while 200 mails fall due per second."""
-    total = DUE_A_SECOND * DUE_SECONDS
-    spacing = timedelta(seconds=SENDERS / DUE_A_SECOND)
-    start = datetime.now(UTC) + timedelta(seconds=15)
-    await _schedule(stack, total // SENDERS, start, spacing)
-    with stack.process("dispatcher", dispatcher_concurrency="20"):
-        await _until_sent(stack, total)
-    p50, p99, most = await _one_row(
-        stack,
-        """
-        SELECT percentile_cont(0.50) WITHIN GROUP (ORDER BY late),
-               percentile_cont(0.99) WITHIN GROUP (ORDER BY late), max(late)
-        FROM (SELECT 1000 * extract(epoch FROM a.started_at - j.scheduled_at) AS late
-              FROM attempts a JOIN email_jobs j ON j.id = a.email_job_id) AS each
-        """,
+async def _measure_row(bench: Bench, row: BenchRow) -> RowResult:
+    result = RowResult(row.name, row.what, row.targets, row.notes, row.size(bench.size))
+    for number in range(bench.size.rounds):
+        for label, contender in row.contenders.items():
+            try:
+                result.add(label, await contender(bench, number))
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - the other rows still count
+                traceback.print_exc()
+                result.error = f"{label}, round {number + 1}: {error!r}"
+                return result
+    return result
+
+
+def print_table(run: dict[str, Any]) -> None:
+    """Print the rows with their medians, spreads and ratios."""
+    table = Table("row", "contender", "figure", "median", "spread", "ratio", "target", "met")
+    for name, row in run["rows"].items():
+        first = True
+        for label, figures in row["contenders"].items():
+            for figure, found in figures.items():
+                low, high = (pages.short(value) for value in found["spread"])
+                median = pages.short(found["median"])
+                start = (name if first else "", label, figure)
+                table.add_row(*start, median, f"{low} to {high}", "", "", "")
+                first = False
+        for target in row["targets"]:
+            table.add_row(name if first else "", "", "", "", "", *pages.verdict(target))
+            first = False
+        table.add_row("", row["size"], *[""] * 6)
+        if row["error"]:
+            table.add_row("", row["error"], *[""] * 6)
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for note in sorted({note for row in run["rows"].values() for note in row["notes"]}):
+        print(f"- {note}")
+    size = run["size"]
+    print(
+        f"{size['jobs']:,} jobs of backlog, {size['mails']:,} mails, {run['rounds']} rounds in "
+        f"turns, fsync {run['fsync']}, mail to {run['sink']}, {run['machine']['cores']} cores"
     )
-    return {"lateness_ms_p50": p50, "lateness_ms_p99": p99, "lateness_ms_max": most}
-
-
-_ROWS: Final[Mapping[str, Callable[[BenchStack], Awaitable[dict[str, float]]]]] = {
-    "intake": intake,
-    "dispatch": lambda stack: dispatch(stack, 20),
-    "lateness": lateness,
-    "healing": healing,
-    "hostile": hostile,
-    "idle": lambda stack: idle(stack, WAITING_SENDERS[0]),
-}
-
-
-async def _measure(names: Sequence[str]) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for name in names:
-        Console(stderr=True).print(f"{name} ...")
-        with tempfile.TemporaryDirectory(prefix="outbox-bench-") as folder:
-            async with world(Path(folder)) as stack:
-                figures |= await _ROWS[name](stack)
-    return figures
+    if not size["is_full"]:
+        print("a short form: the targets are about 10,000,000 jobs and 20,000 mails")
 
 
 def main() -> int:
     """Measure the rows that are named, or all, and print them."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=main.__doc__)
-    parser.add_argument("row", nargs="*", metavar="ROW", help=f"one of {', '.join(_ROWS)}")
-    names = parser.parse_args().row or list(_ROWS)
-    if unknown := [name for name in names if name not in _ROWS]:
-        parser.error(f"no row {', '.join(unknown)}; the rows are {', '.join(_ROWS)}")
-    figures = asyncio.run(_measure(names))
-    table = Table("figure", "value")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,.1f}")
-    Console().print(table)
-    target = Path("build/bench.json")
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    stall = figures.get("hostile_longest_stall_ms", 0)
-    if stall > PROMISED_STALL_MS:
-        Console(stderr=True).print(
-            f"an event loop stalled for up to {stall:.0f} ms, more than {PROMISED_STALL_MS}; "
-            "on a machine with other work, the time may be that of others"
-        )
-        return 1
-    return 0
+    parser.add_argument("row", nargs="*", metavar="ROW", help=f"one of {', '.join(ROWS)}")
+    parser.add_argument("--short", action="store_true", help="a backlog of 100,000, 4,000 mails")
+    parser.add_argument("--jobs", type=int, help="jobs of backlog (default: 10,000,000)")
+    parser.add_argument("--mails", type=int, help="mails that are sent (default: 20,000)")
+    parser.add_argument("--rounds", type=int, help="rounds of each contender (default: 3)")
+    parser.add_argument("--docs", action="store_true", help="write the figures into docs/, too")
+    options = parser.parse_args()
+    names = options.row or list(ROWS)
+    if unknown := [name for name in names if name not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}; the rows are {', '.join(ROWS)}")
+    base = SHORT if options.short else BenchSize()
+    size = BenchSize(
+        options.jobs or base.jobs, options.mails or base.mails, options.rounds or base.rounds
+    )
+    if size.jobs < 10_000 or size.mails < 1_000:
+        parser.error("at least 10,000 jobs and 1,000 mails")
+    # The servers' folder is there as well: it has room for the large databases.
+    TARGET.parent.mkdir(exist_ok=True)
+    run = asyncio.run(measure(names, size))
+    print_table(run)
+    if options.docs:
+        pages.write(run)
+    missed = [name for name, row in run["rows"].items() if not row["met"]]
+    print(f"written to {TARGET}; missed: {', '.join(missed) or 'none'}")
+    return 1 if any(row["error"] for row in run["rows"].values()) else 0
 
 
 if __name__ == "__main__":

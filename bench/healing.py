@@ -53,9 +53,7 @@ async def healing(stack: BenchStack) -> dict[str, float]:
     """Empty Redis under load: a million waiting jobs, a thousand senders, gaps of 2 s."""
     size = {"senders": SENDERS, "waiting": WAITING, "history": HISTORY}
     async with (
-        await psycopg.AsyncConnection.connect(
-            stack.servers.database_url, autocommit=True
-        ) as connection,
+        await psycopg.AsyncConnection.connect(stack.database_url, autocommit=True) as connection,
         Redis.from_url(stack.servers.redis_url) as redis,
     ):
         for statement in _FILL:

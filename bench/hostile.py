@@ -125,7 +125,7 @@ async def _send_some(
         WHERE j.batch_id = ANY(%s) AND a.outcome = 1
     """
     async with await psycopg.AsyncConnection.connect(
-        stack.servers.database_url, autocommit=True
+        stack.database_url, autocommit=True
     ) as connection:
         for _ in range(_LIMIT_S * 4):
             row = await (await connection.execute(query, [batches])).fetchone()

@@ -94,9 +94,7 @@ async def idle(stack: BenchStack, senders: int) -> dict[str, float]:
     """Measure the cost of `senders` waiting senders, and a rebuild of them; some are due then."""
     name = f"{senders // 1000}k"
     async with (
-        await psycopg.AsyncConnection.connect(
-            stack.servers.database_url, autocommit=True
-        ) as connection,
+        await psycopg.AsyncConnection.connect(stack.database_url, autocommit=True) as connection,
         Redis.from_url(stack.servers.redis_url) as redis,
     ):
         for statement in _FILL:

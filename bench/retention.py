@@ -15,9 +15,10 @@ from pathlib import Path
 
 import psycopg
 
-from bench.__main__ import SENDERS, _one_row, _schedule
+from bench.filling import add_jobs, add_senders
 from bench.world import BenchStack, world
 
+SENDERS = 100
 OLD = 1_000_000
 DUE_A_SECOND = 20
 # Rows per sender: enough for the longest expected removal.
@@ -59,6 +60,14 @@ SELECT id, 1, sender_id, finished_at - interval '1 second', finished_at, 1, true
 )
 
 
+async def _one_row(stack: BenchStack, query: str) -> tuple[float, ...]:
+    async with await psycopg.AsyncConnection.connect(stack.database_url) as connection:
+        row = await (await connection.execute(query.encode())).fetchone()
+        if row is None:
+            raise RuntimeError(query)
+        return tuple(float(value) for value in row)
+
+
 async def _removed(stack: BenchStack) -> float:
     (jobs,) = await _one_row(stack, "SELECT coalesce(sum(n), 0) FROM purged_counts")
     return jobs
@@ -67,12 +76,14 @@ async def _removed(stack: BenchStack) -> float:
 async def measure(stack: BenchStack) -> dict[str, float]:
     """Send mail, start the removal after a while, and compare."""
     async with await psycopg.AsyncConnection.connect(
-        stack.servers.database_url, autocommit=True
+        stack.database_url, autocommit=True
     ) as connection:
         for statement in _FILL:
             await connection.execute(statement.encode())
-    start = datetime.now(UTC) + timedelta(seconds=30)
-    await _schedule(stack, ROWS, start, timedelta(seconds=SENDERS / DUE_A_SECOND))
+        start = datetime.now(UTC) + timedelta(seconds=10)
+        ids = await add_senders(connection, SENDERS)
+        spacing = timedelta(seconds=SENDERS / DUE_A_SECOND)
+        await add_jobs(connection, ids, ROWS, start=start, spacing=spacing)
     with stack.process("dispatcher", dispatcher_concurrency="20"):
         # Mail that fell due before the dispatcher was ready is sent first.
         await asyncio.sleep(max(0.0, (start - datetime.now(UTC)).total_seconds()) + 10)

@@ -1,0 +1,1 @@
+"""What others would choose instead of Outbox, on the same work."""
