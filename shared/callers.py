@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from outbox_server.shared.bounds import USER_ID
 from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
-from outbox_server.shared.fair_shares import NOBODY, Claimant
+from outbox_server.shared.fair_shares import NOBODY, Claimant, HeldPlace
 from outbox_server.shared.user_quotas import UserQuotas
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -114,7 +114,7 @@ def is_loopback_host(host: str) -> bool:
 class Call:
     """A call in progress: its caller, and whether its SQL is restricted to one user yet."""
 
-    __slots__ = ("bounded", "caller", "user_id")
+    __slots__ = ("bounded", "caller", "place", "user_id")
 
     def __init__(self, caller: Caller) -> None:
         self.caller = caller
@@ -122,6 +122,8 @@ class Call:
         self.user_id = caller.user_id
         # Set by `shared.database.ownership` alone.
         self.bounded = False
+        # The call's place among the calls at once, while it has one.
+        self.place: HeldPlace | None = None
 
 
 _current: ContextVar[Call | None] = ContextVar("outbox_call", default=None)
@@ -153,6 +155,20 @@ def current_claimant() -> Claimant:
     """Return the claimant whose share the current call uses; NOBODY outside of a call."""
     call = _current.get()
     return NOBODY if call is None else call.caller.claimant
+
+
+def keep_place(place: HeldPlace) -> None:
+    """Note the place of the current call, for `leave_place`. The server does this."""
+    call = _current.get()
+    if call is not None:
+        call.place = place
+
+
+def leave_place() -> None:
+    """Let another call have the place of the current one, which from now on only waits."""
+    call = _current.get()
+    if call is not None and call.place is not None:
+        call.place.leave()
 
 
 def check_may_call(caller: Caller, method: str) -> None:

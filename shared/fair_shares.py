@@ -122,13 +122,14 @@ class FairShares:
             await self._wait(claimant)
 
     @asynccontextmanager
-    async def entered(self, claimant: Claimant) -> AsyncIterator[None]:
-        """Hold a place until the end of the block. Raises as `take` does."""
+    async def entered(self, claimant: Claimant) -> AsyncIterator[HeldPlace]:
+        """Hold a place until the end of the block, or until it is left. Raises as `take` does."""
         await self.take(claimant)
+        place = HeldPlace(self, claimant)
         try:
-            yield
+            yield place
         finally:
-            self.give_back(claimant)
+            place.leave()
 
     def _admits(self, claimant: Claimant) -> bool:
         free = self._capacity - self._total
@@ -150,7 +151,10 @@ class FairShares:
             room = self._line.admit(len(own), self._line.capacity)
         if not room:
             waiting = len(own) if own else self.waiting
-            raise self._refusal(claimant, f"and {waiting} wait")
+            # Someone without a place in the line would get one, so the limit is the share of it.
+            has_line = self._line.capacity > 0
+            own_share = self._line.admit(0, self._line.capacity) if has_line else None
+            raise self._refusal(claimant, f"and {waiting} wait", own_share=own_share)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(claimant, deque()).append(future)
         self._line.taken += not claimant.privileged
@@ -197,9 +201,17 @@ class FairShares:
                 self._take(chosen)
                 future.set_result(None)
 
-    def _refusal(self, claimant: Claimant, why: str) -> ResourceExhausted:
-        # A user without places would get one, so this user's own share is the limit.
-        own = not claimant.privileged and self._places.admit(0, self._capacity - self._total)
+    def _refusal(
+        self, claimant: Claimant, why: str, *, own_share: bool | None = None
+    ) -> ResourceExhausted:
+        """Return the refusal. `own_share`: whether the limit is the claimant's own share.
+
+        None means that the places decide it, and not the waiting line.
+        """
+        if own_share is None:
+            # A user without places would get one, so this user's own share is the limit.
+            own_share = self._places.admit(0, self._capacity - self._total)
+        own = own_share and not claimant.privileged
         current = self._held[claimant] if own else self._total
         if own:
             whom = f"the {claimant} has reached its share of the {self.what} of this server"
@@ -216,6 +228,21 @@ class FairShares:
             },
             retry_after=_RETRY_AFTER,
         )
+
+
+class HeldPlace:
+    """A place that is given back once: at the end of a block, or before."""
+
+    def __init__(self, shares: FairShares, claimant: Claimant) -> None:
+        self._shares = shares
+        self._claimant = claimant
+        self._held = True
+
+    def leave(self) -> None:
+        """Give the place back, unless that was done."""
+        if self._held:
+            self._held = False
+            self._shares.give_back(self._claimant)
 
 
 class _Places:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Final
 
-from sqlalchemy.ext.asyncio import AsyncConnection
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.limits import Limits
 from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.shared.coalesced import Coalesced
+from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.forecast.backlog import Rules
-from outbox_server.shared.forecast.forecasts import forecast_batch
+from outbox_server.shared.forecast.forecasts import Forecast, forecast_batch, forecast_read
+from outbox_server.shared.forecast.quick import QuickBacklog, read_quick
 
-_PAUSED = "The sender is paused: nothing is sent before ResumeSender."
+# A batch is accepted without a forecast if the database is slow.
+_READ_LIMIT: Final = timedelta(seconds=3)
+_log = structlog.get_logger("outbox.intake")
+_PAUSED: Final = "The sender is paused: nothing is sent before ResumeSender."
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +45,55 @@ class Forecaster:
         if not jobs:
             return BatchForecast()
         found = await forecast_batch(connection, batch.sender_id, batch.batch_id, self._rules)
-        limiter = found.limiter
-        limits = Limits(limiter.limit, timedelta(microseconds=limiter.gap))
-        notices = [notice for notice in (limits.notice(),) if notice and jobs > 1]
-        if not found.active:
-            notices.append(_PAUSED)
-        if found.cooldown is not None:
-            notices.append(found.cooldown.describe(found.read_at))
-        return BatchForecast(found.end, notices)
+        return _described(found, jobs)
+
+
+class QuickForecaster:
+    """Forecasts small batches, those of many calls together, if that is quick."""
+
+    def __init__(self, engine: AsyncEngine, rules: Rules) -> None:
+        # A single statement needs no transaction around it.
+        self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._rules = rules
+        self._backlogs = Coalesced(self._read)
+
+    def begin(self, batch: BatchRecord) -> asyncio.Future[QuickBacklog | None]:
+        """Begin to read what the forecast of a new batch needs. Do not cancel the future."""
+        return self._backlogs.begin(batch.sender_id)
+
+    async def end(
+        self, batch: BatchRecord, reading: asyncio.Future[QuickBacklog | None]
+    ) -> BatchForecast:
+        """Return the forecast of a new batch, without an end if that takes long to compute."""
+        found = await asyncio.shield(reading)
+        if found is None or not batch.counts.scheduled:
+            return BatchForecast()
+        groups = found.groups_with(batch.batch_id)
+        return _described(await forecast_read(found.pace, groups), batch.counts.scheduled)
+
+    async def close(self) -> None:
+        """Wait for the reads in progress."""
+        await self._backlogs.close()
+
+    async def _read(self, sender_ids: Sequence[int]) -> Mapping[int, QuickBacklog]:
+        try:
+            async with (
+                asyncio.timeout(_READ_LIMIT.total_seconds()),
+                self._engine.connect() as connection,
+            ):
+                return await read_quick(connection, sender_ids, self._rules)
+        except DATABASE_ERRORS as error:
+            _log.warning("no_quick_forecast", error=type(error).__name__)
+            return {}
+
+
+def _described(found: Forecast, jobs: int) -> BatchForecast:
+    """Return the forecast of a batch with `jobs` waiting jobs, and the notices for people."""
+    limiter = found.limiter
+    limits = Limits(limiter.limit, timedelta(microseconds=limiter.gap))
+    notices = [notice for notice in (limits.notice(),) if notice and jobs > 1]
+    if not found.active:
+        notices.append(_PAUSED)
+    if found.cooldown is not None:
+        notices.append(found.cooldown.describe(found.read_at))
+    return BatchForecast(found.end, notices)

@@ -18,7 +18,11 @@ from typing import Final, TypeVar
 import structlog
 
 from outbox_server.services.scheduler.copy_format import Schedule, format_jobs, format_rejections
+from outbox_server.services.scheduler.forecasts import BatchForecast, QuickForecaster
+from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
+from outbox_server.services.scheduler.small_batches import SmallBatch, read_small
+from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
     IntakeCounts,
@@ -29,7 +33,8 @@ from outbox_server.services.scheduler.storage.intake import (
 )
 from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared import bounds
-from outbox_server.shared.callers import current_claimant
+from outbox_server.shared.callers import current_claimant, leave_place
+from outbox_server.shared.database.ownership import owner_of
 from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.intake.batch_options import (
@@ -55,6 +60,9 @@ _UPLOADS: Final = 16
 # Batches of one message, at most 5 MiB each. Reading them uses the CPU, so more at once would not
 # be faster.
 _BATCHES: Final = 4
+# Small batches that wait for their group to be written. They have left the places above, because
+# each needs at most 64 KiB.
+_GROUPED: Final = 256
 # Further calls wait before their first message is received, so they use no memory.
 _WAITING: Final = 500
 # How long an intake waits for a transaction while other intakes are stored.
@@ -85,6 +93,9 @@ class Acceptance:
     rejections: Sequence[RowRejection] = ()
     replayed: bool = False
     notices: Sequence[str] = ()
+    # The stored batch and its forecast, if they are known already.
+    record: BatchRecord | None = None
+    forecast: BatchForecast | None = None
 
 
 class Intake:
@@ -93,7 +104,9 @@ class Intake:
     def __init__(
         self,
         store: IntakeStore,
+        groups: GroupCommit,
         load: Callable[[int], Awaitable[bool]],
+        forecaster: QuickForecaster,
         templates: TemplateParser,
         *,
         max_message_bytes: int,
@@ -113,9 +126,12 @@ class Intake:
         """
         self.batches = FairShares("batches", _BATCHES, waiting=_WAITING)
         self.uploads = FairShares("uploads", _UPLOADS, waiting=_WAITING)
+        self._grouped = FairShares("small batches", _GROUPED, waiting=_WAITING)
         self._metrics = metrics or SchedulerMetrics()
         self._trace_parent = trace_parent
         self._store = store
+        self._groups = groups
+        self._forecaster = forecaster
         self._load = load
         self._templates = templates
         self._max_message_bytes = max_message_bytes
@@ -136,6 +152,7 @@ class Intake:
 
     async def close(self) -> None:
         """Wait until interrupted intakes have rolled back, and free the threads."""
+        await self._groups.close()
         try:
             async with asyncio.timeout(_END_LIMIT.total_seconds()):
                 await self._idle.wait()
@@ -143,6 +160,53 @@ class Intake:
             _log.warning("intake_not_ended", under_way=self._under_way)
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
+
+    async def accept_small(
+        self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
+    ) -> Acceptance:
+        """Do the same as `accept` with a small batch, together with other calls.
+
+        `payload` returns the payload each time. Raises as `accept` does.
+        """
+        small = self._read_small(options, payload())
+        if small is None:
+            return await self.accept(options, payload(), user_id)
+        claimant = current_claimant()
+        async with self._grouped.entered(claimant):
+            leave_place()
+            parent = None if self._trace_parent is None else self._trace_parent()
+            stored = await self._groups.store(small, user_id, claimant, parent)
+        if stored is None:
+            async with self.batches.entered(claimant):
+                return await self.accept(options, payload(), user_id)
+        # The statements of the group belong to no call. Those that follow belong to this one.
+        owner_of(stored.sender.user_id)
+        if stored.known is not None:
+            return _replayed(stored.known, options, small.digest, stored.sender)
+        if stored.record is None:
+            raise RuntimeError("a stored batch has no record")
+        self._metrics.accepted(jobs=stored.record.accepted_count, rejected=0)
+        reading = self._forecaster.begin(stored.record)
+        notices = () if await self._load(options.sender_id) else (_NOT_LOADED,)
+        return Acceptance(
+            stored.record.batch_id,
+            stored.sender.user_id,
+            notices=notices,
+            record=stored.record,
+            forecast=await self._forecaster.end(stored.record, reading),
+        )
+
+    def _read_small(self, options: BatchOptions, payload: Payload) -> SmallBatch | None:
+        template = self._templates.known(options.subject, options.body, options.html)
+        if template is None:
+            return None
+        return read_small(
+            options,
+            payload,
+            template,
+            self._max_message_bytes,
+            special_domains=self._special_domains,
+        )
 
     async def accept(
         self, options: BatchOptions, payload: Payload, user_id: str | None
@@ -253,7 +317,12 @@ class Intake:
 async def _replay(
     known: KnownRequest | None, options: BatchOptions, steps: _Steps, sender: IntakeSender
 ) -> Acceptance:
-    digest = await steps.run(steps.reader.drain)
+    return _replayed(known, options, await steps.run(steps.reader.drain), sender)
+
+
+def _replayed(
+    known: KnownRequest | None, options: BatchOptions, digest: bytes, sender: IntakeSender
+) -> Acceptance:
     if known is None or known.request_hash != digest:
         raise AlreadyExists(
             f"request_id {options.request_id!r} was used for another batch; "

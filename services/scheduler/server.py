@@ -16,7 +16,8 @@ from outbox.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.explainer import Explainer
-from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.forecasts import Forecaster, QuickForecaster
+from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
@@ -26,6 +27,7 @@ from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
+from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.services.scheduler.verifying import Verifier
@@ -34,7 +36,8 @@ from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.forecast.backlog import Rules
-from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.heads.coalescing import ShardLoads
+from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.metrics.monitoring import Monitoring
@@ -100,13 +103,24 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         templates = TemplateParser(settings, monitoring.registry)
         stack.push_async_callback(templates.close)
         quotas = UserQuotas.from_settings(settings)
+        loads = ShardLoads(loader)
+        stack.push_async_callback(loads.close)
+        forecaster = QuickForecaster(engine, Rules.from_settings(settings))
+        stack.push_async_callback(forecaster.close)
+        restrict_domains = settings.sender_policy == "domains"
         intake = Intake(
             IntakeStore(engine, quotas, ids),
-            lambda sender_id: load_soon(loader, [sender_id]),
+            GroupCommit(
+                GroupIntakeStore(engine, quotas, ids),
+                loads.begin,
+                restrict_domains=restrict_domains,
+            ),
+            loads.load,
+            forecaster,
             templates,
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
-            restrict_domains=settings.sender_policy == "domains",
+            restrict_domains=restrict_domains,
             special_domains=settings.special_domains == "allow",
             metrics=SchedulerMetrics(monitoring.registry),
             trace_parent=None if tracer is None else tracer.current_parent,
@@ -128,7 +142,15 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             settings,
             settings.scheduler_listen,
             [
-                *_services(settings, engine, loader, intake, senders, sweeper=sweeper, watch=watch),
+                *_services(
+                    settings,
+                    engine,
+                    loader,
+                    intake,
+                    senders,
+                    sweeper=sweeper,
+                    watch=watch,
+                ),
                 server_service("scheduler", schema),
             ],
             engine=engine,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from sqlalchemy import CTE, SmallInteger, cast, func, insert, literal, select
+from sqlalchemy import CTE, FromClause, SmallInteger, cast, func, insert, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import CountDelta
@@ -44,6 +44,20 @@ async def count_accepted(
             state=int(JobState.SCHEDULED),
             n=jobs,
         )
+    )
+
+
+def counting_accepted(batches: FromClause) -> CTE:
+    """Return the part of a statement that counts the jobs of new batches.
+
+    `batches` has sender_id, batch_id and the number of jobs `n`.
+    """
+    hour, state = func.date_trunc("hour", func.now()), _number(JobState.SCHEDULED)
+    key = (batches.c.sender_id, batches.c.batch_id)
+    return (
+        insert(CountDelta)
+        .from_select(_COLUMNS, select(*key, hour, state, batches.c.n))
+        .cte("deltas")
     )
 
 

@@ -20,12 +20,14 @@ from sqlalchemy import (
     Integer,
     Select,
     SQLColumnExpression,
+    Text,
     any_,
     bindparam,
     cast,
     func,
     literal,
     select,
+    true,
     union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -94,6 +96,15 @@ async def user_counts(connection: AsyncConnection, user_id: str) -> JobCounts:
     """Return the sum over all senders of a user, including deleted ones, from one snapshot."""
     rows = await connection.execute(_USER_COUNTS, {"user_id": user_id})
     return _to_counts({state: n for _, state, n in rows})
+
+
+async def open_counts(connection: AsyncConnection, user_ids: Iterable[str]) -> dict[str, int]:
+    """Return the number of open jobs of each user, in one statement (see `JobCounts.open`)."""
+    found = dict.fromkeys(user_ids, 0)
+    if found:
+        for key, n in await connection.execute(_OPEN_COUNTS, {"user_ids": list(found)}):
+            found[key] = n
+    return found
 
 
 async def _read_by_key(
@@ -219,6 +230,35 @@ def _user_statement() -> _Counts:
     )
 
 
+def _open_statement() -> Select[str, int]:
+    """Return (user_id, n). The waiting jobs of cancelled batches are counted among SCHEDULED."""
+    waiting = int(JobState.SCHEDULED)
+    wanted = Sender.user_id == any_(bindparam("user_ids", type_=ARRAY(Text)))
+    # Summed up first, because a sender may have many deltas.
+    deltas = (
+        select(CountDelta.sender_id, func.sum(CountDelta.n).label("n"))
+        .where(CountDelta.state == waiting)
+        .group_by(CountDelta.sender_id)
+        .subquery("deltas")
+    )
+    cancelled = union_all(
+        *_being_cancelled(BatchCancellation.sender_id.label("sender_id"), true(), _sending())
+    ).subquery("cancelled")
+    parts = union_all(
+        select(Sender.user_id, SenderCount.n)
+        .join(SenderCount, SenderCount.sender_id == Sender.id)
+        .where(wanted, SenderCount.state == waiting),
+        select(Sender.user_id, deltas.c.n)
+        .join(deltas, deltas.c.sender_id == Sender.id)
+        .where(wanted),
+        select(Sender.user_id, -cancelled.c.n)
+        .join(cancelled, cancelled.c.sender_id == Sender.id)
+        .where(wanted),
+    ).subquery("part")
+    return select(parts.c.user_id, cast(func.sum(parts.c.n), BigInteger)).group_by(parts.c.user_id)
+
+
+_OPEN_COUNTS: Final = _open_statement()
 _BATCH_COUNTS: Final = _batch_statement()
 _SENDER_COUNTS: Final = _sender_statement()
 _USER_COUNTS: Final = _user_statement()

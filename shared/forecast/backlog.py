@@ -7,18 +7,24 @@ otherwise computed from its batches. So a forecast costs about the same at any s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
     Interval,
+    Row,
+    Select,
+    Text,
+    any_,
+    bindparam,
     cast,
     func,
+    lateral,
     literal,
     select,
     true,
@@ -26,6 +32,7 @@ from sqlalchemy import (
     type_coerce,
     union_all,
 )
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.cooldowns.columns import COOLDOWN_COLUMNS, cooldown_of
@@ -88,7 +95,7 @@ class SenderPace:
     active: bool
     limiter: Limiter
     # Number of jobs that wait.
-    waiting: int
+    waiting: int = 0
     cooldown: CooldownRecord | None = None
     # The limits that its user has for all its senders together.
     user: UserLimiter | None = None
@@ -122,47 +129,129 @@ def from_us(microseconds: int) -> datetime:
     return _EPOCH + microseconds * _MICROSECOND
 
 
-async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -> SenderPace:
-    """Return the pace of a sender, even of a deleted one. The caller has checked its owner."""
+def _pace_statement() -> Select[Any]:
     last_end = (
         select(func.max(Attempt.ended_at)).where(Attempt.sender_id == Sender.id).scalar_subquery()
     )
-    row = (
-        await connection.execute(
-            select(
-                func.statement_timestamp().label("now"),
-                Sender.state,
-                Sender.deleted_at,
-                Sender.hourly_limit,
-                Sender.min_gap_ms,
-                Sender.max_in_flight,
-                Sender.sending_hours,
-                Sender.user_id,
-                UserRow.hourly_limit.label("user_hourly_limit"),
-                UserRow.min_gap_ms.label("user_min_gap_ms"),
-                last_end.label("last_end"),
-                *COOLDOWN_COLUMNS,
-            )
-            .outerjoin_from(Sender, Cooldown, Cooldown.sender_id == Sender.id)
-            .outerjoin(UserRow, UserRow.user_id == Sender.user_id)
-            .where(Sender.id == sender_id)
+    recent = (
+        select((Attempt.ended_at - Attempt.started_at).label("took"), Attempt.late_ms)
+        .where(Attempt.sender_id == Sender.id, Attempt.counted)
+        .order_by(Attempt.ended_at.desc())
+        .limit(_SAMPLE)
+        .correlate(Sender)
+        .subquery()
+    )
+    takes = lateral(
+        select(
+            type_coerce(func.avg(recent.c.took), Interval()).label("took"),
+            func.percentile_disc(0.5).within_group(recent.c.late_ms).label("late_ms"),
         )
-    ).one()
-    now = to_us(row.now)
-    cooldown = cooldown_of(row)
-    takes = await _read_takes(connection, sender_id)
-    own = Attempt.sender_id == sender_id
-    sent = await _read_sends(connection, own, row.hourly_limit, rules.window)
-    ends = [to_us(row.last_end)] if row.last_end else []
-    for began in await _read_in_flight(connection, EmailJob.sender_id == sender_id, rules.lease):
-        end = max(now, to_us(began) + takes)
-        sent.append(Sends(end))
-        ends.append(end)
+    )
+    return (
+        select(
+            func.statement_timestamp().label("now"),
+            Sender.id,
+            Sender.state,
+            Sender.deleted_at,
+            Sender.hourly_limit,
+            Sender.min_gap_ms,
+            Sender.max_in_flight,
+            Sender.sending_hours,
+            Sender.user_id,
+            UserRow.hourly_limit.label("user_hourly_limit"),
+            UserRow.min_gap_ms.label("user_min_gap_ms"),
+            last_end.label("last_end"),
+            takes.c.took,
+            takes.c.late_ms,
+            *COOLDOWN_COLUMNS,
+        )
+        .outerjoin_from(Sender, Cooldown, Cooldown.sender_id == Sender.id)
+        .outerjoin(UserRow, UserRow.user_id == Sender.user_id)
+        .join(takes, true())
+        .where(Sender.id == any_(bindparam("senders", type_=ARRAY(BigInteger))))
+    )
+
+
+def _sends_statement(of_senders: ColumnElement[bool]) -> Select[Any]:
+    ends = (
+        select(
+            Attempt.ended_at,
+            func.row_number().over(order_by=Attempt.ended_at.desc()).label("rank"),
+            func.least(func.count().over(), _MOST).label("total"),
+        )
+        .where(
+            of_senders,
+            Attempt.counted,
+            # Not clock_timestamp(): PostgreSQL uses no index for a value that changes meanwhile.
+            Attempt.ended_at > func.statement_timestamp() - bindparam("window", type_=INTERVAL),
+        )
+        .subquery()
+    )
+    every = func.div(ends.c.total - 1, _MOST_SENDS) + 1
+    return (
+        select(ends.c.ended_at, ends.c.rank, ends.c.total)
+        .where(ends.c.rank <= _MOST, (ends.c.rank - 1) % every == 0)
+        .order_by(ends.c.rank.desc())
+    )
+
+
+def _in_flight_statement(of_senders: ColumnElement[bool]) -> Select[Any]:
+    return (
+        select(EmailJob.lease_until - bindparam("lease", type_=INTERVAL))
+        .where(of_senders, in_state(JobState.SENDING))
+        .order_by(EmailJob.lease_until)
+    )
+
+
+# Built once, because that takes longer than to run them for a sender.
+_SENDER: Final[Any] = bindparam("sender_id", type_=BigInteger)
+_USER: Final[Any] = bindparam("user_id", type_=Text)
+_MOST: Final[Any] = bindparam("most", type_=BigInteger)
+_SENDERS_OF_USER: Final = select(Sender.id).where(Sender.user_id == _USER)
+# What the pace of each of `senders` depends on, except for its sends.
+PACE_STATEMENT: Final = _pace_statement()
+_SENDS: Final = _sends_statement(Attempt.sender_id == _SENDER)
+_USER_SENDS: Final = _sends_statement(Attempt.sender_id.in_(_SENDERS_OF_USER))
+_IN_FLIGHT: Final = _in_flight_statement(EmailJob.sender_id == _SENDER)
+_USER_IN_FLIGHT: Final = _in_flight_statement(EmailJob.sender_id.in_(_SENDERS_OF_USER))
+
+
+async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -> SenderPace:
+    """Return the pace of a sender, even of a deleted one. The caller has checked its owner."""
+    own = {"sender_id": sender_id}
+    row = (await connection.execute(PACE_STATEMENT, {"senders": [sender_id]})).one()
+    sent: list[Sends] = []
+    if row.last_end:
+        values = own | {"most": row.hourly_limit, "window": rules.window}
+        sent = await _read_sends(connection, _SENDS, values)
+    began = await _read_in_flight(connection, _IN_FLIGHT, own | {"lease": rules.lease})
+    pace = pace_of(row, rules, sent, began)
     limits = rules.everyone.overridden(row.user_hourly_limit, row.user_min_gap_ms)
     user = None
     if limits:
-        user = await _read_user(connection, row.user_id, limits, rules, (now, takes))
+        user = await _read_user(
+            connection, row.user_id, limits, rules, (pace.now, pace.limiter.takes)
+        )
     counts = await sender_counts(connection, [sender_id])
+    return replace(pace, waiting=counts[sender_id].scheduled, user=user)
+
+
+def pace_of(
+    row: Row[Any], rules: Rules, sent: Sequence[Sends], in_flight: Iterable[datetime]
+) -> SenderPace:
+    """Return the pace of a sender, without its waiting jobs and the limits of its user.
+
+    `row` is of `PACE_STATEMENT`, `sent` has the sends of the window, and `in_flight` the starts of
+    the leases of its jobs in SENDING.
+    """
+    now = to_us(row.now)
+    cooldown = cooldown_of(row)
+    # How long recent sends took, from the instant at which they were allowed to their end: the mean
+    # duration of SMTP plus the median lateness. The median ignores a few long waits, such as those
+    # for a dispatcher that was down.
+    takes = (row.took or timedelta(0)) // _MICROSECOND + (row.late_ms or 0) * 1_000
+    flying = [max(now, to_us(began) + takes) for began in in_flight]
+    ends = [*([to_us(row.last_end)] if row.last_end else []), *flying]
     gap = effective_gap(row.min_gap_ms, rules.floor)
     return SenderPace(
         now=now,
@@ -175,12 +264,10 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
             takes=takes,
             hours=None if row.sending_hours is None else Openings.from_text(row.sending_hours),
             next_probe=None if cooldown is None else to_us(cooldown.next_probe_at),
-            sent=sent,
+            sent=[*sent, *map(Sends, flying)],
             last_end=max(ends, default=None),
         ),
-        waiting=counts[sender_id].scheduled,
         cooldown=cooldown,
-        user=user,
     )
 
 
@@ -193,11 +280,11 @@ async def _read_user(
 ) -> UserLimiter:
     """Return the limiter of a user; `pace` has the present time and the duration of a send."""
     now, takes = pace
-    senders = select(Sender.id).where(Sender.user_id == user_id)
+    own: dict[str, Any] = {"user_id": user_id}
     most = limits.hourly_limit or 1
-    sent = await _read_sends(connection, Attempt.sender_id.in_(senders), most, rules.window)
+    sent = await _read_sends(connection, _USER_SENDS, own | {"most": most, "window": rules.window})
     ends = [sends.first + (sends.count - 1) * sends.step for sends in sent]
-    for began in await _read_in_flight(connection, EmailJob.sender_id.in_(senders), rules.lease):
+    for began in await _read_in_flight(connection, _USER_IN_FLIGHT, own | {"lease": rules.lease}):
         end = max(now, to_us(began) + takes)
         sent.append(Sends(end))
         ends.append(end)
@@ -223,57 +310,11 @@ async def _read_user(
     )
 
 
-async def _read_takes(connection: AsyncConnection, sender_id: int) -> int:
-    """Return how long recent sends took, from the instant at which they were allowed to their end.
-
-    It is the mean duration of SMTP plus the median lateness: the median ignores a few long waits,
-    such as those for a dispatcher that was down.
-    """
-    recent = (
-        select((Attempt.ended_at - Attempt.started_at).label("took"), Attempt.late_ms)
-        .where(Attempt.sender_id == sender_id, Attempt.counted)
-        .order_by(Attempt.ended_at.desc())
-        .limit(_SAMPLE)
-        .subquery()
-    )
-    row = (
-        await connection.execute(
-            select(
-                type_coerce(func.avg(recent.c.took), Interval()).label("took"),
-                func.percentile_disc(0.5).within_group(recent.c.late_ms).label("late_ms"),
-            )
-        )
-    ).one()
-    took = row.took or timedelta(0)
-    return took // _MICROSECOND + (row.late_ms or 0) * 1_000
-
-
 async def _read_sends(
-    connection: AsyncConnection, of_senders: ColumnElement[bool], limit: int, window: timedelta
+    connection: AsyncConnection, statement: Select[Any], values: Mapping[str, Any]
 ) -> list[Sends]:
-    """Return the ends in the window, at most `limit`; if they are many, from every n-th one."""
-    ends = (
-        select(
-            Attempt.ended_at,
-            func.row_number().over(order_by=Attempt.ended_at.desc()).label("rank"),
-            func.least(func.count().over(), limit).label("total"),
-        )
-        .where(
-            of_senders,
-            Attempt.counted,
-            # Not clock_timestamp(): PostgreSQL uses no index for a value that changes meanwhile.
-            Attempt.ended_at > func.statement_timestamp() - window,
-        )
-        .subquery()
-    )
-    every = func.div(ends.c.total - 1, _MOST_SENDS) + 1
-    rows = (
-        await connection.execute(
-            select(ends.c.ended_at, ends.c.rank, ends.c.total)
-            .where(ends.c.rank <= limit, (ends.c.rank - 1) % every == 0)
-            .order_by(ends.c.rank.desc())
-        )
-    ).all()
+    """Return the ends in the window, at most `most`; if they are many, from every n-th one."""
+    rows = (await connection.execute(statement, values)).all()
     if not rows:
         return []
     sends = []
@@ -287,14 +328,10 @@ async def _read_sends(
 
 
 async def _read_in_flight(
-    connection: AsyncConnection, of_senders: ColumnElement[bool], lease: timedelta
+    connection: AsyncConnection, statement: Select[Any], values: Mapping[str, Any]
 ) -> Sequence[datetime]:
     """Return the start of the lease of each job in SENDING."""
-    rows = await connection.execute(
-        select(EmailJob.lease_until - lease)
-        .where(of_senders, in_state(JobState.SENDING))
-        .order_by(EmailJob.lease_until)
-    )
+    rows = await connection.execute(statement, values)
     return [began for began in rows.scalars() if began]
 
 
@@ -329,13 +366,7 @@ async def read_ahead(
     return first_of(await _read_batches(connection, sender_id, None), ahead)
 
 
-async def _read_jobs(
-    connection: AsyncConnection,
-    sender_id: int,
-    batch_id: int | None,
-    until: BacklogPosition | None = None,
-) -> list[JobGroup]:
-    """Return groups from the jobs; each group is of one batch, due time and expiry."""
+def _jobs_statement(until: ColumnElement[bool]) -> Select[Any]:
     order = (EmailJob.scheduled_at, EmailJob.id)
     place = func.row_number().over(order_by=order)
     place_in_batch = func.row_number().over(
@@ -352,20 +383,30 @@ async def _read_jobs(
             EmailJob.batch_id,
             (place - place_in_batch).label("group"),
         )
-        .where(
-            EmailJob.sender_id == sender_id,
-            waits_of(sender_id),
-            true() if until is None else until.before(),
-        )
+        .where(EmailJob.sender_id == _SENDER, waits_of(_SENDER), until)
         .order_by(*order)
         .limit(2 * MOST_JOBS)
         .subquery()
     )
-    rows = await connection.execute(
+    return (
         select(jobs.c.scheduled_at, jobs.c.expires_at, jobs.c.batch_id, func.count().label("n"))
         .group_by(jobs.c.scheduled_at, jobs.c.expires_at, jobs.c.batch_id, jobs.c.group)
         .order_by(jobs.c.scheduled_at, func.min(jobs.c.id))
     )
+
+
+_JOBS: Final = _jobs_statement(true())
+
+
+async def _read_jobs(
+    connection: AsyncConnection,
+    sender_id: int,
+    batch_id: int | None,
+    until: BacklogPosition | None = None,
+) -> list[JobGroup]:
+    """Return groups from the jobs; each group is of one batch, due time and expiry."""
+    statement = _JOBS if until is None else _jobs_statement(until.before())
+    rows = await connection.execute(statement, {"sender_id": sender_id})
     return list(
         joined(
             (

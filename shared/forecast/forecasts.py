@@ -80,6 +80,11 @@ async def forecast_batch(
     return await _forecast(pace, groups)
 
 
+async def forecast_read(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
+    """Return the forecast of the jobs that the groups have of a batch."""
+    return await _forecast(pace, groups)
+
+
 async def forecast_planned(
     connection: AsyncConnection,
     sender_id: int,

@@ -92,7 +92,7 @@ def _statement() -> Any:
 _LOOK: Final = _statement()
 
 
-def is_valid(shard: int, life: str) -> ColumnElement[bool]:
+def is_valid(shard: Any, life: Any) -> ColumnElement[bool]:
     """Whether nothing contradicts this life: PostgreSQL has it, or none at all, for the shard."""
     other = exists().where(ShardLife.shard == shard, ShardLife.life != life)
     return ~other

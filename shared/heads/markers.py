@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Final
 
-from sqlalchemy import CTE, delete, func, insert, select
+from sqlalchemy import CTE, BigInteger, Text, any_, bindparam, delete, func, insert, select
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.key_space import PARAMETER, is_key_space
@@ -20,6 +22,12 @@ from outbox_server.shared.queue.queue import Queue
 
 # A marker of this age was left behind by a process that died between its commit and its load.
 MARKER_AGE = timedelta(seconds=5)
+# Built once, because it runs for every load.
+_DELETE: Final = delete(HeadMarker).where(
+    HeadMarker.id == any_(bindparam("markers", type_=ARRAY(BigInteger))),
+    is_valid(bindparam("of_shard", type_=BigInteger), bindparam("in_redis", type_=Text)),
+    is_key_space(),
+)
 
 
 async def mark_stale(connection: AsyncConnection, sender_ids: Sequence[int]) -> None:
@@ -57,9 +65,5 @@ async def delete_markers(
     stored settings have changed meanwhile: others have begun to load the next key space, maybe
     before the commit that wrote the markers.
     """
-    await connection.execute(
-        delete(HeadMarker).where(
-            HeadMarker.id.in_(marker_ids), is_valid(queue.shard, life), is_key_space()
-        ),
-        {PARAMETER: queue.key_space},
-    )
+    values = {PARAMETER: queue.key_space, "of_shard": queue.shard, "in_redis": life}
+    await connection.execute(_DELETE, values | {"markers": list(marker_ids)})

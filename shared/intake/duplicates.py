@@ -12,21 +12,22 @@ _CACHE_KIB = 16 * 1024
 
 
 class DuplicateFinder:
-    """A set of keys in a temporary SQLite database, for one thread at a time."""
+    """A set of keys in a temporary SQLite database, for one thread at a time.
+
+    The database is opened for the second block: most batches have only one.
+    """
 
     def __init__(self, cache_kib: int = _CACHE_KIB) -> None:
-        # Blocks may run in different threads of a pool, but never two at once.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        # The database is deleted after the upload, so it needs no durability.
-        self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("PRAGMA synchronous = OFF")
-        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._database.execute(f"PRAGMA cache_size = -{cache_kib}")
-        # `block` distinguishes the keys of the present block from earlier ones.
-        self._database.execute(
-            "CREATE TABLE keys (key TEXT PRIMARY KEY, block INTEGER) WITHOUT ROWID"
-        )
+        self._cache_kib = cache_kib
+        self._first: set[str] | None = None
+        self._opened: sqlite3.Connection | None = None
         self._block = 0
+
+    @property
+    def _database(self) -> sqlite3.Connection:
+        if self._opened is None:
+            self._opened = _open(self._cache_kib)
+        return self._opened
 
     def __enter__(self) -> Self:
         return self
@@ -41,7 +42,8 @@ class DuplicateFinder:
 
     def close(self) -> None:
         """Forget all keys."""
-        self._database.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def new_in_block(self, keys: Sequence[str]) -> list[bool]:
         """Return for each key whether it occurs for the first time, and remember it.
@@ -49,7 +51,14 @@ class DuplicateFinder:
         Keys of this block and of all earlier blocks count.
         """
         distinct = set(keys)
-        known = self._add(distinct)
+        if self._first is None:
+            self._first = distinct
+            known = set[str]()
+        else:
+            if self._opened is None:
+                self._add(self._first)
+                self._first = set()
+            known = self._add(distinct)
         if len(distinct) == len(keys) and not known:
             return [True] * len(keys)
         marks = []
@@ -74,3 +83,16 @@ class DuplicateFinder:
             return set()
         is_old = "SELECT 1 FROM keys WHERE key = ? AND block < ?"
         return {key for key in distinct if execute(is_old, (key, self._block)).fetchone()}
+
+
+def _open(cache_kib: int) -> sqlite3.Connection:
+    # Blocks may run in different threads of a pool, but never two at once.
+    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    # The database is deleted after the upload, so it needs no durability.
+    database.execute("PRAGMA journal_mode = OFF")
+    database.execute("PRAGMA synchronous = OFF")
+    database.execute("PRAGMA locking_mode = EXCLUSIVE")
+    database.execute(f"PRAGMA cache_size = -{cache_kib}")
+    # `block` distinguishes the keys of the present block from earlier ones.
+    database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, block INTEGER) WITHOUT ROWID")
+    return database

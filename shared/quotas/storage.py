@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, Integer, delete, func, literal, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -31,12 +31,17 @@ def quotas_of(row: Any, defaults: UserQuotas) -> UserQuotas:
     return defaults.overridden({name: getattr(row, name) for name in QUOTAS})
 
 
+def user_lock(user_id: Any) -> tuple[ColumnElement[int], ColumnElement[int]]:
+    """Return the key of the advisory lock on the counted rows of a user."""
+    return literal(_LOCK_SPACE, Integer), func.hashtext(user_id)
+
+
 async def lock_user(connection: AsyncConnection, user_id: str) -> None:
     """Lock a user's counted rows against other additions, until the end of the transaction.
 
     Take this lock before locks on rows. A different order could cause deadlocks.
     """
-    lock = func.pg_advisory_xact_lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))
+    lock = func.pg_advisory_xact_lock(*user_lock(literal(owner_of(user_id))))
     await connection.execute(select(lock))
 
 

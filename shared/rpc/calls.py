@@ -23,6 +23,7 @@ from outbox_server.shared.callers import (
     CallerKind,
     call_under_way,
     check_may_call,
+    keep_place,
     set_current_caller,
 )
 from outbox_server.shared.errors import InvalidInput, Unavailable
@@ -263,7 +264,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         return await work()
                 shares = self._shares_of(method, stream=stream)
                 with self._by_user.counted(caller.user_id, caller.quotas, group):
-                    async with shares.entered(caller.claimant):
+                    async with shares.entered(caller.claimant) as place:
+                        keep_place(place)
                         return await work()
         except TimeoutError as error:
             if not limit.expired():

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import Final, TypeVar
 
+from cachetools import LRUCache
 from prometheus_client import CollectorRegistry
 
 from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavailable
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _MODULE: Final = "outbox_server.shared.templates.worker"
 # The longest wait for a worker and its answer.
 _PATIENCE: Final = timedelta(seconds=30)
+_RETRY_AFTER: Final = timedelta(seconds=2)
 # The CPU time that the rendering of one row may take on average, beyond the budgets below. A usual
 # mail takes 0.1 ms.
 _SECONDS_PER_ROW: Final = 0.02
@@ -37,6 +39,11 @@ _ROWS_PER_JOB: Final = 2_500
 _CHARACTERS_PER_JOB: Final = 1024 * 1024
 # The template of a shorter source is put together in the event loop, which takes a millisecond.
 _SHORT: Final = 4 * 1024
+# The size of the templates and of the summaries that are kept, in characters, and what each needs
+# besides its texts. A longer template is not kept.
+_KEPT_CHARACTERS: Final = 8 * 1024 * 1024
+_LEAST_KEPT: Final = 16 * 1024
+_KEPT_TEMPLATE: Final = 64 * 1024
 
 
 class TemplateParser:
@@ -46,6 +53,53 @@ class TemplateParser:
         """Show the metrics of the workers in `registry`."""
         self._pool = WorkerPool(_MODULE, settings, registry)
         self._budget = settings.template_budget.total_seconds()
+        # What workers found out about the templates that were used last, by field, text and length
+        # of the longest template.
+        self._summaries: LRUCache[tuple[str, str, int], tuple[SourceSummary, int]] = LRUCache(
+            _KEPT_CHARACTERS, lambda kept: kept[1]
+        )
+        # The templates that `known` returned last. Only the event loop uses them.
+        self._templates: LRUCache[tuple[str | None, ...], tuple[BatchTemplate, int]] = LRUCache(
+            _KEPT_CHARACTERS, lambda kept: kept[1]
+        )
+
+    def known(
+        self, subject: str | None, body: str | None, html: str | None
+    ) -> BatchTemplate | None:
+        """Return the template if no worker is needed for that; None for any other.
+
+        It is read in milliseconds. Its `render` is only for templates without Liquid.
+        """
+        key = subject, body, html
+        kept = self._templates.get(key)
+        if kept is not None:
+            return kept[0]
+        template = self._read_known(subject, body, html)
+        if template is not None:
+            # The text is in the key, and in the parts of the template.
+            size = 2 * sum(len(text or "") for text in key)
+            self._templates[key] = template, _LEAST_KEPT + size
+        return template
+
+    def _read_known(
+        self, subject: str | None, body: str | None, html: str | None
+    ) -> BatchTemplate | None:
+        longest = longest_of(subject, body, html)
+        if longest > _KEPT_TEMPLATE:
+            return None
+        sources: dict[str, TemplateSource | None] = {}
+        for field, text in (("subject", subject), ("body", body), ("html", html)):
+            summary = None if text is None else plain_source(field, text)
+            if text is not None and summary is None:
+                kept = self._summaries.get((field, text, longest))
+                if kept is None:
+                    return None
+                summary = kept[0]
+            sources[field] = None if summary is None else TemplateSource(summary)
+        try:
+            return BatchTemplate(**sources)
+        except InvalidInput:  # which `parse` reports
+            return None
 
     async def close(self) -> None:
         """End the worker processes."""
@@ -72,11 +126,14 @@ class TemplateParser:
             plain = None if text is None else plain_source(field, text)
             if text is None or plain is not None:
                 summaries[field] = plain
+            elif (kept := self._summaries.get((field, text, longest))) is not None:
+                summaries[field] = kept[0]
             else:
                 summaries[field], cpu = await self.run(
                     user, field, "parse", field, text, longest, decode=_anything
                 )
                 spent += cpu
+                self._keep(field, text, longest, summaries[field])
                 # A dispatcher parses all of them for its first mail.
                 if spent > self._budget:
                     raise too_costly(field, "and those before it need too much processor time")
@@ -88,6 +145,14 @@ class TemplateParser:
         )
         template.renderer = RemoteRows(self, user, texts, longest, self._budget)
         return template
+
+    def _keep(self, field: str, text: str, longest: int, wire: object) -> None:
+        """Remember what a worker found out about a template that is not long."""
+        if longest <= _KEPT_TEMPLATE:
+            summary = SourceSummary.from_wire(wire)
+            size = len(text) + _size_of(summary)
+            if size <= 2 * _KEPT_TEMPLATE:
+                self._summaries[field, text, longest] = summary, _LEAST_KEPT + size
 
     async def run(
         self, user: str, field: str, *job: object, decode: Callable[[object], T]
@@ -118,14 +183,25 @@ class TemplateParser:
             )
         except TimeoutError:
             raise ResourceExhausted(
-                "other templates of this user are still being parsed; try again later",
+                "no worker for templates became free within "
+                f"{_PATIENCE.total_seconds():g} s: other templates and rows are in progress; "
+                "try again later",
                 reason="TOO_MANY_CALLS",
+                metadata={"what": "template workers", "limit_of": "server"},
+                retry_after=_RETRY_AFTER,
             ) from None
         except WorkerLostError as error:
             raise Unavailable(
                 f"the template cannot be parsed now ({error}); try again later",
                 reason="TEMPLATE_WORKER_UNAVAILABLE",
             ) from None
+
+
+def _size_of(summary: SourceSummary) -> int:
+    """Return the approximate size of a summary in characters."""
+    parts = summary.parts or ()
+    texts = (*summary.names, *summary.required, summary.static or "")
+    return sum(map(len, texts)) + sum(len(each) if isinstance(each, str) else 64 for each in parts)
 
 
 def _anything(value: object) -> object:

@@ -138,7 +138,8 @@ async def test_a_batch_whose_id_is_in_use_is_not_taken_for_a_repeated_request(
         answer = await other.schedule(sender, csv(1))
         assert not answer.replayed
         assert int(first.batch_id) == FIRST + 1
-        assert int(answer.batch.batch_id) == FIRST + 2
+        # A group has tried FIRST + 1, and FIRST + 2 for the job.
+        assert int(answer.batch.batch_id) == FIRST + 3
         again = await one.schedule(sender, csv(1), request_id=answer.batch.request_id)
         assert (again.replayed, again.batch.batch_id) == (True, answer.batch.batch_id)
 
@@ -166,8 +167,9 @@ async def test_a_spread_batch_whose_ids_are_in_use_gets_others(
 async def test_ids_of_an_upload_that_is_still_open_are_not_used_twice(
     database_url: str, redis_url: str, ends: str
 ) -> None:
-    # The jobs of the other scheduler begin among those of the upload, and then after them.
-    script = Script(0, 0, 10_000)
+    # The jobs of the other scheduler begin among those of the upload, and then after them. It tries
+    # ids for a group, which waits only a second, and then for the batch alone.
+    script = Script(0, 0, 0, 0, 10_000)
     async with two_schedulers(database_url, redis_url, script) as (one, other):
         sender = await one.sender()
         open_end = asyncio.Event()
@@ -206,10 +208,11 @@ async def test_an_intake_that_finds_no_free_ids_stores_nothing_and_can_be_repeat
     script = Script(0, 1)
     async with two_schedulers(database_url, redis_url, script) as (one, other):
         sender = await one.sender()
-        await one.schedule(sender, csv(ID_TRIES))
+        # Another scheduler tries ids for a group first, and then for the batch alone.
+        await one.schedule(sender, csv(2 + ID_TRIES))
         refusal = await refusal_of(other.schedule(sender, csv(1, "s"), request_id="again"))
         assert refusal.code == "INTERNAL"
-        assert script.asked == 1 + ID_TRIES
+        assert script.asked == 2 + 1 + ID_TRIES
         assert one.value("SELECT count(*) FROM batches") == 1
         answer = await other.schedule(sender, csv(1, "s"), request_id="again")
         assert (answer.replayed, answer.batch.accepted_count) == (False, 1)

@@ -224,3 +224,28 @@ async def test_a_cancelled_wait_takes_no_place() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     assert [task.cancelled() for task in tasks] == [True, True, False]
     assert (shares.in_use, shares.held_by(EVE), shares.waiting) == (1, 1, 0)
+
+
+async def test_a_refusal_says_that_the_waiting_line_of_the_server_is_full() -> None:
+    shares = FairShares("calls", 4, waiting=4, patience=LATER)
+    crowd = Crowd(shares)
+    names = [Claimant(name) for name in "abcdefgh"]
+    for name in names[:4]:
+        assert shares.try_take(name)
+    async with waiting(crowd, names[4:]):
+        # She has neither a place nor a place in the line: her share is not the limit.
+        with pytest.raises(ResourceExhausted, match=r"all calls of this .* 4 wait") as caught:
+            await shares.take(ANN)
+        assert caught.value.metadata["limit_of"] == "server"
+        crowd.go.set()
+        for name in names[:4]:
+            shares.give_back(name)
+
+
+async def test_a_place_that_is_left_early_is_given_back_once() -> None:
+    shares = FairShares("calls", 1)
+    async with shares.entered(ANN) as place:
+        assert not shares.try_take(EVE)
+        place.leave()
+        assert shares.try_take(EVE)
+    assert shares.in_use == 1

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import astuple
 from datetime import timedelta
+from functools import partial
 from typing import Final
 
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 from structlog.contextvars import bind_contextvars
 
-from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
 from outbox_server.services.scheduler.servicers.batch_mapping import to_batch
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
@@ -23,6 +25,7 @@ from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
+from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
 from outbox_server.shared.intake.payloads import (
     CsvPayload,
@@ -31,6 +34,7 @@ from outbox_server.shared.intake.payloads import (
     StreamedChunks,
     WholeFile,
 )
+from outbox_server.shared.intake.rows import RowRejection
 from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
@@ -84,10 +88,16 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         user_id = acting_user(request.options.user_id, "options.user_id")
         options = from_options(request.options)
         bind_contextvars(request_id=options.request_id)
-        payload = _payload(request)
+        payload = partial(_payload, request)
+        accept = self._intake.accept_small if _is_small(request) else self._accept_whole
         with _errors_name(request.WhichOneof("payload") or "payload"):
-            accepted = await self._intake.accept(options, payload, user_id)
-        return await self._answer(accepted)
+            accepted = await accept(options, payload, user_id)
+        return await self._answer(accepted, forecast=request.require_forecast)
+
+    async def _accept_whole(
+        self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
+    ) -> Acceptance:
+        return await self._intake.accept(options, payload(), user_id)
 
     async def UploadBatch(
         self,
@@ -234,24 +244,39 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             forecast = await self._forecaster.forecast(connection, found)
         return to_batch(found, forecast.end)
 
-    async def _answer(self, accepted: Acceptance) -> batch_service_pb2.ScheduleBatchResponse:
+    async def _answer(
+        self, accepted: Acceptance, *, forecast: bool = True
+    ) -> batch_service_pb2.ScheduleBatchResponse:
         bind_contextvars(batch_id=accepted.batch_id)
+        if accepted.record is not None and accepted.forecast is not None and not forecast:
+            return _response(accepted, accepted.record, accepted.rejections, accepted.forecast)
         async with self._engine.connect() as connection:
-            found = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
+            found = accepted.record or await storage.read_batch(
+                connection, accepted.batch_id, accepted.user_id
+            )
             if found is None:
                 # A repeated request, whose batch was removed at this moment.
                 raise not_found("batch_id", str(accepted.batch_id))
             rejections = accepted.rejections or await storage.list_rejections(
                 connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
             )
-            forecast = await self._forecaster.forecast(connection, found)
-        return batch_service_pb2.ScheduleBatchResponse(
-            batch=to_batch(found, forecast.end),
-            rejections=to_rejections(rejections),
-            replayed=accepted.replayed,
-            forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
-            notices=[*forecast.notices, *accepted.notices],
-        )
+            known = await self._forecaster.forecast(connection, found)
+        return _response(accepted, found, rejections, known)
+
+
+def _response(
+    accepted: Acceptance,
+    batch: storage.BatchRecord,
+    rejections: Sequence[RowRejection],
+    forecast: BatchForecast,
+) -> batch_service_pb2.ScheduleBatchResponse:
+    return batch_service_pb2.ScheduleBatchResponse(
+        batch=to_batch(batch, forecast.end),
+        rejections=to_rejections(rejections),
+        replayed=accepted.replayed,
+        forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
+        notices=[*forecast.notices, *accepted.notices],
+    )
 
 
 @contextmanager
@@ -263,6 +288,15 @@ def _errors_name(field: str) -> Iterator[None]:
         if error.violations:
             raise
         raise error.about(field) from None
+
+
+def _is_small(request: batch_service_pb2.ScheduleBatchRequest) -> bool:
+    """Return whether the batch may be read in the event loop."""
+    if request.ByteSize() > MOST_SMALL_BYTES:
+        return False
+    # A line of a CSV is at most one row.
+    lines = request.csv.count(b"\n") + request.csv.count(b"\r")
+    return len(request.recipients.rows) <= MOST_SMALL_ROWS and lines <= MOST_SMALL_ROWS
 
 
 def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import BigInteger, any_, bindparam, select
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.counts import JobCounts, batch_counts
@@ -68,6 +69,12 @@ _LISTED: Final = (
 )
 
 
+# Built once, because that takes longer than to run it.
+_NEW: Final = select(*_LISTED, Batch.body, Batch.html).where(
+    Batch.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
+)
+
+
 def _record(row: Any, counts: JobCounts, body: str | None, html: str | None) -> BatchRecord:
     return BatchRecord(
         batch_id=row.id,
@@ -109,6 +116,20 @@ async def read_batch(
         return None
     counts = await batch_counts(connection, [batch_id])
     return _record(row, counts[batch_id], row.body, row.html)
+
+
+async def read_new(
+    connection: AsyncConnection, accepted: Mapping[int, int]
+) -> dict[int, BatchRecord]:
+    """Return batches that this transaction has written, with the number of accepted jobs of each.
+
+    None of these jobs can be in another state yet, so nothing is counted.
+    """
+    rows = await connection.execute(_NEW, {"ids": list(accepted)})
+    return {
+        row.id: _record(row, JobCounts(scheduled=accepted[row.id]), row.body, row.html)
+        for row in rows
+    }
 
 
 async def list_batches(

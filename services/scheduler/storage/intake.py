@@ -6,15 +6,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, Final, cast
+from typing import Any, Final
+from typing import cast as typing_cast
 
 import psycopg
 import structlog
 from sqlalchemy import (
+    ColumnElement,
+    Integer,
     Text,
     and_,
     any_,
     bindparam,
+    cast,
     delete,
     exists,
     func,
@@ -60,12 +64,14 @@ from outbox_server.shared.quotas.storage import (
 from outbox_server.shared.states import SuppressionForm
 from outbox_server.shared.user_quotas import UserQuotas
 
+# The first half of the keys of the advisory locks on requests. Any number would do.
+_LOCK_SPACE: Final = 0x5251
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)
 _MILLISECOND: Final = timedelta(milliseconds=1)
 # How long a call waits for another call with the same request_id. Below the usual deadline.
 _LOCK_LIMIT: Final = "20s"
-_COPY_JOBS: Final = (
+COPY_JOBS: Final = (
     "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
     "recipient_key, address_key, variables) FROM STDIN"
 )
@@ -113,6 +119,40 @@ class IntakeCounts:
     rejected: int = 0
     duplicate: int = 0
     suppressed: int = 0
+
+
+def batch_values(
+    options: BatchOptions,
+    user_id: str,
+    variable_names: Sequence[str],
+    email_column: str,
+    trace_parent: str | None,
+) -> dict[str, Any]:
+    """Return what the row of a batch has from the request."""
+    return {
+        "user_id": user_id,
+        "sender_id": options.sender_id,
+        "request_id": options.request_id,
+        "subject": options.subject,
+        "body": options.body,
+        "html": options.html,
+        "variable_names": list(variable_names),
+        "email_column": email_column or None,
+        "expire_after_ms": options.expire_after_ms,
+        "duplicates": options.duplicates,
+        "mode": options.mode,
+        "trace_parent": trace_parent,
+    }
+
+
+def request_lock(user_id: Any, request_id: Any) -> tuple[ColumnElement[int], ColumnElement[int]]:
+    """Return the key of the advisory lock on a `request_id` of a user.
+
+    Whoever writes a batch holds it until the commit. So others can test whether a batch with this
+    id is being written, without waiting for the end of an upload.
+    """
+    text = cast(user_id, Text) + literal("\n", Text) + cast(request_id, Text)
+    return literal(_LOCK_SPACE, Integer), func.hashtext(text)
 
 
 class IntakeStore:
@@ -163,7 +203,7 @@ class IntakeStore:
         """Open the transaction. It is committed at the end of the block, or rolled back."""
         async with self._engine.begin() as connection:
             raw = await connection.get_raw_connection()
-            driver = cast(psycopg.AsyncConnection[Any], raw.driver_connection)
+            driver = typing_cast(psycopg.AsyncConnection[Any], raw.driver_connection)
             try:
                 yield IntakeTransaction(connection, driver, self._quotas, self._ids)
             except psycopg.OperationalError:
@@ -211,22 +251,11 @@ class IntakeTransaction:
             insert_or_ignore(Batch)
             .values(
                 id=bindparam("batch_id"),
-                user_id=user_id,
-                sender_id=options.sender_id,
-                request_id=options.request_id,
                 request_hash=b"",
-                subject=options.subject,
-                body=options.body,
-                html=options.html,
-                variable_names=list(variable_names),
-                email_column=email_column or None,
                 start_at=func.greatest(
                     literal(options.schedule_time, TIMESTAMP(timezone=True)), func.now()
                 ),
-                expire_after_ms=options.expire_after_ms,
-                duplicates=options.duplicates,
-                mode=options.mode,
-                trace_parent=trace_parent,
+                **batch_values(options, user_id, variable_names, email_column, trace_parent),
             )
             .on_conflict_do_nothing()
             .returning(Batch.id, Batch.start_at, Batch.created_at)
@@ -235,7 +264,9 @@ class IntakeTransaction:
             exists().where(Batch.user_id == user_id, Batch.request_id == options.request_id)
         )
         await self._limit_locks(_LOCK_LIMIT)
+        key = request_lock(literal(user_id), literal(options.request_id))
         try:
+            await self._connection.execute(select(func.pg_advisory_xact_lock(*key)))
             for _ in range(ID_TRIES):
                 batch_id = self._ids.issue()
                 added = await self._connection.execute(statement, {"batch_id": batch_id})
@@ -328,7 +359,7 @@ class IntakeTransaction:
             await self._copy(COPY_SPREAD_JOBS, lines_from(self._unplaced))
             self._unplaced += count
         else:
-            await self._with_ids(count, lambda first: self._copy(_COPY_JOBS, lines_from(first)))
+            await self._with_ids(count, lambda first: self._copy(COPY_JOBS, lines_from(first)))
 
     async def _with_ids(self, count: int, write: Callable[[int], Awaitable[None]]) -> None:
         """Run `write` with the first of `count` new ids, and again if one of them is in use."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
+    Integer,
     SmallInteger,
     Text,
     and_,
@@ -52,6 +53,11 @@ SUPPRESSION_COLUMNS: Final = (
 )
 
 
+def suppression_lock(user_id: Any) -> tuple[ColumnElement[int], ColumnElement[int]]:
+    """Return the key of the advisory lock on the suppressions of a user."""
+    return literal(_LOCK_SPACE, Integer), func.hashtext(user_id)
+
+
 async def lock_suppressions(
     connection: AsyncConnection, user_id: str, *, shared: bool = False
 ) -> None:
@@ -62,7 +68,7 @@ async def lock_suppressions(
     has missed. So one of the two sees the other.
     """
     lock = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
-    await connection.execute(select(lock(_LOCK_SPACE, func.hashtext(owner_of(user_id)))))
+    await connection.execute(select(lock(*suppression_lock(literal(owner_of(user_id))))))
 
 
 def _plain_or_erased(user_id: str, key: str) -> ColumnElement[bool]:

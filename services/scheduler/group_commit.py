@@ -1,0 +1,324 @@
+"""Stores small batches in groups: all that came while the last group was written, in a transaction.
+
+A commit waits for the disk, and most statements cost the same for one batch as for ten. So a group
+is faster than its batches one by one, and a call that comes alone waits for nobody.
+
+Each call of a group has its own result. What concerns one call alone (its quota, its request_id)
+fails that call. If the transaction fails, no call of the group has been accepted, and each of them
+goes the usual way, where only those fail that have to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final
+
+import structlog
+
+from outbox_server.services.scheduler.copy_format import Schedule, format_jobs
+from outbox_server.services.scheduler.small_batches import SmallBatch
+from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.services.scheduler.storage.group_intake import (
+    GroupCall,
+    GroupedBatch,
+    GroupIntakeStore,
+    GroupTransaction,
+    LockedSender,
+)
+from outbox_server.services.scheduler.storage.intake import IntakeSender, KnownRequest, batch_values
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.errors import OutboxError
+from outbox_server.shared.fair_shares import Claimant
+from outbox_server.shared.sender_domains import check_sender_domain
+from outbox_server.shared.states import SuppressionForm
+
+# The most batches and rows of a group, so that its transaction is short.
+_MOST_BATCHES: Final = 64
+_MOST_ROWS: Final = 1_000
+# How many groups a call tries to join whose user or request somebody else has locked.
+_TRIES: Final = 3
+# The longest time that a group may take, so that others need not wait for it for ever.
+_GROUP_LIMIT: Final = timedelta(seconds=10)
+# A rollback is quick. One that takes longer must not delay the end of the process.
+_END_LIMIT: Final = timedelta(seconds=5)
+_MILLISECOND: Final = timedelta(milliseconds=1)
+
+_log = structlog.get_logger("outbox.intake")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBatch:
+    """A batch that was committed, or the one that has the same `request_id`."""
+
+    sender: IntakeSender
+    record: BatchRecord | None = None
+    known: KnownRequest | None = None
+
+
+# What a call of a group gets: None means that it must go the usual way.
+_Outcome = StoredBatch | OutboxError | None
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A call that waits for its group."""
+
+    batch: SmallBatch
+    # The user that the call acts for. None means any.
+    user_id: str | None
+    claimant: Claimant
+    trace_parent: str | None
+    result: asyncio.Future[StoredBatch | None] = field(repr=False)
+    tries: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.batch.options.request_id
+
+
+class GroupCommit:
+    """Writes groups, one after the other, as long as calls wait."""
+
+    def __init__(
+        self,
+        store: GroupIntakeStore,
+        load: Callable[[int], object],
+        *,
+        restrict_domains: bool = False,
+    ) -> None:
+        """`load` begins to load the head of a sender whose caller has left.
+
+        With `restrict_domains`, senders need an address in a domain of their user.
+        """
+        self._store = store
+        self._load = load
+        self._restrict_domains = restrict_domains
+        # The waiting calls of each claimant. Claimants take turns.
+        self._waiting: dict[Claimant, deque[_Waiting]] = {}
+        self._writing: asyncio.Task[None] | None = None
+
+    async def store(
+        self,
+        batch: SmallBatch,
+        user_id: str | None,
+        claimant: Claimant,
+        trace_parent: str | None = None,
+    ) -> StoredBatch | None:
+        """Store a batch with the next group. Return None if it must go the usual way instead.
+
+        If the call is cancelled while its group is written, the batch may have been accepted.
+
+        Raises:
+            ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
+            PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
+        """
+        result: asyncio.Future[StoredBatch | None] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(batch, user_id, claimant, trace_parent, result)
+        self._waiting.setdefault(claimant, deque()).append(waiting)
+        if self._writing is None:
+            # Without a call's context: a group belongs to many calls.
+            self._writing = asyncio.create_task(self._write_all(), context=Context())
+        return await result
+
+    async def close(self) -> None:
+        """Wait until the last group is written."""
+        if self._writing is not None:
+            _, late = await asyncio.wait([self._writing], timeout=_END_LIMIT.total_seconds())
+            for task in late:
+                task.cancel()
+                await asyncio.wait([task])
+
+    async def _write_all(self) -> None:
+        group: list[_Waiting] = []
+        try:
+            while self._waiting:
+                try:
+                    async with self._store.connection() as connection:
+                        while group := self._next_group():
+                            async with (
+                                asyncio.timeout(_GROUP_LIMIT.total_seconds()),
+                                self._store.begin(connection) as transaction,
+                            ):
+                                outcomes = await self._write(transaction, group)
+                            self._end(group, outcomes)
+                except Exception as error:  # noqa: BLE001 - each call finds out by itself
+                    _log.warning(
+                        "group_not_stored",
+                        calls=len(group),
+                        error=type(error).__name__,
+                        exc_info=not isinstance(error, DATABASE_ERRORS),
+                    )
+                    # Without a connection, there is no group yet.
+                    group = group or self._next_group()
+                    self._end(group, [None] * len(group))
+        finally:
+            self._writing = None
+            # Only if this task is cancelled, or has a bug: no call may wait for ever.
+            left = [each for line in self._waiting.values() for each in line]
+            self._waiting.clear()
+            self._end([*group, *left], [None] * (len(group) + len(left)))
+
+    def _next_group(self) -> list[_Waiting]:
+        """Take the calls of the next group: one of each claimant in turn."""
+        group: list[_Waiting] = []
+        # Two calls with one request_id must not be in one group: the second one needs the first
+        # one's batch.
+        requests: set[str] = set()
+        rows = 0
+        later: list[_Waiting] = []
+        while self._waiting and len(group) < _MOST_BATCHES and rows < _MOST_ROWS:
+            claimant, line = next(iter(self._waiting.items()))
+            del self._waiting[claimant]
+            each = line.popleft()
+            if line:
+                self._waiting[claimant] = line
+            if each.result.done():  # the caller has left
+                continue
+            if each.request_id in requests:
+                later.append(each)
+                continue
+            requests.add(each.request_id)
+            group.append(each)
+            rows += len(each.batch.rows)
+        self._put_back(later)
+        return group
+
+    def _put_back(self, calls: Sequence[_Waiting]) -> None:
+        """Let calls wait for the next group, before all others of their claimants."""
+        for each in reversed(calls):
+            self._waiting.setdefault(each.claimant, deque()).appendleft(each)
+
+    def _end(self, group: Sequence[_Waiting], outcomes: Sequence[_Outcome]) -> None:
+        """Give the calls of a group their results, after the commit."""
+        for each, outcome in zip(group, outcomes, strict=True):
+            if each.result.done():  # the caller has left
+                if isinstance(outcome, StoredBatch) and outcome.record is not None:
+                    self._load(outcome.record.sender_id)
+                continue
+            if isinstance(outcome, OutboxError):
+                each.result.set_exception(outcome)
+            else:
+                each.result.set_result(outcome)
+
+    async def _write(
+        self, transaction: GroupTransaction, group: list[_Waiting]
+    ) -> Sequence[_Outcome]:
+        """Write a group. Calls that have to wait for somebody else's lock leave it."""
+        calls = [
+            GroupCall(each.batch.options.sender_id, each.request_id, each.user_id) for each in group
+        ]
+        found = await transaction.lock(calls)
+        locked = {number: sender for number, sender in found.items() if sender.locked}
+        if not locked:
+            return self._without_locks(group, found, {})
+        owners = {number: sender.sender.user_id for number, sender in locked.items()}
+        known, suppressing = await transaction.known_requests(
+            {(owners[number], group[number].request_id) for number in locked}
+        )
+        keys = {
+            (user, key)
+            for number, user in owners.items()
+            if user in suppressing
+            for both in group[number].batch.keys
+            for key in both
+        }
+        suppressed = await transaction.suppressed(keys) if keys else set()
+        waiting = await transaction.open_counts(set(owners.values()))
+        outcomes: dict[int, _Outcome] = {}
+        written: dict[int, GroupedBatch] = {}
+        for number, sender in locked.items():
+            each = group[number]
+            replayed = known.get((sender.sender.user_id, each.request_id))
+            if replayed is not None:
+                outcomes[number] = StoredBatch(sender.sender, known=replayed)
+                continue
+            try:
+                batch = self._prepare(each, sender, suppressed, waiting)
+            except OutboxError as error:
+                outcomes[number] = error
+            except OverflowError:  # a time beyond the year 9999
+                outcomes[number] = None
+            else:
+                written[number] = batch
+        if written:
+            records = await transaction.write(list(written.values()))
+            for number, batch in written.items():
+                record = records[batch.values["id"]]
+                outcomes[number] = StoredBatch(locked[number].sender, record)
+        return self._without_locks(group, found, outcomes)
+
+    def _without_locks(
+        self,
+        group: list[_Waiting],
+        found: Mapping[int, LockedSender],
+        outcomes: Mapping[int, _Outcome],
+    ) -> Sequence[_Outcome]:
+        """Let calls that lack a lock wait for the next group. Return the outcomes of the others."""
+        again = []
+        for number, each in enumerate(group):
+            each.tries += 1
+            if number in found and not found[number].locked and each.tries < _TRIES:
+                again.append(number)
+        self._put_back([group[number] for number in again])
+        rest = [number for number in range(len(group)) if number not in again]
+        group[:] = [group[number] for number in rest]
+        return [outcomes.get(number) for number in rest]
+
+    def _prepare(
+        self,
+        each: _Waiting,
+        found: LockedSender,
+        suppressed: set[tuple[str, str, int | None]],
+        waiting: dict[str, int],
+    ) -> GroupedBatch:
+        """Return what is written of a batch, and count its jobs in `waiting`.
+
+        Raises:
+            ResourceExhausted: USER_WAITING_JOBS_EXCEEDED.
+            PermissionDenied: SENDER_DOMAIN_NOT_ALLOWED.
+            OverflowError: a time is beyond the year 9999.
+        """
+        sender, options, user = found.sender, each.batch.options, found.sender.user_id
+        if self._restrict_domains:
+            check_sender_domain(sender.email, sender.domains, user)
+        rows = [
+            row
+            for row, (exact, folded) in zip(each.batch.rows, each.batch.keys, strict=True)
+            if (user, exact, SuppressionForm.EXACT) not in suppressed
+            and (user, folded, None) not in suppressed
+        ]
+        refusal = found.quotas.exceeded("waiting_jobs", user, waiting[user], len(rows))
+        if rows and refusal is not None:
+            raise refusal
+        start = max(options.schedule_time or found.now, found.now)
+        schedule = Schedule(start, found.now, options.spacing_ms, options.expire_after_ms)
+        times = schedule.times(rows)
+        batch_id = self._store.ids.issue()
+        lines = b""
+        if rows:
+            first = self._store.ids.issue(len(rows))
+            lines = format_jobs(rows, times, first, batch_id, options.sender_id)
+        waiting[user] += len(rows)
+        values = {
+            "id": batch_id,
+            "request_hash": each.batch.digest,
+            "start_at": start,
+            "last_due_at": schedule.last_due,
+            "spacing_ms": options.spacing_ms,
+            "accepted_count": len(rows),
+            "duplicate_count": each.batch.duplicates,
+            "suppressed_count": len(each.batch.rows) - len(rows),
+            **batch_values(
+                options,
+                user,
+                each.batch.variable_names,
+                each.batch.email_column,
+                each.trace_parent,
+            ),
+        }
+        return GroupedBatch(values, len(rows), lines)

@@ -1,0 +1,116 @@
+"""Does for many calls at once what costs nearly the same for one key as for ten.
+
+All calls that come while the work is in progress share the next round of it. A key whose work takes
+long is worked on alone from then on, so that it delays no others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
+from typing import Any, Final, Generic, TypeVar
+
+import structlog
+from cachetools import TTLCache
+
+T = TypeVar("T")
+
+# The most keys of one round. More of them share the round after the next.
+_MOST_KEYS: Final = 100
+# A round that takes longer than this, and so many times as long as usual, may have a slow key, such
+# as a sender with a million cancelled jobs. On a busy machine, all rounds take long.
+_SLOW_S: Final = 0.1
+_SLOW_TIMES: Final = 4
+# What is usual before the first round, in seconds, and the weight of each further one.
+_USUAL_S: Final = 0.05
+_WEIGHT: Final = 0.1
+# How long the keys of a slow round are alone, and the most that are remembered.
+_ALONE_S: Final = 30.0
+_MOST_ALONE: Final = 10_000
+
+_log = structlog.get_logger(__name__)
+
+
+class Coalesced(Generic[T]):
+    """Gets a value for each key, such as the id of a sender."""
+
+    def __init__(self, work: Callable[[Sequence[int]], Awaitable[Mapping[int, T]]]) -> None:
+        """`work` returns the values of keys. It must have a time limit."""
+        self._work = work
+        self._waiting: dict[int, asyncio.Future[T | None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._shared: asyncio.Task[None] | None = None
+        self._usual = _USUAL_S
+        self._alone: TTLCache[int, None] = TTLCache(_MOST_ALONE, _ALONE_S, timer=time.monotonic)
+
+    async def get(self, key: int) -> T | None:
+        """Return the value by work that begins after this call; None if there is none."""
+        # If this call is cancelled, others still wait for the value.
+        return await asyncio.shield(self.begin(key))
+
+    def begin(self, key: int) -> asyncio.Future[T | None]:
+        """Return a future of the value, which others wait for too: do not cancel it."""
+        result = self._waiting.get(key)
+        if result is None:
+            result = asyncio.get_running_loop().create_future()
+            self._waiting[key] = result
+            if key in self._alone:
+                self._start(self._round([key]))
+            elif self._shared is None:
+                self._shared = self._start(self._rounds())
+        return result
+
+    async def close(self) -> None:
+        """Wait for the work in progress, which has a time limit."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        # Without a call's context: a round belongs to many calls.
+        task = asyncio.get_running_loop().create_task(work, context=Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _rounds(self) -> None:
+        try:
+            while self._waiting:
+                for each in self._waiting:
+                    if each in self._alone:
+                        self._start(self._round([each]))
+                some = [each for each in self._waiting if each not in self._alone]
+                if not some:
+                    return
+                await self._round(some[:_MOST_KEYS], shared=True)
+        finally:
+            self._shared = None
+
+    async def _round(self, keys: Sequence[int], *, shared: bool = False) -> None:
+        # Taken out before the work begins: whoever comes later may have committed too late for it.
+        results = {each: self._waiting.pop(each) for each in keys if each in self._waiting}
+        if not results:
+            return
+        began = time.monotonic()
+        found: Mapping[int, T] = {}
+        try:
+            found = await self._work(list(results))
+        except Exception:  # noqa: BLE001 - the callers get None
+            _log.exception("coalesced_work_failed", keys=list(results))
+        finally:
+            slow = self._is_slow(time.monotonic() - began, shared=shared)
+            for each, result in results.items():
+                if slow:
+                    self._alone[each] = None
+                elif not shared:
+                    self._alone.pop(each, None)
+                if not result.done():
+                    result.set_result(found.get(each))
+
+    def _is_slow(self, took: float, *, shared: bool) -> bool:
+        """Return whether a round took unusually long, and note what is usual."""
+        slow = took > max(_SLOW_S, _SLOW_TIMES * self._usual)
+        if shared:
+            self._usual += _WEIGHT * (min(took, 2 * self._usual) - self._usual)
+        return slow
