@@ -16,6 +16,7 @@ from io import StringIO
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import liquid
+from cachetools import LRUCache
 from liquid.builtin.expressions.primitive import RangeLiteral
 from liquid.builtin.output import Output, OutputNode
 from liquid.builtin.tags.case_tag import CaseTag, MultiExpressionBlockNode
@@ -49,6 +50,7 @@ _CALL_COST = 64
 _SLOW_FILTERS = {"strip_html": 16 * 1024, "date": 256}
 # strftime pads to any width that the format names: `%999999999d` would be a gigabyte.
 _PADDED_DIRECTIVE = re.compile(r"%[^a-zA-Z%]*\d")
+_KEPT_ENVIRONMENTS = 16
 # Iterations x source characters, which bounds the nodes that nested loops visit (about a second).
 _LOOP_WORK = 5_000_000
 
@@ -315,6 +317,10 @@ def _guard(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def _most_iterations(longest: int) -> int:
+    return min(MAX_ITEMS, max(20, _LOOP_WORK // max(1, longest)))
+
+
 class GuardedEnvironment(liquid.Environment):
     """Parses and renders one batch's templates; `longest` is the length of the longest source."""
 
@@ -327,9 +333,7 @@ class GuardedEnvironment(liquid.Environment):
         self.budget = Budget()
         super().__init__(autoescape=autoescape)
         # Set per instance: a longer source may have fewer iterations.
-        self.loop_iteration_limit = min(  # type: ignore[misc]
-            MAX_ITEMS, max(20, _LOOP_WORK // max(1, longest))
-        )
+        self.loop_iteration_limit = _most_iterations(longest)  # type: ignore[misc]
 
     def setup_tags_and_filters(self, *, extra: bool = False) -> None:
         """Register Liquid's tags and filters: no partials, no `safe`, every filter guarded."""
@@ -341,6 +345,25 @@ class GuardedEnvironment(liquid.Environment):
         del self.filters["safe"]
         for name, filter_ in _sorted_items(self.filters):
             self.filters[name] = _guard(name, filter_)
+
+
+class Environments:
+    """Environments that the templates of one thread share.
+
+    It takes longer to make one than to parse a usual template. All templates of at most 5,000
+    characters with the same escaping have the same environment.
+    """
+
+    def __init__(self) -> None:
+        self._made: LRUCache[tuple[bool, int], GuardedEnvironment] = LRUCache(_KEPT_ENVIRONMENTS)
+
+    def get(self, *, autoescape: bool, longest: int) -> GuardedEnvironment:
+        """Return the environment of a template, as `GuardedEnvironment` makes it."""
+        key = autoescape, _most_iterations(longest)
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = GuardedEnvironment(autoescape=autoescape, longest=longest)
+        return made
 
 
 def _sorted_items(

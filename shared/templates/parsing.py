@@ -16,6 +16,7 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.message_size import utf8_size
 from outbox_server.shared.templates.guard import (
     RENDER_BUDGET,
+    Environments,
     GuardedEnvironment,
     OutputTooLargeError,
 )
@@ -34,14 +35,18 @@ from outbox_server.shared.templates.wording import TemplateFault, describe_error
 _CAN_BREAK = re.compile(r"[\r\n]|_decode|newline_to_br")
 
 
-def parse_source(field: str, source: str, longest: int) -> TemplateSource:
+def parse_source(
+    field: str, source: str, longest: int, environments: Environments | None = None
+) -> TemplateSource:
     """Parse one template. `longest` is the length of the batch's longest template.
+
+    Templates that share `environments` must not be used by two threads at once.
 
     Raises:
         InvalidInput: TEMPLATE_INVALID, for `field`, with line and column.
     """
     escapes = field == "html"
-    env = GuardedEnvironment(autoescape=escapes, longest=longest)
+    env = (environments or Environments()).get(autoescape=escapes, longest=longest)
     template, needs = _parse(field, source, env)
     liquid = _Liquid(field, template, env)
     parts = plain_parts(template.nodes)

@@ -34,6 +34,7 @@ from cachetools import LRUCache
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.templates.batch import BatchTemplate
 from outbox_server.shared.templates.checking import failure_of
+from outbox_server.shared.templates.guard import Environments
 from outbox_server.shared.templates.parsing import parse_source
 from outbox_server.shared.templates.source import RenderError, Room, TemplateSource
 from outbox_server.shared.templates.wire import (
@@ -199,6 +200,7 @@ class TemplateCache:
     """The parsed templates that were used last."""
 
     def __init__(self) -> None:
+        self._environments = Environments()
         self._parsed: LRUCache[tuple[str, str, int], tuple[TemplateSource, int]] = LRUCache(
             _KEPT_CHARACTERS, lambda value: value[1]
         )
@@ -209,15 +211,17 @@ class TemplateCache:
         kept = self._parsed.get(key)
         if kept is not None:
             return kept[0]
-        parsed = parse_source(field, source, longest)
+        parsed = parse_source(field, source, longest, self._environments)
         if len(source) < _KEPT_CHARACTERS:
             self._parsed[key] = parsed, len(source) + 1
         return parsed
 
 
 def _summary_of(_: StartBudget) -> Job:
+    environments = Environments()
+
     def parse(field: str, source: str, longest: int) -> object:
-        summary = parse_source(field, source, longest).summary
+        summary = parse_source(field, source, longest, environments).summary
         if summary.parts is not None and len(summary.parts) > _MOST_PARTS:
             summary = summary._replace(parts=None)
         return summary.to_wire()
