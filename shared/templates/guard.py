@@ -260,6 +260,21 @@ def _size(value: object) -> int:
     return size
 
 
+def _total_size(left: object, arguments: tuple[object, ...]) -> int:
+    """Return the size of the values of a filter. Written for speed: most are short texts.
+
+    Raises:
+        ResourceLimitError: one of them is too large for a filter.
+    """
+    size = len(left) if type(left) is str else _size(left)
+    for argument in arguments:
+        size += len(argument) if type(argument) is str else _size(argument)
+    if size > MAX_CHARACTERS:
+        for value in (left, *arguments):
+            _size(value)
+    return size
+
+
 def _result_size(name: str, left: object, arguments: tuple[object, ...]) -> int:
     """Return the size of the result of `replace` or `join`, without computing the result."""
     if name == "join" and isinstance(left, (list, tuple)):
@@ -292,9 +307,9 @@ def _guard(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(
         left: object, *arguments: object, environment: GuardedEnvironment, **named: object
     ) -> Any:
-        size = _size(left)
-        for argument in (*arguments, *named.values()):
-            size += _size(argument)
+        size = _total_size(left, arguments)
+        if named:
+            size += _total_size("", tuple(named.values()))
         if slow is not None and size > slow:
             raise TemplateLimitError(f"a text is too long for `{name}`")
         if is_date and arguments and _PADDED_DIRECTIVE.search(str(arguments[0])):
@@ -311,7 +326,8 @@ def _guard(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
         # Filters pass on errors of all kinds: base64 that is not text, a date out of range.
         except Exception:  # noqa: BLE001
             raise _filter_fault(name) from None
-        _size(result)
+        if type(result) is not str or len(result) > MAX_CHARACTERS:
+            _size(result)
         return result
 
     return guarded
