@@ -10,7 +10,7 @@ from outbox.v1 import batch_service_pb2 as pb
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User
+from outbox_server.cli.options import Filtering, Paging, User
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -74,15 +74,18 @@ def list_(
     sender: Annotated[
         str, typer.Option("--sender", metavar="ID", help="Only batches of this sender.")
     ] = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List batches, newest first.
+    """List batches, newest first, or in another order.
 
-    $ outbox batches list --user demo
+    $ outbox batches list --user demo --filter "state = ACTIVE"
     """
-    request = pb.ListBatchesRequest(user_id=user, sender_id=sender)
+    request = pb.ListBatchesRequest(
+        user_id=user, sender_id=sender, filter=filtering.filter, order_by=filtering.order_by
+    )
     with connection("scheduler", server) as client:
         page = pages(client.batches.ListBatches, request, "batches", paging)
     show_list(page, "batches", _COLUMNS, output, what="batches")

@@ -172,7 +172,8 @@ def pages(
     next_request.page_size = paging.page_size or (_LARGEST_PAGE if paging.everything else 0)
     next_request.page_token = paging.page_token
     page: Any = method(next_request)
-    while paging.everything and page.next_page_token:
+    # A page with a filter may be empty although more follow.
+    while page.next_page_token and (paging.everything or not getattr(page, field)):
         next_request.page_token = page.next_page_token
         more: Any = method(next_request)
         getattr(page, field).extend(getattr(more, field))

@@ -11,7 +11,7 @@ from outbox.v1.email_job_pb2 import EmailJobState
 
 from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User, enum_reader
+from outbox_server.cli.options import Filtering, Paging, User, enum_reader
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = (
@@ -79,13 +79,16 @@ def list_(
     recipient: Annotated[
         str, typer.Option("--recipient", metavar="ADDRESS", help="Only jobs to this address.")
     ] = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List jobs in the order in which they were accepted.
+    """List jobs in the order in which they were accepted, or in another one.
 
     $ outbox jobs list --user demo --state failed
+
+    $ outbox jobs list --user demo --filter "attempt_count > 1" --order-by "create_time desc"
     """
     request = pb.ListEmailJobsRequest(
         user_id=user,
@@ -93,6 +96,8 @@ def list_(
         batch_id=batch,
         state=EmailJobState.ValueType(state or 0),
         recipient=recipient,
+        filter=filtering.filter,
+        order_by=filtering.order_by,
     )
     with connection("scheduler", server) as client:
         page = pages(client.email_jobs.ListEmailJobs, request, "email_jobs", paging)

@@ -41,6 +41,24 @@ class Paging:
     everything: Annotated[bool, typer.Option("--all", help="Fetch all pages.")] = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filtering:
+    """Which results of a list to fetch, and in which order."""
+
+    filter: Annotated[
+        str,
+        typer.Option(
+            "--filter",
+            metavar="FILTER",
+            help="Only what matches, such as 'state = FAILED' (docs/filters.md).",
+        ),
+    ] = ""
+    order_by: Annotated[
+        str,
+        typer.Option("--order-by", metavar="FIELD", help="The order, such as 'create_time desc'."),
+    ] = ""
+
+
 def read_duration(text: str) -> timedelta:
     """Parse the duration of an option.
 

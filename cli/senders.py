@@ -11,7 +11,7 @@ from outbox.v1.sender_pb2 import Sender, SenderState
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User, enum_reader
+from outbox_server.cli.options import Filtering, Paging, User, enum_reader
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.sender_options import SenderOptions
 from outbox_server.cli.terminal import note
@@ -90,17 +90,20 @@ def list_(
             help="Only senders in this state.",
         ),
     ] = None,
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """List the senders of a user, oldest first.
+    """List the senders of a user, oldest first, or in another order.
 
     $ outbox senders list --user demo
     """
     request = pb.ListSendersRequest(
         user_id=user,
         state=SenderState.ValueType(state or 0),
+        filter=filtering.filter,
+        order_by=filtering.order_by,
     )
     with connection("scheduler", server) as client:
         page = pages(client.senders.ListSenders, request, "senders", paging)

@@ -10,7 +10,7 @@ from outbox.v1.suppression_pb2 import Suppression
 
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User
+from outbox_server.cli.options import Filtering, Paging, User
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
@@ -64,6 +64,7 @@ def delete(
 def list_(
     *,
     user: User = "",
+    filtering: Filtering,
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -72,7 +73,9 @@ def list_(
 
     $ outbox suppressions list --user demo
     """
-    request = pb.ListSuppressionsRequest(user_id=user)
+    request = pb.ListSuppressionsRequest(
+        user_id=user, filter=filtering.filter, order_by=filtering.order_by
+    )
     with connection("scheduler", server) as client:
         page = pages(client.suppressions.ListSuppressions, request, "suppressions", paging)
     show_list(page, "suppressions", _COLUMNS, output, what="suppressions")

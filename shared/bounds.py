@@ -35,6 +35,9 @@ DEFAULT_MAX_IN_FLIGHT: Final = 5
 # Number of jobs that one RetryEmailJobs may name.
 MAX_RETRIED_IDS: Final = 1_000
 MAX_PORT: Final = 65_535
+# Of a filter: how deep parentheses and NOT may be nested, and the number of its comparisons.
+MAX_FILTER_DEPTH: Final = 10
+MAX_FILTER_TERMS: Final = 50
 # For the private CAs of an endpoint, and for OUTBOX_SMTP_CA.
 MAX_CA_BYTES: Final = 64 * 1024
 MAX_CA_CERTIFICATES: Final = 50
@@ -158,3 +161,5 @@ OAUTH2_REFRESH_TOKEN: Final = TextBounds(8_192, "SMTP_ENDPOINT_INVALID")
 OAUTH2_SCOPE: Final = TextBounds(1_024, "SMTP_ENDPOINT_INVALID")
 EMAIL_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "EMAIL_COLUMN_INVALID")
 TIME_ZONE: Final = TextBounds(64, "UNKNOWN_TIME_ZONE")
+FILTER: Final = TextBounds(4_000, "FILTER_INVALID")
+ORDER_BY: Final = TextBounds(100, "ORDER_BY_INVALID")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 # An id has 63 bits: 42 of the Unix time in ms, which last until 2109, and 21 at random. So one
@@ -19,6 +20,27 @@ _RANDOM_BITS: Final = 21
 _EARLIEST_MS: Final = 1_767_225_600_000
 # How often ids that turn out to be in use are replaced by others, before that is an error.
 ID_TRIES: Final = 5
+
+# All ids that an IdSource issues are at least this one. Smaller ids come from a sequence.
+FIRST_ISSUED_ID: Final = _EARLIEST_MS << _RANDOM_BITS
+_LARGEST_ID: Final = 2**63 - 1
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+# How much the clock that issued an id may differ from the clock that dated its row.
+_CLOCKS_DIFFER_MS: Final = 24 * 3_600_000
+
+
+def ids_of_time(created_at: datetime) -> tuple[int, int]:
+    """Return the lowest and the highest id that a row of this time may have.
+
+    It says nothing about ids from a sequence. The lowest id for a time before there were others is
+    0.
+    """
+    ms = (created_at - _EPOCH) // timedelta(milliseconds=1)
+    lowest = (ms - _CLOCKS_DIFFER_MS) << _RANDOM_BITS
+    highest = max((ms + 1 + _CLOCKS_DIFFER_MS) << _RANDOM_BITS, FIRST_ISSUED_ID)
+    if lowest < FIRST_ISSUED_ID:
+        lowest = 0
+    return min(lowest, _LARGEST_ID), min(highest, _LARGEST_ID)
 
 
 def _now_ms() -> int:

@@ -90,6 +90,8 @@ _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "recipient": _ADDRESS,
     "page_token": _text(bounds.PAGE_TOKEN),
     "resume_token": _text(bounds.RESUME_TOKEN),
+    "filter": _text(bounds.FILTER),
+    "order_by": _text(bounds.ORDER_BY),
     "time_zone": _text(bounds.TIME_ZONE),
     "email_column": _text(bounds.EMAIL_COLUMN),
 }

@@ -40,15 +40,19 @@ class Page(Generic[P]):
         """How many rows to read: one more than the page has, to see if another page follows."""
         return self.size + 1
 
-    def cut(self, found: Sequence[T], position_of: Callable[[T], P]) -> tuple[Sequence[T], str]:
+    def cut(
+        self, found: Sequence[T], position_of: Callable[[T], P], reached: P | None = None
+    ) -> tuple[Sequence[T], str]:
         """Return the rows of this page and the token of the next one, empty on the last page.
 
-        `found` are the first `limit` rows after `after`.
+        `found` are the first `limit` rows after `after`. If a search ended before it had so many
+        and before the end, `reached` is the position where it continues.
         """
         shown = found[: self.size]
-        if len(found) <= self.size:
+        following = position_of(shown[-1]) if len(found) > self.size else reached
+        if following is None:
             return shown, ""
-        return shown, page_tokens.encode(self.kind, self.filters, position_of(shown[-1]))
+        return shown, page_tokens.encode(self.kind, self.filters, following)
 
 
 def requested_page(

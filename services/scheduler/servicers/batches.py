@@ -13,11 +13,22 @@ from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 from structlog.contextvars import bind_contextvars
 
-from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
+from outbox_server.services.scheduler.filters.fields import (
+    FieldTest,
+    both,
+    check_filter,
+    required_value,
+)
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import (
+    BATCH_FIELDS,
+    BATCH_ORDERS,
+    check_order,
+)
+from outbox_server.services.scheduler.forecasts import Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
 from outbox_server.services.scheduler.servicers.batch_mapping import to_batch
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
-from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, listed_user
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
@@ -151,15 +162,27 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         request: batch_service_pb2.ListBatchesRequest,
         context: Context,
     ) -> batch_service_pb2.ListBatchesResponse:
-        """Return one page of batches, the newest first."""
-        sender_id = parse_id(request.sender_id, "sender_id") if request.sender_id else None
-        user_id = acting_user(request.user_id) if sender_id else named_user(request.user_id)
-        page = requested_page(request, "batches", user_id, sender_id, start=(page_tokens.MAX_ID,))
+        """Return one page of batches."""
+        tree = check_filter(parse_filter(request.filter), BATCH_FIELDS)
+        _, descending = check_order(request.order_by, BATCH_ORDERS)
+        if request.sender_id:
+            sender_id = parse_id(request.sender_id, "sender_id")
+            tree = both(tree, FieldTest("sender_id", "=", sender_id))
+        user_id = listed_user(request.user_id, narrowed=required_value(tree, "sender_id")[0])
+        page = requested_page(
+            request,
+            "batches",
+            user_id,
+            *(request.sender_id, request.filter, request.order_by),
+            start=(page_tokens.MAX_ID if descending else 0,),
+        )
         async with self._engine.connect() as connection:
-            found = await storage.list_batches(
-                connection, user_id, sender_id, *page.after, page.limit
+            found, reached = await storage.list_batches(
+                connection, user_id, tree, *page.after, page.limit, descending=descending
             )
-        shown, token = page.cut(found, lambda batch: (batch.batch_id,))
+        shown, token = page.cut(
+            found, lambda batch: (batch.batch_id,), None if reached is None else (reached,)
+        )
         return batch_service_pb2.ListBatchesResponse(
             batches=[to_batch(batch) for batch in shown], next_page_token=token
         )

@@ -6,7 +6,12 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from outbox_server.shared.callers import current_caller, effective_user, require_user
+from outbox_server.shared.callers import (
+    CallerKind,
+    current_caller,
+    effective_user,
+    require_user,
+)
 
 # In quotes, because grpcio's class is generic only in its stubs.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -30,3 +35,17 @@ def named_user(requested: str) -> str:
         InvalidInput: USER_ID_INVALID, USER_ID_REQUIRED.
     """
     return require_user(current_caller(), requested)
+
+
+def listed_user(requested: str, *, narrowed: bool) -> str | None:
+    """Return the user whose rows are listed. None means any user.
+
+    A list of all users' rows is for operators, unless it is `narrowed` to a resource of one user.
+
+    Raises:
+        PermissionDenied: USER_MISMATCH.
+        InvalidInput: USER_ID_INVALID, USER_ID_REQUIRED.
+    """
+    if narrowed or current_caller().kind is CallerKind.OPERATOR:
+        return acting_user(requested)
+    return named_user(requested)

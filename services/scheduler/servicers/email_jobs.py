@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.servicers.filtered_jobs import listed_jobs
 from outbox_server.services.scheduler.servicers.job_mapping import (
     to_attempt,
     to_explanation,
@@ -18,7 +19,7 @@ from outbox_server.services.scheduler.servicers.job_mapping import (
 from outbox_server.services.scheduler.storage import email_jobs as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import end_waiting
-from outbox_server.services.scheduler.storage.email_jobs import JobFilter, JobRecord
+from outbox_server.services.scheduler.storage.email_jobs import JobRecord
 from outbox_server.services.scheduler.storage.reopening import (
     FailedJobs,
     keeping_quota,
@@ -27,13 +28,13 @@ from outbox_server.services.scheduler.storage.reopening import (
     retry_failed,
 )
 from outbox_server.shared import bounds
+from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.errors import FailedPrecondition, InvalidInput, NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
-from outbox_server.shared.intake.addresses import BadAddress, check_address
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
-from outbox_server.shared.states import JobState, requested_enum
+from outbox_server.shared.states import JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
 # A cancellation is repeated if the job returns from a failed attempt meanwhile.
@@ -76,20 +77,24 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         request: email_job_service_pb2.ListEmailJobsRequest,
         context: Context,
     ) -> email_job_service_pb2.ListEmailJobsResponse:
-        """Return one page of jobs, in the order of acceptance."""
-        narrowed = bool(request.sender_id or request.batch_id)
-        user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
+        """Return one page of jobs."""
+        which = listed_jobs(request)
         filters = (request.sender_id, request.batch_id, request.state, request.recipient)
-        page = requested_page(request, "email_jobs", user_id, *filters, start=(0, 0))
-        which = _filter(request, user_id)
-        if which is None:
-            return email_job_service_pb2.ListEmailJobsResponse()
-        async with self._engine.connect() as connection:
-            found = await storage.list_jobs(connection, which, page.after, page.limit)
-        shown, token = page.cut(found, lambda job: (job.batch_id, job.job_id))
+        page = requested_page(
+            request,
+            "email_jobs",
+            which.user_id,
+            *filters,
+            request.filter,
+            request.order_by,
+            start=which.start,
+        )
+        async with snapshot(self._engine) as connection:
+            found, reached = await storage.list_jobs(connection, which, page.after, page.limit)
+        shown, token = page.cut(found, lambda each: each[0], reached)
         installation = await self._installation()
         return email_job_service_pb2.ListEmailJobsResponse(
-            email_jobs=[to_job(job, installation) for job in shown], next_page_token=token
+            email_jobs=[to_job(job, installation) for _, job in shown], next_page_token=token
         )
 
     async def CancelEmailJob(
@@ -270,27 +275,3 @@ def _failed(
             with suppress(NotFound):
                 ids.append(parse_id(text, "email_job_ids"))
     return FailedJobs(user_id=user_id, batch_id=batch_id, sender_id=sender_id, job_ids=ids)
-
-
-def _filter(
-    request: email_job_service_pb2.ListEmailJobsRequest, user_id: str | None
-) -> JobFilter | None:
-    """Return the filter of the request. None means that no job can match."""
-    recipient = None
-    if request.recipient:
-        try:
-            # In the form in which addresses are stored: the domain in lower case, as Unicode.
-            recipient = check_address(request.recipient)
-        except BadAddress:
-            return None
-    state = requested_enum(JobState, request.state, "state")
-    try:
-        return JobFilter(
-            user_id=user_id,
-            sender_id=parse_id(request.sender_id, "sender_id") if request.sender_id else None,
-            batch_id=parse_id(request.batch_id, "batch_id") if request.batch_id else None,
-            state=state,
-            recipient=recipient,
-        )
-    except NotFound:
-        return None

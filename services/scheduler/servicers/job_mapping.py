@@ -41,6 +41,7 @@ def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
         recipient=record.recipient,
         row_number=record.row_number,
         state=_STATES[record.state],
+        create_time=to_timestamp(record.created_at),
         schedule_time=to_timestamp(record.scheduled_at),
         attempt_count=record.attempts,
         message_id=message_id_for(record.job_id, record.message_id_address, installation_id),

@@ -13,6 +13,13 @@ from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler import senders
+from outbox_server.services.scheduler.filters.fields import FieldTest, both, check_filter
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import (
+    SENDER_FIELDS,
+    SENDER_ORDERS,
+    check_order,
+)
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.sender_mapping import to_sender, to_verification
@@ -31,6 +38,7 @@ from outbox_server.shared.errors import FailedPrecondition, InvalidInput
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
+from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, whole_ms
 from outbox_server.shared.secrets import SecretBox
@@ -112,11 +120,25 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> sender_service_pb2.ListSendersResponse:
         """Return one page of a user's senders."""
         user_id = named_user(request.user_id)
-        page = requested_page(request, "senders", user_id, request.state, start=(0,))
+        tree = check_filter(parse_filter(request.filter), SENDER_FIELDS)
+        _, descending = check_order(request.order_by, SENDER_ORDERS)
         state = requested_enum(SenderState, request.state, "state")
+        if state is not None:
+            tree = both(tree, FieldTest("state", "=", int(state)))
+        page = requested_page(
+            request,
+            "senders",
+            user_id,
+            *(request.state, request.filter, request.order_by),
+            start=(page_tokens.MAX_ID if descending else 0,),
+        )
         async with self._engine.connect() as connection:
-            found = await storage.list_senders(connection, user_id, state, *page.after, page.limit)
-        shown, token = page.cut(found, lambda sender: (sender.sender_id,))
+            found, reached = await storage.list_senders(
+                connection, user_id, tree, *page.after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found, lambda sender: (sender.sender_id,), None if reached is None else (reached,)
+        )
         return sender_service_pb2.ListSendersResponse(
             senders=[self._answer(sender) for sender in shown], next_page_token=token
         )

@@ -7,6 +7,13 @@ from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_serv
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.erasing import erase_recipient
+from outbox_server.services.scheduler.filters.fields import check_filter
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import (
+    SUPPRESSION_FIELDS,
+    SUPPRESSION_ORDERS,
+    check_order,
+)
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import Context, named_user
 from outbox_server.services.scheduler.storage import suppressions as storage
@@ -71,10 +78,19 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
     ) -> suppression_service_pb2.ListSuppressionsResponse:
         """Return one page of a user's suppressions."""
         user_id = named_user(request.user_id)
-        page = requested_page(request, "suppressions", user_id, start=("",))
+        tree = check_filter(parse_filter(request.filter), SUPPRESSION_FIELDS)
+        _, descending = check_order(request.order_by, SUPPRESSION_ORDERS)
+        filters = (request.filter, request.order_by)
+        page = requested_page(request, "suppressions", user_id, *filters, start=("",))
         async with self._engine.connect() as connection:
-            found = await storage.list_suppressions(connection, user_id, *page.after, page.limit)
-        shown, token = page.cut(found, lambda suppression: (suppression.address,))
+            found, reached = await storage.list_suppressions(
+                connection, user_id, tree, *page.after, page.limit, descending=descending
+            )
+        shown, token = page.cut(
+            found,
+            lambda suppression: (suppression.address,),
+            None if reached is None else (reached,),
+        )
         return suppression_service_pb2.ListSuppressionsResponse(
             suppressions=[_to_suppression(one) for one in shown], next_page_token=token
         )

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from sqlalchemy import BigInteger, any_, bindparam, select
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.filters.fields import FieldTest, Filter, required_value
+from outbox_server.services.scheduler.filters.resources import ShownBatchState
+from outbox_server.services.scheduler.storage.bounded import search
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
+from outbox_server.services.scheduler.storage.counted_states import has_counted
 from outbox_server.shared.database.counts import JobCounts, batch_counts
 from outbox_server.shared.database.models import Batch, BatchRejection
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.intake.rows import RowRejection
-from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy
+from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy, JobState
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,38 +122,54 @@ async def read_batch(
     return _record(row, counts[batch_id], row.body, row.html)
 
 
-async def read_new(
-    connection: AsyncConnection, accepted: Mapping[int, int]
-) -> dict[int, BatchRecord]:
-    """Return batches that this transaction has written, with the number of accepted jobs of each.
+def _shown_state(test: FieldTest) -> ColumnElement[bool]:
+    cancelled = Batch.state == BatchState.CANCELLED
+    has_open = has_counted({JobState.SCHEDULED})
+    found = {
+        ShownBatchState.CANCELLED: cancelled,
+        ShownBatchState.ACTIVE: ~cancelled & has_open,
+        ShownBatchState.DONE: ~cancelled & ~has_open,
+    }[ShownBatchState(cast(int, test.value))]
+    return found if test.operator == "=" else ~found
 
-    None of these jobs can be in another state yet, so nothing is counted.
-    """
-    rows = await connection.execute(_NEW, {"ids": list(accepted)})
-    return {
-        row.id: _record(row, JobCounts(scheduled=accepted[row.id]), row.body, row.html)
-        for row in rows
-    }
+
+_BATCH_LEAVES: Final[Mapping[str, Leaf]] = {
+    "state": _shown_state,
+    "sender_id": column(Batch.sender_id),
+    "request_id": column(Batch.request_id),
+    "create_time": column(Batch.created_at),
+    "schedule_time": column(Batch.start_at),
+    "accepted_count": column(Batch.accepted_count),
+    "rejected_count": column(Batch.rejected_count),
+}
 
 
 async def list_batches(
     connection: AsyncConnection,
     user_id: str | None,
-    sender_id: int | None,
-    before_id: int,
+    tree: Filter | None,
+    after_id: int,
     limit: int,
-) -> Sequence[BatchRecord]:
-    """Return the first `limit` batches before `before_id`, the newest first."""
-    statement = owned_by(
-        select(*_LISTED).where(Batch.id < before_id).order_by(Batch.id.desc()).limit(limit),
-        Batch.user_id,
-        user_id,
-    )
+    *,
+    descending: bool,
+) -> tuple[Sequence[BatchRecord], int | None]:
+    """Return the first `limit` batches after an id that match, in the order of ids.
+
+    If there are fewer, although more may follow, the id where to continue is returned too.
+    """
+    after = Batch.id < after_id if descending else Batch.id > after_id
+    listed: Any = select(*_LISTED).where(after)
+    rows = owned_by(listed, Batch.user_id, user_id)
+    sender_id = required_value(tree, "sender_id")[1]
     if sender_id is not None:
-        statement = statement.where(Batch.sender_id == sender_id)
-    rows = (await connection.execute(statement)).all()
-    counts = await batch_counts(connection, [row.id for row in rows])
-    return [_record(row, counts[row.id], None, None) for row in rows]
+        rows = rows.where(Batch.sender_id == sender_id)
+    request_id = required_value(tree, "request_id")[1]
+    if request_id is not None and user_id is not None:
+        rows = rows.where(Batch.request_id == request_id)
+    matches = None if tree is None else condition(tree, _BATCH_LEAVES)
+    found = await search(connection, rows, Batch.id, matches, limit, descending=descending)
+    counts = await batch_counts(connection, [row.id for row in found.rows])
+    return [_record(row, counts[row.id], None, None) for row in found.rows], found.reached
 
 
 async def read_watched(connection: AsyncConnection, ids: Collection[int]) -> dict[int, BatchRecord]:

@@ -8,32 +8,26 @@ from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Row,
     Select,
     Subquery,
-    case,
-    exists,
-    func,
+    any_,
     lateral,
+    literal,
     select,
     true,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared.database.cancellations import finished_now, is_now, state_now
+from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
+from outbox_server.services.scheduler.storage.walking import walk_jobs
+from outbox_server.shared.database.cancellations import finished_now, state_now
 from outbox_server.shared.database.message_ids import message_id_address
-from outbox_server.shared.database.models import (
-    Attempt,
-    Batch,
-    BatchCancellation,
-    BatchCount,
-    CountDelta,
-    EmailJob,
-    Sender,
-)
+from outbox_server.shared.database.models import Attempt, Batch, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
-from outbox_server.shared.intake.addresses import address_key
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
 # The largest number of an attempt that the table can have (smallint).
@@ -78,17 +72,8 @@ class JobRecord:
     expires_at: datetime | None
     # When the server first deferred the mail. None means that it never did.
     deferred_since: datetime | None
-
-
-@dataclass(frozen=True, slots=True)
-class JobFilter:
-    """Which jobs to list. None means any. `recipient` is compared without regard to case."""
-
-    user_id: str | None
-    sender_id: int | None = None
-    batch_id: int | None = None
-    state: JobState | None = None
-    recipient: str | None = None
+    # When its batch was accepted.
+    created_at: datetime
 
 
 _JOB: Final = (
@@ -117,18 +102,6 @@ _ATTEMPT: Final = (
     Attempt.message,
     Attempt.reply_class,
 )
-
-
-def is_to(address: str) -> ColumnElement[bool]:
-    """Return the condition that a job goes to `address`, without regard to case.
-
-    With the locale C, PostgreSQL's lower() changes ASCII letters only. If the address has other
-    letters, only the given spelling and the lower-case spelling are found.
-    """
-    spellings = [func.lower(spelling) for spelling in {address, address_key(address)}]
-    lowered = func.lower(EmailJob.recipient)
-    hashed = func.hashtext(lowered).in_([func.hashtext(spelling) for spelling in spellings])
-    return hashed & lowered.in_(spellings)
 
 
 def _described(jobs: Subquery) -> Select[Any]:
@@ -167,6 +140,7 @@ def _record(row: Row[Any]) -> JobRecord:
         last=None if row.last_attempt is None else _past(row, "last_"),
         expires_at=row.expires_at,
         deferred_since=row.deferred_since,
+        created_at=row.created_at,
     )
 
 
@@ -190,7 +164,7 @@ async def read_job(
 ) -> JobRecord | None:
     """Return a job, or None if it does not exist or belongs to another user."""
     job = owned_by(
-        select(*_JOB, Batch.user_id)
+        select(*_JOB, Batch.user_id, Batch.created_at)
         .join(Batch, Batch.id == EmailJob.batch_id)
         .where(EmailJob.id == job_id),
         Batch.user_id,
@@ -200,83 +174,27 @@ async def read_job(
     return None if row is None else _record(row)
 
 
-def _owned_batches(which: JobFilter) -> Select[int, str]:
-    statement = owned_by(select(Batch.id, Batch.user_id), Batch.user_id, which.user_id)
-    if which.sender_id is not None:
-        statement = statement.where(Batch.sender_id == which.sender_id)
-    if which.batch_id is not None:
-        return statement.where(Batch.id == which.batch_id)
-    return statement if which.state is None else statement.where(may_have(which.state))
-
-
-def may_have(state: JobState) -> ColumnElement[bool]:
-    """Return the condition that a batch has jobs in this state, or had a moment ago.
-
-    The counts of the batch tell this. Without this condition, listing waiting jobs would read all
-    jobs that were ever sent.
-    """
-    # Jobs that are being sent are counted as waiting.
-    counted = int(JobState.SCHEDULED if state is JobState.SENDING else state)
-    folded = exists().where(
-        BatchCount.batch_id == Batch.id, BatchCount.state == counted, BatchCount.n > 0
-    )
-    # If the sum of rollup and deltas is positive, at least one of the two is.
-    unfolded = (
-        select(CountDelta.batch_id)
-        .where(CountDelta.state == counted)
-        .group_by(CountDelta.batch_id)
-        .having(func.sum(CountDelta.n) > 0)
-    )
-    found = folded | Batch.id.in_(unfolded)
-    if state is JobState.CANCELLED:
-        found |= Batch.id.in_(select(BatchCancellation.batch_id))
-    return found
-
-
-def _by_batch(which: JobFilter, after: tuple[int, int], limit: int) -> Select[Any]:
-    """Return the statement that reads jobs batch by batch, the oldest first, until `limit`.
-
-    Each batch is read by its index and yields up to `limit` jobs. A plan that sorts would have to
-    read all jobs of a user.
-    """
-    batches = _owned_batches(which).where(Batch.id >= after[0]).order_by(Batch.id).subquery("owned")
-    jobs = select(*_JOB).where(
-        EmailJob.batch_id == batches.c.id,
-        EmailJob.id > case((batches.c.id == after[0], after[1]), else_=0),
-    )
-    if which.state is not None:
-        jobs = jobs.where(is_now(which.state))
-    part = lateral(jobs.order_by(EmailJob.id).limit(limit), "part")
-    return select(*part.c, batches.c.user_id).join(part, true()).order_by(batches.c.id, part.c.id)
-
-
-def _by_recipient(which: JobFilter, after: tuple[int, int], recipient: str) -> Select[Any]:
-    """Return the statement that reads the jobs to one address, which are few, by their index."""
-    batches = _owned_batches(which).subquery("owned")
-    jobs = (
-        select(*_JOB, batches.c.user_id)
-        .join(batches, batches.c.id == EmailJob.batch_id)
-        .where(
-            is_to(recipient),
-            (EmailJob.batch_id > after[0])
-            | ((EmailJob.batch_id == after[0]) & (EmailJob.id > after[1])),
-        )
-        .order_by(EmailJob.batch_id, EmailJob.id)
-    )
-    return jobs if which.state is None else jobs.where(is_now(which.state))
-
-
 async def list_jobs(
-    connection: AsyncConnection, which: JobFilter, after: tuple[int, int], limit: int
-) -> Sequence[JobRecord]:
-    """Return the first `limit` jobs after (batch, job), in the order of their acceptance."""
-    if which.recipient is None:
-        found = _by_batch(which, after, limit)
-    else:
-        found = _by_recipient(which, after, which.recipient)
-    page = found.limit(limit).subquery("page")
-    statement = _described(page).order_by(page.c.batch_id, page.c.id)
-    return [_record(row) for row in await connection.execute(statement)]
+    connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int
+) -> tuple[Sequence[tuple[JobPosition, JobRecord]], JobPosition | None]:
+    """Return the first `limit` matching jobs after a position, each with its own.
+
+    If there are fewer, although more may follow, the position where to continue is returned too.
+    The connection must be a snapshot.
+    """
+    walked = await walk_jobs(connection, which, after, limit)
+    if not walked.found:
+        return [], walked.reached
+    given = literal([job_id for _, job_id in walked.found], ARRAY(BigInteger))
+    page = (
+        select(*_JOB, Batch.user_id, Batch.created_at)
+        .join(Batch, Batch.id == EmailJob.batch_id)
+        .where(EmailJob.id == any_(given))
+        .subquery("page")
+    )
+    rows = await connection.execute(_described(page))
+    records = {row.id: _record(row) for row in rows}
+    return [(place, records[place[1]]) for place in walked.found], walked.reached
 
 
 def is_job_of(job_id: int, user_id: str | None) -> ColumnElement[bool]:

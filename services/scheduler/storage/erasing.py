@@ -30,7 +30,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
-from outbox_server.services.scheduler.storage.email_jobs import is_to
+from outbox_server.services.scheduler.storage.conditions import is_to
 from outbox_server.services.scheduler.storage.suppressions import (
     SUPPRESSION_COLUMNS,
     SuppressionRecord,

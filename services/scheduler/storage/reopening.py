@@ -27,7 +27,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.storage.access import in_transaction
-from outbox_server.services.scheduler.storage.email_jobs import may_have
+from outbox_server.services.scheduler.storage.counted_states import may_have
 from outbox_server.shared.database.count_deltas import counting_moves
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
@@ -191,7 +191,7 @@ def _count_matching(which: FailedJobs) -> Select[int]:
 
 def _batches_with_failures(which: FailedJobs) -> Select[int]:
     if which.job_ids is None:
-        return _owned(which).where(may_have(JobState.FAILED)).order_by(Batch.id)
+        return _owned(which).where(may_have(frozenset({JobState.FAILED}))).order_by(Batch.id)
     of_jobs = select(EmailJob.batch_id).where(_named(which))
     return _owned(which).where(Batch.id.in_(of_jobs)).order_by(Batch.id)
 

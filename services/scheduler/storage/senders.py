@@ -24,7 +24,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.filters.fields import Filter
+from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import cancel_batches_of
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
 from outbox_server.services.scheduler.storage.oauth2_credentials import (
     VISIBLE_CREDENTIALS,
     replace_credentials,
@@ -210,22 +213,32 @@ async def read_endpoint(
     return None if row is None else (row.email, endpoint_of(row))
 
 
+_LEAVES: Final[Mapping[str, Leaf]] = {
+    "state": column(Sender.state),
+    "email": column(Sender.email),
+    "create_time": column(Sender.created_at),
+    "update_time": column(Sender.updated_at),
+}
+
+
 async def list_senders(
     connection: AsyncConnection,
     user_id: str,
-    state: SenderState | None,
+    tree: Filter | None,
     after_id: int,
     limit: int,
-) -> Sequence[SenderRecord]:
-    """Return the user's first `limit` senders after `after_id`, the oldest first."""
-    statement = owned_by(
-        _read(_LISTED).where(Sender.id > after_id).order_by(Sender.id).limit(limit),
-        Sender.user_id,
-        user_id,
-    )
-    if state is not None:
-        statement = statement.where(Sender.state == state)
-    return [_record(row, cooldown_of(row)) for row in await connection.execute(statement)]
+    *,
+    descending: bool,
+) -> tuple[Sequence[SenderRecord], int | None]:
+    """Return the user's first `limit` senders after an id that match, in the order of ids.
+
+    If there are fewer, although more may follow, the id where to continue is returned too.
+    """
+    after = Sender.id < after_id if descending else Sender.id > after_id
+    rows = owned_by(_read(_LISTED).where(after), Sender.user_id, user_id)
+    matches = None if tree is None else condition(tree, _LEAVES)
+    found = await search(connection, rows, Sender.id, matches, limit, descending=descending)
+    return [_record(row, cooldown_of(row)) for row in found.rows], found.reached
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -23,8 +23,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from outbox_server.services.scheduler.filters.fields import Filter
+from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
-from outbox_server.services.scheduler.storage.email_jobs import is_to
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition, is_to
 from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.models import Batch, EmailJob, Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
@@ -200,19 +202,41 @@ async def delete_suppression(connection: AsyncConnection, user_id: str, address:
     return changed > 0
 
 
+_LEAVES: Final[Mapping[str, Leaf]] = {
+    "reason": column(Suppression.reason),
+    "create_time": column(Suppression.created_at),
+}
+
+
 async def list_suppressions(
-    connection: AsyncConnection, user_id: str, after: str, limit: int
-) -> Sequence[SuppressionRecord]:
-    """Return the user's first `limit` suppressions after the address `after`."""
-    statement = owned_by(
-        select(*SUPPRESSION_COLUMNS)
-        .where(
-            Suppression.address > after,
-            Suppression.form.is_distinct_from(SuppressionForm.FOR_OLDER_RELEASES),
-        )
-        .order_by(Suppression.address)
-        .limit(limit),
-        Suppression.user_id,
-        user_id,
+    connection: AsyncConnection,
+    user_id: str,
+    tree: Filter | None,
+    after: str,
+    limit: int,
+    *,
+    descending: bool,
+) -> tuple[Sequence[SuppressionRecord], str | None]:
+    """Return the user's first `limit` suppressions after an address ("": all) that match.
+
+    If there are fewer, although more may follow, the address where to continue is returned too.
+    """
+    rows: Any = select(*SUPPRESSION_COLUMNS).where(
+        Suppression.form.is_distinct_from(SuppressionForm.FOR_OLDER_RELEASES)
     )
-    return [SuppressionRecord(*row) for row in await connection.execute(statement)]
+    if after:
+        address = Suppression.address
+        rows = rows.where(address < after if descending else address > after)
+    found = await search(
+        connection,
+        owned_by(rows, Suppression.user_id, user_id),
+        Suppression.address,
+        None if tree is None else condition(tree, _LEAVES),
+        limit,
+        descending=descending,
+    )
+    records = [
+        SuppressionRecord(row.user_id, row.address, row.reason, row.created_at)
+        for row in found.rows
+    ]
+    return records, found.reached

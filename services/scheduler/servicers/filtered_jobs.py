@@ -1,0 +1,91 @@
+"""Converts the filters of requests for jobs."""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from outbox.v1 import email_job_service_pb2
+
+from outbox_server.services.scheduler.filters.fields import (
+    FieldTest,
+    Filter,
+    both,
+    check_filter,
+    possible_values,
+    required_value,
+    stored_address,
+)
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import (
+    JOB_FIELDS,
+    JOB_ORDERS,
+    check_order,
+    wrong_order,
+)
+from outbox_server.services.scheduler.servicers.calls import listed_user
+from outbox_server.services.scheduler.storage.job_filters import JobFilter
+from outbox_server.shared.errors import NotFound
+from outbox_server.shared.rpc.proto_mapping import parse_id
+from outbox_server.shared.states import JobState, requested_enum
+
+_STATES: Final = frozenset(map(int, JobState))
+
+
+class JobsRequest(Protocol):
+    """The fields that restrict a call to jobs of a sender or batch, and its filter."""
+
+    sender_id: str
+    batch_id: str
+    filter: str
+
+
+def listed_jobs(request: email_job_service_pb2.ListEmailJobsRequest) -> JobFilter:
+    """Return which jobs the request lists, and in which order.
+
+    Raises:
+        InvalidInput: FILTER_INVALID, ORDER_BY_INVALID, USER_ID_REQUIRED, and others.
+    """
+    tree = job_tree(request)
+    state = requested_enum(JobState, request.state, "state")
+    if state is not None:
+        tree = both(tree, FieldTest("state", "=", int(state)))
+    if request.recipient:
+        tree = both(tree, FieldTest("recipient", "=", stored_address(request.recipient)))
+    field, descending = check_order(request.order_by, JOB_ORDERS)
+    by_due_time = field == "schedule_time"
+    if by_due_time:
+        _check_due_order(tree)
+    user_id = listed_user(request.user_id, narrowed=is_narrowed(tree))
+    return JobFilter(user_id, tree, descending, by_due_time)
+
+
+def job_tree(request: JobsRequest) -> Filter | None:
+    """Return the filter of the request, which includes its sender and its batch."""
+    tree = check_filter(parse_filter(request.filter), JOB_FIELDS)
+    for field in ("batch_id", "sender_id"):
+        text = getattr(request, field)
+        if text:
+            tree = both(tree, FieldTest(field, "=", _id(text, field)))
+    return tree
+
+
+def is_narrowed(tree: Filter | None) -> bool:
+    """Return whether all jobs that match belong to one sender or batch, and so to one user."""
+    return any(required_value(tree, field)[0] for field in ("sender_id", "batch_id"))
+
+
+def _check_due_order(tree: Filter | None) -> None:
+    states = possible_values(tree, "state", _STATES)
+    if not required_value(tree, "sender_id")[0] or states != {JobState.SCHEDULED}:
+        raise wrong_order(
+            "`schedule_time` orders the waiting jobs of one sender: restrict the list to "
+            "state = SCHEDULED and one sender_id, or order by `create_time`"
+        )
+
+
+def _id(text: str, field: str) -> int | None:
+    """Return an id; None if no resource can have it."""
+    try:
+        return parse_id(text, field)
+    except NotFound:
+        return None

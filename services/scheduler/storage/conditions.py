@@ -1,0 +1,142 @@
+"""Turns filters into conditions of SQL. Every value is a bound parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import eq, ge, gt, le, lt, ne
+from typing import Any, Final, TypeAlias, cast
+
+from sqlalchemy import (
+    ColumnElement,
+    SQLColumnExpression,
+    and_,
+    false,
+    func,
+    not_,
+    or_,
+    select,
+    true,
+)
+
+from outbox_server.services.scheduler.filters.fields import FieldTest, Filter
+from outbox_server.services.scheduler.filters.grammar import AllOf, AnyOf, Negation
+from outbox_server.shared.database.cancellations import being_cancelled, finished_now
+from outbox_server.shared.database.models import Batch, EmailJob
+from outbox_server.shared.intake.addresses import address_key
+from outbox_server.shared.states import JobState
+
+# A condition of SQL for a comparison.
+Leaf: TypeAlias = Callable[[FieldTest], ColumnElement[bool]]
+
+_OPERATORS: Final = {"=": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
+
+
+def condition(tree: Filter | None, fields: Mapping[str, Leaf]) -> ColumnElement[bool]:
+    """Return the condition that a row matches the filter."""
+    match tree:
+        case None:
+            return true()
+        case AllOf(terms):
+            return and_(*(condition(term, fields) for term in terms))
+        case AnyOf(terms):
+            return or_(*(condition(term, fields) for term in terms))
+        case Negation(term):
+            return not_(condition(term, fields))
+        case FieldTest():
+            return fields[tree.field](tree)
+
+
+def column(of: SQLColumnExpression[Any] | Callable[[], Any], *, nullable: bool = False) -> Leaf:
+    """Return the leaf that compares a column; an unset value matches only `!=`."""
+
+    def compare(test: FieldTest) -> ColumnElement[bool]:
+        if test.value is None:
+            return true() if test.operator == "!=" else false()
+        compared = of() if callable(of) else of
+        found: ColumnElement[bool] = _OPERATORS[test.operator](compared, test.value)
+        return func.coalesce(found, test.operator == "!=") if nullable else found
+
+    return compare
+
+
+def _spellings(address: str) -> list[ColumnElement[str]]:
+    """Return the lower-case spellings by which jobs to an address are found.
+
+    With the locale C, PostgreSQL's lower() changes ASCII letters only. If the address has other
+    letters, only the given spelling and the lower-case spelling are found.
+    """
+    return [func.lower(spelling) for spelling in sorted({address, address_key(address)})]
+
+
+def _is_addressed_to(address: str) -> ColumnElement[bool]:
+    return func.lower(EmailJob.recipient).in_(_spellings(address))
+
+
+def is_to(address: str) -> ColumnElement[bool]:
+    """Return the condition that a job goes to `address`, without regard to case, by an index."""
+    hashed = func.hashtext(func.lower(EmailJob.recipient))
+    by_index = hashed.in_([func.hashtext(spelling) for spelling in _spellings(address)])
+    return by_index & _is_addressed_to(address)
+
+
+def _has_state(state: JobState) -> ColumnElement[bool]:
+    """Return the condition that the row of a job has a state, in a form that no index has.
+
+    A walk reads a few rows of a batch and decides about each. On a table that was just filled, the
+    planner would read all jobs in the state instead, by one of the partial indexes.
+    """
+    return EmailJob.state + 0 == int(state)
+
+
+def _job_state(test: FieldTest) -> ColumnElement[bool]:
+    state = JobState(cast(int, test.value))
+    found = _has_state(state)
+    if state is JobState.SCHEDULED:
+        found &= ~being_cancelled()
+    elif state is JobState.CANCELLED:
+        found |= _has_state(JobState.SCHEDULED) & being_cancelled()
+    return found if test.operator == "=" else not_(found)
+
+
+def _recipient(test: FieldTest) -> ColumnElement[bool]:
+    equal = test.operator == "="
+    if not isinstance(test.value, str):
+        return false() if equal else true()
+    found = _is_addressed_to(test.value)
+    return found if equal else not_(found)
+
+
+def _created_at() -> Any:
+    return (
+        select(Batch.created_at)
+        .where(Batch.id == EmailJob.batch_id)
+        .correlate(EmailJob)
+        .scalar_subquery()
+    )
+
+
+def _send_time(test: FieldTest) -> ColumnElement[bool]:
+    sent = _has_state(JobState.SENT)
+    compared = column(EmailJob.finished_at, nullable=True)(test)
+    return or_(~sent, compared) if test.operator == "!=" else and_(sent, compared)
+
+
+# The conditions of a job, on EmailJob.
+JOB_LEAVES: Final[Mapping[str, Leaf]] = {
+    "state": _job_state,
+    "batch_id": column(EmailJob.batch_id),
+    "sender_id": column(EmailJob.sender_id),
+    "recipient": _recipient,
+    "create_time": column(_created_at),
+    "schedule_time": column(EmailJob.scheduled_at),
+    "finish_time": column(finished_now, nullable=True),
+    "send_time": _send_time,
+    "attempt_count": column(EmailJob.attempt),
+    "row_number": column(EmailJob.row_number),
+}
+# The conditions of a job that all jobs of a batch share, on Batch.
+BATCH_OF_JOB_LEAVES: Final[Mapping[str, Leaf]] = {
+    "batch_id": column(Batch.id),
+    "sender_id": column(Batch.sender_id),
+    "create_time": column(Batch.created_at),
+}

@@ -1,0 +1,294 @@
+"""Finds the jobs that match a filter, with a bounded number of rows read per call.
+
+A walk goes through the batches of a user in the order of their ids, and through the jobs of each
+in the same order, by indexes on columns that never change. What matches is decided row by row. So
+any filter may be used, and none can make a call read more than ROWS_READ rows: a walk that has
+read so many ends, and says where the next one continues. A page may then be short, or empty.
+
+A batch that has no job in any of the wanted states is left out, by its counts. Jobs in FAILED and
+UNCERTAIN have an index of their own, as have those of `short_walks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Integer,
+    Select,
+    and_,
+    any_,
+    case,
+    func,
+    lateral,
+    literal,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.services.scheduler.filters.fields import earliest, latest, required
+from outbox_server.services.scheduler.storage.bounded import search
+from outbox_server.services.scheduler.storage.conditions import JOB_LEAVES, condition
+from outbox_server.services.scheduler.storage.counted_states import may_have
+from outbox_server.services.scheduler.storage.job_filters import (
+    ALL_STATES,
+    LAST_ID,
+    FoundJobs,
+    JobFilter,
+    JobPosition,
+    batch_condition,
+    is_batch_level,
+)
+from outbox_server.services.scheduler.storage.short_walks import (
+    walk_address,
+    walk_due,
+    walk_in_flight,
+)
+from outbox_server.shared.database.counts import batch_counts
+from outbox_server.shared.database.models import Batch, EmailJob
+from outbox_server.shared.id_source import FIRST_ISSUED_ID, ids_of_time
+from outbox_server.shared.states import JobState
+
+# The number of rows that one walk reads, in about 10 ms.
+ROWS_READ: Final = 5_000
+# The number of batches that one walk looks at, and that it reads jobs of at once.
+_BATCHES_SEEN: Final = 2_000
+_BATCHES_AT_ONCE: Final = 200
+_BATCHES_AT_FIRST: Final = 25
+# The first group of batches has at least this many rows.
+_FIRST_ROWS: Final = 200
+# Each further group has so many times as many.
+_GROWTH: Final = 5
+# These have an index of their own, which is almost empty.
+_TROUBLE: Final = frozenset({JobState.FAILED, JobState.UNCERTAIN})
+
+
+async def walk_jobs(
+    connection: AsyncConnection,
+    which: JobFilter,
+    after: JobPosition,
+    limit: int,
+    *,
+    rows: int | None = None,
+) -> FoundJobs:
+    """Return the first `limit` matching jobs after a position, reading about `rows` rows.
+
+    None means ROWS_READ.
+    """
+    rows = rows or ROWS_READ
+    if which.by_due_time:
+        return await walk_due(connection, which, after, limit, rows)
+    if which.states == {JobState.SENDING}:
+        return await walk_in_flight(connection, which, after, limit)
+    if which.only("recipient") is not None:
+        return await walk_address(connection, which, after, limit)
+    return await _JobWalk(connection, which, limit, rows).run(after)
+
+
+@dataclass(frozen=True, slots=True)
+class _BatchRows:
+    """A batch, and the largest number of rows that have to be read of it."""
+
+    batch_id: int
+    rows: int
+
+
+class _JobWalk:
+    """One walk through batches and their jobs."""
+
+    def __init__(
+        self, connection: AsyncConnection, which: JobFilter, limit: int, rows: int
+    ) -> None:
+        self._connection = connection
+        self._which = which
+        self._limit = limit
+        self._left = rows
+        self._found: list[JobPosition] = []
+        self._group_rows = max(_FIRST_ROWS, 2 * limit)
+        of_jobs = [term for term in required(which.tree) if not is_batch_level(term)]
+        # Every row that is read is a match.
+        self._matches_all = not of_jobs
+        self._condition = and_(true(), *(condition(term, JOB_LEAVES) for term in of_jobs))
+        self._in_trouble = which.states <= _TROUBLE
+        self._batches_wanted = _BATCHES_AT_FIRST
+
+    async def run(self, after: JobPosition) -> FoundJobs:
+        """Walk until enough was found, all was read, or the rows are used up."""
+        if not self._which.states:
+            return FoundJobs([])
+        position: JobPosition | None = await self._skip_older(after)
+        more_seen = True
+        while position is not None and self._left > 0 and more_seen:
+            batches, following, more_seen = await self._candidates(position)
+            stopped = await self._read(batches, position)
+            if len(self._found) >= self._limit:
+                return FoundJobs(self._found)
+            position = following if stopped is None else stopped
+        return FoundJobs(self._found, position)
+
+    async def _skip_older(self, after: JobPosition) -> JobPosition:
+        """Return the position to begin with, by the time that ids of batches contain."""
+        tree = self._which.tree
+        if self._which.descending:
+            until = latest(tree, "create_time")
+            return after if until is None else min(after, (ids_of_time(until)[1], LAST_ID))
+        since = earliest(tree, "create_time")
+        first = 0 if since is None else ids_of_time(since)[0]
+        if first <= after[0]:
+            return after
+        older: Any = select(Batch.id).where(Batch.id < FIRST_ISSUED_ID).limit(1)
+        has_older = await self._connection.scalar(self._which.owned(older)) is not None
+        return after if has_older else (first, 0)
+
+    def _next_batches(self, position: JobPosition) -> Select[Any]:
+        which = self._which
+        listed: Any = select(Batch.id, Batch.accepted_count)
+        statement = which.owned(listed)
+        batch_id, job_id = position
+        if which.descending:
+            statement = statement.where(Batch.id <= batch_id if job_id else Batch.id < batch_id)
+            since = earliest(which.tree, "create_time")
+            if since is not None:
+                first = Batch.id >= ids_of_time(since)[0]
+                statement = statement.where(or_(first, Batch.id < FIRST_ISSUED_ID))
+        else:
+            unread = job_id < LAST_ID
+            statement = statement.where(Batch.id >= batch_id if unread else Batch.id > batch_id)
+            until = latest(which.tree, "create_time")
+            if until is not None:
+                statement = statement.where(Batch.id <= ids_of_time(until)[1])
+        return statement
+
+    async def _candidates(
+        self, position: JobPosition
+    ) -> tuple[list[_BatchRows], JobPosition | None, bool]:
+        """Return the next batches that may have matches.
+
+        The second value is the position after them, None if there are no more batches; the third
+        one is whether this walk may look at more batches.
+        """
+        which, limit = self._which, min(self._batches_wanted, _BATCHES_AT_ONCE)
+        self._batches_wanted = _BATCHES_AT_ONCE
+        wanted = batch_condition(which.tree)
+        if which.states != ALL_STATES:
+            wanted &= may_have(which.states)
+        found = await search(
+            self._connection,
+            self._next_batches(position),
+            Batch.id,
+            None if which.tree is None else wanted,
+            limit,
+            descending=which.descending,
+            most=_BATCHES_SEEN,
+        )
+        ids = [row.id for row in found.rows]
+        rows = {row.id: row.accepted_count for row in found.rows}
+        if self._in_trouble:
+            for batch_id, counts in (await batch_counts(self._connection, ids)).items():
+                rows[batch_id] = sum(counts[state] for state in _TROUBLE)
+        batches = [_BatchRows(batch_id, max(rows[batch_id], 1)) for batch_id in ids]
+        if len(batches) == limit:
+            return batches, which.after_batch(ids[-1]), True
+        if found.reached is None:
+            return batches, None, False
+        return batches, which.after_batch(found.reached), False
+
+    async def _read(
+        self, batches: Sequence[_BatchRows], position: JobPosition
+    ) -> JobPosition | None:
+        """Read the batches in groups. Return None, or the position where the rows were used up."""
+        at = 0
+        while at < len(batches) and len(self._found) < self._limit:
+            if self._left <= 0:
+                return position
+            most = min(self._group_rows, self._left)
+            self._group_rows *= _GROWTH
+            group = self._group(batches, at, most)
+            rows, until = sum(each.rows for each in group), None
+            if rows > most and not self._matches_all:
+                # Only a single batch can have so many.
+                rows, until = await self._boundary(group[0].batch_id, position, most)
+            ids = [each.batch_id for each in group]
+            found = await self._matches(ids, position, until)
+            self._found += found
+            self._left -= max(len(found), 1) if self._matches_all else rows
+            if until is None:
+                at += len(group)
+                position = self._which.after_batch(ids[-1])
+            else:
+                position = ids[0], until
+        return None if at == len(batches) else position
+
+    @staticmethod
+    def _group(batches: Sequence[_BatchRows], at: int, most: int) -> Sequence[_BatchRows]:
+        """Return the batches from `at` on to read with one statement: few rows, or one batch."""
+        end, rows = at + 1, batches[at].rows
+        while end < len(batches) and rows + batches[end].rows <= most:
+            rows += batches[end].rows
+            end += 1
+        return batches[at:end]
+
+    async def _boundary(
+        self, batch_id: int, position: JobPosition, most: int
+    ) -> tuple[int, int | None]:
+        """Return how many rows of a batch may be read, and the last of them; None if all may."""
+        which = self._which
+        after = position[1] if position[0] == batch_id else which.start[1]
+        jobs = (
+            select(EmailJob.id)
+            .where(self._within(literal(batch_id, BigInteger), literal(after, BigInteger)))
+            .order_by(*which.ordered(EmailJob.batch_id, EmailJob.id))
+        )
+        part = jobs.limit(most).subquery("part")
+        last = func.min(part.c.id) if which.descending else func.max(part.c.id)
+        row = (await self._connection.execute(select(func.count(), last))).one()
+        rows, end = row
+        return max(rows, 1), end if rows == most else None
+
+    def _within(
+        self, batch_id: ColumnElement[int], after: ColumnElement[int], until: int | None = None
+    ) -> ColumnElement[bool]:
+        """Return the condition that a job is of a batch, after one job and up to another.
+
+        Pairs are compared, as the index by batches and jobs orders them. With an equal sign for the
+        batch, the planner might read the primary key, with the jobs of all other batches.
+        """
+        which = self._which
+        place = (EmailJob.batch_id, EmailJob.id)
+        end = 0 if which.descending else LAST_ID
+        found = which.beyond(place, (batch_id, after))
+        found &= ~which.beyond(place, (batch_id, literal(end if until is None else until)))
+        if not self._in_trouble:
+            return found
+        states = [literal(int(state), Integer, literal_execute=True) for state in sorted(_TROUBLE)]
+        return found & EmailJob.state.in_(states)
+
+    async def _matches(
+        self, batch_ids: Sequence[int], position: JobPosition, until: int | None
+    ) -> list[JobPosition]:
+        """Return the matching jobs of some batches after the position, up to the limit."""
+        which = self._which
+        given = literal(list(batch_ids), ARRAY(BigInteger))
+        batches = select(Batch.id).where(Batch.id == any_(given)).subquery("batch")
+        here, start = batches.c.id == position[0], literal(which.start[1], BigInteger)
+        after = case((here, literal(position[1], BigInteger)), else_=start)
+        place = (EmailJob.batch_id, EmailJob.id)
+        jobs = select(*place).where(self._within(batches.c.id, after, until), self._condition)
+        left = self._limit - len(self._found)
+        part = lateral(jobs.order_by(*which.ordered(*place)).limit(left), "part")
+        statement = (
+            select(part.c.batch_id, part.c.id)
+            .select_from(batches)
+            .join(part, true())
+            # Named by the batches: their index gives the order, so the read ends early.
+            .order_by(*which.ordered(batches.c.id, part.c.id))
+            .limit(left)
+        )
+        return [(row.batch_id, row.id) for row in await self._connection.execute(statement)]

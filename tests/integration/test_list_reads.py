@@ -1,0 +1,218 @@
+"""A list reads a bounded number of rows, whatever its filter, and however many jobs there are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, Final
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.filters.fields import check_filter
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import BATCH_FIELDS, JOB_FIELDS
+from outbox_server.services.scheduler.storage.batches import list_batches
+from outbox_server.services.scheduler.storage.bounded import MOST_READ
+from outbox_server.services.scheduler.storage.job_filters import FoundJobs, JobFilter, JobPosition
+from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
+from outbox_server.shared.database.engine import create_engine
+from tests.dispatchers import options, settings_of
+from tests.world import World
+
+# Of the user big: one large batch, half of it sent, and many small ones. Others have as many.
+LARGE: Final = 40_000
+SMALL: Final = 2_500
+# The rows that a page may read: of jobs, of batches and of counts.
+MOST: Final = 3 * ROWS_READ
+_FILL: Final = f"""
+INSERT INTO senders (user_id, email, hourly_limit)
+SELECT CASE WHEN n <= 10 THEN 'big' ELSE 'u' || n END, 's@x.org', 9
+FROM generate_series(1, 20) AS n;
+INSERT INTO batches (user_id, sender_id, request_id, request_hash, start_at, duplicates, mode,
+                     accepted_count)
+SELECT s.user_id, s.id, n::text, '', now(), 1, 1, CASE n WHEN 1 THEN {LARGE} ELSE 10 END
+FROM generate_series(1, {SMALL}) AS n JOIN senders AS s ON s.id = 1 + n % 20
+ORDER BY n;
+INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, state, attempt,
+                        finished_at, lease_until)
+SELECT b.id, b.sender_id, now() + n * interval '1 ms', n, 'r' || n || '@y.test', now_in, 1,
+       CASE WHEN now_in > 2 THEN now() END, CASE now_in WHEN 2 THEN now() END
+FROM batches AS b, generate_series(1, b.accepted_count) AS n,
+     LATERAL (SELECT CASE WHEN b.id % 500 = 0 AND n = 3 OR n = 39999 THEN 4 WHEN n = 20001 THEN 2
+                          WHEN n > 20001 OR b.id > {SMALL - 200} THEN 1 ELSE 3 END AS now_in) AS s;
+INSERT INTO batch_counts (batch_id, state, n)
+SELECT batch_id, CASE state WHEN 2 THEN 1 ELSE state END, count(*) FROM email_jobs GROUP BY 1, 2;
+"""
+JOBS: Final = (
+    "",
+    "state = SENT",
+    "state = SCHEDULED",
+    "state = FAILED",
+    "state = CANCELLED",
+    "state = SENDING",
+    "state = SCHEDULED AND sender_id = 2",
+    "state = FAILED AND row_number > 30000",
+    "row_number = 39000",
+    "recipient = r7@y.test AND batch_id = 1",
+    "recipient = r39000@y.test",
+    "recipient != r1@y.test AND attempt_count > 1",
+    "create_time > 2027-01-01T00:00:00Z",
+    "create_time < 2026-01-01T00:00:00Z AND state = SENT",
+    "finish_time < 2026-01-01T00:00:00Z OR schedule_time < 2026-01-01T00:00:00Z",
+    "batch_id = 1 AND state = SCHEDULED",
+    "sender_id = 3 AND NOT (state = SENT OR row_number < 5)",
+)
+BATCHES: Final = (
+    "",
+    "state = ACTIVE",
+    "state = DONE",
+    "state = CANCELLED",
+    "sender_id = 3",
+    "sender_id != 3",
+    "request_id = '2480'",
+    "rejected_count > 0",
+    "create_time > 2027-01-01T00:00:00Z",
+)
+
+
+@asynccontextmanager
+async def filled(url: str, redis_url: str, *, analysed: bool) -> AsyncIterator[AsyncEngine]:
+    settings = settings_of(options(url, redis_url, "smtp://127.0.0.1:1"))
+    async with World(settings) as world:
+        for statement in _FILL.split(";\n"):
+            await world.sql(statement)
+        if analysed:
+            await world.sql("ANALYZE")
+    engine = create_engine(settings, lookups_only=True)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+def rows_of(node: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the rows that each scan of a table read, those that it discarded included."""
+    if "Relation Name" in node:
+        rows = node["Actual Rows"] + node.get("Rows Removed by Filter", 0)
+        rows += node.get("Rows Removed by Index Recheck", 0)
+        yield f"{node['Node Type']} on {node['Relation Name']}", rows * node["Actual Loops"]
+    for inner in node.get("Plans", ()):
+        yield from rows_of(inner)
+
+
+async def reads_of(engine: AsyncEngine, call: Callable[[Any], Any]) -> tuple[Any, float, str]:
+    """Return the result of `call`, how many rows its statements read, and what they did."""
+    ran: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        ran.append((statement, parameters))
+
+    async with engine.connect() as connection:
+        event.listen(engine.sync_engine, "before_cursor_execute", note)
+        result = await call(connection)
+        event.remove(engine.sync_engine, "before_cursor_execute", note)
+        total, report = 0.0, []
+        for statement, parameters in ran:
+            explained = await connection.exec_driver_sql(
+                f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement}", parameters
+            )
+            plan = explained.scalar_one()
+            plan = json.loads(plan) if isinstance(plan, str) else plan
+            for name, rows in rows_of(plan[0]["Plan"]):
+                total += rows
+                report.append(f"{rows:9.0f} {name}")
+        return result, total, "\n".join(report)
+
+
+def job_filter(text: str, **order: bool) -> JobFilter:
+    return JobFilter("big", check_filter(parse_filter(text), JOB_FIELDS), **order)
+
+
+@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "just filled"])
+async def test_no_page_reads_more_rows_than_the_budget(
+    new_database: Callable[[], str], redis_url: str, analysed: bool
+) -> None:
+    async with filled(new_database(), redis_url, analysed=analysed) as engine:
+        for text in JOBS:
+            for which, after in (
+                (job_filter(text), (0, 0)),
+                (job_filter(text), (1, 30_000)),
+                (job_filter(text, descending=True), (SMALL - 300, 5)),
+            ):
+                _, rows, report = await reads_of(engine, partial(walk_from, which, after))
+                about = f"{text!r} after {after} read {rows:,.0f}\n{report}"
+                assert rows <= MOST, about
+                assert "Seq Scan on email_jobs" not in report, about
+        due = job_filter("sender_id = 2 AND state = SCHEDULED", by_due_time=True)
+        walked, rows, report = await reads_of(engine, partial(walk_from, due, due.start))
+        assert len(walked.found) == 51
+        assert rows <= MOST, report
+
+
+async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConnection) -> FoundJobs:
+    return await walk_jobs(connection, which, after, 51)
+
+
+async def test_no_page_of_batches_reads_more_rows_than_the_budget(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    async with filled(new_database(), redis_url, analysed=True) as engine:
+        for text in BATCHES:
+            tree = check_filter(parse_filter(text), BATCH_FIELDS)
+            page = partial(
+                list_batches,
+                user_id="big",
+                tree=tree,
+                after_id=2**63 - 1,
+                limit=51,
+                descending=True,
+            )
+            _, rows, report = await reads_of(engine, page)
+            assert rows <= 3 * MOST_READ, f"{text!r} {rows:,.0f}\n{report}"
+
+
+async def test_a_page_of_common_matches_reads_little_more_than_it_shows(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    async with filled(new_database(), redis_url, analysed=True) as engine:
+        for text, most in (
+            ("", 500),
+            ("state = SENT", 1_000),
+            ("batch_id = 1 AND state = SENT", 700),
+            ("state = FAILED", 5_000),
+            ("state = SENDING", 500),
+        ):
+            which = job_filter(text)
+            walked, rows, report = await reads_of(engine, partial(walk_from, which, (0, 0)))
+            assert walked.found, text
+            assert rows <= most, f"{text!r} read {rows:,.0f}\n{report}"
+
+
+async def test_a_walk_in_parts_finds_every_match_once(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    async with (
+        filled(new_database(), redis_url, analysed=True) as engine,
+        engine.connect() as connection,
+    ):
+        for text in ("state = SCHEDULED", "state = FAILED", "row_number = 7", "state = SENDING"):
+            which = job_filter(text)
+            found: list[JobPosition] = []
+            after: JobPosition | None = which.start
+            while after is not None:
+                walked = await walk_jobs(connection, which, after, 1_000)
+                found += walked.found
+                full = len(walked.found) == 1_000
+                after = walked.found[-1] if full else walked.reached
+            condition = text.replace("state", "state::text")
+            for name, number in (("SCHEDULED", 1), ("SENDING", 2), ("FAILED", 4)):
+                condition = condition.replace(name, f"'{number}'")
+            expected = await connection.exec_driver_sql(
+                "SELECT batch_id, id FROM email_jobs WHERE sender_id <= 10"
+                f" AND {condition} ORDER BY 1, 2"
+            )
+            assert found == [tuple(row) for row in expected], text
