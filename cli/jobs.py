@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 from outbox.v1 import email_job_service_pb2 as pb
@@ -11,7 +14,16 @@ from outbox.v1.email_job_pb2 import EmailJobState
 
 from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Filtering, Paging, User, enum_reader
+from outbox_server.cli.options import (
+    Filtering,
+    Paging,
+    User,
+    enum_reader,
+    read_duration,
+    read_time,
+    to_duration,
+    to_timestamp,
+)
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 
 _COLUMNS = (
@@ -104,19 +116,93 @@ def list_(
     show_list(page, "email_jobs", _COLUMNS, output, what="jobs")
 
 
+Filter = Annotated[
+    str,
+    typer.Option(
+        "--filter", metavar="FILTER", help="All jobs that match, such as 'row_number > 9'."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count the jobs.")]
+
+
 @app.command()
 def cancel(
-    email_job_id: JobId,
+    email_job_id: Annotated[str, typer.Argument(metavar="[EMAIL_JOB_ID]", show_default=False)] = "",
+    *,
+    filter_: Filter = "",
+    dry_run: DryRun = False,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
-    """Cancel a waiting job. If it is too late, the command fails."""
+    """Cancel a waiting job, or all waiting jobs that match a filter.
+
+    If it is too late for the one job, the command fails.
+
+    $ outbox jobs cancel --user demo --filter "recipient = ann@example.com" --dry-run
+    """
+    if bool(email_job_id) == bool(filter_):
+        raise typer.BadParameter("give a job's id or --filter")
     with connection("scheduler", server) as client:
+        if filter_:
+            change = pb.CancelEmailJobsRequest(user_id=user, filter=filter_, validate_only=dry_run)
+            show(_in_parts(client.email_jobs.CancelEmailJobs, change, "cancelled_count"), output)
+            return
         job = client.email_jobs.CancelEmailJob(
             pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user)
         )
     show(job, output)
+
+
+@app.command()
+def reschedule(
+    *,
+    filter_: Annotated[
+        str, typer.Option("--filter", metavar="FILTER", help="The jobs, such as 'sender_id = 17'.")
+    ],
+    at: Annotated[
+        datetime | None,
+        typer.Option("--at", parser=read_time, metavar="TIME", help="When all jobs are due."),
+    ] = None,
+    delay: Annotated[
+        timedelta | None,
+        typer.Option(
+            "--delay", parser=read_duration, metavar="DURATION", help="How much later, such as 2h."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Give all waiting jobs that match a filter another due time.
+
+    $ outbox jobs reschedule --user demo --filter "sender_id = 17" --delay 2h
+    """
+    if (at is None) == (delay is None):
+        raise typer.BadParameter("give --at or --delay")
+    request = pb.RescheduleEmailJobsRequest(
+        user_id=user,
+        filter=filter_,
+        validate_only=dry_run,
+        schedule_time=to_timestamp(at),
+        delay=to_duration(delay),
+    )
+    with connection("scheduler", server) as client:
+        done = _in_parts(client.email_jobs.RescheduleEmailJobs, request, "rescheduled_count")
+    show(done, output)
+
+
+def _in_parts(method: Callable[[Any], Any], request: Any, count: str) -> Any:
+    """Call a method until no part is left, and return its answer with the sum of the counts."""
+    total = 0
+    while True:
+        answer = method(request)
+        total += getattr(answer, count)
+        request.page_token = answer.next_page_token
+        if not request.page_token:
+            setattr(answer, count, total)
+            return answer
 
 
 @app.command()
@@ -131,6 +217,8 @@ def retry(
     sender: Annotated[
         str, typer.Option("--sender", metavar="ID", help="Only failed jobs of this sender.")
     ] = "",
+    filter_: Filter = "",
+    dry_run: DryRun = False,
     user: User = "",
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -140,10 +228,16 @@ def retry(
     $ outbox jobs retry --batch 17
     """
     request = pb.RetryEmailJobsRequest(
-        user_id=user, batch_id=batch, sender_id=sender, email_job_ids=email_job_ids or []
+        user_id=user,
+        batch_id=batch,
+        sender_id=sender,
+        email_job_ids=email_job_ids or [],
+        filter=filter_,
+        validate_only=dry_run,
     )
     with connection("scheduler", server) as client:
-        answer = client.email_jobs.RetryEmailJobs(request, timeout=LONG_TIMEOUT_S)
+        retry_jobs = partial(client.email_jobs.RetryEmailJobs, timeout=LONG_TIMEOUT_S)
+        answer = _in_parts(retry_jobs, request, "retried_count")
     show(answer, output)
 
 

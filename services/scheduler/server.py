@@ -19,6 +19,7 @@ from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.forecasts import Forecaster, QuickForecaster
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.intake import Intake
+from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
@@ -216,7 +217,8 @@ def _services(
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
-    jobs = EmailJobServicer(engine, loader, explainer, quotas)
+    sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
+    jobs = EmailJobServicer(engine, loader, explainer, quotas, sets)
     users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings))
     suppressions = SuppressionServicer(engine, loader)
     holds = HoldServicer(engine, loader)

@@ -9,8 +9,13 @@ from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.explainer import Explainer
+from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
-from outbox_server.services.scheduler.servicers.filtered_jobs import listed_jobs
+from outbox_server.services.scheduler.servicers.filtered_jobs import (
+    changed_jobs,
+    listed_jobs,
+    new_time,
+)
 from outbox_server.services.scheduler.servicers.job_mapping import (
     to_attempt,
     to_explanation,
@@ -49,9 +54,15 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     """Reads, cancels, retries, resolves and explains jobs."""
 
     def __init__(
-        self, engine: AsyncEngine, loader: HeadLoader, explainer: Explainer, quotas: UserQuotas
+        self,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        explainer: Explainer,
+        quotas: UserQuotas,
+        sets: JobSets,
     ) -> None:
         """`quotas` are the defaults, for users without overrides."""
+        self._sets = sets
         self._quotas = quotas
         self._engine = engine
         self._explainer = explainer
@@ -136,6 +147,8 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         context: Context,
     ) -> email_job_service_pb2.RetryEmailJobsResponse:
         """Schedule failed jobs again."""
+        if request.filter or request.validate_only or request.page_token:
+            return await self._retry_set(request)
         narrowed = bool(request.sender_id or request.batch_id)
         user_id = acting_user(request.user_id) if narrowed else named_user(request.user_id)
         which = _failed(request, user_id)
@@ -146,6 +159,46 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             await load_soon(self._loader, retried.sender_ids)
         return email_job_service_pb2.RetryEmailJobsResponse(
             retried_count=retried.jobs, skipped_count=retried.skipped
+        )
+
+    async def _retry_set(
+        self, request: email_job_service_pb2.RetryEmailJobsRequest
+    ) -> email_job_service_pb2.RetryEmailJobsResponse:
+        if request.email_job_ids:
+            raise InvalidInput.field(
+                "email_job_ids",
+                "cannot be combined with `filter` and `validate_only`",
+                reason="FILTER_INVALID",
+            )
+        which, part = changed_jobs(request, "retry")
+        done = await self._sets.retry(which, part.after, count_only=request.validate_only)
+        return email_job_service_pb2.RetryEmailJobsResponse(
+            retried_count=done.jobs, next_page_token=part.token(done.reached)
+        )
+
+    async def CancelEmailJobs(
+        self,
+        request: email_job_service_pb2.CancelEmailJobsRequest,
+        context: Context,
+    ) -> email_job_service_pb2.CancelEmailJobsResponse:
+        """Cancel the waiting jobs that match a filter."""
+        which, part = changed_jobs(request, "cancel")
+        done = await self._sets.cancel(which, part.after, count_only=request.validate_only)
+        return email_job_service_pb2.CancelEmailJobsResponse(
+            cancelled_count=done.jobs, next_page_token=part.token(done.reached)
+        )
+
+    async def RescheduleEmailJobs(
+        self,
+        request: email_job_service_pb2.RescheduleEmailJobsRequest,
+        context: Context,
+    ) -> email_job_service_pb2.RescheduleEmailJobsResponse:
+        """Give the waiting jobs that match a filter another due time."""
+        which, part = changed_jobs(request, "reschedule")
+        new = new_time(request)
+        done = await self._sets.reschedule(which, part.after, new, count_only=request.validate_only)
+        return email_job_service_pb2.RescheduleEmailJobsResponse(
+            rescheduled_count=done.jobs, next_page_token=part.token(done.reached)
         )
 
     async def ResolveEmailJob(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from outbox.v1 import email_job_service_pb2
@@ -22,12 +23,16 @@ from outbox_server.services.scheduler.filters.resources import (
     check_order,
     wrong_order,
 )
-from outbox_server.services.scheduler.servicers.calls import listed_user
-from outbox_server.services.scheduler.storage.job_filters import JobFilter
-from outbox_server.shared.errors import NotFound
-from outbox_server.shared.rpc.proto_mapping import parse_id
+from outbox_server.services.scheduler.servicers.calls import acting_user, listed_user, named_user
+from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobPosition
+from outbox_server.services.scheduler.storage.job_sets import NewTime
+from outbox_server.shared.bounds import MAX_EXPIRE_AFTER
+from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.rpc import page_tokens
+from outbox_server.shared.rpc.proto_mapping import from_duration, from_timestamp, parse_id
 from outbox_server.shared.states import JobState, requested_enum
 
+_PARTS: Final = "parts of a set of jobs"
 _STATES: Final = frozenset(map(int, JobState))
 
 
@@ -37,6 +42,14 @@ class JobsRequest(Protocol):
     sender_id: str
     batch_id: str
     filter: str
+
+
+class ChangeRequest(JobsRequest, Protocol):
+    """The fields of a request that changes the jobs that match."""
+
+    user_id: str
+    validate_only: bool
+    page_token: str
 
 
 def listed_jobs(request: email_job_service_pb2.ListEmailJobsRequest) -> JobFilter:
@@ -89,3 +102,60 @@ def _id(text: str, field: str) -> int | None:
         return parse_id(text, field)
     except NotFound:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class SetPart:
+    """The part of a set of jobs with which a call begins."""
+
+    after: JobPosition
+    digest: bytes
+
+    def token(self, reached: JobPosition | None) -> str:
+        """Return the token of the next part; an empty text if there is none."""
+        return "" if reached is None else page_tokens.encode(_PARTS, self.digest, reached)
+
+
+def changed_jobs(request: ChangeRequest, method: str) -> tuple[JobFilter, SetPart]:
+    """Return which jobs the request changes, and where it begins.
+
+    Raises:
+        InvalidInput: FILTER_REQUIRED, FILTER_INVALID, PAGE_TOKEN_INVALID, USER_ID_REQUIRED.
+    """
+    tree = job_tree(request)
+    user_id = acting_user(request.user_id) if is_narrowed(tree) else named_user(request.user_id)
+    if tree is None:
+        raise InvalidInput.field(
+            "filter",
+            "one of `filter`, `batch_id` and `sender_id` must be set",
+            reason="FILTER_REQUIRED",
+        )
+    which = JobFilter(user_id, tree)
+    digest = page_tokens.digest_filters(
+        method, user_id, request.sender_id, request.batch_id, request.filter, request.validate_only
+    )
+    after = page_tokens.decode(request.page_token, _PARTS, digest, which.start)
+    return which, SetPart(after, digest)
+
+
+def new_time(request: email_job_service_pb2.RescheduleEmailJobsRequest) -> NewTime:
+    """Return when the jobs of the request become due.
+
+    Raises:
+        InvalidInput: NEW_TIME_INVALID.
+    """
+    match request.WhichOneof("new_time"):
+        case "schedule_time":
+            return NewTime(at=from_timestamp(request.schedule_time, "schedule_time"))
+        case "delay":
+            delay = from_duration(request.delay, "delay")
+            if abs(delay) <= MAX_EXPIRE_AFTER:
+                return NewTime(delay=delay)
+            raise InvalidInput.field(
+                "delay",
+                f"must be at most {MAX_EXPIRE_AFTER.days} days, in either direction",
+                reason="NEW_TIME_INVALID",
+            )
+    raise InvalidInput.field(
+        "schedule_time", "one of `schedule_time` and `delay` must be set", reason="NEW_TIME_INVALID"
+    )

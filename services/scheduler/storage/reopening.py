@@ -83,7 +83,7 @@ async def retry_failed(
 
             async def step(
                 connection: AsyncConnection, batch_id: int = batch_id, after: int = after
-            ) -> _ReopenedJobs:
+            ) -> ReopenedJobs:
                 if quotas is None:
                     return await _retry_chunk(connection, which, batch_id, after, chunk)
                 async with keeping_quota(connection, batch_id, quotas) as moved:
@@ -100,7 +100,9 @@ async def retry_failed(
 
 
 @dataclass(frozen=True, slots=True)
-class _ReopenedJobs:
+class ReopenedJobs:
+    """How many jobs of a batch wait again, its sender, and the id of the last job."""
+
     jobs: int = 0
     sender_id: int = 0
     # The id of the last job.
@@ -109,16 +111,31 @@ class _ReopenedJobs:
 
 async def _retry_chunk(
     connection: AsyncConnection, which: FailedJobs, batch_id: int, after: int, chunk: int
-) -> _ReopenedJobs:
+) -> ReopenedJobs:
     sender_id = await lock_sendable(connection, batch_id)
     if sender_id is None:
-        return _ReopenedJobs()
+        return ReopenedJobs()
     failed = (EmailJob.batch_id == batch_id) & (EmailJob.id > after)
     if which.job_ids is not None:
         failed &= _named(which)
     statement = _reopen(failed, JobState.FAILED, JobState.SCHEDULED, chunk)
     row = (await connection.execute(statement)).one()
-    return _ReopenedJobs(row.jobs, sender_id, row.last_id)
+    return ReopenedJobs(row.jobs, sender_id, row.last_id)
+
+
+async def retry_named(
+    connection: AsyncConnection, batch_id: int, jobs: ColumnElement[bool]
+) -> ReopenedJobs:
+    """Move the failed ones of some jobs of a batch back to SCHEDULED.
+
+    None is moved if the batch is cancelled or its sender deleted.
+    """
+    sender_id = await lock_sendable(connection, batch_id)
+    if sender_id is None:
+        return ReopenedJobs()
+    this = (EmailJob.batch_id == batch_id) & jobs
+    row = (await connection.execute(_reopen(this, JobState.FAILED, JobState.SCHEDULED, None))).one()
+    return ReopenedJobs(row.jobs, sender_id, row.last_id)
 
 
 @asynccontextmanager
@@ -205,7 +222,7 @@ async def resolve(connection: AsyncConnection, job_id: int, state: JobState) -> 
     return bool((await connection.execute(statement)).one().jobs)
 
 
-def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: int) -> Any:
+def _reopen(which: ColumnElement[bool], was: JobState, state: JobState, limit: int | None) -> Any:
     """Return the statement that moves jobs out of a final state and updates counts and markers."""
     waits = state is JobState.SCHEDULED
     if waits:

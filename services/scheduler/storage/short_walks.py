@@ -30,7 +30,10 @@ async def walk_address(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int
 ) -> FoundJobs:
     """Find jobs to one address, which are few."""
-    to_address = select(EmailJob.id).where(is_to(which.only("recipient")))
+    address = which.only("recipient")
+    if address is None:  # no address, so no mail can go to it
+        return FoundJobs([])
+    to_address = select(EmailJob.id).where(is_to(address))
     return await _few(connection, which, to_address, after, limit)
 
 

@@ -33,7 +33,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.filters.fields import earliest, latest, required
+from outbox_server.services.scheduler.filters.fields import (
+    earliest,
+    latest,
+    required,
+    required_value,
+)
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.conditions import JOB_LEAVES, condition
 from outbox_server.services.scheduler.storage.counted_states import may_have
@@ -87,9 +92,46 @@ async def walk_jobs(
         return await walk_due(connection, which, after, limit, rows)
     if which.states == {JobState.SENDING}:
         return await walk_in_flight(connection, which, after, limit)
-    if which.only("recipient") is not None:
+    if required_value(which.tree, "recipient")[0]:
         return await walk_address(connection, which, after, limit)
     return await _JobWalk(connection, which, limit, rows).run(after)
+
+
+async def skip_older(
+    connection: AsyncConnection, which: JobFilter, after: JobPosition
+) -> JobPosition:
+    """Return the position to begin with, by the time that ids of batches contain."""
+    tree = which.tree
+    if which.descending:
+        until = latest(tree, "create_time")
+        return after if until is None else min(after, (ids_of_time(until)[1], LAST_ID))
+    since = earliest(tree, "create_time")
+    first = 0 if since is None else ids_of_time(since)[0]
+    if first <= after[0]:
+        return after
+    older: Any = select(Batch.id).where(Batch.id < FIRST_ISSUED_ID).limit(1)
+    has_older = await connection.scalar(which.owned(older)) is not None
+    return after if has_older else (first, 0)
+
+
+def next_batches(which: JobFilter, position: JobPosition) -> Select[Any]:
+    """Return the statement that reads the batches from a position on, not ordered yet."""
+    listed: Any = select(Batch.id, Batch.accepted_count)
+    statement = which.owned(listed)
+    batch_id, job_id = position
+    if which.descending:
+        statement = statement.where(Batch.id <= batch_id if job_id else Batch.id < batch_id)
+        since = earliest(which.tree, "create_time")
+        if since is not None:
+            first = Batch.id >= ids_of_time(since)[0]
+            statement = statement.where(or_(first, Batch.id < FIRST_ISSUED_ID))
+    else:
+        unread = job_id < LAST_ID
+        statement = statement.where(Batch.id >= batch_id if unread else Batch.id > batch_id)
+        until = latest(which.tree, "create_time")
+        if until is not None:
+            statement = statement.where(Batch.id <= ids_of_time(until)[1])
+    return statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +165,7 @@ class _JobWalk:
         """Walk until enough was found, all was read, or the rows are used up."""
         if not self._which.states:
             return FoundJobs([])
-        position: JobPosition | None = await self._skip_older(after)
+        position: JobPosition | None = await skip_older(self._connection, self._which, after)
         more_seen = True
         while position is not None and self._left > 0 and more_seen:
             batches, following, more_seen = await self._candidates(position)
@@ -132,39 +174,6 @@ class _JobWalk:
                 return FoundJobs(self._found)
             position = following if stopped is None else stopped
         return FoundJobs(self._found, position)
-
-    async def _skip_older(self, after: JobPosition) -> JobPosition:
-        """Return the position to begin with, by the time that ids of batches contain."""
-        tree = self._which.tree
-        if self._which.descending:
-            until = latest(tree, "create_time")
-            return after if until is None else min(after, (ids_of_time(until)[1], LAST_ID))
-        since = earliest(tree, "create_time")
-        first = 0 if since is None else ids_of_time(since)[0]
-        if first <= after[0]:
-            return after
-        older: Any = select(Batch.id).where(Batch.id < FIRST_ISSUED_ID).limit(1)
-        has_older = await self._connection.scalar(self._which.owned(older)) is not None
-        return after if has_older else (first, 0)
-
-    def _next_batches(self, position: JobPosition) -> Select[Any]:
-        which = self._which
-        listed: Any = select(Batch.id, Batch.accepted_count)
-        statement = which.owned(listed)
-        batch_id, job_id = position
-        if which.descending:
-            statement = statement.where(Batch.id <= batch_id if job_id else Batch.id < batch_id)
-            since = earliest(which.tree, "create_time")
-            if since is not None:
-                first = Batch.id >= ids_of_time(since)[0]
-                statement = statement.where(or_(first, Batch.id < FIRST_ISSUED_ID))
-        else:
-            unread = job_id < LAST_ID
-            statement = statement.where(Batch.id >= batch_id if unread else Batch.id > batch_id)
-            until = latest(which.tree, "create_time")
-            if until is not None:
-                statement = statement.where(Batch.id <= ids_of_time(until)[1])
-        return statement
 
     async def _candidates(
         self, position: JobPosition
@@ -181,7 +190,7 @@ class _JobWalk:
             wanted &= may_have(which.states)
         found = await search(
             self._connection,
-            self._next_batches(position),
+            next_batches(which, position),
             Batch.id,
             None if which.tree is None else wanted,
             limit,

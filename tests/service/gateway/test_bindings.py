@@ -47,6 +47,8 @@ def bodies(sender_id: str) -> dict[tuple[str, str], Any]:
         ],
         ("POST", "/api/batches:uploadFile"): b"email\nann@example.com\n",
         ("POST", "/api/email-jobs:retry"): {"sender_id": sender_id},
+        ("POST", "/api/email-jobs:cancel"): {"sender_id": sender_id, "validate_only": True},
+        ("POST", "/api/email-jobs:reschedule"): {"sender_id": sender_id, "delay": "60s"},
         ("POST", "/api/email-jobs/{email_job_id}:resolve"): UNCERTAIN,
         ("POST", "/api/stats:forecast"): {
             "planned_batch": {"options": {"sender_id": sender_id}, "recipient_count": 5}
