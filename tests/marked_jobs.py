@@ -8,11 +8,13 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import psycopg
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.shared.database.frequent import driver_of
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import AttemptOutcome, JobState
@@ -33,6 +35,13 @@ _SENDERS = text("SELECT id, sender_id FROM email_jobs WHERE id = ANY(:ids)")
 
 def refs(jobs: Sequence[int], attempt: int = 1) -> list[JobRef]:
     return [JobRef(job, attempt) for job in jobs]
+
+
+async def raw(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:
+    """Return the driver's connection, in a transaction that SQLAlchemy commits."""
+    if not connection.in_transaction():
+        await connection.begin()
+    return await driver_of(connection)
 
 
 async def mark(
@@ -66,7 +75,7 @@ async def mark_refs(
     """Mark jobs SENDING, as if they had been claimed in a valid life."""
     claims = await claims_of(connection, jobs)
     return await storage.mark_sending(
-        connection, claims, lease, shard=TEST_SHARD, key_space=key_space, seen=seen
+        await raw(connection), claims, lease, shard=TEST_SHARD, key_space=key_space, seen=seen
     )
 
 
@@ -89,7 +98,7 @@ def record_of(marked: MarkedJob, state: JobState = JobState.SENT, **changes: Any
 
 
 async def settle(connection: AsyncConnection, records: Sequence[AttemptRecord]) -> dict[int, int]:
-    return await storage.settle(connection, records, time.monotonic())
+    return await storage.settle(await raw(connection), records, time.monotonic())
 
 
 async def whole_row(world: World, job: int) -> Any:

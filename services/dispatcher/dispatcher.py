@@ -42,6 +42,8 @@ from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.database.frequent import KeptConnections
+from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.circuit_keys import user_key
@@ -106,6 +108,7 @@ class Dispatcher:
         """`confirmed_at` is that of `Settler`."""
         self._lease = settings.lease
         self._statements = statements
+        self._marking = KeptConnections(statements)
         self._loader = loader
         self._queues = queues
         self._listeners = listeners
@@ -200,8 +203,7 @@ class Dispatcher:
                 stopping.cancel()
                 renewer.cancel()
         finally:
-            # Only an error leaves sends under way. The process starts again from what is recorded.
-            await self._pool.stop()
+            await self._marking.aclose()
             await self._pool.close()
 
     async def _drain_at(self, stop: asyncio.Event) -> None:
@@ -283,20 +285,21 @@ class Dispatcher:
     async def _mark(self, group: _Group) -> list[tuple[Claim, MarkedJob]]:
         """Move the claimed jobs to SENDING. Jobs that may no longer be sent are left out."""
         try:
-            async with self._statements.connect() as connection:
-                shard = group.queue.shard
+            shard = group.queue.shard
+            async with self._marking.connection() as kept:
                 jobs = await storage.mark_sending(
-                    connection,
+                    kept,
                     group.claims,
                     self._lease,
                     shard=shard,
                     key_space=group.queue.key_space,
                     seen=self._guard.seen,
                 )
-                by_ref = {job.job: job for job in jobs}
-                missing = [claim for claim in group.claims if claim.job not in by_ref]
-                why = None
-                if missing:
+            by_ref = {job.job: job for job in jobs}
+            missing = [claim for claim in group.claims if claim.job not in by_ref]
+            why = None
+            if missing:
+                async with self._statements.connect() as connection:
                     why = await storage.explain_unmarked(connection, missing, shard=shard)
         except BaseException:
             # Nothing was sent. If the statement was committed, the lease of its attempts expires.

@@ -14,11 +14,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import (
@@ -31,6 +32,7 @@ from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.database.engine import DATABASE_ERRORS, is_locked
+from outbox_server.shared.database.frequent import KeptConnections, driver_of
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
@@ -127,7 +129,7 @@ class Settler:
         # What was recorded since `confirmed_at`: a load of the next key space may have missed it.
         self._recent: deque[tuple[float, list[ClaimOutcome], _Recorded]] = deque()
         self._rules = rules
-        self._statements = statements
+        self._kept = KeptConnections(statements)
         self._transactions = transactions
         self._loader = loader
         self._slots = slots
@@ -154,7 +156,7 @@ class Settler:
 
     async def run(self) -> None:
         """Write outcomes until closed. A group that PostgreSQL cannot record is tried again."""
-        async with asyncio.TaskGroup() as tasks:
+        async with aclosing(self._kept), asyncio.TaskGroup() as tasks:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
@@ -202,10 +204,12 @@ class Settler:
     async def _record_ended(self, ended: list[EndedAttempt]) -> _Recorded:
         records = [outcome.record for outcome in ended]
         if not any(may_matter(outcome.record, outcome.signal) for outcome in ended):
-            async with self._statements.connect() as connection:
-                return _Recorded(_dues(records, await _settle_in_postgres(connection, records)))
+            async with self._kept.connection() as kept:
+                moved = await storage.settle(kept, records, time.monotonic())
+            return _Recorded(_dues(records, moved))
         async with self._transactions.begin() as connection:
-            dues = _dues(records, await _settle_in_postgres(connection, records))
+            driver = await driver_of(connection)
+            dues = _dues(records, await storage.settle(driver, records, time.monotonic()))
             cooldowns = await record_cooldowns(
                 connection,
                 [(o.record, o.signal) for o in ended if o.record.job in dues],
@@ -326,12 +330,6 @@ async def _settle_moved(
 def _release_failed(jobs: int, error: Exception) -> None:
     # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
     _log.warning("release_failed", jobs=jobs, error=type(error).__name__)
-
-
-async def _settle_in_postgres(
-    connection: AsyncConnection, records: Sequence[AttemptRecord]
-) -> dict[int, int]:
-    return await storage.settle(connection, records, time.monotonic())
 
 
 def _dues(records: Sequence[AttemptRecord], moved: Mapping[int, int]) -> dict[JobRef, int]:

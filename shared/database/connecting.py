@@ -16,6 +16,7 @@ from typing import Any, Final
 import psycopg
 from psycopg import conninfo, sql
 from psycopg.pq import TransactionStatus
+from psycopg.raw_cursor import RawCursorMixin
 
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.store_urls import DATABASE_FORM, check_database_url
@@ -176,16 +177,29 @@ class _Cursor(psycopg.AsyncCursor[Any]):
         if settings is None or connection.info.transaction_status is not TransactionStatus.IDLE:
             return await super().execute(*args, **options)
         if not connection.autocommit:
-            await super().execute(settings)
+            await self._apply(settings)
             return await super().execute(*args, **options)
         async with connection.transaction():
-            await super().execute(settings)
+            await self._apply(settings)
             return await super().execute(*args, **options)
+
+    async def _apply(self, settings: sql.Composed) -> None:
+        await super().execute(settings)
 
     async def executemany(self, *args: Any, **options: Any) -> Any:
         connection: Any = self.connection
         await _begin(connection)
         return await super().executemany(*args, **options)
+
+
+class RawCursor(RawCursorMixin[psycopg.AsyncConnection[Any], Any], _Cursor):
+    """The same for statements whose parameters are $1, $2 and so on. psycopg parses none of them.
+
+    See `shared.database.frequent`.
+    """
+
+    async def _apply(self, settings: sql.Composed) -> None:
+        await psycopg.AsyncCursor(self.connection).execute(settings)
 
 
 class _ServerCursor(psycopg.AsyncServerCursor[Any]):

@@ -64,6 +64,10 @@ def create_engine(
         # to find the first 128 takes 0.5 s.
         scans = ("seqscan", "hashjoin", "mergejoin", "bitmapscan")
         settings_of_postgres |= {f"enable_{scan}": "off" for scan in scans}
+        if single_statements:
+            # Otherwise PostgreSQL plans a statement with arrays at every use, which takes as long
+            # as the statement itself.
+            settings_of_postgres["plan_cache_mode"] = "force_generic_plan"
     target = parse_target(settings.database_url)
     engine = create_async_engine(
         "postgresql+psycopg://",

@@ -39,7 +39,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.eventually import eventually
-from tests.marked_jobs import claims_of, mark_refs
+from tests.marked_jobs import claims_of, mark_refs, raw
 from tests.scheduler_stack import running_scheduler
 from tests.world import TEST_SHARD, World
 
@@ -93,7 +93,7 @@ async def end(world: World, marked: Sequence[MarkedJob], state: JobState) -> Non
         for job in marked
     ]
     async with world.engine.begin() as connection:
-        await settle(connection, records, now)
+        await settle(await raw(connection), records, now)
 
 
 async def one_step(world: World, batch: int, limit: int) -> bool:

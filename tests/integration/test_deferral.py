@@ -17,7 +17,7 @@ from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
 from tests.dispatchers import options, settings_of
-from tests.marked_jobs import mark_refs
+from tests.marked_jobs import mark_refs, raw
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -60,7 +60,7 @@ async def attempt(
         reply_class=reply_class,
         deferred=deferred,
     )
-    assert await storage.settle(connection, [record], now)
+    assert await storage.settle(await raw(connection), [record], now)
     return marked
 
 

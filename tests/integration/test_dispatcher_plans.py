@@ -13,7 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AccountRefusal
+from outbox_server.services.dispatcher.storage.marking import MARK
+from outbox_server.services.dispatcher.storage.settling import SETTLE
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.heads.concerned import Walk
 from outbox_server.shared.heads.statements import HEADS_STATEMENT
 from outbox_server.shared.queue.keys import JobRef
@@ -123,6 +126,32 @@ async def test_no_statement_reads_more_jobs_and_attempts_than_it_needs(
         plan = "\n".join(plans[name])
         assert "ix_attempts_history" in plan, f"{name}\n{plan}"
         assert free or "Bitmap" not in plan, f"{name}\n{plan}"
+
+
+@pytest.mark.parametrize("analysed", [True, False])
+async def test_the_plans_that_marks_and_settlements_keep_use_only_indexes(
+    new_database: Callable[[], str], redis_url: str, analysed: bool
+) -> None:
+    async with filled(new_database(), redis_url, analysed=analysed, free=False) as engine:
+        for statement in (MARK, SETTLE):
+            plan = await kept_plan(engine, statement)
+            for table in ("email_jobs", "attempts", "batches", "senders", "suppressions"):
+                assert f"Seq Scan on {table}" not in plan, plan
+            # By the primary key alone: an index of a state may have most jobs of a backlog.
+            assert "using pk_email_jobs" in plan, plan
+            assert "ix_email_jobs" not in plan, plan
+
+
+async def kept_plan(engine: AsyncEngine, statement: FrequentStatement) -> str:
+    """Return the plan of a prepared statement that does not depend on the parameters."""
+    async with engine.connect() as connection:
+        await connection.exec_driver_sql("SET LOCAL plan_cache_mode = force_generic_plan")
+        await connection.exec_driver_sql(f"PREPARE kept AS {statement.text}".replace("%", "%%"))
+        nulls = ", ".join(["NULL"] * len(statement.names))
+        plan = await connection.exec_driver_sql(f"EXPLAIN EXECUTE kept({nulls})")
+        found = "\n".join(plan.scalars())
+        await connection.exec_driver_sql("DEALLOCATE kept")
+        return found
 
 
 async def test_a_mark_reads_its_jobs_only_although_all_jobs_were_finished_before(

@@ -27,6 +27,7 @@ from tests.marked_jobs import (
     claims_of,
     mark,
     mark_refs,
+    raw,
     record_of,
     recover,
     refs,
@@ -131,7 +132,7 @@ async def test_a_mark_returns_the_revision_of_its_sender(
 
 
 async def why_unmarked(connection: AsyncConnection, claims: Sequence[Claim]) -> Unmarked:
-    assert await storage.mark_sending(connection, claims, LEASE, shard=TEST_SHARD) == []
+    assert await storage.mark_sending(await raw(connection), claims, LEASE, shard=TEST_SHARD) == []
     return await storage.explain_unmarked(connection, claims, shard=TEST_SHARD)
 
 

@@ -22,6 +22,7 @@ from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.states import JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
+from tests.marked_jobs import raw
 from tests.world import TEST_SHARD, World
 
 LEASE = timedelta(minutes=1)
@@ -192,7 +193,7 @@ async def test_a_claim_of_a_superseded_life_is_not_marked(
     claim = await claim_of(world)
     await supersede(world)
     async with statements.connect() as connection:
-        assert await mark_sending(connection, [claim], LEASE, shard=0) == []
+        assert await mark_sending(await raw(connection), [claim], LEASE, shard=0) == []
     assert await world.in_state(JobState.SCHEDULED) == {claim.job.job_id}
 
 
@@ -201,8 +202,8 @@ async def test_the_life_of_another_shard_is_not_enough(
 ) -> None:
     claim = await claim_of(world)
     async with statements.connect() as connection:
-        assert await mark_sending(connection, [claim], LEASE, shard=TEST_SHARD) == []
-        assert len(await mark_sending(connection, [claim], LEASE, shard=0)) == 1
+        assert await mark_sending(await raw(connection), [claim], LEASE, shard=TEST_SHARD) == []
+        assert len(await mark_sending(await raw(connection), [claim], LEASE, shard=0)) == 1
 
 
 async def test_the_next_life_waits_for_a_mark_in_progress_and_counts_it(
@@ -211,7 +212,7 @@ async def test_the_next_life_waits_for_a_mark_in_progress_and_counts_it(
     claim = await claim_of(world)
     queue = world.queues[0]
     async with engine.begin() as connection:
-        assert len(await mark_sending(connection, [claim], LEASE, shard=0)) == 1
+        assert len(await mark_sending(await raw(connection), [claim], LEASE, shard=0)) == 1
         await flush(world)
         rebuild = asyncio.create_task(world.loader.rebuild(queue))
         await eventually(partial(waiting_for_locks, world))
@@ -227,7 +228,7 @@ async def test_a_mark_that_begins_while_the_life_changes_marks_nothing(
 
     async def mark() -> int:
         async with statements.connect() as connection:
-            return len(await mark_sending(connection, [claim], LEASE, shard=0))
+            return len(await mark_sending(await raw(connection), [claim], LEASE, shard=0))
 
     async with await world.connect() as holder, holder.transaction():
         await holder.execute("UPDATE shard_lives SET life = 'another server' WHERE shard = 0")
@@ -242,9 +243,9 @@ async def test_a_mark_in_progress_delays_no_other_mark_and_no_check_of_the_life(
     monkeypatch.setattr(lives_module, "_SEEN_PAUSE", timedelta(0))
     first, second = await claim_of(world), await claim_of(world)
     async with engine.begin() as connection, statements.connect() as other:
-        assert len(await mark_sending(connection, [first], LEASE, shard=0)) == 1
+        assert len(await mark_sending(await raw(connection), [first], LEASE, shard=0)) == 1
         assert await Lives(engine).confirm(world.queues[0])
-        assert len(await mark_sending(other, [second], LEASE, shard=0)) == 1
+        assert len(await mark_sending(await raw(other), [second], LEASE, shard=0)) == 1
 
 
 # Markers -------------------------------------------------------------------------------------

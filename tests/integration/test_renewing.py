@@ -19,7 +19,7 @@ from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState
 from tests.dispatchers import options, settings_of
 from tests.eventually import eventually
-from tests.marked_jobs import mark_refs
+from tests.marked_jobs import mark_refs, raw
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -163,7 +163,9 @@ async def test_a_renewed_job_is_settled_by_its_attempt(
     [job] = await marked_jobs(world, connection)
     await renew(connection, job)
 
-    assert set(await storage.settle(connection, [sent(job)], time.monotonic())) == {job.job.job_id}
+    assert set(await storage.settle(await raw(connection), [sent(job)], time.monotonic())) == {
+        job.job.job_id
+    }
 
 
 # Concurrent with a recovery ------------------------------------------------------------------
@@ -235,7 +237,7 @@ async def test_a_renewal_waits_neither_for_a_locked_row_nor_for_a_settlement(
                 text("SELECT 1 FROM email_jobs WHERE id = :id FOR UPDATE"), {"id": first.job.job_id}
             )
             settlement = asyncio.create_task(
-                storage.settle(settling, [sent(second), sent(first)], time.monotonic())
+                storage.settle(await raw(settling), [sent(second), sent(first)], time.monotonic())
             )
             await waiting_for_locks(world, 1)
             # The settlement may have locked the second row already.

@@ -26,7 +26,7 @@ from outbox_server.services.scheduler.storage.reopening import FailedJobs, retry
 from outbox_server.services.stats.storage import fold_once
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState
-from tests.marked_jobs import mark_refs
+from tests.marked_jobs import mark_refs, raw
 from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
 from tests.world import World
 
@@ -73,7 +73,7 @@ async def end(world: World, jobs: Sequence[int], state: JobState, attempt: int =
         for job in marked
     ]
     async with world.engine.begin() as connection:
-        await settle(connection, records, now)
+        await settle(await raw(connection), records, now)
 
 
 def retry(scheduler: Scheduler, **fields: object) -> Awaitable[RetryEmailJobsResponse]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
+import psycopg
 from sqlalchemy import (
     BigInteger,
     SmallInteger,
@@ -26,6 +27,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.dispatcher.storage.fragments import array, counting_ends
+from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.database.key_space import PARAMETER as KEY_SPACE
 from outbox_server.shared.database.key_space import is_locked_key_space
 from outbox_server.shared.database.message_ids import message_id_address
@@ -228,10 +230,24 @@ def _mark_statement() -> Any:
         )
         .cte("moved")
     )
-    return select(moved).where(moved.c.state == JobState.SENDING).add_cte(counting_ends(moved))
+    # In the order in which `mark_sending` reads them.
+    columns = (
+        moved.c.id,
+        moved.c.attempt,
+        moved.c.sender_id,
+        moved.c.batch_id,
+        moved.c.failures,
+        moved.c.recipient,
+        moved.c.variables,
+        moved.c.lease_until,
+        moved.c.deferred_for,
+        moved.c.revision,
+    )
+    sent = select(*columns).where(moved.c.state == JobState.SENDING)
+    return sent.add_cte(counting_ends(moved))
 
 
-_MARK = _mark_statement()
+MARK: Final = FrequentStatement(_mark_statement())
 
 
 def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
@@ -246,7 +262,7 @@ def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
 
 
 async def mark_sending(
-    connection: AsyncConnection,
+    connection: psycopg.AsyncConnection[Any],
     claims: Sequence[Claim],
     lease: timedelta,
     *,
@@ -262,20 +278,30 @@ async def mark_sending(
     one, or one of the reasons of `Unmarked`.
     """
     values = _claims(claims, shard) | {"lease": lease, KEY_SPACE: key_space, "seen": seen}
-    rows = await connection.execute(_MARK, values)
     return [
         MarkedJob(
-            job=JobRef(row.id, row.attempt),
-            sender_id=row.sender_id,
-            batch_id=row.batch_id,
-            failures=row.failures,
-            recipient=row.recipient,
-            variables=row.variables,
-            lease_until=row.lease_until,
-            sender_revision=row.revision,
-            deferred_for=row.deferred_for,
+            job=JobRef(job_id, attempt),
+            sender_id=sender_id,
+            batch_id=batch_id,
+            failures=failures,
+            recipient=recipient,
+            variables=variables,
+            lease_until=lease_until,
+            sender_revision=revision,
+            deferred_for=deferred_for,
         )
-        for row in rows
+        for (
+            job_id,
+            attempt,
+            sender_id,
+            batch_id,
+            failures,
+            recipient,
+            variables,
+            lease_until,
+            deferred_for,
+            revision,
+        ) in await MARK.run(connection, values)
     ]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
+import psycopg
 from sqlalchemy import (
     BigInteger,
     Boolean,
@@ -30,6 +31,7 @@ from outbox_server.services.dispatcher.storage.fragments import (
 )
 from outbox_server.services.dispatcher.storage.marking import MarkedJob
 from outbox_server.shared.database.engine import unix_ms
+from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.database.models import EmailJob
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass
@@ -131,43 +133,52 @@ def _settle_statement() -> Any:
         .where(
             EmailJob.id == _outcome.c.id,
             EmailJob.attempt == _outcome.c.attempt,
-            EmailJob.state == JobState.SENDING,
+            # `+ 0`: the plan is kept, and must not read all jobs that are SENDING.
+            EmailJob.state + 0 == int(JobState.SENDING),
         )
         .returning(
             EmailJob.id,
+            EmailJob.attempt,
             EmailJob.sender_id,
             EmailJob.batch_id,
             EmailJob.state,
             EmailJob.scheduled_at,
             EmailJob.finished_at,
+            (func.statement_timestamp() - milliseconds(_outcome.c.started_ms)).label("started_at"),
+            ended.label("ended_at"),
+            _outcome.c.outcome,
+            _outcome.c.counted,
+            _outcome.c.late_ms,
+            _outcome.c.code,
+            _outcome.c.enhanced,
+            _outcome.c.message,
+            _outcome.c.reply_class,
         )
         .cte("moved")
     )
     logged = log_attempts(
-        _outcome.join(moved, moved.c.id == _outcome.c.id),
-        email_job_id=_outcome.c.id,
-        attempt=_outcome.c.attempt,
+        moved,
+        email_job_id=moved.c.id,
+        attempt=moved.c.attempt,
         sender_id=moved.c.sender_id,
-        started_at=func.statement_timestamp() - milliseconds(_outcome.c.started_ms),
-        ended_at=ended,
-        outcome=_outcome.c.outcome,
-        counted=_outcome.c.counted,
-        late_ms=_outcome.c.late_ms,
-        smtp_code=_outcome.c.code,
-        enhanced_code=_outcome.c.enhanced,
-        message=_outcome.c.message,
-        reply_class=_outcome.c.reply_class,
+        started_at=moved.c.started_at,
+        ended_at=moved.c.ended_at,
+        outcome=moved.c.outcome,
+        counted=moved.c.counted,
+        late_ms=moved.c.late_ms,
+        smtp_code=moved.c.code,
+        enhanced_code=moved.c.enhanced,
+        message=moved.c.message,
+        reply_class=moved.c.reply_class,
     )
-    return select(moved.c.id, moved.c.state, moved.c.scheduled_at).add_cte(
-        logged, counting_ends(moved)
-    )
+    return select(moved.c.id, moved.c.scheduled_at).add_cte(logged, counting_ends(moved))
 
 
-_SETTLE = _settle_statement()
+SETTLE: Final = FrequentStatement(_settle_statement())
 
 
 async def settle(
-    connection: AsyncConnection, records: Sequence[AttemptRecord], now: float
+    connection: psycopg.AsyncConnection[Any], records: Sequence[AttemptRecord], now: float
 ) -> dict[int, int]:
     """Record outcomes. Return the due time (Unix ms) of each job that was moved, by id.
 
@@ -175,8 +186,8 @@ async def settle(
     and the attempt was ended, or an earlier try of this statement has recorded it.
     """
     records = sorted(records, key=lambda record: record.job)
-    rows = await connection.execute(
-        _SETTLE,
+    rows = await SETTLE.run(
+        connection,
         {
             "ids": [r.job.job_id for r in records],
             "attempts": [r.job.attempt for r in records],
@@ -199,7 +210,7 @@ async def settle(
             "deferred": [r.deferred for r in records],
         },
     )
-    return {row.id: unix_ms(row.scheduled_at) for row in rows}
+    return {job_id: unix_ms(scheduled_at) for job_id, scheduled_at in rows}
 
 
 _leased = (
