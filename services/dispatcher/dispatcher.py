@@ -253,7 +253,11 @@ class Dispatcher:
         """Mark and confirm a group of claims, and begin to send them."""
         mails: list[ReadyMail] = []
         try:
-            mails = await self._confirm(group, await self._mark(group))
+            marked = await self._mark(group)
+            mails = await self._confirm(group, marked)
+            self._settler.begin(mail.job.job for mail in mails)
+            for mail in mails:
+                self._spawn(self._send_and_settle(mail))
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _log.warning("start_failed", jobs=len(group.claims), error=type(error).__name__)
             self._store_failed = True

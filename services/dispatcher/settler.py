@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,6 +43,9 @@ from outbox_server.shared.queue.records import Claim, Contact, LimitUse, Settlem
 from outbox_server.shared.states import JobState
 
 _RETRY_S = 0.2
+# How long a group waits for the outcomes of the sends that began last, and how many are enough.
+_PATIENCE_S = 0.002
+_ENOUGH = 16
 _NO_SIGNAL = Signal()
 _log = structlog.get_logger(__name__)
 
@@ -135,6 +138,9 @@ class Settler:
         self._slots = slots
         self._pending: list[ClaimOutcome] = []
         self._arrived = asyncio.Event()
+        # The jobs of the sends that began last and have not ended.
+        self._begun: set[JobRef] = set()
+        self._complete = asyncio.Event()
         self._closed = False
         self.given_back_count = 0
 
@@ -142,6 +148,14 @@ class Settler:
         """Settle one claim soon. Its outcome is kept until PostgreSQL has recorded it."""
         self._pending.append(outcome)
         self._arrived.set()
+        if self._begun:
+            self._begun.discard(_job_of(outcome))
+        if not self._begun or len(self._pending) >= _ENOUGH:
+            self._complete.set()
+
+    def begin(self, jobs: Iterable[JobRef]) -> None:
+        """Note which sends begin now: the outcomes of those that end soon are recorded together."""
+        self._begun = set(jobs)
 
     def follow(self, successor: HeadLoader) -> None:
         """Settle in this key space too from now on, and what it may have missed."""
@@ -160,6 +174,7 @@ class Settler:
             while True:
                 await self._arrived.wait()
                 self._arrived.clear()
+                await self._wait_for_more()
                 for loader in self._new_successors:
                     tasks.create_task(self._settle_recent(loader))
                 self._new_successors = []
@@ -170,6 +185,19 @@ class Settler:
                     return
                 raise_if_cancelled()
 
+    async def _wait_for_more(self) -> None:
+        """Wait a moment for the outcomes of the sends that began last.
+
+        Sends of one group often end within a millisecond. Recorded one by one, each would pay for
+        its own statements, and so would the claims of the slots that they free.
+        """
+        if not self._begun or len(self._pending) >= _ENOUGH or self._closed:
+            return
+        self._complete.clear()
+        timer = asyncio.get_running_loop().call_later(_PATIENCE_S, self._complete.set)
+        await self._complete.wait()
+        timer.cancel()
+
     async def _finish(self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup) -> None:
         """Record a group in PostgreSQL, then in Redis."""
         recorded = await self._until_recorded(group)
@@ -178,10 +206,10 @@ class Settler:
             for outcome in group:
                 tasks.create_task(self._finish([outcome], tasks))
             return
-        self._slots.release(len(group))
         # Not awaited: while Redis hangs, the next outcomes must still be recorded before their
-        # leases expire.
+        # leases expire. Before the release, so that the next claim finds what this frees.
         tasks.create_task(self._settle_in_redis(group, recorded))
+        self._slots.release(len(group))
 
     async def _record(self, group: list[ClaimOutcome]) -> _Recorded:
         ended = [o for o in group if isinstance(o, EndedAttempt)]
@@ -355,6 +383,10 @@ def _may_have_cooled(outcome: ClaimOutcome, settlement: Settlement) -> bool:
     if settlement.cooldown is not None:
         return True
     return isinstance(outcome, EndedAttempt) and may_matter(outcome.record, outcome.signal)
+
+
+def _job_of(outcome: ClaimOutcome) -> JobRef:
+    return outcome.record.job if isinstance(outcome, EndedAttempt) else outcome.claim.job
 
 
 def _sender_of(outcome: ClaimOutcome) -> int:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any, cast
 
+import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox_server.services.dispatcher import settler as settler_module
 from outbox_server.services.dispatcher.cooling import CooldownRules
-from outbox_server.services.dispatcher.settler import Settler, UnmarkedClaim, UnsentJob
+from outbox_server.services.dispatcher.settler import (
+    EndedAttempt,
+    Settler,
+    UnmarkedClaim,
+    UnsentJob,
+)
 from outbox_server.services.dispatcher.slots import Slots
-from outbox_server.shared.queue.records import Claim
+from outbox_server.shared.queue.records import Claim, LimitUse
 from outbox_server.shared.states import JobState, SenderState
 from tests.dispatchers import options, settings_of
 from tests.eventually import PATIENCE, eventually
 from tests.lost_answers import LostAnswers
-from tests.marked_jobs import mark_refs
+from tests.marked_jobs import mark_refs, record_of
 from tests.world import World
 
 LEASE = timedelta(minutes=1)
@@ -117,3 +125,65 @@ async def test_a_job_refused_in_a_pause_that_ends_before_redis_learns_of_it_is_c
         return [each.job for each in found.claims] == [claim.job]
 
     await eventually(claimed)
+
+
+@asynccontextmanager
+async def settling_two(
+    world: World, statements: AsyncEngine
+) -> AsyncIterator[tuple[Settler, Slots, list[EndedAttempt]]]:
+    """Run a settler, and yield the outcomes of two sends that began together."""
+    await world.schedule(await world.sender(), 2)
+    claims = (await world.queues[0].claim(2)).claims
+    async with statements.connect() as connection:
+        marked = await mark_refs(connection, [claim.job for claim in claims], LEASE)
+    slots = Slots(2, unproven=2)
+    await slots.take_free()
+    rules = CooldownRules.from_settings(world.settings)
+    settler = Settler(statements, world.engine, world.loader, slots, rules)
+    settler.begin(job.job for job in marked)
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        group.create_task(settler.run())
+        yield settler, slots, [EndedAttempt(record_of(job), LimitUse.COUNTED) for job in marked]
+        settler.close()
+
+
+async def transactions_of(world: World) -> set[str]:
+    """Return the transactions that have recorded attempts."""
+    return {row.xmin for row in await world.sql("SELECT xmin::text AS xmin FROM attempts")}
+
+
+async def test_the_outcomes_of_sends_that_began_together_are_recorded_together(
+    world: World, statements: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settler_module, "_PATIENCE_S", 10 * PATIENCE)
+    async with settling_two(world, statements) as (settler, slots, (first, second)):
+        settler.settle(first)
+        for _ in range(5):
+            assert await transactions_of(world) == set()
+        settler.settle(second)
+        await eventually(lambda: slots.in_flight == 0)
+    assert len(await transactions_of(world)) == 1
+
+
+async def test_an_outcome_does_not_wait_for_a_send_that_goes_on(
+    world: World, statements: AsyncEngine
+) -> None:
+    async with settling_two(world, statements) as (settler, slots, (first, second)):
+        settler.settle(first)
+        await eventually(lambda: slots.in_flight == 1)
+        assert len(await transactions_of(world)) == 1
+        settler.settle(second)
+        await eventually(lambda: slots.in_flight == 0)
+    assert len(await transactions_of(world)) == 2
+
+
+async def test_many_outcomes_do_not_wait_for_others(
+    world: World, statements: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settler_module, "_PATIENCE_S", 10 * PATIENCE)
+    monkeypatch.setattr(settler_module, "_ENOUGH", 1)
+    async with settling_two(world, statements) as (settler, slots, (first, second)):
+        settler.settle(first)
+        await eventually(lambda: slots.in_flight == 1)
+        settler.settle(second)
+        await eventually(lambda: slots.in_flight == 0)
