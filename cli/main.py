@@ -84,6 +84,9 @@ class OutboxGroup(LazyGroup):
             "Show, release and cancel what is held after a restore.",
             _SERVICES,
         ),
+        "audit-events": Entry(
+            "outbox_server.cli.audit_events", "Show who changed what.", _SERVICES
+        ),
         "scheduler": Entry("outbox_server.cli.scheduler", "Run the scheduler.", _SERVICES),
         "dispatcher": Entry(
             "outbox_server.cli.dispatcher",

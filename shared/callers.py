@@ -35,7 +35,12 @@ class CallerKind(StrEnum):
 
 # Services that show and change the whole system, not one user's resources.
 _OPERATOR_SERVICES: Final = frozenset(
-    {"outbox.v1.DispatcherService", "outbox.v1.HoldService", "outbox.v1.UserService"}
+    {
+        "outbox.v1.AuditService",
+        "outbox.v1.DispatcherService",
+        "outbox.v1.HoldService",
+        "outbox.v1.UserService",
+    }
 )
 
 

@@ -84,6 +84,42 @@ class InvalidInput(OutboxError):
         )
 
 
+class Violations:
+    """Collects the errors about several fields, so that a caller learns all of them at once.
+
+    Each check runs in a `with` block of its own; `raise_any` then raises one error for all.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[InvalidInput] = []
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, InvalidInput):
+            return False
+        self._found.append(error)
+        return True
+
+    def raise_any(self) -> None:
+        """Raise the first error, with the violations of all.
+
+        Raises:
+            InvalidInput: there was an error.
+        """
+        if not self._found:
+            return
+        first, *others = self._found
+        if not others:
+            raise first
+        message = first.message + "".join(f"; {one.message}" for one in others)
+        violations = [violation for one in self._found for violation in one.violations]
+        raise InvalidInput(
+            message, reason=first.reason, violations=violations, metadata=first.metadata
+        )
+
+
 class NotFound(OutboxError):
     """The resource does not exist or belongs to another user, indistinguishably (NOT_FOUND)."""
 
@@ -94,6 +130,12 @@ class AlreadyExists(OutboxError):
     """The id is used already, such as a `request_id` with another payload (ALREADY_EXISTS)."""
 
     default_reason = "ALREADY_EXISTS"
+
+
+class Aborted(OutboxError):
+    """Somebody else has changed the resource since the caller has read it (ABORTED)."""
+
+    default_reason = "ABORTED"
 
 
 class FailedPrecondition(OutboxError):

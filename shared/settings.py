@@ -324,6 +324,10 @@ class Settings(BaseSettings):
         description="age at which finished jobs are removed, with their attempts and batches, such "
         "as `90d`; at least 1d, OUTBOX_RATE_WINDOW and OUTBOX_QUOTA_DAY; unset or 0: never",
     )
+    audit_retention: Annotated[timedelta | None, BeforeValidator(_retention)] = Field(
+        timedelta(days=365),
+        description="age at which events of the audit log are removed, such as `90d`; 0: never",
+    )
     user_waiting_jobs: int = Field(
         10_000_000, ge=0, le=MAX_QUOTA, description="most waiting jobs of one user"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.storage import erasing as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.changes import forget_address
 from outbox_server.services.scheduler.storage.suppressions import SuppressionRecord
+from outbox_server.shared.database.audit_events import erase_changes
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.addresses import folded_key
 
@@ -42,9 +44,15 @@ async def erase_recipient(
     await in_transaction(
         engine, lambda connection: storage.erase_cooldowns(connection, user_id, address)
     )
+    await in_transaction(engine, lambda connection: _erase_changes(connection, user_id, address))
     async with engine.connect() as connection:
         in_flight = await storage.count_left(connection, user_id, address)
     return ErasedRecipient(suppression, ended.jobs, erased, rejections, in_flight)
+
+
+async def _erase_changes(connection: AsyncConnection, user_id: str, address: str) -> None:
+    await forget_address(connection, user_id, folded_key(address))
+    await erase_changes(connection, user_id, folded_key(address))
 
 
 async def _erase_rejections(engine: AsyncEngine, user_id: str, address: str) -> int:

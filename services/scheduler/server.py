@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 
+from outbox.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from outbox.v1.email_job_service_pb2_grpc import add_EmailJobServiceServicer_to_server
 from outbox.v1.hold_service_pb2_grpc import add_HoldServiceServicer_to_server
@@ -15,12 +16,14 @@ from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceService
 from outbox.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from outbox_server.services.scheduler.changes import Changes
 from outbox_server.services.scheduler.explainer import Explainer
-from outbox_server.services.scheduler.forecasts import Forecaster, QuickForecaster
-from outbox_server.services.scheduler.group_commit import GroupCommit
+from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.forgetting import Forgetter
 from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
+from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
 from outbox_server.services.scheduler.servicers.holds import HoldServicer
@@ -134,8 +137,16 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         stack.push_async_callback(tokens.close)
         sweeper = Sweeper(engine)
         verifier = Verifier(settings, secrets, tokens, egress)
+        changes = Changes(engine, secrets)
         senders = SenderServicer(
-            engine, loader, secrets, settings, verifier, wake_sweeper=sweeper.wake, ids=ids
+            engine,
+            loader,
+            secrets,
+            settings,
+            verifier,
+            changes=changes,
+            wake_sweeper=sweeper.wake,
+            ids=ids,
         )
         watch = Watch(partial(_read_batches, engine))
         schema = SchemaGuard(engine)
@@ -149,6 +160,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     loader,
                     intake,
                     senders,
+                    changes=changes,
                     sweeper=sweeper,
                     watch=watch,
                 ),
@@ -162,6 +174,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         work: list[Callable[[], Awaitable[None]]] = [
             partial(sweeper.run, stop),
             partial(watch.run, stop),
+            partial(Forgetter(engine, settings.audit_retention).run, stop),
         ]
 
         async def announce() -> None:
@@ -201,6 +214,7 @@ def _services(
     intake: Intake,
     senders: SenderServicer,
     *,
+    changes: Changes,
     sweeper: Sweeper,
     watch: Watch[BatchRecord],
 ) -> list[ServiceBinding]:
@@ -214,14 +228,15 @@ def _services(
         sweeper=sweeper,
         watch=watch,
         least_rate=LeastRate.from_settings(settings),
+        changes=changes,
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
-    sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
-    jobs = EmailJobServicer(engine, loader, explainer, quotas, sets)
-    users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings))
-    suppressions = SuppressionServicer(engine, loader)
-    holds = HoldServicer(engine, loader)
+    jobs = EmailJobServicer(engine, loader, explainer, quotas, changes)
+    users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings), changes)
+    suppressions = SuppressionServicer(engine, loader, changes)
+    holds = HoldServicer(engine, loader, changes)
+    audit = AuditServicer(engine)
     return [
         ServiceBinding(
             "outbox.v1.SenderService",
@@ -246,6 +261,9 @@ def _services(
         ),
         ServiceBinding("outbox.v1.HoldService", partial(add_HoldServiceServicer_to_server, holds)),
         ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),
+        ServiceBinding(
+            "outbox.v1.AuditService", partial(add_AuditServiceServicer_to_server, audit)
+        ),
     ]
 
 

@@ -1,16 +1,18 @@
-"""The log of what operators changed. An event is written in the transaction of its change."""
+"""The log of changes: who, when, what. An event is written in the transaction of its change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import insert, select
+from sqlalchemy import BigInteger, func, insert, literal, select, tuple_, update
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import AuditEvent
+from outbox_server.shared.database.ownership import owned_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +24,54 @@ class RecordedChange:
     target: str = ""
     before: Mapping[str, Any] | None = None
     after: Mapping[str, Any] | None = None
-    # Set by PostgreSQL.
+    # The rest is set by PostgreSQL, or for calls only.
     happened_at: datetime | None = None
+    event_id: int = 0
+    identity: str = ""
+    reason: str = ""
+    user_id: str | None = None
 
 
-async def record_change(connection: AsyncConnection, change: RecordedChange) -> None:
-    """Append a change, within the transaction that makes it."""
+@dataclass(frozen=True, slots=True)
+class ChangeFilter:
+    """Which changes to list. None means any."""
+
+    user_id: str | None = None
+    target: str | None = None
+    start: datetime | None = None
+    end: datetime | None = None
+
+
+_COLUMNS: Final = (
+    AuditEvent.actor,
+    AuditEvent.action,
+    AuditEvent.target,
+    AuditEvent.before,
+    AuditEvent.after,
+    AuditEvent.happened_at,
+    AuditEvent.id,
+    AuditEvent.identity,
+    AuditEvent.reason,
+    AuditEvent.user_id,
+)
+
+
+async def record_change(
+    connection: AsyncConnection, change: RecordedChange, address_key: str | None = None
+) -> None:
+    """Append a change, within the transaction that makes it.
+
+    `address_key` is the key of the recipient that it is about, if there is one.
+    """
     await connection.execute(
         insert(AuditEvent).values(
             actor=change.actor,
+            identity=change.identity,
+            reason=change.reason,
             action=change.action,
             target=change.target,
+            user_id=change.user_id,
+            address_key=address_key,
             before=None if change.before is None else dict(change.before),
             after=None if change.after is None else dict(change.after),
         )
@@ -44,16 +83,49 @@ async def read_changes(
 ) -> Sequence[RecordedChange]:
     """Return the last changes of one kind, the newest first."""
     rows = await connection.execute(
-        select(
-            AuditEvent.actor,
-            AuditEvent.action,
-            AuditEvent.target,
-            AuditEvent.before,
-            AuditEvent.after,
-            AuditEvent.happened_at,
-        )
+        select(*_COLUMNS)
         .where(AuditEvent.action == action)
         .order_by(AuditEvent.id.desc())
         .limit(limit)
     )
     return [RecordedChange(*row) for row in rows]
+
+
+async def list_changes(
+    connection: AsyncConnection,
+    which: ChangeFilter,
+    before: tuple[datetime, int] | None,
+    limit: int,
+) -> Sequence[RecordedChange]:
+    """Return the newest `limit` changes, those before the position `before`."""
+    place = tuple_(AuditEvent.happened_at, AuditEvent.id)
+    statement = (
+        select(*_COLUMNS).order_by(AuditEvent.happened_at.desc(), AuditEvent.id.desc()).limit(limit)
+    )
+    if before is not None:
+        at, event_id = before
+        statement = statement.where(
+            place < tuple_(literal(at, TIMESTAMP(timezone=True)), literal(event_id, BigInteger))
+        )
+    if which.target is not None:
+        statement = statement.where(AuditEvent.target == which.target)
+    if which.start is not None:
+        statement = statement.where(AuditEvent.happened_at >= which.start)
+    if which.end is not None:
+        statement = statement.where(AuditEvent.happened_at < which.end)
+    rows = await connection.execute(owned_by(statement, AuditEvent.user_id, which.user_id))
+    return [RecordedChange(*row) for row in rows]
+
+
+async def erase_changes(connection: AsyncConnection, user_id: str, key: str) -> None:
+    """Remove what a user's events say about one recipient. That something was done stays.
+
+    `key` is the recipient's `address_key`.
+    """
+    said = func.strpos(func.lower(AuditEvent.identity + " " + AuditEvent.reason), key) > 0
+    erased = (
+        update(AuditEvent)
+        .where((AuditEvent.address_key == key) | said)
+        .values(target="", address_key=None, before=None, after=None, identity="", reason="")
+    )
+    await connection.execute(owned_by(erased, AuditEvent.user_id, user_id))

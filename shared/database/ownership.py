@@ -43,6 +43,17 @@ def owner_of(user_id: str) -> str:
     return user_id
 
 
+def bind_call(user_id: str | None) -> None:
+    """Bind the current call to its user. None means any user: the caller may act for all.
+
+    For statements that name the user in a key of their own.
+
+    Raises:
+        AssertionError: the current call belongs to another user.
+    """
+    _bind(user_id)
+
+
 def _bind(user_id: str | None) -> None:
     call = call_under_way()
     if call is None:

@@ -82,6 +82,10 @@ _OUTPUT: Final = _text(bounds.OUTPUT)
 _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "user_id": _text(bounds.USER_ID),
     "request_id": _text(bounds.REQUEST_ID),
+    "identity": _text(bounds.IDENTITY),
+    "reason": _text(bounds.CHANGE_REASON),
+    "etag": _text(bounds.ETAG),
+    "target": _text(bounds.AUDIT_TARGET),
     "sender_id": _ID,
     "batch_id": _ID,
     "email_job_id": _ID,

@@ -17,6 +17,9 @@ from outbox_server.shared.rpc.server import ServiceBinding
 CAPABILITIES: Final = (
     "batch.request_id",
     "batch.watch_resume",
+    "change.audit",
+    "change.etag",
+    "change.request_id",
     "hold",
     "job.explain_waits",
     "sender.cooldown",

@@ -71,6 +71,15 @@ async def test_a_write_is_never_retried_after_it_may_have_run(
     assert len(server.requests) == 1
 
 
+async def test_a_write_with_a_request_id_is_retried(
+    server: MisbehavingServer, client: EitherClient
+) -> None:
+    server.faults = [AWAY, AWAY]
+    create = CreateSenderRequest(request_id="once")
+    await client.do(server.address, lambda c: c.senders.CreateSender(create), retry=QUICK)
+    assert [each.request_id for each in server.requests] == ["once"] * 3
+
+
 @pytest.mark.parametrize(
     "fault",
     [

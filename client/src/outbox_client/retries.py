@@ -12,6 +12,7 @@ from typing import Final
 import grpc
 from google.api import annotations_pb2
 from outbox.v1 import (
+    audit_service_pb2,
     batch_service_pb2,
     dispatcher_service_pb2,
     email_job_service_pb2,
@@ -25,6 +26,7 @@ from outbox.v1 import (
 from outbox_client.errors import CallError
 
 _SERVICES: Final = (
+    audit_service_pb2,
     batch_service_pb2,
     dispatcher_service_pb2,
     email_job_service_pb2,

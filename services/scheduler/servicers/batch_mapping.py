@@ -51,10 +51,16 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
         cancel_time=_timestamp(record.cancelled_at),
         forecast_end_time=_timestamp(forecast),
         email_column=record.email_column or "",
+        etag=batch_etag(record.state),
     )
     if record.expire_after_ms is not None:
         batch.expire_after.CopyFrom(to_duration(timedelta(milliseconds=record.expire_after_ms)))
     return batch
+
+
+def batch_etag(state: BatchState) -> str:
+    """Return the etag of a batch. So far, calls change only its stored state."""
+    return str(state.value)
 
 
 def _state(record: BatchRecord) -> batch_pb2.BatchState.ValueType:

@@ -10,27 +10,15 @@ from functools import partial
 from typing import Final
 
 from outbox.v1 import batch_pb2, batch_service_pb2, batch_service_pb2_grpc
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from structlog.contextvars import bind_contextvars
 
-from outbox_server.services.scheduler.filters.fields import (
-    FieldTest,
-    both,
-    check_filter,
-    required_value,
-)
-from outbox_server.services.scheduler.filters.grammar import parse_filter
-from outbox_server.services.scheduler.filters.resources import (
-    BATCH_FIELDS,
-    BATCH_ORDERS,
-    check_order,
-)
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.forecasts import Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
-from outbox_server.services.scheduler.servicers.batch_mapping import to_batch
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, listed_user
+from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.storage import batches as storage
-from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
@@ -51,6 +39,7 @@ from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import not_found, parse_id, to_timestamp
 from outbox_server.shared.rpc.watching import Watch
+from outbox_server.shared.states import BatchState
 
 _WATCHED: Final = "watched batch"
 # The rows of a cancelled batch with at most this many jobs are updated before the call returns.
@@ -81,7 +70,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         sweeper: Sweeper,
         watch: Watch[storage.BatchRecord],
         least_rate: LeastRate,
+        changes: Changes,
     ) -> None:
+        self._changes = changes
         self._watch = watch
         self._least_rate = least_rate
         self._engine = engine
@@ -213,23 +204,43 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         """Cancel the waiting jobs of a batch."""
         user_id = acting_user(request.user_id)
         batch_id = parse_id(request.batch_id, "batch_id")
-        cancelled = await in_transaction(
-            self._engine, lambda connection: cancel_batch(connection, batch_id, user_id)
-        )
-        if cancelled is None:
-            raise not_found("batch_id", request.batch_id)
-        if cancelled.jobs:
-            await load_soon(self._loader, [cancelled.sender_id], limit=_LOAD_LIMIT)
-            if cancelled.jobs <= _SWEPT_IN_CALL:
-                await self._sweeper.sweep(batch_id)
-            self._sweeper.wake()
-        batch = await self._read(batch_id, user_id)
-        counts = batch.counts
-        return batch_service_pb2.CancelBatchResponse(
-            batch=batch,
-            cancelled_count=cancelled.jobs,
-            too_late_count=batch.accepted_count
-            - (counts.cancelled_count + counts.suppressed_count + counts.expired_count),
+
+        async def cancel(
+            connection: AsyncConnection,
+        ) -> Made[batch_service_pb2.CancelBatchResponse]:
+            cancelled = await cancel_batch(connection, batch_id, user_id)
+            found = await storage.read_batch(connection, batch_id, user_id)
+            if cancelled is None or found is None:
+                raise not_found("batch_id", request.batch_id)
+            check_etag(request.etag, batch_etag(cancelled.was), "this batch")
+            counts = to_batch(found).counts
+
+            async def afterwards() -> None:
+                if not cancelled.jobs:
+                    return
+                await load_soon(self._loader, [cancelled.sender_id], limit=_LOAD_LIMIT)
+                if cancelled.jobs <= _SWEPT_IN_CALL:
+                    await self._sweeper.sweep(batch_id)
+                self._sweeper.wake()
+
+            answer = batch_service_pb2.CancelBatchResponse(
+                batch=to_batch(found),
+                cancelled_count=cancelled.jobs,
+                too_late_count=found.accepted_count
+                - (counts.cancelled_count + counts.suppressed_count + counts.expired_count),
+            )
+            return Made(
+                answer,
+                f"batches/{batch_id}",
+                found.user_id,
+                before={"state": cancelled.was.name},
+                after={"state": found.state.name, "cancelled_count": cancelled.jobs},
+                changed=cancelled.was is not BatchState.CANCELLED,
+                afterwards=afterwards,
+            )
+
+        return await self._changes.make(
+            request, user_id, batch_service_pb2.CancelBatchResponse, cancel
         )
 
     async def WatchBatch(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
 from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
@@ -59,10 +62,10 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         loader: HeadLoader,
         explainer: Explainer,
         quotas: UserQuotas,
-        sets: JobSets,
+        changes: Changes,
     ) -> None:
         """`quotas` are the defaults, for users without overrides."""
-        self._sets = sets
+        self._changes = changes
         self._quotas = quotas
         self._engine = engine
         self._explainer = explainer
@@ -123,22 +126,29 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             )
             return moved.jobs, await storage.read_job(connection, job_id, user_id)
 
-        state = JobState.SCHEDULED
-        for _ in range(_TRIES):
-            moved, job = await in_transaction(self._engine, cancel)
-            if job is None:
-                raise not_found("email_job_id", request.email_job_id)
-            if moved:
-                await load_soon(self._loader, [job.sender_id])
-            state = job.state
-            if state is JobState.CANCELLED:
-                return to_job(job, await self._installation())
-            if state is not JobState.SCHEDULED:
-                break
-        raise FailedPrecondition(
-            f"only a SCHEDULED job can be cancelled; this job is {state.name}",
-            reason="TOO_LATE_TO_CANCEL",
-            metadata={"email_job_id": request.email_job_id, "state": state.name},
+        async def until_final() -> Made[email_job_pb2.EmailJob]:
+            state, changed = JobState.SCHEDULED, False
+            for _ in range(_TRIES):
+                moved, job = await in_transaction(self._engine, cancel)
+                if job is None:
+                    raise not_found("email_job_id", request.email_job_id)
+                if moved:
+                    changed = True
+                    await load_soon(self._loader, [job.sender_id])
+                state = job.state
+                if state is JobState.CANCELLED:
+                    answer = to_job(job, await self._installation())
+                    return _made(answer, JobState.SCHEDULED, changed=changed)
+                if state is not JobState.SCHEDULED:
+                    break
+            raise FailedPrecondition(
+                f"only a SCHEDULED job can be cancelled; this job is {state.name}",
+                reason="TOO_LATE_TO_CANCEL",
+                metadata={"email_job_id": request.email_job_id, "state": state.name},
+            )
+
+        return await self._changes.make_in_parts(
+            request, user_id, email_job_pb2.EmailJob, until_final
         )
 
     async def RetryEmailJobs(
@@ -154,11 +164,23 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         which = _failed(request, user_id)
         if which is None:
             return email_job_service_pb2.RetryEmailJobsResponse()
-        retried = await retry_failed(self._engine, which, quotas=self._quotas)
-        if retried.jobs:
-            await load_soon(self._loader, retried.sender_ids)
-        return email_job_service_pb2.RetryEmailJobsResponse(
-            retried_count=retried.jobs, skipped_count=retried.skipped
+
+        async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
+            retried = await retry_failed(self._engine, which, quotas=self._quotas)
+            if retried.jobs:
+                await load_soon(self._loader, retried.sender_ids)
+            return Made(
+                email_job_service_pb2.RetryEmailJobsResponse(
+                    retried_count=retried.jobs, skipped_count=retried.skipped
+                ),
+                _target_of(request),
+                user_id,
+                after={"retried_count": retried.jobs, "skipped_count": retried.skipped},
+                changed=retried.jobs > 0,
+            )
+
+        return await self._changes.make_in_parts(
+            request, user_id, email_job_service_pb2.RetryEmailJobsResponse, retry
         )
 
     async def _retry_set(
@@ -217,46 +239,31 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
                 reason="RESOLUTION_INVALID",
             )
 
-        async def decide(connection: AsyncConnection) -> tuple[bool, JobRecord]:
+        async def decide(connection: AsyncConnection) -> Made[email_job_pb2.EmailJob]:
             job = await storage.read_job(connection, job_id, user_id)
             if job is None:
                 raise not_found("email_job_id", request.email_job_id)
-            if wanted is not JobState.SCHEDULED:
+            if wanted is JobState.SCHEDULED:
+                async with keeping_quota(connection, job.batch_id, self._quotas) as added:
+                    moved = await _resend(connection, job)
+                    added.append(int(moved))
+            else:
                 moved = await resolve(connection, job_id, wanted)
-                return moved, await storage.read_job(connection, job_id, user_id) or job
-            async with keeping_quota(connection, job.batch_id, self._quotas) as added:
-                return await resend(connection, job, added)
-
-        async def resend(
-            connection: AsyncConnection, job: JobRecord, added: list[int]
-        ) -> tuple[bool, JobRecord]:
-            if await lock_sendable(connection, job.batch_id) is None:
+            job = await storage.read_job(connection, job_id, user_id) or job
+            if not moved:
                 raise FailedPrecondition(
-                    "this job cannot be sent again: its batch is cancelled, or its sender is "
-                    "deleted",
-                    reason="NOTHING_MORE_IS_SENT",
-                    metadata={"batch_id": id_text(job.batch_id)},
+                    f"only an UNCERTAIN job can be resolved; this job is {job.state.name}",
+                    reason="NOT_UNCERTAIN",
+                    metadata={"email_job_id": request.email_job_id, "state": job.state.name},
                 )
-            if not job.recipient:
-                raise FailedPrecondition(
-                    "this job cannot be sent again: its recipient was erased",
-                    reason="RECIPIENT_ERASED",
-                    metadata={"email_job_id": request.email_job_id},
-                )
-            moved = await resolve(connection, job_id, wanted)
-            added.append(int(moved))
-            return moved, await storage.read_job(connection, job_id, user_id) or job
-
-        moved, job = await in_transaction(self._engine, decide)
-        if not moved:
-            raise FailedPrecondition(
-                f"only an UNCERTAIN job can be resolved; this job is {job.state.name}",
-                reason="NOT_UNCERTAIN",
-                metadata={"email_job_id": request.email_job_id, "state": job.state.name},
+            # In this transaction, so not kept: it may be rolled back.
+            installation = self._installation_id or await installation_id(connection)
+            return replace(
+                _made(to_job(job, installation), JobState.UNCERTAIN),
+                afterwards=partial(load_soon, self._loader, [job.sender_id]),
             )
-        if job.state is JobState.SCHEDULED:
-            await load_soon(self._loader, [job.sender_id])
-        return to_job(job, await self._installation())
+
+        return await self._changes.make(request, user_id, email_job_pb2.EmailJob, decide)
 
     async def ListAttempts(
         self,
@@ -297,6 +304,48 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         if self._installation_id is None:
             self._installation_id = await in_transaction(self._engine, installation_id)
         return self._installation_id
+
+
+async def _resend(connection: AsyncConnection, job: JobRecord) -> bool:
+    """Schedule an UNCERTAIN job again. Return whether it was UNCERTAIN.
+
+    Raises:
+        FailedPrecondition: NOTHING_MORE_IS_SENT, RECIPIENT_ERASED.
+    """
+    if await lock_sendable(connection, job.batch_id) is None:
+        raise FailedPrecondition(
+            "this job cannot be sent again: its batch is cancelled, or its sender is deleted",
+            reason="NOTHING_MORE_IS_SENT",
+            metadata={"batch_id": id_text(job.batch_id)},
+        )
+    if not job.recipient:
+        raise FailedPrecondition(
+            "this job cannot be sent again: its recipient was erased",
+            reason="RECIPIENT_ERASED",
+            metadata={"email_job_id": id_text(job.job_id)},
+        )
+    return await resolve(connection, job.job_id, JobState.SCHEDULED)
+
+
+def _made(
+    answer: email_job_pb2.EmailJob, was: JobState, *, changed: bool = True
+) -> Made[email_job_pb2.EmailJob]:
+    """Return what the audit log learns of a job whose state a call has changed."""
+    return Made(
+        answer,
+        f"email-jobs/{answer.email_job_id}",
+        answer.user_id,
+        before={"state": was.name},
+        after={"state": JobState(answer.state).name},
+        address=answer.recipient,
+        changed=changed,
+    )
+
+
+def _target_of(request: email_job_service_pb2.RetryEmailJobsRequest) -> str:
+    if request.batch_id:
+        return f"batches/{request.batch_id}"
+    return f"senders/{request.sender_id}" if request.sender_id else ""
 
 
 def _failed(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from typing import Final, TypeVar
 
+from google.protobuf import json_format
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import hold_pb2, hold_service_pb2, hold_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.holding import cancel_held, release_held
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user
 from outbox_server.services.scheduler.storage import holds as storage
-from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.holds import (
     HeldFilter,
     HeldGroupRecord,
@@ -31,6 +33,8 @@ from outbox_server.shared.rpc.proto_mapping import (
 )
 from outbox_server.shared.states import HoldReason
 
+M = TypeVar("M", bound=Message)
+
 _INVALID: Final = "HELD_FILTER_INVALID"
 _REQUESTED: Final = "an operator asked for it"
 _STATES: Final = {
@@ -43,9 +47,10 @@ _STATES: Final = {
 class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
     """Shows, begins and ends the hold of the installation."""
 
-    def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
+    def __init__(self, engine: AsyncEngine, loader: HeadLoader, changes: Changes) -> None:
         self._engine = engine
         self._loader = loader
+        self._changes = changes
 
     async def GetHold(
         self, request: hold_service_pb2.GetHoldRequest, context: Context
@@ -58,11 +63,13 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
     ) -> hold_pb2.Hold:
         """Hold the installation."""
 
-        async def begin(connection: AsyncConnection) -> None:
-            if await storage.lock_hold(connection) is None:
+        async def begin(connection: AsyncConnection) -> Made[Empty]:
+            held = await storage.lock_hold(connection) is not None
+            if not held:
                 await begin_hold(connection, HoldReason.REQUESTED, _REQUESTED)
+            return Made(Empty(), after={}, changed=not held)
 
-        await in_transaction(self._engine, begin)
+        await self._changes.make(request, None, Empty, begin)
         return await self._read(HeldFilter())
 
     async def ReleaseHeldJobs(
@@ -70,9 +77,16 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
     ) -> hold_service_pb2.ReleaseHeldJobsResponse:
         """Release held jobs."""
         which = _wanted(request.filter, everything=request.all)
-        released = await release_held(self._engine, self._loader, which)
-        return hold_service_pb2.ReleaseHeldJobsResponse(
-            released_count=released.jobs, hold_ended=released.hold_ended
+
+        async def release() -> Made[hold_service_pb2.ReleaseHeldJobsResponse]:
+            released = await release_held(self._engine, self._loader, which)
+            answer = hold_service_pb2.ReleaseHeldJobsResponse(
+                released_count=released.jobs, hold_ended=released.hold_ended
+            )
+            return _made(answer, request.filter, which)
+
+        return await self._changes.make_in_parts(
+            request, which.user_id, hold_service_pb2.ReleaseHeldJobsResponse, release
         )
 
     async def CancelHeldJobs(
@@ -80,12 +94,19 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
     ) -> hold_service_pb2.CancelHeldJobsResponse:
         """Cancel held jobs."""
         which = _wanted(request.filter, everything=request.all)
-        cancelled = await cancel_held(self._engine, which)
-        return hold_service_pb2.CancelHeldJobsResponse(
-            cancelled_count=cancelled.jobs,
-            more=cancelled.more,
-            sending_count=cancelled.sending,
-            hold_ended=cancelled.hold_ended,
+
+        async def cancel() -> Made[hold_service_pb2.CancelHeldJobsResponse]:
+            cancelled = await cancel_held(self._engine, which)
+            answer = hold_service_pb2.CancelHeldJobsResponse(
+                cancelled_count=cancelled.jobs,
+                more=cancelled.more,
+                sending_count=cancelled.sending,
+                hold_ended=cancelled.hold_ended,
+            )
+            return _made(answer, request.filter, which)
+
+        return await self._changes.make_in_parts(
+            request, which.user_id, hold_service_pb2.CancelHeldJobsResponse, cancel
         )
 
     async def _read(self, which: HeldFilter) -> hold_pb2.Hold:
@@ -106,6 +127,18 @@ class HoldServicer(hold_service_pb2_grpc.HoldServiceServicer):
             sender_count=held.sender_count,
             releases=map(_to_filter, releases),
         )
+
+
+def _made(answer: M, given: hold_pb2.HeldFilter, which: HeldFilter) -> Made[M]:
+    """Return what the audit log learns: which jobs, and what happened to them."""
+    return Made(
+        answer,
+        user_id=which.user_id,
+        after={
+            "filter": json_format.MessageToDict(given, preserving_proto_field_name=True),
+            **json_format.MessageToDict(answer, preserving_proto_field_name=True),
+        },
+    )
 
 
 def _wanted(given: hold_pb2.HeldFilter, *, everything: bool) -> HeldFilter:

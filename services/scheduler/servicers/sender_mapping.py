@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import timedelta
+from typing import Any, Final
 
+from google.protobuf import json_format
 from outbox.v1 import email_job_pb2, sender_pb2, sender_service_pb2
 
 from outbox_server.services.scheduler.limits import Limits
@@ -58,6 +60,7 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
             else sender_pb2.BINDING_LIMIT_HOURLY_LIMIT
         ),
         cooldown=to_cooldown(record.cooldown),
+        etag=etag_of(record),
     )
     if record.min_gap_ms is not None:
         sender.min_gap.CopyFrom(to_duration(timedelta(milliseconds=record.min_gap_ms)))
@@ -66,6 +69,29 @@ def to_sender(record: SenderRecord, floor: timedelta) -> sender_pb2.Sender:
     if record.smtp_host is not None:
         sender.smtp.CopyFrom(_to_endpoint(record))
     return sender
+
+
+def etag_of(record: SenderRecord) -> str:
+    """Return the etag of a sender: every change by a call has a revision of its own."""
+    return str(record.revision)
+
+
+# What the audit log leaves out: it is in the event already, or follows from the other fields.
+_NOT_AUDITED: Final = (
+    *("sender_id", "user_id", "create_time", "update_time", "etag", "cooldown"),
+    *("effective_min_gap", "effective_hourly_limit", "binding_limit"),
+)
+
+
+def audited(sender: sender_pb2.Sender) -> dict[str, Any]:
+    """Return the values of a sender for the audit log. Secrets are not in the proto."""
+    values: dict[str, Any] = json_format.MessageToDict(sender, preserving_proto_field_name=True)
+    for name in _NOT_AUDITED:
+        values.pop(name, None)
+    certificates = values.get("smtp", {}).pop("ca_certificates", None)
+    if certificates:
+        values["smtp"]["ca_certificates_set"] = True
+    return values
 
 
 def _to_hours(hours: SendingHours) -> sender_pb2.SendingHours:

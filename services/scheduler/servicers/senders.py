@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from google.protobuf.empty_pb2 import Empty
@@ -13,28 +13,26 @@ from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler import senders
-from outbox_server.services.scheduler.filters.fields import FieldTest, both, check_filter
-from outbox_server.services.scheduler.filters.grammar import parse_filter
-from outbox_server.services.scheduler.filters.resources import (
-    SENDER_FIELDS,
-    SENDER_ORDERS,
-    check_order,
-)
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag, differences
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
-from outbox_server.services.scheduler.servicers.sender_mapping import to_sender, to_verification
+from outbox_server.services.scheduler.servicers.sender_mapping import (
+    audited,
+    etag_of,
+    to_sender,
+    to_verification,
+)
 from outbox_server.services.scheduler.smtp_presets import (
     PresetProvider,
     complete_address,
     provider_of,
 )
 from outbox_server.services.scheduler.storage import senders as storage
-from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import CallerKind, current_caller
 from outbox_server.shared.cooldowns.record import CooldownRecord
-from outbox_server.shared.errors import FailedPrecondition, InvalidInput
+from outbox_server.shared.errors import FailedPrecondition, InvalidInput, Violations
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.id_source import IdSource
 from outbox_server.shared.quotas.storage import lock_and_check_senders, read_domains
@@ -63,12 +61,14 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         settings: Settings,
         verifier: Verifier,
         *,
+        changes: Changes,
         wake_sweeper: Callable[[], None] = lambda: None,
         ids: IdSource | None = None,
     ) -> None:
         """`wake_sweeper` is called after jobs were cancelled, whose rows are to be updated."""
         self._wake_sweeper = wake_sweeper
         self._ids = ids or IdSource()
+        self._changes = changes
         self._engine = engine
         self._loader = loader
         self._secrets = secrets
@@ -94,12 +94,13 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         user_id = named_user(request.user_id)
         values = self._values(request.sender, self._columns)
 
-        async def create(connection: AsyncConnection) -> storage.SenderRecord:
+        async def create(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
             await lock_and_check_senders(connection, user_id, self._quotas)
             await self._check_domain(connection, user_id, values)
-            return await storage.insert_sender(connection, self._ids, user_id, values)
+            created = await storage.insert_sender(connection, self._ids, user_id, values)
+            return self._made(created, after=audited(self._answer(created)))
 
-        return self._answer(await in_transaction(self._engine, create))
+        return await self._changes.make(request, user_id, sender_pb2.Sender, create)
 
     async def GetSender(
         self,
@@ -150,26 +151,23 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> sender_pb2.Sender:
         """Change some fields of a sender."""
         user_id = acting_user(request.user_id)
-        sender_id = parse_id(request.sender.sender_id, "sender.sender_id")
+        asked = request.sender
+        sender_id = parse_id(asked.sender_id, "sender.sender_id")
         mask = request.update_mask if request.HasField("update_mask") else None
-        values = self._values(request.sender, self._masked(request.sender, mask))
-        if not values:
-            async with self._engine.connect() as connection:
-                found = await storage.read_sender(connection, sender_id, user_id)
-            return self._answer_if_there(found, request.sender.sender_id)
+        fields = tuple(self._masked(asked, mask))
+        values = self._values(asked, fields)
 
-        async def update(connection: AsyncConnection) -> storage.SenderChange:
-            owner = await storage.read_owner(connection, sender_id, user_id)
-            if owner is None:
-                return storage.SenderChange(None)
-            await self._check_domain(connection, owner, values)
-            return await storage.update_sender(connection, sender_id, user_id, values)
+        async def update(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
+            before = await self._locked(connection, asked.sender_id, user_id, asked.etag)
+            if mask is None or not mask.paths:
+                _check_unchangeable(asked, self._answer(before))
+            if not values:
+                return self._made(before, changed=False)
+            await self._check_domain(connection, before.user_id, values)
+            change = await storage.update_sender(connection, sender_id, user_id, values)
+            return self._changed(before, change, "UpdateSender", frozenset(fields))
 
-        updated = await in_transaction(self._engine, update)
-        answer = self._answer_if_there(updated.sender, request.sender.sender_id)
-        _log_ended(sender_id, updated.ended, by="UpdateSender")
-        await load_soon(self._loader, [sender_id])
-        return answer
+        return await self._changes.make(request, user_id, sender_pb2.Sender, update)
 
     async def DeleteSender(
         self,
@@ -178,26 +176,32 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
     ) -> Empty:
         """Delete a sender; its history stays."""
         user_id = acting_user(request.user_id)
-        sender_id = parse_id(request.sender_id, "sender_id")
-        deletion = await in_transaction(
-            self._engine,
-            lambda connection: storage.delete_sender(
-                connection, sender_id, user_id, force=request.force
-            ),
-        )
-        if deletion is None:
-            raise not_found("sender_id", request.sender_id)
-        if not deletion.deleted:
-            raise FailedPrecondition(
-                "this sender has jobs that wait or are being sent; cancel them, wait until they "
-                "end, or set `force`",
-                reason="SENDER_HAS_OPEN_JOBS",
-                metadata={"sender_id": request.sender_id},
+
+        async def delete(connection: AsyncConnection) -> Made[Empty]:
+            before = await self._locked(connection, request.sender_id, user_id, request.etag)
+            deletion = await storage.delete_sender(connection, before, force=request.force)
+            if not deletion.deleted:
+                raise FailedPrecondition(
+                    "this sender has jobs that wait or are being sent; cancel them, wait until "
+                    "they end, or set `force`",
+                    reason="SENDER_HAS_OPEN_JOBS",
+                    metadata={"sender_id": request.sender_id},
+                )
+
+            async def afterwards() -> None:
+                self._wake_sweeper()
+                _log_ended(before.sender_id, deletion.ended, by="DeleteSender")
+                await load_soon(self._loader, [before.sender_id])
+
+            return Made(
+                Empty(),
+                _target(before),
+                before.user_id,
+                before=audited(self._answer(before)),
+                afterwards=afterwards,
             )
-        self._wake_sweeper()
-        _log_ended(sender_id, deletion.ended, by="DeleteSender")
-        await load_soon(self._loader, [sender_id])
-        return Empty()
+
+        return await self._changes.make(request, user_id, Empty, delete)
 
     async def PauseSender(
         self,
@@ -205,7 +209,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_pb2.Sender:
         """Pause a sender."""
-        return await self._set_state(request.sender_id, request.user_id, SenderState.PAUSED)
+        return await self._set_state(request, SenderState.PAUSED)
 
     async def ResumeSender(
         self,
@@ -213,7 +217,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         context: Context,
     ) -> sender_pb2.Sender:
         """End the pause and the cooldown of a sender."""
-        return await self._set_state(request.sender_id, request.user_id, SenderState.ACTIVE)
+        return await self._set_state(request, SenderState.ACTIVE)
 
     async def VerifySender(
         self,
@@ -239,19 +243,62 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         return to_verification(result)
 
     async def _set_state(
-        self, id_in_request: str, requested_user: str, state: SenderState
+        self,
+        request: sender_service_pb2.PauseSenderRequest | sender_service_pb2.ResumeSenderRequest,
+        state: SenderState,
     ) -> sender_pb2.Sender:
-        user_id = acting_user(requested_user)
+        user_id = acting_user(request.user_id)
+
+        async def set_state(connection: AsyncConnection) -> Made[sender_pb2.Sender]:
+            before = await self._locked(connection, request.sender_id, user_id, request.etag)
+            change = await storage.set_state(connection, before, state)
+            return self._changed(before, change, "ResumeSender")
+
+        return await self._changes.make(request, user_id, sender_pb2.Sender, set_state)
+
+    async def _locked(
+        self, connection: AsyncConnection, id_in_request: str, user_id: str | None, etag: str
+    ) -> storage.SenderRecord:
+        """Lock the sender that a call is about.
+
+        Raises:
+            NotFound: SENDER_NOT_FOUND.
+            Aborted: ETAG_MISMATCH.
+        """
         sender_id = parse_id(id_in_request, "sender_id")
-        change = await in_transaction(
-            self._engine,
-            lambda connection: storage.set_state(connection, sender_id, user_id, state),
+        found = await storage.lock_sender(connection, sender_id, user_id)
+        if found is None:
+            raise not_found("sender_id", id_in_request)
+        check_etag(etag, etag_of(found), "this sender")
+        return found
+
+    def _changed(
+        self,
+        before: storage.SenderRecord,
+        change: storage.SenderChange,
+        by: str,
+        named: frozenset[str] = frozenset(),
+    ) -> Made[sender_pb2.Sender]:
+        """Return what the caller and the audit log learn of a change. `named` are its fields."""
+        after = change.sender
+        if after is None:
+            raise AssertionError("a locked sender has disappeared")
+        sender_id = before.sender_id
+
+        async def afterwards() -> None:
+            if change.changed:
+                _log_ended(sender_id, change.ended, by=by)
+                await load_soon(self._loader, [sender_id])
+
+        was, became = differences(
+            audited(self._answer(before)), audited(self._answer(after)), named
         )
-        answer = self._answer_if_there(change.sender, id_in_request)
-        if change.changed:
-            _log_ended(sender_id, change.ended, by="ResumeSender")
-            await load_soon(self._loader, [sender_id])
-        return answer
+        return self._made(
+            after, before=was, after=became, changed=change.changed, afterwards=afterwards
+        )
+
+    def _made(self, record: storage.SenderRecord, **how: Any) -> Made[sender_pb2.Sender]:
+        return Made(self._answer(record), _target(record), record.user_id, **how)
 
     async def _check_domain(
         self, connection: AsyncConnection, owner: str, values: Mapping[str, Any]
@@ -293,16 +340,21 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             if path not in self._columns:
                 raise InvalidInput.field(
                     "update_mask",
-                    f"{path[:80]!r} cannot be changed; use {', '.join(self._columns)}, "
-                    "or * for all of them",
+                    f"{path[:80]!r} cannot be changed here; "
+                    + _UNCHANGEABLE.get(
+                        path, f"use {', '.join(self._columns)}, or * for all of them"
+                    ),
                     reason="UPDATE_MASK_INVALID",
                 )
         return dict.fromkeys(mask.paths)
 
     def _values(self, sender: sender_pb2.Sender, fields: Iterable[str]) -> dict[str, Any]:
         values: dict[str, Any] = {}
+        wrong = Violations()
         for name in fields:
-            values.update(self._columns[name](sender))
+            with wrong:
+                values.update(self._columns[name](sender))
+        wrong.raise_any()
         return values
 
     def _email(self, sender: sender_pb2.Sender) -> _Columns:
@@ -399,6 +451,31 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             asked.time_zone,
         )
         return {"sending_hours": hours.to_text()}
+
+
+# What UpdateSender cannot change, and the methods that can.
+_UNCHANGEABLE: Final = {
+    "state": "use PauseSender or ResumeSender",
+    "user_id": "a sender stays with its user",
+}
+
+
+def _check_unchangeable(asked: sender_pb2.Sender, present: sender_pb2.Sender) -> None:
+    """Check that a request without a mask, such as a changed copy, changes no other field.
+
+    Raises:
+        InvalidInput: UPDATE_MASK_INVALID.
+    """
+    for name, hint in _UNCHANGEABLE.items():
+        given = getattr(asked, name)
+        if given and given != getattr(present, name):
+            raise InvalidInput.field(
+                f"sender.{name}", f"cannot be changed here; {hint}", reason="UPDATE_MASK_INVALID"
+            )
+
+
+def _target(record: storage.SenderRecord) -> str:
+    return f"senders/{record.sender_id}"
 
 
 def _log_ended(sender_id: int, cooldown: CooldownRecord | None, *, by: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag
 from outbox_server.services.scheduler.erasing import erase_recipient
 from outbox_server.services.scheduler.filters.fields import check_filter
 from outbox_server.services.scheduler.filters.grammar import parse_filter
@@ -17,7 +18,6 @@ from outbox_server.services.scheduler.filters.resources import (
 from outbox_server.services.scheduler.senders import check_sender_address
 from outbox_server.services.scheduler.servicers.calls import Context, named_user
 from outbox_server.services.scheduler.storage import suppressions as storage
-from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import NotFound
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
@@ -29,9 +29,10 @@ from outbox_server.shared.rpc.proto_mapping import to_timestamp
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
     """Manages the addresses to which a user's mail must never be sent."""
 
-    def __init__(self, engine: AsyncEngine, loader: HeadLoader) -> None:
+    def __init__(self, engine: AsyncEngine, loader: HeadLoader, changes: Changes) -> None:
         self._engine = engine
         self._loader = loader
+        self._changes = changes
 
     async def CreateSuppression(
         self,
@@ -43,13 +44,24 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         asked = request.suppression
         address = check_sender_address("suppression.email", asked.email)
         reason = bounds.SUPPRESSION_REASON.check("suppression.reason", asked.reason)
-        created, moved = await in_transaction(
-            self._engine,
-            lambda connection: storage.insert_suppression(connection, user_id, address, reason),
-        )
-        if moved.sender_ids:
-            await load_soon(self._loader, moved.sender_ids)
-        return _to_suppression(created)
+
+        async def create(connection: AsyncConnection) -> Made[suppression_pb2.Suppression]:
+            created, moved = await storage.insert_suppression(connection, user_id, address, reason)
+
+            async def afterwards() -> None:
+                if moved.sender_ids:
+                    await load_soon(self._loader, moved.sender_ids)
+
+            return Made(
+                _to_suppression(created),
+                _target(created),
+                user_id,
+                after={"reason": created.reason, "suppressed_count": moved.jobs},
+                address=address,
+                afterwards=afterwards,
+            )
+
+        return await self._changes.make(request, user_id, suppression_pb2.Suppression, create)
 
     async def DeleteSuppression(
         self,
@@ -63,13 +75,19 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         except BadAddress:
             # Only valid addresses can be suppressed.
             raise _not_found(request.email) from None
-        deleted = await in_transaction(
-            self._engine,
-            lambda connection: storage.delete_suppression(connection, user_id, address),
-        )
-        if not deleted:
-            raise _not_found(request.email)
-        return Empty()
+
+        async def delete(connection: AsyncConnection) -> Made[Empty]:
+            if request.etag:
+                present = await storage.read_suppression(connection, user_id, address)
+                if present is None:
+                    raise _not_found(request.email)
+                check_etag(request.etag, _etag(present), "this suppression")
+            deleted = await storage.delete_suppression(connection, user_id, address)
+            if not deleted:
+                raise _not_found(request.email)
+            return Made(Empty(), f"suppressions/{address}", user_id, before={}, address=address)
+
+        return await self._changes.make(request, user_id, Empty, delete)
 
     async def ListSuppressions(
         self,
@@ -103,13 +121,26 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         """Erase what is stored about one recipient."""
         user_id = named_user(request.user_id)
         address = check_sender_address("email", request.email)
-        erased = await erase_recipient(self._engine, self._loader, user_id, address)
-        return suppression_service_pb2.EraseRecipientResponse(
-            suppression=_to_suppression(erased.suppression),
-            suppressed_count=erased.suppressed,
-            erased_count=erased.erased,
-            rejection_count=erased.rejections,
-            in_flight_count=erased.in_flight,
+
+        async def erase() -> Made[suppression_service_pb2.EraseRecipientResponse]:
+            erased = await erase_recipient(self._engine, self._loader, user_id, address)
+            answer = suppression_service_pb2.EraseRecipientResponse(
+                suppression=_to_suppression(erased.suppression),
+                suppressed_count=erased.suppressed,
+                erased_count=erased.erased,
+                rejection_count=erased.rejections,
+                in_flight_count=erased.in_flight,
+            )
+            # The event and the stored request name the hash alone.
+            return Made(
+                answer,
+                _target(erased.suppression),
+                user_id,
+                after={"erased_count": erased.erased, "in_flight_count": erased.in_flight},
+            )
+
+        return await self._changes.make_in_parts(
+            request, user_id, suppression_service_pb2.EraseRecipientResponse, erase
         )
 
 
@@ -119,7 +150,17 @@ def _to_suppression(record: storage.SuppressionRecord) -> suppression_pb2.Suppre
         email=record.address,
         reason=record.reason,
         create_time=to_timestamp(record.created_at),
+        etag=_etag(record),
     )
+
+
+def _etag(record: storage.SuppressionRecord) -> str:
+    # A suppression never changes: it is deleted and created again.
+    return str(to_timestamp(record.created_at).ToMicroseconds())
+
+
+def _target(record: storage.SuppressionRecord) -> str:
+    return f"suppressions/{record.address}"
 
 
 def _not_found(email: str) -> NotFound:

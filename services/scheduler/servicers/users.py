@@ -10,9 +10,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from outbox_server.services.scheduler.changes import Changes, Made, differences
 from outbox_server.services.scheduler.servicers.calls import Context
 from outbox_server.services.scheduler.storage import users as storage
-from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_caller, require_user
 from outbox_server.shared.errors import InvalidInput
@@ -37,13 +37,19 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
     """Shows and changes the quotas, the limits and the domains of users."""
 
     def __init__(
-        self, engine: AsyncEngine, loader: HeadLoader, quotas: UserQuotas, limits: UserSendLimits
+        self,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        quotas: UserQuotas,
+        limits: UserSendLimits,
+        changes: Changes,
     ) -> None:
         """`quotas` and `limits` are the defaults, for users without overrides."""
         self._engine = engine
         self._loader = loader
         self._quotas = quotas
         self._limits = limits
+        self._changes = changes
 
     async def GetUser(
         self,
@@ -87,18 +93,31 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
             else:
                 values[_QUOTA_PATHS[path]] = _checked_quota(user.quotas, _QUOTA_PATHS[path])
 
-        async def update(connection: AsyncConnection) -> tuple[user_pb2.User, Sequence[int]]:
+        async def update(connection: AsyncConnection) -> Made[user_pb2.User]:
+            before = await storage.read_user(connection, user_id)
             senders: Sequence[int] = ()
             if values:
                 await storage.update_user(connection, user_id, values)
             if values.keys() & set(_LIMIT_PATHS.values()):
                 senders = await storage.mark_senders_stale(connection, user_id)
-            return await self._read(connection, user_id), senders
+            after = await storage.read_user(connection, user_id)
 
-        updated, senders = await in_transaction(self._engine, update)
-        if senders:
-            await load_user_soon(self._loader, user_id, senders)
-        return updated
+            async def afterwards() -> None:
+                if senders:
+                    await load_user_soon(self._loader, user_id, senders)
+
+            was, became = differences(_audited(before), _audited(after))
+            return Made(
+                self._to_user(after, await read_usage(connection, user_id)),
+                f"users/{user_id}",
+                user_id,
+                before=was,
+                after=became,
+                changed=bool(values),
+                afterwards=afterwards,
+            )
+
+        return await self._changes.make(request, user_id, user_pb2.User, update)
 
     async def _read(self, connection: AsyncConnection, user_id: str) -> user_pb2.User:
         found = await storage.read_user(connection, user_id)
@@ -132,6 +151,17 @@ class UserServicer(user_service_pb2_grpc.UserServiceServicer):
             ),
             update_time=None if record.updated_at is None else to_timestamp(record.updated_at),
         )
+
+
+def _audited(record: storage.UserRecord) -> dict[str, Any]:
+    """Return the values of a user for the audit log; those with their default are left out."""
+    values = {
+        **record.overrides,
+        "hourly_limit": record.hourly_limit,
+        "min_gap_ms": record.min_gap_ms,
+        "sender_domains": list(record.sender_domains) or None,
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _paths(user: user_pb2.User, mask: FieldMask | None) -> Iterable[str]:

@@ -127,10 +127,11 @@ def _statement(
 
 @dataclass(frozen=True, slots=True)
 class CancelledBatch:
-    """The result of cancelling a batch."""
+    """The result of cancelling a batch. `was` is its state before."""
 
     sender_id: int
     jobs: int
+    was: BatchState
 
 
 async def cancel_batch(
@@ -151,7 +152,7 @@ async def cancel_batch(
     if row is None:
         return None
     if row.state == BatchState.CANCELLED:
-        return CancelledBatch(row.sender_id, 0)
+        return CancelledBatch(row.sender_id, 0, BatchState.CANCELLED)
     waiting = (await batch_counts(connection, [batch_id]))[batch_id].scheduled
     now = func.now()
     await connection.execute(
@@ -165,7 +166,7 @@ async def cancel_batch(
         )
     )
     await mark_stale(connection, [row.sender_id])
-    return CancelledBatch(row.sender_id, waiting)
+    return CancelledBatch(row.sender_id, waiting, BatchState(row.state))
 
 
 async def cancel_batches_of(connection: AsyncConnection, sender_id: int) -> int:

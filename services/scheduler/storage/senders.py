@@ -81,6 +81,7 @@ class SenderRecord:
     state: SenderState
     created_at: datetime
     updated_at: datetime
+    revision: int
     cooldown: CooldownRecord | None
 
 
@@ -102,6 +103,7 @@ _COLUMNS: Final = (
     Sender.state,
     Sender.created_at,
     Sender.updated_at,
+    Sender.revision,
 )
 # Without the only large column.
 _LISTED: Final = (*_COLUMNS, literal(None, Text).label("smtp_ca"))
@@ -140,6 +142,7 @@ def _record(row: Any, cooldown: CooldownRecord | None) -> SenderRecord:
         state=SenderState(row.state),
         created_at=row.created_at,
         updated_at=row.updated_at,
+        revision=row.revision,
         cooldown=cooldown,
     )
 
@@ -186,15 +189,21 @@ async def read_sender(
     return None if row is None else _record(row, cooldown_of(row))
 
 
-async def read_owner(
+async def lock_sender(
     connection: AsyncConnection, sender_id: int, user_id: str | None
-) -> str | None:
-    """Return a sender's user, or None if it does not exist or belongs to another user."""
+) -> SenderRecord | None:
+    """Lock a sender's row and return it; None if it is missing or belongs to another user.
+
+    The lock is FOR NO KEY UPDATE, as that of an UPDATE. A stronger one would wait for uploads,
+    because an open intake holds a key share lock on the row.
+    """
     statement = owned_by(
-        select(Sender.user_id).where(Sender.id == sender_id, _NOT_DELETED), Sender.user_id, user_id
+        _read(_ALL).where(Sender.id == sender_id).with_for_update(key_share=True, of=Sender),
+        Sender.user_id,
+        user_id,
     )
-    owner: str | None = (await connection.execute(statement)).scalar_one_or_none()
-    return owner
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _record(row, cooldown_of(row))
 
 
 async def read_endpoint(
@@ -312,32 +321,22 @@ async def _end_cooldown(connection: AsyncConnection, sender_id: int) -> Cooldown
 
 
 async def set_state(
-    connection: AsyncConnection, sender_id: int, user_id: str | None, state: SenderState
+    connection: AsyncConnection, sender: SenderRecord, state: SenderState
 ) -> SenderChange:
-    """Pause or resume a sender. A resume ends its cooldown, whether or not it was paused.
+    """Pause or resume a sender, whose row is locked.
 
-    The lock is FOR NO KEY UPDATE, as that of an UPDATE. A stronger one would wait for uploads,
-    because an open intake holds a key share lock on the row.
+    A resume ends its cooldown, whether or not it was paused.
     """
-    statement = owned_by(
-        select(Sender.state)
-        .where(Sender.id == sender_id, _NOT_DELETED)
-        .with_for_update(key_share=True),
-        Sender.user_id,
-        user_id,
-    )
-    before = (await connection.execute(statement)).scalar_one_or_none()
-    if before is None:
-        return SenderChange(None)
+    sender_id = sender.sender_id
     ended = None
     if state is SenderState.ACTIVE:
         # Before the next probe, because the provider may accept now what it refused before.
         await request_new_token(connection, sender_id)
         ended = await _end_cooldown(connection, sender_id)
-    if before == state and ended is None:
-        return SenderChange(await read_sender(connection, sender_id, user_id))
-    sender = await _update(connection, sender_id, user_id, {"state": state})
-    return SenderChange(sender, changed=True, ended=ended)
+    if sender.state == state and ended is None:
+        return SenderChange(sender)
+    updated = await _update(connection, sender_id, sender.user_id, {"state": state})
+    return SenderChange(updated, changed=True, ended=ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,23 +350,14 @@ class Deletion:
 
 
 async def delete_sender(
-    connection: AsyncConnection, sender_id: int, user_id: str | None, *, force: bool
-) -> Deletion | None:
-    """Delete a sender. With `force`, its batches with waiting jobs are cancelled.
+    connection: AsyncConnection, sender: SenderRecord, *, force: bool
+) -> Deletion:
+    """Delete a sender, whose row is locked. With `force`, its waiting jobs are cancelled.
 
-    Return None if it does not exist or belongs to another user. The row is locked first. An intake
-    locks and checks it before its commit. So either its jobs are found here, or it finds that the
-    sender is deleted.
+    An intake locks and checks the row before its commit. So either its jobs are found here, or it
+    finds that the sender is deleted.
     """
-    locked = owned_by(
-        select(Sender.id)
-        .where(Sender.id == sender_id, _NOT_DELETED)
-        .with_for_update(key_share=True),
-        Sender.user_id,
-        user_id,
-    )
-    if (await connection.execute(locked)).one_or_none() is None:
-        return None
+    sender_id = sender.sender_id
     cancelled = 0
     if force:
         cancelled = await cancel_batches_of(connection, sender_id)
@@ -375,7 +365,7 @@ async def delete_sender(
         return Deletion(deleted=False)
     # Nothing will be sent for it any more, so its secrets are deleted.
     values = {"deleted_at": func.now(), "smtp_password": None, "smtp_ca": None}
-    await _update(connection, sender_id, user_id, values)
+    await _update(connection, sender_id, sender.user_id, values)
     await replace_credentials(connection, sender_id, None)
     ended = await _end_cooldown(connection, sender_id)
     return Deletion(deleted=True, cancelled=cancelled, ended=ended)

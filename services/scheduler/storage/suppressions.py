@@ -165,6 +165,17 @@ async def insert_suppression(
     return SuppressionRecord(*row), moved
 
 
+async def read_suppression(
+    connection: AsyncConnection, user_id: str, address: str
+) -> SuppressionRecord | None:
+    """Return the suppression of exactly this address, locked; None if there is none."""
+    await lock_suppressions(connection, user_id)
+    which = _exact(user_id, address) | _of_older_release(user_id, address)
+    found = select(*SUPPRESSION_COLUMNS).where(which).order_by(Suppression.form).limit(1)
+    row = (await connection.execute(owned_by(found, Suppression.user_id, user_id))).one_or_none()
+    return None if row is None else SuppressionRecord(*row)
+
+
 async def delete_suppression(connection: AsyncConnection, user_id: str, address: str) -> bool:
     """Delete a suppression. Return False if there was none.
 

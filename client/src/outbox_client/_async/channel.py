@@ -40,7 +40,9 @@ class Channel:
         ) -> Any:
             connection = self._connection
             limit = connection.timeout if timeout is None else timeout
-            attempts = Attempts(connection.retry, limit, safe=safe)
+            # A change with a `request_id` of its caller is made once, however often it is asked for.
+            by_caller = bool(getattr(request, "request_id", ""))
+            attempts = Attempts(connection.retry, limit, safe=safe or by_caller)
             if by_request_id:
                 request = with_request_id(request)
             try:

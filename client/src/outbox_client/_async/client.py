@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import grpc
+from outbox.v1.audit_service_pb2_grpc import AuditServiceStub
 from outbox.v1.batch_pb2 import Batch, BatchOptions, BatchState, Rejection
 from outbox.v1.batch_service_pb2 import (
     GetBatchRequest,
@@ -45,6 +46,7 @@ from outbox_client.settings import Connection, Tls
 from outbox_client.sources import Chunks, ProgressCallback, Rows, Source, UploadProgress, source_of
 
 if TYPE_CHECKING:  # names that only the type stubs know
+    from outbox.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
     from outbox.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
     from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceAsyncStub
     from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceAsyncStub
@@ -65,12 +67,12 @@ _LOOK: Final = RetryPolicy(first=timedelta(milliseconds=200), factor=1.3)
 class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
-    `senders`, `batches`, `email_jobs`, `suppressions`, `users`, `holds`, `stats`, `dispatcher` and
-    `server` are the generated stubs with all methods of the API, such as
+    `senders`, `batches`, `email_jobs`, `suppressions`, `users`, `holds`, `audit`, `stats`,
+    `dispatcher` and `server` are the generated stubs with all methods of the API, such as
     `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds, for all tries
     together; default: the client's `timeout`) and `metadata`, and raises CallError. Reads,
-    `ScheduleBatch` and `upload` are retried while the server is unreachable; other calls only if
-    the server says that it has changed nothing.
+    `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the server is
+    unreachable; other calls only if the server says that it has changed nothing.
     """
 
     def __init__(
@@ -136,6 +138,11 @@ class AsyncClient:
     def users(self) -> UserServiceAsyncStub:
         """UserService, for operators."""
         return cast("UserServiceAsyncStub", self._stub("scheduler", UserServiceStub))
+
+    @property
+    def audit(self) -> AuditServiceAsyncStub:
+        """AuditService, for operators."""
+        return cast("AuditServiceAsyncStub", self._stub("scheduler", AuditServiceStub))
 
     @property
     def holds(self) -> HoldServiceAsyncStub:

@@ -50,10 +50,17 @@ def upgrade() -> None:
             nullable=False,
         ),
         sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("identity", sa.Text(), server_default="", nullable=False),
+        sa.Column("reason", sa.Text(), server_default="", nullable=False),
         sa.Column("action", sa.Text(), nullable=False),
         sa.Column("target", sa.Text(), server_default="", nullable=False),
+        sa.Column("user_id", sa.Text(), nullable=True),
+        sa.Column("address_key", sa.Text(), nullable=True),
         sa.Column("before", JSONB(), nullable=True),
         sa.Column("after", JSONB(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_events")),
     )
     op.create_index(op.f("ix_audit_events_action_id"), "audit_events", ["action", "id"])
+    for first in ([], ["user_id"], ["target"]):
+        columns = [*first, "happened_at", "id"]
+        op.create_index(op.f("ix_audit_events_" + "_".join(columns)), "audit_events", columns)

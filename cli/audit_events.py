@@ -1,0 +1,58 @@
+"""`outbox audit-events`: shows who changed what, by AuditService, for operators."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Final
+
+import typer
+from outbox.v1 import audit_service_pb2 as pb
+
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, read_time, to_timestamp
+from outbox_server.cli.output import Output, OutputFormat, show_list
+
+_COLUMNS: Final = ("event_time", "actor", "identity", "action", "target", "reason")
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+@with_option_groups
+def list_events(
+    *,
+    user: Annotated[
+        str, typer.Option("--user", metavar="ID", help="Only changes of what this user owns.")
+    ] = "",
+    target: Annotated[
+        str, typer.Option("--target", help="Only changes of this target, such as senders/17.")
+    ] = "",
+    after: Annotated[
+        datetime | None,
+        typer.Option(
+            "--after", parser=read_time, metavar="TIME", help="Only changes at this time or later."
+        ),
+    ] = None,
+    before: Annotated[
+        datetime | None,
+        typer.Option(
+            "--before", parser=read_time, metavar="TIME", help="Only changes before this time."
+        ),
+    ] = None,
+    paging: Paging,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List who changed what, the newest first (operators only).
+
+    `-o json` shows the values before and after.
+
+    $ outbox audit-events --user demo
+    """
+    request = pb.ListAuditEventsRequest(
+        user_id=user, target=target, start_time=to_timestamp(after), end_time=to_timestamp(before)
+    )
+    with connection("scheduler", server) as client:
+        page = pages(client.audit.ListAuditEvents, request, "audit_events", paging)
+    show_list(page, "audit_events", _COLUMNS, output, what="changes")

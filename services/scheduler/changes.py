@@ -1,0 +1,242 @@
+"""Makes the changes that calls ask for: once per `request_id`, and with an event in the audit log.
+
+Both are written in the transaction of the change. So a call that was repeated because its answer
+got lost finds the answer of the first one, and no change is without its event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from google.protobuf.message import Message
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.storage import changes as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.changes import RequestKey, StoredRequest
+from outbox_server.shared import bounds
+from outbox_server.shared.callers import current_caller
+from outbox_server.shared.database.audit_events import RecordedChange, record_change
+from outbox_server.shared.errors import Aborted, AlreadyExists
+from outbox_server.shared.intake.addresses import folded_key
+from outbox_server.shared.secrets import SecretBox
+
+M = TypeVar("M", bound=Message)
+
+_PURPOSE: Final = b"outbox change requests"
+
+
+class ChangeMessage(Protocol):
+    """The fields that the requests of all changing methods have."""
+
+    @property
+    def request_id(self) -> str:
+        """The id by which a repeated call is recognised; empty means none."""
+
+    @property
+    def identity(self) -> str:
+        """Who asks for the change, in the caller's words."""
+
+    @property
+    def reason(self) -> str:
+        """Why, in the caller's words."""
+
+
+async def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Made(Generic[M]):
+    """A change that was made, and what the caller and the audit log learn of it.
+
+    `user_id` owns `target`. `before` and `after` are the values that changed. `address` is the
+    recipient that the change is about. `changed` is False if everything was so already: there is no
+    event then. `afterwards` is called after the commit; a process that dies before has left a
+    marker.
+    """
+
+    answer: M
+    target: str = ""
+    user_id: str | None = None
+    before: Mapping[str, Any] | None = None
+    after: Mapping[str, Any] | None = None
+    address: str = ""
+    changed: bool = True
+    afterwards: Callable[[], Awaitable[object]] = _nothing
+
+    @property
+    def address_key(self) -> str | None:
+        """Return the key by which an erasure finds what is stored of the change."""
+        return folded_key(self.address) if self.address else None
+
+
+class Changes:
+    """Makes changes for the servicers."""
+
+    def __init__(self, engine: AsyncEngine, secrets: SecretBox) -> None:
+        self._engine = engine
+        # Keyed, because a request may contain a password.
+        self._key = secrets.derive_key(_PURPOSE)
+
+    async def make(
+        self,
+        request: Message,
+        user_id: str | None,
+        answer: type[M],
+        change: Callable[[AsyncConnection], Awaitable[Made[M]]],
+    ) -> M:
+        """Run `change` in a transaction, unless this request was made before.
+
+        `user_id` is the user that the call acts for; None means any user.
+
+        Raises:
+            AlreadyExists: the id belongs to another request (REQUEST_ID_REUSED).
+            InvalidInput: REQUEST_ID_INVALID, IDENTITY_INVALID, CHANGE_REASON_INVALID.
+        """
+        said = _said(request)
+        key = RequestKey(user_id, said.request_id)
+        digest = self._digest(request)
+
+        async def once(connection: AsyncConnection) -> M | Made[M]:
+            if key.request_id:
+                earlier = await storage.begin_request(connection, key, digest)
+                if earlier is not None:
+                    return _replayed(earlier, digest, key, answer)
+            made = await change(connection)
+            if key.request_id:
+                await _store(connection, key, made)
+            await _record(connection, request, said, made)
+            return made
+
+        result = await in_transaction(self._engine, once)
+        if not isinstance(result, Made):
+            return result
+        await result.afterwards()
+        return result.answer
+
+    async def make_in_parts(
+        self,
+        request: Message,
+        user_id: str | None,
+        answer: type[M],
+        change: Callable[[], Awaitable[Made[M]]],
+    ) -> M:
+        """Run `change`, which has transactions of its own and may be repeated without harm.
+
+        If the process dies within it, a repeated call makes the rest.
+
+        Raises:
+            AlreadyExists, InvalidInput: as `make`.
+        """
+        said = _said(request)
+        key = RequestKey(user_id, said.request_id)
+        digest = self._digest(request)
+        if key.request_id:
+            async with self._engine.connect() as connection:
+                earlier = await storage.find_request(connection, key)
+            if earlier is not None:
+                return _replayed(earlier, digest, key, answer)
+        made = await change()
+
+        async def store(connection: AsyncConnection) -> M:
+            if key.request_id:
+                earlier = await storage.begin_request(connection, key, digest)
+                if earlier is not None:
+                    return _replayed(earlier, digest, key, answer)
+                await _store(connection, key, made)
+            await _record(connection, request, said, made)
+            return made.answer
+
+        stored = await in_transaction(self._engine, store)
+        await made.afterwards()
+        return stored
+
+    def _digest(self, request: Message) -> bytes:
+        name = request.DESCRIPTOR.full_name.encode()
+        content = request.SerializeToString(deterministic=True)
+        return blake2b(name + b"\0" + content, key=self._key, digest_size=32).digest()
+
+
+def check_etag(given: str, present: str, target: str) -> None:
+    """Check the `etag` that a caller passes back. An empty one is not checked.
+
+    Raises:
+        Aborted: the resource was changed since the caller read it (ETAG_MISMATCH).
+    """
+    if given and given != present:
+        raise Aborted(
+            f"{target} was changed since it was read; read it again, and decide anew",
+            reason="ETAG_MISMATCH",
+            metadata={"etag": present},
+        )
+
+
+def differences(
+    before: Mapping[str, Any], after: Mapping[str, Any], always: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values that differ, before and after. Those named by `always` are kept too."""
+    names = [
+        name
+        for name in {**before, **after}
+        if name in always or before.get(name) != after.get(name)
+    ]
+    return (
+        {name: before[name] for name in names if name in before},
+        {name: after[name] for name in names if name in after},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    request_id: str
+    identity: str
+    reason: str
+
+
+def _said(request: Message) -> _Said:
+    given: Any = request
+    if given.request_id:
+        bounds.REQUEST_ID.check("request_id", given.request_id)
+    return _Said(
+        given.request_id,
+        bounds.IDENTITY.check("identity", given.identity),
+        bounds.CHANGE_REASON.check("reason", given.reason),
+    )
+
+
+def _replayed(earlier: StoredRequest, digest: bytes, key: RequestKey, answer: type[M]) -> M:
+    if earlier.digest != digest:
+        raise AlreadyExists(
+            f"request_id {key.request_id!r} was used for another request; use a new one",
+            reason="REQUEST_ID_REUSED",
+            metadata={"request_id": key.request_id},
+        )
+    return answer.FromString(earlier.answer)
+
+
+async def _store(connection: AsyncConnection, key: RequestKey, made: Made[Any]) -> None:
+    answer = made.answer.SerializeToString()
+    await storage.store_answer(connection, key, answer, made.user_id, made.address_key)
+
+
+async def _record(
+    connection: AsyncConnection, request: Message, said: _Said, made: Made[Any]
+) -> None:
+    if not made.changed:
+        return
+    caller = current_caller()
+    change = RecordedChange(
+        actor=caller.kind.value if caller.key_id is None else f"key:{caller.key_id}",
+        action=request.DESCRIPTOR.name.removesuffix("Request"),
+        target=made.target,
+        before=made.before,
+        after=made.after,
+        identity=said.identity,
+        reason=said.reason,
+        user_id=made.user_id,
+    )
+    await record_change(connection, change, made.address_key)

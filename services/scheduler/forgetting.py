@@ -1,0 +1,68 @@
+"""Removes old requests, and old events of the audit log, a few rows at a time.
+
+Runs in every scheduler. Rows that another scheduler removes at the moment are skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+from typing import Final
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.storage import changes as storage
+from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.loops import Loop
+
+# For so long, a repeated request is recognised.
+REQUESTS_KEPT: Final = timedelta(hours=24)
+# Of one user. A user that changes more within a day loses the oldest ones sooner.
+MOST_OF_USER: Final = 100_000
+# The number of rows that one transaction removes.
+_CHUNK: Final = 1_000
+_INTERVAL: Final = timedelta(minutes=10)
+_RETRY: Final = timedelta(seconds=10)
+
+_Removal = Callable[[AsyncConnection], Awaitable[int]]
+
+
+class Forgetter:
+    """Removes what is older than a day, or than the retention of the audit log."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        audit_retention: timedelta | None,
+        *,
+        most_of_user: int = MOST_OF_USER,
+    ) -> None:
+        """`audit_retention` None means for ever. `most_of_user` is for requests and for events."""
+        self._engine = engine
+        self._removals: list[_Removal] = [
+            partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),
+            partial(storage.remove_surplus_requests, most=most_of_user, limit=_CHUNK),
+            partial(storage.remove_surplus_events, most=most_of_user, limit=_CHUNK),
+        ]
+        if audit_retention is not None:
+            self._removals.append(
+                partial(storage.remove_events, older_than=audit_retention, limit=_CHUNK)
+            )
+        self._loop = Loop("forgetting", self._step, errors=DATABASE_ERRORS, retry=_RETRY)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Remove now and then, until `stop` is set."""
+        await self._loop.run(stop)
+
+    async def _step(self) -> timedelta:
+        await self.forget()
+        return _INTERVAL
+
+    async def forget(self) -> None:
+        """Remove everything that is too old or too much now."""
+        for removal in self._removals:
+            while await in_transaction(self._engine, removal) and not self._loop.stopping:
+                pass

@@ -1,0 +1,188 @@
+"""The requests that changed something, by which a repeated call is recognised, and their end.
+
+The events of the audit log are removed here too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+from sqlalchemy import (
+    ColumnElement,
+    and_,
+    delete,
+    func,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import InstrumentedAttribute
+
+from outbox_server.shared.database.models import AuditEvent, ChangeRequest
+from outbox_server.shared.database.ownership import bind_call, owned_by
+
+_KEYS: Final[dict[type, tuple[str, ...]]] = {
+    ChangeRequest: ("scope", "request_id"),
+    AuditEvent: ("id",),
+}
+# The scope of callers that act for no particular user.
+_ANY_USER: Final = ""
+# The row of an earlier request may be removed between two statements.
+_TRIES: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRequest:
+    """An earlier request with the same id. `answer` is its serialized answer."""
+
+    digest: bytes
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RequestKey:
+    """What identifies a request: the user that it acts for (None means any), and its id."""
+
+    user_id: str | None
+    request_id: str
+
+    @property
+    def scope(self) -> str:
+        """Return the value of the column."""
+        bind_call(self.user_id)
+        return _ANY_USER if self.user_id is None else self.user_id
+
+
+async def begin_request(
+    connection: AsyncConnection, key: RequestKey, digest: bytes
+) -> StoredRequest | None:
+    """Store the request, and return None; or return the earlier request with this id.
+
+    If a transaction with the same id is open, this waits for its end.
+    """
+    new = insert(ChangeRequest).values(
+        scope=key.scope, request_id=key.request_id, digest=digest, answer=b""
+    )
+    for _ in range(_TRIES):
+        stored = await connection.execute(
+            new.on_conflict_do_nothing().returning(ChangeRequest.scope)
+        )
+        if stored.first() is not None:
+            return None
+        found = await find_request(connection, key)
+        if found is not None:
+            return found
+    raise AssertionError("a request is removed as often as it is stored")
+
+
+async def find_request(connection: AsyncConnection, key: RequestKey) -> StoredRequest | None:
+    """Return the earlier request with this id; None if there was none."""
+    found = select(ChangeRequest.digest, ChangeRequest.answer).where(
+        ChangeRequest.scope == key.scope, ChangeRequest.request_id == key.request_id
+    )
+    row = (await connection.execute(found)).one_or_none()
+    return None if row is None else StoredRequest(row.digest, row.answer)
+
+
+async def store_answer(
+    connection: AsyncConnection,
+    key: RequestKey,
+    answer: bytes,
+    owner: str | None,
+    address_key: str | None,
+) -> None:
+    """Store the answer to a request that `begin_request` has stored.
+
+    `owner` owns what was changed; `address_key` is the key of the recipient that it is about.
+    """
+    stored = (
+        update(ChangeRequest)
+        .where(ChangeRequest.scope == key.scope, ChangeRequest.request_id == key.request_id)
+        .values(answer=answer, user_id=owner, address_key=address_key)
+    )
+    await connection.execute(stored)
+
+
+async def forget_address(connection: AsyncConnection, user_id: str, address_key: str) -> None:
+    """Remove the requests about one recipient of a user, for an erasure.
+
+    A call that repeats one of them is made again.
+    """
+    statement = delete(ChangeRequest).where(ChangeRequest.address_key == address_key)
+    await connection.execute(owned_by(statement, ChangeRequest.user_id, user_id))
+
+
+async def remove_requests(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
+    """Remove the oldest requests, at most `limit`. Return how many that were."""
+    old = ChangeRequest.created_at < func.now() - older_than
+    return await _remove(connection, ChangeRequest, old, ChangeRequest.created_at, limit)
+
+
+async def remove_surplus_requests(connection: AsyncConnection, most: int, limit: int) -> int:
+    """Remove the oldest requests of a scope that has more than `most`. Return how many."""
+    crowded = (
+        select(ChangeRequest.scope)
+        .group_by(ChangeRequest.scope)
+        .having(func.count() > most)
+        .limit(1)
+    )
+    scope = await connection.scalar(crowded)
+    if scope is None:
+        return 0
+    first_kept = (
+        select(ChangeRequest.created_at)
+        .where(ChangeRequest.scope == scope)
+        .order_by(ChangeRequest.created_at.desc())
+        .offset(most - 1)
+        .limit(1)
+        .scalar_subquery()
+    )
+    surplus = and_(ChangeRequest.scope == scope, ChangeRequest.created_at < first_kept)
+    return await _remove(connection, ChangeRequest, surplus, ChangeRequest.created_at, limit)
+
+
+async def remove_events(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
+    """Remove the oldest events of the audit log, at most `limit`. Return how many that were."""
+    old = AuditEvent.happened_at < func.now() - older_than
+    return await _remove(connection, AuditEvent, old, AuditEvent.happened_at, limit)
+
+
+async def remove_surplus_events(connection: AsyncConnection, most: int, limit: int) -> int:
+    """Remove the oldest events of a user that has more than `most`. Return how many that were."""
+    crowded = (
+        select(AuditEvent.user_id)
+        .where(AuditEvent.user_id.is_not(None))
+        .group_by(AuditEvent.user_id)
+        .having(func.count() > most)
+        .limit(1)
+    )
+    user_id = await connection.scalar(crowded)
+    if user_id is None:
+        return 0
+    first_kept = (
+        select(AuditEvent.happened_at)
+        .where(AuditEvent.user_id == user_id)
+        .order_by(AuditEvent.happened_at.desc())
+        .offset(most - 1)
+        .limit(1)
+        .scalar_subquery()
+    )
+    surplus = and_(AuditEvent.user_id == user_id, AuditEvent.happened_at < first_kept)
+    return await _remove(connection, AuditEvent, surplus, AuditEvent.happened_at, limit)
+
+
+async def _remove(
+    connection: AsyncConnection,
+    table: type[ChangeRequest | AuditEvent],
+    which: ColumnElement[bool],
+    order: InstrumentedAttribute[datetime],
+    limit: int,
+) -> int:
+    key = [table.__table__.c[name] for name in _KEYS[table]]
+    some = select(*key).where(which).order_by(order).limit(limit).with_for_update(skip_locked=True)
+    removed = await connection.execute(delete(table).where(tuple_(*key).in_(some)))
+    return removed.rowcount

@@ -1,0 +1,476 @@
+"""Calls that change something: once per request id, only what was read, and with an audit event."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf import json_format
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1 import (
+    audit_service_pb2_grpc,
+    batch_service_pb2,
+    email_job_service_pb2,
+    hold_service_pb2,
+    sender_pb2,
+    suppression_service_pb2,
+    user_service_pb2,
+)
+from outbox.v1.audit_pb2 import AuditEvent
+from outbox.v1.audit_service_pb2 import ListAuditEventsRequest
+from outbox.v1.sender_service_pb2 import (
+    CreateSenderRequest,
+    DeleteSenderRequest,
+    GetSenderRequest,
+    PauseSenderRequest,
+    ResumeSenderRequest,
+    UpdateSenderRequest,
+)
+from outbox.v1.suppression_pb2 import Suppression
+from outbox.v1.user_pb2 import User, UserQuotas
+
+from outbox_server.services.scheduler.forgetting import Forgetter
+from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.secrets import generate_key
+from outbox_server.shared.states import JobState
+from tests.contract_methods import contract_methods
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+from tests.two_users import rivals
+
+KEY: Final = generate_key()
+# They change nothing, are idempotent by another id, or are about a process and not about data.
+NO_REQUEST_ID: Final = {
+    *("ScheduleBatch", "UploadBatch", "UploadBatchFile"),
+    *("VerifySender", "ForecastBatch", "DrainDispatcher"),
+}
+_ids = itertools.count(1)
+
+
+@pytest_asyncio.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url, encryption_keys=KEY) as running:
+        yield running
+
+
+def new_id() -> str:
+    return f"change-{next(_ids)}"
+
+
+def creation(request_id: str, **fields: Any) -> CreateSenderRequest:
+    fields = {"email": "news@example.com", **fields}
+    return CreateSenderRequest(
+        user_id="ann", sender=sender_pb2.Sender(**fields), request_id=request_id
+    )
+
+
+async def events(scheduler: Scheduler, **which: Any) -> list[AuditEvent]:
+    async with grpc.aio.insecure_channel(scheduler.address) as channel:
+        stub = audit_service_pb2_grpc.AuditServiceStub(channel)
+        answer = await stub.ListAuditEvents(ListAuditEventsRequest(**which))
+        return list(answer.audit_events)
+
+
+def values(event: AuditEvent) -> tuple[Any, Any]:
+    """Return the values before and after; None if there are none."""
+    before = json_format.MessageToDict(event.before) if event.HasField("before") else None
+    after = json_format.MessageToDict(event.after) if event.HasField("after") else None
+    return before, after
+
+
+# Request ids ---------------------------------------------------------------------------------
+
+
+def test_every_changing_method_has_the_three_fields_at_the_same_place() -> None:
+    checked = 0
+    for method in contract_methods():
+        reads = method.name.startswith(("Get", "List", "Watch", "Explain", "Query", "Audit"))
+        if reads or method.name in NO_REQUEST_ID:
+            continue
+        fields = method.input_type.fields_by_name
+        numbers = [fields[name].number for name in ("request_id", "identity", "reason")]
+        assert numbers == [15, 16, 17], method.full_name
+        checked += 1
+    assert checked >= 15
+
+
+async def test_calls_with_one_request_id_create_one_sender(scheduler: Scheduler) -> None:
+    request = creation(new_id())
+    first = await scheduler.senders.CreateSender(request)
+    assert await scheduler.senders.CreateSender(request) == first
+    assert scheduler.value("SELECT count(*) FROM senders") == 1
+
+    # Also when the calls are made at the same time, and with another id.
+    request = creation(new_id())
+    made = await asyncio.gather(*(scheduler.senders.CreateSender(request) for _ in range(12)))
+    assert {sender.sender_id for sender in made} == {made[0].sender_id} != {first.sender_id}
+    assert scheduler.value("SELECT count(*) FROM senders") == 2
+
+
+async def test_a_request_id_of_another_request_is_refused(scheduler: Scheduler) -> None:
+    name = new_id()
+    sender = await scheduler.senders.CreateSender(creation(name))
+    for other in (
+        scheduler.senders.CreateSender(creation(name, email="other@example.com")),
+        scheduler.senders.PauseSender(
+            PauseSenderRequest(sender_id=sender.sender_id, user_id="ann", request_id=name)
+        ),
+    ):
+        refused = await refusal_of(other)
+        assert (refused.code, refused.reason) == ("ALREADY_EXISTS", "REQUEST_ID_REUSED")
+        assert refused.metadata["request_id"] == name
+    assert scheduler.value("SELECT count(*) FROM senders") == 1
+    # Each user has ids of its own.
+    await scheduler.senders.CreateSender(
+        CreateSenderRequest(
+            user_id="bob", sender=sender_pb2.Sender(email="b@example.com"), request_id=name
+        )
+    )
+
+
+async def test_a_refused_request_may_be_made_again_with_its_id(scheduler: Scheduler) -> None:
+    name, sender = new_id(), await scheduler.sender()
+    accepted = await scheduler.schedule(sender)
+    request = DeleteSenderRequest(sender_id=sender.sender_id, request_id=name)
+    assert (await refusal_of(scheduler.senders.DeleteSender(request))).reason == (
+        "SENDER_HAS_OPEN_JOBS"
+    )
+    await scheduler.batches.CancelBatch(
+        batch_service_pb2.CancelBatchRequest(batch_id=accepted.batch.batch_id)
+    )
+    await scheduler.senders.DeleteSender(request)
+    # The sender exists no more, and the repeated call succeeds as the first one did.
+    await scheduler.senders.DeleteSender(request)
+    again = DeleteSenderRequest(sender_id=sender.sender_id, request_id=new_id())
+    assert (await refusal_of(scheduler.senders.DeleteSender(again))).code == "NOT_FOUND"
+
+
+async def test_a_repeated_call_changes_nothing_more(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender()
+    pause = PauseSenderRequest(sender_id=sender.sender_id, request_id=new_id())
+    paused = await scheduler.senders.PauseSender(pause)
+    await scheduler.senders.ResumeSender(ResumeSenderRequest(sender_id=sender.sender_id))
+    assert await scheduler.senders.PauseSender(pause) == paused
+    now = await scheduler.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id))
+    assert now.state == sender_pb2.SENDER_STATE_ACTIVE
+
+    accepted = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
+    cancel = batch_service_pb2.CancelBatchRequest(
+        batch_id=accepted.batch.batch_id, request_id=new_id()
+    )
+    cancelled = await scheduler.batches.CancelBatch(cancel)
+    assert cancelled.cancelled_count == 2
+    assert await scheduler.batches.CancelBatch(cancel) == cancelled
+
+    accepted = await scheduler.schedule(sender, "email\na@b.org\nc@d.org\n")
+    jobs = scheduler.rows(
+        "UPDATE email_jobs SET state = %s, finished_at = now(), attempt = 1 WHERE batch_id = %s"
+        " RETURNING id",
+        JobState.FAILED,
+        int(accepted.batch.batch_id),
+    )
+    retry = email_job_service_pb2.RetryEmailJobsRequest(
+        email_job_ids=[str(job) for (job,) in jobs], user_id="ann", request_id=new_id()
+    )
+    retried = await scheduler.jobs.RetryEmailJobs(retry)
+    assert retried.retried_count == 2
+    scheduler.execute(
+        "UPDATE email_jobs SET state = %s, finished_at = now(), attempt = 1", JobState.UNCERTAIN
+    )
+    assert await scheduler.jobs.RetryEmailJobs(retry) == retried
+    resolve = email_job_service_pb2.ResolveEmailJobRequest(
+        email_job_id=str(jobs[0][0]),
+        resolution=email_job_service_pb2.UNCERTAIN_RESOLUTION_SENT,
+        request_id=new_id(),
+    )
+    resolved = await scheduler.jobs.ResolveEmailJob(resolve)
+    assert await scheduler.jobs.ResolveEmailJob(resolve) == resolved
+
+
+async def test_a_request_with_a_password_is_recognised_without_storing_it(
+    scheduler: Scheduler,
+) -> None:
+    smtp = sender_pb2.SmtpEndpoint(host="mail.example.com", username="ann", password="pa55word")
+    name = new_id()
+    await scheduler.senders.CreateSender(creation(name, smtp=smtp))
+    smtp.password = "another"
+    refused = await refusal_of(scheduler.senders.CreateSender(creation(name, smtp=smtp)))
+    assert refused.reason == "REQUEST_ID_REUSED"
+    for table in ("change_requests", "audit_events"):
+        assert "pa55word" not in str(scheduler.rows(f"SELECT * FROM {table}"))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "reason"),
+    [
+        ("request_id", "x" * 129, "REQUEST_ID_INVALID"),
+        ("request_id", "a\nb", "REQUEST_ID_INVALID"),
+        ("identity", "x" * 201, "IDENTITY_INVALID"),
+        ("identity", "a\x00b", "IDENTITY_INVALID"),
+        ("reason", "x" * 501, "CHANGE_REASON_INVALID"),
+        ("reason", "a\x1bb", "CHANGE_REASON_INVALID"),
+    ],
+)
+async def test_a_text_about_a_change_is_bounded(
+    scheduler: Scheduler, field: str, text: str, reason: str
+) -> None:
+    request = creation("")
+    setattr(request, field, text)
+    refused = await refusal_of(scheduler.senders.CreateSender(request))
+    assert (refused.code, refused.reason) == ("INVALID_ARGUMENT", reason)
+    assert field in refused.violations
+    assert scheduler.value("SELECT count(*) FROM senders") == 0
+
+
+async def test_old_and_surplus_requests_and_events_are_removed(scheduler: Scheduler) -> None:
+    names = [new_id() for _ in range(5)]
+    for name in names:
+        await scheduler.senders.CreateSender(creation(name))
+    scheduler.execute(
+        "UPDATE change_requests SET created_at = now() - interval '25 h' WHERE request_id = %s",
+        names[0],
+    )
+    scheduler.execute(
+        "UPDATE audit_events SET happened_at = now() - interval '366 d'"
+        " WHERE id = (SELECT min(id) FROM audit_events)"
+    )
+    engine = create_engine(scheduler.settings)
+    forgetter = Forgetter(engine, scheduler.settings.audit_retention, most_of_user=3)
+    await forgetter.forget()
+    await engine.dispose()
+    left = scheduler.rows("SELECT request_id FROM change_requests ORDER BY created_at")
+    assert [name for (name,) in left] == names[2:]
+    assert len(await events(scheduler)) == 3
+
+
+# Etags ---------------------------------------------------------------------------------------
+
+
+async def test_a_change_of_what_was_changed_meanwhile_is_refused(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender()
+    assert sender.etag
+    update = UpdateSenderRequest(
+        sender=sender_pb2.Sender(sender_id=sender.sender_id, display_name="One", etag=sender.etag),
+        update_mask=FieldMask(paths=["display_name"]),
+    )
+    changed = await scheduler.senders.UpdateSender(update)
+    assert changed.etag != sender.etag
+    old: dict[str, Any] = {"sender_id": sender.sender_id, "etag": sender.etag}
+    for call in (
+        scheduler.senders.UpdateSender(update),
+        scheduler.senders.PauseSender(PauseSenderRequest(**old)),
+        scheduler.senders.ResumeSender(ResumeSenderRequest(**old)),
+        scheduler.senders.DeleteSender(DeleteSenderRequest(**old)),
+    ):
+        refused = await refusal_of(call)
+        assert (refused.code, refused.reason) == ("ABORTED", "ETAG_MISMATCH")
+    assert await scheduler.senders.GetSender(GetSenderRequest(sender_id=sender.sender_id)) == (
+        changed
+    )
+    await scheduler.senders.DeleteSender(
+        DeleteSenderRequest(sender_id=sender.sender_id, etag=changed.etag)
+    )
+
+
+async def test_a_suppression_and_a_batch_have_etags(scheduler: Scheduler) -> None:
+    def deletion(etag: str) -> Any:
+        return scheduler.suppressions.DeleteSuppression(
+            suppression_service_pb2.DeleteSuppressionRequest(
+                user_id="ann", email="a@b.org", etag=etag
+            )
+        )
+
+    request = suppression_service_pb2.CreateSuppressionRequest(
+        user_id="ann", suppression=Suppression(email="a@b.org")
+    )
+    first = await scheduler.suppressions.CreateSuppression(request)
+    await deletion(first.etag)
+    assert (await refusal_of(deletion(first.etag))).code == "NOT_FOUND"
+    second = await scheduler.suppressions.CreateSuppression(request)
+    assert (await refusal_of(deletion(first.etag))).reason == "ETAG_MISMATCH"
+    await deletion(second.etag)
+
+    batch = (await scheduler.schedule(await scheduler.sender())).batch
+    cancel = batch_service_pb2.CancelBatchRequest(batch_id=batch.batch_id, etag="other")
+    assert (await refusal_of(scheduler.batches.CancelBatch(cancel))).reason == "ETAG_MISMATCH"
+    cancel.etag = batch.etag
+    cancelled = (await scheduler.batches.CancelBatch(cancel)).batch
+    assert cancelled.etag != batch.etag
+
+
+# Errors --------------------------------------------------------------------------------------
+
+
+async def test_all_wrong_fields_are_reported_at_once(scheduler: Scheduler) -> None:
+    wrong = creation("", email="nobody", hourly_limit=0, max_in_flight=2000)
+    refused = await refusal_of(scheduler.senders.CreateSender(wrong))
+    assert set(refused.violations) == {
+        "sender.email",
+        "sender.hourly_limit",
+        "sender.max_in_flight",
+    }
+    assert refused.reason == "ADDRESS_INVALID"
+    for field in refused.violations:
+        assert field in refused.message
+
+
+async def test_an_update_of_the_state_names_the_method_that_changes_it(
+    scheduler: Scheduler,
+) -> None:
+    sender = await scheduler.sender()
+    asked = sender_pb2.Sender(
+        sender_id=sender.sender_id, state=sender_pb2.SENDER_STATE_PAUSED, display_name="New"
+    )
+    for mask in (None, FieldMask(paths=["state"])):
+        refused = await refusal_of(
+            scheduler.senders.UpdateSender(UpdateSenderRequest(sender=asked, update_mask=mask))
+        )
+        assert (refused.code, refused.reason) == ("INVALID_ARGUMENT", "UPDATE_MASK_INVALID")
+        assert "PauseSender" in refused.message
+    asked.state = sender_pb2.SENDER_STATE_ACTIVE
+    asked.user_id = "bob"
+    refused = await refusal_of(scheduler.senders.UpdateSender(UpdateSenderRequest(sender=asked)))
+    assert "sender.user_id" in refused.violations
+    # A changed copy of what was read is fine: its state is the present one.
+    copy = sender_pb2.Sender()
+    copy.CopyFrom(sender)
+    copy.display_name = "Copy"
+    updated = await scheduler.senders.UpdateSender(UpdateSenderRequest(sender=copy))
+    assert updated.display_name == "Copy"
+
+
+# The audit log -------------------------------------------------------------------------------
+
+
+async def test_the_audit_log_says_who_changed_what(scheduler: Scheduler) -> None:
+    sender = await scheduler.senders.CreateSender(creation("", display_name="News"))
+    update = UpdateSenderRequest(
+        sender=sender_pb2.Sender(sender_id=sender.sender_id, hourly_limit=7),
+        identity="carol@example.com",
+        reason="ticket 12",
+    )
+    await scheduler.senders.UpdateSender(update)
+    await scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
+    # It is paused already: nothing changes.
+    await scheduler.senders.PauseSender(PauseSenderRequest(sender_id=sender.sender_id))
+    await scheduler.senders.DeleteSender(DeleteSenderRequest(sender_id=sender.sender_id))
+
+    target = f"senders/{sender.sender_id}"
+    deleted, paused, updated, created = await events(scheduler, target=target)
+    assert [one.action for one in (created, updated, paused, deleted)] == [
+        *("CreateSender", "UpdateSender"),
+        *("PauseSender", "DeleteSender"),
+    ]
+    assert {one.user_id for one in (created, deleted)} == {"ann"}
+    assert (updated.actor, updated.identity, updated.reason) == (
+        "local",
+        "carol@example.com",
+        "ticket 12",
+    )
+    assert values(created)[0] is None
+    assert values(created)[1]["email"] == "news@example.com"
+    assert values(updated) == ({"hourly_limit": 200}, {"hourly_limit": 7})
+    assert values(paused) == (
+        {"state": "SENDER_STATE_ACTIVE"},
+        {"state": "SENDER_STATE_PAUSED"},
+    )
+    assert values(deleted)[1] is None
+
+
+async def test_the_audit_log_is_paged_and_filtered(scheduler: Scheduler) -> None:
+    for number in range(5):
+        await scheduler.sender(user_id=f"user-{number % 2}")
+    page = await events(scheduler)
+    assert [event.user_id for event in page] == ["user-0", "user-1"] * 2 + ["user-0"]
+    async with grpc.aio.insecure_channel(scheduler.address) as channel:
+        stub = audit_service_pb2_grpc.AuditServiceStub(channel)
+        found: list[AuditEvent] = []
+        token = ""
+        while True:
+            answer = await stub.ListAuditEvents(
+                ListAuditEventsRequest(page_size=2, page_token=token)
+            )
+            found += answer.audit_events
+            token = answer.next_page_token
+            if not token:
+                break
+    assert found == page
+    assert len(await events(scheduler, user_id="user-1")) == 2
+    middle = page[2].event_time
+    assert await events(scheduler, start_time=middle) == page[:3]
+    assert await events(scheduler, end_time=middle) == page[3:]
+
+
+async def test_an_erased_recipient_is_not_in_the_audit_log(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender()
+    await scheduler.schedule(sender, "email\nAnna@b.org\n")
+    job = scheduler.value("SELECT id FROM email_jobs")
+    await scheduler.jobs.CancelEmailJob(
+        email_job_service_pb2.CancelEmailJobRequest(
+            email_job_id=str(job), request_id=new_id(), reason="anna@b.org called"
+        )
+    )
+    for _ in range(2):
+        await scheduler.suppressions.CreateSuppression(
+            suppression_service_pb2.CreateSuppressionRequest(
+                user_id="ann",
+                suppression=Suppression(email="anna@b.org", reason="left"),
+                request_id=new_id(),
+            )
+        )
+    stored = "SELECT request_id, encode(answer, 'escape') FROM change_requests"
+    assert "nna@b.org" in str(scheduler.rows(stored))
+    await scheduler.suppressions.EraseRecipient(
+        suppression_service_pb2.EraseRecipientRequest(user_id="ann", email="anna@b.org")
+    )
+    assert "nna@b.org" not in str(scheduler.rows(stored))
+    assert "nna@b.org" not in str(scheduler.rows("SELECT * FROM audit_events"))
+    assert len(await events(scheduler)) == 5
+
+
+async def test_operators_see_the_audit_log_and_users_do_not(
+    database_url: str, redis_url: str
+) -> None:
+    async with rivals(database_url, redis_url) as world:
+        await world.sender(world.ann)
+        request = user_service_pb2.UpdateUserRequest(
+            user=User(user_id="ann", quotas=UserQuotas(senders=3)), reason="a larger plan"
+        )
+        await world.users.UpdateUser(request, metadata=world.operator)
+        async with grpc.aio.insecure_channel(world.scheduler.address) as channel:
+            stub = audit_service_pb2_grpc.AuditServiceStub(channel)
+            for key in (world.ann, world.service):
+                refused = await refusal_of(
+                    stub.ListAuditEvents(ListAuditEventsRequest(user_id="ann"), metadata=key)
+                )
+                assert (refused.code, refused.reason) == (
+                    "PERMISSION_DENIED",
+                    "OPERATOR_REQUIRED",
+                )
+            answer = await stub.ListAuditEvents(
+                ListAuditEventsRequest(user_id="ann"), metadata=world.operator
+            )
+    by_operator, by_ann = answer.audit_events
+    assert by_operator.actor.startswith("key:")
+    assert by_ann.actor.startswith("key:")
+    assert by_operator.actor != by_ann.actor
+    assert by_operator.target == "users/ann"
+    assert values(by_operator) == ({}, {"senders": 3})
+    assert by_operator.reason == "a larger plan"
+
+
+async def test_a_hold_is_in_the_audit_log(scheduler: Scheduler) -> None:
+    request = hold_service_pb2.BeginHoldRequest(request_id=new_id(), reason="an incident")
+    assert (await scheduler.holds.BeginHold(request)).held
+    await scheduler.holds.ReleaseHeldJobs(
+        hold_service_pb2.ReleaseHeldJobsRequest(all=True, request_id=new_id())
+    )
+    # The first call was made already, so the installation is not held again.
+    assert not (await scheduler.holds.BeginHold(request)).held
+    released, begun = await events(scheduler)
+    assert [begun.action, released.action] == ["BeginHold", "ReleaseHeldJobs"]
+    assert begun.reason == "an incident"
