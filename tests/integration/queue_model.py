@@ -325,6 +325,8 @@ class QueueModel(CircuitsModel):
         if any(member not in one.leases for one in held):
             return False
         if any(one.leases[member] != lease for one in held):
+            if lease <= now:
+                return False  # claimed again after this lease had expired
             for one in held:
                 one.leases[member] = lease
             self._look(sender_id, now)

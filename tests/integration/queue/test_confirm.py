@@ -71,15 +71,20 @@ async def test_a_claim_of_a_sender_whose_settings_are_lost_is_not_confirmed(shar
     assert await shard.queue.confirm(claims) == [False]
 
 
-async def test_the_sender_of_several_claims_is_read_once(shard: Shard) -> None:
-    head = replace(HEAD, user="ann", jobs=jobs(*((n, 0) for n in range(1, 6))))
-    await shard.load(head)
-    claims = (await shard.claim()).claims
-    reads = []
-    for confirmed in (claims[:1], claims):
-        await shard.redis.config_resetstat()
-        assert await shard.queue.confirm(confirmed) == [True] * len(confirmed)
-        reads.append((await shard.redis.info("commandstats"))["cmdstat_hmget"]["calls"])
+async def test_a_claim_does_not_hold_by_the_lease_of_a_later_claim_of_its_job(
+    shard: Shard,
+) -> None:
+    # The dispatcher was suspended for longer than its lease between claim and confirm.
+    await shard.load(replace(HEAD, gap=timedelta(seconds=1)))
+    late = (await shard.claim(1)).claims
+    await shard.at(LEASE_MS)
+    await shard.claim(1)  # finds the expired lease, and assumes that the mail was sent
+    await shard.at(LEASE_MS + 1000)
+    await shard.load(replace(HEAD, gap=timedelta(seconds=1)))  # PostgreSQL still has it SCHEDULED
+    again = (await shard.claim(1)).claims
+    assert [claim.job for claim in again] == [claim.job for claim in late]
 
-    assert len(claims) == 5
-    assert reads[0] == reads[1]
+    assert await shard.queue.confirm(late) == [False]
+    await shard.settle(late[0], LimitUse.UNUSED)
+    assert await shard.queue.confirm(again) == [True]
+    assert (await shard.claim(1)).claims == ()
