@@ -45,7 +45,7 @@ async def test_a_kill_between_two_steps_loses_nothing_and_duplicates_only_mail_i
     async with World(settings_of(values)) as world, AsyncExitStack() as stack:
         senders = [await world.sender(limit=LIMIT) for _ in range(SENDERS)]
         jobs = {job for each in senders for job in await world.schedule(each, LIMIT + 1)}
-        dying = await stack.enter_async_context(doomed(values | {"lease": "500ms"}, point, VISIT))
+        dying = await stack.enter_async_context(doomed(values | {"lease": "1s"}, point, VISIT))
         for _ in range(dispatchers - 1):
             await stack.enter_async_context(running(settings_of(values)))
 
@@ -84,9 +84,9 @@ async def test_a_kill_between_two_steps_loses_nothing_and_duplicates_only_mail_i
 
 
 async def left_behind(world: World) -> list[int]:
-    """Return the jobs of killed dispatchers: all other leases are twenty times as long."""
+    """Return the jobs of killed dispatchers: all other leases are ten times as long."""
     rows = await world.sql(
-        "SELECT id FROM email_jobs WHERE state = 2 AND lease_until < now() + interval '1 s'"
+        "SELECT id FROM email_jobs WHERE state = 2 AND lease_until < now() + interval '2 s'"
     )
     return [row.id for row in rows]
 
