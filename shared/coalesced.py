@@ -29,6 +29,8 @@ _WEIGHT: Final = 0.1
 # How long the keys of a slow round are alone, and the most that are remembered.
 _ALONE_S: Final = 30.0
 _MOST_ALONE: Final = 10_000
+# The most rounds of keys that are alone, at a time: each holds a connection.
+_MOST_ALONE_ROUNDS: Final = 3
 
 _log = structlog.get_logger(__name__)
 
@@ -42,6 +44,8 @@ class Coalesced(Generic[T]):
         self._waiting: dict[int, asyncio.Future[T | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._shared: asyncio.Task[None] | None = None
+        # The keys that are worked on alone at the moment.
+        self._busy: set[int] = set()
         self._usual = _USUAL_S
         self._alone: TTLCache[int, None] = TTLCache(_MOST_ALONE, _ALONE_S, timer=time.monotonic)
 
@@ -57,9 +61,9 @@ class Coalesced(Generic[T]):
             result = asyncio.get_running_loop().create_future()
             self._waiting[key] = result
             if key in self._alone:
-                self._start(self._round([key]))
-            elif self._shared is None:
-                self._shared = self._start(self._rounds())
+                self._begin_alone()
+            else:
+                self._begin_shared()
         return result
 
     async def close(self) -> None:
@@ -74,12 +78,33 @@ class Coalesced(Generic[T]):
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def _begin_shared(self) -> None:
+        if self._shared is None:
+            self._shared = self._start(self._rounds())
+
+    def _begin_alone(self) -> None:
+        """Begin rounds of keys that are alone: one for each key, and a few in all."""
+        for each in list(self._waiting):
+            if len(self._busy) >= _MOST_ALONE_ROUNDS:
+                return
+            if each in self._alone and each not in self._busy:
+                self._busy.add(each)
+                self._start(self._round_alone(each))
+
+    async def _round_alone(self, key: int) -> None:
+        try:
+            await self._round([key])
+        finally:
+            self._busy.discard(key)
+            if self._waiting:
+                # Among them may be this key, which is not alone any more.
+                self._begin_alone()
+                self._begin_shared()
+
     async def _rounds(self) -> None:
         try:
             while self._waiting:
-                for each in self._waiting:
-                    if each in self._alone:
-                        self._start(self._round([each]))
+                self._begin_alone()
                 some = [each for each in self._waiting if each not in self._alone]
                 if not some:
                     return

@@ -77,7 +77,12 @@ async def _serve(run: AgreedRun) -> None:
         engine = create_engine(settings, lookups_only=True, lock_timeout=_LOCK_TIMEOUT)
         stack.push_async_callback(engine.dispose)
         statements = create_engine(
-            settings, lookups_only=True, single_statements=True, lock_timeout=_LOCK_TIMEOUT
+            settings,
+            lookups_only=True,
+            single_statements=True,
+            lock_timeout=_LOCK_TIMEOUT,
+            # For marks and for settlements, which keep one each.
+            kept=2,
         )
         stack.push_async_callback(statements.dispose)
         redis, listening = connect(settings), connect(settings, listening=True)

@@ -32,7 +32,7 @@ from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.database.engine import DATABASE_ERRORS, is_locked
-from outbox_server.shared.database.frequent import KeptConnections, driver_of
+from outbox_server.shared.database.frequent import KeptConnections, driver_within
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.loops import raise_if_cancelled
@@ -236,8 +236,8 @@ class Settler:
                 moved = await storage.settle(kept, records, time.monotonic())
             return _Recorded(_dues(records, moved))
         async with self._transactions.begin() as connection:
-            driver = await driver_of(connection)
-            dues = _dues(records, await storage.settle(driver, records, time.monotonic()))
+            async with driver_within(connection) as driver:
+                dues = _dues(records, await storage.settle(driver, records, time.monotonic()))
             cooldowns = await record_cooldowns(
                 connection,
                 [(o.record, o.signal) for o in ended if o.record.job in dues],

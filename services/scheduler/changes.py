@@ -124,31 +124,44 @@ class Changes:
         user_id: str | None,
         answer: type[M],
         change: Callable[[], Awaitable[Made[M]]],
+        *,
+        repeatable: bool = True,
     ) -> M:
-        """Run `change`, which has transactions of its own and may be repeated without harm.
+        """Run `change`, which has transactions of its own.
 
-        If the process dies within it, a repeated call makes the rest.
+        If the process dies within it, a repeated call makes the rest. With `repeatable` False, that
+        would do harm: the request is stored before the change, and a repeated call is refused
+        unless the first one has been answered.
 
         Raises:
             AlreadyExists, InvalidInput: as `make`.
+            Aborted: the first call was interrupted, or is in progress (CHANGE_INTERRUPTED).
         """
         said = _said(request)
         key = RequestKey(user_id, said.request_id)
         digest = self._digest(request)
         if key.request_id:
-            async with self._engine.connect() as connection:
-                earlier = await storage.find_request(connection, key)
+            earlier = await in_transaction(
+                self._engine,
+                lambda connection: (
+                    storage.find_request(connection, key)
+                    if repeatable
+                    else storage.begin_request(connection, key, digest)
+                ),
+            )
             if earlier is not None:
                 return _replayed(earlier, digest, key, answer)
         made = await change()
 
         async def store(connection: AsyncConnection) -> M:
-            if key.request_id:
-                earlier = await storage.begin_request(connection, key, digest)
-                if earlier is not None:
-                    return _replayed(earlier, digest, key, answer)
-                await _store(connection, key, made)
+            # Also if another call with the same id was faster: what this one did is recorded.
             await _record(connection, request, said, made)
+            if key.request_id:
+                if repeatable:
+                    earlier = await storage.begin_request(connection, key, digest)
+                    if earlier is not None:
+                        return _replayed(earlier, digest, key, answer)
+                await _store(connection, key, made)
             return made.answer
 
         stored = await in_transaction(self._engine, store)
@@ -213,6 +226,13 @@ def _replayed(earlier: StoredRequest, digest: bytes, key: RequestKey, answer: ty
         raise AlreadyExists(
             f"request_id {key.request_id!r} was used for another request; use a new one",
             reason="REQUEST_ID_REUSED",
+            metadata={"request_id": key.request_id},
+        )
+    if earlier.answer is None:
+        raise Aborted(
+            f"an earlier call with the request_id {key.request_id!r} is in progress, or was "
+            "interrupted and may have changed a part; see what it has changed, and use a new id",
+            reason="CHANGE_INTERRUPTED",
             metadata={"request_id": key.request_id},
         )
     return answer.FromString(earlier.answer)

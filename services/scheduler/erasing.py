@@ -44,15 +44,21 @@ async def erase_recipient(
     await in_transaction(
         engine, lambda connection: storage.erase_cooldowns(connection, user_id, address)
     )
-    await in_transaction(engine, lambda connection: _erase_changes(connection, user_id, address))
+    await forget_changes(engine, user_id, address)
     async with engine.connect() as connection:
         in_flight = await storage.count_left(connection, user_id, address)
     return ErasedRecipient(suppression, ended.jobs, erased, rejections, in_flight)
 
 
-async def _erase_changes(connection: AsyncConnection, user_id: str, address: str) -> None:
-    await forget_address(connection, user_id, folded_key(address))
-    await erase_changes(connection, user_id, folded_key(address))
+async def forget_changes(engine: AsyncEngine, user_id: str, address: str) -> None:
+    """Erase what the audit log and the stored requests of a user say about an address."""
+    key = folded_key(address)
+
+    async def forget(connection: AsyncConnection) -> None:
+        await forget_address(connection, user_id, key)
+        await erase_changes(connection, user_id, key)
+
+    await in_transaction(engine, forget)
 
 
 async def _erase_rejections(engine: AsyncEngine, user_id: str, address: str) -> int:

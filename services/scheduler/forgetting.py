@@ -20,8 +20,9 @@ from outbox_server.shared.loops import Loop
 
 # For so long, a repeated request is recognised.
 REQUESTS_KEPT: Final = timedelta(hours=24)
-# Of one user. A user that changes more within a day loses the oldest ones sooner.
-MOST_OF_USER: Final = 100_000
+# Of one user. A user that changes more within a day loses the oldest requests sooner.
+_MOST_REQUESTS: Final = 10_000
+_MOST_EVENTS: Final = 100_000
 # The number of rows that one transaction removes.
 _CHUNK: Final = 1_000
 _INTERVAL: Final = timedelta(minutes=10)
@@ -38,14 +39,15 @@ class Forgetter:
         engine: AsyncEngine,
         audit_retention: timedelta | None,
         *,
-        most_of_user: int = MOST_OF_USER,
+        most_requests: int = _MOST_REQUESTS,
+        most_events: int = _MOST_EVENTS,
     ) -> None:
-        """`audit_retention` None means for ever. `most_of_user` is for requests and for events."""
+        """`audit_retention` None means for ever. The others are the most of one user."""
         self._engine = engine
         self._removals: list[_Removal] = [
             partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),
-            partial(storage.remove_surplus_requests, most=most_of_user, limit=_CHUNK),
-            partial(storage.remove_surplus_events, most=most_of_user, limit=_CHUNK),
+            partial(storage.remove_surplus_requests, most=most_requests, limit=_CHUNK),
+            partial(storage.remove_surplus_events, most=most_events, limit=_CHUNK),
         ]
         if audit_retention is not None:
             self._removals.append(

@@ -189,9 +189,13 @@ class GroupCommit:
         return group
 
     def _put_back(self, calls: Sequence[_Waiting]) -> None:
-        """Let calls wait for the next group, before all others of their claimants."""
+        """Let calls wait for the next group, before all others."""
+        waiting: dict[Claimant, deque[_Waiting]] = {each.claimant: deque() for each in calls}
+        for claimant, line in self._waiting.items():
+            waiting.setdefault(claimant, deque()).extend(line)
         for each in reversed(calls):
-            self._waiting.setdefault(each.claimant, deque()).appendleft(each)
+            waiting[each.claimant].appendleft(each)
+        self._waiting = waiting
 
     def _end(self, group: Sequence[_Waiting], outcomes: Sequence[_Outcome]) -> None:
         """Give the calls of a group their results, after the commit."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, func, insert, literal, select, tuple_, update
+from sqlalchemy import BigInteger, Text, cast, func, insert, literal, select, tuple_, update
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -122,10 +122,17 @@ async def erase_changes(connection: AsyncConnection, user_id: str, key: str) -> 
 
     `key` is the recipient's `address_key`.
     """
-    said = func.strpos(func.lower(AuditEvent.identity + " " + AuditEvent.reason), key) > 0
+    texts = func.concat_ws(
+        " ",
+        AuditEvent.identity,
+        AuditEvent.reason,
+        AuditEvent.target,
+        cast(AuditEvent.before, Text),
+        cast(AuditEvent.after, Text),
+    )
     erased = (
         update(AuditEvent)
-        .where((AuditEvent.address_key == key) | said)
+        .where((AuditEvent.address_key == key) | (func.strpos(func.lower(texts), key) > 0))
         .values(target="", address_key=None, before=None, after=None, identity="", reason="")
     )
     await connection.execute(owned_by(erased, AuditEvent.user_id, user_id))

@@ -27,7 +27,6 @@ from sqlalchemy import (
     func,
     literal,
     select,
-    true,
     union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -241,8 +240,10 @@ def _open_statement() -> Select[str, int]:
         .group_by(CountDelta.sender_id)
         .subquery("deltas")
     )
+    # Of these users alone: another user may be cancelling very many batches.
+    theirs = BatchCancellation.sender_id.in_(select(Sender.id).where(wanted))
     cancelled = union_all(
-        *_being_cancelled(BatchCancellation.sender_id.label("sender_id"), true(), _sending())
+        *_being_cancelled(BatchCancellation.sender_id.label("sender_id"), theirs, _sending())
     ).subquery("cancelled")
     parts = union_all(
         select(Sender.user_id, SenderCount.n)

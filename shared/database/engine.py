@@ -40,6 +40,7 @@ def create_engine(
     single_statements: bool = False,
     patient: bool = False,
     lock_timeout: timedelta = LOCK_TIMEOUT,
+    kept: int = 0,
 ) -> AsyncEngine:
     """Return the engine of one process, with a bounded pool and a time limit on every wait.
 
@@ -48,6 +49,7 @@ def create_engine(
     `single_statements`: each statement is its own transaction, in one round trip instead of four.
     `patient`: statements have no time limit, because nobody waits for them.
     `lock_timeout`: how long a statement waits for a lock that somebody else holds.
+    `kept`: connections besides OUTBOX_DATABASE_POOL, which parts keep for themselves.
     No statement of a call runs before the call is bound to its user: `shared.database.ownership`.
 
     Raises:
@@ -73,7 +75,7 @@ def create_engine(
         "postgresql+psycopg://",
         async_creator=partial(connect, target, settings_of_postgres, patient=patient),
         poolclass=FairPool,
-        pool_size=settings.database_pool,
+        pool_size=settings.database_pool + kept,
         max_overflow=0,
         pool_timeout=10,
         # A call must not fail because a restart of PostgreSQL closed a pooled connection. A process

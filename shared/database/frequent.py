@@ -22,8 +22,8 @@ from outbox_server.shared.database.connecting import PostgresConnection, RawCurs
 _DIALECT: Final = PGDialect_psycopg()  # type: ignore[no-untyped-call]
 # A parameter, the list of an IN, and a percent sign, as SQLAlchemy writes them for psycopg.
 _PLACE: Final = re.compile(r"%\((\w+)\)s|__\[POSTCOMPILE_(\w+)\]|%%")
-# More connections than these return to the pool after their statement.
-_KEPT: Final = 2
+# More connections than this return to the pool after their statement.
+_KEPT: Final = 1
 
 
 class FrequentStatement:
@@ -98,10 +98,27 @@ async def driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]
     return driver
 
 
+@asynccontextmanager
+async def driver_within(
+    connection: AsyncConnection,
+) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    """Use psycopg's connection within a transaction of SQLAlchemy.
+
+    One that leads to a read-only server, such as a former primary, does not return to the pool.
+    """
+    driver = await driver_of(connection)
+    try:
+        yield driver
+    except psycopg.errors.ReadOnlySqlTransaction:
+        await connection.invalidate()
+        raise
+
+
 class KeptConnections:
     """Connections of an engine of single statements that one part of the process keeps for itself.
 
-    At most two are kept while they are not used. The engine's pool limits their number.
+    At most one is kept while it is not used, so the engine needs one more for each such part. The
+    engine's pool limits their number.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -116,8 +133,11 @@ class KeptConnections:
             yield driver
         except psycopg.Error as error:
             if driver.closed or isinstance(error, psycopg.errors.ReadOnlySqlTransaction):
-                await _drop(pooled)
                 # After a failover, the others lead to the former primary too.
+                fairy = await pooled.get_raw_connection()
+                pool = self._engine.sync_engine.pool
+                pool._invalidate(fairy, error, _checkin=False)  # noqa: SLF001 - as SQLAlchemy does
+                await _drop(pooled)
                 await self.aclose()
             else:
                 await self._keep(pooled, driver)

@@ -195,3 +195,21 @@ async def test_a_server_that_reads_a_large_body_slowly_gets_no_more_than_it_read
         assert ends.outcomes == [SENT]
         assert server.taken[0].data == LARGE.data.replace(b"\n.", b"\n..")
     await pool.close()
+
+
+@pytest.mark.parametrize("phase", ["rcpt", "body"])
+@pytest.mark.parametrize("extensions", [(), PIPELINING], ids=["in_sequence", "pipelined"])
+async def test_a_mail_ends_with_its_refusal_whatever_the_server_says_behind_it(
+    pool: SmtpPool, extensions: tuple[str, ...], phase: str
+) -> None:
+    # In one segment with the refusal: a line that is no reply.
+    refusal = Say("550 5.1.1 no such user\r\nthis is no reply")
+    async with ScriptedServer({phase: refusal}, extensions=extensions) as server:
+        ends = Ends(pool, server)
+        for number in (1, 2):
+            # The second send has the only place of the pool, which must be free again.
+            ends.start()
+            await ends.count(number)
+
+        refused = {AttemptOutcome.PERMANENT_FAILURE, AttemptOutcome.CONNECTION_FAILURE}
+        assert set(ends.outcomes) <= refused

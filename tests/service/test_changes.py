@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any, Final
 
 import grpc
 import pytest
 import pytest_asyncio
 from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import (
     audit_service_pb2_grpc,
@@ -191,6 +193,23 @@ async def test_a_repeated_call_changes_nothing_more(scheduler: Scheduler) -> Non
     assert await scheduler.jobs.ResolveEmailJob(resolve) == resolved
 
 
+async def test_a_delay_that_was_interrupted_is_not_made_twice(scheduler: Scheduler) -> None:
+    batch = (await scheduler.schedule(await scheduler.sender())).batch.batch_id
+    request = email_job_service_pb2.RescheduleEmailJobsRequest(
+        batch_id=batch, delay=Duration(seconds=3600), request_id=new_id(), user_id="ann"
+    )
+    due = "SELECT scheduled_at FROM email_jobs"
+    before = scheduler.value(due)
+    first = await scheduler.jobs.RescheduleEmailJobs(request)
+    assert await scheduler.jobs.RescheduleEmailJobs(request) == first
+    assert scheduler.value(due) - before == timedelta(hours=1)
+    # As if the process had died before it could store the answer.
+    scheduler.execute("UPDATE change_requests SET answer = NULL")
+    refused = await refusal_of(scheduler.jobs.RescheduleEmailJobs(request))
+    assert (refused.code, refused.reason) == ("ABORTED", "CHANGE_INTERRUPTED")
+    assert scheduler.value(due) - before == timedelta(hours=1)
+
+
 async def test_a_request_with_a_password_is_recognised_without_storing_it(
     scheduler: Scheduler,
 ) -> None:
@@ -239,7 +258,8 @@ async def test_old_and_surplus_requests_and_events_are_removed(scheduler: Schedu
         " WHERE id = (SELECT min(id) FROM audit_events)"
     )
     engine = create_engine(scheduler.settings)
-    forgetter = Forgetter(engine, scheduler.settings.audit_retention, most_of_user=3)
+    retention = scheduler.settings.audit_retention
+    forgetter = Forgetter(engine, retention, most_requests=3, most_events=3)
     await forgetter.forget()
     await engine.dispose()
     left = scheduler.rows("SELECT request_id FROM change_requests ORDER BY created_at")
@@ -424,8 +444,20 @@ async def test_an_erased_recipient_is_not_in_the_audit_log(scheduler: Scheduler)
         )
     stored = "SELECT request_id, encode(answer, 'escape') FROM change_requests"
     assert "nna@b.org" in str(scheduler.rows(stored))
+    await scheduler.jobs.RetryEmailJobs(
+        email_job_service_pb2.RetryEmailJobsRequest(
+            user_id="ann", filter='recipient = "anna@b.org"', validate_only=True
+        )
+    )
+    await scheduler.jobs.CancelEmailJobs(
+        email_job_service_pb2.CancelEmailJobsRequest(
+            user_id="ann", filter='recipient = "anna@b.org"', request_id="for anna@b.org"
+        )
+    )
     await scheduler.suppressions.EraseRecipient(
-        suppression_service_pb2.EraseRecipientRequest(user_id="ann", email="anna@b.org")
+        suppression_service_pb2.EraseRecipientRequest(
+            user_id="ann", email="anna@b.org", reason="Anna@b.org asked for it"
+        )
     )
     assert "nna@b.org" not in str(scheduler.rows(stored))
     assert "nna@b.org" not in str(scheduler.rows("SELECT * FROM audit_events"))

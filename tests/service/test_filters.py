@@ -397,3 +397,22 @@ def test_every_state_can_be_named() -> None:
         *("SCHEDULED", "SENDING", "SENT", "FAILED", "UNCERTAIN"),
         *("CANCELLED", "SUPPRESSED", "EXPIRED"),
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "attempt_count > 40000",
+        "row_number = 3000000000",
+        "row_number != 999999999999999999",
+        "attempt_count < 999999999999999999",
+    ],
+)
+async def test_a_number_beyond_every_column_matches_like_any_other(
+    scheduler: Scheduler, text: str
+) -> None:
+    accepted = await scheduler.schedule(await scheduler.sender())
+    found = await scheduler.jobs.ListEmailJobs(
+        ListEmailJobsRequest(batch_id=accepted.batch.batch_id, filter=text)
+    )
+    assert len(found.email_jobs) == (1 if ("!=" in text or "<" in text) else 0)

@@ -335,10 +335,9 @@ async def test_locks_of_others_delay_only_the_calls_that_need_them(
 
     finish = asyncio.Event()
     upload = asyncio.ensure_future(scheduler.batches.UploadBatch(uploading()))
-    # Its batch is written but not committed.
-    await eventually(
-        lambda: scheduler.value("SELECT count(*) FROM pg_locks WHERE classid = 21073") == 1
-    )
+    # Its batch is written but not committed. Only the lock on a request has one key of 64 bits.
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1"
+    await eventually(lambda: scheduler.value(held) == 1)
     with psycopg.connect(scheduler.settings.database_url) as holder:
         holder.execute("SELECT FROM senders WHERE id = %s FOR UPDATE", [int(locked.sender_id)])
         holder.execute("SELECT pg_advisory_xact_lock(%s, hashtext('bob'))", [0x5551])

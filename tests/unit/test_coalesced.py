@@ -100,3 +100,26 @@ async def test_closing_waits_for_the_load_in_progress() -> None:
     made.release.set()
     await closing
     assert await load
+
+
+async def test_slow_senders_are_loaded_a_few_at_a_time_and_each_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Loads()
+    loads = Coalesced(made)
+    monkeypatch.setattr(coalesced, "_SLOW_S", -1.0)
+    monkeypatch.setattr(coalesced, "_SLOW_TIMES", -1.0)
+    await asyncio.gather(*(loads.get(sender) for sender in range(1, 6)))
+    monkeypatch.setattr(coalesced, "_SLOW_S", 60.0)
+    made.made.clear()
+    made.held = {1, 2, 3, 4, 5}
+    first = [asyncio.ensure_future(loads.get(sender)) for sender in range(1, 6)]
+    await eventually(lambda: len(made.made) == 3)
+    # Calls for a sender that is being loaded wait for one further load.
+    again = [asyncio.ensure_future(loads.get(1)) for _ in range(10)]
+    # Another one shares a load as always.
+    assert await loads.get(9)
+    assert sorted(made.made) == [[1], [2], [3], [9]]
+    made.release.set()
+    assert all(await asyncio.gather(*first, *again))
+    assert sum(load.count(1) for load in made.made) == 2

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
+import structlog
+
 from outbox_server.services.dispatcher.smtp.endpoint_pool import EndpointPool, Place, Waiter
 from outbox_server.services.dispatcher.smtp.lease import Lease
 from outbox_server.services.dispatcher.smtp.result import (
@@ -43,6 +45,7 @@ _ENDS_SESSION: Final = frozenset(
 # Refusals that may be due to a limit of connections, although the server does not say so.
 _POSSIBLY_TOO_MANY: Final = frozenset({ReplyClass.SESSION, ReplyClass.TEMPORARY})
 _BEFORE_RCPT: Final = OPENING | {Phase.MAIL}
+_log = structlog.get_logger(__name__)
 
 
 class SendAttempt:
@@ -232,7 +235,11 @@ class SendAttempt:
                 self._pool.may_be_too_many(session)
             if reply_class is ReplyClass.SENT and self._carried:
                 self._pool.learn_mails(self._carried)
-        self._release(session, answer, result)
+        try:
+            self._release(session, answer, result)
+        except Exception as error:  # noqa: BLE001 - the mail has ended, whatever the session does
+            _log.exception("session_not_released", error=type(error).__name__)
+            self._pool.drop(session)
         self._ended(self, result)
 
     def _fail(self, error: Exception) -> None:

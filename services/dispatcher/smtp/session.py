@@ -48,8 +48,9 @@ class KeptSession(SmtpSession):
         """Send RSET after a mail was refused. The reply is read before the next mail."""
         try:
             self.stream.write(b"RSET\r\n")
-        except ConnectionLost:
-            return  # the next use of the session finds out
+        except SESSION_ERRORS:
+            # Closed, or the server sent what is no reply behind its refusal: the pool drops it.
+            return
         self._owes_reset = True
 
     @property

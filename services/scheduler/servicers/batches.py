@@ -213,7 +213,11 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             if cancelled is None or found is None:
                 raise not_found("batch_id", request.batch_id)
             check_etag(request.etag, batch_etag(cancelled.was), "this batch")
-            counts = to_batch(found).counts
+            batch = to_batch(found)
+            # As in lists: the answer is stored, and the texts may be long, or be erased.
+            for text in ("subject", "body", "html"):
+                batch.ClearField(text)
+            counts = batch.counts
 
             async def afterwards() -> None:
                 if not cancelled.jobs:
@@ -224,7 +228,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 self._sweeper.wake()
 
             answer = batch_service_pb2.CancelBatchResponse(
-                batch=to_batch(found),
+                batch=batch,
                 cancelled_count=cancelled.jobs,
                 too_late_count=found.accepted_count
                 - (counts.cancelled_count + counts.suppressed_count + counts.expired_count),

@@ -218,9 +218,23 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         """Give the waiting jobs that match a filter another due time."""
         which, part = changed_jobs(request, "reschedule")
         new = new_time(request)
-        done = await self._sets.reschedule(which, part.after, new, count_only=request.validate_only)
-        return email_job_service_pb2.RescheduleEmailJobsResponse(
-            rescheduled_count=done.jobs, next_page_token=part.token(done.reached)
+
+        async def reschedule() -> Made[email_job_service_pb2.RescheduleEmailJobsResponse]:
+            done = await self._sets.reschedule(
+                which, part.after, new, count_only=request.validate_only
+            )
+            answer = email_job_service_pb2.RescheduleEmailJobsResponse(
+                rescheduled_count=done.jobs, next_page_token=part.token(done.reached)
+            )
+            return _made_of_set(answer, request, which.user_id, done.jobs)
+
+        return await self._changes.make_in_parts(
+            request,
+            which.user_id,
+            email_job_service_pb2.RescheduleEmailJobsResponse,
+            reschedule,
+            # A delay that is made twice is twice as long.
+            repeatable=new.at is not None,
         )
 
     async def ResolveEmailJob(
@@ -342,7 +356,20 @@ def _made(
     )
 
 
-def _target_of(request: email_job_service_pb2.RetryEmailJobsRequest) -> str:
+def _made_of_set(answer: M, request: JobSetRequest, user_id: str | None, jobs: int) -> Made[M]:
+    """Return what the audit log learns of jobs that a filter has found."""
+    # The filter may name a recipient, and an erasure finds the events of one user alone.
+    after = {"filter": request.filter} if request.filter and user_id is not None else {}
+    return Made(
+        answer,
+        _target_of(request),
+        user_id,
+        after={**after, "count": jobs},
+        changed=jobs > 0 and not request.validate_only,
+    )
+
+
+def _target_of(request: JobsRequest) -> str:
     if request.batch_id:
         return f"batches/{request.batch_id}"
     return f"senders/{request.sender_id}" if request.sender_id else ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag
-from outbox_server.services.scheduler.erasing import erase_recipient
+from outbox_server.services.scheduler.erasing import erase_recipient, forget_changes
 from outbox_server.services.scheduler.filters.fields import check_filter
 from outbox_server.services.scheduler.filters.grammar import parse_filter
 from outbox_server.services.scheduler.filters.resources import (
@@ -137,6 +139,8 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
                 _target(erased.suppression),
                 user_id,
                 after={"erased_count": erased.erased, "in_flight_count": erased.in_flight},
+                # The caller's own words about this change may name the address.
+                afterwards=partial(forget_changes, self._engine, user_id, address),
             )
 
         return await self._changes.make_in_parts(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import BigInteger, ColumnElement, any_, bindparam, select
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import FieldTest, Filter, required_value
@@ -139,8 +141,8 @@ _BATCH_LEAVES: Final[Mapping[str, Leaf]] = {
     "request_id": column(Batch.request_id),
     "create_time": column(Batch.created_at),
     "schedule_time": column(Batch.start_at),
-    "accepted_count": column(Batch.accepted_count),
-    "rejected_count": column(Batch.rejected_count),
+    "accepted_count": column(sql_cast(Batch.accepted_count, BigInteger)),
+    "rejected_count": column(sql_cast(Batch.rejected_count, BigInteger)),
 }
 
 

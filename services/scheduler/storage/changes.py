@@ -37,10 +37,14 @@ _TRIES: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class StoredRequest:
-    """An earlier request with the same id. `answer` is its serialized answer."""
+    """An earlier request with the same id.
+
+    `answer` is its serialized answer; None means that it has none: it is in progress, or was
+    interrupted.
+    """
 
     digest: bytes
-    answer: bytes
+    answer: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ async def begin_request(
     If a transaction with the same id is open, this waits for its end.
     """
     new = insert(ChangeRequest).values(
-        scope=key.scope, request_id=key.request_id, digest=digest, answer=b""
+        scope=key.scope, request_id=key.request_id, digest=digest, user_id=key.user_id
     )
     for _ in range(_TRIES):
         stored = await connection.execute(
@@ -112,7 +116,8 @@ async def forget_address(connection: AsyncConnection, user_id: str, address_key:
 
     A call that repeats one of them is made again.
     """
-    statement = delete(ChangeRequest).where(ChangeRequest.address_key == address_key)
+    named = func.strpos(func.lower(ChangeRequest.request_id), address_key) > 0
+    statement = delete(ChangeRequest).where((ChangeRequest.address_key == address_key) | named)
     await connection.execute(owned_by(statement, ChangeRequest.user_id, user_id))
 
 

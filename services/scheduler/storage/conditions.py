@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import eq, ge, gt, le, lt, ne
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
+from typing import cast as typed
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     SQLColumnExpression,
     and_,
+    cast,
     false,
     func,
     not_,
@@ -89,7 +92,7 @@ def _has_state(state: JobState) -> ColumnElement[bool]:
 
 
 def _job_state(test: FieldTest) -> ColumnElement[bool]:
-    state = JobState(cast(int, test.value))
+    state = JobState(typed(int, test.value))
     found = _has_state(state)
     if state is JobState.SCHEDULED:
         found &= ~being_cancelled()
@@ -131,8 +134,9 @@ JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "schedule_time": column(EmailJob.scheduled_at),
     "finish_time": column(finished_now, nullable=True),
     "send_time": _send_time,
-    "attempt_count": column(EmailJob.attempt),
-    "row_number": column(EmailJob.row_number),
+    # As the largest type, which any number of a filter has.
+    "attempt_count": column(cast(EmailJob.attempt, BigInteger)),
+    "row_number": column(cast(EmailJob.row_number, BigInteger)),
 }
 # The conditions of a job that all jobs of a batch share, on Batch.
 BATCH_OF_JOB_LEAVES: Final[Mapping[str, Leaf]] = {

@@ -91,7 +91,7 @@ def _lock_statement() -> Any:
     calls = _calls("number", "sender_id", "request_id", "user_id")
     user = Sender.user_id
     locks = and_(
-        func.pg_try_advisory_xact_lock(*request_lock(user, calls.c.request_id), type_=Boolean),
+        func.pg_try_advisory_xact_lock(request_lock(user, calls.c.request_id), type_=Boolean),
         func.pg_try_advisory_xact_lock(*user_lock(user), type_=Boolean),
         func.pg_try_advisory_xact_lock_shared(*suppression_lock(user), type_=Boolean),
         # In every transaction, because a pooler may give each of them another session.

@@ -12,8 +12,8 @@ from typing import cast as typing_cast
 import psycopg
 import structlog
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
-    Integer,
     Text,
     and_,
     any_,
@@ -64,7 +64,7 @@ from outbox_server.shared.quotas.storage import (
 from outbox_server.shared.states import SuppressionForm
 from outbox_server.shared.user_quotas import UserQuotas
 
-# The first half of the keys of the advisory locks on requests. Any number would do.
+# The seed of the keys of the advisory locks on requests. Any number would do.
 _LOCK_SPACE: Final = 0x5251
 # A suppression can be seen only some time after its `created_at`.
 _SLACK: Final = timedelta(minutes=1)
@@ -145,14 +145,15 @@ def batch_values(
     }
 
 
-def request_lock(user_id: Any, request_id: Any) -> tuple[ColumnElement[int], ColumnElement[int]]:
+def request_lock(user_id: Any, request_id: Any) -> ColumnElement[int]:
     """Return the key of the advisory lock on a `request_id` of a user.
 
     Whoever writes a batch holds it until the commit. So others can test whether a batch with this
     id is being written, without waiting for the end of an upload.
     """
     text = cast(user_id, Text) + literal("\n", Text) + cast(request_id, Text)
-    return literal(_LOCK_SPACE, Integer), func.hashtext(text)
+    # All 64 bits: nobody finds another request with the same key, which would wait for his upload.
+    return func.hashtextextended(text, literal(_LOCK_SPACE, BigInteger))
 
 
 class IntakeStore:
@@ -266,7 +267,7 @@ class IntakeTransaction:
         await self._limit_locks(_LOCK_LIMIT)
         key = request_lock(literal(user_id), literal(options.request_id))
         try:
-            await self._connection.execute(select(func.pg_advisory_xact_lock(*key)))
+            await self._connection.execute(select(func.pg_advisory_xact_lock(key)))
             for _ in range(ID_TRIES):
                 batch_id = self._ids.issue()
                 added = await self._connection.execute(statement, {"batch_id": batch_id})

@@ -227,7 +227,7 @@ class _JobWalk:
             ids = [each.batch_id for each in group]
             found = await self._matches(ids, position, until)
             self._found += found
-            self._left -= max(len(found), 1) if self._matches_all else rows
+            self._left -= max(len(found), len(group)) if self._matches_all else rows
             if until is None:
                 at += len(group)
                 position = self._which.after_batch(ids[-1])

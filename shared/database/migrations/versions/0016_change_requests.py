@@ -16,7 +16,7 @@ def upgrade() -> None:
         sa.Column("scope", sa.Text(), nullable=False),
         sa.Column("request_id", sa.Text(), nullable=False),
         sa.Column("digest", sa.LargeBinary(), nullable=False),
-        sa.Column("answer", sa.LargeBinary(), nullable=False),
+        sa.Column("answer", sa.LargeBinary(), nullable=True),
         sa.Column("user_id", sa.Text(), nullable=True),
         sa.Column("address_key", sa.Text(), nullable=True),
         sa.Column(
@@ -32,4 +32,7 @@ def upgrade() -> None:
         op.f("ix_change_requests_user_id_address_key"),
         "change_requests",
         ["user_id", "address_key"],
+    )
+    op.create_index(
+        op.f("ix_change_requests_scope_created_at"), "change_requests", ["scope", "created_at"]
     )
