@@ -8,7 +8,7 @@ from typing import Final
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.ports import LOOPBACK
 from tests.mail_servers.authority import Authority
-from tests.mail_servers.server import DOMAIN, MAILDIR, PASSWORD, USERNAME, MailServer
+from tests.mail_servers.server import DOMAIN, MAILDIR, PASSWORD, USERNAME, MailServer, files_below
 
 # The access control lists (ACL) to which a variant can add conditions.
 _ACLS: Final = ("connect", "helo", "mail", "rcpt", "data")
@@ -105,7 +105,8 @@ class Exim(MailServer):
         return self.root.child("Exim", "/usr/sbin/exim4", "-bdf")
 
     def queued(self) -> int:
-        return len(list((self.root.path / "var/spool/exim4/input").glob("**/*-H")))
+        files = files_below(self.root.path / "var/spool/exim4/input")
+        return sum(file.endswith("-H") for file in files)
 
     def log(self) -> str:
         files = sorted((self.root.path / "var/log/exim").iterdir())

@@ -8,7 +8,7 @@ from typing import Final
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.ports import LOOPBACK
 from tests.mail_servers.authority import Authority
-from tests.mail_servers.server import DOMAIN, MAILDIR, USERNAME, MailServer
+from tests.mail_servers.server import DOMAIN, MAILDIR, USERNAME, MailServer, files_below
 
 # The hash of server.PASSWORD by crypt(3), SHA-256. OpenSMTPD's own hash (yescrypt) takes a third of
 # a second at each login, and logins run one at a time.
@@ -64,8 +64,7 @@ class OpenSmtpd(MailServer):
         return self.root.child("OpenSMTPD", "/usr/sbin/smtpd", "-d")
 
     def queued(self) -> int:
-        queue = self.root.path / "var/spool/smtpd/queue"
-        return sum(file.is_file() for file in queue.rglob("*"))
+        return len(files_below(self.root.path / "var/spool/smtpd/queue"))
 
     def log(self) -> str:
         return self.root.log.read_text(errors="replace")

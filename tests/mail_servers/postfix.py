@@ -8,7 +8,7 @@ from typing import Final
 from outbox_server.deploy.child import Child
 from outbox_server.deploy.ports import LOOPBACK
 from tests.mail_servers.root import USERS
-from tests.mail_servers.server import DOMAIN, MAILDIR, PASSWORD, USERNAME, MailServer
+from tests.mail_servers.server import DOMAIN, MAILDIR, PASSWORD, USERNAME, MailServer, files_below
 
 _HOST: Final = "postfix.example.com"
 _MAIN: Final = f"""\
@@ -109,7 +109,7 @@ class Postfix(MailServer):
     def queued(self) -> int:
         spool = self.root.path / "var/spool/postfix"
         queues = ("maildrop", "incoming", "active", "deferred")
-        return sum(file.is_file() for queue in queues for file in (spool / queue).rglob("*"))
+        return sum(len(files_below(spool / queue)) for queue in queues)
 
     def log(self) -> str:
         file = self.root.path / "var/log/postfix.log"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.policy
+import os
 import smtplib
 import ssl
 from abc import ABC, abstractmethod
@@ -58,6 +59,11 @@ class DeliveredMail:
         if self.stored.startswith(_FIRST_HEADER):
             return 0
         return self.stored.index(b"\n" + _FIRST_HEADER) + 1
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the names of all files below a folder. Its subfolders may vanish meanwhile."""
+    return [name for _, _, files in os.walk(folder) for name in files]
 
 
 class MailServer(ABC):
