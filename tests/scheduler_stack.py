@@ -14,6 +14,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from outbox.v1 import (
+    audit_service_pb2_grpc,
     batch_pb2,
     batch_service_pb2,
     batch_service_pb2_grpc,
@@ -77,7 +78,7 @@ def reasons_of(error: grpc.aio.AioRpcError) -> tuple[str, str]:
 
 
 class Scheduler:
-    """Stubs of all four services, and access to their tables."""
+    """Stubs of all services, and access to their tables."""
 
     def __init__(
         self,
@@ -101,6 +102,7 @@ class Scheduler:
         self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
         self.users = user_service_pb2_grpc.UserServiceStub(channel)
         self.holds = hold_service_pb2_grpc.HoldServiceStub(channel)
+        self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
 
     async def sender(self, user_id: str = "ann", **fields: Any) -> sender_pb2.Sender:
         """Create a sender."""

@@ -43,7 +43,6 @@ from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.database.frequent import KeptConnections
-from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.circuit_keys import user_key
@@ -203,6 +202,8 @@ class Dispatcher:
                 stopping.cancel()
                 renewer.cancel()
         finally:
+            # Only an error leaves sends under way. The process starts again from what is recorded.
+            await self._pool.stop()
             await self._marking.aclose()
             await self._pool.close()
 
@@ -253,11 +254,8 @@ class Dispatcher:
         """Mark and confirm a group of claims, and begin to send them."""
         mails: list[ReadyMail] = []
         try:
-            marked = await self._mark(group)
-            mails = await self._confirm(group, marked)
+            mails = await self._confirm(group, await self._mark(group))
             self._settler.begin(mail.job.job for mail in mails)
-            for mail in mails:
-                self._spawn(self._send_and_settle(mail))
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _log.warning("start_failed", jobs=len(group.claims), error=type(error).__name__)
             self._store_failed = True

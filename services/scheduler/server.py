@@ -18,8 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes
 from outbox_server.services.scheduler.explainer import Explainer
-from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.forecasts import Forecaster, QuickForecaster
 from outbox_server.services.scheduler.forgetting import Forgetter
+from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
@@ -232,7 +233,8 @@ def _services(
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
-    jobs = EmailJobServicer(engine, loader, explainer, quotas, changes)
+    sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
+    jobs = EmailJobServicer(engine, loader, explainer, quotas, changes=changes, sets=sets)
     users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings), changes)
     suppressions = SuppressionServicer(engine, loader, changes)
     holds = HoldServicer(engine, loader, changes)

@@ -25,6 +25,7 @@ from tests.smtp_pools import (
     open_connections,
     pool_of,
     send,
+    send_leased,
 )
 from tests.smtp_servers import (
     Close,
@@ -231,9 +232,7 @@ async def test_a_silent_server_does_not_hold_a_mail_beyond_the_lease() -> None:
         began = time.monotonic()
         before = await send(pool, server, within=LIMIT)
         lease = Lease(time.monotonic() + 60)
-        sending = asyncio.create_task(
-            pool.send(endpoint_of(server), MAIL, lease=lease, may_begin=lambda: True)
-        )
+        sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=lease))
         await eventually(lambda: server.waiting["body"] == 1)
         lease.extend(time.monotonic() + LIMIT)
         after = await sending

@@ -258,7 +258,7 @@ async def test_a_late_reply_is_awaited_while_the_lease_is_renewed(
     pool, gate = pool_of(timeout=20.0), asyncio.Event()
     plan = {"body": (Wait(gate), Succeed())}
     async with ScriptedServer(plan, extensions=extensions) as server:
-        lease = Lease(time.monotonic() + LIMIT)
+        lease = Lease(time.monotonic() + 60)
         sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=lease))
         await eventually(lambda: server.waiting["body"] == 1)
         # Without a turn of the event loop between, so that the first end cannot pass before it

@@ -281,8 +281,8 @@ async def test_no_body_begins_after_the_lease_expired_while_the_process_was_paus
     pool = pool_of(timeout=20.0)
     gate = asyncio.Event()
     async with ScriptedServer({"data": (Wait(gate), Succeed())}) as server:
-        deadline = time.monotonic() + 0.3
-        sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=Lease(deadline)))
+        lease = Lease(time.monotonic() + 60)
+        sending = asyncio.create_task(send_leased(pool, endpoint_of(server), lease=lease))
         await eventually(lambda: server.waiting["data"] == 1)
         lease.extend(time.monotonic() + 0.05)
         gate.set()

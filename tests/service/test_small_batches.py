@@ -57,11 +57,12 @@ _LOCKED = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
 class Gate:
-    """Holds up the groups until it is opened, and counts the calls that joined one."""
+    """Holds up the groups until it is opened, and counts them and the calls that joined one."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
         self.joined = 0
+        self.begun = 0
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
     @asynccontextmanager
     async def begin_later(self: GroupIntakeStore, connection: Any) -> AsyncIterator[Any]:
+        gate.begun += 1
         await gate.open.wait()
         async with begin(self, connection) as transaction:
             yield transaction
@@ -99,7 +101,7 @@ async def test_calls_that_come_during_a_group_are_stored_in_one_transaction(
 ) -> None:
     senders = [await scheduler.sender(email=f"news{n}@example.com") for n in range(4)]
     first = begin(scheduler, senders[0])
-    await eventually(lambda: gate.joined == 1)
+    await eventually(lambda: gate.begun == 1)
     # More than there are places for calls that are being read.
     calls = [
         begin(scheduler, senders[n % 4], f"email\nu{n}@b.org\nv{n}@b.org\n", request_id=f"call-{n}")
@@ -213,7 +215,7 @@ async def test_a_bad_call_fails_alone(scheduler: Scheduler, gate: Gate) -> None:
     await scheduler.senders.DeleteSender(DeleteSenderRequest(sender_id=deleted.sender_id))
     scheduler.execute("INSERT INTO users (user_id, waiting_jobs) VALUES ('eve', 1)")
     done = begin(scheduler, good, request_id="done")
-    await eventually(lambda: gate.joined == 1)
+    await eventually(lambda: gate.begun == 1)
     unknown = Sender(sender_id="4611686018427387904")
     bad = {
         "SENDER_NOT_FOUND": begin(scheduler, unknown),
@@ -259,7 +261,7 @@ async def test_a_quota_counts_all_calls_of_a_group(scheduler: Scheduler, gate: G
     sender = await scheduler.sender()
     scheduler.execute("INSERT INTO users (user_id, waiting_jobs) VALUES ('ann', 5)")
     first = begin(scheduler, sender)
-    await eventually(lambda: gate.joined == 1)
+    await eventually(lambda: gate.begun == 1)
     calls = [begin(scheduler, sender) for _ in range(CLIENTS)]
     await eventually(lambda: gate.joined == 1 + CLIENTS)
     gate.open.set()
@@ -289,7 +291,7 @@ async def test_a_caller_that_leaves_before_its_group_leaves_nothing(
 ) -> None:
     sender = await scheduler.sender()
     first = begin(scheduler, sender, request_id="first")
-    await eventually(lambda: gate.joined == 1)
+    await eventually(lambda: gate.begun == 1)
     leaves, stays = begin(scheduler, sender, request_id="leaves"), begin(scheduler, sender)
     await eventually(lambda: gate.joined == 3)
     leaves.cancel()
@@ -310,7 +312,7 @@ async def test_a_deadline_ends_a_call_that_waits_for_its_group(
 ) -> None:
     sender = await scheduler.sender()
     first = begin(scheduler, sender)
-    await eventually(lambda: gate.joined == 1)
+    await eventually(lambda: gate.begun == 1)
     request = ScheduleBatchRequest(options=options_for(sender), csv=b"email\na@b.org\n")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await scheduler.batches.ScheduleBatch(request, timeout=0.2)

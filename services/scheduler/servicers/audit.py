@@ -23,6 +23,7 @@ from outbox_server.shared.rpc.proto_mapping import from_timestamp, id_text, to_t
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+_LAST_US: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 # After every event.
 _START: Final = (MAX_ID, MAX_ID)
 
@@ -66,7 +67,8 @@ def _position(change: RecordedChange) -> tuple[int, int]:
 
 
 def _from_us(us: int) -> datetime:
-    return _EPOCH + us * _MICROSECOND
+    """Return a time; the last one that exists for a number that a caller has made up."""
+    return _EPOCH + min(us, _LAST_US) * _MICROSECOND
 
 
 def _to_event(change: RecordedChange) -> audit_pb2.AuditEvent:

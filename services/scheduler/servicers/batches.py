@@ -14,10 +14,27 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from structlog.contextvars import bind_contextvars
 
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag
-from outbox_server.services.scheduler.forecasts import Forecaster
+from outbox_server.services.scheduler.filters.fields import (
+    FieldTest,
+    both,
+    check_filter,
+    required_value,
+)
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import (
+    BATCH_FIELDS,
+    BATCH_ORDERS,
+    check_order,
+)
+from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
 from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
-from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.servicers.calls import (
+    Context,
+    acting_user,
+    listed_user,
+)
+from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.sweeping import Sweeper

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
+from google.protobuf.message import Message
 from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -15,6 +16,8 @@ from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.filtered_jobs import (
+    JobSetRequest,
+    JobsRequest,
     changed_jobs,
     listed_jobs,
     new_time,
@@ -45,6 +48,8 @@ from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState
 from outbox_server.shared.user_quotas import UserQuotas
 
+M = TypeVar("M", bound=Message)
+
 # A cancellation is repeated if the job returns from a failed attempt meanwhile.
 _TRIES: Final = 5
 _RESOLUTIONS: Final = {
@@ -62,10 +67,13 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         loader: HeadLoader,
         explainer: Explainer,
         quotas: UserQuotas,
+        *,
         changes: Changes,
+        sets: JobSets,
     ) -> None:
         """`quotas` are the defaults, for users without overrides."""
         self._changes = changes
+        self._sets = sets
         self._quotas = quotas
         self._engine = engine
         self._explainer = explainer
@@ -193,9 +201,16 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
                 reason="FILTER_INVALID",
             )
         which, part = changed_jobs(request, "retry")
-        done = await self._sets.retry(which, part.after, count_only=request.validate_only)
-        return email_job_service_pb2.RetryEmailJobsResponse(
-            retried_count=done.jobs, next_page_token=part.token(done.reached)
+
+        async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
+            done = await self._sets.retry(which, part.after, count_only=request.validate_only)
+            answer = email_job_service_pb2.RetryEmailJobsResponse(
+                retried_count=done.jobs, next_page_token=part.token(done.reached)
+            )
+            return _made_of_set(answer, request, which.user_id, done.jobs)
+
+        return await self._changes.make_in_parts(
+            request, which.user_id, email_job_service_pb2.RetryEmailJobsResponse, retry
         )
 
     async def CancelEmailJobs(
@@ -205,9 +220,16 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     ) -> email_job_service_pb2.CancelEmailJobsResponse:
         """Cancel the waiting jobs that match a filter."""
         which, part = changed_jobs(request, "cancel")
-        done = await self._sets.cancel(which, part.after, count_only=request.validate_only)
-        return email_job_service_pb2.CancelEmailJobsResponse(
-            cancelled_count=done.jobs, next_page_token=part.token(done.reached)
+
+        async def cancel() -> Made[email_job_service_pb2.CancelEmailJobsResponse]:
+            done = await self._sets.cancel(which, part.after, count_only=request.validate_only)
+            answer = email_job_service_pb2.CancelEmailJobsResponse(
+                cancelled_count=done.jobs, next_page_token=part.token(done.reached)
+            )
+            return _made_of_set(answer, request, which.user_id, done.jobs)
+
+        return await self._changes.make_in_parts(
+            request, which.user_id, email_job_service_pb2.CancelEmailJobsResponse, cancel
         )
 
     async def RescheduleEmailJobs(

@@ -44,7 +44,7 @@ class JobsRequest(Protocol):
     filter: str
 
 
-class ChangeRequest(JobsRequest, Protocol):
+class JobSetRequest(JobsRequest, Protocol):
     """The fields of a request that changes the jobs that match."""
 
     user_id: str
@@ -116,7 +116,7 @@ class SetPart:
         return "" if reached is None else page_tokens.encode(_PARTS, self.digest, reached)
 
 
-def changed_jobs(request: ChangeRequest, method: str) -> tuple[JobFilter, SetPart]:
+def changed_jobs(request: JobSetRequest, method: str) -> tuple[JobFilter, SetPart]:
     """Return which jobs the request changes, and where it begins.
 
     Raises:

@@ -14,6 +14,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler import senders
 from outbox_server.services.scheduler.changes import Changes, Made, check_etag, differences
+from outbox_server.services.scheduler.filters.fields import FieldTest, both, check_filter
+from outbox_server.services.scheduler.filters.grammar import parse_filter
+from outbox_server.services.scheduler.filters.resources import (
+    SENDER_FIELDS,
+    SENDER_ORDERS,
+    check_order,
+)
 from outbox_server.services.scheduler.oauth2_credentials import OAuth2Credentials, check_credentials
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.sender_mapping import (

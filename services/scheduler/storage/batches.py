@@ -124,6 +124,20 @@ async def read_batch(
     return _record(row, counts[batch_id], row.body, row.html)
 
 
+async def read_new(
+    connection: AsyncConnection, accepted: Mapping[int, int]
+) -> dict[int, BatchRecord]:
+    """Return batches that this transaction has written, with the number of accepted jobs of each.
+
+    None of these jobs can be in another state yet, so nothing is counted.
+    """
+    rows = await connection.execute(_NEW, {"ids": list(accepted)})
+    return {
+        row.id: _record(row, JobCounts(scheduled=accepted[row.id]), row.body, row.html)
+        for row in rows
+    }
+
+
 def _shown_state(test: FieldTest) -> ColumnElement[bool]:
     cancelled = Batch.state == BatchState.CANCELLED
     has_open = has_counted({JobState.SCHEDULED})

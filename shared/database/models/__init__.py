@@ -12,6 +12,7 @@ from __future__ import annotations
 from outbox_server.shared.database.models.base import (
     Base,
 )
+from outbox_server.shared.database.models.changes import AuditEvent, ChangeRequest
 from outbox_server.shared.database.models.counts import (
     BatchCount,
     CountDelta,
@@ -32,7 +33,6 @@ from outbox_server.shared.database.models.installation import (
 from outbox_server.shared.database.models.mail import (
     ApiKeyRow,
     Attempt,
-    AuditEvent,
     Batch,
     BatchCancellation,
     BatchRejection,
@@ -55,6 +55,7 @@ __all__ = [
     "BatchCancellation",
     "BatchCount",
     "BatchRejection",
+    "ChangeRequest",
     "Cooldown",
     "CountDelta",
     "EmailJob",

@@ -24,9 +24,8 @@ for i = 2, #ARGV, 3 do
     local owned = lease and s.owner and redis.call('ZSCORE', lease_of(s.owner.id), member)
     -- Without a lease of the user, the claim is from before the user had a limiter, or the limiter
     -- was restored before the mark.
-    if found and s.owner then found = owned end
-    local changed = found and tonumber(redis.call('ZSCORE', lease_of(id), member)) ~= until_ms
-    changed = changed or owned and tonumber(owned) ~= until_ms
+    local found = lease and (not s.owner or owned)
+    local changed = found and tonumber(lease) ~= until_ms or owned and tonumber(owned) ~= until_ms
     if changed and until_ms <= NOW then
         -- Claimed again after our lease had expired.
         found = nil

@@ -88,3 +88,17 @@ async def test_a_claim_does_not_hold_by_the_lease_of_a_later_claim_of_its_job(
     await shard.settle(late[0], LimitUse.UNUSED)
     assert await shard.queue.confirm(again) == [True]
     assert (await shard.claim(1)).claims == ()
+
+
+async def test_the_sender_of_several_claims_is_read_once(shard: Shard) -> None:
+    head = replace(HEAD, user="ann", jobs=jobs(*((n, 0) for n in range(1, 6))))
+    await shard.load(head)
+    claims = (await shard.claim()).claims
+    reads = []
+    for confirmed in (claims[:1], claims):
+        await shard.redis.config_resetstat()
+        assert await shard.queue.confirm(confirmed) == [True] * len(confirmed)
+        reads.append((await shard.redis.info("commandstats"))["cmdstat_hmget"]["calls"])
+
+    assert len(claims) == 5
+    assert reads[0] == reads[1]

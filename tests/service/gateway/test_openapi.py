@@ -89,7 +89,14 @@ GROUPS = (
     (("BatchService",), ("GET", "POST"), "ann"),
     (("EmailJobService",), ("GET", "POST", "DELETE"), "ann"),
     (
-        ("StatsService", "SuppressionService", "ServerService", "UserService", "HoldService"),
+        (
+            "StatsService",
+            "SuppressionService",
+            "ServerService",
+            "UserService",
+            "HoldService",
+            "AuditService",
+        ),
         ALL_VERBS,
         "ann",
     ),

@@ -40,7 +40,7 @@ class Channel:
         ) -> Any:
             connection = self._connection
             limit = connection.timeout if timeout is None else timeout
-            # A change with a `request_id` of its caller is made once, however often it is asked for.
+            # With its caller's `request_id`, a change is made once, however often it is asked for.
             by_caller = bool(getattr(request, "request_id", ""))
             attempts = Attempts(connection.retry, limit, safe=safe or by_caller)
             if by_request_id:
