@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     ColumnElement,
@@ -129,25 +129,8 @@ async def remove_requests(connection: AsyncConnection, older_than: timedelta, li
 
 async def remove_surplus_requests(connection: AsyncConnection, most: int, limit: int) -> int:
     """Remove the oldest requests of a scope that has more than `most`. Return how many."""
-    crowded = (
-        select(ChangeRequest.scope)
-        .group_by(ChangeRequest.scope)
-        .having(func.count() > most)
-        .limit(1)
-    )
-    scope = await connection.scalar(crowded)
-    if scope is None:
-        return 0
-    first_kept = (
-        select(ChangeRequest.created_at)
-        .where(ChangeRequest.scope == scope)
-        .order_by(ChangeRequest.created_at.desc())
-        .offset(most - 1)
-        .limit(1)
-        .scalar_subquery()
-    )
-    surplus = and_(ChangeRequest.scope == scope, ChangeRequest.created_at < first_kept)
-    return await _remove(connection, ChangeRequest, surplus, ChangeRequest.created_at, limit)
+    columns = ChangeRequest.scope, ChangeRequest.created_at
+    return await _remove_surplus(connection, ChangeRequest, *columns, most, limit)
 
 
 async def remove_events(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
@@ -158,26 +141,26 @@ async def remove_events(connection: AsyncConnection, older_than: timedelta, limi
 
 async def remove_surplus_events(connection: AsyncConnection, most: int, limit: int) -> int:
     """Remove the oldest events of a user that has more than `most`. Return how many that were."""
-    crowded = (
-        select(AuditEvent.user_id)
-        .where(AuditEvent.user_id.is_not(None))
-        .group_by(AuditEvent.user_id)
-        .having(func.count() > most)
-        .limit(1)
-    )
-    user_id = await connection.scalar(crowded)
-    if user_id is None:
+    columns = AuditEvent.user_id, AuditEvent.happened_at
+    return await _remove_surplus(connection, AuditEvent, *columns, most, limit)
+
+
+async def _remove_surplus(  # noqa: PLR0917 - two tables with their own columns
+    connection: AsyncConnection,
+    table: type[ChangeRequest | AuditEvent],
+    owner: InstrumentedAttribute[Any],
+    time: InstrumentedAttribute[datetime],
+    most: int,
+    limit: int,
+) -> int:
+    """Remove the oldest rows of one owner that has more than `most`."""
+    crowded = select(owner).where(owner.is_not(None)).group_by(owner).having(func.count() > most)
+    found = await connection.scalar(crowded.limit(1))
+    if found is None:
         return 0
-    first_kept = (
-        select(AuditEvent.happened_at)
-        .where(AuditEvent.user_id == user_id)
-        .order_by(AuditEvent.happened_at.desc())
-        .offset(most - 1)
-        .limit(1)
-        .scalar_subquery()
-    )
-    surplus = and_(AuditEvent.user_id == user_id, AuditEvent.happened_at < first_kept)
-    return await _remove(connection, AuditEvent, surplus, AuditEvent.happened_at, limit)
+    newest = select(time).where(owner == found).order_by(time.desc())
+    first_kept = newest.offset(most - 1).limit(1).scalar_subquery()
+    return await _remove(connection, table, and_(owner == found, time < first_kept), time, limit)
 
 
 async def _remove(
