@@ -1,7 +1,7 @@
 """`python -m bench.guard`: fails if sending or intake has become slower than recorded.
 
-The processor time of a mail is compared with that of a bare SMTP client, and the processor time of
-an uploaded row with that of a bare COPY, both measured in the same run. So a slow or busy machine
+It divides the processor time of a mail by that of a bare SMTP client, and the processor time of an
+uploaded row by that of a bare COPY. Both are measured in the same run, so a slow or busy machine
 changes both sides. bench/guard.json has the ratios of the present code; a third of the speed lost
 is 1.5 times the cost. If a try is above the limit it is repeated: other work on the machine raises
 single tries, and slower code raises all of them.

@@ -63,7 +63,7 @@ class Faults:
     """Injects faults into one stack."""
 
     def __init__(self, stack: DrillStack, say: Callable[[str], None], judge: LimitJudge) -> None:
-        """`judge` is told of each change of limits."""
+        """`judge` is called with each change of a user's limits."""
         self._stack = stack
         self._judge = judge
         grace_s = stack.settings.shutdown_grace.total_seconds()

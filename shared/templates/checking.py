@@ -21,12 +21,13 @@ from outbox_server.shared.templates.comparing import number_of
 
 # A subject with a longer cell may become too long.
 SHORT_CELL = 100
-# For the proof that a row can be rendered: the most characters of a row, the work of a filter in
-# characters and that of a template, and the bytes that a character may become (four in UTF-8, or a
-# letter that becomes three in upper case, or six escaped).
+# Limits of the proof that a row can be rendered.
+# The most characters of a row.
 _SHORT_ROW: Final = 64 * 1024
+# The work of one filter, and the most work of a template, both counted in characters.
 _FILTER_COST: Final = 64
 _LITTLE_WORK: Final = 1024 * 1024
+# The most bytes that one character may become: four in UTF-8, and six characters when escaped.
 _MOST_GROWTH: Final = 24
 
 

@@ -94,7 +94,7 @@ class StoredSender:
 
 
 def connect_to(url: str) -> FollowingClient:
-    """Return a client like that of a service."""
+    """Return a client with the same options as that of a service."""
     return connect(load_settings(redis_url=url))
 
 

@@ -42,7 +42,7 @@ async def test_a_job_that_was_claimed_too_early_waits_for_its_due_time(shard: Sh
     learn(shard)
     await shard.settle(claim, LimitUse.UNUSED, retry_at=60_000, give_back=True)
 
-    # The next claim tells Redis the difference. Only that claim looks at the sender in vain.
+    # The next claim passes the difference to Redis. Only that claim finds no mail to send.
     assert await shard.claimed() == []
     assert await shard.ready() == {7: AHEAD_MS + 60_000}
     await shard.at(AHEAD_MS + 60_000)
