@@ -107,3 +107,33 @@ async def test_one_of_several_concurrent_requests_with_the_same_id_wins(
     won = [answer for answer in answers if isinstance(answer, ScheduleBatchResponse)]
     assert len(won) == 1
     assert scheduler.value("SELECT count(*) FROM batches") == 1
+
+
+async def test_a_batch_whose_commit_was_lost_is_accepted_by_the_next_try(
+    scheduler: Scheduler, sender: sender_pb2.Sender
+) -> None:
+    """As after a failover to a replica that lagged, just when the commit was answered."""
+    csv = "email\n" + "".join(f"u{i}@b.org\n" for i in range(1_500))
+    # The load of the head, after the commit, deletes a marker.
+    scheduler.execute(
+        "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " DELETE FROM email_jobs; DELETE FROM count_deltas; DELETE FROM batches; RETURN NULL;"
+        " END $$"
+    )
+    scheduler.execute(
+        "CREATE TRIGGER lose AFTER DELETE ON head_markers FOR EACH STATEMENT"
+        " EXECUTE FUNCTION lose()"
+    )
+    try:
+        refusal = await refusal_of(scheduler.schedule(sender, csv, request_id="once"))
+        assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
+        assert nothing_is_left(scheduler)
+    finally:
+        scheduler.execute("DROP FUNCTION lose() CASCADE")
+
+    again = await scheduler.schedule(sender, csv, request_id="once")
+    assert (again.replayed, again.batch.accepted_count) == (False, 1_500)
+
+
+def nothing_is_left(scheduler: Scheduler) -> bool:
+    return scheduler.value("SELECT count(*) FROM batches") == 0

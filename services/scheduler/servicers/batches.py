@@ -39,7 +39,7 @@ from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
@@ -310,13 +310,25 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 connection, accepted.batch_id, accepted.user_id
             )
             if found is None:
-                # A repeated request, whose batch was removed at this moment.
-                raise not_found("batch_id", str(accepted.batch_id))
+                raise _lost_again(accepted.batch_id)
             rejections = accepted.rejections or await storage.list_rejections(
                 connection, found.batch_id, 0, bounds.MAX_SHOWN_REJECTIONS
             )
             known = await self._forecaster.forecast(connection, found)
         return _response(accepted, found, rejections, known)
+
+
+def _lost_again(batch_id: int) -> Unavailable:
+    """Return the error of a batch that was stored, and is not in PostgreSQL a moment later.
+
+    A failover to a replica that lagged may lose a commit that was answered. The caller repeats the
+    request, which then accepts the batch.
+    """
+    return Unavailable(
+        "the database lost the batch while it was accepted; try again with the same request_id",
+        reason="DATABASE_UNAVAILABLE",
+        metadata={"batch_id": str(batch_id)},
+    )
 
 
 def _response(
