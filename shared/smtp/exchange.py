@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from outbox_server.shared.smtp.commands import Answer, Command
 from outbox_server.shared.smtp.reply_parser import MalformedReply, WireReply
 from outbox_server.shared.smtp.stream import SmtpStream
+
+# "Service not available, closing transmission channel" (RFC 5321, 3.8): most servers reply no more.
+_CLOSING: Final = 421
+# Limit, in seconds, of a further reply after it.
+_CLOSING_LIMIT: Final = 2.0
 
 
 class Exchange:
@@ -38,6 +44,17 @@ class Exchange:
     def due(self) -> Command:
         """The command whose reply comes next."""
         return self._commands[len(self.answers)]
+
+    @property
+    def limit(self) -> float:
+        """The seconds that the next reply may take."""
+        closing = any(answer.reply.code == _CLOSING for answer in self.answers)
+        return min(self.due.limit, _CLOSING_LIMIT) if closing else self.due.limit
+
+    @property
+    def refusal(self) -> Answer | None:
+        """The first reply that refuses, which decides, even if no further reply comes."""
+        return next((answer for answer in self.answers if answer.reply.refuses), None)
 
     def take(self, reply: WireReply) -> bool:
         """Take the next reply. Return whether it was the last one.

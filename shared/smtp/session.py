@@ -280,6 +280,8 @@ class SmtpSession:
     async def exchange(self, commands: Sequence[Command], deadline: Deadline) -> list[Answer]:
         """Send commands and return their replies, in order (see `Exchange`).
 
+        After a refusal, the replies to the commands behind it may be missing.
+
         Raises:
             TimeoutError: a reply took longer than its limit, or the deadline has passed.
             ConnectionLost: the connection ended.
@@ -288,10 +290,14 @@ class SmtpSession:
         exchange, over = self.exchange_of(commands), False
         self.phase = commands[0].phase
         exchange.begin()
-        while not over:
-            self.phase = exchange.due.phase
-            reply = await reply_within(self.stream, exchange.due.limit, deadline, self.phase)
-            over = exchange.take(reply)
+        try:
+            while not over:
+                self.phase = exchange.due.phase
+                reply = await reply_within(self.stream, exchange.limit, deadline, self.phase)
+                over = exchange.take(reply)
+        except SESSION_ERRORS:
+            if exchange.refusal is None:
+                raise
         return exchange.answers
 
     async def quit(self, deadline: Deadline | None = None) -> None:

@@ -165,15 +165,28 @@ class SmtpStream(asyncio.Protocol):
     def write(self, data: bytes | memoryview) -> None:
         """Send bytes, or buffer them until the server accepts them.
 
+        Nothing is sent on an ended connection with an unread reply: that reply decides.
+
         Raises:
             ConnectionLost: the connection has ended.
             MalformedReply: the server has sent something that is not SMTP.
         """
-        if self._failure is not None and not self._replies:
+        if self._replies and not self.connected:
+            return
+        self.raise_if_ended()
+        self.transport.write(data)
+
+    def raise_if_ended(self) -> None:
+        """Raise the error of a connection on which nothing can be sent.
+
+        Raises:
+            ConnectionLost: the connection has ended.
+            MalformedReply: the server has sent something that is not SMTP.
+        """
+        if self._failure is not None:
             raise self._failure
         if self.transport.is_closing():
             raise ConnectionLost("the connection was closed")
-        self.transport.write(data)
 
     async def reply(self, seconds: float, deadline: Deadline) -> WireReply:
         """Return the next reply.

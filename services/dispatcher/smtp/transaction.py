@@ -16,6 +16,7 @@ from outbox_server.shared.smtp.exchange import Exchange
 from outbox_server.shared.smtp.limits import PhaseLimits
 from outbox_server.shared.smtp.replies import Phase
 from outbox_server.shared.smtp.reply_parser import MalformedReply, WireReply
+from outbox_server.shared.smtp.session import SESSION_ERRORS
 from outbox_server.shared.smtp.stream import ConnectionLost
 
 _END: Final = b".\r\n"
@@ -138,22 +139,30 @@ class Transaction:
         exchange = self._exchange
         if exchange is None:
             raise RuntimeError("no command was sent")
-        taken = False
-        while self._stream.unread:
-            if exchange.take(self._stream.take()):
-                return self._refusal(exchange.answers) or self._begin_body()
-            taken = True
-        if taken:
-            self._await_command(exchange)
+        try:
+            taken = False
+            while self._stream.unread:
+                if exchange.take(self._stream.take()):
+                    return self._refusal(exchange) or self._begin_body()
+                taken = True
+            if taken:
+                self._await_command(exchange)
+            self._stream.raise_if_over()
+        except SESSION_ERRORS:
+            if exchange.refusal is None:
+                raise
+            # The other replies will not come, and need not: the mail was refused before. The
+            # connection cannot be used, because the server may still send one of them.
+            self._session.abort()
+            return exchange.refusal
         return None
 
     def _await_command(self, exchange: Exchange) -> None:
-        command = exchange.due
-        self._await(f"no reply to {command.phase} in time", command.limit)
+        self._await(f"no reply to {exchange.due.phase} in time", exchange.limit)
 
-    def _refusal(self, answers: list[Answer]) -> Answer | None:
+    def _refusal(self, exchange: Exchange) -> Answer | None:
         """Return the first refusal, or None if the body may follow."""
-        refusal = next((answer for answer in answers if not answer.accepted), None)
+        answers, refusal = exchange.answers, exchange.refusal
         if refusal is not None and answers[-1].phase is Phase.DATA and answers[-1].accepted:
             # The server awaits a body although it refused MAIL or RCPT. If it accepted the
             # recipient, a lone dot would deliver an empty mail; otherwise it refuses the dot.
@@ -169,7 +178,9 @@ class Transaction:
         if not (self._may_begin() and self._lease.holds):
             raise GivenBackError
         if self._stream.unread:
-            raise MalformedReply("a reply without a command")
+            return self._early(Phase.DATA, "a reply without a command")
+        # Nothing of a body reaches a server whose connection has ended.
+        self._stream.raise_if_ended()
         self.body_begun = True
         # Not by a regular expression: a long body of dots would block the event loop for a second.
         data = self._envelope.data.replace(b"\n.", b"\n..")
@@ -186,6 +197,8 @@ class Transaction:
     def _write_blocks(self) -> Answer | None:
         """Write a long body as fast as the server accepts it."""
         stream = self._stream
+        if stream.unread:
+            return self._early(Phase.BODY, "a reply before the end of the body")
         while len(self._left) > _BLOCK_BYTES:
             stream.write(self._left[:_BLOCK_BYTES])
             self._left = self._left[_BLOCK_BYTES:]
@@ -193,6 +206,8 @@ class Transaction:
                 self._step = self._await_room
                 self._await("the server accepts no more of the body", self._limits.block)
                 return None
+        # If this raises, the end was not written, and the server has no mail.
+        stream.raise_if_ended()
         # From here on the server may have received all of it, whatever happens next.
         self.end_written = True
         stream.write(bytes(self._left) + _END)
@@ -208,13 +223,20 @@ class Transaction:
             if self._stream.writable or self._stream.unread:
                 return self._await_end()
             return None
-        if self._stream.unread:
-            # A reply before the end of the body.
-            early = self._stream.take()
-            if not early.refuses:
-                raise MalformedReply(f"a reply before the end of the body: code {early.code}")
-            return Answer(Phase.BODY, early)
-        return self._write_blocks() if self._stream.writable else None
+        if self._stream.writable or self._stream.unread:
+            return self._write_blocks()
+        return None
+
+    def _early(self, phase: Phase, what: str) -> Answer:
+        """Return a refusal that came before the end of the body, such as a 421.
+
+        Raises:
+            MalformedReply: the reply refuses nothing. `what` names it.
+        """
+        early = self._stream.take()
+        if not early.refuses:
+            raise MalformedReply(f"{what}: code {early.code}")
+        return Answer(phase, early)
 
     def _await_end(self) -> Answer | None:
         self._step = self._take_end
