@@ -34,13 +34,15 @@ class NoReplyInTimeError(NoReplyError, RedisTimeoutError):
 class _Written:
     """The commands of one write, and their replies so far."""
 
-    __slots__ = ("count", "deadline", "future", "replies")
+    __slots__ = ("at", "count", "future", "given_up", "replies")
 
-    def __init__(self, count: int, deadline: float, future: asyncio.Future[list[Any]]) -> None:
+    def __init__(self, count: int, at: float, future: asyncio.Future[list[Any]]) -> None:
         self.count = count
-        self.deadline = deadline
+        self.at = at
         self.future = future
         self.replies: list[Any] = []
+        # The caller has its answer. Replies that still come are only counted.
+        self.given_up = False
 
 
 class PipelinedConnection(asyncio.Protocol):
@@ -82,6 +84,8 @@ class PipelinedConnection(asyncio.Protocol):
         self._on_replies = on_replies
         self._on_lost = on_lost
         self._waiting: deque[_Written] = deque()
+        # Since when the first of them has been the first, or has been given up.
+        self._first_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
         self._ended = False
@@ -119,7 +123,7 @@ class PipelinedConnection(asyncio.Protocol):
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         now = self._loop.time()
         self._transport.write(commands)
-        self._waiting.append(_Written(count, now + (self._limit_s or 0), future))
+        self._waiting.append(_Written(count, now, future))
         if self._limit_s is not None and self._timer is None:
             self._timer = self._loop.call_at(now + self._limit_s, self._check_limit)
         return future
@@ -170,25 +174,54 @@ class PipelinedConnection(asyncio.Protocol):
             self._retired = True
         if len(first.replies) == first.count:
             self._waiting.popleft()
-            self._finish(first)
+            self._first_since = self._loop.time()
+            self._finish(first, first.replies)
         if self._retired and not self._waiting:
             self._transport.close()
 
-    def _finish(self, written: _Written) -> None:
+    def _finish(self, written: _Written, replies: list[Any]) -> None:
+        if written.given_up:
+            return
         if not written.future.done():
-            written.future.set_result(written.replies)
+            written.future.set_result(replies)
         self._on_replies()
 
+    def _give_up(self, written: _Written, kind: type[NoReplyError], text: str) -> None:
+        # Each gets an error of its own, because raising one adds to its traceback.
+        missing = written.count - len(written.replies)
+        self._finish(written, written.replies + [kind(text) for _ in range(missing)])
+        written.given_up = True
+
+    def _due(self, limit_s: float) -> float:
+        """Return until when the first call may wait for its reply.
+
+        Replies come in order, so a call waits for those before it. Its time begins when it is the
+        first, but ends at twice the limit after it was sent. A call that was given up has the same
+        time once more, because its late reply would free those behind it.
+        """
+        first = self._waiting[0]
+        # That of a call that was given up has passed.
+        waits = self._waiting[1] if first.given_up else first
+        return min(max(first.at, self._first_since) + limit_s, waits.at + 2 * limit_s)
+
     def _check_limit(self) -> None:
-        """Replies come in order, so the first call is the one that has waited longest."""
+        """Give up the first call if it is overdue, and with it all others if it was given up."""
         self._timer = None
-        if not self._waiting:
+        if not self._waiting or self._limit_s is None:
             return
-        deadline = self._waiting[0].deadline
-        if deadline > self._loop.time():
-            self._timer = self._loop.call_at(deadline, self._check_limit)
-        else:
-            self._end(NoReplyInTimeError, f"no reply from Redis within {self._limit_s:g} s")
+        now = self._loop.time()
+        if self._due(self._limit_s) <= now:
+            first = self._waiting[0]
+            text = f"no reply from Redis within {self._limit_s:g} s"
+            if first.given_up or len(self._waiting) == 1:
+                self._end(NoReplyInTimeError, text)
+                return
+            # Further calls use another connection.
+            self._retired = True
+            self._first_since = now
+            self._pool.judge(NoReplyInTimeError(text), self._address)
+            self._give_up(first, NoReplyInTimeError, text)
+        self._timer = self._loop.call_at(self._due(self._limit_s), self._check_limit)
 
     def _end(self, kind: type[NoReplyError], text: str) -> None:
         if self._ended:
@@ -200,9 +233,5 @@ class PipelinedConnection(asyncio.Protocol):
         if self._waiting:
             self._pool.judge(kind(text), self._address)
         while self._waiting:
-            written = self._waiting.popleft()
-            # Each gets an error of its own, because raising one adds to its traceback.
-            missing = written.count - len(written.replies)
-            written.replies += [kind(text) for _ in range(missing)]
-            self._finish(written)
+            self._give_up(self._waiting.popleft(), kind, text)
         self._writable.set()

@@ -241,6 +241,32 @@ async def test_a_hung_connection_fails_all_its_calls_in_time_and_is_replaced(
         await eventually(lambda: scripts.pipe._open == {scripts.current})
 
 
+async def test_a_slow_script_fails_alone_and_the_calls_behind_it_get_their_replies(
+    scripts: Scripts, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for script in (scripts.endless, scripts.echo):
+        await scripts.client.script_load(str(script.script))
+    await scripts.client.config_set("busy-reply-threshold", 1)
+    monkeypatch.setattr(connection, "_CALL_LIMIT_S", 3.0)
+    async with scripts_of(redis_url) as limited:
+        await limited.run("connected")
+        slow = limited.current
+        late = asyncio.create_task(limited.pipe.run(limited.endless, (), ()))
+        # Sent at once with it: Redis does not read what comes behind a script that it runs.
+        others = [limited.start(f"{n}") for n in range(5)]
+        try:
+            with pytest.raises(NoReplyInTimeError):
+                await late
+        finally:
+            await scripts.client.script_kill()
+            await scripts.client.config_set("busy-reply-threshold", 5000)
+        assert await asyncio.gather(*others) == [f"{n}" for n in range(5)]
+        assert not slow.is_usable
+        assert await limited.run("again") == "again"
+        await eventually(lambda: limited.pipe._open == {limited.current})
+        assert limited.pipe._slots._value == script_pipe._MOST_UNDER_WAY
+
+
 async def test_an_idle_connection_that_the_server_closed_costs_no_call(
     proxied: Scripts, proxy: TcpProxy
 ) -> None:
