@@ -151,6 +151,28 @@ async def test_a_filter_about_batches_cancels_them_at_once(scheduler: Scheduler)
     assert await cancel(scheduler, user_id="bob", filter=late) == (0, 1)
 
 
+@pytest.mark.parametrize("field", ["batch_id", "sender_id"])
+async def test_a_batch_whose_open_jobs_are_all_in_flight_is_cancelled(
+    scheduler: Scheduler, field: str
+) -> None:
+    """Its jobs are not tried again when their attempts fail."""
+    sender = await scheduler.sender("ann")
+    batch = await schedule(scheduler, sender, 2)
+    scheduler.execute(
+        "UPDATE email_jobs SET state = 2, attempt = 1, lease_until = now() + interval '1 h'"
+    )
+    which = {"batch_id": batch, "sender_id": sender.sender_id}[field]
+    assert await cancel(scheduler, **{field: which}, validate_only=True) == (0, 1)
+    assert await cancel(scheduler, **{field: which}) == (0, 1)
+    found = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=batch))
+    assert found.HasField("cancel_time")
+    assert found.counts.sending_count == 2
+    # Both attempts fail, and the jobs wait again, if the caller had not cancelled them.
+    scheduler.execute("UPDATE email_jobs SET state = 1, lease_until = NULL")
+    found = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=batch))
+    assert (found.counts.scheduled_count, found.counts.cancelled_count) == (0, 2)
+
+
 @pytest.mark.usefixtures("small_parts")
 async def test_failed_jobs_that_match_are_retried(scheduler: Scheduler) -> None:
     sender = await scheduler.sender("ann")

@@ -107,9 +107,10 @@ async def cancel_part(
 async def cancel_batches_part(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, *, count_only: bool = False
 ) -> ChangedJobs:
-    """Cancel some batches with waiting jobs that match, as `cancel_batch` does.
+    """Cancel some batches with open jobs that match, as `cancel_batch` does.
 
-    With `count_only`, only count their waiting jobs.
+    A job in flight is not waiting, but after a failed attempt it would be tried again. Count the
+    waiting jobs; with `count_only`, do nothing else.
     """
     after = await skip_older(connection, which, after)
     found = await search(
@@ -130,7 +131,7 @@ async def cancel_batches_part(
     if not count_only:
         locked = locked.with_for_update()
     counts = await batch_counts(connection, (await connection.execute(locked)).scalars().all())
-    opened = [batch_id for batch_id, each in counts.items() if each.scheduled]
+    opened = [batch_id for batch_id, each in counts.items() if each.open]
     jobs = sum(counts[batch_id].scheduled for batch_id in opened)
     if count_only or not opened:
         return ChangedJobs(jobs, reached=reached)
