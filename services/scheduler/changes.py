@@ -54,9 +54,9 @@ class Made(Generic[M]):
     """A change that was made, and what the caller and the audit log learn of it.
 
     `user_id` owns `target`. `before` and `after` are the values that changed. `address` is the
-    recipient that the change is about. `changed` is False if everything was so already: there is no
-    event then. `afterwards` is called after the commit; a process that dies before has left a
-    marker.
+    recipient that the change is about. `changed` is False if everything was so already, or if
+    `Changes.record_part` has recorded it: there is no further event then. `afterwards` is called
+    after the commit; a process that dies before has left a marker.
     """
 
     answer: M
@@ -129,9 +129,10 @@ class Changes:
     ) -> M:
         """Run `change`, which has transactions of its own.
 
-        If the process dies within it, a repeated call makes the rest. With `repeatable` False, that
-        would do harm: the request is stored before the change, and a repeated call is refused
-        unless the first one has been answered.
+        It records its parts by `record_part`, or is recorded when it has ended. If the process dies
+        within it, a repeated call makes the rest. With `repeatable` False, that would do harm: the
+        request is stored before the change, and a repeated call is refused unless the first one has
+        been answered.
 
         Raises:
             AlreadyExists, InvalidInput: as `make`.
@@ -167,6 +168,15 @@ class Changes:
         stored = await in_transaction(self._engine, store)
         await made.afterwards()
         return stored
+
+    async def record_part(
+        self, connection: AsyncConnection, request: Message, made: Made[Any]
+    ) -> None:
+        """Write the event of a part of a change, in the part's own transaction.
+
+        So a call that is interrupted between two parts leaves no part without an event.
+        """
+        await _record(connection, request, _said(request), made)
 
     def _digest(self, request: Message) -> bytes:
         name = request.DESCRIPTOR.full_name.encode()

@@ -29,6 +29,8 @@ _TIME_S: Final = 1.0
 _LOAD_LIMIT: Final = timedelta(seconds=0.5)
 
 _Part: TypeAlias = Callable[[AsyncConnection, JobFilter, JobPosition], Awaitable[ChangedJobs]]
+# Records a part that has changed jobs, in its transaction.
+Record: TypeAlias = Callable[[AsyncConnection, ChangedJobs], Awaitable[None]]
 
 
 class JobSets:
@@ -49,19 +51,21 @@ class JobSets:
         self._wake_sweeper = wake_sweeper
 
     async def cancel(
-        self, which: JobFilter, after: JobPosition, *, count_only: bool
+        self, which: JobFilter, after: JobPosition, record: Record, *, count_only: bool
     ) -> ChangedJobs:
         """Cancel the waiting jobs that match."""
         if storage.is_about_batches(which.tree):
             part = partial(storage.cancel_batches_part, count_only=count_only)
-            done = await self._in_parts(part, which, after)
+            done = await self._in_parts(part, which, after, record)
             if done.sender_ids:
                 self._wake_sweeper()
             return done
         part_of_jobs = storage.count_part if count_only else storage.cancel_part
-        return await self._in_parts(part_of_jobs, _in(which, JobState.SCHEDULED), after)
+        return await self._in_parts(part_of_jobs, _in(which, JobState.SCHEDULED), after, record)
 
-    async def retry(self, which: JobFilter, after: JobPosition, *, count_only: bool) -> ChangedJobs:
+    async def retry(
+        self, which: JobFilter, after: JobPosition, record: Record, *, count_only: bool
+    ) -> ChangedJobs:
         """Return the failed jobs that match to SCHEDULED.
 
         Raises:
@@ -69,17 +73,25 @@ class JobSets:
         """
         part = partial(storage.retry_part, quotas=self._quotas)
         part_of_jobs: _Part = storage.count_part if count_only else part
-        return await self._in_parts(part_of_jobs, _in(which, JobState.FAILED), after)
+        return await self._in_parts(part_of_jobs, _in(which, JobState.FAILED), after, record)
 
     async def reschedule(
-        self, which: JobFilter, after: JobPosition, new: NewTime, *, count_only: bool
+        self,
+        which: JobFilter,
+        after: JobPosition,
+        new: NewTime,
+        record: Record,
+        *,
+        count_only: bool,
     ) -> ChangedJobs:
         """Give the waiting jobs that match another due time."""
         part = partial(storage.reschedule_part, new=new)
         part_of_jobs: _Part = storage.count_part if count_only else part
-        return await self._in_parts(part_of_jobs, _in(which, JobState.SCHEDULED), after)
+        return await self._in_parts(part_of_jobs, _in(which, JobState.SCHEDULED), after, record)
 
-    async def _in_parts(self, part: _Part, which: JobFilter, after: JobPosition) -> ChangedJobs:
+    async def _in_parts(
+        self, part: _Part, which: JobFilter, after: JobPosition, record: Record
+    ) -> ChangedJobs:
         until = time.monotonic() + _TIME_S
         jobs, senders = 0, frozenset[int]()
         position: JobPosition | None = after
@@ -88,7 +100,10 @@ class JobSets:
             async def step(
                 connection: AsyncConnection, position: JobPosition = position
             ) -> ChangedJobs:
-                return await part(connection, which, position)
+                done = await part(connection, which, position)
+                if done.sender_ids:
+                    await record(connection, done)
+                return done
 
             done = await in_transaction(self._engine, step)
             jobs, senders = jobs + done.jobs, senders | done.sender_ids

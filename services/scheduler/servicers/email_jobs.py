@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final
 
-from google.protobuf.message import Message
 from outbox.v1 import email_job_pb2, email_job_service_pb2, email_job_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -16,12 +15,11 @@ from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.filtered_jobs import (
-    JobSetRequest,
-    JobsRequest,
     changed_jobs,
     listed_jobs,
     new_time,
 )
+from outbox_server.services.scheduler.servicers.job_events import JobEvents
 from outbox_server.services.scheduler.servicers.job_mapping import (
     to_attempt,
     to_explanation,
@@ -47,8 +45,6 @@ from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id
 from outbox_server.shared.states import JobState
 from outbox_server.shared.user_quotas import UserQuotas
-
-M = TypeVar("M", bound=Message)
 
 # A cancellation is repeated if the job returns from a failed attempt meanwhile.
 _TRIES: Final = 5
@@ -132,21 +128,26 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
             moved = await end_waiting(
                 connection, storage.is_job_of(job_id, user_id), JobState.CANCELLED
             )
-            return moved.jobs, await storage.read_job(connection, job_id, user_id)
+            job = await storage.read_job(connection, job_id, user_id)
+            if moved.jobs and job is not None:
+                # Not kept, as in `decide`. The event names no Message-ID.
+                answer = to_job(job, self._installation_id or await installation_id(connection))
+                made = _made(answer, JobState.SCHEDULED)
+                await self._changes.record_part(connection, request, made)
+            return moved.jobs, job
 
         async def until_final() -> Made[email_job_pb2.EmailJob]:
-            state, changed = JobState.SCHEDULED, False
+            state = JobState.SCHEDULED
             for _ in range(_TRIES):
                 moved, job = await in_transaction(self._engine, cancel)
                 if job is None:
                     raise not_found("email_job_id", request.email_job_id)
                 if moved:
-                    changed = True
                     await load_soon(self._loader, [job.sender_id])
                 state = job.state
                 if state is JobState.CANCELLED:
                     answer = to_job(job, await self._installation())
-                    return _made(answer, JobState.SCHEDULED, changed=changed)
+                    return _made(answer, JobState.SCHEDULED, changed=False)
                 if state is not JobState.SCHEDULED:
                     break
             raise FailedPrecondition(
@@ -173,19 +174,18 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         if which is None:
             return email_job_service_pb2.RetryEmailJobsResponse()
 
+        events = JobEvents(self._changes, request, user_id)
+
         async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
-            retried = await retry_failed(self._engine, which, quotas=self._quotas)
+            retried = await retry_failed(
+                self._engine, which, quotas=self._quotas, record=events.record_retried
+            )
             if retried.jobs:
                 await load_soon(self._loader, retried.sender_ids)
-            return Made(
-                email_job_service_pb2.RetryEmailJobsResponse(
-                    retried_count=retried.jobs, skipped_count=retried.skipped
-                ),
-                _target_of(request),
-                user_id,
-                after={"retried_count": retried.jobs, "skipped_count": retried.skipped},
-                changed=retried.jobs > 0,
+            answer = email_job_service_pb2.RetryEmailJobsResponse(
+                retried_count=retried.jobs, skipped_count=retried.skipped
             )
+            return events.made(answer)
 
         return await self._changes.make_in_parts(
             request, user_id, email_job_service_pb2.RetryEmailJobsResponse, retry
@@ -201,13 +201,16 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
                 reason="FILTER_INVALID",
             )
         which, part = changed_jobs(request, "retry")
+        events = JobEvents(self._changes, request, which.user_id)
 
         async def retry() -> Made[email_job_service_pb2.RetryEmailJobsResponse]:
-            done = await self._sets.retry(which, part.after, count_only=request.validate_only)
+            done = await self._sets.retry(
+                which, part.after, events.record, count_only=request.validate_only
+            )
             answer = email_job_service_pb2.RetryEmailJobsResponse(
                 retried_count=done.jobs, next_page_token=part.token(done.reached)
             )
-            return _made_of_set(answer, request, which.user_id, done.jobs)
+            return events.made(answer)
 
         return await self._changes.make_in_parts(
             request, which.user_id, email_job_service_pb2.RetryEmailJobsResponse, retry
@@ -220,13 +223,16 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
     ) -> email_job_service_pb2.CancelEmailJobsResponse:
         """Cancel the waiting jobs that match a filter."""
         which, part = changed_jobs(request, "cancel")
+        events = JobEvents(self._changes, request, which.user_id)
 
         async def cancel() -> Made[email_job_service_pb2.CancelEmailJobsResponse]:
-            done = await self._sets.cancel(which, part.after, count_only=request.validate_only)
+            done = await self._sets.cancel(
+                which, part.after, events.record, count_only=request.validate_only
+            )
             answer = email_job_service_pb2.CancelEmailJobsResponse(
                 cancelled_count=done.jobs, next_page_token=part.token(done.reached)
             )
-            return _made_of_set(answer, request, which.user_id, done.jobs)
+            return events.made(answer)
 
         return await self._changes.make_in_parts(
             request, which.user_id, email_job_service_pb2.CancelEmailJobsResponse, cancel
@@ -240,15 +246,16 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         """Give the waiting jobs that match a filter another due time."""
         which, part = changed_jobs(request, "reschedule")
         new = new_time(request)
+        events = JobEvents(self._changes, request, which.user_id)
 
         async def reschedule() -> Made[email_job_service_pb2.RescheduleEmailJobsResponse]:
             done = await self._sets.reschedule(
-                which, part.after, new, count_only=request.validate_only
+                which, part.after, new, events.record, count_only=request.validate_only
             )
             answer = email_job_service_pb2.RescheduleEmailJobsResponse(
                 rescheduled_count=done.jobs, next_page_token=part.token(done.reached)
             )
-            return _made_of_set(answer, request, which.user_id, done.jobs)
+            return events.made(answer)
 
         return await self._changes.make_in_parts(
             request,
@@ -376,25 +383,6 @@ def _made(
         address=answer.recipient,
         changed=changed,
     )
-
-
-def _made_of_set(answer: M, request: JobSetRequest, user_id: str | None, jobs: int) -> Made[M]:
-    """Return what the audit log learns of jobs that a filter has found."""
-    # The filter may name a recipient, and an erasure finds the events of one user alone.
-    after = {"filter": request.filter} if request.filter and user_id is not None else {}
-    return Made(
-        answer,
-        _target_of(request),
-        user_id,
-        after={**after, "count": jobs},
-        changed=jobs > 0 and not request.validate_only,
-    )
-
-
-def _target_of(request: JobsRequest) -> str:
-    if request.batch_id:
-        return f"batches/{request.batch_id}"
-    return f"senders/{request.sender_id}" if request.sender_id else ""
 
 
 def _failed(

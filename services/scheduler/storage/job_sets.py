@@ -6,6 +6,7 @@ those that still match. The next part continues after the last job that was foun
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
@@ -40,7 +41,7 @@ from outbox_server.services.scheduler.storage.reopening import keeping_quota, re
 from outbox_server.services.scheduler.storage.walking import next_batches, skip_older, walk_jobs
 from outbox_server.shared.database.cancellations import is_now
 from outbox_server.shared.database.counts import batch_counts
-from outbox_server.shared.database.models import Batch, BatchCancellation, EmailJob
+from outbox_server.shared.database.models import Batch, BatchCancellation, EmailJob, Sender
 from outbox_server.shared.heads.markers import mark_stale, marking_stale
 from outbox_server.shared.states import BatchState, JobState
 from outbox_server.shared.user_quotas import UserQuotas
@@ -58,7 +59,10 @@ _LATEST: Final = datetime.fromisoformat("9990-01-01T00:00:00+00:00")
 
 @dataclass(frozen=True, slots=True)
 class ChangedJobs:
-    """How many jobs a part has changed, or would change, and where the next part continues."""
+    """How many jobs a part has changed, or would change, and where the next part continues.
+
+    `sender_ids` is empty if nothing was changed.
+    """
 
     jobs: int = 0
     sender_ids: frozenset[int] = frozenset()
@@ -69,6 +73,12 @@ class ChangedJobs:
 def is_about_batches(tree: Filter | None) -> bool:
     """Return whether the filter means all waiting jobs of some batches, or none of them."""
     return all(term == _WAITING or is_batch_level(term) for term in required(tree))
+
+
+async def owner_of_senders(connection: AsyncConnection, sender_ids: Collection[int]) -> str | None:
+    """Return the user that owns these senders, which have one owner."""
+    these = Sender.id == any_(literal(list(sender_ids), ARRAY(BigInteger)))
+    return await connection.scalar(select(Sender.user_id).where(these).limit(1))
 
 
 async def _find(

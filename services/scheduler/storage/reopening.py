@@ -6,7 +6,7 @@ a later cancellation or deletion finds the jobs and ends them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -61,13 +61,19 @@ class RetriedJobs:
 
 
 async def retry_failed(
-    engine: AsyncEngine, which: FailedJobs, chunk: int = _CHUNK, *, quotas: UserQuotas | None = None
+    engine: AsyncEngine,
+    which: FailedJobs,
+    chunk: int = _CHUNK,
+    *,
+    quotas: UserQuotas | None = None,
+    record: Callable[[AsyncConnection, ReopenedJobs], Awaitable[None]] | None = None,
 ) -> RetriedJobs:
     """Move failed jobs back to SCHEDULED, due now, with all their retries.
 
     Each `chunk` of a batch has its own transaction. If the call is interrupted, the caller can
     simply repeat it. Jobs of cancelled batches and of deleted senders are left alone. `quotas` are
-    those of users without overrides; None means no quotas.
+    those of users without overrides; None means no quotas. `record` records a chunk that has moved
+    jobs, in its transaction.
 
     Raises:
         ResourceExhausted: USER_WAITING_JOBS_EXCEEDED. Chunks that were already moved stay so.
@@ -85,10 +91,13 @@ async def retry_failed(
                 connection: AsyncConnection, batch_id: int = batch_id, after: int = after
             ) -> ReopenedJobs:
                 if quotas is None:
-                    return await _retry_chunk(connection, which, batch_id, after, chunk)
-                async with keeping_quota(connection, batch_id, quotas) as moved:
                     done = await _retry_chunk(connection, which, batch_id, after, chunk)
-                    moved.append(done.jobs)
+                else:
+                    async with keeping_quota(connection, batch_id, quotas) as moved:
+                        done = await _retry_chunk(connection, which, batch_id, after, chunk)
+                        moved.append(done.jobs)
+                if done.jobs and record is not None:
+                    await record(connection, done)
                 return done
 
             moved = await in_transaction(engine, step)

@@ -1,0 +1,62 @@
+"""The events in the audit log of calls that change many jobs, a part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, TypeVar, cast
+
+from google.protobuf.message import Message
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.services.scheduler.changes import Changes, Made
+from outbox_server.services.scheduler.servicers.filtered_jobs import JobsRequest
+from outbox_server.services.scheduler.storage.job_sets import ChangedJobs, owner_of_senders
+from outbox_server.services.scheduler.storage.reopening import ReopenedJobs
+
+M = TypeVar("M", bound=Message)
+
+
+class JobEvents:
+    """Records each part of a change of many jobs, in the part's transaction.
+
+    `owner` owns the jobs. A caller that acts for any user need not name it, because a batch or a
+    sender has one owner.
+    """
+
+    def __init__(self, changes: Changes, request: Message, user_id: str | None) -> None:
+        self._changes = changes
+        self._request = request
+        self.owner = user_id
+
+    async def record(self, connection: AsyncConnection, done: ChangedJobs) -> None:
+        """Record a part of a set of jobs."""
+        await self._record(connection, done.sender_ids, "count", done.jobs)
+
+    async def record_retried(self, connection: AsyncConnection, done: ReopenedJobs) -> None:
+        """Record a part of the failed jobs that wait again."""
+        await self._record(connection, [done.sender_id], "retried_count", done.jobs)
+
+    def made(self, answer: M) -> Made[M]:
+        """Return the whole change, whose parts are recorded."""
+        return Made(answer, self._target, self.owner, changed=False)
+
+    async def _record(
+        self, connection: AsyncConnection, sender_ids: Collection[int], name: str, jobs: int
+    ) -> None:
+        if self.owner is None:
+            self.owner = await owner_of_senders(connection, sender_ids)
+        after: dict[str, Any] = {name: jobs}
+        if self._jobs.filter:
+            after["filter"] = self._jobs.filter
+        part = Made(self._request, self._target, self.owner, after=after)
+        await self._changes.record_part(connection, self._request, part)
+
+    @property
+    def _jobs(self) -> JobsRequest:
+        return cast(JobsRequest, self._request)
+
+    @property
+    def _target(self) -> str:
+        if self._jobs.batch_id:
+            return f"batches/{self._jobs.batch_id}"
+        return f"senders/{self._jobs.sender_id}" if self._jobs.sender_id else ""
