@@ -22,6 +22,7 @@ from outbox_server.shared.loops import Loop
 REQUESTS_KEPT: Final = timedelta(hours=24)
 # Of one user. A user that changes more within a day loses the oldest requests sooner.
 _MOST_REQUESTS: Final = 10_000
+# Of one actor about the data of one user.
 _MOST_EVENTS: Final = 100_000
 # The number of rows that one transaction removes.
 _CHUNK: Final = 1_000
@@ -42,7 +43,10 @@ class Forgetter:
         most_requests: int = _MOST_REQUESTS,
         most_events: int = _MOST_EVENTS,
     ) -> None:
-        """`audit_retention` None means for ever. The others are the most of one user."""
+        """`audit_retention` None means for ever.
+
+        `most_requests` are those of one user, `most_events` those of one actor about one user.
+        """
         self._engine = engine
         self._removals: list[_Removal] = [
             partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),

@@ -267,6 +267,23 @@ async def test_old_and_surplus_requests_and_events_are_removed(scheduler: Schedu
     assert len(await events(scheduler)) == 3
 
 
+async def test_a_user_cannot_push_the_events_of_operators_out_of_the_audit_log(
+    scheduler: Scheduler,
+) -> None:
+    for actor, count in (("key:operator", 2), ("key:ann", 9), ("key:service", 1)):
+        scheduler.execute(
+            "INSERT INTO audit_events (actor, action, user_id, happened_at) SELECT %s, 'a', 'ann',"
+            " now() + n * interval '1 s' FROM generate_series(1, %s) AS n",
+            actor,
+            count,
+        )
+    engine = create_engine(scheduler.settings)
+    await Forgetter(engine, None, most_events=3).forget()
+    await engine.dispose()
+    left = scheduler.rows("SELECT actor, count(*) FROM audit_events GROUP BY 1 ORDER BY 1")
+    assert left == [("key:ann", 3), ("key:operator", 2), ("key:service", 1)]
+
+
 # Etags ---------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ The events of the audit log are removed here too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final
@@ -129,8 +130,10 @@ async def remove_requests(connection: AsyncConnection, older_than: timedelta, li
 
 async def remove_surplus_requests(connection: AsyncConnection, most: int, limit: int) -> int:
     """Remove the oldest requests of a scope that has more than `most`. Return how many."""
-    columns = ChangeRequest.scope, ChangeRequest.created_at
-    return await _remove_surplus(connection, ChangeRequest, *columns, most, limit)
+    share = (ChangeRequest.scope,)
+    return await _remove_surplus(
+        connection, ChangeRequest, share, ChangeRequest.created_at, most, limit
+    )
 
 
 async def remove_events(connection: AsyncConnection, older_than: timedelta, limit: int) -> int:
@@ -140,27 +143,36 @@ async def remove_events(connection: AsyncConnection, older_than: timedelta, limi
 
 
 async def remove_surplus_events(connection: AsyncConnection, most: int, limit: int) -> int:
-    """Remove the oldest events of a user that has more than `most`. Return how many that were."""
-    columns = AuditEvent.user_id, AuditEvent.happened_at
-    return await _remove_surplus(connection, AuditEvent, *columns, most, limit)
+    """Remove the oldest events of an actor that changed a user's data more than `most` times.
+
+    Each actor has a share of its own, so that no user can push out what an operator did. Return how
+    many were removed.
+    """
+    share = AuditEvent.user_id, AuditEvent.actor
+    return await _remove_surplus(connection, AuditEvent, share, AuditEvent.happened_at, most, limit)
 
 
 async def _remove_surplus(  # noqa: PLR0917 - two tables with their own columns
     connection: AsyncConnection,
     table: type[ChangeRequest | AuditEvent],
-    owner: InstrumentedAttribute[Any],
+    share: Sequence[InstrumentedAttribute[Any]],
     time: InstrumentedAttribute[datetime],
     most: int,
     limit: int,
 ) -> int:
-    """Remove the oldest rows of one owner that has more than `most`."""
-    crowded = select(owner).where(owner.is_not(None)).group_by(owner).having(func.count() > most)
-    found = await connection.scalar(crowded.limit(1))
+    """Remove the oldest rows of one share that has more than `most`.
+
+    Rows with equal values of the columns `share` are one. Rows without the first have none.
+    """
+    crowded = select(*share).where(share[0].is_not(None))
+    crowded = crowded.group_by(*share).having(func.count() > most)
+    found = (await connection.execute(crowded.limit(1))).one_or_none()
     if found is None:
         return 0
-    newest = select(time).where(owner == found).order_by(time.desc())
+    its = and_(*(column == value for column, value in zip(share, found, strict=True)))
+    newest = select(time).where(its).order_by(time.desc())
     first_kept = newest.offset(most - 1).limit(1).scalar_subquery()
-    return await _remove(connection, table, and_(owner == found, time < first_kept), time, limit)
+    return await _remove(connection, table, and_(its, time < first_kept), time, limit)
 
 
 async def _remove(
