@@ -153,6 +153,33 @@ async def test_no_page_reads_more_rows_than_the_budget(
         assert rows <= MOST, report
 
 
+async def test_many_jobs_of_others_to_one_address_make_no_page_read_more(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    async with filled(new_database(), redis_url, analysed=False) as engine:
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql(
+                "UPDATE email_jobs SET recipient = 'popular@y.test'"
+                " WHERE sender_id > 10 AND row_number <= 7 OR batch_id = 1 AND row_number < 3"
+            )
+            await connection.exec_driver_sql("ANALYZE")
+        which = job_filter("recipient = popular@y.test")
+        found: list[JobPosition] = []
+        after: JobPosition | None = which.start
+        while after is not None:
+            walked, rows, report = await reads_of(engine, partial(walk_from, which, after))
+            assert rows <= MOST, report
+            found += walked.found
+            after = walked.reached
+        assert len(found) == 2
+        # Those of one batch are found at once.
+        walked, _, _ = await reads_of(
+            engine,
+            partial(walk_from, job_filter("recipient = popular@y.test AND batch_id = 1"), (0, 0)),
+        )
+        assert len(walked.found) == 2
+
+
 async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConnection) -> FoundJobs:
     return await walk_jobs(connection, which, after, 51)
 

@@ -18,22 +18,31 @@ from outbox_server.services.scheduler.storage.job_filters import (
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Batch, EmailJob, Sender
-from outbox_server.shared.database.ownership import owned_by
+from outbox_server.shared.database.ownership import bind_call, owned_by
 from outbox_server.shared.states import JobState
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
+# More jobs to one address are found by the batches of the user instead.
+_MOST_TO_ADDRESS: Final = 2_000
 _LATEST: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 
 
 async def walk_address(
     connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int
-) -> FoundJobs:
-    """Find jobs to one address, which are few."""
+) -> FoundJobs | None:
+    """Find jobs to one address, or return None if there are many.
+
+    Their index has the jobs of all users, and many users may write to one address.
+    """
     address = which.only("recipient")
     if address is None:  # no address, so no mail can go to it
         return FoundJobs([])
     to_address = select(EmailJob.id).where(is_to(address))
+    more = to_address.offset(_MOST_TO_ADDRESS).limit(1)
+    bind_call(which.user_id)
+    if (await connection.execute(more)).first() is not None:
+        return None
     return await _few(connection, which, to_address, after, limit)
 
 

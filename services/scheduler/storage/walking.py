@@ -93,7 +93,9 @@ async def walk_jobs(
     if which.states == {JobState.SENDING}:
         return await walk_in_flight(connection, which, after, limit)
     if required_value(which.tree, "recipient")[0]:
-        return await walk_address(connection, which, after, limit)
+        few = await walk_address(connection, which, after, limit)
+        if few is not None:
+            return few
     return await _JobWalk(connection, which, limit, rows).run(after)
 
 
