@@ -35,6 +35,7 @@ from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.services.stats.storage import fold_once
 from outbox_server.shared.database.counts import batch_counts, sender_counts, user_counts
 from outbox_server.shared.database.models import EmailJob
+from outbox_server.shared.heads.statements import HEADS_STATEMENT
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.settings import load_settings
 from outbox_server.shared.states import AttemptOutcome, JobState
@@ -271,3 +272,39 @@ async def test_callers_see_jobs_as_cancelled_before_their_rows_are_updated(world
 
 async def _swept(world: World) -> bool:
     return not await left(world)
+
+
+async def test_the_time_of_a_head_does_not_grow_with_the_square_of_the_cancelled_batches(
+    world: World,
+) -> None:
+    sender = await world.sender()
+    await world.schedule(sender, due=timedelta(hours=1))
+    took = []
+    for batches in (3_000, 12_000):
+        await world.sql(
+            "WITH added AS (INSERT INTO batches (user_id, sender_id, request_id, request_hash,"
+            " start_at, duplicates, mode, accepted_count, state, cancelled_at)"
+            " SELECT s.user_id, s.id, gen_random_uuid(), '', now(), 1, 1, 1, 2, now()"
+            " FROM senders AS s, generate_series(1, %s) WHERE s.id = %s RETURNING id, sender_id),"
+            " jobs AS (INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number,"
+            " recipient) SELECT id, sender_id, now(), 1, 'r@y.test' FROM added)"
+            " INSERT INTO batch_cancellations (batch_id, sender_id, cancelled_at)"
+            " SELECT id, sender_id, now() FROM added",
+            batches - (3_000 if took else 0),
+            sender,
+        )
+        await world.sql("ANALYZE")
+        times = []
+        for _ in range(3):
+            async with world.engine.connect() as connection:
+                began = time.perf_counter()
+                (head,) = await connection.execute(HEADS_STATEMENT, {"senders": [sender]})
+                times.append(time.perf_counter() - began)
+            assert len(head.ids) == 1
+        took.append(min(times))
+    # Their jobs were never counted.
+    await world.sql(
+        "DELETE FROM email_jobs WHERE batch_id IN (SELECT batch_id FROM batch_cancellations)"
+    )
+    # Four times the batches take four times as long, and not sixteen times.
+    assert took[1] < 8 * took[0], took
