@@ -133,10 +133,10 @@ class UserLimitOptions:
 @app.command(name="list")
 @with_option_groups
 def list_(*, paging: Paging, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
-    """List the users whose quotas or domains were changed."""
+    """List all users: those with a sender, a suppression, an API key or settings of their own."""
     with connection("scheduler", server) as client:
         page = pages(client.users.ListUsers, pb.ListUsersRequest(), "users", paging)
-    show_list(page, "users", _COLUMNS, output, what="users with changes")
+    show_list(page, "users", _COLUMNS, output, what="users")
 
 
 @app.command(name="show")

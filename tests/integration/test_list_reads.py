@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ from outbox_server.services.scheduler.storage.batches import list_batches
 from outbox_server.services.scheduler.storage.bounded import MOST_READ
 from outbox_server.services.scheduler.storage.job_filters import FoundJobs, JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
+from outbox_server.services.scheduler.storage.users import list_users
 from outbox_server.shared.database.engine import create_engine
 from tests.dispatchers import options, settings_of
 from tests.world import World
@@ -178,6 +180,28 @@ async def test_many_jobs_of_others_to_one_address_make_no_page_read_more(
             partial(walk_from, job_filter("recipient = popular@y.test AND batch_id = 1"), (0, 0)),
         )
         assert len(walked.found) == 2
+
+
+@pytest.mark.parametrize("analysed", [True, False], ids=["analysed", "just filled"])
+async def test_a_list_across_all_users_reads_as_few_rows_as_that_of_one(
+    new_database: Callable[[], str], redis_url: str, analysed: bool
+) -> None:
+    async with filled(new_database(), redis_url, analysed=analysed) as engine:
+        for text in JOBS:
+            for descending in (False, True):
+                which = replace(job_filter(text, descending=descending), user_id=None)
+                _, rows, report = await reads_of(engine, partial(walk_from, which, which.start))
+                about = f"{text!r} of all users read {rows:,.0f}\n{report}"
+                assert rows <= MOST, about
+                assert "Seq Scan on email_jobs" not in report, about
+        async with engine.begin() as connection:
+            await connection.exec_driver_sql(
+                "INSERT INTO senders (user_id, email, hourly_limit)"
+                " SELECT 'u12', 's@x.org', 9 FROM generate_series(1, 20000)"
+            )
+        users, rows, report = await reads_of(engine, partial(list_users, after="", limit=6))
+        assert [user.user_id for user in users] == ["big", "u11", "u12", "u13", "u14", "u15"]
+        assert rows <= 100, report
 
 
 async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConnection) -> FoundJobs:

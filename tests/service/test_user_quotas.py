@@ -301,7 +301,7 @@ async def test_operators_read_and_change_users(database_url: str, redis_url: str
         rest = await users.ListUsers(
             ListUsersRequest(page_token=page.next_page_token), metadata=key
         )
-        assert [each.user_id for each in (*page.users, *rest.users)] == ["ann", "bob"]
+        assert [each.user_id for each in (*page.users, *rest.users)] == ["ann", "bob", "eve"]
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,39 @@ async def test_invalid_changes_of_a_user_are_refused(
             call = both.users.UpdateUser(request, metadata=both.operator)
             assert (await refusal_of(call)).reason == "QUOTA_INVALID"
         assert both.scheduler.value("SELECT count(*) FROM users") == 0
+
+
+async def test_every_user_that_has_something_is_listed_once(
+    database_url: str, redis_url: str
+) -> None:
+    async with rivals(database_url, redis_url) as both:
+        execute = both.scheduler.execute
+        execute(
+            "INSERT INTO senders (user_id, email, hourly_limit, deleted_at)"
+            " SELECT 'sender-' || mod(n, 5), 's@x.org', 9, CASE mod(n, 5) WHEN 0 THEN now() END"
+            " FROM generate_series(1, 500) AS n"
+        )
+        execute("INSERT INTO suppressions (user_id, address) VALUES ('dave', 'a@b.org')")
+        await both.set_quotas("sender-3", calls=9)
+        await both.set_quotas("zoe", calls=8)
+        listed = {}
+        request = ListUsersRequest(page_size=2)
+        while True:
+            page = await both.users.ListUsers(request, metadata=both.operator)
+            assert len(page.users) <= 2
+            for user in page.users:
+                assert user.user_id not in listed
+                listed[user.user_id] = user
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                break
+        senders = [f"sender-{n}" for n in range(5)]
+        # Ann and Eve have keys, Dave has a suppression.
+        assert list(listed) == ["ann", "dave", "eve", *senders, "zoe"]
+        assert listed["sender-3"].quotas.calls == 9
+        assert listed["sender-3"].HasField("update_time")
+        assert not listed["sender-4"].HasField("update_time")
+        assert listed["sender-4"].effective_quotas.senders > 0
 
 
 async def test_only_operators_may_use_the_service_of_users(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, literal, select, union
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import InstrumentedAttribute
 
-from outbox_server.shared.database.models import Sender, UserRow
+from outbox_server.shared.database.models import ApiKeyRow, Sender, Suppression, UserRow
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS
@@ -48,7 +49,7 @@ def _record(row: Any) -> UserRecord:
         overrides,
         row.hourly_limit,
         row.min_gap_ms,
-        row.sender_domains,
+        row.sender_domains or (),
         row.updated_at,
     )
 
@@ -60,14 +61,54 @@ async def read_user(connection: AsyncConnection, user_id: str) -> UserRecord:
     return UserRecord(user_id, dict.fromkeys(QUOTAS)) if row is None else _record(row)
 
 
+def _users_in(column: InstrumentedAttribute[Any], after: str, limit: int) -> Select[Any]:
+    """Return the statement that reads the first `limit` users of a table after `after`.
+
+    An index must begin with the column. Each step reads one entry of it, the first one after the
+    last user (a skip scan), however many rows a user has.
+    """
+    first = select(column.label("user_id")).where(column > after).order_by(column).limit(1)
+    step = select(first.subquery().c.user_id, literal(1).label("n")).cte(
+        f"{column.class_.__tablename__}_users", recursive=True
+    )
+    following = (
+        select(column)
+        .where(column > step.c.user_id)
+        .order_by(column)
+        .limit(1)
+        .correlate(step)
+        .scalar_subquery()
+    )
+    step = step.union_all(
+        select(following, step.c.n + 1).where(step.c.user_id.is_not(None), step.c.n < limit)
+    )
+    return select(step.c.user_id).where(step.c.user_id.is_not(None))
+
+
 async def list_users(connection: AsyncConnection, after: str, limit: int) -> Sequence[UserRecord]:
-    """Return the first `limit` users after `after` that an operator has changed."""
+    """Return the first `limit` users after `after` that have something.
+
+    That is a sender, also a deleted one (all batches and jobs have one), a suppression, an API key,
+    or what an operator has set.
+    """
+    found = union(
+        *(
+            _users_in(column, after, limit)
+            for column in (
+                UserRow.user_id,
+                Sender.user_id,
+                Suppression.user_id,
+                ApiKeyRow.user_id,
+            )
+        )
+    ).subquery("found")
+    page = select(found.c.user_id).order_by(found.c.user_id).limit(limit).subquery("page")
     statement = owned_by(
-        select(*_COLUMNS)
-        .where(UserRow.user_id > after, UserRow.updated_at.is_not(None))
-        .order_by(UserRow.user_id)
-        .limit(limit),
-        UserRow.user_id,
+        select(page.c.user_id, *_COLUMNS[1:])
+        .select_from(page)
+        .join(UserRow, UserRow.user_id == page.c.user_id, isouter=True)
+        .order_by(page.c.user_id),
+        page.c.user_id,
         None,
     )
     return [_record(row) for row in await connection.execute(statement)]

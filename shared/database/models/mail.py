@@ -55,6 +55,7 @@ class ApiKeyRow(Base):
         CheckConstraint("kind BETWEEN 1 AND 3", name="kind_known"),
         CheckConstraint("(kind = 1) = (user_id IS NOT NULL)", name="user_of_user_keys"),
         CheckConstraint("octet_length(secret_hash) = 32", name="secret_hash_is_sha256"),
+        Index("ix_api_keys_user_id", "user_id", "key_id"),
     )
 
 
