@@ -38,7 +38,7 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
     """
     writer = csv.writer(target, delimiter=table.separator)
     kept = [index for index, name in enumerate(table.names) if name not in ADDED_COLUMNS]
-    writer.writerow([*(_text(table.columns[index]) for index in kept), *ADDED_COLUMNS])
+    writer.writerow([*(spreadsheet_text(table.columns[index]) for index in kept), *ADDED_COLUMNS])
     width, written = len(table.columns), 0
     rejection = next(rejections, None)
     for number, cells in table.rows():
@@ -50,13 +50,13 @@ def write_rejections(table: CsvTable, rejections: Iterator[Rejection], target: T
         said = in_flags(rejection.message)
         why = (str(number), rejection.column, rejection.reason, said)
         written_again = (*(padded[index] for index in kept), *why, *padded[width:])
-        writer.writerow([_text(cell) for cell in written_again])
+        writer.writerow([spreadsheet_text(cell) for cell in written_again])
         written += 1
         rejection = next(rejections, None)
     return written
 
 
-def _text(cell: str) -> str:
+def spreadsheet_text(cell: str) -> str:
     """Return the cell in a form that spreadsheets take for a text."""
     formula = _FORMULA.match(cell) and not _HARMLESS.fullmatch(cell)
     return f"'{cell}" if formula else cell

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, BinaryIO, Final
 
 import typer
 from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
 from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
+from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Filtering, Paging, User
+from outbox_server.cli.options import Filtering, Paging, User, read_int32
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
 
+_CHUNK: Final = 64 * 1024
+_IMPORT_TIMEOUT_S: Final = 3600.0
 _COLUMNS = ("email", "reason", "create_time")
 
 app = typer.Typer(
@@ -44,6 +52,95 @@ def create(
     with connection("scheduler", server) as client:
         made = client.suppressions.CreateSuppression(request)
     show(made, output)
+
+
+@app.command()
+def get(
+    email: Email, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
+    """Show the suppression of an address; exit code 1 if mail to it is not suppressed."""
+    with connection("scheduler", server) as client:
+        found = client.suppressions.GetSuppression(
+            pb.GetSuppressionRequest(user_id=user, email=email)
+        )
+    show(found, output)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV; - is stdin.")],
+    *,
+    user: User = "",
+    reason: Annotated[
+        str, typer.Option("--reason", help="Reason of rows that have none of their own.")
+    ] = "",
+    email_column: Annotated[
+        str,
+        typer.Option(
+            "--email-column",
+            metavar="NAME",
+            help="Column of the addresses, as the header writes it (default: found by its name).",
+        ),
+    ] = "",
+    skip_lines: Annotated[
+        int,
+        typer.Option(
+            "--skip-lines",
+            parser=read_int32,
+            metavar="N",
+            help="Lines before the header, such as a title (default: 0).",
+        ),
+    ] = 0,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Suppress all addresses of a CSV, such as one that `export` wrote.
+
+    A column `reason` has the reason of each row. If the import is interrupted,
+    run it again: what is suppressed already stays as it is.
+
+    $ outbox suppressions import unsubscribed.csv --user demo --reason unsubscribed
+    """
+    first = pb.ImportSuppressionsRequest(
+        user_id=user, suppression_reason=reason, email_column=email_column, skip_lines=skip_lines
+    )
+    try:
+        opened = nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")
+    except OSError as error:
+        raise CommandFailed(f"{file} cannot be read: {error.strerror}") from None
+    with opened as source, connection("scheduler", server) as client:
+        answer = client.suppressions.ImportSuppressions(
+            _messages(first, source), timeout=_IMPORT_TIMEOUT_S
+        )
+    show(answer, output)
+
+
+def _messages(
+    first: pb.ImportSuppressionsRequest, source: BinaryIO
+) -> Iterator[pb.ImportSuppressionsRequest]:
+    yield first
+    while chunk := source.read(_CHUNK):
+        yield pb.ImportSuppressionsRequest(chunk=chunk)
+
+
+@app.command()
+def export(
+    *,
+    user: User = "",
+    filter_: Annotated[
+        str, typer.Option("--filter", metavar="FILTER", help="Only what matches.")
+    ] = "",
+    server: Server = None,
+    output: ExportOutput = ExportFormat.CSV,
+) -> None:
+    """Write all suppressions of a user to stdout, as CSV or JSON lines.
+
+    $ outbox suppressions export --user demo
+    """
+    request = pb.ExportSuppressionsRequest(user_id=user, filter=filter_)
+    with connection("scheduler", server) as client:
+        count = write_export(client.export_suppressions(request), _COLUMNS, output)
+    note(f"{count} suppressions")
 
 
 @app.command()

@@ -46,6 +46,8 @@ MAX_CA_CERTIFICATES: Final = 50
 MAX_ADDRESS: Final = 254
 # Size of a template, and of each text that replaces it in one row.
 MAX_TEMPLATE_BYTES: Final = 256 * 1024
+# Number of rows in one message of ImportSuppressions.
+MAX_IMPORTED_ROWS: Final = 10_000
 # Number of rows of ScheduleBatch. Its message has room for half as many that have an address.
 MAX_ROWS: Final = 1_000_000
 # Number of structured rows times the number of columns that the templates use.

@@ -222,10 +222,12 @@ class _Said:
 
 def _said(request: Message) -> _Said:
     given: Any = request
-    if given.request_id:
-        bounds.REQUEST_ID.check("request_id", given.request_id)
+    # A change that is idempotent without one has no such field.
+    request_id = getattr(given, "request_id", "")
+    if request_id:
+        bounds.REQUEST_ID.check("request_id", request_id)
     return _Said(
-        given.request_id,
+        request_id,
         bounds.IDENTITY.check("identity", given.identity),
         bounds.CHANGE_REASON.check("reason", given.reason),
     )

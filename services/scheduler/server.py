@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Final
 
 from outbox.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
@@ -34,12 +35,14 @@ from outbox_server.services.scheduler.servicers.users import UserServicer
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
 from outbox_server.services.scheduler.storage.intake import IntakeStore
+from outbox_server.services.scheduler.suppression_imports import ImportReader
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.coalescing import ShardLoads
 from outbox_server.shared.heads.loader import HeadLoader
@@ -64,6 +67,10 @@ from outbox_server.shared.store_urls import place_of
 from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.traces.endpoint import open_tracer
 from outbox_server.shared.user_quotas import UserQuotas
+
+# Pages of exports that are read at once, in about 10 ms each, and those that wait.
+_EXPORT_READS: Final = 4
+_WAITING_EXPORTS: Final = 500
 
 
 async def serve(
@@ -149,6 +156,8 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             wake_sweeper=sweeper.wake,
             ids=ids,
         )
+        imports = ImportReader()
+        stack.callback(imports.close)
         watch = Watch(partial(_read_batches, engine))
         schema = SchemaGuard(engine)
         server = GrpcServer(
@@ -164,6 +173,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     changes=changes,
                     sweeper=sweeper,
                     watch=watch,
+                    imports=imports,
                 ),
                 server_service("scheduler", schema),
             ],
@@ -218,9 +228,11 @@ def _services(
     changes: Changes,
     sweeper: Sweeper,
     watch: Watch[BatchRecord],
+    imports: ImportReader,
 ) -> list[ServiceBinding]:
     rules = Rules.from_settings(settings)
     forecaster = Forecaster(rules)
+    least_rate = LeastRate.from_settings(settings)
     batches = BatchServicer(
         engine,
         loader,
@@ -228,7 +240,7 @@ def _services(
         forecaster,
         sweeper=sweeper,
         watch=watch,
-        least_rate=LeastRate.from_settings(settings),
+        least_rate=least_rate,
         changes=changes,
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
@@ -236,7 +248,14 @@ def _services(
     sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
     jobs = EmailJobServicer(engine, loader, explainer, quotas, changes=changes, sets=sets)
     users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings), changes)
-    suppressions = SuppressionServicer(engine, loader, changes)
+    suppressions = SuppressionServicer(
+        engine,
+        loader,
+        changes,
+        imports=imports,
+        least_rate=least_rate,
+        export_reads=FairShares("exports", _EXPORT_READS, waiting=_WAITING_EXPORTS),
+    )
     holds = HoldServicer(engine, loader, changes)
     audit = AuditServicer(engine)
     return [
@@ -260,6 +279,7 @@ def _services(
         ServiceBinding(
             "outbox.v1.SuppressionService",
             partial(add_SuppressionServiceServicer_to_server, suppressions),
+            {"ImportSuppressions": imports.shares},
         ),
         ServiceBinding("outbox.v1.HoldService", partial(add_HoldServiceServicer_to_server, holds)),
         ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),

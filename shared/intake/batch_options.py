@@ -112,19 +112,28 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
             reason="EXPIRE_AFTER_INVALID",
         )
     check_spread(options, options.schedule_time, field)
-    bounds.EMAIL_COLUMN.check(f"{field}.email_column", options.email_column)
-    if not 0 <= options.skip_lines <= bounds.MAX_SKIP_LINES:
-        raise InvalidInput.field(
-            f"{field}.skip_lines",
-            f"must be 0 to {bounds.MAX_SKIP_LINES:,} (got {options.skip_lines:,})",
-            reason="SKIP_LINES_INVALID",
-        )
+    check_csv_options(options.email_column, options.skip_lines, f"{field}.")
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
         check_time_zone(options.time_zone)
     except BadScheduleTime as error:
         raise InvalidInput.field(f"{field}.time_zone", error.message, reason=error.reason) from None
     return options
+
+
+def check_csv_options(email_column: str, skip_lines: int, prefix: str = "") -> None:
+    """Check how a CSV is to be read. `prefix` is the path before the names of the fields.
+
+    Raises:
+        InvalidInput: EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
+    """
+    bounds.EMAIL_COLUMN.check(f"{prefix}email_column", email_column)
+    if not 0 <= skip_lines <= bounds.MAX_SKIP_LINES:
+        raise InvalidInput.field(
+            f"{prefix}skip_lines",
+            f"must be 0 to {bounds.MAX_SKIP_LINES:,} (got {skip_lines:,})",
+            reason="SKIP_LINES_INVALID",
+        )
 
 
 def check_spread(options: BatchOptions, start: datetime | None, field: str = "options") -> None:

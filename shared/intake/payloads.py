@@ -8,13 +8,16 @@ import json
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from outbox_server.shared.bounds import MAX_ROW_VALUES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.csv_reader import read_csv
 from outbox_server.shared.intake.rows import CsvPlan, ReadingRules, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate
+
+
+C = TypeVar("C")
 
 
 class OpenedRows(NamedTuple):
@@ -195,22 +198,22 @@ class WholeFile:
         """Do nothing, because reading this file never waits."""
 
 
-class StreamedChunks:
+class StreamedChunks(Generic[C]):
     """Chunks from the network, which a thread reads while the event loop goes on.
 
     A chunk is fetched only when the thread needs it. So a caller cannot send faster than its rows
     are stored.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+    def __init__(self, chunks: AsyncIterator[C]) -> None:
         """Receive `chunks` in the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._chunks = chunks
         self._lock = threading.Lock()
         self._closed = False
-        self._waiting: Future[bytes | None] | None = None
+        self._waiting: Future[C | None] | None = None
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[C]:
         """Yield the chunks. Must not be called in the thread of the event loop.
 
         Raises:
@@ -236,7 +239,7 @@ class StreamedChunks:
             if self._waiting is not None:
                 self._waiting.cancel()
 
-    async def _next(self) -> bytes | None:
+    async def _next(self) -> C | None:
         try:
             return await anext(self._chunks, None)
         except Exception:

@@ -151,6 +151,13 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         )
     },
     "outbox.v1.Suppression": {"reason": _text(bounds.SUPPRESSION_REASON)},
+    "outbox.v1.ImportSuppressionsRequest": {
+        "chunk": _file("CHUNK_TOO_LARGE", bounds.MAX_CHUNK_BYTES),
+        "suppression_reason": _text(bounds.SUPPRESSION_REASON),
+    },
+    "outbox.v1.SuppressionRows": {
+        "suppressions": _entries(bounds.MAX_IMPORTED_ROWS, "TOO_MANY_ENTRIES")
+    },
 }
 # For the messages of health checks and reflection, which are not ours.
 _FOREIGN: Final = _OUTPUT

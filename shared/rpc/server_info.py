@@ -27,6 +27,7 @@ CAPABILITIES: Final = (
     "sender.preset",
     "sender.sending_hours",
     "stats.forecast_planned",
+    "suppression.import",
     "user.quotas",
 )
 

@@ -20,6 +20,7 @@ from outbox_server.services.scheduler.storage.batches import list_batches
 from outbox_server.services.scheduler.storage.bounded import MOST_READ
 from outbox_server.services.scheduler.storage.job_filters import FoundJobs, JobFilter, JobPosition
 from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
+from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
 from outbox_server.services.scheduler.storage.users import list_users
 from outbox_server.shared.database.engine import create_engine
 from tests.dispatchers import options, settings_of
@@ -202,6 +203,18 @@ async def test_a_list_across_all_users_reads_as_few_rows_as_that_of_one(
         users, rows, report = await reads_of(engine, partial(list_users, after="", limit=6))
         assert [user.user_id for user in users] == ["big", "u11", "u12", "u13", "u14", "u15"]
         assert rows <= 100, report
+
+
+async def test_an_import_finds_waiting_mail_by_its_addresses(
+    new_database: Callable[[], str], redis_url: str
+) -> None:
+    async with filled(new_database(), redis_url, analysed=True) as engine:
+        reasons = {f"R{n}@y.test": "" for n in range(30_000, 31_000)}
+        call = partial(suppress_all, user_id="big", reasons=reasons)
+        (created, ended), rows, report = await reads_of(engine, call)
+        assert (created, ended.jobs) == (1_000, 1_000)
+        assert "Seq Scan on email_jobs" not in report, report
+        assert rows <= 20_000, report
 
 
 async def walk_from(which: JobFilter, after: JobPosition, connection: AsyncConnection) -> FoundJobs:

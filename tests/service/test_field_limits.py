@@ -162,7 +162,7 @@ class Servers:
         data = self.message(place).SerializeToString()
         if method.client_streaming:
             first = []
-            if place.fields[0].name == "chunk":
+            if place.fields[0].name == "chunk" and "options" in method.input_type.fields_by_name:
                 opening = message_factory.GetMessageClass(method.input_type)()
                 opening.options.CopyFrom(options_for(self.sender))  # type: ignore[attr-defined]
                 first.append(opening.SerializeToString())

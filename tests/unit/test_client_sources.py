@@ -22,7 +22,7 @@ def chunks_of(*items: Any) -> tuple[bytes, int]:
 
 def test_only_reads_count_as_safe_to_repeat() -> None:
     methods = {path.rpartition("/")[2] for path in READS}
-    verbs = ("Get", "List", "Watch", "Query", "Forecast", "Audit", "Explain")
+    verbs = ("Get", "List", "Watch", "Query", "Forecast", "Audit", "Explain", "Export")
     assert {name for name in methods if not name.startswith(verbs)} == set()
     assert {"GetBatch", "ListEmailJobs", "ForecastBatch", "GetDispatcherStatus"} <= methods
     assert {path.rpartition("/")[2] for path in BY_REQUEST_ID} == {"ScheduleBatch"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import astuple
 from datetime import timedelta
 from functools import partial
@@ -32,6 +32,7 @@ from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag,
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
     acting_user,
+    errors_name,
     listed_user,
 )
 from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
@@ -109,7 +110,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         bind_contextvars(request_id=options.request_id)
         payload = partial(_payload, request)
         accept = self._intake.accept_small if _is_small(request) else self._accept_whole
-        with _errors_name(request.WhichOneof("payload") or "payload"):
+        with errors_name(request.WhichOneof("payload") or "payload"):
             accepted = await accept(options, payload, user_id)
         return await self._answer(accepted, forecast=request.require_forecast)
 
@@ -132,7 +133,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         options = from_options(first.options)
         bind_contextvars(request_id=options.request_id)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
-        with _errors_name("chunk"):
+        with errors_name("chunk"):
             accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
@@ -151,7 +152,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         bind_contextvars(request_id=options.request_id)
         _check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
-        with _errors_name("file"):
+        with errors_name("file"):
             accepted = await self._intake.accept(options, payload, user_id)
         return await self._answer(accepted)
 
@@ -344,17 +345,6 @@ def _response(
         forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
         notices=[*forecast.notices, *accepted.notices],
     )
-
-
-@contextmanager
-def _errors_name(field: str) -> Iterator[None]:
-    """Add the field of the request to errors that name only a row or a byte of the payload."""
-    try:
-        yield
-    except InvalidInput as error:
-        if error.violations:
-            raise
-        raise error.about(field) from None
 
 
 def _is_small(request: batch_service_pb2.ScheduleBatchRequest) -> bool:

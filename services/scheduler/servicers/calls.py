@@ -1,7 +1,9 @@
-"""What all methods need first: the user to act for."""
+"""What several methods need: the user to act for, and the field that an error is about."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -12,6 +14,7 @@ from outbox_server.shared.callers import (
     effective_user,
     require_user,
 )
+from outbox_server.shared.errors import InvalidInput
 
 # In quotes, because grpcio's class is generic only in its stubs.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -49,3 +52,14 @@ def listed_user(requested: str, *, narrowed: bool) -> str | None:
     if narrowed or current_caller().kind is CallerKind.OPERATOR:
         return acting_user(requested)
     return named_user(requested)
+
+
+@contextmanager
+def errors_name(field: str) -> Iterator[None]:
+    """Add the field of the request to errors that name only a row or a byte of the payload."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.violations:
+            raise
+        raise error.about(field) from None

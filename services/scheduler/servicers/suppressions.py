@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from functools import partial
+from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 from outbox.v1 import suppression_pb2, suppression_service_pb2, suppression_service_pb2_grpc
@@ -18,23 +21,53 @@ from outbox_server.services.scheduler.filters.resources import (
     check_order,
 )
 from outbox_server.services.scheduler.senders import check_sender_address
-from outbox_server.services.scheduler.servicers.calls import Context, named_user
+from outbox_server.services.scheduler.servicers.calls import Context, errors_name, named_user
 from outbox_server.services.scheduler.storage import suppressions as storage
+from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
+from outbox_server.services.scheduler.suppression_imports import (
+    ImportBlock,
+    ImportOptions,
+    ImportReader,
+    Part,
+)
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import NotFound
+from outbox_server.shared.callers import current_claimant
+from outbox_server.shared.errors import InvalidInput, NotFound
+from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.addresses import BadAddress, check_address
+from outbox_server.shared.intake.batch_options import check_csv_options
+from outbox_server.shared.intake.option_mapping import to_rejections
+from outbox_server.shared.intake.upload_rate import LeastRate
+from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
+
+
+_EXPORT: Final = "exported suppressions"
+_EXPORTED_AT_ONCE: Final = 1_000
 
 
 class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceServicer):
     """Manages the addresses to which a user's mail must never be sent."""
 
-    def __init__(self, engine: AsyncEngine, loader: HeadLoader, changes: Changes) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        loader: HeadLoader,
+        changes: Changes,
+        *,
+        imports: ImportReader,
+        least_rate: LeastRate,
+        export_reads: FairShares,
+    ) -> None:
+        """`export_reads` has a place for each page of an export that is being read."""
         self._engine = engine
         self._loader = loader
         self._changes = changes
+        self._imports = imports
+        self._least_rate = least_rate
+        self._export_reads = export_reads
 
     async def CreateSuppression(
         self,
@@ -80,7 +113,9 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
 
         async def delete(connection: AsyncConnection) -> Made[Empty]:
             if request.etag:
-                present = await storage.read_suppression(connection, user_id, address)
+                present = await storage.read_suppression(
+                    connection, user_id, address, lock=True
+                )
                 if present is None:
                     raise _not_found(request.email)
                 check_etag(request.etag, _etag(present), "this suppression")
@@ -90,6 +125,116 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
             return Made(Empty(), f"suppressions/{address}", user_id, before={}, address=address)
 
         return await self._changes.make(request, user_id, Empty, delete)
+
+    async def GetSuppression(
+        self,
+        request: suppression_service_pb2.GetSuppressionRequest,
+        context: Context,
+    ) -> suppression_pb2.Suppression:
+        """Return the suppression of one address."""
+        user_id = named_user(request.user_id)
+        try:
+            address = check_address(request.email)
+        except BadAddress:
+            # Only valid addresses can be suppressed.
+            raise _not_found(request.email) from None
+        async with self._engine.connect() as connection:
+            found = await storage.read_suppression(connection, user_id, address)
+        if found is None:
+            raise _not_found(request.email)
+        return _to_suppression(found)
+
+    async def ImportSuppressions(
+        self,
+        request_iterator: AsyncIterator[suppression_service_pb2.ImportSuppressionsRequest],
+        context: Context,
+    ) -> suppression_service_pb2.ImportSuppressionsResponse:
+        """Suppress many addresses."""
+        messages = self._least_rate.keep(aiter(request_iterator))
+        first = await anext(messages, None)
+        if first is None:
+            raise InvalidInput.field(
+                "chunk",
+                "one of `chunk` and `rows` must be set in a message",
+                reason="UPLOAD_OUT_OF_ORDER",
+            )
+        user_id = named_user(first.user_id)
+        options = _import_options(first)
+        answer = suppression_service_pb2.ImportSuppressionsResponse()
+        blocks = self._imports.blocks(_parts(_part(first), messages), options)
+        # It is kept for the audit log, and the part may be large.
+        first.ClearField("part")
+        with errors_name("chunk"):
+            async with aclosing(blocks) as each:
+                async for block in each:
+                    await self._store(first, user_id, block, answer)
+        return answer
+
+    async def _store(
+        self,
+        request: suppression_service_pb2.ImportSuppressionsRequest,
+        user_id: str,
+        block: ImportBlock,
+        answer: suppression_service_pb2.ImportSuppressionsResponse,
+    ) -> None:
+        """Store a block of an import, and add what was done to the answer."""
+
+        async def store(
+            connection: AsyncConnection,
+        ) -> Made[suppression_service_pb2.ImportSuppressionsResponse]:
+            created, ended = await suppress_all(connection, user_id, block.reasons)
+
+            async def afterwards() -> None:
+                if ended.sender_ids:
+                    await load_soon(self._loader, ended.sender_ids)
+
+            return Made(
+                suppression_service_pb2.ImportSuppressionsResponse(
+                    created_count=created,
+                    existing_count=block.rows - created,
+                    suppressed_job_count=ended.jobs,
+                ),
+                "suppressions",
+                user_id,
+                after={"created_count": created, "suppressed_count": ended.jobs},
+                changed=created > 0 or ended.jobs > 0,
+                afterwards=afterwards,
+            )
+
+        kind = suppression_service_pb2.ImportSuppressionsResponse
+        done = await self._changes.make(request, user_id, kind, store)
+        answer.created_count += done.created_count
+        answer.existing_count += done.existing_count
+        answer.suppressed_job_count += done.suppressed_job_count
+        answer.rejected_count += len(block.rejections)
+        room = bounds.MAX_SHOWN_REJECTIONS - len(answer.rejections)
+        answer.rejections.extend(to_rejections(block.rejections[:room]))
+
+    async def ExportSuppressions(
+        self,
+        request: suppression_service_pb2.ExportSuppressionsRequest,
+        context: Context,
+    ) -> AsyncIterator[suppression_service_pb2.ExportSuppressionsResponse]:
+        """Stream the user's suppressions."""
+        user_id = named_user(request.user_id)
+        tree = check_filter(parse_filter(request.filter), SUPPRESSION_FIELDS)
+        stream = page_tokens.digest_filters(user_id, request.filter)
+        place = page_tokens.decode_resume(request.resume_token, _EXPORT, stream)
+        after, more = str(place[0]) if place else "", True
+        while more:
+            async with (
+                self._export_reads.entered(current_claimant()),
+                self._engine.connect() as connection,
+            ):
+                found, reached = await storage.list_suppressions(
+                    connection, user_id, tree, after, _EXPORTED_AT_ONCE, descending=False
+                )
+            more = len(found) == _EXPORTED_AT_ONCE or reached is not None
+            after = reached or (found[-1].address if found else after)
+            yield suppression_service_pb2.ExportSuppressionsResponse(
+                suppressions=[_to_suppression(one) for one in found],
+                resume_token=page_tokens.encode(_EXPORT, stream, (after,)),
+            )
 
     async def ListSuppressions(
         self,
@@ -146,6 +291,40 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         return await self._changes.make_in_parts(
             request, user_id, suppression_service_pb2.EraseRecipientResponse, erase
         )
+
+
+def _import_options(
+    first: suppression_service_pb2.ImportSuppressionsRequest,
+) -> ImportOptions:
+    """Return how an import is read.
+
+    Raises:
+        InvalidInput: SUPPRESSION_REASON_INVALID, EMAIL_COLUMN_INVALID, SKIP_LINES_INVALID.
+    """
+    bounds.SUPPRESSION_REASON.check("suppression_reason", first.suppression_reason)
+    check_csv_options(first.email_column, first.skip_lines)
+    return ImportOptions(first.suppression_reason, first.email_column, first.skip_lines)
+
+
+async def _parts(
+    opening: Part | None,
+    others: AsyncIterator[suppression_service_pb2.ImportSuppressionsRequest],
+) -> AsyncIterator[Part]:
+    if opening is not None:
+        yield opening
+    async for message in others:
+        part = _part(message)
+        if part is not None:
+            yield part
+
+
+def _part(message: suppression_service_pb2.ImportSuppressionsRequest) -> Part | None:
+    match message.WhichOneof("part"):
+        case "chunk":
+            return message.chunk
+        case "rows":
+            return [(one.email, one.reason) for one in message.rows.suppressions]
+    return None
 
 
 def _to_suppression(record: storage.SuppressionRecord) -> suppression_pb2.Suppression:

@@ -38,7 +38,11 @@ from outbox_server.services.scheduler.storage.spreading import (
     create_spread_jobs,
     move_spread_jobs,
 )
-from outbox_server.services.scheduler.storage.suppressions import lock_suppressions
+from outbox_server.services.scheduler.storage.suppressions import (
+    has_erased,
+    lock_suppressions,
+    suppressed_among,
+)
 from outbox_server.shared.database.count_deltas import count_accepted
 from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
 from outbox_server.shared.database.models import (
@@ -298,30 +302,8 @@ class IntakeTransaction:
         some = select(exists().where(Suppression.user_id == user_id))
         if not (await self._connection.execute(some)).scalar_one():
             return set()
-        keys = {recipient: keys_of(recipient) for recipient in recipients}
-        given = bindparam("addresses", type_=ARRAY(Text))
-        stored = Suppression.address, Suppression.form
-        named = select(*stored).where(
-            Suppression.user_id == user_id, Suppression.address == any_(given)
-        )
-        if await self._has_erased(user_id):
-            each = func.unnest(given).column_valued("each")
-            named = select(each, Suppression.form).join(
-                Suppression,
-                and_(
-                    Suppression.user_id == user_id,
-                    Suppression.address.in_([each, erased_key(user_id, each)]),
-                ),
-            )
-        texts = sorted({key for both in keys.values() for key in both})
-        found = {tuple(row) for row in await self._connection.execute(named, {"addresses": texts})}
-        if not found:
-            return set()
-        return {
-            recipient
-            for recipient, (exact, folded) in keys.items()
-            if (exact, SuppressionForm.EXACT) in found or (folded, None) in found
-        }
+        erased = await self._has_erased(user_id)
+        return await suppressed_among(self._connection, user_id, recipients, erased=erased)
 
     async def _has_erased(self, user_id: str) -> bool:
         """Return whether the user had an erased recipient when this was first asked.
@@ -329,9 +311,7 @@ class IntakeTransaction:
         A hash takes 3 us a row. Later erasures are found by `_drop_suppressed`.
         """
         if self._erased is None:
-            hashed = func.starts_with(Suppression.address, ERASED_PREFIX)
-            some = select(exists().where(Suppression.user_id == user_id, hashed))
-            self._erased = bool((await self._connection.execute(some)).scalar_one())
+            self._erased = await has_erased(self._connection, user_id)
         return self._erased
 
     async def read_quotas(self, user_id: str) -> UserQuotas:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -10,24 +10,28 @@ from typing import Any, Final
 from sqlalchemy import (
     ColumnElement,
     Integer,
+    Select,
     SmallInteger,
     Text,
     and_,
+    any_,
+    bindparam,
     delete,
+    exists,
     func,
     literal,
     or_,
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import ARRAY, insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.services.scheduler.filters.fields import Filter
 from outbox_server.services.scheduler.storage.bounded import search
 from outbox_server.services.scheduler.storage.cancelling import EndedJobs, end_waiting
 from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition, is_to
-from outbox_server.shared.database.erased_keys import erased_key
+from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
 from outbox_server.shared.database.models import Batch, EmailJob, Suppression
 from outbox_server.shared.database.ownership import owned_by, owner_of
 from outbox_server.shared.intake.addresses import address_key, folded_key, keys_of
@@ -100,14 +104,29 @@ async def store_suppression(
     reason: str = "",
 ) -> None:
     """Store a suppression. It replaces one that is only for older releases."""
+    given: Sequence[Any] = (address.label("address"), literal(reason, Text).label("reason"))
+    await store_suppressions(connection, user_id, select(*given), form)
+
+
+async def store_suppressions(
+    connection: AsyncConnection,
+    user_id: str,
+    rows: Select[Any],
+    form: SuppressionForm | None,
+) -> None:
+    """Store suppressions. They replace those that are only for older releases.
+
+    `rows` selects the address and the reason of each, and no address twice.
+    """
+    given = rows.subquery("given")
     columns = ("user_id", "address", "form", "reason", "created_at")
     new = insert(Suppression).from_select(
         columns,
         select(
             literal(user_id, Text),
-            address,
+            given.c[0],
             literal(form, SmallInteger),
-            literal(reason, Text),
+            given.c[1],
             # Not now(): the transaction may have begun long before it got the lock.
             func.clock_timestamp(),
         ),
@@ -121,6 +140,43 @@ async def store_suppression(
             & (new.excluded.form.is_distinct_from(SuppressionForm.FOR_OLDER_RELEASES)),
         )
     )
+
+
+async def suppressed_among(
+    connection: AsyncConnection, user_id: str, addresses: Iterable[str], *, erased: bool
+) -> set[str]:
+    """Return which of the addresses the user has suppressed.
+
+    `erased` says whether the user may have suppressions of erased recipients.
+    """
+    keys = {address: keys_of(address) for address in addresses}
+    given = bindparam("addresses", type_=ARRAY(Text))
+    named = select(Suppression.address, Suppression.form).where(
+        Suppression.user_id == user_id, Suppression.address == any_(given)
+    )
+    if erased:
+        each = func.unnest(given).column_valued("each")
+        named = select(each, Suppression.form).join(
+            Suppression,
+            and_(
+                Suppression.user_id == user_id,
+                Suppression.address.in_([each, erased_key(user_id, each)]),
+            ),
+        )
+    texts = sorted({key for both in keys.values() for key in both})
+    found = {tuple(row) for row in await connection.execute(named, {"addresses": texts})}
+    return {
+        address
+        for address, (exact, folded) in keys.items()
+        if (exact, SuppressionForm.EXACT) in found or (folded, None) in found
+    }
+
+
+async def has_erased(connection: AsyncConnection, user_id: str) -> bool:
+    """Return whether the user has a suppression of an erased recipient."""
+    hashed = func.starts_with(Suppression.address, ERASED_PREFIX)
+    some = select(exists().where(Suppression.user_id == user_id, hashed))
+    return bool((await connection.execute(some)).scalar_one())
 
 
 async def insert_suppression(
@@ -166,10 +222,14 @@ async def insert_suppression(
 
 
 async def read_suppression(
-    connection: AsyncConnection, user_id: str, address: str
+    connection: AsyncConnection, user_id: str, address: str, *, lock: bool = False
 ) -> SuppressionRecord | None:
-    """Return the suppression of exactly this address, locked; None if there is none."""
-    await lock_suppressions(connection, user_id)
+    """Return the suppression of exactly this address; None if there is none.
+
+    With `lock`, nobody changes the user's suppressions until the end of the transaction.
+    """
+    if lock:
+        await lock_suppressions(connection, user_id)
     which = _exact(user_id, address) | _of_older_release(user_id, address)
     found = select(*SUPPRESSION_COLUMNS).where(which).order_by(Suppression.form).limit(1)
     row = (await connection.execute(owned_by(found, Suppression.user_id, user_id))).one_or_none()

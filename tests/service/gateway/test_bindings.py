@@ -54,6 +54,7 @@ def bodies(sender_id: str) -> dict[tuple[str, str], Any]:
             "planned_batch": {"options": {"sender_id": sender_id}, "recipient_count": 5}
         },
         ("POST", "/api/suppressions"): {"email": "bob@example.com"},
+        ("POST", "/api/suppressions:import"): [{"chunk": chunk}],
     }
 
 

@@ -32,7 +32,7 @@ from outbox.v1.sender_service_pb2_grpc import SenderServiceStub
 from outbox.v1.server_service_pb2_grpc import ServerServiceStub
 from outbox.v1.stats_service_pb2_grpc import StatsServiceStub
 from outbox.v1.suppression_pb2 import Suppression
-from outbox.v1.suppression_service_pb2 import ListSuppressionsRequest
+from outbox.v1.suppression_service_pb2 import ExportSuppressionsRequest, ListSuppressionsRequest
 from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
 from outbox.v1.user_pb2 import User
 from outbox.v1.user_service_pb2 import ListUsersRequest
@@ -297,6 +297,17 @@ class AsyncClient:
         """Yield the suppressions from all pages of ListSuppressions."""
         return self._items(self.suppressions.ListSuppressions, request, "suppressions")
 
+    def export_suppressions(
+        self, request: ExportSuppressionsRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[Suppression]:
+        """Yield the suppressions of ExportSuppressions, and continue after interruptions.
+
+        If the server is unreachable, the client tries again for a minute.
+        """
+        return self._resumed(
+            self.suppressions.ExportSuppressions, request, "suppressions", timeout
+        )
+
     async def close(self) -> None:
         """Close the channels, and cancel calls in progress."""
         for channel in self._channels.values():
@@ -339,6 +350,29 @@ class AsyncClient:
             page_request.page_token = page.next_page_token
             if not page.next_page_token:
                 return
+
+    async def _resumed(
+        self, method: Any, request: Any, field: str, timeout: float | None
+    ) -> AsyncIterator[Any]:
+        """Yield the items of a stream that ends by itself, and resume it after interruptions."""
+        end = None if timeout is None else time.monotonic() + timeout
+        resumed = type(request)()
+        resumed.CopyFrom(request)
+        patience = Attempts(_PATIENT, _PATIENCE_S, safe=True)
+        while True:
+            try:
+                stream = method(resumed, timeout=_left(end))
+                async with aclosing(stream):
+                    async for message in stream:
+                        patience = Attempts(_PATIENT, _PATIENCE_S, safe=True)
+                        for item in getattr(message, field):
+                            yield item
+                        resumed.resume_token = message.resume_token
+            except CallError as error:
+                pause = patience.pause_after(error)
+            else:
+                return
+            await io.sleep(pause)
 
     async def _poll(
         self,

@@ -1,0 +1,47 @@
+"""Writes what an export streams to stdout, as CSV or JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from google.protobuf.message import Message
+
+from outbox_server.cli.output import print_json_line, to_document, value_at
+from outbox_server.cli.rejections import spreadsheet_text
+
+
+class ExportFormat(StrEnum):
+    """The format of an export."""
+
+    CSV = "csv"
+    JSON = "json"
+
+
+ExportOutput = Annotated[
+    ExportFormat,
+    typer.Option("--output", "-o", help="csv, or json: one document a line."),
+]
+
+
+def write_export(items: Iterable[Message], columns: Sequence[str], output: ExportFormat) -> int:
+    """Write the items as they arrive, and return their number.
+
+    `columns` are paths in the items, as in tables. A cell that a spreadsheet would take for a
+    formula gets a `'` in front.
+    """
+    count = 0
+    if output is ExportFormat.JSON:
+        for count, item in enumerate(items, start=1):
+            print_json_line(to_document(item))
+        return count
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([path.rpartition(".")[2] for path in columns])
+    for count, item in enumerate(items, start=1):
+        writer.writerow([spreadsheet_text(value_at(item, path)) for path in columns])
+    sys.stdout.flush()
+    return count

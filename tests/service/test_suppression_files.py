@@ -1,0 +1,195 @@
+"""Suppressions in numbers: imported from a CSV or rows, looked up, and exported."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from outbox.v1.email_job_pb2 import EMAIL_JOB_STATE_SUPPRESSED
+from outbox.v1.email_job_service_pb2 import ListEmailJobsRequest
+from outbox.v1.suppression_pb2 import Suppression
+from outbox.v1.suppression_service_pb2 import (
+    CreateSuppressionRequest,
+    EraseRecipientRequest,
+    ExportSuppressionsRequest,
+    ExportSuppressionsResponse,
+    GetSuppressionRequest,
+    ImportSuppressionsRequest,
+    ImportSuppressionsResponse,
+    SuppressionRows,
+)
+
+from tests.eventually import eventually
+from tests.scheduler_stack import Scheduler, refusal_of, running_scheduler
+
+
+@pytest_asyncio.fixture
+async def scheduler(database_url: str, redis_url: str) -> AsyncIterator[Scheduler]:
+    async with running_scheduler(database_url, redis_url) as running:
+        yield running
+
+
+async def imported(
+    scheduler: Scheduler, parts: Iterable[ImportSuppressionsRequest], **first: Any
+) -> ImportSuppressionsResponse:
+    opening = ImportSuppressionsRequest(user_id="ann", **first)
+    answer = await scheduler.suppressions.ImportSuppressions(iter([opening, *parts]))
+    assert isinstance(answer, ImportSuppressionsResponse)
+    return answer
+
+
+def chunks(text: str, size: int = 7) -> list[ImportSuppressionsRequest]:
+    data = text.encode()
+    return [
+        ImportSuppressionsRequest(chunk=data[at : at + size]) for at in range(0, len(data), size)
+    ]
+
+
+async def exported(
+    scheduler: Scheduler, **fields: Any
+) -> tuple[list[Suppression], list[ExportSuppressionsResponse]]:
+    request = ExportSuppressionsRequest(user_id="ann", **fields)
+    messages = [each async for each in scheduler.suppressions.ExportSuppressions(request)]
+    return [one for each in messages for one in each.suppressions], messages
+
+
+async def test_a_csv_is_imported_and_ends_the_waiting_mail(scheduler: Scheduler) -> None:
+    sender = await scheduler.sender()
+    batch = await scheduler.schedule(sender, "email\nAnn@b.org\nbob@b.org\ncleo@b.org\n")
+    others = await scheduler.schedule(await scheduler.sender("bob"), "email\nann@b.org\n")
+    await scheduler.suppressions.CreateSuppression(
+        CreateSuppressionRequest(
+            user_id="ann", suppression=Suppression(email="old@b.org", reason="first")
+        )
+    )
+    text = (
+        "\ufeffName;E-Mail;Reason\r\n"
+        "Ann;ANN@b.org;complained\r\n"
+        ";not an address;\r\n"
+        "Old;old@b.org;again\r\n"
+        "Jürgen;jürgen@müller.example;\r\n"
+        "Twice;ann@B.org;later\r\n"
+        f"Bob;bob@b.org;{'x' * 501}\r\n"
+    )
+    answer = await imported(scheduler, chunks(text), suppression_reason="moved", identity="me")
+    assert (answer.created_count, answer.existing_count, answer.rejected_count) == (2, 2, 2)
+    assert answer.suppressed_job_count == 1
+    assert [(one.row_number, one.reason) for one in answer.rejections] == [
+        (2, "ADDRESS_INVALID"),
+        (6, "SUPPRESSION_REASON_INVALID"),
+    ]
+    found, _ = await exported(scheduler)
+    assert {one.email: one.reason for one in found} == {
+        "ann@b.org": "complained",
+        "old@b.org": "first",
+        "jürgen@müller.example": "moved",
+    }
+    jobs = await scheduler.jobs.ListEmailJobs(
+        ListEmailJobsRequest(batch_id=batch.batch.batch_id, state=EMAIL_JOB_STATE_SUPPRESSED)
+    )
+    assert [job.recipient for job in jobs.email_jobs] == ["Ann@b.org"]
+    # Mail of another user to the same address waits.
+    assert scheduler.value(
+        "SELECT state FROM email_jobs WHERE batch_id = %s", int(others.batch.batch_id)
+    ) == 1
+    events = scheduler.rows("SELECT action, target, user_id, identity FROM audit_events")
+    assert ("ImportSuppressions", "suppressions", "ann", "me") in events
+    again = await imported(scheduler, chunks(text))
+    assert (again.created_count, again.existing_count) == (0, 4)
+
+
+async def test_an_import_of_rows_is_exported_in_order_and_resumed(scheduler: Scheduler) -> None:
+    rows = [Suppression(email=f"r{n:04}@b.org", reason=str(n)) for n in range(2_500)]
+    parts = [
+        ImportSuppressionsRequest(rows=SuppressionRows(suppressions=rows[at : at + 900]))
+        for at in range(0, len(rows), 900)
+    ]
+    answer = await imported(scheduler, parts)
+    assert (answer.created_count, answer.rejected_count) == (2_500, 0)
+    found, messages = await exported(scheduler)
+    assert [(one.email, one.reason) for one in found] == [(one.email, one.reason) for one in rows]
+    assert len(messages) == 3
+    for message, left in zip(messages, (1_500, 500, 0), strict=True):
+        rest, _ = await exported(scheduler, resume_token=message.resume_token)
+        assert len(rest) == left
+        assert rest == found[2_500 - left :]
+    some, _ = await exported(scheduler, filter="reason = 2400")
+    assert [one.email for one in some] == ["r2400@b.org"]
+    assert (await exported(scheduler, filter="reason = none"))[0] == []
+    other = ExportSuppressionsRequest(user_id="bob", resume_token=messages[0].resume_token)
+    refusal = await refusal_of(scheduler.suppressions.ExportSuppressions(other).read())
+    assert refusal.reason == "RESUME_TOKEN_INVALID"
+
+
+async def test_an_import_keeps_what_it_stored_when_its_caller_leaves(scheduler: Scheduler) -> None:
+    never = asyncio.Event()
+
+    async def endless() -> AsyncIterator[ImportSuppressionsRequest]:
+        text = "email\n" + "".join(f"r{n}@b.org\n" for n in range(1_500))
+        yield ImportSuppressionsRequest(user_id="ann", chunk=text.encode())
+        await never.wait()
+
+    call = scheduler.suppressions.ImportSuppressions(endless())
+
+    await eventually(lambda: scheduler.value("SELECT count(*) FROM suppressions") == 1_000)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    # Its place and its thread are free: more imports than there are places.
+    for _ in range(10):
+        answer = await imported(scheduler, chunks("email\nx@b.org\n"))
+        assert answer.created_count + answer.existing_count == 1
+    assert scheduler.value("SELECT count(*) FROM suppressions") == 1_001
+
+
+async def test_a_suppression_is_found_by_any_spelling_of_its_address(scheduler: Scheduler) -> None:
+    await imported(scheduler, chunks("email,reason\nJÜRGEN@example.com,=cmd\n"))
+
+    async def get(email: str, user_id: str = "ann") -> Suppression:
+        request = GetSuppressionRequest(user_id=user_id, email=email)
+        answer = await scheduler.suppressions.GetSuppression(request)
+        assert isinstance(answer, Suppression)
+        return answer
+
+    found = await get("jürgen@EXAMPLE.com")
+    assert (found.user_id, found.reason) == ("ann", "=cmd")
+    assert found.etag
+    for user_id, email in (("bob", "jürgen@example.com"), ("ann", "no"), ("ann", "x@b.org")):
+        refusal = await refusal_of(get(email, user_id))
+        assert (refusal.code, refusal.reason) == ("NOT_FOUND", "SUPPRESSION_NOT_FOUND")
+    assert (await refusal_of(get("x@b.org", ""))).reason == "USER_ID_REQUIRED"
+    await scheduler.suppressions.EraseRecipient(
+        EraseRecipientRequest(user_id="ann", email="jürgen@example.com")
+    )
+    assert (await get("jürgen@example.com")).email.startswith("erased:")
+    again = await imported(scheduler, chunks("email\njürgen@example.com\n"))
+    assert (again.created_count, again.existing_count) == (0, 1)
+
+
+async def test_invalid_imports_are_refused(scheduler: Scheduler) -> None:
+    row = ImportSuppressionsRequest(
+        rows=SuppressionRows(suppressions=[Suppression(email="a@b.org")])
+    )
+    chunk = ImportSuppressionsRequest(chunk=b"email\na@b.org\n")
+    for first, parts, reason in (
+        ({}, [], "UPLOAD_OUT_OF_ORDER"),
+        ({}, [row, chunk], "UPLOAD_OUT_OF_ORDER"),
+        ({}, [chunk, row], "UPLOAD_OUT_OF_ORDER"),
+        ({}, chunks("name\nann\n"), "CSV_NO_EMAIL_COLUMN"),
+        ({}, [ImportSuppressionsRequest(chunk=b"email\n\xff\n")], "CSV_NOT_UTF8"),
+        ({"skip_lines": -1}, [chunk], "SKIP_LINES_INVALID"),
+        ({"email_column": "x" * 257}, [chunk], "EMAIL_COLUMN_INVALID"),
+        ({"suppression_reason": "x" * 501}, [chunk], "SUPPRESSION_REASON_INVALID"),
+        ({"identity": "x" * 201}, [chunk], "IDENTITY_INVALID"),
+    ):
+        refusal = await refusal_of(imported(scheduler, parts, **first))
+        assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
+    with pytest.raises(grpc.RpcError, match="no message|user_id|set in a message"):
+        await scheduler.suppressions.ImportSuppressions(iter([]))
+    assert scheduler.value("SELECT count(*) FROM suppressions") == 0
+
+
