@@ -36,12 +36,14 @@ def write_export(items: Iterable[Message], columns: Sequence[str], output: Expor
     """
     count = 0
     if output is ExportFormat.JSON:
-        for count, item in enumerate(items, start=1):
+        for item in items:
             print_json_line(to_document(item))
+            count += 1
         return count
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([path.rpartition(".")[2] for path in columns])
-    for count, item in enumerate(items, start=1):
+    for item in items:
         writer.writerow([spreadsheet_text(value_at(item, path)) for path in columns])
+        count += 1
     sys.stdout.flush()
     return count

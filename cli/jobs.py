@@ -13,6 +13,7 @@ from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 
 from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection, pages
+from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     Filtering,
@@ -25,6 +26,7 @@ from outbox_server.cli.options import (
     to_timestamp,
 )
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
+from outbox_server.cli.terminal import note
 
 _COLUMNS = (
     "email_job_id",
@@ -34,6 +36,26 @@ _COLUMNS = (
     "send_time",
     "attempt_count",
     "last_error",
+)
+_EXPORT_COLUMNS = (
+    "email_job.email_job_id",
+    "email_job.user_id",
+    "email_job.sender_id",
+    "email_job.batch_id",
+    "email_job.row_number",
+    "email_job.recipient",
+    "email_job.state",
+    "email_job.create_time",
+    "email_job.schedule_time",
+    "email_job.send_time",
+    "email_job.finish_time",
+    "email_job.attempt_count",
+    "email_job.message_id",
+    "last_attempt.outcome",
+    "last_attempt.reply_class",
+    "last_attempt.smtp_code",
+    "last_attempt.enhanced_code",
+    "last_attempt.message",
 )
 _ATTEMPT_COLUMNS = (
     "attempt_number",
@@ -114,6 +136,36 @@ def list_(
     with connection("scheduler", server) as client:
         page = pages(client.email_jobs.ListEmailJobs, request, "email_jobs", paging)
     show_list(page, "email_jobs", _COLUMNS, output, what="jobs")
+
+
+@app.command()
+def export(
+    *,
+    user: User = "",
+    sender: Annotated[
+        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
+    ] = "",
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="ID", help="Only jobs of this batch.")
+    ] = "",
+    filter_: Annotated[
+        str, typer.Option("--filter", metavar="FILTER", help="Only what matches.")
+    ] = "",
+    server: Server = None,
+    output: ExportOutput = ExportFormat.CSV,
+) -> None:
+    """Write all jobs, each with its last attempt, to stdout, as CSV or JSON lines.
+
+    Each job is as it is when it is written: the export is not of one moment.
+
+    $ outbox jobs export --user demo --filter "state = FAILED"
+    """
+    request = pb.ExportEmailJobsRequest(
+        user_id=user, sender_id=sender, batch_id=batch, filter=filter_
+    )
+    with connection("scheduler", server) as client:
+        count = write_export(client.export_email_jobs(request), _EXPORT_COLUMNS, output)
+    note(f"{count} jobs")
 
 
 Filter = Annotated[

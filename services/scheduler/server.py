@@ -28,6 +28,7 @@ from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
+from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.holds import HoldServicer
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
@@ -246,7 +247,11 @@ def _services(
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
     sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
-    jobs = EmailJobServicer(engine, loader, explainer, quotas, changes=changes, sets=sets)
+    export_reads = FairShares("exports", _EXPORT_READS, waiting=_WAITING_EXPORTS)
+    exporter = JobExporter(engine, export_reads)
+    jobs = EmailJobServicer(
+        engine, loader, explainer, quotas, changes=changes, sets=sets, exporter=exporter
+    )
     users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings), changes)
     suppressions = SuppressionServicer(
         engine,
@@ -254,7 +259,7 @@ def _services(
         changes,
         imports=imports,
         least_rate=least_rate,
-        export_reads=FairShares("exports", _EXPORT_READS, waiting=_WAITING_EXPORTS),
+        export_reads=export_reads,
     )
     holds = HoldServicer(engine, loader, changes)
     audit = AuditServicer(engine)

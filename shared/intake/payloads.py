@@ -16,7 +16,6 @@ from outbox_server.shared.intake.csv_reader import read_csv
 from outbox_server.shared.intake.rows import CsvPlan, ReadingRules, RecipientPlan, RowPlan
 from outbox_server.shared.templates.batch import BatchTemplate
 
-
 C = TypeVar("C")
 
 

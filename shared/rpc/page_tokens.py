@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Final, TypeVar, cast
 
 from outbox_server.shared.bounds import PAGE_TOKEN
@@ -50,14 +51,18 @@ def encode(kind: str, filters_digest: bytes, position: Position) -> str:
     return _text(_sum(kind, filters_digest, payload) + payload)
 
 
-def decode_resume(token: str, kind: str, filters_digest: bytes) -> Position | None:
+def decode_resume(
+    token: str, kind: str, filters_digest: bytes, parts: Sequence[type] = (str,)
+) -> Position | None:
     """Return the position at which to resume a stream; None (the start) for an empty token.
+
+    `parts` are the types of its parts.
 
     Raises:
         InvalidInput: the token is damaged, not ours, or of another stream (RESUME_TOKEN_INVALID).
     """
     position = _position(token, kind, filters_digest) if token else None
-    if token and (position is None or list(map(type, position)) != [str]):
+    if token and (position is None or list(map(type, position)) != list(parts)):
         raise InvalidInput.field(
             "resume_token",
             "is not a token of this stream; pass its last resume_token, or none to start over",

@@ -22,6 +22,7 @@ CAPABILITIES: Final = (
     "change.request_id",
     "hold",
     "job.explain_waits",
+    "job.export",
     "sender.cooldown",
     "sender.oauth2",
     "sender.preset",

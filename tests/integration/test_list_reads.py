@@ -19,9 +19,9 @@ from outbox_server.services.scheduler.filters.resources import BATCH_FIELDS, JOB
 from outbox_server.services.scheduler.storage.batches import list_batches
 from outbox_server.services.scheduler.storage.bounded import MOST_READ
 from outbox_server.services.scheduler.storage.job_filters import FoundJobs, JobFilter, JobPosition
-from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
 from outbox_server.services.scheduler.storage.suppression_imports import suppress_all
 from outbox_server.services.scheduler.storage.users import list_users
+from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
 from outbox_server.shared.database.engine import create_engine
 from tests.dispatchers import options, settings_of
 from tests.world import World

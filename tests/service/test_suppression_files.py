@@ -93,9 +93,12 @@ async def test_a_csv_is_imported_and_ends_the_waiting_mail(scheduler: Scheduler)
     )
     assert [job.recipient for job in jobs.email_jobs] == ["Ann@b.org"]
     # Mail of another user to the same address waits.
-    assert scheduler.value(
-        "SELECT state FROM email_jobs WHERE batch_id = %s", int(others.batch.batch_id)
-    ) == 1
+    assert (
+        scheduler.value(
+            "SELECT state FROM email_jobs WHERE batch_id = %s", int(others.batch.batch_id)
+        )
+        == 1
+    )
     events = scheduler.rows("SELECT action, target, user_id, identity FROM audit_events")
     assert ("ImportSuppressions", "suppressions", "ann", "me") in events
     again = await imported(scheduler, chunks(text))
@@ -112,8 +115,8 @@ async def test_an_import_of_rows_is_exported_in_order_and_resumed(scheduler: Sch
     assert (answer.created_count, answer.rejected_count) == (2_500, 0)
     found, messages = await exported(scheduler)
     assert [(one.email, one.reason) for one in found] == [(one.email, one.reason) for one in rows]
-    assert len(messages) == 3
-    for message, left in zip(messages, (1_500, 500, 0), strict=True):
+    assert [bool(each.resume_token) for each in messages] == [True, True, False]
+    for message, left in zip(messages, (1_500, 500), strict=False):
         rest, _ = await exported(scheduler, resume_token=message.resume_token)
         assert len(rest) == left
         assert rest == found[2_500 - left :]
@@ -188,8 +191,6 @@ async def test_invalid_imports_are_refused(scheduler: Scheduler) -> None:
     ):
         refusal = await refusal_of(imported(scheduler, parts, **first))
         assert (refusal.code, refusal.reason) == ("INVALID_ARGUMENT", reason)
-    with pytest.raises(grpc.RpcError, match="no message|user_id|set in a message"):
+    with pytest.raises(grpc.RpcError, match="must be set in a message"):
         await scheduler.suppressions.ImportSuppressions(iter([]))
     assert scheduler.value("SELECT count(*) FROM suppressions") == 0
-
-

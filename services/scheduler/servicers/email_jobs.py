@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.filtered_jobs import (
     changed_jobs,
     listed_jobs,
@@ -66,10 +68,12 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         *,
         changes: Changes,
         sets: JobSets,
+        exporter: JobExporter,
     ) -> None:
         """`quotas` are the defaults, for users without overrides."""
         self._changes = changes
         self._sets = sets
+        self._exporter = exporter
         self._quotas = quotas
         self._engine = engine
         self._explainer = explainer
@@ -114,6 +118,15 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         return email_job_service_pb2.ListEmailJobsResponse(
             email_jobs=[to_job(job, installation) for _, job in shown], next_page_token=token
         )
+
+    async def ExportEmailJobs(
+        self,
+        request: email_job_service_pb2.ExportEmailJobsRequest,
+        context: Context,
+    ) -> AsyncIterator[email_job_service_pb2.ExportEmailJobsResponse]:
+        """Stream the jobs that match."""
+        async for message in self._exporter.export(request, self._installation):
+            yield message
 
     async def CancelEmailJob(
         self,

@@ -43,7 +43,6 @@ from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
 from outbox_server.shared.rpc.proto_mapping import to_timestamp
 
-
 _EXPORT: Final = "exported suppressions"
 _EXPORTED_AT_ONCE: Final = 1_000
 
@@ -113,9 +112,7 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
 
         async def delete(connection: AsyncConnection) -> Made[Empty]:
             if request.etag:
-                present = await storage.read_suppression(
-                    connection, user_id, address, lock=True
-                )
+                present = await storage.read_suppression(connection, user_id, address, lock=True)
                 if present is None:
                     raise _not_found(request.email)
                 check_etag(request.etag, _etag(present), "this suppression")
@@ -220,8 +217,8 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
         tree = check_filter(parse_filter(request.filter), SUPPRESSION_FIELDS)
         stream = page_tokens.digest_filters(user_id, request.filter)
         place = page_tokens.decode_resume(request.resume_token, _EXPORT, stream)
-        after, more = str(place[0]) if place else "", True
-        while more:
+        after: str | None = str(place[0]) if place else ""
+        while after is not None:
             async with (
                 self._export_reads.entered(current_claimant()),
                 self._engine.connect() as connection,
@@ -229,11 +226,10 @@ class SuppressionServicer(suppression_service_pb2_grpc.SuppressionServiceService
                 found, reached = await storage.list_suppressions(
                     connection, user_id, tree, after, _EXPORTED_AT_ONCE, descending=False
                 )
-            more = len(found) == _EXPORTED_AT_ONCE or reached is not None
-            after = reached or (found[-1].address if found else after)
+            after = found[-1].address if len(found) == _EXPORTED_AT_ONCE else reached
             yield suppression_service_pb2.ExportSuppressionsResponse(
                 suppressions=[_to_suppression(one) for one in found],
-                resume_token=page_tokens.encode(_EXPORT, stream, (after,)),
+                resume_token="" if after is None else page_tokens.encode(_EXPORT, stream, (after,)),
             )
 
     async def ListSuppressions(

@@ -16,7 +16,6 @@ from sqlalchemy import (
     ColumnElement,
     Text,
     and_,
-    any_,
     bindparam,
     cast,
     delete,
@@ -27,7 +26,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.dialects.postgresql import insert as insert_or_ignore
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -44,7 +43,7 @@ from outbox_server.services.scheduler.storage.suppressions import (
     suppressed_among,
 )
 from outbox_server.shared.database.count_deltas import count_accepted
-from outbox_server.shared.database.erased_keys import ERASED_PREFIX, erased_key
+from outbox_server.shared.database.erased_keys import erased_key
 from outbox_server.shared.database.models import (
     Batch,
     EmailJob,
@@ -57,7 +56,6 @@ from outbox_server.shared.database.recipient_keys import exact_job_key, folded_j
 from outbox_server.shared.errors import Unavailable
 from outbox_server.shared.heads.markers import mark_stale
 from outbox_server.shared.id_source import ID_TRIES, IdSource
-from outbox_server.shared.intake.addresses import keys_of
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.quotas.storage import (
     check_waiting_jobs,

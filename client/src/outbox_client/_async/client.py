@@ -23,7 +23,12 @@ from outbox.v1.batch_service_pb2 import (
 from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
 from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceStub
 from outbox.v1.email_job_pb2 import Attempt, EmailJob
-from outbox.v1.email_job_service_pb2 import ListAttemptsRequest, ListEmailJobsRequest
+from outbox.v1.email_job_service_pb2 import (
+    ExportedEmailJob,
+    ExportEmailJobsRequest,
+    ListAttemptsRequest,
+    ListEmailJobsRequest,
+)
 from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceStub
 from outbox.v1.hold_service_pb2_grpc import HoldServiceStub
 from outbox.v1.sender_pb2 import Sender
@@ -297,6 +302,15 @@ class AsyncClient:
         """Yield the suppressions from all pages of ListSuppressions."""
         return self._items(self.suppressions.ListSuppressions, request, "suppressions")
 
+    def export_email_jobs(
+        self, request: ExportEmailJobsRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[ExportedEmailJob]:
+        """Yield the jobs of ExportEmailJobs, each once, and continue after interruptions.
+
+        If the server is unreachable, the client tries again for a minute.
+        """
+        return self._resumed(self.email_jobs.ExportEmailJobs, request, "jobs", timeout)
+
     def export_suppressions(
         self, request: ExportSuppressionsRequest, *, timeout: float | None = None
     ) -> AsyncIterator[Suppression]:
@@ -304,9 +318,7 @@ class AsyncClient:
 
         If the server is unreachable, the client tries again for a minute.
         """
-        return self._resumed(
-            self.suppressions.ExportSuppressions, request, "suppressions", timeout
-        )
+        return self._resumed(self.suppressions.ExportSuppressions, request, "suppressions", timeout)
 
     async def close(self) -> None:
         """Close the channels, and cancel calls in progress."""
@@ -368,10 +380,11 @@ class AsyncClient:
                         for item in getattr(message, field):
                             yield item
                         resumed.resume_token = message.resume_token
+                        if not message.resume_token:
+                            return
+                return
             except CallError as error:
                 pause = patience.pause_after(error)
-            else:
-                return
             await io.sleep(pause)
 
     async def _poll(
