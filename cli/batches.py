@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from outbox.v1 import batch_service_pb2 as pb
 
+from outbox_server.cli.change_options import GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.option_groups import with_option_groups
@@ -109,10 +110,17 @@ def rejections(
 
 
 @app.command()
+@with_option_groups
 def cancel(
-    batch_id: BatchId, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+    batch_id: BatchId,
+    *,
+    user: User = "",
+    change: GuardedChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
 ) -> None:
     """Cancel all waiting jobs of a batch, and count those that it was too late to cancel."""
+    request = change.of(pb.CancelBatchRequest(batch_id=batch_id, user_id=user))
     with connection("scheduler", server) as client:
-        answer = client.batches.CancelBatch(pb.CancelBatchRequest(batch_id=batch_id, user_id=user))
+        answer = client.batches.CancelBatch(request)
     show(answer, output)

@@ -29,6 +29,7 @@ from outbox_client import (
     Unimplemented,
 )
 
+from outbox_server.cli.client_options import CONNECTION_PANEL, connection_options
 from outbox_server.cli.connection_check import SERVERS, Target, which_server, why_no_answer
 from outbox_server.cli.credentials import credentials_for
 from outbox_server.cli.flags import in_flags
@@ -42,6 +43,9 @@ ENDPOINTS: Final = Path(".outbox/endpoints.json")
 _DEFAULT: Final = "the default"
 # For calls that change very many rows. Other calls use the client's default.
 LONG_TIMEOUT_S: Final = 300.0
+# The limits of a call and of an upload without --timeout, as the client has them.
+_TIMEOUT_S: Final = 30.0
+_UPLOAD_TIMEOUT_S: Final = 3600.0
 _LARGEST_PAGE: Final = 1000
 # A user waits at the terminal: 4 tries within 0.7 s, unless the server asks for longer waits.
 _RETRY: Final = RetryPolicy(tries=4)
@@ -51,7 +55,12 @@ _Page = TypeVar("_Page", bound=Message)
 
 Server = Annotated[
     str | None,
-    typer.Option("--server", metavar="HOST:PORT", help="Server address."),
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        help="Server address.",
+        rich_help_panel=CONNECTION_PANEL,
+    ),
 ]
 
 
@@ -156,12 +165,27 @@ def connection(service: str, server: str | None) -> Iterator[Client]:
     credentials = credentials_for(address.target, load_settings(), address.key_file)
     addresses: dict[str, Any] = {service: address.target}
     with Client(
-        **addresses, api_key=credentials.api_key or None, tls=credentials.tls, retry=_RETRY
+        **addresses,
+        api_key=credentials.api_key or None,
+        tls=credentials.tls,
+        timeout=_timeout(_TIMEOUT_S),
+        upload_timeout=_timeout(_UPLOAD_TIMEOUT_S),
+        retry=_RETRY,
     ) as client:
         try:
             yield client
         except CallError as error:
-            raise CommandFailed(describe(error, address, credentials.tls)) from None
+            raise failure_of(error, address, credentials.tls) from None
+
+
+def long_timeout() -> float:
+    """Return the limit, in seconds, of a call that changes very many rows."""
+    return _timeout(LONG_TIMEOUT_S)
+
+
+def _timeout(default: float) -> float:
+    given = connection_options.get().timeout
+    return default if given is None else given.total_seconds()
 
 
 def pages(
@@ -194,6 +218,28 @@ _REFUSALS: Final = (
 )
 
 
+def failure_of(error: CallError, address: Address, tls: Tls | None = None) -> CommandFailed:
+    """Return the failure of a command whose call failed, with all that the server said."""
+    line = describe(error, address, tls)
+    fields = [violation.field for violation in error.violations]
+    details: dict[str, Any] = {
+        "code": error.code.name,
+        "reason": error.reason,
+        # Only the server's own errors have a reason; of all others the line says more.
+        "message": in_flags(error.message, fields) if error.reason else line,
+        "violations": [
+            {"field": one.field, "description": in_flags(one.description, fields)}
+            for one in error.violations
+        ],
+        "metadata": dict(error.metadata),
+    }
+    if error.retry_delay is not None:
+        details["retry_delay"] = f"{error.retry_delay.total_seconds():g}s"
+    if error.request_id is not None:
+        details["request_id"] = error.request_id
+    return CommandFailed(line, details=details)
+
+
 def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
     """Return one line: message, reason and field violations, or why no server answered.
 
@@ -215,7 +261,9 @@ def describe(error: CallError, address: Address, tls: Tls | None = None) -> str:
         fields = [violation.field for violation in error.violations]
         line = in_flags(" ".join(str(error).split()), fields)
     if error.request_id and not isinstance(error, _REFUSALS):
-        line += f"; the batch may have been accepted: try again with --request {error.request_id}"
+        line += (
+            f"; the batch may have been accepted: try again with --request-id {error.request_id}"
+        )
     return printable(line)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from outbox_client import Tls
 
-from outbox_server.cli.client_files import client_files
+from outbox_server.cli.client_options import connection_options
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.shared.callers import is_loopback
 from outbox_server.shared.settings import Settings
@@ -49,10 +49,10 @@ def api_key_of(settings: Settings) -> str:
     Raises:
         CommandFailed: the file cannot be read, or contains no key.
     """
-    file = client_files.get().api_key
+    file = connection_options.get().api_key_file
     if file is None:
         return settings.api_key.get_secret_value().strip()
-    return _key_in(file, "--api-key-file")
+    return _key_in(Path(file), "--api-key-file")
 
 
 def _key_in(file: Path, origin: str) -> str:
@@ -66,10 +66,10 @@ def _key_in(file: Path, origin: str) -> str:
 
 
 def _tls(settings: Settings) -> Tls | None:
-    files = client_files.get()
-    ca = settings.tls_ca if files.tls_ca is None else files.tls_ca
-    certificate = files.tls_certificate or settings.tls_client_certificate
-    key = files.tls_key or settings.tls_client_key
+    given = connection_options.get()
+    ca = settings.tls_ca if given.tls_ca is None else given.tls_ca
+    certificate = given.tls_cert or settings.tls_client_certificate
+    key = given.tls_key or settings.tls_client_key
     if bool(certificate) != bool(key):
         raise CommandFailed(
             "a client certificate requires its private key: set OUTBOX_TLS_CLIENT_CERTIFICATE and "

@@ -14,7 +14,7 @@ import typer
 from outbox.v1.sender_pb2 import Sender
 from outbox_client import AsyncClient, CallError
 
-from outbox_server.cli.client import Address, describe
+from outbox_server.cli.client import Address, failure_of
 from outbox_server.cli.demo_report import SenderReport, report_on, to_document
 from outbox_server.cli.demo_run import Demo, ScheduledBatch
 from outbox_server.cli.foreground import run
@@ -98,7 +98,7 @@ async def _run_demo(
                 return await _send_and_check(Demo(client), system, settings, csv, bundled=bundled)
             except CallError as error:
                 address = Address(system.scheduler, "the demo's own stack", "scheduler")
-                raise CommandFailed(describe(error, address)) from None
+                raise failure_of(error, address) from None
 
 
 async def _send_and_check(

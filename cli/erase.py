@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 from typing import Annotated, Final
 
 import typer
 from outbox.v1 import suppression_service_pb2 as pb
 
+from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection
+from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import User
 from outbox_server.cli.output import Output, OutputFormat, show
 from outbox_server.cli.terminal import note
@@ -19,10 +22,12 @@ app = typer.Typer(add_completion=False)
 
 
 @app.command()
+@with_option_groups
 def erase(
     email: Annotated[str, typer.Argument(metavar="ADDRESS")],
     *,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -37,8 +42,8 @@ def erase(
     request = pb.EraseRecipientRequest(user_id=user, email=email)
     total = pb.EraseRecipientResponse()
     with connection("scheduler", server) as client:
-        while True:
-            done = client.suppressions.EraseRecipient(request)
+        for part in count():
+            done = client.suppressions.EraseRecipient(change.of(request, part))
             total.suppression.CopyFrom(done.suppression)
             total.suppressed_count += done.suppressed_count
             total.erased_count += done.erased_count

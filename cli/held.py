@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import count
 from typing import Annotated, Final
 
 import typer
 from outbox.v1 import hold_service_pb2 as pb
 from outbox.v1.hold_pb2 import HeldFilter, HeldState, Hold
+from outbox_client import Client
 
-from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection
+from outbox_server.cli.change_options import ChangeOptions
+from outbox_server.cli.client import Server, connection, long_timeout
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import enum_reader, read_time, to_timestamp
 from outbox_server.cli.output import Output, OutputFormat, print_rows, show, value_at
@@ -117,7 +120,7 @@ def held(
         return
     with connection("scheduler", server) as client:
         found = client.holds.GetHold(
-            pb.GetHoldRequest(filter=_filter(options)), timeout=LONG_TIMEOUT_S
+            pb.GetHoldRequest(filter=_filter(options)), timeout=long_timeout()
         )
     _show(found, output)
 
@@ -144,6 +147,7 @@ def release(
     *,
     options: HeldOptions,
     everything: Everything = False,
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -158,7 +162,7 @@ def release(
     """
     request = pb.ReleaseHeldJobsRequest(filter=_filter(options), all=everything)
     with connection("scheduler", server) as client:
-        answer = client.holds.ReleaseHeldJobs(request, timeout=LONG_TIMEOUT_S)
+        answer = client.holds.ReleaseHeldJobs(change.of(request), timeout=long_timeout())
     show(answer, output)
 
 
@@ -168,6 +172,7 @@ def cancel(
     *,
     options: HeldOptions,
     everything: Everything = False,
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -180,7 +185,7 @@ def cancel(
     request = pb.CancelHeldJobsRequest(filter=_filter(options), all=everything)
     total = pb.CancelHeldJobsResponse()
     with connection("scheduler", server) as client:
-        for answer in _until_done(client, request):
+        for answer in _until_done(client, request, change):
             answer.cancelled_count += total.cancelled_count
             total = answer
             if answer.more:
@@ -194,18 +199,21 @@ def cancel(
 
 
 def _until_done(
-    client: object, request: pb.CancelHeldJobsRequest
+    client: Client, request: pb.CancelHeldJobsRequest, change: ChangeOptions
 ) -> Iterator[pb.CancelHeldJobsResponse]:
-    more = True
-    while more:
-        answer = client.holds.CancelHeldJobs(request, timeout=LONG_TIMEOUT_S)  # type: ignore[attr-defined]
-        more = answer.more
+    for part in count():
+        answer = client.holds.CancelHeldJobs(change.of(request, part), timeout=long_timeout())
         yield answer
+        if not answer.more:
+            return
 
 
 @app.command()
-def begin(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+@with_option_groups
+def begin(
+    *, change: ChangeOptions, server: Server = None, output: Output = OutputFormat.TABLE
+) -> None:
     """Hold the installation: from now on, only what is released is sent."""
     with connection("scheduler", server) as client:
-        found = client.holds.BeginHold(pb.BeginHoldRequest(), timeout=LONG_TIMEOUT_S)
+        found = client.holds.BeginHold(change.of(pb.BeginHoldRequest()), timeout=long_timeout())
     _show(found, output)

@@ -12,7 +12,8 @@ import typer
 from outbox.v1 import email_job_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 
-from outbox_server.cli.client import LONG_TIMEOUT_S, Server, connection, pages
+from outbox_server.cli.change_options import ChangeOptions
+from outbox_server.cli.client import Server, connection, long_timeout, pages
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
@@ -178,12 +179,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count the jobs.")]
 
 
 @app.command()
+@with_option_groups
 def cancel(
     email_job_id: Annotated[str, typer.Argument(metavar="[EMAIL_JOB_ID]", show_default=False)] = "",
     *,
     filter_: Filter = "",
     dry_run: DryRun = False,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -197,16 +200,18 @@ def cancel(
         raise typer.BadParameter("give a job's id or --filter")
     with connection("scheduler", server) as client:
         if filter_:
-            change = pb.CancelEmailJobsRequest(user_id=user, filter=filter_, validate_only=dry_run)
-            show(_in_parts(client.email_jobs.CancelEmailJobs, change, "cancelled_count"), output)
+            asked = pb.CancelEmailJobsRequest(user_id=user, filter=filter_, validate_only=dry_run)
+            done = _in_parts(client.email_jobs.CancelEmailJobs, asked, "cancelled_count", change)
+            show(done, output)
             return
         job = client.email_jobs.CancelEmailJob(
-            pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user)
+            change.of(pb.CancelEmailJobRequest(email_job_id=email_job_id, user_id=user))
         )
     show(job, output)
 
 
 @app.command()
+@with_option_groups
 def reschedule(
     *,
     filter_: Annotated[
@@ -224,6 +229,7 @@ def reschedule(
     ] = None,
     dry_run: DryRun = False,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -241,15 +247,17 @@ def reschedule(
         delay=to_duration(delay),
     )
     with connection("scheduler", server) as client:
-        done = _in_parts(client.email_jobs.RescheduleEmailJobs, request, "rescheduled_count")
+        method = client.email_jobs.RescheduleEmailJobs
+        done = _in_parts(method, request, "rescheduled_count", change)
     show(done, output)
 
 
-def _in_parts(method: Callable[[Any], Any], request: Any, count: str) -> Any:
+def _in_parts(method: Callable[[Any], Any], request: Any, count: str, change: ChangeOptions) -> Any:
     """Call a method until no part is left, and return its answer with the sum of the counts."""
-    total = 0
+    total, part = 0, 0
     while True:
-        answer = method(request)
+        answer = method(change.of(request, part))
+        part += 1
         total += getattr(answer, count)
         request.page_token = answer.next_page_token
         if not request.page_token:
@@ -258,6 +266,7 @@ def _in_parts(method: Callable[[Any], Any], request: Any, count: str) -> Any:
 
 
 @app.command()
+@with_option_groups
 def retry(
     email_job_ids: Annotated[
         list[str] | None, typer.Argument(metavar="[EMAIL_JOB_ID]...", show_default=False)
@@ -272,6 +281,7 @@ def retry(
     filter_: Filter = "",
     dry_run: DryRun = False,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -288,8 +298,8 @@ def retry(
         validate_only=dry_run,
     )
     with connection("scheduler", server) as client:
-        retry_jobs = partial(client.email_jobs.RetryEmailJobs, timeout=LONG_TIMEOUT_S)
-        answer = _in_parts(retry_jobs, request, "retried_count")
+        retry_jobs = partial(client.email_jobs.RetryEmailJobs, timeout=long_timeout())
+        answer = _in_parts(retry_jobs, request, "retried_count", change)
     show(answer, output)
 
 
@@ -301,6 +311,7 @@ class Resolution(StrEnum):
 
 
 @app.command()
+@with_option_groups
 def resolve(
     email_job_id: JobId,
     resolution: Annotated[
@@ -311,6 +322,7 @@ def resolve(
     ],
     *,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -324,7 +336,7 @@ def resolve(
         user_id=user,
     )
     with connection("scheduler", server) as client:
-        job = client.email_jobs.ResolveEmailJob(request)
+        job = client.email_jobs.ResolveEmailJob(change.of(request))
     show(job, output)
 
 

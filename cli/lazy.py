@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -12,8 +13,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command as command_of
 
+from outbox_server.cli.client_options import add_connection_options, place_options
+from outbox_server.cli.failures import as_json, asks_for_json, report, report_usage
 from outbox_server.cli.flags import remember_flags
-from outbox_server.cli.terminal import note
 from outbox_server.shared.errors import ConfigurationError, OutboxError
 
 EXIT_FAILED = 1
@@ -27,9 +29,16 @@ _EXTRAS: Final = {
 
 
 class CommandFailed(OutboxError):
-    """A command failed. The text tells the user all that they need to know."""
+    """A command failed. The text tells the user all that they need to know.
+
+    `details` replace fields of the JSON document of an error: what the failed call said.
+    """
 
     default_reason = "COMMAND_FAILED"
+
+    def __init__(self, message: str, *, details: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.details = dict(details or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +76,35 @@ class LazyGroup(TyperGroup):
         module = _import(self.entries[name].module)
         command = command_of(module.app)
         command.name = name
+        add_connection_options(command)
+        rest = place_options(command, getattr(ctx, "params", {}), rest)
         remember_flags(command, rest)
         return name, command, rest
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **more: Any,
+    ) -> Any:
+        """Run the command line. With `-o json`, a wrong command line is a JSON document too."""
+        words = sys.argv[1:] if args is None else list(args)
+        as_json.set(asks_for_json(words))
+        if not (as_json.get() and standalone_mode):
+            return super().main(
+                args, prog_name, complete_var, standalone_mode, windows_expand_args, **more
+            )
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False, **more)
+        except typer.Abort:
+            code = EXIT_FAILED
+        except typer.TyperException as error:
+            report_usage(getattr(error, "format_message", error.__str__)())
+            code = EXIT_USAGE
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Our own errors become one line on stderr and an exit code."""
@@ -79,15 +115,13 @@ class LazyGroup(TyperGroup):
             if library not in _EXTRAS:
                 raise
             missing, extra = _EXTRAS[library]
-            _print_error(
-                CommandFailed(f"{missing} is not installed: pip install 'outbox[{extra}]'")
-            )
+            report(CommandFailed(f"{missing} is not installed: pip install 'outbox[{extra}]'"))
             raise typer.Exit(EXIT_FAILED) from None
         except ConfigurationError as error:
-            _print_error(error)
+            report(error)
             raise typer.Exit(EXIT_USAGE) from None
         except OutboxError as error:
-            _print_error(error)
+            report(error)
             raise typer.Exit(EXIT_FAILED) from None
 
 
@@ -100,7 +134,3 @@ def _import(name: str) -> Any:
     finally:
         if collects:
             gc.enable()
-
-
-def _print_error(error: OutboxError) -> None:
-    note(f"outbox: {error}")

@@ -6,19 +6,18 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import typer
 
-from outbox_server.cli.client_files import ClientFiles, client_files
+from outbox_server.cli.client_options import OptionsBeforeCommand
 from outbox_server.cli.lazy import Entry, LazyGroup
+from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.terminal import note, say
 
 _SYSTEM = "The complete system on this machine"
 _CLIENT = "Client commands: one group per service, one command per method"
 _SERVICES = "Services, one process each, and their administration"
-_CONNECTION = "Options for client commands (before the command)"
 
 
 class OutboxGroup(LazyGroup):
@@ -145,54 +144,23 @@ def _print_version(wanted: bool) -> None:
     "\n\nA secret can be read from a file: OUTBOX_DATABASE_URL_FILE, OUTBOX_REDIS_URL_FILE, "
     "OUTBOX_SMTP_URL_FILE, OUTBOX_ENCRYPTION_KEYS_FILE, OUTBOX_API_KEY_FILE."
 )
+@with_option_groups
 def _outbox(
     *,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-key-file",
-            help="File containing the API key (default: OUTBOX_API_KEY).",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None,
-    tls_ca: Annotated[
-        str | None,
-        typer.Option(
-            "--tls-ca",
-            metavar="FILE|system",
-            help="Use TLS and trust this CA (default: OUTBOX_TLS_CA).",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-cert",
-            help="Client certificate for mutual TLS (default: OUTBOX_TLS_CLIENT_CERTIFICATE).",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None,
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-key",
-            help="Private key of --tls-cert (default: OUTBOX_TLS_CLIENT_KEY).",
-            rich_help_panel=_CONNECTION,
-        ),
-    ] = None,
     version: Annotated[
         bool,
         typer.Option(
             "--version", is_eager=True, callback=_print_version, help="Print the version."
         ),
     ] = False,
+    before: OptionsBeforeCommand,
 ) -> None:
     """Schedules e-mail by gRPC and sends it by SMTP, within each sender's limits, losing none.
 
     [bold]outbox demo[/bold] shows how it works; [bold]outbox up[/bold] runs it on this machine.
     """
-    del version  # The callback has printed it.
-    client_files.set(ClientFiles(api_key_file, tls_ca, tls_cert, tls_key))
+    # The callback has printed the version, and the group moves the other options to the command.
+    del version, before
 
 
 def main() -> None:

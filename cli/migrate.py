@@ -9,6 +9,7 @@ import typer
 
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import read_duration
+from outbox_server.cli.output import Output, OutputFormat, print_json
 from outbox_server.cli.terminal import note
 
 app = typer.Typer(add_completion=False)
@@ -25,6 +26,7 @@ def migrate(
             help="How long to try to get the locks of tables.",
         ),
     ] = "10m",  # type: ignore[assignment]  # typer parses defaults
+    output: Output = OutputFormat.TABLE,
 ) -> None:
     """Update the schema of the database in OUTBOX_DATABASE_URL to this version.
 
@@ -42,8 +44,17 @@ def migrate(
 
     url = load_settings().database_url
     try:
-        migrating.migrate(url, say=note, patience=wait)
+        done = migrating.migrate(url, say=note, patience=wait)
     except SQLAlchemyError as error:
         cause = " ".join(str(getattr(error, "orig", None) or error).split())
         raise CommandFailed(f"OUTBOX_DATABASE_URL: {cause}") from None
+    if output is OutputFormat.JSON:
+        print_json(
+            {
+                "database": place_of(url),
+                "revision_before": done.before,
+                "revision": done.after,
+                "changed": done.before != done.after,
+            }
+        )
     note(f"the schema of {place_of(url)} is up to date")

@@ -21,6 +21,17 @@ User = Annotated[
 ]
 
 
+def one_user(argument: str, option: str) -> str:
+    """Return the user of a command that takes it as an argument or with `--user`.
+
+    Raises:
+        typer.BadParameter: they differ.
+    """
+    if argument and option and argument != option:
+        raise typer.BadParameter(f"{argument!r} and --user {option!r} are different users")
+    return argument or option
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paging:
     """Which page of a list to fetch, or all of them."""

@@ -45,7 +45,7 @@ Output = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="With json, stdout holds exactly one JSON document.",
+        help="With json, stdout holds one JSON document; an error is one on stderr.",
     ),
 ]
 

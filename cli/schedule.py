@@ -166,6 +166,7 @@ def schedule(
     request: Annotated[
         str | None,
         typer.Option(
+            "--request-id",
             "--request",
             metavar="ID",
             help="Id that makes retries safe (default: a new one, which is printed).",
@@ -227,7 +228,7 @@ def schedule(
             _dry_run(options, source, rejections, server, output)
             return
         if request is None:
-            note(f"request_id {options.request_id}: pass it as --request to retry safely")
+            note(f"request_id {options.request_id}: pass it as --request-id to retry safely")
         with connection("scheduler", server) as client, new_file(rejections) as unsent:
             answer = _upload(client, source, options)
             if unsent is not None and answer.batch.rejected_count:

@@ -9,6 +9,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
 from outbox.v1.sender_pb2 import Sender, SenderState
 
+from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import Filtering, Paging, User, enum_reader
@@ -43,6 +44,7 @@ def create(
     *,
     user: User = "",
     sender: SenderOptions,
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -59,7 +61,7 @@ def create(
     """
     request = pb.CreateSenderRequest(user_id=user, sender=Sender(email=email, **sender.to_fields()))
     with connection("scheduler", server) as client:
-        made = client.senders.CreateSender(request)
+        made = client.senders.CreateSender(change.of(request))
     show(made, output)
 
 
@@ -127,6 +129,7 @@ def update(
             "--unset", metavar="FIELD", help="Reset this field, such as min_gap. Repeatable."
         ),
     ] = None,
+    change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -143,61 +146,70 @@ def update(
     if not paths:
         raise typer.BadParameter("nothing to change: give an option, or --unset FIELD")
     request = pb.UpdateSenderRequest(
-        sender=Sender(sender_id=sender_id, **given),
+        sender=Sender(sender_id=sender_id, etag=change.etag, **given),
         update_mask=FieldMask(paths=paths),
         user_id=user,
     )
     with connection("scheduler", server) as client:
-        changed = client.senders.UpdateSender(request)
+        changed = client.senders.UpdateSender(change.of(request))
     show(changed, output)
 
 
 @app.command()
+@with_option_groups
 def delete(
     sender_id: SenderId,
+    *,
     user: User = "",
     force: Annotated[
         bool,
         typer.Option("--force", help="Also cancel its waiting jobs, which otherwise prevent this."),
     ] = False,
+    change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Delete a sender. Its jobs and batches can still be read."""
     with connection("scheduler", server) as client:
         answer = client.senders.DeleteSender(
-            pb.DeleteSenderRequest(sender_id=sender_id, user_id=user, force=force)
+            change.of(pb.DeleteSenderRequest(sender_id=sender_id, user_id=user, force=force))
         )
     show(answer, output)
     note(f"sender {sender_id} is deleted")
 
 
 @app.command()
+@with_option_groups
 def pause(
     sender_id: SenderId,
+    *,
     user: User = "",
+    change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Pause a sender: it begins no more sends until it is resumed."""
     with connection("scheduler", server) as client:
         paused = client.senders.PauseSender(
-            pb.PauseSenderRequest(sender_id=sender_id, user_id=user)
+            change.of(pb.PauseSenderRequest(sender_id=sender_id, user_id=user))
         )
     show(paused, output)
 
 
 @app.command()
+@with_option_groups
 def resume(
     sender_id: SenderId,
+    *,
     user: User = "",
+    change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Resume a paused sender, and end its cooldown. Its limits still apply."""
     with connection("scheduler", server) as client:
         resumed = client.senders.ResumeSender(
-            pb.ResumeSenderRequest(sender_id=sender_id, user_id=user)
+            change.of(pb.ResumeSenderRequest(sender_id=sender_id, user_id=user))
         )
     show(resumed, output)
 

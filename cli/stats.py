@@ -11,7 +11,7 @@ from outbox.v1 import stats_service_pb2 as pb
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.forecast import forecast
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, User, read_time, to_timestamp
+from outbox_server.cli.options import Paging, User, one_user, read_time, to_timestamp
 from outbox_server.cli.output import (
     Output,
     OutputFormat,
@@ -79,11 +79,12 @@ def sender(
             print_rows(_HOUR_COLUMNS, rows)
 
 
-@app.command()
+@app.command(name="user")
 @with_option_groups
-def user(
-    user_id: Annotated[str, typer.Argument(metavar="USER_ID")],
+def user_(
+    user_id: Annotated[str, typer.Argument(metavar="[USER_ID]", show_default=False)] = "",
     *,
+    user: User = "",
     paging: Paging,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
@@ -92,7 +93,7 @@ def user(
 
     $ outbox stats user demo
     """
-    request = pb.GetUserStatsRequest(user_id=user_id)
+    request = pb.GetUserStatsRequest(user_id=one_user(user_id, user))
     with connection("stats", server) as client:
         found = pages(client.stats.GetUserStats, request, "senders", paging)
     show(found, output, without=("senders", "next_page_token"))

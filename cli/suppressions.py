@@ -12,6 +12,7 @@ import typer
 from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
+from outbox_server.cli.change_options import GuardedChangeOptions, ReasonedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.lazy import CommandFailed
@@ -34,11 +35,13 @@ Email = Annotated[str, typer.Argument(metavar="ADDRESS")]
 
 
 @app.command()
+@with_option_groups
 def create(
     email: Email,
     *,
     user: User = "",
     reason: Annotated[str, typer.Option("--reason", help="Reason, in your words.")] = "",
+    change: ReasonedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -50,7 +53,7 @@ def create(
         user_id=user, suppression=Suppression(email=email, reason=reason)
     )
     with connection("scheduler", server) as client:
-        made = client.suppressions.CreateSuppression(request)
+        made = client.suppressions.CreateSuppression(change.of(request))
     show(made, output)
 
 
@@ -144,13 +147,19 @@ def export(
 
 
 @app.command()
+@with_option_groups
 def delete(
-    email: Email, user: User = "", server: Server = None, output: Output = OutputFormat.TABLE
+    email: Email,
+    *,
+    user: User = "",
+    change: GuardedChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
 ) -> None:
     """Allow mail to an address again."""
     with connection("scheduler", server) as client:
         answer = client.suppressions.DeleteSuppression(
-            pb.DeleteSuppressionRequest(user_id=user, email=email)
+            change.of(pb.DeleteSuppressionRequest(user_id=user, email=email))
         )
     show(answer, output)
     note(f"{email} is no longer suppressed")

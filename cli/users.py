@@ -11,9 +11,10 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import user_service_pb2 as pb
 from outbox.v1.user_pb2 import User, UserQuotas
 
+from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Paging, read_duration
+from outbox_server.cli.options import Paging, one_user, read_duration
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.shared.bounds import MAX_HOURLY_LIMIT
 
@@ -29,7 +30,10 @@ app = typer.Typer(
     help="Show and change the quotas, limits and sender domains of users (operators only).",
 )
 
-UserId = Annotated[str, typer.Argument(metavar="USER")]
+UserId = Annotated[str, typer.Argument(metavar="[USER]", show_default=False)]
+UserOption = Annotated[
+    str, typer.Option("--user", metavar="USER", help="The same as the argument.")
+]
 
 
 def _read_quota(text: str) -> int:
@@ -140,21 +144,27 @@ def list_(*, paging: Paging, server: Server = None, output: Output = OutputForma
 
 
 @app.command(name="show")
-def show_user(user: UserId, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+def show_user(
+    user_id: UserId = "",
+    user: UserOption = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
     """Show the quotas of a user, what it uses of them, and its domains.
 
     $ outbox users show demo
     """
     with connection("scheduler", server) as client:
-        found = client.users.GetUser(pb.GetUserRequest(user_id=user))
+        found = client.users.GetUser(pb.GetUserRequest(user_id=one_user(user_id, user)))
     show(found, output)
 
 
 @app.command(name="set")
 @with_option_groups
 def set_(
-    user: UserId,
+    user_id: UserId = "",
     *,
+    user: UserOption = "",
     quotas: QuotaOptions,
     limits: UserLimitOptions,
     domain: Annotated[
@@ -168,6 +178,7 @@ def set_(
     no_domains: Annotated[
         bool, typer.Option("--no-domains", help="Remove all domains of the user.")
     ] = False,
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -177,7 +188,7 @@ def set_(
     """
     if domain and no_domains:
         raise typer.BadParameter("cannot be combined with --domain", param_hint="--no-domains")
-    changed = User(user_id=user, sender_domains=domain or ())
+    changed = User(user_id=one_user(user_id, user), sender_domains=domain or ())
     paths = ["sender_domains"] if domain or no_domains else []
     for field in UserQuotas.DESCRIPTOR.fields:
         value = getattr(quotas, field.name)
@@ -197,5 +208,5 @@ def set_(
         raise typer.BadParameter("name at least one quota, limit or domain to change")
     request = pb.UpdateUserRequest(user=changed, update_mask=FieldMask(paths=paths))
     with connection("scheduler", server) as client:
-        updated = client.users.UpdateUser(request)
+        updated = client.users.UpdateUser(change.of(request))
     show(updated, output)

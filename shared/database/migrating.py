@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.resources import files
@@ -55,6 +56,14 @@ _OLDEST_TRANSACTION: Final = text(
 Say = Callable[[str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """The revisions of the schema before and after; `before` is empty for a new database."""
+
+    before: str
+    after: str
+
+
 class MigrationBlockedError(OutboxError):
     """A migration did not get its locks in time; what was done so far is kept."""
 
@@ -72,8 +81,8 @@ def migrate(
     patience: timedelta = PATIENCE,
     revision: str = "head",
     more_versions: Path | None = None,
-) -> None:
-    """Bring the schema to `revision`; safe to run from many processes at once.
+) -> Migrated:
+    """Bring the schema to `revision`, and say which it was; safe to run from many processes at once.
 
     `say` is told about each step and each wait. `more_versions` is a folder with migrations that
     follow those of this release; tests use it.
@@ -95,7 +104,7 @@ def migrate(
             # As after a roll-back, whose first step runs the migrations of the older release.
             present.check(head)
             say(f"the schema is at revision {present.revision}, newer than this release: it stays")
-            return
+            return Migrated(present.revision, present.revision)
         while True:
             try:
                 command.upgrade(config, revision)
@@ -112,7 +121,7 @@ def migrate(
                 say(f"{cause}; trying again")
                 time.sleep(_PAUSE_S)
             else:
-                return
+                return Migrated(present.revision, _revision(connection).revision)
 
 
 @contextmanager

@@ -288,7 +288,7 @@ def test_an_upload_without_an_answer_says_how_to_retry_it() -> None:
     failed = CliRunner().invoke(app, words)
     assert failed.exit_code == 1
     assert "nothing listens at" in failed.stderr
-    assert "try again with --request r1" in failed.stderr
+    assert "try again with --request-id r1" in failed.stderr
 
 
 @pytest.mark.parametrize(

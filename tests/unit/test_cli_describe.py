@@ -22,7 +22,7 @@ ADDRESS = Address("127.0.0.1:50051", "--server", "scheduler")
 )
 def test_a_refused_batch_is_not_reported_as_uncertain(error: CallError, in_doubt: bool) -> None:
     error.request_id = "once"
-    assert ("--request once" in describe(error, ADDRESS)) is in_doubt
+    assert ("--request-id once" in describe(error, ADDRESS)) is in_doubt
 
 
 def test_a_server_that_is_too_slow_is_named() -> None:

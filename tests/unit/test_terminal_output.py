@@ -11,7 +11,8 @@ import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from outbox_server.cli.lazy import CommandFailed, _print_error
+from outbox_server.cli.failures import report
+from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.output import (
     OutputFormat,
     print_json_line,
@@ -93,7 +94,7 @@ def test_lines_rows_and_errors_do_not_control_the_terminal(
     say(ESCAPES)
     note(ESCAPES)
     print_rows(("name",), [(ESCAPES,)])
-    _print_error(CommandFailed(ESCAPES))
+    report(CommandFailed(ESCAPES))
     shown = capsys.readouterr()
     assert controls(shown.out + shown.err) == ""
     assert shown.out.count("\\x1b]0;X") == 2
