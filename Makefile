@@ -13,7 +13,7 @@ endif
 PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 # What only Debian's packages have is installed, or named, before anything runs.
 PACKAGES := tests/install_packages.sh
-PROTOS := $(shell find protos -name '*.proto')
+PROTOS := $(shell find protos -name '*.proto') protos/outbox/v1/service_config.json
 # The client's distribution owns all generated code: the stubs, and the blocking client.
 STUBS := client/src/outbox/v1/outbox.binpb
 # The contract as it was last released, as an image of buf: neither git history nor a network is
@@ -189,7 +189,8 @@ audit-dependencies: $(READY) ## Ask PyPI for known vulnerabilities of the produc
 	build/pip-audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement build/production.txt
 
 .PHONY: docs
-docs: $(READY) ## Write the API reference, docs/api.md, and docs/openapi.json, from the protos
+docs: $(READY) ## Write docs/api.md, docs/openapi.json and the service config from the protos
+	$(BIN)/python docs/build_service_config.py
 	$(BIN)/python docs/build_api_reference.py
 	$(BIN)/python docs/build_openapi.py
 

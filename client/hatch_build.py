@@ -3,7 +3,7 @@
 Runs as hatch's build hook, and as a script for `make protos`.
 
 - `src/outbox/v1`: protoc's modules, their type stubs, and `outbox.binpb`, the descriptors with
-  their comments, for tools that want them in a file.
+  their comments, for tools that want them in a file, and `service_config.json`.
 - `src/outbox_client/_sync`: `_async` without its `async` and `await`, so that there is one client
   to keep and not two.
 """
@@ -96,6 +96,9 @@ def _write_stubs(protos: Path) -> None:
             *details,
         ],
     )
+    # The deadlines and retries of the methods, for gRPC clients and for our own.
+    name = "service_config.json"
+    shutil.copyfile(protos / "outbox" / "v1" / name, package / name)
     for folder in (STUBS, package):
         (folder / "__init__.py").touch()
         (folder / "py.typed").touch()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outbox_client.retries import BY_REQUEST_ID, READS
 from outbox_client.sources import CHUNK_BYTES, Chunks, source_of
 
 
@@ -18,14 +17,6 @@ def chunks_of(*items: Any) -> tuple[bytes, int]:
     parts += chunks.rest()
     assert all(len(part) <= CHUNK_BYTES for part in parts)
     return b"".join(parts), chunks.rows
-
-
-def test_only_reads_count_as_safe_to_repeat() -> None:
-    methods = {path.rpartition("/")[2] for path in READS}
-    verbs = ("Get", "List", "Watch", "Query", "Forecast", "Audit", "Explain", "Export")
-    assert {name for name in methods if not name.startswith(verbs)} == set()
-    assert {"GetBatch", "ListEmailJobs", "ForecastBatch", "GetDispatcherStatus"} <= methods
-    assert {path.rpartition("/")[2] for path in BY_REQUEST_ID} == {"ScheduleBatch"}
 
 
 def test_small_pieces_are_joined_and_large_ones_are_split() -> None:

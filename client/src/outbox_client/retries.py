@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.resources import files
 from typing import Final
 
 import grpc
-from google.api import annotations_pb2
-from outbox.v1 import (
-    audit_service_pb2,
-    batch_service_pb2,
-    dispatcher_service_pb2,
-    email_job_service_pb2,
-    hold_service_pb2,
-    sender_service_pb2,
-    stats_service_pb2,
-    suppression_service_pb2,
-    user_service_pb2,
-)
 
 from outbox_client.errors import CallError
 
-_SERVICES: Final = (
-    audit_service_pb2,
-    batch_service_pb2,
-    dispatcher_service_pb2,
-    email_job_service_pb2,
-    hold_service_pb2,
-    sender_service_pb2,
-    stats_service_pb2,
-    suppression_service_pb2,
-    user_service_pb2,
-)
 # The reasons after which every call may be repeated: it was refused before it began, or completely
 # rolled back.
 _NOTHING_HAPPENED: Final = frozenset(
@@ -51,17 +29,18 @@ _NOTHING_HAPPENED: Final = frozenset(
 _LEAST_S: Final = 0.001
 
 
-def _reads() -> Iterator[str]:
-    """Yield the methods that change nothing: those that are a GET over REST."""
-    for module in _SERVICES:
-        for service in module.DESCRIPTOR.services_by_name.values():
-            for method in service.methods:
-                rule = method.GetOptions().Extensions[annotations_pb2.http]
-                if any(one.HasField("get") for one in (rule, *rule.additional_bindings)):
-                    yield f"/{service.full_name}/{method.name}"
+def _retried() -> frozenset[str]:
+    """Return the methods that the published service config retries: repeats change nothing more."""
+    text = files("outbox.v1").joinpath("service_config.json").read_text(encoding="utf-8")
+    return frozenset(
+        f"/{name['service']}/{name['method']}"
+        for config in json.loads(text)["methodConfig"]
+        if "retryPolicy" in config
+        for name in config["name"]
+    )
 
 
-READS: Final = frozenset(_reads())
+RETRIED: Final = _retried()
 # Counts once by its `options.request_id`, which the client fills in. UploadBatch does too, but
 # only AsyncClient.upload knows whether its source can be read again.
 BY_REQUEST_ID: Final = frozenset({"/outbox.v1.BatchService/ScheduleBatch"})

@@ -11,7 +11,7 @@ import grpc
 from outbox_client import aio as io
 from outbox_client.blocking import open_channel
 from outbox_client.errors import CallError, error_of
-from outbox_client.retries import BY_REQUEST_ID, READS, Attempts
+from outbox_client.retries import BY_REQUEST_ID, RETRIED, Attempts
 from outbox_client.settings import Connection
 
 
@@ -33,7 +33,7 @@ class Channel:
         """Return the function that calls a method. Calls that are safe to repeat are retried."""
         call = self._channel.unary_unary(method, *coders, **named)
         by_request_id = method in BY_REQUEST_ID
-        safe = by_request_id or method in READS
+        safe = method in RETRIED
 
         async def answer(
             request: Any, timeout: float | None = None, metadata: Any = None, **more: Any

@@ -1,0 +1,96 @@
+"""The published service config, and the levels in the protos that it is made from."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from google.api.annotations_pb2 import http
+from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodDescriptorProto, MethodOptions
+from outbox_client import AsyncClient
+
+from docs.build_service_config import SOURCE, TARGET, build
+
+RELEASED: Final = Path(__file__).parents[2] / ".ci" / "released-contract.binpb"
+READ: Final = MethodOptions.NO_SIDE_EFFECTS
+UNKNOWN: Final = MethodOptions.IDEMPOTENCY_UNKNOWN
+# A second call of these does more than the first one, or fails.
+NOT_REPEATABLE: Final = (
+    "CreateSender",
+    "DeleteSender",
+    "DeleteSuppression",
+    "RescheduleEmailJobs",
+    "ResolveEmailJob",
+    "RetryEmailJobs",
+    "VerifySender",
+)
+
+
+def methods(image: Path = SOURCE) -> Iterator[tuple[str, MethodDescriptorProto]]:
+    for file in FileDescriptorSet.FromString(image.read_bytes()).file:
+        for service in file.service:
+            for method in service.method:
+                yield f"{file.package}.{service.name}/{method.name}", method
+
+
+def is_read(method: MethodDescriptorProto) -> bool:
+    rule = method.options.Extensions[http]
+    return any(each.HasField("get") for each in (rule, *rule.additional_bindings))
+
+
+def config() -> dict[str, dict[str, Any]]:
+    """Return the published config of each method."""
+    document = json.loads(TARGET.read_text(encoding="utf-8"))
+    return {
+        f"{name['service']}/{name['method']}": each
+        for each in document["methodConfig"]
+        for name in each["name"]
+    }
+
+
+def test_the_published_file_is_made_from_the_protos() -> None:
+    text = build(FileDescriptorSet.FromString(SOURCE.read_bytes()))
+    assert TARGET.read_text(encoding="utf-8") == text, "run `make docs`"
+
+
+def test_every_method_that_only_reads_has_no_side_effects() -> None:
+    wrong = [
+        path
+        for path, method in methods()
+        if is_read(method) and method.options.idempotency_level != READ
+    ]
+    assert wrong == []
+
+
+def test_no_method_loses_its_released_level() -> None:
+    now = {path: method.options.idempotency_level for path, method in methods()}
+    before = {path: method.options.idempotency_level for path, method in methods(RELEASED)}
+    lost = [path for path, level in before.items() if level not in (UNKNOWN, now[path])]
+    assert lost == []
+
+
+def test_exactly_the_methods_that_may_be_repeated_are_retried() -> None:
+    published = config()
+    for path, method in methods():
+        level = method.options.idempotency_level
+        assert ("retryPolicy" in published.get(path, {})) == (level != UNKNOWN), path
+        if path.rpartition("/")[2] in NOT_REPEATABLE:
+            assert level == UNKNOWN, path
+    # No status after which an identical call would fail again.
+    codes = {tuple(each["retryPolicy"]["retryableStatusCodes"])
+             for each in published.values() if "retryPolicy" in each}  # fmt: skip
+    assert codes == {("UNAVAILABLE",)}
+
+
+def test_all_calls_have_a_deadline_but_streams_of_the_server() -> None:
+    published = config()
+    for path, method in methods():
+        assert ("timeout" in published[path]) != method.server_streaming, path
+    defaults = inspect.signature(AsyncClient).parameters
+    create = published["outbox.v1.SenderService/CreateSender"]
+    upload = published["outbox.v1.BatchService/UploadBatch"]
+    assert create["timeout"] == f"{defaults['timeout'].default:g}s"
+    assert upload["timeout"] == f"{defaults['upload_timeout'].default:g}s"
