@@ -8,8 +8,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-PARSER = "outbox_server.shared.templates.worker"
-BUILDER = "outbox_server.services.dispatcher.mail_worker"
+WORKER = "outbox_server.shared.mail.worker"
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -92,6 +91,6 @@ def _runs(pid: int, module: str) -> bool:
         return False
 
 
-def workers_here(module: str = PARSER) -> list[WorkerProcess]:
+def workers_here(module: str = WORKER) -> list[WorkerProcess]:
     """Return the workers of this process."""
     return workers_of(os.getpid(), module)

@@ -13,18 +13,19 @@ from datetime import UTC, datetime
 
 from cachetools import LRUCache
 
-from outbox_server.services.dispatcher.mail_worker import MailRequest, message_of
-from outbox_server.services.dispatcher.message import (
+from outbox_server.services.dispatcher.shares import Route
+from outbox_server.services.dispatcher.smtp import Envelope
+from outbox_server.services.dispatcher.storage import MarkedJob
+from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.errors import InvalidInput, OutboxError
+from outbox_server.shared.mail.content import BatchContent, request_of
+from outbox_server.shared.mail.message import (
     Message,
     MessageBuilder,
     MessageError,
     wire_address,
 )
-from outbox_server.services.dispatcher.shares import Route
-from outbox_server.services.dispatcher.smtp import Envelope
-from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
-from outbox_server.shared.database.message_ids import message_id_for
-from outbox_server.shared.errors import InvalidInput, OutboxError
+from outbox_server.shared.mail.worker import message_of
 from outbox_server.shared.queue.circuit_keys import relay_key, user_key
 from outbox_server.shared.secrets import SecretBox
 from outbox_server.shared.settings import Settings
@@ -225,18 +226,12 @@ class Composer:
     async def _build_elsewhere(
         self, content: BatchContent, job: MarkedJob, message_id: str, wait: float
     ) -> Message:
-        request = MailRequest(
-            subject=content.subject,
-            body=content.body,
-            html=content.html,
-            sender_email=content.email,
-            display_name=content.display_name,
-            max_bytes=self._settings.max_message_bytes,
-            variable_names=content.variable_names,
-            variables=job.variables,
+        request = request_of(
+            content,
             recipient=job.recipient,
+            variables=job.variables,
             message_id=message_id,
-            date=datetime.now(UTC).timestamp(),
+            max_bytes=self._settings.max_message_bytes,
         )
         async with asyncio.timeout(0 if self._closed else None) as limit:
             self._building.add(limit)

@@ -15,7 +15,6 @@ from typing import Any, Final
 from outbox.v1.dispatcher_service_pb2_grpc import add_DispatcherServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
@@ -24,7 +23,6 @@ from outbox_server.services.dispatcher.recovery import Recovery
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
-from outbox_server.services.dispatcher.storage import BatchContent
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
 from outbox_server.shared.agreed.values import AgreedSettings
@@ -34,6 +32,7 @@ from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import Loop, run_until_stopped
+from outbox_server.shared.mail.content import BatchContent, read_batches
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
 from outbox_server.shared.oauth2.token_client import TokenClient
@@ -125,7 +124,7 @@ async def _serve(run: AgreedRun) -> None:
             tokens=tokens,
         )
         workers = WorkerPool(
-            "outbox_server.services.dispatcher.mail_worker",
+            "outbox_server.shared.mail.worker",
             settings,
             monitoring.registry,
             # A mail waits for half of its lease at most, and takes three budgets at most.
@@ -267,7 +266,7 @@ def _later_loader(
 
 async def _read_batches(engine: AsyncEngine, batch_ids: list[int]) -> dict[int, BatchContent]:
     async with engine.connect() as connection:
-        return await storage.read_batches(connection, batch_ids)
+        return await read_batches(connection, batch_ids)
 
 
 async def _read_installation_id(engine: AsyncEngine) -> str:

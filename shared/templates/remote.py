@@ -23,7 +23,7 @@ from outbox_server.shared.templates.workers import TooCostlyError, WorkerLostErr
 
 T = TypeVar("T")
 
-_MODULE: Final = "outbox_server.shared.templates.worker"
+_MODULE: Final = "outbox_server.shared.mail.worker"
 # The longest wait for a worker and its answer.
 _PATIENCE: Final = timedelta(seconds=30)
 _RETRY_AFTER: Final = timedelta(seconds=2)

@@ -1,7 +1,7 @@
 """A worker process: does jobs for a `WorkerPool`, within limits of CPU and memory.
 
-`python -m outbox_server.shared.templates.worker BUDGET MEMORY` reads jobs from its standard input,
-a stream socket, and writes the replies to the same socket. Each is a msgpack document after its
+`python -m outbox_server.shared.mail.worker BUDGET MEMORY` reads jobs from its standard input, a
+stream socket, and writes the replies to the same socket. Each is a msgpack document after its
 length, a big-endian 32-bit number. The process has no secrets, writes no files, and ends when its
 parent does.
 
@@ -269,5 +269,5 @@ def _failures_of(start_budget: StartBudget) -> Job:
     return check
 
 
-if __name__ == "__main__":
-    sys.exit(serve({"parse": _summary_of, "render": _text_of, "check": _failures_of}))
+# What a worker process does with templates alone.
+TEMPLATE_JOBS: Final = {"parse": _summary_of, "render": _text_of, "check": _failures_of}

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
+from outbox_server.shared.mail.content import read_batches
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
@@ -425,7 +426,7 @@ async def test_a_batch_is_read_with_the_current_state_of_its_sender(
     ]
     await world.change(own, load=False, display_name="Anna")
 
-    found = await storage.read_batches(connection, [*batches, 999_999_999])
+    found = await read_batches(connection, [*batches, 999_999_999])
 
     assert set(found) == set(batches)
     first, second = (found[batch] for batch in batches)

@@ -16,7 +16,7 @@ from outbox_server.shared.templates.remote import TemplateParser
 from outbox_server.shared.templates.source import RenderError
 from outbox_server.shared.templates.workers import TooCostlyError, WorkerPool
 from tests.eventually import eventually
-from tests.worker_processes import PARSER, workers_here, workers_of
+from tests.worker_processes import WORKER, workers_here, workers_of
 
 CONDITION = "{% if a %}x{% endif %}"
 SORTING = (
@@ -29,7 +29,7 @@ DATES = "{% for i in (1..1000) %}" + "{{ a | date: '%s' }}" * 100 + "{% endfor %
 
 @asynccontextmanager
 async def pool(**settings: Any) -> AsyncIterator[WorkerPool]:
-    opened = WorkerPool(PARSER, load_settings(**settings))
+    opened = WorkerPool(WORKER, load_settings(**settings))
     try:
         yield opened
     finally:
@@ -195,7 +195,7 @@ from outbox_server.shared.settings import load_settings
 from outbox_server.shared.templates.workers import WorkerPool
 
 async def main():
-    pool = WorkerPool({PARSER!r}, load_settings(template_workers=1))
+    pool = WorkerPool({WORKER!r}, load_settings(template_workers=1))
     await pool.run("u", "render", "body", "{{% if a %}}{{% endif %}}", 9, {{}}, 9, decode=str)
     print("started", flush=True)
     await asyncio.sleep(600)
@@ -210,7 +210,7 @@ async def test_workers_end_when_their_parent_is_killed() -> None:
     )
     assert parent.stdout is not None
     assert await parent.stdout.readline() == b"started\n"
-    (worker,) = workers_of(parent.pid, PARSER)
+    (worker,) = workers_of(parent.pid, WORKER)
     parent.kill()
     await parent.communicate()
     await eventually(lambda: not worker.is_running())

@@ -22,7 +22,7 @@ from tests.eventually import PATIENCE, eventually
 from tests.scheduler_stack import options_for
 from tests.scraping import scrape
 from tests.two_users import give_up, p99, rivals, whose_limit
-from tests.worker_processes import BUILDER, workers_here, workers_of
+from tests.worker_processes import WORKER, workers_here, workers_of
 from tests.world import World, jobs_in
 
 CONDITION = "{% if a %}Dear {{ a | upcase }}{% endif %}"
@@ -96,7 +96,7 @@ async def test_expensive_mails_of_one_user_make_no_mail_of_another_late(
         costly: list[int] = []
         for sender in evil:
             costly += await schedule(world, sender, SORTING, LIST, n=10)
-        await eventually(lambda: workers_here(BUILDER))
+        await eventually(lambda: workers_here(WORKER))
         loaded = await lateness(world, ann)
         # Eve's mails were being built all the time. Without shares, Ann's would have come last.
         assert not await world.done(*evil)
@@ -123,7 +123,7 @@ async def test_a_mail_that_grows_beyond_the_limit_is_stopped_in_a_worker(
         await eventually(lambda: world.done(eve))
         [attempt] = await world.attempts(job)
         assert str(attempt.message).startswith("MESSAGE_TOO_LARGE: ")
-        assert all(each.peak_memory() < 200_000_000 for each in workers_here(BUILDER))
+        assert all(each.peak_memory() < 200_000_000 for each in workers_here(WORKER))
 
 
 async def test_a_mail_whose_worker_is_killed_is_sent_once(
@@ -134,7 +134,7 @@ async def test_a_mail_whose_worker_is_killed_is_sent_once(
     async with World(settings) as world, running(settings):
         ann = await world.sender(user="ann")
         await lateness(world, {CONDITION: ann}, 1)
-        (worker,) = workers_here(BUILDER)
+        (worker,) = workers_here(WORKER)
         spent = worker.cpu_seconds()
         [job] = await schedule(world, ann, sort, LIST)
         await eventually(lambda: worker.cpu_seconds() > spent)
@@ -152,7 +152,7 @@ async def test_mails_that_find_no_worker_return_to_the_queue_and_are_sent_later(
     async with World(settings) as world, running(settings):
         senders = [await world.sender() for _ in range(2)]
         await lateness(world, {CONDITION: senders[0]}, 1)
-        (worker,) = workers_here(BUILDER)
+        (worker,) = workers_here(WORKER)
         worker.signal(signal.SIGSTOP)
         for sender in senders:
             await schedule(world, sender, CONDITION, "Ann")
@@ -175,7 +175,7 @@ async def test_on_sigterm_mails_that_are_being_built_return_to_the_queue(
         ann = await world.sender()
         async with running(settings):
             await lateness(world, {CONDITION: ann}, 1)
-            (worker,) = workers_here(BUILDER)
+            (worker,) = workers_here(WORKER)
             worker.signal(signal.SIGSTOP)
             # One is in the worker, and two wait for it.
             jobs = set(await schedule(world, ann, CONDITION, "Ann", n=3))
@@ -196,7 +196,7 @@ async def test_workers_end_with_a_dispatcher_that_is_killed(
         await schedule(world, await world.sender(), CONDITION, "Ann")
         assert dispatcher.process.pid is not None
         pid = dispatcher.process.pid
-        workers = await eventually(lambda: workers_of(pid, BUILDER))
+        workers = await eventually(lambda: workers_of(pid, WORKER))
         await dispatcher.kill()
         await eventually(lambda: not any(each.is_running() for each in workers))
 

@@ -14,8 +14,9 @@ import pytest_asyncio
 from outbox_server.services.dispatcher import composer as composer_module
 from outbox_server.services.dispatcher.composer import Composer, CompositionError, ReadBatches
 from outbox_server.services.dispatcher.smtp import Envelope
-from outbox_server.services.dispatcher.storage import BatchContent, MarkedJob
+from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.errors import ConfigurationError
+from outbox_server.shared.mail.content import BatchContent
 from outbox_server.shared.queue.circuit_keys import CircuitKeys
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.secrets import SecretBox, generate_key
@@ -89,7 +90,7 @@ async def compose(composer: Composer, job: MarkedJob) -> tuple[Endpoint, Envelop
 def composer_of(reader: ReadBatches, secrets: SecretBox | None = None, **settings: Any) -> Composer:
     settings = {"smtp_url": "smtp://relay.test"} | settings
     loaded = load_settings(**settings)
-    workers = WorkerPool("outbox_server.services.dispatcher.mail_worker", loaded)
+    workers = WorkerPool("outbox_server.shared.mail.worker", loaded)
     POOLS.append(workers)
     return Composer(loaded, secrets or SecretBox(), reader, _inst, workers)
 

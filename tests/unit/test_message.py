@@ -13,13 +13,13 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from outbox_server.services.dispatcher.message import (
+from outbox_server.shared.database.message_ids import message_id_for
+from outbox_server.shared.mail.message import (
     MessageBuilder,
     MessageError,
     format_date,
     wire_address,
 )
-from outbox_server.shared.database.message_ids import message_id_for
 from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 
 NOW = datetime(2026, 11, 24, 9, 5, 3, tzinfo=UTC)

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from outbox_server.services.dispatcher.message import MessageBuilder, MessageError
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.blocks import BlockReader, ReadBlock
 from outbox_server.shared.intake.payloads import CsvPayload
+from outbox_server.shared.mail.message import MessageBuilder, MessageError
 from outbox_server.shared.message_size import TextSize, escape_growth, utf8_size
 from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 

@@ -19,12 +19,10 @@ from outbox_server.services.dispatcher.storage.heartbeats import (
     write_heartbeat,
 )
 from outbox_server.services.dispatcher.storage.marking import (
-    BatchContent,
     MarkedJob,
     Unmarked,
     explain_unmarked,
     mark_sending,
-    read_batches,
 )
 from outbox_server.services.dispatcher.storage.recovering import next_expiry, recover_expired
 from outbox_server.services.dispatcher.storage.renewing import renew_leases, still_sending
@@ -33,7 +31,6 @@ from outbox_server.services.dispatcher.storage.settling import AttemptRecord, gi
 __all__ = [
     "AccountRefusal",
     "AttemptRecord",
-    "BatchContent",
     "MarkedJob",
     "ServerIdentity",
     "StoredBeat",
@@ -44,7 +41,6 @@ __all__ = [
     "give_back",
     "mark_sending",
     "next_expiry",
-    "read_batches",
     "read_heartbeat",
     "read_identity",
     "readable_functions",

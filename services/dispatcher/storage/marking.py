@@ -30,7 +30,6 @@ from outbox_server.services.dispatcher.storage.fragments import array, counting_
 from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.database.key_space import PARAMETER as KEY_SPACE
 from outbox_server.shared.database.key_space import is_locked_key_space
-from outbox_server.shared.database.message_ids import message_id_address
 from outbox_server.shared.database.models import (
     Batch,
     EmailJob,
@@ -44,8 +43,6 @@ from outbox_server.shared.heads.statements import unix_ms_of
 from outbox_server.shared.holds.conditions import may_be_sent
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.records import Claim
-from outbox_server.shared.smtp.endpoint import StoredEndpoint
-from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
 from outbox_server.shared.states import BatchState, JobState, SenderState
 
 
@@ -63,25 +60,6 @@ class MarkedJob:
     sender_revision: int
     # The time since the server first deferred the mail. None means that it never did.
     deferred_for: timedelta | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class BatchContent:
-    """What the mails of a batch share, and the endpoint that they use."""
-
-    batch_id: int
-    user_id: str
-    subject: str | None
-    body: str | None
-    html: str | None
-    variable_names: tuple[str, ...]
-    sender_revision: int
-    email: str
-    message_id_address: str
-    display_name: str
-    endpoint: StoredEndpoint
-    # The span of the call that brought the batch. None means no trace.
-    trace_parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,44 +328,3 @@ async def explain_unmarked(
         due={row.id: row.due_ms for row in rows if row.due_ms is not None},
         unknown=frozenset(row.id for row in rows if row.unknown),
     )
-
-
-async def read_batches(
-    connection: AsyncConnection, batch_ids: Sequence[int]
-) -> dict[int, BatchContent]:
-    """Return what the mails of each batch share, with the present data of the sender."""
-    rows = await connection.execute(
-        select(
-            Batch.id,
-            Batch.user_id,
-            Batch.subject,
-            Batch.body,
-            Batch.html,
-            Batch.variable_names,
-            Batch.trace_parent,
-            Sender.revision,
-            Sender.email,
-            message_id_address().label("message_id_address"),
-            Sender.display_name,
-            *ENDPOINT_COLUMNS,
-        )
-        .join(Sender, Sender.id == Batch.sender_id)
-        .where(Batch.id.in_(batch_ids))
-    )
-    return {
-        row.id: BatchContent(
-            batch_id=row.id,
-            user_id=row.user_id,
-            subject=row.subject,
-            body=row.body,
-            html=row.html,
-            variable_names=tuple(row.variable_names),
-            sender_revision=row.revision,
-            email=row.email,
-            message_id_address=row.message_id_address,
-            display_name=row.display_name,
-            endpoint=endpoint_of(row),
-            trace_parent=row.trace_parent,
-        )
-        for row in rows
-    }

@@ -1,7 +1,6 @@
-"""A worker process that builds mails: those with Liquid templates, and those that are long.
+"""The program of the worker processes: builds mails, and checks and renders templates.
 
-`python -m outbox_server.services.dispatcher.mail_worker BUDGET MEMORY`; see
-`shared.templates.worker`.
+`python -m outbox_server.shared.mail.worker BUDGET MEMORY`; see `shared.templates.worker`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from outbox_server.services.dispatcher.message import Message, MessageBuilder, MessageError
+from outbox_server.shared.mail.message import Message, MessageBuilder, MessageError
 from outbox_server.shared.templates.batch import (
     BatchTemplate,
     RenderError,
@@ -19,7 +18,13 @@ from outbox_server.shared.templates.batch import (
     longest_of,
 )
 from outbox_server.shared.templates.wire import StartBudget
-from outbox_server.shared.templates.worker import PARSING_BUDGETS, Job, TemplateCache, serve
+from outbox_server.shared.templates.worker import (
+    PARSING_BUDGETS,
+    TEMPLATE_JOBS,
+    Job,
+    TemplateCache,
+    serve,
+)
 
 
 class MailRequest(NamedTuple):
@@ -82,4 +87,4 @@ def message_of(value: object) -> Message:
 
 
 if __name__ == "__main__":
-    sys.exit(serve({"build": _mail_of}))
+    sys.exit(serve({**TEMPLATE_JOBS, "build": _mail_of}))

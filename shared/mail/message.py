@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Generic, TypeVar
 
-from outbox_server.services.dispatcher.encoders import (
+from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
+from outbox_server.shared.mail.encoders import (
     GOOD_LINE,
     NOT_PRINTABLE,
     TooLargeError,
@@ -21,7 +22,6 @@ from outbox_server.services.dispatcher.encoders import (
     encode_subject,
     encoded_words,
 )
-from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
 from outbox_server.shared.message_size import too_large
 from outbox_server.shared.smtp.addresses import envelope_address
 from outbox_server.shared.templates.batch import (

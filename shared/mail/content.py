@@ -1,0 +1,95 @@
+"""Reads what the mails of a batch share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from outbox_server.shared.database.message_ids import message_id_address
+from outbox_server.shared.database.models import Batch, Sender
+from outbox_server.shared.mail.worker import MailRequest
+from outbox_server.shared.smtp.endpoint import StoredEndpoint
+from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
+
+
+@dataclass(frozen=True, slots=True)
+class BatchContent:
+    """What the mails of a batch share, and the endpoint that they use."""
+
+    batch_id: int
+    user_id: str
+    subject: str | None
+    body: str | None
+    html: str | None
+    variable_names: tuple[str, ...]
+    sender_revision: int
+    email: str
+    message_id_address: str
+    display_name: str
+    endpoint: StoredEndpoint
+    # The span of the call that brought the batch. None means no trace.
+    trace_parent: str | None = None
+
+
+def request_of(
+    content: BatchContent, *, recipient: str, variables: str | None, message_id: str, max_bytes: int
+) -> MailRequest:
+    """Return what a worker needs to build the mail of one row, dated now."""
+    return MailRequest(
+        subject=content.subject,
+        body=content.body,
+        html=content.html,
+        sender_email=content.email,
+        display_name=content.display_name,
+        max_bytes=max_bytes,
+        variable_names=content.variable_names,
+        variables=variables,
+        recipient=recipient,
+        message_id=message_id,
+        date=datetime.now(UTC).timestamp(),
+    )
+
+
+async def read_batches(
+    connection: AsyncConnection, batch_ids: Sequence[int]
+) -> dict[int, BatchContent]:
+    """Return what the mails of each batch share, with the present data of the sender."""
+    rows = await connection.execute(
+        select(
+            Batch.id,
+            Batch.user_id,
+            Batch.subject,
+            Batch.body,
+            Batch.html,
+            Batch.variable_names,
+            Batch.trace_parent,
+            Sender.revision,
+            Sender.email,
+            message_id_address().label("message_id_address"),
+            Sender.display_name,
+            *ENDPOINT_COLUMNS,
+        )
+        .join(Sender, Sender.id == Batch.sender_id)
+        .where(Batch.id.in_(batch_ids))
+    )
+    return {
+        row.id: BatchContent(
+            batch_id=row.id,
+            user_id=row.user_id,
+            subject=row.subject,
+            body=row.body,
+            html=row.html,
+            variable_names=tuple(row.variable_names),
+            sender_revision=row.revision,
+            email=row.email,
+            message_id_address=row.message_id_address,
+            display_name=row.display_name,
+            endpoint=endpoint_of(row),
+            trace_parent=row.trace_parent,
+        )
+        for row in rows
+    }
