@@ -17,8 +17,8 @@ from outbox.v1 import batch_service_pb2 as pb
 from outbox.v1.batch_pb2 import Batch, BatchMode, BatchOptions, DuplicatePolicy, Rejection
 from outbox_client import Client
 
-from outbox_server.cli import dry_run
 from outbox_server.cli.batches import REJECTION_COLUMNS
+from outbox_server.cli.capabilities import check_dry_run
 from outbox_server.cli.client import Server, connection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
@@ -38,7 +38,6 @@ from outbox_server.cli.output import (
     OutputFormat,
     print_json,
     print_rows,
-    show,
     to_document,
     value_at,
 )
@@ -182,7 +181,7 @@ def schedule(
     ] = None,
     dry: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check the rows and forecast the end; schedule nothing."),
+        typer.Option("--dry-run", help="Check everything and forecast the end; schedule nothing."),
     ] = False,
     wait: Annotated[
         bool,
@@ -224,18 +223,21 @@ def schedule(
             "--wait follows a batch, but --dry-run creates none: use only one of them"
         )
     with _opened(file, again=rejections is not None) as source:
-        if dry:
-            _dry_run(options, source, rejections, server, output)
-            return
-        if request is None:
+        if request is None and not dry:
             note(f"request_id {options.request_id}: pass it as --request-id to retry safely")
         with connection("scheduler", server) as client, new_file(rejections) as unsent:
-            answer = _upload(client, source, options)
+            if dry:
+                check_dry_run(client)
+            answer = _upload(client, source, options, dry=dry)
             if unsent is not None and answer.batch.rejected_count:
-                asked = pb.ListRejectionsRequest(
-                    batch_id=answer.batch.batch_id, user_id=answer.batch.user_id
+                found = _all_rejections(client, answer)
+                write_again(
+                    source,
+                    found,
+                    unsent,
+                    email_column=options.email_column,
+                    skip_lines=skip_lines,
                 )
-                _write_again(source, client.list_rejections(asked), unsent, options)
             if output is OutputFormat.TABLE:
                 _print_answer(answer, rejections)
             if wait:
@@ -249,34 +251,15 @@ def schedule(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _dry_run(
-    options: BatchOptions,
-    source: BinaryIO,
-    rejections: Path | None,
-    server: str | None,
-    output: OutputFormat,
-) -> None:
-    """Show which rows would be accepted, and when the last mail would be sent."""
-    with new_file(rejections) as unsent:
-        checked = dry_run.read(options, source)
-        if unsent is not None and checked.rejections:
-            _write_again(source, checked.rejections, unsent, options)
-        if output is OutputFormat.TABLE and checked.rejections:
-            _print_rejections(checked.rejections, rejections)
-    dry_run.check(checked)
-    show(dry_run.forecast(options, checked, server), output)
-
-
-def _write_again(
-    source: BinaryIO, rejections: Iterable[Rejection], target: BinaryIO, options: BatchOptions
-) -> None:
-    write_again(
-        source,
-        rejections,
-        target,
-        email_column=options.email_column,
-        skip_lines=options.skip_lines,
-    )
+def _all_rejections(client: Client, answer: pb.ScheduleBatchResponse) -> Iterable[Rejection]:
+    """Return all rejections of a stored batch, or as many as a dry run has."""
+    batch = answer.batch
+    if batch.batch_id:
+        request = pb.ListRejectionsRequest(batch_id=batch.batch_id, user_id=batch.user_id)
+        return client.list_rejections(request)
+    if len(answer.rejections) < batch.rejected_count:
+        note(f"only the first {len(answer.rejections)} rejected rows are written")
+    return answer.rejections
 
 
 @contextmanager
@@ -296,24 +279,29 @@ def _opened(file: Path, *, again: bool) -> Iterator[BinaryIO]:
             yield copy
 
 
-def _upload(client: Client, source: BinaryIO, options: BatchOptions) -> pb.ScheduleBatchResponse:
-    with upload_progress("uploading") as progress:
-        answer = client.upload(source, options, progress=progress)
+def _upload(
+    client: Client, source: BinaryIO, options: BatchOptions, *, dry: bool
+) -> pb.ScheduleBatchResponse:
+    with upload_progress("checking" if dry else "uploading") as progress:
+        answer = client.upload(source, options, progress=progress, validate_only=dry)
     batch = answer.batch
     rows = batch.accepted_count + batch.rejected_count
     rows += batch.duplicate_count + batch.suppressed_count
     note(
-        f"{rows} rows read: {batch.accepted_count} accepted, {batch.rejected_count} "
-        f"rejected, {batch.duplicate_count} duplicate, {batch.suppressed_count} suppressed"
+        f"{rows} rows read: {batch.accepted_count} {'would be ' if dry else ''}accepted, "
+        f"{batch.rejected_count} rejected, {batch.duplicate_count} duplicate, "
+        f"{batch.suppressed_count} suppressed{'; nothing was scheduled' if dry else ''}"
     )
     return answer
 
 
 def _print_answer(answer: pb.ScheduleBatchResponse, written: Path | None) -> None:
-    print_rows(("field", "value"), _rows_of(answer.batch, _SUMMARY))
+    summary = _SUMMARY if answer.batch.batch_id else _SUMMARY[1:]
+    print_rows(("field", "value"), _rows_of(answer.batch, summary))
     if answer.rejections:
         _print_rejections(answer.rejections, written)
-        if written is None and answer.batch.rejected_count > _MAX_REJECTIONS_SHOWN:
+        more = answer.batch.rejected_count > _MAX_REJECTIONS_SHOWN
+        if written is None and answer.batch.batch_id and more:
             note(f"all rejections: outbox batches rejections {answer.batch.batch_id} --all")
     if answer.replayed:
         note("an earlier call with this request_id created the batch; nothing was changed")

@@ -9,6 +9,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
 from outbox.v1.sender_pb2 import Sender, SenderState
 
+from outbox_server.cli.capabilities import check_dry_run
 from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
@@ -35,6 +36,9 @@ app = typer.Typer(
 )
 
 SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and show the result; change nothing.")
+]
 
 
 @app.command()
@@ -45,6 +49,7 @@ def create(
     user: User = "",
     sender: SenderOptions,
     change: ChangeOptions,
+    dry_run: DryRun = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -59,8 +64,12 @@ def create(
     --smtp-username news@example.com --oauth2-client-id ID
     --oauth2-client-secret-file secret.txt --oauth2-refresh-token-file token.txt
     """
-    request = pb.CreateSenderRequest(user_id=user, sender=Sender(email=email, **sender.to_fields()))
+    request = pb.CreateSenderRequest(
+        user_id=user, sender=Sender(email=email, **sender.to_fields()), validate_only=dry_run
+    )
     with connection("scheduler", server) as client:
+        if dry_run:
+            check_dry_run(client)
         made = client.senders.CreateSender(change.of(request))
     show(made, output)
 
@@ -130,6 +139,7 @@ def update(
         ),
     ] = None,
     change: GuardedChangeOptions,
+    dry_run: DryRun = False,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -149,8 +159,11 @@ def update(
         sender=Sender(sender_id=sender_id, etag=change.etag, **given),
         update_mask=FieldMask(paths=paths),
         user_id=user,
+        validate_only=dry_run,
     )
     with connection("scheduler", server) as client:
+        if dry_run:
+            check_dry_run(client)
         changed = client.senders.UpdateSender(change.of(request))
     show(changed, output)
 

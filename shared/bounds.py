@@ -19,6 +19,8 @@ MAX_CSV_BYTES: Final = 4 * MIB
 MAX_CHUNK_BYTES: Final = 4 * MIB
 # Number of rejections in a response, and in the error of a refused batch.
 MAX_SHOWN_REJECTIONS: Final = 100
+# Number of rejections in the response to a call that only checks: no other method returns them.
+MAX_CHECKED_REJECTIONS: Final = 1_000
 MAX_SPACING: Final = timedelta(days=7)
 MIN_EXPIRE_AFTER: Final = timedelta(seconds=1)
 MAX_EXPIRE_AFTER: Final = timedelta(days=366)

@@ -88,10 +88,13 @@ class Changes:
         user_id: str | None,
         answer: type[M],
         change: Callable[[AsyncConnection], Awaitable[Made[M]]],
+        *,
+        validate_only: bool = False,
     ) -> M:
         """Run `change` in a transaction, unless this request was made before.
 
-        `user_id` is the user that the call acts for; None means any user.
+        `user_id` is the user that the call acts for; None means any user. With `validate_only`, the
+        transaction is rolled back, and the request is not stored.
 
         Raises:
             AlreadyExists: the id belongs to another request (REQUEST_ID_REUSED).
@@ -99,14 +102,21 @@ class Changes:
         """
         said = _said(request)
         key = RequestKey(user_id, said.request_id)
-        digest = self._digest(request)
+        digest = self._digest(request, validate_only=validate_only)
 
         async def once(connection: AsyncConnection) -> M | Made[M]:
             if key.request_id:
-                earlier = await storage.begin_request(connection, key, digest)
+                earlier = (
+                    await storage.find_request(connection, key)
+                    if validate_only
+                    else await storage.begin_request(connection, key, digest)
+                )
                 if earlier is not None:
                     return _replayed(earlier, digest, key, answer)
             made = await change(connection)
+            if validate_only:
+                await connection.rollback()
+                return made.answer
             if key.request_id:
                 await _store(connection, key, made)
             await _record(connection, request, said, made)
@@ -178,8 +188,14 @@ class Changes:
         """
         await _record(connection, request, _said(request), made)
 
-    def _digest(self, request: Message) -> bytes:
+    def _digest(self, request: Message, *, validate_only: bool = False) -> bytes:
         name = request.DESCRIPTOR.full_name.encode()
+        if validate_only:
+            # That of the call that would make the change.
+            copy = type(request)()
+            copy.CopyFrom(request)
+            copy.ClearField("validate_only")
+            request = copy
         content = request.SerializeToString(deterministic=True)
         return blake2b(name + b"\0" + content, key=self._key, digest_size=32).digest()
 

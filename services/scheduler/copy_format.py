@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 
+from outbox_server.services.scheduler.planning import OwnTimes
 from outbox_server.shared.intake.addresses import folded_key
 from outbox_server.shared.intake.rows import JobRow, RowRejection
 
@@ -30,7 +31,10 @@ class Schedule:
         expire_after_ms: int | None = None,
         *,
         spread: bool = False,
+        own_times: OwnTimes | None = None,
     ) -> None:
+        """Add the rows' own times to `own_times`, if it is given."""
+        self._own_times = own_times
         self._start = start
         self._accepted_at = accepted_at
         self._spacing = spacing_ms * _MILLISECOND
@@ -78,7 +82,10 @@ class Schedule:
         return f"\\N\t{self._format(due)}"
 
     def _own(self, schedule_time: datetime) -> datetime:
-        return max(schedule_time, self._accepted_at)
+        due = max(schedule_time, self._accepted_at)
+        if self._own_times is not None:
+            self._own_times.add(due)
+        return due
 
     def _format(self, due: datetime) -> str:
         if self._expire_after is None:

@@ -16,8 +16,14 @@ from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.forecast.backlog import Rules
-from outbox_server.shared.forecast.forecasts import Forecast, forecast_batch, forecast_read
+from outbox_server.shared.forecast.forecasts import (
+    Forecast,
+    forecast_batch,
+    forecast_planned,
+    forecast_read,
+)
 from outbox_server.shared.forecast.quick import QuickBacklog, read_quick
+from outbox_server.shared.forecast.simulation import JobGroup
 
 # A batch is accepted without a forecast if the database is slow.
 _READ_LIMIT: Final = timedelta(seconds=3)
@@ -45,6 +51,16 @@ class Forecaster:
         if not jobs:
             return BatchForecast()
         found = await forecast_batch(connection, batch.sender_id, batch.batch_id, self._rules)
+        return _described(found, jobs)
+
+    async def forecast_planned(
+        self, connection: AsyncConnection, sender_id: int, planned: Sequence[JobGroup]
+    ) -> BatchForecast:
+        """Return the forecast of mails that are not stored. The connection is one snapshot."""
+        jobs = sum(group.count for group in planned)
+        if not jobs:
+            return BatchForecast()
+        found = await forecast_planned(connection, sender_id, lambda _: planned, self._rules)
         return _described(found, jobs)
 
 

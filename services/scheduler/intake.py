@@ -21,8 +21,10 @@ from outbox_server.services.scheduler.copy_format import Schedule, format_jobs, 
 from outbox_server.services.scheduler.forecasts import BatchForecast, QuickForecaster
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
+from outbox_server.services.scheduler.planning import OwnTimes, planned_mails
 from outbox_server.services.scheduler.small_batches import SmallBatch, read_small
 from outbox_server.services.scheduler.storage.batches import BatchRecord
+from outbox_server.services.scheduler.storage.checking import CheckStore, unstored_batch
 from outbox_server.services.scheduler.storage.intake import (
     BegunBatch,
     IntakeCounts,
@@ -37,6 +39,7 @@ from outbox_server.shared.callers import current_claimant, leave_place
 from outbox_server.shared.database.ownership import owner_of
 from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
 from outbox_server.shared.fair_shares import FairShares
+from outbox_server.shared.forecast.simulation import JobGroup
 from outbox_server.shared.intake.batch_options import (
     BatchOptions,
     check_spread,
@@ -85,7 +88,7 @@ _log = structlog.get_logger("outbox.intake")
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """An accepted batch."""
+    """An accepted batch, or one that was only checked, whose id is 0."""
 
     batch_id: int
     user_id: str
@@ -96,6 +99,8 @@ class Acceptance:
     # The stored batch and its forecast, if they are known already.
     record: BatchRecord | None = None
     forecast: BatchForecast | None = None
+    # The mails of a batch that was only checked.
+    planned: Sequence[JobGroup] = ()
 
 
 class Intake:
@@ -109,6 +114,7 @@ class Intake:
         forecaster: QuickForecaster,
         templates: TemplateParser,
         *,
+        checks: CheckStore,
         max_message_bytes: int,
         most_open: int,
         restrict_domains: bool = False,
@@ -116,7 +122,9 @@ class Intake:
         metrics: SchedulerMetrics | None = None,
         trace_parent: Callable[[], str | None] | None = None,
     ) -> None:
-        """Allow at most `most_open` transactions at a time, because other calls need connections.
+        """Check batches by `checks`, and store them by `store`.
+
+        Allow at most `most_open` transactions at a time, because other calls need connections.
 
         Half of them are for uploads and half for batches of one message, so that those do not wait
         for slow uploads. With `restrict_domains`, senders need an address in a domain of their
@@ -130,6 +138,7 @@ class Intake:
         self._metrics = metrics or SchedulerMetrics()
         self._trace_parent = trace_parent
         self._store = store
+        self._checks = checks
         self._groups = groups
         self._forecaster = forecaster
         self._load = load
@@ -209,9 +218,14 @@ class Intake:
         )
 
     async def accept(
-        self, options: BatchOptions, payload: Payload, user_id: str | None
+        self,
+        options: BatchOptions,
+        payload: Payload,
+        user_id: str | None,
+        *,
+        validate_only: bool = False,
     ) -> Acceptance:
-        """Store the batch and load its sender's head.
+        """Store the batch and load its sender's head. With `validate_only`, only check it.
 
         Raises:
             NotFound: SENDER_NOT_FOUND.
@@ -232,7 +246,7 @@ class Intake:
         self._under_way += 1
         self._idle.clear()
         try:
-            return await self._accept(options, steps, user_id)
+            return await self._accept(options, steps, user_id, validate_only=validate_only)
         finally:
             await steps.end()
             self._under_way -= 1
@@ -240,7 +254,7 @@ class Intake:
                 self._idle.set()
 
     async def _accept(
-        self, options: BatchOptions, steps: _Steps, user_id: str | None
+        self, options: BatchOptions, steps: _Steps, user_id: str | None, *, validate_only: bool
     ) -> Acceptance:
         sender, known = await self._look_up(options, user_id)
         if known is None:
@@ -248,8 +262,10 @@ class Intake:
                 raise _no_sender(options)
             if self._restrict_domains:
                 check_sender_domain(sender.email, sender.domains, sender.user_id)
-            done = await self._store_batch(options, steps, sender)
+            done = await self._store_batch(options, steps, sender, validate_only=validate_only)
             if done is not None:
+                if validate_only:
+                    return done
                 if not await self._load(sender.sender_id):
                     done = replace(done, notices=[*done.notices, _NOT_LOADED])
                 return done
@@ -266,7 +282,7 @@ class Intake:
         return found
 
     async def _store_batch(
-        self, options: BatchOptions, steps: _Steps, sender: IntakeSender
+        self, options: BatchOptions, steps: _Steps, sender: IntakeSender, *, validate_only: bool
     ) -> Acceptance | None:
         """Store the batch. Return None if a batch with this `request_id` exists already."""
         try:
@@ -278,7 +294,8 @@ class Intake:
         steps.reader.use(template, template.renderer)
         block = await steps.next()
         place = self._places[steps.reader.waits].entered(current_claimant())
-        async with place, self._store.begin() as transaction:
+        store = self._checks if validate_only else self._store
+        async with place, store.begin() as transaction:
             begun = await transaction.insert_batch(
                 options,
                 sender.user_id,
@@ -289,7 +306,14 @@ class Intake:
             if begun is None:
                 return None
             check_spread(options, begun.start_at)
-            writer = _BatchWriter(transaction, begun, options, sender.user_id, steps)
+            writer = _BatchWriter(
+                transaction,
+                begun,
+                options,
+                sender.user_id,
+                steps,
+                own_times=OwnTimes() if validate_only else None,
+            )
             await writer.begin()
             while block is not None:
                 steps.prefetch()
@@ -309,6 +333,8 @@ class Intake:
             if dropped is None:
                 raise _no_sender(options)
         counts = writer.counts
+        if validate_only:
+            return writer.checked(last_due, spacing, dropped)
         self._metrics.accepted(jobs=counts.accepted, rejected=counts.rejected)
         notices = [_NOT_STORED.format(dropped)] if dropped else ()
         return Acceptance(begun.batch_id, sender.user_id, writer.rejections, notices=notices)
@@ -389,6 +415,8 @@ class _BatchWriter:
     steps: _Steps
     counts: IntakeCounts = field(default_factory=IntakeCounts)
     rejections: list[RowRejection] = field(default_factory=list)
+    # Only of a batch that is only checked: its forecast needs them.
+    own_times: OwnTimes | None = None
     schedule: Schedule = field(init=False)
     quotas: UserQuotas = field(init=False)
 
@@ -399,6 +427,7 @@ class _BatchWriter:
             self.options.spacing_ms,
             self.options.expire_after_ms,
             spread=self.options.spread_until is not None,
+            own_times=self.own_times,
         )
 
     async def begin(self) -> None:
@@ -431,8 +460,10 @@ class _BatchWriter:
             InvalidInput: the batch is refused.
             ResourceExhausted: USER_WAITING_JOBS_EXCEEDED: the batch alone is above the quota.
         """
-        room = bounds.MAX_SHOWN_REJECTIONS - len(self.rejections)
-        self.rejections += block.rejections[:room]
+        most = bounds.MAX_SHOWN_REJECTIONS
+        if self.own_times is not None and self.options.mode is not BatchMode.STRICT:
+            most = bounds.MAX_CHECKED_REJECTIONS
+        self.rejections += block.rejections[: most - len(self.rejections)]
         if self.options.mode is BatchMode.STRICT and self.rejections:
             # The batch is refused anyway. Reading goes on only to report more rejections.
             if len(self.rejections) >= bounds.MAX_SHOWN_REJECTIONS:
@@ -492,6 +523,35 @@ class _BatchWriter:
         if not counts.accepted + counts.duplicate + counts.suppressed:
             raise _refused("every row was rejected", "NO_ROW_ACCEPTED", self)
 
+    def checked(self, last_due: datetime | None, spacing: timedelta, dropped: int) -> Acceptance:
+        """Return the answer to a call that only checks: the batch as it would be stored."""
+        options, begun, counts = self.options, self.begun, self.counts
+        record = unstored_batch(
+            options,
+            begun,
+            counts,
+            user_id=self.user_id,
+            email_column=self.steps.reader.email_column,
+            spacing=spacing,
+            last_due=last_due,
+        )
+        last = begun.start_at + spacing * max(self.schedule.places - 1, 0)
+        planned = planned_mails(
+            self.own_times or OwnTimes(),
+            counts.accepted,
+            begun.start_at,
+            last,
+            options.expire_after_ms,
+        )
+        return Acceptance(
+            begun.batch_id,
+            self.user_id,
+            self.rejections,
+            notices=[_NOT_STORED.format(dropped)] if dropped else (),
+            record=record,
+            planned=planned,
+        )
+
 
 def _refused(why: str, reason: str, writer: _BatchWriter) -> InvalidInput:
     first = writer.rejections[0]
@@ -500,7 +560,7 @@ def _refused(why: str, reason: str, writer: _BatchWriter) -> InvalidInput:
             f"rows[{rejection.row_number}]{'.' if rejection.column else ''}{rejection.column}",
             f"{rejection.reason}: {rejection.message}",
         )
-        for rejection in writer.rejections
+        for rejection in writer.rejections[: bounds.MAX_SHOWN_REJECTIONS]
     ]
     return InvalidInput(
         f"{why}; the first: row {first.row_number}: {first.message}",

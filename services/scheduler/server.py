@@ -34,6 +34,7 @@ from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
+from outbox_server.services.scheduler.storage.checking import CheckStore
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
 from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.suppression_imports import ImportReader
@@ -131,6 +132,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             loads.load,
             forecaster,
             templates,
+            checks=CheckStore(engine, quotas, ids),
             max_message_bytes=settings.max_message_bytes,
             most_open=settings.database_pool * 2 // 3,
             restrict_domains=restrict_domains,

@@ -75,7 +75,7 @@ async def forecast(
                 if not await storage.sender_exists(connection, sender_id, user_id):
                     raise not_found("planned_batch.options.sender_id", named)
                 found = await forecast_planned(
-                    connection, sender_id, lambda now: _group(planned, now), rules
+                    connection, sender_id, lambda now: [_group(planned, now)], rules
                 )
                 return _answer(found, await storage.last_failure(connection, sender_id))
     raise InvalidInput.field(

@@ -88,7 +88,7 @@ async def forecast_read(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecas
 async def forecast_planned(
     connection: AsyncConnection,
     sender_id: int,
-    plan: Callable[[datetime], JobGroup],
+    plan: Callable[[datetime], Sequence[JobGroup]],
     rules: Rules,
 ) -> Forecast:
     """Return the forecast of a batch that is only planned, behind the mail that waits already.
@@ -97,9 +97,12 @@ async def forecast_planned(
     """
     pace = await read_pace(connection, sender_id, rules)
     # It comes after all mail with the same due time, because its ids will be the newest.
-    planned = plan(from_us(pace.now))
+    planned = [replace(group, mine=group.count) for group in plan(from_us(pace.now))]
     others = await read_backlog(connection, sender_id, pace.waiting, None)
-    return await _forecast(pace, in_order([*others, replace(planned, mine=planned.count)]))
+    groups = [*others, *planned]
+    if len(groups) <= _MOST_GROUPS_IN_LOOP:
+        return await _forecast(pace, in_order(groups))
+    return await _forecast(pace, await asyncio.to_thread(in_order, groups))
 
 
 async def forecast_job(

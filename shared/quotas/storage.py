@@ -118,6 +118,12 @@ async def lock_and_check_senders(
         raise refusal
 
 
+async def room_for_rejections(connection: AsyncConnection, user_id: str, quotas: UserQuotas) -> int:
+    """Return how many more rejections of a user can be stored."""
+    before = select(UserRow.stored_rejections_count).where(UserRow.user_id == user_id)
+    return max(quotas.stored_rejections - (await connection.scalar(before) or 0), 0)
+
+
 async def store_rejections(
     connection: AsyncConnection, user_id: str, batch_id: int, quotas: UserQuotas
 ) -> int:
@@ -129,8 +135,7 @@ async def store_rejections(
     stored = await connection.scalar(select(func.count()).where(of_batch)) or 0
     if not stored:
         return 0
-    before = select(UserRow.stored_rejections_count).where(UserRow.user_id == user_id)
-    room = max(quotas.stored_rejections - (await connection.scalar(before) or 0), 0)
+    room = await room_for_rejections(connection, user_id, quotas)
     if room < stored:
         first = (
             select(BatchRejection.row_number)

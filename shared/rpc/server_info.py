@@ -20,6 +20,7 @@ CAPABILITIES: Final = (
     "change.audit",
     "change.etag",
     "change.request_id",
+    "change.validate_only",
     "hold",
     "job.explain_waits",
     "job.export",

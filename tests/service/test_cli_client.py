@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from outbox_server.cli.main import app
 from outbox_server.deploy.ports import free_port
 from outbox_server.services.stats.server import serve as serve_stats
+from outbox_server.shared.rpc import server_info
 from tests import cooldowns
 from tests.commands import CommandResult, outbox, run
 from tests.eventually import PATIENCE
@@ -122,78 +123,61 @@ async def test_an_existing_file_is_never_overwritten_and_nothing_is_sent(
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
-async def test_a_dry_run_shows_the_forecast_and_schedules_nothing(
-    scheduler: Scheduler, stats: str
+async def test_a_dry_run_answers_like_the_real_run_and_schedules_nothing(
+    scheduler: Scheduler,
 ) -> None:
-    sender = await scheduler.sender()
     write("people.csv", CSV)
-    words = ["schedule", "people.csv", "--sender", sender.sender_id, "--subject", "Hello"]
-    options = ["--body", "Hi", "--spacing", "1h", "--dry-run", "--server", stats]
-    asked = await asyncio.to_thread(run, [*words, *options, "-o", "json"])
+    sender = (await scheduler.sender()).sender_id
+    content = ("--subject", "Hello", "--body", "Hi", "--spacing", "1h")
+    words = ("schedule", "people.csv", "--sender", sender, *content)
+    asked = await outbox(scheduler, *words, "--dry-run", "-o", "json")
     assert asked.exit_code == 0, asked.stderr
     assert asked.stderr == (
-        "5 rows read: 2 would be accepted, 3 rejected, 0 duplicate; suppressions were not checked;"
+        "5 rows read: 2 would be accepted, 3 rejected, 0 duplicate, 0 suppressed;"
         " nothing was scheduled\n"
     )
     found = json.loads(asked.stdout[asked.stdout.index("{\n") :])
-    assert found["job_count"] == "2"
-    distance = datetime.fromisoformat(found["end_time"]) - datetime.now(UTC)
+    assert found["batch"]["accepted_count"] == "2"
+    assert len(found["rejections"]) == 3
+    distance = datetime.fromisoformat(found["forecast_end_time"]) - datetime.now(UTC)
     assert abs(distance - timedelta(hours=1)) < timedelta(minutes=1)
     assert scheduler.value("SELECT count(*) FROM batches") == 0
-
-
-async def test_a_dry_run_classifies_rows_like_the_real_run(
-    scheduler: Scheduler, stats: str
-) -> None:
-    sender = await scheduler.sender()
-    later = (datetime.now(UTC) + timedelta(days=2)).isoformat(timespec="seconds")
-    write("people.csv", f"email,schedule_time\na@b.org,\nbroken,\na@b.org,\nc@d.org,{later}\n")
-    words = ["schedule", "people.csv", "--sender", sender.sender_id, "--subject", "Hello"]
-    words += ["--body", "Hi"]
-    dry = ["--dry-run", "--server", stats, "--rejections", "bad.csv"]
-    tried = await asyncio.to_thread(run, [*words, *dry])
-    assert tried.exit_code == 0, tried.stderr
-    counts = ("2", "1", "1")
-    assert "{} would be accepted, {} rejected, {} duplicate".format(*counts) in tried.stderr
-    assert "1 rows have their own schedule_time" in tried.stderr
-    assert "ADDRESS_INVALID" in tried.stdout
-    real = await asyncio.to_thread(run, [*words, "--server", scheduler.address])
-    assert "{} accepted, {} rejected, {} duplicate".format(*counts) in real.stderr
-    assert read("bad.csv").splitlines()[1].startswith("broken,,2,email,ADDRESS_INVALID")
+    shown = await outbox(scheduler, *words, "--dry-run", "--rejections", "bad.csv")
+    assert "the last mail is forecast for" in shown.stderr
+    assert "batch_id" not in shown.stdout
+    assert "ADDRESS_INVALID" in shown.stdout
+    assert read("bad.csv").count("e_mail;") == 2
 
 
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
         (["--wait"], 2, "--wait follows a batch"),
-        (["--mode", "strict"], 1, "its mode is STRICT; the first one is in row 3"),
+        (["--mode", "strict"], 1, "the mode is STRICT; the first: row 3"),
         (["--body", "{{ order }"], 1, "body"),
         (["--body", "{{ unknown }}"], 1, "unknown"),
         (["--time-zone", "Mars/Olympus"], 1, "Mars/Olympus"),
     ],
 )
 async def test_a_dry_run_refuses_the_same_input_as_the_real_run(
-    scheduler: Scheduler, stats: str, options: list[str], code: int, text: str
+    scheduler: Scheduler, options: list[str], code: int, text: str
 ) -> None:
-    sender = await scheduler.sender()
     write("people.csv", CSV)
-    words = ["schedule", "people.csv", "--sender", sender.sender_id, "--subject", "Hello"]
-    words += ["--body", "Hi", "--dry-run", "--server", stats, *options]
-    refused = await asyncio.to_thread(run, words)
+    refused = await schedule(scheduler, "people.csv", "--body", "Hi", "--dry-run", *options)
     assert refused.exit_code == code, refused.stderr
     assert text in " ".join(refused.stderr.split())
+    assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
-async def test_a_dry_run_refuses_input_that_cannot_become_a_batch(scheduler: Scheduler) -> None:
-    write("people.csv", "name\nAnn\n")
+async def test_a_dry_run_is_never_sent_to_a_scheduler_that_would_store_it(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("people.csv", CSV)
+    older = tuple(each for each in server_info.CAPABILITIES if each != "change.validate_only")
+    monkeypatch.setattr(server_info, "CAPABILITIES", older)
     refused = await schedule(scheduler, "people.csv", "--dry-run")
     assert refused.exit_code == 1
-    assert "must have a column `email`" in refused.stderr
-    write("people.csv", CSV)
-    # A scheduler has no forecasts, like an old stats service.
-    asked = await schedule(scheduler, "people.csv", "--dry-run")
-    assert asked.exit_code == 1
-    assert "too old for forecasts" in asked.stderr
+    assert "too old for --dry-run" in refused.stderr
     assert scheduler.value("SELECT count(*) FROM batches") == 0
 
 
@@ -243,7 +227,7 @@ async def test_a_cooldown_is_shown_everywhere_without_terminal_escapes(
         (("stats", "sender", user), stats, in_table),
         (("stats", "forecast", batch.batch_id), stats, in_sentence),
         (("stats", "forecast", "--sender", user, "--recipient-count", "5"), stats, in_sentence),
-        (("schedule", *planned), stats, in_sentence),
+        (("schedule", *planned), scheduler.address, in_sentence),
     ):
         for output in ("table", "json"):
             done = await asyncio.to_thread(run, [*words, "-o", output, "--server", server])

@@ -41,6 +41,7 @@ from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import InvalidInput, Unavailable
+from outbox_server.shared.database.engine import snapshot
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
@@ -110,6 +111,8 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         bind_contextvars(request_id=options.request_id)
         payload = partial(_payload, request)
         accept = self._intake.accept_small if _is_small(request) else self._accept_whole
+        if request.validate_only:
+            accept = self._check_whole
         with errors_name(request.WhichOneof("payload") or "payload"):
             accepted = await accept(options, payload, user_id)
         return await self._answer(accepted, forecast=request.require_forecast)
@@ -118,6 +121,11 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
     ) -> Acceptance:
         return await self._intake.accept(options, payload(), user_id)
+
+    async def _check_whole(
+        self, options: BatchOptions, payload: Callable[[], Payload], user_id: str | None
+    ) -> Acceptance:
+        return await self._intake.accept(options, payload(), user_id, validate_only=True)
 
     async def UploadBatch(
         self,
@@ -134,7 +142,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         bind_contextvars(request_id=options.request_id)
         payload = CsvPayload(StreamedChunks(_chunks(messages)))
         with errors_name("chunk"):
-            accepted = await self._intake.accept(options, payload, user_id)
+            accepted = await self._intake.accept(
+                options, payload, user_id, validate_only=first.validate_only
+            )
         return await self._answer(accepted)
 
     async def UploadBatchFile(
@@ -153,7 +163,9 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         _check_file_type(first.file.content_type)
         payload = CsvPayload(StreamedChunks(_pieces(first, messages)))
         with errors_name("file"):
-            accepted = await self._intake.accept(options, payload, user_id)
+            accepted = await self._intake.accept(
+                options, payload, user_id, validate_only=first.validate_only
+            )
         return await self._answer(accepted)
 
     async def GetBatch(
@@ -303,6 +315,15 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
     async def _answer(
         self, accepted: Acceptance, *, forecast: bool = True
     ) -> batch_service_pb2.ScheduleBatchResponse:
+        if accepted.record is not None and not accepted.batch_id:
+            async with snapshot(self._engine) as connection:
+                planned = await self._forecaster.forecast_planned(
+                    connection, accepted.record.sender_id, accepted.planned
+                )
+            answer = _response(accepted, accepted.record, accepted.rejections, planned)
+            answer.batch.ClearField("batch_id")
+            answer.batch.ClearField("etag")
+            return answer
         bind_contextvars(batch_id=accepted.batch_id)
         if accepted.record is not None and accepted.forecast is not None and not forecast:
             return _response(accepted, accepted.record, accepted.rejections, accepted.forecast)

@@ -105,9 +105,15 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             await lock_and_check_senders(connection, user_id, self._quotas)
             await self._check_domain(connection, user_id, values)
             created = await storage.insert_sender(connection, self._ids, user_id, values)
-            return self._made(created, after=audited(self._answer(created)))
+            made = self._made(created, after=audited(self._answer(created)))
+            if request.validate_only:
+                made.answer.ClearField("sender_id")
+                made.answer.ClearField("etag")
+            return made
 
-        return await self._changes.make(request, user_id, sender_pb2.Sender, create)
+        return await self._changes.make(
+            request, user_id, sender_pb2.Sender, create, validate_only=request.validate_only
+        )
 
     async def GetSender(
         self,
@@ -172,9 +178,14 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 return self._made(before, changed=False)
             await self._check_domain(connection, before.user_id, values)
             change = await storage.update_sender(connection, sender_id, user_id, values)
-            return self._changed(before, change, "UpdateSender", frozenset(fields))
+            made = self._changed(before, change, "UpdateSender", frozenset(fields))
+            if request.validate_only and made.changed:
+                made.answer.ClearField("etag")
+            return made
 
-        return await self._changes.make(request, user_id, sender_pb2.Sender, update)
+        return await self._changes.make(
+            request, user_id, sender_pb2.Sender, update, validate_only=request.validate_only
+        )
 
     async def DeleteSender(
         self,
