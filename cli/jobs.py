@@ -15,6 +15,7 @@ from outbox.v1.email_job_pb2 import EmailJobState
 from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, long_timeout, pages
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
+from outbox_server.cli.mails import show_mail
 from outbox_server.cli.option_groups import with_option_groups
 from outbox_server.cli.options import (
     Filtering,
@@ -70,7 +71,9 @@ _ATTEMPT_COLUMNS = (
 )
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Show, explain, cancel and retry e-mail jobs."
+    no_args_is_help=True,
+    add_completion=False,
+    help="Show, render, explain, cancel and retry e-mail jobs.",
 )
 
 JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID")]
@@ -89,6 +92,24 @@ def get(
             pb.GetEmailJobRequest(email_job_id=email_job_id, user_id=user)
         )
     show(job, output)
+
+
+@app.command()
+def render(
+    email_job_id: JobId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Write the mail of a job, as it would be sent now, to stdout.
+
+    $ outbox jobs render EMAIL_JOB_ID
+    """
+    with connection("scheduler", server) as client:
+        mail = client.email_jobs.RenderEmailJob(
+            pb.RenderEmailJobRequest(email_job_id=email_job_id, user_id=user)
+        )
+    show_mail(mail, output)
 
 
 @app.command(name="list")

@@ -23,6 +23,7 @@ from outbox_server.cli.client import Server, connection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.mails import show_preview
 from outbox_server.cli.options import (
     User,
     enum_reader,
@@ -183,6 +184,15 @@ def schedule(
         bool,
         typer.Option("--dry-run", help="Check everything and forecast the end; schedule nothing."),
     ] = False,
+    preview: Annotated[
+        int | None,
+        typer.Option(
+            "--preview",
+            parser=read_int32,
+            metavar="ROW",
+            help="Only show the mail of this row, from 1; 0 is the first one that would be sent.",
+        ),
+    ] = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", help="Follow the batch to its end; exit code 1 if a mail failed."),
@@ -197,6 +207,9 @@ def schedule(
     that --email-column names. Every column is a template variable. The optional
     columns subject, body, html, schedule_time and time_zone apply to their row.
     A row with which the templates cannot be rendered is rejected.
+
+    $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
+      --body 'Good to see you.' --preview 1
 
     $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
       --body 'Good to see you.' --schedule-time 'in 10m' --wait
@@ -218,10 +231,10 @@ def schedule(
         email_column=email_column or "",
         skip_lines=skip_lines,
     )
-    if dry and wait:
-        raise typer.BadParameter(
-            "--wait follows a batch, but --dry-run creates none: use only one of them"
-        )
+    _check_wait(wait=wait, creates=not dry and preview is None)
+    if preview is not None:
+        _preview(options, file, preview, server, output)
+        return
     with _opened(file, again=rejections is not None) as source:
         if request is None and not dry:
             note(f"request_id {options.request_id}: pass it as --request-id to retry safely")
@@ -230,14 +243,7 @@ def schedule(
                 check_dry_run(client)
             answer = _upload(client, source, options, dry=dry)
             if unsent is not None and answer.batch.rejected_count:
-                found = _all_rejections(client, answer)
-                write_again(
-                    source,
-                    found,
-                    unsent,
-                    email_column=options.email_column,
-                    skip_lines=skip_lines,
-                )
+                _write_rejections(client, answer, source, unsent, options)
             if output is OutputFormat.TABLE:
                 _print_answer(answer, rejections)
             if wait:
@@ -249,6 +255,37 @@ def schedule(
         print_json(to_document(answer))
     if wait and (answer.batch.counts.failed_count or answer.batch.counts.uncertain_count):
         raise typer.Exit(EXIT_FAILED)
+
+
+def _check_wait(*, wait: bool, creates: bool) -> None:
+    if wait and not creates:
+        raise typer.BadParameter(
+            "--wait follows a batch, but --dry-run and --preview create none: use only one of them"
+        )
+
+
+def _preview(
+    options: BatchOptions, file: Path, row: int, server: str | None, output: OutputFormat
+) -> None:
+    with _opened(file, again=False) as source, connection("scheduler", server) as client:
+        if not show_preview(client, options, source, row, output):
+            raise typer.Exit(EXIT_FAILED)
+
+
+def _write_rejections(
+    client: Client,
+    answer: pb.ScheduleBatchResponse,
+    source: BinaryIO,
+    target: BinaryIO,
+    options: BatchOptions,
+) -> None:
+    write_again(
+        source,
+        _all_rejections(client, answer),
+        target,
+        email_column=options.email_column,
+        skip_lines=options.skip_lines,
+    )
 
 
 def _all_rejections(client: Client, answer: pb.ScheduleBatchResponse) -> Iterable[Rejection]:

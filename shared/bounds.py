@@ -21,6 +21,10 @@ MAX_CHUNK_BYTES: Final = 4 * MIB
 MAX_SHOWN_REJECTIONS: Final = 100
 # Number of rejections in the response to a call that only checks: no other method returns them.
 MAX_CHECKED_REJECTIONS: Final = 1_000
+# Number of rows of a preview, and the size of all mails in a response. Clients accept 4 MiB unless
+# told otherwise, and bytes are longer by a third in JSON.
+MAX_PREVIEWED_ROWS: Final = 20
+MAX_SHOWN_MAIL_BYTES: Final = 3 * MIB - 64 * 1024
 MAX_SPACING: Final = timedelta(days=7)
 MIN_EXPIRE_AFTER: Final = timedelta(seconds=1)
 MAX_EXPIRE_AFTER: Final = timedelta(days=366)

@@ -22,6 +22,7 @@ from outbox_server.services.scheduler.forecasts import BatchForecast, QuickForec
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.planning import OwnTimes, planned_mails
+from outbox_server.services.scheduler.reading import ReaderSteps, refused_rows
 from outbox_server.services.scheduler.small_batches import SmallBatch, read_small
 from outbox_server.services.scheduler.storage.batches import BatchRecord
 from outbox_server.services.scheduler.storage.checking import CheckStore, unstored_batch
@@ -37,7 +38,7 @@ from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant, leave_place
 from outbox_server.shared.database.ownership import owner_of
-from outbox_server.shared.errors import AlreadyExists, FieldViolation, InvalidInput
+from outbox_server.shared.errors import AlreadyExists, InvalidInput
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.simulation import JobGroup
 from outbox_server.shared.intake.batch_options import (
@@ -242,7 +243,7 @@ class Intake:
             self._max_message_bytes,
             special_domains=self._special_domains,
         )
-        steps = _Steps(reader, self._threads[reader.waits])
+        steps = ReaderSteps(reader, self._threads[reader.waits])
         self._under_way += 1
         self._idle.clear()
         try:
@@ -254,7 +255,7 @@ class Intake:
                 self._idle.set()
 
     async def _accept(
-        self, options: BatchOptions, steps: _Steps, user_id: str | None, *, validate_only: bool
+        self, options: BatchOptions, steps: ReaderSteps, user_id: str | None, *, validate_only: bool
     ) -> Acceptance:
         sender, known = await self._look_up(options, user_id)
         if known is None:
@@ -282,7 +283,12 @@ class Intake:
         return found
 
     async def _store_batch(
-        self, options: BatchOptions, steps: _Steps, sender: IntakeSender, *, validate_only: bool
+        self,
+        options: BatchOptions,
+        steps: ReaderSteps,
+        sender: IntakeSender,
+        *,
+        validate_only: bool,
     ) -> Acceptance | None:
         """Store the batch. Return None if a batch with this `request_id` exists already."""
         try:
@@ -341,7 +347,7 @@ class Intake:
 
 
 async def _replay(
-    known: KnownRequest | None, options: BatchOptions, steps: _Steps, sender: IntakeSender
+    known: KnownRequest | None, options: BatchOptions, steps: ReaderSteps, sender: IntakeSender
 ) -> Acceptance:
     return _replayed(known, options, await steps.run(steps.reader.drain), sender)
 
@@ -363,47 +369,6 @@ def _no_sender(options: BatchOptions) -> Exception:
     return not_found("sender_id", id_text(options.sender_id))
 
 
-class _Steps:
-    """Runs the steps of one reader in threads, one at a time, the next block in advance."""
-
-    def __init__(self, reader: BlockReader, threads: ThreadPoolExecutor) -> None:
-        self.reader = reader
-        self._threads = threads
-        self._running: asyncio.Future[object] | None = None
-        self._ahead: asyncio.Future[ReadBlock | None] | None = None
-
-    def prefetch(self) -> None:
-        """Begin to read the next block."""
-        self._ahead = self._begin(self.reader.next)
-
-    async def next(self) -> ReadBlock | None:
-        """Return the next block, or None after the last."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            ahead = self._begin(self.reader.next)
-        # Shielded, so that a cancelled wait does not lose a thread that still runs.
-        return await asyncio.shield(ahead)
-
-    async def run(self, step: Callable[[], T]) -> T:
-        """Run any other step of the reader."""
-        return await asyncio.shield(self._begin(step))
-
-    async def end(self) -> None:
-        """Wait for the thread if it still runs, and free the reader's resources."""
-        running = self._running
-        if running is not None and not running.done():
-            self.reader.interrupt()
-            await asyncio.wait([running])
-        if running is not None and not running.cancelled():
-            running.exception()  # retrieved, because asyncio logs an exception that nobody reads
-        self.reader.close()
-
-    def _begin(self, step: Callable[[], T]) -> asyncio.Future[T]:
-        future = asyncio.get_running_loop().run_in_executor(self._threads, step)
-        self._running = future  # type: ignore[assignment]
-        return future
-
-
 @dataclass(slots=True)
 class _BatchWriter:
     """Stores the blocks of a batch one by one, and counts the rows."""
@@ -412,7 +377,7 @@ class _BatchWriter:
     begun: BegunBatch
     options: BatchOptions
     user_id: str
-    steps: _Steps
+    steps: ReaderSteps
     counts: IntakeCounts = field(default_factory=IntakeCounts)
     rejections: list[RowRejection] = field(default_factory=list)
     # Only of a batch that is only checked: its forecast needs them.
@@ -518,10 +483,12 @@ class _BatchWriter:
         if not self.rejections:
             return
         if self.options.mode is BatchMode.STRICT:
-            raise _refused("a row was rejected and the mode is STRICT", "ROW_REJECTED", self)
+            raise refused_rows(
+                "a row was rejected and the mode is STRICT", "ROW_REJECTED", self.rejections
+            )
         counts = self.counts
         if not counts.accepted + counts.duplicate + counts.suppressed:
-            raise _refused("every row was rejected", "NO_ROW_ACCEPTED", self)
+            raise refused_rows("every row was rejected", "NO_ROW_ACCEPTED", self.rejections)
 
     def checked(self, last_due: datetime | None, spacing: timedelta, dropped: int) -> Acceptance:
         """Return the answer to a call that only checks: the batch as it would be stored."""
@@ -551,19 +518,3 @@ class _BatchWriter:
             record=record,
             planned=planned,
         )
-
-
-def _refused(why: str, reason: str, writer: _BatchWriter) -> InvalidInput:
-    first = writer.rejections[0]
-    violations = [
-        FieldViolation(
-            f"rows[{rejection.row_number}]{'.' if rejection.column else ''}{rejection.column}",
-            f"{rejection.reason}: {rejection.message}",
-        )
-        for rejection in writer.rejections[: bounds.MAX_SHOWN_REJECTIONS]
-    ]
-    return InvalidInput(
-        f"{why}; the first: row {first.row_number}: {first.message}",
-        reason=reason,
-        violations=violations,
-    )

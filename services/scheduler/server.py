@@ -25,6 +25,7 @@ from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
+from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
@@ -33,6 +34,7 @@ from outbox_server.services.scheduler.servicers.holds import HoldServicer
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
+from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.checking import CheckStore
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
@@ -42,6 +44,7 @@ from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.services.scheduler.verifying import Verifier
 from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import create_engine, snapshot
+from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
 from outbox_server.shared.fair_shares import FairShares
@@ -141,6 +144,16 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             trace_parent=None if tracer is None else tracer.current_parent,
         )
         stack.push_async_callback(intake.close)
+        previewer = Previewer(
+            engine,
+            CheckStore(engine, quotas, ids),
+            templates,
+            partial(in_transaction, engine, installation_id),
+            max_message_bytes=settings.max_message_bytes,
+            restrict_domains=restrict_domains,
+            special_domains=settings.special_domains == "allow",
+        )
+        stack.callback(previewer.close)
         secrets = SecretBox.from_settings(settings)
         egress = Egress.from_settings(settings)
         stack.push_async_callback(egress.close)
@@ -177,6 +190,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     sweeper=sweeper,
                     watch=watch,
                     imports=imports,
+                    previewer=previewer,
                 ),
                 server_service("scheduler", schema),
             ],
@@ -232,6 +246,7 @@ def _services(
     sweeper: Sweeper,
     watch: Watch[BatchRecord],
     imports: ImportReader,
+    previewer: Previewer,
 ) -> list[ServiceBinding]:
     rules = Rules.from_settings(settings)
     forecaster = Forecaster(rules)
@@ -245,14 +260,21 @@ def _services(
         watch=watch,
         least_rate=least_rate,
         changes=changes,
+        previewer=previewer,
     )
     explainer = Explainer(engine, loader, rules, settings.defer_for)
     quotas = UserQuotas.from_settings(settings)
     sets = JobSets(engine, loader, quotas, wake_sweeper=sweeper.wake)
     export_reads = FairShares("exports", _EXPORT_READS, waiting=_WAITING_EXPORTS)
-    exporter = JobExporter(engine, export_reads)
     jobs = EmailJobServicer(
-        engine, loader, explainer, quotas, changes=changes, sets=sets, exporter=exporter
+        engine,
+        loader,
+        explainer,
+        quotas,
+        changes=changes,
+        sets=sets,
+        exporter=JobExporter(engine, export_reads),
+        previewer=previewer,
     )
     users = UserServicer(engine, loader, quotas, UserSendLimits.from_settings(settings), changes)
     suppressions = SuppressionServicer(
@@ -276,6 +298,7 @@ def _services(
             partial(add_BatchServiceServicer_to_server, batches),
             {
                 "ScheduleBatch": intake.batches,
+                "PreviewBatch": intake.batches,
                 "UploadBatch": intake.uploads,
                 "UploadBatchFile": intake.uploads,
             },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any, Final
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -54,6 +55,40 @@ def request_of(
     )
 
 
+_OF_SENDER: Final = (
+    Sender.revision,
+    Sender.email,
+    message_id_address().label("message_id_address"),
+    Sender.display_name,
+    *ENDPOINT_COLUMNS,
+)
+
+
+async def read_unstored(
+    connection: AsyncConnection, sender_id: int, **of_batch: Any
+) -> BatchContent | None:
+    """Return what the mails of a batch would share that is not stored.
+
+    `of_batch` are the fields that a stored batch has itself. None means that there is no such
+    sender; the caller has checked its owner.
+    """
+    statement = select(Sender.user_id, *_OF_SENDER).where(Sender.id == sender_id)
+    row = (await connection.execute(statement)).one_or_none()
+    if row is None:
+        return None
+    return BatchContent(batch_id=0, user_id=row.user_id, **of_batch, **_of_sender(row))
+
+
+def _of_sender(row: Any) -> dict[str, Any]:
+    return {
+        "sender_revision": row.revision,
+        "email": row.email,
+        "message_id_address": row.message_id_address,
+        "display_name": row.display_name,
+        "endpoint": endpoint_of(row),
+    }
+
+
 async def read_batches(
     connection: AsyncConnection, batch_ids: Sequence[int]
 ) -> dict[int, BatchContent]:
@@ -67,11 +102,7 @@ async def read_batches(
             Batch.html,
             Batch.variable_names,
             Batch.trace_parent,
-            Sender.revision,
-            Sender.email,
-            message_id_address().label("message_id_address"),
-            Sender.display_name,
-            *ENDPOINT_COLUMNS,
+            *_OF_SENDER,
         )
         .join(Sender, Sender.id == Batch.sender_id)
         .where(Batch.id.in_(batch_ids))
@@ -84,12 +115,8 @@ async def read_batches(
             body=row.body,
             html=row.html,
             variable_names=tuple(row.variable_names),
-            sender_revision=row.revision,
-            email=row.email,
-            message_id_address=row.message_id_address,
-            display_name=row.display_name,
-            endpoint=endpoint_of(row),
             trace_parent=row.trace_parent,
+            **_of_sender(row),
         )
         for row in rows
     }

@@ -105,6 +105,12 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
     "outbox.v1.ScheduleBatchRequest": {
         "csv": _file("CSV_TOO_LARGE", bounds.MAX_CSV_BYTES, "; use UploadBatch for larger files")
     },
+    "outbox.v1.PreviewBatchRequest": {
+        "csv": _file(
+            "CSV_TOO_LARGE", bounds.MAX_CSV_BYTES, "; a preview needs only the first rows"
+        ),
+        "row_numbers": _entries(bounds.MAX_PREVIEWED_ROWS, "TOO_MANY_ENTRIES"),
+    },
     "outbox.v1.UploadBatchRequest": {"chunk": _file("CHUNK_TOO_LARGE", bounds.MAX_CHUNK_BYTES)},
     "google.api.HttpBody": {
         "content_type": _text(bounds.CONTENT_TYPE),

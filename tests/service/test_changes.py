@@ -48,7 +48,7 @@ KEY: Final = generate_key()
 # They change nothing, are idempotent by another id, or are about a process and not about data.
 NO_REQUEST_ID: Final = {
     *("ScheduleBatch", "UploadBatch", "UploadBatchFile", "ImportSuppressions"),
-    *("VerifySender", "ForecastBatch", "DrainDispatcher"),
+    *("VerifySender", "ForecastBatch", "DrainDispatcher", "PreviewBatch", "RenderEmailJob"),
 }
 _ids = itertools.count(1)
 

@@ -28,6 +28,7 @@ from outbox_server.services.scheduler.filters.resources import (
 )
 from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
 from outbox_server.services.scheduler.intake import Acceptance, Intake
+from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
 from outbox_server.services.scheduler.servicers.calls import (
     Context,
@@ -35,6 +36,7 @@ from outbox_server.services.scheduler.servicers.calls import (
     errors_name,
     listed_user,
 )
+from outbox_server.services.scheduler.servicers.preview_mapping import to_preview
 from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
@@ -90,8 +92,10 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
         watch: Watch[storage.BatchRecord],
         least_rate: LeastRate,
         changes: Changes,
+        previewer: Previewer,
     ) -> None:
         self._changes = changes
+        self._previewer = previewer
         self._watch = watch
         self._least_rate = least_rate
         self._engine = engine
@@ -167,6 +171,28 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 options, payload, user_id, validate_only=first.validate_only
             )
         return await self._answer(accepted)
+
+    async def PreviewBatch(
+        self,
+        request: batch_service_pb2.PreviewBatchRequest,
+        context: Context,
+    ) -> batch_service_pb2.PreviewBatchResponse:
+        """Return the mails of some rows of a batch that is not stored."""
+        user_id = acting_user(request.options.user_id, "options.user_id")
+        request.options.request_id = request.options.request_id or "preview"
+        options = from_options(request.options)
+        for index, number in enumerate(request.row_numbers):
+            if number < 1:
+                raise InvalidInput.field(
+                    f"row_numbers[{index}]",
+                    f"must be at least 1 (got {number})",
+                    reason="ROW_NUMBER_INVALID",
+                )
+        with _errors_name(request.WhichOneof("payload") or "payload"):
+            found = await self._previewer.preview(
+                options, _payload(request), request.row_numbers, user_id
+            )
+        return to_preview(found)
 
     async def GetBatch(
         self,
@@ -377,7 +403,9 @@ def _is_small(request: batch_service_pb2.ScheduleBatchRequest) -> bool:
     return len(request.recipients.rows) <= MOST_SMALL_ROWS and lines <= MOST_SMALL_ROWS
 
 
-def _payload(request: batch_service_pb2.ScheduleBatchRequest) -> Payload:
+def _payload(
+    request: batch_service_pb2.ScheduleBatchRequest | batch_service_pb2.PreviewBatchRequest,
+) -> Payload:
     match request.WhichOneof("payload"):
         case "csv":
             return CsvPayload(WholeFile(request.csv))

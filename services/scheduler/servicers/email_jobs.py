@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.scheduler.changes import Changes, Made
 from outbox_server.services.scheduler.explainer import Explainer
 from outbox_server.services.scheduler.job_sets import JobSets
+from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
 from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.filtered_jobs import (
@@ -27,6 +28,7 @@ from outbox_server.services.scheduler.servicers.job_mapping import (
     to_explanation,
     to_job,
 )
+from outbox_server.services.scheduler.servicers.preview_mapping import to_mail
 from outbox_server.services.scheduler.storage import email_jobs as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.cancelling import end_waiting
@@ -69,11 +71,13 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         changes: Changes,
         sets: JobSets,
         exporter: JobExporter,
+        previewer: Previewer,
     ) -> None:
         """`quotas` are the defaults, for users without overrides."""
         self._changes = changes
         self._sets = sets
         self._exporter = exporter
+        self._previewer = previewer
         self._quotas = quotas
         self._engine = engine
         self._explainer = explainer
@@ -93,6 +97,16 @@ class EmailJobServicer(email_job_service_pb2_grpc.EmailJobServiceServicer):
         if found is None:
             raise not_found("email_job_id", request.email_job_id)
         return to_job(found, await self._installation())
+
+    async def RenderEmailJob(
+        self,
+        request: email_job_service_pb2.RenderEmailJobRequest,
+        context: Context,
+    ) -> email_job_pb2.RenderedMail:
+        """Return the mail of one job, as it would be sent now."""
+        user_id = acting_user(request.user_id)
+        job_id = parse_id(request.email_job_id, "email_job_id")
+        return to_mail(await self._previewer.render_job(job_id, user_id))
 
     async def ListEmailJobs(
         self,

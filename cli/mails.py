@@ -1,0 +1,62 @@
+"""Shows the mails of previews."""
+
+from __future__ import annotations
+
+import sys
+from typing import BinaryIO, Final
+
+from outbox.v1 import batch_service_pb2 as pb
+from outbox.v1.batch_pb2 import BatchOptions
+from outbox.v1.email_job_pb2 import RenderedMail
+from outbox_client import Client
+
+from outbox_server.cli.flags import in_flags
+from outbox_server.cli.output import OutputFormat, show
+from outbox_server.cli.terminal import note, printable
+
+# The most of a file that one call takes.
+_MOST_BYTES: Final = 4 * 1024 * 1024 - 256 * 1024
+_OMISSIONS: Final = {
+    pb.ROW_OMISSION_NO_ROW: "there is no such row, or it is empty",
+    pb.ROW_OMISSION_DUPLICATE: "an earlier row has the same address",
+    pb.ROW_OMISSION_SUPPRESSED: "its address is suppressed",
+}
+
+
+def show_mail(mail: RenderedMail, output: OutputFormat) -> None:
+    """Print a mail: its exact bytes into a file or a pipe, as text on a terminal."""
+    if output is OutputFormat.JSON:
+        show(mail, output)
+    elif sys.stdout.isatty():
+        text = mail.message.decode("utf-8", "replace").replace("\r\n", "\n")
+        sys.stdout.write(printable(text))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(mail.message)
+        sys.stdout.buffer.flush()
+
+
+def show_preview(
+    client: Client, options: BatchOptions, source: BinaryIO, row: int, output: OutputFormat
+) -> bool:
+    """Show the mail of a row; 0 means the first one. Return whether there is one."""
+    content = source.read(_MOST_BYTES)
+    if source.read(1):
+        # The last line may be cut off.
+        content = content[: content.rfind(b"\n") + 1]
+        note(f"only the first {len(content):,} bytes of the file are read")
+    request = pb.PreviewBatchRequest(options=options, csv=content, row_numbers=[row] if row else [])
+    answer = client.batches.PreviewBatch(request)
+    if output is OutputFormat.JSON:
+        show(answer, output)
+        return all(found.HasField("mail") for found in answer.rows)
+    for found in answer.rows:
+        if found.HasField("mail"):
+            note(f"row {found.row_number}, to {found.mail.recipient}:")
+            show_mail(found.mail, output)
+            return True
+        why = in_flags(found.rejection.message)
+        if found.omission:
+            why = _OMISSIONS[found.omission]
+        note(f"row {found.row_number} becomes no mail: {why}")
+    return False
