@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bound_contextvars
 
 from outbox_server.services.dispatcher.composer import Composer, CompositionError
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, WaitCause
@@ -37,6 +37,7 @@ from outbox_server.shared.templates.workers import WorkerLostError
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import SendSpan, Tracer
 
+_NOTHING_BOUND: Final = nullcontext()
 _log = structlog.get_logger(__name__)
 
 
@@ -121,22 +122,25 @@ class SendStep:
 
     async def _begin_elsewhere(self, mail: ReadyMail) -> None:
         send = _Send(mail, self._span_of(mail))
-        # This task works for one job alone, so its log lines are all about it.
-        bind_contextvars(**send.ids)
-        await self._begin(send)
+        # While it is built, this task works for one job alone. Not while it is sent: a connection
+        # keeps what is bound when it is opened, and later carries mails of others.
+        await self._begin(send, bound_contextvars(**send.ids))
 
     def _span_of(self, mail: ReadyMail) -> SendSpan | None:
         if self._tracer is None:
             return None
         return begin_span(self._tracer, self._composer.trace_parent_of(mail.job), mail.job)
 
-    async def _begin(self, send: _Send) -> None:
+    async def _begin(
+        self, send: _Send, building: AbstractContextManager[None] = _NOTHING_BOUND
+    ) -> None:
         """Build a mail and give it to the pool. No error of one mail ends that of the others."""
         mail = send.mail
         # Half of the lease is left for the send, as after a wait for a permit.
         wait = mail.claimed_at + self._lease.total_seconds() / 2 - send.started
         try:
-            endpoint, envelope = await self._composer.compose(mail.job, wait)
+            with building:
+                endpoint, envelope = await self._composer.compose(mail.job, wait)
             mail.permit.since = time.monotonic()
             send.relay = endpoint.operators
             send.leased = self._renewer.begin(mail.claim, mail.job, mail.claimed_at)

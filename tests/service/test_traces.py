@@ -46,13 +46,20 @@ class Traced:
         self._log = log
 
     def calls(self) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self._log.read_text().splitlines()]
-        return [line for line in lines if line["event"] == "call"]
+        return _lines_of(self._log, "call")
 
-    async def schedule(self, *emails: str, traceparent: str | None = CALLER) -> None:
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the dispatcher's log lines of attempts that have ended."""
+        return _lines_of(self._log.with_name("dispatcher"), "attempt_ended")
+
+    async def schedule(
+        self, *emails: str, traceparent: str | None = CALLER, **options: Any
+    ) -> None:
         csv = "email\n" + "".join(f"{email}\n" for email in emails)
         await self.scheduler.batches.ScheduleBatch(
-            batch_service_pb2.ScheduleBatchRequest(options=await self._options(), csv=csv.encode()),
+            batch_service_pb2.ScheduleBatchRequest(
+                options=await self._options(**options), csv=csv.encode()
+            ),
             metadata=() if traceparent is None else (("traceparent", traceparent),),
         )
 
@@ -64,8 +71,8 @@ class Traced:
             metadata=(("traceparent", CALLER),),
         )
 
-    async def _options(self) -> batch_pb2.BatchOptions:
-        return options_for(await self.scheduler.sender(hourly_limit=1000))
+    async def _options(self, **options: Any) -> batch_pb2.BatchOptions:
+        return options_for(await self.scheduler.sender(hourly_limit=1000), **options)
 
     async def two_sends(self) -> list[CollectedSpan]:
         await eventually(lambda: len(self.collected.named("send")) == 2)
@@ -73,6 +80,11 @@ class Traced:
 
     def parents(self) -> list[str | None]:
         return [row[0] for row in self.scheduler.rows("SELECT trace_parent FROM batches")]
+
+
+def _lines_of(log: Path, event: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
 
 
 @pytest.fixture
@@ -164,6 +176,22 @@ async def test_a_trace_that_is_not_sampled_or_not_valid_is_not_continued(
         )
         assert len({send.trace_id for send in sends}) == 2
         assert TRACE not in {span.trace_id for span in it.collected.spans}
+
+
+async def test_a_mail_on_a_kept_connection_is_not_logged_with_the_trace_of_an_earlier_one(
+    traced: Callable[..., Any],
+) -> None:
+    # Built by a worker process, because a template with a condition may take long.
+    body = "{% if email %}Hello{% endif %}"
+    async with traced(log_level="debug") as it:
+        await it.schedule("a@b.org", body=body)
+        await eventually(lambda: len(it.attempts()) == 1)
+        await it.schedule("c@b.org", body=body, traceparent=UNSAMPLED)
+        await eventually(lambda: len(it.attempts()) == 2)
+        assert it.smtp.connections == 1
+        first, second = it.attempts()
+        assert (first["trace_id"], "trace_id" in second) == (TRACE, False)
+        assert first["job_id"] != second["job_id"]
 
 
 async def test_mail_is_sent_while_the_collector_is_away(traced: Callable[..., Any]) -> None:
