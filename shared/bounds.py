@@ -147,6 +147,16 @@ MASK_PATH: Final = TextBounds(200, "UPDATE_MASK_INVALID")
 # The longest line of a mail, without its end (RFC 5322, 2.1.1). Servers cut a longer subject, even
 # if it is folded into several lines.
 MAX_SUBJECT_BYTES: Final = 998
+# The headers that a caller adds to a mail: their number, the template of one, and its line.
+MAX_HEADERS: Final = 20
+MAX_HEADER_TEMPLATE_BYTES: Final = 4 * 1024
+MAX_HEADER_BYTES: Final = 998
+HEADER_NAME: Final = TextBounds(64, "HEADER_INVALID", least=1)
+# The caller's own ids and labels of batches and jobs.
+EXTERNAL_ID: Final = TextBounds(128, "EXTERNAL_ID_INVALID")
+MAX_LABELS: Final = 16
+LABEL_KEY: Final = TextBounds(63, "LABELS_INVALID", least=1)
+LABEL_VALUE: Final = TextBounds(128, "LABELS_INVALID", least=1)
 # 253 characters (RFC 1035), and the `*.` of a wildcard.
 SENDER_DOMAIN: Final = TextBounds(255, "SENDER_DOMAIN_INVALID")
 # A value of an output-only field, which a caller sends back and the server ignores.
@@ -173,6 +183,9 @@ OAUTH2_CLIENT_SECRET: Final = TextBounds(1_024, "SMTP_ENDPOINT_INVALID")
 OAUTH2_REFRESH_TOKEN: Final = TextBounds(8_192, "SMTP_ENDPOINT_INVALID")
 OAUTH2_SCOPE: Final = TextBounds(1_024, "SMTP_ENDPOINT_INVALID")
 EMAIL_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "EMAIL_COLUMN_INVALID")
+NAME_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "NAME_COLUMN_INVALID")
+EXTERNAL_ID_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "EXTERNAL_ID_COLUMN_INVALID")
+LABEL_COLUMN: Final = TextBounds(MAX_COLUMN_NAME, "LABEL_COLUMNS_INVALID", least=1)
 TIME_ZONE: Final = TextBounds(64, "UNKNOWN_TIME_ZONE")
 FILTER: Final = TextBounds(4_000, "FILTER_INVALID")
 ORDER_BY: Final = TextBounds(100, "ORDER_BY_INVALID")

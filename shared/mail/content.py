@@ -15,6 +15,7 @@ from outbox_server.shared.database.models import Batch, Sender
 from outbox_server.shared.mail.worker import MailRequest
 from outbox_server.shared.smtp.endpoint import StoredEndpoint
 from outbox_server.shared.smtp.endpoint_columns import ENDPOINT_COLUMNS, endpoint_of
+from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class BatchContent:
     endpoint: StoredEndpoint
     # The span of the call that brought the batch. None means no trace.
     trace_parent: str | None = None
+    head: HeadTexts = NO_HEAD
 
 
 def request_of(
@@ -52,6 +54,7 @@ def request_of(
         recipient=recipient,
         message_id=message_id,
         date=datetime.now(UTC).timestamp(),
+        head=content.head,
     )
 
 
@@ -102,6 +105,9 @@ async def read_batches(
             Batch.html,
             Batch.variable_names,
             Batch.trace_parent,
+            Batch.reply_to,
+            Batch.name_column,
+            Batch.headers,
             *_OF_SENDER,
         )
         .join(Sender, Sender.id == Batch.sender_id)
@@ -116,6 +122,11 @@ async def read_batches(
             html=row.html,
             variable_names=tuple(row.variable_names),
             trace_parent=row.trace_parent,
+            head=HeadTexts(
+                row.reply_to,
+                row.name_column or "",
+                tuple((name, text) for name, text in row.headers or ()),
+            ),
             **_of_sender(row),
         )
         for row in rows

@@ -9,6 +9,8 @@ from __future__ import annotations
 import binascii
 import re
 
+from outbox_server.shared.mail_headers import is_encodable
+
 # RFC 5322, 2.1.1, without the CRLF.
 _MAX_LINE = 998
 GOOD_LINE = 78
@@ -16,6 +18,9 @@ GOOD_LINE = 78
 _WORD_BYTES = 45
 # The first word shares its line with the header's name.
 _FIRST_WORD_BYTES = 42
+# More than a character has.
+_LEAST_WORD_BYTES = 6
+_ENCODED_LINE = 76
 # The bytes around the base64 of a word, and between two words.
 _AROUND_WORD, _BETWEEN_WORDS = len("=?utf-8?b??="), len("\r\n ")
 # A longer subject is written as encoded words, because a list of its words takes much memory.
@@ -28,6 +33,8 @@ _QUOTED = bytes({*range(32), ord("="), *range(127, 256)} - set(b"\t\n"))
 # The bytes of a UTF-8 character after its first.
 _CONTINUATION_MASK, _CONTINUATION = 0xC0, 0x80
 _BASE64_LINE = 76
+# A space where a header may be folded.
+_LONE_SPACE = re.compile(r"(?<! ) (?! )")
 
 
 class TooLargeError(Exception):
@@ -69,6 +76,34 @@ def encode_subject(text: str, room: int) -> str:
     return encoded_words(text, room)
 
 
+def encode_header(name: str, text: str, room: int) -> str:
+    """Return a header of the caller, with its name and line ends.
+
+    A text beyond ASCII becomes encoded words (RFC 2047). Any other is folded at its spaces, and has
+    no line of more than 998 bytes, because `shared.mail_headers` limits it.
+
+    Raises:
+        TooLargeError: it does not fit.
+    """
+    check_room(len(text), room)
+    if not text.isascii() or (is_encodable(name) and "=?" in text):
+        # RFC 2047, 2: a line with encoded words has at most 76 characters. Only a very long name
+        # makes it longer, because not every program accepts a first line with a name alone.
+        first = (_ENCODED_LINE - len(f"{name}: ") - _AROUND_WORD) // 4 * 3
+        words = encoded_words(text, room, max(first, _LEAST_WORD_BYTES))
+        return f"{name}: {words}\r\n"
+    lines: list[str] = []
+    line = f"{name}:"
+    for word in _LONE_SPACE.split(text):
+        # A long first word stays on the line of the name, which must not be empty.
+        is_first = not lines and len(line) == len(name) + 1
+        if not is_first and len(line) + 1 + len(word) > GOOD_LINE:
+            lines.append(line)
+            line = ""
+        line += f" {word}"
+    return "\r\n".join([*lines, line]) + "\r\n"
+
+
 def _folded(text: str) -> str | None:
     """Return `text` folded at single spaces into lines of at most 78 bytes, or None if it fails."""
     if "  " in text:
@@ -86,8 +121,10 @@ def _folded(text: str) -> str | None:
     return "\r\n".join(lines).removeprefix("Subject: ")
 
 
-def encoded_words(text: str, room: int) -> str:
+def encoded_words(text: str, room: int, first_bytes: int = _FIRST_WORD_BYTES) -> str:
     """Return `text` as encoded words, one per line. No word ends within a character.
+
+    The first word has at most `first_bytes`, besides the encoding.
 
     Raises:
         TooLargeError: they do not fit.
@@ -98,7 +135,7 @@ def encoded_words(text: str, room: int) -> str:
     check_room(_base64_size(len(data)) + least_words * _AROUND_WORD + between, room)
     words: list[str] = []
     start = 0
-    size = _FIRST_WORD_BYTES
+    size = first_bytes
     while start < len(data):
         end = start + size
         while end < len(data) and data[end] & _CONTINUATION_MASK == _CONTINUATION:

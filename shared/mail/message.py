@@ -18,6 +18,7 @@ from outbox_server.shared.mail.encoders import (
     GOOD_LINE,
     NOT_PRINTABLE,
     TooLargeError,
+    encode_header,
     encode_part,
     encode_subject,
     encoded_words,
@@ -30,7 +31,9 @@ from outbox_server.shared.templates.batch import (
     BatchTemplate,
     Rendered,
 )
+from outbox_server.shared.templates.head import RenderedHead
 
+_EMPTY_HEAD = RenderedHead()
 _ATOM = r"[A-Za-z0-9!#$%&'*+\-/=?^_`{|}~]+"
 _PLAIN_PHRASE = re.compile(f"{_ATOM}(?: {_ATOM})*")
 _SAFE_MESSAGE_ID = re.compile(r"<[!-;=?A-~]+@[!-;=?A-~]+>")
@@ -105,7 +108,7 @@ class MessageBuilder:
         self._template = template
         self._max_bytes = max_bytes
         try:
-            self._from = f"From: {_mailbox(display_name, self.sender, max_bytes)}\r\n"
+            self._from = f"From: {_mailbox('From', display_name, self.sender, max_bytes)}\r\n"
         except TooLargeError as error:
             raise self._too_large(max_bytes + error.over) from None
         # "=_" never occurs in quoted-printable or base64 text (RFC 2045, 6.7). The rest is random,
@@ -141,9 +144,11 @@ class MessageBuilder:
             subject = self._encode_subject(rendered.subject, self._max_bytes)
             if len(subject) > MAX_SUBJECT_BYTES:
                 raise MessageError("SUBJECT_TOO_LONG", SUBJECT_TOO_LONG)
+            to = _mailbox("To", rendered.head.to_name, address, self._max_bytes)
             head = (
-                f"{self._from}To: {address}\r\nSubject: {subject}\r\n"
-                f"Date: {format_date(date)}\r\nMessage-ID: {message_id}\r\nMIME-Version: 1.0\r\n"
+                f"{self._from}To: {to}\r\nSubject: {subject}\r\n"
+                f"Date: {format_date(date)}\r\nMessage-ID: {message_id}\r\n"
+                f"{self._further_headers(rendered.head)}MIME-Version: 1.0\r\n"
             ).encode()
             parts = [head, *self._content(rendered, self._max_bytes - len(head))]
         except TooLargeError as error:
@@ -153,8 +158,26 @@ class MessageBuilder:
         size = sum(map(len, parts))
         if size > self._max_bytes:
             raise self._too_large(size, exact=True)
+        reply_to = rendered.head.reply_to
         needs_smtputf8 = self._smtputf8 or not address.isascii()
+        if reply_to is not None and not reply_to.address.isascii():
+            needs_smtputf8 = True
         return Message(b"".join(parts), address, needs_smtputf8)
+
+    def _further_headers(self, head: RenderedHead) -> str:
+        """Return Reply-To and the caller's headers.
+
+        Raises:
+            TooLargeError: they do not fit.
+        """
+        if head == _EMPTY_HEAD:
+            return ""
+        room = self._max_bytes
+        lines = [encode_header(name, text, room) for name, text in head.headers]
+        if head.reply_to is not None:
+            mailbox = _mailbox("Reply-To", *head.reply_to, room)
+            lines.insert(0, f"Reply-To: {mailbox}\r\n")
+        return "".join(lines)
 
     def _content(self, rendered: Rendered, room: int) -> list[bytes]:
         """Return the parts after the head: the headers of the content, and the encoded texts.
@@ -203,13 +226,13 @@ class _CachingEncoder(Generic[T]):
         return encoded
 
 
-def _mailbox(display_name: str, address: str, room: int) -> str:
-    """Return `name <address>` (RFC 5322, 3.4), folded if it is long.
+def _mailbox(header: str, display_name: str, address: str, room: int) -> str:
+    """Return `name <address>` (RFC 5322, 3.4) for a header, folded if it is long.
 
     Raises:
         TooLargeError: it has more than `room` bytes.
     """
-    name = " ".join(NOT_PRINTABLE.sub(" ", display_name).split())
+    name = " ".join(NOT_PRINTABLE.sub(" ", display_name).split()) if display_name else ""
     if not name:
         return address
     if not name.isascii() or "=?" in name or len(name) > _LONGEST_QUOTED_NAME:
@@ -218,6 +241,6 @@ def _mailbox(display_name: str, address: str, room: int) -> str:
         phrase = name
     else:
         phrase = '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    last_line = len("From: ") + len(phrase) - (phrase.rfind("\n") + 1)
+    last_line = len(header) + len(": ") + len(phrase) - (phrase.rfind("\n") + 1)
     fold = "\r\n" if last_line + len(address) + len(" <>") > GOOD_LINE else ""
     return f"{phrase}{fold} <{address}>"

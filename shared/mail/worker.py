@@ -11,12 +11,8 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from outbox_server.shared.mail.message import Message, MessageBuilder, MessageError
-from outbox_server.shared.templates.batch import (
-    BatchTemplate,
-    RenderError,
-    decode_variables,
-    longest_of,
-)
+from outbox_server.shared.templates.batch import RenderError, decode_variables, longest_of
+from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
 from outbox_server.shared.templates.wire import StartBudget
 from outbox_server.shared.templates.worker import (
     PARSING_BUDGETS,
@@ -42,6 +38,7 @@ class MailRequest(NamedTuple):
     message_id: str
     # Unix time.
     date: float
+    head: HeadTexts = NO_HEAD
 
 
 def _mail_of(start_budget: StartBudget) -> Job:
@@ -51,14 +48,10 @@ def _mail_of(start_budget: StartBudget) -> Job:
         it = MailRequest(*arguments)
         # Templates that were accepted must not fail because they are parsed more slowly here.
         start_budget(PARSING_BUDGETS)
-        longest = longest_of(it.subject, it.body, it.html)
+        head = HeadTexts.from_wire(it.head)
+        longest = longest_of(it.subject, it.body, it.html, head)
         sources = {"subject": it.subject, "body": it.body, "html": it.html}
-        template = BatchTemplate(
-            **{
-                field: None if source is None else templates.get(field, source, longest)
-                for field, source in sources.items()
-            }
-        )
+        template = templates.batch(sources, head, longest)
         start_budget(1.0)
         try:
             builder = MessageBuilder(

@@ -19,6 +19,12 @@ from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.message_size import TextSize, utf8_size
 from outbox_server.shared.templates.guard import RENDER_BUDGET
+from outbox_server.shared.templates.head import (
+    NO_HEAD,
+    HeadTemplates,
+    HeadTexts,
+    RenderedHead,
+)
 from outbox_server.shared.templates.parsing import parse_source
 from outbox_server.shared.templates.plain import plain_source
 from outbox_server.shared.templates.source import (
@@ -52,6 +58,7 @@ _IDENTIFIER = re.compile(r"[^\W\d]\w*")
 _NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
 # A mail of this length is built in about 2 ms.
 _MOST_QUICK_CHARACTERS = 64 * 1024
+_EMPTY_HEAD: Final = RenderedHead()
 
 
 class Rendered(NamedTuple):
@@ -60,6 +67,7 @@ class Rendered(NamedTuple):
     subject: str
     body: str | None
     html: str | None
+    head: RenderedHead = _EMPTY_HEAD
 
 
 def variable_name(column: str) -> str:
@@ -97,7 +105,7 @@ def decode_variables(names: Sequence[str], variables: str | None) -> dict[str, s
 
 
 class BatchTemplate:
-    """Subject, text and HTML of one batch. Two threads must not use it at once.
+    """Subject, text, HTML and head of one batch. Two threads must not use it at once.
 
     `variable_names` are all columns that `render` uses, sorted. `required` are those that every row
     must have. `subject_names` are those that the subject uses.
@@ -108,8 +116,14 @@ class BatchTemplate:
         subject: TemplateSource | None,
         body: TemplateSource | None,
         html: TemplateSource | None,
+        head: HeadTemplates | None = None,
     ) -> None:
-        self._subject, self._body, self._html = subject, body, html
+        """Use these templates. None means the row's own text, and no further head.
+
+        Raises:
+            InvalidInput: SUBJECT_TOO_LONG, SUBJECT_LINE_BREAK, for a subject without columns.
+        """
+        self._subject, self._body, self._html, self._head = subject, body, html, head
         self._sources = (("subject", subject), ("body", body), ("html", html))
         names: set[str] = set()
         required: set[str] = set()
@@ -125,6 +139,11 @@ class BatchTemplate:
                 required |= source.summary.required
         if subject is None:
             required.add("subject")
+        head_sources = [] if head is None else head.sources
+        if head is not None:
+            names |= head.names
+            required |= head.required
+            uses += head.uses
         self.variable_names: tuple[str, ...] = tuple(sorted(names))
         self.required: frozenset[str] = frozenset(required)
         self.subject_names: frozenset[str] = frozenset(
@@ -143,13 +162,17 @@ class BatchTemplate:
         self.subject_from_row: bool = subject is None
         # Whether a row may be impossible to render, so that rows are rendered at intake.
         liquid = [source for _, source in self._sources if source and source.is_liquid]
-        self.may_fail: bool = bool(liquid)
+        renders_head = head is not None and head.is_liquid
+        self.may_fail: bool = bool(liquid) or renders_head
+        # Whether the head is checked for each row, without rendering the rest of the mail.
+        self.checks_head: bool = head is not None and bool(head.names) and not renders_head
         # What proves that a row can be rendered. Empty if nothing does.
         proofs = [source.summary.proof for source in liquid if source.summary.proof is not None]
-        self.proofs: list[RenderingProof] = proofs if len(proofs) == len(liquid) else []
+        is_proof = len(proofs) == len(liquid) and not renders_head
+        self.proofs: list[RenderingProof] = proofs if is_proof else []
         self.plain_sources: list[TemplateSource] = [
             source for _, source in self._sources if source and not source.is_liquid
-        ]
+        ] + head_sources
         self.subject_proof: RenderingProof | None = (
             None if subject is None or subject.summary.may_break else subject.summary.proof
         )
@@ -162,42 +185,52 @@ class BatchTemplate:
                 raise InvalidInput.field("subject", error.message, reason=error.reason) from None
 
     @classmethod
-    def compile(cls, subject: str | None, body: str | None, html: str | None) -> BatchTemplate:
+    def compile(
+        cls, subject: str | None, body: str | None, html: str | None, head: HeadTexts = NO_HEAD
+    ) -> BatchTemplate:
         """Parse the sources in this process, which may take long (see `shared.templates.parsing`).
 
         None means the row's own column of that name, without a template.
 
         Raises:
             InvalidInput: TEMPLATE_INVALID, for the field `subject`, `body` or `html`, with line and
-                column; TEMPLATE_TOO_LARGE; SUBJECT_LINE_BREAK.
+                column; TEMPLATE_TOO_LARGE; SUBJECT_LINE_BREAK; those of `HeadTemplates`.
         """
-        longest = longest_of(subject, body, html)
+        longest = longest_of(subject, body, html, head)
         return cls(
             **{
                 field: None if text is None else parse_source(field, text, longest)
                 for field, text in check_sizes(subject, body, html).items()
-            }
+            },
+            head=head.compiled(lambda field, text: parse_source(field, text, longest)),
         )
 
     @classmethod
-    def plain(cls, subject: str | None, body: str | None, html: str | None) -> BatchTemplate | None:
+    def plain(
+        cls, subject: str | None, body: str | None, html: str | None, head: HeadTexts = NO_HEAD
+    ) -> BatchTemplate | None:
         """Return the template if it is short and only inserts columns, or None.
 
         This takes microseconds. With a longer template, no mail is quick to build.
 
         Raises:
-            InvalidInput: TEMPLATE_TOO_LARGE, SUBJECT_LINE_BREAK.
+            InvalidInput: TEMPLATE_TOO_LARGE, SUBJECT_LINE_BREAK, those of `HeadTemplates`.
         """
-        sources: dict[str, TemplateSource | None] = {}
         texts = check_sizes(subject, body, html)
         if sum(len(text or "") for text in texts.values()) > _MOST_QUICK_CHARACTERS:
             return None
-        for field, text in texts.items():
-            summary = None if text is None else plain_source(field, text)
-            if text is not None and summary is None:
+        found: dict[str, TemplateSource] = {}
+        for field, text in (texts | head.sources()).items():
+            if text is None:
+                continue
+            summary = plain_source(field, text)
+            if summary is None:
                 return None
-            sources[field] = None if summary is None else TemplateSource(summary)
-        return cls(**sources)
+            found[field] = TemplateSource(summary)
+        return cls(
+            **{field: found.get(field) for field in texts},
+            head=head.compiled(lambda field, _: found[field]),
+        )
 
     def is_quick(self, characters: int) -> bool:
         """Return whether a mail may be built in an event loop: its text is short and plain.
@@ -205,7 +238,8 @@ class BatchTemplate:
         `characters` is the length of the row's values together.
         """
         most = characters * self.most_uses
-        for _, source in self._sources:
+        in_head = () if self._head is None else self._head.sources
+        for source in (self._subject, self._body, self._html, *in_head):
             if source is not None:
                 if not source.is_quick:
                     return False
@@ -227,22 +261,33 @@ class BatchTemplate:
             raise RenderError("SUBJECT_TOO_LONG", SUBJECT_TOO_LONG)
         return text
 
+    def render_head(self, values: Mapping[str, str], room: Room | None = None) -> RenderedHead:
+        """Return the head for one row.
+
+        Raises:
+            RenderError: see `HeadTemplates.render`.
+        """
+        if self._head is None:
+            return _EMPTY_HEAD
+        return self._head.render(values, Room(RENDER_BUDGET) if room is None else room)
+
     def render(self, values: Mapping[str, str], max_bytes: int = RENDER_BUDGET) -> Rendered:
         """Return the texts for one row. `values` are by variable name, without missing columns.
 
         Rendering stops as soon as the texts have more than `max_bytes` in UTF-8.
 
         Raises:
-            RenderError: a subject of two lines, neither text nor HTML, too much text or work, or a
-                filter that fails on these values.
+            RenderError: a subject of two lines, a wrong header, neither text nor HTML, too much
+                text or work, or a filter that fails on these values.
         """
         room = Room(max_bytes)
         subject = self.render_subject(values, room)
+        head = self.render_head(values, room)
         body = self._text("body", self._body, values, room)
         html = self._text("html", self._html, values, room)
         if body is None and html is None:
             raise RenderError("NO_CONTENT", "the mail has neither text nor HTML")
-        return Rendered(subject, body, html)
+        return Rendered(subject, body, html, head)
 
     @staticmethod
     def _text(
@@ -279,9 +324,11 @@ def check_sizes(subject: str | None, body: str | None, html: str | None) -> dict
     return sources
 
 
-def longest_of(*sources: str | None) -> int:
+def longest_of(
+    subject: str | None, body: str | None, html: str | None, head: HeadTexts = NO_HEAD
+) -> int:
     """Return the length of the longest source."""
-    return max(len(source or "") for source in sources)
+    return max(head.longest, *(len(source or "") for source in (subject, body, html)))
 
 
 def missing_column(name: str, columns: Iterable[str]) -> str:

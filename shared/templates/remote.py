@@ -16,6 +16,7 @@ from outbox_server.shared.errors import InvalidInput, ResourceExhausted, Unavail
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.templates.batch import BatchTemplate, check_sizes, longest_of
 from outbox_server.shared.templates.checking import RowFailure
+from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
 from outbox_server.shared.templates.plain import plain_source
 from outbox_server.shared.templates.source import SourceSummary, TemplateSource
 from outbox_server.shared.templates.worker import STEPS_BEFORE_ROWS, RowsRequest
@@ -59,45 +60,52 @@ class TemplateParser:
             _KEPT_CHARACTERS, lambda kept: kept[1]
         )
         # The templates that `known` returned last. Only the event loop uses them.
-        self._templates: LRUCache[tuple[str | None, ...], tuple[BatchTemplate, int]] = LRUCache(
+        self._templates: LRUCache[tuple[object, ...], tuple[BatchTemplate, int]] = LRUCache(
             _KEPT_CHARACTERS, lambda kept: kept[1]
         )
 
     def known(
-        self, subject: str | None, body: str | None, html: str | None
+        self, subject: str | None, body: str | None, html: str | None, head: HeadTexts = NO_HEAD
     ) -> BatchTemplate | None:
         """Return the template if no worker is needed for that; None for any other.
 
         It is read in milliseconds. Its `render` is only for templates without Liquid.
         """
-        key = subject, body, html
+        key = subject, body, html, head
         kept = self._templates.get(key)
         if kept is not None:
             return kept[0]
-        template = self._read_known(subject, body, html)
+        template = self._read_known(subject, body, html, head)
         if template is not None:
             # The text is in the key, and in the parts of the template.
-            size = 2 * sum(len(text or "") for text in key)
+            size = 2 * sum(len(text or "") for text in (subject, body, html))
+            size += 2 * head.characters
             self._templates[key] = template, _LEAST_KEPT + size
         return template
 
     def _read_known(
-        self, subject: str | None, body: str | None, html: str | None
+        self, subject: str | None, body: str | None, html: str | None, head: HeadTexts
     ) -> BatchTemplate | None:
-        longest = longest_of(subject, body, html)
+        longest = longest_of(subject, body, html, head)
         if longest > _KEPT_TEMPLATE:
             return None
-        sources: dict[str, TemplateSource | None] = {}
-        for field, text in (("subject", subject), ("body", body), ("html", html)):
-            summary = None if text is None else plain_source(field, text)
-            if text is not None and summary is None:
+        texts = {"subject": subject, "body": body, "html": html}
+        sources: dict[str, TemplateSource] = {}
+        for field, text in (texts | head.sources()).items():
+            if text is None:
+                continue
+            summary = plain_source(field, text)
+            if summary is None:
                 kept = self._summaries.get((field, text, longest))
                 if kept is None:
                     return None
                 summary = kept[0]
-            sources[field] = None if summary is None else TemplateSource(summary)
+            sources[field] = TemplateSource(summary)
         try:
-            return BatchTemplate(**sources)
+            return BatchTemplate(
+                **{field: sources.get(field) for field in texts},
+                head=head.compiled(lambda field, _: sources[field]),
+            )
         except InvalidInput:  # which `parse` reports
             return None
 
@@ -106,7 +114,12 @@ class TemplateParser:
         await self._pool.close()
 
     async def parse(
-        self, user: str, subject: str | None, body: str | None, html: str | None
+        self,
+        user: str,
+        subject: str | None,
+        body: str | None,
+        html: str | None,
+        head: HeadTexts = NO_HEAD,
     ) -> RemoteTemplate:
         """Return the template of a batch of a user.
 
@@ -118,11 +131,11 @@ class TemplateParser:
             ResourceExhausted: TOO_MANY_CALLS.
             Unavailable: TEMPLATE_WORKER_UNAVAILABLE.
         """
-        longest = longest_of(subject, body, html)
+        longest = longest_of(subject, body, html, head)
         spent = 0.0
         texts = check_sizes(subject, body, html)
         summaries: dict[str, object] = {}
-        for field, text in texts.items():
+        for field, text in (texts | head.sources()).items():
             plain = None if text is None else plain_source(field, text)
             if text is None or plain is not None:
                 summaries[field] = plain
@@ -139,11 +152,11 @@ class TemplateParser:
                     raise too_costly(field, "and those before it need too much processor time")
         # A long template may have 50,000 insertions.
         template = (
-            _template_of(summaries)
+            _template_of(summaries, head)
             if longest <= _SHORT
-            else await asyncio.to_thread(_template_of, summaries)
+            else await asyncio.to_thread(_template_of, summaries, head)
         )
-        template.renderer = RemoteRows(self, user, texts, longest, self._budget)
+        template.renderer = RemoteRows(self, user, texts, longest, self._budget, head=head)
         return template
 
     def _keep(self, field: str, text: str, longest: int, wire: object) -> None:
@@ -214,16 +227,17 @@ class RemoteTemplate(BatchTemplate):
     renderer: RemoteRows
 
 
-def _template_of(summaries: Mapping[str, object]) -> RemoteTemplate:
+def _template_of(summaries: Mapping[str, object], head: HeadTexts) -> RemoteTemplate:
     """Return a template by the summaries of its fields, of which some are as a worker sent them."""
-    sources: dict[str, TemplateSource | None] = {}
+    sources: dict[str, TemplateSource] = {}
     for field, value in summaries.items():
-        if value is None:
-            sources[field] = None
-            continue
-        summary = value if isinstance(value, SourceSummary) else SourceSummary.from_wire(value)
-        sources[field] = TemplateSource(summary)
-    return RemoteTemplate(**sources)
+        if value is not None:
+            summary = value if isinstance(value, SourceSummary) else SourceSummary.from_wire(value)
+            sources[field] = TemplateSource(summary)
+    return RemoteTemplate(
+        **{field: sources.get(field) for field in ("subject", "body", "html")},
+        head=head.compiled(lambda field, _: sources[field]),
+    )
 
 
 def too_costly(field: str, why: str) -> InvalidInput:
@@ -247,7 +261,10 @@ class RemoteRows:
         sources: Mapping[str, str | None],
         longest: int,
         budget: float,
+        *,
+        head: HeadTexts = NO_HEAD,
     ) -> None:
+        self._head = head
         self._parser = parser
         self._user = user
         self._sources = dict(sources)
@@ -313,7 +330,7 @@ class RemoteRows:
         self, names: Sequence[str], rows: Sequence[str | None], max_bytes: int
     ) -> tuple[tuple[int, dict[int, RowFailure]], float]:
         request = RowsRequest(
-            self._sources, self._longest, names, rows, max_bytes, _SECONDS_PER_JOB
+            self._sources, self._longest, names, rows, max_bytes, _SECONDS_PER_JOB, self._head
         )
         checking = self._parser.try_to_run(self._user, "check", *request, decode=_checked)
         with self._lock:
@@ -327,7 +344,8 @@ class RemoteRows:
     def _spend(self, seconds: float) -> None:
         self._allowance -= seconds
         if self._allowance < 0:
-            field = next(field for field, source in self._sources.items() if source is not None)
+            fields = self._sources | self._head.sources()
+            field = next(field for field, source in fields.items() if source is not None)
             raise too_costly(
                 f"options.{field}", "needs too much processor time for the rows of this batch"
             )

@@ -35,6 +35,7 @@ from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.templates.batch import BatchTemplate
 from outbox_server.shared.templates.checking import failure_of
 from outbox_server.shared.templates.guard import Environments
+from outbox_server.shared.templates.head import NO_HEAD, HeadTexts
 from outbox_server.shared.templates.parsing import parse_source
 from outbox_server.shared.templates.source import RenderError, Room, TemplateSource
 from outbox_server.shared.templates.wire import (
@@ -75,6 +76,7 @@ class RowsRequest(NamedTuple):
     rows: Sequence[str | None]
     max_bytes: int
     most_seconds: float
+    head: HeadTexts = NO_HEAD
 
 
 def serve(jobs: Mapping[str, Callable[[StartBudget], Job]]) -> int:
@@ -216,6 +218,18 @@ class TemplateCache:
             self._parsed[key] = parsed, len(source) + 1
         return parsed
 
+    def batch(
+        self, sources: Mapping[str, str | None], head: HeadTexts, longest: int
+    ) -> BatchTemplate:
+        """Return the parsed templates of a batch, by the texts of subject, body and html."""
+        return BatchTemplate(
+            **{
+                field: None if source is None else self.get(field, source, longest)
+                for field, source in sources.items()
+            },
+            head=head.compiled(lambda field, text: self.get(field, text, longest)),
+        )
+
 
 def _summary_of(_: StartBudget) -> Job:
     environments = Environments()
@@ -244,15 +258,10 @@ def _failures_of(start_budget: StartBudget) -> Job:
     templates = TemplateCache()
 
     def check(*arguments: Any) -> object:
-        sources, longest, names, rows, max_bytes, most_seconds = RowsRequest(*arguments)
+        sources, longest, names, rows, max_bytes, most_seconds, head = RowsRequest(*arguments)
         # Templates that were accepted must not fail because they are parsed more slowly here.
         start_budget(PARSING_BUDGETS)
-        template = BatchTemplate(
-            **{
-                field: None if source is None else templates.get(field, source, longest)
-                for field, source in sources.items()
-            }
-        )
+        template = templates.batch(sources, HeadTexts.from_wire(head), longest)
         ends = time.process_time() + most_seconds
         found = []
         done = 0

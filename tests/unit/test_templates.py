@@ -69,13 +69,13 @@ def test_without_a_template_the_column_is_used_unchanged() -> None:
     values = {"subject": "{{ x }}", "body": "{{ y }} {%", "html": "<b>{{ z }}</b>"}
     assert template.variable_names == ("body", "html", "subject")
     assert template.required == {"subject"}
-    assert template.render(values) == ("{{ x }}", "{{ y }} {%", "<b>{{ z }}</b>")
+    assert template.render(values)[:3] == ("{{ x }}", "{{ y }} {%", "<b>{{ z }}</b>")
 
 
 def test_an_empty_html_cell_means_no_html() -> None:
     template = BatchTemplate.compile("s", None, None)
-    assert template.render({"body": "b", "html": ""}) == ("s", "b", None)
-    assert template.render({"body": "", "html": "h"}) == ("s", None, "h")
+    assert template.render({"body": "b", "html": ""})[:3] == ("s", "b", None)
+    assert template.render({"body": "", "html": "h"})[:3] == ("s", None, "h")
     with pytest.raises(RenderError) as caught:
         template.render({"body": "", "html": ""})
     assert caught.value.reason == "NO_CONTENT"

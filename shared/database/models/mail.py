@@ -19,7 +19,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from outbox_server.shared.database.models.base import TIME, Base
@@ -230,6 +230,16 @@ class Batch(Base):
     last_due_at: Mapped[datetime | None] = mapped_column(TIME)
     # The span of the call that brought it (W3C's `traceparent`). NULL means no trace.
     trace_parent: Mapped[str | None] = mapped_column(Text)
+    # A Liquid source for Reply-To, and [name, Liquid source] of each further header.
+    reply_to: Mapped[str | None] = mapped_column(Text)
+    headers: Mapped[list[list[str]] | None] = mapped_column(JSONB(none_as_null=True))
+    # The name of the variable with the recipient's name. NULL means none.
+    name_column: Mapped[str | None] = mapped_column(Text)
+    # What the caller calls the batch. NULL means nothing.
+    external_id: Mapped[str | None] = mapped_column(Text)
+    labels: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
+    # Whether some of its jobs have labels of their own.
+    row_labels: Mapped[bool] = mapped_column(server_default="false")
 
     __table_args__ = (
         CheckConstraint("state IN (1, 2)", name="state_known"),
@@ -303,6 +313,13 @@ class EmailJob(Base):
     # A JSON array of strings, in the order of `batches.variable_names`. NULL means none. It is text
     # instead of jsonb: SQL never reads into it, and jsonb would be parsed at every COPY.
     variables: Mapped[str | None] = mapped_column(Text)
+    # What the caller calls the job. NULL means nothing. `external_key` contains the user, so that a
+    # search reads no jobs of others (shared/intake/tags.py).
+    external_id: Mapped[str | None] = mapped_column(Text)
+    external_key: Mapped[int | None] = mapped_column(BigInteger)
+    # They take precedence over those of the batch. No index: each label would cost about as much as
+    # the job's row. A list reads jobs of the batches that may have matches.
+    labels: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
 
     __table_args__ = (
         CheckConstraint("state BETWEEN 1 AND 8", name="state_known"),
@@ -343,6 +360,14 @@ class EmailJob(Base):
             "ix_email_jobs_recipient_key",
             "recipient_key",
             postgresql_where=text("recipient_key IS NOT NULL"),
+        ),
+        # In the order of lists.
+        Index(
+            "ix_email_jobs_external_key",
+            "external_key",
+            "batch_id",
+            "id",
+            postgresql_where=text("external_key IS NOT NULL"),
         ),
     )
 
