@@ -15,6 +15,32 @@ _REASON: Final = "Why the change is made, for the audit log."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditOptions:
+    """What the audit log learns of a change that is safe to repeat without an id."""
+
+    identity: Annotated[
+        str,
+        typer.Option(
+            "--identity",
+            metavar="NAME",
+            help="Who asks for the change, for the audit log.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = ""
+    change_reason: Annotated[
+        str,
+        typer.Option("--change-reason", metavar="TEXT", help=_REASON, rich_help_panel=_PANEL),
+    ] = ""
+
+    def of(self, request: M) -> M:
+        """Return `request` with the values of the options."""
+        filled: Any = request
+        filled.identity = self.identity
+        filled.reason = self.change_reason
+        return request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChangeOptions:
     """What makes a change safe to repeat, and what the audit log learns of it."""
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 # Paths of fields. Only below these messages, because a host or a file may look like a path.
 _PATH: Final = re.compile(
-    r"\b(?:planned_batch\.)?(?:options|sender|suppression|user)(?:\.[a-z][a-z0-9_]*)+"
+    r"\b(?:planned_batch\.)?(?:options|sender|suppression|user)(?:\.[a-z][a-z0-9_]*(?:\[\d+\])?)+"
 )
 _ROW: Final = re.compile(r"\brows\[(\d+)\](?:\.(\w+))?")
 # Ids that an error names without a path.
@@ -55,10 +55,11 @@ def _row(found: re.Match[str]) -> str:
 
 def _flag_of(path: str, flags: frozenset[str]) -> str:
     """Return the flag of a field, or an empty text: `sender.smtp.host` may be `--smtp-host`."""
-    parts = path.split(".")
+    # A list has the flag of one entry: `options.headers[0].value` is `--header`.
+    parts = path.partition("[")[0].split(".")
     for start in range(len(parts)):
         name = "-".join(parts[start:]).replace("_", "-")
-        for flag in (f"--{name}", f"--{name.removesuffix('-id')}"):
+        for flag in (f"--{name}", f"--{name.removesuffix('-id')}", f"--{name.removesuffix('s')}"):
             if flag in flags:
                 return flag
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import BinaryIO, Final
 
 from outbox.v1 import batch_service_pb2 as pb
@@ -12,7 +11,7 @@ from outbox_client import Client
 
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.output import OutputFormat, show
-from outbox_server.cli.terminal import note, printable
+from outbox_server.cli.terminal import note, show_bytes
 
 # The most of a file that one call takes.
 _MOST_BYTES: Final = 4 * 1024 * 1024 - 256 * 1024
@@ -27,13 +26,8 @@ def show_mail(mail: RenderedMail, output: OutputFormat) -> None:
     """Print a mail: its exact bytes into a file or a pipe, as text on a terminal."""
     if output is OutputFormat.JSON:
         show(mail, output)
-    elif sys.stdout.isatty():
-        text = mail.message.decode("utf-8", "replace").replace("\r\n", "\n")
-        sys.stdout.write(printable(text))
     else:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(mail.message)
-        sys.stdout.buffer.flush()
+        show_bytes(mail.message)
 
 
 def show_preview(

@@ -23,6 +23,7 @@ from outbox_server.cli.client import Server, connection
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.follow import follow_to_end
 from outbox_server.cli.lazy import EXIT_FAILED, CommandFailed
+from outbox_server.cli.mail_options import read_headers, read_labels
 from outbox_server.cli.mails import show_preview
 from outbox_server.cli.options import (
     User,
@@ -163,6 +164,52 @@ def schedule(
             help="Lines before the header, such as a title (default: 0).",
         ),
     ] = 0,
+    reply_to: Annotated[
+        str | None,
+        typer.Option(
+            "--reply-to",
+            metavar="ADDRESS",
+            help="Where replies go: an address, or 'Name <address>'; may be a template.",
+        ),
+    ] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--header",
+            metavar="'NAME: VALUE'",
+            help="Header of the mails; the value may be a template. Repeat it for more.",
+        ),
+    ] = None,
+    name_column: Annotated[
+        str | None,
+        typer.Option("--name-column", metavar="NAME", help="Column of the recipients' names."),
+    ] = None,
+    external_id: Annotated[
+        str | None,
+        typer.Option("--external-id", metavar="ID", help="Your own id of the batch."),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            metavar="KEY=VALUE",
+            help="Label of the batch and its jobs. Repeat it for more.",
+        ),
+    ] = None,
+    external_id_column: Annotated[
+        str | None,
+        typer.Option(
+            "--external-id-column", metavar="NAME", help="Column with your own id of each job."
+        ),
+    ] = None,
+    label_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label-column",
+            metavar="NAME",
+            help="Column whose cells are labels of their jobs. Repeat it for more.",
+        ),
+    ] = None,
     request: Annotated[
         str | None,
         typer.Option(
@@ -208,6 +255,10 @@ def schedule(
     columns subject, body, html, schedule_time and time_zone apply to their row.
     A row with which the templates cannot be rendered is rejected.
 
+    Mail to many people should let them unsubscribe with one click:
+    --header 'List-Unsubscribe: <https://example.com/u?id={{ id }}>'
+    --header 'List-Unsubscribe-Post: List-Unsubscribe=One-Click'
+
     $ outbox schedule people.csv --sender $SENDER --subject 'Hello {{ first_name }}' \
       --body 'Good to see you.' --preview 1
 
@@ -230,6 +281,13 @@ def schedule(
         time_zone=time_zone or "",
         email_column=email_column or "",
         skip_lines=skip_lines,
+        reply_to=reply_to or "",
+        headers=read_headers(header or ()),
+        name_column=name_column or "",
+        external_id=external_id or "",
+        labels=read_labels(label or ()),
+        external_id_column=external_id_column or "",
+        label_columns=label_column or (),
     )
     _check_wait(wait=wait, creates=not dry and preview is None)
     if preview is not None:

@@ -12,7 +12,7 @@ import typer
 from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
-from outbox_server.cli.change_options import GuardedChangeOptions, ReasonedChangeOptions
+from outbox_server.cli.change_options import AuditOptions, GuardedChangeOptions, ReasonedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.lazy import CommandFailed
@@ -70,6 +70,7 @@ def get(
 
 
 @app.command(name="import")
+@with_option_groups
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV; - is stdin.")],
     *,
@@ -94,6 +95,7 @@ def import_(
             help="Lines before the header, such as a title (default: 0).",
         ),
     ] = 0,
+    change: AuditOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -104,8 +106,13 @@ def import_(
 
     $ outbox suppressions import unsubscribed.csv --user demo --reason unsubscribed
     """
-    first = pb.ImportSuppressionsRequest(
-        user_id=user, suppression_reason=reason, email_column=email_column, skip_lines=skip_lines
+    first = change.of(
+        pb.ImportSuppressionsRequest(
+            user_id=user,
+            suppression_reason=reason,
+            email_column=email_column,
+            skip_lines=skip_lines,
+        )
     )
     try:
         opened = nullcontext(sys.stdin.buffer) if str(file) == "-" else file.open("rb")

@@ -26,6 +26,17 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def show_bytes(data: bytes) -> None:
+    """Write bytes as they are to stdout, which is a file or a pipe, or as text to a terminal."""
+    if sys.stdout.isatty():
+        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        sys.stdout.write(printable(text))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+
 def note(text: str) -> None:
     """Print lines on stderr, beside the result."""
     sys.stderr.write(f"{printable(text)}\n")

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from outbox_server.services.scheduler.planning import OwnTimes
 from outbox_server.shared.intake.addresses import folded_key
 from outbox_server.shared.intake.rows import JobRow, RowRejection
+from outbox_server.shared.intake.tags import RowTags, external_key
 
 _MILLISECOND = timedelta(milliseconds=1)
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": ""})
@@ -98,9 +99,19 @@ class Schedule:
 
 
 def format_jobs(
-    rows: Sequence[JobRow], times: Iterable[str], first_id: int, batch_id: int, sender_id: int
+    rows: Sequence[JobRow],
+    times: Iterable[str],
+    first_id: int,
+    batch_id: int,
+    sender_id: int,
+    *,
+    tags_of: str | None = None,
 ) -> bytes:
-    """Return the columns of each row: id, batch_id, sender_id, `times`, row_number, ..."""
+    """Return the columns of each row: id, batch_id, sender_id, `times`, row_number, ...
+
+    `tags_of` is the user of rows with ids or labels, which are the last columns; None: they have
+    none, and no such columns.
+    """
     head = f"{batch_id}\t{sender_id}\t"
     ids = range(first_id, first_id + len(rows))
     lines = []
@@ -114,10 +125,21 @@ def format_jobs(
         if not recipient.isascii():
             folded = folded_key(row.recipient).translate(_ESCAPES)
             keys = f"{folded}\t{row.address_key.translate(_ESCAPES)}"
+        tags = "" if tags_of is None else _tags(row.tags, tags_of)
         lines.append(
-            f"{job_id}\t{head}{time}\t{row.row_number}\t{recipient}\t{keys}\t{variables}\n"
+            f"{job_id}\t{head}{time}\t{row.row_number}\t{recipient}\t{keys}\t{variables}{tags}\n"
         )
     return "".join(lines).encode()
+
+
+def _tags(tags: RowTags | None, user_id: str) -> str:
+    """Return the columns external_id, external_key and labels, each after a separator."""
+    external_id, labels = tags or (None, None)
+    shown = "\\N\t\\N"
+    if external_id is not None:
+        shown = f"{external_id.translate(_ESCAPES)}\t{external_key(user_id, external_id)}"
+    # JSON contains no raw control characters.
+    return f"\t{shown}\t" + ("\\N" if labels is None else labels.replace("\\", "\\\\"))
 
 
 def format_rejections(rejections: Sequence[RowRejection], batch_id: int) -> bytes:

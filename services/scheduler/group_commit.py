@@ -304,9 +304,11 @@ class GroupCommit:
         times = schedule.times(rows)
         batch_id = self._store.ids.issue()
         lines = b""
+        tags = [row.tags for row in rows if row.tags]
         if rows:
             first = self._store.ids.issue(len(rows))
-            lines = format_jobs(rows, times, first, batch_id, options.sender_id)
+            tags_of = user if tags else None
+            lines = format_jobs(rows, times, first, batch_id, options.sender_id, tags_of=tags_of)
         waiting[user] += len(rows)
         values = {
             "id": batch_id,
@@ -324,5 +326,6 @@ class GroupCommit:
                 each.batch.email_column,
                 each.trace_parent,
             ),
+            "row_labels": any(each.labels for each in tags),
         }
-        return GroupedBatch(values, len(rows), lines)
+        return GroupedBatch(values, len(rows), lines, tagged=bool(tags))

@@ -207,7 +207,7 @@ class Intake:
         )
 
     def _read_small(self, options: BatchOptions, payload: Payload) -> SmallBatch | None:
-        template = self._templates.known(options.subject, options.body, options.html)
+        template = self._templates.known(options.subject, options.body, options.html, options.head)
         if template is None:
             return None
         return read_small(
@@ -293,7 +293,7 @@ class Intake:
         """Store the batch. Return None if a batch with this `request_id` exists already."""
         try:
             template = await self._templates.parse(
-                sender.user_id, options.subject, options.body, options.html
+                sender.user_id, options.subject, options.body, options.html, options.head
             )
         except InvalidInput as error:
             raise under_options(error) from None
@@ -335,6 +335,7 @@ class Intake:
                 spacing=spacing,
                 request_hash=steps.reader.digest(),
                 quotas=writer.quotas,
+                row_labels=writer.row_labels,
             )
             if dropped is None:
                 raise _no_sender(options)
@@ -384,6 +385,8 @@ class _BatchWriter:
     own_times: OwnTimes | None = None
     schedule: Schedule = field(init=False)
     quotas: UserQuotas = field(init=False)
+    # Whether a row has labels of its own.
+    row_labels: bool = False
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(
@@ -453,15 +456,19 @@ class _BatchWriter:
                     "the last mails would be due after the year 9999",
                     reason="SPACING_INVALID",
                 ) from None
+            spread = self.options.spread_until is not None
+            tags = [row.tags for row in rows if row.tags]
+            self.row_labels |= any(each.labels for each in tags)
             lines_from = partial(
                 format_jobs,
                 rows,
                 times,
                 batch_id=self.begun.batch_id,
                 sender_id=self.options.sender_id,
+                tags_of=self.user_id if tags or spread else None,
             )
             await self.transaction.copy_jobs(
-                len(rows), lines_from, spread=self.options.spread_until is not None
+                len(rows), lines_from, spread=spread, tagged=bool(tags)
             )
         if block.rejections:
             await self.transaction.copy_rejections(

@@ -148,7 +148,7 @@ class Previewer:
         sender = await self._sender(options, user_id)
         try:
             template = await self._templates.parse(
-                sender.user_id, options.subject, options.body, options.html
+                sender.user_id, options.subject, options.body, options.html, options.head
             )
         except InvalidInput as error:
             raise under_options(error) from None
@@ -179,6 +179,7 @@ class Previewer:
                 body=options.body,
                 html=options.html,
                 variable_names=reader.variable_names,
+                head=options.head,
             )
         if content is None:
             raise _no_sender(options)

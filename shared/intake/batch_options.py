@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
 from outbox_server.shared import bounds
 from outbox_server.shared.errors import FieldViolation, InvalidInput
 from outbox_server.shared.intake.send_times import BadScheduleTime, check_time_zone
+from outbox_server.shared.intake.tags import (
+    BadTag,
+    check_external_id,
+    check_labels,
+    is_label_key,
+)
+from outbox_server.shared.mail_headers import BadHeader, header_name, needs_unsubscribe
 from outbox_server.shared.settings import format_duration
 from outbox_server.shared.states import BatchMode, DuplicatePolicy
+from outbox_server.shared.templates.batch import variable_name
+from outbox_server.shared.templates.head import HeadTexts
 
 _MILLISECOND: Final = timedelta(milliseconds=1)
 
@@ -42,6 +52,17 @@ class BatchOptions:
     email_column: str = ""
     # How many lines of a CSV are before its header.
     skip_lines: int = 0
+    # A template. None means none.
+    reply_to: str | None = None
+    # Names and templates.
+    headers: tuple[tuple[str, str], ...] = ()
+    # The column of the recipients' names, as the caller wrote it. Empty means none.
+    name_column: str = ""
+    external_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    # The columns of a CSV with the ids and the labels of jobs, as the caller wrote them.
+    external_id_column: str = ""
+    label_columns: tuple[str, ...] = ()
 
     def canonical(self) -> bytes:
         """Return bytes that are equal for equal options. Unset fields count as their defaults."""
@@ -61,13 +82,26 @@ class BatchOptions:
                 *([self.spread_until.isoformat()] if self.spread_until else []),
                 *([{"email_column": self.email_column}] if self.email_column else []),
                 *([{"skip_lines": self.skip_lines}] if self.skip_lines else []),
+                *([{"reply_to": self.reply_to}] if self.reply_to is not None else []),
+                *([{"headers": self.headers}] if self.headers else []),
+                *([{"name_column": self.name_column}] if self.name_column else []),
+                *([{"external_id": self.external_id}] if self.external_id else []),
+                *([{"labels": sorted(self.labels.items())}] if self.labels else []),
+                *([{"id_column": self.external_id_column}] if self.external_id_column else []),
+                *([{"label_columns": self.label_columns}] if self.label_columns else []),
             ]
         ).encode()
 
     @property
     def template_bytes(self) -> int:
         """The total size of the templates."""
-        return sum(len((text or "").encode()) for text in (self.subject, self.body, self.html))
+        texts = (self.subject, self.body, self.html, *self.head.sources().values())
+        return sum(len((text or "").encode()) for text in texts)
+
+    @property
+    def head(self) -> HeadTexts:
+        """The templates of the head of the mails."""
+        return HeadTexts(self.reply_to, variable_name(self.name_column), self.headers)
 
 
 def check_options(options: BatchOptions, field: str = "options") -> BatchOptions:
@@ -78,7 +112,8 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
     Raises:
         InvalidInput: REQUEST_ID_REQUIRED, REQUEST_ID_INVALID, TEMPLATE_INVALID, SPACING_INVALID,
             EXPIRE_AFTER_INVALID, SPREAD_UNTIL_INVALID, UNKNOWN_TIME_ZONE, EMAIL_COLUMN_INVALID,
-            SKIP_LINES_INVALID.
+            SKIP_LINES_INVALID, HEADER_INVALID, TOO_MANY_HEADERS, NAME_COLUMN_INVALID,
+            EXTERNAL_ID_INVALID, LABELS_INVALID, EXTERNAL_ID_COLUMN_INVALID, LABEL_COLUMNS_INVALID.
     """
     if not options.request_id:
         raise InvalidInput.field(
@@ -87,8 +122,9 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
             reason="REQUEST_ID_REQUIRED",
         )
     bounds.REQUEST_ID.check(f"{field}.request_id", options.request_id)
-    for name in ("subject", "body", "html"):
-        nul = (getattr(options, name) or "").find("\0")
+    texts = {name: getattr(options, name) or "" for name in ("subject", "body", "html")}
+    for name, text in (texts | options.head.sources()).items():
+        nul = text.find("\0")
         if nul >= 0:
             raise InvalidInput.field(
                 f"{field}.{name}",
@@ -113,6 +149,8 @@ def check_options(options: BatchOptions, field: str = "options") -> BatchOptions
         )
     check_spread(options, options.schedule_time, field)
     check_csv_options(options.email_column, options.skip_lines, f"{field}.")
+    _check_headers(options, field)
+    _check_tags(options, field)
     bounds.TIME_ZONE.check(f"{field}.time_zone", options.time_zone)
     try:
         check_time_zone(options.time_zone)
@@ -134,6 +172,88 @@ def check_csv_options(email_column: str, skip_lines: int, prefix: str = "") -> N
             f"must be 0 to {bounds.MAX_SKIP_LINES:,} (got {skip_lines:,})",
             reason="SKIP_LINES_INVALID",
         )
+
+
+def _check_headers(options: BatchOptions, field: str) -> None:
+    """Check the names of headers. Their values are checked with their templates.
+
+    Raises:
+        InvalidInput: TOO_MANY_HEADERS, HEADER_INVALID.
+    """
+    if len(options.headers) > bounds.MAX_HEADERS:
+        raise InvalidInput.field(
+            f"{field}.headers",
+            f"must have at most {bounds.MAX_HEADERS} entries (got {len(options.headers):,})",
+            reason="TOO_MANY_HEADERS",
+        )
+    seen: set[str] = set()
+    for place, (name, _) in enumerate(options.headers):
+        path = f"{field}.headers[{place}].name"
+        bounds.HEADER_NAME.check(path, name)
+        try:
+            header_name(name)
+        except BadHeader as error:
+            raise InvalidInput.field(path, error.message, reason=error.reason) from None
+        if name.lower() in seen:
+            raise InvalidInput.field(
+                path, f"a mail can have only one {name}", reason="HEADER_INVALID"
+            )
+        seen.add(name.lower())
+    if needs_unsubscribe([name for name, _ in options.headers]):
+        raise InvalidInput.field(
+            f"{field}.headers",
+            "List-Unsubscribe-Post needs a List-Unsubscribe with an https URI (RFC 8058)",
+            reason="HEADER_INVALID",
+        )
+
+
+def _check_tags(options: BatchOptions, field: str) -> None:
+    """Check ids, labels and the columns of both.
+
+    Raises:
+        InvalidInput: EXTERNAL_ID_INVALID, LABELS_INVALID, NAME_COLUMN_INVALID,
+            EXTERNAL_ID_COLUMN_INVALID, LABEL_COLUMNS_INVALID.
+    """
+    bounds.NAME_COLUMN.check(f"{field}.name_column", options.name_column)
+    bounds.EXTERNAL_ID_COLUMN.check(f"{field}.external_id_column", options.external_id_column)
+    for name in ("name_column", "external_id_column"):
+        text = getattr(options, name)
+        if text and not variable_name(text):
+            raise InvalidInput.field(
+                f"{field}.{name}",
+                f"must have a letter or a digit (got {text!r})",
+                reason=f"{name.upper()}_INVALID",
+            )
+    try:
+        check_external_id(options.external_id)
+    except BadTag as error:
+        raise InvalidInput.field(
+            f"{field}.external_id", error.message, reason=error.reason
+        ) from None
+    try:
+        check_labels(options.labels)
+    except BadTag as error:
+        raise InvalidInput.field(f"{field}.labels", error.message, reason=error.reason) from None
+    reason = bounds.LABEL_COLUMN.reason
+    if len(options.label_columns) > bounds.MAX_LABELS:
+        raise InvalidInput.field(
+            f"{field}.label_columns",
+            f"must have at most {bounds.MAX_LABELS} entries (got {len(options.label_columns):,})",
+            reason=reason,
+        )
+    seen: set[str] = set()
+    for place, column in enumerate(options.label_columns):
+        path = f"{field}.label_columns[{place}]"
+        key = variable_name(bounds.LABEL_COLUMN.check(path, column))
+        if key in seen or not is_label_key(key):
+            wrong = (
+                "is there twice"
+                if key in seen
+                else "must have a name that is the key of a label: a lower-case letter, then at "
+                f"most {bounds.LABEL_KEY.most - 1} lower-case letters, digits and `_`"
+            )
+            raise InvalidInput.field(path, f"{wrong} (got {key!r})", reason=reason)
+        seen.add(key)
 
 
 def check_spread(options: BatchOptions, start: datetime | None, field: str = "options") -> None:

@@ -66,7 +66,13 @@ class BlockReader:
         self._options = options
         self._max_message_bytes = max_message_bytes
         self._rules = ReadingRules(
-            options.time_zone, options.email_column, options.skip_lines, special_domains
+            options.time_zone,
+            options.email_column,
+            options.skip_lines,
+            special_domains,
+            options.name_column,
+            options.external_id_column,
+            options.label_columns,
         )
         self._email_column = ""
         self._template: BatchTemplate | None = None
@@ -130,7 +136,9 @@ class BlockReader:
         template = self._template
         if template is None:
             try:
-                template = BatchTemplate.compile(options.subject, options.body, options.html)
+                template = BatchTemplate.compile(
+                    options.subject, options.body, options.html, options.head
+                )
             except InvalidInput as error:
                 raise under_options(error) from None
         opened = self._payload.open(template, self._rules)

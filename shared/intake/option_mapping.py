@@ -10,6 +10,7 @@ from outbox.v1 import batch_pb2
 
 from outbox_server.shared.intake.batch_options import BatchOptions, check_options
 from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.mail_headers import BadHeader, header_name
 from outbox_server.shared.rpc.proto_mapping import from_timestamp, parse_id, whole_ms
 from outbox_server.shared.states import BatchMode, DuplicatePolicy, requested_enum
 
@@ -44,8 +45,24 @@ def from_options(options: batch_pb2.BatchOptions) -> BatchOptions:
             spread_until=_time(options, "spread_until"),
             email_column=options.email_column,
             skip_lines=options.skip_lines,
+            # An empty one means none, as in JSON.
+            reply_to=options.reply_to or None,
+            headers=tuple((_spelled(each.name), each.value) for each in options.headers),
+            name_column=options.name_column,
+            external_id=options.external_id,
+            labels=dict(options.labels),
+            external_id_column=options.external_id_column,
+            label_columns=tuple(options.label_columns),
         )
     )
+
+
+def _spelled(name: str) -> str:
+    """Return the usual spelling of a header's name. A wrong name is reported by the check."""
+    try:
+        return header_name(name)
+    except BadHeader:
+        return name
 
 
 def _time(

@@ -13,7 +13,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from outbox_server.shared.bounds import MAX_ROW_VALUES
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.csv_reader import read_csv
-from outbox_server.shared.intake.rows import CsvPlan, ReadingRules, RecipientPlan, RowPlan
+from outbox_server.shared.intake.rows import (
+    CsvPlan,
+    RawRow,
+    ReadingRules,
+    RecipientPlan,
+    RowPlan,
+)
 from outbox_server.shared.templates.batch import BatchTemplate
 
 C = TypeVar("C")
@@ -112,7 +118,7 @@ class RowsPayload:
 
     arrives = False
 
-    def __init__(self, rows: Iterable[tuple[str, Mapping[str, str]]], count: int) -> None:
+    def __init__(self, rows: Iterable[RawRow | tuple[str, Mapping[str, str]]], count: int) -> None:
         """`count` is the number of `rows`."""
         self._source = rows
         self._count = count
@@ -128,11 +134,13 @@ class RowsPayload:
         for option, reason in (
             ("email_column", "EMAIL_COLUMN_INVALID"),
             ("skip_lines", "SKIP_LINES_INVALID"),
+            ("external_id_column", "EXTERNAL_ID_COLUMN_INVALID"),
+            ("label_columns", "LABEL_COLUMNS_INVALID"),
         ):
             if getattr(rules, option):
                 raise InvalidInput.field(
                     f"options.{option}",
-                    "is for a CSV; rows have their address in `email`, and no header",
+                    "is for a CSV; rows have no header, but fields for address, id and labels",
                     reason=reason,
                 )
         # Each row stores a value for each column of the templates, and may have none of them.
@@ -148,12 +156,11 @@ class RowsPayload:
         plan = RecipientPlan(template, rules)
         return OpenedRows(plan, plan.variable_names, self._filled())
 
-    def _filled(self) -> Iterator[tuple[int, tuple[str, Mapping[str, str]]]]:
+    def _filled(self) -> Iterator[tuple[int, RawRow]]:
         """Yield the rows that are not empty, as a CSV's empty rows are left out."""
         empty = True
         for number, row in self._rows:
-            email, columns = row
-            if email.strip() or any(map(str.strip, columns.values())):
+            if row.email.strip() or any(map(str.strip, row.columns.values())):
                 empty = False
                 yield number, row
         if empty:
@@ -175,11 +182,15 @@ class RowsPayload:
     def close(self) -> None:
         """Do nothing, because reading these rows never waits."""
 
-    def _hashed(self) -> Iterator[tuple[int, tuple[str, Mapping[str, str]]]]:
-        for number, row in enumerate(self._source, start=1):
-            email, columns = row
+    def _hashed(self) -> Iterator[tuple[int, RawRow]]:
+        for number, given in enumerate(self._source, start=1):
+            row = RawRow(*given)
             # Sorted, because a map has no order.
-            self._digest.update(json.dumps([email, sorted(columns.items())]).encode())
+            hashed: list[Any] = [row.email, sorted(row.columns.items())]
+            # Only if they are set, so that batches from before them keep their digests.
+            if row.external_id or row.labels:
+                hashed += [row.external_id, sorted(row.labels.items())]
+            self._digest.update(json.dumps(hashed).encode())
             yield number, row
 
 

@@ -1,8 +1,8 @@
 """Converts each raw row to a job, or to a rejection that says what is wrong.
 
 A row is rejected for the first problem in this order: its number of cells, the address,
-`schedule_time` and `time_zone`, columns that the templates require, the subject, the content. A
-column that nothing uses is never a problem.
+`schedule_time` and `time_zone`, columns that the templates require, the subject, the other headers,
+the content, the caller's id and labels. A column that nothing uses is never a problem.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol, TypeVar
 
-from outbox_server.shared.bounds import MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
+from outbox_server.shared.bounds import EXTERNAL_ID, MAX_CELL, MAX_COLUMN_NAME, MAX_COLUMNS
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.address_column import show
 from outbox_server.shared.intake.addresses import BadAddress, address_key, check_address
 from outbox_server.shared.intake.csv_reader import ZONE_NAMES, CsvTable
+from outbox_server.shared.intake.csv_tags import CsvTags, find_column
 from outbox_server.shared.intake.send_times import (
     BadScheduleTime,
     check_time_zone,
     parse_schedule_time,
 )
+from outbox_server.shared.intake.tags import BadTag, RawTags, RowTags
 from outbox_server.shared.templates.batch import (
     LINE_BREAK,
     BatchTemplate,
@@ -57,6 +59,10 @@ class ReadingRules:
     email_column: str = ""
     skip_lines: int = 0
     special_domains: bool = True
+    # As the caller wrote them; empty means none.
+    name_column: str = ""
+    external_id_column: str = ""
+    label_columns: tuple[str, ...] = ()
 
 
 _RULES = ReadingRules()
@@ -70,6 +76,16 @@ class JobRow(NamedTuple):
     address_key: str
     schedule_time: datetime | None
     variables: str | None
+    tags: RowTags | None = None
+
+
+class RawRow(NamedTuple):
+    """A structured row as the caller gave it."""
+
+    email: str
+    columns: Mapping[str, str]
+    external_id: str = ""
+    labels: Mapping[str, str] = {}
 
 
 class RowRejection(NamedTuple):
@@ -155,8 +171,13 @@ class CsvPlan:
         self.variable_names = tuple(name for name in template.variable_names if name in index_of)
         self._indexes = [index_of[name] for name in self.variable_names]
         self._missing = _first_missing(template, index_of)
-        self._checks = _Checks(template, self.variable_names, rules.default_zone)
-        _check_used(table, template, timed=self._schedule_time_index >= 0)
+        self._tags = CsvTags(table.names, rules.external_id_column, rules.label_columns)
+        self._checks = _Checks(
+            template, self.variable_names, rules.default_zone, self._tags.id_column
+        )
+        if rules.name_column:
+            find_column(table.names, rules.name_column, "name_column")
+        _check_used(table, template, self._tags.used, timed=self._schedule_time_index >= 0)
 
     def read(self, number: int, raw: list[str]) -> JobRow | RowRejection:
         """Check one row."""
@@ -184,12 +205,8 @@ class CsvPlan:
         if self._missing:
             return RowRejection(number, *self._missing)
         values = [raw[index] for index in self._indexes]
-        problem = self._checks.texts(values)
-        if problem:
-            return RowRejection(number, *problem)
-        return JobRow(
-            number, recipient, address_key(recipient), schedule_time, encode_variables(values)
-        )
+        tags = self._tags.read(raw) if self._tags.used else None
+        return self._checks.row(number, recipient, schedule_time, values, tags)
 
 
 class RecipientPlan:
@@ -207,9 +224,9 @@ class RecipientPlan:
         self._used = frozenset((*template.variable_names, "schedule_time"))
         self._names: dict[str, str] = {}
 
-    def read(self, number: int, raw: tuple[str, Mapping[str, str]]) -> JobRow | RowRejection:
+    def read(self, number: int, raw: RawRow) -> JobRow | RowRejection:
         """Check one row."""
-        email, columns = raw
+        email, columns, external_id, labels = raw
         cells: dict[str, str] = {}
         problem = _oversized(columns) or self._collect(columns, cells)
         if problem:
@@ -231,12 +248,8 @@ class RecipientPlan:
         if missing:
             return RowRejection(number, *missing)
         values = [cells.get(name) for name in self.variable_names]
-        problem = self._checks.texts(values)
-        if problem:
-            return RowRejection(number, *problem)
-        return JobRow(
-            number, recipient, address_key(recipient), schedule_time, encode_variables(values)
-        )
+        tags = RawTags(external_id, labels) if external_id or labels else None
+        return self._checks.row(number, recipient, schedule_time, values, tags)
 
     def _collect(self, columns: Mapping[str, str], cells: dict[str, str]) -> _Problem | None:
         """Add the cells to `cells` by variable name, or return the problem of a column."""
@@ -284,8 +297,15 @@ class _Problem(NamedTuple):
 class _Checks:
     """The checks that all rows have in common."""
 
-    def __init__(self, template: BatchTemplate, names: Sequence[str], default_zone: str) -> None:
+    def __init__(
+        self,
+        template: BatchTemplate,
+        names: Sequence[str],
+        default_zone: str,
+        id_column: str = "",
+    ) -> None:
         self._template = template
+        self._id_column = id_column
         self._names = names
         self._default_zone = default_zone
         # The subject of a Liquid template is rendered with the rest of the mail.
@@ -305,6 +325,28 @@ class _Checks:
         if zone and not zone.isspace():
             check_time_zone(zone.strip())
         return None
+
+    def row(
+        self,
+        number: int,
+        recipient: str,
+        schedule_time: datetime | None,
+        values: Sequence[str | None],
+        tags: RawTags | None,
+    ) -> JobRow | RowRejection:
+        """Return the row, or what is wrong with its values or tags."""
+        problem = self.texts(values)
+        checked = None
+        if problem is None and tags is not None:
+            try:
+                checked = tags.checked()
+            except BadTag as error:
+                column = self._id_column if error.reason == EXTERNAL_ID.reason else ""
+                problem = _Problem(column, error.reason, error.message)
+        if problem:
+            return RowRejection(number, *problem)
+        key = address_key(recipient)
+        return JobRow(number, recipient, key, schedule_time, encode_variables(values), checked)
 
     def texts(self, values: Sequence[str | None]) -> _Problem | None:
         """Return the first problem with the subject or the content, or None."""
@@ -327,6 +369,17 @@ class _Checks:
             except RenderError as error:
                 column = doubtful_column(self._template, self._names, values)
                 return _Problem(column, error.reason, error.message)
+        if self._template.checks_head:
+            try:
+                self._template.render_head(
+                    {
+                        name: value
+                        for name, value in zip(self._names, values, strict=True)
+                        if value is not None
+                    }
+                )
+            except RenderError as error:
+                return _Problem(error.column, error.reason, error.message)
         if self._template.content_from_row and not any(
             values[index] for index in self._content_indexes
         ):
@@ -363,13 +416,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _check_used(table: CsvTable, template: BatchTemplate, *, timed: bool) -> None:
+def _check_used(
+    table: CsvTable, template: BatchTemplate, more: Iterable[str], *, timed: bool
+) -> None:
     """Check that no name that is used belongs to two columns.
 
     Raises:
         InvalidInput: CSV_DUPLICATE_COLUMN.
     """
-    used = set(template.variable_names) - {"email"}
+    used = {*template.variable_names, *more} - {"email"}
     if timed:
         used.update(("schedule_time", *ZONE_NAMES))
     first: dict[str, str] = {}

@@ -76,6 +76,7 @@ def _of_row(most: int, reason: str, unit: LimitUnit = LimitUnit.CHARACTERS) -> F
 _ID: Final = _text(bounds.ID)
 _ADDRESS: Final = _text(bounds.ADDRESS)
 _TEMPLATE: Final = _bytes(bounds.MAX_TEMPLATE_BYTES, "TEMPLATE_TOO_LARGE")
+_HEADER_TEMPLATE: Final = _bytes(bounds.MAX_HEADER_TEMPLATE_BYTES, "TEMPLATE_TOO_LARGE")
 _OUTPUT: Final = _text(bounds.OUTPUT)
 
 # The limits of fields by name. A name has the same meaning in every message.
@@ -101,7 +102,25 @@ _BY_NAME: Final[Mapping[str, FieldLimit]] = {
 }
 # The limits of all other fields, by message.
 _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
-    "outbox.v1.BatchOptions": {"subject": _TEMPLATE, "body": _TEMPLATE, "html": _TEMPLATE},
+    "outbox.v1.BatchOptions": {
+        "subject": _TEMPLATE,
+        "body": _TEMPLATE,
+        "html": _TEMPLATE,
+        "reply_to": _HEADER_TEMPLATE,
+        "headers": _entries(bounds.MAX_HEADERS, "TOO_MANY_HEADERS"),
+        "name_column": _text(bounds.NAME_COLUMN),
+        "external_id": _text(bounds.EXTERNAL_ID),
+        "labels": _entries(bounds.MAX_LABELS, "LABELS_INVALID"),
+        "external_id_column": _text(bounds.EXTERNAL_ID_COLUMN),
+        "label_columns": _entries(
+            bounds.MAX_LABELS, "LABEL_COLUMNS_INVALID", _text(bounds.LABEL_COLUMN)
+        ),
+    },
+    "outbox.v1.BatchOptions.LabelsEntry": {
+        "key": _text(bounds.LABEL_KEY),
+        "value": _text(bounds.LABEL_VALUE),
+    },
+    "outbox.v1.MailHeader": {"name": _text(bounds.HEADER_NAME), "value": _HEADER_TEMPLATE},
     "outbox.v1.ScheduleBatchRequest": {
         "csv": _file("CSV_TOO_LARGE", bounds.MAX_CSV_BYTES, "; use UploadBatch for larger files")
     },
@@ -122,6 +141,12 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
     "outbox.v1.Recipient": {
         "email": _of_row(bounds.MAX_ADDRESS, "ADDRESS_INVALID"),
         "columns": _of_row(bounds.MAX_COLUMNS, "TOO_MANY_COLUMNS", LimitUnit.ENTRIES),
+        "external_id": _of_row(bounds.EXTERNAL_ID.most, "EXTERNAL_ID_INVALID"),
+        "labels": _of_row(bounds.MAX_LABELS, "LABELS_INVALID", LimitUnit.ENTRIES),
+    },
+    "outbox.v1.Recipient.LabelsEntry": {
+        "key": _of_row(bounds.LABEL_KEY.most, "LABELS_INVALID"),
+        "value": _of_row(bounds.LABEL_VALUE.most, "LABELS_INVALID"),
     },
     "outbox.v1.Recipient.ColumnsEntry": {
         "key": _of_row(bounds.MAX_COLUMN_NAME, "COLUMN_NAME_TOO_LONG"),
@@ -223,6 +248,8 @@ def _check_of(field: FieldDescriptor) -> _Check | None:
     inner = field.message_type
     if limit is None:
         return None if inner is None else _check_inner
+    if inner is not None and inner.GetOptions().map_entry:
+        return _check_map(limit, _checks_of(inner))
     if field.is_repeated:
         return _check_entries(limit, is_message=inner is not None)
     return _check_text(limit)
@@ -249,6 +276,21 @@ def _check_text(limit: FieldLimit) -> _Check:
     def check(path: str, value: Any) -> None:
         if len(value) > most:
             raise limit.error(path, len(value))
+
+    return check
+
+
+def _check_map(limit: FieldLimit, checks: Mapping[int, _Check | None]) -> _Check:
+    check_key, check_value = checks[1], checks[2]
+
+    def check(path: str, value: Any) -> None:
+        if len(value) > limit.most:
+            raise limit.error(path, len(value))
+        for index, (key, text) in enumerate(value.items()):
+            if check_key is not None:
+                check_key(f"{path}[{index}].key", key)
+            if check_value is not None:
+                check_value(f"{path}[{index}].value", text)
 
     return check
 

@@ -102,7 +102,7 @@ def test_a_filter_means_its_tree(text: str, expected: object) -> None:
         ("state = SENT)", 13, "no open parenthesis"),
         ("state = 'SENT", 9, "quote is not closed"),
         ("stat = SENT", 1, "fields are attempt_count, batch_id"),
-        ("row_number = 1 AND labels.x = 2", 20, "there is no field 'labels.x'"),
+        ("row_number = 1 AND tags.x = 2", 20, "there is no field 'tags.x'"),
         ("state > SENT", 1, "use = or !="),
         ("state : SENT", 7, "use ="),
         ("state = BOUNCED", 9, "SCHEDULED, SENDING, SENT"),

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from outbox_server.services.dispatcher.message import MessageBuilder
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.intake.batch_options import BatchOptions, check_options
+from outbox_server.shared.mail.message import MessageBuilder
 from outbox_server.shared.templates.batch import BatchTemplate, RenderError
 from outbox_server.shared.templates.head import HeadTexts
 

@@ -14,6 +14,7 @@ from outbox_server.shared.intake.rows import (
     Block,
     CsvPlan,
     JobRow,
+    RawRow,
     ReadingRules,
     RecipientPlan,
     RowRejection,
@@ -50,7 +51,7 @@ def rejection(text: str, template: BatchTemplate = PLAIN) -> RowRejection:
 def read_recipient(
     email: str, columns: dict[str, str], template: BatchTemplate = PLAIN
 ) -> JobRow | RowRejection:
-    return RecipientPlan(template).read(1, (email, columns))
+    return RecipientPlan(template).read(1, RawRow(email, columns))
 
 
 def test_a_good_row_keeps_only_what_the_templates_use() -> None:
@@ -144,7 +145,7 @@ def test_a_row_may_have_its_own_time(header: str, column: str) -> None:
 def test_a_time_zone_that_nothing_uses_may_be_any_text() -> None:
     template = BatchTemplate.compile("s", "{{ time_zone }}", "h")
     assert read("email,Time Zone\na@example.com,Pacific Time\n", template).rows
-    row = RecipientPlan(template).read(1, ("a@example.com", {"time_zone": "Pacific Time"}))
+    row = RecipientPlan(template).read(1, RawRow("a@example.com", {"time_zone": "Pacific Time"}))
     assert isinstance(row, JobRow)
 
 
@@ -259,7 +260,7 @@ def test_a_bad_inline_row_is_rejected(email: str, columns: dict[str, str], reaso
 def test_columns_may_differ_from_row_to_row() -> None:
     template = BatchTemplate.compile("s", '{{ name | default: "you" }}', "h")
     plan = RecipientPlan(template)
-    rows = [("a@example.com", {"name": "A"}), ("b@example.com", {"x": "y"})]
+    rows = [RawRow("a@example.com", {"name": "A"}), RawRow("b@example.com", {"x": "y"})]
     ((first, second), _) = next(read_blocks(enumerate(rows, 1), plan))
     assert decode_variables(plan.variable_names, first.variables) == {"name": "A"}
     assert decode_variables(plan.variable_names, second.variables) == {}

@@ -21,6 +21,7 @@ from outbox_server.services.scheduler.filters.grammar import (
     wrong_filter,
 )
 from outbox_server.shared.intake.addresses import BadAddress, check_address
+from outbox_server.shared.intake.tags import is_label_key
 
 Value: TypeAlias = int | str | datetime | None
 
@@ -34,6 +35,8 @@ class FieldKind(Enum):
     TEXT = "a text"
     NUMBER = "a whole number"
     TIME = "a time"
+    # The field's name is followed by a key: `labels.campaign`.
+    LABELS = "a label"
 
 
 _EQUALITY: Final = ("=", "!=")
@@ -61,11 +64,19 @@ class FilterField:
 
 @dataclass(frozen=True, slots=True)
 class FieldTest:
-    """A checked comparison. `value` is None if no row can have the value, such as a wrong id."""
+    """A checked comparison. `value` is None if no row can have the value, such as a wrong id.
+
+    `field` contains the key of a label.
+    """
 
     field: str
     operator: str
     value: Value
+
+    @property
+    def key(self) -> str:
+        """The key of the label that is compared."""
+        return self.field.partition(".")[2]
 
 
 Filter: TypeAlias = Tree[FieldTest]
@@ -93,12 +104,21 @@ def _checked(tree: Tree[Comparison], fields: Mapping[str, FilterField]) -> Filte
 
 
 def _test(comparison: Comparison, fields: Mapping[str, FilterField]) -> FieldTest:
-    field = fields.get(comparison.field)
+    name, _, key = comparison.field.partition(".")
+    field = fields.get(name)
+    if field is not None and (field.kind is FieldKind.LABELS) != bool(key):
+        field = None
     if field is None:
-        known = ", ".join(sorted(fields))
+        known = ", ".join(sorted(map(_shown_name, fields, fields.values())))
         raise wrong_filter(
             comparison.field_at,
             f"there is no field {shown(comparison.field)} here; fields are {known}",
+        )
+    if key and not is_label_key(key):
+        raise wrong_filter(
+            comparison.field_at,
+            f"{shown(key)} cannot be the key of a label: it is a lower-case letter, then "
+            "lower-case letters, digits, `_` and `-`",
         )
     allowed = _OPERATORS[field.kind]
     if comparison.operator not in allowed:
@@ -108,6 +128,10 @@ def _test(comparison: Comparison, fields: Mapping[str, FilterField]) -> FieldTes
             f"{comparison.operator}; use {' or '.join(allowed)}",
         )
     return FieldTest(comparison.field, comparison.operator, _value(comparison, field))
+
+
+def _shown_name(name: str, field: FilterField) -> str:
+    return f"{name}.KEY" if field.kind is FieldKind.LABELS else name
 
 
 def _value(comparison: Comparison, field: FilterField) -> Value:

@@ -30,12 +30,15 @@ _TIME: Final = FilterField(FieldKind.TIME)
 _NUMBER: Final = FilterField(FieldKind.NUMBER)
 _TEXT: Final = FilterField(FieldKind.TEXT)
 _ADDRESS: Final = FilterField(FieldKind.ADDRESS)
+_LABELS: Final = FilterField(FieldKind.LABELS)
 
 JOB_FIELDS: Final[Mapping[str, FilterField]] = {
     "state": _states(JobState, "EMAIL_JOB_STATE_"),
     "batch_id": _ID,
     "sender_id": _ID,
     "recipient": _ADDRESS,
+    "external_id": _TEXT,
+    "labels": _LABELS,
     "create_time": _TIME,
     "schedule_time": _TIME,
     "finish_time": _TIME,
@@ -47,6 +50,8 @@ BATCH_FIELDS: Final[Mapping[str, FilterField]] = {
     "state": _states(ShownBatchState, "BATCH_STATE_"),
     "sender_id": _ID,
     "request_id": _TEXT,
+    "external_id": _TEXT,
+    "labels": _LABELS,
     "create_time": _TIME,
     "schedule_time": _TIME,
     "accepted_count": _NUMBER,

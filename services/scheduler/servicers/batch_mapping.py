@@ -52,6 +52,11 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
         forecast_end_time=_timestamp(forecast),
         email_column=record.email_column or "",
         etag=batch_etag(record.state),
+        reply_to=record.reply_to or "",
+        headers=[batch_pb2.MailHeader(name=name, value=text) for name, text in record.headers],
+        name_column=record.name_column or "",
+        external_id=record.external_id or "",
+        labels=record.labels,
     )
     if record.expire_after_ms is not None:
         batch.expire_after.CopyFrom(to_duration(timedelta(milliseconds=record.expire_after_ms)))

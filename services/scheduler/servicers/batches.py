@@ -42,8 +42,8 @@ from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
-from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.database.engine import snapshot
+from outbox_server.shared.errors import InvalidInput, Unavailable
 from outbox_server.shared.heads.loader import HeadLoader, load_soon
 from outbox_server.shared.intake.batch_options import BatchOptions
 from outbox_server.shared.intake.option_mapping import from_options, to_rejections
@@ -54,7 +54,7 @@ from outbox_server.shared.intake.payloads import (
     StreamedChunks,
     WholeFile,
 )
-from outbox_server.shared.intake.rows import RowRejection
+from outbox_server.shared.intake.rows import RawRow, RowRejection
 from outbox_server.shared.intake.upload_rate import LeastRate
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
@@ -73,6 +73,10 @@ _FILE_TYPES: Final = (
     "application/vnd.ms-excel",
     "application/octet-stream",
     "application/x-www-form-urlencoded",
+)
+_LONG_OR_PERSONAL: Final = (
+    *("subject", "body", "html", "reply_to", "headers"),
+    *("external_id", "labels"),
 )
 # Loading a head takes 0.4 s after a million cancelled rows. The caller waits no longer than this.
 _LOAD_LIMIT: Final = timedelta(seconds=1)
@@ -188,7 +192,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                     f"must be at least 1 (got {number})",
                     reason="ROW_NUMBER_INVALID",
                 )
-        with _errors_name(request.WhichOneof("payload") or "payload"):
+        with errors_name(request.WhichOneof("payload") or "payload"):
             found = await self._previewer.preview(
                 options, _payload(request), request.row_numbers, user_id
             )
@@ -271,7 +275,7 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
             check_etag(request.etag, batch_etag(cancelled.was), "this batch")
             batch = to_batch(found)
             # As in lists: the answer is stored, and the texts may be long, or be erased.
-            for text in ("subject", "body", "html"):
+            for text in _LONG_OR_PERSONAL:
                 batch.ClearField(text)
             counts = batch.counts
 
@@ -411,7 +415,11 @@ def _payload(
             return CsvPayload(WholeFile(request.csv))
         case "recipients" if request.recipients.rows:
             rows = request.recipients.rows
-            return RowsPayload(((row.email, dict(row.columns)) for row in rows), len(rows))
+            given = (
+                RawRow(row.email, dict(row.columns), row.external_id, dict(row.labels))
+                for row in rows
+            )
+            return RowsPayload(given, len(rows))
     raise InvalidInput.field(
         "payload",
         "must have recipients: set `csv` or at least one of `recipients.rows`",

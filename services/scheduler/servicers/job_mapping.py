@@ -45,6 +45,8 @@ def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
         schedule_time=to_timestamp(record.scheduled_at),
         attempt_count=record.attempts,
         message_id=message_id_for(record.job_id, record.message_id_address, installation_id),
+        external_id=record.external_id or "",
+        labels=record.labels,
     )
     if record.finished_at is not None:
         job.finish_time.CopyFrom(to_timestamp(record.finished_at))

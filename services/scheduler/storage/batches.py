@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.services.scheduler.filters.fields import FieldTest, Filter, required_value
 from outbox_server.services.scheduler.filters.resources import ShownBatchState
 from outbox_server.services.scheduler.storage.bounded import search
-from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition
+from outbox_server.services.scheduler.storage.conditions import Leaf, column, condition, labels_of
 from outbox_server.services.scheduler.storage.counted_states import has_counted
 from outbox_server.shared.database.counts import JobCounts, batch_counts
 from outbox_server.shared.database.models import Batch, BatchRejection
@@ -26,7 +26,7 @@ from outbox_server.shared.states import BatchMode, BatchState, DuplicatePolicy, 
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
-    """A stored batch with its counts. In lists, `body` and `html` are left out."""
+    """A stored batch with its counts. In lists, long texts are left out."""
 
     batch_id: int
     user_id: str
@@ -50,6 +50,12 @@ class BatchRecord:
     last_due_at: datetime | None
     email_column: str | None
     counts: JobCounts
+    name_column: str | None
+    external_id: str | None
+    labels: Mapping[str, str]
+    # In lists, these are left out.
+    reply_to: str | None = None
+    headers: Sequence[tuple[str, str]] = ()
 
 
 _LISTED: Final = (
@@ -72,24 +78,29 @@ _LISTED: Final = (
     Batch.cancelled_at,
     Batch.last_due_at,
     Batch.email_column,
+    Batch.name_column,
+    Batch.external_id,
+    Batch.labels,
 )
+# What lists leave out.
+_LONG: Final = (Batch.body, Batch.html, Batch.reply_to, Batch.headers)
 
 
 # Built once, because that takes longer than to run it.
-_NEW: Final = select(*_LISTED, Batch.body, Batch.html).where(
+_NEW: Final = select(*_LISTED, *_LONG).where(
     Batch.id == any_(bindparam("ids", type_=ARRAY(BigInteger)))
 )
 
 
-def _record(row: Any, counts: JobCounts, body: str | None, html: str | None) -> BatchRecord:
+def _record(row: Any, counts: JobCounts) -> BatchRecord:
     return BatchRecord(
         batch_id=row.id,
         user_id=row.user_id,
         sender_id=row.sender_id,
         request_id=row.request_id,
         subject=row.subject,
-        body=body,
-        html=html,
+        body=None,
+        html=None,
         start_at=row.start_at,
         spacing_ms=row.spacing_ms,
         duplicates=DuplicatePolicy(row.duplicates),
@@ -105,6 +116,21 @@ def _record(row: Any, counts: JobCounts, body: str | None, html: str | None) -> 
         last_due_at=row.last_due_at,
         email_column=row.email_column,
         counts=counts,
+        name_column=row.name_column,
+        external_id=row.external_id,
+        labels=row.labels or {},
+    )
+
+
+def _whole(row: Any, counts: JobCounts) -> BatchRecord:
+    """Return a batch with what lists leave out."""
+    headers = tuple((name, text) for name, text in row.headers or ())
+    return replace(
+        _record(row, counts),
+        body=row.body,
+        html=row.html,
+        reply_to=row.reply_to,
+        headers=headers,
     )
 
 
@@ -113,7 +139,7 @@ async def read_batch(
 ) -> BatchRecord | None:
     """Return a batch, or None if it does not exist or belongs to another user."""
     statement = owned_by(
-        select(*_LISTED, Batch.body, Batch.html).where(Batch.id == batch_id),
+        select(*_LISTED, *_LONG).where(Batch.id == batch_id),
         Batch.user_id,
         user_id,
     )
@@ -121,7 +147,7 @@ async def read_batch(
     if row is None:
         return None
     counts = await batch_counts(connection, [batch_id])
-    return _record(row, counts[batch_id], row.body, row.html)
+    return _whole(row, counts[batch_id])
 
 
 async def read_new(
@@ -132,10 +158,7 @@ async def read_new(
     None of these jobs can be in another state yet, so nothing is counted.
     """
     rows = await connection.execute(_NEW, {"ids": list(accepted)})
-    return {
-        row.id: _record(row, JobCounts(scheduled=accepted[row.id]), row.body, row.html)
-        for row in rows
-    }
+    return {row.id: _whole(row, JobCounts(scheduled=accepted[row.id])) for row in rows}
 
 
 def _shown_state(test: FieldTest) -> ColumnElement[bool]:
@@ -153,6 +176,8 @@ _BATCH_LEAVES: Final[Mapping[str, Leaf]] = {
     "state": _shown_state,
     "sender_id": column(Batch.sender_id),
     "request_id": column(Batch.request_id),
+    "external_id": column(Batch.external_id, nullable=True),
+    "labels": labels_of(Batch.labels),
     "create_time": column(Batch.created_at),
     "schedule_time": column(Batch.start_at),
     "accepted_count": column(sql_cast(Batch.accepted_count, BigInteger)),
@@ -185,14 +210,14 @@ async def list_batches(
     matches = None if tree is None else condition(tree, _BATCH_LEAVES)
     found = await search(connection, rows, Batch.id, matches, limit, descending=descending)
     counts = await batch_counts(connection, [row.id for row in found.rows])
-    return [_record(row, counts[row.id], None, None) for row in found.rows], found.reached
+    return [_record(row, counts[row.id]) for row in found.rows], found.reached
 
 
 async def read_watched(connection: AsyncConnection, ids: Collection[int]) -> dict[int, BatchRecord]:
     """Return these batches without `body` and `html`, which do not change."""
     rows = (await connection.execute(select(*_LISTED).where(Batch.id.in_(ids)))).all()
     counts = await batch_counts(connection, ids)
-    return {row.id: _record(row, counts[row.id], None, None) for row in rows}
+    return {row.id: _record(row, counts[row.id]) for row in rows}
 
 
 async def batch_exists(connection: AsyncConnection, batch_id: int, user_id: str | None) -> bool:

@@ -62,7 +62,12 @@ class CheckTransaction(IntakeTransaction):
         """Do nothing: no job is stored."""
 
     async def copy_jobs(
-        self, count: int, lines_from: Callable[[int], bytes], *, spread: bool = False
+        self,
+        count: int,
+        lines_from: Callable[[int], bytes],
+        *,
+        spread: bool = False,
+        tagged: bool = False,
     ) -> None:
         """Do nothing: no job is stored."""
 
@@ -79,6 +84,7 @@ class CheckTransaction(IntakeTransaction):
         spacing: timedelta,  # noqa: ARG002
         request_hash: bytes,  # noqa: ARG002
         quotas: UserQuotas,
+        row_labels: bool = False,  # noqa: ARG002
     ) -> int | None:
         """Check what an intake checks at its end.
 
@@ -128,4 +134,9 @@ def unstored_batch(
         last_due_at=last_due,
         email_column=email_column or None,
         counts=JobCounts(scheduled=counts.accepted),
+        name_column=options.head.name_column or None,
+        external_id=options.external_id or None,
+        labels=options.labels,
+        reply_to=options.reply_to,
+        headers=options.headers,
     )

@@ -11,10 +11,12 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     SQLColumnExpression,
+    Text,
     and_,
     cast,
     false,
     func,
+    literal,
     not_,
     or_,
     select,
@@ -26,6 +28,7 @@ from outbox_server.services.scheduler.filters.grammar import AllOf, AnyOf, Negat
 from outbox_server.shared.database.cancellations import being_cancelled, finished_now
 from outbox_server.shared.database.models import Batch, EmailJob
 from outbox_server.shared.intake.addresses import address_key
+from outbox_server.shared.intake.tags import external_key
 from outbox_server.shared.states import JobState
 
 # A condition of SQL for a comparison.
@@ -46,7 +49,7 @@ def condition(tree: Filter | None, fields: Mapping[str, Leaf]) -> ColumnElement[
         case Negation(term):
             return not_(condition(term, fields))
         case FieldTest():
-            return fields[tree.field](tree)
+            return fields[tree.field.partition(".")[0]](tree)
 
 
 def column(of: SQLColumnExpression[Any] | Callable[[], Any], *, nullable: bool = False) -> Leaf:
@@ -58,6 +61,16 @@ def column(of: SQLColumnExpression[Any] | Callable[[], Any], *, nullable: bool =
         compared = of() if callable(of) else of
         found: ColumnElement[bool] = _OPERATORS[test.operator](compared, test.value)
         return func.coalesce(found, test.operator == "!=") if nullable else found
+
+    return compare
+
+
+def labels_of(*stored: Any) -> Leaf:
+    """Return the leaf that compares a label, which the first of the columns with it decides."""
+
+    def compare(test: FieldTest) -> ColumnElement[bool]:
+        values = [each.op("->>")(literal(test.key, Text)) for each in stored]
+        return column(func.coalesce(*values), nullable=True)(test)
 
     return compare
 
@@ -118,18 +131,41 @@ def _created_at() -> Any:
     )
 
 
+def _batch_labels() -> Any:
+    return (
+        select(Batch.labels)
+        .where(Batch.id == EmailJob.batch_id)
+        .correlate(EmailJob)
+        .scalar_subquery()
+    )
+
+
+def has_external_id(user_id: str, external_id: str) -> ColumnElement[bool]:
+    """Return the condition that a job of this user has this external id, by an index."""
+    key = literal(external_key(user_id, external_id), BigInteger)
+    return (EmailJob.external_key == key) & (EmailJob.external_id == external_id)
+
+
+def may_be_labelled(test: FieldTest) -> ColumnElement[bool]:
+    """Return the condition on Batch that one of its jobs may match a comparison of a label."""
+    return or_(Batch.row_labels, labels_of(Batch.labels)(test))
+
+
 def _send_time(test: FieldTest) -> ColumnElement[bool]:
     sent = _has_state(JobState.SENT)
     compared = column(EmailJob.finished_at, nullable=True)(test)
     return or_(~sent, compared) if test.operator == "!=" else and_(sent, compared)
 
 
+_BATCH_LABELS: Final = _batch_labels()
 # The conditions of a job, on EmailJob.
 JOB_LEAVES: Final[Mapping[str, Leaf]] = {
     "state": _job_state,
     "batch_id": column(EmailJob.batch_id),
     "sender_id": column(EmailJob.sender_id),
     "recipient": _recipient,
+    "external_id": column(EmailJob.external_id, nullable=True),
+    "labels": labels_of(EmailJob.labels, _BATCH_LABELS),
     "create_time": column(_created_at),
     "schedule_time": column(EmailJob.scheduled_at),
     "finish_time": column(finished_now, nullable=True),

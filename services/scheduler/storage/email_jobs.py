@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -74,6 +74,9 @@ class JobRecord:
     deferred_since: datetime | None
     # When its batch was accepted.
     created_at: datetime
+    # What the caller calls it. None means nothing. The labels are those of the batch, too.
+    external_id: str | None
+    labels: Mapping[str, str]
 
 
 _JOB: Final = (
@@ -89,7 +92,11 @@ _JOB: Final = (
     EmailJob.failures,
     EmailJob.expires_at,
     EmailJob.deferred_since,
+    EmailJob.external_id,
+    EmailJob.labels,
 )
+# What a job has from its batch.
+_OF_BATCH: Final = (Batch.user_id, Batch.created_at, Batch.labels.label("batch_labels"))
 
 
 _ATTEMPT: Final = (
@@ -141,6 +148,8 @@ def _record(row: Row[Any]) -> JobRecord:
         expires_at=row.expires_at,
         deferred_since=row.deferred_since,
         created_at=row.created_at,
+        external_id=row.external_id,
+        labels={**(row.batch_labels or {}), **(row.labels or {})},
     )
 
 
@@ -164,7 +173,7 @@ async def read_job(
 ) -> JobRecord | None:
     """Return a job, or None if it does not exist or belongs to another user."""
     job = owned_by(
-        select(*_JOB, Batch.user_id, Batch.created_at)
+        select(*_JOB, *_OF_BATCH)
         .join(Batch, Batch.id == EmailJob.batch_id)
         .where(EmailJob.id == job_id),
         Batch.user_id,
@@ -187,7 +196,7 @@ async def list_jobs(
         return [], walked.reached
     given = literal([job_id for _, job_id in walked.found], ARRAY(BigInteger))
     page = (
-        select(*_JOB, Batch.user_id, Batch.created_at)
+        select(*_JOB, *_OF_BATCH)
         .join(Batch, Batch.id == EmailJob.batch_id)
         .where(EmailJob.id == any_(given))
         .subquery("page")

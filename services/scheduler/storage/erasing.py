@@ -233,7 +233,15 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
     jobs = (
         update(EmailJob)
         .where(EmailJob.id == picked.c.id)
-        .values(recipient="", recipient_key=null(), address_key=null(), variables=null())
+        .values(
+            recipient="",
+            recipient_key=null(),
+            address_key=null(),
+            variables=null(),
+            external_id=null(),
+            external_key=null(),
+            labels=null(),
+        )
         .returning(EmailJob.id)
         .cte("jobs")
     )
@@ -252,6 +260,10 @@ def _erase_statement(which: ColumnElement[bool], user_id: str, address: str, lim
             subject=null(),
             body=null(),
             html=null(),
+            reply_to=null(),
+            headers=null(),
+            external_id=null(),
+            labels=null(),
             request_id=case(
                 (
                     _contains(Batch.request_id, address),

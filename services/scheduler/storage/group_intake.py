@@ -33,6 +33,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_new
 from outbox_server.services.scheduler.storage.intake import (
     COPY_JOBS,
+    COPY_TAGGED_JOBS,
     IntakeSender,
     KnownRequest,
     request_lock,
@@ -78,6 +79,8 @@ class GroupedBatch:
     values: Mapping[str, Any]
     accepted: int
     lines: bytes
+    # Whether they have the columns of ids and labels.
+    tagged: bool = False
 
 
 def _calls(*names: str) -> Any:
@@ -280,10 +283,11 @@ class GroupTransaction:
                 another process has written a batch with such a `request_id`.
         """
         await self._connection.execute(insert(Batch), [dict(batch.values) for batch in batches])
-        lines = b"".join(batch.lines for batch in batches)
-        if lines:
-            async with self._driver.cursor() as cursor, cursor.copy(COPY_JOBS) as copy:
-                await copy.write(lines)
+        for tagged, statement in ((False, COPY_JOBS), (True, COPY_TAGGED_JOBS)):
+            lines = b"".join(batch.lines for batch in batches if batch.tagged == tagged)
+            if lines:
+                async with self._driver.cursor() as cursor, cursor.copy(statement) as copy:
+                    await copy.write(lines)
         accepted = {batch.values["id"]: batch.accepted for batch in batches}
         filled = [batch for batch in batches if batch.accepted]
         if filled:

@@ -77,6 +77,8 @@ COPY_JOBS: Final = (
     "COPY email_jobs (id, batch_id, sender_id, scheduled_at, expires_at, row_number, recipient, "
     "recipient_key, address_key, variables) FROM STDIN"
 )
+# For rows with ids or labels. Others do not pay for these columns.
+COPY_TAGGED_JOBS: Final = COPY_JOBS.replace(")", ", external_id, external_key, labels)")
 _COPY_REJECTIONS: Final = (
     "COPY batch_rejections (batch_id, row_number, column_name, reason, detail) FROM STDIN"
 )
@@ -144,6 +146,12 @@ def batch_values(
         "duplicates": options.duplicates,
         "mode": options.mode,
         "trace_parent": trace_parent,
+        "reply_to": options.reply_to,
+        "headers": [list(header) for header in options.headers] or None,
+        "name_column": options.head.name_column or None,
+        "external_id": options.external_id or None,
+        "labels": dict(options.labels) or None,
+        "row_labels": bool(options.label_columns),
     }
 
 
@@ -328,17 +336,24 @@ class IntakeTransaction:
         )
 
     async def copy_jobs(
-        self, count: int, lines_from: Callable[[int], bytes], *, spread: bool = False
+        self,
+        count: int,
+        lines_from: Callable[[int], bytes],
+        *,
+        spread: bool = False,
+        tagged: bool = False,
     ) -> None:
         """Write `count` jobs. With `spread`, `begin_spread` must come first.
 
-        `lines_from` returns them as `copy_format` does, numbered from its argument.
+        `lines_from` returns them as `copy_format` does, numbered from its argument; with the
+        columns of ids and labels if they are `tagged`, or with `spread`.
         """
         if spread:
             await self._copy(COPY_SPREAD_JOBS, lines_from(self._unplaced))
             self._unplaced += count
         else:
-            await self._with_ids(count, lambda first: self._copy(COPY_JOBS, lines_from(first)))
+            statement = COPY_TAGGED_JOBS if tagged else COPY_JOBS
+            await self._with_ids(count, lambda first: self._copy(statement, lines_from(first)))
 
     async def _with_ids(self, count: int, write: Callable[[int], Awaitable[None]]) -> None:
         """Run `write` with the first of `count` new ids, and again if one of them is in use."""
@@ -373,8 +388,9 @@ class IntakeTransaction:
         spacing: timedelta,
         request_hash: bytes,
         quotas: UserQuotas,
+        row_labels: bool = False,
     ) -> int | None:
-        """Write the counts and what else is known at the end.
+        """Write the counts and what else is known at the end, such as whether rows have labels.
 
         Return how many rejections are above the user's quota and were not stored; None if the
         sender was deleted meanwhile. The locks are taken here and not at the beginning, because an
@@ -416,6 +432,7 @@ class IntakeTransaction:
                 rejected_count=counts.rejected,
                 duplicate_count=counts.duplicate,
                 suppressed_count=counts.suppressed,
+                row_labels=row_labels,
             )
         )
         if counts.accepted:

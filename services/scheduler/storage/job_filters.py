@@ -9,13 +9,18 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy import BigInteger, ColumnElement, Select, and_, literal, true, tuple_
 
 from outbox_server.services.scheduler.filters.fields import (
+    FieldTest,
     Filter,
     names_only,
     possible_values,
     required,
     required_value,
 )
-from outbox_server.services.scheduler.storage.conditions import BATCH_OF_JOB_LEAVES, condition
+from outbox_server.services.scheduler.storage.conditions import (
+    BATCH_OF_JOB_LEAVES,
+    condition,
+    may_be_labelled,
+)
 from outbox_server.shared.database.models import Batch
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.states import JobState
@@ -101,5 +106,7 @@ def is_batch_level(tree: Filter) -> bool:
 
 def batch_condition(tree: Filter | None) -> ColumnElement[bool]:
     """Return the condition on batches that the filter implies."""
-    terms = [term for term in required(tree) if is_batch_level(term)]
-    return and_(true(), *(condition(term, BATCH_OF_JOB_LEAVES) for term in terms))
+    terms = required(tree)
+    implied = [condition(each, BATCH_OF_JOB_LEAVES) for each in terms if is_batch_level(each)]
+    implied += [may_be_labelled(each) for each in terms if isinstance(each, FieldTest) and each.key]
+    return and_(true(), *implied)

@@ -8,7 +8,12 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, lateral, literal, select, true
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.services.scheduler.storage.conditions import JOB_LEAVES, condition, is_to
+from outbox_server.services.scheduler.storage.conditions import (
+    JOB_LEAVES,
+    condition,
+    has_external_id,
+    is_to,
+)
 from outbox_server.services.scheduler.storage.job_filters import (
     FoundJobs,
     JobFilter,
@@ -52,6 +57,30 @@ async def walk_in_flight(
     """Find jobs that are being sent. Those of the whole installation are few."""
     sending = select(EmailJob.id).where(in_state(JobState.SENDING))
     return await _few(connection, which, sending, after, limit)
+
+
+async def walk_external_id(
+    connection: AsyncConnection, which: JobFilter, after: JobPosition, limit: int, rows: int
+) -> FoundJobs:
+    """Find jobs of the user with one external id, reading at most `rows`: ids may be repeated."""
+    place = (EmailJob.batch_id, EmailJob.id)
+    named = has_external_id(which.user_id or "", which.only("external_id"))
+    # A scalar subquery, not EXISTS: the planner could begin with all batches of the user.
+    batch: Any = select(Batch.id).where(Batch.id == EmailJob.batch_id).correlate(EmailJob)
+    owned = which.owned(batch).scalar_subquery().is_not(None)
+    jobs = (
+        select(*place)
+        .where(named, which.beyond(place, id_after(after)), owned)
+        .order_by(*which.ordered(*place))
+    )
+    last = (await connection.execute(jobs.offset(rows - 1).limit(1))).one_or_none()
+    if last is not None:
+        jobs = jobs.where(_up_to(which, place, id_after((last.batch_id, last.id))))
+    matching = jobs.where(condition(which.tree, JOB_LEAVES))
+    found = [(row.batch_id, row.id) for row in await connection.execute(matching.limit(limit))]
+    if last is None or len(found) == limit:
+        return FoundJobs(found)
+    return FoundJobs(found, (last.batch_id, last.id))
 
 
 async def _few(

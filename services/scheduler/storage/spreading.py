@@ -25,7 +25,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.models import EmailJob
@@ -34,11 +34,13 @@ from outbox_server.shared.database.models import EmailJob
 _CREATE: Final = text(
     "CREATE TEMPORARY TABLE spread_jobs ON COMMIT DROP AS SELECT 0::bigint AS place, id, batch_id,"
     " sender_id, scheduled_at, expires_at, row_number, recipient,"
-    " recipient_key, address_key, variables FROM email_jobs WITH NO DATA"
+    " recipient_key, address_key, variables, external_id, external_key, labels"
+    " FROM email_jobs WITH NO DATA"
 )
 COPY_SPREAD_JOBS: Final = (
     "COPY spread_jobs (id, batch_id, sender_id, place, scheduled_at, expires_at, row_number,"
-    " recipient, recipient_key, address_key, variables) FROM STDIN"
+    " recipient, recipient_key, address_key, variables, external_id, external_key, labels)"
+    " FROM STDIN"
 )
 _TIME: Final = TIMESTAMP(timezone=True)
 _jobs: Final = Table(
@@ -57,6 +59,9 @@ _jobs: Final = Table(
     Column("recipient_key", Text),
     Column("address_key", Text),
     Column("variables", Text),
+    Column("external_id", Text),
+    Column("external_key", BigInteger),
+    Column("labels", JSONB),
 )
 
 
@@ -116,6 +121,9 @@ async def move_spread_jobs(
                 "recipient_key",
                 "address_key",
                 "variables",
+                "external_id",
+                "external_key",
+                "labels",
             ],
             select(
                 _jobs.c.id + literal(first_id, BigInteger),
@@ -128,6 +136,9 @@ async def move_spread_jobs(
                 _jobs.c.recipient_key,
                 _jobs.c.address_key,
                 _jobs.c.variables,
+                _jobs.c.external_id,
+                _jobs.c.external_key,
+                _jobs.c.labels,
             ),
         )
     )

@@ -54,6 +54,7 @@ from outbox_server.services.scheduler.storage.job_filters import (
 from outbox_server.services.scheduler.storage.short_walks import (
     walk_address,
     walk_due,
+    walk_external_id,
     walk_in_flight,
 )
 from outbox_server.shared.database.counts import batch_counts
@@ -92,6 +93,8 @@ async def walk_jobs(
         return await walk_due(connection, which, after, limit, rows)
     if which.states == {JobState.SENDING}:
         return await walk_in_flight(connection, which, after, limit)
+    if which.user_id is not None and required_value(which.tree, "external_id")[0]:
+        return await walk_external_id(connection, which, after, limit, rows)
     if required_value(which.tree, "recipient")[0]:
         few = await walk_address(connection, which, after, limit)
         if few is not None:

@@ -385,10 +385,10 @@ class AsyncClient:
                         resumed.resume_token = message.resume_token
                         if not message.resume_token:
                             return
-                return
             except CallError as error:
-                pause = patience.pause_after(error)
-            await io.sleep(pause)
+                await io.sleep(patience.pause_after(error))
+            else:
+                return
 
     async def _poll(
         self,
