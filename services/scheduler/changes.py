@@ -55,8 +55,9 @@ class Made(Generic[M]):
 
     `user_id` owns `target`. `before` and `after` are the values that changed. `address` is the
     recipient that the change is about. `changed` is False if everything was so already, or if
-    `Changes.record_part` has recorded it: there is no further event then. `afterwards` is called
-    after the commit; a process that dies before has left a marker.
+    `Changes.record_part` has recorded it: there is no further event then. `stored` is kept for
+    repeated calls in place of `answer`, without texts that can be read again. `afterwards` is
+    called after the commit; a process that dies before has left a marker.
     """
 
     answer: M
@@ -66,6 +67,7 @@ class Made(Generic[M]):
     after: Mapping[str, Any] | None = None
     address: str = ""
     changed: bool = True
+    stored: M | None = None
     afterwards: Callable[[], Awaitable[object]] = _nothing
 
     @property
@@ -88,13 +90,16 @@ class Changes:
         user_id: str | None,
         answer: type[M],
         change: Callable[[AsyncConnection], Awaitable[Made[M]]],
+        complete: Callable[[AsyncConnection, M], Awaitable[M]] | None = None,
         *,
         validate_only: bool = False,
     ) -> M:
         """Run `change` in a transaction, unless this request was made before.
 
-        `user_id` is the user that the call acts for; None means any user. With `validate_only`, the
-        transaction is rolled back, and the request is not stored.
+        `user_id` is the user that the call acts for; None means any user. `complete` makes the
+        answer of a repeated call from what was stored, and may change it; None means that the whole
+        answer was stored. With `validate_only`, the transaction is rolled back, and the request is
+        not stored.
 
         Raises:
             AlreadyExists: the id belongs to another request (REQUEST_ID_REUSED).
@@ -112,7 +117,8 @@ class Changes:
                     else await storage.begin_request(connection, key, digest)
                 )
                 if earlier is not None:
-                    return _replayed(earlier, digest, key, answer)
+                    kept = _replayed(earlier, digest, key, answer)
+                    return kept if complete is None else await complete(connection, kept)
             made = await change(connection)
             if validate_only:
                 await connection.rollback()
@@ -267,7 +273,7 @@ def _replayed(earlier: StoredRequest, digest: bytes, key: RequestKey, answer: ty
 
 
 async def _store(connection: AsyncConnection, key: RequestKey, made: Made[Any]) -> None:
-    answer = made.answer.SerializeToString()
+    answer = (made.answer if made.stored is None else made.stored).SerializeToString()
     await storage.store_answer(connection, key, answer, made.user_id, made.address_key)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -36,6 +37,7 @@ from outbox.v1.sender_service_pb2 import (
 from outbox.v1.suppression_pb2 import Suppression
 from outbox.v1.user_pb2 import User, UserQuotas
 
+from outbox_server.deploy.certificates import self_signed
 from outbox_server.services.scheduler.forgetting import Forgetter
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.secrets import generate_key
@@ -223,6 +225,28 @@ async def test_a_request_with_a_password_is_recognised_without_storing_it(
     assert refused.reason == "REQUEST_ID_REUSED"
     for table in ("change_requests", "audit_events"):
         assert "pa55word" not in str(scheduler.rows(f"SELECT * FROM {table}"))
+
+
+async def test_certificates_of_an_answer_are_read_again_and_not_stored_with_it(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    ca = self_signed(tmp_path).public.read_text()
+    smtp = sender_pb2.SmtpEndpoint(host="mail.example.com", ca_certificates=ca)
+    create = creation(new_id(), smtp=smtp)
+    created = await scheduler.senders.CreateSender(create)
+    pause = PauseSenderRequest(sender_id=created.sender_id, request_id=new_id())
+    paused = await scheduler.senders.PauseSender(pause)
+    assert created.smtp.ca_certificates == paused.smtp.ca_certificates == ca
+    assert await scheduler.senders.CreateSender(create) == created
+    assert await scheduler.senders.PauseSender(pause) == paused
+    stored = (
+        "SELECT count(*) FROM change_requests WHERE strpos(encode(answer, 'escape'), 'CERTI') > 0"
+    )
+    assert scheduler.value(stored) == 0
+    # They are not those of then, if somebody has changed them.
+    await scheduler.senders.DeleteSender(DeleteSenderRequest(sender_id=created.sender_id))
+    created.smtp.ca_certificates = ""
+    assert await scheduler.senders.CreateSender(create) == created
 
 
 @pytest.mark.parametrize(

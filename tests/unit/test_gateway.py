@@ -34,6 +34,7 @@ def test_the_streams_of_the_contract_have_no_limit_and_uploads_an_hour() -> None
     watches = {name for name, kind in kinds.items() if kind is CallKind.WATCH}
     assert watches == {"ExportEmailJobs", "ExportSuppressions", "WatchBatch", "WatchSenderStats"}
     assert {name for name, kind in kinds.items() if kind is CallKind.UPLOAD} == {
+        "ImportSuppressions",
         "UploadBatch",
         "UploadBatchFile",
     }

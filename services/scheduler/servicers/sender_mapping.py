@@ -76,6 +76,7 @@ def etag_of(record: SenderRecord) -> str:
     return str(record.revision)
 
 
+_KEPT_APART: Final = "set"
 # What the audit log leaves out: it is in the event already, or follows from the other fields.
 _NOT_AUDITED: Final = (
     *("sender_id", "user_id", "create_time", "update_time", "etag", "cooldown"),
@@ -92,6 +93,15 @@ def audited(sender: sender_pb2.Sender) -> dict[str, Any]:
     if certificates:
         values["smtp"]["ca_certificates_set"] = True
     return values
+
+
+def without_certificates(sender: sender_pb2.Sender) -> sender_pb2.Sender:
+    """Return a sender with a mark in place of its CA certificates, which may have 64 KiB."""
+    kept = sender_pb2.Sender()
+    kept.CopyFrom(sender)
+    if kept.smtp.ca_certificates:
+        kept.smtp.ca_certificates = _KEPT_APART
+    return kept
 
 
 def _to_hours(hours: SendingHours) -> sender_pb2.SendingHours:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import structlog
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
 from outbox.v1 import sender_pb2, sender_service_pb2, sender_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -28,6 +29,7 @@ from outbox_server.services.scheduler.servicers.sender_mapping import (
     etag_of,
     to_sender,
     to_verification,
+    without_certificates,
 )
 from outbox_server.services.scheduler.smtp_presets import (
     PresetProvider,
@@ -111,8 +113,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 made.answer.ClearField("etag")
             return made
 
-        return await self._changes.make(
-            request, user_id, sender_pb2.Sender, create, validate_only=request.validate_only
+        return await self._make(
+            request, user_id, create, validate_only=request.validate_only
         )
 
     async def GetSender(
@@ -183,8 +185,8 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 made.answer.ClearField("etag")
             return made
 
-        return await self._changes.make(
-            request, user_id, sender_pb2.Sender, update, validate_only=request.validate_only
+        return await self._make(
+            request, user_id, update, validate_only=request.validate_only
         )
 
     async def DeleteSender(
@@ -272,7 +274,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
             change = await storage.set_state(connection, before, state)
             return self._changed(before, change, "ResumeSender")
 
-        return await self._changes.make(request, user_id, sender_pb2.Sender, set_state)
+        return await self._make(request, user_id, set_state)
 
     async def _locked(
         self, connection: AsyncConnection, id_in_request: str, user_id: str | None, etag: str
@@ -316,7 +318,32 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
         )
 
     def _made(self, record: storage.SenderRecord, **how: Any) -> Made[sender_pb2.Sender]:
-        return Made(self._answer(record), _target(record), record.user_id, **how)
+        answer = self._answer(record)
+        stored = without_certificates(answer)
+        return Made(answer, _target(record), record.user_id, stored=stored, **how)
+
+    async def _make(
+        self,
+        request: Message,
+        user_id: str | None,
+        change: Callable[[AsyncConnection], Awaitable[Made[sender_pb2.Sender]]],
+        *,
+        validate_only: bool = False,
+    ) -> sender_pb2.Sender:
+        """Make a change whose answer is a sender."""
+
+        async def complete(
+            connection: AsyncConnection, kept: sender_pb2.Sender
+        ) -> sender_pb2.Sender:
+            if kept.smtp.ca_certificates:
+                sender_id = parse_id(kept.sender_id, "sender_id")
+                found = await storage.read_sender(connection, sender_id, user_id)
+                kept.smtp.ca_certificates = (found and found.smtp_ca) or ""
+            return kept
+
+        return await self._changes.make(
+            request, user_id, sender_pb2.Sender, change, complete, validate_only=validate_only
+        )
 
     async def _check_domain(
         self, connection: AsyncConnection, owner: str, values: Mapping[str, Any]
