@@ -17,6 +17,7 @@ from outbox_server.shared.coalesced import Coalesced
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.forecast.forecasts import (
+    HELD_NOTICE,
     Forecast,
     forecast_batch,
     forecast_planned,
@@ -108,6 +109,8 @@ def _described(found: Forecast, jobs: int) -> BatchForecast:
     limiter = found.limiter
     limits = Limits(limiter.limit, timedelta(microseconds=limiter.gap))
     notices = [notice for notice in (limits.notice(),) if notice and jobs > 1]
+    if found.held:
+        notices.append(HELD_NOTICE)
     if not found.active:
         notices.append(_PAUSED)
     if found.cooldown is not None:

@@ -12,7 +12,12 @@ from outbox_server.services.stats import storage
 from outbox_server.services.stats.planned import PlannedBatch, check_planned
 from outbox_server.shared.errors import InvalidInput
 from outbox_server.shared.forecast.backlog import Rules, to_us
-from outbox_server.shared.forecast.forecasts import Forecast, forecast_batch, forecast_planned
+from outbox_server.shared.forecast.forecasts import (
+    HELD_NOTICE,
+    Forecast,
+    forecast_batch,
+    forecast_planned,
+)
 from outbox_server.shared.forecast.simulation import Bound, JobGroup
 from outbox_server.shared.rpc.proto_mapping import (
     from_duration,
@@ -126,16 +131,24 @@ def _answer(
         explanation=_explain(found, trouble),
         cooldown=to_cooldown(found.cooldown),
         estimated=found.estimated,
+        held=found.held,
     )
 
 
-def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
+def _why_no_time(found: Forecast) -> str:
+    """Return why the times cannot be forecast; an empty text if they can."""
     if not found.jobs:
         return "No job of the batch is waiting."
+    if found.held:
+        return HELD_NOTICE
     if not found.active:
         return "The sender is paused or deleted: nothing is sent before ResumeSender."
-    if not found.within_sight:
-        return "The end is too far away for a forecast."
+    return "" if found.within_sight else "The end is too far away for a forecast."
+
+
+def _explain(found: Forecast, trouble: storage.EndpointFailure | None) -> str:
+    if no_time := _why_no_time(found):
+        return no_time
     cause = "" if found.cooldown is None else f"{found.cooldown.describe(found.read_at)} "
     if found.end is None:
         all_expire = "The mail expires" if found.jobs == 1 else f"All {found.jobs:,} mails expire"

@@ -54,6 +54,7 @@ from outbox_server.shared.forecast.openings import Openings
 from outbox_server.shared.forecast.simulation import JobGroup, Limiter, Sends
 from outbox_server.shared.forecast.user_shares import UserLimiter
 from outbox_server.shared.gap import effective_gap
+from outbox_server.shared.holds.conditions import NEW_BATCH, sender_may_send
 from outbox_server.shared.queue.user_limits import NO_USER_LIMITS, UserSendLimits
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import BatchState, JobState, SenderState
@@ -99,6 +100,8 @@ class SenderPace:
     cooldown: CooldownRecord | None = None
     # The limits that its user has for all its senders together.
     user: UserLimiter | None = None
+    # Whether a hold keeps new mail from being sent.
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ def _pace_statement() -> Select[Any]:
             last_end.label("last_end"),
             takes.c.took,
             takes.c.late_ms,
+            sender_may_send(Sender.id, NEW_BATCH).label("may_send"),
             *COOLDOWN_COLUMNS,
         )
         .outerjoin_from(Sender, Cooldown, Cooldown.sender_id == Sender.id)
@@ -256,6 +260,7 @@ def pace_of(
     return SenderPace(
         now=now,
         active=row.deleted_at is None and row.state == SenderState.ACTIVE,
+        held=not row.may_send,
         limiter=Limiter(
             limit=row.hourly_limit,
             gap=gap // _MICROSECOND,

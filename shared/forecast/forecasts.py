@@ -30,11 +30,16 @@ from outbox_server.shared.forecast.simulation import (
     simulate,
 )
 from outbox_server.shared.forecast.user_shares import share_of
+from outbox_server.shared.holds.storage import is_batch_held
 
 # The largest simulation in the event loop: its number of groups, and its work, which takes about
 # 5 ms. Larger simulations run in a thread.
 _MOST_GROUPS_IN_LOOP: Final = 100
 _MOST_WORK_IN_LOOP: Final = 1_000
+HELD_NOTICE: Final = (
+    "The installation is held, as after a restore of its database: nothing is sent before an "
+    "operator releases it."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Forecast:
     """When mail will be sent.
 
     If `first` and `end` are None, nothing will be sent, or the time is unknown. In the latter case
-    `active` or `within_sight` is False.
+    `active` or `within_sight` is False, or `held` is True.
     """
 
     # The limits of the sender.
@@ -61,6 +66,8 @@ class Forecast:
     expiring: int = 0
     # Whether the sender is active.
     active: bool = True
+    # Whether a hold keeps the mail from being sent. `first` and `end` are None then.
+    held: bool = False
     within_sight: bool = True
     # Whether `end` is an estimate, because computing it takes too long.
     estimated: bool = False
@@ -76,8 +83,10 @@ async def forecast_batch(
     The connection must use one snapshot. The caller has checked the owner of the batch.
     """
     pace = await read_pace(connection, sender_id, rules)
+    # If new mail is not held, neither is that of any batch.
+    held = pace.held and await is_batch_held(connection, sender_id, batch_id)
     groups = await read_backlog(connection, sender_id, pace.waiting, batch_id)
-    return await _forecast(pace, groups)
+    return await _forecast(replace(pace, held=held), groups)
 
 
 async def forecast_read(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
@@ -114,18 +123,26 @@ async def forecast_job(
     ahead: int,
     expire_after: timedelta | None,
 ) -> Forecast:
-    """Return the forecast of one waiting job with `ahead` other jobs before it."""
+    """Return the forecast of one waiting job, which is not held, with `ahead` others before it."""
     others = await read_ahead(connection, sender_id, place, ahead)
     expiry = None if expire_after is None else expire_after // timedelta(microseconds=1)
-    return await _forecast(pace, [*others, JobGroup(to_us(place.due), mine=1, expire_after=expiry)])
+    job = JobGroup(to_us(place.due), mine=1, expire_after=expiry)
+    return await _forecast(replace(pace, held=False), [*others, job])
 
 
 async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
     jobs = sum(group.mine for group in groups)
     read_at = from_us(pace.now)
-    known = Forecast(pace.limiter, read_at, jobs, active=pace.active, cooldown=pace.cooldown)
-    # Limit.PAUSE: the time at which a paused sender resumes is unknown.
-    if not jobs or not pace.active:
+    known = Forecast(
+        pace.limiter,
+        read_at,
+        jobs,
+        active=pace.active,
+        held=pace.held,
+        cooldown=pace.cooldown,
+    )
+    # Limit.PAUSE: the time at which a paused sender resumes is unknown, and that of a release too.
+    if not jobs or not pace.active or pace.held:
         return known
     # Limit.USER_WINDOW, Limit.USER_GAP
     shared = share_of(pace.limiter, pace.user)

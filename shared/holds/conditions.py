@@ -5,7 +5,7 @@ They cost one look at an empty table while nothing is held.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, SQLColumnExpression, and_, or_, select
 
@@ -17,6 +17,9 @@ from outbox_server.shared.database.models import (
     HoldRow,
     Sender,
 )
+
+# No batch has this id.
+NEW_BATCH: Final = 0
 
 
 def was_sending() -> ColumnElement[bool]:
@@ -57,12 +60,17 @@ def may_be_sent() -> ColumnElement[bool]:
     return or_(nothing_is_held(), released, and_(EmailJob.attempt > 0, begun))
 
 
-def sender_may_send(sender: SQLColumnExpression[int]) -> ColumnElement[bool]:
-    """Return the condition that some mail of a sender may be sent, as far as holds decide."""
-    released = (
-        select(HoldRelease.id).where(*_of_sender(sender)).correlate_except(HoldRelease).exists()
-    )
-    return or_(nothing_is_held(), released)
+def sender_may_send(
+    sender: SQLColumnExpression[int], batch: int | None = None
+) -> ColumnElement[bool]:
+    """Return the condition that some mail of a sender may be sent, as far as holds decide.
+
+    `batch` restricts it to mail of one batch; NEW_BATCH is none that exists.
+    """
+    release = select(HoldRelease.id).where(*_of_sender(sender))
+    if batch is not None:
+        release = release.where(_any_or(HoldRelease.batch_id, HoldRelease.batch_id == batch))
+    return or_(nothing_is_held(), release.correlate_except(HoldRelease).exists())
 
 
 def nothing_is_held() -> ColumnElement[bool]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import delete, func, literal, or_, select
+from sqlalchemy import BigInteger, delete, func, literal, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import EmailJob, HeldSend, HoldRelease, HoldRow
+from outbox_server.shared.holds.conditions import sender_may_send
 from outbox_server.shared.states import HoldReason, JobState
 
 
@@ -58,6 +59,12 @@ async def end_hold(connection: AsyncConnection) -> None:
     """End the hold: everything that waits may be sent."""
     for table in (HoldRelease, HeldSend, HoldRow):
         await connection.execute(delete(table))
+
+
+async def is_batch_held(connection: AsyncConnection, sender_id: int, batch_id: int) -> bool:
+    """Return whether a hold keeps all mail of a batch from being sent."""
+    sender = literal(sender_id, BigInteger)
+    return not await connection.scalar(select(sender_may_send(sender, batch_id)))
 
 
 async def any_open_job(connection: AsyncConnection) -> bool:

@@ -16,6 +16,9 @@ import pytest
 import pytest_asyncio
 from outbox.v1 import batch_pb2, sender_pb2, stats_service_pb2_grpc
 from outbox.v1 import stats_service_pb2 as proto
+from outbox.v1.batch_service_pb2 import GetBatchRequest
+from outbox.v1.hold_pb2 import HeldFilter
+from outbox.v1.hold_service_pb2 import BeginHoldRequest, ReleaseHeldJobsRequest
 from outbox.v1.sender_service_pb2 import PauseSenderRequest
 
 from outbox_server.cli.options import to_duration, to_timestamp
@@ -94,6 +97,39 @@ async def test_a_batch_is_forecast_by_the_gap_and_by_the_window(stack: Stack) ->
     found = await stack.forecast(batch_id=batch.batch_id)
     assert found.binding_limit == sender_pb2.BINDING_LIMIT_HOURLY_LIMIT
     assert since(found.end_time, batch) == pytest.approx(3 * 3_600, abs=5)
+
+
+async def test_a_forecast_of_held_mail_says_that_it_is_held(stack: Stack) -> None:
+    scheduler = stack.scheduler
+    sender, other = await scheduler.sender(), await scheduler.sender()
+    batches = [(await scheduler.schedule(sender)).batch.batch_id for _ in range(2)]
+    await scheduler.holds.BeginHold(BeginHoldRequest())
+    new = await scheduler.schedule(other)
+    large = await scheduler.schedule(other, csv_of(2_000))
+    for accepted in (new, large):
+        assert not accepted.HasField("forecast_end_time")
+        assert any("is held" in notice for notice in accepted.notices)
+    found = await stack.forecast(batch_id=batches[0])
+    assert (found.held, found.job_count, "is held" in found.explanation) == (True, 1, True)
+    assert not found.HasField("first_send_time")
+    assert not found.HasField("end_time")
+    assert (await stack.plan(sender, 10)).held
+    shown = await scheduler.batches.GetBatch(GetBatchRequest(batch_id=batches[0]))
+    assert not shown.HasField("forecast_end_time")
+
+    released = HeldFilter(batch_id=batches[0])
+    await scheduler.holds.ReleaseHeldJobs(ReleaseHeldJobsRequest(filter=released))
+    found = await stack.forecast(batch_id=batches[0])
+    assert (found.held, found.HasField("end_time")) == (False, True)
+    assert (await stack.forecast(batch_id=batches[1])).held
+    assert (await stack.plan(sender, 10)).held
+    released = HeldFilter(sender_id=sender.sender_id)
+    await scheduler.holds.ReleaseHeldJobs(ReleaseHeldJobsRequest(filter=released))
+    assert not (await stack.forecast(batch_id=batches[1])).held
+    assert not (await stack.plan(sender, 10)).held
+    assert (await stack.plan(other, 10)).held
+    await scheduler.holds.ReleaseHeldJobs(ReleaseHeldJobsRequest(all=True))
+    assert not (await stack.plan(other, 10)).held
 
 
 async def test_only_mail_that_is_due_earlier_counts_in_a_forecast(stack: Stack) -> None:
