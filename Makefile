@@ -84,6 +84,24 @@ mail-servers: ## Unpack Debian's Postfix, Exim and OpenSMTPD into build/mail-ser
 test-mail-servers: $(READY) ## Run the tests with them (as root, after make mail-servers)
 	$(PYTEST) tests/mail_servers
 
+# Debian's Go, because there may be no module proxy; its gRPC is that of 2020.
+.PHONY: client-packages
+client-packages:
+	@$(PACKAGES) protobuf-compiler golang-go golang-google-grpc-dev golang-google-genproto-dev \
+	  golang-google-protobuf-dev golang-github-golang-protobuf-1-5-dev protoc-gen-go-1-5 \
+	  protoc-gen-go-grpc protobuf-compiler-grpc-java-plugin libgrpc-java libprotobuf-java \
+	  libnetty-java libperfmark-java libguava-java libgoogle-gson-java \
+	  libgeronimo-annotation-1.3-spec-java
+	@command -v javac >/dev/null || $(PACKAGES) default-jdk-headless
+	@command -v npm >/dev/null || $(PACKAGES) nodejs npm
+
+.PHONY: test-clients
+test-clients: client-packages $(READY) ## Build clients in Go, Node and Java from protos/, and run them
+	tests/clients/build_go.sh
+	tests/clients/build_java.sh
+	npm --prefix tests/clients/node ci --no-progress --no-audit --no-fund
+	$(BIN)/pytest --numprocesses 0 tests/clients
+
 # Checkov's dependencies are more than all of ours, so it has an environment of its own.
 build/checkov/ready: tests/deploy/checkov.lock
 	$(PYTHON) -m venv build/checkov

@@ -73,10 +73,12 @@ def _methods(contract: FileDescriptorSet) -> Iterator[tuple[str, MethodDescripto
 
 def _policy(method: MethodDescriptorProto) -> dict[str, Any]:
     policy: dict[str, Any] = {}
-    if method.client_streaming:
-        policy["timeout"] = _UPLOAD_TIMEOUT
-    elif not method.server_streaming:
-        policy["timeout"] = _LONG_TIMEOUT if method.name in _LONG else _TIMEOUT
+    if not method.server_streaming:
+        timeout = _LONG_TIMEOUT if method.name in _LONG else _TIMEOUT
+        policy["timeout"] = _UPLOAD_TIMEOUT if method.client_streaming else timeout
+        # Until there is a connection nothing was sent, so every call may wait for one. A watch has
+        # no deadline, and would wait for ever.
+        policy["waitForReady"] = True
     if method.options.idempotency_level != MethodOptions.IDEMPOTENCY_UNKNOWN:
         policy["retryPolicy"] = _RETRY
     return policy
