@@ -46,14 +46,21 @@ def settings_for(concurrency: int) -> dict[str, str]:
 
 
 async def outbox_dispatch(
-    bench: Bench, concurrency: int, *, dispatchers: int = 1, smtp_port: int | None = None
+    bench: Bench,
+    concurrency: int,
+    *,
+    dispatchers: int = 1,
+    smtp_port: int | None = None,
+    events: bool = True,
 ) -> Figures:
-    """Send waiting mail by one dispatcher, or several."""
+    """Send waiting mail by one dispatcher, or several. Without `events`, no change is recorded."""
     port = smtp_port or bench.smtp_port
     # Several must all be ready when the mail is due.
     in_s = dispatchers * await bench.lead_s() if dispatchers > 1 else -1.0
     async with bench.fresh() as stack:
         async with bench.connected(stack.database_url) as connection:
+            if not events:
+                await connection.execute("ALTER TABLE email_jobs DISABLE TRIGGER outbox_job_events")
             total = await fill_due(connection, bench.size.senders, bench.size.mails, in_s=in_s)
         with ExitStack() as processes:
             pids = stack.stores | ({"sink": bench.sink_pid} if smtp_port is None else {})
@@ -118,6 +125,11 @@ async def _some_dispatchers(dispatchers: int, bench: Bench, number: int) -> Figu
     return await outbox_dispatch(bench, 50, dispatchers=dispatchers)
 
 
+async def _with_events(events: bool, bench: Bench, number: int) -> Figures:
+    del number
+    return await outbox_dispatch(bench, 50, events=events)
+
+
 def _all(concurrency: int) -> dict[str, Measure]:
     return {name: partial(_contend, name, concurrency) for name in (OUTBOX, *NAMES)}
 
@@ -141,6 +153,7 @@ def _dispatch_row(concurrency: int) -> BenchRow:
 
 
 _ONE, _TWO = "one dispatcher", "two dispatchers"
+_RECORDED, _UNRECORDED = "with events", "without events"
 ROWS: Final = (
     _dispatch_row(5),
     _dispatch_row(50),
@@ -170,6 +183,14 @@ ROWS: Final = (
         "and no job has two attempts",
         {_ONE: partial(_some_dispatchers, 1), _TWO: partial(_some_dispatchers, 2)},
         (RatioTarget((_TWO, _RATE), ((_ONE, _RATE),), least=1.3),),
+        size=lambda size: f"{size.mails:,} mails of {size.senders:,} senders",
+    ),
+    BenchRow(
+        "events",
+        "waiting mail at concurrency 50, with every change recorded for WatchEmailJobs, and with "
+        "the trigger that does so switched off",
+        {_RECORDED: partial(_with_events, True), _UNRECORDED: partial(_with_events, False)},
+        (RatioTarget((_RECORDED, _RATE), ((_UNRECORDED, _RATE),), least=0.9),),
         size=lambda size: f"{size.mails:,} mails of {size.senders:,} senders",
     ),
 )

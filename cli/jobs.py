@@ -29,6 +29,7 @@ from outbox_server.cli.options import (
 )
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.terminal import note
+from outbox_server.cli.watch_jobs import watch
 
 _COLUMNS = (
     "email_job_id",
@@ -75,6 +76,8 @@ app = typer.Typer(
     add_completion=False,
     help="Show, render, explain, cancel and retry e-mail jobs.",
 )
+
+app.command()(watch)
 
 JobId = Annotated[str, typer.Argument(metavar="EMAIL_JOB_ID")]
 

@@ -12,7 +12,11 @@ import typer
 from outbox.v1 import suppression_service_pb2 as pb
 from outbox.v1.suppression_pb2 import Suppression
 
-from outbox_server.cli.change_options import AuditOptions, GuardedChangeOptions, ReasonedChangeOptions
+from outbox_server.cli.change_options import (
+    AuditOptions,
+    GuardedChangeOptions,
+    ReasonedChangeOptions,
+)
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.exports import ExportFormat, ExportOutput, write_export
 from outbox_server.cli.lazy import CommandFailed

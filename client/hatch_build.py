@@ -32,6 +32,7 @@ _SERVICES: Final = (
     "Batch",
     "Dispatcher",
     "EmailJob",
+    "EmailJobEvent",
     "Hold",
     "Sender",
     "Server",

@@ -328,6 +328,13 @@ class Settings(BaseSettings):
         timedelta(days=365),
         description="age at which events of the audit log are removed, such as `90d`; 0: never",
     )
+    event_retention: Duration = Field(
+        timedelta(days=7),
+        ge=timedelta(hours=1),
+        le=timedelta(days=90),
+        description="how long WatchEmailJobs can go back: older events of jobs are removed, such "
+        "as `7d`; 1h to 90d",
+    )
     user_waiting_jobs: int = Field(
         10_000_000, ge=0, le=MAX_QUOTA, description="most waiting jobs of one user"
     )

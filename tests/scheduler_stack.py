@@ -18,6 +18,7 @@ from outbox.v1 import (
     batch_pb2,
     batch_service_pb2,
     batch_service_pb2_grpc,
+    email_job_event_service_pb2_grpc,
     email_job_service_pb2_grpc,
     hold_service_pb2_grpc,
     sender_pb2,
@@ -99,6 +100,7 @@ class Scheduler:
         self.senders = sender_service_pb2_grpc.SenderServiceStub(channel)
         self.batches = batch_service_pb2_grpc.BatchServiceStub(channel)
         self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
+        self.events = email_job_event_service_pb2_grpc.EmailJobEventServiceStub(channel)
         self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
         self.users = user_service_pb2_grpc.UserServiceStub(channel)
         self.holds = hold_service_pb2_grpc.HoldServiceStub(channel)

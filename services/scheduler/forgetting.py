@@ -1,4 +1,4 @@
-"""Removes old requests, and old events of the audit log, a few rows at a time.
+"""Removes old requests, and old events of jobs and of the audit log, a few rows at a time.
 
 Runs in every scheduler. Rows that another scheduler removes at the moment are skipped.
 """
@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from outbox_server.services.scheduler.storage import changes as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.shared.database.engine import DATABASE_ERRORS
+from outbox_server.shared.events.storage import remove_old_events
 from outbox_server.shared.loops import Loop
 
 # For so long, a repeated request is recognised.
@@ -33,13 +34,14 @@ _Removal = Callable[[AsyncConnection], Awaitable[int]]
 
 
 class Forgetter:
-    """Removes what is older than a day, or than the retention of the audit log."""
+    """Removes what is older than a day, or than the retentions of both kinds of events."""
 
     def __init__(
         self,
         engine: AsyncEngine,
         audit_retention: timedelta | None,
         *,
+        event_retention: timedelta = timedelta(days=7),
         most_requests: int = _MOST_REQUESTS,
         most_events: int = _MOST_EVENTS,
     ) -> None:
@@ -52,6 +54,7 @@ class Forgetter:
             partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),
             partial(storage.remove_surplus_requests, most=most_requests, limit=_CHUNK),
             partial(storage.remove_surplus_events, most=most_events, limit=_CHUNK),
+            partial(remove_old_events, older_than=event_retention, limit=_CHUNK),
         ]
         if audit_retention is not None:
             self._removals.append(

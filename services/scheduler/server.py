@@ -10,6 +10,9 @@ from typing import Final
 
 from outbox.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
+from outbox.v1.email_job_event_service_pb2_grpc import (
+    add_EmailJobEventServiceServicer_to_server,
+)
 from outbox.v1.email_job_service_pb2_grpc import add_EmailJobServiceServicer_to_server
 from outbox.v1.hold_service_pb2_grpc import add_HoldServiceServicer_to_server
 from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_server
@@ -28,6 +31,7 @@ from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
+from outbox_server.services.scheduler.servicers.email_job_events import EmailJobEventServicer
 from outbox_server.services.scheduler.servicers.email_jobs import EmailJobServicer
 from outbox_server.services.scheduler.servicers.exporting import JobExporter
 from outbox_server.services.scheduler.servicers.holds import HoldServicer
@@ -47,6 +51,7 @@ from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.message_ids import installation_id
 from outbox_server.shared.database.schema import SchemaGuard
 from outbox_server.shared.egress import Egress
+from outbox_server.shared.events.watching import EventWatch
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.heads.coalescing import ShardLoads
@@ -175,6 +180,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         imports = ImportReader()
         stack.callback(imports.close)
         watch = Watch(partial(_read_batches, engine))
+        events = EventWatch(engine, settings.event_retention)
         schema = SchemaGuard(engine)
         server = GrpcServer(
             settings,
@@ -192,6 +198,13 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                     imports=imports,
                     previewer=previewer,
                 ),
+                ServiceBinding(
+                    "outbox.v1.EmailJobEventService",
+                    partial(
+                        add_EmailJobEventServiceServicer_to_server,
+                        EmailJobEventServicer(engine, events, settings),
+                    ),
+                ),
                 server_service("scheduler", schema),
             ],
             engine=engine,
@@ -202,7 +215,13 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         work: list[Callable[[], Awaitable[None]]] = [
             partial(sweeper.run, stop),
             partial(watch.run, stop),
-            partial(Forgetter(engine, settings.audit_retention).run, stop),
+            partial(events.run, stop),
+            partial(
+                Forgetter(
+                    engine, settings.audit_retention, event_retention=settings.event_retention
+                ).run,
+                stop,
+            ),
         ]
 
         async def announce() -> None:

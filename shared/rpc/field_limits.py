@@ -181,6 +181,7 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
             bounds.MAX_SENDER_DOMAINS, "SENDER_DOMAIN_INVALID", _text(bounds.SENDER_DOMAIN)
         )
     },
+    "outbox.v1.WatchEmailJobsRequest": {"states": _entries(10, "TOO_MANY_ENTRIES")},
     "outbox.v1.Suppression": {"reason": _text(bounds.SUPPRESSION_REASON)},
     "outbox.v1.ImportSuppressionsRequest": {
         "chunk": _file("CHUNK_TOO_LARGE", bounds.MAX_CHUNK_BYTES),

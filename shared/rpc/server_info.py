@@ -25,6 +25,7 @@ CAPABILITIES: Final = (
     "hold",
     "job.explain_waits",
     "job.export",
+    "job.watch",
     "sender.cooldown",
     "sender.oauth2",
     "sender.preset",

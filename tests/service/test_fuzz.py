@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from outbox.v1 import (  # noqa: F401 - importing them is what makes the services known
     batch_service_pb2,
     dispatcher_service_pb2,
+    email_job_event_service_pb2,
     email_job_service_pb2,
     hold_service_pb2,
     sender_service_pb2,
@@ -48,6 +49,7 @@ SECOND_MESSAGE_S: Final = 0.05
 SCHEDULER: Final = (
     "SenderService",
     "BatchService",
+    "EmailJobEventService",
     "EmailJobService",
     "SuppressionService",
     "HoldService",

@@ -32,7 +32,13 @@ def test_the_streams_of_the_contract_have_no_limit_and_uploads_an_hour() -> None
         for method in service.methods
     }
     watches = {name for name, kind in kinds.items() if kind is CallKind.WATCH}
-    assert watches == {"ExportEmailJobs", "ExportSuppressions", "WatchBatch", "WatchSenderStats"}
+    assert watches == {
+        "ExportEmailJobs",
+        "ExportSuppressions",
+        "WatchBatch",
+        "WatchEmailJobs",
+        "WatchSenderStats",
+    }
     assert {name for name, kind in kinds.items() if kind is CallKind.UPLOAD} == {
         "ImportSuppressions",
         "UploadBatch",

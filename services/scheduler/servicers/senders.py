@@ -113,9 +113,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 made.answer.ClearField("etag")
             return made
 
-        return await self._make(
-            request, user_id, create, validate_only=request.validate_only
-        )
+        return await self._make(request, user_id, create, validate_only=request.validate_only)
 
     async def GetSender(
         self,
@@ -185,9 +183,7 @@ class SenderServicer(sender_service_pb2_grpc.SenderServiceServicer):
                 made.answer.ClearField("etag")
             return made
 
-        return await self._make(
-            request, user_id, update, validate_only=request.validate_only
-        )
+        return await self._make(request, user_id, update, validate_only=request.validate_only)
 
     async def DeleteSender(
         self,

@@ -20,6 +20,7 @@ from outbox_server.shared.database.models.counts import (
     SenderCount,
     SenderHourCount,
 )
+from outbox_server.shared.database.models.events import JobEvent
 from outbox_server.shared.database.models.installation import (
     AgreedSettingsRow,
     ErasureKey,
@@ -66,6 +67,7 @@ __all__ = [
     "HoldRelease",
     "HoldRow",
     "Installation",
+    "JobEvent",
     "OAuth2CredentialsRow",
     "PurgedCount",
     "Sender",

@@ -22,6 +22,8 @@ from outbox.v1.batch_service_pb2 import (
 )
 from outbox.v1.batch_service_pb2_grpc import BatchServiceStub
 from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceStub
+from outbox.v1.email_job_event_service_pb2 import WatchEmailJobsRequest, WatchEmailJobsResponse
+from outbox.v1.email_job_event_service_pb2_grpc import EmailJobEventServiceStub
 from outbox.v1.email_job_pb2 import Attempt, EmailJob
 from outbox.v1.email_job_service_pb2 import (
     ExportedEmailJob,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:  # names that only the type stubs know
     from outbox.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
     from outbox.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
     from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceAsyncStub
+    from outbox.v1.email_job_event_service_pb2_grpc import EmailJobEventServiceAsyncStub
     from outbox.v1.email_job_service_pb2_grpc import EmailJobServiceAsyncStub
     from outbox.v1.hold_service_pb2_grpc import HoldServiceAsyncStub
     from outbox.v1.sender_service_pb2_grpc import SenderServiceAsyncStub
@@ -72,10 +75,10 @@ _LOOK: Final = RetryPolicy(first=timedelta(milliseconds=200), factor=1.3)
 class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
-    `senders`, `batches`, `email_jobs`, `suppressions`, `users`, `holds`, `audit`, `stats`,
-    `dispatcher` and `server` are the generated stubs with all methods of the API, such as
-    `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds, for all tries
-    together; default: the client's `timeout`) and `metadata`, and raises CallError. Reads,
+    `senders`, `batches`, `email_jobs`, `email_job_events`, `suppressions`, `users`, `holds`,
+    `audit`, `stats`, `dispatcher` and `server` are the generated stubs with all methods of the
+    API, such as `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds, for all
+    tries together; default: the client's `timeout`) and `metadata`, and raises CallError. Reads,
     `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the server is
     unreachable; other calls only if the server says that it has changed nothing.
     """
@@ -138,6 +141,13 @@ class AsyncClient:
     def email_jobs(self) -> EmailJobServiceAsyncStub:
         """EmailJobService."""
         return cast("EmailJobServiceAsyncStub", self._stub("scheduler", EmailJobServiceStub))
+
+    @property
+    def email_job_events(self) -> EmailJobEventServiceAsyncStub:
+        """EmailJobEventService."""
+        return cast(
+            "EmailJobEventServiceAsyncStub", self._stub("scheduler", EmailJobEventServiceStub)
+        )
 
     @property
     def users(self) -> UserServiceAsyncStub:
@@ -263,6 +273,39 @@ class AsyncClient:
             await io.sleep(pause)
         async for batch in self._poll(batch_id, user_id, end, trouble):
             yield batch
+
+    async def watch_email_jobs(
+        self,
+        request: WatchEmailJobsRequest,
+        *,
+        trouble: Callable[[CallError], None] | None = None,
+    ) -> AsyncIterator[WatchEmailJobsResponse]:
+        """Yield the messages of WatchEmailJobs, some of which have only a new `resume_token`.
+
+        A broken stream is resumed after the last message that was yielded. If the server is
+        unreachable, the client tries again for a minute and calls `trouble` at each failure. To go
+        on after a crash, store the `resume_token` of each message with what you made of it.
+
+        Raises:
+            CallError: the server refused, or was unreachable for a minute.
+        """
+        asked = WatchEmailJobsRequest()
+        asked.CopyFrom(request)
+        patience = Attempts(_PATIENT, _PATIENCE_S, safe=True)
+        while True:
+            pause = _LOOK.first.total_seconds()
+            try:
+                stream = self.email_job_events.WatchEmailJobs(asked, timeout=None)
+                async with aclosing(stream):  # type: ignore[type-var]  # it is a generator
+                    async for message in stream:
+                        asked.resume_token = message.resume_token
+                        patience = Attempts(_PATIENT, _PATIENCE_S, safe=True)
+                        yield message
+            except CallError as error:
+                pause = patience.pause_after(error)
+                if trouble is not None:
+                    trouble(error)
+            await io.sleep(pause)
 
     async def wait_for_batch(
         self, batch_id: str, user_id: str = "", *, timeout: float | None = None

@@ -6,7 +6,7 @@ from sqlalchemy import text
 
 from outbox_server.shared.database.online_steps import create_index_concurrently
 
-revision = "0025"
+revision = "0018"
 down_revision = "0017"
 
 
