@@ -58,12 +58,14 @@ class Patrol:
 
         Returns when to call again.
         """
-        after = await self._queues[0].begin_patrol(_AT_ONCE if self._hurries else pause)
+        keeper, after, error = await self._begin(_AT_ONCE if self._hurries else pause)
         if after is None:
+            if error is not None:
+                raise error
             return pause
         async with self._engine.connect() as connection:
             senders = await self._walk.read(connection, after=after, most=PART)
-        restored, error = 0, None
+        restored = 0
         for queue, part in (await self._by_queue(senders)).items():
             try:
                 lost = await find_lost(queue, part, whole=True)
@@ -76,13 +78,29 @@ class Patrol:
         if is_last:
             self._rounds_at_once = max(self._rounds_at_once - 1, 0)
         self._hurries = self._rounds_at_once > 0 or (not is_last and restored > _MANY * PART)
-        await self._queues[0].end_patrol(0 if is_last else senders[-1].sender_id)
+        await keeper.end_patrol(0 if is_last else senders[-1].sender_id)
         if restored:
             # Usually few: those whose batch was accepted a moment ago.
             _log.info("heads_restored", senders=restored)
         if error is not None:
             raise error
         return _AT_ONCE if self._hurries else pause
+
+    async def _begin(self, pause: timedelta) -> tuple[Queue, int | None, Exception | None]:
+        """Return the shard that keeps the place, the place, and the error of the shards before it.
+
+        The first shard keeps the place. While its node is gone, the next one that serves does, with
+        a place of its own.
+        """
+        error: Exception | None = None
+        for queue in self._queues:
+            try:
+                return queue, await queue.begin_patrol(pause), error
+            except QUEUE_ERRORS as found:
+                error = found
+        if error is None:
+            raise AssertionError("there is no shard")
+        raise error
 
     async def _by_queue(
         self, senders: Sequence[ConcernedSender]
