@@ -194,7 +194,6 @@ async def _serve(run: AgreedRun) -> None:
         quotas = Loop("quotas", dispatcher.read_quotas, errors=DATABASE_ERRORS)
         old_keys = OldKeys(
             redis,
-            [queue.redis for queue in queues],
             (UNKNOWN_KEY_SPACE, *run.agreed.old_key_spaces) if run.agreed else (),
             settings.shutdown_grace + settings.lease,
         )
@@ -203,7 +202,13 @@ async def _serve(run: AgreedRun) -> None:
             guard.run,
             partial(guard.then, recovery.run, stop),
             quotas.run,
-            Loop("old keys", old_keys.delete_soon, errors=QUEUE_ERRORS).run,
+            # A search goes through all keys, so it is not repeated each second of an outage.
+            Loop(
+                "old keys",
+                old_keys.delete_soon,
+                errors=QUEUE_ERRORS,
+                retry=timedelta(minutes=1),
+            ).run,
         ]
         work: list[Callable[[], Awaitable[None]]] = [
             partial(guard.then, partial(_dispatch, run, dispatcher, statements), stop),

@@ -75,6 +75,16 @@ class ClusterMap:
             raise ClusterDownError(f"CLUSTERDOWN no node owns slot {slot}")
         return owner
 
+    async def slots_of_nodes(self, slot: int) -> list[int]:
+        """Ask for a new map, and return one slot of each node that owns some.
+
+        Raises:
+            redis.exceptions.RedisError: no node can be reached, or none knows an owner of `slot`.
+        """
+        self._stale = True
+        await self.owner(slot)
+        return list({each.nodes[0]: each.first for each in self._ranges}.values())
+
     def doubt(self, address: Address) -> None:
         """Ask for a new map before the next connection, this node last."""
         self._doubted.add(address)
@@ -152,7 +162,8 @@ class SlotPlace:
 class ClusterClient(FollowingClient):
     """The clients of the slots, one for each that is used; itself that of the first shard."""
 
-    def __init__(self, make_pool: Callable[[int], FollowingPool]) -> None:
+    def __init__(self, cluster: ClusterMap, make_pool: Callable[[int], FollowingPool]) -> None:
+        self._cluster = cluster
         self._own_slot = _slot_of(ShardKeys(0).ready)
         super().__init__(make_pool(self._own_slot))
         self._make_pool = make_pool
@@ -160,7 +171,17 @@ class ClusterClient(FollowingClient):
 
     def of_key(self, key: str) -> FollowingClient:
         """Return the client of the slot of a key."""
-        slot = _slot_of(key)
+        return self._of_slot(_slot_of(key))
+
+    async def nodes(self) -> list[FollowingClient]:
+        """Return a client of each node that owns slots.
+
+        Raises:
+            redis.exceptions.RedisError: they cannot be found.
+        """
+        return [self._of_slot(each) for each in await self._cluster.slots_of_nodes(self._own_slot)]
+
+    def _of_slot(self, slot: int) -> FollowingClient:
         if slot == self._own_slot:
             return self
         if slot not in self._others:
@@ -191,7 +212,7 @@ def connect_to_cluster(url: str, options: Mapping[str, Any]) -> ClusterClient:
             place=SlotPlace(cluster, slot), **{**options, **found.login, **found.tls}
         )
 
-    return ClusterClient(make_pool)
+    return ClusterClient(cluster, make_pool)
 
 
 def parse_cluster_url(url: str) -> HostsUrl:

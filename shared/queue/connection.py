@@ -70,6 +70,15 @@ def client_of(redis: FollowingClient, key: str) -> FollowingClient:
     return redis.of_key(key) if isinstance(redis, ClusterClient) else redis
 
 
+async def nodes_of(redis: FollowingClient) -> Sequence[FollowingClient]:
+    """Return a client of each server that may have keys: in a cluster, of each node with slots.
+
+    Raises:
+        redis.exceptions.RedisError: the nodes of a cluster cannot be found.
+    """
+    return await redis.nodes() if isinstance(redis, ClusterClient) else [redis]
+
+
 def _cause(error: Exception) -> str:
     """Return what is wrong, without the URL, which may have a password."""
     unknown = re.search(r"unexpected keyword argument '(\w{1,50})'", str(error))

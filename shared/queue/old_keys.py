@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Final
 
 from redis.asyncio import Redis
 
-from outbox_server.shared.queue.connection import client_of
+from outbox_server.shared.queue.connection import QUEUE_ERRORS, client_of, nodes_of
 from outbox_server.shared.queue.following import FollowingClient
 
 _TAG: Final = re.compile(r"outbox:\{(?:([^.}]*)\.)?\d+\}:")
@@ -28,17 +28,11 @@ class OldKeys:
     def __init__(
         self,
         redis: FollowingClient,
-        nodes: Iterable[Redis],
         key_spaces: Collection[str],
         wait: timedelta,
     ) -> None:
-        """`wait` is how long the sends that began in them may still use them.
-
-        `nodes` are clients of the servers that are searched. In a cluster, keys on a node without a
-        shard of today stay until it has one.
-        """
+        """`wait` is how long the sends that began in them may still use them."""
         self._redis = redis
-        self._nodes = set(nodes)
         self._key_spaces = frozenset(key_spaces)
         self._wait: timedelta | None = wait
 
@@ -51,22 +45,39 @@ class OldKeys:
         return _PAUSE
 
     async def delete(self) -> int:
-        """Delete the keys, in small steps, and return how many there were."""
+        """Delete the keys, in small steps, and return how many there were.
+
+        All nodes of a cluster are searched: one that has no shard of today may have had one.
+
+        Raises:
+            redis.exceptions.RedisError, OSError: a server cannot be reached. The others were
+                searched.
+        """
         if not self._key_spaces:
             return 0
+        deleted, error = 0, None
+        for node in await nodes_of(self._redis):
+            try:
+                deleted += await self._delete_on(node)
+            except QUEUE_ERRORS as found:
+                error = found
+        if error is not None:
+            raise error
+        return deleted
+
+    async def _delete_on(self, node: Redis) -> int:
         deleted = 0
         # By hash tag, because the keys of one command must be in one slot of a cluster.
         found: dict[str, list[str]] = {}
-        for node in self._nodes:
-            async for key in node.scan_iter(match="outbox:{*", count=_AT_ONCE):
-                name = key.decode() if isinstance(key, bytes) else key
-                tag = _TAG.match(name)
-                if tag is None or (tag[1] or "") not in self._key_spaces:
-                    continue
-                keys = found.setdefault(tag[0], [])
-                keys.append(name)
-                if len(keys) >= _AT_ONCE:
-                    deleted += await self._unlink(found.pop(tag[0]))
+        async for key in node.scan_iter(match="outbox:{*", count=_AT_ONCE):
+            name = key.decode() if isinstance(key, bytes) else key
+            tag = _TAG.match(name)
+            if tag is None or (tag[1] or "") not in self._key_spaces:
+                continue
+            keys = found.setdefault(tag[0], [])
+            keys.append(name)
+            if len(keys) >= _AT_ONCE:
+                deleted += await self._unlink(found.pop(tag[0]))
         for keys in found.values():
             deleted += await self._unlink(keys)
         return deleted

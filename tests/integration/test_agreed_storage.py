@@ -182,7 +182,7 @@ async def test_only_the_keys_of_earlier_key_spaces_are_deleted(world: World) -> 
     old = ["outbox:{0}:ready", "outbox:{12}:window:u:x", "outbox:{old.3}:life"]
     for key in (*kept, *old):
         await world.redis.set(key, "1")
-    assert await OldKeys(world.redis, [world.redis], ["", "old"], LEASE).delete() == len(old)
+    assert await OldKeys(world.redis, ["", "old"], LEASE).delete() == len(old)
     assert sorted(await world.redis.keys("*")) == sorted(kept)
 
 
@@ -190,7 +190,7 @@ async def test_keys_in_use_by_sends_of_an_earlier_key_space_are_left_for_a_while
     world: World,
 ) -> None:
     await world.redis.set("outbox:{0}:ready", "1")
-    old = OldKeys(world.redis, [world.redis], [""], LEASE)
+    old = OldKeys(world.redis, [""], LEASE)
     assert await old.delete_soon() == LEASE
     assert await world.redis.exists("outbox:{0}:ready")
     assert await old.delete_soon() > LEASE

