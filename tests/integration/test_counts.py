@@ -286,6 +286,19 @@ async def test_a_fold_takes_no_more_deltas_than_its_limit_and_the_oldest_first(
     await world.check()
 
 
+async def test_deltas_with_the_ids_of_folded_ones_are_counted_too(world: CountedWorld) -> None:
+    """As after a failover to a replica that lagged, where the sequence has stepped back."""
+    batch = next(iter(world.batches))
+    await world.intake(batch, 10)
+    await world.fold_all()
+    async with world.engine.begin() as connection:
+        await connection.execute(text("ALTER SEQUENCE count_deltas_id_seq RESTART"))
+    await world.intake(batch, 5)
+    assert await world.check() == JobCounts(scheduled=15)
+    await world.fold_all()
+    assert await world.check() == JobCounts(scheduled=15)
+
+
 async def test_a_fold_skips_deltas_that_another_fold_has_locked(
     world: CountedWorld,
 ) -> None:

@@ -293,6 +293,20 @@ async def test_old_and_surplus_requests_and_events_are_removed(scheduler: Schedu
     assert len(await events(scheduler)) == 3
 
 
+async def test_an_audit_event_has_no_id_of_one_that_a_failover_has_lost(
+    scheduler: Scheduler,
+) -> None:
+    await scheduler.sender()
+    before = "SELECT max(id) FROM audit_events"
+    lost = scheduler.value(before)
+    # A replica that lagged has neither the event nor the last step of the sequence.
+    scheduler.execute("DELETE FROM audit_events")
+    scheduler.execute("ALTER SEQUENCE audit_events_id_seq RESTART")
+    await scheduler.sender()
+    (event,) = await events(scheduler)
+    assert int(event.audit_event_id) > lost
+
+
 async def test_a_user_cannot_push_the_events_of_operators_out_of_the_audit_log(
     scheduler: Scheduler,
 ) -> None:

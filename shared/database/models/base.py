@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import MetaData
+from sqlalchemy import MetaData, TextClause, text
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase
 
@@ -23,3 +23,13 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
+
+
+def time_and_sequence(sequence: str) -> TextClause:
+    """Return the default of an id that is no secret: ms since 1970, then 21 bits.
+
+    A failover or a restore may set the sequence back, but then the time differs. The processes that
+    used a lost row must not find another one under its id.
+    """
+    ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+    return text(f"(({ms} << 21) | (nextval('{sequence}') & 2097151))")

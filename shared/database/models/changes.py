@@ -9,7 +9,7 @@ from sqlalchemy import BigInteger, Identity, Index, LargeBinary, Text, func
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
-from outbox_server.shared.database.models.base import TIME, Base
+from outbox_server.shared.database.models.base import TIME, Base, time_and_sequence
 
 
 class AuditEvent(Base):
@@ -17,7 +17,13 @@ class AuditEvent(Base):
 
     __tablename__ = "audit_events"
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    # Operators may keep exports of the log, so no id may come again.
+    id: Mapped[int] = mapped_column(
+        BigInteger,
+        Identity(),
+        primary_key=True,
+        default=time_and_sequence("audit_events_id_seq"),
+    )
     happened_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     # Who did it: `key:` and the id of an API key, `local`, or `root@host` for a command.
     actor: Mapped[str] = mapped_column(Text)

@@ -23,6 +23,7 @@ class CountDelta(Base):
 
     __tablename__ = "count_deltas"
 
+    # A plain sequence: nobody keeps an id longer than the transaction that folds the row.
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
     sender_id: Mapped[int] = mapped_column(BigInteger)
     batch_id: Mapped[int] = mapped_column(BigInteger)

@@ -14,7 +14,6 @@ from sqlalchemy import (
     LargeBinary,
     SmallInteger,
     Text,
-    TextClause,
     Uuid,
     func,
     text,
@@ -22,18 +21,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
-from outbox_server.shared.database.models.base import TIME, Base
+from outbox_server.shared.database.models.base import TIME, Base, time_and_sequence
 from outbox_server.shared.states import PURGEABLE, JobState
-
-
-def _time_and_sequence(sequence: str) -> TextClause:
-    """Return the default of an id that callers never see: ms since 1970, then 21 bits.
-
-    A failover or a restore may set the sequence back, but then the time differs. The processes that
-    used a lost row must not find another one under its id.
-    """
-    ms = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
-    return text(f"(({ms} << 21) | (nextval('{sequence}') & 2097151))")
 
 
 class ApiKeyRow(Base):
@@ -158,7 +147,7 @@ class OAuth2CredentialsRow(Base):
         BigInteger,
         Identity(),
         primary_key=True,
-        default=_time_and_sequence("oauth2_credentials_id_seq"),
+        default=time_and_sequence("oauth2_credentials_id_seq"),
     )
     sender_id: Mapped[int] = mapped_column(ForeignKey("senders.id"))
     token_url: Mapped[str] = mapped_column(Text)
@@ -439,7 +428,7 @@ class HeadMarker(Base):
         BigInteger,
         Identity(),
         primary_key=True,
-        default=_time_and_sequence("head_markers_id_seq"),
+        default=time_and_sequence("head_markers_id_seq"),
     )
     sender_id: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.clock_timestamp())
