@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.options import read_time
 from outbox_server.cli.output import Output, OutputFormat, print_json, print_rows
 from outbox_server.cli.terminal import note, printable, say
 
@@ -22,6 +23,8 @@ _COLUMNS: Final = (
     "create_time",
     "last_use_time",
     "revoke_time",
+    "expire_time",
+    "read_only",
 )
 
 app = typer.Typer(
@@ -41,6 +44,14 @@ Operator = Annotated[
     bool,
     typer.Option("--operator", help="Key of an operator; any user, and the dispatcher commands."),
 ]
+Remote = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        help="Ask this scheduler, instead of the database (ApiKeyService).",
+    ),
+]
 Name = Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")]
 
 
@@ -51,14 +62,44 @@ def create(
     service: Service = False,
     operator: Operator = False,
     name: Name = "",
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="The key may read, and change nothing.")
+    ] = False,
+    expire_time: Annotated[
+        datetime | None,
+        typer.Option(
+            "--expire-time",
+            parser=read_time,
+            metavar="TIME",
+            help="When the key expires, such as 'in 720h' (default: never).",
+        ),
+    ] = None,
+    server: Remote = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
 
     Without that variable, it is the database of `outbox up` in this folder.
+    With --server, a scheduler creates it, and an operator's key is needed.
 
     $ export OUTBOX_API_KEY=$(outbox keys create --user acme --name web)
+
+    $ outbox keys create --service --name reports --read-only --expire-time 'in 720h'
     """
+    if server is not None:
+        from outbox_server.cli import remote_keys
+
+        kind = _kind(user, name, service=service, operator=operator)
+        remote_keys.create(
+            server,
+            kind.name,
+            user,
+            name,
+            read_only=read_only,
+            expire_time=expire_time,
+            output=output,
+        )
+        return
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.keys import make_key
@@ -67,7 +108,15 @@ def create(
     kind = _kind(user, name, service=service, operator=operator)
     key = make_key()
     made = in_one_transaction(
-        lambda connection: insert_key(connection, key, kind, user or None, name)
+        lambda connection: insert_key(
+            connection,
+            key,
+            kind,
+            user or None,
+            name,
+            read_only=read_only,
+            expires_at=expire_time,
+        )
     )
     if output is OutputFormat.JSON:
         print_json({"key": key.text, **_document(made)})
@@ -143,12 +192,19 @@ def generate_api_key(output: Output = OutputFormat.TABLE) -> None:
 def list_(
     *,
     user: Annotated[str, typer.Option("--user", metavar="ID", help="Only keys of this user.")] = "",
+    server: Remote = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List the API keys, oldest first, with revoked ones but without the secrets.
 
-    The time of the last use is updated at most once a minute.
+    The time of the last use is updated at most once a minute. With --server, a
+    scheduler lists them, ordered by id.
     """
+    if server is not None:
+        from outbox_server.cli import remote_keys
+
+        remote_keys.show_all(server, user, output)
+        return
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.store import list_keys
 
@@ -167,6 +223,7 @@ def list_(
 @app.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="Id from `outbox keys list`.")],
+    server: Remote = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Revoke an API key for good. Within 5 s, no server accepts it any more.
@@ -179,6 +236,11 @@ def revoke(
     # A pasted complete key works too, and must not appear in the output.
     parts = key_id.split("_")
     wanted = parts[1] if len(parts) > 1 else key_id
+    if server is not None:
+        from outbox_server.cli import remote_keys
+
+        remote_keys.revoke(server, wanted, output)
+        return
     revoked = in_one_transaction(lambda connection: revoke_key(connection, wanted))
     if revoked is None:
         raise CommandFailed(f"there is no API key {wanted}; `outbox keys list` shows all keys")
@@ -265,6 +327,8 @@ def _document(key: ApiKey) -> dict[str, Any]:
         "create_time": _time(key.created_at),
         "last_use_time": _time(key.last_used_at),
         "revoke_time": _time(key.revoked_at),
+        "expire_time": _time(key.expires_at),
+        "read_only": key.read_only,
     }
 
 

@@ -28,6 +28,7 @@ SYNC: Final = SOURCE / "outbox_client" / "_sync"
 # unasync drops `async` and `await` and renames the standard names, such as `__aenter__`. These are
 # ours: a name, or a string that holds nothing but a name.
 _SERVICES: Final = (
+    "ApiKey",
     "Audit",
     "Batch",
     "Dispatcher",

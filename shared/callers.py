@@ -36,6 +36,7 @@ class CallerKind(StrEnum):
 # Services that show and change the whole system, not one user's resources.
 _OPERATOR_SERVICES: Final = frozenset(
     {
+        "outbox.v1.ApiKeyService",
         "outbox.v1.AuditService",
         "outbox.v1.DispatcherService",
         "outbox.v1.HoldService",
@@ -54,6 +55,8 @@ class Caller:
     key_id: str | None = field(default=None, compare=False)
     # Set for kind USER only: the other kinds act for many users.
     quotas: UserQuotas | None = field(default=None, compare=False)
+    # Whether it may call only methods that change nothing (`shared.rpc.reads`).
+    read_only: bool = False
 
     @property
     def claimant(self) -> Claimant:

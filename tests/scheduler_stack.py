@@ -14,6 +14,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from outbox.v1 import (
+    api_key_service_pb2_grpc,
     audit_service_pb2_grpc,
     batch_pb2,
     batch_service_pb2,
@@ -104,6 +105,7 @@ class Scheduler:
         self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
         self.users = user_service_pb2_grpc.UserServiceStub(channel)
         self.holds = hold_service_pb2_grpc.HoldServiceStub(channel)
+        self.api_keys = api_key_service_pb2_grpc.ApiKeyServiceStub(channel)
         self.audit = audit_service_pb2_grpc.AuditServiceStub(channel)
 
     async def sender(self, user_id: str = "ann", **fields: Any) -> sender_pb2.Sender:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final
 
+from outbox.v1.api_key_service_pb2_grpc import add_ApiKeyServiceServicer_to_server
 from outbox.v1.audit_service_pb2_grpc import add_AuditServiceServicer_to_server
 from outbox.v1.batch_service_pb2_grpc import add_BatchServiceServicer_to_server
 from outbox.v1.email_job_event_service_pb2_grpc import (
@@ -29,6 +30,7 @@ from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
 from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.previewing import Previewer
+from outbox_server.services.scheduler.servicers.api_keys import ApiKeyServicer
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_job_events import EmailJobEventServicer
@@ -306,6 +308,7 @@ def _services(
     )
     holds = HoldServicer(engine, loader, changes)
     audit = AuditServicer(engine)
+    keys = ApiKeyServicer(engine, changes)
     return [
         ServiceBinding(
             "outbox.v1.SenderService",
@@ -334,6 +337,9 @@ def _services(
         ServiceBinding("outbox.v1.UserService", partial(add_UserServiceServicer_to_server, users)),
         ServiceBinding(
             "outbox.v1.AuditService", partial(add_AuditServiceServicer_to_server, audit)
+        ),
+        ServiceBinding(
+            "outbox.v1.ApiKeyService", partial(add_ApiKeyServiceServicer_to_server, keys)
         ),
     ]
 

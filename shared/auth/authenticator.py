@@ -1,8 +1,8 @@
 """The authenticator of OUTBOX_AUTH=keys: reads the API key in the call's metadata.
 
 A looked-up key is cached for CACHE_TIME, with the quotas of its user, so that most calls
-need no statement. A server knows of a revoked key and of a changed quota after that time at the
-latest.
+need no statement. A server knows of a revoked or expired key and of a changed quota after that time
+at the latest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outbox_server.shared.bounds import MAX_METADATA_VALUE
 from outbox_server.shared.callers import Caller, CallerKind, Metadata
 from outbox_server.shared.errors import Unauthenticated
 
-# A revocation takes effect within this time.
+# A revocation or expiry takes effect within this time.
 CACHE_TIME: Final = timedelta(seconds=5)
 # The most cached keys, including wrong ones: bounds the memory that strangers can make us use.
 _CACHE_SIZE: Final = 10_000
@@ -63,8 +63,8 @@ class KeyAuthenticator:
         """Return the caller whose key is in the metadata.
 
         Raises:
-            Unauthenticated: there is no key (API_KEY_MISSING), or it is unknown or revoked
-                (API_KEY_INVALID, which does not say which).
+            Unauthenticated: there is no key (API_KEY_MISSING), or it is unknown, revoked or
+                expired (API_KEY_INVALID, which does not say which).
             sqlalchemy.exc.SQLAlchemyError: PostgreSQL is unreachable and the key is not cached.
         """
         presented = _presented(metadata)
@@ -97,7 +97,11 @@ class KeyAuthenticator:
         caller = None
         if stored is not None and presented.proves(stored.secret_hash):
             caller = Caller(
-                stored.user_id, _KINDS[stored.kind], key_id=presented.key_id, quotas=stored.quotas
+                stored.user_id,
+                _KINDS[stored.kind],
+                key_id=presented.key_id,
+                quotas=stored.quotas,
+                read_only=stored.read_only,
             )
             self._note_use(presented.key_id, stored)
         self._known[presented] = _Known(caller, until)
@@ -137,6 +141,7 @@ def _presented(metadata: Metadata) -> PresentedKey:
 
 def _invalid() -> Unauthenticated:
     return Unauthenticated(
-        "the API key is not valid: it is unknown or revoked; create one with `outbox keys create`",
+        "the API key is not valid: it is unknown, revoked or expired; create one with "
+        "`outbox keys create`",
         reason="API_KEY_INVALID",
     )

@@ -21,6 +21,7 @@ PREFIX: Final = "obx"
 _ID_ALPHABET: Final = "abcdefghijkmnpqrstuvwxyz23456789"
 _ID_LENGTH: Final = 10
 _SECRET_BYTES: Final = 32
+_KEY_ID: Final = re.compile(rf"[{_ID_ALPHABET}]{{{_ID_LENGTH}}}")
 _KEY: Final = re.compile(rf"{PREFIX}_([{_ID_ALPHABET}]{{{_ID_LENGTH}}})_([A-Za-z0-9_-]{{43}})")
 
 
@@ -46,6 +47,10 @@ class ApiKey:
     created_at: datetime
     last_used_at: datetime | None
     revoked_at: datetime | None
+    # None means never.
+    expires_at: datetime | None = None
+    # May call only methods that change nothing.
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,11 @@ def make_key() -> NewKey:
     key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_LENGTH))
     secret = secrets.token_urlsafe(_SECRET_BYTES)
     return NewKey(key_id, _hash(secret), f"{PREFIX}_{key_id}_{secret}")
+
+
+def is_key_id(text: str) -> bool:
+    """Return whether `text` has the form of the id of a key."""
+    return _KEY_ID.fullmatch(text) is not None
 
 
 def read_key(text: str) -> PresentedKey | None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from outbox_server.shared.auth.keys import ApiKey, ApiKeyKind, NewKey, PresentedKey
+from outbox_server.shared.auth.keys import (
+    ApiKey,
+    ApiKeyKind,
+    NewKey,
+    PresentedKey,
+    is_key_id,
+)
 from outbox_server.shared.database.models import ApiKeyRow, UserRow
 from outbox_server.shared.quotas.storage import QUOTA_COLUMNS, quotas_of
 from outbox_server.shared.user_quotas import UserQuotas
@@ -27,6 +33,8 @@ _COLUMNS: Final = (
     ApiKeyRow.created_at,
     ApiKeyRow.last_used_at,
     ApiKeyRow.revoked_at,
+    ApiKeyRow.expires_at,
+    ApiKeyRow.read_only,
 )
 
 
@@ -39,12 +47,14 @@ def _key(row: Any) -> ApiKey:
         created_at=row.created_at,
         last_used_at=row.last_used_at,
         revoked_at=row.revoked_at,
+        expires_at=row.expires_at,
+        read_only=row.read_only,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """The stored part of a key that callers are checked against; never a revoked key."""
+    """The stored part of a key that callers are checked against; never a revoked or expired key."""
 
     secret_hash: bytes
     kind: ApiKeyKind
@@ -53,6 +63,8 @@ class StoredKey:
     use_is_old: bool
     # Set for a user's key only: the quotas of its user.
     quotas: UserQuotas | None = None
+    # Whether it may call only methods that change nothing.
+    read_only: bool = False
 
 
 class ApiKeyStore:
@@ -64,17 +76,22 @@ class ApiKeyStore:
         self._quotas = quotas
 
     async def find(self, key_id: str) -> StoredKey | None:
-        """Return a key; None if it does not exist or is revoked."""
+        """Return a key; None if it does not exist, is revoked or has expired."""
         statement = (
             select(
                 ApiKeyRow.secret_hash,
                 ApiKeyRow.kind,
                 ApiKeyRow.user_id,
+                ApiKeyRow.read_only,
                 _use_is_old().label("use_is_old"),
                 *QUOTA_COLUMNS,
             )
             .outerjoin(UserRow, UserRow.user_id == ApiKeyRow.user_id)
-            .where(ApiKeyRow.key_id == key_id, ApiKeyRow.revoked_at.is_(None))
+            .where(
+                ApiKeyRow.key_id == key_id,
+                ApiKeyRow.revoked_at.is_(None),
+                func.coalesce(ApiKeyRow.expires_at > func.now(), True),
+            )
         )
         async with self._engine.connect() as connection:
             row = (await connection.execute(statement)).one_or_none()
@@ -83,7 +100,14 @@ class ApiKeyStore:
         quotas = None
         if row.user_id is not None and self._quotas is not None:
             quotas = quotas_of(row, self._quotas)
-        return StoredKey(row.secret_hash, ApiKeyKind(row.kind), row.user_id, row.use_is_old, quotas)
+        return StoredKey(
+            row.secret_hash,
+            ApiKeyKind(row.kind),
+            row.user_id,
+            row.use_is_old,
+            quotas,
+            row.read_only,
+        )
 
     async def note_use(self, key_id: str) -> None:
         """Record that a key was used now, unless a use within USE_INTERVAL is recorded."""
@@ -100,13 +124,26 @@ def _use_is_old() -> Any:
 
 
 async def insert_key(
-    connection: AsyncConnection, key: NewKey, kind: ApiKeyKind, user_id: str | None, name: str
+    connection: AsyncConnection,
+    key: NewKey,
+    kind: ApiKeyKind,
+    user_id: str | None,
+    name: str,
+    *,
+    read_only: bool = False,
+    expires_at: datetime | None = None,
 ) -> ApiKey:
     """Store a new key."""
     statement = (
         insert(ApiKeyRow)
         .values(
-            key_id=key.key_id, secret_hash=key.secret_hash, kind=kind, user_id=user_id, name=name
+            key_id=key.key_id,
+            secret_hash=key.secret_hash,
+            kind=kind,
+            user_id=user_id,
+            name=name,
+            read_only=read_only,
+            expires_at=expires_at,
         )
         .returning(*_COLUMNS)
     )
@@ -150,6 +187,27 @@ async def list_keys(connection: AsyncConnection, user_id: str | None) -> Sequenc
     if user_id is not None:
         statement = statement.where(ApiKeyRow.user_id == user_id)
     return [_key(row) for row in await connection.execute(statement)]
+
+
+async def list_keys_after(
+    connection: AsyncConnection, user_id: str | None, after: str, limit: int
+) -> Sequence[ApiKey]:
+    """Return the first `limit` keys after an id, in the order of ids. `user_id` None means all."""
+    statement = (
+        select(*_COLUMNS).where(ApiKeyRow.key_id > after).order_by(ApiKeyRow.key_id).limit(limit)
+    )
+    if user_id is not None:
+        statement = statement.where(ApiKeyRow.user_id == user_id)
+    return [_key(row) for row in await connection.execute(statement)]
+
+
+async def read_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:
+    """Return a key, also a revoked one; None if it does not exist."""
+    if not is_key_id(key_id):  # PostgreSQL cannot compare every text
+        return None
+    statement = select(*_COLUMNS).where(ApiKeyRow.key_id == key_id)
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _key(row)
 
 
 async def revoke_key(connection: AsyncConnection, key_id: str) -> ApiKey | None:

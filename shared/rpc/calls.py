@@ -33,6 +33,7 @@ from outbox_server.shared.quotas.in_flight import CallGroup, CallsInFlight
 from outbox_server.shared.rpc.errors import INTERNAL_REASON, build_status, error_info, status_of
 from outbox_server.shared.rpc.field_limits import check_fields
 from outbox_server.shared.rpc.peers import PeerPlaces, peer_of_call
+from outbox_server.shared.rpc.reads import check_may_change
 
 if TYPE_CHECKING:
     from outbox_server.shared.traces.tracer import Tracer
@@ -287,6 +288,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if log is not None:
             log.caller = caller
         check_may_call(caller, method)
+        check_may_change(caller, method)
         return caller
 
     def _shares_of(self, method: str, *, stream: bool) -> FairShares:

@@ -90,6 +90,7 @@ _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "sender_id": _ID,
     "batch_id": _ID,
     "email_job_id": _ID,
+    "api_key_id": _ID,
     "email_job_ids": _entries(bounds.MAX_RETRIED_IDS, "TOO_MANY_IDS", _ID),
     "email": _ADDRESS,
     "recipient": _ADDRESS,
@@ -152,6 +153,7 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         "key": _of_row(bounds.MAX_COLUMN_NAME, "COLUMN_NAME_TOO_LONG"),
         "value": _of_row(bounds.MAX_CELL, "CELL_TOO_LONG"),
     },
+    "outbox.v1.ApiKey": {"display_name": _text(bounds.DISPLAY_NAME)},
     "outbox.v1.Sender": {"display_name": _text(bounds.DISPLAY_NAME)},
     "outbox.v1.SmtpEndpoint": {
         "host": _text(bounds.SMTP_HOST),

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import pytest
+from outbox.v1 import api_key_pb2, suppression_pb2, user_pb2
+from outbox.v1 import api_key_service_pb2 as api_keys
 from outbox.v1 import audit_service_pb2 as audit
 from outbox.v1 import batch_service_pb2 as batches
 from outbox.v1 import email_job_service_pb2 as jobs
 from outbox.v1 import sender_service_pb2 as senders
 from outbox.v1 import stats_service_pb2 as stats
 from outbox.v1 import stats_service_pb2_grpc as stats_grpc
-from outbox.v1 import suppression_pb2, user_pb2
 from outbox.v1 import suppression_service_pb2 as suppressions
 from outbox.v1 import user_service_pb2 as users
 
@@ -61,6 +62,7 @@ WRONG_HERE: Final = {
     "attempts": (b'["1"]', b"[32768]"),
     "suppressions": (b"[1]", b'["\xc3"]'),
     "audit_events": (b'["1",1]', b"[1]"),
+    "api_keys": (b"[1]", b'["\xc3"]'),
     "user_stats": (b'["1"]', b"[1,1]"),
     "users": (b"[1]", b'["\xc3"]'),
 }
@@ -123,9 +125,18 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
     for user_id in ("ann", "ben"):
         user = user_pb2.User(user_id=user_id, quotas=user_pb2.UserQuotas(senders=100))
         await scheduler.users.UpdateUser(users.UpdateUserRequest(user=user))
+        key = api_key_pb2.ApiKey(kind=api_key_pb2.API_KEY_KIND_USER, user_id=user_id)
+        await scheduler.api_keys.CreateApiKey(api_keys.CreateApiKeyRequest(api_key=key))
     return {
         "ListUsers": ListMethod(
             scheduler.users.ListUsers, users.ListUsersRequest(), "users", (), (b'[""]', b'["z"]')
+        ),
+        "ListApiKeys": ListMethod(
+            scheduler.api_keys.ListApiKeys,
+            api_keys.ListApiKeysRequest(),
+            "api_keys",
+            (None,),
+            (b'[""]', b'["z"]'),
         ),
         "ListSenders": ListMethod(
             scheduler.senders.ListSenders,

@@ -17,6 +17,8 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from outbox.v1 import (  # noqa: F401 - importing them is what makes the services known
+    api_key_pb2,
+    api_key_service_pb2,
     batch_service_pb2,
     dispatcher_service_pb2,
     email_job_event_service_pb2,
@@ -55,6 +57,7 @@ SCHEDULER: Final = (
     "HoldService",
     "UserService",
     "ServerService",
+    "ApiKeyService",
 )
 # Low, so that quotas refuse some calls: a refused call changes nothing.
 QUOTAS: Final = {"user_senders": 2, "user_waiting_jobs": 5, "user_stored_rejections": 5}
@@ -137,7 +140,14 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     )
     found = scheduler.rows("SELECT id FROM email_jobs WHERE sender_id = %s", int(first.sender_id))
     jobs = [str(row[0]) for row in found]
+    key = await scheduler.api_keys.CreateApiKey(
+        api_key_service_pb2.CreateApiKeyRequest(
+            api_key=api_key_pb2.ApiKey(kind=api_key_pb2.API_KEY_KIND_SERVICE)
+        )
+    )
     return {
+        "api_key_id": [key.api_key.api_key_id],
+        "kind": [1],
         "user_id": ["ann", "ann", "ann", "bob"],
         "sender_id": [first.sender_id, first.sender_id, second.sender_id],
         "batch_id": [each.batch.batch_id for each in batches],

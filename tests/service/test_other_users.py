@@ -57,10 +57,11 @@ RIGHT: Final[Mapping[str, Any]] = {
     "delay": Duration(seconds=60),
 }
 # They are about the server and not about resources of a user, so they have no user id.
-OF_NO_USER: Final = {"BeginHold", "GetServerInfo", "ListUsers"}
+OF_NO_USER: Final = {"BeginHold", "GetServerInfo", "ListUsers", "GetApiKey", "RevokeApiKey"}
 # Only operators may call these, whichever user is named.
 FOR_OPERATORS: Final = {
     *("GetUser", "ListUsers", "UpdateUser", "ListAuditEvents"),
+    *("CreateApiKey", "GetApiKey", "ListApiKeys", "RevokeApiKey"),
     *("BeginHold", "CancelHeldJobs", "GetHold", "ReleaseHeldJobs"),
 }
 # The quotas equal what each user has, so every further job or sender is refused.

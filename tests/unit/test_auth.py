@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from google.protobuf.descriptor_pb2 import MethodOptions
 
 from outbox_server.shared.callers import (
     Caller,
@@ -12,6 +13,8 @@ from outbox_server.shared.callers import (
     require_user,
 )
 from outbox_server.shared.errors import InvalidInput, PermissionDenied, Unauthenticated
+from outbox_server.shared.rpc.reads import READS, check_may_change
+from tests.contract_methods import contract_methods
 
 ANN = Caller(user_id="ann", kind=CallerKind.USER)
 BACKEND = Caller(user_id=None, kind=CallerKind.SERVICE)
@@ -36,6 +39,28 @@ def test_services_and_operators_act_for_the_user_that_they_name(caller: Caller) 
     with pytest.raises(InvalidInput) as caught:
         require_user(caller, "")
     assert caught.value.reason == "USER_ID_REQUIRED"
+
+
+def test_a_key_that_only_reads_may_call_the_methods_that_read_and_no_others() -> None:
+    reader = Caller("ann", CallerKind.USER, read_only=True)
+    verbs = ("Get", "List", "Watch", "Query", "Audit", "Explain", "Export", "Forecast")
+    checked = 0
+    for method in contract_methods():
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        check_may_change(ANN, path)
+        # The rule of the contract and the names of its methods agree.
+        if method.name.startswith(verbs):
+            check_may_change(reader, path)
+        else:
+            with pytest.raises(PermissionDenied) as caught:
+                check_may_change(reader, path)
+            assert caught.value.reason == "READ_ONLY_KEY"
+        safe = method.GetOptions().idempotency_level == MethodOptions.NO_SIDE_EFFECTS
+        assert not safe or path in READS, path
+        checked += 1
+    assert checked > 50
+    with pytest.raises(PermissionDenied):
+        check_may_change(reader, "/outbox.v1.SenderService/NotKnownYet")
 
 
 def test_there_is_no_caller_outside_of_a_call() -> None:

@@ -39,6 +39,10 @@ class ApiKeyRow(Base):
     created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
     last_used_at: Mapped[datetime | None] = mapped_column(TIME)
     revoked_at: Mapped[datetime | None] = mapped_column(TIME)
+    # From then on it is not accepted. NULL means that it never expires.
+    expires_at: Mapped[datetime | None] = mapped_column(TIME)
+    # It may call only methods that change nothing (shared/rpc/reads.py).
+    read_only: Mapped[bool] = mapped_column(server_default=text("false"))
 
     __table_args__ = (
         CheckConstraint("kind BETWEEN 1 AND 3", name="kind_known"),

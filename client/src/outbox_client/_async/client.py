@@ -10,6 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, cast
 
 import grpc
+from outbox.v1.api_key_pb2 import ApiKey
+from outbox.v1.api_key_service_pb2 import ListApiKeysRequest
+from outbox.v1.api_key_service_pb2_grpc import ApiKeyServiceStub
 from outbox.v1.audit_service_pb2_grpc import AuditServiceStub
 from outbox.v1.batch_pb2 import Batch, BatchOptions, BatchState, Rejection
 from outbox.v1.batch_service_pb2 import (
@@ -53,6 +56,7 @@ from outbox_client.settings import Connection, Tls
 from outbox_client.sources import Chunks, ProgressCallback, Rows, Source, UploadProgress, source_of
 
 if TYPE_CHECKING:  # names that only the type stubs know
+    from outbox.v1.api_key_service_pb2_grpc import ApiKeyServiceAsyncStub
     from outbox.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
     from outbox.v1.batch_service_pb2_grpc import BatchServiceAsyncStub
     from outbox.v1.dispatcher_service_pb2_grpc import DispatcherServiceAsyncStub
@@ -76,9 +80,10 @@ class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
     `senders`, `batches`, `email_jobs`, `email_job_events`, `suppressions`, `users`, `holds`,
-    `audit`, `stats`, `dispatcher` and `server` are the generated stubs with all methods of the
-    API, such as `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds, for all
-    tries together; default: the client's `timeout`) and `metadata`, and raises CallError. Reads,
+    `audit`, `api_keys`, `stats`, `dispatcher` and `server` are the generated stubs with all methods
+    of the API, such as `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds,
+    for all tries together; default: the client's `timeout`) and `metadata`, and raises CallError.
+    Reads,
     `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the server is
     unreachable; other calls only if the server says that it has changed nothing.
     """
@@ -153,6 +158,11 @@ class AsyncClient:
     def users(self) -> UserServiceAsyncStub:
         """UserService, for operators."""
         return cast("UserServiceAsyncStub", self._stub("scheduler", UserServiceStub))
+
+    @property
+    def api_keys(self) -> ApiKeyServiceAsyncStub:
+        """ApiKeyService, for operators."""
+        return cast("ApiKeyServiceAsyncStub", self._stub("scheduler", ApiKeyServiceStub))
 
     @property
     def audit(self) -> AuditServiceAsyncStub:
@@ -343,6 +353,10 @@ class AsyncClient:
     def list_users(self, request: ListUsersRequest) -> AsyncIterator[User]:
         """Yield the users from all pages of ListUsers."""
         return self._items(self.users.ListUsers, request, "users")
+
+    def list_api_keys(self, request: ListApiKeysRequest) -> AsyncIterator[ApiKey]:
+        """Yield the keys from all pages of ListApiKeys."""
+        return self._items(self.api_keys.ListApiKeys, request, "api_keys")
 
     def list_suppressions(self, request: ListSuppressionsRequest) -> AsyncIterator[Suppression]:
         """Yield the suppressions from all pages of ListSuppressions."""
