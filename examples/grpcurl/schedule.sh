@@ -27,7 +27,9 @@ answer=$(call BatchService/ScheduleBatch "{
 batch=$(field batchid <<<"$answer")
 echo "accepted $(field acceptedcount <<<"$answer")"
 
-while now=$(call BatchService/GetBatch "{\"batch_id\": \"$batch\", \"user_id\": \"grpcurl\"}"); [[ $(field state <<<"$now") == BATCH_STATE_ACTIVE ]]; do
-  sleep 0.5
-done
+# Follows the batch until every job is in a final state. A watch has no time limit; one that was
+# interrupted is resumed with its last resume_token. With -format-error, errors show their details.
+same="{\"batch_id\": \"$batch\", \"user_id\": \"grpcurl\"}"
+"$grpcurl" -plaintext -format-error -d "$same" "$scheduler" outbox.v1.BatchService/WatchBatch >/dev/null
+now=$(call BatchService/GetBatch "$same")
 echo "sent $(field sentcount <<<"$now")"

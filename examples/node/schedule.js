@@ -1,4 +1,4 @@
-// Schedules two mails over gRPC and waits until they are sent.
+// Schedules two mails over gRPC and follows them until they are sent.
 //
 // node schedule.js [HOST:PORT of the scheduler]
 'use strict';
@@ -23,11 +23,44 @@ const definition = loadFileDescriptorSetFromBuffer(readFileSync(descriptors), {
 });
 const { outbox } = grpc.loadPackageDefinition(definition);
 
-// A unary call as a promise, with a deadline.
+// A unary call as a promise, with a deadline. With the channel option 'grpc.service_config', deadlines
+// and retries come from protos/outbox/v1/service_config.json.
 function call(client, method, request) {
   return promisify(client[method].bind(client))(request, metadata, {
     deadline: Date.now() + 30_000,
   });
+}
+
+// Follows a batch until every job is in a final state. A watch has no deadline.
+async function watch(batches, batch_id, user_id) {
+  for (let resume_token = ''; ; await sleep(1000)) {
+    try {
+      const stream = batches.WatchBatch({ batch_id, user_id, resume_token }, metadata);
+      for await (const update of stream) {
+        resume_token = update.resume_token;
+        if (update.done) return update.batch;
+      }
+    } catch (error) {
+      // A stream that ends before `done` was interrupted, and is resumed.
+      if (error.code !== grpc.status.UNAVAILABLE) throw error;
+    }
+  }
+}
+
+// The details of an error are a google.rpc.Status in its trailers: ErrorInfo has the stable reason,
+// BadRequest the fields that are wrong.
+function describe(error) {
+  const message = (name, bytes) => definition[`google.rpc.${name}`].deserialize(bytes);
+  const [status] = error.metadata?.get('grpc-status-details-bin') ?? [];
+  let text = `${error.details || error.message} (${grpc.status[error.code] || 'error'})`;
+  for (const { type_url, value } of status ? message('Status', status).details : []) {
+    if (type_url.endsWith('.ErrorInfo')) text += `; ${message('ErrorInfo', value).reason}`;
+    if (!type_url.endsWith('.BadRequest')) continue;
+    for (const { field, description } of message('BadRequest', value).field_violations) {
+      text += `; ${field}: ${description}`;
+    }
+  }
+  return text;
 }
 
 const metadata = new grpc.Metadata();
@@ -43,11 +76,12 @@ async function main(scheduler) {
   const user_id = 'node';
 
   const { sender_id } = await call(senders, 'CreateSender', {
+    // The same request_id returns the same sender, so this call is safe to repeat.
+    request_id: randomUUID(),
     user_id,
     sender: { email: 'node@example.com' },
   });
   const request = {
-    // The same request_id returns the same batch, so this call is safe to repeat.
     options: {
       request_id: randomUUID(),
       user_id,
@@ -60,17 +94,13 @@ async function main(scheduler) {
   const { batch } = await call(batches, 'ScheduleBatch', request);
   console.log(`accepted ${batch.accepted_count}, rejected ${batch.rejected_count}`);
 
-  let now = batch;
-  while (now.state === 'BATCH_STATE_ACTIVE') {
-    await sleep(500);
-    now = await call(batches, 'GetBatch', { batch_id: batch.batch_id, user_id });
-  }
+  const now = await watch(batches, batch.batch_id, user_id);
   console.log(`sent ${now.counts.sent_count}`);
   senders.close();
   batches.close();
 }
 
 main(process.argv[2] || '127.0.0.1:50051').catch((error) => {
-  console.error(`${error.details || error.message} (${grpc.status[error.code] || 'error'})`);
+  console.error(describe(error));
   process.exitCode = 1;
 });

@@ -6,24 +6,28 @@
 // scheduler was killed, while it watches a batch.
 'use strict';
 
-const { dirname, join } = require('node:path');
+const { join } = require('node:path');
 const { readFileSync } = require('node:fs');
 const { once } = require('node:events');
 const { promisify } = require('node:util');
 const { setTimeout: sleep } = require('node:timers/promises');
 const grpc = require('@grpc/grpc-js');
 const { loadSync } = require('@grpc/proto-loader');
-const protobuf = require('protobufjs');
 
 const [address, config] = process.argv.slice(2);
-const protos = dirname(dirname(dirname(config)));
+const protos = join(__dirname, '../../../protos');
 const user_id = 'node';
 
 const definition = loadSync(
-  ['sender', 'batch', 'email_job'].map((name) => `outbox/v1/${name}_service.proto`),
+  [
+    ...['sender', 'batch', 'email_job'].map((name) => `outbox/v1/${name}_service.proto`),
+    'google/rpc/error_details.proto',
+    'google/rpc/status.proto',
+  ],
   { includeDirs: [protos], keepCase: true, defaults: true, longs: Number, enums: String },
 );
 const { outbox } = grpc.loadPackageDefinition(definition);
+const details = (name) => definition[`google.rpc.${name}`];
 // Deadlines and retries are those of the service config.
 const options = { 'grpc.service_config': readFileSync(config, 'utf8') };
 const credentials = grpc.credentials.createInsecure();
@@ -31,30 +35,17 @@ const senders = new outbox.v1.SenderService(address, credentials, options);
 const batches = new outbox.v1.BatchService(address, credentials, options);
 const jobs = new outbox.v1.EmailJobService(address, credentials, options);
 
+// grpc-js takes deadlines and retries from the config, but waitForReady only from the call.
 const call = (client, method, request, more = {}) =>
-  promisify(client[method].bind(client))(request, new grpc.Metadata(), more);
+  promisify(client[method].bind(client))(request, new grpc.Metadata({ waitForReady: true }), more);
 
-// The details of an error are a google.rpc.Status in its trailers. The package has no messages for
-// them, so they are declared here.
-const { root } = protobuf.parse(`
-  syntax = "proto3";
-  package google.rpc;
-  message Any { string type_url = 1; bytes value = 2; }
-  message Status { int32 code = 1; string message = 2; repeated Any details = 3; }
-  message ErrorInfo { string reason = 1; string domain = 2; map<string, string> metadata = 3; }
-  message BadRequest {
-    message FieldViolation { string field = 1; string description = 2; }
-    repeated FieldViolation field_violations = 1;
-  }`, { keepCase: true });
-
+// The details of an error are a google.rpc.Status in its trailers.
 function detailsOf(error) {
   const [bytes] = error.metadata.get('grpc-status-details-bin');
   const found = {};
-  if (!bytes) return found;
-  for (const { type_url, value } of root.lookupType('google.rpc.Status').decode(bytes).details) {
-    const name = type_url.split('/').pop();
-    const type = root.lookup(name);
-    if (type) found[name.split('.').pop()] = type.decode(value);
+  for (const { type_url, value } of bytes ? details('Status').deserialize(bytes).details : []) {
+    const name = type_url.split('.').pop();
+    found[name] = details(name).deserialize(value);
   }
   return found;
 }
@@ -67,7 +58,7 @@ async function printRefusal(promise) {
   if (!error.metadata) throw error;
   const { ErrorInfo: info, BadRequest: bad } = detailsOf(error);
   const state = info.metadata.state ? ` state=${info.metadata.state}` : '';
-  const fields = (bad ? bad.field_violations : []).map(({ field }) => ` ${field}`).join('');
+  const fields = (bad?.field_violations ?? []).map(({ field }) => ` ${field}`).join('');
   console.log(`refused: ${info.reason}${state}${fields}`);
 }
 
