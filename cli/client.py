@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
@@ -154,16 +154,37 @@ def key_file_of(stack: dict[str, Any]) -> Path | None:
     return Path(stack["api_key_file"]) if stack.get("api_key_file") else None
 
 
-@contextmanager
-def connection(service: str, server: str | None) -> Iterator[Client]:
+def dispatcher_addresses(servers: Sequence[str]) -> list[Address]:
+    """Return the addresses of `servers`, or if there are none, of all known dispatchers.
+
+    `outbox up` may run several; OUTBOX_DISPATCHER_LISTEN is the address of one.
+
+    Raises:
+        CommandFailed, ConfigurationError: see `find_address`.
+    """
+    if servers:
+        return [find_address("dispatcher", server) for server in servers]
+    first = find_address("dispatcher", None)
+    if first.origin != str(ENDPOINTS):
+        return [first]
+    targets = (read_endpoints() or {}).get("dispatchers", [first.target])
+    return [replace(first, target=target) for target in targets]
+
+
+def connection(service: str, server: str | None) -> AbstractContextManager[Client]:
     """Open a client of one service. Errors of its calls become CommandFailed.
 
     Raises:
         CommandFailed: a call failed. The text is the server's message in one line.
     """
-    address = find_address(service, server)
+    return connection_to(find_address(service, server))
+
+
+@contextmanager
+def connection_to(address: Address) -> Iterator[Client]:
+    """Open a client of the service at an address, like `connection`."""
     credentials = credentials_for(address.target, load_settings(), address.key_file)
-    addresses: dict[str, Any] = {service: address.target}
+    addresses: dict[str, Any] = {address.service: address.target}
     with Client(
         **addresses,
         api_key=credentials.api_key or None,

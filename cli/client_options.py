@@ -197,11 +197,11 @@ def _taken(words: list[str], given: dict[str, str]) -> Iterator[str]:
         if word[:2] in _SHORT and len(word) > len("-o"):
             flag, is_joined, text = word[:2], "=", word[2:]
         flag = _SHORT.get(flag, flag)
-        following = None if is_joined else next(rest, None)
-        if flag not in _FLAGS.values() or not (is_joined or following is not None):
+        if flag not in _FLAGS.values():
             yield word
-            if following is not None:
-                yield following
             yield from rest
             return
-        given[flag] = text if is_joined else str(following)
+        value = text if is_joined else next(rest, None)
+        if value is None:
+            raise typer.BadParameter("requires a value", param_hint=flag)
+        given[flag] = value

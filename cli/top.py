@@ -9,7 +9,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,15 +28,22 @@ from outbox.v1.sender_service_pb2 import (
 )
 from outbox.v1.stats_pb2 import SenderStats
 from outbox.v1.stats_service_pb2 import GetSenderStatsRequest
-from outbox_client import CallError
+from outbox_client import CallError, Client
 from rich.console import Console
 from rich.live import Live
 
-from outbox_server.cli.client import connection, in_brief
+from outbox_server.cli.client import (
+    Server,
+    connection,
+    connection_to,
+    dispatcher_addresses,
+    in_brief,
+)
+from outbox_server.cli.client_options import CONNECTION_PANEL
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.options import User
 from outbox_server.cli.output import Output, OutputFormat, print_json, to_document
-from outbox_server.cli.top_view import SenderView, View, draw
+from outbox_server.cli.top_view import SenderView, View, draw, help_screen
 
 # As many as fit on a screen and need few calls per refresh.
 _MAX_SENDERS: Final = 30
@@ -60,18 +67,48 @@ def top(
     interval: Annotated[
         float, typer.Option("--interval", min=0.2, metavar="SECONDS", help="Refresh interval.")
     ] = _REFRESH_S,
+    server: Server = None,
+    stats_server: Annotated[
+        str | None,
+        typer.Option(
+            "--stats-server",
+            metavar="HOST:PORT",
+            help="Address of the stats service.",
+            rich_help_panel=CONNECTION_PANEL,
+        ),
+    ] = None,
+    dispatchers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dispatcher",
+            metavar="HOST:PORT",
+            help="Address of a dispatcher. Repeatable (default: all of `outbox up`).",
+            rich_help_panel=CONNECTION_PANEL,
+        ),
+    ] = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Watch senders live: used limits, waiting mail with reasons, and endpoint health.
 
     Keys: up and down select a sender; p pauses it, r resumes it, and e explains
     its first waiting mail. Page up and down (or b and n) turn the page if there
-    are more than 30 senders. q quits. `-o json` prints one snapshot.
+    are more than 30 senders. ? shows help, q quits. `-o json` prints one snapshot.
 
     $ outbox top --user demo
     """
     with ExitStack() as stack:
-        monitor = _Monitor(stack, user)
+        scheduler = stack.enter_context(connection("scheduler", server))
+        stats = stack.enter_context(connection("stats", stats_server))
+        monitor = _Monitor(
+            stack,
+            user,
+            scheduler,
+            stats,
+            [
+                _Dispatcher(address.target, stack.enter_context(connection_to(address)))
+                for address in dispatcher_addresses(dispatchers or ())
+            ],
+        )
         if output is OutputFormat.JSON:
             print_json(_document(monitor.refresh()))
             return
@@ -81,25 +118,35 @@ def top(
 
 
 @dataclass
+class _Dispatcher:
+    """The connection to a dispatcher."""
+
+    address: str
+    client: Client
+    # An unreachable dispatcher must not slow down every refresh.
+    ask_at: float = 0.0
+
+
+@dataclass
 class _Monitor:
     """The connections to the services, and the state of the view."""
 
     stack: ExitStack
     user: str
+    scheduler: Client
+    stats: Client
+    dispatchers: Sequence[_Dispatcher]
     message: str = ""
+    shows_help: bool = False
     selected: int = 0
     view: View = field(default_factory=lambda: View(datetime.now(UTC)))
 
     def __post_init__(self) -> None:
-        self._ask_dispatcher_at = 0.0
         # The tokens of the pages up to the one shown, and the token of the next page.
         self._pages = [""]
         self._next_page = ""
         # The calls for all senders run in parallel, so that a refresh waits for the slowest only.
         self._pool = self.stack.enter_context(ThreadPoolExecutor(_MAX_SENDERS))
-        self._scheduler = self.stack.enter_context(connection("scheduler", None))
-        self._stats = self.stack.enter_context(connection("stats", None))
-        self._dispatcher = self.stack.enter_context(connection("dispatcher", None))
 
     def refresh(self) -> View:
         """Query all three services. An unreachable one becomes a line of the view."""
@@ -107,7 +154,7 @@ class _Monitor:
         dispatchers: list[DispatcherStatus] = []
         troubles: list[str] = []
         try:
-            page = self._scheduler.senders.ListSenders(
+            page = self.scheduler.senders.ListSenders(
                 ListSendersRequest(
                     user_id=self.user, page_size=_MAX_SENDERS, page_token=self._pages[-1]
                 )
@@ -116,8 +163,14 @@ class _Monitor:
             senders.extend(self._pool.map(self._ask, page.senders))
         except CallError as error:
             troubles.append(in_brief(error, "the scheduler or the stats service"))
-        if time.monotonic() >= self._ask_dispatcher_at:
-            self._ask_dispatcher(dispatchers, troubles)
+        now = time.monotonic()
+        asked = [each for each in self.dispatchers if now >= each.ask_at]
+        for each, answer in zip(asked, self._pool.map(_ask_dispatcher, asked), strict=True):
+            if isinstance(answer, DispatcherStatus):
+                dispatchers.append(answer)
+            else:
+                troubles.append(f"dispatcher {each.address}: {answer}")
+        troubles += sorted(filter(None, {_held(each) for each in dispatchers}))
         self.view = View(
             datetime.now(UTC),
             senders,
@@ -130,7 +183,7 @@ class _Monitor:
         return self.view
 
     def _ask(self, sender: Sender) -> SenderView:
-        stats = self._stats.stats.GetSenderStats(
+        stats = self.stats.stats.GetSenderStats(
             GetSenderStatsRequest(sender_id=sender.sender_id, user_id=self.user)
         )
         return SenderView(sender, stats, self._explain(stats))
@@ -139,26 +192,9 @@ class _Monitor:
         """Return why a sender's first mail waits, or None if no mail waits."""
         if not stats.next_email_job_id:
             return None
-        return self._scheduler.email_jobs.ExplainEmailJob(
+        return self.scheduler.email_jobs.ExplainEmailJob(
             ExplainEmailJobRequest(email_job_id=stats.next_email_job_id, user_id=self.user)
         )
-
-    def _ask_dispatcher(self, dispatchers: list[DispatcherStatus], troubles: list[str]) -> None:
-        try:
-            status = self._dispatcher.dispatcher.GetDispatcherStatus(
-                GetDispatcherStatusRequest(), timeout=2
-            )
-            dispatchers.append(status)
-            if status.HasField("hold_start_time"):
-                since = status.hold_start_time.ToDatetime(UTC)
-                troubles.append(
-                    f"held since {since:%Y-%m-%d %H:%M:%S} UTC: only released mail is sent; see "
-                    "`outbox held`"
-                )
-        except CallError as error:
-            troubles.append("dispatcher: " + in_brief(error, "it"))
-            # An unreachable dispatcher must not slow down every refresh.
-            self._ask_dispatcher_at = time.monotonic() + _RETRY_AFTER_S
 
     def press(self, key: str) -> bool:
         """Handle a key, and return whether the view must be refreshed."""
@@ -175,6 +211,9 @@ class _Monitor:
             self._pages.pop()
             self.selected = 0
             return True
+        if key == "?" or self.shows_help:
+            self.shows_help = not self.shows_help
+            return False
         if key not in ("p", "r", "e") or not self.view.senders:
             return False
         try:
@@ -185,7 +224,7 @@ class _Monitor:
 
     def _act(self, key: str, shown: SenderView) -> str:
         sender_id, email = shown.sender.sender_id, shown.sender.email
-        senders = self._scheduler.senders
+        senders = self.scheduler.senders
         if key == "p":
             senders.PauseSender(PauseSenderRequest(sender_id=sender_id, user_id=self.user))
             return f"paused {email}"
@@ -198,6 +237,25 @@ class _Monitor:
         return f"{email}, job {found.email_job.email_job_id}: {found.explanation}"
 
 
+def _ask_dispatcher(asked: _Dispatcher) -> DispatcherStatus | str:
+    """Return the status of a dispatcher, or why there is none."""
+    try:
+        return asked.client.dispatcher.GetDispatcherStatus(GetDispatcherStatusRequest(), timeout=2)
+    except CallError as error:
+        asked.ask_at = time.monotonic() + _RETRY_AFTER_S
+        return in_brief(error, "it")
+
+
+def _held(status: DispatcherStatus) -> str:
+    """Return the line of a held installation, which every dispatcher knows; empty if it is not."""
+    if not status.HasField("hold_start_time"):
+        return ""
+    since = status.hold_start_time.ToDatetime(UTC)
+    return (
+        f"held since {since:%Y-%m-%d %H:%M:%S} UTC: only released mail is sent; see `outbox held`"
+    )
+
+
 def _show(monitor: _Monitor, interval: float) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     with _raw_keys() as keys, Live(console=console, screen=True, auto_refresh=False) as live:
@@ -206,9 +264,8 @@ def _show(monitor: _Monitor, interval: float) -> None:
             if time.monotonic() >= next_refresh:
                 monitor.refresh()
                 next_refresh = time.monotonic() + interval
-            live.update(
-                draw(monitor.view, monitor.selected, monitor.message, console), refresh=True
-            )
+            screen = draw(monitor.view, monitor.selected, monitor.message, console)
+            live.update(help_screen() if monitor.shows_help else screen, refresh=True)
             for key in _read_keys(keys, max(next_refresh - time.monotonic(), 0.0)):
                 if key in _QUIT:
                     return

@@ -60,7 +60,27 @@ _REASONS: Final = {
     jobs.WAIT_REASON_USER_GAP: "user gap",
     jobs.WAIT_REASON_HELD: "held",
 }
-_KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   q: quit"
+_KEYS: Final = "up/down: select   p: pause   r: resume   e: explain   ?: help   q: quit"
+_HELP: Final = (
+    ("", "Keys"),
+    ("up, down (k, j)", "select a sender"),
+    ("page up, page down (b, n)", "turn the page, if there are more than 30 senders"),
+    ("p", "pause the selected sender: it begins no more sends"),
+    ("r", "resume it, and end its cooldown"),
+    ("e", "explain why its first mail waits"),
+    ("?", "show or leave this help"),
+    ("q", "quit"),
+    ("", "Columns of senders"),
+    ("used", "sends of the last hour, and the hourly limit"),
+    ("sending, waiting", "mails that are being sent, and that wait"),
+    ("sent, failed", "counts since the sender exists"),
+    ("next", "when the first waiting mail is due"),
+    ("waits for", "why it is not being sent, and until when"),
+    ("", "Columns of dispatchers and endpoints"),
+    ("in flight", "mails that are being sent, and how many may be"),
+    ("sent/s, attempts/s", "averages of the last minute"),
+    ("circuit", "open: connections fail, mail waits; in parentheses, open connections"),
+)
 # The number of senders shown even on a small screen.
 _MIN_SENDERS: Final = 3
 
@@ -164,6 +184,16 @@ def draw(view: View, selected: int, message: str, console: Console) -> Renderabl
     return layout
 
 
+def help_screen() -> RenderableType:
+    """Return the screen that explains the keys and the columns."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, meaning in _HELP:
+        table.add_row(Text(name), Text(meaning, "" if name else "bold"))
+    return Group(Text("outbox top", "bold"), table)
+
+
 def _line(text: str) -> str:
     """Return a text, which may quote a server, in one line without control characters."""
     return printable(" ".join(text.split()))
@@ -242,8 +272,7 @@ def _dispatchers(dispatchers: Sequence[DispatcherStatus]) -> Table:
 def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
     rows = [
         (f"{each.host}:{each.port}", _circuit(each), _line(each.last_error))
-        for dispatcher in dispatchers
-        for each in dispatcher.endpoints
+        for each in _joined(dispatchers)
     ]
     table = Table(box=None, pad_edge=False)
     for place, name in enumerate(("endpoint", "circuit", "last error")):
@@ -255,6 +284,24 @@ def _endpoints(dispatchers: Sequence[DispatcherStatus], width: int) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def _joined(dispatchers: Sequence[DispatcherStatus]) -> list[EndpointStatus]:
+    """Return each endpoint once, as all dispatchers together see it."""
+    found: dict[tuple[str, int], EndpointStatus] = {}
+    for endpoint in (each for dispatcher in dispatchers for each in dispatcher.endpoints):
+        known = found.setdefault((endpoint.host, endpoint.port), EndpointStatus())
+        connections = known.connection_count + endpoint.connection_count
+        users = max(known.stopped_user_count, endpoint.stopped_user_count)
+        # Fields that the later one lacks, such as an open circuit, stay.
+        later = known.last_error_time.ToNanoseconds() > endpoint.last_error_time.ToNanoseconds()
+        first, second = (endpoint, known) if later else (known, endpoint)
+        joined = EndpointStatus()
+        joined.MergeFrom(first)
+        joined.MergeFrom(second)
+        joined.connection_count, joined.stopped_user_count = connections, users
+        found[endpoint.host, endpoint.port] = joined
+    return list(found.values())
 
 
 def _circuit(endpoint: EndpointStatus) -> str:

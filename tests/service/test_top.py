@@ -125,7 +125,9 @@ async def test_top_shows_pauses_resumes_explains_and_restores_the_terminal(
         await eventually(resumed)
         screen.type("e")
         await eventually(lambda: screen.shows("as soon as a dispatcher is free"))
-        screen.type("q")
+        screen.type("?")
+        await eventually(lambda: screen.shows("show or leave this help"))
+        screen.type("?q")
         async with asyncio.timeout(PATIENCE):
             assert await screen.process.wait() == 0
         # The main screen, the cursor and the terminal settings are restored.
@@ -154,7 +156,9 @@ async def test_top_without_a_terminal_prints_one_document_or_a_clear_error(
 ) -> None:
     sender = await scheduler.sender(email="first@x.org")
     values = environment(scheduler, stats)
-    for more, code in (((), 1), (("-o", "json"), 0)):
+    away = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    each = [word for address in away for word in ("--dispatcher", address)]
+    for more, code in (((), 1), (("-o", "json", *each), 0)):
         process = await asyncio.create_subprocess_exec(
             *COMMAND,
             *more,
@@ -171,6 +175,8 @@ async def test_top_without_a_terminal_prints_one_document_or_a_clear_error(
     (found,) = json.loads(out)["senders"]
     assert found["sender"]["sender_id"] == sender.sender_id
     assert "waiting_count" in found["stats"]
+    troubles = json.loads(out)["troubles"]
+    assert troubles == [f"dispatcher {address}: no answer from it" for address in away]
 
 
 async def test_top_pages_through_more_senders_than_fit(

@@ -123,7 +123,6 @@ def test_every_changing_request_is_made_by_a_command() -> None:
         ({"user": "u"}, [], []),
         ({"user": "u"}, ["lisst"], ["lisst"]),
         ({}, ["--bogus", "x", "list"], ["--bogus", "x", "list"]),
-        ({}, ["--user"], ["--user"]),
     ],
 )
 def test_options_before_the_command_are_moved_behind_it(
@@ -142,6 +141,8 @@ def test_options_between_a_group_and_its_command_go_to_the_command() -> None:
 def test_an_option_that_the_command_does_not_have_is_an_error() -> None:
     with pytest.raises(typer.BadParameter, match="`migrate` has no such option"):
         place_options(command("migrate"), {"user": "u"}, [])
+    with pytest.raises(typer.BadParameter, match="requires a value"):
+        place_options(command("senders"), {}, ["--user"])
     # How to connect is no contradiction to a command that does not connect.
     assert place_options(command("migrate"), {"tls_ca": "x", "timeout": "5s"}, []) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -13,7 +14,7 @@ from outbox.v1.sender_pb2 import SENDER_STATE_PAUSED, Cooldown, Sender
 from outbox.v1.stats_pb2 import SenderStats
 from rich.console import Console
 
-from outbox_server.cli.top_view import SenderView, View, draw, why
+from outbox_server.cli.top_view import SenderView, View, draw, help_screen, why
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 ERROR = "[Errno 111] Connect call failed: connection refused. " * 4 + "The end."
@@ -67,7 +68,7 @@ def test_a_screen_of_any_size_shows_the_essentials(width: int, height: int, sele
     assert f" {selected}/200" in chosen
     bottom = " ".join(" ".join(lines[-6:]).split())
     assert "ends here." in bottom
-    assert bottom.endswith("e: explain q: quit")
+    assert bottom.endswith("?: help q: quit")
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 30), (80, 24), (140, 40)])
@@ -164,6 +165,48 @@ def test_text_of_a_foreign_server_cannot_control_the_terminal() -> None:
     assert all(char.isprintable() or char == "\n" for char in shown)
     assert shown.count("\\x1b]0;owned") == 4
     assert not any(line.startswith("another line") for line in shown.splitlines())
+
+
+def test_an_endpoint_of_two_dispatchers_is_shown_once_with_its_latest_error() -> None:
+    old, new = at(NOW - timedelta(minutes=1)), at(NOW)
+    where: Any = {"host": "smtp.example.com", "port": 25}
+    one = EndpointStatus(connection_count=2, last_error="new error", last_error_time=new, **where)
+    two = EndpointStatus(
+        connection_count=3,
+        last_error="old error",
+        last_error_time=old,
+        circuit_open_time=new,
+        **where,
+    )
+    statuses = [
+        DispatcherStatus(dispatcher_id=name, concurrency=5, endpoints=[endpoint])
+        for name, endpoint in (("one", one), ("two", two))
+    ]
+    for order in (statuses, statuses[::-1]):
+        out = io.StringIO()
+        console = Console(file=out, width=120, height=30, markup=False)
+        console.print(draw(View(NOW, [sender(1)], order), 0, "", console))
+        [line] = [line for line in out.getvalue().splitlines() if "smtp.example.com:25" in line]
+        assert line.split() == [
+            "smtp.example.com:25", "open", "since", "12:00:00", "(5)", "new", "error"
+        ]  # fmt: skip
+        assert {"one", "two"} <= {line.split(" ")[0] for line in out.getvalue().splitlines()}
+
+
+def test_the_help_names_every_key_and_column() -> None:
+    out = io.StringIO()
+    Console(file=out, width=80, height=24, markup=False).print(help_screen())
+    text = out.getvalue()
+    assert len(text.splitlines()) < 24
+    shown = screen(140, 40, senders=1)
+    keys = shown[-1].replace("up/down:", "up, down:").split("   ")
+    for key in (each.partition(":")[0].strip() for each in keys):
+        assert key in text
+    columns = {
+        word for line in shown for word in line.split() if word in ("used", "sending", "next")
+    }
+    assert len(columns) == 3
+    assert all(column in text for column in columns)
 
 
 def test_every_wait_reason_has_its_own_text() -> None:
