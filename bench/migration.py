@@ -169,7 +169,7 @@ class Writers:
         self.refused = 0
         self.longest_s = 0.0
 
-    def run_beside(self, work: Callable[[], None]) -> None:
+    def run_beside(self, work: Callable[[], object]) -> None:
         """Run `work` while the writers write."""
         with ThreadPoolExecutor(WRITERS) as pool:
             writing = [pool.submit(self._write, number) for number in range(1, WRITERS + 1)]

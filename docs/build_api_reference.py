@@ -16,6 +16,7 @@ from google.protobuf.descriptor_pb2 import (
     FileDescriptorProto,
     FileDescriptorSet,
     MethodDescriptorProto,
+    MethodOptions,
 )
 
 ROOT: Final = Path(__file__).parent.parent
@@ -26,6 +27,13 @@ PACKAGE: Final = "outbox.v1"
 _MESSAGES, _ENUMS, _SERVICES = 4, 5, 6
 _FIELDS, _NESTED, _NESTED_ENUMS, _VALUES, _METHODS = 2, 3, 4, 2, 2
 _VERBS: Final = ("get", "post", "patch", "delete", "put")
+
+# What a client may do after a call without an answer, by the method's level.
+_REPEATS: Final = {
+    MethodOptions.NO_SIDE_EFFECTS: "Only reads: may be repeated.",
+    MethodOptions.IDEMPOTENT: "May be repeated: a second call changes nothing more.",
+    MethodOptions.IDEMPOTENCY_UNKNOWN: "Not to be repeated without a `request_id`.",
+}
 
 Path_ = tuple[int, ...]
 
@@ -86,6 +94,7 @@ class Page:
             verb = each.WhichOneof("pattern")
             if verb in _VERBS:
                 self._lines += [f"`{verb.upper()} {getattr(each, verb)}`", ""]
+        self._lines += [_REPEATS[method.options.idempotency_level], ""]
 
     def _message(
         self, message: DescriptorProto, name: str, place: Path_, comments: Mapping[Path_, str]

@@ -82,7 +82,7 @@ def migrate(
     revision: str = "head",
     more_versions: Path | None = None,
 ) -> Migrated:
-    """Bring the schema to `revision`, and say which it was. Many processes may run it at once.
+    """Bring the schema to `revision`, and return what changed; safe to run from many processes.
 
     `say` is told about each step and each wait. `more_versions` is a folder with migrations that
     follow those of this release; tests use it.

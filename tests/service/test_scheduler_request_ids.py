@@ -136,4 +136,4 @@ async def test_a_batch_whose_commit_was_lost_is_accepted_by_the_next_try(
 
 
 def nothing_is_left(scheduler: Scheduler) -> bool:
-    return scheduler.value("SELECT count(*) FROM batches") == 0
+    return bool(scheduler.value("SELECT count(*) FROM batches") == 0)

@@ -25,7 +25,6 @@ NOT_REPEATABLE: Final = (
     "RescheduleEmailJobs",
     "ResolveEmailJob",
     "RetryEmailJobs",
-    "VerifySender",
 )
 
 
@@ -61,6 +60,23 @@ def test_every_method_that_only_reads_has_no_side_effects() -> None:
         path
         for path, method in methods()
         if is_read(method) and method.options.idempotency_level != READ
+    ]
+    assert wrong == []
+
+
+def test_a_method_that_may_not_be_repeated_takes_a_request_id() -> None:
+    # A new method is of one of three kinds: NO_SIDE_EFFECTS, IDEMPOTENT, or with a `request_id`.
+    contract = FileDescriptorSet.FromString(SOURCE.read_bytes())
+    with_id = {
+        f".{file.package}.{message.name}"
+        for file in contract.file
+        for message in file.message_type
+        if any(field.name == "request_id" for field in message.field)
+    }
+    wrong = [
+        path
+        for path, method in methods()
+        if method.options.idempotency_level == UNKNOWN and method.input_type not in with_id
     ]
     assert wrong == []
 
