@@ -8,12 +8,29 @@ import typer
 from outbox.v1 import dispatcher_service_pb2 as pb
 
 from outbox_server.cli.client import Server, connection, read_endpoints
-from outbox_server.cli.output import Output, OutputFormat, print_rows, show, value_at
+from outbox_server.cli.output import (
+    Output,
+    OutputFormat,
+    print_rows,
+    show,
+    show_list,
+    value_at,
+)
 from outbox_server.cli.service import run
 from outbox_server.cli.terminal import note
 
 # A drain waits for the sends in flight, which may take as long as the SMTP time-outs.
 _DRAIN_TIMEOUT_S = 300.0
+_DISPATCHER_COLUMNS = (
+    "dispatcher_id",
+    "state",
+    "in_flight_count",
+    "concurrency",
+    "sent_per_second",
+    "oldest_lease_time",
+    "start_time",
+    "report_time",
+)
 _ENDPOINT_COLUMNS = (
     "host",
     "port",
@@ -79,6 +96,14 @@ def status(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
     others = [] if server else (read_endpoints() or {}).get("dispatchers", [])[1:]
     if others:
         note(f"more dispatchers run: select one with --server {' or '.join(others)}")
+
+
+@app.command(name="list")
+def list_(server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """List all dispatchers of the installation that run, by asking one of them."""
+    with connection("dispatcher", server) as client:
+        found = client.dispatcher.ListDispatchers(pb.ListDispatchersRequest())
+    show_list(found, "dispatchers", _DISPATCHER_COLUMNS, output, what="dispatchers")
 
 
 @app.command()

@@ -58,6 +58,7 @@ _EXPORT_COLUMNS = (
     "last_attempt.reply_class",
     "last_attempt.smtp_code",
     "last_attempt.enhanced_code",
+    "last_attempt.endpoint",
     "last_attempt.message",
 )
 _ATTEMPT_COLUMNS = (
@@ -68,6 +69,8 @@ _ATTEMPT_COLUMNS = (
     "reply_class",
     "smtp_code",
     "enhanced_code",
+    "endpoint",
+    "dispatcher_id",
     "message",
 )
 

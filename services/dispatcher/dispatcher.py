@@ -103,8 +103,9 @@ class Dispatcher:
         guard: RestoreGuard,
         tracer: Tracer | None = None,
         confirmed_at: Callable[[], float] = time.monotonic,
+        number: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`confirmed_at` is that of `Settler`."""
+        """`confirmed_at` and `number` are those of `Settler`."""
         self._lease = settings.lease
         self._statements = statements
         self._marking = KeptConnections(statements)
@@ -128,6 +129,7 @@ class Dispatcher:
             CooldownRules.from_settings(settings),
             metrics=metrics,
             confirmed_at=confirmed_at,
+            dispatcher=number,
         )
         self._renewer = Renewer(statements, loader, settings.lease, metrics)
         self._sending = SendStep(
@@ -161,6 +163,11 @@ class Dispatcher:
     def in_flight(self) -> int:
         """The number of jobs that are claimed and not yet recorded."""
         return self._slots.in_flight
+
+    @property
+    def oldest_lease(self) -> timedelta | None:
+        """How long ago the oldest send in flight was claimed; None if there is none."""
+        return self._renewer.oldest
 
     def relay_keys(self) -> list[str]:
         """Return the relay's keys of the users whose mail went there last."""

@@ -27,12 +27,19 @@ class OutcomeRules:
         self._policy = settings.uncertain_policy
 
     def ended(
-        self, claim: Claim, job: MarkedJob, result: SendResult, *, late: timedelta, server: str
+        self,
+        claim: Claim,
+        job: MarkedJob,
+        result: SendResult,
+        *,
+        late: timedelta,
+        server: str,
+        endpoint: str | None = None,
     ) -> EndedAttempt:
         """Return the outcome of an attempt at `job`.
 
         `late` is how long after the limits allowed it the send began. `server` is the host and the
-        port, as shown in logs.
+        port, as shown in logs, and `endpoint` is what callers are shown (see `AttemptRecord`).
         """
         decision = decide(
             JobAttempt(
@@ -49,7 +56,7 @@ class OutcomeRules:
             chance=random.random(),  # noqa: S311 - jitter
         )
         return EndedAttempt(
-            _record(job, result, decision, late),
+            _record(job, result, decision, late, endpoint),
             LimitUse.COUNTED if result.body_begun else LimitUse.BEGUN,
             user=claim.user,
             contact=contact_of(result),
@@ -79,7 +86,11 @@ class OutcomeRules:
 
 
 def _record(
-    job: MarkedJob, result: SendResult, decision: Decision, late: timedelta | None
+    job: MarkedJob,
+    result: SendResult,
+    decision: Decision,
+    late: timedelta | None,
+    endpoint: str | None = None,
 ) -> AttemptRecord:
     return AttemptRecord(
         job=job.job,
@@ -97,6 +108,7 @@ def _record(
         message=result.message,
         reply_class=result.reply_class,
         deferred=decision.deferred,
+        endpoint=endpoint,
     )
 
 

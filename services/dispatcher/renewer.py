@@ -66,6 +66,8 @@ class LeasedJob:
     # Whether `claim` and `marked` have the present ends of the lease. False from the start of a
     # renewal until both stores have answered: if an answer is lost, the lease may have moved.
     known: bool = True
+    # When the job was claimed, as a value of `time.monotonic`.
+    claimed: float = 0.0
 
 
 class Renewer:
@@ -94,9 +96,15 @@ class Renewer:
 
         `claimed` is the time of the claim, as a value of `time.monotonic`.
         """
-        leased = LeasedJob(claim, marked, Lease(self._until(claimed)), claimed)
+        leased = LeasedJob(claim, marked, Lease(self._until(claimed)), claimed, claimed=claimed)
         self._leased[leased] = None
         return leased
+
+    @property
+    def oldest(self) -> timedelta | None:
+        """How long ago the job of the oldest send in flight was claimed; None if there is none."""
+        first = next(iter(self._leased), None)
+        return None if first is None else timedelta(seconds=time.monotonic() - first.claimed)
 
     def end(self, leased: LeasedJob) -> None:
         """Renew the lease no more. `leased` keeps what was known last."""

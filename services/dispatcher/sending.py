@@ -29,6 +29,7 @@ from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, S
 from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.services.dispatcher.traced import begin_span, end_span
 from outbox_server.shared.errors import ResourceExhausted
+from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.settings import Settings
 from outbox_server.shared.states import AttemptOutcome, JobState
@@ -212,7 +213,13 @@ class SendStep:
         self._progress.count(sent=result.outcome is AttemptOutcome.SENT)
         since_claim = result.started - mail.claimed_at
         late = mail.claim.waited + timedelta(seconds=since_claim)
-        ended = self._outcomes.ended(mail.claim, mail.job, result, late=late, server=route.server)
+        endpoint = None
+        if send.relay is not None:
+            # The operator's relay is not shown to users.
+            endpoint = RELAY if send.relay else route.server
+        ended = self._outcomes.ended(
+            mail.claim, mail.job, result, late=late, server=route.server, endpoint=endpoint
+        )
         delay = mail.claim.seconds_since_due(self._lease) + since_claim
         _log.debug(
             "attempt_ended",

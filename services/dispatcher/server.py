@@ -20,9 +20,11 @@ from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.recovery import Recovery
+from outbox_server.services.dispatcher.reporter import Reporter
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.services.dispatcher.storage.reports import DispatcherReport
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
 from outbox_server.shared.agreed.values import AgreedSettings
@@ -160,10 +162,17 @@ async def _serve(run: AgreedRun) -> None:
             guard=guard,
             tracer=tracer,
             confirmed_at=lambda: run.confirmed_at,
+            number=lambda: reporter.number,
         )
         run.follow(partial(_follow, run, dispatcher, partial(_later_loader, engine, redis)))
         dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        reporter = Reporter(
+            engine,
+            lambda: _describe(dispatcher_id, settings.dispatcher_concurrency, dispatcher, progress),
+        )
+        stack.push_async_callback(reporter.close)
         servicer = DispatcherServicer(
+            engine=engine,
             dispatcher_id=dispatcher_id,
             concurrency=settings.dispatcher_concurrency,
             dispatcher=dispatcher,
@@ -202,6 +211,7 @@ async def _serve(run: AgreedRun) -> None:
             guard.run,
             partial(guard.then, recovery.run, stop),
             quotas.run,
+            reporter.run,
             # A search goes through all keys, so it is not repeated each second of an outage.
             Loop(
                 "old keys",
@@ -242,6 +252,21 @@ async def _serve(run: AgreedRun) -> None:
                 partial(schema.run_when_usable, run.known(work), stop),
             ],
         )
+
+
+def _describe(
+    dispatcher_id: str, concurrency: int, dispatcher: Dispatcher, progress: Progress
+) -> DispatcherReport:
+    attempts, sent = progress.rates()
+    return DispatcherReport(
+        dispatcher_id,
+        concurrency,
+        draining=dispatcher.draining,
+        in_flight=dispatcher.in_flight,
+        oldest_lease=dispatcher.oldest_lease,
+        sent_per_second=sent,
+        attempts_per_second=attempts,
+    )
 
 
 async def _dispatch(run: AgreedRun, dispatcher: Dispatcher, engine: AsyncEngine) -> None:

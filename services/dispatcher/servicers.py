@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from typing import Final
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from outbox.v1 import dispatcher_pb2, dispatcher_service_pb2, dispatcher_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.smtp import EndpointState, SmtpPool
+from outbox_server.services.dispatcher.storage.reports import LiveDispatcher, live_dispatchers
+from outbox_server.shared.database.ownership import bind_call
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.circuits import Circuit
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.queue import Queue
+from outbox_server.shared.rpc.proto_mapping import to_timestamp
+
+_STATES: Final = {
+    False: dispatcher_pb2.DISPATCHER_STATE_SERVING,
+    True: dispatcher_pb2.DISPATCHER_STATE_DRAINING,
+}
 
 
 class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
@@ -26,6 +36,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
     def __init__(
         self,
         *,
+        engine: AsyncEngine,
         dispatcher_id: str,
         concurrency: int,
         dispatcher: Dispatcher,
@@ -36,6 +47,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         held_since: Callable[[], datetime | None],
     ) -> None:
         """`held_since` returns since when the installation is held; None if it is not."""
+        self._engine = engine
         self._id = dispatcher_id
         self._concurrency = concurrency
         self._dispatcher = dispatcher
@@ -52,6 +64,19 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
     ) -> dispatcher_pb2.DispatcherStatus:
         """Return the current state of the dispatcher."""
         return await self._status()
+
+    async def ListDispatchers(
+        self,
+        request: dispatcher_service_pb2.ListDispatchersRequest,
+        context: grpc.aio.ServicerContext[object, object],
+    ) -> dispatcher_service_pb2.ListDispatchersResponse:
+        """Return the dispatchers that run."""
+        bind_call(None)
+        async with self._engine.connect() as connection:
+            found = await live_dispatchers(connection)
+        return dispatcher_service_pb2.ListDispatchersResponse(
+            dispatchers=[_to_dispatcher(one) for one in found]
+        )
 
     async def DrainDispatcher(
         self,
@@ -75,11 +100,7 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
         uptime.FromTimedelta(timedelta(seconds=self._progress.uptime))
         return dispatcher_pb2.DispatcherStatus(
             dispatcher_id=self._id,
-            state=(
-                dispatcher_pb2.DISPATCHER_STATE_DRAINING
-                if self._dispatcher.draining
-                else dispatcher_pb2.DISPATCHER_STATE_SERVING
-            ),
+            state=_STATES[self._dispatcher.draining],
             in_flight_count=self._dispatcher.in_flight,
             concurrency=self._concurrency,
             rates=dispatcher_pb2.DispatcherRates(
@@ -121,6 +142,22 @@ class DispatcherServicer(dispatcher_service_pb2_grpc.DispatcherServiceServicer):
                     if circuit.open_since_ms < first.open_since_ms:
                         found[endpoint] = circuit
         return found
+
+
+def _to_dispatcher(found: LiveDispatcher) -> dispatcher_pb2.Dispatcher:
+    report = found.report
+    oldest = found.oldest_lease_at
+    return dispatcher_pb2.Dispatcher(
+        dispatcher_id=report.dispatcher_id,
+        state=_STATES[report.draining],
+        in_flight_count=report.in_flight,
+        concurrency=report.concurrency,
+        sent_per_second=report.sent_per_second,
+        attempts_per_second=report.attempts_per_second,
+        oldest_lease_time=None if oldest is None else to_timestamp(oldest),
+        start_time=to_timestamp(found.started_at),
+        report_time=to_timestamp(found.seen_at),
+    )
 
 
 def _endpoint(

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
+import psycopg
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -122,8 +124,13 @@ class Settler:
         *,
         metrics: DispatcherMetrics | None = None,
         confirmed_at: Callable[[], float] = time.monotonic,
+        dispatcher: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`confirmed_at` returns since when no change of the settings can be unknown here."""
+        """`confirmed_at` returns since when no change of the settings can be unknown here.
+
+        `dispatcher` returns the number of this process; None while it is unknown.
+        """
+        self._dispatcher = dispatcher
         self._metrics = metrics or DispatcherMetrics()
         self._confirmed_at = confirmed_at
         # The loaders of later key spaces, and those of them that do not know `_recent` yet.
@@ -233,11 +240,11 @@ class Settler:
         records = [outcome.record for outcome in ended]
         if not any(may_matter(outcome.record, outcome.signal) for outcome in ended):
             async with self._kept.connection() as kept:
-                moved = await storage.settle(kept, records, time.monotonic())
+                moved = await self._settle(kept, records)
             return _Recorded(_dues(records, moved))
         async with self._transactions.begin() as connection:
             async with driver_within(connection) as driver:
-                dues = _dues(records, await storage.settle(driver, records, time.monotonic()))
+                dues = _dues(records, await self._settle(driver, records))
             cooldowns = await record_cooldowns(
                 connection,
                 [(o.record, o.signal) for o in ended if o.record.job in dues],
@@ -254,6 +261,12 @@ class Settler:
             if wait is not None:
                 self._metrics.cooled(outcome.signal, wait)
         return _Recorded(dues, cooldowns)
+
+    async def _settle(
+        self, connection: psycopg.AsyncConnection[Any], records: Sequence[AttemptRecord]
+    ) -> dict[int, int]:
+        now = time.monotonic()
+        return await storage.settle(connection, records, now, dispatcher=self._dispatcher())
 
     async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: _Recorded) -> None:
         now = time.monotonic()

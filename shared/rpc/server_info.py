@@ -16,6 +16,7 @@ from outbox_server.shared.rpc.server import ServiceBinding
 # A name is never removed and never changes its meaning; the proto says what each means.
 CAPABILITIES: Final = (
     "api_keys",
+    "attempt.dispatcher",
     "batch.preview",
     "batch.request_id",
     "batch.watch_resume",

@@ -294,7 +294,7 @@ async def test_the_time_of_a_head_does_not_grow_with_the_square_of_the_cancelled
             sender,
         )
         await world.sql("ANALYZE")
-        times = []
+        times: list[float] = []
         for _ in range(3):
             async with world.engine.connect() as connection:
                 began = time.perf_counter()

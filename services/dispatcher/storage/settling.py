@@ -14,6 +14,7 @@ from sqlalchemy import (
     Integer,
     SmallInteger,
     Text,
+    bindparam,
     case,
     column,
     func,
@@ -62,6 +63,8 @@ class AttemptRecord:
     reply_class: ReplyClass | None = None
     # The server deferred the mail.
     deferred: bool = False
+    # host:port, or `relay`. None: the mail was not built.
+    endpoint: str | None = None
 
 
 def _whole_ms(span: timedelta) -> int:
@@ -85,6 +88,7 @@ _outcome = (
         array("messages", Text),
         array("classes", SmallInteger),
         array("deferred", Boolean),
+        array("endpoints", Text),
     )
     .table_valued(
         column("id", BigInteger),
@@ -102,6 +106,7 @@ _outcome = (
         column("message", Text),
         column("reply_class", SmallInteger),
         column("deferred", Boolean),
+        column("endpoint", Text),
         name="outcome",
     )
     .render_derived()
@@ -153,6 +158,7 @@ def _settle_statement() -> Any:
             _outcome.c.enhanced,
             _outcome.c.message,
             _outcome.c.reply_class,
+            _outcome.c.endpoint,
         )
         .cte("moved")
     )
@@ -170,6 +176,8 @@ def _settle_statement() -> Any:
         enhanced_code=moved.c.enhanced,
         message=moved.c.message,
         reply_class=moved.c.reply_class,
+        dispatcher=bindparam("dispatcher", type_=Integer),
+        endpoint=moved.c.endpoint,
     )
     return select(moved.c.id, moved.c.scheduled_at).add_cte(logged, counting_ends(moved))
 
@@ -178,12 +186,17 @@ SETTLE: Final = FrequentStatement(_settle_statement())
 
 
 async def settle(
-    connection: psycopg.AsyncConnection[Any], records: Sequence[AttemptRecord], now: float
+    connection: psycopg.AsyncConnection[Any],
+    records: Sequence[AttemptRecord],
+    now: float,
+    *,
+    dispatcher: int | None = None,
 ) -> dict[int, int]:
     """Record outcomes. Return the due time (Unix ms) of each job that was moved, by id.
 
-    `now` is a value of `time.monotonic`. If a job is missing from the result, its lease had expired
-    and the attempt was ended, or an earlier try of this statement has recorded it.
+    `now` is a value of `time.monotonic`, `dispatcher` the number of this process. If a job is
+    missing from the result, its lease had expired and the attempt was ended, or an earlier try of
+    this statement has recorded it.
     """
     records = sorted(records, key=lambda record: record.job)
     rows = await SETTLE.run(
@@ -208,6 +221,8 @@ async def settle(
             "messages": [r.message for r in records],
             "classes": [None if r.reply_class is None else int(r.reply_class) for r in records],
             "deferred": [r.deferred for r in records],
+            "endpoints": [r.endpoint for r in records],
+            "dispatcher": dispatcher,
         },
     )
     return {job_id: unix_ms(scheduled_at) for job_id, scheduled_at in rows}

@@ -71,6 +71,8 @@ def to_attempt(job_id: str, record: PastAttempt) -> email_job_pb2.Attempt:
         enhanced_code=record.enhanced_code or "",
         message=record.message or "",
         reply_class=_REPLY_CLASSES[record.reply_class],
+        dispatcher_id=record.dispatcher_id or "",
+        endpoint=record.endpoint or "",
     )
 
 

@@ -26,7 +26,7 @@ from outbox_server.services.scheduler.storage.job_filters import JobFilter, JobP
 from outbox_server.services.scheduler.storage.walking import walk_jobs
 from outbox_server.shared.database.cancellations import finished_now, state_now
 from outbox_server.shared.database.message_ids import message_id_address
-from outbox_server.shared.database.models import Attempt, Batch, EmailJob, Sender
+from outbox_server.shared.database.models import Attempt, Batch, DispatcherRow, EmailJob, Sender
 from outbox_server.shared.database.ownership import owned_by
 from outbox_server.shared.states import AttemptOutcome, JobState, ReplyClass, enum_or_none
 
@@ -46,6 +46,9 @@ class PastAttempt:
     enhanced_code: str | None
     message: str | None
     reply_class: ReplyClass | None
+    # None means not known.
+    dispatcher_id: str | None = None
+    endpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,12 @@ _ATTEMPT: Final = (
     Attempt.enhanced_code,
     Attempt.message,
     Attempt.reply_class,
+    Attempt.endpoint,
+    select(DispatcherRow.dispatcher_id)
+    .where(DispatcherRow.id == Attempt.dispatcher)
+    .correlate(Attempt)
+    .scalar_subquery()
+    .label("dispatcher_id"),
 )
 
 
@@ -165,6 +174,8 @@ def _past(row: Any, prefix: str = "") -> PastAttempt:
         enhanced_code=values["enhanced_code"],
         message=values["message"],
         reply_class=enum_or_none(ReplyClass, values["reply_class"]),
+        dispatcher_id=values["dispatcher_id"],
+        endpoint=values["endpoint"],
     )
 
 

@@ -23,6 +23,7 @@ from outbox_server.shared.database.models.counts import (
 from outbox_server.shared.database.models.events import JobEvent
 from outbox_server.shared.database.models.installation import (
     AgreedSettingsRow,
+    DispatcherRow,
     ErasureKey,
     Heartbeat,
     HeldSend,
@@ -59,6 +60,7 @@ __all__ = [
     "ChangeRequest",
     "Cooldown",
     "CountDelta",
+    "DispatcherRow",
     "EmailJob",
     "ErasureKey",
     "HeadMarker",

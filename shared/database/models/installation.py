@@ -7,7 +7,10 @@ from datetime import datetime
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Double,
     Identity,
+    Index,
+    Integer,
     SmallInteger,
     Text,
     func,
@@ -51,6 +54,30 @@ class Heartbeat(Base):
     timeline: Mapped[int]
 
     __table_args__ = (CheckConstraint("singleton", name="one_row"),)
+
+
+class DispatcherRow(Base):
+    """A dispatcher process, and the last report about itself. Attempts have its `id`."""
+
+    __tablename__ = "dispatchers"
+
+    id: Mapped[int] = mapped_column(Integer, Identity(), primary_key=True)
+    # Unique for each process.
+    dispatcher_id: Mapped[str] = mapped_column(Text)
+    concurrency: Mapped[int]
+    started_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    # When it last reported.
+    seen_at: Mapped[datetime] = mapped_column(TIME)
+    # NULL means that it runs, or was killed.
+    stopped_at: Mapped[datetime | None] = mapped_column(TIME)
+    draining: Mapped[bool]
+    in_flight: Mapped[int]
+    # When the oldest send in flight was claimed. NULL means that there is none.
+    oldest_lease_at: Mapped[datetime | None] = mapped_column(TIME)
+    sent_per_second: Mapped[float] = mapped_column(Double)
+    attempts_per_second: Mapped[float] = mapped_column(Double)
+
+    __table_args__ = (Index(None, "dispatcher_id", unique=True), Index(None, "seen_at"))
 
 
 class HoldRow(Base):

@@ -386,6 +386,10 @@ class Attempt(Base):
     message: Mapped[str | None] = mapped_column(Text)
     # The meaning of the server's reply (`shared.states.ReplyClass`). NULL means no reply.
     reply_class: Mapped[int | None] = mapped_column(SmallInteger)
+    # `dispatchers.id` of the process that made it. NULL means unknown.
+    dispatcher: Mapped[int | None]
+    # host:port, or `relay` for the operator's. NULL means that no server was meant yet, or unknown.
+    endpoint: Mapped[str | None] = mapped_column(Text)
 
     __table_args__ = (
         CheckConstraint("outcome BETWEEN 1 AND 6", name="outcome_known"),
