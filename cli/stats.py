@@ -18,6 +18,7 @@ from outbox_server.cli.output import (
     print_json_line,
     print_rows,
     show,
+    show_list,
     stdout,
     to_document,
     value_at,
@@ -42,6 +43,17 @@ _WATCH_COLUMNS = (
     "counts.sent_count",
     "counts.failed_count",
     "window_used_count",
+)
+
+_ENDPOINT_COLUMNS = (
+    "user_id",
+    "host",
+    "port",
+    "attempt_count",
+    "replies",
+    "latency_p50",
+    "latency_p99",
+    "circuit_open_time",
 )
 
 app = typer.Typer(invoke_without_command=True, add_completion=False)
@@ -167,3 +179,18 @@ def audit(
 
 app.command()(forecast)
 app.command()(series)
+
+
+@app.command()
+def endpoints(user: User = "", server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """Show what happened lately at SMTP endpoints: replies, latencies, circuits.
+
+    Of the last 5 to 10 minutes. An operator who names no user gets those of
+    all users, and the relay, which has no user.
+
+    $ outbox stats endpoints --user demo
+    """
+    request = pb.ListEndpointStatsRequest(user_id=user)
+    with connection("stats", server) as client:
+        found = client.stats.ListEndpointStats(request)
+    show_list(found, "endpoints", _ENDPOINT_COLUMNS, output, what="endpoints with attempts")

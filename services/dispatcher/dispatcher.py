@@ -26,6 +26,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease, WaitCause
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
@@ -104,6 +105,7 @@ class Dispatcher:
         tracer: Tracer | None = None,
         confirmed_at: Callable[[], float] = time.monotonic,
         number: Callable[[], int | None] = lambda: None,
+        meter: EndpointMeter | None = None,
     ) -> None:
         """`confirmed_at` and `number` are those of `Settler`."""
         self._lease = settings.lease
@@ -140,6 +142,7 @@ class Dispatcher:
             slots=self._slots,
             progress=progress,
             metrics=metrics,
+            meter=meter or EndpointMeter(),
             tracer=tracer,
             settle=self._settler.settle,
             spawn=self._spawn,

@@ -18,6 +18,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from outbox_server.services.dispatcher.composer import Composer, CompositionError
+from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, WaitCause
 from outbox_server.services.dispatcher.outcomes import OutcomeRules, result_without_smtp
 from outbox_server.services.dispatcher.progress import Progress
@@ -32,6 +33,7 @@ from outbox_server.shared.errors import ResourceExhausted
 from outbox_server.shared.queue.circuit_keys import RELAY
 from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.settings import Settings
+from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.states import AttemptOutcome, JobState
 from outbox_server.shared.templates.workers import WorkerLostError
 
@@ -61,6 +63,7 @@ class _Send:
     started: float = field(default_factory=time.monotonic)
     # Whether it goes to the operator's relay. None until the mail is built.
     relay: bool | None = None
+    endpoint: Endpoint | None = None
     leased: LeasedJob | None = None
 
     @property
@@ -89,6 +92,7 @@ class SendStep:
         slots: Slots,
         progress: Progress,
         metrics: DispatcherMetrics,
+        meter: EndpointMeter,
         tracer: Tracer | None,
         settle: Callable[[ClaimOutcome], None],
         spawn: Callable[[Coroutine[Any, Any, None]], None],
@@ -100,6 +104,7 @@ class SendStep:
         self._slots = slots
         self._progress = progress
         self._metrics = metrics
+        self._meter = meter
         self._tracer = tracer
         self._outcomes = OutcomeRules(settings)
         self._settle = settle
@@ -144,6 +149,7 @@ class SendStep:
                 endpoint, envelope = await self._composer.compose(mail.job, wait)
             mail.permit.since = time.monotonic()
             send.relay = endpoint.operators
+            send.endpoint = endpoint
             send.leased = self._renewer.begin(mail.claim, mail.job, mail.claimed_at)
             self._pool.start(
                 endpoint,
@@ -230,6 +236,8 @@ class SendStep:
             reply=result.message,
             **send.ids,
         )
+        if send.endpoint is not None:
+            self._meter.count(send.endpoint, result)
         self._metrics.sent(result, relay=send.relay, late=late, delay=delay)
         if ended.record.state is JobState.SCHEDULED:
             self._metrics.waited(WaitCause.DEFERRED if ended.record.deferred else WaitCause.RETRY)

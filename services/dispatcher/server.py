@@ -6,9 +6,9 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.dispatcher import Dispatcher
+from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.recovery import Recovery
@@ -24,6 +25,7 @@ from outbox_server.services.dispatcher.reporter import Reporter
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.servicers import DispatcherServicer
 from outbox_server.services.dispatcher.smtp import SmtpPool
+from outbox_server.services.dispatcher.storage.endpoint_reports import EndpointReport
 from outbox_server.services.dispatcher.storage.reports import DispatcherReport
 from outbox_server.services.dispatcher.wake import WakeListener
 from outbox_server.shared.agreed.run import UNKNOWN_KEY_SPACE, AgreedRun, run_agreed
@@ -141,6 +143,7 @@ async def _serve(run: AgreedRun) -> None:
             workers,
         )
         progress = Progress()
+        meter = EndpointMeter()
         guard = RestoreGuard(
             engine,
             partial(HeartbeatMemory, redis),
@@ -163,12 +166,14 @@ async def _serve(run: AgreedRun) -> None:
             tracer=tracer,
             confirmed_at=lambda: run.confirmed_at,
             number=lambda: reporter.number,
+            meter=meter,
         )
         run.follow(partial(_follow, run, dispatcher, partial(_later_loader, engine, redis)))
         dispatcher_id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         reporter = Reporter(
             engine,
             lambda: _describe(dispatcher_id, settings.dispatcher_concurrency, dispatcher, progress),
+            lambda: _endpoints(meter, servicer),
         )
         stack.push_async_callback(reporter.close)
         servicer = DispatcherServicer(
@@ -267,6 +272,30 @@ def _describe(
         sent_per_second=sent,
         attempts_per_second=attempts,
     )
+
+
+async def _endpoints(
+    meter: EndpointMeter, servicer: DispatcherServicer
+) -> Sequence[EndpointReport]:
+    found = meter.figures()
+    circuits = await servicer.open_circuits() if found else {}
+    reports = []
+    for name, figures in found.items():
+        circuit = circuits.get(figures.circuit)
+        reports.append(
+            EndpointReport(
+                name,
+                figures.replies,
+                figures.latencies,
+                None if circuit is None else _time(circuit.open_since_ms),
+                None if circuit is None else _time(circuit.next_probe_ms),
+            )
+        )
+    return reports
+
+
+def _time(unix_ms: int) -> datetime:
+    return datetime.fromtimestamp(unix_ms / 1000, UTC)
 
 
 async def _dispatch(run: AgreedRun, dispatcher: Dispatcher, engine: AsyncEngine) -> None:

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any, Final
 
 import grpc
-from outbox.v1 import stats_pb2, stats_service_pb2, stats_service_pb2_grpc
+from outbox.v1 import email_job_pb2, stats_pb2, stats_service_pb2, stats_service_pb2_grpc
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.stats import storage
@@ -16,7 +16,8 @@ from outbox_server.services.stats.auditing import audit
 from outbox_server.services.stats.forecasts import forecast
 from outbox_server.services.stats.series import series
 from outbox_server.services.stats.storage import WatchedSender
-from outbox_server.shared.callers import current_caller, effective_user, require_user
+from outbox_server.services.stats.storage.endpoints import EndpointCounts, read_endpoints
+from outbox_server.shared.callers import CallerKind, current_caller, effective_user, require_user
 from outbox_server.shared.forecast.backlog import Rules
 from outbox_server.shared.rpc import page_tokens
 from outbox_server.shared.rpc.paging import requested_page
@@ -25,12 +26,15 @@ from outbox_server.shared.rpc.proto_mapping import (
     not_found,
     parse_id,
     to_cooldown,
+    to_duration,
     to_job_counts,
     to_timestamp,
 )
 from outbox_server.shared.rpc.watching import Watch
+from outbox_server.shared.smtp.latencies import quantile
 
 _WATCHED: Final = "sender_stats"
+_MOST_ENDPOINTS: Final = 1_000
 
 
 class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
@@ -69,6 +73,21 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
             found = await storage.read_user(connection, user_id, *page.after, page.limit)
         shown, token = page.cut(found.senders, lambda sender: (sender.sender_id,))
         return _user_stats(user_id, replace(found, senders=shown), token)
+
+    async def ListEndpointStats(
+        self,
+        request: stats_service_pb2.ListEndpointStatsRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> stats_service_pb2.ListEndpointStatsResponse:
+        """Return what happened lately at the endpoints of a user, or of all."""
+        caller = current_caller()
+        everyone = caller.kind in (CallerKind.OPERATOR, CallerKind.LOCAL)
+        user_id = (effective_user if everyone else require_user)(caller, request.user_id)
+        async with self._engine.connect() as connection:
+            found = await read_endpoints(connection, user_id)
+        return stats_service_pb2.ListEndpointStatsResponse(
+            endpoints=[_endpoint_stats(one) for one in found[:_MOST_ENDPOINTS]]
+        )
 
     async def ForecastBatch(
         self,
@@ -122,6 +141,29 @@ class StatsServicer(stats_service_pb2_grpc.StatsServiceServicer):
                 if found.stats is None:
                     return
                 seen = None
+
+
+def _endpoint_stats(found: EndpointCounts) -> stats_pb2.EndpointStats:
+    opened, probe = found.circuit_open_at, found.next_probe_at
+    half, most = quantile(found.latencies, 0.5), quantile(found.latencies, 0.99)
+    return stats_pb2.EndpointStats(
+        user_id=found.user_id,
+        host=found.host,
+        port=found.port,
+        attempt_count=sum(found.replies),
+        replies=[
+            stats_pb2.ReplyClassCount(
+                reply_class=email_job_pb2.ReplyClass.ValueType(number), count=count
+            )
+            for number, count in enumerate(found.replies)
+            if count
+        ],
+        latency_p50=None if half is None else to_duration(half),
+        latency_p99=None if most is None else to_duration(most),
+        circuit_open_time=None if opened is None else to_timestamp(opened),
+        next_probe_time=None if probe is None else to_timestamp(probe),
+        dispatcher_count=found.dispatchers,
+    )
 
 
 def _state_of(found: WatchedSender) -> str:

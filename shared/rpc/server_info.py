@@ -32,6 +32,7 @@ CAPABILITIES: Final = (
     "sender.oauth2",
     "sender.preset",
     "sender.sending_hours",
+    "stats.endpoints",
     "stats.forecast_planned",
     "suppression.import",
     "user.quotas",

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Final
 
 import pytest
-from outbox.v1 import dispatcher_pb2
+from outbox.v1 import dispatcher_pb2, email_job_pb2
 from outbox.v1.dispatcher_service_pb2 import ListDispatchersRequest
+from outbox.v1.stats_pb2 import EndpointStats
+from outbox.v1.stats_service_pb2 import ListEndpointStatsRequest
+from outbox.v1.stats_service_pb2_grpc import StatsServiceStub
 
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.scheduler.storage.email_jobs import list_attempts, read_job
 from tests.dispatchers import options, running, settings_of
 from tests.eventually import eventually
-from tests.smtp_servers import ScriptedServer, Wait
+from tests.scheduler_stack import refusal_of
+from tests.smtp_servers import Say, ScriptedServer, Succeed, Wait
+from tests.stats_stack import stats_server
+from tests.two_users import make_keys
 from tests.world import World
 
 SHORT: Final = timedelta(milliseconds=50)
@@ -89,3 +96,61 @@ async def test_the_dispatchers_that_run_are_listed_with_what_they_do(
             assert found.concurrency == settings.dispatcher_concurrency
             assert found.state == dispatcher_pb2.DISPATCHER_STATE_SERVING
             assert found.start_time.seconds <= found.oldest_lease_time.seconds + 1
+
+
+async def test_endpoints_are_shown_with_their_replies_to_their_user_and_to_operators(
+    database_url: str, redis_url: str, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("outbox_server.services.dispatcher.reporter.REPORT_EVERY", SHORT)
+    plan = {"rcpt": [Say("550 5.1.1 no such user"), Succeed(), Succeed()]}
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(ScriptedServer(plan))
+        settings = settings_of(options(database_url, redis_url, inbox.url))
+        world = await stack.enter_async_context(World(settings))
+        # Two dispatchers, whose counts are added.
+        for _ in range(2):
+            await stack.enter_async_context(running(settings))
+        channel = await stack.enter_async_context(
+            stats_server(database_url, redis_url, auth="keys")
+        )
+        keys = await make_keys(database_url)
+        stub = StatsServiceStub(channel)
+        own, relay = await world.sender(user="ann"), await world.sender(user="eve")
+        await world.sql(
+            "UPDATE senders SET smtp_host = '127.0.0.1', smtp_port = %s, smtp_security = 1,"
+            " smtp_username = '' WHERE id = %s",
+            server.port,
+            own,
+        )
+        await world.schedule(own, 3)
+        await world.schedule(relay, 2)
+        await eventually(world.done)
+
+        async def shown(caller: str, user_id: str = "") -> dict[tuple[str, int], EndpointStats]:
+            request = ListEndpointStatsRequest(user_id=user_id)
+            answer = await stub.ListEndpointStats(request, metadata=keys[caller])
+            return {(one.user_id, one.port): one for one in answer.endpoints}
+
+        async def all_counted() -> bool:
+            return sum(one.attempt_count for one in (await shown("operator")).values()) == 5
+
+        await eventually(all_counted)
+        mine = await shown("ann")
+        assert mine == await shown("operator", "ann") == await shown("service", "ann")
+        found = mine["ann", server.port]
+        assert len(mine) == 1
+        assert found.host == "127.0.0.1"
+        assert {one.reply_class: one.count for one in found.replies} == {
+            email_job_pb2.REPLY_CLASS_SENT: 2,
+            email_job_pb2.REPLY_CLASS_RECIPIENT: 1,
+        }
+        half, most = found.latency_p50.ToTimedelta(), found.latency_p99.ToTimedelta()
+        assert timedelta(0) < half <= most
+        # Nobody but an operator sees the relay.
+        assert await shown("eve") == {}
+        everyone = await shown("operator")
+        assert {user for user, _ in everyone} == {"ann", ""}
+        refusal = await refusal_of(
+            stub.ListEndpointStats(ListEndpointStatsRequest(), metadata=keys["service"])
+        )
+        assert refusal.reason == "USER_ID_REQUIRED"

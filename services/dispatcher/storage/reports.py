@@ -10,7 +10,7 @@ from typing import Any, Final
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared.database.models import DispatcherRow
+from outbox_server.shared.database.models import DispatcherRow, EndpointReportRow
 
 # How often a dispatcher reports, and how old the last report of a running one may be.
 REPORT_EVERY: Final = timedelta(seconds=5)
@@ -70,6 +70,10 @@ async def write_report(
     await connection.execute(
         delete(DispatcherRow).where(DispatcherRow.seen_at < func.now() - _KEPT_FOR)
     )
+    running = select(DispatcherRow.id).where(DispatcherRow.seen_at > func.now() - LIVE_FOR)
+    await connection.execute(
+        delete(EndpointReportRow).where(EndpointReportRow.dispatcher.not_in(running))
+    )
     new = await connection.scalar(
         insert(DispatcherRow)
         .values(dispatcher_id=report.dispatcher_id, concurrency=report.concurrency, **values)
@@ -80,6 +84,9 @@ async def write_report(
 
 async def write_end(connection: AsyncConnection, number: int) -> None:
     """Record that a dispatcher has ended."""
+    await connection.execute(
+        delete(EndpointReportRow).where(EndpointReportRow.dispatcher == number)
+    )
     await connection.execute(
         update(DispatcherRow)
         .where(DispatcherRow.id == number)

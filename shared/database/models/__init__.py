@@ -24,6 +24,7 @@ from outbox_server.shared.database.models.events import JobEvent
 from outbox_server.shared.database.models.installation import (
     AgreedSettingsRow,
     DispatcherRow,
+    EndpointReportRow,
     ErasureKey,
     Heartbeat,
     HeldSend,
@@ -62,6 +63,7 @@ __all__ = [
     "CountDelta",
     "DispatcherRow",
     "EmailJob",
+    "EndpointReportRow",
     "ErasureKey",
     "HeadMarker",
     "Heartbeat",

@@ -80,6 +80,28 @@ class DispatcherRow(Base):
     __table_args__ = (Index(None, "dispatcher_id", unique=True), Index(None, "seen_at"))
 
 
+class EndpointReportRow(Base):
+    """What a dispatcher has counted at an SMTP endpoint within the last 5 to 10 minutes."""
+
+    __tablename__ = "endpoint_reports"
+
+    # Empty for the operator's relay.
+    user_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    host: Mapped[str] = mapped_column(Text, primary_key=True)
+    port: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    # `dispatchers.id`.
+    dispatcher: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    # Attempts by `shared.states.ReplyClass`; the first number is of those without a reply.
+    replies: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    # Attempts by bucket of `shared.smtp.latencies`.
+    latencies: Mapped[list[int]] = mapped_column(ARRAY(Integer))
+    # NULL means that the circuit is closed.
+    circuit_open_at: Mapped[datetime | None] = mapped_column(TIME)
+    next_probe_at: Mapped[datetime | None] = mapped_column(TIME)
+
+    __table_args__ = (Index(None, "dispatcher"),)
+
+
 class HoldRow(Base):
     """One row while the installation is held: dispatchers mark only what was released."""
 

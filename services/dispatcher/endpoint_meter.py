@@ -1,0 +1,84 @@
+"""Counts the attempts at each SMTP endpoint, with their latencies, for 5 to 10 minutes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from outbox_server.services.dispatcher.smtp import SendResult
+from outbox_server.shared.smtp.endpoint import Endpoint
+from outbox_server.shared.smtp.latencies import BUCKETS, bucket_of
+from outbox_server.shared.states import ReplyClass
+
+# There are two slots: the present one, and the one before.
+_SLOT_S: Final = 300.0
+# Endpoints that one slot counts. Further ones are left out until the next slot.
+_MOST: Final = 1_000
+_CLASSES: Final = max(ReplyClass) + 1
+
+
+class EndpointName(NamedTuple):
+    """An endpoint, by its user and its server. The relay has no user."""
+
+    user_id: str
+    host: str
+    port: int
+
+
+@dataclass(slots=True)
+class EndpointFigures:
+    """The counts of an endpoint: attempts by reply class (0: no reply) and by bucket of latency."""
+
+    # Its key in Redis, for its circuit.
+    circuit: str
+    replies: list[int] = field(default_factory=lambda: [0] * _CLASSES)
+    latencies: list[int] = field(default_factory=lambda: [0] * BUCKETS)
+
+    def plus(self, other: EndpointFigures) -> EndpointFigures:
+        """Return the sum of both."""
+        return EndpointFigures(
+            self.circuit,
+            [a + b for a, b in zip(self.replies, other.replies, strict=True)],
+            [a + b for a, b in zip(self.latencies, other.latencies, strict=True)],
+        )
+
+
+class EndpointMeter:
+    """Counts attempts. `clock` is a monotonic clock in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = clock()
+        self._slot: dict[EndpointName, EndpointFigures] = {}
+        self._before: dict[EndpointName, EndpointFigures] = {}
+
+    def count(self, endpoint: Endpoint, result: SendResult) -> None:
+        """Count an attempt that ended."""
+        self._turn()
+        name = EndpointName(endpoint.chosen_by, endpoint.host, endpoint.port)
+        figures = self._slot.get(name)
+        if figures is None:
+            if len(self._slot) >= _MOST:
+                return
+            figures = self._slot[name] = EndpointFigures(endpoint.circuit)
+        # A new password gives a new key.
+        figures.circuit = endpoint.circuit
+        figures.replies[result.reply_class or 0] += 1
+        figures.latencies[bucket_of(result.ended - result.started)] += 1
+
+    def figures(self) -> dict[EndpointName, EndpointFigures]:
+        """Return the figures of all endpoints with attempts."""
+        self._turn()
+        found = dict(self._before)
+        for name, figures in self._slot.items():
+            before = found.get(name)
+            found[name] = figures.plus(EndpointFigures("") if before is None else before)
+        return found
+
+    def _turn(self) -> None:
+        now = self._clock()
+        while now - self._began >= _SLOT_S:
+            self._began = max(self._began + _SLOT_S, now - _SLOT_S)
+            self._before, self._slot = self._slot, {}
