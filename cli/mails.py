@@ -11,7 +11,7 @@ from outbox_client import Client
 
 from outbox_server.cli.flags import in_flags
 from outbox_server.cli.output import OutputFormat, show
-from outbox_server.cli.terminal import note, show_bytes
+from outbox_server.cli.terminal import note, write_exactly
 
 # The most of a file that one call takes.
 _MOST_BYTES: Final = 4 * 1024 * 1024 - 256 * 1024
@@ -27,7 +27,7 @@ def show_mail(mail: RenderedMail, output: OutputFormat) -> None:
     if output is OutputFormat.JSON:
         show(mail, output)
     else:
-        show_bytes(mail.message)
+        write_exactly(mail.message)
 
 
 def show_preview(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import uuid
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from google.protobuf.field_mask_pb2 import FieldMask
 from outbox.v1 import sender_service_pb2 as pb
+from outbox.v1.batch_pb2 import BatchOptions, Recipient
+from outbox.v1.batch_service_pb2 import SendTestEmailRequest
 from outbox.v1.sender_pb2 import Sender, SenderState
 
 from outbox_server.cli.capabilities import check_dry_run
 from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.option_groups import with_option_groups
-from outbox_server.cli.options import Filtering, Paging, User, enum_reader
+from outbox_server.cli.options import Filtering, Paging, User, enum_reader, text_or_file
 from outbox_server.cli.output import Output, OutputFormat, show, show_list
 from outbox_server.cli.sender_options import SenderOptions
 from outbox_server.cli.terminal import note
@@ -32,7 +36,7 @@ _COLUMNS = (
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="Create, show, update, pause and delete senders.",
+    help="Create, show, update, test, pause and delete senders.",
 )
 
 SenderId = Annotated[str, typer.Argument(metavar="SENDER_ID")]
@@ -166,6 +170,73 @@ def update(
             check_dry_run(client)
         changed = client.senders.UpdateSender(change.of(request))
     show(changed, output)
+
+
+@app.command(name="test")
+def send_test(
+    sender_id: SenderId,
+    *,
+    recipient: Annotated[str, typer.Option("--recipient", help="Address that gets the mail.")],
+    subject: Annotated[
+        str, typer.Option("--subject", help="Subject, a Liquid template.")
+    ] = "A test of Outbox",
+    body: Annotated[str | None, typer.Option("--body", help="Text, a Liquid template.")] = None,
+    body_file: Annotated[
+        Path | None, typer.Option("--body-file", help="File containing the --body.")
+    ] = None,
+    html: Annotated[str | None, typer.Option("--html", help="HTML, a Liquid template.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html-file", help="File containing the --html.")
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", metavar="NAME=VALUE", help="Value of a template variable. Repeatable."
+        ),
+    ] = None,
+    request: Annotated[
+        str | None,
+        typer.Option("--request", metavar="ID", help="Id that makes retries safe (default: new)."),
+    ] = None,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Send one mail as a test, within the limits of the sender. It is due at once.
+
+    $ outbox senders test SENDER_ID --recipient me@example.com --body 'Dear {{ name }}' --column
+    name=Ann
+    """
+    text = text_or_file(body, body_file, "--body, --body-file")
+    page = text_or_file(html, html_file, "--html, --html-file")
+    if text is None and page is None:
+        text = "This mail shows that the sender works."
+    options = BatchOptions(
+        request_id=request or str(uuid.uuid4()),
+        user_id=user,
+        sender_id=sender_id,
+        subject=subject,
+        body=text,
+        html=page,
+    )
+    columns = dict(map(_column, column or ()))
+    asked = SendTestEmailRequest(
+        options=options, recipient=Recipient(email=recipient, columns=columns)
+    )
+    with connection("scheduler", server) as client:
+        sent = client.batches.SendTestEmail(asked)
+    for notice in sent.notices:
+        note(notice)
+    show(sent, output)
+    if output is OutputFormat.TABLE:
+        note(f"follow it: outbox jobs explain {sent.email_job.email_job_id}")
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(f"--column must be NAME=VALUE (got {text!r})")
+    return name, value
 
 
 @app.command()

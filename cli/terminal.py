@@ -26,15 +26,14 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
-def show_bytes(data: bytes) -> None:
-    """Write bytes as they are to stdout, which is a file or a pipe, or as text to a terminal."""
+def write_exactly(content: bytes) -> None:
+    """Write bytes to stdout as they are; on a terminal, as printable text."""
     if sys.stdout.isatty():
-        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-        sys.stdout.write(printable(text))
-    else:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        say(content.decode("utf-8", "replace").replace("\r\n", "\n").removesuffix("\n"))
+        return
+    sys.stdout.flush()
+    sys.stdout.buffer.write(content)
+    sys.stdout.buffer.flush()
 
 
 def note(text: str) -> None:

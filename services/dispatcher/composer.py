@@ -158,6 +158,7 @@ class Composer:
                     content.display_name,
                     template,
                     max_bytes=self._settings.max_message_bytes,
+                    test=content.test,
                 )
             endpoint = resolve_endpoint(content.endpoint, self._settings, self._secrets)
             route = route_to(endpoint, content.user_id)

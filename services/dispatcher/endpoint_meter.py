@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.smtp.latencies import BUCKETS, bucket_of
 from outbox_server.shared.states import ReplyClass
@@ -54,8 +53,8 @@ class EndpointMeter:
         self._slot: dict[EndpointName, EndpointFigures] = {}
         self._before: dict[EndpointName, EndpointFigures] = {}
 
-    def count(self, endpoint: Endpoint, result: SendResult) -> None:
-        """Count an attempt that ended."""
+    def count(self, endpoint: Endpoint, reply_class: ReplyClass | None, seconds: float) -> None:
+        """Count an attempt that ended after some seconds."""
         self._turn()
         name = EndpointName(endpoint.chosen_by, endpoint.host, endpoint.port)
         figures = self._slot.get(name)
@@ -65,8 +64,8 @@ class EndpointMeter:
             figures = self._slot[name] = EndpointFigures(endpoint.circuit)
         # A new password gives a new key.
         figures.circuit = endpoint.circuit
-        figures.replies[result.reply_class or 0] += 1
-        figures.latencies[bucket_of(result.ended - result.started)] += 1
+        figures.replies[reply_class or 0] += 1
+        figures.latencies[bucket_of(seconds)] += 1
 
     def figures(self) -> dict[EndpointName, EndpointFigures]:
         """Return the figures of all endpoints with attempts."""

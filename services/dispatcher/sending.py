@@ -237,7 +237,7 @@ class SendStep:
             **send.ids,
         )
         if send.endpoint is not None:
-            self._meter.count(send.endpoint, result)
+            self._meter.count(send.endpoint, result.reply_class, result.ended - result.started)
         self._metrics.sent(result, relay=send.relay, late=late, delay=delay)
         if ended.record.state is JobState.SCHEDULED:
             self._metrics.waited(WaitCause.DEFERRED if ended.record.deferred else WaitCause.RETRY)

@@ -38,7 +38,7 @@ from outbox_server.services.scheduler.storage.spreading import Spread
 from outbox_server.shared import bounds
 from outbox_server.shared.callers import current_claimant, leave_place
 from outbox_server.shared.database.ownership import owner_of
-from outbox_server.shared.errors import AlreadyExists, InvalidInput
+from outbox_server.shared.errors import AlreadyExists, FailedPrecondition, InvalidInput
 from outbox_server.shared.fair_shares import FairShares
 from outbox_server.shared.forecast.simulation import JobGroup
 from outbox_server.shared.intake.batch_options import (
@@ -326,6 +326,8 @@ class Intake:
                 await writer.add(block)
                 block = await steps.next()
             writer.check()
+            if options.test and not writer.counts.accepted:
+                raise recipient_suppressed()
             last_due, spacing = await writer.end()
             dropped = await transaction.finish(
                 begun,
@@ -364,6 +366,15 @@ def _replayed(
             metadata={"request_id": options.request_id},
         )
     return Acceptance(known.batch_id, sender.user_id, replayed=True)
+
+
+def recipient_suppressed() -> FailedPrecondition:
+    """Return the error of a test mail to a suppressed address."""
+    return FailedPrecondition(
+        "the recipient's address is suppressed, so nothing is sent to it; delete the suppression, "
+        "or use another address",
+        reason="RECIPIENT_SUPPRESSED",
+    )
 
 
 def _no_sender(options: BatchOptions) -> Exception:
@@ -438,6 +449,8 @@ class _BatchWriter:
                 self.check()
             return
         rows = block.rows
+        if self.options.test:
+            rows = [row._replace(schedule_time=None) for row in rows]
         gone = await self.transaction.suppressed(self.user_id, [row.recipient for row in rows])
         if gone:
             rows = [row for row in rows if row.recipient not in gone]

@@ -104,6 +104,12 @@ class Previewer:
         """Free the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    async def installation_id(self) -> str:
+        """Return the part that all Message-IDs of this installation share. It never changes."""
+        if not self._installation_id:
+            self._installation_id = await self._read_installation_id()
+        return self._installation_id
+
     async def render_job(self, job_id: int, user_id: str | None) -> ShownMail:
         """Return the mail of a job as it would be sent now.
 
@@ -244,13 +250,12 @@ class Previewer:
     async def _build(
         self, content: BatchContent, job_id: int, recipient: str, variables: str | None
     ) -> ShownMail:
-        if not self._installation_id:
-            self._installation_id = await self._read_installation_id()
+        installation = await self.installation_id()
         request = request_of(
             content,
             recipient=recipient,
             variables=variables,
-            message_id=message_id_for(job_id, content.message_id_address, self._installation_id),
+            message_id=message_id_for(job_id, content.message_id_address, installation),
             max_bytes=self._max_message_bytes,
         )
         try:

@@ -321,6 +321,7 @@ def _services(
             {
                 "ScheduleBatch": intake.batches,
                 "PreviewBatch": intake.batches,
+                "SendTestEmail": intake.batches,
                 "UploadBatch": intake.uploads,
                 "UploadBatchFile": intake.uploads,
             },

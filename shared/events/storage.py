@@ -1,4 +1,4 @@
-"""All SQL of the changes of jobs, except for the triggers that write them (migration 0020).
+"""All SQL of the changes of jobs, except for the triggers that write them (migration 0021).
 
 Every statement reads a bounded number of rows by an index, whatever the size of the table.
 """

@@ -63,6 +63,8 @@ class BatchOptions:
     # The columns of a CSV with the ids and the labels of jobs, as the caller wrote them.
     external_id_column: str = ""
     label_columns: tuple[str, ...] = ()
+    # Whether its one mail is a test, which is due at once.
+    test: bool = False
 
     def canonical(self) -> bytes:
         """Return bytes that are equal for equal options. Unset fields count as their defaults."""
@@ -89,6 +91,7 @@ class BatchOptions:
                 *([{"labels": sorted(self.labels.items())}] if self.labels else []),
                 *([{"id_column": self.external_id_column}] if self.external_id_column else []),
                 *([{"label_columns": self.label_columns}] if self.label_columns else []),
+                *([{"test": True}] if self.test else []),
             ]
         ).encode()
 

@@ -36,6 +36,8 @@ class BatchContent:
     # The span of the call that brought the batch. None means no trace.
     trace_parent: str | None = None
     head: HeadTexts = NO_HEAD
+    # Whether the mail has a header that says that it is a test.
+    test: bool = False
 
 
 def request_of(
@@ -55,6 +57,7 @@ def request_of(
         message_id=message_id,
         date=datetime.now(UTC).timestamp(),
         head=content.head,
+        test=content.test,
     )
 
 
@@ -108,6 +111,7 @@ async def read_batches(
             Batch.reply_to,
             Batch.name_column,
             Batch.headers,
+            Batch.test,
             *_OF_SENDER,
         )
         .join(Sender, Sender.id == Batch.sender_id)
@@ -127,6 +131,7 @@ async def read_batches(
                 row.name_column or "",
                 tuple((name, text) for name, text in row.headers or ()),
             ),
+            test=row.test,
             **_of_sender(row),
         )
         for row in rows

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from outbox_server.shared.bounds import MAX_SUBJECT_BYTES
 from outbox_server.shared.mail.encoders import (
@@ -40,6 +40,9 @@ _SAFE_MESSAGE_ID = re.compile(r"<[!-;=?A-~]+@[!-;=?A-~]+>")
 _LONGEST_QUOTED_NAME = 60
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+# Only this header tells a test from other mail, so that it is shown and judged as they are.
+TEST_HEADER: Final = "X-Outbox-Test: true\r\n"
 
 T = TypeVar("T")
 
@@ -96,14 +99,23 @@ class MessageBuilder:
     """
 
     def __init__(
-        self, sender_email: str, display_name: str, template: BatchTemplate, *, max_bytes: int
+        self,
+        sender_email: str,
+        display_name: str,
+        template: BatchTemplate,
+        *,
+        max_bytes: int,
+        test: bool = False,
     ) -> None:
         """Encode what all mails share. No mail may have more than `max_bytes`.
+
+        With `test`, each mail has a header that says that it is a test.
 
         Raises:
             MessageError: ADDRESS_INVALID for the sender, MESSAGE_TOO_LARGE for the display name.
         """
         self.sender = wire_address(sender_email)
+        self._mark = TEST_HEADER if test else ""
         self._smtputf8 = not self.sender.isascii()
         self._template = template
         self._max_bytes = max_bytes
@@ -148,7 +160,7 @@ class MessageBuilder:
             head = (
                 f"{self._from}To: {to}\r\nSubject: {subject}\r\n"
                 f"Date: {format_date(date)}\r\nMessage-ID: {message_id}\r\n"
-                f"{self._further_headers(rendered.head)}MIME-Version: 1.0\r\n"
+                f"{self._further_headers(rendered.head)}MIME-Version: 1.0\r\n{self._mark}"
             ).encode()
             parts = [head, *self._content(rendered, self._max_bytes - len(head))]
         except TooLargeError as error:

@@ -38,6 +38,7 @@ class MailRequest(NamedTuple):
     message_id: str
     # Unix time.
     date: float
+    test: bool = False
     head: HeadTexts = NO_HEAD
 
 
@@ -55,7 +56,11 @@ def _mail_of(start_budget: StartBudget) -> Job:
         start_budget(1.0)
         try:
             builder = MessageBuilder(
-                it.sender_email, it.display_name, template, max_bytes=it.max_bytes
+                it.sender_email,
+                it.display_name,
+                template,
+                max_bytes=it.max_bytes,
+                test=it.test,
             )
             values = decode_variables(it.variable_names, it.variables)
             date = datetime.fromtimestamp(it.date, UTC)

@@ -251,6 +251,8 @@ def _check_of(field: FieldDescriptor) -> _Check | None:
     inner = field.message_type
     if limit is None:
         return None if inner is None else _check_inner
+    if limit.by_row:  # checked when the row is read
+        return None
     if inner is not None and inner.GetOptions().map_entry:
         return _check_map(limit, _checks_of(inner))
     if field.is_repeated:

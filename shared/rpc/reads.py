@@ -1,6 +1,6 @@
 """The methods that change nothing, and the keys that may call no others.
 
-A method reads if it is a GET over REST. The contract has no other list.
+A method reads if its `idempotency_level` in the protos is NO_SIDE_EFFECTS. Every GET has it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Final
 
 import outbox.v1
-from google.api import annotations_pb2
+from google.protobuf.descriptor_pb2 import MethodOptions
 
 from outbox_server.shared.callers import Caller
 from outbox_server.shared.errors import PermissionDenied
@@ -24,8 +24,7 @@ def _reads() -> Iterator[str]:
         services = importlib.import_module(module.name).DESCRIPTOR.services_by_name
         for service in services.values():
             for method in service.methods:
-                rule = method.GetOptions().Extensions[annotations_pb2.http]
-                if any(one.HasField("get") for one in (rule, *rule.additional_bindings)):
+                if method.GetOptions().idempotency_level == MethodOptions.NO_SIDE_EFFECTS:
                     yield f"/{service.full_name}/{method.name}"
 
 

@@ -19,6 +19,7 @@ CAPABILITIES: Final = (
     "attempt.dispatcher",
     "batch.preview",
     "batch.request_id",
+    "batch.test_email",
     "batch.watch_resume",
     "change.audit",
     "change.etag",

@@ -49,7 +49,7 @@ from tests.two_users import rivals
 KEY: Final = generate_key()
 # They change nothing, are idempotent by another id, or are about a process and not about data.
 NO_REQUEST_ID: Final = {
-    *("ScheduleBatch", "UploadBatch", "UploadBatchFile", "ImportSuppressions"),
+    *("ScheduleBatch", "UploadBatch", "UploadBatchFile", "ImportSuppressions", "SendTestEmail"),
     *("VerifySender", "ForecastBatch", "DrainDispatcher", "PreviewBatch", "RenderEmailJob"),
 }
 _ids = itertools.count(1)

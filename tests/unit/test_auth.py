@@ -43,7 +43,18 @@ def test_services_and_operators_act_for_the_user_that_they_name(caller: Caller) 
 
 def test_a_key_that_only_reads_may_call_the_methods_that_read_and_no_others() -> None:
     reader = Caller("ann", CallerKind.USER, read_only=True)
-    verbs = ("Get", "List", "Watch", "Query", "Audit", "Explain", "Export", "Forecast")
+    verbs = (
+        "Get",
+        "List",
+        "Watch",
+        "Query",
+        "Audit",
+        "Explain",
+        "Export",
+        "Forecast",
+        "Render",
+        "Preview",
+    )
     checked = 0
     for method in contract_methods():
         path = f"/{method.containing_service.full_name}/{method.name}"

@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter, EndpointName
-from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.shared.smtp.endpoint import Endpoint
 from outbox_server.shared.smtp.latencies import BUCKETS, bucket_of, quantile
-from outbox_server.shared.states import AttemptOutcome, ReplyClass, SmtpSecurity
+from outbox_server.shared.states import ReplyClass, SmtpSecurity
 
 
 @given(st.lists(st.floats(0.001, 600), min_size=1), st.sampled_from([0.5, 0.99]))
@@ -32,27 +31,24 @@ def test_attempts_are_counted_for_five_to_ten_minutes() -> None:
     now = 0.0
     meter = EndpointMeter(lambda: now)
     endpoint = Endpoint("mail.example", 25, SmtpSecurity.NONE, chosen_by="ann", circuit="c")
-    result = SendResult(
-        AttemptOutcome.SENT, body_begun=True, started=0.0, ended=0.1, reply_class=ReplyClass.SENT
-    )
     name = EndpointName("ann", "mail.example", 25)
 
     def sent() -> int:
         found = meter.figures().get(name)
         return 0 if found is None else found.replies[ReplyClass.SENT]
 
-    meter.count(endpoint, result)
+    meter.count(endpoint, ReplyClass.SENT, 0.1)
     now = 299.0
-    meter.count(endpoint, result)
+    meter.count(endpoint, ReplyClass.SENT, 0.1)
     now = 599.0
     assert sent() == 2
-    meter.count(endpoint, result)
+    meter.count(endpoint, ReplyClass.SENT, 0.1)
     now = 600.0
     assert sent() == 1
     now = 5_000.0
     assert sent() == 0
     # No number of endpoints makes it grow without end.
     for port in range(1, 3_000):
-        meter.count(Endpoint("mail.example", port, SmtpSecurity.NONE), result)
+        meter.count(Endpoint("mail.example", port, SmtpSecurity.NONE), None, 0.1)
     assert len(meter.figures()) == 1_000
     assert quantile([0, 3], 0.5) == timedelta(milliseconds=2 ** (1 / 4))

@@ -43,7 +43,9 @@ def _retried() -> frozenset[str]:
 RETRIED: Final = _retried()
 # Counts once by its `options.request_id`, which the client fills in. UploadBatch does too, but
 # only AsyncClient.upload knows whether its source can be read again.
-BY_REQUEST_ID: Final = frozenset({"/outbox.v1.BatchService/ScheduleBatch"})
+BY_REQUEST_ID: Final = frozenset(
+    {"/outbox.v1.BatchService/ScheduleBatch", "/outbox.v1.BatchService/SendTestEmail"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ def to_batch(record: BatchRecord, forecast: datetime | None = None) -> batch_pb2
         name_column=record.name_column or "",
         external_id=record.external_id or "",
         labels=record.labels,
+        test=record.test,
     )
     if record.expire_after_ms is not None:
         batch.expire_after.CopyFrom(to_duration(timedelta(milliseconds=record.expire_after_ms)))

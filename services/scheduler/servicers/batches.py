@@ -27,7 +27,7 @@ from outbox_server.services.scheduler.filters.resources import (
     check_order,
 )
 from outbox_server.services.scheduler.forecasts import BatchForecast, Forecaster
-from outbox_server.services.scheduler.intake import Acceptance, Intake
+from outbox_server.services.scheduler.intake import Acceptance, Intake, recipient_suppressed
 from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.batch_mapping import batch_etag, to_batch
 from outbox_server.services.scheduler.servicers.calls import (
@@ -36,10 +36,16 @@ from outbox_server.services.scheduler.servicers.calls import (
     errors_name,
     listed_user,
 )
+from outbox_server.services.scheduler.servicers.job_mapping import to_job
+from outbox_server.services.scheduler.servicers.mail_test_mapping import (
+    naming_recipient,
+    options_of_test,
+)
 from outbox_server.services.scheduler.servicers.preview_mapping import to_preview
 from outbox_server.services.scheduler.small_batches import MOST_SMALL_BYTES, MOST_SMALL_ROWS
 from outbox_server.services.scheduler.storage import batches as storage
 from outbox_server.services.scheduler.storage.cancelling import cancel_batch
+from outbox_server.services.scheduler.storage.email_jobs import find_only_job
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.shared import bounds
 from outbox_server.shared.database.engine import snapshot
@@ -197,6 +203,35 @@ class BatchServicer(batch_service_pb2_grpc.BatchServiceServicer):
                 options, _payload(request), request.row_numbers, user_id
             )
         return to_preview(found)
+
+    async def SendTestEmail(
+        self,
+        request: batch_service_pb2.SendTestEmailRequest,
+        context: Context,
+    ) -> batch_service_pb2.SendTestEmailResponse:
+        """Accept one mail as a test."""
+        user_id = acting_user(request.options.user_id, "options.user_id")
+        options = options_of_test(request.options)
+        bind_contextvars(request_id=options.request_id)
+        row = request.recipient
+        payload = RowsPayload([(row.email, dict(row.columns))], 1)
+        with naming_recipient():
+            accepted = await self._intake.accept(options, payload, user_id)
+        bind_contextvars(batch_id=accepted.batch_id)
+        async with self._engine.connect() as connection:
+            job = await find_only_job(connection, accepted.batch_id, accepted.user_id)
+            batch = await storage.read_batch(connection, accepted.batch_id, accepted.user_id)
+            if job is None or batch is None:
+                # Suppressed while it was accepted, or removed since.
+                raise recipient_suppressed()
+            forecast = await self._forecaster.forecast(connection, batch)
+            installation = await self._previewer.installation_id()
+        return batch_service_pb2.SendTestEmailResponse(
+            email_job=to_job(job, installation),
+            replayed=accepted.replayed,
+            forecast_end_time=None if forecast.end is None else to_timestamp(forecast.end),
+            notices=[*forecast.notices, *accepted.notices],
+        )
 
     async def GetBatch(
         self,

@@ -47,6 +47,7 @@ def to_job(record: JobRecord, installation_id: str) -> email_job_pb2.EmailJob:
         message_id=message_id_for(record.job_id, record.message_id_address, installation_id),
         external_id=record.external_id or "",
         labels=record.labels,
+        test=record.test,
     )
     if record.finished_at is not None:
         job.finish_time.CopyFrom(to_timestamp(record.finished_at))

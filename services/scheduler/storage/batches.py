@@ -49,6 +49,7 @@ class BatchRecord:
     cancelled_at: datetime | None
     last_due_at: datetime | None
     email_column: str | None
+    test: bool
     counts: JobCounts
     name_column: str | None
     external_id: str | None
@@ -81,6 +82,7 @@ _LISTED: Final = (
     Batch.name_column,
     Batch.external_id,
     Batch.labels,
+    Batch.test,
 )
 # What lists leave out.
 _LONG: Final = (Batch.body, Batch.html, Batch.reply_to, Batch.headers)
@@ -115,6 +117,7 @@ def _record(row: Any, counts: JobCounts) -> BatchRecord:
         cancelled_at=row.cancelled_at,
         last_due_at=row.last_due_at,
         email_column=row.email_column,
+        test=row.test,
         counts=counts,
         name_column=row.name_column,
         external_id=row.external_id,

@@ -133,6 +133,7 @@ def unstored_batch(
         cancelled_at=None,
         last_due_at=last_due,
         email_column=email_column or None,
+        test=options.test,
         counts=JobCounts(scheduled=counts.accepted),
         name_column=options.head.name_column or None,
         external_id=options.external_id or None,

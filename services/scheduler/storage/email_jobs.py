@@ -80,6 +80,8 @@ class JobRecord:
     # What the caller calls it. None means nothing. The labels are those of the batch, too.
     external_id: str | None
     labels: Mapping[str, str]
+    # Whether SendTestEmail made it.
+    test: bool
 
 
 _JOB: Final = (
@@ -99,7 +101,12 @@ _JOB: Final = (
     EmailJob.labels,
 )
 # What a job has from its batch.
-_OF_BATCH: Final = (Batch.user_id, Batch.created_at, Batch.labels.label("batch_labels"))
+_OF_BATCH: Final = (
+    Batch.user_id,
+    Batch.created_at,
+    Batch.test,
+    Batch.labels.label("batch_labels"),
+)
 
 
 _ATTEMPT: Final = (
@@ -159,6 +166,7 @@ def _record(row: Row[Any]) -> JobRecord:
         created_at=row.created_at,
         external_id=row.external_id,
         labels={**(row.batch_labels or {}), **(row.labels or {})},
+        test=row.test,
     )
 
 
@@ -192,6 +200,16 @@ async def read_job(
     ).subquery("job")
     row = (await connection.execute(_described(job))).one_or_none()
     return None if row is None else _record(row)
+
+
+async def find_only_job(
+    connection: AsyncConnection, batch_id: int, user_id: str | None
+) -> JobRecord | None:
+    """Return the job of a batch that has one, or None if it has none."""
+    found = await connection.scalar(
+        select(EmailJob.id).where(EmailJob.batch_id == batch_id).order_by(EmailJob.id).limit(1)
+    )
+    return None if found is None else await read_job(connection, found, user_id)
 
 
 async def list_jobs(

@@ -152,6 +152,7 @@ def batch_values(
         "external_id": options.external_id or None,
         "labels": dict(options.labels) or None,
         "row_labels": bool(options.label_columns),
+        "test": options.test,
     }
 
 

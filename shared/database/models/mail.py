@@ -7,6 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     ForeignKey,
     Identity,
@@ -233,6 +234,8 @@ class Batch(Base):
     labels: Mapped[dict[str, str] | None] = mapped_column(JSONB(none_as_null=True))
     # Whether some of its jobs have labels of their own.
     row_labels: Mapped[bool] = mapped_column(server_default="false")
+    # Whether SendTestEmail made it. Its one mail has a header that says so.
+    test: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
 
     __table_args__ = (
         CheckConstraint("state IN (1, 2)", name="state_known"),

@@ -46,6 +46,14 @@ def bodies(sender_id: str) -> dict[tuple[str, str], Any]:
             {"chunk": chunk},
         ],
         ("POST", "/api/batches:uploadFile"): b"email\nann@example.com\n",
+        ("POST", "/api/batches:preview"): {
+            "options": options(sender_id, "rule 5"),
+            "recipients": ROWS,
+        },
+        ("POST", "/api/batches:sendTestEmail"): {
+            "options": options(sender_id, "rule 6"),
+            "recipient": {"email": "ann@example.com"},
+        },
         ("POST", "/api/email-jobs:retry"): {"sender_id": sender_id},
         ("POST", "/api/email-jobs:cancel"): {"sender_id": sender_id, "validate_only": True},
         ("POST", "/api/email-jobs:reschedule"): {"sender_id": sender_id, "delay": "60s"},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from outbox_server.shared.database.online_steps import create_index_concurrently
 
-revision = "0019"
-down_revision = "0018"
+revision = "0020"
+down_revision = "0019"
 
 
 def upgrade() -> None:

@@ -1,0 +1,57 @@
+"""Converts the request of a test mail, which is a batch with one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
+
+from outbox.v1 import batch_pb2
+
+from outbox_server.shared.errors import FieldViolation, InvalidInput
+from outbox_server.shared.intake.batch_options import BatchOptions
+from outbox_server.shared.intake.option_mapping import from_options
+from outbox_server.shared.states import BatchMode
+
+# Options that mean nothing to a mail that is due at once.
+_IGNORED: Final = (
+    "schedule_time",
+    "spacing",
+    "spread_until",
+    "duplicates",
+    "mode",
+    "email_column",
+    "skip_lines",
+)
+
+
+def options_of_test(asked: batch_pb2.BatchOptions) -> BatchOptions:
+    """Return the options of the batch.
+
+    Raises:
+        InvalidInput, NotFound: see `from_options`.
+    """
+    options = batch_pb2.BatchOptions()
+    options.CopyFrom(asked)
+    for name in _IGNORED:
+        options.ClearField(name)
+    return replace(from_options(options), mode=BatchMode.STRICT, test=True)
+
+
+@contextmanager
+def naming_recipient() -> Iterator[None]:
+    """Put the field `recipient` into the error of the one row."""
+    try:
+        yield
+    except InvalidInput as error:
+        if error.reason != "ROW_REJECTED":
+            raise
+        violations = [
+            FieldViolation(one.field.replace("rows[1]", "recipient", 1), one.description)
+            for one in error.violations
+        ]
+        first = violations[0]
+        raise InvalidInput(
+            f"{first.field}: {first.description}", reason=error.reason, violations=violations
+        ) from None
