@@ -93,19 +93,21 @@ async def failing_writes(
             return {name.removeprefix("fault_"): int(n) for name, n in rows}
 
         await run(create.format(every=every, state=state))
-        for table, verb in pairs:
-            # The first statement fails: the sequence begins with 0.
-            await run(f"CREATE SEQUENCE fault_{table}_{verb} MINVALUE 0")
-            await run(
+        # All in one go: each statement of its own would be a transaction.
+        await run(
+            "; ".join(
+                # The first statement fails: the sequence begins with 0.
+                f"CREATE SEQUENCE fault_{table}_{verb} MINVALUE 0;"
                 f"CREATE TRIGGER fault_{verb} BEFORE {verb} ON {table}"
                 " FOR EACH STATEMENT EXECUTE FUNCTION fault()"
+                for table, verb in pairs
             )
+        )
         try:
             yield tried
         finally:
             await run("DROP FUNCTION fault() CASCADE")
-            for table, verb in pairs:
-                await run(f"DROP SEQUENCE fault_{table}_{verb}")
+            await run("; ".join(f"DROP SEQUENCE fault_{table}_{verb}" for table, verb in pairs))
 
 
 # A dispatcher treats the other codes in the same way.
