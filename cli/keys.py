@@ -44,14 +44,6 @@ Operator = Annotated[
     bool,
     typer.Option("--operator", help="Key of an operator; any user, and the dispatcher commands."),
 ]
-Remote = Annotated[
-    str | None,
-    typer.Option(
-        "--server",
-        metavar="HOST:PORT",
-        help="Ask this scheduler, instead of the database (ApiKeyService).",
-    ),
-]
 Name = Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")]
 
 
@@ -74,38 +66,23 @@ def create(
             help="When the key expires, such as 'in 720h' (default: never).",
         ),
     ] = None,
-    server: Remote = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Create an API key in the database of OUTBOX_DATABASE_URL. It is printed only once.
 
     Without that variable, it is the database of `outbox up` in this folder.
-    With --server, a scheduler creates it, and an operator's key is needed.
+    Operators of a running system can use `outbox api-keys create`.
 
     $ export OUTBOX_API_KEY=$(outbox keys create --user acme --name web)
 
     $ outbox keys create --service --name reports --read-only --expire-time 'in 720h'
     """
-    if server is not None:
-        from outbox_server.cli import remote_keys
-
-        kind = _kind(user, name, service=service, operator=operator)
-        remote_keys.create(
-            server,
-            kind.name,
-            user,
-            name,
-            read_only=read_only,
-            expire_time=expire_time,
-            output=output,
-        )
-        return
     # Imported here because SQLAlchemy takes a third of a second, and `--help` does not need it.
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.keys import make_key
     from outbox_server.shared.auth.store import insert_key
 
-    kind = _kind(user, name, service=service, operator=operator)
+    kind = key_kind(user, name, service=service, operator=operator)
     key = make_key()
     made = in_one_transaction(
         lambda connection: insert_key(
@@ -146,7 +123,7 @@ def register(
     from outbox_server.shared.auth.store import register_key
     from outbox_server.shared.settings import load_settings
 
-    kind = _kind(user, name, service=service, operator=operator)
+    kind = key_kind(user, name, service=service, operator=operator)
     key = read_key(api_key_of(load_settings()))
     if key is None:
         raise CommandFailed(
@@ -192,19 +169,12 @@ def generate_api_key(output: Output = OutputFormat.TABLE) -> None:
 def list_(
     *,
     user: Annotated[str, typer.Option("--user", metavar="ID", help="Only keys of this user.")] = "",
-    server: Remote = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """List the API keys, oldest first, with revoked ones but without the secrets.
 
-    The time of the last use is updated at most once a minute. With --server, a
-    scheduler lists them, ordered by id.
+    The time of the last use is updated at most once a minute.
     """
-    if server is not None:
-        from outbox_server.cli import remote_keys
-
-        remote_keys.show_all(server, user, output)
-        return
     from outbox_server.cli.database import in_one_transaction
     from outbox_server.shared.auth.store import list_keys
 
@@ -223,7 +193,6 @@ def list_(
 @app.command()
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="KEY_ID", help="Id from `outbox keys list`.")],
-    server: Remote = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Revoke an API key for good. Within 5 s, no server accepts it any more.
@@ -236,11 +205,6 @@ def revoke(
     # A pasted complete key works too, and must not appear in the output.
     parts = key_id.split("_")
     wanted = parts[1] if len(parts) > 1 else key_id
-    if server is not None:
-        from outbox_server.cli import remote_keys
-
-        remote_keys.revoke(server, wanted, output)
-        return
     revoked = in_one_transaction(lambda connection: revoke_key(connection, wanted))
     if revoked is None:
         raise CommandFailed(f"there is no API key {wanted}; `outbox keys list` shows all keys")
@@ -300,7 +264,7 @@ def rotate_encryption(output: Output = OutputFormat.TABLE) -> None:
         )
 
 
-def _kind(user: str, name: str, *, service: bool, operator: bool) -> ApiKeyKind:
+def key_kind(user: str, name: str, *, service: bool, operator: bool) -> ApiKeyKind:
     """Return the kind of key that the options ask for.
 
     Raises:

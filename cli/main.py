@@ -68,6 +68,11 @@ class OutboxGroup(LazyGroup):
             "Create, list and revoke API keys; manage encryption keys.",
             _SERVICES,
         ),
+        "api-keys": Entry(
+            "outbox_server.cli.api_keys",
+            "Create, show and revoke API keys by calls (operators only).",
+            _CLIENT,
+        ),
         "users": Entry(
             "outbox_server.cli.users",
             "Show and change the quotas and sender domains of users.",

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import psycopg
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -262,9 +261,7 @@ class Settler:
                 self._metrics.cooled(outcome.signal, wait)
         return _Recorded(dues, cooldowns)
 
-    async def _settle(
-        self, connection: psycopg.AsyncConnection[Any], records: Sequence[AttemptRecord]
-    ) -> dict[int, int]:
+    async def _settle(self, connection: Any, records: Sequence[AttemptRecord]) -> dict[int, int]:
         now = time.monotonic()
         return await storage.settle(connection, records, now, dispatcher=self._dispatcher())
 

@@ -174,7 +174,7 @@ async def test_the_command_line_manages_keys_over_the_network(
     monkeypatch.setenv("OUTBOX_API_KEY", both.operator[0][1].removeprefix("Bearer "))
 
     async def keys(*words: str) -> Any:
-        command = ["keys", *words, "--server", both.scheduler.address, "-o", "json"]
+        command = ["api-keys", *words, "--server", both.scheduler.address, "-o", "json"]
         done = await asyncio.to_thread(run, command, b"")
         assert done.exit_code == 0, done.stderr
         return json.loads(done.stdout)

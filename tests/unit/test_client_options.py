@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from typer.main import get_command as command_of
 
+from outbox_server import cli
 from outbox_server.cli.client_options import (
     CONNECTION_PANEL,
     add_connection_options,
@@ -104,6 +106,18 @@ def test_every_changing_request_is_made_by_a_command() -> None:
     }
     # The test before this one finds a command by the requests that its code names.
     assert CHANGES.keys() - names == set()
+
+
+# What these do, commands do by methods of the client, or it is only for callers over REST.
+INDIRECT = {"ScheduleBatch", "UploadBatch", "UploadBatchFile", "WatchBatch"}
+
+
+def test_every_method_of_the_contract_has_a_command() -> None:
+    code = "".join(
+        path.read_text(encoding="utf-8") for path in Path(cli.__file__).parent.glob("*.py")
+    )
+    names = {method.name for method in contract_methods()} - INDIRECT
+    assert {name for name in names if f".{name}" not in code} == set()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""`outbox api-keys`: the commands of ApiKeyService, for operators."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Final
+
+import typer
+from outbox.v1 import api_key_service_pb2 as pb
+from outbox.v1.api_key_pb2 import ApiKey, ApiKeyKind
+
+from outbox_server.cli.change_options import ChangeOptions
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.keys import key_kind
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, read_time, to_timestamp
+from outbox_server.cli.output import (
+    Output,
+    OutputFormat,
+    print_json,
+    show,
+    show_list,
+    to_document,
+)
+from outbox_server.cli.terminal import note, say
+
+_COLUMNS: Final = (
+    "api_key_id",
+    "kind",
+    "user_id",
+    "display_name",
+    "create_time",
+    "last_use_time",
+    "revoke_time",
+    "expire_time",
+    "read_only",
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Create, show and revoke API keys by calls (operators only).",
+)
+
+KeyId = Annotated[str, typer.Argument(metavar="KEY_ID", help="Id from `outbox api-keys list`.")]
+
+
+@app.command()
+@with_option_groups
+def create(
+    *,
+    user: Annotated[
+        str, typer.Option("--user", metavar="ID", help="Key of this user; acts for this user only.")
+    ] = "",
+    service: Annotated[
+        bool, typer.Option("--service", help="Key of a backend service; acts for any user.")
+    ] = False,
+    operator: Annotated[
+        bool, typer.Option("--operator", help="Key of an operator; acts for any user.")
+    ] = False,
+    name: Annotated[str, typer.Option("--name", help="Purpose of the key, in your words.")] = "",
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="The key may read, and change nothing.")
+    ] = False,
+    expire_time: Annotated[
+        datetime | None,
+        typer.Option(
+            "--expire-time",
+            parser=read_time,
+            metavar="TIME",
+            help="When the key expires, such as 'in 720h' (default: never).",
+        ),
+    ] = None,
+    change: ChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Create an API key. It is printed only once.
+
+    $ outbox api-keys create --service --name reports --read-only --expire-time 'in 720h'
+    """
+    kind = key_kind(user, name, service=service, operator=operator)
+    key = ApiKey(
+        kind=ApiKeyKind.Value(f"API_KEY_KIND_{kind.name}"),
+        user_id=user,
+        display_name=name,
+        read_only=read_only,
+        expire_time=to_timestamp(expire_time),
+    )
+    with connection("scheduler", server) as client:
+        made = client.api_keys.CreateApiKey(change.of(pb.CreateApiKeyRequest(api_key=key)))
+    if output is OutputFormat.JSON:
+        print_json(to_document(made))
+    else:
+        key_id = made.api_key.api_key_id
+        note(f"key {key_id}; it is shown only now, because only its hash is stored")
+        say(made.secret)
+
+
+@app.command()
+def get(key_id: KeyId, server: Server = None, output: Output = OutputFormat.TABLE) -> None:
+    """Show an API key, without its secret."""
+    with connection("scheduler", server) as client:
+        found = client.api_keys.GetApiKey(pb.GetApiKeyRequest(api_key_id=_id_of(key_id)))
+    show(found, output)
+
+
+@app.command(name="list")
+@with_option_groups
+def list_(
+    *,
+    user: Annotated[str, typer.Option("--user", metavar="ID", help="Only keys of this user.")] = "",
+    paging: Paging,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List the API keys by id, with revoked ones but without the secrets."""
+    request = pb.ListApiKeysRequest(user_id=user)
+    with connection("scheduler", server) as client:
+        found = pages(client.api_keys.ListApiKeys, request, "api_keys", paging)
+    show_list(found, "api_keys", _COLUMNS, output, what="API keys")
+
+
+@app.command()
+@with_option_groups
+def revoke(
+    key_id: KeyId,
+    *,
+    change: ChangeOptions,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Revoke an API key for good. Within 5 s, no server accepts it any more.
+
+    $ outbox api-keys revoke k7m2p4x9qa
+    """
+    request = change.of(pb.RevokeApiKeyRequest(api_key_id=_id_of(key_id)))
+    with connection("scheduler", server) as client:
+        revoked = client.api_keys.RevokeApiKey(request)
+    show(revoked, output)
+
+
+def _id_of(text: str) -> str:
+    """Return the id of a key. A pasted complete key works too, and must not leave this machine."""
+    parts = text.split("_")
+    return parts[1] if len(parts) > 1 else text
