@@ -127,13 +127,9 @@ async def test_a_batch_whose_commit_was_lost_is_accepted_by_the_next_try(
     try:
         refusal = await refusal_of(scheduler.schedule(sender, csv, request_id="once"))
         assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "DATABASE_UNAVAILABLE")
-        assert nothing_is_left(scheduler)
+        assert scheduler.value("SELECT count(*) FROM batches") == 0
     finally:
         scheduler.execute("DROP FUNCTION lose() CASCADE")
 
     again = await scheduler.schedule(sender, csv, request_id="once")
     assert (again.replayed, again.batch.accepted_count) == (False, 1_500)
-
-
-def nothing_is_left(scheduler: Scheduler) -> bool:
-    return bool(scheduler.value("SELECT count(*) FROM batches") == 0)
