@@ -172,6 +172,7 @@ class CsvPlan:
         self._indexes = [index_of[name] for name in self.variable_names]
         self._missing = _first_missing(template, index_of)
         self._tags = CsvTags(table.names, rules.external_id_column, rules.label_columns)
+        self._has_tags = bool(self._tags.used)
         self._checks = _Checks(
             template, self.variable_names, rules.default_zone, self._tags.id_column
         )
@@ -205,8 +206,12 @@ class CsvPlan:
         if self._missing:
             return RowRejection(number, *self._missing)
         values = [raw[index] for index in self._indexes]
-        tags = self._tags.read(raw) if self._tags.used else None
-        return self._checks.row(number, recipient, schedule_time, values, tags)
+        problem = self._checks.texts(values)
+        if problem:
+            return RowRejection(number, *problem)
+        key = address_key(recipient)
+        row = JobRow(number, recipient, key, schedule_time, encode_variables(values))
+        return self._checks.tagged(row, self._tags.read(raw)) if self._has_tags else row
 
 
 class RecipientPlan:
@@ -248,8 +253,12 @@ class RecipientPlan:
         if missing:
             return RowRejection(number, *missing)
         values = [cells.get(name) for name in self.variable_names]
-        tags = RawTags(external_id, labels) if external_id or labels else None
-        return self._checks.row(number, recipient, schedule_time, values, tags)
+        problem = self._checks.texts(values)
+        if problem:
+            return RowRejection(number, *problem)
+        key = address_key(recipient)
+        row = JobRow(number, recipient, key, schedule_time, encode_variables(values))
+        return self._checks.tagged(row, RawTags(external_id, labels))
 
     def _collect(self, columns: Mapping[str, str], cells: dict[str, str]) -> _Problem | None:
         """Add the cells to `cells` by variable name, or return the problem of a column."""
@@ -306,6 +315,7 @@ class _Checks:
     ) -> None:
         self._template = template
         self._id_column = id_column
+        self._checks_head = template.checks_head
         self._names = names
         self._default_zone = default_zone
         # The subject of a Liquid template is rendered with the rest of the mail.
@@ -326,27 +336,14 @@ class _Checks:
             check_time_zone(zone.strip())
         return None
 
-    def row(
-        self,
-        number: int,
-        recipient: str,
-        schedule_time: datetime | None,
-        values: Sequence[str | None],
-        tags: RawTags | None,
-    ) -> JobRow | RowRejection:
-        """Return the row, or what is wrong with its values or tags."""
-        problem = self.texts(values)
-        checked = None
-        if problem is None and tags is not None:
-            try:
-                checked = tags.checked()
-            except BadTag as error:
-                column = self._id_column if error.reason == EXTERNAL_ID.reason else ""
-                problem = _Problem(column, error.reason, error.message)
-        if problem:
-            return RowRejection(number, *problem)
-        key = address_key(recipient)
-        return JobRow(number, recipient, key, schedule_time, encode_variables(values), checked)
+    def tagged(self, row: JobRow, tags: RawTags) -> JobRow | RowRejection:
+        """Return the row with its id and labels, or what is wrong with them."""
+        try:
+            checked = tags.checked()
+        except BadTag as error:
+            column = self._id_column if error.reason == EXTERNAL_ID.reason else ""
+            return RowRejection(row.row_number, column, error.reason, error.message)
+        return row if checked is None else row._replace(tags=checked)
 
     def texts(self, values: Sequence[str | None]) -> _Problem | None:
         """Return the first problem with the subject or the content, or None."""
@@ -369,7 +366,7 @@ class _Checks:
             except RenderError as error:
                 column = doubtful_column(self._template, self._names, values)
                 return _Problem(column, error.reason, error.message)
-        if self._template.checks_head:
+        if self._checks_head:
             try:
                 self._template.render_head(
                     {

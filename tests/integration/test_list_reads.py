@@ -23,27 +23,33 @@ from outbox_server.services.scheduler.storage.suppression_imports import suppres
 from outbox_server.services.scheduler.storage.users import list_users
 from outbox_server.services.scheduler.storage.walking import ROWS_READ, walk_jobs
 from outbox_server.shared.database.engine import create_engine
+from outbox_server.shared.intake.tags import external_key
 from tests.dispatchers import options, settings_of
 from tests.world import World
 
 # Of the user big: one large batch, half of it sent, and many small ones. Others have as many.
 LARGE: Final = 40_000
 SMALL: Final = 2_500
-# The rows that a page may read: of jobs, of batches and of counts.
-MOST: Final = 3 * ROWS_READ
+# The rows that a page may read: of jobs twice, of their batches, of other batches and of counts.
+MOST: Final = 5 * ROWS_READ
 _FILL: Final = f"""
 INSERT INTO senders (user_id, email, hourly_limit)
 SELECT CASE WHEN n <= 10 THEN 'big' ELSE 'u' || n END, 's@x.org', 9
 FROM generate_series(1, 20) AS n;
 INSERT INTO batches (user_id, sender_id, request_id, request_hash, start_at, duplicates, mode,
-                     accepted_count)
-SELECT s.user_id, s.id, n::text, '', now(), 1, 1, CASE n WHEN 1 THEN {LARGE} ELSE 10 END
+                     accepted_count, labels, row_labels)
+SELECT s.user_id, s.id, n::text, '', now(), 1, 1, CASE n WHEN 1 THEN {LARGE} ELSE 10 END,
+       CASE WHEN n % 7 = 0 THEN '{{"kind": "news"}}'::jsonb END, n % 500 = 1
 FROM generate_series(1, {SMALL}) AS n JOIN senders AS s ON s.id = 1 + n % 20
 ORDER BY n;
 INSERT INTO email_jobs (batch_id, sender_id, scheduled_at, row_number, recipient, state, attempt,
-                        finished_at, lease_until)
+                        finished_at, lease_until, external_id, external_key, labels)
 SELECT b.id, b.sender_id, now() + n * interval '1 ms', n, 'r' || n || '@y.test', now_in, 1,
-       CASE WHEN now_in > 2 THEN now() END, CASE now_in WHEN 2 THEN now() END
+       CASE WHEN now_in > 2 THEN now() END, CASE now_in WHEN 2 THEN now() END,
+       CASE WHEN b.id = 1 AND n > 9 THEN 'same' WHEN b.id = 1 THEN 'rare' END,
+       CASE WHEN b.id = 1 AND n > 9 THEN {external_key("big", "same")}
+            WHEN b.id = 1 THEN {external_key("big", "rare")} END,
+       CASE WHEN b.row_labels AND n = 9 THEN '{{"kind": "rare"}}'::jsonb END
 FROM batches AS b, generate_series(1, b.accepted_count) AS n,
      LATERAL (SELECT CASE WHEN b.id % 500 = 0 AND n = 3 OR n = 39999 THEN 4 WHEN n = 20001 THEN 2
                           WHEN n > 20001 OR b.id > {SMALL - 200} THEN 1 ELSE 3 END AS now_in) AS s;
@@ -63,6 +69,13 @@ JOBS: Final = (
     "recipient = r7@y.test AND batch_id = 1",
     "recipient = r39000@y.test",
     "recipient != r1@y.test AND attempt_count > 1",
+    "external_id = same",
+    "external_id = same AND state = CANCELLED",
+    "external_id = rare",
+    "external_id = none OR labels.kind = none",
+    "labels.kind = news",
+    "labels.kind = rare",
+    "labels.kind != news AND state = SENT",
     "create_time > 2027-01-01T00:00:00Z",
     "create_time < 2026-01-01T00:00:00Z AND state = SENT",
     "finish_time < 2026-01-01T00:00:00Z OR schedule_time < 2026-01-01T00:00:00Z",
@@ -78,6 +91,8 @@ BATCHES: Final = (
     "sender_id != 3",
     "request_id = '2480'",
     "rejected_count > 0",
+    "external_id = none",
+    "labels.kind = news",
     "create_time > 2027-01-01T00:00:00Z",
 )
 
@@ -249,6 +264,7 @@ async def test_a_page_of_common_matches_reads_little_more_than_it_shows(
             ("batch_id = 1 AND state = SENT", 700),
             ("state = FAILED", 5_000),
             ("state = SENDING", 500),
+            ("external_id = rare", 200),
         ):
             which = job_filter(text)
             walked, rows, report = await reads_of(engine, partial(walk_from, which, (0, 0)))

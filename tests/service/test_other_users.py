@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from outbox.v1 import batch_service_pb2, sender_pb2, sender_service_pb2
+from outbox.v1 import batch_pb2, batch_service_pb2, sender_pb2, sender_service_pb2
 from outbox.v1.dispatcher_service_pb2 import DESCRIPTOR as DISPATCHER
 
 from outbox_server.shared.auth.keys import ApiKeyKind, make_key
@@ -55,6 +55,7 @@ RIGHT: Final[Mapping[str, Any]] = {
     "force": True,
     "schedule_time": Timestamp(seconds=2_000_000_000),
     "delay": Duration(seconds=60),
+    "headers": batch_pb2.MailHeader(name="X-Walk", value="on"),
 }
 # They are about the server and not about resources of a user, so they have no user id.
 OF_NO_USER: Final = {"BeginHold", "GetServerInfo", "ListUsers", "GetApiKey", "RevokeApiKey"}
