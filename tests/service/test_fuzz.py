@@ -120,8 +120,12 @@ class Call:
 async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
     """Replace all resources by a few new ones; return valid values by field name."""
     scheduler.execute("DELETE FROM users")
-    # A test mail to a suppressed address is refused.
+    # One address for test mails, and one whose suppression can be deleted.
     scheduler.execute("DELETE FROM suppressions")
+    scheduler.execute(
+        "INSERT INTO suppressions (user_id, address, reason) VALUES"
+        " ('ann', 'news@example.com', ''), ('bob', 'news@example.com', '')"
+    )
     for (old,) in scheduler.rows("SELECT id FROM senders WHERE deleted_at IS NULL"):
         delete = sender_service_pb2.DeleteSenderRequest(sender_id=str(old), force=True)
         await scheduler.senders.DeleteSender(delete)
