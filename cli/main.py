@@ -60,6 +60,11 @@ class OutboxGroup(LazyGroup):
             "Manage the addresses that mail must never go to.",
             _CLIENT,
         ),
+        "webhooks": Entry(
+            "outbox_server.cli.webhooks",
+            "Manage the URLs to which changes of jobs are posted.",
+            _CLIENT,
+        ),
         "erase": Entry(
             "outbox_server.cli.erase", "Erase what is stored about one recipient.", _CLIENT
         ),

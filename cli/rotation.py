@@ -17,6 +17,7 @@ from outbox_server.shared.database.secret_rotation import (
     count_passwords,
     rotate_chunk,
     rotate_oauth2_chunk,
+    rotate_webhook_chunk,
 )
 from outbox_server.shared.errors import ConfigurationError
 from outbox_server.shared.secrets import SecretBox
@@ -37,7 +38,7 @@ class Rotation:
 
 
 def rotate_all() -> Rotation:
-    """Re-encrypt every stored password, and every secret and token of OAuth 2.0.
+    """Re-encrypt every stored password, secret of a webhook, and secret and token of OAuth 2.0.
 
     Raises:
         ConfigurationError: OUTBOX_ENCRYPTION_KEYS has only one key.
@@ -63,6 +64,8 @@ def rotate_all() -> Rotation:
             await _rotate(
                 engine, secrets, rotate_oauth2_chunk, done, partial(progress.update, _OAUTH2)
             )
+            # They are few: their progress is not shown.
+            await _rotate(engine, secrets, rotate_webhook_chunk, done, lambda _: None)
         return done
 
     return with_engine(rotate)

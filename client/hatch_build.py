@@ -40,6 +40,7 @@ _SERVICES: Final = (
     "Stats",
     "Suppression",
     "User",
+    "Webhook",
 )
 _BLOCKING_NAMES: Final = {
     "_async": "_sync",

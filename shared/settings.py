@@ -335,6 +335,19 @@ class Settings(BaseSettings):
         description="how long WatchEmailJobs can go back: older events of jobs are removed, such "
         "as `7d`; 1h to 90d",
     )
+    webhook_allow: str = Field(
+        "",
+        description="networks and hosts of the operator that webhooks may reach, also by http and "
+        "at any port: 10.1.0.0/16,hooks.internal",
+    )
+    webhook_backoff: Waits = Field(
+        tuple(
+            timedelta(seconds=seconds)
+            for seconds in (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+        ),
+        description="waits before a webhook's failed request is tried again; after the last try it "
+        "is given up",
+    )
     user_waiting_jobs: int = Field(
         10_000_000, ge=0, le=MAX_QUOTA, description="most waiting jobs of one user"
     )

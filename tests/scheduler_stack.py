@@ -27,6 +27,7 @@ from outbox.v1 import (
     sender_service_pb2_grpc,
     suppression_service_pb2_grpc,
     user_service_pb2_grpc,
+    webhook_service_pb2_grpc,
 )
 
 from outbox_server.services.scheduler.server import serve
@@ -103,6 +104,7 @@ class Scheduler:
         self.jobs = email_job_service_pb2_grpc.EmailJobServiceStub(channel)
         self.events = email_job_event_service_pb2_grpc.EmailJobEventServiceStub(channel)
         self.suppressions = suppression_service_pb2_grpc.SuppressionServiceStub(channel)
+        self.webhooks = webhook_service_pb2_grpc.WebhookServiceStub(channel)
         self.users = user_service_pb2_grpc.UserServiceStub(channel)
         self.holds = hold_service_pb2_grpc.HoldServiceStub(channel)
         self.api_keys = api_key_service_pb2_grpc.ApiKeyServiceStub(channel)

@@ -117,6 +117,7 @@ ROWS: Final = (
                 "Jobs per second.",
                 (
                     (_rate("outbox_accepted_jobs_total"), "accepted"),
+                    (_rate("outbox_webhook_requests_total"), "requests to webhooks"),
                     (_rate("outbox_attempts_total", where='{outcome="sent"}'), "sent"),
                     (_rate("outbox_claims_total"), "claimed"),
                 ),

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from outbox_server.services.scheduler.storage import changes as storage
 from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.storage.webhooks import remove_old_deliveries
 from outbox_server.shared.database.engine import DATABASE_ERRORS
 from outbox_server.shared.events.storage import remove_old_events
 from outbox_server.shared.loops import Loop
@@ -54,6 +55,7 @@ class Forgetter:
             partial(storage.remove_requests, older_than=REQUESTS_KEPT, limit=_CHUNK),
             partial(storage.remove_surplus_requests, most=most_requests, limit=_CHUNK),
             partial(storage.remove_surplus_events, most=most_events, limit=_CHUNK),
+            partial(remove_old_deliveries, older_than=event_retention, limit=_CHUNK),
             partial(remove_old_events, older_than=event_retention, limit=_CHUNK),
         ]
         if audit_retention is not None:

@@ -28,3 +28,22 @@ class SchedulerMetrics:
         self._batches.inc()
         self._jobs.inc(jobs)
         self._rejected.inc(rejected)
+
+
+class WebhookMetrics:
+    """Counts the requests to webhooks."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        """Register the metrics. Without a registry they are counted, but not shown."""
+        self._posts = Counter(
+            "outbox_webhook_requests",
+            "Requests to webhooks, by whether they were answered with 2xx.",
+            ["result"],
+            registry=registry or CollectorRegistry(),
+        )
+        for result in ("succeeded", "failed"):
+            self._posts.labels(result)
+
+    def posted(self, *, succeeded: bool) -> None:
+        """Count a request."""
+        self._posts.labels("succeeded" if succeeded else "failed").inc()

@@ -19,6 +19,7 @@ from outbox.v1.hold_service_pb2_grpc import add_HoldServiceServicer_to_server
 from outbox.v1.sender_service_pb2_grpc import add_SenderServiceServicer_to_server
 from outbox.v1.suppression_service_pb2_grpc import add_SuppressionServiceServicer_to_server
 from outbox.v1.user_service_pb2_grpc import add_UserServiceServicer_to_server
+from outbox.v1.webhook_service_pb2_grpc import add_WebhookServiceServicer_to_server
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.scheduler.changes import Changes
@@ -28,9 +29,9 @@ from outbox_server.services.scheduler.forgetting import Forgetter
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
-from outbox_server.services.scheduler.metrics import SchedulerMetrics
 from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.api_keys import ApiKeyServicer
+from outbox_server.services.scheduler.metrics import SchedulerMetrics, WebhookMetrics
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_job_events import EmailJobEventServicer
@@ -41,6 +42,7 @@ from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
 from outbox_server.services.scheduler.storage.access import in_transaction
+from outbox_server.services.scheduler.servicers.webhooks import WebhookServicer
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.checking import CheckStore
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore
@@ -48,6 +50,8 @@ from outbox_server.services.scheduler.storage.intake import IntakeStore
 from outbox_server.services.scheduler.suppression_imports import ImportReader
 from outbox_server.services.scheduler.sweeping import Sweeper
 from outbox_server.services.scheduler.verifying import Verifier
+from outbox_server.services.scheduler.webhook_delivery import WebhookDelivery
+from outbox_server.services.scheduler.webhook_posts import WebhookPoster
 from outbox_server.shared.agreed.run import AgreedRun, run_agreed
 from outbox_server.shared.database.engine import create_engine, snapshot
 from outbox_server.shared.database.message_ids import installation_id
@@ -183,6 +187,17 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
         stack.callback(imports.close)
         watch = Watch(partial(_read_batches, engine))
         events = EventWatch(engine, settings.event_retention)
+        poster = WebhookPoster.from_settings(settings)
+        stack.push_async_callback(poster.close)
+        delivery = WebhookDelivery(
+            engine,
+            secrets,
+            poster,
+            settings.webhook_backoff,
+            ids=ids,
+            metrics=WebhookMetrics(monitoring.registry),
+        )
+        webhooks = WebhookServicer(engine, secrets, poster, changes, ids=ids, wake=delivery.wake)
         schema = SchemaGuard(engine)
         server = GrpcServer(
             settings,
@@ -207,6 +222,11 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
                         EmailJobEventServicer(engine, events, settings),
                     ),
                 ),
+                ServiceBinding(
+                    "outbox.v1.WebhookService",
+                    partial(add_WebhookServiceServicer_to_server, webhooks),
+                    {"TestWebhook": webhooks.shares},
+                ),
                 server_service("scheduler", schema),
             ],
             engine=engine,
@@ -218,6 +238,7 @@ async def _serve(run: AgreedRun, *, ids: IdSource) -> None:
             partial(sweeper.run, stop),
             partial(watch.run, stop),
             partial(events.run, stop),
+            partial(delivery.run, stop),
             partial(
                 Forgetter(
                     engine, settings.audit_retention, event_retention=settings.event_retention

@@ -1,7 +1,7 @@
 """Re-encrypts the stored secrets of endpoints with the newest key, one chunk per transaction.
 
-The secrets are SMTP passwords, and the secrets and tokens of OAuth 2.0. Secrets that already use
-the newest key do not change, so an interrupted rotation can be started again.
+The secrets are SMTP passwords, the secrets and tokens of OAuth 2.0, and those of webhooks. Secrets
+that already use the newest key do not change, so an interrupted rotation can be started again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender
+from outbox_server.shared.database.models import OAuth2CredentialsRow, Sender, WebhookRow
 from outbox_server.shared.errors import FailedPrecondition
 from outbox_server.shared.secrets import SecretBox
 
@@ -126,3 +126,31 @@ async def rotate_oauth2_chunk(
         elif renewed:
             rotated += 1
     return RotatedChunk(len(rows), rotated, unreadable, rows[-1].sender_id if rows else None)
+
+
+async def rotate_webhook_chunk(
+    connection: AsyncConnection, secrets: SecretBox, after_id: int, limit: int = CHUNK
+) -> RotatedChunk:
+    """Rotate the secrets of the first `limit` webhooks after `after_id`."""
+    rows: Sequence[Any] = (
+        await connection.execute(
+            select(WebhookRow.id, WebhookRow.secret)
+            .where(WebhookRow.id > after_id)
+            .order_by(WebhookRow.id)
+            .limit(limit)
+            .with_for_update(key_share=True)
+        )
+    ).all()
+    rotated, unreadable = 0, []
+    for webhook_id, token in rows:
+        try:
+            renewed = secrets.rotate(token)
+        except FailedPrecondition:
+            unreadable.append(webhook_id)
+            continue
+        if renewed is not None:
+            rotated += 1
+            await connection.execute(
+                update(WebhookRow).where(WebhookRow.id == webhook_id).values(secret=renewed)
+            )
+    return RotatedChunk(len(rows), rotated, unreadable, rows[-1].id if rows else None)

@@ -91,6 +91,8 @@ _BY_NAME: Final[Mapping[str, FieldLimit]] = {
     "batch_id": _ID,
     "email_job_id": _ID,
     "api_key_id": _ID,
+    "webhook_id": _ID,
+    "webhook_delivery_id": _ID,
     "email_job_ids": _entries(bounds.MAX_RETRIED_IDS, "TOO_MANY_IDS", _ID),
     "email": _ADDRESS,
     "recipient": _ADDRESS,
@@ -184,6 +186,12 @@ _BY_MESSAGE: Final[Mapping[str, Mapping[str, FieldLimit]]] = {
         )
     },
     "outbox.v1.WatchEmailJobsRequest": {"states": _entries(10, "TOO_MANY_ENTRIES")},
+    "outbox.v1.Webhook": {
+        "url": _text(bounds.WEBHOOK_URL),
+        "states": _entries(10, "TOO_MANY_ENTRIES"),
+        "secret": _OUTPUT,
+        "last_error": _OUTPUT,
+    },
     "outbox.v1.Suppression": {"reason": _text(bounds.SUPPRESSION_REASON)},
     "outbox.v1.ImportSuppressionsRequest": {
         "chunk": _file("CHUNK_TOO_LARGE", bounds.MAX_CHUNK_BYTES),

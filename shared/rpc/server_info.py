@@ -37,6 +37,7 @@ CAPABILITIES: Final = (
     "stats.forecast_planned",
     "suppression.import",
     "user.quotas",
+    "webhook",
 )
 
 

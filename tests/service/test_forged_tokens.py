@@ -19,6 +19,7 @@ from outbox.v1 import stats_service_pb2 as stats
 from outbox.v1 import stats_service_pb2_grpc as stats_grpc
 from outbox.v1 import suppression_service_pb2 as suppressions
 from outbox.v1 import user_service_pb2 as users
+from outbox.v1 import webhook_service_pb2 as webhooks
 
 from outbox_server.shared.rpc.page_tokens import MAX_ID, digest_filters
 from tests.contract_methods import contract_methods
@@ -63,6 +64,8 @@ WRONG_HERE: Final = {
     "suppressions": (b"[1]", b'["\xc3"]'),
     "audit_events": (b'["1",1]', b"[1]"),
     "api_keys": (b"[1]", b'["\xc3"]'),
+    "webhooks": (b'["1"]', b"[1,1]"),
+    "webhook_deliveries": (b'["1"]', b"[1,1]"),
     "user_stats": (b'["1"]', b"[1,1]"),
     "users": (b"[1]", b'["\xc3"]'),
 }
@@ -121,6 +124,17 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
             job,
             number,
             int(sender.sender_id),
+        )
+    for number in (1, 2):
+        scheduler.execute(
+            "INSERT INTO webhooks (id, user_id, url, secret, disabled, after_event)"
+            " VALUES (%s, 'ann', '', '', true, 0)",
+            number,
+        )
+        scheduler.execute(
+            "INSERT INTO webhook_deliveries (id, webhook_id, after_event, last_event, event_count,"
+            " error) VALUES (%s, 1, 0, 1, 1, '')",
+            number,
         )
     for user_id in ("ann", "ben"):
         user = user_pb2.User(user_id=user_id, quotas=user_pb2.UserQuotas(senders=100))
@@ -186,6 +200,20 @@ async def _lists(scheduler: Scheduler, stub: stats_grpc.StatsServiceStub) -> dic
             "audit_events",
             (None, None, None, None),
             (b"[0,0]", b"[%d,0]" % MAX_ID, b"[0,%d]" % MAX_ID, b"[%d,%d]" % (MAX_ID, MAX_ID)),
+        ),
+        "ListWebhooks": ListMethod(
+            scheduler.webhooks.ListWebhooks,
+            webhooks.ListWebhooksRequest(user_id="ann"),
+            "webhooks",
+            ("ann",),
+            ONE_ID,
+        ),
+        "ListWebhookDeliveries": ListMethod(
+            scheduler.webhooks.ListWebhookDeliveries,
+            webhooks.ListWebhookDeliveriesRequest(webhook_id="1"),
+            "webhook_deliveries",
+            (None, "1"),
+            ONE_ID,
         ),
         "GetUserStats": ListMethod(
             stub.GetUserStats,

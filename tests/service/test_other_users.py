@@ -53,6 +53,7 @@ RIGHT: Final[Mapping[str, Any]] = {
     "display_name": "Taken over",
     "resolution": 1,
     "force": True,
+    "url": "https://example.com/hook",
     "schedule_time": Timestamp(seconds=2_000_000_000),
     "delay": Duration(seconds=60),
     "headers": batch_pb2.MailHeader(name="X-Walk", value="on"),
@@ -67,7 +68,10 @@ FOR_OPERATORS: Final = {
 }
 # The quotas equal what each user has, so every further job or sender is refused.
 QUOTAS: Final = {"user_senders": 1, "user_waiting_jobs": 4, "user_stored_rejections": 1}
-IDS: Final = ("sender_id", "batch_id", "email_job_id", "email_job_ids")
+IDS: Final = (
+    *("sender_id", "batch_id", "email_job_id", "email_job_ids"),
+    *("webhook_id", "webhook_delivery_id"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,14 @@ class OwnedResources:
     batch_id: str
     # One job for each state that a method may require.
     job_ids: tuple[str, ...]
+    webhook_id: str
+    delivery_id: str
 
     def ids(self, job: int = 0) -> dict[str, str]:
         picked = self.job_ids[job]
-        return dict(zip(IDS, (self.sender_id, self.batch_id, picked, picked), strict=True))
+        others = (self.webhook_id, self.delivery_id)
+        found = (self.sender_id, self.batch_id, picked, picked, *others)
+        return dict(zip(IDS, found, strict=True))
 
 
 class TwoUsers:
@@ -243,7 +251,20 @@ async def _world(scheduler: Scheduler, user_id: str, address: str, service: str)
             address,
         )
     cooldowns.begin(scheduler.execute, sender.sender_id, message=address)
-    return OwnedResources(sender.sender_id, batch_id, tuple(map(str, jobs[:3])))
+    webhook, delivery = int(batch_id) + 1, int(batch_id) + 2
+    scheduler.execute(
+        "INSERT INTO webhooks (id, user_id, url, secret, disabled, after_event, error)"
+        " VALUES (%s, %s, 'https://example.com', '', true, 0, %s)",
+        *(webhook, user_id, address),
+    )
+    scheduler.execute(
+        "INSERT INTO webhook_deliveries (id, webhook_id, after_event, last_event, event_count,"
+        " error) VALUES (%s, %s, 0, 1, 1, %s)",
+        *(delivery, webhook, address),
+    )
+    return OwnedResources(
+        sender.sender_id, batch_id, tuple(map(str, jobs[:3])), str(webhook), str(delivery)
+    )
 
 
 def _bearer(key: str) -> tuple[tuple[str, str], ...]:

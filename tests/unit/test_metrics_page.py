@@ -10,7 +10,7 @@ from prometheus_client import ProcessCollector
 
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, WaitCause
 from outbox_server.services.scheduler.explaining import WaitReason
-from outbox_server.services.scheduler.metrics import SchedulerMetrics
+from outbox_server.services.scheduler.metrics import SchedulerMetrics, WebhookMetrics
 from outbox_server.services.stats.metrics import StatsMetrics
 from outbox_server.shared.metrics.monitoring import Monitoring
 from outbox_server.shared.metrics.ready_jobs import ReadyJobsCollector
@@ -30,6 +30,7 @@ def registered() -> dict[str, tuple[str, set[str]]]:
     monitoring = Monitoring("test")
     DispatcherMetrics(monitoring.registry)
     SchedulerMetrics(monitoring.registry)
+    WebhookMetrics(monitoring.registry)
     StatsMetrics(monitoring.registry, nothing, ())
     ReadyJobsCollector(monitoring.registry, ())
     WorkerPool("module", load_settings(), monitoring.registry)

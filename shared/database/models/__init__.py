@@ -20,7 +20,7 @@ from outbox_server.shared.database.models.counts import (
     SenderCount,
     SenderHourCount,
 )
-from outbox_server.shared.database.models.events import JobEvent
+from outbox_server.shared.database.models.events import JobEvent, WebhookDeliveryRow, WebhookRow
 from outbox_server.shared.database.models.installation import (
     AgreedSettingsRow,
     DispatcherRow,
@@ -80,4 +80,6 @@ __all__ = [
     "ShardLife",
     "Suppression",
     "UserRow",
+    "WebhookDeliveryRow",
+    "WebhookRow",
 ]

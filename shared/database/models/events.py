@@ -1,10 +1,21 @@
-"""The table of the changes of jobs, which callers watch."""
+"""The tables of the changes of jobs, and of the webhooks to which they are posted."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, Identity, Index, SmallInteger, Text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Identity,
+    Index,
+    LargeBinary,
+    SmallInteger,
+    Text,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
 from outbox_server.shared.database.models.base import TIME, Base
@@ -37,3 +48,58 @@ class JobEvent(Base):
     user_id: Mapped[str] = mapped_column(Text)
 
     __table_args__ = (Index(None, "user_id", "id"),)
+
+
+class WebhookRow(Base):
+    """A URL to which a user's events are posted, and how far that has come."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    user_id: Mapped[str] = mapped_column(Text)
+    url: Mapped[str] = mapped_column(Text)
+    # A Fernet token.
+    secret: Mapped[bytes] = mapped_column(LargeBinary)
+    # Which events are posted. NULL and empty mean any.
+    sender_id: Mapped[int | None] = mapped_column(BigInteger)
+    states: Mapped[list[int]] = mapped_column(ARRAY(SmallInteger), server_default="{}")
+    disabled: Mapped[bool] = mapped_column(server_default=text("false"))
+    # Every change by a caller increments it.
+    revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    # The events up to this one were delivered, or are in `webhook_deliveries`.
+    after_event: Mapped[int] = mapped_column(BigInteger)
+    # When to look for events again. A process that works on the webhook sets it to the end of its
+    # lease, which fences its own updates.
+    next_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    # How many requests in a row failed, since when, and why the last one did.
+    failures: Mapped[int] = mapped_column(server_default="0")
+    failing_since: Mapped[datetime | None] = mapped_column(TIME)
+    error: Mapped[str | None] = mapped_column(Text)
+
+    __table_args__ = (
+        CheckConstraint("failures >= 0", name="failures_not_negative"),
+        Index(None, "user_id", "id"),
+        Index("ix_webhooks_next", "next_at", postgresql_where=text("NOT disabled")),
+    )
+
+
+class WebhookDeliveryRow(Base):
+    """A request with events that has failed. The events are read again for each try."""
+
+    __tablename__ = "webhook_deliveries"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    webhook_id: Mapped[int] = mapped_column(BigInteger)
+    # It has the webhook's events after the first and up to the second of these ids.
+    after_event: Mapped[int] = mapped_column(BigInteger)
+    last_event: Mapped[int] = mapped_column(BigInteger)
+    event_count: Mapped[int]
+    attempts: Mapped[int] = mapped_column(server_default="1")
+    created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
+    # When to try again. NULL means that it was given up.
+    next_at: Mapped[datetime | None] = mapped_column(TIME)
+    http_status: Mapped[int | None]
+    error: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (Index(None, "webhook_id", "id"), Index(None, "created_at"))

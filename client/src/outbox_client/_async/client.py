@@ -47,6 +47,7 @@ from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceStub
 from outbox.v1.user_pb2 import User
 from outbox.v1.user_service_pb2 import ListUsersRequest
 from outbox.v1.user_service_pb2_grpc import UserServiceStub
+from outbox.v1.webhook_service_pb2_grpc import WebhookServiceStub
 
 from outbox_client import aio as io
 from outbox_client._async.channel import Channel, with_request_id
@@ -68,6 +69,7 @@ if TYPE_CHECKING:  # names that only the type stubs know
     from outbox.v1.stats_service_pb2_grpc import StatsServiceAsyncStub
     from outbox.v1.suppression_service_pb2_grpc import SuppressionServiceAsyncStub
     from outbox.v1.user_service_pb2_grpc import UserServiceAsyncStub
+    from outbox.v1.webhook_service_pb2_grpc import WebhookServiceAsyncStub
 
 _PAGE: Final = 1000
 # How long a watch tries to reach a server again. A restart of the scheduler takes much less.
@@ -80,10 +82,10 @@ class AsyncClient:
     """A client of one Outbox installation. Use it as a context manager, or call `close`.
 
     `senders`, `batches`, `email_jobs`, `email_job_events`, `suppressions`, `users`, `holds`,
-    `audit`, `api_keys`, `stats`, `dispatcher` and `server` are the generated stubs with all methods
-    of the API, such as `client.senders.CreateSender(request)`. A call takes `timeout` (in seconds,
-    for all tries together; default: the client's `timeout`) and `metadata`, and raises CallError.
-    Reads, `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the server is
+    `audit`, `api_keys`, `webhooks`, `stats`, `dispatcher` and `server` are the generated stubs with
+    all methods of the API, such as `client.senders.CreateSender(request)`. A call takes `timeout`
+    (in seconds, for all tries together; default: the client's `timeout`) and `metadata`, and raises
+    CallError. Reads, `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the server is
     unreachable; other calls only if the server says that it has changed nothing.
     """
 
@@ -152,6 +154,11 @@ class AsyncClient:
         return cast(
             "EmailJobEventServiceAsyncStub", self._stub("scheduler", EmailJobEventServiceStub)
         )
+
+    @property
+    def webhooks(self) -> WebhookServiceAsyncStub:
+        """WebhookService."""
+        return cast("WebhookServiceAsyncStub", self._stub("scheduler", WebhookServiceStub))
 
     @property
     def users(self) -> UserServiceAsyncStub:

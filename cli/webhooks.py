@@ -1,0 +1,206 @@
+"""`outbox webhooks`: the commands of WebhookService."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, cast
+
+import typer
+from google.protobuf.field_mask_pb2 import FieldMask
+from outbox.v1 import webhook_service_pb2 as pb
+from outbox.v1.email_job_pb2 import EmailJobState
+from outbox.v1.webhook_pb2 import Webhook
+
+from outbox_server.cli.client import Server, connection, pages
+from outbox_server.cli.lazy import CommandFailed
+from outbox_server.cli.option_groups import with_option_groups
+from outbox_server.cli.options import Paging, User, enum_reader
+from outbox_server.cli.output import Output, OutputFormat, show, show_list
+from outbox_server.cli.terminal import note
+
+_COLUMNS: Final = ("webhook_id", "url", "disabled", "failing_since_time", "last_error")
+_DELIVERY_COLUMNS: Final = (
+    "webhook_delivery_id",
+    "state",
+    "event_count",
+    "attempt_count",
+    "next_attempt_time",
+    "http_status",
+    "last_error",
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Manage the URLs to which changes of jobs are posted.",
+)
+
+WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK_ID")]
+Url = Annotated[str, typer.Argument(metavar="URL")]
+States = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--state",
+        parser=enum_reader(EmailJobState, "EMAIL_JOB_STATE_"),
+        metavar="STATE",
+        help="Only changes to this state. Repeat for several.",
+    ),
+]
+
+
+@app.command()
+def create(
+    url: Url,
+    *,
+    user: User = "",
+    sender: Annotated[
+        str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
+    ] = "",
+    state: States = None,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Create a webhook, and show its secret, which is not shown again.
+
+    $ outbox webhooks create https://example.com/outbox --user demo --state FAILED
+    """
+    webhook = Webhook(url=url, sender_id=sender, states=_states(state))
+    with connection("scheduler", server) as client:
+        made = client.webhooks.CreateWebhook(pb.CreateWebhookRequest(user_id=user, webhook=webhook))
+    show(made, output)
+
+
+@app.command()
+def get(
+    webhook_id: WebhookId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Show one webhook, without its secret."""
+    with connection("scheduler", server) as client:
+        found = client.webhooks.GetWebhook(
+            pb.GetWebhookRequest(webhook_id=webhook_id, user_id=user)
+        )
+    show(found, output)
+
+
+@app.command(name="list")
+@with_option_groups
+def list_(
+    *,
+    user: User = "",
+    paging: Paging,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List a user's webhooks."""
+    with connection("scheduler", server) as client:
+        page = pages(
+            client.webhooks.ListWebhooks, pb.ListWebhooksRequest(user_id=user), "webhooks", paging
+        )
+    show_list(page, "webhooks", _COLUMNS, output, what="webhooks")
+
+
+@app.command()
+def update(
+    webhook_id: WebhookId,
+    *,
+    user: User = "",
+    url: Annotated[str | None, typer.Option("--url", help="Where to post.")] = None,
+    state: States = None,
+    disabled: Annotated[
+        bool | None, typer.Option("--disable/--enable", help="Stop, or go on.")
+    ] = None,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Change a webhook, stop it, or let it go on where it stopped.
+
+    $ outbox webhooks update 3751 --user demo --enable
+    """
+    given = {"url": url, "states": state, "disabled": disabled}
+    webhook = Webhook(
+        webhook_id=webhook_id, url=url or "", states=_states(state), disabled=bool(disabled)
+    )
+    mask = FieldMask(paths=[name for name, value in given.items() if value is not None])
+    if not mask.paths:
+        raise CommandFailed("nothing to change; use --url, --state, --disable or --enable")
+    request = pb.UpdateWebhookRequest(user_id=user, webhook=webhook, update_mask=mask)
+    with connection("scheduler", server) as client:
+        made = client.webhooks.UpdateWebhook(request)
+    show(made, output)
+
+
+@app.command()
+def delete(
+    webhook_id: WebhookId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Delete a webhook, with its failed deliveries."""
+    with connection("scheduler", server) as client:
+        answer = client.webhooks.DeleteWebhook(
+            pb.DeleteWebhookRequest(webhook_id=webhook_id, user_id=user)
+        )
+    show(answer, output)
+    note(f"webhook {webhook_id} is deleted")
+
+
+@app.command(name="test")
+def try_(
+    webhook_id: WebhookId,
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Post one event that says nothing. Fails if the answer is not 2xx."""
+    with connection("scheduler", server) as client:
+        answer = client.webhooks.TestWebhook(
+            pb.TestWebhookRequest(webhook_id=webhook_id, user_id=user)
+        )
+    show(answer, output)
+    if not answer.delivered:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_option_groups
+def deliveries(
+    webhook_id: WebhookId,
+    *,
+    user: User = "",
+    paging: Paging,
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """List the deliveries of a webhook that have failed."""
+    request = pb.ListWebhookDeliveriesRequest(webhook_id=webhook_id, user_id=user)
+    with connection("scheduler", server) as client:
+        page = pages(client.webhooks.ListWebhookDeliveries, request, "webhook_deliveries", paging)
+    show_list(page, "webhook_deliveries", _DELIVERY_COLUMNS, output, what="deliveries")
+
+
+@app.command()
+def redeliver(
+    webhook_id: WebhookId,
+    *,
+    delivery: Annotated[
+        str,
+        typer.Option("--delivery", metavar="ID", help="Only this one. Default: all given up."),
+    ] = "",
+    user: User = "",
+    server: Server = None,
+    output: Output = OutputFormat.TABLE,
+) -> None:
+    """Try failed deliveries again from now on."""
+    request = pb.RedeliverWebhookRequest(
+        webhook_id=webhook_id, user_id=user, webhook_delivery_id=delivery
+    )
+    with connection("scheduler", server) as client:
+        answer = client.webhooks.RedeliverWebhook(request)
+    show(answer, output)
+
+
+def _states(numbers: list[int] | None) -> list[EmailJobState.ValueType]:
+    return cast("list[EmailJobState.ValueType]", numbers or [])

@@ -1,0 +1,392 @@
+"""Implements WebhookService."""
+
+from __future__ import annotations
+
+import secrets as random
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from google.protobuf.empty_pb2 import Empty
+from outbox.v1 import email_job_pb2, webhook_pb2, webhook_service_pb2, webhook_service_pb2_grpc
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from outbox_server.services.scheduler.changes import Changes, Made, check_etag, differences
+from outbox_server.services.scheduler.servicers.calls import Context, acting_user, named_user
+from outbox_server.services.scheduler.storage import webhooks as storage
+from outbox_server.services.scheduler.storage.senders import read_sender
+from outbox_server.services.scheduler.storage.webhooks import DeliveryRecord, WebhookRecord
+from outbox_server.services.scheduler.webhook_posts import WebhookMessage, WebhookPoster
+from outbox_server.services.scheduler.webhooks import message_id, new_secret
+from outbox_server.shared.errors import InvalidInput
+from outbox_server.shared.fair_shares import FairShares
+from outbox_server.shared.id_source import IdSource
+from outbox_server.shared.rpc.paging import requested_page
+from outbox_server.shared.rpc.proto_mapping import id_text, not_found, parse_id, to_timestamp
+from outbox_server.shared.secrets import SecretBox
+from outbox_server.shared.states import JobState, requested_enum
+
+_FIELDS: Final = ("url", "states", "disabled")
+_TESTS_AT_ONCE: Final = 8
+_TESTS_WAITING: Final = 100
+
+
+class WebhookServicer(webhook_service_pb2_grpc.WebhookServiceServicer):
+    """Manages webhooks."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        secrets: SecretBox,
+        poster: WebhookPoster,
+        changes: Changes,
+        *,
+        ids: IdSource,
+        wake: Callable[[], None],
+    ) -> None:
+        """`wake` lets the worker of this process look for work."""
+        self._engine = engine
+        self._secrets = secrets
+        self._poster = poster
+        self._changes = changes
+        self._ids = ids
+        self._wake = wake
+        # TestWebhook waits for a server of the user's.
+        self.shares = FairShares("webhook tests", _TESTS_AT_ONCE, waiting=_TESTS_WAITING)
+
+    async def CreateWebhook(
+        self,
+        request: webhook_service_pb2.CreateWebhookRequest,
+        context: Context,
+    ) -> webhook_pb2.Webhook:
+        """Create a webhook, and return its secret."""
+        user_id = named_user(request.user_id)
+        asked = request.webhook
+        sender_id = parse_id(asked.sender_id, "webhook.sender_id") if asked.sender_id else None
+        values = {
+            "url": self._poster.check_url("webhook.url", asked.url),
+            "states": _states(asked),
+            "disabled": asked.disabled,
+            "sender_id": sender_id,
+        }
+
+        async def create(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
+            if sender_id and await read_sender(connection, sender_id, user_id) is None:
+                raise not_found("webhook.sender_id", asked.sender_id)
+            created = await storage.insert_webhook(
+                connection,
+                self._ids.issue(),
+                user_id,
+                values | {"secret": self._secrets.encrypt(new_secret())},
+            )
+            return _made(created, after=_audited(created), wake=self._wake)
+
+        answer = await self._changes.make(request, user_id, webhook_pb2.Webhook, create)
+        # What is stored for a repeated call does not have it.
+        async with self._engine.connect() as connection:
+            found = await self._found(connection, answer.webhook_id, user_id)
+        answer.secret = self._secrets.decrypt(found.secret)
+        return answer
+
+    async def GetWebhook(
+        self,
+        request: webhook_service_pb2.GetWebhookRequest,
+        context: Context,
+    ) -> webhook_pb2.Webhook:
+        """Return one webhook."""
+        user_id = acting_user(request.user_id)
+        async with self._engine.connect() as connection:
+            return _to_webhook(await self._found(connection, request.webhook_id, user_id))
+
+    async def ListWebhooks(
+        self,
+        request: webhook_service_pb2.ListWebhooksRequest,
+        context: Context,
+    ) -> webhook_service_pb2.ListWebhooksResponse:
+        """Return one page of a user's webhooks."""
+        user_id = named_user(request.user_id)
+        page = requested_page(request, "webhooks", user_id, start=(0,))
+        async with self._engine.connect() as connection:
+            found = await storage.list_webhooks(connection, user_id, *page.after, page.limit)
+        shown, token = page.cut(found, lambda one: (one.webhook_id,))
+        return webhook_service_pb2.ListWebhooksResponse(
+            webhooks=map(_to_webhook, shown), next_page_token=token
+        )
+
+    async def UpdateWebhook(
+        self,
+        request: webhook_service_pb2.UpdateWebhookRequest,
+        context: Context,
+    ) -> webhook_pb2.Webhook:
+        """Change some fields of a webhook."""
+        user_id = acting_user(request.user_id)
+        asked = request.webhook
+        webhook_id = parse_id(asked.webhook_id, "webhook.webhook_id")
+
+        async def update(connection: AsyncConnection) -> Made[webhook_pb2.Webhook]:
+            before = await self._found(
+                connection, asked.webhook_id, user_id, field="webhook.webhook_id", lock=True
+            )
+            check_etag(asked.etag, str(before.revision), "this webhook")
+            await _check_sender(connection, asked.sender_id, before)
+            values = self._values(request)
+            if not values:
+                return _made(before, changed=False)
+            after = await storage.update_webhook(connection, webhook_id, user_id, values)
+            was, now = differences(_audited(before), _audited(after))
+            return _made(after, before=was, after=now, wake=self._wake)
+
+        return await self._changes.make(request, user_id, webhook_pb2.Webhook, update)
+
+    async def DeleteWebhook(
+        self,
+        request: webhook_service_pb2.DeleteWebhookRequest,
+        context: Context,
+    ) -> Empty:
+        """Delete a webhook, with its failed deliveries."""
+        user_id = acting_user(request.user_id)
+
+        async def remove(connection: AsyncConnection) -> Made[Empty]:
+            before = await self._found(connection, request.webhook_id, user_id, lock=True)
+            check_etag(request.etag, str(before.revision), "this webhook")
+            await storage.delete_webhook(connection, before.webhook_id, user_id)
+            return Made(Empty(), _target(before), before.user_id, before=_audited(before))
+
+        return await self._changes.make(request, user_id, Empty, remove)
+
+    async def TestWebhook(
+        self,
+        request: webhook_service_pb2.TestWebhookRequest,
+        context: Context,
+    ) -> webhook_service_pb2.TestWebhookResponse:
+        """Post one event that says nothing, and return what came back."""
+        user_id = acting_user(request.user_id)
+
+        async def test() -> Made[webhook_service_pb2.TestWebhookResponse]:
+            async with self._engine.connect() as connection:
+                webhook = await self._found(connection, request.webhook_id, user_id)
+            result = await self._poster.post(
+                WebhookMessage(
+                    url=webhook.url,
+                    message_id=f"msg_test_{random.token_hex(12)}",
+                    kind="webhook.test",
+                    data={"webhook_id": id_text(webhook.webhook_id)},
+                    user_id=webhook.user_id,
+                    secret=self._secrets.decrypt(webhook.secret),
+                )
+            )
+            answer = webhook_service_pb2.TestWebhookResponse(
+                delivered=not result.error,
+                http_status=result.http_status or 0,
+                error=result.error,
+            )
+            return Made(answer, _target(webhook), webhook.user_id, changed=False)
+
+        return await self._changes.make_in_parts(
+            request, user_id, webhook_service_pb2.TestWebhookResponse, test
+        )
+
+    async def ListWebhookDeliveries(
+        self,
+        request: webhook_service_pb2.ListWebhookDeliveriesRequest,
+        context: Context,
+    ) -> webhook_service_pb2.ListWebhookDeliveriesResponse:
+        """Return one page of the failed deliveries of a webhook."""
+        user_id = acting_user(request.user_id)
+        page = requested_page(
+            request, "webhook_deliveries", user_id, request.webhook_id, start=(0,)
+        )
+        async with self._engine.connect() as connection:
+            webhook = await self._found(connection, request.webhook_id, user_id)
+            found = await storage.list_deliveries(
+                connection, webhook.webhook_id, *page.after, page.limit
+            )
+        shown, token = page.cut(found, lambda one: (one.delivery_id,))
+        return webhook_service_pb2.ListWebhookDeliveriesResponse(
+            webhook_deliveries=map(_to_delivery, shown), next_page_token=token
+        )
+
+    async def RedeliverWebhook(
+        self,
+        request: webhook_service_pb2.RedeliverWebhookRequest,
+        context: Context,
+    ) -> webhook_service_pb2.RedeliverWebhookResponse:
+        """Try deliveries again from now on."""
+        user_id = acting_user(request.user_id)
+        one = request.webhook_delivery_id
+        delivery_id = parse_id(one, "webhook_delivery_id") if one else None
+
+        async def redeliver(
+            connection: AsyncConnection,
+        ) -> Made[webhook_service_pb2.RedeliverWebhookResponse]:
+            webhook = await self._found(connection, request.webhook_id, user_id, lock=True)
+            count = await storage.redeliver(connection, webhook.webhook_id, delivery_id)
+            if one and not count:
+                raise not_found("webhook_delivery_id", one)
+
+            async def afterwards() -> None:
+                self._wake()
+
+            return Made(
+                webhook_service_pb2.RedeliverWebhookResponse(redelivered_count=count),
+                _target(webhook),
+                webhook.user_id,
+                after={"redelivered_count": count},
+                changed=bool(count),
+                afterwards=afterwards,
+            )
+
+        return await self._changes.make(
+            request, user_id, webhook_service_pb2.RedeliverWebhookResponse, redeliver
+        )
+
+    def _values(self, request: webhook_service_pb2.UpdateWebhookRequest) -> dict[str, Any]:
+        asked = request.webhook
+        values: dict[str, Any] = {}
+        for name in _masked(request):
+            match name:
+                case "url":
+                    values[name] = self._poster.check_url("webhook.url", asked.url)
+                case "states":
+                    values[name] = _states(asked)
+                case "disabled":
+                    values[name] = asked.disabled
+        return values
+
+    async def _found(
+        self,
+        connection: AsyncConnection,
+        text: str,
+        user_id: str | None,
+        *,
+        field: str = "webhook_id",
+        lock: bool = False,
+    ) -> WebhookRecord:
+        webhook_id = parse_id(text, field)
+        found = await storage.read_webhook(connection, webhook_id, user_id, lock=lock)
+        if found is None:
+            raise not_found(field, text)
+        return found
+
+
+async def _check_sender(connection: AsyncConnection, asked: str, present: WebhookRecord) -> None:
+    """Check that a request names no other sender than the webhook has.
+
+    Raises:
+        NotFound: SENDER_NOT_FOUND.
+        InvalidInput: UPDATE_MASK_INVALID.
+    """
+    if not asked or asked == str(present.sender_id):
+        return
+    sender_id = parse_id(asked, "webhook.sender_id")
+    if await read_sender(connection, sender_id, present.user_id) is None:
+        raise not_found("webhook.sender_id", asked)
+    raise InvalidInput.field(
+        "webhook.sender_id",
+        "cannot be changed; create another webhook",
+        reason="UPDATE_MASK_INVALID",
+    )
+
+
+def _masked(request: webhook_service_pb2.UpdateWebhookRequest) -> Iterator[str]:
+    """Yield the fields to change.
+
+    Raises:
+        InvalidInput: UPDATE_MASK_INVALID.
+    """
+    paths = list(request.update_mask.paths)
+    if not paths:
+        yield from (name for name in _FIELDS if getattr(request.webhook, name))
+        return
+    for path in paths:
+        if path == "*":
+            yield from _FIELDS
+        elif path in _FIELDS:
+            yield path
+        else:
+            raise InvalidInput.field(
+                "update_mask",
+                f"must name {', '.join(_FIELDS)} or * (got {path[:80]!r})",
+                reason="UPDATE_MASK_INVALID",
+            )
+
+
+def _states(asked: webhook_pb2.Webhook) -> list[int]:
+    states = (
+        requested_enum(JobState, number, f"webhook.states[{index}]")
+        for index, number in enumerate(asked.states)
+    )
+    return sorted({int(state) for state in states if state is not None})
+
+
+def _made(
+    record: WebhookRecord,
+    *,
+    before: Any = None,
+    after: Any = None,
+    changed: bool = True,
+    wake: Callable[[], None] = lambda: None,
+) -> Made[webhook_pb2.Webhook]:
+    async def afterwards() -> None:
+        wake()
+
+    return Made(
+        _to_webhook(record),
+        _target(record),
+        record.user_id,
+        before=before,
+        after=after,
+        changed=changed,
+        afterwards=afterwards,
+    )
+
+
+def _target(record: WebhookRecord) -> str:
+    return f"webhooks/{record.webhook_id}"
+
+
+def _audited(record: WebhookRecord) -> dict[str, Any]:
+    return {
+        "url": record.url,
+        "states": [state.name for state in sorted(record.states)],
+        "disabled": record.disabled,
+    }
+
+
+def _to_webhook(record: WebhookRecord) -> webhook_pb2.Webhook:
+    webhook = webhook_pb2.Webhook(
+        webhook_id=id_text(record.webhook_id),
+        user_id=record.user_id,
+        url=record.url,
+        sender_id="" if record.sender_id is None else id_text(record.sender_id),
+        states=[
+            email_job_pb2.EmailJobState.Value(f"EMAIL_JOB_STATE_{state.name}")
+            for state in sorted(record.states)
+        ],
+        disabled=record.disabled,
+        create_time=to_timestamp(record.created_at),
+        last_error=record.error or "",
+        etag=str(record.revision),
+    )
+    if record.failing_since is not None:
+        webhook.failing_since_time.CopyFrom(to_timestamp(record.failing_since))
+    return webhook
+
+
+def _to_delivery(record: DeliveryRecord) -> webhook_pb2.WebhookDelivery:
+    waits = record.next_at is not None
+    delivery = webhook_pb2.WebhookDelivery(
+        webhook_delivery_id=id_text(record.delivery_id),
+        webhook_id=id_text(record.webhook_id),
+        message_id=message_id(record.webhook_id, record.after_event, record.last_event),
+        state=webhook_pb2.WEBHOOK_DELIVERY_STATE_PENDING
+        if waits
+        else webhook_pb2.WEBHOOK_DELIVERY_STATE_FAILED,
+        event_count=record.event_count,
+        attempt_count=record.attempts,
+        create_time=to_timestamp(record.created_at),
+        http_status=record.http_status or 0,
+        last_error=record.error,
+    )
+    if record.next_at is not None:
+        delivery.next_attempt_time.CopyFrom(to_timestamp(record.next_at))
+    return delivery
