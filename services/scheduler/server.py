@@ -29,9 +29,9 @@ from outbox_server.services.scheduler.forgetting import Forgetter
 from outbox_server.services.scheduler.group_commit import GroupCommit
 from outbox_server.services.scheduler.intake import Intake
 from outbox_server.services.scheduler.job_sets import JobSets
+from outbox_server.services.scheduler.metrics import SchedulerMetrics, WebhookMetrics
 from outbox_server.services.scheduler.previewing import Previewer
 from outbox_server.services.scheduler.servicers.api_keys import ApiKeyServicer
-from outbox_server.services.scheduler.metrics import SchedulerMetrics, WebhookMetrics
 from outbox_server.services.scheduler.servicers.audit import AuditServicer
 from outbox_server.services.scheduler.servicers.batches import BatchServicer
 from outbox_server.services.scheduler.servicers.email_job_events import EmailJobEventServicer
@@ -41,8 +41,8 @@ from outbox_server.services.scheduler.servicers.holds import HoldServicer
 from outbox_server.services.scheduler.servicers.senders import SenderServicer
 from outbox_server.services.scheduler.servicers.suppressions import SuppressionServicer
 from outbox_server.services.scheduler.servicers.users import UserServicer
-from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.servicers.webhooks import WebhookServicer
+from outbox_server.services.scheduler.storage.access import in_transaction
 from outbox_server.services.scheduler.storage.batches import BatchRecord, read_watched
 from outbox_server.services.scheduler.storage.checking import CheckStore
 from outbox_server.services.scheduler.storage.group_intake import GroupIntakeStore

@@ -85,8 +85,8 @@ class AsyncClient:
     `audit`, `api_keys`, `webhooks`, `stats`, `dispatcher` and `server` are the generated stubs with
     all methods of the API, such as `client.senders.CreateSender(request)`. A call takes `timeout`
     (in seconds, for all tries together; default: the client's `timeout`) and `metadata`, and raises
-    CallError. Reads, `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the server is
-    unreachable; other calls only if the server says that it has changed nothing.
+    CallError. Reads, `ScheduleBatch`, `upload` and calls with a `request_id` are retried while the
+    server is unreachable; other calls only if the server says that it has changed nothing.
     """
 
     def __init__(
