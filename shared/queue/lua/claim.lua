@@ -181,15 +181,24 @@ local function visit_due(most)
     end
 end
 
-unpark(room_of)
-visit_due(want + 64)
-if taken < want and redis.call('EXISTS', PARKED) == 1 then
-    stage = 2
-    unpark(room_of)
-    visit_due(want + 64)
+-- Senders that were claimed from since they were parked leave their places to others of the user.
+-- Returns whether there may be more than are considered at once.
+local function visit_parked()
+    for _ = 1, 4 do
+        local moved = unpark(room_of)
+        visit_due(want + 64)
+        if moved == 0 or taken >= want then return false end
+    end
+    return true
 end
 
-local look = first_look()
+local more = visit_parked()
+if taken < want and redis.call('EXISTS', PARKED) == 1 then
+    stage = 2
+    more = visit_parked()
+end
+
+local look = more and NOW or first_look()
 if taken < want then
     -- The caller has room left and will sleep until `look`; others may sleep for longer.
     local asleep = redis.call('GET', ASLEEP)

@@ -119,3 +119,16 @@ async def test_a_job_given_back_while_its_sender_is_parked_is_claimed_once(shard
     assert await shard.claimed(1, none_of("eve")) == []
     assert (await shard.claim(9)).claims[0].job == JobRef(701, 1)
     assert await shard.claimed(9) == []
+
+
+async def test_parked_senders_that_were_claimed_from_meanwhile_take_nobodys_place(
+    crowd: Shard,
+) -> None:
+    await crowd.load(sender(5, "eve", due=-2_000), sender(6, "eve", due=-2_000))
+    assert await crowd.claimed(1, none_of("eve")) == [901]
+    # They are in `ready` again, and claimed from there while their places among the parked remain.
+    await crowd.load(sender(10, "eve", due=-5_000), sender(11, "eve", due=-5_000))
+    assert await crowd.claimed(2) == [1001, 1101]
+    assert await crowd.claimed(1, none_of("eve")) == []
+    assert await crowd.claimed(2) == [501, 601]
+    assert await crowd.claimed(1) == [1201]

@@ -17,12 +17,15 @@ local function park(s, look)
     redis.call('ZADD', READY, NOW + RECHECK, s.id)
 end
 
--- Moves up to `room_of(user)` parked senders of each user back to their place in `ready`.
+-- Moves up to `room_of(user)` parked senders of each user back to their place in `ready`. Returns
+-- how many.
 local function unpark(room_of)
+    local moved = 0
     for _, user in ipairs(redis.call('ZRANGE', PARKED, 0, MOST_USERS - 1)) do
         local parked, room = parked_of(user), room_of(user)
         if room > 0 then
             local senders = redis.call('ZRANGE', parked, 0, room - 1, 'WITHSCORES')
+            moved = moved + #senders / 2
             for i = 1, #senders, 2 do
                 redis.call('ZREM', parked, senders[i])
                 redis.call('ZADD', READY, 'XX', 'LT', senders[i + 1], senders[i])
@@ -34,4 +37,5 @@ local function unpark(room_of)
             end
         end
     end
+    return moved
 end
