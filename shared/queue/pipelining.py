@@ -1,4 +1,4 @@
-"""One connection that carries many calls at once: each is written at once, replies come in order.
+"""One connection that carries many calls at once: each is written soon, replies come in order.
 
 redis-py gives each call a connection of its own for as long as the call takes, and several tasks
 and time limits. Here a call costs one write and one future. redis-py's connection still does what
@@ -86,6 +86,8 @@ class PipelinedConnection(asyncio.Protocol):
         self._waiting: deque[_Written] = deque()
         # Since when the first of them has been the first, or has been given up.
         self._first_since = 0.0
+        # Commands that are sent once the tasks that run now have added theirs.
+        self._unsent: list[bytes] = []
         self._timer: asyncio.TimerHandle | None = None
         self._retired = False
         self._ended = False
@@ -115,18 +117,26 @@ class PipelinedConnection(asyncio.Protocol):
         await self._writable.wait()
 
     def write(self, commands: bytes, count: int) -> asyncio.Future[list[Any]]:
-        """Send `count` commands at once. Returns their replies.
+        """Send `count` commands in one piece. Returns their replies.
 
         Errors are among the replies: those of the server, and `NoReplyError`. Nobody needs to wait
         for the future: the replies of others stay in their order.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         now = self._loop.time()
-        self._transport.write(commands)
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(commands)
         self._waiting.append(_Written(count, now, future))
         if self._limit_s is not None and self._timer is None:
             self._timer = self._loop.call_at(now + self._limit_s, self._check_limit)
         return future
+
+    def _flush(self) -> None:
+        """Send what has been written. What several tasks write at the same time is sent at once."""
+        unsent, self._unsent = self._unsent, []
+        if not (self._ended or self._transport.is_closing()):
+            self._transport.write(b"".join(unsent))
 
     def retire(self) -> None:
         """Close it after the calls that are under way."""
