@@ -6,6 +6,7 @@ import csv
 import sys
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
+from itertools import chain, islice
 from typing import Annotated
 
 import typer
@@ -40,9 +41,12 @@ def write_export(items: Iterable[Message], columns: Sequence[str], output: Expor
             print_json_line(to_document(item))
             count += 1
         return count
+    items = iter(items)
+    # Read first: a refused call prints no header.
+    first = list(islice(items, 1))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([path.rpartition(".")[2] for path in columns])
-    for item in items:
+    for item in chain(first, items):
         writer.writerow([spreadsheet_text(value_at(item, path)) for path in columns])
         count += 1
     sys.stdout.flush()

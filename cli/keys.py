@@ -183,9 +183,7 @@ def list_(
     if output is OutputFormat.JSON:
         print_json({"keys": documents})
     elif documents:
-        print_rows(
-            _COLUMNS, ([printable(one[name] or "") for name in _COLUMNS] for one in documents)
-        )
+        print_rows(_COLUMNS, ([_cell(one[name]) for name in _COLUMNS] for one in documents))
     else:
         note("no API keys")
 
@@ -294,6 +292,12 @@ def _document(key: ApiKey) -> dict[str, Any]:
         "expire_time": _time(key.expires_at),
         "read_only": key.read_only,
     }
+
+
+def _cell(value: str | bool | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return printable(value or "")
 
 
 def _time(time: datetime | None) -> str | None:

@@ -74,9 +74,8 @@ async def mark_refs(
 ) -> list[MarkedJob]:
     """Mark jobs SENDING, as if they had been claimed in a valid life."""
     claims = await claims_of(connection, jobs)
-    return await storage.mark_sending(
-        await raw(connection), claims, lease, shard=TEST_SHARD, key_space=key_space, seen=seen
-    )
+    marking = storage.Marking(claims, lease, TEST_SHARD, key_space, seen)
+    return await storage.mark_sending(await raw(connection), marking)
 
 
 def record_of(marked: MarkedJob, state: JobState = JobState.SENT, **changes: Any) -> AttemptRecord:

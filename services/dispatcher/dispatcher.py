@@ -4,7 +4,8 @@
 2. mark (PostgreSQL): move the jobs to SENDING and load them.
 3. confirm (Redis): check that the leases still exist.
 4. send (SMTP).
-5. settle (PostgreSQL, then Redis): the Settler records the outcome.
+5. settle (PostgreSQL, then Redis): the Settler records the outcome, by the statement that marks
+   the next jobs.
 
 docs/send-path.md shows what happens if the process stops after each step.
 """
@@ -14,41 +15,35 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
+from outbox_server.services.dispatcher.claim_groups import ClaimGroup, ClaimGroups, TakenClaim
 from outbox_server.services.dispatcher.composer import Composer
 from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.ended_claims import UnmarkedClaim, UnsentJob
 from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
-from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease, WaitCause
+from outbox_server.services.dispatcher.metrics import DispatcherMetrics, LostLease
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import Renewer
 from outbox_server.services.dispatcher.restore_guard import RestoreGuard
 from outbox_server.services.dispatcher.sending import ReadyMail, SendStep
-from outbox_server.services.dispatcher.settler import (
-    Settler,
-    UnmarkedClaim,
-    UnsentJob,
-)
-from outbox_server.services.dispatcher.shares import Permit, Route
-from outbox_server.services.dispatcher.slots import Resume, Slots
+from outbox_server.services.dispatcher.settler import Settler
+from outbox_server.services.dispatcher.shares import Permit
+from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.smtp import SmtpPool
 from outbox_server.services.dispatcher.storage import MarkedJob, Unmarked
 from outbox_server.services.dispatcher.wake import WakeListener
-from outbox_server.shared.database.engine import DATABASE_ERRORS
-from outbox_server.shared.database.frequent import KeptConnections
+from outbox_server.shared.database.engine import DATABASE_ERRORS, is_locked
 from outbox_server.shared.heads.loader import HeadLoader
 from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.circuit_keys import user_key
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
-from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Queue
 from outbox_server.shared.queue.records import Claim, Claimed
 from outbox_server.shared.quotas.storage import read_unproven_endpoints
@@ -67,22 +62,6 @@ _MS = timedelta(milliseconds=1)
 # An operator's change of a quota applies after this time at the latest.
 _QUOTAS_AGE = timedelta(seconds=5)
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(slots=True)
-class _Group:
-    """Claims of one shard that go through the steps together.
-
-    `claimed_at` is the `time.monotonic` from which their leases count. `permits` has the permits
-    of those claims whose route was known. The others get theirs once they are marked.
-    """
-
-    queue: Queue
-    claimed_at: float
-    claims: list[Claim] = field(default_factory=list)
-    permits: dict[JobRef, Permit] = field(default_factory=dict)
-    # The users of the claims whose route was not known.
-    unrouted: list[str] = field(default_factory=list)
 
 
 class Dispatcher:
@@ -110,7 +89,6 @@ class Dispatcher:
         """`confirmed_at` and `number` are those of `Settler`."""
         self._lease = settings.lease
         self._statements = statements
-        self._marking = KeptConnections(statements)
         self._loader = loader
         self._queues = queues
         self._listeners = listeners
@@ -129,9 +107,19 @@ class Dispatcher:
             loader,
             self._slots,
             CooldownRules.from_settings(settings),
+            lease=settings.lease,
+            seen=lambda: guard.seen,
+            hand_over=lambda ended: self._groups.hand_over(ended),  # noqa: PLW0108 - assigned later
             metrics=metrics,
             confirmed_at=confirmed_at,
             dispatcher=number,
+        )
+        self._groups = ClaimGroups(
+            self._slots,
+            self._settler,
+            settings.lease,
+            metrics,
+            lambda group, marks: self._spawn(self._process(group, marks)),
         )
         self._renewer = Renewer(statements, loader, settings.lease, metrics)
         self._sending = SendStep(
@@ -214,7 +202,6 @@ class Dispatcher:
         finally:
             # Only an error leaves sends under way. The process starts again from what is recorded.
             await self._pool.stop()
-            await self._marking.aclose()
             await self._pool.close()
 
     async def _drain_at(self, stop: asyncio.Event) -> None:
@@ -238,51 +225,60 @@ class Dispatcher:
 
     async def _dispatch(self, queue: Queue, listener: WakeListener) -> None:
         """Claim jobs of one shard as slots get free, until the dispatcher drains."""
-        while slots := await self._slots.take_free():
+        while True:
+            slots = await self._slots.take_free()
+            if self._slots.closed:
+                self._slots.release(slots)
+                return
             raise_if_cancelled()
-            if queue.shard in self._failing and slots > 1:
+            ahead = self._slots.take_ahead()
+            if queue.shard in self._failing:
                 # Its server may hang. The other slots are for the shards of other servers.
-                self._slots.release(slots - 1)
-                slots = 1
+                self._slots.return_ahead(ahead)
+                if slots > 1:
+                    self._slots.release(slots - 1)
+                slots, ahead = min(slots, 1), 0
             listener.clear()
             if self._loader.lives.is_superseded(queue):
+                self._slots.return_ahead(ahead)
                 self._slots.release(slots)
-                await _wait(listener, HEARTBEAT)
+                await listener.wait(HEARTBEAT)
                 continue
             claimed_at = time.monotonic()
-            claimed = await self._claim(queue, slots)
+            claimed = await self._claim(queue, slots + ahead)
             # Not awaited, so that jobs that become eligible meanwhile do not wait.
             self._load_heads(queue, claimed)
             self._loader.learn_routes(queue, (claim.sender_id for claim in claimed.claims))
             self._metrics.claimed(claimed.claims)
-            self._start(queue, claimed.claims, claimed_at)
-            pause = self._pause_after(claimed, slots)
+            self._groups.start(queue, claimed.claims, claimed_at, slots)
+            self._slots.return_ahead(ahead)
+            pause = self._pause_after(claimed, slots + ahead)
             if pause > timedelta(0):
-                await _wait(listener, pause)
+                await listener.wait(pause)
 
-    async def _process(self, group: _Group) -> None:
-        """Mark and confirm a group of claims, and begin to send them."""
+    async def _process(self, group: ClaimGroup, marks: asyncio.Future[list[MarkedJob]]) -> None:
+        """Confirm a group of claims once it is marked, and begin to send them."""
         mails: list[ReadyMail] = []
         try:
-            mails = await self._confirm(group, await self._mark(group))
+            mails = await self._confirm(group, await self._marked(group, marks))
             self._settler.begin(mail.job.job for mail in mails)
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
-            _log.warning("start_failed", jobs=len(group.claims), error=type(error).__name__)
-            self._store_failed = True
+            _log.warning("start_failed", jobs=len(group.taken), error=type(error).__name__)
+            # A lock concerns few jobs, and may be that of an outcome in the same statement.
+            self._store_failed = self._store_failed or not is_locked(error)
         finally:
-            for permit in group.permits.values():  # permits that no mail uses
-                self._slots.end(permit, sent=False)
-            for user in group.unrouted:
-                self._slots.end_unrouted(user)
+            for taken in group.taken.values():  # permits that no mail uses
+                if taken.permit is not None:
+                    self._slots.end(taken.permit, sent=False)
         await self._sending.begin(mails)
 
-    async def _claim(self, queue: Queue, slots: int) -> Claimed:
-        """Take at most as many jobs as there are slots."""
-        limits = self._slots.limits(slots)
+    async def _claim(self, queue: Queue, want: int) -> Claimed:
+        """Take at most as many jobs as there are slots, and those that may be claimed ahead."""
+        limits = self._slots.limits(want)
         # Before the claim: what ends meanwhile makes room already.
         self._slots.limited(queue.shard, limits)
         try:
-            claimed = await queue.claim(slots, limits)
+            claimed = await queue.claim(want, limits) if want else Claimed()
         except QUEUE_ERRORS as error:
             _log.warning("claim_failed", shard=queue.shard, error=type(error).__name__)
             claimed = Claimed(next_look=_RETRY)
@@ -291,36 +287,31 @@ class Dispatcher:
             self._failing.discard(queue.shard)
         if not claimed.parked:
             self._slots.limited(queue.shard, ())
-        self._slots.release(slots - len(claimed.claims))
         return claimed
 
-    async def _mark(self, group: _Group) -> list[tuple[Claim, MarkedJob]]:
-        """Move the claimed jobs to SENDING. Jobs that may no longer be sent are left out."""
+    async def _marked(
+        self, group: ClaimGroup, marks: asyncio.Future[list[MarkedJob]]
+    ) -> list[tuple[TakenClaim, MarkedJob]]:
+        """Wait until the jobs are SENDING. Jobs that may no longer be sent are left out."""
+        claims = group.claims
         try:
-            shard = group.queue.shard
-            async with self._marking.connection() as kept:
-                jobs = await storage.mark_sending(
-                    kept,
-                    group.claims,
-                    self._lease,
-                    shard=shard,
-                    key_space=group.queue.key_space,
-                    seen=self._guard.seen,
-                )
+            jobs = await marks
             by_ref = {job.job: job for job in jobs}
-            missing = [claim for claim in group.claims if claim.job not in by_ref]
+            missing = [claim for claim in claims if claim.job not in by_ref]
             why = None
             if missing:
                 async with self._statements.connect() as connection:
-                    why = await storage.explain_unmarked(connection, missing, shard=shard)
+                    why = await storage.explain_unmarked(
+                        connection, missing, shard=group.queue.shard
+                    )
         except BaseException:
             # Nothing was sent. If the statement was committed, the lease of its attempts expires.
-            for claim in group.claims:
+            for claim in claims:
                 self._settler.settle(UnmarkedClaim(claim, waits=True))
             raise
         if why is not None:
             self._refused(group.queue, missing, why)
-        return [(claim, by_ref[claim.job]) for claim in group.claims if claim.job in by_ref]
+        return [(group.taken[ref], job) for ref, job in by_ref.items()]
 
     def _refused(self, queue: Queue, claims: Sequence[Claim], why: Unmarked) -> None:
         """Return the claims that PostgreSQL did not mark to the queue, as far as they wait."""
@@ -349,7 +340,7 @@ class Dispatcher:
             self._settler.settle(UnmarkedClaim(replace(claim, due_ms=due_ms), waits=True))
 
     async def _confirm(
-        self, group: _Group, marked: list[tuple[Claim, MarkedJob]]
+        self, group: ClaimGroup, marked: list[tuple[TakenClaim, MarkedJob]]
     ) -> list[ReadyMail]:
         """Return the jobs whose lease Redis still has and that get a permit.
 
@@ -358,57 +349,28 @@ class Dispatcher:
         """
         try:
             await self._composer.prepare([job for _, job in marked])
-            confirmed = await group.queue.confirm([claim for claim, _ in marked]) if marked else []
+            claims = [taken.claim for taken, _ in marked]
+            confirmed = await group.queue.confirm(claims) if claims else []
         except BaseException:
-            for claim, job in marked:
-                self._settler.settle(UnsentJob(claim, job))
+            for taken, job in marked:
+                self._settler.settle(UnsentJob(taken.claim, job))
             raise
         mails: list[ReadyMail] = []
-        for (claim, job), holds in zip(marked, confirmed, strict=True):
+        for (taken, job), holds in zip(marked, confirmed, strict=True):
+            claim = taken.claim
             if not holds:
                 self._metrics.lost_leases(LostLease.BEFORE_SEND)
                 self._settler.settle(UnsentJob(claim, job, leased=False))
-            elif permit := self._permit_for(job, group.permits.pop(job.job, None)):
-                mails.append(ReadyMail(claim, group.claimed_at, job, permit))
+                continue
+            permit, taken.permit = taken.permit, None
+            if permit := self._permit_for(job, permit):
+                mails.append(ReadyMail(claim, taken.claimed_at, job, permit))
             else:
                 # The sender's route is known now, so its next claim waits before the mark.
                 self._settler.settle(UnsentJob(claim, job))
         return mails
 
     # Between the steps -----------------------------------------------------------------------
-
-    def _start(self, queue: Queue, claims: Sequence[Claim], claimed_at: float) -> None:
-        """Begin to process the claims of a shard. Those that get no permit wait for one.
-
-        A claim whose route is not known is marked without a permit, to learn the route.
-        """
-        group = _Group(queue, claimed_at)
-        waiting: list[tuple[Route, Resume]] = []
-        for claim in claims:
-            if route := self._slots.route_of(claim.sender_id):
-                permit = self._slots.permit(route)
-                if permit is None:
-                    waiting.append((route, partial(self._resume, queue, claim, claimed_at)))
-                    continue
-                group.permits[claim.job] = permit
-            else:
-                self._slots.begin_unrouted(claim.user)
-                group.unrouted.append(claim.user)
-            group.claims.append(claim)
-        if group.claims:
-            self._spawn(self._process(group))
-        if waiting:
-            self._metrics.waited(WaitCause.DISPATCHER, len(waiting))
-            # Half of the lease is left for the send.
-            half = claimed_at + self._lease.total_seconds() / 2
-            self._slots.wait(waiting, half - time.monotonic())
-
-    def _resume(self, queue: Queue, claim: Claim, claimed_at: float, permit: Permit | None) -> None:
-        """Process a claim that has waited, or give it back if it got no permit."""
-        if permit is None:
-            self._settler.settle(UnmarkedClaim(claim, waits=True))
-        else:
-            self._spawn(self._process(_Group(queue, claimed_at, [claim], {claim.job: permit})))
 
     def _permit_for(self, job: MarkedJob, permit: Permit | None) -> Permit | None:
         """Return a permit for a marked job: `permit`, if it is for the route of the job."""
@@ -420,12 +382,12 @@ class Dispatcher:
         self._slots.learn(job.sender_id, route)
         return self._slots.permit(route)
 
-    def _pause_after(self, claimed: Claimed, slots: int) -> timedelta:
+    def _pause_after(self, claimed: Claimed, want: int) -> timedelta:
         """Return how long to wait for a wake-up before the next claim."""
         if self._store_failed:
             self._store_failed = False
             return _RETRY
-        if len(claimed.claims) == slots:
+        if len(claimed.claims) == want:
             return timedelta(0)
         longest = _RETRY if claimed.lost or claimed.provisional else HEARTBEAT
         return longest if claimed.next_look is None else min(claimed.next_look, longest)
@@ -465,9 +427,3 @@ class Dispatcher:
         except RuntimeError:  # another task failed, and the whole run ends
             coroutine.close()
             raise
-
-
-async def _wait(listener: WakeListener, pause: timedelta) -> None:
-    """Wait for a wake-up, but no longer than `pause`."""
-    with suppress(TimeoutError):
-        await asyncio.wait_for(listener.wait(), pause.total_seconds())

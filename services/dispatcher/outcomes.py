@@ -7,9 +7,9 @@ import time
 from datetime import timedelta
 
 from outbox_server.services.dispatcher.cooling import Signal
+from outbox_server.services.dispatcher.ended_claims import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.renewer import LeasedJob
 from outbox_server.services.dispatcher.retry import Backoffs, Decision, JobAttempt, decide
-from outbox_server.services.dispatcher.settler import EndedAttempt, UnsentJob
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
 from outbox_server.shared.queue.records import Claim, Contact, LimitUse

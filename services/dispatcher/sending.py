@@ -18,12 +18,12 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from outbox_server.services.dispatcher.composer import Composer, CompositionError
+from outbox_server.services.dispatcher.ended_claims import ClaimOutcome, UnsentJob
 from outbox_server.services.dispatcher.endpoint_meter import EndpointMeter
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics, WaitCause
 from outbox_server.services.dispatcher.outcomes import OutcomeRules, result_without_smtp
 from outbox_server.services.dispatcher.progress import Progress
 from outbox_server.services.dispatcher.renewer import LeasedJob, Renewer
-from outbox_server.services.dispatcher.settler import ClaimOutcome, UnsentJob
 from outbox_server.services.dispatcher.shares import Permit
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.smtp import GivenBackError, SendResult, SmtpPool

@@ -1,8 +1,9 @@
-"""Settles claims: records their outcomes in PostgreSQL, then in Redis.
+"""Settles claims, and marks those that follow: in PostgreSQL, then in Redis.
 
-Outcomes are written in groups. What arrives while one group is written forms the next group. If the
-process dies between the two stores, the leases in Redis expire. Until then they count in the
-window, and afterwards the sender's head is loaded again.
+One turn follows the other. A turn is one statement of PostgreSQL: it records what has ended and
+marks what was claimed. What arrives during a turn is the group of the next one. If the process dies
+between the two stores, the leases in Redis expire. Until then they count in the window, and
+afterwards the sender's head is loaded again.
 
 When the settings of the installation change, other processes load the next key space of Redis from
 PostgreSQL. There too, a send that is in flight meanwhile has a lease, which ends with the send.
@@ -15,23 +16,31 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeGuard
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import storage
-from outbox_server.services.dispatcher.cooling import (
-    CooldownRules,
-    Signal,
-    may_matter,
-    record_cooldowns,
+from outbox_server.services.dispatcher.cooling import CooldownRules, may_matter, record_cooldowns
+from outbox_server.services.dispatcher.ended_claims import (
+    ClaimOutcome,
+    EndedAttempt,
+    Recorded,
+    UnmarkedClaim,
+    UnsentJob,
+    dues_of,
+    is_stale,
+    job_of,
+    may_have_cooled,
+    sender_of,
+    settlement_of,
 )
 from outbox_server.services.dispatcher.metrics import DispatcherMetrics
 from outbox_server.services.dispatcher.slots import Slots
-from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob
+from outbox_server.services.dispatcher.storage import AttemptRecord, MarkedJob, Marking
 from outbox_server.shared.database.engine import DATABASE_ERRORS, is_locked
 from outbox_server.shared.database.frequent import KeptConnections, driver_within
 from outbox_server.shared.heads.loader import HeadLoader
@@ -40,78 +49,35 @@ from outbox_server.shared.loops import raise_if_cancelled
 from outbox_server.shared.queue.connection import QUEUE_ERRORS
 from outbox_server.shared.queue.keys import JobRef
 from outbox_server.shared.queue.queue import Queue
-from outbox_server.shared.queue.records import Claim, Contact, LimitUse, Settlement
-from outbox_server.shared.states import JobState
+from outbox_server.shared.queue.records import Claim, Settlement
 
 _RETRY_S = 0.2
-# How long a group waits for the outcomes of the sends that began last, and how many are enough.
+# How long a group waits for the outcomes of sends that began lately, and how many are enough.
 _PATIENCE_S = 0.002
 _ENOUGH = 16
-_NO_SIGNAL = Signal()
+_LATELY_S = 0.02
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class EndedAttempt:
-    """An attempt that was made."""
+@dataclass(eq=False, slots=True)
+class _MarkRequest:
+    """Claims of one life of a shard, and what `Settler.mark` has promised for them."""
 
-    record: AttemptRecord
-    use: LimitUse
-    # The key of the sender's user, as in `Claim`.
-    user: str = ""
-    # What the attempt says about the endpoint, and its name, as in `Settlement`.
-    contact: Contact = Contact.NONE
-    connection_error: str = ""
-    before_mail: bool = False
-    server: str = ""
-    # What the attempt says about the sender's account.
-    signal: Signal = _NO_SIGNAL
+    queue: Queue
+    claims: Sequence[Claim]
+    marked: asyncio.Future[list[MarkedJob]]
 
+    @property
+    def life(self) -> str:
+        return self.claims[0].life
 
-@dataclass(frozen=True, slots=True)
-class UnsentJob:
-    """A marked job that returns to the queue, because its body was not begun.
-
-    `leased` means that Redis still has its lease.
-    """
-
-    claim: Claim
-    marked: MarkedJob
-    leased: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class UnmarkedClaim:
-    """A claim whose job was not marked.
-
-    `waits` means that the job still waits, as far as is known, and returns to the queue: PostgreSQL
-    failed, there was no permit, or it is locked or not due. Otherwise it must not be sent: it is
-    cancelled or sent already. `unknown` means that PostgreSQL has no such job of this sender, so
-    that the sender's whole head may be wrong.
-    """
-
-    claim: Claim
-    waits: bool = False
-    unknown: bool = False
-
-
-ClaimOutcome = EndedAttempt | UnsentJob | UnmarkedClaim
-
-
-@dataclass(frozen=True, slots=True)
-class _Recorded:
-    """What PostgreSQL answered when it recorded a group of outcomes.
-
-    `dues` has the due time (Unix ms) of each job that changed its state. `cooldowns` is the result
-    of `record_cooldowns`.
-    """
-
-    dues: dict[JobRef, int] = field(default_factory=dict)
-    cooldowns: dict[JobRef, timedelta] = field(default_factory=dict)
+    def fail(self, error: Exception) -> None:
+        if not self.marked.done():
+            self.marked.set_exception(error)
 
 
 class Settler:
-    """Settles claims in groups, and releases the slot of each once PostgreSQL has its outcome."""
+    """Settles and marks claims in groups. A slot is free once PostgreSQL has its outcome."""
 
     def __init__(
         self,
@@ -121,31 +87,42 @@ class Settler:
         slots: Slots,
         rules: CooldownRules,
         *,
+        lease: timedelta = timedelta(0),
+        seen: Callable[[], int] = lambda: 0,
+        hand_over: Callable[[int], None] = lambda _: None,
         metrics: DispatcherMetrics | None = None,
         confirmed_at: Callable[[], float] = time.monotonic,
         dispatcher: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`confirmed_at` returns since when no change of the settings can be unknown here.
+        """Set up a settler.
 
-        `dispatcher` returns the number of this process; None while it is unknown.
+        `lease` is that of the claims, and `seen` the number of the newest heartbeat seen.
+        `hand_over` is called with a number of ends before one statement records them: what it lets
+        `mark` ask for is marked by the same statement. `confirmed_at` returns since when no change
+        of the settings can be unknown here. `dispatcher` returns the number of this process; None
+        while it is unknown.
         """
         self._dispatcher = dispatcher
+        self._lease = lease
+        self._seen = seen
+        self._hand_over = hand_over
         self._metrics = metrics or DispatcherMetrics()
         self._confirmed_at = confirmed_at
         # The loaders of later key spaces, and those of them that do not know `_recent` yet.
         self._successors: list[HeadLoader] = []
         self._new_successors: list[HeadLoader] = []
         # What was recorded since `confirmed_at`: a load of the next key space may have missed it.
-        self._recent: deque[tuple[float, list[ClaimOutcome], _Recorded]] = deque()
+        self._recent: deque[tuple[float, list[ClaimOutcome], Recorded]] = deque()
         self._rules = rules
         self._kept = KeptConnections(statements)
         self._transactions = transactions
         self._loader = loader
         self._slots = slots
         self._pending: list[ClaimOutcome] = []
+        self._marks: list[_MarkRequest] = []
         self._arrived = asyncio.Event()
-        # The jobs of the sends that began last and have not ended.
-        self._begun: set[JobRef] = set()
+        # The jobs whose sends began lately and have not ended, and when they began, oldest first.
+        self._begun: dict[JobRef, float] = {}
         self._complete = asyncio.Event()
         self._closed = False
         self.given_back_count = 0
@@ -155,13 +132,26 @@ class Settler:
         self._pending.append(outcome)
         self._arrived.set()
         if self._begun:
-            self._begun.discard(_job_of(outcome))
+            self._begun.pop(job_of(outcome), None)
         if not self._begun or len(self._pending) >= _ENOUGH:
             self._complete.set()
 
+    def mark(self, queue: Queue, claims: Sequence[Claim]) -> asyncio.Future[list[MarkedJob]]:
+        """Mark claims of one life of a shard, different jobs, in the next turn.
+
+        The future has the jobs that may be sent (`storage.mark_sending`), or an error of
+        PostgreSQL: then nothing may be sent.
+        """
+        request = _MarkRequest(queue, claims, asyncio.get_running_loop().create_future())
+        self._marks.append(request)
+        self._arrived.set()
+        self._complete.set()
+        return request.marked
+
     def begin(self, jobs: Iterable[JobRef]) -> None:
         """Note which sends begin now: the outcomes of those that end soon are recorded together."""
-        self._begun = set(jobs)
+        now = time.monotonic()
+        self._begun |= dict.fromkeys(jobs, now)
 
     def follow(self, successor: HeadLoader) -> None:
         """Settle in this key space too from now on, and what it may have missed."""
@@ -185,24 +175,101 @@ class Settler:
                     tasks.create_task(self._settle_recent(loader))
                 self._new_successors = []
                 group, self._pending = self._pending, []
-                if group:
-                    await self._finish(group, tasks)
-                if self._closed and not self._pending:
+                await self._take_turn(group, tasks)
+                if self._closed and not (self._pending or self._marks):
                     return
                 raise_if_cancelled()
 
     async def _wait_for_more(self) -> None:
-        """Wait a moment for the outcomes of the sends that began last.
+        """Wait a moment for the outcomes of the sends that began lately.
 
         Sends of one group often end within a millisecond. Recorded one by one, each would pay for
-        its own statements, and so would the claims of the slots that they free.
+        its own statements, and so would the claims of the slots that they free. A claim that can be
+        marked ends the wait: its mail may be due now.
         """
-        if not self._begun or len(self._pending) >= _ENOUGH or self._closed:
+        since = time.monotonic() - _LATELY_S
+        while self._begun and self._begun[job := next(iter(self._begun))] < since:
+            del self._begun[job]
+        if not self._begun or self._marks or len(self._pending) >= _ENOUGH or self._closed:
             return
         self._complete.clear()
         timer = asyncio.get_running_loop().call_later(_PATIENCE_S, self._complete.set)
         await self._complete.wait()
         timer.cancel()
+
+    async def _take_turn(self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup) -> None:
+        """Record a group, and mark what was claimed."""
+        plain = [outcome for outcome in group if _is_plain(outcome)]
+        if plain:
+            self._hand_over(len(plain))
+        requests = self._next_marks()
+        if requests and await self._settle_and_mark(plain, requests, tasks):
+            group = [outcome for outcome in group if not _is_plain(outcome)]
+        if group:
+            await self._finish(group, tasks)
+
+    def _next_marks(self) -> list[_MarkRequest]:
+        """Take the marks of the next turn: of one life of a shard, each job once."""
+        taken: list[_MarkRequest] = []
+        left: list[_MarkRequest] = []
+        jobs: set[int] = set()
+        for request in self._marks:
+            first = taken[0] if taken else request
+            ids = {claim.job.job_id for claim in request.claims}
+            together = request.queue is first.queue and request.life == first.life
+            if together and jobs.isdisjoint(ids):
+                taken.append(request)
+                jobs |= ids
+            else:
+                left.append(request)
+        self._marks = left
+        if left:
+            self._arrived.set()
+        return taken
+
+    async def _settle_and_mark(
+        self,
+        plain: list[EndedAttempt],
+        requests: Sequence[_MarkRequest],
+        tasks: asyncio.TaskGroup,
+    ) -> bool:
+        """Record outcomes and mark claims by one statement. False: it did neither.
+
+        An error of a mark fails the outcomes too. They are then recorded alone, at once, because
+        that must happen before their leases end.
+        """
+        queue = requests[0].queue
+        claims = [claim for request in requests for claim in request.claims]
+        marking = Marking(claims, self._lease, queue.shard, queue.key_space, self._seen())
+        records = [outcome.record for outcome in plain]
+        moved: dict[int, int] = {}
+        try:
+            async with self._kept.connection() as kept:
+                if records:
+                    now, number = time.monotonic(), self._dispatcher()
+                    moved, jobs = await storage.settle_and_mark(kept, records, now, marking, number)
+                else:
+                    jobs = await storage.mark_sending(kept, marking)
+        except DATABASE_ERRORS as error:
+            for request in requests:
+                request.fail(error)
+            return False
+        if plain:
+            self._recorded(list(plain), Recorded(dues_of(records, moved)), tasks)
+        by_id = {job.job.job_id: job for job in jobs}
+        for request in requests:
+            found = [by_id[c.job.job_id] for c in request.claims if c.job.job_id in by_id]
+            if not request.marked.done():
+                request.marked.set_result(found)
+        self._slots.settled(len(plain))
+        return True
+
+    def _recorded(
+        self, group: list[ClaimOutcome], recorded: Recorded, tasks: asyncio.TaskGroup
+    ) -> None:
+        # Not awaited: while Redis hangs, the next outcomes must still be recorded before their
+        # leases expire. Before the release, so that the next claim finds what this frees.
+        tasks.create_task(self._settle_in_redis(group, recorded))
 
     async def _finish(self, group: list[ClaimOutcome], tasks: asyncio.TaskGroup) -> None:
         """Record a group in PostgreSQL, then in Redis."""
@@ -212,38 +279,36 @@ class Settler:
             for outcome in group:
                 tasks.create_task(self._finish([outcome], tasks))
             return
-        # Not awaited: while Redis hangs, the next outcomes must still be recorded before their
-        # leases expire. Before the release, so that the next claim finds what this frees.
-        tasks.create_task(self._settle_in_redis(group, recorded))
-        self._slots.release(len(group))
+        self._recorded(group, recorded, tasks)
+        self._slots.settled(len(group))
 
-    async def _record(self, group: list[ClaimOutcome]) -> _Recorded:
+    async def _record(self, group: list[ClaimOutcome]) -> Recorded:
         ended = [o for o in group if isinstance(o, EndedAttempt)]
         unsent = [o.marked for o in group if isinstance(o, UnsentJob)]
-        recorded = await self._record_ended(ended) if ended else _Recorded()
+        recorded = await self._record_ended(ended) if ended else Recorded()
         dues = recorded.dues
-        if unsent or any(_is_stale(outcome, dues) for outcome in group):
+        if unsent or any(is_stale(outcome, dues) for outcome in group):
             async with self._transactions.begin() as connection:
                 moved = await storage.give_back(connection, unsent)
                 given = {m.job: moved[m.job.job_id] for m in unsent if m.job.job_id in moved}
                 # Only PostgreSQL knows when these jobs are due now. The marker makes some
                 # dispatcher load them even if this process dies.
-                stale = {_sender_of(o) for o in group if _is_stale(o, dues | given)}
+                stale = {sender_of(o) for o in group if is_stale(o, dues | given)}
                 if stale:
                     await mark_stale(connection, sorted(stale))
             self.given_back_count += len(moved)
             dues |= given
         return recorded
 
-    async def _record_ended(self, ended: list[EndedAttempt]) -> _Recorded:
+    async def _record_ended(self, ended: list[EndedAttempt]) -> Recorded:
         records = [outcome.record for outcome in ended]
         if not any(may_matter(outcome.record, outcome.signal) for outcome in ended):
             async with self._kept.connection() as kept:
                 moved = await self._settle(kept, records)
-            return _Recorded(_dues(records, moved))
+            return Recorded(dues_of(records, moved))
         async with self._transactions.begin() as connection:
             async with driver_within(connection) as driver:
-                dues = _dues(records, await self._settle(driver, records))
+                dues = dues_of(records, await self._settle(driver, records))
             cooldowns = await record_cooldowns(
                 connection,
                 [(o.record, o.signal) for o in ended if o.record.job in dues],
@@ -259,13 +324,13 @@ class Settler:
             wait = cooldowns.get(outcome.record.job)
             if wait is not None:
                 self._metrics.cooled(outcome.signal, wait)
-        return _Recorded(dues, cooldowns)
+        return Recorded(dues, cooldowns)
 
     async def _settle(self, connection: Any, records: Sequence[AttemptRecord]) -> dict[int, int]:
         now = time.monotonic()
         return await storage.settle(connection, records, now, dispatcher=self._dispatcher())
 
-    async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: _Recorded) -> None:
+    async def _settle_in_redis(self, group: list[ClaimOutcome], recorded: Recorded) -> None:
         now = time.monotonic()
         while self._recent and self._recent[0][0] < self._confirmed_at():
             self._recent.popleft()
@@ -279,7 +344,7 @@ class Settler:
             await self._settle_later(loader, group, recorded)
 
     async def _settle_later(
-        self, loader: HeadLoader, group: list[ClaimOutcome], recorded: _Recorded
+        self, loader: HeadLoader, group: list[ClaimOutcome], recorded: Recorded
     ) -> None:
         """Settle in a later key space. Settling twice changes nothing more."""
         # A claim that was not marked never had a lease there.
@@ -303,23 +368,19 @@ class Settler:
             await self._settle_in(loader, ended, recorded)
 
     async def _settle_in(
-        self, loader: HeadLoader, group: Sequence[ClaimOutcome], recorded: _Recorded
+        self, loader: HeadLoader, group: Sequence[ClaimOutcome], recorded: Recorded
     ) -> None:
         by_queue: dict[int, list[Settlement]] = {}
         stale: set[int] = set()
         now = time.monotonic()
         for outcome in group:
-            settlement = _settlement(outcome, recorded, now)
+            settlement = settlement_of(outcome, recorded, now)
             shard = loader.queue_of(settlement.sender_id).shard
             by_queue.setdefault(shard, []).append(settlement)
             unknown = isinstance(outcome, UnmarkedClaim) and outcome.unknown
             # Without a marker, also for a sender that does not exist: if this process dies, the
             # lease expires, which causes a load.
-            if (
-                unknown
-                or _is_stale(outcome, recorded.dues)
-                or _may_have_cooled(outcome, settlement)
-            ):
+            if unknown or is_stale(outcome, recorded.dues) or may_have_cooled(outcome, settlement):
                 stale.add(settlement.sender_id)
         lost: set[int] = set()
         for shard, settlements in by_queue.items():
@@ -336,7 +397,7 @@ class Settler:
         except (*QUEUE_ERRORS, *DATABASE_ERRORS) as error:
             _release_failed(len(group), error)
 
-    async def _until_recorded(self, group: list[ClaimOutcome]) -> _Recorded | None:
+    async def _until_recorded(self, group: list[ClaimOutcome]) -> Recorded | None:
         """Record a group, however long it takes. None: somebody has locked a row of several."""
         failing = False
         while True:
@@ -349,6 +410,11 @@ class Settler:
                     _log.warning("outcomes_wait", jobs=len(group), error=type(error).__name__)
                 failing = True
                 await asyncio.sleep(_RETRY_S)
+
+
+def _is_plain(outcome: ClaimOutcome) -> TypeGuard[EndedAttempt]:
+    """Return whether an outcome is recorded by a single statement."""
+    return isinstance(outcome, EndedAttempt) and not may_matter(outcome.record, outcome.signal)
 
 
 async def _settle_moved(
@@ -368,76 +434,3 @@ async def _settle_moved(
 def _release_failed(jobs: int, error: Exception) -> None:
     # The leases expire by themselves. A Redis that lost data is rebuilt from PostgreSQL.
     _log.warning("release_failed", jobs=jobs, error=type(error).__name__)
-
-
-def _dues(records: Sequence[AttemptRecord], moved: Mapping[int, int]) -> dict[JobRef, int]:
-    return {r.job: moved[r.job.job_id] for r in records if r.job.job_id in moved}
-
-
-def _is_stale(outcome: ClaimOutcome, dues: dict[JobRef, int]) -> bool:
-    """Return whether only PostgreSQL knows when the job is due now.
-
-    That is a job which this try did not move. Either its lease had expired, or an earlier try has
-    moved it and the answer was lost with the connection.
-    """
-    if isinstance(outcome, EndedAttempt):
-        return outcome.record.state is JobState.SCHEDULED and outcome.record.job not in dues
-    return isinstance(outcome, UnsentJob) and (not outcome.leased or outcome.marked.job not in dues)
-
-
-def _may_have_cooled(outcome: ClaimOutcome, settlement: Settlement) -> bool:
-    """Return whether the sender's cooldown changed, or may have changed.
-
-    It may have if the answer to an earlier try was lost.
-    """
-    if settlement.cooldown is not None:
-        return True
-    return isinstance(outcome, EndedAttempt) and may_matter(outcome.record, outcome.signal)
-
-
-def _job_of(outcome: ClaimOutcome) -> JobRef:
-    return outcome.record.job if isinstance(outcome, EndedAttempt) else outcome.claim.job
-
-
-def _sender_of(outcome: ClaimOutcome) -> int:
-    if isinstance(outcome, EndedAttempt):
-        return outcome.record.sender_id
-    return outcome.claim.sender_id
-
-
-def _settlement(outcome: ClaimOutcome, recorded: _Recorded, now: float) -> Settlement:
-    dues = recorded.dues
-    if not isinstance(outcome, EndedAttempt):
-        claim = outcome.claim
-        due: int | None
-        if isinstance(outcome, UnsentJob):
-            due = dues.get(claim.job) if outcome.leased else None
-        else:
-            # It returns to its place in the head. If it no longer waits, the next mark finds out.
-            due = claim.due_ms if outcome.waits else None
-        return Settlement(
-            claim.sender_id,
-            claim.job,
-            LimitUse.UNUSED,
-            user=claim.user,
-            next_job=None if due is None else claim.job,
-            next_due_ms=due or 0,
-            lease_ms=claim.lease_ms,
-        )
-    record = outcome.record
-    due = dues.get(record.job) if record.state is JobState.SCHEDULED else None
-    return Settlement(
-        record.sender_id,
-        record.job,
-        outcome.use,
-        user=outcome.user,
-        age=timedelta(seconds=max(0.0, now - record.ended)),
-        next_job=None if due is None else JobRef(record.job.job_id, record.job.attempt + 1),
-        next_due_ms=due or 0,
-        contact=outcome.contact,
-        connection_error=outcome.connection_error,
-        before_mail=outcome.before_mail,
-        server=outcome.server,
-        smtp_code=record.smtp_code,
-        cooldown=recorded.cooldowns.get(record.job),
-    )

@@ -40,8 +40,8 @@ _MOST_RELAY_KEYS: Final = 500
 class Route:
     """The endpoint that a sender uses, and the user who owns the sender.
 
-    `endpoint` and `user` are keys of `shared.queue.circuit_keys`. `server` is the host and the
-    port, for people.
+    `endpoint` is empty while it is not known: the job is marked first, to learn it. `endpoint` and
+    `user` are keys of `shared.queue.circuit_keys`. `server` is the host and the port, for people.
     """
 
     endpoint: str
@@ -88,7 +88,7 @@ class User:
     permits: int = 0
     # Claims that wait for a permit.
     waiting: int = 0
-    # Claims that hold a slot while their route is looked up.
+    # Permits of claims whose endpoint is not known.
     unrouted: int = 0
     endpoints: set[str] = field(default_factory=set)
 
@@ -139,7 +139,10 @@ class Shares:
 
         `slow` is the result of `slow_permits`, if the caller has it.
         """
-        endpoint, user = self.endpoint(route), self.user(route.user)
+        user = self.user(route.user)
+        if not route.endpoint:
+            return user.held < self.share
+        endpoint = self.endpoint(route)
         if user.permits >= self.share:
             return False
         now = self._clock()
@@ -157,7 +160,12 @@ class Shares:
     def issue(self, route: Route) -> Permit:
         """Give a permit to a route that `allows` accepts."""
         permit = Permit(route, self._clock())
-        endpoint, user = self.endpoint(route), self.user(route.user)
+        user = self.user(route.user)
+        if not route.endpoint:
+            user.unrouted += 1
+            self.note(route.user, user)
+            return permit
+        endpoint = self.endpoint(route)
         endpoint.permits[permit] = None
         endpoint.used_at = permit.since
         self._busy[route.endpoint] = endpoint
@@ -171,7 +179,12 @@ class Shares:
         `answered` means that the server has replied.
         """
         route = permit.route
-        endpoint, user = self._endpoints[route.endpoint], self._users[route.user]
+        user = self._users[route.user]
+        if not route.endpoint:
+            user.unrouted -= 1
+            self.note(route.user, user)
+            return
+        endpoint = self._endpoints[route.endpoint]
         endpoint.permits.pop(permit, None)
         if not endpoint.permits:
             self._busy.pop(route.endpoint, None)
@@ -237,6 +250,10 @@ class Shares:
         """The number of slots up to which a user comes before the users who have more."""
         holding = sum(1 for user in self._active.values() if user.held)
         return max(2, math.ceil(self._total / max(1, holding)))
+
+    def is_slow(self, route: Route) -> bool:
+        """Return whether the endpoint of a route is known, and not known to be quick."""
+        return bool(route.endpoint) and self._is_slow(self.endpoint(route), self._clock())
 
     def slow_permits(self) -> Counter[str]:
         """Count the permits at slow endpoints by user."""

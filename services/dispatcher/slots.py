@@ -8,6 +8,10 @@ When an endpoint or a user has its share of the permits, further claims for it w
 slot. They have a lease in Redis and are still SCHEDULED in PostgreSQL, and other senders use their
 slots. A sender with a gap has one claim at a time, so at most one of its jobs waits here.
 
+While sends end quickly, a claim also takes jobs ahead, for the slots that will be free next. They
+wait in the same way: PostgreSQL knows nothing of them, and their leases in Redis are short waits.
+As soon as sends end, they take over the slots, in the statement that records the ends.
+
 A user who has a share, or for whom many claims wait, is named in the next claim (`limits`), so that
 the queue gives the slots that are left to other users. Where a user has many senders with due mail,
 they wait in the queue, and not here.
@@ -16,13 +20,15 @@ they wait in the queue, and not here.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from outbox_server.services.dispatcher.shares import Endpoint, Permit, Route, Shares, User
+from outbox_server.services.dispatcher.shares import Permit, Route, Shares, User
+from outbox_server.shared.queue.records import Claim
 from outbox_server.shared.queue.user_limits import UserLimit
 
 # The routes of so many senders are remembered. The job of any other sender is marked first.
@@ -31,6 +37,10 @@ _MAX_SENDERS: Final = 100_000
 MAX_WAITING: Final = 1_000
 # The same for one user.
 MAX_WAITING_OF_USER: Final = 250
+# Jobs are claimed ahead for as many sends as ended within this time, so they wait about as long.
+_AHEAD_S: Final = 0.05
+# If sends take longer than before, those jobs return to the queue after this time.
+_LONGEST_AHEAD_S: Final = 1.0
 
 
 # Called when a wait ends: with a permit, or with None if the claim must go back to the queue.
@@ -41,6 +51,8 @@ Resume: TypeAlias = Callable[[Permit | None], None]
 class _Waiter:
     route: Route
     resume: Resume
+    # It was claimed ahead: it waits for a slot, or for a permit at a quick endpoint.
+    ahead: bool = False
     timer: asyncio.TimerHandle | None = None
 
 
@@ -65,6 +77,14 @@ class Slots:
         self._on_room = on_room
         # The users that were limited in the last claim of each shard.
         self._limited: dict[int, set[str]] = {}
+        # Whether `on_room` is to be called.
+        self._room = False
+        # Claims that wait and were claimed ahead, and those that a claim under way may bring.
+        self._ahead = 0
+        self._ahead_taken = 0
+        # How many sends ended lately, and when.
+        self._ended: deque[tuple[float, int]] = deque()
+        self._clock = clock
         self._in_flight = 0
         self._closed = False
         self._free = asyncio.Event()
@@ -90,26 +110,72 @@ class Slots:
         return self._closed
 
     async def take_free(self) -> int:
-        """Wait until a slot is free and take all free slots. Return 0 after `close`."""
+        """Wait until a slot is free, and take all free slots. Return 0 after `close`.
+
+        It also returns 0 if no slot is free, but jobs may be claimed ahead.
+        """
         while not self._closed:
-            free = self._total - self._in_flight
-            if free > 0:
-                self._in_flight = self._total
-                self._idle.clear()
+            free = max(0, self._total - self._in_flight)
+            if free or self._ahead_room():
+                self._in_flight += free
+                if free:
+                    self._idle.clear()
                 return free
             self._free.clear()
             await self._free.wait()
         return 0
 
+    def take_ahead(self) -> int:
+        """Return how many jobs more than there are free slots a claim may take now.
+
+        `return_ahead` follows when the claim has ended and its jobs wait.
+        """
+        room = self._ahead_room()
+        self._ahead_taken += room
+        if room:
+            self._idle.clear()
+        return room
+
+    def return_ahead(self, number: int) -> None:
+        """End what `take_ahead` began."""
+        self._ahead_taken -= number
+        self.release(0)
+
+    def _ahead_room(self) -> int:
+        since = self._clock() - _AHEAD_S
+        while self._ended and self._ended[0][0] < since:
+            self._ended.popleft()
+        if not self._ended:
+            return 0
+        lately = sum(number for _, number in self._ended)
+        return max(0, min(self._total, lately) - self._ahead - self._ahead_taken)
+
+    def hand_over(self, number: int) -> None:
+        """Let claims that wait use the slots of `number` sends that have ended.
+
+        One statement must mark those claims and record those ends. `release` follows after it.
+        """
+        self._ended.append((self._clock(), number))
+        self._resume_waiting(self._total + number)
+
     def release(self, number: int) -> None:
         """Give slots back. Claims that wait for one come before new claims."""
         self._in_flight -= number
-        while self._in_flight < self._total and self._resume_next():
-            pass
-        if self._in_flight < self._total:
+        self._resume_waiting(self._total)
+        if self._in_flight < self._total or self._ahead_room():
             self._free.set()
-        if not (self._in_flight or self._waiting or self._overflow):
+        if not (self._in_flight or self._waiting or self._overflow or self._ahead_taken):
             self._idle.set()
+
+    def settled(self, number: int) -> None:
+        """Give back the slots of claims that are settled, and let claims use the room they leave.
+
+        Not at each reply of a server: then the groups of claims would be small.
+        """
+        self.release(number)
+        if self._room:
+            self._room = False
+            self._on_room()
 
     def close(self) -> None:
         """Give out no more slots, and end all waits without a permit."""
@@ -126,11 +192,15 @@ class Slots:
     # Users -----------------------------------------------------------------------------------
 
     def limits(self, want: int) -> list[UserLimit]:
-        """Return the users of whom a claim of `want` jobs may not take that many."""
+        """Return the users of whom a claim of `want` jobs may not take that many.
+
+        Of what `take_ahead` returned, a user may have its share too.
+        """
         found = []
-        fair = self._shares.fair
+        fair, share = self._shares.fair, self._shares.share
         for key, user in self._shares.active():
-            most = min(self._shares.share - user.held, MAX_WAITING_OF_USER - user.waiting)
+            ahead = max(0, min(self._ahead_taken, share - user.waiting))
+            most = min(share - user.held + ahead, MAX_WAITING_OF_USER - user.waiting)
             first = min(most, fair - user.held)
             if first < want:
                 found.append(UserLimit(key, first=max(0, first), most=max(0, most)))
@@ -143,24 +213,25 @@ class Slots:
     def set_unproven(self, overrides: Mapping[str, int]) -> None:
         """Take the quotas of the users with an override. Claims that may now go on do so."""
         self._shares.unproven_of = overrides
-        self.release(0)
-
-    def begin_unrouted(self, user: str) -> None:
-        """Count a claim whose route is not known yet."""
-        found = self._shares.user(user)
-        found.unrouted += 1
-        self._shares.note(user, found)
-
-    def end_unrouted(self, user: str) -> None:
-        """End what `begin_unrouted` began."""
-        found = self._shares.user(user)
-        found.unrouted -= 1
-        self._has_room(user, found)
+        self.settled(0)
 
     def _has_room(self, key: str, user: User) -> None:
         self._shares.note(key, user)
-        if any(key in users for users in self._limited.values()):
-            self._on_room()
+        self._room = self._room or any(key in users for users in self._limited.values())
+
+    def in_turn(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Return claims in the order in which they get slots: of the users who have less first."""
+        held: dict[str, int] = {}
+        order: list[tuple[int, int]] = []
+        for place, claim in enumerate(claims):
+            number = held.get(claim.user)
+            if number is None:
+                number = self._shares.user(claim.user).held
+            held[claim.user] = number + 1
+            order.append((number, place))
+        if len(held) > 1:
+            order.sort()
+        return [claims[place] for _, place in order]
 
     # Permits ---------------------------------------------------------------------------------
 
@@ -180,7 +251,8 @@ class Slots:
 
     def permit(self, route: Route) -> Permit | None:
         """Return a permit. None if the endpoint or the user has its share, or other claims wait."""
-        if self._shares.endpoint(route).waiting or not self._shares.allows(route):
+        waits = self._shares.endpoint(route).waiting if route.endpoint else route in self._lines
+        if waits or not self._shares.allows(route):
             return None
         return self._shares.issue(route)
 
@@ -194,28 +266,39 @@ class Slots:
 
     # Waiting ---------------------------------------------------------------------------------
 
-    def wait(self, claims: Sequence[tuple[Route, Resume]], seconds: float) -> None:
-        """Let claims wait for a permit, at most for `seconds`, and give back their slots.
+    def wait(
+        self, claims: Sequence[tuple[Route, Resume]], seconds: float, slots: int | None = None
+    ) -> int:
+        """Let claims wait for a permit and a slot, at most for `seconds`.
 
-        Each claim has a slot again when its `Resume` is called, with a permit or without one.
+        They give back their slots: one each, or `slots` in all. Each claim has a slot again when
+        its `Resume` is called, with a permit or without one. Returns how many were not claimed
+        ahead, but wait for a permit at a slow endpoint.
 
         If too many claims wait already, these only wait for the time to pass. Returned to the queue
         at once, they would be claimed again at once.
         """
+        slots = len(claims) if slots is None else slots
         if self._closed:
+            self._in_flight += len(claims) - slots
             for _, resume in claims:
                 resume(None)
-            return
+            return 0
         loop = asyncio.get_running_loop()
+        slow = 0
         for route, resume in claims:
-            waiter = _Waiter(route, resume)
-            waiter.timer = loop.call_later(seconds, self._end_wait, waiter, None)
+            waiter = _Waiter(route, resume, ahead=not self._shares.is_slow(route))
+            slow += not waiter.ahead
+            limit = min(seconds, _LONGEST_AHEAD_S) if waiter.ahead else seconds
+            waiter.timer = loop.call_later(limit, self._end_wait, waiter, None)
             if self._waiting < MAX_WAITING:
                 self._lines.setdefault(route, {})[waiter] = None
+                self._ahead += waiter.ahead
                 self._count_waiting(route, 1)
             else:
                 self._overflow[waiter] = None
-        self.release(len(claims))
+        self.release(slots)
+        return slow
 
     def give_up(self, endpoint: str) -> None:
         """End the waits for an endpoint without a permit."""
@@ -226,7 +309,8 @@ class Slots:
     def _count_waiting(self, route: Route, number: int) -> User:
         user = self._shares.user(route.user)
         user.waiting += number
-        self._shares.endpoint(route).waiting += number
+        if route.endpoint:
+            self._shares.endpoint(route).waiting += number
         self._waiting += number
         self._shares.note(route.user, user)
         return user
@@ -239,29 +323,40 @@ class Slots:
         else:
             line = self._lines[waiter.route]
             del line[waiter]
+            self._ahead -= waiter.ahead
             if not line:
                 del self._lines[waiter.route]
             self._has_room(waiter.route.user, self._count_waiting(waiter.route, -1))
         self._in_flight += 1
         waiter.resume(permit)
 
-    def _resume_next(self) -> bool:
-        """Resume the waiting claim whose turn it is. Return False if none may go on.
+    def _resume_waiting(self, most: int) -> None:
+        """Resume waiting claims until `most` slots are in use.
 
-        The user with the fewest permits comes first, then the endpoint that has waited longest
-        since its last turn.
+        The user with the fewest slots comes first, then the endpoint that has waited longest since
+        its last turn.
         """
-        if not self._waiting:
-            return False
+        if not self._waiting or self._in_flight >= most or self._closed:
+            return
         slow = self._shares.slow_permits()
-        candidates: list[tuple[User, Endpoint, _Waiter]] = [
-            (self._shares.user(route.user), self._shares.endpoint(route), next(iter(line)))
-            for route, line in self._lines.items()
-            if self._shares.allows(route, slow)
-        ]
-        if not candidates:
-            return False
-        _, _, waiter = min(candidates, key=lambda each: (each[0].permits, each[1].turn))
-        self._shares.next_turn(waiter.route)
-        self._end_wait(waiter, self._shares.issue(waiter.route))
-        return True
+        order = [(*self._rank(route), n, route) for n, route in enumerate(self._lines)]
+        heapq.heapify(order)
+        while order and self._in_flight < most:
+            held, turn, n, route = heapq.heappop(order)
+            line = self._lines.get(route)
+            if line is None or not self._shares.allows(route, slow):
+                continue
+            rank = self._rank(route)
+            if rank == (held, turn):
+                if route.endpoint:
+                    self._shares.next_turn(route)
+                permit = self._shares.issue(route)
+                if self._shares.is_slow(route):
+                    slow = self._shares.slow_permits()
+                self._end_wait(next(iter(line)), permit)
+                rank = self._rank(route)
+            heapq.heappush(order, (*rank, n, route))
+
+    def _rank(self, route: Route) -> tuple[int, int]:
+        turn = self._shares.endpoint(route).turn if route.endpoint else -1
+        return self._shares.user(route.user).held, turn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from outbox_server.services.dispatcher.settler import ClaimOutcome, EndedAttempt
+from outbox_server.services.dispatcher.ended_claims import ClaimOutcome, EndedAttempt
 from outbox_server.services.dispatcher.storage import MarkedJob
 from outbox_server.shared.states import JobState
 

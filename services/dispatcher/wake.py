@@ -37,9 +37,14 @@ class WakeListener:
         """Wake the dispatcher from within the process."""
         self._event.set()
 
-    async def wait(self) -> None:
-        """Wait for the next wake-up."""
-        await self._event.wait()
+    async def wait(self, limit: timedelta) -> None:
+        """Wait for the next wake-up, but no longer than `limit`."""
+        # Without a task of its own, unlike `asyncio.wait_for`: each group of mails waits here.
+        timer = asyncio.get_running_loop().call_later(limit.total_seconds(), self._event.set)
+        try:
+            await self._event.wait()
+        finally:
+            timer.cancel()
 
     async def run(self) -> None:
         """Listen until cancelled. After a lost connection, connect again."""

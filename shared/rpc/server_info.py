@@ -17,6 +17,7 @@ from outbox_server.shared.rpc.server import ServiceBinding
 CAPABILITIES: Final = (
     "api_keys",
     "attempt.dispatcher",
+    "batch.headers",
     "batch.preview",
     "batch.request_id",
     "batch.test_email",
@@ -28,6 +29,7 @@ CAPABILITIES: Final = (
     "hold",
     "job.explain_waits",
     "job.export",
+    "job.labels",
     "job.watch",
     "sender.cooldown",
     "sender.oauth2",

@@ -67,7 +67,7 @@ async def outcomes(world: World, job: int) -> list[AttemptOutcome]:
 
 
 # The first words of a dispatcher's statements.
-MARK, SETTLE = "WITH sendable AS", "WITH moved AS"
+MARK, SETTLE = "WITH sendable AS", "WITH ended AS"
 
 # Statements that run after the death of their dispatcher ------------------------------------------
 

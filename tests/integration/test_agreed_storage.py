@@ -11,7 +11,8 @@ import pytest
 import pytest_asyncio
 
 from outbox_server.services.dispatcher.cooling import CooldownRules
-from outbox_server.services.dispatcher.settler import Settler, UnsentJob
+from outbox_server.services.dispatcher.ended_claims import UnsentJob
+from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.shared.agreed.storage import (
     ACTION,

@@ -14,8 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.deploy.embedded.proxy import TcpProxy
 from outbox_server.services.dispatcher.cooling import CooldownRules, Signal, record_cooldowns
+from outbox_server.services.dispatcher.ended_claims import EndedAttempt
 from outbox_server.services.dispatcher.outcomes import OutcomeRules
-from outbox_server.services.dispatcher.settler import EndedAttempt, Settler
+from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.dispatcher.smtp import SendResult
 from outbox_server.services.dispatcher.storage import MarkedJob

@@ -15,6 +15,7 @@ from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.storage import AccountRefusal
 from outbox_server.services.dispatcher.storage.marking import MARK
 from outbox_server.services.dispatcher.storage.settling import SETTLE
+from outbox_server.services.dispatcher.storage.turning import TURN
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.database.frequent import FrequentStatement
 from outbox_server.shared.heads.concerned import Walk
@@ -133,7 +134,7 @@ async def test_the_plans_that_marks_and_settlements_keep_use_only_indexes(
     new_database: Callable[[], str], redis_url: str, analysed: bool
 ) -> None:
     async with filled(new_database(), redis_url, analysed=analysed, free=False) as engine:
-        for statement in (MARK, SETTLE):
+        for statement in (MARK, SETTLE, TURN):
             plan = await kept_plan(engine, statement)
             for table in ("email_jobs", "attempts", "batches", "senders", "suppressions"):
                 assert f"Seq Scan on {table}" not in plan, plan

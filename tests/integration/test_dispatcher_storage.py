@@ -133,7 +133,8 @@ async def test_a_mark_returns_the_revision_of_its_sender(
 
 
 async def why_unmarked(connection: AsyncConnection, claims: Sequence[Claim]) -> Unmarked:
-    assert await storage.mark_sending(await raw(connection), claims, LEASE, shard=TEST_SHARD) == []
+    marking = storage.Marking(claims, LEASE, TEST_SHARD)
+    assert await storage.mark_sending(await raw(connection), marking) == []
     return await storage.explain_unmarked(connection, claims, shard=TEST_SHARD)
 
 

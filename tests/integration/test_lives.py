@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from outbox_server.services.dispatcher.storage import mark_sending
+from outbox_server.services.dispatcher.storage import Marking, mark_sending
 from outbox_server.shared.database.engine import create_engine
 from outbox_server.shared.heads import lives as lives_module
 from outbox_server.shared.heads.lives import Lives, SupersededLifeError
@@ -193,7 +193,7 @@ async def test_a_claim_of_a_superseded_life_is_not_marked(
     claim = await claim_of(world)
     await supersede(world)
     async with statements.connect() as connection:
-        assert await mark_sending(await raw(connection), [claim], LEASE, shard=0) == []
+        assert await mark_sending(await raw(connection), Marking([claim], LEASE, 0)) == []
     assert await world.in_state(JobState.SCHEDULED) == {claim.job.job_id}
 
 
@@ -202,8 +202,8 @@ async def test_the_life_of_another_shard_is_not_enough(
 ) -> None:
     claim = await claim_of(world)
     async with statements.connect() as connection:
-        assert await mark_sending(await raw(connection), [claim], LEASE, shard=TEST_SHARD) == []
-        assert len(await mark_sending(await raw(connection), [claim], LEASE, shard=0)) == 1
+        assert await mark_sending(await raw(connection), Marking([claim], LEASE, TEST_SHARD)) == []
+        assert len(await mark_sending(await raw(connection), Marking([claim], LEASE, 0))) == 1
 
 
 async def test_the_next_life_waits_for_a_mark_in_progress_and_counts_it(
@@ -212,7 +212,7 @@ async def test_the_next_life_waits_for_a_mark_in_progress_and_counts_it(
     claim = await claim_of(world)
     queue = world.queues[0]
     async with engine.begin() as connection:
-        assert len(await mark_sending(await raw(connection), [claim], LEASE, shard=0)) == 1
+        assert len(await mark_sending(await raw(connection), Marking([claim], LEASE, 0))) == 1
         await flush(world)
         rebuild = asyncio.create_task(world.loader.rebuild(queue))
         await eventually(partial(waiting_for_locks, world))
@@ -228,7 +228,7 @@ async def test_a_mark_that_begins_while_the_life_changes_marks_nothing(
 
     async def mark() -> int:
         async with statements.connect() as connection:
-            return len(await mark_sending(await raw(connection), [claim], LEASE, shard=0))
+            return len(await mark_sending(await raw(connection), Marking([claim], LEASE, 0)))
 
     async with await world.connect() as holder, holder.transaction():
         await holder.execute("UPDATE shard_lives SET life = 'another server' WHERE shard = 0")
@@ -243,9 +243,9 @@ async def test_a_mark_in_progress_delays_no_other_mark_and_no_check_of_the_life(
     monkeypatch.setattr(lives_module, "_SEEN_PAUSE", timedelta(0))
     first, second = await claim_of(world), await claim_of(world)
     async with engine.begin() as connection, statements.connect() as other:
-        assert len(await mark_sending(await raw(connection), [first], LEASE, shard=0)) == 1
+        assert len(await mark_sending(await raw(connection), Marking([first], LEASE, 0))) == 1
         assert await Lives(engine).confirm(world.queues[0])
-        assert len(await mark_sending(await raw(other), [second], LEASE, shard=0)) == 1
+        assert len(await mark_sending(await raw(other), Marking([second], LEASE, 0))) == 1
 
 
 # Markers -------------------------------------------------------------------------------------

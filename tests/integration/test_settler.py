@@ -14,12 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from outbox_server.services.dispatcher import settler as settler_module
 from outbox_server.services.dispatcher.cooling import CooldownRules
-from outbox_server.services.dispatcher.settler import (
-    EndedAttempt,
-    Settler,
-    UnmarkedClaim,
-    UnsentJob,
-)
+from outbox_server.services.dispatcher.ended_claims import EndedAttempt, UnmarkedClaim, UnsentJob
+from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.shared.queue.records import Claim, LimitUse
 from outbox_server.shared.states import JobState, SenderState

@@ -184,3 +184,8 @@ async def test_the_command_line_manages_keys_over_the_network(
     (listed,) = (await keys("list", "--user", "cleo"))["api_keys"]
     assert (listed["api_key_id"], listed["read_only"]) == (key_id, True)
     assert (await keys("revoke", made["secret"]))["revoke_time"]
+    # The same keys, as read from the database, in a table.
+    monkeypatch.setenv("OUTBOX_DATABASE_URL", both.scheduler.settings.database_url)
+    table = await asyncio.to_thread(run, ["keys", "list"], b"")
+    (line,) = (each for each in table.stdout.splitlines() if key_id in each)
+    assert line.split()[-1] == "yes", table.stderr

@@ -103,6 +103,45 @@ async def test_rejections_are_a_csv_that_can_be_fixed_and_sent_again(
         read("none.csv")
 
 
+async def test_headers_ids_and_labels_are_options(scheduler: Scheduler) -> None:
+    write("people.csv", "email,Name,no,region\na@b.org,Ann,7,north\n")
+    done = await schedule(
+        scheduler,
+        "people.csv",
+        *("--reply-to", "Shop <shop@b.org>", "--name-column", "Name"),
+        *("--header", "List-Unsubscribe: <https://b.org/{{ no }}>"),
+        *("--header", "List-Unsubscribe-Post: List-Unsubscribe=One-Click"),
+        *("--external-id", "spring", "--label", "campaign=a=b", "--label", "kind=news"),
+        *("--external-id-column", "no", "--label-column", "region", "-o", "json"),
+    )
+    assert done.exit_code == 0, done.stderr
+    batch = json.loads(done.stdout[done.stdout.index("{\n") :])["batch"]
+    assert [each["value"] for each in batch["headers"]] == [
+        "<https://b.org/{{ no }}>",
+        "List-Unsubscribe=One-Click",
+    ]
+    assert batch["labels"] == {"campaign": "a=b", "kind": "news"}
+    wanted = "external_id = 7 AND labels.region = north AND labels.campaign = 'a=b'"
+    listed = await outbox(
+        scheduler, "jobs", "list", "--user", "ann", "--filter", wanted, "-o", "json"
+    )
+    [job] = json.loads(listed.stdout[listed.stdout.index("{\n") :])["email_jobs"]
+    assert (job["recipient"], job["external_id"]) == ("a@b.org", "7")
+
+    for words, said in (
+        (("--header", "Bcc: eve@b.org"), "--header: 'Bcc' is not allowed"),
+        (("--header", "X-A: {{ x"), "--header: line 1"),
+        (("--label", "Kind=x"), "--label: the key"),
+        (("--label-column", "x"), "--label-column: the CSV has no column"),
+        (("--reply-to", "x"), "--reply-to: Reply-To must be"),
+    ):
+        refused = await schedule(scheduler, "people.csv", *words)
+        assert refused.exit_code == 1, words
+        assert said in refused.stderr
+    for wrong in (["--header", "no colon"], ["--label", "x"], ["--label", "a=1", "--label", "a=2"]):
+        assert (await schedule(scheduler, "people.csv", *wrong)).exit_code == 2
+
+
 async def test_rejections_beyond_one_response_are_all_written(scheduler: Scheduler) -> None:
     rows = "".join("broken\n" if n % 2 else f"{n}@b.org\n" for n in range(3000))
     write("people.csv", f"email\n{rows}")

@@ -199,7 +199,7 @@ async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_entry(
 
     The refused claim must not release the entry of the claim that sends.
     """
-    # Both marks wait for the lock at the same time.
+    # The first mark waits for the lock. The second is one of the next turn.
     monkeypatch.setattr(server_module, "_LOCK_TIMEOUT", timedelta(seconds=60))
     held = Wait()
     async with ScriptedServer({"body": [Succeed(), (held, Succeed())]}) as server:
@@ -212,9 +212,9 @@ async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_entry(
             async with holder.transaction():
                 # The table is locked, so that the next mark cannot begin.
                 await holder.execute("LOCK TABLE email_jobs IN SHARE ROW EXCLUSIVE MODE")
-                await eventually(lambda: marks_wait(world, 1))
+                await eventually(lambda: mark_waits(world))
                 await world.redis.flushall()
-                await eventually(lambda: marks_wait(world, 2))
+                await eventually(lambda: world.leases_in_redis(sender))
             await eventually(lambda: server.waiting["body"] == 1)
             await world.schedule(control, 4)
             await eventually(lambda: world.done(control))
@@ -226,9 +226,9 @@ async def test_a_job_claimed_twice_around_a_loss_holds_its_senders_entry(
             assert jobs_in(mails_of(server.taken, sender)) == dict.fromkeys(jobs, 1)
 
 
-async def marks_wait(world: World, n: int) -> bool:
+async def mark_waits(world: World) -> bool:
     rows = await world.sql(
         "SELECT count(*) AS n FROM pg_stat_activity WHERE datname = current_database()"
         " AND wait_event_type = 'Lock' AND starts_with(query, 'WITH sendable AS')"
     )
-    return bool(rows[0].n == n)
+    return bool(rows[0].n)

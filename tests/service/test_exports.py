@@ -130,6 +130,9 @@ async def test_the_command_line_writes_and_reads_exports(
     assert document["email_job"]["recipient"] == "r2@b.org"
     assert document["last_attempt"]["message"] == "=HYPERLINK(1)"
 
+    done = await outbox(scheduler, "jobs", "export", stdin=b"")
+    assert (done.exit_code, done.stdout, "--user" in done.stderr) == (1, "", True)
+
     listed = tmp_path / "list.csv"
     listed.write_text("address;email;reason\nx;r1@b.org;moved\nx;bad;\nx;r3@b.org;\n")
     importing = ("suppressions", "import", str(listed), "--user", "ann", "--reason", "gone")

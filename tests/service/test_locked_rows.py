@@ -21,7 +21,8 @@ from outbox.v1.sender_service_pb2 import DeleteSenderRequest
 from outbox_server.deploy.embedded.inbox import Inbox
 from outbox_server.services.dispatcher import storage
 from outbox_server.services.dispatcher.cooling import CooldownRules
-from outbox_server.services.dispatcher.settler import Settler, UnsentJob
+from outbox_server.services.dispatcher.ended_claims import UnsentJob
+from outbox_server.services.dispatcher.settler import Settler
 from outbox_server.services.dispatcher.slots import Slots
 from outbox_server.services.scheduler.storage import cancelling
 from outbox_server.shared.database.engine import create_engine

@@ -20,6 +20,7 @@ from outbox_server.services.dispatcher.storage.heartbeats import (
 )
 from outbox_server.services.dispatcher.storage.marking import (
     MarkedJob,
+    Marking,
     Unmarked,
     explain_unmarked,
     mark_sending,
@@ -27,11 +28,13 @@ from outbox_server.services.dispatcher.storage.marking import (
 from outbox_server.services.dispatcher.storage.recovering import next_expiry, recover_expired
 from outbox_server.services.dispatcher.storage.renewing import renew_leases, still_sending
 from outbox_server.services.dispatcher.storage.settling import AttemptRecord, give_back, settle
+from outbox_server.services.dispatcher.storage.turning import settle_and_mark
 
 __all__ = [
     "AccountRefusal",
     "AttemptRecord",
     "MarkedJob",
+    "Marking",
     "ServerIdentity",
     "StoredBeat",
     "Unmarked",
@@ -48,6 +51,7 @@ __all__ = [
     "refused_in_a_row",
     "renew_leases",
     "settle",
+    "settle_and_mark",
     "still_sending",
     "write_heartbeat",
 ]

@@ -13,6 +13,7 @@ from sqlalchemy import (
     func,
     insert,
     select,
+    union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 
@@ -37,22 +38,28 @@ def log_attempts(source: FromClause, **values: ColumnElement[Any]) -> CTE:
     return insert(Attempt).from_select(list(values), ended).cte("logged")
 
 
-def counting_ends(moved: CTE) -> CTE:
+def counting_ends(*moved: CTE) -> CTE:
     """Return the part of a statement that counts the jobs it moved to a final state.
 
-    `moved` has sender_id, batch_id, state and finished_at.
+    Each of `moved` has sender_id, batch_id, state and finished_at.
     """
-    hour = func.date_trunc("hour", moved.c.finished_at)
+    finals = [
+        select(each.c.sender_id, each.c.batch_id, each.c.state, each.c.finished_at).where(
+            each.c.state.in_(FINAL_STATES)
+        )
+        for each in moved
+    ]
+    final = (union_all(*finals) if len(finals) > 1 else finals[0]).subquery("final")
+    hour = func.date_trunc("hour", final.c.finished_at)
     groups = (
         select(
-            moved.c.sender_id,
-            moved.c.batch_id,
+            final.c.sender_id,
+            final.c.batch_id,
             hour.label("hour"),
-            moved.c.state,
+            final.c.state,
             func.count().label("n"),
         )
-        .where(moved.c.state.in_(FINAL_STATES))
-        .group_by(moved.c.sender_id, moved.c.batch_id, hour, moved.c.state)
+        .group_by(final.c.sender_id, final.c.batch_id, hour, final.c.state)
         .cte("groups")
     )
     return counting_moves(groups, was=JobState.SCHEDULED)

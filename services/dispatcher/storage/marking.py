@@ -9,7 +9,10 @@ from typing import Any, Final
 
 import psycopg
 from sqlalchemy import (
+    CTE,
     BigInteger,
+    ColumnElement,
+    Select,
     SmallInteger,
     and_,
     bindparam,
@@ -80,7 +83,9 @@ class Unmarked:
 
 _claim = (
     func.unnest(
-        array("ids", BigInteger), array("attempts", SmallInteger), array("senders", BigInteger)
+        array("claimed", BigInteger),
+        array("claimed_attempts", SmallInteger),
+        array("senders", BigInteger),
     )
     .table_valued(
         column("id", BigInteger),
@@ -119,8 +124,10 @@ _DATA_ARE_NEW = func.coalesce(select(Heartbeat.number).scalar_subquery(), 0) >= 
 )
 
 
-def _mark_statement() -> Any:
-    """Return the statement that marks claimed jobs, and ends those that must not be sent any more.
+def marking(first: CTE | None = None) -> CTE:
+    """Return the part of a statement that marks claimed jobs, and ends those not to be sent.
+
+    `first` is done before it: it may wait for a lock, and must not hold those of this part then.
 
     Jobs of cancelled batches are left out. A later cancellation waits for FOR SHARE of this
     statement (see shared/database/cancellations.py).
@@ -135,11 +142,12 @@ def _mark_statement() -> Any:
     is held (`shared.holds`), and nothing at all in data that are older than what this process has
     seen.
     """
-    life = _valid_life.with_for_update(read=True, key_share=True).cte("life")
+    begins = true() if first is None else _done(first)
+    life = _valid_life.where(begins).with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
         select(Batch.id, Batch.user_id)
-        .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE)
+        .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE, begins)
         .with_for_update(read=True, skip_locked=True)
         .cte("sendable")
     )
@@ -178,7 +186,7 @@ def _mark_statement() -> Any:
     )
     sends = decided.c.state == JobState.SENDING
     leased = func.clock_timestamp() + bindparam("lease", type_=INTERVAL)
-    moved = (
+    return (
         update(EmailJob)
         .values(
             state=decided.c.state,
@@ -206,23 +214,33 @@ def _mark_statement() -> Any:
             (func.clock_timestamp() - EmailJob.deferred_since).label("deferred_for"),
             _active_revision.label("revision"),
         )
-        .cte("moved")
+        .cte("marked")
     )
-    # In the order in which `mark_sending` reads them.
-    columns = (
-        moved.c.id,
-        moved.c.attempt,
-        moved.c.sender_id,
-        moved.c.batch_id,
-        moved.c.failures,
-        moved.c.recipient,
-        moved.c.variables,
-        moved.c.lease_until,
-        moved.c.deferred_for,
-        moved.c.revision,
-    )
-    sent = select(*columns).where(moved.c.state == JobState.SENDING)
-    return sent.add_cte(counting_ends(moved))
+
+
+def _done(first: CTE) -> ColumnElement[bool]:
+    return select(func.count()).select_from(first).scalar_subquery() >= 0
+
+
+def marked_columns(marked: CTE) -> Select[Any]:
+    """Return what `marked_job` reads of the jobs that `marking` has marked SENDING."""
+    return select(
+        marked.c.id,
+        marked.c.attempt,
+        marked.c.sender_id,
+        marked.c.batch_id,
+        marked.c.failures,
+        marked.c.recipient,
+        marked.c.variables,
+        marked.c.lease_until,
+        marked.c.deferred_for,
+        marked.c.revision,
+    ).where(marked.c.state == JobState.SENDING)
+
+
+def _mark_statement() -> Any:
+    marked = marking()
+    return marked_columns(marked).add_cte(counting_ends(marked))
 
 
 MARK: Final = FrequentStatement(_mark_statement())
@@ -231,56 +249,73 @@ MARK: Final = FrequentStatement(_mark_statement())
 def _claims(claims: Sequence[Claim], shard: int) -> dict[str, Any]:
     """Return the parameters of both statements. All claims are of one life of the shard."""
     return {
-        "ids": [claim.job.job_id for claim in claims],
-        "attempts": [claim.job.attempt for claim in claims],
+        "claimed": [claim.job.job_id for claim in claims],
+        "claimed_attempts": [claim.job.attempt for claim in claims],
         "senders": [claim.sender_id for claim in claims],
         "shard": shard,
         "life": claims[0].life if claims else "",
     }
 
 
-async def mark_sending(
-    connection: psycopg.AsyncConnection[Any],
-    claims: Sequence[Claim],
-    lease: timedelta,
-    *,
-    shard: int,
-    key_space: str = "",
-    seen: int = 0,
-) -> list[MarkedJob]:
-    """Mark jobs that were claimed in one life of a shard of a key space SENDING, and load them.
+@dataclass(frozen=True, slots=True)
+class Marking:
+    """Claims to be marked, all made in one life of a shard of a key space.
 
-    `seen` is the number of the newest heartbeat that the process has seen. A job that is missing
-    from the result must not be sent now: it or its batch was cancelled, an earlier claim sent it,
-    its sender was paused, it is now SUPPRESSED or EXPIRED, it is held, the key space is an earlier
-    one, or one of the reasons of `Unmarked`.
+    `seen` is the number of the newest heartbeat that the process has seen.
     """
-    values = _claims(claims, shard) | {"lease": lease, KEY_SPACE: key_space, "seen": seen}
-    return [
-        MarkedJob(
-            job=JobRef(job_id, attempt),
-            sender_id=sender_id,
-            batch_id=batch_id,
-            failures=failures,
-            recipient=recipient,
-            variables=variables,
-            lease_until=lease_until,
-            sender_revision=revision,
-            deferred_for=deferred_for,
-        )
-        for (
-            job_id,
-            attempt,
-            sender_id,
-            batch_id,
-            failures,
-            recipient,
-            variables,
-            lease_until,
-            deferred_for,
-            revision,
-        ) in await MARK.run(connection, values)
-    ]
+
+    claims: Sequence[Claim]
+    lease: timedelta
+    shard: int
+    key_space: str = ""
+    seen: int = 0
+
+    def values(self) -> dict[str, Any]:
+        """Return the parameters of the statement."""
+        return _claims(self.claims, self.shard) | {
+            "lease": self.lease,
+            KEY_SPACE: self.key_space,
+            "seen": self.seen,
+        }
+
+
+async def mark_sending(
+    connection: psycopg.AsyncConnection[Any], marking: Marking
+) -> list[MarkedJob]:
+    """Mark jobs SENDING, and load them.
+
+    A job that is missing from the result must not be sent now: it or its batch was cancelled, an
+    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, it is held, the
+    key space is an earlier one, or one of the reasons of `Unmarked`.
+    """
+    return [marked_job(row) for row in await MARK.run(connection, marking.values())]
+
+
+def marked_job(row: tuple[Any, ...]) -> MarkedJob:
+    """Return the job of a row of `marked_columns`."""
+    (
+        job_id,
+        attempt,
+        sender_id,
+        batch_id,
+        failures,
+        recipient,
+        variables,
+        lease_until,
+        deferred_for,
+        revision,
+    ) = row
+    return MarkedJob(
+        job=JobRef(job_id, attempt),
+        sender_id=sender_id,
+        batch_id=batch_id,
+        failures=failures,
+        recipient=recipient,
+        variables=variables,
+        lease_until=lease_until,
+        sender_revision=revision,
+        deferred_for=deferred_for,
+    )
 
 
 def _explain_statement() -> Any:

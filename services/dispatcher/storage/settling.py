@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import psycopg
 from sqlalchemy import (
+    CTE,
     BigInteger,
     Boolean,
     Integer,
@@ -113,25 +114,26 @@ _outcome = (
 )
 
 
-def _settle_statement() -> Any:
+def ending() -> tuple[CTE, CTE]:
+    """Return the parts of a statement that end attempts, and that log them."""
     # The start of the statement minus the time since the end. Never before the true end.
-    ended = func.statement_timestamp() - milliseconds(_outcome.c.ended_ms)
-    moved = (
+    ended_at = func.statement_timestamp() - milliseconds(_outcome.c.ended_ms)
+    ended = (
         update(EmailJob)
         .values(
             state=_outcome.c.state,
             failures=_outcome.c.failures,
             lease_until=null(),
-            finished_at=case((_outcome.c.state != JobState.SCHEDULED, ended), else_=null()),
+            finished_at=case((_outcome.c.state != JobState.SCHEDULED, ended_at), else_=null()),
             scheduled_at=case(
                 (
                     _outcome.c.state == JobState.SCHEDULED,
-                    ended + milliseconds(func.coalesce(_outcome.c.retry_ms, 0)),
+                    ended_at + milliseconds(func.coalesce(_outcome.c.retry_ms, 0)),
                 ),
                 else_=EmailJob.scheduled_at,
             ),
             deferred_since=case(
-                (_outcome.c.deferred, func.coalesce(EmailJob.deferred_since, ended)),
+                (_outcome.c.deferred, func.coalesce(EmailJob.deferred_since, ended_at)),
                 else_=EmailJob.deferred_since,
             ),
         )
@@ -150,7 +152,7 @@ def _settle_statement() -> Any:
             EmailJob.scheduled_at,
             EmailJob.finished_at,
             (func.statement_timestamp() - milliseconds(_outcome.c.started_ms)).label("started_at"),
-            ended.label("ended_at"),
+            ended_at.label("ended_at"),
             _outcome.c.outcome,
             _outcome.c.counted,
             _outcome.c.late_ms,
@@ -160,26 +162,31 @@ def _settle_statement() -> Any:
             _outcome.c.reply_class,
             _outcome.c.endpoint,
         )
-        .cte("moved")
+        .cte("ended")
     )
     logged = log_attempts(
-        moved,
-        email_job_id=moved.c.id,
-        attempt=moved.c.attempt,
-        sender_id=moved.c.sender_id,
-        started_at=moved.c.started_at,
-        ended_at=moved.c.ended_at,
-        outcome=moved.c.outcome,
-        counted=moved.c.counted,
-        late_ms=moved.c.late_ms,
-        smtp_code=moved.c.code,
-        enhanced_code=moved.c.enhanced,
-        message=moved.c.message,
-        reply_class=moved.c.reply_class,
+        ended,
+        email_job_id=ended.c.id,
+        attempt=ended.c.attempt,
+        sender_id=ended.c.sender_id,
+        started_at=ended.c.started_at,
+        ended_at=ended.c.ended_at,
+        outcome=ended.c.outcome,
+        counted=ended.c.counted,
+        late_ms=ended.c.late_ms,
+        smtp_code=ended.c.code,
+        enhanced_code=ended.c.enhanced,
+        message=ended.c.message,
+        reply_class=ended.c.reply_class,
         dispatcher=bindparam("dispatcher", type_=Integer),
-        endpoint=moved.c.endpoint,
+        endpoint=ended.c.endpoint,
     )
-    return select(moved.c.id, moved.c.scheduled_at).add_cte(logged, counting_ends(moved))
+    return ended, logged
+
+
+def _settle_statement() -> Any:
+    ended, logged = ending()
+    return select(ended.c.id, ended.c.scheduled_at).add_cte(logged, counting_ends(ended))
 
 
 SETTLE: Final = FrequentStatement(_settle_statement())
@@ -198,34 +205,38 @@ async def settle(
     missing from the result, its lease had expired and the attempt was ended, or an earlier try of
     this statement has recorded it.
     """
-    records = sorted(records, key=lambda record: record.job)
-    rows = await SETTLE.run(
-        connection,
-        {
-            "ids": [r.job.job_id for r in records],
-            "attempts": [r.job.attempt for r in records],
-            "states": [int(r.state) for r in records],
-            "failures": [r.failures for r in records],
-            "outcomes": [int(r.outcome) for r in records],
-            "counted": [r.counted for r in records],
-            # Rounded so that no start is too late and no end too early.
-            "started_ms": [-int((r.started - now) * 1000 // 1) for r in records],
-            "ended_ms": [int((now - r.ended) * 1000) for r in records],
-            "retry_ms": [
-                None if r.retry_after is None else r.retry_after // timedelta(milliseconds=1)
-                for r in records
-            ],
-            "late_ms": [None if r.late is None else _whole_ms(r.late) for r in records],
-            "codes": [r.smtp_code for r in records],
-            "enhanced": [r.enhanced_code for r in records],
-            "messages": [r.message for r in records],
-            "classes": [None if r.reply_class is None else int(r.reply_class) for r in records],
-            "deferred": [r.deferred for r in records],
-            "endpoints": [r.endpoint for r in records],
-            "dispatcher": dispatcher,
-        },
-    )
+    rows = await SETTLE.run(connection, outcome_values(records, now, dispatcher))
     return {job_id: unix_ms(scheduled_at) for job_id, scheduled_at in rows}
+
+
+def outcome_values(
+    records: Sequence[AttemptRecord], now: float, dispatcher: int | None
+) -> dict[str, Any]:
+    """Return the parameters of `ending`. `now` is a value of `time.monotonic`."""
+    records = sorted(records, key=lambda record: record.job)
+    return {
+        "ids": [r.job.job_id for r in records],
+        "attempts": [r.job.attempt for r in records],
+        "states": [int(r.state) for r in records],
+        "failures": [r.failures for r in records],
+        "outcomes": [int(r.outcome) for r in records],
+        "counted": [r.counted for r in records],
+        # Rounded so that no start is too late and no end too early.
+        "started_ms": [-int((r.started - now) * 1000 // 1) for r in records],
+        "ended_ms": [int((now - r.ended) * 1000) for r in records],
+        "retry_ms": [
+            None if r.retry_after is None else r.retry_after // timedelta(milliseconds=1)
+            for r in records
+        ],
+        "late_ms": [None if r.late is None else _whole_ms(r.late) for r in records],
+        "codes": [r.smtp_code for r in records],
+        "enhanced": [r.enhanced_code for r in records],
+        "messages": [r.message for r in records],
+        "classes": [None if r.reply_class is None else int(r.reply_class) for r in records],
+        "deferred": [r.deferred for r in records],
+        "endpoints": [r.endpoint for r in records],
+        "dispatcher": dispatcher,
+    }
 
 
 _leased = (

@@ -1,0 +1,134 @@
+"""One statement records what ended and marks what was claimed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+
+import psycopg
+import pytest
+import pytest_asyncio
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from outbox_server.services.dispatcher.cooling import CooldownRules
+from outbox_server.services.dispatcher.ended_claims import EndedAttempt
+from outbox_server.services.dispatcher.settler import Settler
+from outbox_server.services.dispatcher.slots import Slots
+from outbox_server.shared.queue.keys import JobRef
+from outbox_server.shared.queue.records import Claim, LimitUse
+from outbox_server.shared.states import JobState
+from tests.dispatchers import options, settings_of
+from tests.eventually import PATIENCE, eventually
+from tests.marked_jobs import mark_refs, record_of
+from tests.world import World
+
+LEASE = timedelta(minutes=1)
+
+
+@pytest_asyncio.fixture
+async def world(database_url: str, redis_url: str) -> AsyncIterator[World]:
+    settings = settings_of(options(database_url, redis_url, "smtp://127.0.0.1:1", lease="60s"))
+    async with World(settings) as world:
+        yield world
+
+
+@asynccontextmanager
+async def settling(
+    world: World, statements: AsyncEngine, slots: Slots, hand_over: Callable[[int], None]
+) -> AsyncIterator[Settler]:
+    rules = CooldownRules.from_settings(world.settings)
+    settler = Settler(
+        statements, world.engine, world.loader, slots, rules, lease=LEASE, hand_over=hand_over
+    )
+    async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
+        group.create_task(settler.run())
+        yield settler
+        settler.close()
+
+
+async def one_sending(
+    world: World, statements: AsyncEngine, waiting: int = 1
+) -> tuple[EndedAttempt, list[Claim]]:
+    """Claim jobs of different senders. Return the outcome of the first, and the other claims."""
+    for _ in range(1 + waiting):
+        await world.schedule(await world.sender())
+    await world.loader.rebuild(world.queues[0])
+    first, *others = (await world.queues[0].claim(1 + waiting)).claims
+    async with statements.connect() as connection:
+        [marked] = await mark_refs(connection, [first.job], LEASE)
+    # A test's mark has begun a life of its own.
+    return EndedAttempt(record_of(marked), LimitUse.COUNTED), others
+
+
+async def transactions_of(world: World, *jobs: JobRef) -> set[str]:
+    rows = await world.sql(
+        "SELECT xmin::text AS xmin FROM email_jobs WHERE id = ANY(%s)", [j.job_id for j in jobs]
+    )
+    return {row.xmin for row in rows}
+
+
+async def test_a_claim_takes_the_slot_of_a_send_in_the_statement_that_records_its_end(
+    world: World, statements: AsyncEngine
+) -> None:
+    ended, [claim] = await one_sending(world, statements)
+    slots = Slots(1, unproven=1)
+    await slots.take_free()
+    marks: list[asyncio.Future[list[object]]] = []
+
+    def hand_over(number: int) -> None:
+        assert number == 1
+        marks.append(settler.mark(world.queues[0], [claim]))  # type: ignore[arg-type]
+
+    async with settling(world, statements, slots, hand_over) as settler:
+        settler.settle(ended)
+        await eventually(lambda: marks and marks[0].done())
+    assert len(marks[0].result()) == 1
+    assert (await world.job(ended.record.job.job_id)).state == JobState.SENT
+    assert (await world.job(claim.job.job_id)).state == JobState.SENDING
+    assert len(await transactions_of(world, ended.record.job, claim.job)) == 1
+
+
+async def test_an_error_of_a_mark_does_not_keep_an_outcome_from_being_recorded(
+    world: World, statements: AsyncEngine
+) -> None:
+    ended, [claim] = await one_sending(world, statements)
+    slots = Slots(1, unproven=1)
+    await slots.take_free()
+    broken = replace(claim, job=JobRef(claim.job.job_id, 40_000))  # exceeds the column
+    marks = []
+    async with settling(
+        world,
+        statements,
+        slots,
+        lambda _: marks.append(settler.mark(world.queues[0], [broken])),
+    ) as settler:
+        settler.settle(ended)
+        await eventually(lambda: slots.in_flight == 0)
+    with pytest.raises(psycopg.errors.NumericValueOutOfRange):
+        await marks[0]
+    assert (await world.job(ended.record.job.job_id)).state == JobState.SENT
+    assert (await world.job(claim.job.job_id)).state == JobState.SCHEDULED
+
+
+async def test_of_two_claims_of_a_job_one_is_marked(world: World, statements: AsyncEngine) -> None:
+    """Both are possible after a loss of Redis, and may come in the same turn."""
+    _, [claim] = await one_sending(world, statements)
+    async with settling(world, statements, Slots(1, unproven=1), lambda _: None) as settler:
+        both = [settler.mark(world.queues[0], [claim]) for _ in range(2)]
+        marked = await asyncio.gather(*both)
+    assert sorted(map(len, marked)) == [0, 1]
+
+
+async def test_claims_of_two_lives_are_compared_each_with_its_own(
+    world: World, statements: AsyncEngine
+) -> None:
+    _, [claim, other] = await one_sending(world, statements, waiting=2)
+    old = replace(other, life="an earlier one")
+    async with settling(world, statements, Slots(1, unproven=1), lambda _: None) as settler:
+        marks = [settler.mark(world.queues[0], [each]) for each in (old, claim)]
+        marked = await asyncio.gather(*marks)
+    assert list(map(len, marked)) == [0, 1]
+    assert (await world.job(other.job.job_id)).state == JobState.SCHEDULED
