@@ -17,19 +17,18 @@ from outbox_server.cli.output import (
     Output,
     OutputFormat,
     print_json_line,
-    print_rows,
     to_document,
     value_at,
 )
-from outbox_server.cli.terminal import note
+from outbox_server.cli.terminal import note, say
 
+# In the order of a line. Those that are empty are left out.
 _COLUMNS: Final = (
     "event_time",
-    "email_job_id",
     "batch_id",
+    "email_job_id",
     "state",
-    "attempt_count",
-    "smtp_code",
+    "enhanced_code",
     "last_error",
 )
 
@@ -85,7 +84,7 @@ def watch(
                 print_json_line(to_document(message))
                 continue
             for event in message.email_job_events:
-                print_rows(_COLUMNS, [[value_at(event, name) for name in _COLUMNS]])
+                say("  ".join(filter(None, (value_at(event, name) for name in _COLUMNS))))
 
 
 def _on_error(error: CallError) -> None:

@@ -74,8 +74,10 @@ class Egress:
         allow: Sequence[str] = (),
         resolver: NameResolver | None = None,
         ports: PermittedPorts | None = None,
+        *,
+        setting: str = "OUTBOX_SMTP_ALLOW",
     ) -> None:
-        """Read `allow`, the list of OUTBOX_SMTP_ALLOW: networks (CIDR), addresses, host names.
+        """Read `allow`, the list of `setting`: networks (CIDR), addresses, host names.
 
         `ports` None means any port.
 
@@ -85,7 +87,7 @@ class Egress:
         networks: list[_Network] = []
         hosts: set[str] = set()
         for entry in filter(None, map(str.strip, allow)):
-            network = _network(entry)
+            network = _network(entry, setting)
             if network is None:
                 hosts.add(_folded(entry))
             else:
@@ -111,6 +113,16 @@ class Egress:
             return True
         reached = _reached(ipaddress.ip_address(address.partition("%")[0]))
         return any(reached in network for network in self._networks) or _is_public(reached)
+
+    def lists(self, host: str) -> bool:
+        """Return whether the list names `host`, or has a network with it if it is an address."""
+        if _folded(host) in self._hosts:
+            return True
+        try:
+            address = ipaddress.ip_address(host.partition("%")[0])
+        except ValueError:
+            return False
+        return any(address in network for network in self._networks)
 
     async def connect(self, host: str, port: int, *, user: str) -> socket.socket:
         """Return a socket that is connected to a permitted address of `host`.
@@ -194,7 +206,7 @@ def _is_public(address: Address) -> bool:
     return address in _GLOBAL_V6 and not any(address in network for network in _REFUSED_V6)
 
 
-def _network(entry: str) -> _Network | None:
+def _network(entry: str, setting: str) -> _Network | None:
     """Return the network of an entry; None if the entry is a host name.
 
     Raises:
@@ -205,7 +217,7 @@ def _network(entry: str) -> _Network | None:
     except ValueError:
         if "/" in entry or ":" in entry or any(char.isspace() for char in entry):
             raise ConfigurationError(
-                f"OUTBOX_SMTP_ALLOW: {entry!r} is not a network, address or host name; write "
+                f"{setting}: {entry!r} is not a network, address or host name; write "
                 "10.1.0.0/16, fd00::/8, 10.1.2.3 or mail.internal, separated by commas"
             ) from None
         return None

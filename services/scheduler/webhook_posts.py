@@ -6,7 +6,6 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -56,13 +55,10 @@ class PostResult:
 class WebhookPoster:
     """Posts messages. It follows no redirect and reads no body of an answer."""
 
-    def __init__(
-        self, egress: Egress, allowed: Sequence[str], tls: TlsContexts, limit: timedelta = LIMIT
-    ) -> None:
+    def __init__(self, egress: Egress, tls: TlsContexts, limit: timedelta = LIMIT) -> None:
         self._egress = egress
         self._tls = tls
         self._limit_s = limit.total_seconds()
-        self._allowed = frozenset(each.strip().rstrip(".").casefold() for each in allowed)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> WebhookPoster:
@@ -71,8 +67,8 @@ class WebhookPoster:
         Raises:
             ConfigurationError: one of them is malformed.
         """
-        allowed = [entry for entry in settings.webhook_allow.split(",") if entry.strip()]
-        return cls(Egress(allowed), allowed, TlsContexts.from_settings(settings))
+        egress = Egress(settings.webhook_allow.split(","), setting="OUTBOX_WEBHOOK_ALLOW")
+        return cls(egress, TlsContexts.from_settings(settings))
 
     def check_url(self, field: str, url: str) -> str:
         """Return the URL of a webhook.
@@ -80,7 +76,7 @@ class WebhookPoster:
         Raises:
             InvalidInput: WEBHOOK_URL_INVALID.
         """
-        return check_url(field, url, self._allowed)
+        return check_url(field, url, self._egress.lists)
 
     async def close(self) -> None:
         """End the look-ups that are under way, before the event loop ends."""

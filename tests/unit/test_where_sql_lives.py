@@ -18,6 +18,7 @@ EXCEPTIONS: Final = {
     "cli/database.py": "turns the driver's errors into a message for the command line",
     "cli/migrate.py": "the same, and it shows the URL of the database without its password",
     "deploy/drill/database.py": "the storage module of the drill",
+    "services/scheduler/webhook_posts.py": "its `stream` is that of an HTTP client",
     "deploy/embedded/postgres.py": "creates the role and the database of the embedded server",
 }
 MODELS: Final = "outbox_server.shared.database.models"
