@@ -10,6 +10,7 @@ from outbox.v1 import webhook_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 from outbox.v1.webhook_pb2 import Webhook
 
+from outbox_server.cli.change_options import ChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
@@ -48,6 +49,7 @@ States = Annotated[
 
 
 @app.command()
+@with_option_groups
 def create(
     url: Url,
     *,
@@ -56,6 +58,7 @@ def create(
         str, typer.Option("--sender", metavar="ID", help="Only jobs of this sender.")
     ] = "",
     state: States = None,
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -64,8 +67,9 @@ def create(
     $ outbox webhooks create https://example.com/outbox --user demo --state FAILED
     """
     webhook = Webhook(url=url, sender_id=sender, states=_states(state))
+    request = pb.CreateWebhookRequest(user_id=user, webhook=webhook)
     with connection("scheduler", server) as client:
-        made = client.webhooks.CreateWebhook(pb.CreateWebhookRequest(user_id=user, webhook=webhook))
+        made = client.webhooks.CreateWebhook(change.of(request))
     show(made, output)
 
 
@@ -102,6 +106,7 @@ def list_(
 
 
 @app.command()
+@with_option_groups
 def update(
     webhook_id: WebhookId,
     *,
@@ -111,6 +116,7 @@ def update(
     disabled: Annotated[
         bool | None, typer.Option("--disable/--enable", help="Stop, or go on.")
     ] = None,
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -127,37 +133,43 @@ def update(
         raise CommandFailed("nothing to change; use --url, --state, --disable or --enable")
     request = pb.UpdateWebhookRequest(user_id=user, webhook=webhook, update_mask=mask)
     with connection("scheduler", server) as client:
-        made = client.webhooks.UpdateWebhook(request)
+        made = client.webhooks.UpdateWebhook(change.of(request))
     show(made, output)
 
 
 @app.command()
+@with_option_groups
 def delete(
     webhook_id: WebhookId,
+    *,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Delete a webhook, with its failed deliveries."""
     with connection("scheduler", server) as client:
         answer = client.webhooks.DeleteWebhook(
-            pb.DeleteWebhookRequest(webhook_id=webhook_id, user_id=user)
+            change.of(pb.DeleteWebhookRequest(webhook_id=webhook_id, user_id=user))
         )
     show(answer, output)
     note(f"webhook {webhook_id} is deleted")
 
 
 @app.command(name="test")
+@with_option_groups
 def try_(
     webhook_id: WebhookId,
+    *,
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
     """Post one event that says nothing. Fails if the answer is not 2xx."""
     with connection("scheduler", server) as client:
         answer = client.webhooks.TestWebhook(
-            pb.TestWebhookRequest(webhook_id=webhook_id, user_id=user)
+            change.of(pb.TestWebhookRequest(webhook_id=webhook_id, user_id=user))
         )
     show(answer, output)
     if not answer.delivered:
@@ -182,6 +194,7 @@ def deliveries(
 
 
 @app.command()
+@with_option_groups
 def redeliver(
     webhook_id: WebhookId,
     *,
@@ -190,6 +203,7 @@ def redeliver(
         typer.Option("--delivery", metavar="ID", help="Only this one. Default: all given up."),
     ] = "",
     user: User = "",
+    change: ChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -198,7 +212,7 @@ def redeliver(
         webhook_id=webhook_id, user_id=user, webhook_delivery_id=delivery
     )
     with connection("scheduler", server) as client:
-        answer = client.webhooks.RedeliverWebhook(request)
+        answer = client.webhooks.RedeliverWebhook(change.of(request))
     show(answer, output)
 
 

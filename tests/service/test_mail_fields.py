@@ -310,8 +310,6 @@ async def test_a_search_for_a_repeated_id_reads_few_rows(
                 walked = await walk_jobs(connection, which, position, 100, rows=10)
                 jobs += walked.found
                 position, parts = walked.reached, parts + 1
-            plan = "EXPLAIN SELECT id FROM email_jobs WHERE external_key = 1"
-            assert "ix_email_jobs_external_key" in str(scheduler.rows(plan))
         await engine.dispose()
         assert parts == 3
         assert jobs == sorted(set(jobs), reverse=descending)
