@@ -10,7 +10,7 @@ from outbox.v1 import webhook_service_pb2 as pb
 from outbox.v1.email_job_pb2 import EmailJobState
 from outbox.v1.webhook_pb2 import Webhook
 
-from outbox_server.cli.change_options import ChangeOptions
+from outbox_server.cli.change_options import ChangeOptions, GuardedChangeOptions
 from outbox_server.cli.client import Server, connection, pages
 from outbox_server.cli.lazy import CommandFailed
 from outbox_server.cli.option_groups import with_option_groups
@@ -116,7 +116,7 @@ def update(
     disabled: Annotated[
         bool | None, typer.Option("--disable/--enable", help="Stop, or go on.")
     ] = None,
-    change: ChangeOptions,
+    change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:
@@ -126,7 +126,11 @@ def update(
     """
     given = {"url": url, "states": state, "disabled": disabled}
     webhook = Webhook(
-        webhook_id=webhook_id, url=url or "", states=_states(state), disabled=bool(disabled)
+        webhook_id=webhook_id,
+        url=url or "",
+        states=_states(state),
+        disabled=bool(disabled),
+        etag=change.etag,
     )
     mask = FieldMask(paths=[name for name, value in given.items() if value is not None])
     if not mask.paths:
@@ -143,7 +147,7 @@ def delete(
     webhook_id: WebhookId,
     *,
     user: User = "",
-    change: ChangeOptions,
+    change: GuardedChangeOptions,
     server: Server = None,
     output: Output = OutputFormat.TABLE,
 ) -> None:

@@ -148,7 +148,10 @@ async def right_values(scheduler: Scheduler) -> dict[str, list[Any]]:
         " SELECT sender_id, batch_id, date_trunc('hour', now()), s, k FROM moved,"
         " (VALUES (1, -1), (5, 1)) AS v (s, k)"
     )
-    scheduler.execute("DELETE FROM webhooks")
+    for (old,) in scheduler.rows("SELECT id FROM webhooks"):
+        await scheduler.webhooks.DeleteWebhook(
+            webhook_service_pb2.DeleteWebhookRequest(webhook_id=str(old))
+        )
     # No address of it may be reached.
     webhook = webhook_pb2.Webhook(url="https://10.0.0.1/hook")
     webhook = await scheduler.webhooks.CreateWebhook(

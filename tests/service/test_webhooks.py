@@ -105,11 +105,17 @@ async def create(scheduler: Scheduler, url: str, user_id: str = "ann", **fields:
     )
 
 
-def end_rests(scheduler: Scheduler) -> None:
+async def change(scheduler: Scheduler, statement: str) -> None:
+    """Change rows that the worker may have locked: it runs in this event loop."""
+    await asyncio.to_thread(scheduler.execute, statement)
+
+
+async def end_rests(scheduler: Scheduler) -> None:
     """End the rests after failures, which are shorter than leases."""
-    scheduler.execute(
+    await change(
+        scheduler,
         "UPDATE webhooks SET next_at = now()"
-        " WHERE failures > 0 AND next_at BETWEEN now() AND now() + interval '20 s'"
+        " WHERE failures > 0 AND next_at BETWEEN now() AND now() + interval '20 s'",
     )
 
 
@@ -156,7 +162,7 @@ async def test_a_failed_request_is_tried_again_then_given_up_and_redelivered(
         listed = ListWebhookDeliveriesRequest(webhook_id=webhook.webhook_id, user_id="ann")
 
         async def given_up() -> Any:
-            end_rests(scheduler)
+            await end_rests(scheduler)
             found = (await scheduler.webhooks.ListWebhookDeliveries(listed)).webhook_deliveries
             return found and found[0].state == WEBHOOK_DELIVERY_STATE_FAILED and found[0]
 
@@ -174,7 +180,7 @@ async def test_a_failed_request_is_tried_again_then_given_up_and_redelivered(
         assert answer.redelivered_count == 1
 
         async def redelivered() -> bool:
-            end_rests(scheduler)
+            await end_rests(scheduler)
             return len(receiver.posts) == 4
 
         await eventually(redelivered)
@@ -230,7 +236,7 @@ async def test_a_webhook_ends_with_410_and_after_days_of_failures(scheduler: Sch
         await eventually(lambda: len(receiver.job_events()) == 3)
         await eventually(lambda: scheduler.value("SELECT next_at <= now() FROM webhooks"))
         receiver.answers = ["500 No"]
-        scheduler.execute("UPDATE webhooks SET failing_since = now() - interval '6 days'")
+        await change(scheduler, "UPDATE webhooks SET failing_since = now() - interval '6 days'")
         await scheduler.schedule(sender)
         await eventually(is_disabled)
 
@@ -239,14 +245,11 @@ async def test_a_process_that_died_in_a_request_leaves_the_events_to_another(
     scheduler: Scheduler,
 ) -> None:
     async with receiving() as receiver:
-        webhook = await create(scheduler, receiver.url)
+        await create(scheduler, receiver.url)
         # As after kill -9: the lease is held, and nobody works.
-        scheduler.execute("UPDATE webhooks SET next_at = now() + interval '1 hour'")
+        await change(scheduler, "UPDATE webhooks SET next_at = now() + interval '1 hour'")
         await scheduler.schedule(await scheduler.sender())
-        scheduler.execute(
-            "UPDATE webhooks SET next_at = now() + interval '1 s' WHERE id = %s",
-            int(webhook.webhook_id),
-        )
+        await change(scheduler, "UPDATE webhooks SET next_at = now() + interval '1 s'")
         await eventually(lambda: len(receiver.job_events()) == 1)
 
 
