@@ -48,6 +48,15 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
         " {{ schedule_time }} {{ now | date: '%Y' }} {{ today | date: '%Y' }}",
         "html": "{% for n in (1..200) %}<i>{{ n }} {{ name }}</i>{% endfor %}",
     },
+    "headers": {
+        "reply_to": "Help {{ points }} <help+{{ points }}@b.org>",
+        "name_column": "Name",
+        "headers": [
+            {"name": "List-Unsubscribe", "value": "<https://b.org/u?p={{ points }}>"},
+            {"name": "List-Unsubscribe-Post", "value": "List-Unsubscribe=One-Click"},
+            {"name": "X-Name", "value": "{{ name }}"},
+        ],
+    },
     "rows": {"subject": None, "body": None},
 }
 OF_ROWS: Final = (
