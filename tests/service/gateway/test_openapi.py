@@ -96,6 +96,7 @@ GROUPS = (
             "UserService",
             "HoldService",
             "AuditService",
+            "WebhookService",
         ),
         ALL_VERBS,
         "ann",
