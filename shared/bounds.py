@@ -28,6 +28,14 @@ MAX_SHOWN_MAIL_BYTES: Final = 3 * MIB - 64 * 1024
 MAX_SPACING: Final = timedelta(days=7)
 MIN_EXPIRE_AFTER: Final = timedelta(seconds=1)
 MAX_EXPIRE_AFTER: Final = timedelta(days=366)
+# The longest pause that ends by itself.
+MAX_PAUSE: Final = timedelta(days=366)
+# UpdateBatch: the most unsent jobs that new templates are tried with, and the most rows that are
+# named if they do not fit.
+MAX_CHECKED_JOBS: Final = 100_000
+MAX_SHOWN_FAILURES: Final = 20
+# The most characters of a template in the audit log.
+MAX_AUDITED_TEXT: Final = 1_000
 # Number of recipients in a forecast of a batch that does not exist yet.
 MAX_RECIPIENTS: Final = 10_000_000
 MAX_GAP: Final = timedelta(days=1)

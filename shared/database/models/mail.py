@@ -116,6 +116,9 @@ class Sender(Base):
     sending_hours: Mapped[str | None] = mapped_column(Text)
     max_in_flight: Mapped[int] = mapped_column(server_default="5")
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
+    # PAUSED only: when the pause ends by itself. Then the sender is active, although `state` stays
+    # (shared/database/pauses.py). NULL means that only a call ends the pause.
+    paused_until: Mapped[datetime | None] = mapped_column(TIME)
     # Every change increments it, so that caches of a sender know when to read it again.
     revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
     created_at: Mapped[datetime] = mapped_column(TIME, server_default=func.now())
@@ -236,6 +239,17 @@ class Batch(Base):
     row_labels: Mapped[bool] = mapped_column(server_default="false")
     # Whether SendTestEmail made it. Its one mail has a header that says so.
     test: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    # When it was paused, and when the pause ends by itself (shared/database/pauses.py). Without
+    # `paused_at` it is not paused; without `paused_until` only a call ends the pause.
+    paused_at: Mapped[datetime | None] = mapped_column(TIME)
+    paused_until: Mapped[datetime | None] = mapped_column(TIME)
+    # Whether new due times are being written (`BatchRespread`). None of its mail is sent meanwhile.
+    respreading: Mapped[bool] = mapped_column(server_default=text("false"))
+    # The number of jobs between `start_at` and `last_due_at` since the last change of the times.
+    # NULL means `accepted_count`.
+    spread_count: Mapped[int | None] = mapped_column(BigInteger)
+    # Every change by a call increments it, so that dispatchers read the templates again.
+    revision: Mapped[int] = mapped_column(BigInteger, server_default="1")
 
     __table_args__ = (
         CheckConstraint("state IN (1, 2)", name="state_known"),
@@ -244,6 +258,12 @@ class Batch(Base):
         Index(None, "user_id", "request_id", unique=True),
         Index(None, "user_id", "id"),
         Index(None, "sender_id", "id"),
+        # Finds the batches of a sender whose jobs are left out of its head. Few rows are in it.
+        Index(
+            "ix_batches_paused",
+            "sender_id",
+            postgresql_where=text("paused_at IS NOT NULL OR respreading"),
+        ),
     )
 
 
@@ -273,6 +293,19 @@ class BatchCancellation(Base):
     swept_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
     __table_args__ = (Index(None, "sender_id"),)
+
+
+class BatchRespread(Base):
+    """A batch whose waiting jobs get new due times (services/scheduler/respreading.py)."""
+
+    __tablename__ = "batch_respreads"
+
+    batch_id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    start_at: Mapped[datetime] = mapped_column(TIME)
+    spacing_ms: Mapped[int] = mapped_column(BigInteger)
+    # The rows up to this id are done, and this many jobs have a new time.
+    done_to: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    placed: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class EmailJob(Base):
