@@ -39,6 +39,8 @@ _KEPT_CHARACTERS = 64 * 1024 * 1024
 # 21 of headers of 4 KiB, and 1,000 names of 256 characters.
 _LEAST_OF_A_BATCH = 16 * 1024
 _MOST_OF_A_BATCH = 1408 * 1024
+# The revisions of a batch that is not known.
+_UNKNOWN = (0, 0)
 # The route of jobs for which no mail can be built. They use no server, but they need a permit too.
 NO_ROUTE = Route("", "")
 
@@ -69,7 +71,7 @@ class _BatchMail:
 
 @dataclass(frozen=True, slots=True)
 class _KnownBatch:
-    sender_revision: int
+    revisions: tuple[int, int]
     mail: _BatchMail | CompositionError
 
     @property
@@ -87,7 +89,7 @@ ReadBatches = Callable[[Sequence[int]], Awaitable[dict[int, BatchContent]]]
 
 
 class Composer:
-    """Builds mails. Reads each batch once, and again after its sender has changed."""
+    """Builds mails. Reads each batch once, and again after it or its sender has changed."""
 
     def __init__(
         self,
@@ -116,15 +118,14 @@ class Composer:
         )
 
     async def prepare(self, jobs: Iterable[MarkedJob]) -> None:
-        """Read the batches of these jobs, unless they are known with the present senders."""
+        """Read the batches of these jobs, unless they are known as they are now."""
         if not self._installation_id:
             self._installation_id = await self._read_installation_id()
-        revisions: dict[int, int] = {}
+        revisions: dict[int, tuple[int, int]] = {}
         for job in jobs:
-            newest = max(job.sender_revision, revisions.get(job.batch_id, 0))
-            revisions[job.batch_id] = newest
+            revisions[job.batch_id] = max(job.revisions, revisions.get(job.batch_id, _UNKNOWN))
         # A read marks each batch as used, so the cache evicts none before its mails are built.
-        known = {batch_id: self._known_revision(batch_id) for batch_id in revisions}
+        known = {batch_id: self._known_revisions(batch_id) for batch_id in revisions}
         missing = sorted(
             batch_id for batch_id, revision in revisions.items() if known[batch_id] != revision
         )
@@ -132,15 +133,13 @@ class Composer:
         for batch_id, content in found.items():
             # Two groups may read at once, and the older data may arrive last. If nothing arrived
             # meanwhile, a lower revision means that a failover has lost the change.
-            present = self._known_revision(batch_id)
-            if content.sender_revision > present or known[batch_id] == present:
-                self._batches[batch_id] = _KnownBatch(
-                    content.sender_revision, self._batch_mail(content)
-                )
+            present = self._known_revisions(batch_id)
+            if content.revisions > present or known[batch_id] == present:
+                self._batches[batch_id] = _KnownBatch(content.revisions, self._batch_mail(content))
 
-    def _known_revision(self, batch_id: int) -> int:
+    def _known_revisions(self, batch_id: int) -> tuple[int, int]:
         known = self._batches.get(batch_id)
-        return 0 if known is None else known.sender_revision
+        return _UNKNOWN if known is None else known.revisions
 
     def _mail_of(self, job: MarkedJob) -> _BatchMail | CompositionError | None:
         known = self._batches.get(job.batch_id)

@@ -14,9 +14,11 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     SQLColumnExpression,
+    and_,
     bindparam,
     func,
     lateral,
+    not_,
     null,
     select,
     true,
@@ -25,6 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import EmailJob, Sender
+from outbox_server.shared.database.pauses import has_paused_batch
 from outbox_server.shared.heads.statements import unix_ms_of
 from outbox_server.shared.holds.conditions import nothing_is_held, sender_may_send
 from outbox_server.shared.queue.keys import JobRef
@@ -42,7 +45,8 @@ class ConcernedSender(NamedTuple):
     # Its first waiting job, and when that is due (Unix ms). None: it has only jobs in SENDING.
     job: JobRef | None
     due_ms: int | None
-    # Whether nothing is held (`shared.holds`). Otherwise Redis may not know that job.
+    # Whether nothing is held (`shared.holds`) and no batch of the sender is paused. Otherwise Redis
+    # may not know that job.
     free: bool
     # Whether that job is due within the time that the caller named.
     soon: bool
@@ -158,7 +162,7 @@ def _walk_statement(*, sharded: bool) -> Select[Any]:
             func.max(each.c.attempt).label("attempt"),
             unix_ms_of(func.max(each.c.scheduled_at)).label("due"),
             unix_ms_of(func.statement_timestamp()).label("now"),
-            nothing_is_held().label("free"),
+            and_(nothing_is_held(), not_(has_paused_batch(each.c.sender_id))).label("free"),
         )
         .group_by(each.c.sender_id)
         .order_by(each.c.sender_id)

@@ -55,6 +55,8 @@ _TRIES = 20
 # Senders per statement and pipeline, which bounds the memory of a rebuild.
 _CHUNK = 200
 _DAY_MS = 24 * 60 * 60 * 1000
+# When to look again at a sender whose waiting mail is all paused.
+_LOOK_AGAIN = timedelta(hours=1)
 
 _log = structlog.get_logger(__name__)
 
@@ -77,6 +79,17 @@ def _opening(hours: str | None, now: int) -> tuple[int, int] | None:
     opens = sending_hours.opens(now)
     # No opening within two weeks: search again on the next day.
     return (now + _DAY_MS, now + _DAY_MS) if opens is None else (opens, sending_hours.closes(opens))
+
+
+def _wake(first_end: timedelta | None, *, left_out: bool) -> timedelta | None:
+    """Return the time until the sender must be loaded again, because the pause of a batch ends.
+
+    `left_out`: all its waiting jobs are of paused batches. Without a next time, Redis would forget
+    the sender, and the patrol would load it in each of its rounds.
+    """
+    if left_out:
+        return _LOOK_AGAIN if first_end is None else min(first_end, _LOOK_AGAIN)
+    return first_end
 
 
 def _no_head(sender_id: int) -> Head:
@@ -308,6 +321,8 @@ class HeadLoader:
             revision=row.revision,
             opening=_opening(row.sending_hours, row.now),
             cooldown=row.cooldown,
+            paused_until_ms=row.paused_until or 0,
+            wake=_wake(row.wake, left_out=row.left_out and not jobs),
             ends=ends,
             leases=leases,
         )

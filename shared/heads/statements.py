@@ -15,18 +15,19 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    case,
     cast,
     extract,
     func,
     lateral,
     literal,
+    or_,
     select,
     true,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, aggregate_order_by
 
-from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import (
     Attempt,
@@ -35,6 +36,12 @@ from outbox_server.shared.database.models import (
     HeadMarker,
     Sender,
     UserRow,
+)
+from outbox_server.shared.database.pauses import (
+    first_end,
+    has_paused_batch,
+    sendable_of,
+    sender_is_active,
 )
 from outbox_server.shared.heads.markers import marking_stale
 from outbox_server.shared.holds.conditions import may_be_sent
@@ -67,7 +74,7 @@ def _heads_statement() -> Select[Any]:
             EmailJob.sender_id == Sender.id,
             # Nothing of a deleted sender is sent, and a million rows may wait to be cancelled.
             Sender.deleted_at.is_(None),
-            waits_of(Sender.id),
+            sendable_of(Sender.id),
             may_be_sent(),
         )
         .order_by(EmailJob.scheduled_at, EmailJob.id)
@@ -94,6 +101,12 @@ def _heads_statement() -> Select[Any]:
         .correlate(Sender)
         .scalar_subquery()
     )
+    waiting_at_all = (
+        select(EmailJob.id)
+        .where(EmailJob.sender_id == Sender.id, in_state(JobState.SCHEDULED))
+        .correlate(Sender)
+        .exists()
+    )
     return (
         select(
             Sender.id,
@@ -110,7 +123,16 @@ def _heads_statement() -> Select[Any]:
             Sender.smtp_username,
             Sender.smtp_password,
             OAUTH2_CREDENTIALS_ID.label("oauth2_credentials_id"),
-            and_(Sender.state == SenderState.ACTIVE, Sender.deleted_at.is_(None)).label("active"),
+            # A pause until a time is a limit like the sending hours, so that it ends on time.
+            and_(
+                or_(sender_is_active(), Sender.paused_until.is_not(None)),
+                Sender.deleted_at.is_(None),
+            ).label("active"),
+            case((Sender.state == SenderState.PAUSED, unix_ms_of(Sender.paused_until))).label(
+                "paused_until"
+            ),
+            first_end(Sender.id).label("wake"),
+            and_(has_paused_batch(Sender.id), waiting_at_all).label("left_out"),
             cooldown.label("cooldown"),
             Sender.shard_key,
             UserRow.hourly_limit.label("user_hourly_limit"),

@@ -38,6 +38,12 @@ class BatchContent:
     head: HeadTexts = NO_HEAD
     # Whether the mail has a header that says that it is a test.
     test: bool = False
+    batch_revision: int = 1
+
+    @property
+    def revisions(self) -> tuple[int, int]:
+        """The revisions of the sender and of the batch."""
+        return self.sender_revision, self.batch_revision
 
 
 def request_of(
@@ -108,6 +114,7 @@ async def read_batches(
             Batch.html,
             Batch.variable_names,
             Batch.trace_parent,
+            Batch.revision.label("batch_revision"),
             Batch.reply_to,
             Batch.name_column,
             Batch.headers,
@@ -126,6 +133,7 @@ async def read_batches(
             html=row.html,
             variable_names=tuple(row.variable_names),
             trace_parent=row.trace_parent,
+            batch_revision=row.batch_revision,
             head=HeadTexts(
                 row.reply_to,
                 row.name_column or "",

@@ -23,6 +23,8 @@ class LimiterState:
     claimed_for: timedelta | None = None
     # The sender waits because its user may have no more of a dispatcher's slots.
     parked: bool = False
+    # The gap that the mail server's complaints about the rate have caused. Zero means none.
+    pace: timedelta = timedelta(0)
     # The state of the limits that the user has for all its senders together, and these limits.
     user: LimiterState | None = None
     user_limits: UserSendLimits = NO_USER_LIMITS
@@ -30,12 +32,13 @@ class LimiterState:
 
 def limiter_state_of(found: Sequence[int], lease: int) -> LimiterState:
     """Return the state from the result of limiter.lua. `lease` is the length of a lease in ms."""
-    left, parked, *states = found
+    left, parked, pace, *states = found
     own, of_user = _state(states[:3]), states[3:]
     own = replace(
         own,
         claimed_for=timedelta(milliseconds=lease - left) if left >= 0 else None,
         parked=parked == 1,
+        pace=timedelta(milliseconds=pace),
     )
     if not of_user:
         return own

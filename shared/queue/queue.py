@@ -111,6 +111,8 @@ def _head_arg(head: Head) -> bytes:
         "opens": opens,
         "closes": closes,
         "cooldown": None if head.cooldown is None else max(1, _ms(head.cooldown)),
+        "paused": head.paused_until_ms,
+        "wake": None if head.wake is None else max(1, _ms(head.wake)),
     }
     return _pack(fields)
 

@@ -155,6 +155,10 @@ class Head:
     opening: tuple[int, int] | None = None
     # Time to the next probe of the sender's cooldown. None means that it does not cool down.
     cooldown: timedelta | None = None
+    # When the sender's pause ends, or has ended, by itself, in Unix ms. 0: it has no such pause.
+    paused_until_ms: int = 0
+    # Time until the head must be loaded again in any case. None: never.
+    wake: timedelta | None = None
 
 
 @dataclass(frozen=True, slots=True)

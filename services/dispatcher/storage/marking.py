@@ -41,6 +41,7 @@ from outbox_server.shared.database.models import (
     ShardLife,
     Suppression,
 )
+from outbox_server.shared.database.pauses import batch_is_paused, sender_is_active
 from outbox_server.shared.database.recipient_keys import covers_job
 from outbox_server.shared.heads.statements import unix_ms_of
 from outbox_server.shared.holds.conditions import may_be_sent
@@ -63,6 +64,12 @@ class MarkedJob:
     sender_revision: int
     # The time since the server first deferred the mail. None means that it never did.
     deferred_for: timedelta | None = None
+    batch_revision: int = 1
+
+    @property
+    def revisions(self) -> tuple[int, int]:
+        """The revisions of the sender and of the batch, by which a cached batch is outdated."""
+        return self.sender_revision, self.batch_revision
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +77,9 @@ class Unmarked:
     """Why `mark_sending` left out claims.
 
     `valid`: the life in which they were made is the valid one. `postgres_ms` is PostgreSQL's time.
-    `due` has the claims that wait to be sent, with their due times (Unix ms). `unknown` has those
-    that Redis should not have: PostgreSQL has no such job, it belongs to another sender, or it
-    waits with another attempt. All others must not be sent any more.
+    `due` has the claims that wait to be sent, with their due times (Unix ms); the end of a pause
+    counts as one. `unknown` has those that Redis should not have: PostgreSQL has no such job, it
+    belongs to another sender, or it waits with another attempt. All others must not be sent now.
     """
 
     valid: bool
@@ -111,13 +118,25 @@ _active_revision = (
     select(Sender.revision)
     .where(
         Sender.id == EmailJob.sender_id,
-        Sender.state == SenderState.ACTIVE,
+        sender_is_active(),
         Sender.deleted_at.is_(None),
     )
     .correlate(EmailJob)
     .scalar_subquery()
 )
 
+
+# When the pause of the sender ends by itself, if it has one.
+_sender_paused_until = (
+    select(Sender.paused_until)
+    .where(
+        Sender.id == EmailJob.sender_id,
+        Sender.state == SenderState.PAUSED,
+        Sender.deleted_at.is_(None),
+    )
+    .correlate(EmailJob)
+    .scalar_subquery()
+)
 
 _DATA_ARE_NEW = func.coalesce(select(Heartbeat.number).scalar_subquery(), 0) >= bindparam(
     "seen", type_=BigInteger
@@ -129,8 +148,8 @@ def marking(first: CTE | None = None) -> CTE:
 
     `first` is done before it: it may wait for a lock, and must not hold those of this part then.
 
-    Jobs of cancelled batches are left out. A later cancellation waits for FOR SHARE of this
-    statement (see shared/database/cancellations.py).
+    Jobs of cancelled and of paused batches are left out. A later cancellation or pause waits for
+    FOR SHARE of this statement (see shared/database/cancellations.py and pauses.py).
 
     It waits for nobody: jobs and batches that somebody else has locked are left out, because the
     other jobs of the group would wait for them. `explain_unmarked` finds them. There are two
@@ -146,8 +165,13 @@ def marking(first: CTE | None = None) -> CTE:
     life = _valid_life.where(begins).with_for_update(read=True, key_share=True).cte("life")
     wanted = select(EmailJob.batch_id).join(_claim, _claim.c.id == EmailJob.id)
     batches = (
-        select(Batch.id, Batch.user_id)
-        .where(Batch.id.in_(wanted), Batch.state == BatchState.ACTIVE, begins)
+        select(Batch.id, Batch.user_id, Batch.revision)
+        .where(
+            Batch.id.in_(wanted),
+            Batch.state == BatchState.ACTIVE,
+            not_(batch_is_paused()),
+            begins,
+        )
         .with_for_update(read=True, skip_locked=True)
         .cte("sendable")
     )
@@ -162,6 +186,7 @@ def marking(first: CTE | None = None) -> CTE:
         select(
             EmailJob.id,
             _claim.c.attempt,
+            batches.c.revision.label("batch_revision"),
             case(
                 (suppressed, int(JobState.SUPPRESSED)),
                 (EmailJob.expires_at <= func.statement_timestamp(), int(JobState.EXPIRED)),
@@ -213,6 +238,7 @@ def marking(first: CTE | None = None) -> CTE:
             EmailJob.finished_at,
             (func.clock_timestamp() - EmailJob.deferred_since).label("deferred_for"),
             _active_revision.label("revision"),
+            decided.c.batch_revision,
         )
         .cte("marked")
     )
@@ -235,6 +261,7 @@ def marked_columns(marked: CTE) -> Select[Any]:
         marked.c.lease_until,
         marked.c.deferred_for,
         marked.c.revision,
+        marked.c.batch_revision,
     ).where(marked.c.state == JobState.SENDING)
 
 
@@ -285,8 +312,8 @@ async def mark_sending(
     """Mark jobs SENDING, and load them.
 
     A job that is missing from the result must not be sent now: it or its batch was cancelled, an
-    earlier claim sent it, its sender was paused, it is now SUPPRESSED or EXPIRED, it is held, the
-    key space is an earlier one, or one of the reasons of `Unmarked`.
+    earlier claim sent it, its sender or its batch was paused, it is now SUPPRESSED or EXPIRED, it
+    is held, the key space is an earlier one, or one of the reasons of `Unmarked`.
     """
     return [marked_job(row) for row in await MARK.run(connection, marking.values())]
 
@@ -304,6 +331,7 @@ def marked_job(row: tuple[Any, ...]) -> MarkedJob:
         lease_until,
         deferred_for,
         revision,
+        batch_revision,
     ) = row
     return MarkedJob(
         job=JobRef(job_id, attempt),
@@ -314,17 +342,26 @@ def marked_job(row: tuple[Any, ...]) -> MarkedJob:
         variables=variables,
         lease_until=lease_until,
         sender_revision=revision,
+        batch_revision=batch_revision,
         deferred_for=deferred_for,
     )
 
 
 def _explain_statement() -> Any:
+    # A pause until a time is like a later due time: Redis may have claimed the job too early.
+    until = func.greatest(EmailJob.scheduled_at, Batch.paused_until, _sender_paused_until)
     waits = and_(
-        _WAITS, Batch.state == BatchState.ACTIVE, _active_revision.is_not(None), may_be_sent()
+        _WAITS,
+        Batch.state == BatchState.ACTIVE,
+        or_(
+            not_(batch_is_paused()), and_(Batch.paused_until.is_not(None), not_(Batch.respreading))
+        ),
+        or_(_active_revision.is_not(None), _sender_paused_until.is_not(None)),
+        may_be_sent(),
     )
     is_job = EmailJob.sender_id == _claim.c.sender
     is_attempt = EmailJob.attempt == _claim.c.attempt - 1
-    waiting = case((and_(waits, is_job, is_attempt), unix_ms_of(EmailJob.scheduled_at)))
+    waiting = case((and_(waits, is_job, is_attempt), unix_ms_of(until)))
     # What is locked is read without a lock, so a change that is not committed yet is not seen.
     return (
         select(

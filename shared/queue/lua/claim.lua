@@ -130,6 +130,7 @@ local function visit(sender)
     if s.active and NOW >= s.closes and redis.call('EXISTS', due_of(sender)) == 1 then
         s.loading = s.loading or NOW
     end
+    if NOW >= s.wake then s.loading = s.loading or NOW end
     if s.loading and s.loading <= NOW then
         s.loading = NOW + patience
         redis.call('HSET', settings_of(sender), 'loading', s.loading)

@@ -5,9 +5,9 @@
 -- ARGV[2] sender
 -- ARGV[3] member  of one job
 -- Returns nil if Redis does not know the sender, or {ms until the job's lease ends (without a lease
--- -1), 1 if the sender is parked, in flight, ms until its gap is over, and its window has room}.
--- A time that is over is 0 or less. If its user has limits: then the last three of the user, the
--- user's limit (0: none) and gap
+-- -1), 1 if the sender is parked, its pace (ms), in flight, ms until its gap is over, and its
+-- window has room}. A time that is over is 0 or less. If its user has limits: then the last three
+-- of the user, the user's limit (0: none) and gap
 --!include keys
 --!include time
 --!include run
@@ -19,7 +19,7 @@ local window, s = tonumber(ARGV[1]), read_sender(ARGV[2])
 if not s then return nil end
 local lease = tonumber(redis.call('ZSCORE', lease_of(s.id), ARGV[3]) or NOW - 1)
 local parked = redis.call('ZSCORE', parked_of(s.user), s.id)
-local state = { lease - NOW, parked and 1 or 0 }
+local state = { lease - NOW, parked and 1 or 0, s.pace }
 local function add(one)
     local in_flight = redis.call('ZCARD', lease_of(one.id))
     local gap = one.gap > 0 and one.last_end + one.gap or 0

@@ -18,6 +18,8 @@
 --                  These three are texts with spaces between the values, the cheapest for callers.
 --   opens, closes  the current or next opening of its sending hours (ms; 0 and 'inf': always)
 --   cooldown       ms until the next probe, at least 1; nil: the sender does not cool down
+--   paused         when the sender's pause ends by itself (ms; 0: no such pause)
+--   wake           ms until the next load, because the pause of a batch ends; nil: none
 --
 -- Returns {refused, changes}:
 --   refused  senders whose epoch has changed, because something was committed or lost meanwhile:
@@ -80,7 +82,8 @@ local function load_head(epoch, head)
     local fields = { 'limit', head.limit, 'gap', head.gap, 'flight', head.flight,
         'state', head.state, 'horizon', head.horizon, 'user', head.user,
         'limited', head.limited and 1 or 0, 'endpoint', head.endpoint,
-        'revision', head.revision, 'opens', head.opens, 'closes', head.closes }
+        'revision', head.revision, 'opens', head.opens, 'closes', head.closes,
+        'paused', head.paused or 0 }
     local function set(name, value)
         fields[#fields + 1] = name
         fields[#fields + 1] = value
@@ -94,6 +97,7 @@ local function load_head(epoch, head)
     else
         gone[#gone + 1] = 'cool'
     end
+    if head.wake then set('wake', NOW_UP + head.wake) else gone[#gone + 1] = 'wake' end
     if head.horizon ~= 'inf' and redis.call('EXISTS', due_of(id)) == 0 then
         -- All jobs read are claimed and not yet marked in PostgreSQL; more jobs wait behind them.
         set('loading', NOW + SOON)

@@ -27,7 +27,7 @@ local function gap_with_pace(own_gap, pace) return math.max(own_gap, pace) end
 local function read_sender(sender, alone)
     local f = redis.call('HMGET', settings_of(sender), 'limit', 'gap', 'flight', 'state', 'end',
         'horizon', 'loading', 'life', 'sets', 'endpoint', 'troubles', 'open', 'probe',
-        'opens', 'closes', 'cool', 'pace', 'user', 'limited')
+        'opens', 'closes', 'cool', 'pace', 'user', 'limited', 'paused', 'wake')
     if not is_known(sender, f[1], f[8], f[9]) then return nil end
     local own_gap, pace = tonumber(f[2]), number_or(f[17], 0)
     local user = f[18] or ''
@@ -62,6 +62,10 @@ local function read_sender(sender, alone)
         closes = (not f[15] or f[15] == 'inf') and math.huge or by_own_clock(tonumber(f[15])),
         -- In a cooldown: the earliest time of the next probe. 0: the sender does not cool down.
         cool = number_or(f[16], 0),
+        -- When its pause ends by itself, or has ended. 0: it has no such pause.
+        paused = by_own_clock(number_or(f[20], 0)),
+        -- When to load it again, because the pause of a batch ends.
+        wake = number_or(f[21], math.huge),
         -- '' until the first load by a process that knows users.
         user = user,
         -- The limiter of its user; nil if the user has no limits.
@@ -87,10 +91,11 @@ end
 
 -- Limit.USER_WINDOW and Limit.USER_GAP are the same of the limiter of its user (turns.lua).
 -- The time from which the sender allows one more send: Limit.CIRCUIT (`probe`), Limit.COOLDOWN,
--- Limit.SENDING_HOURS, Limit.GAP and Limit.WINDOW.
+-- Limit.PAUSE (until a time), Limit.SENDING_HOURS, Limit.GAP and Limit.WINDOW.
 local function allowed_at(s, in_flight, window)
     local gap_end = s.gap > 0 and s.last_end + s.gap or 0
-    return math.max(s.probe, s.cool, s.opens, gap_end, window_room_at(s, in_flight, window))
+    local room = window_room_at(s, in_flight, window)
+    return math.max(s.probe, s.cool, s.paused or 0, s.opens, gap_end, room)
 end
 
 -- Returns which limit `allowed` comes from, by the names of WaitReason in explaining.py. Nothing is
@@ -103,6 +108,7 @@ local function delay_of(s, allowed)
     end
     if allowed == s.cool then return 'COOLDOWN' end
     if allowed == s.probe then return 'ENDPOINT_DOWN' end
+    if allowed == s.paused then return 'SENDER_PAUSED' end
     if allowed == s.opens then return 'SENDING_HOURS' end
     if s.gap > 0 and allowed == s.last_end + s.gap then return 'MIN_GAP' end
     return 'HOURLY_LIMIT'
@@ -142,6 +148,8 @@ local function schedule_look(s, window)
         -- A load was requested: check when it is overdue, since the dispatcher may have died.
         look = math.min(look, s.loading)
     end
+    -- A load sets the next time. Until it has come, the request decides when to ask again.
+    if not s.loading then look = math.min(look, s.wake) end
     local sends = math.huge
     -- Limit.PAUSE: a sender that is not active has no next send.
     if s.active and first and places(s, in_flight) > 0 then
