@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any, Final
@@ -49,7 +49,9 @@ from outbox_server.shared.database.models import (
     Sender,
     UserRow,
 )
-from outbox_server.shared.forecast.job_groups import first_of, in_order, joined
+from outbox_server.shared.database.pauses import sendable_of, sender_is_active
+from outbox_server.shared.forecast.batch_pauses import after_pauses, read_pauses
+from outbox_server.shared.forecast.job_groups import first_of, in_order
 from outbox_server.shared.forecast.openings import Openings
 from outbox_server.shared.forecast.simulation import JobGroup, Limiter, Sends
 from outbox_server.shared.forecast.user_shares import UserLimiter
@@ -93,6 +95,7 @@ class SenderPace:
     """What decides how fast a sender's mail is sent, as of `now`."""
 
     now: int
+    # Whether it sends, now or after a pause that ends by itself.
     active: bool
     limiter: Limiter
     # Number of jobs that wait.
@@ -102,6 +105,13 @@ class SenderPace:
     user: UserLimiter | None = None
     # Whether a hold keeps new mail from being sent.
     held: bool = False
+    # The batches that are paused, with the ends of their pauses; None: nobody knows when.
+    pauses: Mapping[int, int | None] = field(default_factory=dict)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the sender is paused now."""
+        return not self.active or self.limiter.not_before is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,7 @@ def _pace_statement() -> Select[Any]:
             func.statement_timestamp().label("now"),
             Sender.id,
             Sender.state,
+            Sender.paused_until,
             Sender.deleted_at,
             Sender.hourly_limit,
             Sender.min_gap_ms,
@@ -237,7 +248,11 @@ async def read_pace(connection: AsyncConnection, sender_id: int, rules: Rules) -
             connection, row.user_id, limits, rules, (pace.now, pace.limiter.takes)
         )
     counts = await sender_counts(connection, [sender_id])
-    return replace(pace, waiting=counts[sender_id].scheduled, user=user)
+    pauses = {
+        batch_id: None if end is None else to_us(end)
+        for batch_id, end in (await read_pauses(connection, sender_id)).items()
+    }
+    return replace(pace, waiting=counts[sender_id].scheduled, user=user, pauses=pauses)
 
 
 def pace_of(
@@ -257,9 +272,12 @@ def pace_of(
     flying = [max(now, to_us(began) + takes) for began in in_flight]
     ends = [*([to_us(row.last_end)] if row.last_end else []), *flying]
     gap = effective_gap(row.min_gap_ms, rules.floor)
+    end = None
+    if row.state == SenderState.PAUSED and row.paused_until is not None:
+        end = to_us(row.paused_until)
     return SenderPace(
         now=now,
-        active=row.deleted_at is None and row.state == SenderState.ACTIVE,
+        active=row.deleted_at is None and (row.state == SenderState.ACTIVE or end is not None),
         held=not row.may_send,
         limiter=Limiter(
             limit=row.hourly_limit,
@@ -269,6 +287,7 @@ def pace_of(
             takes=takes,
             hours=None if row.sending_hours is None else Openings.from_text(row.sending_hours),
             next_probe=None if cooldown is None else to_us(cooldown.next_probe_at),
+            not_before=end if end is not None and end > now else None,
             sent=[*sent, *map(Sends, flying)],
             last_end=max(ends, default=None),
         ),
@@ -303,7 +322,7 @@ async def _read_user(
     )
     competing = select(func.count()).where(
         Sender.user_id == user_id,
-        Sender.state == SenderState.ACTIVE,
+        sender_is_active(),
         first_due <= func.statement_timestamp(),
     )
     return UserLimiter(
@@ -341,21 +360,30 @@ async def _read_in_flight(
 
 
 async def read_backlog(
-    connection: AsyncConnection, sender_id: int, waiting: int, batch_id: int | None
+    connection: AsyncConnection, sender_id: int, pace: SenderPace, batch_id: int | None
 ) -> list[JobGroup]:
     """Return a sender's waiting mail in the order of sending; `mine` counts jobs of `batch_id`."""
-    if waiting <= MOST_JOBS:
-        return await _read_jobs(connection, sender_id, batch_id)
-    return await _read_batches(connection, sender_id, batch_id)
+    if pace.waiting <= MOST_JOBS:
+        return await _read_jobs(connection, sender_id, pace, batch_id)
+    return await _read_batches(connection, sender_id, pace, batch_id)
 
 
 async def count_ahead(
-    connection: AsyncConnection, sender_id: int, place: BacklogPosition, most: int
+    connection: AsyncConnection,
+    sender_id: int,
+    place: BacklogPosition,
+    most: int,
+    *,
+    paused: bool = False,
 ) -> int:
-    """Return how many waiting jobs of a sender come before `place`, at most `most`."""
+    """Return how many waiting jobs of a sender come before `place`, at most `most`.
+
+    Jobs of paused batches do not count, unless the job at `place` is of one (`paused`).
+    """
+    waits = waits_of(sender_id) if paused else sendable_of(sender_id)
     jobs = (
         select(EmailJob.id)
-        .where(EmailJob.sender_id == sender_id, waits_of(sender_id), place.before())
+        .where(EmailJob.sender_id == sender_id, waits, place.before())
         .limit(most)
         .subquery()
     )
@@ -363,12 +391,16 @@ async def count_ahead(
 
 
 async def read_ahead(
-    connection: AsyncConnection, sender_id: int, place: BacklogPosition, ahead: int
+    connection: AsyncConnection,
+    sender_id: int,
+    pace: SenderPace,
+    place: BacklogPosition,
+    ahead: int,
 ) -> list[JobGroup]:
     """Return the `ahead` waiting jobs before `place`, in the order of sending."""
     if ahead <= MOST_JOBS:
-        return await _read_jobs(connection, sender_id, None, place)
-    return first_of(await _read_batches(connection, sender_id, None), ahead)
+        return await _read_jobs(connection, sender_id, pace, None, place)
+    return first_of(await _read_batches(connection, sender_id, pace, None), ahead)
 
 
 def _jobs_statement(until: ColumnElement[bool]) -> Select[Any]:
@@ -406,14 +438,15 @@ _JOBS: Final = _jobs_statement(true())
 async def _read_jobs(
     connection: AsyncConnection,
     sender_id: int,
+    pace: SenderPace,
     batch_id: int | None,
     until: BacklogPosition | None = None,
 ) -> list[JobGroup]:
     """Return groups from the jobs; each group is of one batch, due time and expiry."""
     statement = _JOBS if until is None else _jobs_statement(until.before())
     rows = await connection.execute(statement, {"sender_id": sender_id})
-    return list(
-        joined(
+    return after_pauses(
+        (
             (
                 row.batch_id,
                 JobGroup(
@@ -425,12 +458,13 @@ async def _read_jobs(
                 ),
             )
             for row in rows
-        )
+        ),
+        pace.pauses,
     )
 
 
 async def _read_batches(
-    connection: AsyncConnection, sender_id: int, batch_id: int | None
+    connection: AsyncConnection, sender_id: int, pace: SenderPace, batch_id: int | None
 ) -> list[JobGroup]:
     """Return groups computed from the batches: the last jobs of each, evenly spaced."""
     state = int(JobState.SCHEDULED)
@@ -453,7 +487,7 @@ async def _read_batches(
             Batch.id,
             Batch.start_at,
             Batch.last_due_at,
-            Batch.accepted_count,
+            func.coalesce(Batch.spread_count, Batch.accepted_count).label("spread"),
             Batch.expire_after_ms,
             waiting.c.n,
         )
@@ -464,15 +498,20 @@ async def _read_batches(
     groups = []
     for row in rows:
         last_due = to_us(row.last_due_at or row.start_at)
-        step = (last_due - to_us(row.start_at)) // max(row.accepted_count - 1, 1)
-        groups.append(
-            JobGroup(
-                due=last_due - (row.n - 1) * step,
-                count=row.n,
-                step=step,
-                mine=row.n if row.id == batch_id else 0,
-                expire_after=row.expire_after_ms and row.expire_after_ms * 1_000,
-            )
+        step = (last_due - to_us(row.start_at)) // max(row.spread - 1, 1)
+        group = JobGroup(
+            due=last_due - (row.n - 1) * step,
+            count=row.n,
+            step=step,
+            mine=row.n if row.id == batch_id else 0,
+            expire_after=row.expire_after_ms and row.expire_after_ms * 1_000,
         )
+        groups.append((row.id, group))
     # A user may have very many batches.
-    return await asyncio.to_thread(in_order, groups)
+    return await asyncio.to_thread(_ordered, groups, pace.pauses)
+
+
+def _ordered(
+    groups: Sequence[tuple[int, JobGroup]], pauses: Mapping[int, int | None]
+) -> list[JobGroup]:
+    return after_pauses(groups, pauses) if pauses else in_order(group for _, group in groups)

@@ -11,6 +11,7 @@ from typing import Final
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from outbox_server.shared.cooldowns.record import CooldownRecord
+from outbox_server.shared.database.counts import batch_counts
 from outbox_server.shared.forecast.backlog import (
     BacklogPosition,
     Rules,
@@ -21,6 +22,7 @@ from outbox_server.shared.forecast.backlog import (
     read_pace,
     to_us,
 )
+from outbox_server.shared.forecast.batch_pauses import after_pauses
 from outbox_server.shared.forecast.job_groups import in_order
 from outbox_server.shared.forecast.simulation import (
     Bound,
@@ -47,7 +49,7 @@ class Forecast:
     """When mail will be sent.
 
     If `first` and `end` are None, nothing will be sent, or the time is unknown. In the latter case
-    `active` or `within_sight` is False, or `held` is True.
+    `active` or `within_sight` is False, or `held` or `batch_paused` is True.
     """
 
     # The limits of the sender.
@@ -68,6 +70,8 @@ class Forecast:
     active: bool = True
     # Whether a hold keeps the mail from being sent. `first` and `end` are None then.
     held: bool = False
+    # Whether the batch, or the batch of the job, is paused until a call resumes it.
+    batch_paused: bool = False
     within_sight: bool = True
     # Whether `end` is an estimate, because computing it takes too long.
     estimated: bool = False
@@ -85,8 +89,14 @@ async def forecast_batch(
     pace = await read_pace(connection, sender_id, rules)
     # If new mail is not held, neither is that of any batch.
     held = pace.held and await is_batch_held(connection, sender_id, batch_id)
-    groups = await read_backlog(connection, sender_id, pace.waiting, batch_id)
-    return await _forecast(replace(pace, held=held), groups)
+    pace = replace(pace, held=held)
+    if batch_id in pace.pauses and pace.pauses[batch_id] is None:
+        counts = await batch_counts(connection, [batch_id])
+        return replace(
+            await _forecast(pace, ()), jobs=counts[batch_id].scheduled, batch_paused=True
+        )
+    groups = await read_backlog(connection, sender_id, pace, batch_id)
+    return await _forecast(pace, groups)
 
 
 async def forecast_read(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
@@ -107,7 +117,7 @@ async def forecast_planned(
     pace = await read_pace(connection, sender_id, rules)
     # It comes after all mail with the same due time, because its ids will be the newest.
     planned = [replace(group, mine=group.count) for group in plan(from_us(pace.now))]
-    others = await read_backlog(connection, sender_id, pace.waiting, None)
+    others = await read_backlog(connection, sender_id, pace, None)
     groups = [*others, *planned]
     if len(groups) <= _MOST_GROUPS_IN_LOOP:
         return await _forecast(pace, in_order(groups))
@@ -122,12 +132,22 @@ async def forecast_job(
     place: BacklogPosition,
     ahead: int,
     expire_after: timedelta | None,
+    batch_id: int = 0,
 ) -> Forecast:
-    """Return the forecast of one waiting job, which is not held, with `ahead` others before it."""
-    others = await read_ahead(connection, sender_id, place, ahead)
+    """Return the forecast of one waiting job of a batch, which is not held.
+
+    `ahead` other jobs are before it.
+    """
+    pace = replace(pace, held=False)
+    others = await read_ahead(connection, sender_id, pace, place, ahead)
     expiry = None if expire_after is None else expire_after // timedelta(microseconds=1)
     job = JobGroup(to_us(place.due), mine=1, expire_after=expiry)
-    return await _forecast(replace(pace, held=False), [*others, job])
+    if not pace.pauses:
+        return await _forecast(pace, [*others, job])
+    end = pace.pauses.get(batch_id, 0)
+    if end is None:
+        return replace(await _forecast(pace, ()), jobs=1, batch_paused=True)
+    return await _forecast(pace, in_order([*others, *after_pauses([(batch_id, job)], pace.pauses)]))
 
 
 async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
@@ -141,7 +161,8 @@ async def _forecast(pace: SenderPace, groups: Sequence[JobGroup]) -> Forecast:
         held=pace.held,
         cooldown=pace.cooldown,
     )
-    # Limit.PAUSE: the time at which a paused sender resumes is unknown, and that of a release too.
+    # Limit.PAUSE: without an end, the time at which a paused sender resumes is unknown; that of a
+    # release is, too.
     if not jobs or not pace.active or pace.held:
         return known
     # Limit.USER_WINDOW, Limit.USER_GAP

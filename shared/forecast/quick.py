@@ -28,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from outbox_server.shared.database.cancellations import waits_of
 from outbox_server.shared.database.counts import in_state
 from outbox_server.shared.database.models import Attempt, EmailJob, Sender
+from outbox_server.shared.database.pauses import has_paused_batch
 from outbox_server.shared.forecast.backlog import PACE_STATEMENT, Rules, SenderPace, pace_of
 from outbox_server.shared.forecast.job_groups import joined
 from outbox_server.shared.forecast.simulation import JobGroup, Sends
@@ -107,6 +108,7 @@ def _statement() -> Select[Any]:
     )
     return (
         PACE_STATEMENT.add_columns(*waiting.c, *sent.c, *flying.c)
+        .add_columns(has_paused_batch(Sender.id).label("has_paused"))
         .join(waiting, true())
         .join(sent, true())
         .join(flying, true())
@@ -127,7 +129,7 @@ async def read_quick(
 def _backlog_of(row: Any, rules: Rules) -> QuickBacklog:
     ends, waiting = row.ends or (), row.batches or ()
     limits = rules.everyone.overridden(row.user_hourly_limit, row.user_min_gap_ms)
-    quick = max(len(ends), len(waiting)) <= MOST_QUICK and not limits
+    quick = max(len(ends), len(waiting)) <= MOST_QUICK and not limits and not row.has_paused
     pace = pace_of(row, rules, list(map(Sends, ends)), row.began or ())
     return QuickBacklog(pace, _jobs_of(row) if quick else None)
 

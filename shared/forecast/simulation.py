@@ -6,6 +6,7 @@ earlier, and the start of the k-th send is the latest of
     its due time
     the start of the previous send + the gap + the duration of a send
     the start of the send `limit` places before + the window + the duration of a send
+    the end of the sender's pause
     the next opening of the sending hours
     the next probe of the sender's cooldown
 
@@ -60,6 +61,8 @@ class Bound(Enum):
     USER_WINDOW = "user window"
     HOURS = "hours"
     COOLDOWN = "cooldown"
+    # Limit.PAUSE, if it ends by itself.
+    PAUSE = "pause"
     # With a gap of 0: the number of sends in flight.
     PLACES = "places"
 
@@ -86,6 +89,8 @@ class Limiter:
     hours: Hours | None = None
     # The next probe of the cooldown. Nothing is sent before it, and it is assumed to be accepted.
     next_probe: int | None = None
+    # The end of the sender's pause. Nothing is sent before it.
+    not_before: int | None = None
     # The ends that take entries of the window now, the earliest first.
     sent: Sequence[Sends] = ()
     # The end from which the gap runs, whether or not it took an entry.
@@ -191,7 +196,9 @@ class _Simulation:
         self._hours = limiter.hours
         self._opening = now
         self._closing: int | None = now if limiter.hours else None
-        self._next_probe = limiter.next_probe
+        # Limit.COOLDOWN, and Limit.PAUSE if it ends by itself: nothing is sent before.
+        ends = ((limiter.next_probe, Bound.COOLDOWN), (limiter.not_before, Bound.PAUSE))
+        self._ends = [(end, 0, bound) for end, bound in ends if end is not None]
         self._takes = takes = limiter.takes
         places = max(1, min(limiter.max_in_flight, limiter.limit))
         self._pacer = Bound.GAP if limiter.gap else Bound.PLACES
@@ -293,13 +300,11 @@ class _Simulation:
             (self._last + self._cycle, self._cycle, self._pacer),
             (due, spacing, Bound.SPACING if spacing else Bound.DUE),
             (self._now, 0, Bound.DUE),
+            *self._ends,
         ]
         # Limit.SENDING_HOURS
         if self._hours:
             terms.append((self._opening, 0, Bound.HOURS))
-        # Limit.COOLDOWN
-        if self._next_probe is not None:
-            terms.append((self._next_probe, 0, Bound.COOLDOWN))
         count = left
         # Limit.WINDOW
         full = self._recent_count >= self._limit
